@@ -1,0 +1,200 @@
+"""Every knob of a run: frozen dataclasses, with what a knob means written under it.
+
+Defaults are the published recipe where there is one (section 3 of the paper's released configurations), and
+otherwise what a careful user would choose. A config that loads is complete: nothing is filled in later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from bfsys import typed_yaml
+from bfsys.errors import UserError
+from bfsys.model import sizes
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One packed dataset."""
+
+    __pydantic_config__ = _STRICT
+
+    path: str
+    """Folder that tools/pack.py made (it holds dataset.json)."""
+    weight: Positive = 1.0
+    """Share of the samples of every step, relative to the other sources' weights."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read, and how the global batch of a step is made."""
+
+    __pydantic_config__ = _STRICT
+
+    sources: tuple[Source, ...]
+    """Datasets that are mixed. Classes of equal name are one class; the head has the union of all."""
+    train_split: str = "train"
+    eval_split: str = "val"
+    batch_samples: Count = 768
+    """Samples of one step, over all ranks."""
+    lanes: Count = 64
+    """Equal parts of the global batch, fixed for the life of a run. A world size must divide it; each lane is
+    one micro-batch, so a rank makes lanes / world size of them per step."""
+    micro_batch_bytes: Count | None = None
+    """Byte budget of a micro-batch: a start is refused when the mean micro-batch would exceed it (the plan
+    keeps each one near the mean)."""
+    shuffle_block: Count = 4096
+    """Samples of a lane's slice that are shuffled, and dealt to steps by length, together."""
+    eval_batch_bytes: Count = 1_000_000
+    """Byte budget of a micro-batch during evaluation; a single larger file is a batch of its own."""
+    workers: Whole = 0
+    """Loader processes per rank. 0 reads in the training process, which is fastest when nothing is decoded."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of the model: see model/sizes.py."""
+
+    __pydantic_config__ = _STRICT
+
+    size: Literal["tiny", "small", "base", "huge", "custom"] = "tiny"
+    kernel: Annotated[int, Field(ge=2, multiple_of=2)] = 32
+    """Bytes that a token sees. The stride is half of it."""
+    window: Count = 128
+    """Tokens that attend to each other."""
+    shift: Whole = sizes.PUBLISHED_SHIFT
+    """Tokens by which the windows of every second layer are shifted."""
+    max_tokens: Count = 50_000
+    """Rows of the learned position table; the longest file has max_tokens * kernel / 2 bytes."""
+    dim: Count | None = None
+    """With size: custom. Likewise layers, heads (default: dim / 64) and merge_after."""
+    layers: Count | None = None
+    heads: Count | None = None
+    merge_after: tuple[Whole, ...] | None = None
+    """Layers after which pairs of tokens are merged (default: the published 0, 1, 3, 5, 7, 9)."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+
+    def architecture(self) -> sizes.Architecture:
+        return sizes.architecture(
+            self.size,
+            kernel=self.kernel,
+            window=self.window,
+            max_tokens=self.max_tokens,
+            shift=self.shift,
+            dim=self.dim,
+            layers=self.layers,
+            heads=self.heads,
+            merge_after=self.merge_after,
+        )
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW under a cosine, as published."""
+
+    __pydantic_config__ = _STRICT
+
+    lr: Positive = 1e-3
+    final_lr: NotNegative = 2e-5
+    """Learning rate at the last step."""
+    warmup_lr: NotNegative = 1e-6
+    warmup_steps: Whole = 7500
+    """Steps of the straight line from warmup_lr to lr."""
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.05
+    """On every parameter of two or more dimensions; none on biases and norms."""
+    clip_norm: NotNegative = 0.0
+    """Largest norm of the global gradient; 0 leaves it alone (published)."""
+    label_smoothing: Share = 0.1
+    """Training only."""
+    ema_decay: Share = 0.9999
+    """Of the averaged copy of the weights that evaluation and prediction use; 0: none is kept."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """The loop."""
+
+    __pydantic_config__ = _STRICT
+
+    steps: Count = 300_000
+    """Optimizer steps of the whole run."""
+    seed: Whole = 0
+    """Decides the initial weights and the data order."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 gradients, 3 parameters divided among the ranks."""
+    log_every: Count = 20
+    """Steps between lines in metrics.jsonl, TensorBoard and the console."""
+    eval_every: Whole = 5000
+    """Steps between evaluations; 0: only at the end."""
+    save_every: Count = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: Count = 3
+    """Newest checkpoints that stay on disk."""
+    collective_timeout_s: Count = 600
+    """A rank that waits longer than this for the others gives up."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    __pydantic_config__ = _STRICT
+
+    data: Data
+    model: Model = field(default_factory=Model)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    name: str = ""
+    """Of the run's directory; default: the config file's name."""
+    runs_dir: str = "runs"
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read and check a config; raises UserError with every problem."""
+    config = typed_yaml.load(Config, path, overrides)
+    if not config.name:
+        config = replace(config, name=Path(path).stem)
+    problems = []
+    data, train, optim = config.data, config.train, config.optim
+    if not data.sources:
+        problems.append("data.sources: the list is empty; give at least one `- path: FOLDER`")
+    if "/" in config.name or config.name.startswith("."):
+        problems.append(f"name: got {config.name!r}; a plain folder name is expected, runs_dir says where")
+    if data.batch_samples < data.lanes:
+        problems.append(
+            f"data.lanes: {data.lanes} lanes cannot share batch_samples {data.batch_samples}; "
+            f"lanes up to {data.batch_samples} are allowed"
+        )
+    if optim.warmup_steps > train.steps:
+        problems.append(f"optim.warmup_steps: got {optim.warmup_steps}, more than the run's train.steps {train.steps}")
+    paths = [source.path for source in data.sources]
+    for path_twice in sorted({p for p in paths if paths.count(p) > 1}):
+        problems.append(f"data.sources: {path_twice} is given twice; give it once, with a larger weight")
+    try:
+        config.model.architecture()
+    except UserError as error:
+        problems.extend(error.problems)
+    if problems:
+        raise UserError(*(f"config {path}: {p}" for p in problems))
+    return config

@@ -1,0 +1,149 @@
+"""Ranks and their agreement. Thin words over torch.distributed that also work for a single process.
+
+Rank, world size and rendezvous come from the environment, as the deepspeed launcher, torchrun and srun set it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bfsys.errors import UserError
+
+T = TypeVar("T")
+
+
+class AgreedError(UserError):
+    """A UserError that every rank raises, so that one of them can say it for all."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """One GPU per rank; the CPU where there is none."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+
+def ranks_from_environment() -> Ranks:
+    """Read the launcher's variables; without a launcher this is rank 0 of 1."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        return _ranks_from_slurm()
+    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    local_world_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)
+    return Ranks(rank, world_size, int(env.get("LOCAL_RANK", rank)), local_world_size)
+
+
+def _ranks_from_slurm() -> Ranks:
+    env = os.environ
+    rank, world_size, local = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+    per_node = int(re.match(r"\d+", env.get("SLURM_TASKS_PER_NODE", str(world_size)))[0])
+    if "MASTER_ADDR" not in env:
+        raise UserError("started by srun without MASTER_ADDR; launchers/slurm.py sets it, or export the first host")
+    return Ranks(rank, world_size, local, per_node)
+
+
+def start(ranks: Ranks, timeout_s: int) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs. `timeout_s` bounds every collective."""
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    device = ranks.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+    for name, value in (
+        ("RANK", ranks.rank),
+        ("WORLD_SIZE", ranks.world_size),
+        ("LOCAL_RANK", ranks.local_rank),
+    ):
+        os.environ[name] = str(value)
+    dist.init_process_group(
+        backend="cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise sum, on every rank; in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def agree_on_max(value: int) -> int:
+    """The largest of the ranks' values, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    agreed = torch.tensor(value)  # on the CPU: control messages do not wait for the GPU's queue
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return int(agreed)
+
+
+def from_first_rank(value: T) -> T:
+    """Rank 0's value, on every rank. What is read from disk or clock is decided there."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_to_all(value: T) -> list[T]:
+    """Every rank's value, by rank, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def same_errors_on_all(act: Callable[[], T]) -> T:
+    """`act()`; if it raises UserError on any rank, all ranks raise AgreedError with everybody's problems."""
+    result, problems = None, ()
+    try:
+        result = act()
+    except UserError as error:
+        problems = error.problems
+    everybodys = dict.fromkeys(p for rank in gather_to_all(problems) for p in rank)
+    if everybodys:
+        raise AgreedError(*everybodys)
+    return result
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,80 @@
+"""What a run would be, before it runs: config, model size, batch arithmetic, data; nothing is trained."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bfsys import typed_yaml
+from bfsys.config import Config
+from bfsys.data.loader import make_plan, open_sources, union_of_classes
+from bfsys.data.plan import Plan, lanes_of_rank
+from bfsys.errors import UserError
+from bfsys.model.byteformer import parameter_count
+from bfsys.model.layout import MASKED, token_counts
+
+# Steps whose micro-batches are planned to show their sizes.
+PLANNED_STEPS = 20
+
+
+def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
+    """Print it; raises UserError with every problem of config and data."""
+    print(typed_yaml.dump(config))
+    data, architecture = config.data, config.model.architecture()
+    fitting = ", ".join(str(n) for n in range(1, data.lanes + 1) if data.lanes % n == 0)
+    print(f"batch       {data.batch_samples} samples a step in {data.lanes} lanes; world sizes that fit: {fitting}")
+    print(f"model       {config.model.size}: up to {architecture.max_bytes:,} bytes a file, "
+          f"{architecture.alignment} tokens become one")  # fmt: skip
+    if not with_data:
+        print(f"parameters  {parameter_count(architecture, 1) - architecture.dim - 1:,} and {architecture.dim + 1} "
+              "per class (data not looked at)")  # fmt: skip
+        lanes_of_rank(data.lanes, 0, world_size)
+        return
+    classes = union_of_classes(config)
+    print(f"parameters  {parameter_count(architecture, len(classes)):,} with {len(classes)} classes")
+    problems = []
+    for split in (data.train_split, data.eval_split):
+        try:
+            sources = open_sources(config, split, classes, allow_missing=split == data.eval_split)
+        except UserError as error:
+            problems.extend(error.problems)
+            continue
+        for name, part in zip(sources.names, sources.splits, strict=True):
+            lengths = part.samples["length"]
+            print(
+                f"{split:<11} {name}: {len(part):,} files, {lengths.sum(dtype=np.int64) / 1e6:,.1f} MB in "
+                f"{len(part.shards)} shards, median {np.median(lengths):,.0f} bytes, longest {lengths.max(initial=0):,}"
+            )
+        if split == data.train_split:
+            try:
+                _show_plan(make_plan(config, sources), config, sources.names)
+            except UserError as error:
+                problems.extend(error.problems)
+    try:
+        lanes = lanes_of_rank(data.lanes, 0, world_size)
+        print(f"ranks       {world_size}, each {len(lanes)} micro-batches a step")
+    except UserError as error:
+        problems.extend(error.problems)
+    if problems:
+        raise UserError(*problems)
+
+
+def _show_plan(plan: Plan, config: Config, names: tuple[str, ...]) -> None:
+    architecture, steps = config.model.architecture(), min(PLANNED_STEPS, config.train.steps)
+    for name, share, split in zip(names, plan.mixture.shares, plan.splits, strict=True):
+        epochs = config.train.steps * plan.batch_samples * share / len(split)
+        print(
+            f"mixture     {name}: {100 * share:.1f} % of each step, {epochs:.1f} epochs in {config.train.steps:,} steps"
+        )
+    batches = [[plan.micro_batch(step, lane) for lane in range(plan.lanes)] for step in range(steps)]
+    sizes = np.array([[plan.bytes_of(batch) for batch in row] for row in batches], np.float64)
+    lengths = np.concatenate([
+        plan.splits[s].samples["length"][b.sample[b.source == s]].astype(np.int64)
+        for row in batches for b in row for s in range(len(plan.splits))
+    ])  # fmt: skip
+    tokens = token_counts(lengths, architecture, MASKED)
+    rounded = -(-tokens // architecture.alignment) * architecture.alignment
+    print(
+        f"micro-batch {sizes.mean() / 1e3:,.1f} kB on average, {sizes.max() / 1e3:,.1f} at most; "
+        f"busiest lane of a step {np.mean(sizes.max(1) / sizes.mean(1)):.3f} x the mean; "
+        f"{tokens.sum() / steps:,.0f} tokens a step, {100 * (1 - tokens.sum() / rounded.sum()):.1f} % rounding"
+    )

@@ -1,0 +1,187 @@
+"""DeepSpeed behind five verbs: forward, backward, step, read state, write state.
+
+The only file that imports deepspeed. Its JSON is made here from the typed config and nowhere else, because
+DeepSpeed ignores misspelt top-level keys in silence.
+
+The gradient of a step is that of the mean loss over the global batch, at every stage and world size: each
+micro-batch contributes its *sum* of losses, scaled for the averaging that DeepSpeed does over ranks and
+micro-batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bfsys.batch import ByteBatch
+from bfsys.config import Config
+from bfsys.dist import Ranks
+from bfsys.optim import AdamW, parameter_groups
+
+WEIGHT = "weight"
+
+
+class StateValues(Protocol):
+    """Tensors by parameter name: a dict, or a file that is read on demand."""
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+
+class Engine:
+    """A model in training. `micro_batches` forward/backward pairs, then one step."""
+
+    def __init__(self, model: nn.Module, config: Config, ranks: Ranks) -> None:
+        """Every rank must pass the same model. It is moved to the rank's device and, below fp32, cast."""
+        deepspeed = _import_deepspeed()
+        self.micro_batches = config.data.lanes // ranks.world_size
+        self.stage, self.device = config.train.zero_stage, ranks.device
+        self._loss_scale = ranks.world_size * self.micro_batches / config.data.batch_samples
+        self._clip_norm = config.optim.clip_norm
+        self.optimizer = AdamW(parameter_groups(model, config.optim.weight_decay), config.optim)
+        deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo")
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, ranks.world_size),
+            dist_init_required=False,
+        )
+        self._names = {id(p): name for name, p in self._engine.module.named_parameters()}
+        self._init_optimizer_state()
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    def forward(self, batch: ByteBatch) -> Tensor:
+        """Logits [B, classes]; collective at stage 3."""
+        return self._engine(batch)
+
+    def backward(self, loss_sum: Tensor) -> None:
+        """Add the gradient of a micro-batch's summed loss."""
+        self._engine.backward(loss_sum * self._loss_scale)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts the micro-batch; the update is `step`'s
+
+    def step(self, learning_rate: float) -> float:
+        """Update the weights; returns the norm of the global gradient before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = None
+        if self.stage == 0:  # gradients are whole on every rank, and DeepSpeed reports no norm
+            limit = self._clip_norm or float("inf")
+            norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shapes by parameter name, also where stage 3 holds a share only."""
+        return {self._names[id(p)]: _whole_shape(p) for p in self._engine.module.parameters()}
+
+    def state_names(self) -> tuple[str, ...]:
+        """What belongs to each parameter: the float32 weight and the optimizer's tensors."""
+        return (WEIGHT, *self.optimizer.state_names)
+
+    def read_state(self, state: str) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, whole float32 tensor) one after the other; collective at stages 1 to 3."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for p in self._engine.module.parameters():
+            if self.stage == 0:
+                value = p.detach() if state == WEIGHT else self.optimizer.state[p][state]
+            elif state == WEIGHT:
+                value = safe_get_full_fp32_param(p)
+            else:
+                value = safe_get_full_optimizer_state(p, state)
+            yield self._names[id(p)], value.view(_whole_shape(p))
+
+    def write_state(self, state: str, values: StateValues) -> None:
+        """Set whole tensors, `values[parameter name]`, on every rank; each is asked for once."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for p in self._engine.module.parameters():
+            value = values[self._names[id(p)]].to(self.device)
+            if self.stage == 0:
+                (p.data if state == WEIGHT else self.optimizer.state[p][state]).copy_(value)
+            elif state == WEIGHT:
+                safe_set_full_fp32_param(p, value)
+            else:
+                safe_set_full_optimizer_state(p, value, state)
+        if state == WEIGHT and self.stage > 0:
+            self._copy_masters_to_model()
+
+    def set_step(self, step: int) -> None:
+        """Continue the optimizer's bias correction after `step` steps."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(step)
+        self._engine.global_steps = step
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """The tensors that the optimizer updates on this rank: shards of the float32 weights, or the weights."""
+        if self.stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _init_optimizer_state(self) -> None:
+        self.optimizer.init_state(self._flat_parameters())
+        if self.stage in (1, 2):
+            # DeepSpeed links its by-name access to the state after the first step; a resume needs it before.
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _copy_masters_to_model(self) -> None:
+        """Round the float32 weights to the model's precision, as DeepSpeed does after a step."""
+        zero = self._engine.optimizer
+        if self.stage == 3:
+            for i, group in enumerate(zero.fp32_partitioned_groups_flat):
+                zero.fp16_partitioned_groups_flat[i].data.copy_(group.data)
+                zero._unflatten_partitioned_parameters(i)
+        else:
+            for p in self._engine.module.parameters():
+                p.data.copy_(p.get_full_hp_param())
+
+
+def _whole_shape(p: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(p, "ds_shape", p.shape))
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict:
+    """DeepSpeed's JSON for a run."""
+    stage, bf16 = config.train.zero_stage, config.train.precision == "bf16"
+    micro_batches = config.data.lanes // world_size
+    result = {
+        # DeepSpeed counts batches, not samples: ragged micro-batches have no fixed size.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "train_batch_size": world_size * micro_batches,
+        "gradient_clipping": config.optim.clip_norm if stage else 0.0,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,  # our AdamW is torch's, with one more state tensor
+        "zero_optimization": {"stage": stage},
+    }
+    if bf16 and stage == 0:
+        # DeepSpeed's bf16 at stage 0 has no float32 weights; autocast keeps them.
+        result["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif bf16:
+        result["bf16"] = {"enabled": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def _import_deepspeed():
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # An all-reduce for inference, which training never calls: building it takes 25 s and a compiler.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed

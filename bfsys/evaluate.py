@@ -1,0 +1,81 @@
+"""Loss, top-1 and top-5 over a whole split, each file once, jointly and per source.
+
+    python -m bfsys.evaluate RUN [--split val] [--json]
+
+Needs no DeepSpeed. RUN is a run directory (its newest whole checkpoint counts) or one checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bfsys import dist
+from bfsys.batch import ByteBatch
+from bfsys.checkpoint import load_model
+from bfsys.config import Config
+from bfsys.data.loader import Sources, evaluation_rounds, open_sources
+from bfsys.errors import run_command
+from bfsys.loss import COLUMNS, SAMPLES, loss_and_sums
+from bfsys.metrics import describe_scores, scores
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[ByteBatch], Tensor],
+    config: Config,
+    sources: Sources,
+    ranks: dist.Ranks,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict:
+    """Scores as `metrics.scores` gives them, over all ranks; collective. `forward` must be in eval mode."""
+    sums = torch.zeros(len(sources.splits), COLUMNS, dtype=torch.float64)
+    total = sum(len(split) for split in sources.splits)
+    for batch, counts in evaluation_rounds(config, sources, ranks):
+        batch = batch.to(ranks.device)
+        _, batch_sums = loss_and_sums(forward(batch), batch, len(sources.splits))
+        if counts:
+            sums += batch_sums.cpu()
+        progress(int(sums[:, SAMPLES].sum()) * ranks.world_size, total)
+    return scores(dist.sum_over_ranks(sums), sources.names)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bfsys.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="run directory (runs/NAME) or one of its checkpoints")
+    parser.add_argument("--split", help="split to evaluate (default: the config's data.eval_split)")
+    parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    args = parser.parse_args()
+
+    model, config, manifest = load_model(args.run, average=args.weights == "ema")
+    ranks = dist.ranks_from_environment()
+    sources = open_sources(config, args.split or config.data.eval_split, manifest["classes"], allow_missing=True)
+    result = evaluate(model.to(ranks.device), config, sources, ranks, _show_progress)
+    if args.json:
+        print(json.dumps({"run": str(args.run), "step": manifest["step"], **result}, indent=1))
+        return 0
+    print(f"{args.run}, step {manifest['step']}, {result['samples']} files: {describe_scores(result)}")
+    width = max(len(name) for name in ("all", *result["sources"]))
+    for name, s in (("all", result), *result["sources"].items()):
+        print(
+            f"  {name:<{width}}  {s['samples']:>8} files   loss {s['loss']:.4f}   "
+            f"top-1 {100 * s['top1']:6.2f} %   top-5 {100 * s['top5']:6.2f} %"
+        )
+    return 0
+
+
+def _show_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done >= total else ""
+        print(f"\r{done:,} of {total:,} files", end=end, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,51 @@
+"""Stop requests: a signal to any one rank stops all of them after the same step, with a checkpoint.
+
+SIGUSR2 (a job that is about to run out of time) ends with EXIT_REQUEUE, so that a launcher starts it again;
+SIGTERM and Ctrl-C end with EXIT_STOPPED, because requeueing on these would undo a person's cancellation.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+from bfsys.dist import agree_on_max
+
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: "try again later"
+EXIT_STOPPED = 130
+
+# A terminal's Ctrl-C reaches a rank twice, from the terminal and from the launcher; only a repetition after
+# this long is the impatience of a person.
+REPEAT_S = 2.0
+
+_EXIT_CODES = {signal.SIGUSR2: EXIT_REQUEUE, signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: EXIT_STOPPED}
+
+
+class StopRequests:
+    """Catches the signals while open. `agreed_exit_code` is asked by all ranks after each step."""
+
+    def __init__(self) -> None:
+        self._exit_code = 0
+        self._first_at = 0.0
+        self._process = os.getpid()
+        self._previous = {number: signal.signal(number, self._receive) for number in _EXIT_CODES}
+
+    def agreed_exit_code(self) -> int:
+        """0: go on. Otherwise the code to exit with after saving. Collective."""
+        return agree_on_max(self._exit_code)
+
+    def close(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a loader process inherited the handler: stopping is not its affair
+            return
+        now = time.monotonic()
+        if self._exit_code and now - self._first_at > REPEAT_S:
+            os._exit(_EXIT_CODES[number])
+        if not self._exit_code:
+            self._first_at = now
+        self._exit_code = max(self._exit_code, _EXIT_CODES[number])

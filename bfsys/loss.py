@@ -1,0 +1,33 @@
+"""Cross entropy as sums, so that the mean over the global batch is exact however samples fall on ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bfsys.batch import ByteBatch
+
+LOSS, TOP1, TOP5, SAMPLES = range(4)  # columns of the sums
+COLUMNS = 4
+
+
+def loss_and_sums(
+    logits: Tensor, batch: ByteBatch, num_sources: int, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of a micro-batch, and what was summed per source.
+
+    logits [B, classes] -> (scalar with gradient, float64 [sources, COLUMNS] without). Losses are computed in
+    float32 or better, whatever the precision of the logits.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)  # [B]
+    with torch.no_grad():
+        label_logit = logits.gather(1, batch.labels[:, None])
+        # A label is among the top k if fewer than k classes score higher. NaN counts as wrong.
+        rank = (logits > label_logit).sum(1) + torch.where(label_logit[:, 0].isnan(), logits.shape[1], 0)
+        columns = torch.stack([losses.detach().double(), (rank < 1).double(), (rank < 5).double(),
+                               torch.ones_like(losses, dtype=torch.float64)], dim=1)  # fmt: skip
+        sums = torch.zeros(num_sources, COLUMNS, dtype=torch.float64, device=logits.device)
+        sums.index_add_(0, batch.sources, columns)
+    return losses.sum(), sums

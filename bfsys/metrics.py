@@ -1,0 +1,236 @@
+"""What a run tells: TensorBoard, metrics.jsonl and a console line, from one set of sums.
+
+Sums are collected on each rank without waiting for the device, and added up over the ranks every `log_every`
+steps. A checkpoint carries the sums since the last line, so that the lines of a resumed run are those of a run
+that was never interrupted; lines after the checkpoint are removed on resume and written again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from bfsys import dist, typed_yaml
+from bfsys.batch import ByteBatch
+from bfsys.config import Config
+from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
+from bfsys.model.layout import MASKED, token_counts
+
+# Columns of the counters that are summed over ranks and steps.
+BYTES, TOKENS, ROUNDED_TOKENS, WAIT_S, BUSY_S = range(5)
+COUNTERS = 5
+MIB = 2**20
+
+
+class Metrics:
+    """Collects and writes the figures of a training run. Writes on rank 0 only."""
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: dist.Ranks,
+        source_names: tuple[str, ...],
+        *,
+        first_step: int,
+        carried: dict | None,
+    ) -> None:
+        """`carried` is what `carry` gave to the checkpoint that the run resumes from."""
+        self.ranks, self.source_names, self.first_step = ranks, source_names, first_step
+        self.architecture = config.model.architecture()
+        self.total_steps, self.log_every = config.train.steps, config.train.log_every
+        self._started = self._step_began = time.perf_counter()
+        self._sums = torch.zeros(len(source_names), COLUMNS, dtype=torch.float64)
+        self._counters = torch.zeros(COUNTERS, dtype=torch.float64)
+        self._steps_in_line = 0
+        if carried:
+            self._steps_in_line = carried["steps"]
+            if ranks.is_first:
+                self._sums += torch.tensor(carried["sums"], dtype=torch.float64)
+                self._counters += torch.tensor(carried["counters"], dtype=torch.float64)
+        self._tensorboard: SummaryWriter | None = None
+        self._lines: TextIO | None = None
+        if ranks.is_first:
+            self._lines = _open_lines(config.run_dir / "metrics.jsonl", first_step)
+            self._tensorboard = SummaryWriter(str(config.run_dir / "tb"), purge_step=first_step + 1)
+            self._tensorboard.add_custom_scalars(_overview(source_names))
+            self._tensorboard.add_text("config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
+
+    def begin_step(self) -> None:
+        self._step_began = time.perf_counter()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._counters[WAIT_S] += time.perf_counter() - began
+
+    def count(self, batch: ByteBatch, sums: Tensor) -> None:
+        """Add a micro-batch: `sums` as `loss_and_sums` gives them."""
+        lengths = batch.lengths.numpy()
+        tokens = token_counts(lengths, self.architecture, MASKED)
+        alignment = self.architecture.alignment
+        self._counters[BYTES] += int(lengths.sum())
+        self._counters[TOKENS] += int(tokens.sum())
+        self._counters[ROUNDED_TOKENS] += int((-(-tokens // alignment) * alignment).sum())
+        self._sums = self._sums.to(sums.device, non_blocking=True) + sums
+
+    def end_step(self, step: int, learning_rate: float, grad_norm: float) -> None:
+        """Close the step that makes `step` in all; collective when a line is due."""
+        self._counters[BUSY_S] += time.perf_counter() - self._step_began
+        self._steps_in_line += 1
+        if step % self.log_every and step != self.total_steps:
+            return
+        sums, counters = self._over_ranks()
+        peak_memory = dist.agree_on_max(peak_memory_bytes(self.ranks.device))
+        seconds = max(1e-9, float(counters[BUSY_S]) / self.ranks.world_size)
+        line = {
+            "kind": "train",
+            "step": step,
+            **scores(sums, self.source_names),
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "step_s": seconds / self._steps_in_line,
+            "samples_per_s": float(sums[:, SAMPLES].sum()) / seconds,
+            "bytes_per_s": float(counters[BYTES]) / seconds,
+            "tokens_per_s": float(counters[TOKENS]) / seconds,
+            "padding_share": 1 - float(counters[TOKENS] / counters[ROUNDED_TOKENS]),
+            "data_wait_share": float(counters[WAIT_S] / counters[BUSY_S]),
+            "peak_memory_mib": peak_memory / MIB,
+        }
+        self._sums.zero_()
+        self._counters.zero_()
+        self._steps_in_line = 0
+        self._write(line)
+        self.say(self._console_line(line))
+
+    def evaluation(self, step: int, result: dict, seconds: float) -> None:
+        """Write an evaluation's scores, as `evaluate` gives them."""
+        self._write({"kind": "eval", "step": step, **result, "seconds": seconds})
+        self.say(f"step {step:>{len(str(self.total_steps))}} · evaluation: {describe_scores(result)} · {seconds:.1f} s")
+
+    def say(self, line: str) -> None:
+        """One line on the console, from rank 0."""
+        if self.ranks.is_first:
+            print(line, flush=True)
+
+    def carry(self) -> dict:
+        """The sums since the last line, for a checkpoint; collective."""
+        sums, counters = self._over_ranks()
+        return {"steps": self._steps_in_line, "sums": sums.tolist(), "counters": counters.tolist()}
+
+    def close(self) -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+            self._lines.close()
+
+    def _over_ranks(self) -> tuple[Tensor, Tensor]:
+        flat = torch.cat([self._sums.cpu().flatten(), self._counters])
+        dist.sum_over_ranks(flat)
+        return flat[:-COUNTERS].view(-1, COLUMNS), flat[-COUNTERS:]
+
+    def _write(self, line: dict) -> None:
+        if not self.ranks.is_first:
+            return
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for tag, value in _tensorboard_scalars(line):
+            self._tensorboard.add_scalar(tag, value, line["step"])
+        self._tensorboard.flush()
+
+    def _console_line(self, line: dict) -> str:
+        step, total = line["step"], self.total_steps
+        left_s = (total - step) * (time.perf_counter() - self._started) / max(1, step - self.first_step)
+        return (
+            f"step {step:>{len(str(total))}}/{total} · {describe_scores(line)} · lr {line['learning_rate']:.1e} · "
+            f"grad {line['grad_norm']:.2f} · {line['samples_per_s']:,.0f} samples/s · "
+            f"{line['bytes_per_s'] / 1e6:.2f} MB/s · {_clock(left_s)} left"
+        )
+
+
+def scores(sums: Tensor, source_names: tuple[str, ...]) -> dict:
+    """Loss, top-1 and top-5 jointly and per source, from float64 [sources, COLUMNS] sums."""
+
+    def means(row: Tensor) -> dict:
+        n = float(row[SAMPLES])
+        return {
+            "loss": float(row[LOSS]) / n,
+            "top1": float(row[TOP1]) / n,
+            "top5": float(row[TOP5]) / n,
+            "samples": int(n),
+        }
+
+    per_source = {name: means(row) for name, row in zip(source_names, sums, strict=True) if row[SAMPLES] > 0}
+    return {**means(sums.sum(0)), "sources": per_source}
+
+
+def describe_scores(result: dict) -> str:
+    """loss 0.123 · top-1 95.1 % (image 97.0, speech 93.1)"""
+    per_source = ", ".join(f"{name} {100 * s['top1']:.1f}" for name, s in result["sources"].items())
+    only = len(result["sources"]) < 2
+    return f"loss {result['loss']:.3f} · top-1 {100 * result['top1']:.1f} %" + ("" if only else f" ({per_source})")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process held so far: on its GPU, or in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float]]:
+    part = "train" if line["kind"] == "train" else "val"
+    for name in ("loss", "top1", "top5"):
+        yield f"{name}/{part}", line[name]
+        for source, values in line["sources"].items() if len(line["sources"]) > 1 else ():
+            yield f"{name}/{part}_{source}", values[name]
+    if part == "val":
+        yield "time/evaluation_s", line["seconds"]
+        return
+    yield "optimizer/learning_rate", line["learning_rate"]
+    yield "optimizer/grad_norm", line["grad_norm"]
+    yield "speed/samples_per_s", line["samples_per_s"]
+    yield "speed/MB_per_s", line["bytes_per_s"] / 1e6
+    yield "speed/tokens_per_s", line["tokens_per_s"]
+    yield "time/step_s", line["step_s"]
+    yield "time/data_wait_share", line["data_wait_share"]
+    yield "memory/padding_share", line["padding_share"]
+    yield "memory/peak_MiB", line["peak_memory_mib"]
+
+
+def _overview(source_names: tuple[str, ...]) -> dict:
+    """TensorBoard's custom scalars: training and validation, and all sources, in one chart each."""
+    several = source_names if len(source_names) > 1 else ()
+    curves = [f"{part}{source}" for part in ("train", "val") for source in ("", *(f"_{s}" for s in several))]
+    return {"overview": {name: ["Multiline", [f"^{name}/{c}$" for c in curves]] for name in ("loss", "top1")}}
+
+
+def _open_lines(path: Path, first_step: int) -> TextIO:
+    """metrics.jsonl for appending, without lines after the checkpoint that the run resumes from."""
+    if path.exists():
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= first_step:
+                    kept.append(line + "\n")
+            except ValueError:
+                continue  # the last line of a killed run may be torn
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept))
+        os.replace(part, path)
+    return open(path, "a")
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"

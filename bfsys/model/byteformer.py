@@ -1,0 +1,106 @@
+"""ByteFormer (Horton et al. 2023, arXiv 2306.00238) on ragged batches.
+
+Two modes share all weights. `masked`: padding and window borders never change an answer; a file's logits do
+not depend on its neighbours. `as_released`: the arithmetic of Apple's released code on one file at a time
+(blank window slots take part, shifts wrap around, a tail shorter than the stride is dropped), for weights
+that were trained with it.
+
+Shapes: N tokens of the whole batch, D dim, B files.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bfsys.batch import ByteBatch
+from bfsys.model.attention import attend, segment_mean
+from bfsys.model.layout import AS_RELEASED, MASKED, Windows, make_layout
+from bfsys.model.sizes import Architecture
+from bfsys.model.stem import Stem
+
+MLP_RATIO = 4
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, [N, D] -> [N, D]."""
+
+    def __init__(self, dim: int, heads: int, mode: str) -> None:
+        super().__init__()
+        self.heads, self.mode = heads, mode
+        self.norm1 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)  # rows: all queries, all keys, all values; head by head in each
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
+        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        blank_qkv = None
+        if self.mode == AS_RELEASED:  # a blank slot enters the block as a zero row, normed like any other
+            blank_qkv = self.qkv(self.norm1(x.new_zeros(1, x.shape[1])))[0]
+        x = x + self.proj(attend(self.qkv(self.norm1(x)), windows, self.heads, blank_qkv))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Merge(nn.Module):
+    """Pairs of tokens become one, [N, D] -> [N / 2, D]; the norm comes after the projection, as published."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(2 * dim, dim, bias=False)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, rounding: Tensor) -> Tensor:
+        if len(rounding):  # the partner of a last odd token must be zero
+            x = x.index_fill(0, rounding, 0)
+        return self.norm(self.reduction(x.view(len(x) // 2, -1)))
+
+
+class ByteFormer(nn.Module):
+    """ByteBatch of B files -> logits [B, classes]."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        num_classes: int,
+        mode: str = MASKED,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.architecture, self.mode = architecture, mode
+        self.activation_checkpointing = activation_checkpointing
+        dim = architecture.dim
+        self.stem = Stem(architecture)
+        self.blocks = nn.ModuleList(Block(dim, architecture.heads, mode) for _ in range(architecture.layers))
+        self.merges = nn.ModuleDict({str(layer): Merge(dim) for layer in architecture.merge_after})
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, batch: ByteBatch) -> Tensor:
+        layout = make_layout(batch.lengths, self.architecture, self.mode).to(batch.data.device)
+        rounding = iter(layout.rounding)
+        x = self.stem(batch.data, layout)  # [N, D]
+        for layer, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, layout.windows[layer], use_reentrant=False)
+            else:
+                x = block(x, layout.windows[layer])
+            if str(layer) in self.merges:
+                x = self.merges[str(layer)](x, next(rounding))
+        x = segment_mean(self.norm(x), layout.tokens)  # [B, D]
+        return self.head(x)
+
+
+def parameter_count(architecture: Architecture, num_classes: int) -> int:
+    """Parameters of such a model, without building it."""
+    with torch.device("meta"):
+        model = ByteFormer(architecture, num_classes)
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,109 @@
+"""Classes of any files, from their bytes alone.
+
+    python -m bfsys.predict RUN FILE… [--top K] [--json]
+
+FILE may be a file, a folder (all files in it) or - (standard input). Needs no DeepSpeed. Files that cannot be
+classified are named at the end, after the others' answers, with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bfsys.batch import ByteBatch, Sample
+from bfsys.checkpoint import load_model
+from bfsys.errors import UserError, run_command
+from bfsys.model.byteformer import ByteFormer
+
+STDIN = "-"
+
+
+@torch.no_grad()
+def predict(model: ByteFormer, samples: list[Sample]) -> torch.Tensor:
+    """Probabilities [files, classes], float32 on the CPU; `model` must be in eval mode."""
+    device = next(model.parameters()).device
+    return model(ByteBatch.from_samples(samples).to(device)).float().softmax(1).cpu()
+
+
+def read_files(paths: list[str], max_bytes: int, problems: list[str]) -> Iterator[Sample]:
+    """Files of `paths` one by one; what cannot be used is described in `problems`."""
+    for path in paths:
+        if path == STDIN:
+            names, found = [path], [path]
+        elif Path(path).is_dir():
+            found = sorted(p for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
+            names = [str(p) for p in found]
+            if not found:
+                problems.append(f"{path}: a folder without files")
+        else:
+            names, found = [path], [path]
+        for name, file in zip(names, found, strict=True):
+            try:
+                content = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
+            except OSError as error:
+                problems.append(f"{name}: cannot be read: {error.strerror}")
+                continue
+            if not content:
+                problems.append(f"{name}: empty; there is nothing to classify")
+            elif len(content) > max_bytes:
+                problems.append(
+                    f"{name}: {len(content):,} bytes; this model takes up to {max_bytes:,} (model.max_tokens)"
+                )
+            else:
+                yield Sample(name, np.frombuffer(content, np.uint8))
+
+
+def batches_of(samples: Iterator[Sample], budget_bytes: int) -> Iterator[list[Sample]]:
+    """Samples in their order, in lists of at most `budget_bytes` (or of one larger sample)."""
+    batch, filled = [], 0
+    for sample in samples:
+        if batch and filled + len(sample.data) > budget_bytes:
+            yield batch
+            batch, filled = [], 0
+        batch.append(sample)
+        filled += len(sample.data)
+    if batch:
+        yield batch
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bfsys.predict", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="run directory (runs/NAME) or one of its checkpoints")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="files, folders, or - for standard input")
+    parser.add_argument("--top", type=int, default=3, metavar="K", help="classes to show per file")
+    parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last")
+    parser.add_argument("--json", action="store_true", help='print [{"path", "top": [{"class", …}]}]')
+    args = parser.parse_args()
+    if args.top < 1:
+        raise UserError(f"--top: got {args.top}; at least 1 is needed")
+
+    model, config, manifest = load_model(args.run, average=args.weights == "ema")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    classes = manifest["classes"]
+    problems: list[str] = []
+    answers = []
+    samples = read_files(args.files, model.architecture.max_bytes, problems)
+    for batch in batches_of(samples, config.data.eval_batch_bytes):
+        top = predict(model, batch).topk(min(args.top, len(classes)))
+        for sample, values, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):
+            ranked = [{"class": classes[i], "index": i, "probability": p} for p, i in zip(values, indices, strict=True)]
+            answers.append({"path": sample.key, "top": ranked})
+            if not args.json:
+                shown = "   ".join(f"{r['class']} {100 * r['probability']:.1f} %" for r in ranked)
+                print(f"{sample.key}: {shown}", flush=True)
+    if args.json:
+        print(json.dumps(answers, indent=1))
+    if problems:
+        raise UserError(*problems)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

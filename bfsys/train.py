@@ -1,0 +1,164 @@
+"""The training loop: plan, fetch, forward, step, save, evaluate.
+
+    deepspeed bfsys/train.py CONFIG [section.key=value …]      one process per GPU (or --num_accelerators 2)
+    python bfsys/train.py CONFIG --dry-run                     check everything, train nothing
+
+A second start with the same command goes on from the newest whole checkpoint of the run directory.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # launchers put this file's folder first, where its modules would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import time
+from importlib.metadata import version
+
+import torch
+
+from bfsys import checkpoint, dist, typed_yaml
+from bfsys.config import Config, load_config
+from bfsys.data.loader import Sources, make_plan, open_sources, training_batches, union_of_classes
+from bfsys.data.plan import Plan, lanes_of_rank
+from bfsys.dryrun import dry_run
+from bfsys.engine import Engine
+from bfsys.errors import EXIT_USER_ERROR, UserError, run_command
+from bfsys.evaluate import evaluate
+from bfsys.faults import StopRequests
+from bfsys.loss import loss_and_sums
+from bfsys.metrics import Metrics
+from bfsys.model.byteformer import ByteFormer
+from bfsys.optim import learning_rate
+
+
+def train(config: Config, ranks: dist.Ranks) -> int:
+    """Train to the last step, or until a stop is requested; returns the exit code. Called on every rank."""
+    classes, training, validation, plan = dist.same_errors_on_all(lambda: open_data(config, ranks))
+    start = find_start(config, classes, plan, ranks)
+    torch.manual_seed(config.train.seed)
+    architecture = config.model.architecture()
+    model = ByteFormer(architecture, len(classes), activation_checkpointing=config.model.activation_checkpointing)
+    engine = Engine(model, config, ranks)
+    manifest = checkpoint.load(engine, start) if start else {"step": 0, "metrics": None}
+    step = first_step = manifest["step"]
+    metrics = Metrics(config, ranks, training.names, first_step=first_step, carried=manifest["metrics"])
+    if start:
+        metrics.say(f"continuing {config.run_dir} after step {first_step}")
+    stop = StopRequests()
+    batches = training_batches(config, training, plan, ranks, first_step=first_step)
+    exit_code = 0
+    while step < config.train.steps and not exit_code:
+        metrics.begin_step()
+        for _ in range(engine.micro_batches):
+            with metrics.waiting_for_data():
+                batch = next(batches).to(ranks.device)
+            loss, sums = loss_and_sums(engine.forward(batch), batch, len(training.splits), config.optim.label_smoothing)
+            engine.backward(loss)
+            metrics.count(batch, sums)
+        rate = learning_rate(step, config.train.steps, config.optim)
+        grad_norm = engine.step(rate)
+        step += 1
+        metrics.end_step(step, rate, grad_norm)
+
+        exit_code = stop.agreed_exit_code()
+        finished = step == config.train.steps
+        if finished or exit_code or step % config.train.save_every == 0:
+            facts = {"step": step, "metrics": metrics.carry(), **run_facts(config, classes, plan)}
+            path = checkpoint.save(engine, config.run_dir, facts, ranks=ranks, keep=config.train.keep_checkpoints)
+            metrics.say(f"step {step} · saved {path}")
+        due = config.train.eval_every and step % config.train.eval_every == 0
+        if validation and (finished or (due and not exit_code)):
+            began = time.perf_counter()
+            engine.module.eval()
+            result = evaluate(engine.forward, config, validation, ranks)
+            engine.module.train()
+            metrics.evaluation(step, result, time.perf_counter() - began)
+    if step < config.train.steps:
+        metrics.say(f"stopped on request after step {step}; the same command continues from there")
+    else:
+        metrics.say(f"finished: {step} steps, in {config.run_dir}")
+        exit_code = 0
+    stop.close()
+    metrics.close()
+    return exit_code
+
+
+def open_data(config: Config, ranks: dist.Ranks) -> tuple[tuple[str, ...], Sources, Sources | None, Plan]:
+    """Classes, training sources, validation sources (None if no source has that split) and the plan."""
+    classes = union_of_classes(config)
+    training = open_sources(config, config.data.train_split, classes)
+    validation = open_sources(config, config.data.eval_split, classes, allow_missing=True)
+    lanes_of_rank(config.data.lanes, ranks.rank, ranks.world_size)
+    return classes, training, validation if validation.splits else None, make_plan(config, training)
+
+
+def run_facts(config: Config, classes: tuple[str, ...], plan: Plan) -> dict:
+    """What makes a checkpoint self-contained, and what a resume must agree with."""
+    return {
+        "classes": list(classes),
+        "plan": plan.facts,
+        "config": typed_yaml.to_tree(config),
+        "versions": {name: version(name) for name in ("bfsys", "torch", "deepspeed")},
+    }
+
+
+def find_start(config: Config, classes: tuple[str, ...], plan: Plan, ranks: dist.Ranks) -> Path | None:
+    """The checkpoint to continue from, decided by rank 0; raises UserError if it is of another run.
+
+    Writes the run directory's config.yaml.
+    """
+
+    def look() -> Path | None:
+        if not ranks.is_first:
+            return None
+        path, problems = checkpoint.find_newest(config.run_dir)
+        for problem in problems:
+            print(f"skipped a damaged checkpoint: {problem}", file=sys.stderr)
+        if path is None and problems:
+            raise UserError(
+                f"{config.run_dir}: no checkpoint is whole, see above; to begin anew, give another name=… "
+                f"or move the directory away"
+            )
+        if path:
+            checkpoint.check_same_run(path, run_facts(config, classes, plan))
+        try:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            (config.run_dir / "config.yaml").write_text(typed_yaml.dump(config))
+        except OSError as error:
+            raise UserError(f"run directory {config.run_dir}: cannot be written: {error.strerror}") from None
+        return path
+
+    return dist.from_first_rank(dist.same_errors_on_all(look))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bfsys/train.py", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
+    parser.add_argument("--dry-run", action="store_true", help="check config and data, show the arithmetic, stop")
+    parser.add_argument("--no-data", action="store_true", help="with --dry-run: leave the data alone")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    args = parser.parse_args(arguments)
+    ranks = dist.ranks_from_environment()
+    try:
+        config = dist.same_errors_on_all(lambda: load_config(args.config, args.overrides))
+        if args.dry_run:
+            if ranks.is_first:
+                dry_run(config, ranks.world_size, with_data=not args.no_data)
+            return 0
+        dist.start(ranks, config.train.collective_timeout_s)
+        return train(config, ranks)
+    except dist.AgreedError:
+        if ranks.local_rank == 0:  # once per node is enough
+            raise
+        return EXIT_USER_ERROR
+    finally:
+        dist.stop()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,379 @@
+"""ByteFormer on ragged batches: equal to the published numbers, to the padded reference, and to itself.
+
+The chain of proof: published numbers = reference (test_reference.py); reference = model (here), on any
+lengths, kernels, windows, shifts and mergings, values and gradients. Where single rows of the published
+batches are free of what bfsys leaves out, the model is also compared with them directly.
+
+All comparisons are in float64, where a wrong index cannot hide in rounding, and those with the published
+numbers in float32 too.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bfsys.batch import ByteBatch, Sample
+from bfsys.errors import UserError
+from bfsys.model.byteformer import ByteFormer
+from bfsys.model.sizes import Architecture, architecture
+from tests.model import vectors
+from tests.model.reference import PAD, PAD_ROW, ReferenceConfig, pad, random_weights, reference_logits
+from tests.model.vectors import CASES, FILES, load_corenet, needs_vectors, to_bfsys
+
+# What the two modes are called here and in the published numbers.
+PUBLISHED_MODE = {"masked": "intended", "as_released": "released"}
+MODES = tuple(PUBLISHED_MODE)
+
+TINY = ReferenceConfig(  # every mechanism at least once: a shift, odd counts before and after a merging
+    dim=8,
+    heads=2,
+    kernel=4,
+    window=8,
+    shifts=(0, 3, 0, 5),
+    merge=(True, True, False, True),
+    max_tokens=300,
+    classes=5,
+)
+
+
+def architecture_of(config: ReferenceConfig) -> Architecture:
+    return Architecture(
+        dim=config.dim,
+        layers=config.layers,
+        heads=config.heads,
+        kernel=config.kernel,
+        window=config.window,
+        shifts=config.shifts,
+        merge_after=tuple(layer for layer, merges in enumerate(config.merge) if merges),
+        max_tokens=config.max_tokens,
+    )
+
+
+def build(config: ReferenceConfig, weights: dict[str, Tensor], mode: str) -> ByteFormer:
+    """The real model with weights that bear CoreNet's names, in their precision."""
+    model = ByteFormer(architecture_of(config), config.classes, mode=mode)
+    model = model.to(weights["classifier.weight"].dtype)
+    load_corenet(model, weights)
+    return model
+
+
+def batch_of(files: Sequence[bytes]) -> ByteBatch:
+    return ByteBatch.from_samples(
+        [Sample(key=str(i), data=np.frombuffer(file, np.uint8).copy()) for i, file in enumerate(files)]
+    )
+
+
+def random_files(lengths: Sequence[int], seed: int) -> list[bytes]:
+    rng = random.Random(seed)
+    return [rng.randbytes(n) for n in lengths]
+
+
+def reference_answers(
+    weights: dict[str, Tensor], config: ReferenceConfig, files: Sequence[bytes], mode: str
+) -> Tensor:
+    """Logits [B, classes] that the model must give: padded by a kernel, or each file by itself, unpadded."""
+    if mode == "masked":
+        return reference_logits(weights, config, pad(files, config.kernel), "intended")
+    return torch.cat([reference_logits(weights, config, pad([f], 0), "released") for f in files])
+
+
+def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """`tolerance` is absolute where the largest wanted value is below 1, else relative to it."""
+    scale = max(1.0, want.detach().abs().max().item())
+    torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=tolerance)
+
+
+def assert_same_as_reference(
+    config: ReferenceConfig, weights: dict[str, Tensor], files: Sequence[bytes], mode: str
+) -> None:
+    """Logits, and the gradients of all parameters of a loss that weighs each logit differently."""
+    weights = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    want = reference_answers(weights, config, files, mode)
+    loss_weights = torch.linspace(-1, 2, want.numel(), dtype=want.dtype).view_as(want)
+    (want * loss_weights).sum().backward()
+
+    model = build(config, {name: w.detach() for name, w in weights.items()}, mode)
+    got = model(batch_of(files))
+    (got * loss_weights).sum().backward()
+
+    assert_near(got, want, 1e-10)
+    gradients = to_bfsys({name: w.grad for name, w in weights.items()})
+    for name, parameter in model.named_parameters():
+        assert_near(parameter.grad, gradients[name], 1e-10)
+    assert not model.stem.embedding.grad[PAD_ROW].any()
+
+
+# -------------------------------------------------------------------------------------- the published numbers
+
+
+def comparable_rows(x: Tensor, kernel: int, mode: str) -> Tensor:
+    """Rows of a published batch whose answer bfsys must give too, bool [B].
+
+    masked: padded by at least a kernel; else the published convolution drops tokens that hold real bytes.
+    as_released: not padded at all; else the published answer depends on the neighbours.
+    """
+    padding = (x == PAD).sum(1)
+    return padding >= kernel if mode == "masked" else padding == 0
+
+
+@needs_vectors
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("file", FILES)
+def test_logits_are_the_published_ones(file: str, mode: str) -> None:
+    v = vectors.load(file)
+    compared = 0
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        model = build(v.config, v.weights(dtype), mode)
+        for case in CASES:
+            rows = comparable_rows(v.x(case), v.config.kernel, mode)
+            files = [f for f, comparable in zip(v.files(case), rows, strict=True) if comparable]
+            if files:
+                with torch.no_grad():
+                    got = model(batch_of(files))
+                assert got.dtype == dtype
+                want = v.arrays[f"{case}/{PUBLISHED_MODE[mode]}/logits64"][rows]
+                torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+                compared += len(files)
+    assert compared >= 2 * 8  # of 28 rows, in two precisions: the comparison is not empty
+
+
+@needs_vectors
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("file", FILES)
+def test_gradients_with_the_published_weights_are_those_of_the_reference(file: str, mode: str) -> None:
+    """In no published batch are all rows comparable, so its gradient is reached through the reference."""
+    v = vectors.load(file)
+    files = v.files("tail_longer_than_window")
+    assert_same_as_reference(v.config, v.weights(torch.float64), files, mode)
+
+
+# ---------------------------------------------------------------------------------------------- the reference
+
+
+@st.composite
+def configs(draw) -> ReferenceConfig:
+    heads = draw(st.integers(1, 3))
+    layers = draw(st.integers(1, 5))
+    window = draw(st.integers(1, 12))
+    # Below the window, or a multiple of it: the published mask is meaningless for other shifts.
+    shifts = st.integers(0, window - 1) | st.sampled_from([window, 2 * window])
+    return ReferenceConfig(
+        dim=heads * draw(st.sampled_from([4, 8])),  # a LayerNorm over 2 values turns rounding into noise
+        heads=heads,
+        kernel=draw(st.sampled_from([2, 4, 6, 8])),
+        window=window,
+        shifts=tuple(draw(st.lists(shifts, min_size=layers, max_size=layers))),
+        merge=tuple(draw(st.lists(st.booleans(), min_size=layers, max_size=layers))),
+        max_tokens=160,
+        classes=3,
+    )
+
+
+LENGTHS = st.lists(st.integers(1, 30) | st.integers(1, 150), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=configs(), lengths=LENGTHS, seed=st.integers(0, 99))
+@example(config=TINY, lengths=[1, 2, 3, 4, 5, 16, 17, 31, 32, 33, 150], seed=0)
+def test_masked_is_the_reference_as_intended(config: ReferenceConfig, lengths: list[int], seed: int) -> None:
+    weights = random_weights(config, seed)
+    assert_same_as_reference(config, weights, random_files(lengths, seed), "masked")
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=configs(), lengths=LENGTHS, seed=st.integers(0, 99))
+@example(config=TINY, lengths=[4, 5, 6, 17, 18, 19, 31, 32, 33, 34, 35, 150], seed=0)
+def test_as_released_is_the_reference_as_released_one_file_at_a_time(
+    config: ReferenceConfig, lengths: list[int], seed: int
+) -> None:
+    weights = random_weights(config, seed)
+    files = random_files([max(n, config.kernel) for n in lengths], seed)
+    assert_same_as_reference(config, weights, files, "as_released")
+
+
+def test_published_shape_of_windows_and_mergings_against_the_reference() -> None:
+    """Window 128, shifts 0/64, merging after 0, 1, 3, 5, 7, 9: as trained, in a narrow model."""
+    arch = architecture("custom", dim=8, layers=12, heads=1, kernel=4, max_tokens=1000)
+    config = ReferenceConfig(
+        dim=8,
+        heads=1,
+        kernel=4,
+        window=128,
+        shifts=(0, 64) * 6,
+        merge=tuple(layer in (0, 1, 3, 5, 7, 9) for layer in range(12)),
+        max_tokens=1000,
+        classes=3,
+    )
+    assert architecture_of(config) == arch
+    for mode in MODES:
+        files = random_files([4, 255, 258, 1001, 1998], seed=1)
+        assert_same_as_reference(config, random_weights(config, seed=1), files, mode)
+
+
+# ---------------------------------------------------------------------------------- a file and its neighbours
+
+TINY_WEIGHTS = random_weights(TINY, seed=0)
+TINY_MODELS = {
+    (mode, dtype): build(TINY, {name: w.to(dtype) for name, w in TINY_WEIGHTS.items()}, mode)
+    for mode in MODES
+    for dtype in (torch.float32, torch.float64)
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 600), min_size=2, max_size=8), seed=st.integers(0, 99))
+@example(lengths=[1, 600, 1], seed=0)
+@example(lengths=[599, 5, 4, 17], seed=0)
+def test_a_files_logits_do_not_depend_on_its_neighbours(
+    mode: str, dtype: torch.dtype, tolerance: float, lengths: list[int], seed: int
+) -> None:
+    model = TINY_MODELS[mode, dtype]
+    shortest = 1 if mode == "masked" else TINY.kernel
+    files = random_files([max(n, shortest) for n in lengths], seed)
+    with torch.no_grad():
+        together = model(batch_of(files))
+        alone = torch.cat([model(batch_of([file])) for file in files])
+        backwards = model(batch_of(files[::-1])).flip(0)
+    torch.testing.assert_close(together, alone, rtol=0, atol=tolerance)
+    torch.testing.assert_close(together, backwards, rtol=0, atol=tolerance)
+
+
+def test_every_byte_counts_when_masked() -> None:
+    """Also the last bytes, which the published convolution drops."""
+    model = TINY_MODELS["masked", torch.float64]
+    (file,) = random_files([61], seed=0)
+    changed = [file[:i] + bytes([file[i] ^ 1]) + file[i + 1 :] for i in range(len(file))]
+    with torch.no_grad():
+        logits = model(batch_of([file, *changed]))
+    assert ((logits[1:] - logits[0]).abs().amax(1) > 1e-6).all()
+
+
+def test_pad_bytes_are_not_byte_zero() -> None:
+    """Windows past the end of a file are filled up with nothing, not with zeros."""
+    model = TINY_MODELS["masked", torch.float64]
+    with torch.no_grad():
+        logits = model(batch_of([b"abcde", b"abcde\0"]))
+    assert (logits[0] - logits[1]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_is_left_alone(mode: str) -> None:
+    batch = batch_of(random_files([40, 7, 23], seed=0))
+    before = {f.name: getattr(batch, f.name).clone() for f in fields(batch)}
+    TINY_MODELS[mode, torch.float64](batch).sum().backward()
+    TINY_MODELS[mode, torch.float64].zero_grad()
+    for name, value in before.items():
+        assert torch.equal(getattr(batch, name), value), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_activation_checkpointing_computes_blocks_twice_and_changes_nothing(mode: str) -> None:
+    batch = batch_of(random_files([40, 7, 23], seed=0))
+    answers, calls = [], []
+    for checkpointing in (False, True):
+        model = ByteFormer(architecture_of(TINY), TINY.classes, mode, activation_checkpointing=checkpointing)
+        load_corenet(model.double(), TINY_WEIGHTS)
+        model.blocks[0].register_forward_pre_hook(lambda *_, on=checkpointing: calls.append(on))
+        logits = model.train()(batch)
+        F.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
+        answers.append({"logits": logits, **{name: p.grad for name, p in model.named_parameters()}})
+    assert calls == [False, True, True]
+    for name, want in answers[0].items():
+        torch.testing.assert_close(answers[1][name], want, rtol=0, atol=1e-12)
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_file_is_an_error_that_names_it(mode: str) -> None:
+    with pytest.raises(UserError, match=r"file 1 .* 0 bytes"):
+        TINY_MODELS[mode, torch.float32](batch_of([b"abcdef", b"", b"ghijkl"]))
+
+
+def test_file_shorter_than_the_kernel_is_an_error_as_released_only() -> None:
+    with pytest.raises(UserError, match=r"file 0 .* 3 bytes.* 4"):
+        TINY_MODELS["as_released", torch.float32](batch_of([b"abc"]))
+    assert TINY_MODELS["as_released", torch.float32](batch_of([b"abcd"])).shape == (1, 5)
+    assert TINY_MODELS["masked", torch.float32](batch_of([b"abc"])).shape == (1, 5)
+
+
+@pytest.mark.parametrize(("mode", "longest"), [("masked", 600), ("as_released", 603)])
+def test_file_with_more_tokens_than_positions_is_an_error_with_the_numbers(mode: str, longest: int) -> None:
+    """300 positions, kernel 4, stride 2: 300 * 2 bytes, and as released 299 * 2 + 4 and a dropped byte."""
+    model = TINY_MODELS[mode, torch.float32]
+    assert model(batch_of([bytes(longest)])).isfinite().all()
+    with pytest.raises(UserError, match=rf"file 1 .* {longest + 1} bytes.* 301 tokens.* 300 tokens"):
+        model(batch_of([b"abcd", bytes(longest + 1)]))
+
+
+# --------------------------------------------------------------------------------------- published properties
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "max_tokens", "classes", "published"),
+    [
+        ("tiny", 32, 50_000, 1000, 16_805_416),
+        ("tiny", 32, 9_415, 1000, 9_013_096),
+        ("tiny", 16, 50_000, 1000, 16_215_592),
+        ("tiny", 8, 50_000, 1000, 15_920_680),
+        ("tiny", 4, 50_000, 1000, 15_773_224),
+        ("tiny", 8, 12_140, 1000, 8_651_560),
+        ("tiny", 32, 50_000, 12, 16_614_732),
+        ("tiny", 32, 4_002, 12, 7_783_116),
+        ("small", 32, 50_000, 1000, 47_470_696),
+        ("small", 32, 9_415, 1000, 31_886_056),
+        ("base", 32, 50_000, 1000, 150_383_848),
+        ("base", 32, 9_415, 1000, 119_214_568),
+        ("huge", 32, 50_000, 1000, 767_395_560),
+        ("huge", 32, 9_415, 1000, 715_446_760),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(
+    size: str, kernel: int, max_tokens: int, classes: int, published: int
+) -> None:
+    with torch.device("meta"):
+        model = ByteFormer(architecture(size, kernel=kernel, window=128, max_tokens=max_tokens), classes)
+    assert sum(p.numel() for p in model.parameters()) == published
+    if size == "tiny":
+        assert len(model.state_dict()) == 169
+
+
+def test_initialisation_is_the_published_one() -> None:
+    torch.manual_seed(0)
+    model = ByteFormer(architecture("tiny", max_tokens=2000), 1000)
+    stds = {  # of the published tiny with kernel 32 and 1000 classes
+        "stem.kernel": 0.0074,
+        "stem.positions": 0.0722,
+        "blocks.0.qkv.weight": 0.0512,
+        "blocks.11.proj.weight": 0.0722,
+        "blocks.5.fc1.weight": 0.0457,
+        "blocks.5.fc2.weight": 0.0457,
+        "merges.3.reduction.weight": 0.0589,
+        "head.weight": 0.0410,
+    }
+    parameters = dict(model.named_parameters())
+    for name, std in stds.items():
+        weight = parameters[name]
+        assert weight.std().item() == pytest.approx(std, rel=0.02), name
+        # Uniform ends at sqrt(3) standard deviations, normal goes on.
+        uniform = name != "stem.positions"
+        assert (weight.abs().max() < 1.75 * weight.std()) == uniform, name
+    embedding = parameters["stem.embedding"]
+    assert embedding[:PAD_ROW].std().item() == pytest.approx(0.0722, rel=0.02)
+    assert not embedding[PAD_ROW].any()
+    for name, weight in parameters.items():
+        if name.endswith(".bias"):
+            assert not weight.any(), name
+        elif weight.ndim == 1:  # the scale of a LayerNorm
+            assert (weight == 1).all(), name

@@ -1,0 +1,170 @@
+"""Show, check or rebuild the index of a packed dataset.
+
+    python tools/inspect_shards.py packed/photos --list 5
+    python tools/inspect_shards.py packed/photos --verify
+    python tools/inspect_shards.py downloaded_tars --rebuild
+
+Exit code 0: all is well; 1: --verify found damage; 2: there is no such dataset, or the like. Refused: a
+quick check of samples picked at random. It would pass over most damage, and reading it all is fast.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from rich.console import Console
+from rich.progress import track
+
+from bfsys.data.encodings import AS_STORED
+from bfsys.data.shards import (
+    DESCRIPTION,
+    Split,
+    open_split,
+    read_description,
+    split_names,
+    summarise,
+    verify_index,
+    verify_shard,
+    write_description,
+    write_split,
+)
+from bfsys.data.sources import SPLIT_FOLDERS
+from bfsys.data.tars import TarIndex, join_shards, read_shard
+from bfsys.errors import UserError, run_command
+
+EXIT_DAMAGED = 1
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("dataset", metavar="DATASET", type=Path, help="folder of a packed dataset")
+    add("--split", help="this split only; with --rebuild, the split that all tars belong to")
+    add("--list", type=int, default=0, metavar="N", help="show the first N samples of each split")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--verify", action="store_true", help="read everything and name all damage")
+    task.add_argument("--rebuild", action="store_true", help="index WebDataset tars that were made elsewhere")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    if args.rebuild:
+        rebuild(args.dataset, args.split)
+    names = [args.split] if args.split else split_names(args.dataset)
+    splits = [open_split(args.dataset, name) for name in names]
+    description = read_description(args.dataset)
+    print(summarise({**description, "splits": {name: description["splits"][name] for name in names}}))
+    problems = [problem for split in splits if args.verify for problem in verify(split)]
+    if problems:
+        for problem in problems:
+            print(f"damage: {problem}", file=sys.stderr)
+        return EXIT_DAMAGED
+    for split in splits:
+        if args.list:
+            list_samples(split, args.list)
+        else:
+            list_shards(split)
+    if args.verify:
+        print(f"whole: all {sum(map(len, splits)):,} samples are as they were packed")
+    return 0
+
+
+def list_shards(split: Split) -> None:
+    for shard in split.shards:
+        print(f"    {shard.file}: {shard.samples:,} samples, {shard.bytes:,} bytes")
+
+
+def list_samples(split: Split, count: int) -> None:
+    print(f"{split.split}: key, class, bytes, shard, offset")
+    for i in range(min(count, len(split))):
+        row = split.samples[i]
+        place = f"{split.shards[row['shard']].file}\t{row['offset']}"
+        print(f"{split.key(i)}\t{split.classes[row['label']]}\t{row['length']}\t{place}")
+
+
+def verify(split: Split) -> list[str]:
+    problems = verify_index(split)
+    numbers = range(len(split.shards))
+    console = Console(stderr=True)
+    if console.is_terminal:
+        numbers = track(numbers, f"verifying {split.split}", console=console, transient=True)
+    for number in numbers:
+        problems += verify_shard(split, number)
+    return problems
+
+
+def rebuild(folder: Path, split: str | None) -> None:
+    """Index the tars in a folder. What only the maker knew (encoding, class names) is put in as far as seen."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    if (folder / DESCRIPTION).exists():
+        raise UserError(
+            f"{folder}: has a {DESCRIPTION} already; to make the index anew, delete that file first"
+        )
+    shards_of, problems = {}, []
+    for split_name, paths in tars_by_split(folder, split).items():
+        for path in paths:
+            try:
+                shards_of.setdefault(split_name, []).append(read_shard(path))
+            except UserError as error:
+                problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    classes = class_names([index for shards in shards_of.values() for index in shards])
+    name = folder.resolve().name
+    parts = {
+        split_name: write_split(folder, name, split_name, classes, shards)
+        for split_name, shards in sorted(shards_of.items())
+    }
+    made_by = {"tool": "tools/inspect_shards.py --rebuild"}
+    write_description(folder, name, classes, AS_STORED, made_by, parts)
+
+
+def tars_by_split(folder: Path, split: str | None) -> dict[str, list[Path]]:
+    """The tars of each split, by the split in their names or all of the one given."""
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise UserError(f"{folder}: holds no .tar files")
+    if split:
+        return {split: tars}
+    by_split: dict[str, list[Path]] = {}
+    unclear = []
+    for path in tars:
+        found = re.fullmatch(r"(?:.*-)?([a-z]+)-\d+\.tar", path.name)
+        if found and found[1] in SPLIT_FOLDERS:
+            by_split.setdefault(SPLIT_FOLDERS[found[1]], []).append(path)
+        else:
+            unclear.append(path.name)
+    if unclear:
+        raise UserError(
+            f"{folder}: no split in the name of {', '.join(unclear[:3])}{' …' if len(unclear) > 3 else ''}; "
+            f"expected NAME-SPLIT-NUMBER.tar with SPLIT one of {', '.join(SPLIT_FOLDERS)}, or say --split"
+        )
+    return by_split
+
+
+def class_names(shards: Sequence[TarIndex]) -> list[str]:
+    """The names of the key's first folder, if they match the class numbers one to one; else the numbers."""
+    samples, keys = join_shards(shards)
+    labels = samples["label"].tolist()
+    ends = samples["key_end"].tolist()
+    starts = [0, *ends[:-1]]
+    folders = [
+        keys[start:end].decode("utf-8", "backslashreplace").partition("/")[::2]
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    pairs = {(label, folder) for label, (folder, rest) in zip(labels, folders, strict=True) if rest}
+    count = max(labels) + 1
+    if all(rest for _, rest in folders) and len({folder for _, folder in pairs}) == len(pairs) == count:
+        return [folder for _, folder in sorted(pairs)]
+    return [f"{label:0{len(str(count - 1))}}" for label in range(count)]
+
+
+if __name__ == "__main__":
+    run_command(main)

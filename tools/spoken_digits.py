@@ -1,0 +1,231 @@
+"""The speech of make_digits.py: the words "zero" to "nine", spoken by espeak-ng, as short WAV files.
+
+Decisions:
+- espeak-ng keeps its state (noise, flutter, echo) in C globals that outlive even its own Terminate, and
+  seeds its noise with the clock. So a word depends on all words before it. Utterances are therefore cut
+  into chunks of fixed size, and each chunk is spoken in order by a fresh, seeded process: the clips depend
+  on the arguments alone, not on the number of cores. Refused: a process per utterance, which costs a
+  hundred times the speech itself.
+- A variant is a voice. Validation has variants that training never has, and variants that differ only in a
+  final number (`iven`, `iven2`, …) stay on one side, for some are slight changes of one another.
+- A word is spoken whole: where it overruns the clip it is spoken again, faster. Refused: cutting it off,
+  which makes "four" of "forty" and would tell long words by their missing ends.
+"""
+
+import ctypes
+import io
+import itertools
+import multiprocessing
+import os
+import signal
+import wave
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from bfsys.errors import UserError
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# All English accents of espeak-ng but the Shavian script, which sounds as `en`. `en` is British; espeak-ng
+# knows it as `en-gb` too, but then takes no variant.
+ACCENTS = (
+    "en", "en-029", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-gb-x-rp", "en-us", "en-us-nyc",
+)  # fmt: skip
+VAL_SHARE_OF_VARIANTS = 0.15
+# Variants of which a classifier trained on the others gets more than 10 % wrong, where it gets 0.5 % of the
+# rest wrong (a small convolutional net on spectrograms, four-fold by variant): whispers, and far formants.
+EXCLUDED_VARIANTS = {"Alicia", "kaukovalta", "klatt", "klatt2", "shelby", "whisper", "whisperf", "zac"}
+RATES_WPM = (250, 320)  # slower, most words overrun the clip; faster, "two" is under 80 ms and vowels go
+MAX_RATE_WPM = 450
+PITCHES = (30, 70)  # espeak-ng's scale: 0 to 99, 50 is the voice's own pitch
+ESPEAK_RATE_HZ = 22_050
+CLIP_RATE_HZ = 8_000
+CLIP_SAMPLES = 2_800  # 0.35 s
+MAX_WORD_SAMPLES = 2_640  # 0.33 s: the rest leaves even the longest word some room to move
+TRIM_BELOW_PEAK_DB = 40
+PEAKS = (0.4, 0.95)  # of full scale
+NOISE_RMS = (0.004, 0.012)  # of full scale; one step of 8 bits is 0.008
+CHUNK_UTTERANCES = 2_000
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One speech file to be made: a digit spoken in one way."""
+
+    split: str
+    digit: int
+    accent: str
+    variant: str
+    rate_wpm: int
+    pitch: int
+    encoding: str = "wav"
+
+
+class Synthesizer:
+    """espeak-ng in this process, within a `with`. One at a time: its state is global to the process."""
+
+    # From espeak-ng's speak_lib.h.
+    AUDIO_OUTPUT_SYNCHRONOUS = 2
+    INITIALIZE_DONT_EXIT = 0x8000
+    CHARS_UTF8 = 1
+    RATE, PITCH = 1, 3
+    CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.pieces: list[bytes] = []
+        self.callback = self.CALLBACK(self._take)  # kept here: espeak-ng holds only a pointer to it
+
+    def __enter__(self) -> "Synthesizer":
+        import espeakng_loader as loader
+
+        try:
+            self.library = ctypes.CDLL(loader.get_library_path())
+        except OSError as error:
+            raise UserError(f"the speech library of package espeakng-loader does not load: {error}") from None
+        rate_hz = self.library.espeak_Initialize(
+            self.AUDIO_OUTPUT_SYNCHRONOUS, 0, os.fsencode(loader.get_data_path()), self.INITIALIZE_DONT_EXIT
+        )
+        if rate_hz != ESPEAK_RATE_HZ:
+            raise UserError(f"espeak-ng does not start: got {rate_hz} Hz, expected {ESPEAK_RATE_HZ} Hz")
+        self.library.espeak_ng_SetRandSeed(ctypes.c_long(self.seed))  # Initialize seeds it with the clock
+        self.library.espeak_SetSynthCallback(self.callback)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.library.espeak_Terminate()
+
+    def _take(self, samples, n_samples: int, events) -> int:
+        if samples and n_samples > 0:
+            self.pieces.append(ctypes.string_at(samples, 2 * n_samples))
+        return 0  # go on
+
+    def say(self, text: str, voice: str, rate_wpm: int, pitch: int) -> np.ndarray:
+        """Speak; returns int16 samples at 22,050 Hz."""
+        self.pieces.clear()
+        encoded = text.encode() + b"\0"
+        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise UserError(f"espeak-ng has no voice {voice!r}: is espeakng-loader older than 0.2.4?")
+        self.library.espeak_SetParameter(self.RATE, rate_wpm, 0)
+        self.library.espeak_SetParameter(self.PITCH, pitch, 0)
+        size = ctypes.c_size_t(len(encoded))
+        self.library.espeak_Synth(encoded, size, 0, 0, 0, self.CHARS_UTF8, None, None)
+        self.library.espeak_Synchronize()
+        return np.frombuffer(b"".join(self.pieces), np.int16)
+
+
+def list_variants() -> list[str]:
+    import espeakng_loader
+
+    names = os.listdir(Path(espeakng_loader.get_data_path(), "voices", "!v"))
+    return sorted(set(names) - EXCLUDED_VARIANTS)
+
+
+def split_variants(variants: list[str], rng: np.random.Generator) -> dict[str, list[str]]:
+    """Whole families go to one side: a family is the variants whose names differ only in a final number."""
+    families: dict[str, list[str]] = {}
+    for variant in variants:
+        families.setdefault(variant.lower().rstrip("0123456789"), []).append(variant)
+    splits: dict[str, list[str]] = {"train": [], "val": []}
+    for name in rng.permutation(sorted(families)).tolist():
+        room_in_val = len(splits["val"]) + len(families[name]) <= VAL_SHARE_OF_VARIANTS * len(variants)
+        splits["val" if room_in_val else "train"] += families[name]
+    return splits
+
+
+def plan_utterances(clips_per_class: dict[str, int], rng: np.random.Generator) -> list[Utterance]:
+    """Every class has the same voices equally often; shuffled, so that no class follows on another."""
+    utterances = []
+    for split, variants in split_variants(list_variants(), rng).items():
+        for digit in range(10):
+            voices = itertools.cycle(rng.permutation(variants).tolist())
+            for variant in itertools.islice(voices, clips_per_class[split]):
+                accent = ACCENTS[rng.integers(len(ACCENTS))]
+                rate_wpm = int(rng.integers(*RATES_WPM, endpoint=True))
+                pitch = int(rng.integers(*PITCHES, endpoint=True))
+                utterances.append(Utterance(split, digit, accent, variant, rate_wpm, pitch))
+    return [utterances[i] for i in rng.permutation(len(utterances))]
+
+
+def trim(samples: np.ndarray) -> np.ndarray:
+    loudness = np.abs(samples.astype(np.int32))
+    loud = np.flatnonzero(loudness > loudness.max(initial=0) * 10 ** (-TRIM_BELOW_PEAK_DB / 20))
+    return samples[loud[0] : loud[-1] + 1] if loud.size else samples[:0]
+
+
+def resample(samples: np.ndarray) -> np.ndarray:
+    """22,050 → 8,000 Hz = 441 → 160, by cutting the spectrum; returns float32, peak 1.
+
+    On its own grid of 441 samples that is exact, and needs no SciPy in the speaking processes.
+    """
+    blocks = -(-len(samples) // 441) + 1  # one more: silence for what rings on at the borders
+    spectrum = np.fft.rfft(samples.astype(np.float32), n=441 * blocks)[: 80 * blocks + 1]
+    word = np.fft.irfft(spectrum, n=160 * blocks)[: -(-len(samples) * 160 // 441)]
+    return (word / np.abs(word).max()).astype(np.float32)
+
+
+def speak(utterances: list[Utterance], seed: int) -> list[tuple[Utterance, np.ndarray]]:
+    """Speak in this process, a long word faster than asked if it must, so that it fits the clip whole.
+
+    Returns each utterance as it was spoken, and the word.
+    """
+    spoken = []
+    with Synthesizer(seed) as synthesizer:
+        for u in utterances:
+            for rate_wpm in range(u.rate_wpm, MAX_RATE_WPM + 1, 10):
+                samples = trim(synthesizer.say(WORDS[u.digit], f"{u.accent}+{u.variant}", rate_wpm, u.pitch))
+                if len(samples) * CLIP_RATE_HZ <= MAX_WORD_SAMPLES * ESPEAK_RATE_HZ:
+                    break
+            else:
+                raise UserError(f"voice {u.variant!r} is too slow: {WORDS[u.digit]!r} does not fit the clip")
+            if not samples.size:
+                raise UserError(f"voice {u.variant!r} is silent on {WORDS[u.digit]!r}")
+            spoken.append((replace(u, rate_wpm=rate_wpm), resample(samples)))
+    return spoken
+
+
+def speak_in_fresh_process(utterances: list[Utterance], seed: int) -> list[tuple[Utterance, np.ndarray]]:
+    # Spawned, not forked: a fork copies this process's threads' locks. Ctrl-C is this process's to handle.
+    context, ignore_sigint = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=ignore_sigint) as process:
+        try:
+            return process.submit(speak, utterances, seed).result()
+        except BrokenProcessPool:
+            raise UserError("the process of espeak-ng crashed or was killed: short of memory?") from None
+
+
+def make_clip(word: np.ndarray, rng: np.random.Generator) -> bytes:
+    """The word at a random place and loudness over noise, as a WAV file of fixed length."""
+    clip = rng.uniform(*NOISE_RMS) * rng.standard_normal(CLIP_SAMPLES, dtype=np.float32)
+    start = rng.integers(CLIP_SAMPLES - len(word), endpoint=True)
+    clip[start : start + len(word)] += rng.uniform(*PEAKS) * word
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setparams((1, 1, CLIP_RATE_HZ, CLIP_SAMPLES, "NONE", ""))
+        file.writeframes(np.clip(np.rint(128 + 127 * clip), 0, 255).astype(np.uint8).tobytes())
+    return buffer.getvalue()
+
+
+def make_utterances(
+    clips_per_class: dict[str, int], plan_rng: np.random.Generator, clip_rng: np.random.Generator
+) -> tuple[Counter, Iterator[tuple[Utterance, bytes]]]:
+    """How many clips each split is to have, and an iterator over what each is and its bytes."""
+    utterances = plan_utterances(clips_per_class, plan_rng)
+    chunks = [utterances[i : i + CHUNK_UTTERANCES] for i in range(0, len(utterances), CHUNK_UTTERANCES)]
+    seeds = plan_rng.integers(2**31, size=len(chunks)).tolist()
+
+    def encoded() -> Iterator[tuple[Utterance, bytes]]:
+        with ThreadPoolExecutor(min(len(chunks), os.cpu_count() or 1)) as threads:
+            try:
+                for spoken in threads.map(speak_in_fresh_process, chunks, seeds):
+                    yield from ((utterance, make_clip(word, clip_rng)) for utterance, word in spoken)
+            except BaseException:  # Ctrl-C too: do not speak the rest first
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    return Counter(utterance.split for utterance in utterances), encoded()
