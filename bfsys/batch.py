@@ -32,7 +32,8 @@ class ByteBatch:
     """B files as one buffer.
 
     data     uint8 [total bytes], on the device of the model
-    offsets  int64 [B + 1], on the CPU, where index arithmetic is done; file i is data[offsets[i]:offsets[i+1]]
+    offsets  int64 [B + 1] from 0, on the CPU, where index arithmetic is done; file i is
+             data[offsets[i]:offsets[i+1]]
     labels   int64 [B], class index in the run's class list, or NO_LABEL
     sources  int64 [B], position of the file's source in the run's source list
     samples  int64 [B], position of the file in its source's index, or -1 if it has none

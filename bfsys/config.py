@@ -47,6 +47,7 @@ class Data:
     """Datasets that are mixed. Classes of equal name are one class; the head has the union of all."""
     train_split: str = "train"
     eval_split: str = "val"
+    """Evaluated during the run, where a source has it."""
     batch_samples: Count = 768
     """Samples of one step, over all ranks."""
     lanes: Count = 64
@@ -111,6 +112,7 @@ class Optim:
     final_lr: NotNegative = 2e-5
     """Learning rate at the last step."""
     warmup_lr: NotNegative = 1e-6
+    """Learning rate of the first step."""
     warmup_steps: Whole = 7500
     """Steps of the straight line from warmup_lr to lr."""
     beta1: Share = 0.9

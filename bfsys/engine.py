@@ -40,6 +40,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         self.micro_batches = config.data.lanes // ranks.world_size
         self.stage, self.device = config.train.zero_stage, ranks.device
+        self.rank, self.world_size = ranks.rank, ranks.world_size
         self._loss_scale = ranks.world_size * self.micro_batches / config.data.batch_samples
         self._clip_norm = config.optim.clip_norm
         self.optimizer = AdamW(parameter_groups(model, config.optim.weight_decay), config.optim)
@@ -101,16 +102,22 @@ class Engine:
 
     def write_state(self, state: str, values: StateValues) -> None:
         """Set whole tensors, `values[parameter name]`, on every rank; each is asked for once."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed import utils
 
         for p in self._engine.module.parameters():
             value = values[self._names[id(p)]].to(self.device)
             if self.stage == 0:
                 (p.data if state == WEIGHT else self.optimizer.state[p][state]).copy_(value)
+            elif self.stage == 3:  # not the "full" form: it fails where ranks do not divide a parameter evenly
+                share = self._share(p, value)
+                if state == WEIGHT:
+                    utils.safe_set_local_fp32_param(p, share)
+                else:
+                    utils.safe_set_local_optimizer_state(p, share, state)
             elif state == WEIGHT:
-                safe_set_full_fp32_param(p, value)
+                utils.safe_set_full_fp32_param(p, value)
             else:
-                safe_set_full_optimizer_state(p, value, state)
+                utils.safe_set_full_optimizer_state(p, value, state)
         if state == WEIGHT and self.stage > 0:
             self._copy_masters_to_model()
 
@@ -128,6 +135,13 @@ class Engine:
         if self.stage == 3:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _share(self, p: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part of a whole tensor at stage 3: equal parts, the last ones filled up with zeros."""
+        length = p.ds_tensor.numel()
+        padded = value.new_zeros(self.world_size * length)
+        padded[: value.numel()] = value.flatten()
+        return padded[self.rank * length : (self.rank + 1) * length]
 
     def _init_optimizer_state(self) -> None:
         self.optimizer.init_state(self._flat_parameters())

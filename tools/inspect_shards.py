@@ -46,9 +46,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("dataset", metavar="DATASET", type=Path, help="folder of a packed dataset")
     add("--split", help="this split only; with --rebuild, the split that all tars belong to")
     add("--list", type=int, default=0, metavar="N", help="show the first N samples of each split")
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--verify", action="store_true", help="read everything and name all damage")
-    task.add_argument("--rebuild", action="store_true", help="index WebDataset tars that were made elsewhere")
+    add("--verify", action="store_true", help="read everything and name all damage")
+    add("--rebuild", action="store_true", help="index WebDataset tars that were made elsewhere")
     return parser.parse_args(arguments)
 
 

@@ -114,9 +114,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if packing.is_packed(folder, fingerprint):
         print(f"{folder}: already packed")
     else:
-        packing.start(folder)
-        outcomes = write_all(jobs, args.workers or len(os.sched_getaffinity(0)), args.skip_bad)
-        packing.finish(folder, listing.classes, encoding, given, outcomes, listing.bad, fingerprint)
+        try:
+            packing.start(folder)
+            outcomes = write_all(jobs, args.workers or len(os.sched_getaffinity(0)), args.skip_bad)
+            packing.finish(folder, listing.classes, encoding, given, outcomes, listing.bad, fingerprint)
+        except OSError as error:  # of writing: files that cannot be read have been sorted out
+            raise UserError(
+                f"{error.filename or folder}: cannot be written ({error.strerror}); put that right and run "
+                f"the same command again: finished shards are kept"
+            ) from error
         print(f"{folder}: packed in {time.monotonic() - started_s:.1f} s")
     print_summary(folder)
 

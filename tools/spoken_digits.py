@@ -21,9 +21,9 @@ import signal
 import wave
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -189,14 +189,35 @@ def speak(utterances: list[Utterance], seed: int) -> list[tuple[Utterance, np.nd
     return spoken
 
 
+def speak_into(pipe: Connection, utterances: list[Utterance], seed: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: it is for the first to handle
+    try:
+        pipe.send(speak(utterances, seed))
+    except UserError as error:
+        pipe.send(error)
+
+
 def speak_in_fresh_process(utterances: list[Utterance], seed: int) -> list[tuple[Utterance, np.ndarray]]:
-    # Spawned, not forked: a fork copies this process's threads' locks. Ctrl-C is this process's to handle.
-    context, ignore_sigint = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=ignore_sigint) as process:
-        try:
-            return process.submit(speak, utterances, seed).result()
-        except BrokenProcessPool:
-            raise UserError("the process of espeak-ng crashed or was killed: short of memory?") from None
+    """`speak` in a process of its own.
+
+    Spawned, as a fork would copy the locks of this process's threads. Refused: ProcessPoolExecutor, whose
+    workers live on for ever when this process is killed; this one ends with its pipe.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=speak_into, args=(sender, utterances, seed), daemon=True)
+    process.start()
+    sender.close()  # here; so that the end of the process is the end of the pipe
+    try:
+        spoken = receiver.recv()
+    except EOFError:
+        raise UserError("the process of espeak-ng crashed or was killed: short of memory?") from None
+    finally:
+        receiver.close()
+        process.join()
+    if isinstance(spoken, UserError):
+        raise spoken
+    return spoken
 
 
 def make_clip(word: np.ndarray, rng: np.random.Generator) -> bytes:

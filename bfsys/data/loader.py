@@ -34,9 +34,16 @@ class Sources:
 
 
 def union_of_classes(config: Config) -> tuple[str, ...]:
-    """Class names of all sources, sorted: the rows of the head."""
-    splits = [open_split(source.path, config.data.train_split) for source in config.data.sources]
-    return tuple(sorted({name for split in splits for name in split.classes}))
+    """Class names of all sources, sorted: the rows of the head. Raises UserError with all problems."""
+    names, problems = set(), []
+    for source in config.data.sources:
+        try:
+            names |= set(open_split(source.path, config.data.train_split).classes)
+        except UserError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UserError(*problems)
+    return tuple(sorted(names))
 
 
 def open_sources(config: Config, split: str, classes: Sequence[str], *, allow_missing: bool = False) -> Sources:

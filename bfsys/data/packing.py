@@ -121,11 +121,6 @@ def write_job(job: Job, skip_bad: bool) -> Outcome:
         index = write_shard(job.path, _members(job, bad, skip_bad))
     except BadFilesError:
         return Outcome(job, None, bad)
-    except OSError as error:
-        raise UserError(
-            f"{job.path}: cannot be written ({error.strerror}); put that right and run the same command "
-            f"again: finished shards are kept"
-        ) from error
     with atomic_file(job.sidecar) as file:
         head = json.dumps([job.fingerprint, asdict(index.shard), bad])
         np.savez(file, head=head, samples=index.samples, keys=np.frombuffer(index.keys, np.uint8))
@@ -178,14 +173,19 @@ def write_jobs(jobs: Sequence[Job], workers: int, skip_bad: bool) -> Iterator[Ou
         yield from (write_job(job, skip_bad) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_exit_with_parent)
     running = set()
     try:
         for job in jobs:
             if len(running) == workers:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
-            running.add(pool.submit(_write_job_in_worker, job, skip_bad))
+            # a worker that is started here inherits the mask, so that Ctrl-C meets it in its jobs only
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                running.add(pool.submit(_write_job_in_worker, job, skip_bad))
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield from (future.result() for future in running)
     except BrokenProcessPool as error:
         raise UserError(
@@ -196,20 +196,19 @@ def write_jobs(jobs: Sequence[Job], workers: int, skip_bad: bool) -> Iterator[Ou
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """Be deaf to Ctrl-C when idle, and do not outlive the parent: an orphan would write beside the next run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _exit_with_parent() -> None:
+    """An orphan would write beside the next run."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _write_job_in_worker(job: Job, skip_bad: bool) -> Outcome:
     """Ctrl-C in the middle of a shard removes its temporary file; the pool hands the exception on."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         return write_job(job, skip_bad)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def target_problems(folder: Path, splits: set[str]) -> list[str]:
@@ -225,7 +224,7 @@ def target_problems(folder: Path, splits: set[str]) -> list[str]:
         lost = sorted(description["splits"].keys() - splits)
         if description.get("made_by", {}).get("tool") != TOOL:
             return [f"{folder}: holds a dataset that {TOOL} did not make; choose another --name"]
-        if lost:
+        if splits and lost:
             return [
                 f"{folder}: holds a dataset with split {', '.join(lost)}, which this command would remove; "
                 f"pack all splits by one command (split folders or --from filelist), or choose another --name"

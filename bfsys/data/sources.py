@@ -26,7 +26,7 @@ from bfsys.data.tars import NOT_PAYLOAD
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SPEECH_COMMANDS_LISTS = {"validation_list.txt": "val", "testing_list.txt": "test"}
 BACKGROUND_NOISE = "_background_noise_"
-OUTSIDE = re.compile(r"/*(\.\./)*")  # what leads a path out of the list's folder
+OUTSIDE = re.compile(r"^/*(\.\./)*")  # what leads a path out of the list's folder
 SKIPPED_BY_WEBDATASET = re.compile(r"__.*__")
 
 
@@ -170,7 +170,7 @@ def _wrong_line(parts: list[str], columns: int, split: str | None) -> str:
 def _wrong_class(name: str) -> str:
     if not name.isprintable():
         return f"class {name!r} has characters that cannot be printed; rename it"
-    if "/" in name or SKIPPED_BY_WEBDATASET.fullmatch(name):
+    if "/" in name or SKIPPED_BY_WEBDATASET.fullmatch(name.replace(".", "_")):
         return f"class {name!r}: a class may not hold a / nor look like __this__ (WebDataset skips those)"
     return ""
 

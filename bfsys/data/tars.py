@@ -9,6 +9,7 @@ where a payload came to lie. Headers still come from `tarfile`, and any tar read
 import hashlib
 import mmap
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ SAMPLE = np.dtype(
 )
 BLOCK_BYTES = 512  # tar's unit: headers are one block, payloads are filled up to whole blocks
 RECORD_BYTES = 20 * BLOCK_BYTES  # tar files are filled up to whole records, after two empty blocks
+CLASS_NUMBER = re.compile(rb"\s*[0-9]{1,9}\s*")
 NOT_PAYLOAD = ("cls", "json")
 
 
@@ -132,7 +134,9 @@ def read_shard(path: Path) -> TarIndex:
 
 def _index_samples(path: Path, content: mmap.mmap, sha256: str) -> TarIndex:
     payloads, labels = _members(path, content)
-    problems = [f"{path}: sample {key!r} has no payload beside its .cls" for key in labels.keys() - payloads]
+    problems = [
+        f"{path}: sample {key!r} has no payload beside its .cls" for key in labels if key not in payloads
+    ]
     rows: list[tuple] = []
     keys = bytearray()
     for key, infos in payloads.items():
@@ -142,7 +146,7 @@ def _index_samples(path: Path, content: mmap.mmap, sha256: str) -> TarIndex:
             problems.append(
                 f"{path}: sample {key!r} has {len(infos)} payloads ({extensions}); one is allowed"
             )
-        elif not label.strip().isdigit():
+        elif not CLASS_NUMBER.fullmatch(label):
             got = f"{key}.cls holds {label[:40]!r}" if key in labels else f"there is no {key}.cls"
             problems.append(f"{path}: sample {key!r} has no class: {got}; it must hold a number such as 7")
         else:
@@ -169,9 +173,9 @@ def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, list[tarfile.Tar
     end = 0
     with tarfile.open(path, mode="r:") as tar:
         for info in tar:
-            end = (
-                info.offset_data + info.size + -info.size % BLOCK_BYTES if info.isreg() else info.offset_data
-            )
+            end = info.offset_data
+            if info.isreg():
+                end += info.size + -info.size % BLOCK_BYTES
             folder, slash, base = info.name.rpartition("/")
             stem, dot, extension = base.partition(".")  # WebDataset: a key ends at the name's first dot
             if not info.isreg() or not stem or not dot:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bfsys.batch import ByteBatch
+from bfsys.errors import UserError
 from bfsys.model.attention import attend, segment_mean
-from bfsys.model.layout import AS_RELEASED, MASKED, Windows, make_layout
+from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Windows, make_layout
 from bfsys.model.sizes import Architecture
 from bfsys.model.stem import Stem
 
@@ -70,6 +71,8 @@ class ByteFormer(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if mode not in MODES:
+            raise UserError(f"mode: got {mode!r}; allowed: {', '.join(MODES)}")
         self.architecture, self.mode = architecture, mode
         self.activation_checkpointing = activation_checkpointing
         dim = architecture.dim

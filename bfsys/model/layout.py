@@ -22,6 +22,7 @@ from bfsys.model.sizes import Architecture
 
 MASKED = "masked"
 AS_RELEASED = "as_released"
+MODES = (MASKED, AS_RELEASED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +139,7 @@ def make_layout(lengths: Tensor, architecture: Architecture, mode: str = MASKED)
 
 
 def _check(lengths: np.ndarray, tokens: np.ndarray, architecture: Architecture, mode: str) -> None:
+    assert len(lengths), "an empty batch has no logits"
     shortest = 1 if mode == MASKED else architecture.kernel
     for i in np.flatnonzero(lengths < shortest):
         raise UserError(f"file {i} of the batch has {lengths[i]} bytes; this model needs at least {shortest}")

@@ -46,10 +46,21 @@ class Architecture:
     max_tokens: int
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = [
+            f"model.{name}: got {value}; at least {least} is needed"
+            for name, value, least in (
+                ("dim", self.dim, 1),
+                ("layers", self.layers, 1),
+                ("heads", self.heads, 1),
+                ("window", self.window, 1),
+                ("max_tokens", self.max_tokens, 1),
+                ("shift", min(self.shifts, default=0), 0),
+            )
+            if value < least
+        ]
         if self.kernel < 2 or self.kernel % 2:
             problems.append(f"model.kernel: got {self.kernel}; it must be even and at least 2 (stride = kernel/2)")
-        if self.dim % self.heads:
+        if self.heads > 0 and self.dim % self.heads:
             problems.append(f"model.heads: {self.heads} heads do not divide dim {self.dim}")
         if len(self.shifts) != self.layers:
             problems.append(f"model: {len(self.shifts)} shifts for {self.layers} layers")

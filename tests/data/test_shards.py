@@ -33,7 +33,8 @@ key_parts = st.text(
 members = st.lists(
     st.builds(
         Member,
-        st.tuples(key_parts, key_parts, key_parts).map("/".join),
+        # WebDataset leaves out what lies in a folder named __like this__
+        st.tuples(key_parts.map("c{}".format), key_parts, key_parts).map("/".join),
         st.sampled_from(["jpg", "bin", "wav"]),
         st.binary(min_size=1, max_size=1500),
         st.integers(0, 2),
@@ -58,7 +59,7 @@ def make_dataset(path: Path, shards: int = 3, per_shard: int = 4) -> Path:
     return path
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(members)
 def test_a_shard_reads_back_as_written(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("shard") / "x-train-000000.tar"
@@ -187,7 +188,7 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_flipped_byte_is_found(tmp_path_factory, data):
     path = make_dataset(tmp_path_factory.mktemp("pets"), shards=2, per_shard=3)

@@ -1,0 +1,261 @@
+"""Train on this machine: one process per GPU, or several on the CPU.
+
+    python launchers/local.py configs/quickstart.yaml
+    python launchers/local.py --ranks 2 configs/quickstart.yaml train.steps=100
+
+Ctrl-C or SIGTERM saves a checkpoint and stops; the same command continues from there. A second Ctrl-C, a few
+seconds later, gives up at once. The exit code is that of the first rank that fails.
+
+Ranks write to files and this process shows what is added to rank 0's: no rank ever waits for a console or breaks with
+it. They die with this process even when it is killed, through Linux's parent-death signal, set between fork and exec.
+Refused: ranks that watch their parent, since a rank blocked in a collective would not look; and SIGTERM as that
+signal, for the same reason. Whoever kills the launcher loses the steps since the last checkpoint, not the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from bfsys.config import load_config
+from bfsys.data.plan import lanes_of_rank
+from bfsys.dryrun import dry_run
+from bfsys.errors import EXIT_USER_ERROR, UserError, run_command
+from bfsys.faults import EXIT_REQUEUE, EXIT_STOPPED, REPEAT_S
+from bfsys.job import MASTER_PORTS, TrainJob, rank_variables
+
+FORWARDED = {signal.SIGINT: EXIT_STOPPED, signal.SIGTERM: EXIT_STOPPED, signal.SIGUSR2: EXIT_REQUEUE}
+AGREED_EXIT_CODES = (0, EXIT_USER_ERROR, EXIT_REQUEUE, EXIT_STOPPED)  # all ranks end with it, nearly together
+
+POLL_S = 0.05
+TOGETHER_S = 30.0  # between the first and the last rank of an agreed end
+GRACE_S = 10.0  # between SIGTERM and SIGKILL
+SHOWN_LINES = 15  # of a failed rank's log
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Group:
+    """The running ranks of one job, until all of them have ended."""
+
+    def __init__(self, job: TrainJob, world_size: int, log_dir: Path) -> None:
+        self.processes: list[subprocess.Popen] = []
+        self.logs = [log_dir / f"rank-{rank}.log" for rank in range(world_size)]
+        self._received: list[int] = []
+        self._last_sent: dict[int, float] = {}
+        self._previous = {number: signal.signal(number, self._receive) for number in FORWARDED}
+        port, die_with_parent = free_port(), make_die_with_parent()
+        for rank, log in enumerate(self.logs):
+            variables = rank_variables(
+                rank, world_size, rank, world_size, master_addr="127.0.0.1", master_port=port
+            )
+            with open(log, "ab") as output:
+                output.write(f"--- {time.strftime('%F %T')} {shlex.join(job.command())}\n".encode())
+                output.flush()
+                process = subprocess.Popen(
+                    job.command(),
+                    cwd=job.work_dir,
+                    env={**os.environ, **variables, "PYTHONUNBUFFERED": "1"},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    # A group of its own: a terminal's Ctrl-C reaches it once, through this process.
+                    process_group=0,
+                    preexec_fn=die_with_parent,
+                )
+            self.processes.append(process)
+
+    def wait(self, show: Callable[[], None]) -> int:
+        """Wait for all ranks, forward signals, stop the rest when one fails; the exit code of the whole.
+
+        `show` is called again and again.
+        """
+        first_rank, first_code = None, 0
+        stop_at = kill_at = float("inf")
+        while any(p.returncode is None for p in self.processes):
+            time.sleep(POLL_S)
+            gave_up = self._forward()
+            before = [p.returncode for p in self.processes]
+            ended = {r: p.poll() for r, p in enumerate(self.processes) if before[r] is None and p.poll() is not None}
+            show()
+            now = time.monotonic()
+            if ended and stop_at == float("inf"):
+                stop_at = now + TOGETHER_S
+            if first_code == 0 and any(ended.values()):
+                # Of ranks seen in the same look, one that died of a signal is likelier to be the cause.
+                first_rank, code = min(((r, c) for r, c in ended.items() if c), key=lambda item: item[1])
+                first_code = self._exit_code(code)
+                if first_code not in AGREED_EXIT_CODES:
+                    stop_at = now
+            if gave_up or now >= stop_at:
+                self._send(signal.SIGTERM)
+                stop_at, kill_at = float("inf"), min(kill_at, now + GRACE_S)
+            if now >= kill_at:
+                self._send(signal.SIGKILL)
+        if first_code not in AGREED_EXIT_CODES:
+            self._describe_failure(first_rank, first_code)
+        return first_code
+
+    def close(self) -> None:
+        """End what is left, at once."""
+        self._send(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
+
+    def _forward(self) -> bool:
+        """Send on what was received, once; True if it was asked again and ranks must go at once."""
+        gave_up = False
+        while self._received:
+            number, now = self._received.pop(0), time.monotonic()
+            last = self._last_sent.get(number)
+            if last is not None and now - last < REPEAT_S:
+                continue
+            self._last_sent[number] = now
+            gave_up |= last is not None
+            self._send(number)
+        return gave_up
+
+    def _send(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is not None:
+                continue
+            if number == signal.SIGKILL:
+                with suppress(ProcessLookupError):  # with its loader processes
+                    os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+
+    def _exit_code(self, code: int) -> int:
+        """A rank that died of a forwarded signal had nothing to save yet, and ends as one that had."""
+        if code >= 0:
+            return code
+        return FORWARDED[-code] if -code in self._last_sent else 128 - code
+
+    def _describe_failure(self, rank: int, code: int) -> None:
+        log = self.logs[rank]
+        print(f"error: rank {rank} ended with code {code}, the others were stopped; see {log}", file=sys.stderr)
+        if rank:  # rank 0's lines were shown
+            lines = log.read_text(errors="replace").splitlines()
+            print("\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]), file=sys.stderr)
+
+
+def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
+    """Run all ranks to their end, rank 0's output on the console; the exit code of the whole."""
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        with open(log_dir / "rank-0.log", "ab") as log:
+            shown_from = log.tell()
+    except OSError as error:
+        raise UserError(f"log folder {log_dir}: cannot be written: {error.strerror}") from None
+    group = Group(job, world_size, log_dir)
+    try:
+        with open(group.logs[0], "rb") as log:
+            log.seek(shown_from)
+            code = group.wait(lambda: show_new(log))
+            show_new(log)
+    finally:
+        group.close()
+    return code
+
+
+def show_new(log: BinaryIO) -> None:
+    """Copy what was added to the log to the console."""
+    text = log.read()
+    if text:
+        sys.stdout.write(text.decode(errors="replace"))
+        sys.stdout.flush()
+
+
+def make_die_with_parent() -> Callable[[], None] | None:
+    """What a child has to do between fork and exec to be killed when this process ends; None outside Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()  # loaded here: not much is safe after a fork
+
+    def die_with_parent() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before this was set
+            os._exit(128 + signal.SIGKILL)
+
+    return die_with_parent
+
+
+def free_port() -> int:
+    """A port for the ranks to meet at, outside the ephemeral range; two launchers begin to look at different ones."""
+    for i in range(len(MASTER_PORTS)):
+        port = MASTER_PORTS[(os.getpid() + i) % len(MASTER_PORTS)]
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise UserError(f"no free port from {MASTER_PORTS.start} to {MASTER_PORTS.stop - 1} on this machine")
+
+
+def choose_ranks(lanes: int, asked: int | None) -> int:
+    """`asked`, if it can be; by default the most ranks that GPUs or cores allow and that divide the lanes."""
+    gpus = torch.cuda.device_count()
+    if asked is None:
+        most = gpus or len(os.sched_getaffinity(0))
+        return max(n for n in range(1, min(most, lanes) + 1) if lanes % n == 0)
+    problems = []
+    if asked < 1:
+        raise UserError(f"--ranks: got {asked}; at least 1 is needed")
+    try:
+        lanes_of_rank(lanes, 0, asked)
+    except UserError as error:
+        problems.extend(error.problems)
+    if gpus and asked > gpus:
+        problems.append(f"--ranks: got {asked}, more than this machine's {gpus} GPUs; one rank per GPU is allowed")
+    if problems:
+        raise UserError(*problems)
+    return asked
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="launchers/local.py", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="processes; default: one per GPU or core, as data.lanes allows"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check config and data, show the command, start nothing")
+    args = parser.parse_intermixed_args(arguments)
+    config = load_config(args.config, args.overrides)
+    ranks = choose_ranks(config.data.lanes, args.ranks)
+    job = TrainJob(
+        config=Path(args.config).absolute(),
+        overrides=tuple(args.overrides),
+        code_dir=Path(__file__).resolve().parents[1],
+        work_dir=Path.cwd(),
+    )
+    log_dir = config.run_dir.absolute() / "log"
+    if args.dry_run:
+        dry_run(config, ranks, with_data=True)
+        print(f"command     {shlex.join(job.command())}, {ranks} times; logs in {log_dir}")
+        return 0
+    print(f"{ranks} ranks, logs in {log_dir}", flush=True)
+    return run_group(job, ranks, log_dir)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,109 @@
+"""Small data and runs that many tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.data.make import write_tree
+from tools import pack
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(1)  # two threads on two cores that other processes use too are slower than one
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two packed datasets, `a` (3 classes) and `b` (2 classes), with splits train and val.
+
+    The class is in the bytes, and easily learned: each class draws its bytes around a mean of its own.
+    """
+    root = tmp_path_factory.mktemp("datasets")
+    rng = np.random.default_rng(0)
+    for name, classes, longest in (("a", ("a0", "a1", "a2"), 60), ("b", ("b0", "b1"), 150)):
+        for split, files in (("train", 40), ("val", 7)):
+            write_tree(root / "trees" / name / split, classes, files, longest, rng)
+        pack.main([str(root / "trees" / name), str(root), "--name", name, "--shard-bytes", "2000", "--workers", "1"])
+    return root
+
+
+@pytest.fixture
+def config_file(datasets: Path, tmp_path: Path) -> Path:
+    """A config of a model that trains in a second, on `datasets`, with runs in tmp_path/runs."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(datasets, tmp_path)))
+    return path
+
+
+def tiny_config(datasets: Path, folder: Path) -> dict:
+    return {
+        "data": {
+            "sources": [{"path": str(datasets / "a")}, {"path": str(datasets / "b")}],
+            "batch_samples": 8,
+            "lanes": 4,
+            "shuffle_block": 16,
+            "eval_batch_bytes": 500,
+        },
+        "model": {
+            "size": "custom", "dim": 16, "layers": 3, "heads": 2, "kernel": 8, "window": 8, "shift": 4,
+            "max_tokens": 64,
+        },
+        "optim": {"lr": 3e-3, "warmup_steps": 2, "clip_norm": 1.0, "ema_decay": 0.9},
+        "train": {
+            "steps": 10, "precision": "fp32", "zero_stage": 1, "log_every": 1, "eval_every": 0, "save_every": 4,
+            "collective_timeout_s": 60,
+        },
+        "runs_dir": str(folder / "runs"),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run_ranks() -> Callable[..., list[subprocess.CompletedProcess]]:
+    """`run_ranks(n, [arguments of Python])` runs n ranks to their end and returns what each printed."""
+    return _run_ranks
+
+
+def _run_ranks(world_size: int, arguments: list[str], timeout_s: float = 120) -> list[subprocess.CompletedProcess]:
+    processes = start_ranks(world_size, arguments)
+    try:
+        outputs = [p.communicate(timeout=timeout_s) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [
+        subprocess.CompletedProcess(p.args, p.returncode, *output)
+        for p, output in zip(processes, outputs, strict=True)
+    ]
+
+
+def start_ranks(world_size: int, arguments: list[str]) -> list[subprocess.Popen]:
+    """Real processes that meet over gloo, as a launcher would start them."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+            },
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip

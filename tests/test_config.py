@@ -1,0 +1,139 @@
+"""Strict typed YAML: right values load, wrong ones are all named at once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from bfsys import config as config_module
+from bfsys.config import Config, load_config
+from bfsys.errors import UserError
+from bfsys.typed_yaml import dump, from_tree, to_tree
+from tests.conftest import REPOSITORY
+
+MINIMAL = "data: {sources: [{path: a}], lanes: 4, batch_samples: 8}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "some.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> tuple[str, ...]:
+    with pytest.raises(UserError) as error:
+        load_config(write(folder, text), overrides)
+    return error.value.problems
+
+
+def test_defaults_and_name(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.name == "some"
+    assert config.run_dir == Path("runs/some")
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.label_smoothing) == (1e-3, 0.05, 0.1)
+
+
+def test_yaml_scalars_are_those_of_version_1_2(tmp_path: Path) -> None:
+    text = MINIMAL + "optim: {lr: 1e-3, eps: 1e-8, weight_decay: 0}\nname: on\ntrain: {steps: 100_000}\n"
+    config = load_config(write(tmp_path, text))
+    assert config.optim.lr == 1e-3
+    assert config.optim.weight_decay == 0.0
+    assert config.train.steps == 100_000
+    assert config.name == "on"
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    config = load_config(path, ["optim.lr=3e-4", "data.sources.0.weight=2", "model.merge_after=[0, 2]", "name=x"])
+    assert config.optim.lr == 3e-4
+    assert config.data.sources[0].weight == 2
+    assert config.model.merge_after == (0, 2)
+    assert config.name == "x"
+
+
+def test_dump_and_load_agree(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL), ["model.merge_after=[0]", "data.micro_batch_bytes=100"])
+    assert load_config(write(tmp_path, dump(config))) == config
+    assert from_tree(Config, to_tree(config), "x") == config
+
+
+def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        "data: {sources: [{path: a, wieght: 2}], lanez: 3, workers: on}\n"
+        "model: {size: tinny}\noptim: {final_lr: fast}\ntrian: {}\n",
+    )
+    text = "\n".join(found)
+    assert len(found) == 6
+    for expected in (
+        "data.sources.0.wieght: no such key; did you mean 'weight'?",
+        "data.lanez: no such key; did you mean 'lanes'?",
+        "data.workers: got 'on'; it must be a valid integer",
+        "model.size: got 'tinny'",
+        "did you mean 'tiny'?",
+        "optim.final_lr: got 'fast'; it must be a valid number",
+        "trian: no such key; did you mean 'train'?",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.steps=0", "train.steps: got 0; it must be greater than or equal to 1"),
+        ("train.steps=true", "train.steps: got True"),
+        ("train.steps=2.5", "train.steps: got 2.5"),
+        ("model.kernel=7", "model.kernel: got 7; it must be a multiple of 2"),
+        ("model.size=custom", "custom needs model.dim and model.layers"),
+        ("model.dim=64", "'tiny' fixes dim, layers and heads"),
+        ("model.merge_after=[50]", "model.merge_after"),
+        ("data.lanes=9", "9 lanes cannot share batch_samples 8"),
+        ("data.sources=[]", "the list is empty"),
+        ("optim.warmup_steps=9999999", "more than the run's train.steps"),
+        ("name=a/b", "a plain folder name"),
+        ("optim", "expected section.key=value"),
+        ("data.sources.3.path=x", "the list has entries 0 to 0"),
+        ("name.deep=3", "name is a string"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path: Path, change: str, message: str) -> None:
+    text = "name: x\n" + MINIMAL
+    assert message in "\n".join(problems(tmp_path, text, (change,)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "data: missing"),
+        ("- 1\n", "expected `key: value` lines"),
+        ("data: {\n", "line 2"),
+        ("name: a\nname: b\n" + MINIMAL, "'name' is given twice"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    assert message in "\n".join(problems(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_every_knob_but_the_obvious_is_explained() -> None:
+    """A field has a docstring under it, unless its line says all."""
+    source = Path(config_module.__file__).read_text()
+    plain = {"train_split", "eval_split", "layers", "heads", "lr", "beta1", "beta2", "eps", "model", "optim", "train",
+             "data", "precision", "size", "runs_dir"}  # fmt: skip
+    for cls in vars(config_module).values():
+        if is_dataclass(cls) and cls.__module__ == config_module.__name__:
+            for field in fields(cls):
+                has_text = re.search(rf'^    {field.name}: [^\n]*\n    """', source, re.MULTILINE)
+                assert has_text or field.name in plain, f"{cls.__name__}.{field.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_load(path: Path) -> None:
+    assert load_config(path).name == path.stem

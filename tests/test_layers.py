@@ -1,0 +1,69 @@
+"""Imports go downwards only, data and model do not know each other, one file imports deepspeed."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+# From the bottom up. A module may import modules of its own row (for packages: of its own folder) and of lower rows.
+LAYERS = [
+    ["errors"],
+    ["typed_yaml", "batch"],
+    ["model"],
+    ["config", "dist"],
+    ["data"],
+    ["loss", "optim"],
+    ["engine"],
+    ["checkpoint", "faults", "metrics"],
+    ["evaluate"],
+    ["dryrun", "predict"],
+    ["train"],
+    ["job"],
+]
+MODULES = sorted((REPOSITORY / "bfsys").rglob("*.py"))
+
+
+def layer_of(module: str) -> tuple[int, str]:
+    name = module.split(".")[1]
+    return next((i, name) for i, row in enumerate(LAYERS) if name in row)
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # `from bfsys import dist` imports bfsys.dist
+            found |= {f"{node.module}.{a.name}" for a in node.names} if node.module == "bfsys" else {node.module}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(REPOSITORY)))
+def test_imports_go_downwards(path: Path) -> None:
+    module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    if path.name == "__init__.py":
+        assert not imports_of(path)
+        return
+    level, name = layer_of(module)
+    for imported in imports_of(path):
+        if imported.startswith("bfsys"):
+            other_level, other = layer_of(imported)
+            same_package = other == name and path.parent.name == name
+            assert other_level < level or same_package, f"{module} imports {imported}"
+        if imported.split(".")[0] == "deepspeed":
+            assert name == "engine", f"{module} imports deepspeed"
+    if name == "data":
+        assert not any(i.startswith("bfsys.model") for i in imports_of(path)), "data and model know each other"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "bfsys").iterdir()), ids=lambda p: p.name)
+def test_no_module_bears_a_standard_name(path: Path) -> None:
+    """`deepspeed bfsys/train.py` puts bfsys/ first on sys.path."""
+    assert path.stem in ("__init__", "__pycache__") or path.stem not in sys.stdlib_module_names

@@ -1,0 +1,250 @@
+"""Whole runs on real ranks: ZeRO 0 to 3 against plain PyTorch, and resumed against uninterrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bfsys.config import Config, load_config
+from bfsys.data.loader import make_plan, open_sources, training_batches, union_of_classes
+from bfsys.dist import Ranks
+from bfsys.loss import loss_and_sums
+from bfsys.model.byteformer import ByteFormer
+from bfsys.optim import learning_rate
+from tests.conftest import start_ranks
+
+STAGES = (0, 1, 2, 3)
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+def lines(run: Path, kind: str = "train") -> list[dict]:
+    return [x for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if x["kind"] == kind]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run)]
+
+
+def tensors(checkpoint: Path, state: str) -> dict[str, Tensor]:
+    return {n: t for file in sorted(checkpoint.glob(f"{state}-*.safetensors")) for n, t in load_file(file).items()}
+
+
+def newest(run: Path) -> Path:
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+
+
+def train_plainly(config: Config) -> tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """The same run without DeepSpeed, lanes or ranks: losses, gradient norms, weights and their average."""
+    classes = union_of_classes(config)
+    sources = open_sources(config, "train", classes)
+    batches = training_batches(config, sources, make_plan(config, sources), ALONE, first_step=0)
+    torch.manual_seed(config.train.seed)
+    model = ByteFormer(config.model.architecture(), len(classes))
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+    )
+    average = {n: p.detach().clone() for n, p in model.named_parameters()}
+    all_losses, norms = [], []
+    for step in range(config.train.steps):
+        total = 0.0
+        for _ in range(config.data.lanes):
+            loss, _ = loss_and_sums(model(batch := next(batches)), batch, 2, config.optim.label_smoothing)
+            (loss / config.data.batch_samples).backward()
+            total += loss.item()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.train.steps, config.optim)
+        optimizer.step()
+        optimizer.zero_grad()
+        for n, p in model.named_parameters():
+            average[n] = config.optim.ema_decay * average[n] + (1 - config.optim.ema_decay) * p.detach()
+        all_losses.append(total / config.data.batch_samples)
+    return all_losses, norms, {n: p.detach() for n, p in model.named_parameters()}, average
+
+
+@pytest.fixture(scope="module")
+def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(config file, folder of runs): every stage and precision on two ranks, then every stage resumed.
+
+    `s1-fp32` is a whole run; `s1-fp32-resumed` continues from its checkpoint of step 4; `3-from-1` continues
+    stage 1's at stage 3.
+    """
+    import yaml
+
+    from tests.conftest import _run_ranks, tiny_config
+
+    folder = tmp_path_factory.mktemp("stages")
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
+    runs = [f"name=s{s}-{p} train.zero_stage={s} train.precision={p}" for s in STAGES for p in ("fp32", "bf16")]
+    assert_success(_run_ranks(2, ["tests/worker.py", str(config), *runs]))
+    resumed = []
+    for name, stage, source in [*((f"s{s}-fp32-resumed", s, s) for s in STAGES), ("3-from-1", 3, 1), ("1-from-3", 1, 3)]:
+        cut_short(folder / "runs" / f"s{source}-fp32", folder / "runs" / name, step=4)
+        resumed.append(f"name={name} train.zero_stage={stage}")
+    assert_success(_run_ranks(2, ["tests/worker.py", str(config), *resumed]))
+    return config, folder / "runs"
+
+
+def assert_success(ranks: list[subprocess.CompletedProcess]) -> None:
+    for rank in ranks:
+        assert rank.returncode == 0, rank.stdout + rank.stderr
+
+
+def cut_short(run: Path, copy: Path, step: int) -> None:
+    """A copy of a run as a kill after `step` would have left it."""
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_trains_as_plain_pytorch(stage: int, stage_runs: tuple[Path, Path]) -> None:
+    config_file, runs = stage_runs
+    expected_losses, expected_norms, weights, average = train_plainly(load_config(config_file))
+    run = runs / f"s{stage}-fp32"
+    assert losses(run) == pytest.approx(expected_losses, rel=2e-6)
+    assert [line["grad_norm"] for line in lines(run)] == pytest.approx(expected_norms, rel=1e-4)
+    for state, expected in (("weight", weights), ("ema", average)):
+        stored = tensors(newest(run), state)
+        assert stored.keys() == expected.keys()
+        for name, value in expected.items():
+            here, there = stored[name].clone(), value.clone()
+            if name.endswith("qkv.bias"):  # keys' biases have no gradient but rounding errors, which Adam enlarges
+                here.view(3, -1)[1] = there.view(3, -1)[1] = 0
+            torch.testing.assert_close(here, there, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert max(expected_losses) - min(expected_losses) > 0.1, "nothing was learned: the comparison says little"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_stays_near_fp32(stage: int, stage_runs: tuple[Path, Path]) -> None:
+    _, runs = stage_runs
+    assert losses(runs / f"s{stage}-bf16") == pytest.approx(losses(runs / f"s{stage}-fp32"), rel=2e-2)
+    assert losses(runs / f"s{stage}-bf16") != losses(runs / f"s{stage}-fp32")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_equals_uninterrupted(stage: int, stage_runs: tuple[Path, Path]) -> None:
+    _, runs = stage_runs
+    whole, resumed = runs / f"s{stage}-fp32", runs / f"s{stage}-fp32-resumed"
+    assert losses(resumed) == losses(whole)
+    assert [line["step"] for line in lines(resumed)] == list(range(1, 11))
+    for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        one, other = tensors(newest(whole), state), tensors(newest(resumed), state)
+        assert one
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[n], other[n]) for n in one), state
+
+
+@pytest.mark.parametrize(("name", "source"), [("3-from-1", 1), ("1-from-3", 3)])
+def test_a_checkpoint_resumes_at_another_stage(name: str, source: int, stage_runs: tuple[Path, Path]) -> None:
+    _, runs = stage_runs
+    assert losses(runs / name) == pytest.approx(losses(runs / f"s{source}-fp32"), rel=1e-6)
+
+
+def test_a_checkpoint_resumes_on_another_number_of_ranks(stage_runs: tuple[Path, Path], run_ranks) -> None:
+    config_file, runs = stage_runs
+    cut_short(runs / "s1-fp32", runs / "alone", step=4)
+    assert_success(run_ranks(1, ["bfsys/train.py", str(config_file), "name=alone"]))
+    assert losses(runs / "alone") == pytest.approx(losses(runs / "s1-fp32"), rel=2e-6)
+    manifest = json.loads((newest(runs / "alone") / "manifest.json").read_text())
+    assert manifest["step"] == 10
+    assert all(name.endswith("-0-of-1.safetensors") for name in manifest["files"])
+
+
+def test_the_run_directory_holds_what_readme_says(stage_runs: tuple[Path, Path]) -> None:
+    _, runs = stage_runs
+    run = runs / "s1-fp32"
+    assert {p.name for p in run.iterdir()} >= {"config.yaml", "checkpoints", "tb", "metrics.jsonl"}
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "latest", "step_00000004", "step_00000008", "step_00000010",
+    ]  # fmt: skip
+    last = lines(run)[-1]
+    for key in ("top1", "samples_per_s", "bytes_per_s", "tokens_per_s", "padding_share", "data_wait_share",
+                "peak_memory_mib", "learning_rate", "grad_norm"):  # fmt: skip
+        assert last[key] >= 0
+    assert set(last["sources"]) == {"a", "b"}
+    (evaluation,) = lines(run, "eval")
+    assert evaluation["samples"] == 5 * 7
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(config_file: Path, tmp_path: Path) -> None:
+    """SIGUSR2 to rank 1: both save and exit with the code that means "start me again"; the run then continues."""
+    overrides = ["train.steps=100000", "train.save_every=100000", "optim.warmup_steps=2", "train.zero_stage=2"]
+    processes = start_ranks(2, ["bfsys/train.py", str(config_file), "name=signal", *overrides])
+    run = tmp_path / "runs" / "signal"
+    try:
+        deadline = time.monotonic() + 90
+        while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
+            assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGUSR2)
+        outputs = [p.communicate(timeout=60) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [75, 75], outputs
+    step = lines(run)[-1]["step"]
+    assert newest(run).name == f"step_{step:08d}"
+    assert f"stopped on request after step {step}" in outputs[0][0]
+
+
+def test_bad_input_ends_with_code_2_and_says_all_once(config_file: Path, tmp_path: Path, run_ranks) -> None:
+    change = ["data.sources.0.path=/nowhere/a", "data.sources.1.path=/nowhere/b"]
+    results = run_ranks(2, ["bfsys/train.py", str(config_file), *change])
+    assert [r.returncode for r in results] == [2, 2]
+    assert "/nowhere/a" in results[0].stderr
+    assert "/nowhere/b" in results[0].stderr
+    assert results[1].stderr.count("error:") == 0
+    assert "Traceback" not in results[0].stderr + results[1].stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["model.dim=32"], "model: dim was 16, is now 32"),
+        (["data.batch_samples=16"], "data plan: batch_samples was 8, is now 16"),
+        (["train.seed=1"], "data plan: seed was 0, is now 1"),
+    ],
+)
+def test_another_run_in_the_same_directory_is_refused(
+    change: list[str], message: str, stage_runs: tuple[Path, Path]
+) -> None:
+    from bfsys.checkpoint import find_newest
+    from bfsys.errors import UserError
+    from bfsys.train import find_start
+
+    config_file, runs = stage_runs
+    before = sorted(p.name for p in (runs / "s1-fp32").rglob("*"))
+    config = load_config(config_file, ["name=s1-fp32", *change])
+    classes = union_of_classes(config)
+    with pytest.raises(UserError, match=message):
+        find_start(config, classes, make_plan(config, open_sources(config, "train", classes)), ALONE)
+    assert sorted(p.name for p in (runs / "s1-fp32").rglob("*")) == before
+    assert find_newest(runs / "s1-fp32")[0] is not None
+
+
+def test_dry_run_shows_config_arithmetic_and_data(config_file: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "bfsys/train.py", str(config_file), "--dry-run"],
+        capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for text in ("batch_samples: 8", "parameters", "with 5 classes", "micro-batch", "a: 120 files", "b: 14 files"):
+        assert text in result.stdout
+    assert not (config_file.parent / "runs").exists()

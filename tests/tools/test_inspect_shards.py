@@ -1,0 +1,132 @@
+"""What inspect_shards prints, how it exits, and the index it makes for tars made elsewhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from bfsys.data.shards import open_split, read_description, split_names, verify_split
+from bfsys.errors import UserError
+from tools.inspect_shards import main
+from tools.pack import main as pack
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(name="dataset")
+def _dataset(tmp_path) -> Path:
+    for i in range(40):
+        path = tmp_path / "src" / ("cat" if i % 2 else "dog") / f"{i:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes([i]) * (100 + i))
+    pack([str(tmp_path / "src"), str(tmp_path), "--name", "pets", "--workers", "1", "--shard-bytes", "20K"])
+    return tmp_path / "pets"
+
+
+def make_tar(path: Path, labels: dict[str, int]) -> None:
+    with webdataset.TarWriter(str(path)) as writer:
+        for key, label in labels.items():
+            writer.write({"__key__": key, "bin": key.encode(), "cls": label})
+
+
+def test_it_shows_what_there_is(dataset, capsys):
+    capsys.readouterr()
+    assert main([str(dataset)]) == 0
+    printed = capsys.readouterr().out
+    assert "pets: 2 classes (cat, dog), encoding as_stored" in printed
+    assert "  val: " in printed
+    assert "pets-train-000000.tar: " in printed
+
+
+def test_it_lists_samples_of_one_split(dataset, capsys):
+    capsys.readouterr()
+    assert main([str(dataset), "--split", "train", "--list", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "val" not in printed
+    listed = [line.split("\t") for line in printed.splitlines() if "\t" in line]
+    split = open_split(dataset, "train")
+    assert [line[0] for line in listed] == [split.key(i) for i in range(3)]
+    row = split.samples[0]
+    assert listed[0][2:] == [str(row["length"]), "pets-train-000000.tar", str(row["offset"])]
+    main([str(dataset), "--list", "999"])
+
+
+def test_verify_exits_0_if_whole_and_1_if_damaged(dataset, capsys):
+    assert main([str(dataset), "--verify"]) == 0
+    assert "whole: all 40 samples are as they were packed" in capsys.readouterr().out
+    split = open_split(dataset, "train")
+    for number in (0, 1):
+        tar = dataset / split.shards[number].file
+        data = bytearray(tar.read_bytes())
+        data[split.samples["offset"][split.shard_starts[number]]] ^= 1
+        tar.write_bytes(data)
+    assert main([str(dataset), "--verify"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 * 2  # of each shard: its hash, and the sample's bytes
+    assert all(line.startswith("damage: ") for line in errors)
+    assert sum(repr(split.key(0)) in line for line in errors) >= 1
+    assert main([str(dataset), "--verify", "--split", "val"]) == 0
+
+
+def test_exit_code_2_without_a_dataset(tmp_path):
+    command = [sys.executable, ROOT / "tools" / "inspect_shards.py", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tmp_path}: holds no dataset.json")
+    assert "Traceback" not in result.stderr
+
+
+def test_rebuild_makes_the_same_index(dataset):
+    before = {split: open_split(dataset, split) for split in split_names(dataset)}
+    for path in [*dataset.glob("*.npy"), dataset / "dataset.json"]:
+        path.unlink()
+    assert main([str(dataset), "--rebuild", "--verify"]) == 0
+    for name, old in before.items():
+        new = open_split(dataset, name)
+        assert np.array_equal(new.samples, old.samples)
+        assert np.array_equal(new.keys, old.keys)
+        assert (new.classes, new.shards) == (old.classes, old.shards)
+
+
+def test_rebuild_of_tars_made_elsewhere(tmp_path):
+    make_tar(tmp_path / "imagenet-train-000000.tar", {"00": 0, "01": 11})
+    make_tar(tmp_path / "imagenet-train-000001.tar", {"02": 3})
+    make_tar(tmp_path / "validation-0.tar", {"00": 2})
+    assert main([str(tmp_path), "--rebuild"]) == 0
+    assert split_names(tmp_path) == ["train", "val"]
+    train = open_split(tmp_path, "train")
+    assert train.samples["label"].tolist() == [0, 11, 3]
+    assert train.classes == tuple(f"{i:02d}" for i in range(12))
+    assert verify_split(train) == []
+    assert read_description(tmp_path)["made_by"] == {"tool": "tools/inspect_shards.py --rebuild"}
+
+
+def test_rebuild_with_the_split_given(tmp_path):
+    make_tar(tmp_path / "shard-0.tar", {"a/1": 1, "b/1": 0})
+    with pytest.raises(UserError, match=r"no split in the name of shard-0\.tar; .* or say --split"):
+        main([str(tmp_path), "--rebuild"])
+    assert main([str(tmp_path), "--rebuild", "--split", "test"]) == 0
+    assert open_split(tmp_path, "test").classes == ("b", "a")
+
+
+def test_class_names_that_do_not_match_the_numbers_are_not_used(tmp_path):
+    make_tar(tmp_path / "x-train-0.tar", {"a/1": 1, "a/2": 0})
+    main([str(tmp_path), "--rebuild"])
+    assert open_split(tmp_path, "train").classes == ("0", "1")
+
+
+def test_rebuild_that_cannot_be(dataset, tmp_path):
+    with pytest.raises(UserError, match=r"has a dataset\.json already; .* delete that file first"):
+        main([str(dataset), "--rebuild"])
+    with pytest.raises(UserError, match=r"holds no \.tar files"):
+        main([str(tmp_path / "src"), "--rebuild"])
+    with pytest.raises(UserError, match="there is no such folder"):
+        main([str(tmp_path / "none"), "--rebuild"])
+    (tmp_path / "src" / "x-train-0.tar").write_bytes(b"x" * 600)
+    (tmp_path / "src" / "x-train-1.tar").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        main([str(tmp_path / "src"), "--rebuild"])
+    assert len(error.value.problems) == 2

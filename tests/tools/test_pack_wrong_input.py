@@ -1,0 +1,201 @@
+"""Everything wrong is named at once, before anything is written."""
+
+import json
+import os
+
+import pytest
+
+from bfsys.data import packing
+from tests.tools.packing_helpers import contents, make_files, make_tree, pack, problems_of, run_pack
+
+
+def test_all_bad_files_at_once(tmp_path):
+    src = make_files(tmp_path / "src", {"cat/a": b"1", "cat/empty": b"", "cat/big": b"x" * 50, "dog/b": b"1"})
+    (src / "dog" / "gone").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(src / "dog" / "pipe")
+    (src / "bird").mkdir()
+    result = run_pack(
+        src, tmp_path / "out", "--split", "train", "--max-file-bytes", "20", "--encoding", "pngg"
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    for message in (
+        f"error: {src}/cat/empty: is empty\n",
+        f"error: {src}/cat/big: has 50 bytes, allowed are 20 (--max-file-bytes)\n",
+        f"error: {src}/dog/gone: cannot be read (No such file or directory)\n",
+        f"error: {src}/dog/pipe: is not a regular file\n",
+        f"error: {src}/bird: the class folder has no files; fill it or remove it\n",
+        "error: --encoding: encoding 'pngg': there is no 'pngg' (did you mean png?)",
+        "error: 4 bad files: repair or remove, or leave out by --skip-bad\n",
+    ):
+        assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_skip_bad_leaves_them_out_and_lists_them(tmp_path):
+    src = make_files(tmp_path / "src", {"cat/a": b"1", "cat/empty": b"", "dog/b": b"1"})
+    dataset = pack(src, tmp_path, "--split", "train", "--skip-bad")
+    assert set(contents(dataset)) == {"cat/a", "dog/b"}
+    assert (dataset / "skipped.txt").read_text() == f"{src}/cat/empty\tis empty\n"
+
+
+def test_permissions(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, _: not str(path).endswith(("001.jpg", "out")))
+    (tmp_path / "out").mkdir()
+    message = problems_of(make_tree(tmp_path / "src"), tmp_path / "out")
+    assert "cat/001.jpg: cannot be read (no permission)" in message
+    assert "out is not a folder that this user may write to" in message
+
+
+WRONG_INPUT = {
+    "nothing there": ({}, "src: has no class folders"),
+    "files without classes": (
+        {"a.jpg": b"1"},
+        "has no class folders; files must lie in a folder named after",
+    ),
+    "all bad": ({"cat/a": b"", "dog/a": b"1"}, "class 'cat': not one of its files can be packed"),
+    "same key": ({"cat/a.b": b"1", "cat/a_b.b": b"1", "cat/a.b.b": b"1"}, "has the same key 'cat/a_b-b' as"),
+    "mixed": ({"train/cat/a": b"1", "extra/b": b"1"}, "holds split folders (train) and others (extra)"),
+    "two for one": ({"val/cat/a": b"1", "valid/cat/a": b"1"}, "val and valid: two folders for one split"),
+    "no class in split": ({"train/cat/a": b"1", "val/b": b"1"}, "val: has no class folders"),
+    "skipped by webdataset": ({"__cat__/a": b"1"}, "class '__cat__': a class may not hold"),
+    "skipped without its dot": ({"__cat._/a": b"1"}, "class '__cat._': a class may not hold"),
+    "class with a line break": ({"c\nat/a": b"1"}, "class 'c\\nat' has characters that cannot be printed"),
+    "too few to divide": ({"cat/a": b"1", "cat/b": b"1"}, "of 2 files none fell to val by --val-share 0.1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_INPUT)
+def test_wrong_trees(tmp_path, case):
+    files, message = WRONG_INPUT[case]
+    (tmp_path / "src").mkdir()
+    assert message in problems_of(make_files(tmp_path / "src", files), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+WRONG_OPTIONS = {
+    "name": (["--name", "a/b"], "--name 'a/b': may hold letters"),
+    "split": (["--split", "my-split"], "--split 'my-split': may hold letters"),
+    "share": (["--val-share", "1"], "--val-share 1.0: must be 0 or more, and below 1"),
+    "share of nothing": (["--val-share", "0.2", "--split", "test"], "--val-share: has no effect here"),
+    "shard size": (["--shard-bytes", "10MB"], "--shard-bytes 10MB: must be a number of bytes above 0"),
+    "no size": (["--max-file-bytes", "0"], "--max-file-bytes 0: must be a number of bytes above 0"),
+    "workers": (["--workers", "0"], "--workers 0: must be 1 or more"),
+    "size without encoding": (
+        ["--image-size", "9"],
+        "--image-size 9: needs an encoding for image, got as_stored",
+    ),
+    "seconds for pictures": (
+        ["--encoding", "png", "--seconds", "1"],
+        "--seconds 1.0: needs an encoding for audio",
+    ),
+    "negative": (["--encoding", "png", "--image-size", "-1"], "--image-size -1: must be above 0"),
+    "sounds as pictures": (
+        ["--encoding", "flac"],
+        "cat/001.jpg: is image by its extension, and encoding flac",
+    ),
+    "layout": (["--from", "imagefolder"], "src: has no split folders; --from imagefolder needs train, val"),
+    "split twice": (
+        ["--from", "imagefolder", "--split", "val"],
+        "--split: has no effect with --from imagefolder",
+    ),
+    "subdir": (
+        ["--from", "speech_commands", "--subdir", "x"],
+        "--subdir: has no effect with --from speech_commands",
+    ),
+    "no lists": (["--from", "speech_commands"], "testing_list.txt: cannot be read (No such file"),
+    "no such subdir": (["--subdir", "image"], "src/image: the folder cannot be listed (No such file"),
+    "folder as list": (["--from", "filelist"], "src: the list cannot be read (Is a directory)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OPTIONS)
+def test_wrong_options(tmp_path, case):
+    options, message = WRONG_OPTIONS[case]
+    assert message in problems_of(make_tree(tmp_path / "src"), tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_split_option_with_split_folders(tmp_path):
+    src = make_files(tmp_path / "src", {"train/cat/a": b"1"})
+    assert "src: has split folders (train); drop --split val" in problems_of(src, tmp_path, "--split", "val")
+    assert "--val-share: has no effect here" in problems_of(src, tmp_path, "--val-share", "0.2")
+
+
+def test_links_in_a_circle(tmp_path):
+    src = make_tree(tmp_path / "src")
+    (src / "cat" / "again").symlink_to(src / "cat")
+    assert "again: links back to a folder that it lies in" in problems_of(src, tmp_path / "out")
+
+
+def test_source_is_missing_or_a_file(tmp_path):
+    assert "none: there is no such file or folder" in problems_of(tmp_path / "none", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "file: is not a folder; for a list of files say --from filelist" in problems_of(
+        tmp_path / "file", tmp_path
+    )
+
+
+def test_speech_commands_with_a_list_that_does_not_fit(tmp_path):
+    files = {"yes/a.wav": b"1", "validation_list.txt": b"yes/gone.wav\n", "testing_list.txt": b""}
+    message = problems_of(make_files(tmp_path / "src", files), tmp_path, "--from", "speech_commands")
+    assert "src: yes/gone.wav is listed but not there" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "list.tsv: the list is empty"),
+        (b"\xff\xfe", "list.tsv: the list cannot be read ("),
+        (b"a.jpg cat", "list.tsv, line 1: got 1 column, need path<TAB>class"),
+        (b"a\tb\tval\tx", "line 1: got 4 columns"),
+        (b"a\tb\n\na\tb\ttrain", "line 3: got 3 columns, the lines before have 2"),
+        (b"\tcat", "line 1: path or class is empty"),
+        (b"a\tcat\tdev", "line 1: split 'dev' is unknown; allowed are train, val, valid, validation, test"),
+        (b"a\tc/d\ttrain", "line 1: class 'c/d': a class may not hold a /"),
+        (b"gone\tcat\ttrain", "gone: cannot be read (No such file or directory)"),
+        (b"a\tcat\ttrain\na\tcat\ttrain", "a: has the same key 'cat/a-bin' as"),
+    ],
+)
+def test_wrong_lists(tmp_path, text, message):
+    make_files(tmp_path, {"list.tsv": text, "a": b"1"})
+    assert message in problems_of(tmp_path / "list.tsv", tmp_path / "out", "--from", "filelist")
+    assert not (tmp_path / "out").exists()
+
+
+def test_filelist_with_splits_and_a_split_option(tmp_path):
+    make_files(tmp_path, {"list.tsv": b"a\tcat\ttrain", "a": b"1"})
+    message = problems_of(tmp_path / "list.tsv", tmp_path / "out", "--from", "filelist", "--split", "val")
+    assert "line 1: names a split, and so does --split val" in message
+
+
+def test_nothing_made_by_others_is_overwritten(tmp_path):
+    src = make_tree(tmp_path / "src")
+    (tmp_path / "file").write_text("")
+    assert "file is not a folder that this user may write to" in problems_of(src, tmp_path / "file")
+    assert "lies in SRC, and would be packed next time" in problems_of(src, src)
+    make_files(tmp_path / "foreign" / "pets", {"pets-train-000000.tar": b"tar"})
+    assert "holds tars that tools/pack.py did not make" in problems_of(src, tmp_path / "foreign")
+    rebuilt = pack(src, tmp_path / "rebuilt")
+    description = json.loads((rebuilt / "dataset.json").read_text())
+    (rebuilt / "dataset.json").write_text(json.dumps({**description, "made_by": {"tool": "other"}}))
+    assert "holds a dataset that tools/pack.py did not make" in problems_of(src, tmp_path / "rebuilt")
+    (rebuilt / "dataset.json").write_text("{")
+    assert "or remove the folder first" in problems_of(src, tmp_path / "rebuilt")
+
+
+def test_another_split_does_not_replace_the_first(tmp_path):
+    src = make_tree(tmp_path / "src")
+    pack(src, tmp_path, "--split", "train")
+    message = problems_of(src, tmp_path, "--split", "test")
+    assert "holds a dataset with split train, which this command would remove" in message
+
+
+def test_the_disk_is_full(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packing, "write_shard", full)
+    message = problems_of(make_tree(tmp_path / "src"), tmp_path)
+    assert "pets: cannot be written (No space left on device)" in message
+    assert "run the same command again: finished shards are kept" in message
