@@ -25,7 +25,7 @@ def loss_and_sums(
     with torch.no_grad():
         label_logit = logits.gather(1, batch.labels[:, None])
         # A label is among the top k if fewer than k classes score higher. NaN counts as wrong.
-        rank = (logits > label_logit).sum(1) + torch.where(label_logit[:, 0].isnan(), logits.shape[1], 0)
+        rank = (logits > label_logit).sum(1).masked_fill(label_logit[:, 0].isnan(), 5)
         columns = torch.stack([losses.detach().double(), (rank < 1).double(), (rank < 5).double(),
                                torch.ones_like(losses, dtype=torch.float64)], dim=1)  # fmt: skip
         sums = torch.zeros(num_sources, COLUMNS, dtype=torch.float64, device=logits.device)

@@ -55,20 +55,18 @@ class Group:
     """The running ranks of one job, until all of them have ended."""
 
     def __init__(self, job: TrainJob, world_size: int, log_dir: Path) -> None:
-        self.processes: list[subprocess.Popen] = []
+        self._running: dict[int, subprocess.Popen] = {}  # by rank, until its end was noticed
         self.logs = [log_dir / f"rank-{rank}.log" for rank in range(world_size)]
         self._received: list[int] = []
         self._last_sent: dict[int, float] = {}
         self._previous = {number: signal.signal(number, self._receive) for number in FORWARDED}
         port, die_with_parent = free_port(), make_die_with_parent()
         for rank, log in enumerate(self.logs):
-            variables = rank_variables(
-                rank, world_size, rank, world_size, master_addr="127.0.0.1", master_port=port
-            )
+            variables = rank_variables(rank, world_size, rank, world_size, master_addr="127.0.0.1", master_port=port)
             with open(log, "ab") as output:
                 output.write(f"--- {time.strftime('%F %T')} {shlex.join(job.command())}\n".encode())
                 output.flush()
-                process = subprocess.Popen(
+                self._running[rank] = subprocess.Popen(
                     job.command(),
                     cwd=job.work_dir,
                     env={**os.environ, **variables, "PYTHONUNBUFFERED": "1"},
@@ -79,7 +77,6 @@ class Group:
                     process_group=0,
                     preexec_fn=die_with_parent,
                 )
-            self.processes.append(process)
 
     def wait(self, show: Callable[[], None]) -> int:
         """Wait for all ranks, forward signals, stop the rest when one fails; the exit code of the whole.
@@ -88,19 +85,18 @@ class Group:
         """
         first_rank, first_code = None, 0
         stop_at = kill_at = float("inf")
-        while any(p.returncode is None for p in self.processes):
+        while self._running:
             time.sleep(POLL_S)
             gave_up = self._forward()
-            before = [p.returncode for p in self.processes]
-            ended = {r: p.poll() for r, p in enumerate(self.processes) if before[r] is None and p.poll() is not None}
+            ended = self._newly_ended()
             show()
             now = time.monotonic()
-            if ended and stop_at == float("inf"):
-                stop_at = now + TOGETHER_S
+            if ended and kill_at == float("inf"):
+                stop_at = min(stop_at, now + TOGETHER_S)
             if first_code == 0 and any(ended.values()):
-                # Of ranks seen in the same look, one that died of a signal is likelier to be the cause.
-                first_rank, code = min(((r, c) for r, c in ended.items() if c), key=lambda item: item[1])
-                first_code = self._exit_code(code)
+                # Of ranks found in the same look, one that died of a signal is likelier to be the cause.
+                first_rank = min((rank for rank, code in ended.items() if code), key=ended.get)
+                first_code = self._exit_code(ended[first_rank])
                 if first_code not in AGREED_EXIT_CODES:
                     stop_at = now
             if gave_up or now >= stop_at:
@@ -115,10 +111,17 @@ class Group:
     def close(self) -> None:
         """End what is left, at once."""
         self._send(signal.SIGKILL)
-        for process in self.processes:
+        for process in self._running.values():
             process.wait()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _newly_ended(self) -> dict[int, int]:
+        """Codes of the ranks that ended since the last look."""
+        ended = {rank: process.poll() for rank, process in self._running.items() if process.poll() is not None}
+        for rank in ended:
+            del self._running[rank]
+        return ended
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received.append(number)
@@ -137,14 +140,12 @@ class Group:
         return gave_up
 
     def _send(self, number: int) -> None:
-        for process in self.processes:
-            if process.poll() is not None:
-                continue
+        for process in self._running.values():
             if number == signal.SIGKILL:
                 with suppress(ProcessLookupError):  # with its loader processes
                     os.killpg(process.pid, number)
             else:
-                process.send_signal(number)
+                process.send_signal(number)  # nothing, if it has ended meanwhile
 
     def _exit_code(self, code: int) -> int:
         """A rank that died of a forwarded signal had nothing to save yet, and ends as one that had."""
@@ -183,7 +184,7 @@ def show_new(log: BinaryIO) -> None:
     """Copy what was added to the log to the console."""
     text = log.read()
     if text:
-        sys.stdout.write(text.decode(errors="replace"))
+        sys.stdout.buffer.write(text)  # as bytes: it may end within a character
         sys.stdout.flush()
 
 
@@ -253,7 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
         dry_run(config, ranks, with_data=True)
         print(f"command     {shlex.join(job.command())}, {ranks} times; logs in {log_dir}")
         return 0
-    print(f"{ranks} ranks, logs in {log_dir}", flush=True)
+    gpus = torch.cuda.device_count()
+    print(f"{ranks} rank{'s'[: ranks > 1]} on {f'{gpus} GPUs' if gpus else 'the CPU'}, logs in {log_dir}", flush=True)
     return run_group(job, ranks, log_dir)
 
 

@@ -52,6 +52,10 @@ RECIPE = 1  # raise when the same settings make other files, so that older trees
 IMAGE_SIDE_PX = 16
 VAL_SHARE_OF_IMAGES = 0.2
 ENCODING_SUFFIX = {"tiff": ".tif", "png": ".png", "wav": ".wav"}
+MANIFEST_COLUMNS = (
+    "path", "split", "class", "bytes", "encoding", "source_image", "image_version", "accent", "variant",
+    "rate_wpm", "pitch",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,12 +165,6 @@ def check_packages() -> None:
             problems.append(f"package {package} is missing or broken ({error}): pip install bfsys[digits]")
     if problems:
         raise UserError(*problems)
-
-
-MANIFEST_COLUMNS = (
-    "path", "split", "class", "bytes", "encoding", "source_image", "image_version", "accent", "variant",
-    "rate_wpm", "pitch",
-)  # fmt: skip
 
 
 def write_files(

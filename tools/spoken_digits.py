@@ -15,20 +15,20 @@ Decisions:
 import ctypes
 import io
 import itertools
-import multiprocessing
 import os
-import signal
+import pickle
+import subprocess
+import sys
 import wave
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from bfsys.errors import UserError
+from bfsys.errors import UserError, run_command
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # All English accents of espeak-ng but the Shavian script, which sounds as `en`. `en` is British; espeak-ng
@@ -169,10 +169,10 @@ def resample(samples: np.ndarray) -> np.ndarray:
     return (word / np.abs(word).max()).astype(np.float32)
 
 
-def speak(utterances: list[Utterance], seed: int) -> list[tuple[Utterance, np.ndarray]]:
+def speak(utterances: list[Utterance], seed: int) -> list[tuple[int, np.ndarray]]:
     """Speak in this process, a long word faster than asked if it must, so that it fits the clip whole.
 
-    Returns each utterance as it was spoken, and the word.
+    Returns of each utterance the rate in words per minute and the word.
     """
     spoken = []
     with Synthesizer(seed) as synthesizer:
@@ -185,39 +185,34 @@ def speak(utterances: list[Utterance], seed: int) -> list[tuple[Utterance, np.nd
                 raise UserError(f"voice {u.variant!r} is too slow: {WORDS[u.digit]!r} does not fit the clip")
             if not samples.size:
                 raise UserError(f"voice {u.variant!r} is silent on {WORDS[u.digit]!r}")
-            spoken.append((replace(u, rate_wpm=rate_wpm), resample(samples)))
+            spoken.append((rate_wpm, resample(samples)))
     return spoken
-
-
-def speak_into(pipe: Connection, utterances: list[Utterance], seed: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: it is for the first to handle
-    try:
-        pipe.send(speak(utterances, seed))
-    except UserError as error:
-        pipe.send(error)
 
 
 def speak_in_fresh_process(utterances: list[Utterance], seed: int) -> list[tuple[Utterance, np.ndarray]]:
-    """`speak` in a process of its own.
+    """Run this file as a program that speaks; returns each utterance as it was spoken, and the word.
 
-    Spawned, as a fork would copy the locks of this process's threads. Refused: ProcessPoolExecutor, whose
-    workers live on for ever when this process is killed; this one ends with its pipe.
+    Refused: multiprocessing. When the main process is killed, the workers of its ProcessPoolExecutor live on
+    for ever; when a spawned process dies as it starts, the main one waits for ever.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=speak_into, args=(sender, utterances, seed), daemon=True)
-    process.start()
-    sender.close()  # here; so that the end of the process is the end of the pipe
-    try:
-        spoken = receiver.recv()
-    except EOFError:
-        raise UserError("the process of espeak-ng crashed or was killed: short of memory?") from None
-    finally:
-        receiver.close()
-        process.join()
-    if isinstance(spoken, UserError):
-        raise spoken
-    return spoken
+    order = pickle.dumps((seed, [astuple(u) for u in utterances]))
+    # A session of its own keeps Ctrl-C for the main process. If that one dies, this one's output pipe breaks.
+    process = subprocess.run(
+        [sys.executable, __file__], input=order, capture_output=True, start_new_session=True, check=False
+    )
+    if process.returncode != 0:
+        said = process.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise UserError(f"the process of espeak-ng ended with status {process.returncode}: {said[-1]}")
+    spoken = pickle.loads(process.stdout)
+    pairs = zip(utterances, spoken, strict=True)
+    return [(replace(u, rate_wpm=rate_wpm), word) for u, (rate_wpm, word) in pairs]
+
+
+def main() -> None:
+    """What the fresh process does: utterances from standard input, words to standard output."""
+    seed, utterances = pickle.load(sys.stdin.buffer)
+    sys.stdout.buffer.write(pickle.dumps(speak([Utterance(*u) for u in utterances], seed)))
+    sys.stdout.buffer.flush()
 
 
 def make_clip(word: np.ndarray, rng: np.random.Generator) -> bytes:
@@ -250,3 +245,7 @@ def make_utterances(
                 raise
 
     return Counter(utterance.split for utterance in utterances), encoded()
+
+
+if __name__ == "__main__":
+    run_command(main)

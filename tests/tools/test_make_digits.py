@@ -188,12 +188,12 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path, module):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_no_out(tmp_path, how):
     out = tmp_path / "out"
-    process = start(out)
-    while not list(tmp_path.glob(".out.making-*/train/image/*/*")):
+    process = start(out, "--image-versions", "1")
+    while not list(tmp_path.glob(".out.making-*/train/speech")):  # then the speaking processes start
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(how)
-    status, output = finish(process)
+    status, output = finish(process)  # that its pipes end says that the speaking processes ended, too
     assert not out.exists()
     if how == signal.SIGINT:
         assert (status, "Traceback" in output) == (130, False)
