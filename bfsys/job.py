@@ -31,9 +31,10 @@ from bfsys.errors import run_command
 # Outside Linux's range of ephemeral ports (32768-60999), where any outgoing connection may sit on a port.
 MASTER_PORTS = range(10_000, 30_000)
 
-# How long the other ranks wait for the requeue, which rank 0 asks for, to end them. Leaving at once would make
-# `srun --kill-on-bad-exit` kill rank 0 before it has asked.
-REQUEUE_WAIT_S = 90
+# How long a task that has saved waits for SLURM to end it. A job that leaves by itself during the grace time of a
+# pre-emption counts as failed, and SLURM does not start it again; and a task that leaves while rank 0 asks for the
+# requeue makes `srun --kill-on-bad-exit` kill rank 0. The price: `scancel` takes KillWait, 30 s by default.
+END_WAIT_S = 600
 SCONTROL_TIMEOUT_S = 60
 
 _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
@@ -62,18 +63,22 @@ class TrainJob:
     def __call__(self) -> None:
         """Run as one task of a SLURM job. Exits with training's code and does not return, so that submitit writes
         no result: whether the run is finished, the run directory says."""
-        signal.signal(signal.SIGUSR2, _ask_again)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # cancelled with nothing to save yet
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, _ask_again)
         os.chdir(self.work_dir)
         os.environ.update(slurm_variables(os.environ, _hosts()))
-        from bfsys.faults import EXIT_REQUEUE
+        from bfsys.faults import EXIT_REQUEUE, EXIT_STOPPED
         from bfsys.train import main
 
         try:
             run_command(lambda: main(self.arguments()))
         except SystemExit as end:
-            if end.code == EXIT_REQUEUE:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if end.code == EXIT_REQUEUE and os.environ["RANK"] == "0":
                 _requeue()
+            elif end.code in (EXIT_REQUEUE, EXIT_STOPPED):
+                print("waiting for SLURM to end this task", flush=True)
+                time.sleep(END_WAIT_S)
             raise
 
 
@@ -162,7 +167,7 @@ def _ask_again(number: int, frame: FrameType | None) -> None:
     """Hold a stop request back until training has handlers of its own: the signal is sent again in a second.
 
     Requeueing here instead would, where the start takes longer than the job may run, go round for ever without a
-    step of progress.
+    step of progress; and dying of SIGTERM during a pre-emption would be a failure that SLURM does not requeue.
     """
     timer = threading.Timer(1.0, os.kill, (os.getpid(), number))
     timer.daemon = True
@@ -170,11 +175,12 @@ def _ask_again(number: int, frame: FrameType | None) -> None:
 
 
 def _requeue() -> None:
-    """Ask SLURM to start this job again, which ends all of its processes."""
-    if os.environ["RANK"] != "0":
-        time.sleep(REQUEUE_WAIT_S)
-        return
+    """Ask SLURM to start this job again, which ends all of its processes.
+
+    Never after SIGTERM: that is how `scancel` asks, and the cancelled job would come back.
+    """
     job_id = os.environ["SLURM_JOB_ID"]
+    print(f"asking SLURM to start job {job_id} again", flush=True)
     try:
         subprocess.run(
             ["scontrol", "requeue", job_id], check=True, capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S
@@ -186,5 +192,3 @@ def _requeue() -> None:
             f"submit again with the same command to continue",
             file=sys.stderr,
         )
-    else:
-        print(f"job {job_id} is requeued", flush=True)

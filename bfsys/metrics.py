@@ -208,10 +208,15 @@ def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float]]:
 
 
 def _overview(source_names: tuple[str, ...]) -> dict:
-    """TensorBoard's custom scalars: training and validation, and all sources, in one chart each."""
-    several = source_names if len(source_names) > 1 else ()
-    curves = [f"{part}{source}" for part in ("train", "val") for source in ("", *(f"_{s}" for s in several))]
-    return {"overview": {name: ["Multiline", [f"^{name}/{c}$" for c in curves]] for name in ("loss", "top1")}}
+    """TensorBoard's custom scalars: training beside validation in one chart, jointly and for each source."""
+    parts = {"all": "", **{name: f"_{name}" for name in source_names if len(source_names) > 1}}
+    return {
+        score: {
+            title: ["Multiline", [f"^{score}/train{suffix}$", f"^{score}/val{suffix}$"]]
+            for title, suffix in parts.items()
+        }
+        for score in ("loss", "top1")
+    }
 
 
 def _open_lines(path: Path, first_step: int) -> TextIO:

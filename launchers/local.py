@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"command     {shlex.join(job.command())}, {ranks} times; logs in {log_dir}")
         return 0
     gpus = torch.cuda.device_count()
-    print(f"{ranks} rank{'s'[: ranks > 1]} on {f'{gpus} GPUs' if gpus else 'the CPU'}, logs in {log_dir}", flush=True)
+    print(f"ranks: {ranks} on {f'{gpus} GPUs' if gpus else 'the CPU'}; logs in {log_dir}", flush=True)
     return run_group(job, ranks, log_dir)
 
 

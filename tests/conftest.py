@@ -80,8 +80,7 @@ def _run_ranks(world_size: int, arguments: list[str], timeout_s: float = 120) ->
         for p in processes:
             p.kill()
     return [
-        subprocess.CompletedProcess(p.args, p.returncode, *output)
-        for p, output in zip(processes, outputs, strict=True)
+        subprocess.CompletedProcess(p.args, p.returncode, *output) for p, output in zip(processes, outputs, strict=True)
     ]
 
 

@@ -89,7 +89,9 @@ def test_bad_files_are_named_and_the_others_answered(run: Path, tmp_path: Path, 
     (tmp_path / "long").write_bytes(bytes(10_000))
     (tmp_path / "good").write_bytes(bytes([41] * 20))
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(sys, "argv", ["predict", str(run), *(str(tmp_path / n) for n in ("empty", "long", "none", "good", "folder"))])
+    monkeypatch.setattr(
+        sys, "argv", ["predict", str(run), *(str(tmp_path / n) for n in ("empty", "long", "none", "good", "folder"))]
+    )
     with pytest.raises(UserError) as error:
         predict.main()
     text = str(error.value)

@@ -93,7 +93,11 @@ def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     runs = [f"name=s{s}-{p} train.zero_stage={s} train.precision={p}" for s in STAGES for p in ("fp32", "bf16")]
     assert_success(_run_ranks(2, ["tests/worker.py", str(config), *runs]))
     resumed = []
-    for name, stage, source in [*((f"s{s}-fp32-resumed", s, s) for s in STAGES), ("3-from-1", 3, 1), ("1-from-3", 1, 3)]:
+    for name, stage, source in [
+        *((f"s{s}-fp32-resumed", s, s) for s in STAGES),
+        ("3-from-1", 3, 1),
+        ("1-from-3", 1, 3),
+    ]:
         cut_short(folder / "runs" / f"s{source}-fp32", folder / "runs" / name, step=4)
         resumed.append(f"name={name} train.zero_stage={stage}")
     assert_success(_run_ranks(2, ["tests/worker.py", str(config), *resumed]))
@@ -191,7 +195,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(config_file: Path, t
     try:
         deadline = time.monotonic() + 90
         while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
-            assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+            assert time.monotonic() < deadline
+            assert all(p.poll() is None for p in processes)
             time.sleep(0.1)
         processes[1].send_signal(signal.SIGUSR2)
         outputs = [p.communicate(timeout=60) for p in processes]

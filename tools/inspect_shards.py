@@ -103,9 +103,7 @@ def rebuild(folder: Path, split: str | None) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     if (folder / DESCRIPTION).exists():
-        raise UserError(
-            f"{folder}: has a {DESCRIPTION} already; to make the index anew, delete that file first"
-        )
+        raise UserError(f"{folder}: has a {DESCRIPTION} already; to make the index anew, delete that file first")
     shards_of, problems = {}, []
     for split_name, paths in tars_by_split(folder, split).items():
         for path in paths:

@@ -50,6 +50,7 @@ from bfsys.errors import UserError, run_command
 RECIPE = 1  # raise when the same settings make other files, so that older trees are not taken for new ones
 
 IMAGE_SIDE_PX = 16
+SOURCE_GREYS = 17
 VAL_SHARE_OF_IMAGES = 0.2
 ENCODING_SUFFIX = {"tiff": ".tif", "png": ".png", "wav": ".wav"}
 MANIFEST_COLUMNS = (
@@ -109,10 +110,14 @@ def draw_picture(image: np.ndarray, version: int, rng: np.random.Generator) -> n
     matrix = step * np.array([[cos, -sin], [sin, cos]])
     centre, source_centre = (IMAGE_SIDE_PX - 1) / 2, (image.shape[0] - 1) / 2
     offset = source_centre + shift_px - matrix @ np.full(2, centre)
+    # Bilinear and mirrored: no ringing, no hard edges where a stroke touches the border.
     large = ndimage.affine_transform(
-        image, matrix, offset, output_shape=(IMAGE_SIDE_PX, IMAGE_SIDE_PX), order=3, mode="constant"
+        image, matrix, offset, output_shape=(IMAGE_SIDE_PX, IMAGE_SIDE_PX), order=1, mode="nearest"
     )
-    return np.clip(np.rint(large * (contrast * 255 / 16)), 0, 255).astype(np.uint8)  # [side, side]
+    # As many greys as the source has: to a byte model 256 greys are 256 unrelated symbols, and with few images
+    # most of its time would go into learning that 200 is like 201.
+    greys = np.clip(np.rint(large * contrast), 0, SOURCE_GREYS - 1)
+    return (greys * (255 // (SOURCE_GREYS - 1))).astype(np.uint8)  # [side, side]
 
 
 def encode_tiff(pixels: np.ndarray) -> bytes:
@@ -300,7 +305,7 @@ def parse_arguments() -> tuple[Path, Settings]:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--speech-per-class", type=at_least(1), default=1000, help="training clips per word")
+    parser.add_argument("--speech-per-class", type=at_least(1), default=2000, help="training clips per word")
     parser.add_argument("--val-speech-per-class", type=at_least(1), default=100, help="validation clips")
     parser.add_argument(
         "--image-versions", type=at_least(1), default=4,

@@ -107,9 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "skip_bad": args.skip_bad,
         "seed": args.seed,
     }
-    jobs = packing.plan_jobs(
-        folder, listing.files, listing.classes, encoding, fitting, shard_bytes, args.seed
-    )
+    jobs = packing.plan_jobs(folder, listing.files, listing.classes, encoding, fitting, shard_bytes, args.seed)
     fingerprint = packing.inputs_fingerprint(jobs, given, listing.bad)
     if packing.is_packed(folder, fingerprint):
         print(f"{folder}: already packed")
@@ -152,9 +150,7 @@ def read_size(option: str, text: str | None, problems: list[str]) -> int | None:
     found = re.fullmatch(r"([0-9]+)([KMG]?)", text)
     size_bytes = int(found[1]) * SIZE_UNITS[found[2]] if found else 0
     if size_bytes == 0:
-        problems.append(
-            f"{option} {text}: must be a number of bytes above 0, such as 500000, 500K, 100M or 2G"
-        )
+        problems.append(f"{option} {text}: must be a number of bytes above 0, such as 500000, 500K, 100M or 2G")
     return size_bytes
 
 
@@ -168,17 +164,13 @@ def option_problems(args: argparse.Namespace) -> list[str]:
     if not 0 <= share_for_val(args) < 1:
         problems.append(f"--val-share {args.val_share}: must be 0 or more, and below 1")
     if args.split and args.layout in ("imagefolder", "speech_commands"):
-        problems.append(
-            f"--split: has no effect with --from {args.layout}, which has its own splits; drop it"
-        )
+        problems.append(f"--split: has no effect with --from {args.layout}, which has its own splits; drop it")
     if args.subdir and args.layout in ("filelist", "speech_commands"):
         problems.append(f"--subdir: has no effect with --from {args.layout}; drop it")
     if args.workers is not None and args.workers < 1:
         problems.append(f"--workers {args.workers}: must be 1 or more")
     if Path(os.path.realpath(args.out / args.name)).is_relative_to(os.path.realpath(args.src)):
-        problems.append(
-            f"{args.out / args.name}: lies in SRC, and would be packed next time; choose another OUT"
-        )
+        problems.append(f"{args.out / args.name}: lies in SRC, and would be packed next time; choose another OUT")
     return problems
 
 

@@ -38,18 +38,18 @@ ACCENTS = (
 )  # fmt: skip
 VAL_SHARE_OF_VARIANTS = 0.15
 # Variants of which a classifier trained on the others gets more than 10 % wrong, where it gets 0.5 % of the
-# rest wrong (a small convolutional net on spectrograms, four-fold by variant): whispers, and far formants.
+# rest wrong (a small convolutional net on spectrograms of 8,000 Hz, four-fold by variant): whispers, and far formants.
 EXCLUDED_VARIANTS = {"Alicia", "kaukovalta", "klatt", "klatt2", "shelby", "whisper", "whisperf", "zac"}
 RATES_WPM = (250, 320)  # slower, most words overrun the clip; faster, "two" is under 80 ms and vowels go
 MAX_RATE_WPM = 450
 PITCHES = (30, 70)  # espeak-ng's scale: 0 to 99, 50 is the voice's own pitch
 ESPEAK_RATE_HZ = 22_050
-CLIP_RATE_HZ = 8_000
-CLIP_SAMPLES = 2_800  # 0.35 s
-MAX_WORD_SAMPLES = 2_640  # 0.33 s: the rest leaves even the longest word some room to move
+CLIP_RATE_HZ = 5_000  # the vowels' formants fit, and a byte model has a third fewer tokens than at 8,000
+CLIP_SAMPLES = 1_750  # 0.35 s
+MAX_WORD_SAMPLES = 1_650  # 0.33 s: the rest leaves even the longest word some room to move
 TRIM_BELOW_PEAK_DB = 40
-PEAKS = (0.4, 0.95)  # of full scale
-NOISE_RMS = (0.004, 0.012)  # of full scale; one step of 8 bits is 0.008
+PEAKS = (0.6, 0.95)  # of full scale
+NOISE_RMS = (0.002, 0.006)  # of full scale; one step of 8 bits is 0.008
 CHUNK_UTTERANCES = 2_000
 
 
@@ -159,13 +159,13 @@ def trim(samples: np.ndarray) -> np.ndarray:
 
 
 def resample(samples: np.ndarray) -> np.ndarray:
-    """22,050 → 8,000 Hz = 441 → 160, by cutting the spectrum; returns float32, peak 1.
+    """22,050 → 5,000 Hz = 441 → 100, by cutting the spectrum; returns float32, peak 1.
 
     On its own grid of 441 samples that is exact, and needs no SciPy in the speaking processes.
     """
     blocks = -(-len(samples) // 441) + 1  # one more: silence for what rings on at the borders
-    spectrum = np.fft.rfft(samples.astype(np.float32), n=441 * blocks)[: 80 * blocks + 1]
-    word = np.fft.irfft(spectrum, n=160 * blocks)[: -(-len(samples) * 160 // 441)]
+    spectrum = np.fft.rfft(samples.astype(np.float32), n=441 * blocks)[: 50 * blocks + 1]
+    word = np.fft.irfft(spectrum, n=100 * blocks)[: -(-len(samples) * 100 // 441)]
     return (word / np.abs(word).max()).astype(np.float32)
 
 

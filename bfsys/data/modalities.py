@@ -43,8 +43,6 @@ def decode_audio(data: bytes) -> Clip:
 
 
 MODALITIES = {
-    "image": Modality(
-        ("jpg", "jpeg", "png", "tif", "tiff", "bmp", "gif", "webp", "ppm", "pgm"), decode_image
-    ),
+    "image": Modality(("jpg", "jpeg", "png", "tif", "tiff", "bmp", "gif", "webp", "ppm", "pgm"), decode_image),
     "audio": Modality(("wav", "flac", "mp3", "ogg", "opus", "aif", "aiff", "au"), decode_audio),
 }

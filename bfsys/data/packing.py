@@ -148,9 +148,7 @@ def _members(job: Job, bad: list[BadFile], skip_bad: bool) -> Iterator[Member]:
             bad.append(BadFile(file.path, f"cannot be read ({error.strerror})"))
             continue
         if len(data) != file.size_bytes:
-            bad.append(
-                BadFile(file.path, f"changed during packing: {file.size_bytes:,} to {len(data):,} bytes")
-            )
+            bad.append(BadFile(file.path, f"changed during packing: {file.size_bytes:,} to {len(data):,} bytes"))
             continue
         if encoding.modality:
             try:

@@ -79,9 +79,7 @@ def open_split(path: str | Path, split: str) -> Split:
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path / DESCRIPTION}: is damaged ({error!r}); pack the dataset again") from error
     if sum(shard.samples for shard in shards) != len(samples):
-        raise UserError(
-            f"{path / DESCRIPTION}: is damaged (the shards' samples do not add up to {len(samples)})"
-        )
+        raise UserError(f"{path / DESCRIPTION}: is damaged (the shards' samples do not add up to {len(samples)})")
     identity = json.dumps([split, part, classes], sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     return Split(path, name, split, classes, shards, samples, keys, fingerprint)
@@ -103,9 +101,7 @@ def read_description(path: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: cannot be read ({error!r}); pack the dataset again") from error
     if number != FORMAT:
-        raise UserError(
-            f"{file}: has format {number!r}; this version reads format {FORMAT}: pack the dataset again"
-        )
+        raise UserError(f"{file}: has format {number!r}; this version reads format {FORMAT}: pack the dataset again")
     if not isinstance(description.get("splits"), dict):
         raise UserError(f"{file}: is damaged (it lists no splits); pack the dataset again")
     return description
@@ -132,9 +128,7 @@ def index_files(name: str, split: str) -> tuple[str, str]:
     return f"{name}-{split}.samples.npy", f"{name}-{split}.keys.npy"
 
 
-def write_split(
-    path: Path, name: str, split: str, classes: Sequence[str], shards: Sequence[TarIndex]
-) -> dict:
+def write_split(path: Path, name: str, split: str, classes: Sequence[str], shards: Sequence[TarIndex]) -> dict:
     """Write a split's index from that of its shards, and return its part of dataset.json."""
     samples, keys = join_shards(shards)
     files = {}
@@ -234,9 +228,7 @@ def verify_shard(split: Split, number: int) -> list[str]:
         for i, row in enumerate(split.samples[first:end], start=first):
             start, length = int(row["offset"]), int(row["length"])
             if xxhash.xxh3_64_intdigest(content[start : start + length]) != row["checksum"]:
-                problems.append(
-                    f"{path}: sample {split.key(i)!r}: its bytes differ from the checksum in the index"
-                )
+                problems.append(f"{path}: sample {split.key(i)!r}: its bytes differ from the checksum in the index")
     try:
         found = read_shard(path)
     except UserError as error:

@@ -175,15 +175,11 @@ def _wrong_class(name: str) -> str:
     return ""
 
 
-def _list_classes(
-    listing: Listing, root: Path, split: str | None, val_share: float, leave_out: str = ""
-) -> None:
+def _list_classes(listing: Listing, root: Path, split: str | None, val_share: float, leave_out: str = "") -> None:
     """Add the class folders in `root` and their files, at any depth."""
     classes = [name for name in _folders(root, listing) if name != leave_out]
     if not classes and root.is_dir():
-        listing.problems.append(
-            f"{root}: has no class folders; files must lie in a folder named after their class"
-        )
+        listing.problems.append(f"{root}: has no class folders; files must lie in a folder named after their class")
     for class_name in classes:
         wrong = _wrong_class(class_name)
         if wrong:

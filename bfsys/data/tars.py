@@ -127,25 +127,19 @@ def read_shard(path: Path) -> TarIndex:
             sha256 = hashlib.sha256(content).hexdigest()
             return _index_samples(path, content, sha256)
     except (OSError, ValueError, tarfile.TarError) as error:  # ValueError: an empty file cannot be mapped
-        raise UserError(
-            f"{path}: cannot be read as a tar ({error}); fetch or pack this shard again"
-        ) from error
+        raise UserError(f"{path}: cannot be read as a tar ({error}); fetch or pack this shard again") from error
 
 
 def _index_samples(path: Path, content: mmap.mmap, sha256: str) -> TarIndex:
     payloads, labels = _members(path, content)
-    problems = [
-        f"{path}: sample {key!r} has no payload beside its .cls" for key in labels if key not in payloads
-    ]
+    problems = [f"{path}: sample {key!r} has no payload beside its .cls" for key in labels if key not in payloads]
     rows: list[tuple] = []
     keys = bytearray()
     for key, infos in payloads.items():
         extensions = ", ".join(sorted(info.name.removeprefix(key) for info in infos))
         label = labels.get(key, b"")
         if len(infos) > 1:
-            problems.append(
-                f"{path}: sample {key!r} has {len(infos)} payloads ({extensions}); one is allowed"
-            )
+            problems.append(f"{path}: sample {key!r} has {len(infos)} payloads ({extensions}); one is allowed")
         elif not CLASS_NUMBER.fullmatch(label):
             got = f"{key}.cls holds {label[:40]!r}" if key in labels else f"there is no {key}.cls"
             problems.append(f"{path}: sample {key!r} has no class: {got}; it must hold a number such as 7")

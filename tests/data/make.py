@@ -20,9 +20,7 @@ def write_tree(root: Path, classes: Sequence[str], files: int, longest: int, rng
             (root / name / f"{i:03}.bin").write_bytes(values.astype(np.uint8).tobytes())
 
 
-def split_in_memory(
-    shard_sizes: Sequence[int], lengths: np.ndarray | None = None, name: str = "memory"
-) -> Split:
+def split_in_memory(shard_sizes: Sequence[int], lengths: np.ndarray | None = None, name: str = "memory") -> Split:
     """A split with an index and no tars: all that a plan looks at."""
     samples = np.zeros(sum(shard_sizes), SAMPLE)
     samples["shard"] = np.repeat(np.arange(len(shard_sizes)), shard_sizes)

@@ -17,6 +17,7 @@ from bfsys.data.reader import ShardReader
 from bfsys.data.shards import open_split
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
+from bfsys.train import open_data
 
 
 def rank(number: int, of: int) -> Ranks:
@@ -141,9 +142,7 @@ def test_classes_of_equal_name_are_one(config_file: Path, datasets: Path) -> Non
 def test_unfit_data_is_refused(config_file: Path, change: list[str], message: str) -> None:
     config = load_config(config_file, change)
     with pytest.raises(UserError, match=message):
-        classes = union_of_classes(config)
-        open_sources(config, config.data.train_split, classes)
-        open_sources(config, config.data.eval_split, classes, allow_missing=True)
+        open_data(config, rank(0, 1))
 
 
 def test_a_byte_budget_that_cannot_be_kept_names_the_lanes(config_file: Path) -> None:

@@ -85,9 +85,7 @@ def weight_shapes(config: ReferenceConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def random_weights(
-    config: ReferenceConfig, seed: int, dtype: torch.dtype = torch.float64
-) -> dict[str, Tensor]:
+def random_weights(config: ReferenceConfig, seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Weights so large that the logits depend on the bytes.
 
     With the published initialisation an untrained network answers nearly the same to every input, and
@@ -145,9 +143,7 @@ def reference_activations(
     return found
 
 
-def stem(
-    weights: Mapping[str, Tensor], config: ReferenceConfig, x: Tensor, mode: str
-) -> tuple[Tensor, Tensor]:
+def stem(weights: Mapping[str, Tensor], config: ReferenceConfig, x: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """Tokens [B, T, D] and their padding mask [B, T]: 0, or -inf for a token without any real byte."""
     stride = config.kernel // 2
     ids = torch.where(x == PAD, PAD_ROW, x)  # [B, L]
@@ -231,9 +227,7 @@ def mlp(weights: Mapping[str, Tensor], layer: int, windows: Tensor) -> Tensor:
     return linear(weights, f"{block}.4", hidden)
 
 
-def merge_tokens(
-    weights: Mapping[str, Tensor], layer: int, tokens: Tensor, padding: Tensor
-) -> tuple[Tensor, Tensor]:
+def merge_tokens(weights: Mapping[str, Tensor], layer: int, tokens: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
     """Two neighbours become one, [B, T, D] -> [B, ceil(T / 2), D]; features interleave: c0t0, c0t1, c1t0 …"""
     merge = f"downsamplers.downsample_{layer}"
     tokens = torch.where((padding == 0)[:, :, None], tokens, 0)

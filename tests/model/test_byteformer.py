@@ -76,9 +76,7 @@ def random_files(lengths: Sequence[int], seed: int) -> list[bytes]:
     return [rng.randbytes(n) for n in lengths]
 
 
-def reference_answers(
-    weights: dict[str, Tensor], config: ReferenceConfig, files: Sequence[bytes], mode: str
-) -> Tensor:
+def reference_answers(weights: dict[str, Tensor], config: ReferenceConfig, files: Sequence[bytes], mode: str) -> Tensor:
     """Logits [B, classes] that the model must give: padded by a kernel, or each file by itself, unpadded."""
     if mode == "masked":
         return reference_logits(weights, config, pad(files, config.kernel), "intended")

@@ -26,9 +26,7 @@ def make_files(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def make_tree(folder: Path, count: int = 30, size_bytes: int = 300) -> Path:
-    names = {
-        f"{'cat' if i % 2 else 'dog'}/{i:03d}.jpg": bytes([i % 256]) * (size_bytes + i) for i in range(count)
-    }
+    names = {f"{'cat' if i % 2 else 'dog'}/{i:03d}.jpg": bytes([i % 256]) * (size_bytes + i) for i in range(count)}
     return make_files(folder, names)
 
 

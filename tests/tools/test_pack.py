@@ -43,9 +43,7 @@ def _no_fsync():
 # What goes in comes out
 
 
-file_names = st.text(
-    st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=30
-)
+file_names = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=30)
 byte_names = st.builds(
     lambda text, tail: os.fsdecode(text.encode() + tail), file_names, st.sampled_from([b"", b"\xff"])
 )
@@ -102,9 +100,7 @@ def test_extensions_and_keys(tmp_path):
         ".hidden",
         ".git/a",
     ]
-    dataset = pack(
-        make_files(tmp_path / "src", {f"n.01/{n}": n.encode() for n in names}), tmp_path, "--split", "test"
-    )
+    dataset = pack(make_files(tmp_path / "src", {f"n.01/{n}": n.encode() for n in names}), tmp_path, "--split", "test")
     samples = webdataset.WebDataset(str(dataset / "pets-test-000000.tar"), shardshuffle=False)
     found = {s["__key__"]: (set(s) - {"__key__", "__url__", "cls", "__local_path__"}).pop() for s in samples}
     assert found == {
@@ -196,9 +192,7 @@ def test_speech_commands(tmp_path):
         "testing_list.txt": b"no/c_nohash_0.wav\nyes/c_nohash_0.wav\n",
     }
     noise = {"_background_noise_/pink.wav": b"noise", "README.md": b"read me"}
-    found = contents(
-        pack(make_files(tmp_path / "sc", words | lists | noise), tmp_path, "--from", "speech_commands")
-    )
+    found = contents(pack(make_files(tmp_path / "sc", words | lists | noise), tmp_path, "--from", "speech_commands"))
     assert len(found) == 6
     assert {key for key, (split, _, _) in found.items() if split == "val"} == {"yes/b_nohash_0"}
     assert {key for key, (split, _, _) in found.items() if split == "test"} == {
@@ -218,9 +212,7 @@ def test_pictures_are_encoded_anew(tmp_path):
     description = read_description(dataset)
     assert description["encoding"] == "tiff"
     assert description["made_by"]["library"].startswith("Pillow ")
-    sample = next(
-        iter(webdataset.WebDataset(str(dataset / split.shards[0].file), shardshuffle=False).decode("pil"))
-    )
+    sample = next(iter(webdataset.WebDataset(str(dataset / split.shards[0].file), shardshuffle=False).decode("pil")))
     assert sample["tiff"].size == (224, 224)
 
 

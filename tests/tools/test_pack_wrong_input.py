@@ -14,9 +14,7 @@ def test_all_bad_files_at_once(tmp_path):
     (src / "dog" / "gone").symlink_to(tmp_path / "nowhere")
     os.mkfifo(src / "dog" / "pipe")
     (src / "bird").mkdir()
-    result = run_pack(
-        src, tmp_path / "out", "--split", "train", "--max-file-bytes", "20", "--encoding", "pngg"
-    )
+    result = run_pack(src, tmp_path / "out", "--split", "train", "--max-file-bytes", "20", "--encoding", "pngg")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     for message in (
@@ -131,9 +129,7 @@ def test_links_in_a_circle(tmp_path):
 def test_source_is_missing_or_a_file(tmp_path):
     assert "none: there is no such file or folder" in problems_of(tmp_path / "none", tmp_path)
     (tmp_path / "file").write_text("")
-    assert "file: is not a folder; for a list of files say --from filelist" in problems_of(
-        tmp_path / "file", tmp_path
-    )
+    assert "file: is not a folder; for a list of files say --from filelist" in problems_of(tmp_path / "file", tmp_path)
 
 
 def test_speech_commands_with_a_list_that_does_not_fit(tmp_path):

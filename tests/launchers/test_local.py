@@ -1,0 +1,194 @@
+"""The local launcher with real processes: small scripts in the place of training, and training itself once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bfsys.errors import UserError
+from bfsys.job import TrainJob
+from launchers import local
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = ROOT / "launchers" / "local.py"
+
+# A rank that writes its process id, and those of a child, to a file, when it is ready.
+BEGIN = """
+import os, signal, subprocess, sys, time
+rank = os.environ["RANK"]
+def ready():
+    child = subprocess.Popen(["sleep", "100"])
+    with open(f"pids-{rank}.part", "w") as file:
+        file.write(f"{os.getpid()} {child.pid}")
+    os.rename(f"pids-{rank}.part", f"pids-{rank}")
+def wait_for_all():
+    while not all(os.path.exists(f"pids-{r}") for r in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def make_job(tmp_path) -> Callable[[str], TrainJob]:
+    """A job whose ranks run a script in tmp_path in the place of bfsys/train.py."""
+
+    def make(script: str) -> TrainJob:
+        (tmp_path / "bfsys").mkdir()
+        (tmp_path / "bfsys" / "train.py").write_text(BEGIN + script)
+        return TrainJob(tmp_path / "c.yaml", ("a=1",), tmp_path, tmp_path)
+
+    return make
+
+
+def launch(job: TrainJob, ranks: int) -> subprocess.Popen:
+    """The group in a process of its own, which takes the test's signals; returns when all ranks are ready."""
+    start = (
+        "import sys; from pathlib import Path; from launchers import local\n"
+        f"job = local.TrainJob({str(job.config)!r}, ('a=1',), Path({str(job.code_dir)!r}), {str(job.work_dir)!r})\n"
+        f"sys.exit(local.run_group(job, {ranks}, Path({str(job.work_dir)!r}) / 'log'))"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: all((job.work_dir / f"pids-{r}").exists() for r in range(ranks)), 60)
+    return launcher
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def alive(folder: Path) -> list[int]:
+    """Processes of the ranks that are still there; a zombie is not."""
+
+    def running(pid: str) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    return [int(pid) for file in folder.glob("pids-?") for pid in file.read_text().split() if running(pid)]
+
+
+def test_the_first_failing_rank_decides_and_nobody_stays(make_job, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(local, "GRACE_S", 0.5)
+    job = make_job("""
+if rank == "0":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as one that hangs in a collective
+ready(); wait_for_all()
+print("rank", rank, "is there", flush=True)
+if rank == "1":
+    sys.exit(7)
+time.sleep(100)
+""")
+    assert local.run_group(job, 3, tmp_path / "log") == 7
+    out, err = capfd.readouterr()
+    assert "rank 0 is there" in out  # on the console: rank 0 only
+    assert "rank 1" not in out
+    assert f"error: rank 1 ended with code 7, the others were stopped; see {tmp_path}/log/rank-1.log" in err
+    assert "  rank 1 is there" in err
+    ranks = [int((tmp_path / f"pids-{rank}").read_text().split()[0]) for rank in range(3)]
+    assert not set(ranks) & set(alive(tmp_path))
+    for pid in alive(tmp_path):  # children of ranks that ended by themselves
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_rank_gives_the_shells_code_and_logs_are_appended(make_job, tmp_path, capfd):
+    job = make_job('ready(); os.kill(os.getpid(), signal.SIGKILL) if rank == "1" else time.sleep(100)')
+    assert local.run_group(job, 2, tmp_path / "log") == 137
+    assert local.run_group(job, 2, tmp_path / "log") == 137
+    lines = (tmp_path / "log" / "rank-0.log").read_text().splitlines()
+    assert [line[:5] for line in lines] == ["--- 2"] * 2
+    assert all(line.endswith(f"bfsys/train.py {tmp_path}/c.yaml a=1") for line in lines)
+    for pid in alive(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_an_agreed_end_is_waited_for(make_job, tmp_path, capfd):
+    job = make_job('time.sleep(0.5 * int(rank)); print("closed", flush=True); sys.exit(2)')
+    assert local.run_group(job, 2, tmp_path / "log") == 2
+    assert "closed" in (tmp_path / "log" / "rank-1.log").read_text()
+    assert "error" not in capfd.readouterr().err  # rank 0 has said what is wrong
+
+
+def test_signals_reach_each_rank_once(make_job, tmp_path):
+    job = make_job("""
+received = []
+signal.signal(signal.SIGUSR2, lambda *_: received.append("USR2"))
+ready()
+while not received:
+    time.sleep(0.02)
+time.sleep(0.5)
+print(*received)
+sys.exit(75)
+""")
+    launcher = launch(job, 2)
+    for _ in range(3):  # as when a whole process group is signalled, and its members pass it on
+        launcher.send_signal(signal.SIGUSR2)
+        time.sleep(0.06)
+    assert launcher.wait(timeout=20) == 75
+    for rank in range(2):
+        assert (tmp_path / "log" / f"rank-{rank}.log").read_text().splitlines()[1:] == ["USR2"]
+
+
+def test_a_stop_before_training_has_begun_is_a_stop(make_job):
+    launcher = launch(make_job("ready(); time.sleep(100)"), 2)
+    launcher.terminate()
+    assert launcher.wait(timeout=20) == 130
+
+
+def test_a_killed_launcher_leaves_no_ranks(make_job, tmp_path):
+    launcher = launch(make_job("signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(100)"), 2)
+    ranks = {int((tmp_path / f"pids-{rank}").read_text().split()[0]) for rank in range(2)}
+    launcher.kill()
+    wait_until(lambda: not ranks & set(alive(tmp_path)), 10)
+    for pid in alive(tmp_path):  # `sleep`, unlike loader processes, does not watch its parent
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_choice_of_ranks(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert [local.choose_ranks(lanes, None) for lanes in (1, 4, 9, 12, 64)] == [1, 4, 3, 6, 4]
+    assert local.choose_ranks(64, 32) == 32
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert local.choose_ranks(64, None) == 2
+    for asked, said in ((0, "at least 1"), (3, "world sizes that fit: 1, 2, 4"), (4, "this machine's 3 GPUs")):
+        with pytest.raises(UserError, match=said):
+            local.choose_ranks(4, asked)
+
+
+def test_dry_run_starts_nothing(config_file, tmp_path, capsys):
+    assert local.main(["--ranks", "2", str(config_file), "train.steps=5", "--dry-run"]) == 0
+    assert f"{LAUNCHER.parents[1]}/bfsys/train.py {config_file} train.steps=5, 2 times" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_training_stops_on_request_and_continues_to_its_end(config_file, tmp_path):
+    command = [sys.executable, LAUNCHER, "--ranks", "2", config_file, "train.steps=150", "train.save_every=1000"]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in launcher.stdout:
+        if line.startswith("step   1/150"):
+            break
+    launcher.terminate()
+    rest = launcher.stdout.read()
+    assert launcher.wait(timeout=60) == 130, rest
+    stopped = int(rest.partition("stopped on request after step ")[2].partition(";")[0])
+    assert 1 <= stopped < 150
+    checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
+    assert (checkpoints / "latest").read_text() == f"step_{stopped:08}\n"
+
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert f"continuing {tmp_path}/runs/tiny after step {stopped}\n" in finished.stdout
+    assert "finished: 150 steps" in finished.stdout
+    assert (checkpoints / "latest").read_text() == "step_00000150\n"
+    assert (tmp_path / "runs/tiny/log/rank-1.log").read_text().count("--- 2") == 2
