@@ -57,7 +57,7 @@ def save(engine: Engine, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep:
     if ranks.is_first:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-    dist.gather_to_all(None)  # the directory is there
+    dist.barrier()  # the directory is there
     hashes: dict[str, dict] = {}
     for state in engine.state_names():
         share = {
@@ -83,7 +83,7 @@ def save(engine: Engine, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep:
         _sync_directory(root)
         for old in _steps(root)[:-keep]:
             shutil.rmtree(root / checkpoint_name(old))
-    dist.gather_to_all(None)  # nobody goes on before the checkpoint counts
+    dist.barrier()  # nobody goes on before the checkpoint counts
     return final
 
 

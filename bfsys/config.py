@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from bfsys import typed_yaml
-from bfsys.errors import UserError
+from bfsys.errors import UserError, collecting
 from bfsys.model import sizes
 
 Count = Annotated[int, Field(ge=1)]
@@ -183,20 +183,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         problems.append("data.sources: the list is empty; give at least one `- path: FOLDER`")
     if "/" in config.name or config.name.startswith("."):
         problems.append(f"name: got {config.name!r}; a plain folder name is expected, runs_dir says where")
-    if data.batch_samples < data.lanes:
-        problems.append(
-            f"data.lanes: {data.lanes} lanes cannot share batch_samples {data.batch_samples}; "
-            f"lanes up to {data.batch_samples} are allowed"
+    if data.sources and data.batch_samples < data.lanes * len(data.sources):
+        problems.append(  # fewer could leave a lane without a sample in some step
+            f"data.lanes: {data.lanes} lanes of {len(data.sources)} sources need batch_samples of "
+            f"{data.lanes * len(data.sources)} or more, got {data.batch_samples}"
         )
     if optim.warmup_steps > train.steps:
         problems.append(f"optim.warmup_steps: got {optim.warmup_steps}, more than the run's train.steps {train.steps}")
     paths = [source.path for source in data.sources]
     for path_twice in sorted({p for p in paths if paths.count(p) > 1}):
         problems.append(f"data.sources: {path_twice} is given twice; give it once, with a larger weight")
-    try:
+    with collecting(problems):
         config.model.architecture()
-    except UserError as error:
-        problems.extend(error.problems)
     if problems:
         raise UserError(*(f"config {path}: {p}" for p in problems))
     return config

@@ -28,12 +28,12 @@ class AgreedError(UserError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is."""
+    """Who this process is; by default a process on its own."""
 
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -128,6 +128,12 @@ def gather_to_all(value: T) -> list[T]:
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def same_errors_on_all(act: Callable[[], T]) -> T:

@@ -6,9 +6,9 @@ import numpy as np
 
 from bfsys import typed_yaml
 from bfsys.config import Config
-from bfsys.data.loader import make_plan, open_sources, union_of_classes
+from bfsys.data.loader import Sources, make_plan, open_sources, union_of_classes
 from bfsys.data.plan import Plan, lanes_of_rank
-from bfsys.errors import UserError
+from bfsys.errors import UserError, collecting
 from bfsys.model.byteformer import parameter_count
 from bfsys.model.layout import MASKED, token_counts
 
@@ -32,30 +32,28 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
     classes = union_of_classes(config)
     print(f"parameters  {parameter_count(architecture, len(classes)):,} with {len(classes)} classes")
     problems = []
-    for split in (data.train_split, data.eval_split):
-        try:
-            sources = open_sources(config, split, classes, allow_missing=split == data.eval_split)
-        except UserError as error:
-            problems.extend(error.problems)
-            continue
-        for name, part in zip(sources.names, sources.splits, strict=True):
-            lengths = part.samples["length"]
-            print(
-                f"{split:<11} {name}: {len(part):,} files, {lengths.sum(dtype=np.int64) / 1e6:,.1f} MB in "
-                f"{len(part.shards)} shards, median {np.median(lengths):,.0f} bytes, longest {lengths.max(initial=0):,}"
-            )
-        if split == data.train_split:
-            try:
-                _show_plan(make_plan(config, sources), config, sources.names)
-            except UserError as error:
-                problems.extend(error.problems)
-    try:
+    with collecting(problems):
+        sources = open_sources(config, data.train_split, classes)
+        _show_sources(data.train_split, sources)
+        _show_plan(make_plan(config, sources), config, sources.names)
+    with collecting(problems):
+        _show_sources(data.eval_split, open_sources(config, data.eval_split, classes, allow_missing=True))
+    with collecting(problems):
         lanes = lanes_of_rank(data.lanes, 0, world_size)
         print(f"ranks       {world_size}, each {len(lanes)} micro-batches a step")
-    except UserError as error:
-        problems.extend(error.problems)
     if problems:
         raise UserError(*problems)
+
+
+def _show_sources(split: str, sources: Sources) -> None:
+    if not sources.splits:
+        print(f"{split:<11} no source has this split: nothing will be evaluated")
+    for name, part in zip(sources.names, sources.splits, strict=True):
+        lengths = part.samples["length"]
+        print(
+            f"{split:<11} {name}: {len(part):,} files, {lengths.sum(dtype=np.int64) / 1e6:,.1f} MB in "
+            f"{len(part.shards)} shards, median {np.median(lengths):,.0f} bytes, longest {lengths.max(initial=0):,}"
+        )
 
 
 def _show_plan(plan: Plan, config: Config, names: tuple[str, ...]) -> None:

@@ -197,5 +197,5 @@ def _import_deepspeed():
 
     # An all-reduce for inference, which training never calls: building it takes 25 s and a compiler.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings are about choices made here on purpose
     return deepspeed

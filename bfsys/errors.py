@@ -5,7 +5,8 @@ says where the trouble is, what was got, what is allowed and what to do.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
 
@@ -22,6 +23,15 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(self.args)
+
+
+@contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Put the problems of a `UserError` into the list instead of stopping at it."""
+    try:
+        yield
+    except UserError as error:
+        problems.extend(error.problems)
 
 
 def run_command(main: Callable[[], int | None]) -> None:

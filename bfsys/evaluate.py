@@ -21,7 +21,7 @@ from bfsys.batch import ByteBatch
 from bfsys.checkpoint import load_model
 from bfsys.config import Config
 from bfsys.data.loader import Sources, evaluation_rounds, open_sources
-from bfsys.errors import run_command
+from bfsys.errors import UserError, run_command
 from bfsys.loss import COLUMNS, SAMPLES, loss_and_sums
 from bfsys.metrics import describe_scores, scores
 
@@ -55,8 +55,11 @@ def main() -> int:
     args = parser.parse_args()
 
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
-    ranks = dist.ranks_from_environment()
-    sources = open_sources(config, args.split or config.data.eval_split, manifest["classes"], allow_missing=True)
+    ranks = dist.Ranks()
+    split = args.split or config.data.eval_split
+    sources = open_sources(config, split, manifest["classes"], allow_missing=True)
+    if not sources.splits:
+        raise UserError(f"no source of {args.run} has a split {split!r}; choose another with --split")
     result = evaluate(model.to(ranks.device), config, sources, ranks, _show_progress)
     if args.json:
         print(json.dumps({"run": str(args.run), "step": manifest["step"], **result}, indent=1))

@@ -17,7 +17,7 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL: "try again later"
 EXIT_STOPPED = 130
 
 # A terminal's Ctrl-C reaches a rank twice, from the terminal and from the launcher; only a repetition after
-# this long is the impatience of a person.
+# this long is the impatience of a person. Another signal is none: a pre-emption sends SIGTERM after its warning.
 REPEAT_S = 2.0
 
 _EXIT_CODES = {signal.SIGUSR2: EXIT_REQUEUE, signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: EXIT_STOPPED}
@@ -28,7 +28,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self._exit_code = 0
-        self._first_at = 0.0
+        self._received_at: dict[int, float] = {}
         self._process = os.getpid()
         self._previous = {number: signal.signal(number, self._receive) for number in _EXIT_CODES}
 
@@ -44,8 +44,6 @@ class StopRequests:
         if os.getpid() != self._process:  # a loader process inherited the handler: stopping is not its affair
             return
         now = time.monotonic()
-        if self._exit_code and now - self._first_at > REPEAT_S:
+        if now - self._received_at.setdefault(number, now) > REPEAT_S:
             os._exit(_EXIT_CODES[number])
-        if not self._exit_code:
-            self._first_at = now
         self._exit_code = max(self._exit_code, _EXIT_CODES[number])

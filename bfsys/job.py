@@ -73,10 +73,12 @@ class TrainJob:
         try:
             run_command(lambda: main(self.arguments()))
         except SystemExit as end:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            waits = end.code in (EXIT_REQUEUE, EXIT_STOPPED)
+            # A rank that leaves with an error makes srun end the others: these keep their code, and with it the job's.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if waits else signal.SIG_IGN)
             if end.code == EXIT_REQUEUE and os.environ["RANK"] == "0":
                 _requeue()
-            elif end.code in (EXIT_REQUEUE, EXIT_STOPPED):
+            elif waits:
                 print("waiting for SLURM to end this task", flush=True)
                 time.sleep(END_WAIT_S)
             raise

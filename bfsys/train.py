@@ -37,6 +37,7 @@ from bfsys.optim import learning_rate
 
 def train(config: Config, ranks: dist.Ranks) -> int:
     """Train to the last step, or until a stop is requested; returns the exit code. Called on every rank."""
+    stop = StopRequests()
     classes, training, validation, plan = dist.same_errors_on_all(lambda: open_data(config, ranks))
     start = find_start(config, classes, plan, ranks)
     torch.manual_seed(config.train.seed)
@@ -48,10 +49,9 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     metrics = Metrics(config, ranks, training.names, first_step=first_step, carried=manifest["metrics"])
     if start:
         metrics.say(f"continuing {config.run_dir} after step {first_step}")
-    stop = StopRequests()
     batches = training_batches(config, training, plan, ranks, first_step=first_step)
-    exit_code = 0
-    while step < config.train.steps and not exit_code:
+    exit_code, finished = 0, step == config.train.steps
+    while not finished and not exit_code:
         metrics.begin_step()
         for _ in range(engine.micro_batches):
             with metrics.waiting_for_data():
@@ -66,21 +66,21 @@ def train(config: Config, ranks: dist.Ranks) -> int:
 
         exit_code = stop.agreed_exit_code()
         finished = step == config.train.steps
-        if finished or exit_code or step % config.train.save_every == 0:
-            facts = {"step": step, "metrics": metrics.carry(), **run_facts(config, classes, plan)}
-            path = checkpoint.save(engine, config.run_dir, facts, ranks=ranks, keep=config.train.keep_checkpoints)
-            metrics.say(f"step {step} · saved {path}")
         due = config.train.eval_every and step % config.train.eval_every == 0
-        if validation and (finished or (due and not exit_code)):
+        if validation and (finished or (due and not exit_code)):  # before saving: a checkpoint's step is all done
             began = time.perf_counter()
             engine.module.eval()
             result = evaluate(engine.forward, config, validation, ranks)
             engine.module.train()
             metrics.evaluation(step, result, time.perf_counter() - began)
-    if step < config.train.steps:
+        if finished or exit_code or step % config.train.save_every == 0:
+            facts = {"step": step, "metrics": metrics.carry(), **run_facts(config, classes, plan)}
+            path = checkpoint.save(engine, config.run_dir, facts, ranks=ranks, keep=config.train.keep_checkpoints)
+            metrics.say(f"step {step} · saved {path}")
+    if exit_code and not finished:
         metrics.say(f"stopped on request after step {step}; the same command continues from there")
     else:
-        metrics.say(f"finished: {step} steps, in {config.run_dir}")
+        metrics.say(f"finished: {step} steps; checkpoints, TensorBoard logs and metrics are in {config.run_dir}")
         exit_code = 0
     stop.close()
     metrics.close()

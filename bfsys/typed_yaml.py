@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from bfsys.errors import UserError
+from bfsys.errors import UserError, collecting
 
 T = TypeVar("T")
 
@@ -69,10 +69,8 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
         raise UserError(f"config {path}: expected `key: value` lines at the top, got a {_kind(tree)}")
     problems: list[str] = []
     for override in overrides:
-        try:
+        with collecting(problems):
             _apply(tree, override)
-        except UserError as error:
-            problems.extend(error.problems)
     if problems:
         raise UserError(*problems)
     return from_tree(cls, tree, f"config {path}")

@@ -1,7 +1,8 @@
 """Train on a SLURM cluster: checks the run, then submits it as one job with one task per GPU, or CPU tasks.
 
-    python launchers/slurm.py --nodes 2 --gpus-per-node 8 --cpus-per-task 8 --mem 200G --time 24:00:00 CONFIG
-    python launchers/slurm.py --nodes 2 --tasks-per-node 4 --cpus-per-task 8 --time 60 CONFIG train.steps=100
+    python launchers/slurm.py --nodes 8 --time 24:00:00 CONFIG
+    python launchers/slurm.py --nodes 2 --gpus-per-node 4 --cpus-per-task 8 --mem 200G --time 24:00:00 CONFIG
+    python launchers/slurm.py --nodes 2 --gpus-per-node 0 --tasks-per-node 4 --time 60 CONFIG train.steps=100
 
 A job that is about to run out of time, or is pre-empted with a warning, saves a checkpoint and puts itself back in
 the queue; `scancel` saves and ends it for good; the same command continues a run that has ended.
@@ -65,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("config", metavar="CONFIG", help="YAML file, see configs/")
     add("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
     add("--nodes", type=int, required=True, metavar="N")
-    add("--gpus-per-node", type=int, default=0, metavar="G", help="0, the default: train on CPUs")
+    add("--gpus-per-node", type=int, default=8, metavar="G", help="default 8; 0: train on CPUs")
     add("--tasks-per-node", type=int, metavar="T", help="ranks on a node; default: one per GPU, or 1 on CPUs")
     add("--cpus-per-task", type=int, metavar="C", help="default: the cluster's")
     add("--mem", metavar="SIZE", help="of a node, for example 200G; default: the cluster's")

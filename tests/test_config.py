@@ -90,7 +90,7 @@ def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
         ("model.size=custom", "custom needs model.dim and model.layers"),
         ("model.dim=64", "'tiny' fixes dim, layers and heads"),
         ("model.merge_after=[50]", "model.merge_after"),
-        ("data.lanes=9", "9 lanes cannot share batch_samples 8"),
+        ("data.lanes=9", "9 lanes of 1 sources need batch_samples of 9 or more, got 8"),
         ("data.sources=[]", "the list is empty"),
         ("optim.warmup_steps=9999999", "more than the run's train.steps"),
         ("name=a/b", "a plain folder name"),

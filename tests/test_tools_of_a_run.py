@@ -149,6 +149,11 @@ def test_what_is_no_run_is_said(tmp_path: Path, what: str) -> None:
         checkpoint.load_model(tmp_path / what)
 
 
+def test_a_split_that_no_source_has_is_said(run: Path, evaluate_run) -> None:
+    with pytest.raises(UserError, match="has a split 'test'"):
+        evaluate_run(run, "--split", "test")
+
+
 def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     from bfsys.metrics import _open_lines
 

@@ -24,7 +24,7 @@ from bfsys.optim import learning_rate
 from tests.conftest import start_ranks
 
 STAGES = (0, 1, 2, 3)
-ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+ALONE = Ranks()
 
 
 def lines(run: Path, kind: str = "train") -> list[dict]:

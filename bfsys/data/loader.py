@@ -17,7 +17,7 @@ from bfsys.data.plan import MicroBatch, Plan, evaluation_batches, lanes_of_rank
 from bfsys.data.reader import ShardReader
 from bfsys.data.shards import Split, open_split, split_names
 from bfsys.dist import Ranks
-from bfsys.errors import UserError
+from bfsys.errors import UserError, collecting
 
 
 @dataclass(frozen=True)
@@ -37,35 +37,31 @@ def union_of_classes(config: Config) -> tuple[str, ...]:
     """Class names of all sources, sorted: the rows of the head. Raises UserError with all problems."""
     names, problems = set(), []
     for source in config.data.sources:
-        try:
+        with collecting(problems):
             names |= set(open_split(source.path, config.data.train_split).classes)
-        except UserError as error:
-            problems.extend(error.problems)
     if problems:
         raise UserError(*problems)
     return tuple(sorted(names))
 
 
 def open_sources(config: Config, split: str, classes: Sequence[str], *, allow_missing: bool = False) -> Sources:
-    """Open a split of every source and map its labels to `classes`; raises UserError with all problems."""
+    """Open a split of every source and map its labels to `classes`; raises UserError with all problems.
+
+    With `allow_missing`, sources without the split are left out, be it all of them.
+    """
     number_of = {name: i for i, name in enumerate(classes)}
-    opened, problems = [], []
+    opened: list[tuple[int, Split]] = []
+    problems: list[str] = []
     for number, source in enumerate(config.data.sources):
-        try:
+        with collecting(problems):
             if allow_missing and split not in split_names(source.path):
                 continue
             part = open_split(source.path, split)
-        except UserError as error:
-            problems.extend(error.problems)
-            continue
-        unknown = [name for name in part.classes if name not in number_of]
-        if unknown:
-            problems.append(f"{source.path}: the model does not know the classes {', '.join(unknown[:10])}")
-        else:
+            unknown = [name for name in part.classes if name not in number_of]
+            if unknown:
+                raise UserError(f"{source.path}: the model does not know the classes {', '.join(unknown[:10])}")
+            problems.extend(_unfit_samples(part, config))
             opened.append((number, part))
-    if not opened and not problems:
-        problems.append(f"no source has a split {split!r}")
-    problems.extend(p for _, part in opened for p in _unfit_samples(part, config))
     if problems:
         raise UserError(*problems)
     names = [part.name for _, part in opened]

@@ -81,6 +81,8 @@ def test_lanes_share_a_step_evenly(plan: Plan, step: int) -> None:
     sizes = [len(plan.micro_batch(step, lane)) for lane in range(plan.lanes)]
     assert sum(sizes) == plan.batch_samples
     assert max(sizes) - min(sizes) <= len(plan.splits)
+    if plan.batch_samples >= plan.lanes * len(plan.splits):  # what a config must grant
+        assert min(sizes) >= 1
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -136,7 +136,6 @@ def test_classes_of_equal_name_are_one(config_file: Path, datasets: Path) -> Non
         (["model.max_tokens=2"], r"a: \d+ of 120 files are longer than the 8 bytes.*set model.max_tokens to"),
         (["data.train_split=test"], "test"),
         (["data.sources.0.path=/nowhere"], "/nowhere"),
-        (["data.eval_split=nothing"], "no source has a split 'nothing'"),
     ],
 )
 def test_unfit_data_is_refused(config_file: Path, change: list[str], message: str) -> None:
@@ -149,3 +148,8 @@ def test_a_byte_budget_that_cannot_be_kept_names_the_lanes(config_file: Path) ->
     config = load_config(config_file, ["data.micro_batch_bytes=60"])
     with pytest.raises(UserError, match=r"over the budget of 60; \d+ or more lanes would fit"):
         make_plan(config, open_sources(config, "train", union_of_classes(config)))
+
+
+def test_a_source_without_the_evaluation_split_is_left_out(config_file: Path) -> None:
+    config = load_config(config_file, ["data.eval_split=nothing"])
+    assert open_data(config, rank(0, 1))[2] is None

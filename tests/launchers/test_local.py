@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,15 +36,17 @@ def wait_for_all():
 
 
 @pytest.fixture
-def make_job(tmp_path) -> Callable[[str], TrainJob]:
-    """A job whose ranks run a script in tmp_path in the place of bfsys/train.py."""
+def make_job(tmp_path) -> Iterator[Callable[[str], TrainJob]]:
+    """A job whose ranks run a script in tmp_path in the place of bfsys/train.py; what they leave is ended."""
 
     def make(script: str) -> TrainJob:
         (tmp_path / "bfsys").mkdir()
         (tmp_path / "bfsys" / "train.py").write_text(BEGIN + script)
         return TrainJob(tmp_path / "c.yaml", ("a=1",), tmp_path, tmp_path)
 
-    return make
+    yield make
+    for pid in alive(tmp_path):  # `sleep`, unlike loader processes, does not watch its parent
+        os.kill(pid, signal.SIGKILL)
 
 
 def launch(job: TrainJob, ranks: int) -> subprocess.Popen:
@@ -97,19 +99,15 @@ time.sleep(100)
     assert "  rank 1 is there" in err
     ranks = [int((tmp_path / f"pids-{rank}").read_text().split()[0]) for rank in range(3)]
     assert not set(ranks) & set(alive(tmp_path))
-    for pid in alive(tmp_path):  # children of ranks that ended by themselves
-        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_killed_rank_gives_the_shells_code_and_logs_are_appended(make_job, tmp_path, capfd):
-    job = make_job('ready(); os.kill(os.getpid(), signal.SIGKILL) if rank == "1" else time.sleep(100)')
+    job = make_job('os.kill(os.getpid(), signal.SIGKILL) if rank == "1" else time.sleep(100)')
     assert local.run_group(job, 2, tmp_path / "log") == 137
     assert local.run_group(job, 2, tmp_path / "log") == 137
     lines = (tmp_path / "log" / "rank-0.log").read_text().splitlines()
     assert [line[:5] for line in lines] == ["--- 2"] * 2
     assert all(line.endswith(f"bfsys/train.py {tmp_path}/c.yaml a=1") for line in lines)
-    for pid in alive(tmp_path):
-        os.kill(pid, signal.SIGKILL)
 
 
 def test_an_agreed_end_is_waited_for(make_job, tmp_path, capfd):
@@ -150,8 +148,6 @@ def test_a_killed_launcher_leaves_no_ranks(make_job, tmp_path):
     ranks = {int((tmp_path / f"pids-{rank}").read_text().split()[0]) for rank in range(2)}
     launcher.kill()
     wait_until(lambda: not ranks & set(alive(tmp_path)), 10)
-    for pid in alive(tmp_path):  # `sleep`, unlike loader processes, does not watch its parent
-        os.kill(pid, signal.SIGKILL)
 
 
 def test_choice_of_ranks(monkeypatch):

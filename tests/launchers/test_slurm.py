@@ -17,6 +17,7 @@ from bfsys.config import load_config
 from bfsys.errors import UserError
 from launchers import slurm
 
+ON_CPUS = "--gpus-per-node=0"
 ROOT = Path(__file__).resolve().parents[2]
 REFUSING = "#!/bin/sh\necho 'sbatch: error: invalid partition specified: nope' >&2\nexit 1\n"
 ACCEPTING = "#!/bin/sh\necho Submitted batch job 42\n"
@@ -74,11 +75,17 @@ def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, cap
 
 
 def test_on_cpus_there_is_one_task_per_node_unless_told(config_file, capsys):
-    script = script_of(config_file, capsys, "--nodes=4")
+    script = script_of(config_file, capsys, "--nodes=4", ON_CPUS)
     assert "#SBATCH --ntasks-per-node=1\n" in script
     assert "--gpus-per-node" not in script
     assert "--cpus-per-task" not in script
-    assert "#SBATCH --ntasks-per-node=2\n" in script_of(config_file, capsys, "--nodes=2", "--tasks-per-node=2")
+    assert "#SBATCH --ntasks-per-node=2\n" in script_of(config_file, capsys, "--nodes=2", "--tasks-per-node=2", ON_CPUS)
+
+
+def test_by_default_there_are_eight_gpus_and_tasks_on_a_node(config_file, capsys):
+    script = script_of(config_file, capsys, "--nodes=2", "data.lanes=16", "data.batch_samples=32")
+    assert "#SBATCH --ntasks-per-node=8\n" in script
+    assert "#SBATCH --gpus-per-node=8\n" in script
 
 
 @pytest.mark.parametrize(
@@ -90,7 +97,7 @@ def test_time_limits(text, minutes):
 
 
 def test_node_counts_that_fit_are_named(config_file):
-    assert problems_of("--nodes", 3, "--dry-run", config_file) == [
+    assert problems_of("--nodes", 3, ON_CPUS, "--dry-run", config_file) == [
         "data.lanes: 4 lanes cannot be shared evenly by 3 nodes with 1 ranks each; numbers of nodes that fit: 1, 2, 4"
     ]
     assert problems_of("--nodes", 1, "--gpus-per-node", 8, "--dry-run", config_file) == [
@@ -107,13 +114,13 @@ def test_all_problems_are_reported_at_once(config_file, tmp_path, monkeypatch):
     wrong = ["--nodes", "--cpus-per-task", "--tasks-per-node", "--time", "--mem", "--env", "sbatch", "/no/where"]
     assert [p.partition(": ")[0] for p in problems] == wrong
     assert "login node" in problems[6]
-    problems = problems_of("--nodes", 1, config_file, "train.stepz=1")
+    problems = problems_of("--nodes", 1, ON_CPUS, config_file, "train.stepz=1")
     assert [p.partition(": ")[0] for p in problems] == ["sbatch", f"config {config_file}"]
 
 
 def test_a_refused_job_is_one_sentence_and_leaves_no_files(config_file, tmp_path, sbatch, capfd):
     sbatch(REFUSING)
-    problems = problems_of("--nodes", 2, "--partition", "nope", config_file)
+    problems = problems_of("--nodes", 2, ON_CPUS, "--partition", "nope", config_file)
     assert problems == ["sbatch refused the job: invalid partition specified: nope"]
     assert capfd.readouterr() == ("", "")
     assert not (tmp_path / "runs" / "tiny").exists()
@@ -122,7 +129,7 @@ def test_a_refused_job_is_one_sentence_and_leaves_no_files(config_file, tmp_path
 def test_submission_tells_what_to_do_next_and_carries_the_job(config_file, tmp_path, sbatch, capsys, monkeypatch):
     sbatch(ACCEPTING)
     monkeypatch.chdir(tmp_path)
-    assert slurm.main(["--nodes", "2", "tiny.yaml", "train.steps=12"]) == 0
+    assert slurm.main(["--nodes", "2", ON_CPUS, "tiny.yaml", "train.steps=12"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     folder = tmp_path / "runs" / "tiny" / "slurm"
     assert lines["log"] == f"{folder}/42_0_log.out"
@@ -137,7 +144,7 @@ def test_a_submission_from_within_a_job_is_not_bound_by_it(config_file, tmp_path
     sbatch(f"#!/bin/sh\nenv > {tmp_path}/environment\n" + ACCEPTING)
     for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "1"), ("SLURM_CONF", "/etc/slurm.conf")):
         monkeypatch.setenv(name, value)
-    slurm.main(["--nodes", "2", str(config_file)])
+    slurm.main(["--nodes", "2", ON_CPUS, str(config_file)])
     seen = (tmp_path / "environment").read_text().splitlines()
     assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
 
@@ -163,7 +170,15 @@ def submit(cluster, config_file, capsys):
     jobs = []
 
     def submit(*overrides: str, minutes: str = "10") -> tuple[str, Path]:
-        command = ["--nodes=2", "--cpus-per-task=1", "--time", minutes, str(config_file), "train.save_every=100000"]
+        command = [
+            "--nodes=2",
+            ON_CPUS,
+            "--cpus-per-task=1",
+            "--time",
+            minutes,
+            str(config_file),
+            "train.save_every=100000",
+        ]
         assert slurm.main([*command, *overrides]) == 0
         lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
         jobs.append(lines["stop"].split()[1])
