@@ -83,7 +83,10 @@ def test_on_cpus_there_is_one_task_per_node_unless_told(config_file, capsys):
 
 
 def test_by_default_there_are_eight_gpus_and_tasks_on_a_node(config_file, capsys):
-    script = script_of(config_file, capsys, "--nodes=2", "data.lanes=16", "data.batch_samples=32")
+    config_file.write_text(
+        config_file.read_text().replace("lanes: 4", "lanes: 16").replace("samples: 8", "samples: 32")
+    )
+    script = script_of(config_file, capsys, "--nodes=2")
     assert "#SBATCH --ntasks-per-node=8\n" in script
     assert "#SBATCH --gpus-per-node=8\n" in script
 
