@@ -10,9 +10,11 @@ micro-batches.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from typing import Protocol
 
 import torch
@@ -45,12 +47,13 @@ class Engine:
         self._clip_norm = config.optim.clip_norm
         self.optimizer = AdamW(parameter_groups(model, config.optim.weight_decay), config.optim)
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo")
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, ranks.world_size),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # pages of memory figures that it prints whatever its log level
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, ranks.world_size),
+                dist_init_required=False,
+            )
         self._names = {id(p): name for name, p in self._engine.module.named_parameters()}
         self._init_optimizer_state()
 

@@ -225,10 +225,19 @@ def verify_shard(split: Split, number: int) -> list[str]:
             problems.append(f"{path}: has {size_bytes:,} bytes, {DESCRIPTION} says {shard.bytes:,}")
         if hashlib.sha256(content).hexdigest() != shard.sha256:
             problems.append(f"{path}: differs from the sha256 in {DESCRIPTION}")
-        for i, row in enumerate(split.samples[first:end], start=first):
-            start, length = int(row["offset"]), int(row["length"])
-            if xxhash.xxh3_64_intdigest(content[start : start + length]) != row["checksum"]:
-                problems.append(f"{path}: sample {split.key(i)!r}: its bytes differ from the checksum in the index")
+        rows = split.samples[first:end]
+        ends = rows["offset"] + rows["length"]
+        lost = np.flatnonzero(ends > size_bytes)
+        if len(lost):  # one line: a shard cut in its middle would otherwise fill thousands
+            problems.append(
+                f"{path}: {len(lost):,} of {shard.samples:,} samples lie past its end, "
+                f"the first of them is {split.key(first + int(lost[0]))!r}"
+            )
+        for i in np.flatnonzero(ends <= size_bytes).tolist():
+            payload = content[int(rows[i]["offset"]) : int(ends[i])]
+            if xxhash.xxh3_64_intdigest(payload) != rows[i]["checksum"]:
+                key = split.key(first + i)
+                problems.append(f"{path}: sample {key!r}: its bytes differ from the checksum in the index")
     try:
         found = read_shard(path)
     except UserError as error:
