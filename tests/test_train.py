@@ -81,7 +81,7 @@ def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """(config file, folder of runs): every stage and precision on two ranks, then every stage resumed.
 
     `s1-fp32` is a whole run; `s1-fp32-resumed` continues from its checkpoint of step 4; `3-from-1` continues
-    stage 1's at stage 3.
+    that of stage 1 at stage 3.
     """
     import yaml
 
@@ -93,13 +93,14 @@ def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     runs = [f"name=s{s}-{p} train.zero_stage={s} train.precision={p}" for s in STAGES for p in ("fp32", "bf16")]
     assert_success(_run_ranks(2, ["tests/worker.py", str(config), *runs]))
     resumed = []
-    for name, stage, source in [
-        *((f"s{s}-fp32-resumed", s, s) for s in STAGES),
-        ("3-from-1", 3, 1),
-        ("1-from-3", 1, 3),
+    again = [(f"s{s}-{p}-resumed", s, p, f"s{s}-{p}") for s in STAGES for p in ("fp32", "bf16")]
+    for name, stage, precision, source in [
+        *again,
+        ("3-from-1", 3, "fp32", "s1-fp32"),
+        ("1-from-3", 1, "fp32", "s3-fp32"),
     ]:
-        cut_short(folder / "runs" / f"s{source}-fp32", folder / "runs" / name, step=4)
-        resumed.append(f"name={name} train.zero_stage={stage}")
+        cut_short(folder / "runs" / source, folder / "runs" / name, step=4)
+        resumed.append(f"name={name} train.zero_stage={stage} train.precision={precision}")
     assert_success(_run_ranks(2, ["tests/worker.py", str(config), *resumed]))
     return config, folder / "runs"
 
@@ -142,10 +143,11 @@ def test_bf16_stays_near_fp32(stage: int, stage_runs: tuple[Path, Path]) -> None
     assert losses(runs / f"s{stage}-bf16") != losses(runs / f"s{stage}-fp32")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_resumed_equals_uninterrupted(stage: int, stage_runs: tuple[Path, Path]) -> None:
+def test_resumed_equals_uninterrupted(stage: int, precision: str, stage_runs: tuple[Path, Path]) -> None:
     _, runs = stage_runs
-    whole, resumed = runs / f"s{stage}-fp32", runs / f"s{stage}-fp32-resumed"
+    whole, resumed = runs / f"s{stage}-{precision}", runs / f"s{stage}-{precision}-resumed"
     assert losses(resumed) == losses(whole)
     assert [line["step"] for line in lines(resumed)] == list(range(1, 11))
     for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
