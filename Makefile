@@ -6,7 +6,7 @@ RUN := runs/quickstart
 # The quickstart trains on two CPU ranks everywhere, so that its result is the same on every machine.
 CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 
-.PHONY: install quickstart test test-slow check format clean
+.PHONY: install quickstart test test-slow check format
 
 install: $(VENV)/installed
 
@@ -50,6 +50,3 @@ check: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-
-clean:
-	rm -rf data runs

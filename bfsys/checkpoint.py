@@ -1,9 +1,9 @@
 """Checkpoints: written beside, proven, renamed; independent of the number of ranks and the ZeRO stage.
 
     checkpoints/
-      latest                   the name of the newest
+      latest                   the name of the newest, for people; bfsys takes the newest that is whole
       step_00001000/
-        manifest.json          step, classes, config, plan, and the sha256 of every file; written last
+        manifest.json          step, classes, config, plan, the sha256 of every file and its own; written last
         weight-0-of-2.safetensors, ema-…, exp_avg-…, exp_avg_sq-…
 
 Every tensor is stored whole under its parameter's name, and each rank holds and writes a share of them, so that
@@ -19,11 +19,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,42 +51,72 @@ def checkpoint_name(step: int) -> str:
 def save(engine: Engine, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep: int) -> Path:
     """Write the checkpoint of step `facts["step"]`; collective. Returns its directory.
 
-    `facts` goes into the manifest as it is. Until the final rename nothing of an earlier checkpoint is touched.
+    `facts` goes into the manifest as it is. Until the final rename nothing of an earlier checkpoint is touched; if a
+    rank cannot write, all ranks raise AgreedError and the earlier checkpoints stay in force.
     """
     root = checkpoints_dir(run_dir)
     final = root / checkpoint_name(facts["step"])
     work = root / f".{final.name}.part"
-    if ranks.is_first:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    dist.barrier()  # the directory is there
+    dist.same_errors_on_all(lambda: _make_room(root, work) if ranks.is_first else None)
+    hashes, problem = _write_share(engine, work, ranks)
+
+    def commit() -> None:
+        if problem:
+            raise UserError(f"checkpoint {final}: cannot be written: {problem}; earlier ones are untouched")
+
+    dist.same_errors_on_all(commit)
+    files = {name: entry for part in dist.gather_to_all(hashes) for name, entry in part.items()}
+    # Nobody goes on before the checkpoint counts.
+    dist.same_errors_on_all(lambda: _commit(work, final, facts, files, keep) if ranks.is_first else None)
+    return final
+
+
+def _make_room(root: Path, work: Path) -> None:
+    """An empty `work` directory, and none that killed saves left behind."""
+    for left_over in root.glob(".step_*.part"):
+        shutil.rmtree(left_over)
+    work.mkdir(parents=True)
+
+
+def _write_share(engine: Engine, work: Path, ranks: dist.Ranks) -> tuple[dict[str, dict], str]:
+    """This rank's files and their descriptions; and why it failed, if it did. It takes part in every collective
+    all the same, since the others wait in them."""
     hashes: dict[str, dict] = {}
+    problem = ""
     for state in engine.state_names():
         share = {
             name: value.to("cpu", torch.float32, copy=True).contiguous()
             for i, (name, value) in enumerate(engine.read_state(state))
             if i % ranks.world_size == ranks.rank
         }
-        if share:
-            file = work / f"{state}-{ranks.rank}-of-{ranks.world_size}.safetensors"
+        if not share or problem:
+            continue
+        file = work / f"{state}-{ranks.rank}-of-{ranks.world_size}.safetensors"
+        try:
             save_file(share, file)
             hashes[file.name] = _describe(file)
-    files = {name: entry for part in dist.gather_to_all(hashes) for name, entry in part.items()}
-    if ranks.is_first:
-        manifest = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
-        _write_durably(work / MANIFEST, json.dumps(manifest, indent=1))
-        _sync_directory(work)
-        if final.exists():  # an unproven one of the same step: a run that was resumed before it
-            shutil.rmtree(final)
-        os.rename(work, final)
-        _sync_directory(root)
-        _write_durably(root / "latest.part", final.name + "\n")
-        os.rename(root / "latest.part", root / "latest")
-        _sync_directory(root)
-        for old in _steps(root)[:-keep]:
-            shutil.rmtree(root / checkpoint_name(old))
-    dist.barrier()  # nobody goes on before the checkpoint counts
-    return final
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+    return hashes, problem
+
+
+def _commit(work: Path, final: Path, facts: dict, files: dict[str, dict], keep: int) -> None:
+    """Write the manifest, give the directory its name, point `latest` at it, remove what is older than `keep`."""
+    root = final.parent
+    manifest = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
+    manifest["sha256"] = _fingerprint(manifest)
+    _write_durably(work / MANIFEST, json.dumps(manifest, indent=1))
+    _sync_directory(work)
+    if final.exists():  # a damaged one of the same step: the run was resumed before it
+        shutil.rmtree(final)
+    os.rename(work, final)
+    _sync_directory(root)
+    _write_durably(root / "latest.part", final.name + "\n")
+    os.rename(root / "latest.part", root / "latest")
+    _sync_directory(root)
+    # Later steps than this one are damaged, or the run would have been resumed there: they do not count.
+    for old in [step for step in _steps(root) if step <= facts["step"]][:-keep]:
+        shutil.rmtree(root / checkpoint_name(old))
 
 
 def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -116,15 +148,18 @@ def problems_of(path: Path) -> list[str]:
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest of a checkpoint; raises UserError if there is none or it is not ours."""
+    """The manifest of a checkpoint; raises UserError if there is none, or it is not as it was written."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
+        intact = manifest.pop("sha256") == _fingerprint(manifest)
     except OSError as error:
         raise UserError(f"{path}: not a checkpoint, {MANIFEST}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path / MANIFEST}: damaged: {error}") from None
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise UserError(f"{path / MANIFEST}: differs from what was written")
     return manifest
 
 
@@ -174,6 +209,8 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
         path, problems = run, problems_of(run)
     else:
         path, problems = find_newest(run)
+    for problem in problems if path != run else ():
+        print(f"skipped a damaged checkpoint: {problem}", file=sys.stderr)
     if path is None or (path == run and problems):
         raise UserError(*problems or [f"{run}: holds no checkpoint yet; is it a run directory (runs/NAME)?"])
     manifest = read_manifest(path)
@@ -208,7 +245,12 @@ class _StoredTensors:
 
 
 def _steps(root: Path) -> list[int]:
-    return sorted(int(p.name.removeprefix("step_")) for p in root.glob("step_[0-9]*") if p.is_dir())
+    names = (re.fullmatch(r"step_(\d{8,})", p.name) for p in root.glob("step_*") if p.is_dir())
+    return sorted(int(name[1]) for name in names if name)
+
+
+def _fingerprint(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(path: Path, sync: bool = True) -> dict:

@@ -18,8 +18,8 @@ from bfsys.model import sizes
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -125,7 +125,8 @@ class Optim:
     label_smoothing: Share = 0.1
     """Training only."""
     ema_decay: Share = 0.9999
-    """Of the averaged copy of the weights that evaluation and prediction use; 0: none is kept."""
+    """Of the averaged copy of the weights that bfsys.evaluate and bfsys.predict use; 0: none is kept. (Evaluation
+    during training looks at the weights themselves.)"""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Train:
     """Optimizer steps of the whole run."""
     seed: Whole = 0
     """Decides the initial weights and the data order."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 gradients, 3 parameters divided among the ranks."""
     log_every: Count = 20
@@ -190,6 +191,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         )
     if optim.warmup_steps > train.steps:
         problems.append(f"optim.warmup_steps: got {optim.warmup_steps}, more than the run's train.steps {train.steps}")
+    if optim.final_lr > optim.lr:
+        problems.append(f"optim.final_lr: got {optim.final_lr}, more than optim.lr {optim.lr}, which it ends")
     paths = [source.path for source in data.sources]
     for path_twice in sorted({p for p in paths if paths.count(p) > 1}):
         problems.append(f"data.sources: {path_twice} is given twice; give it once, with a larger weight")

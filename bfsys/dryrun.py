@@ -7,7 +7,7 @@ import numpy as np
 from bfsys import typed_yaml
 from bfsys.config import Config
 from bfsys.data.loader import Sources, make_plan, open_sources, union_of_classes
-from bfsys.data.plan import Plan, lanes_of_rank
+from bfsys.data.plan import Plan, fitting_world_sizes, lanes_of_rank
 from bfsys.errors import UserError, collecting
 from bfsys.model.byteformer import parameter_count
 from bfsys.model.layout import MASKED, token_counts
@@ -20,7 +20,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
     """Print it; raises UserError with every problem of config and data."""
     print(typed_yaml.dump(config))
     data, architecture = config.data, config.model.architecture()
-    fitting = ", ".join(str(n) for n in range(1, data.lanes + 1) if data.lanes % n == 0)
+    fitting = fitting_world_sizes(data.lanes)
     print(f"batch       {data.batch_samples} samples a step in {data.lanes} lanes; world sizes that fit: {fitting}")
     print(f"model       {config.model.size}: up to {architecture.max_bytes:,} bytes a file, "
           f"{architecture.alignment} tokens become one")  # fmt: skip

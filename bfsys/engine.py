@@ -71,10 +71,9 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch; the update is `step`'s
 
-    def step(self, learning_rate: float) -> float:
-        """Update the weights; returns the norm of the global gradient before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+    def step(self, learning_rate: float, ema_decay: float) -> float:
+        """Update the weights and their average; returns the norm of the global gradient before clipping."""
+        self.optimizer.prepare(learning_rate, ema_decay)
         norm = None
         if self.stage == 0:  # gradients are whole on every rank, and DeepSpeed reports no norm
             limit = self._clip_norm or float("inf")
@@ -129,9 +128,6 @@ class Engine:
         for state in self.optimizer.state.values():
             state["step"].fill_(step)
         self._engine.global_steps = step
-
-    def close(self) -> None:
-        self._engine.destroy()
 
     def _flat_parameters(self) -> list[Tensor]:
         """The tensors that the optimizer updates on this rank: shards of the float32 weights, or the weights."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 130  # on request
 
 
 class UserError(Exception):
@@ -44,7 +45,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("stopped on request", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_STOPPED)
     except BrokenPipeError:  # `… | head` closed our output: nothing is wrong
         sys.stderr.close()
         sys.exit(0)

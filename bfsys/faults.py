@@ -12,9 +12,9 @@ import time
 from types import FrameType
 
 from bfsys.dist import agree_on_max
+from bfsys.errors import EXIT_STOPPED
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: "try again later"
-EXIT_STOPPED = 130
 
 # A terminal's Ctrl-C reaches a rank twice, from the terminal and from the launcher; only a repetition after
 # this long is the impatience of a person. Another signal is none: a pre-emption sends SIGTERM after its warning.
@@ -44,6 +44,7 @@ class StopRequests:
         if os.getpid() != self._process:  # a loader process inherited the handler: stopping is not its affair
             return
         now = time.monotonic()
-        if now - self._received_at.setdefault(number, now) > REPEAT_S:
+        waited_s = now - self._received_at.setdefault(number, now)
+        if waited_s > REPEAT_S and number != signal.SIGUSR2:  # schedulers may repeat that one
             os._exit(_EXIT_CODES[number])
         self._exit_code = max(self._exit_code, _EXIT_CODES[number])

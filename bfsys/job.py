@@ -67,6 +67,7 @@ class TrainJob:
             signal.signal(number, _ask_again)
         os.chdir(self.work_dir)
         os.environ.update(slurm_variables(os.environ, _hosts()))
+        from bfsys.dist import leave
         from bfsys.faults import EXIT_REQUEUE, EXIT_STOPPED
         from bfsys.train import main
 
@@ -81,7 +82,7 @@ class TrainJob:
             elif waits:
                 print("waiting for SLURM to end this task", flush=True)
                 time.sleep(END_WAIT_S)
-            raise
+            leave(end.code)
 
 
 def rank_variables(

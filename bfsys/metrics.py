@@ -29,6 +29,7 @@ from bfsys.model.layout import MASKED, token_counts
 # Columns of the counters that are summed over ranks and steps.
 BYTES, TOKENS, ROUNDED_TOKENS, WAIT_S, BUSY_S = range(5)
 COUNTERS = 5
+SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
 
 
@@ -57,13 +58,17 @@ class Metrics:
             if ranks.is_first:
                 self._sums += torch.tensor(carried["sums"], dtype=torch.float64)
                 self._counters += torch.tensor(carried["counters"], dtype=torch.float64)
+                self._counters[SECONDS] *= ranks.world_size
         self._tensorboard: SummaryWriter | None = None
         self._lines: TextIO | None = None
+        self.last_evaluation = -1
         if ranks.is_first:
-            self._lines = _open_lines(config.run_dir / "metrics.jsonl", first_step)
+            self._lines, self.last_evaluation = _open_lines(config.run_dir / "metrics.jsonl", first_step)
             self._tensorboard = SummaryWriter(str(config.run_dir / "tb"), purge_step=first_step + 1)
             self._tensorboard.add_custom_scalars(_overview(source_names))
             self._tensorboard.add_text("config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
+
+        self.last_evaluation = dist.from_first_rank(self.last_evaluation)
 
     def begin_step(self) -> None:
         self._step_began = time.perf_counter()
@@ -114,7 +119,8 @@ class Metrics:
         self.say(self._console_line(line))
 
     def evaluation(self, step: int, result: dict, seconds: float) -> None:
-        """Write an evaluation's scores, as `evaluate` gives them."""
+        """Write an evaluation's scores, as `evaluate` gives them. `last_evaluation` is the latest one's step."""
+        self.last_evaluation = step
         self._write({"kind": "eval", "step": step, **result, "seconds": seconds})
         self.say(f"step {step:>{len(str(self.total_steps))}} · evaluation: {describe_scores(result)} · {seconds:.1f} s")
 
@@ -126,6 +132,7 @@ class Metrics:
     def carry(self) -> dict:
         """The sums since the last line, for a checkpoint; collective."""
         sums, counters = self._over_ranks()
+        counters[SECONDS] /= self.ranks.world_size  # the run may go on with another number of ranks
         return {"steps": self._steps_in_line, "sums": sums.tolist(), "counters": counters.tolist()}
 
     def close(self) -> None:
@@ -219,20 +226,25 @@ def _overview(source_names: tuple[str, ...]) -> dict:
     }
 
 
-def _open_lines(path: Path, first_step: int) -> TextIO:
-    """metrics.jsonl for appending, without lines after the checkpoint that the run resumes from."""
-    if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
-            except ValueError:
-                continue  # the last line of a killed run may be torn
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept))
-        os.replace(part, path)
-    return open(path, "a")
+def _open_lines(path: Path, first_step: int) -> tuple[TextIO, int]:
+    """metrics.jsonl for appending, without lines after the checkpoint that the run resumes from.
+
+    Also the step of the latest evaluation that is in it, or -1.
+    """
+    kept, last_evaluation = [], -1
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the last line of a killed run may be torn
+        if line["step"] <= first_step:
+            kept.append(text + "\n")
+            if line["kind"] == "eval":
+                last_evaluation = line["step"]
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    os.replace(part, path)
+    return open(path, "a"), last_evaluation
 
 
 def _clock(seconds: float) -> str:

@@ -31,6 +31,15 @@ def learning_rate(step: int, steps: int, optim: Optim) -> float:
     return optim.final_lr + (optim.lr - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def ema_decay(step: int, optim: Optim) -> float:
+    """Decay of the average at the `step`-th step (from 0).
+
+    min(decay, (1 + t) / (10 + t)): the initial weights are forgotten within a run of any length. (Published: the
+    constant decay from the first step, which makes no difference to runs much longer than 1 / (1 - decay).)
+    """
+    return min(optim.ema_decay, (1 + step) / (10 + step))
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay on parameters of two or more dimensions only, as published (positions included)."""
     parameters = list(model.parameters())
@@ -44,13 +53,19 @@ class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW that also keeps `state[p]["ema"]`, the exponential moving average of p."""
 
     def __init__(self, groups: Iterable[dict], optim: Optim) -> None:
-        self.ema_decay = optim.ema_decay
+        self.keeps_average = optim.ema_decay > 0
         betas = (optim.beta1, optim.beta2)
         super().__init__(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+        self.prepare(optim.lr, optim.ema_decay)
+
+    def prepare(self, learning_rate: float, ema_decay: float) -> None:
+        """Set what changes from step to step."""
+        for group in self.param_groups:
+            group["lr"], group["ema_decay"] = learning_rate, ema_decay
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        return (*MOMENTS, EMA) if self.ema_decay else MOMENTS
+        return (*MOMENTS, EMA) if self.keeps_average else MOMENTS
 
     def init_state(self, parameters: Iterable[Tensor]) -> None:
         """Make the state of step 0 now rather than in the first step, so that a checkpoint can fill it."""
@@ -59,15 +74,15 @@ class AdamW(torch.optim.AdamW):
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
                 **{name: torch.zeros_like(p, requires_grad=False) for name in MOMENTS},
             }
-            if self.ema_decay:
+            if self.keeps_average:
                 self.state[p][EMA] = p.detach().clone()
 
     @torch.no_grad()
     def step(self, closure=None):
         result = super().step(closure)
-        if self.ema_decay:
+        if self.keeps_average:
             for group in self.param_groups:
                 for p in group["params"]:
                     if p.grad is not None:
-                        self.state[p][EMA].lerp_(p, 1 - self.ema_decay)
+                        self.state[p][EMA].lerp_(p, 1 - group["ema_decay"])
         return result

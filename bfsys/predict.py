@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,18 +36,14 @@ def predict(model: ByteFormer, samples: list[Sample]) -> torch.Tensor:
 def read_files(paths: list[str], max_bytes: int, problems: list[str]) -> Iterator[Sample]:
     """Files of `paths` one by one; what cannot be used is described in `problems`."""
     for path in paths:
-        if path == STDIN:
-            names, found = [path], [path]
-        elif Path(path).is_dir():
-            found = sorted(p for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
-            names = [str(p) for p in found]
-            if not found:
+        names = [path]
+        if path != STDIN and os.path.isdir(path):
+            names = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
+            if not names:
                 problems.append(f"{path}: a folder without files")
-        else:
-            names, found = [path], [path]
-        for name, file in zip(names, found, strict=True):
+        for name in names:
             try:
-                content = sys.stdin.buffer.read() if file == STDIN else Path(file).read_bytes()
+                content = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
             except OSError as error:
                 problems.append(f"{name}: cannot be read: {error.strerror}")
                 continue

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # launchers put this file's folder first, where its 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import math
 import time
 from importlib.metadata import version
 
@@ -32,7 +33,7 @@ from bfsys.faults import StopRequests
 from bfsys.loss import loss_and_sums
 from bfsys.metrics import Metrics
 from bfsys.model.byteformer import ByteFormer
-from bfsys.optim import learning_rate
+from bfsys.optim import ema_decay, learning_rate
 
 
 def train(config: Config, ranks: dist.Ranks) -> int:
@@ -50,8 +51,9 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     if start:
         metrics.say(f"continuing {config.run_dir} after step {first_step}")
     batches = training_batches(config, training, plan, ranks, first_step=first_step)
-    exit_code, finished = 0, step == config.train.steps
-    while not finished and not exit_code:
+    exit_code = 0
+    evaluate_if_due(engine, config, validation, ranks, metrics, step)  # a stop may have come between saving and this
+    while step < config.train.steps and not exit_code:
         metrics.begin_step()
         for _ in range(engine.micro_batches):
             with metrics.waiting_for_data():
@@ -60,31 +62,49 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             engine.backward(loss)
             metrics.count(batch, sums)
         rate = learning_rate(step, config.train.steps, config.optim)
-        grad_norm = engine.step(rate)
+        grad_norm = engine.step(rate, ema_decay(step, config.optim))
+        check_finite(grad_norm, step, config)
         step += 1
         metrics.end_step(step, rate, grad_norm)
 
         exit_code = stop.agreed_exit_code()
-        finished = step == config.train.steps
-        due = config.train.eval_every and step % config.train.eval_every == 0
-        if validation and (finished or (due and not exit_code)):  # before saving: a checkpoint's step is all done
-            began = time.perf_counter()
-            engine.module.eval()
-            result = evaluate(engine.forward, config, validation, ranks)
-            engine.module.train()
-            metrics.evaluation(step, result, time.perf_counter() - began)
-        if finished or exit_code or step % config.train.save_every == 0:
+        if exit_code or step == config.train.steps or step % config.train.save_every == 0:
             facts = {"step": step, "metrics": metrics.carry(), **run_facts(config, classes, plan)}
             path = checkpoint.save(engine, config.run_dir, facts, ranks=ranks, keep=config.train.keep_checkpoints)
             metrics.say(f"step {step} · saved {path}")
-    if exit_code and not finished:
+        if not exit_code:
+            evaluate_if_due(engine, config, validation, ranks, metrics, step)
+    if exit_code:
         metrics.say(f"stopped on request after step {step}; the same command continues from there")
     else:
         metrics.say(f"finished: {step} steps; checkpoints, TensorBoard logs and metrics are in {config.run_dir}")
-        exit_code = 0
     stop.close()
     metrics.close()
     return exit_code
+
+
+def evaluate_if_due(
+    engine: Engine, config: Config, validation: Sources | None, ranks: dist.Ranks, metrics: Metrics, step: int
+) -> None:
+    """Evaluate after `step` steps if the config asks for it there, or the run is at its end; once."""
+    every = config.train.eval_every
+    due = step >= config.train.steps or (every and step and step % every == 0)
+    if validation is None or not due or metrics.last_evaluation == step:
+        return
+    began = time.perf_counter()
+    engine.module.eval()
+    result = evaluate(engine.forward, config, validation, ranks)
+    engine.module.train()
+    metrics.evaluation(step, result, time.perf_counter() - began)
+
+
+def check_finite(grad_norm: float, step: int, config: Config) -> None:
+    """Stop before weights that are no longer numbers replace good checkpoints. All ranks see the same norm."""
+    if not math.isfinite(grad_norm):
+        raise dist.AgreedError(
+            f"step {step + 1}: the norm of the gradient is {grad_norm}; training cannot go on from here. The "
+            f"checkpoints in {config.run_dir} are from before; try a lower optim.lr, or optim.clip_norm=1"
+        )
 
 
 def open_data(config: Config, ranks: dist.Ranks) -> tuple[tuple[str, ...], Sources, Sources | None, Plan]:
@@ -142,7 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check config and data, show the arithmetic, stop")
     parser.add_argument("--no-data", action="store_true", help="with --dry-run: leave the data alone")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
+    if args.no_data and not args.dry_run:
+        parser.error("--no-data goes with --dry-run")
     ranks = dist.ranks_from_environment()
     try:
         config = dist.same_errors_on_all(lambda: load_config(args.config, args.overrides))
@@ -156,9 +178,21 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks.local_rank == 0:  # once per node is enough
             raise
         return EXIT_USER_ERROR
+    except UserError as error:  # of this rank alone
+        for problem in error.problems:
+            print(f"error: rank {ranks.rank}: {problem}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except RuntimeError as error:
+        if not dist.is_lost_connection(error):
+            raise
+        print(f"error: rank {ranks.rank}: lost the other ranks; the one that failed says why", file=sys.stderr)
+        return 1
     finally:
         dist.stop()
 
 
 if __name__ == "__main__":
-    run_command(main)
+    try:
+        run_command(main)
+    except SystemExit as end:
+        dist.leave(end.code)

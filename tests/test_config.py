@@ -38,7 +38,8 @@ def test_defaults_and_name(tmp_path: Path) -> None:
 
 def test_yaml_scalars_are_those_of_version_1_2(tmp_path: Path) -> None:
     text = MINIMAL + "optim: {lr: 1e-3, eps: 1e-8, weight_decay: 0}\nname: on\ntrain: {steps: 100_000}\n"
-    config = load_config(write(tmp_path, text))
+    config = load_config(write(tmp_path, text), ["data.train_split=trueish", "data.eval_split=false_friend"])
+    assert (config.data.train_split, config.data.eval_split) == ("trueish", "false_friend")
     assert config.optim.lr == 1e-3
     assert config.optim.weight_decay == 0.0
     assert config.train.steps == 100_000
@@ -97,6 +98,10 @@ def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
         ("optim", "expected section.key=value"),
         ("data.sources.3.path=x", "the list has entries 0 to 0"),
         ("name.deep=3", "name is a string"),
+        ("optim.lr=.inf", "optim.lr: got inf"),
+        ("optim.lr=1e-6", "optim.final_lr: got 2e-05, more than optim.lr"),
+        ("train.seed=010", "train.seed: got '010'"),
+        ("train.precision=fp16", "allowed: 'fp32' or 'bf16'"),
     ],
 )
 def test_wrong_values_are_named(tmp_path: Path, change: str, message: str) -> None:
@@ -111,6 +116,7 @@ def test_wrong_values_are_named(tmp_path: Path, change: str, message: str) -> No
         ("- 1\n", "expected `key: value` lines"),
         ("data: {\n", "line 2"),
         ("name: a\nname: b\n" + MINIMAL, "'name' is given twice"),
+        ("? [a]\n: b\n", "a key must be a word"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:

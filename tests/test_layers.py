@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# From the bottom up. A module may import modules of its own row (for packages: of its own folder) and of lower rows.
+# From the bottom up. A module may import modules of lower rows, and in a package those of its own folder.
 LAYERS = [
     ["errors"],
     ["typed_yaml", "batch"],

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bfsys.config import Optim
-from bfsys.optim import AdamW, learning_rate, parameter_groups
+from bfsys.optim import AdamW, ema_decay, learning_rate, parameter_groups
 
 
 def test_the_learning_rate_warms_up_and_ends_where_it_should() -> None:
@@ -24,6 +24,14 @@ def test_the_shortest_runs_have_a_learning_rate(steps: int, warmup: int) -> None
     assert all(0 < rate <= 1e-3 for rate in rates)
 
 
+def test_the_average_forgets_the_initial_weights_in_short_runs_too() -> None:
+    left = 1.0
+    for step in range(150):
+        left *= ema_decay(step, Optim(ema_decay=0.9999))
+    assert left < 1e-6
+    assert ema_decay(10**6, Optim(ema_decay=0.9999)) == 0.9999
+
+
 def test_only_matrices_decay() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     decayed, others = parameter_groups(model, 0.05)
@@ -36,7 +44,7 @@ def test_steps_are_torchs_and_the_average_follows() -> None:
     torch.manual_seed(0)
     ours, theirs = torch.nn.Linear(5, 5), torch.nn.Linear(5, 5)
     theirs.load_state_dict(ours.state_dict())
-    optim = Optim(ema_decay=0.8)
+    optim = Optim(ema_decay=0.8)  # constant: `prepare` is not called again
     a = AdamW(parameter_groups(ours, 0.05), optim)
     b = torch.optim.AdamW(parameter_groups(theirs, 0.05), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
     a.init_state(ours.parameters())

@@ -110,7 +110,7 @@ def test_a_models_answers_need_no_deepspeed(run: Path, datasets: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "no file", "no manifest", "bad manifest"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "no file", "no manifest", "bad manifest", "other step", "a list"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(run: Path, tmp_path: Path, damage: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -127,13 +127,23 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(run: Path, tmp_path:
         file.unlink()
     elif damage == "no manifest":
         (newest / "manifest.json").unlink()
+    elif damage == "other step":  # one changed digit
+        text = (newest / "manifest.json").read_text()
+        (newest / "manifest.json").write_text(text.replace('"step": 120', '"step": 121'))
     else:
-        (newest / "manifest.json").write_text("{")
+        (newest / "manifest.json").write_text("{" if damage == "bad manifest" else "[]")
     found, problems = checkpoint.find_newest(copy)
     assert found.name == "step_00000060"
     assert len(problems) == 1
     assert str(newest) in problems[0]
     assert checkpoint.load_model(copy)[2]["step"] == 60
+
+
+def test_a_copy_beside_the_checkpoints_is_no_trouble(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    shutil.copytree(copy / "checkpoints" / "step_00000060", copy / "checkpoints" / "step_00000060.bak")
+    assert checkpoint.find_newest(copy)[0].name == "step_00000120"
 
 
 def test_the_averaged_weights_are_the_default(run: Path) -> None:
@@ -158,6 +168,9 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     from bfsys.metrics import _open_lines
 
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    _open_lines(path, 2).close()
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    kept = '{"kind": "train", "step": 1}\n{"kind": "eval", "step": 1}\n{"kind": "train", "step": 2}\n'
+    path.write_text(kept + '{"kind": "train", "step": 3}\n{"ste')
+    file, last_evaluation = _open_lines(path, 2)
+    file.close()
+    assert path.read_text() == kept
+    assert last_evaluation == 1

@@ -71,7 +71,8 @@ def train_plainly(config: Config) -> tuple[list[float], list[float], dict[str, T
         optimizer.step()
         optimizer.zero_grad()
         for n, p in model.named_parameters():
-            average[n] = config.optim.ema_decay * average[n] + (1 - config.optim.ema_decay) * p.detach()
+            decay = min(config.optim.ema_decay, (1 + step) / (10 + step))
+            average[n] = decay * average[n] + (1 - decay) * p.detach()
         all_losses.append(total / config.data.batch_samples)
     return all_losses, norms, {n: p.detach() for n, p in model.named_parameters()}, average
 

@@ -20,3 +20,4 @@ if __name__ == "__main__":
         code = train(load_config(sys.argv[1], overrides.split()), ranks)
         assert code == 0, code
     dist.stop()
+    dist.leave(0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -24,7 +25,8 @@ from bfsys.errors import UserError, collecting
 class Sources:
     """The opened datasets of a run: the same split of each, and the union of their classes.
 
-    A source that lacks the split (an evaluation split, say) is left out: `numbers` are positions in the config.
+    A source that lacks the split (an evaluation split, say) is left out: `numbers` are positions in the config,
+    and `names` the same for every split.
     """
 
     splits: tuple[Split, ...]
@@ -64,11 +66,11 @@ def open_sources(config: Config, split: str, classes: Sequence[str], *, allow_mi
             opened.append((number, part))
     if problems:
         raise UserError(*problems)
-    names = [part.name for _, part in opened]
+    names = [Path(source.path).name for source in config.data.sources]
     return Sources(
         splits=tuple(part for _, part in opened),
         numbers=tuple(number for number, _ in opened),
-        names=tuple(n if names.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(names)),
+        names=tuple(names[n] if names.count(names[n]) == 1 else f"{names[n]}_{n}" for n, _ in opened),
         label_maps=tuple(np.array([number_of[name] for name in part.classes]) for _, part in opened),
     )
 
@@ -101,16 +103,17 @@ def training_batches(
     lanes = lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size)
     reader = ShardReader(sources.splits, sources.label_maps)
     requests = _PlannedBatches(plan, lanes, range(first_step, config.train.steps))
-    return iter(
-        DataLoader(
-            _Reads(reader),
-            batch_size=None,  # a request is a whole micro-batch already
-            sampler=requests,
-            num_workers=config.data.workers,
-            collate_fn=_as_it_is,
-            persistent_workers=False,
-        )
+    loader = DataLoader(
+        _Reads(reader),
+        batch_size=None,  # a request is a whole micro-batch already
+        sampler=requests,
+        num_workers=config.data.workers,
+        collate_fn=_as_it_is,
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def evaluation_rounds(config: Config, sources: Sources, ranks: Ranks) -> Iterator[tuple[ByteBatch, bool]]:
@@ -144,8 +147,11 @@ class _Reads(Dataset[ByteBatch]):
     def __init__(self, reader: ShardReader) -> None:
         self.reader = reader
 
-    def __getitem__(self, wanted: MicroBatch) -> ByteBatch:
-        return self.reader.read(wanted)
+    def __getitem__(self, wanted: MicroBatch) -> ByteBatch | UserError:
+        try:
+            return self.reader.read(wanted)
+        except UserError as error:  # raised in a worker process, it would arrive wrapped in a traceback
+            return error
 
 
 def _as_it_is(batch: ByteBatch) -> ByteBatch:

@@ -199,13 +199,17 @@ def deal_evenly(costs: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
     return np.array([item for group in groups for item in group], np.int64)
 
 
+def fitting_world_sizes(lanes: int) -> str:
+    """The numbers of ranks that share the lanes evenly, as a list to be read."""
+    return ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+
+
 def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
     """The lanes that a rank carries; raises UserError naming the world sizes that divide the lanes."""
     if lanes % world_size:
-        fitting = [n for n in range(1, lanes + 1) if lanes % n == 0]
         raise UserError(
             f"data.lanes: {lanes} lanes cannot be shared evenly by {world_size} ranks; "
-            f"world sizes that fit: {', '.join(map(str, fitting))}"
+            f"world sizes that fit: {fitting_world_sizes(lanes)}"
         )
     per_rank = lanes // world_size
     return range(rank * per_rank, (rank + 1) * per_rank)

@@ -48,5 +48,7 @@ def attend(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor | None =
 
 
 def segment_mean(rows: Tensor, counts: Tensor) -> Tensor:
-    """Mean of each run of `counts` rows: [N, D] -> [B, D]."""
-    return torch.segment_reduce(rows, "mean", lengths=counts, axis=0)
+    """Mean of each run of `counts` rows: [N, D] -> [B, D]; summed in float32 at least, which bfloat16 sums need."""
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    mean = torch.segment_reduce(wide, "mean", lengths=counts, axis=0, unsafe=True)  # unsafe: counts are checked
+    return mean.to(rows.dtype)
