@@ -375,3 +375,13 @@ def test_initialisation_is_the_published_one() -> None:
             assert not weight.any(), name
         elif weight.ndim == 1:  # the scale of a LayerNorm
             assert (weight == 1).all(), name
+
+
+def test_the_mean_over_tokens_is_exact_in_bfloat16() -> None:
+    """A bfloat16 sum of ones stops growing at 256."""
+    from bfsys.model.attention import segment_mean
+
+    rows = torch.ones(1400, 3, dtype=torch.bfloat16)
+    mean = segment_mean(rows, torch.tensor([400, 1000]))
+    assert mean.dtype == torch.bfloat16
+    assert mean.tolist() == [[1.0] * 3] * 2

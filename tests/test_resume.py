@@ -1,0 +1,132 @@
+"""What happens around stops and damage: lines, evaluations and checkpoints of a run that is continued."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bfsys import checkpoint
+from bfsys.data.shards import open_split
+from tests.conftest import _run_ranks, tiny_config
+from tests.test_train import assert_success, cut_short, lines, losses
+
+
+@pytest.fixture(scope="module")
+def runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on one rank, and their continuations: see the tests."""
+    folder = tmp_path_factory.mktemp("resumes")
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
+    runs = folder / "runs"
+    changed = {
+        "lines": "train.log_every=3",
+        "workers": "data.workers=1",
+        "evaluated": "train.eval_every=2",
+    }
+    assert_success(_run_ranks(1, ["tests/worker.py", str(config), *(f"name={n} {o}" for n, o in changed.items())]))
+
+    cut_short(runs / "lines", runs / "lines-resumed", step=4)
+    cut_short(runs / "evaluated", runs / "evaluated-resumed", step=4)
+    drop_evaluation(runs / "evaluated-resumed", step=4)
+    shutil.copytree(runs / "evaluated", runs / "shortened")
+    shutil.copytree(runs / "workers", runs / "damaged")
+    for step in (8, 10):
+        (runs / "damaged" / "checkpoints" / f"step_{step:08d}" / "ema-0-of-1.safetensors").write_bytes(b"")
+    (runs / "damaged" / "checkpoints" / ".step_00000007.part").mkdir()
+    continued = [
+        "name=lines-resumed train.log_every=3",
+        "name=evaluated-resumed train.eval_every=2",
+        "name=shortened train.steps=6",
+        "name=damaged train.steps=5 train.keep_checkpoints=2",
+    ]
+    assert_success(_run_ranks(1, ["tests/worker.py", str(config), *continued]))
+    return runs
+
+
+def drop_evaluation(run: Path, step: int) -> None:
+    """As if the run had been stopped between its checkpoint and its evaluation."""
+    kept = [
+        x for x in (run / "metrics.jsonl").read_text().splitlines() if '"eval"' not in x or f'"step": {step},' not in x
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{x}\n" for x in kept))
+
+
+def test_a_line_across_a_resume_is_that_of_the_whole_run(runs: Path) -> None:
+    """Lines at 3, 6, 9, 10; the checkpoint of step 4 carries the sums of step 4 into the line of step 6."""
+    assert [line["step"] for line in lines(runs / "lines-resumed")] == [3, 6, 9, 10]
+    for key in ("loss", "top1", "samples", "sources", "padding_share"):
+        assert [x[key] for x in lines(runs / "lines-resumed")] == [x[key] for x in lines(runs / "lines")]
+
+
+def test_loader_processes_change_nothing(runs: Path) -> None:
+    assert losses(runs / "workers") == losses(runs / "evaluated")
+
+
+def test_no_evaluation_is_lost_or_made_twice(runs: Path) -> None:
+    whole, resumed = (lines(runs / name, "eval") for name in ("evaluated", "evaluated-resumed"))
+    assert [x["step"] for x in whole] == [2, 4, 6, 8, 10]
+    assert [(x["step"], x["loss"]) for x in resumed] == [(x["step"], x["loss"]) for x in whole]
+
+
+def test_fewer_steps_than_made_is_a_finished_run(runs: Path) -> None:
+    assert checkpoint.find_newest(runs / "shortened")[0].name == "step_00000010"
+    assert len(lines(runs / "shortened")) == 10
+
+
+def test_damaged_checkpoints_do_not_push_good_ones_out(runs: Path) -> None:
+    """8 and 10 are damaged, the run goes on from 4 to 5 and keeps two: 4 and 5 stay, and the next start finds 5."""
+    root = runs / "damaged" / "checkpoints"
+    newest, problems = checkpoint.find_newest(runs / "damaged")
+    assert newest.name == "step_00000005"
+    assert len(problems) == 2
+    assert (root / "step_00000004").exists()
+    assert not list(root.glob(".*"))
+    assert losses(runs / "damaged")[:4] == losses(runs / "workers")[:4]
+
+
+def test_a_damaged_sample_on_one_rank_ends_all_with_its_name(
+    datasets: Path, config_file: Path, tmp_path: Path, run_ranks
+) -> None:
+    shutil.copytree(datasets / "a", tmp_path / "a")
+    split = open_split(tmp_path / "a", "train")
+    shard = tmp_path / "a" / split.shards[split.samples[0]["shard"]].file
+    shard.write_bytes(bytes(shard.stat().st_size))  # one shard of one sample
+    change = [f"data.sources.0.path={tmp_path / 'a'}", "train.steps=200", "data.workers=1"]
+    results = run_ranks(2, ["bfsys/train.py", str(config_file), *change])
+    output = "".join(r.stderr for r in results)
+    assert sorted(r.returncode for r in results) == [1, 2]
+    assert f"sample {split.key(0)!r}" in output
+    assert "lost the other ranks" in output
+    assert "Traceback" not in output
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_saved(
+    config_file: Path, tmp_path: Path, run_ranks
+) -> None:
+    change = ["optim.lr=1e30", "optim.warmup_steps=0", "train.save_every=1", "train.keep_checkpoints=100"]
+    (result,) = run_ranks(1, ["bfsys/train.py", str(config_file), *change])
+    assert result.returncode == 2
+    assert "the norm of the gradient is" in result.stderr
+    assert "Traceback" not in result.stderr
+    saved = lines(tmp_path / "runs" / "tiny")
+    assert all(torch.isfinite(torch.tensor(line["grad_norm"])) for line in saved)
+    manifest = json.loads((checkpoint.find_newest(tmp_path / "runs" / "tiny")[0] / "manifest.json").read_text())
+    assert manifest["step"] == saved[-1]["step"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
+    runs: Path, config_file: Path, tmp_path: Path, run_ranks
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "checkpoints").write_text("in the way")
+    results = run_ranks(2, ["bfsys/train.py", str(config_file), "train.save_every=1"])
+    assert [r.returncode for r in results] == [2, 2]
+    assert "checkpoints" in results[0].stderr
+    assert "Traceback" not in results[0].stderr + results[1].stderr
+    assert (run / "checkpoints").read_text() == "in the way"
