@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,6 +68,36 @@ def tiny_config(datasets: Path, folder: Path) -> dict:
     }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def finished_run(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that has learned something, with checkpoints of steps 60 and 120. Not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
+    overrides = ["train.steps=120", "train.log_every=40", "train.save_every=60", "optim.lr=1e-2", "train.zero_stage=0"]
+    (result,) = _run_ranks(1, ["bfsys/train.py", str(config), *overrides])
+    assert result.returncode == 0, result.stderr
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture
+def evaluate_run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`evaluate_run(arguments…)`: what `python -m bfsys.evaluate` prints; exceptions come through."""
+    return lambda *arguments: _command("evaluate", arguments, capsys, monkeypatch)
+
+
+@pytest.fixture
+def predict_files(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`predict_files(arguments…)`: what `python -m bfsys.predict` prints; exceptions come through."""
+    return lambda *arguments: _command("predict", arguments, capsys, monkeypatch)
+
+
+def _command(name: str, arguments: tuple, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    importlib.import_module(f"bfsys.{name}").main()
+    return capsys.readouterr().out
+
+
 @pytest.fixture
 def run_ranks() -> Callable[..., list[subprocess.CompletedProcess]]:
     """`run_ranks(n, [arguments of Python])` runs n ranks to their end and returns what each printed."""
@@ -86,8 +118,6 @@ def _run_ranks(world_size: int, arguments: list[str], timeout_s: float = 120) ->
 
 def start_ranks(world_size: int, arguments: list[str]) -> list[subprocess.Popen]:
     """Real processes that meet over gloo, as a launcher would start them."""
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -1,0 +1,63 @@
+"""`python -m bfsys.predict` on a finished run; without DeepSpeed."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bfsys import predict
+from bfsys.errors import UserError
+from tests.conftest import REPOSITORY
+
+
+def test_prediction_agrees_with_evaluation(finished_run: Path, datasets: Path, evaluate_run, predict_files) -> None:
+    answers = json.loads(predict_files(finished_run, datasets / "trees" / "a" / "val", "--json", "--top", 2))
+    assert len(answers) == 21
+    right = sum(a["top"][0]["class"] == Path(a["path"]).parent.name for a in answers)
+    assert right / 21 == pytest.approx(json.loads(evaluate_run(finished_run, "--json"))["sources"]["a"]["top1"])
+    for a in answers:
+        first, second = a["top"]
+        assert 1 >= first["probability"] >= second["probability"] >= 0
+        assert first["class"] == ["a0", "a1", "a2", "b0", "b1"][first["index"]]
+
+
+def test_prediction_reads_standard_input(finished_run: Path, monkeypatch, predict_files) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bytes([40] * 30))))
+    assert predict_files(finished_run, "-", "--top", 1).startswith("-: ")
+
+
+def test_bad_files_are_named_and_the_others_answered(finished_run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "long").write_bytes(bytes(10_000))
+    (tmp_path / "good").write_bytes(bytes([41] * 20))
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["predict", str(finished_run), *(str(tmp_path / n) for n in ("empty", "long", "none", "good", "folder"))],
+    )
+    with pytest.raises(UserError) as error:
+        predict.main()
+    text = str(error.value)
+    for expected in ("empty: empty", "long: 10,000 bytes; this model takes up to 256", "none: cannot be read",
+                     "folder: a folder without files"):  # fmt: skip
+        assert expected in text
+    assert f"{tmp_path / 'good'}: " in capsys.readouterr().out
+
+
+def test_a_models_answers_need_no_deepspeed(finished_run: Path, datasets: Path) -> None:
+    file = next((datasets / "trees" / "a" / "val").rglob("*.bin"))
+    code = "import sys; sys.modules['deepspeed'] = None; from bfsys import predict; predict.main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(finished_run), str(file)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
