@@ -1,8 +1,8 @@
 """Sample and ByteBatch: all that the data side and the model know of each other.
 
 A batch is ragged: the files' bytes lie one behind the other in one uint8 buffer, with nothing between
-them. Padding them to a common length, as the published code does, would make 16 to 60 % of a batch empty
-and would let a file's answer depend on its neighbours.
+them. Padding them to a common length, as the published code does, would leave 72 % of a batch empty (32 files in
+random order, log-normal lengths of sigma 0.7), and would let a file's answer depend on its neighbours.
 """
 
 from __future__ import annotations

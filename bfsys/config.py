@@ -86,7 +86,7 @@ class Model:
     merge_after: tuple[Whole, ...] | None = None
     """Layers after which pairs of tokens are merged (default: the published 0, 1, 3, 5, 7, 9)."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    """Recompute each block in the backward pass: less memory, about a fifth more time."""
 
     def architecture(self) -> sizes.Architecture:
         return sizes.architecture(

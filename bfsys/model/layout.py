@@ -2,7 +2,7 @@
 
 Each file's token sequence is rounded up once to a multiple of 2^mergings, so that all mergings are plain
 views of the token buffer. Attention runs over segments of a sequence; a shifted layer has other segment
-borders, nothing else. The alternatives refused: padding to the longest file (16 to 60 % of the work wasted)
+borders, nothing else. The alternatives refused: padding to the longest file (work on nothing, see batch.py)
 and rolling padded sequences under a mask (the same arithmetic, more memory traffic).
 
 Shapes: B files, N tokens in the buffer of a level, W windows of `width` slots.
