@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from tools import pack
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# A shell without job control has its background commands ignore Ctrl-C, and their children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # two threads on two cores that other processes use too are slower than one
 
 
