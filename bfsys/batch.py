@@ -37,6 +37,9 @@ class ByteBatch:
     labels   int64 [B], class index in the run's class list, or NO_LABEL
     sources  int64 [B], position of the file's source in the run's source list
     samples  int64 [B], position of the file in its source's index, or -1 if it has none
+    second_labels, second_share   int64 [B] and float32 [B]: with mixup, the class of the other sound in a file and
+             how much of the target is that class's; None where nothing is mixed
+    replaced how many of the files stand in for others that could not be read
     """
 
     data: Tensor
@@ -44,6 +47,9 @@ class ByteBatch:
     labels: Tensor
     sources: Tensor
     samples: Tensor
+    second_labels: Tensor | None = None
+    second_share: Tensor | None = None
+    replaced: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,6 +66,8 @@ class ByteBatch:
             data=self.data.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             sources=self.sources.to(device, non_blocking=True),
+            second_labels=None if self.second_labels is None else self.second_labels.to(device, non_blocking=True),
+            second_share=None if self.second_share is None else self.second_share.to(device, non_blocking=True),
         )
 
     @staticmethod
@@ -75,3 +83,8 @@ class ByteBatch:
             sources=torch.tensor([s.source for s in samples], dtype=torch.int64),
             samples=torch.full((len(samples),), -1, dtype=torch.int64),
         )
+
+    @staticmethod
+    def of_zeros(length: int) -> ByteBatch:
+        """One file of zero bytes, of class 0: for forward passes whose result does not count."""
+        return ByteBatch.from_samples([Sample("", np.zeros(length, np.uint8), label=0)])

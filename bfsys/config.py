@@ -6,6 +6,8 @@ otherwise what a careful user would choose. A config that loads is complete: not
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,15 +28,44 @@ _STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
+class Augment:
+    """What happens to a training file of a source, as published: see data/augment.py. Evaluation files go in as they
+    are."""
+
+    __pydantic_config__ = _STRICT
+
+    encoding: str
+    """What the model gets: tiff, png, jpeg:60, fhwc, fchw for pictures; wav:int16, mp3, flac, … for sound."""
+    image_size: Count = 224
+    """Pixels of the square that is cropped from a picture."""
+    sample_rate_hz: Count = 16_000
+    """Sound is resampled to it."""
+    seconds: Positive = 1.0
+    """Sound is cut, or filled up with silence, to this length."""
+    background: str | None = None
+    """Folder of recordings, parts of which are added softly to every sound; default: none is."""
+    mixup: bool = True
+    """Blend every sound with another one, and the classes likewise."""
+    speeds: tuple[Positive, ...] = ()
+    """Factors, one of which is chosen for every sound; default: the speed stays (published)."""
+
+
+@dataclass(frozen=True)
 class Source:
     """One packed dataset."""
 
     __pydantic_config__ = _STRICT
 
     path: str
-    """Folder that tools/pack.py made (it holds dataset.json)."""
+    """Folder that tools/pack.py made (it holds dataset.json), or its URL: s3://, gs://, http(s)://, or a command
+    that writes a file of it to its standard output, as in `pipe:ssh host cat /data/{file}`."""
     weight: Positive = 1.0
-    """Share of the samples of every step, relative to the other sources' weights."""
+    """Share of the samples of every step, relative to the other sources' weights; see data.mixture."""
+    eval_path: str | None = None
+    """Dataset for evaluation; default: `path`. For sources that are augmented: training files are kept as they came,
+    evaluation files are packed in the encoding that the model is to take."""
+    augment: Augment | None = None
+    """Decode, augment and encode anew while training."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +76,9 @@ class Data:
 
     sources: tuple[Source, ...]
     """Datasets that are mixed. Classes of equal name are one class; the head has the union of all."""
+    mixture: Literal["weights", "proportional", "sqrt"] | Positive = "weights"
+    """How the samples of a step are shared among the sources: by their weights alone; by weight times samples
+    (proportional) or times the square root of samples (sqrt); or by a temperature T: weight times samples^(1/T)."""
     train_split: str = "train"
     eval_split: str = "val"
     """Evaluated during the run, where a source has it."""
@@ -60,8 +94,19 @@ class Data:
     """Samples of a lane's slice that are shuffled, and dealt to steps by length, together."""
     eval_batch_bytes: Count = 1_000_000
     """Byte budget of a micro-batch during evaluation; a single larger file is a batch of its own."""
+    byte_transforms: tuple[str, ...] = ()
+    """What is done to the bytes of every file, in training, evaluation and prediction, in this order: reverse,
+    random_shuffle, cyclic_half_length, stride:1024, window_shuffle:1024, keep:0.1, noise:-5:5, permute or
+    permute:KEYFILE; see data/byte_transforms.py."""
+    max_bad_share: Share = 0.01
+    """Files that cannot be read whole are replaced by others and listed in the run's quarantine.tsv, up to this share
+    of a source; beyond it the run stops."""
     workers: Whole = 0
     """Loader processes per rank. 0 reads in the training process, which is fastest when nothing is decoded."""
+    cache_dir: str = str(Path(tempfile.gettempdir()) / f"bfsys-cache-{os.getuid()}")
+    """Where shards of remote sources are kept, on a disk of the node that its ranks share."""
+    cache_gb: Positive = 100.0
+    """Size of that cache in 1e9 bytes; what was not used for longest makes room."""
 
 
 @dataclass(frozen=True)

@@ -125,13 +125,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def agree_on_max(value: int) -> int:
-    """The largest of the ranks' values, on every rank."""
+def agree_on_max(*values: int) -> tuple[int, ...]:
+    """For each of the values, the largest of all ranks, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    agreed = torch.tensor(value)  # on the CPU: control messages do not wait for the GPU's queue
+        return values
+    agreed = torch.tensor(values)  # on the CPU: control messages do not wait for the GPU's queue
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
-    return int(agreed)
+    return tuple(agreed.tolist())
 
 
 def from_first_rank(value: T) -> T:

@@ -6,7 +6,7 @@ import numpy as np
 
 from bfsys import typed_yaml
 from bfsys.config import Config
-from bfsys.data.loader import Sources, make_plan, open_sources, union_of_classes
+from bfsys.data.datasets import Sources, make_plan, open_evaluation, open_training
 from bfsys.data.plan import Plan, fitting_world_sizes, lanes_of_rank
 from bfsys.errors import UserError, collecting
 from bfsys.model.byteformer import parameter_count
@@ -29,15 +29,15 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
               "per class (data not looked at)")  # fmt: skip
         lanes_of_rank(data.lanes, 0, world_size)
         return
-    classes = union_of_classes(config)
-    print(f"parameters  {parameter_count(architecture, len(classes)):,} with {len(classes)} classes")
     problems = []
     with collecting(problems):
-        sources = open_sources(config, data.train_split, classes)
+        sources = open_training(config)
+        print(
+            f"parameters  {parameter_count(architecture, len(sources.classes)):,} with {len(sources.classes)} classes"
+        )
         _show_sources(data.train_split, sources)
         _show_plan(make_plan(config, sources), config, sources.names)
-    with collecting(problems):
-        _show_sources(data.eval_split, open_sources(config, data.eval_split, classes, allow_missing=True))
+        _show_sources(data.eval_split, open_evaluation(config, data.eval_split, sources.classes))
     with collecting(problems):
         lanes = lanes_of_rank(data.lanes, 0, world_size)
         print(f"ranks       {world_size}, each {len(lanes)} micro-batches a step")

@@ -20,7 +20,9 @@ from bfsys import dist
 from bfsys.batch import ByteBatch
 from bfsys.checkpoint import load_model
 from bfsys.config import Config
-from bfsys.data.loader import Sources, evaluation_rounds, open_sources
+from bfsys.data.datasets import Sources, index_problems, open_evaluation
+from bfsys.data.loader import evaluation_rounds
+from bfsys.data.quarantine import Quarantine
 from bfsys.errors import UserError, run_command
 from bfsys.loss import COLUMNS, SAMPLES, loss_and_sums
 from bfsys.metrics import describe_scores, scores
@@ -32,12 +34,17 @@ def evaluate(
     config: Config,
     sources: Sources,
     ranks: dist.Ranks,
+    quarantine: Quarantine,
+    step: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
-    """Scores as `metrics.scores` gives them, over all ranks; collective. `forward` must be in eval mode."""
+    """Scores as `metrics.scores` gives them, over all ranks; collective. `forward` must be in eval mode.
+
+    Files that cannot be read are left out, and told to `quarantine` as found at `step`.
+    """
     sums = torch.zeros(len(sources.splits), COLUMNS, dtype=torch.float64)
     total = sum(len(split) for split in sources.splits)
-    for batch, counts in evaluation_rounds(config, sources, ranks):
+    for batch, counts in evaluation_rounds(config, sources, ranks, quarantine, step):
         batch = batch.to(ranks.device)
         _, batch_sums = loss_and_sums(forward(batch), batch, len(sources.splits))
         if counts:
@@ -57,10 +64,16 @@ def main() -> int:
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
     ranks = dist.Ranks()
     split = args.split or config.data.eval_split
-    sources = open_sources(config, split, manifest["classes"], allow_missing=True)
+    sources = open_evaluation(config, split, manifest["classes"])
     if not sources.splits:
         raise UserError(f"no source of {args.run} has a split {split!r}; choose another with --split")
-    result = evaluate(model.to(ranks.device), config, sources, ranks, _show_progress)
+    problems = index_problems(sources, 0, 1)
+    if problems:
+        raise UserError(*problems)
+    bad_files = Quarantine()
+    result = evaluate(model.to(ranks.device), config, sources, ranks, bad_files, manifest["step"], _show_progress)
+    for bad in bad_files.share(ranks, sources.sizes, config.data.max_bad_share):
+        print(f"left out: {bad.describe()}", file=sys.stderr)
     if args.json:
         print(json.dumps({"run": str(args.run), "step": manifest["step"], **result}, indent=1))
         return 0

@@ -11,7 +11,6 @@ import signal
 import time
 from types import FrameType
 
-from bfsys.dist import agree_on_max
 from bfsys.errors import EXIT_STOPPED
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: "try again later"
@@ -24,17 +23,14 @@ _EXIT_CODES = {signal.SIGUSR2: EXIT_REQUEUE, signal.SIGTERM: EXIT_STOPPED, signa
 
 
 class StopRequests:
-    """Catches the signals while open. `agreed_exit_code` is asked by all ranks after each step."""
+    """Catches the signals while open. `exit_code` is what this rank was asked for: 0 is to go on, another the code to
+    exit with after saving. The ranks agree on it after each step."""
 
     def __init__(self) -> None:
-        self._exit_code = 0
+        self.exit_code = 0
         self._received_at: dict[int, float] = {}
         self._process = os.getpid()
         self._previous = {number: signal.signal(number, self._receive) for number in _EXIT_CODES}
-
-    def agreed_exit_code(self) -> int:
-        """0: go on. Otherwise the code to exit with after saving. Collective."""
-        return agree_on_max(self._exit_code)
 
     def close(self) -> None:
         for number, handler in self._previous.items():
@@ -47,4 +43,4 @@ class StopRequests:
         waited_s = now - self._received_at.setdefault(number, now)
         if waited_s > REPEAT_S and number != signal.SIGUSR2:  # schedulers may repeat that one
             os._exit(_EXIT_CODES[number])
-        self._exit_code = max(self._exit_code, _EXIT_CODES[number])
+        self.exit_code = max(self.exit_code, _EXIT_CODES[number])

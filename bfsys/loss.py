@@ -22,6 +22,9 @@ def loss_and_sums(
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)  # [B]
+    if batch.second_labels is not None:  # cross entropy is linear in the target, so mixed targets mix losses
+        second = F.cross_entropy(logits, batch.second_labels, reduction="none", label_smoothing=label_smoothing)
+        losses = torch.lerp(losses, second, batch.second_share.to(losses.dtype))
     with torch.no_grad():
         label_logit = logits.gather(1, batch.labels[:, None])
         # A label is among the top k if fewer than k classes score higher. NaN counts as wrong.

@@ -27,8 +27,8 @@ from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
 from bfsys.model.layout import MASKED, token_counts
 
 # Columns of the counters that are summed over ranks and steps.
-BYTES, TOKENS, ROUNDED_TOKENS, WAIT_S, BUSY_S = range(5)
-COUNTERS = 5
+BYTES, TOKENS, ROUNDED_TOKENS, REPLACED, WAIT_S, BUSY_S = range(6)
+COUNTERS = 6
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
 
@@ -87,16 +87,17 @@ class Metrics:
         self._counters[BYTES] += int(lengths.sum())
         self._counters[TOKENS] += int(tokens.sum())
         self._counters[ROUNDED_TOKENS] += int((-(-tokens // alignment) * alignment).sum())
+        self._counters[REPLACED] += batch.replaced
         self._sums = self._sums.to(sums.device, non_blocking=True) + sums
 
-    def end_step(self, step: int, learning_rate: float, grad_norm: float) -> None:
-        """Close the step that makes `step` in all; collective when a line is due."""
+    def end_step(self, step: int, learning_rate: float, grad_norm: float, bad_files: int) -> None:
+        """Close the step that makes `step` in all; collective when a line is due. `bad_files` are in quarantine."""
         self._counters[BUSY_S] += time.perf_counter() - self._step_began
         self._steps_in_line += 1
         if step % self.log_every and step != self.total_steps:
             return
         sums, counters = self._over_ranks()
-        peak_memory = dist.agree_on_max(peak_memory_bytes(self.ranks.device))
+        (peak_memory,) = dist.agree_on_max(peak_memory_bytes(self.ranks.device))
         seconds = max(1e-9, float(counters[BUSY_S]) / self.ranks.world_size)
         line = {
             "kind": "train",
@@ -110,6 +111,8 @@ class Metrics:
             "tokens_per_s": float(counters[TOKENS]) / seconds,
             "padding_share": 1 - float(counters[TOKENS] / counters[ROUNDED_TOKENS]),
             "data_wait_share": float(counters[WAIT_S] / counters[BUSY_S]),
+            "bad_files": bad_files,
+            "replaced_samples": int(counters[REPLACED]),
             "peak_memory_mib": peak_memory / MIB,
         }
         self._sums.zero_()
@@ -210,6 +213,8 @@ def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float]]:
     yield "speed/tokens_per_s", line["tokens_per_s"]
     yield "time/step_s", line["step_s"]
     yield "time/data_wait_share", line["data_wait_share"]
+    yield "data/bad_files", line["bad_files"]
+    yield "data/replaced_samples", line["replaced_samples"]
     yield "memory/padding_share", line["padding_share"]
     yield "memory/peak_MiB", line["peak_memory_mib"]
 

@@ -23,8 +23,10 @@ import torch
 
 from bfsys import checkpoint, dist, typed_yaml
 from bfsys.config import Config, load_config
-from bfsys.data.loader import Sources, make_plan, open_sources, training_batches, union_of_classes
+from bfsys.data.datasets import Sources, index_problems, make_plan, open_evaluation, open_training
+from bfsys.data.loader import training_batches
 from bfsys.data.plan import Plan, lanes_of_rank
+from bfsys.data.quarantine import Quarantine
 from bfsys.dryrun import dry_run
 from bfsys.engine import Engine
 from bfsys.errors import EXIT_USER_ERROR, UserError, run_command
@@ -39,20 +41,24 @@ from bfsys.optim import ema_decay, learning_rate
 def train(config: Config, ranks: dist.Ranks) -> int:
     """Train to the last step, or until a stop is requested; returns the exit code. Called on every rank."""
     stop = StopRequests()
-    classes, training, validation, plan = dist.same_errors_on_all(lambda: open_data(config, ranks))
-    start = find_start(config, classes, plan, ranks)
+    training, validation, plan = dist.same_errors_on_all(lambda: open_data(config, ranks))
+    start = find_start(config, training, plan, ranks)
+    quarantine = Quarantine.load(config.run_dir, ranks)
     torch.manual_seed(config.train.seed)
     architecture = config.model.architecture()
-    model = ByteFormer(architecture, len(classes), activation_checkpointing=config.model.activation_checkpointing)
+    model = ByteFormer(
+        architecture, len(training.classes), activation_checkpointing=config.model.activation_checkpointing
+    )
     engine = Engine(model, config, ranks)
     manifest = checkpoint.load(engine, start) if start else {"step": 0, "metrics": None}
     step = first_step = manifest["step"]
     metrics = Metrics(config, ranks, training.names, first_step=first_step, carried=manifest["metrics"])
     if start:
         metrics.say(f"continuing {config.run_dir} after step {first_step}")
-    batches = training_batches(config, training, plan, ranks, first_step=first_step)
+    batches = training_batches(config, training, plan, ranks, first_step=first_step, quarantine=quarantine)
     exit_code = 0
-    evaluate_if_due(engine, config, validation, ranks, metrics, step)  # a stop may have come between saving and this
+    # A stop may have come between a checkpoint and its evaluation.
+    evaluate_if_due(engine, config, validation, ranks, metrics, quarantine, step)
     while step < config.train.steps and not exit_code:
         metrics.begin_step()
         for _ in range(engine.micro_batches):
@@ -65,15 +71,16 @@ def train(config: Config, ranks: dist.Ranks) -> int:
         grad_norm = engine.step(rate, ema_decay(step, config.optim))
         check_finite(grad_norm, step, config)
         step += 1
-        metrics.end_step(step, rate, grad_norm)
-
-        exit_code = stop.agreed_exit_code()
+        exit_code, bad_files = dist.agree_on_max(stop.exit_code, quarantine.news)
+        if bad_files:
+            report_bad_files(quarantine, training, config, ranks, metrics)
+        metrics.end_step(step, rate, grad_norm, len(quarantine.until(step)))
         if exit_code or step == config.train.steps or step % config.train.save_every == 0:
-            facts = {"step": step, "metrics": metrics.carry(), **run_facts(config, classes, plan)}
+            facts = {"step": step, "metrics": metrics.carry(), **run_facts(config, training, plan)}
             path = checkpoint.save(engine, config.run_dir, facts, ranks=ranks, keep=config.train.keep_checkpoints)
             metrics.say(f"step {step} · saved {path}")
         if not exit_code:
-            evaluate_if_due(engine, config, validation, ranks, metrics, step)
+            evaluate_if_due(engine, config, validation, ranks, metrics, quarantine, step)
     if exit_code:
         metrics.say(f"stopped on request after step {step}; the same command continues from there")
     else:
@@ -84,7 +91,13 @@ def train(config: Config, ranks: dist.Ranks) -> int:
 
 
 def evaluate_if_due(
-    engine: Engine, config: Config, validation: Sources | None, ranks: dist.Ranks, metrics: Metrics, step: int
+    engine: Engine,
+    config: Config,
+    validation: Sources | None,
+    ranks: dist.Ranks,
+    metrics: Metrics,
+    quarantine: Quarantine,
+    step: int,
 ) -> None:
     """Evaluate after `step` steps if the config asks for it there, or the run is at its end; once."""
     every = config.train.eval_every
@@ -93,9 +106,18 @@ def evaluate_if_due(
         return
     began = time.perf_counter()
     engine.module.eval()
-    result = evaluate(engine.forward, config, validation, ranks)
+    result = evaluate(engine.forward, config, validation, ranks, quarantine, step)
     engine.module.train()
     metrics.evaluation(step, result, time.perf_counter() - began)
+    report_bad_files(quarantine, validation, config, ranks, metrics)
+
+
+def report_bad_files(
+    quarantine: Quarantine, sources: Sources, config: Config, ranks: dist.Ranks, metrics: Metrics
+) -> None:
+    """Name the files that could not be read, and stop if they are too many; collective."""
+    for bad in quarantine.share(ranks, sources.sizes, config.data.max_bad_share):
+        metrics.say(f"bad file, see {quarantine.path}: {bad.describe()}")
 
 
 def check_finite(grad_norm: float, step: int, config: Config) -> None:
@@ -107,26 +129,28 @@ def check_finite(grad_norm: float, step: int, config: Config) -> None:
         )
 
 
-def open_data(config: Config, ranks: dist.Ranks) -> tuple[tuple[str, ...], Sources, Sources | None, Plan]:
-    """Classes, training sources, validation sources (None if no source has that split) and the plan."""
-    classes = union_of_classes(config)
-    training = open_sources(config, config.data.train_split, classes)
-    validation = open_sources(config, config.data.eval_split, classes, allow_missing=True)
+def open_data(config: Config, ranks: dist.Ranks) -> tuple[Sources, Sources | None, Plan]:
+    """Training sources, validation sources (None if no source has that split) and the plan."""
+    training = open_training(config)
+    validation = open_evaluation(config, config.data.eval_split, training.classes)
     lanes_of_rank(config.data.lanes, ranks.rank, ranks.world_size)
-    return classes, training, validation if validation.splits else None, make_plan(config, training)
+    problems = [p for part in (training, validation) for p in index_problems(part, ranks.rank, ranks.world_size)]
+    if problems:
+        raise UserError(*problems)
+    return training, validation if validation.splits else None, make_plan(config, training)
 
 
-def run_facts(config: Config, classes: tuple[str, ...], plan: Plan) -> dict:
+def run_facts(config: Config, training: Sources, plan: Plan) -> dict:
     """What makes a checkpoint self-contained, and what a resume must agree with."""
     return {
-        "classes": list(classes),
+        "classes": list(training.classes),
         "plan": plan.facts,
         "config": typed_yaml.to_tree(config),
         "versions": {name: version(name) for name in ("bfsys", "torch", "deepspeed")},
     }
 
 
-def find_start(config: Config, classes: tuple[str, ...], plan: Plan, ranks: dist.Ranks) -> Path | None:
+def find_start(config: Config, training: Sources, plan: Plan, ranks: dist.Ranks) -> Path | None:
     """The checkpoint to continue from, decided by rank 0; raises UserError if it is of another run.
 
     Writes the run directory's config.yaml.
@@ -144,7 +168,7 @@ def find_start(config: Config, classes: tuple[str, ...], plan: Plan, ranks: dist
                 f"or move the directory away"
             )
         if path:
-            checkpoint.check_same_run(path, run_facts(config, classes, plan))
+            checkpoint.check_same_run(path, run_facts(config, training, plan))
         try:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             (config.run_dir / "config.yaml").write_text(typed_yaml.dump(config))

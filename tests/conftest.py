@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 
 from tests.data.make import write_tree
 from tools import pack
 
+settings.register_profile("bfsys", deadline=None)  # other processes may hold the cores for a while
+settings.load_profile("bfsys")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # A shell without job control has its background commands ignore Ctrl-C, and their children inherit that.

@@ -36,7 +36,7 @@ def stop():
 def test_signals_become_exit_codes(stop: StopRequests, signals: list[int], code: int) -> None:
     for number in signals:
         os.kill(os.getpid(), number)
-    assert stop.agreed_exit_code() == code
+    assert stop.exit_code == code
 
 
 def test_a_late_repetition_ends_at_once_and_another_signal_does_not() -> None:
@@ -57,5 +57,5 @@ def test_a_loader_process_ignores_the_inherited_handler(stop: StopRequests) -> N
     child = os.fork()
     if child == 0:
         os.kill(os.getpid(), signal.SIGTERM)
-        os._exit(stop.agreed_exit_code())
+        os._exit(stop.exit_code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

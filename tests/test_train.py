@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bfsys.config import Config, load_config
-from bfsys.data.loader import make_plan, open_sources, training_batches, union_of_classes
+from bfsys.data.datasets import make_plan, open_training
+from bfsys.data.loader import training_batches
 from bfsys.dist import Ranks
 from bfsys.loss import loss_and_sums
 from bfsys.model.byteformer import ByteFormer
@@ -45,11 +46,10 @@ def newest(run: Path) -> Path:
 
 def train_plainly(config: Config) -> tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor]]:
     """The same run without DeepSpeed, lanes or ranks: losses, gradient norms, weights and their average."""
-    classes = union_of_classes(config)
-    sources = open_sources(config, "train", classes)
+    sources = open_training(config)
     batches = training_batches(config, sources, make_plan(config, sources), ALONE, first_step=0)
     torch.manual_seed(config.train.seed)
-    model = ByteFormer(config.model.architecture(), len(classes))
+    model = ByteFormer(config.model.architecture(), len(sources.classes))
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -240,9 +240,9 @@ def test_another_run_in_the_same_directory_is_refused(
     config_file, runs = stage_runs
     before = sorted(p.name for p in (runs / "s1-fp32").rglob("*"))
     config = load_config(config_file, ["name=s1-fp32", *change])
-    classes = union_of_classes(config)
+    sources = open_training(config)
     with pytest.raises(UserError, match=message):
-        find_start(config, classes, make_plan(config, open_sources(config, "train", classes)), ALONE)
+        find_start(config, sources, make_plan(config, sources), ALONE)
     assert sorted(p.name for p in (runs / "s1-fp32").rglob("*")) == before
     assert find_newest(runs / "s1-fp32")[0] is not None
 

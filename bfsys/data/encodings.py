@@ -239,7 +239,13 @@ def resample(clip: Clip, rate_hz: int) -> Clip:
     import torch
     from torchaudio.functional import resample as resample_wave
 
-    wave = resample_wave(torch.from_numpy(clip.wave), clip.rate_hz, rate_hz)
+    # On several threads the sums have other last bits, and machines and loader processes differ in their threads.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        wave = resample_wave(torch.from_numpy(clip.wave), clip.rate_hz, rate_hz)
+    finally:
+        torch.set_num_threads(threads)
     return Clip(wave.numpy(), rate_hz)
 
 

@@ -1,178 +1,200 @@
-"""From a data config to micro-batches of bytes: the plan is the sampler, the reader a map-style dataset.
+"""From the plan to micro-batches of bytes: the plan is the sampler, the reader a map-style dataset.
 
-`torch.utils.data.DataLoader` runs them, with its worker processes and prefetch; it keeps no state of ours.
+`torch.utils.data.DataLoader` runs them, with its worker processes and prefetch; it keeps no state of ours. Workers
+hand batches over in slots of anonymous shared memory, which vanishes with the processes: pickled through
+DataLoader's queues the same bytes take several times as long, and named shared memory outlives a SIGKILL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
+from bfsys.data.datasets import Sources, any_remote, make_cache
 from bfsys.data.plan import MicroBatch, Plan, evaluation_batches, lanes_of_rank
-from bfsys.data.reader import ShardReader
-from bfsys.data.shards import Split, open_split, split_names
+from bfsys.data.quarantine import Quarantine
+from bfsys.data.reader import Fetched, ShardReader, new_buffer
+from bfsys.data.remote import Prefetcher
+from bfsys.data.ring import Ring
 from bfsys.dist import Ranks
-from bfsys.errors import UserError, collecting
+from bfsys.errors import UserError
 
-
-@dataclass(frozen=True)
-class Sources:
-    """The opened datasets of a run: the same split of each, and the union of their classes.
-
-    A source that lacks the split (an evaluation split, say) is left out: `numbers` are positions in the config,
-    and `names` the same for every split.
-    """
-
-    splits: tuple[Split, ...]
-    numbers: tuple[int, ...]
-    names: tuple[str, ...]
-    label_maps: tuple[np.ndarray, ...]
-
-
-def union_of_classes(config: Config) -> tuple[str, ...]:
-    """Class names of all sources, sorted: the rows of the head. Raises UserError with all problems."""
-    names, problems = set(), []
-    for source in config.data.sources:
-        with collecting(problems):
-            names |= set(open_split(source.path, config.data.train_split).classes)
-    if problems:
-        raise UserError(*problems)
-    return tuple(sorted(names))
-
-
-def open_sources(config: Config, split: str, classes: Sequence[str], *, allow_missing: bool = False) -> Sources:
-    """Open a split of every source and map its labels to `classes`; raises UserError with all problems.
-
-    With `allow_missing`, sources without the split are left out, be it all of them.
-    """
-    number_of = {name: i for i, name in enumerate(classes)}
-    opened: list[tuple[int, Split]] = []
-    problems: list[str] = []
-    for number, source in enumerate(config.data.sources):
-        with collecting(problems):
-            if allow_missing and split not in split_names(source.path):
-                continue
-            part = open_split(source.path, split)
-            unknown = [name for name in part.classes if name not in number_of]
-            if unknown:
-                raise UserError(f"{source.path}: the model does not know the classes {', '.join(unknown[:10])}")
-            problems.extend(_unfit_samples(part, config))
-            opened.append((number, part))
-    if problems:
-        raise UserError(*problems)
-    names = [Path(source.path).name for source in config.data.sources]
-    return Sources(
-        splits=tuple(part for _, part in opened),
-        numbers=tuple(number for number, _ in opened),
-        names=tuple(names[n] if names.count(names[n]) == 1 else f"{names[n]}_{n}" for n, _ in opened),
-        label_maps=tuple(np.array([number_of[name] for name in part.classes]) for _, part in opened),
-    )
-
-
-def make_plan(config: Config, sources: Sources) -> Plan:
-    """The data order; raises UserError if its micro-batches would exceed the byte budget."""
-    data = config.data
-    plan = Plan(
-        sources.splits,
-        [data.sources[n].weight for n in sources.numbers],
-        batch_samples=data.batch_samples,
-        lanes=data.lanes,
-        shuffle_block=data.shuffle_block,
-        seed=config.train.seed,
-    )
-    budget, mean = data.micro_batch_bytes, plan.mean_micro_batch_bytes
-    if budget and mean > budget:
-        lanes = -(-data.lanes * mean // budget)
-        raise UserError(
-            f"data.micro_batch_bytes: {data.batch_samples} samples in {data.lanes} lanes make micro-batches of "
-            f"{mean:,.0f} bytes on average, over the budget of {budget:,}; {lanes:.0f} or more lanes would fit"
-        )
-    return plan
+# Micro-batches that each worker may be ahead.
+PREFETCH = 4
+# Samples that the system is told of before they are read.
+READ_AHEAD_SAMPLES = 256
+# A slot holds micro-batches of up to this many times the mean; a larger one is pickled. Memory is taken as it is used.
+SLOT_OVER_MEAN = 8
 
 
 def training_batches(
-    config: Config, sources: Sources, plan: Plan, ranks: Ranks, *, first_step: int
+    config: Config, sources: Sources, plan: Plan, ranks: Ranks, *, first_step: int, quarantine: Quarantine | None = None
 ) -> Iterator[ByteBatch]:
-    """The rank's micro-batches from `first_step` to the end of the run, lane by lane within a step."""
+    """The rank's micro-batches from `first_step` to the end of the run, lane by lane within a step.
+
+    `quarantine` is told of samples that could not be read.
+    """
+    quarantine = quarantine if quarantine is not None else Quarantine()
+    reader = ShardReader(
+        sources.splits,
+        sources.label_maps,
+        sources.names,
+        seed=config.train.seed,
+        augmentations=sources.augmentations,
+        transforms=sources.transforms,
+        bad_from=[quarantine.bad_from(s.split, n) for s, n in zip(sources.splits, sources.names, strict=True)],
+    )
     lanes = lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size)
-    reader = ShardReader(sources.splits, sources.label_maps)
-    requests = _PlannedBatches(plan, lanes, range(first_step, config.train.steps))
+    allocate = _pinned_buffer if ranks.device.type == "cuda" else new_buffer
+    workers = config.data.workers
+    ring = Ring(workers * PREFETCH + 1, int(SLOT_OVER_MEAN * plan.mean_micro_batch_bytes)) if workers else None
+    prefetcher = Prefetcher(make_cache(config)) if any_remote(sources) else None
+    requests = _Requests(plan, lanes, range(first_step, config.train.steps), reader, prefetcher)
     loader = DataLoader(
-        _Reads(reader),
+        _Reads(reader, ring, allocate),
         batch_size=None,  # a request is a whole micro-batch already
         sampler=requests,
-        num_workers=config.data.workers,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        multiprocessing_context="fork" if workers else None,  # workers must inherit the ring
         collate_fn=_as_it_is,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for number, fetched in enumerate(loader):
+            if isinstance(fetched, UserError):
+                raise fetched
+            quarantine.found(fetched.bad)
+            yield _byte_batch(_taken_out(fetched, ring, number, allocate))
+    finally:
+        reader.close()
+        if prefetcher:
+            prefetcher.close()
 
 
-def evaluation_rounds(config: Config, sources: Sources, ranks: Ranks) -> Iterator[tuple[ByteBatch, bool]]:
-    """Every sample once over all ranks, in equally many rounds on each.
+def evaluation_rounds(
+    config: Config, sources: Sources, ranks: Ranks, quarantine: Quarantine, step: int
+) -> Iterator[tuple[ByteBatch, bool]]:
+    """Every sample once over all ranks, in equally many rounds on each, but for those that cannot be read.
 
-    Yields (batch, counts). Where batches run out, a rank repeats the last one with counts False, since the
-    forward passes of ZeRO-3 are collective.
+    Yields (batch, counts). Where batches run out, or nothing of one can be read, a rank gets some batch with counts
+    False, since the forward passes of ZeRO-3 are collective.
     """
     batches = evaluation_batches(sources.splits, config.data.eval_batch_bytes)
-    reader = ShardReader(sources.splits, sources.label_maps)
+    reader = ShardReader(
+        sources.splits,
+        sources.label_maps,
+        sources.names,
+        seed=config.train.seed,
+        transforms=sources.transforms,
+        replace_bad=False,
+    )
+    nothing = ByteBatch.of_zeros(1)
     for first in range(0, len(batches), ranks.world_size):
         mine = first + ranks.rank
-        yield reader.read(batches[min(mine, len(batches) - 1)]), mine < len(batches)
+        if mine >= len(batches):
+            yield nothing, False
+            continue
+        wanted = batches[mine]
+        fetched = reader.read(MicroBatch(wanted.source, wanted.sample, wanted.epoch, step))
+        quarantine.found(fetched.bad)
+        yield (_byte_batch(fetched), True) if len(fetched.labels) else (nothing, False)
     reader.close()
 
 
-class _PlannedBatches(Sampler[MicroBatch]):
-    def __init__(self, plan: Plan, lanes: range, steps: range) -> None:
-        self.plan, self.lanes, self.steps = plan, lanes, steps
+class _Requests(Sampler[tuple[int, MicroBatch]]):
+    """The rank's micro-batches, numbered. What will be read soon is announced to the system or the prefetcher."""
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for step in self.steps:
-            for lane in self.lanes:
-                yield self.plan.micro_batch(step, lane)
+    def __init__(
+        self, plan: Plan, lanes: range, steps: range, reader: ShardReader, prefetcher: Prefetcher | None
+    ) -> None:
+        self.plan, self.lanes, self.steps = plan, lanes, steps
+        self.reader, self.prefetcher = reader, prefetcher
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.lanes)
 
+    def __iter__(self) -> Iterator[tuple[int, MicroBatch]]:
+        return enumerate(self._fetched_ahead() if self.prefetcher else self._read_ahead())
 
-class _Reads(Dataset[ByteBatch]):
-    def __init__(self, reader: ShardReader) -> None:
-        self.reader = reader
+    def _planned(self) -> Iterator[MicroBatch]:
+        return (self.plan.micro_batch(step, lane) for step in self.steps for lane in self.lanes)
 
-    def __getitem__(self, wanted: MicroBatch) -> ByteBatch | UserError:
+    def _read_ahead(self) -> Iterator[MicroBatch]:
+        """Announces a micro-batch some READ_AHEAD_SAMPLES before it is asked for."""
+        ahead: deque[MicroBatch] = deque()
+        samples_ahead = 0
+        for wanted in self._planned():
+            self.reader.will_need(wanted)
+            ahead.append(wanted)
+            samples_ahead += len(wanted)
+            while samples_ahead >= READ_AHEAD_SAMPLES:
+                samples_ahead -= len(ahead[0])
+                yield ahead.popleft()
+        yield from ahead
+
+    def _fetched_ahead(self) -> Iterator[MicroBatch]:
+        """Has the shards of a lane's block and of the next one fetched when the lane comes to the block."""
+        announced: dict[int, list[tuple[int, int]]] = {}
+        for wanted, lane in zip(self._planned(), itertools.cycle(self.lanes), strict=False):
+            shards = self.plan.shards_ahead(wanted.step, lane)
+            if announced.get(lane) != shards:
+                announced[lane] = shards
+                self.prefetcher.want(self.plan.splits[source].remote_shard(shard) for source, shard in shards)
+            yield wanted
+
+
+class _Reads(Dataset):
+    def __init__(self, reader: ShardReader, ring: Ring | None, allocate: Callable[[int], np.ndarray]) -> None:
+        self.reader, self.ring, self.allocate = reader, ring, allocate
+
+    def __getitem__(self, request: tuple[int, MicroBatch]) -> Fetched | UserError:
+        number, wanted = request
         try:
-            return self.reader.read(wanted)
+            if not self.ring:
+                return self.reader.read(wanted, self.allocate)
+            fetched = self.reader.read(wanted, partial(self.ring.buffer, number))
         except UserError as error:  # raised in a worker process, it would arrive wrapped in a traceback
             return error
+        in_slot = self.ring.fits(fetched.offsets[-1])
+        return replace(fetched, data=None) if in_slot else fetched
 
 
-def _as_it_is(batch: ByteBatch) -> ByteBatch:
-    return batch
+def _as_it_is(fetched: Fetched) -> Fetched:
+    return fetched
 
 
-def _unfit_samples(split: Split, config: Config) -> list[str]:
-    """What the model could not take: empty files, and files longer than its position table."""
-    architecture = config.model.architecture()
-    length = split.samples["length"]
-    problems = []
-    empty, long = np.flatnonzero(length == 0), np.flatnonzero(length > architecture.max_bytes)
-    if len(empty):
-        problems.append(f"{split.path}: {len(empty)} empty files, the first is {split.key(int(empty[0]))!r}")
-    if len(long):
-        worst = int(np.argmax(length))
-        needed = -(-int(length[worst]) // architecture.stride)
-        problems.append(
-            f"{split.path}: {len(long)} of {len(split)} files are longer than the {architecture.max_bytes:,} bytes "
-            f"that model.max_tokens {architecture.max_tokens:,} covers at model.kernel {architecture.kernel}, the "
-            f"longest ({split.key(worst)!r}) has {int(length[worst]):,}; set model.max_tokens to {needed} or more, "
-            f"or pack without them (tools/pack.py --max-file-bytes {architecture.max_bytes} --skip-bad)"
-        )
-    return problems
+def _taken_out(fetched: Fetched, ring: Ring, number: int, allocate: Callable[[int], np.ndarray]) -> Fetched:
+    """A batch that a worker handed over, copied out of its slot, which the next request may use."""
+    if fetched.data is not None:
+        return fetched
+    data = allocate(int(fetched.offsets[-1]))
+    data[:] = ring.buffer(number, len(data))
+    return replace(fetched, data=data)
+
+
+def _pinned_buffer(size_bytes: int) -> np.ndarray:
+    """Memory that a GPU copies from without waiting. PyTorch keeps it and uses it again."""
+    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+def _byte_batch(fetched: Fetched) -> ByteBatch:
+    mixed = fetched.second is not None
+    return ByteBatch(
+        data=torch.from_numpy(fetched.data),
+        offsets=torch.from_numpy(fetched.offsets),
+        labels=torch.from_numpy(fetched.labels),
+        sources=torch.from_numpy(fetched.sources),
+        samples=torch.from_numpy(fetched.samples),
+        second_labels=torch.from_numpy(fetched.second) if mixed else None,
+        second_share=torch.from_numpy(fetched.share) if mixed else None,
+        replaced=fetched.replaced,
+    )

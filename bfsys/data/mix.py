@@ -12,6 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# Exponent of the sample counts by the names that a config uses.
+EXPONENTS = {"weights": 0.0, "sqrt": 0.5, "proportional": 1.0}
+
 # Draws after which the pattern repeats. Shares are rounded to 1 / PERIOD.
 PERIOD = 65_536
 
@@ -41,6 +44,17 @@ class Mixture:
         """Samples of each source among the first `draws`: int64 [..., sources]."""
         periods, rest = np.divmod(np.asarray(draws, np.int64), PERIOD)
         return periods[..., None] * self._counts[-1] + self._counts[rest]
+
+
+def mixture_weights(rule: str | float, weights: Sequence[float], samples: Sequence[int]) -> np.ndarray:
+    """Weights of the sources for a `Mixture`: float64 [sources], w · n^(1/T) for a temperature T.
+
+    `rule` is a name of EXPONENTS or T itself: 1 is proportional, 2 the square root, and large ones come near the
+    given weights alone.
+    """
+    exponent = EXPONENTS[rule] if isinstance(rule, str) else 1 / rule
+    scaled = exponent * np.log(np.asarray(samples, np.float64))
+    return np.asarray(weights, np.float64) * np.exp(scaled - scaled.max())  # n^20 would overflow
 
 
 def _round_to_sum(values: np.ndarray, total: int) -> np.ndarray:

@@ -245,7 +245,7 @@ def is_packed(folder: Path, fingerprint: str) -> bool:
             return False
         parts = read_description(folder)["splits"].values()
         sizes = {shard["file"]: shard["bytes"] for part in parts for shard in part["shards"]}
-        index = [entry["file"] for part in parts for entry in part["index"].values()]
+        index = [entry["name"] for part in parts for entry in part["index"].values()]
         return all((folder / file).stat().st_size == size for file, size in sizes.items()) and all(
             (folder / file).exists() for file in index
         )

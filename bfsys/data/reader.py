@@ -1,87 +1,321 @@
 """Bytes of samples, straight from the tars: the index says where each file lies.
 
 A map-style reader over `pread` needs no unpacking, no state and no lock, and a micro-batch is read into one
-buffer. Refused: iterating over tars as streams, which ties the order to the shards and a resume to a replay.
+buffer. Every file is proven by its checksum; one that is not whole is replaced by another of its source, which
+depends on seed, source, sample and epoch alone, so that every rank and every replay choose the same.
+
+Refused: iterating over tars as streams, which ties the order to the shards and a resume to a replay; `mmap`, which
+turns a truncated file into a SIGBUS.
 """
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 import xxhash
 
-from bfsys.batch import ByteBatch
+from bfsys.data.augment import Augmentation
+from bfsys.data.byte_transforms import ByteTransform, apply
 from bfsys.data.plan import MicroBatch
+from bfsys.data.quarantine import BadSample
+from bfsys.data.remote import WrongContentError
 from bfsys.data.shards import Split
 from bfsys.errors import UserError
 
 # Shards that a reader keeps open at a time: well below the usual limit of 1,024 files per process.
 OPEN_SHARDS = 128
+# Other samples that are tried in the place of a bad one.
+STAND_INS = 100
+# Telling the system of a sample costs 1 us, a third of reading it from memory. It is done for this many micro-batches
+# after one that took longer than SLOW_S_PER_SAMPLE and SLOW_S_PER_BYTE.
+ANNOUNCED_AFTER_SLOW = 64
+SLOW_S_PER_SAMPLE, SLOW_S_PER_BYTE = 10e-6, 1e-9
+# A network file system may fail for a moment: seconds before each further try.
+RETRY_AFTER_S = (0.1, 0.5, 2.0)
+# Streams of random numbers, apart from those of the plan (0, 1).
+_AUGMENTATION, _STAND_IN = 2, 3
+
+
+@dataclass
+class Fetched:
+    """A micro-batch as it was read; what `ByteBatch` holds, in NumPy.
+
+    second, share: with mixup, the class of each sample's other half and its weight. `bad` is what could not be read,
+    `replaced` how many samples stand in for such.
+    """
+
+    data: np.ndarray | None  # uint8 [bytes]; None while it lies in a worker's slot
+    offsets: np.ndarray  # int64 [samples + 1]
+    labels: np.ndarray  # int64 [samples]
+    sources: np.ndarray  # int64 [samples]
+    samples: np.ndarray  # int64 [samples]
+    second: np.ndarray | None = None  # int64 [samples]
+    share: np.ndarray | None = None  # float32 [samples]
+    bad: tuple[BadSample, ...] = ()
+    replaced: int = 0
+
+
+def new_buffer(size_bytes: int) -> np.ndarray:
+    return np.empty(size_bytes, np.uint8)
+
+
+class BadFileError(Exception):
+    """A file that cannot be had whole; the argument says why."""
 
 
 class ShardReader:
-    """Reads micro-batches of one or more splits, and checks each file against its checksum.
+    """Reads micro-batches of one or more splits."""
 
-    `label_maps[s][label]` is the run's class number of a label of split s. Picklable: open files stay behind.
-    """
+    def __init__(
+        self,
+        splits: Sequence[Split],
+        label_maps: Sequence[np.ndarray],
+        names: Sequence[str],
+        *,
+        seed: int = 0,
+        augmentations: Sequence[Augmentation | None] = (),
+        transforms: Sequence[ByteTransform] = (),
+        bad_from: Sequence[dict[int, int]] = (),
+        replace_bad: bool = True,
+    ) -> None:
+        """`label_maps[s][label]` is the run's class number of a label of split s, `bad_from[s]` what its quarantine
+        says: {sample: first step that it is bad at}. Without `replace_bad`, bad samples are left out.
+        """
+        self.splits, self.label_maps, self.names = tuple(splits), tuple(label_maps), tuple(names)
+        self.seed, self.transforms, self.replace_bad = seed, tuple(transforms), replace_bad
+        self.augmentations = tuple(augmentations) or (None,) * len(splits)
+        self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in splits]
+        self._rows = [np.asarray(split.samples) for split in splits]
+        self._files: dict[tuple[int, int], int] = {}  # the one opened first is closed first
+        self._to_announce = ANNOUNCED_AFTER_SLOW
+        self._plain = not self.transforms and not any(self.augmentations)
 
-    def __init__(self, splits: Sequence[Split], label_maps: Sequence[np.ndarray]) -> None:
-        self.splits, self.label_maps = tuple(splits), tuple(label_maps)
-        self._files: OrderedDict[Path, int] = OrderedDict()
+    def read(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray] = new_buffer) -> Fetched:
+        """The bytes, classes and origins of a micro-batch, in a buffer from `allocate(bytes)`."""
+        began = time.perf_counter()
+        fetched = self._read_plainly(wanted, allocate) if self._plain else None
+        fetched = fetched or self._read_with_care(wanted, allocate)
+        usual_s = SLOW_S_PER_SAMPLE * len(wanted) + SLOW_S_PER_BYTE * int(fetched.offsets[-1])
+        if time.perf_counter() - began > usual_s:
+            self._to_announce = ANNOUNCED_AFTER_SLOW
+        return fetched
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_files": OrderedDict()}
-
-    def read(self, wanted: MicroBatch) -> ByteBatch:
-        """The bytes, classes and origins of a micro-batch; raises UserError for a sample that is not whole."""
-        records = [self.splits[s].samples[i] for s, i in zip(wanted.source, wanted.sample, strict=True)]
-        offsets = np.zeros(len(records) + 1, np.int64)
-        np.cumsum([r["length"] for r in records], out=offsets[1:])
-        data = np.empty(offsets[-1], np.uint8)
-        labels = np.empty(len(records), np.int64)
-        for n, (s, i, record) in enumerate(zip(wanted.source, wanted.sample, records, strict=True)):
-            self._read_sample(self.splits[s], int(i), record, data[offsets[n] : offsets[n + 1]])
-            labels[n] = self.label_maps[s][record["label"]]
-        return ByteBatch(
-            data=torch.from_numpy(data),
-            offsets=torch.from_numpy(offsets),
-            labels=torch.from_numpy(labels),
-            sources=torch.from_numpy(wanted.source.astype(np.int64)),
-            samples=torch.from_numpy(wanted.sample.astype(np.int64)),
-        )
+    def will_need(self, wanted: MicroBatch) -> None:
+        """Ask the system to have a micro-batch in memory soon, if files come from a disk; returns at once."""
+        self._to_announce -= 1
+        if self._to_announce < 0:
+            return
+        for source, row in zip(wanted.source.tolist(), self._rows_of(wanted).tolist(), strict=True):
+            shard, _, offset, length, *_ = row
+            try:
+                os.posix_fadvise(self._open(source, shard), offset, length, os.POSIX_FADV_WILLNEED)
+            except (OSError, UserError):
+                return  # reading will say why
 
     def close(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
 
-    def _read_sample(self, split: Split, number: int, record: np.void, out: np.ndarray) -> None:
-        path = split.path / split.shards[record["shard"]].file
+    def _rows_of(self, wanted: MicroBatch) -> np.ndarray:
+        """SAMPLE [samples]"""
+        if len(self._rows) == 1:
+            return self._rows[0][wanted.sample]
+        rows = np.empty(len(wanted), self._rows[0].dtype)
+        for source in np.unique(wanted.source):
+            mine = wanted.source == source
+            rows[mine] = self._rows[source][wanted.sample[mine]]
+        return rows
+
+    def _read_plainly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> Fetched | None:
+        """Everything as it lies in the shards; None if a single thing is not as it should be."""
+        sources = wanted.source.tolist()
+        if any(self._bad_from):
+            bad = zip(sources, wanted.sample.tolist(), strict=True)
+            if any(self._is_bad(source, sample, wanted.step) for source, sample in bad):
+                return None
+        rows = self._rows_of(wanted)
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(rows["length"], out=offsets[1:], dtype=np.int64)
+        data = allocate(int(offsets[-1]))
+        buffer, start, files = memoryview(data), 0, self._files
         try:
-            got = os.preadv(self._open(path), [out], int(record["offset"]))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        if got != len(out):
-            problem = f"ends {len(out) - got:,} bytes early"
-        elif xxhash.xxh3_64_intdigest(out) != record["checksum"]:
-            problem = "differs from what was packed (checksum)"
-        else:
-            return
-        raise UserError(
-            f"{path}: sample {split.key(number)!r} (number {number}, at byte {record['offset']}) {problem}; "
-            f"to see all damage: python tools/inspect_shards.py {split.path} --verify"
+            for source, (shard, _, offset, length, checksum, _) in zip(sources, rows.tolist(), strict=True):
+                part = buffer[start : start + length]
+                start += length
+                descriptor = files.get((source, shard)) or self._open(source, shard)
+                if os.preadv(descriptor, (part,), offset) != length or xxhash.xxh3_64_intdigest(part) != checksum:
+                    return None
+            labels = self._labels_of(wanted.source, rows["label"])
+        except (OSError, UserError, IndexError):
+            return None
+        whole = bool(rows["length"].all())  # an empty file has nothing to classify
+        return Fetched(data, offsets, labels, wanted.source, wanted.sample) if whole else None
+
+    def _labels_of(self, source: np.ndarray, label: np.ndarray) -> np.ndarray:
+        """int64 [samples], in the run's classes; IndexError for a label that its dataset does not have."""
+        if len(self.label_maps) == 1:
+            return self.label_maps[0][label]
+        labels = np.empty(len(label), np.int64)
+        for s in np.unique(source):
+            labels[source == s] = self.label_maps[s][label[source == s]]
+        return labels
+
+    def _read_with_care(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> Fetched:
+        """One by one: with stand-ins for bad samples, augmented and transformed as the run asks for."""
+        bad: list[BadSample] = []
+        parts, labels, origins, seconds, shares, replaced = [], [], [], [], [], 0
+        drawn = zip(wanted.source.tolist(), wanted.sample.tolist(), wanted.epoch.tolist(), strict=True)
+        for source, sample, epoch in drawn:
+            for number in self._candidates(source, sample, epoch):
+                made = self._make(source, number, epoch, wanted.step, bad)
+                if made:
+                    content, label, second, share = made
+                    parts.append(content)
+                    labels.append(label)
+                    origins.append((source, number))
+                    seconds.append(second)
+                    shares.append(share)
+                    replaced += number != sample
+                    break
+            else:
+                if self.replace_bad:
+                    where = self.splits[source].dataset.location
+                    raise UserError(
+                        f"{where}: neither sample {sample} nor any of {STAND_INS} others that could stand in for it can "
+                        "be read; tools/inspect_shards.py --verify shows all damage"
+                    )
+        offsets = np.zeros(len(parts) + 1, np.int64)
+        np.cumsum([len(part) for part in parts], out=offsets[1:])
+        data = allocate(int(offsets[-1]))
+        if parts:
+            np.concatenate(parts, out=data)
+        origin = np.array(origins, np.int64).reshape(-1, 2)
+        mixed = any(share > 0 for share in shares)
+        return Fetched(
+            data,
+            offsets,
+            np.array(labels, np.int64),
+            origin[:, 0].copy(),
+            origin[:, 1].copy(),
+            np.array(seconds, np.int64) if mixed else None,
+            np.array(shares, np.float32) if mixed else None,
+            tuple(bad),
+            replaced,
         )
 
-    def _open(self, path: Path) -> int:
-        if path in self._files:
-            self._files.move_to_end(path)
-        else:
-            if len(self._files) >= OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[path]
+    def _candidates(self, source: int, sample: int, epoch: int) -> Iterator[int]:
+        """The sample, then those that may stand in for it, in the order of trying."""
+        yield sample
+        if self.replace_bad:
+            rng = np.random.default_rng([self.seed, _STAND_IN, source, epoch, sample])
+            yield from (int(rng.integers(len(self.splits[source]))) for _ in range(STAND_INS))
+
+    def _make(
+        self, source: int, sample: int, epoch: int, step: int, bad: list[BadSample]
+    ) -> tuple[np.ndarray, int, int, float] | None:
+        """(bytes, class, second class, its share) of a sample; or None, with the reason in `bad` if it is new."""
+        if self._is_bad(source, sample, step):
+            return None
+        try:
+            content, label = self._read_sample(source, sample)
+            second_label, share = label, 0.0
+            rng = np.random.default_rng([self.seed, _AUGMENTATION, source, epoch, sample])
+            augmentation = self.augmentations[source]
+            if augmentation:
+                second = None
+                if augmentation.mixes:
+                    partner, second, second_label = self._partner(source, step, rng, bad)
+                try:
+                    encoded, share = augmentation(content.tobytes(), rng, second)
+                except UserError:
+                    raise
+                except Exception as error:  # decoders raise anything when they meet a damaged file
+                    problem = f"cannot be decoded ({error})"
+                    if second is None or not augmentation.decodes(content.tobytes()):
+                        raise BadFileError(problem) from None
+                    self._set_aside(source, partner, step, problem, bad)
+                    return self._make(source, sample, epoch, step, bad)  # with another partner, as in a replay
+                content = np.frombuffer(encoded, np.uint8)
+            return apply(self.transforms, content, rng), label, second_label, share
+        except BadFileError as error:
+            self._set_aside(source, sample, step, str(error), bad)
+            return None
+
+    def _partner(
+        self, source: int, step: int, rng: np.random.Generator, bad: list[BadSample]
+    ) -> tuple[int, bytes, int]:
+        """Number, content and class of the sample that is mixed in."""
+        for _ in range(STAND_INS):
+            sample = int(rng.integers(len(self.splits[source])))
+            if not self._is_bad(source, sample, step):
+                try:
+                    content, label = self._read_sample(source, sample)
+                    return sample, content.tobytes(), label
+                except BadFileError as error:
+                    self._set_aside(source, sample, step, str(error), bad)
+        raise UserError(f"{self.splits[source].dataset.location}: no sample can be read that could be mixed in")
+
+    def _is_bad(self, source: int, sample: int, step: int) -> bool:
+        return self._bad_from[source].get(sample, step + 1) <= step
+
+    def _set_aside(self, source: int, sample: int, step: int, reason: str, bad: list[BadSample]) -> None:
+        split = self.splits[source]
+        self._bad_from[source][sample] = step
+        shard = split.shards[self._rows[source]["shard"][sample]].file
+        bad.append(BadSample(step, split.split, self.names[source], sample, shard, split.key(sample), reason))
+
+    def _read_sample(self, source: int, sample: int) -> tuple[np.ndarray, int]:
+        """A file's bytes and its class; raises BadFileError."""
+        shard, label, offset, length, checksum, _ = self._rows[source][sample].tolist()
+        if label >= len(self.label_maps[source]):
+            raise BadFileError(f"has class {label} of {len(self.label_maps[source])} classes")
+        if not length:
+            raise BadFileError("is empty")
+        content = new_buffer(length)
+        problem, may_refetch = "", True
+        for wait_s in (0, *RETRY_AFTER_S):
+            time.sleep(wait_s)
+            try:
+                got = os.preadv(self._open(source, shard), [content], offset)
+            except FileNotFoundError:
+                raise BadFileError("its shard is missing") from None
+            except WrongContentError as error:
+                raise BadFileError(f"its shard cannot be had as it was packed: {error}") from None
+            except OSError as error:
+                problem = f"cannot be read: {error.strerror}"
+                self._forget(source, shard)
+                continue
+            if got == length and xxhash.xxh3_64_intdigest(content) == checksum:
+                return content, int(self.label_maps[source][label])
+            problem = (
+                f"ends {length - got:,} bytes early" if got < length else "differs from what was packed (checksum)"
+            )
+            if not may_refetch or not self._refetch(source, shard):
+                break
+            may_refetch = False
+        raise BadFileError(problem)
+
+    def _open(self, source: int, shard: int) -> int:
+        """Descriptor of a shard; raises OSError, or UserError if it cannot be fetched."""
+        descriptor = self._files.get((source, shard))
+        if descriptor is not None:
+            return descriptor
+        if len(self._files) >= OPEN_SHARDS:
+            os.close(self._files.pop(next(iter(self._files))))
+        descriptor = self._files[source, shard] = self.splits[source].open_shard(shard)
+        return descriptor
+
+    def _forget(self, source: int, shard: int) -> None:
+        descriptor = self._files.pop((source, shard), None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _refetch(self, source: int, shard: int) -> bool:
+        """Drop a damaged copy of a remote shard, so that the next try fetches it anew."""
+        self._forget(source, shard)
+        return self.splits[source].drop_shard(shard)

@@ -6,24 +6,31 @@
     dataset.json                 classes, counts, sizes and hashes; written last, so that a folder with
                                  it is whole and a folder without it is not a dataset
 
+The folder may lie behind a URL (see remote.py): the index is then fetched at the start, a shard when it is needed.
+Opening a split costs the same however many samples it has; what is proven, and by whom, is in `damaged_index`.
+
 Alternative refused: finding samples by scanning the tars at every start, as streaming readers do. The
 order of training is computed from lengths and labels alone, and a flipped byte must not go unnoticed.
 """
 
 import hashlib
+import itertools
 import json
 import mmap
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from bfsys.data.remote import Cache, is_remote, url_of
 from bfsys.data.tars import SAMPLE, Shard, TarIndex, atomic_file, join_shards, read_shard
 from bfsys.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION = "dataset.json"
 QUANTILES_PERCENT = (0, 1, 10, 25, 50, 75, 90, 99, 100)
 
@@ -32,57 +39,166 @@ QUANTILES_PERCENT = (0, 1, 10, 25, 50, 75, 90, 99, 100)
 class Split:
     """One split of a packed dataset, open for reading."""
 
-    path: Path  # the dataset's folder
-    name: str  # the dataset's name
+    dataset: "Dataset"
     split: str
-    classes: tuple[str, ...]
     shards: tuple[Shard, ...]
     samples: np.ndarray  # SAMPLE [samples], memory-mapped
     keys: np.ndarray  # uint8 [bytes of all keys], memory-mapped
+    bytes: int  # of all files together
+    shortest_bytes: int
+    longest_bytes: int
     fingerprint: str  # changes whenever anything of the split changes
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def path(self) -> Path:
+        return self.dataset.folder
+
+    @property
+    def name(self) -> str:
+        return self.dataset.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.dataset.classes
+
     def key(self, i: int) -> str:
         start = self.samples["key_end"][i - 1] if i > 0 else 0
         return self.keys[start : self.samples["key_end"][i]].tobytes().decode("utf-8", "backslashreplace")
 
-    @property
+    @cached_property
     def shard_starts(self) -> np.ndarray:
         """int64 [shards + 1], the number of each shard's first sample, and the number of samples."""
         return np.cumsum([0, *(shard.samples for shard in self.shards)], dtype=np.int64)
 
-    def __reduce__(self) -> tuple:
-        """Pickled as its place: another process maps the index instead of receiving a copy of it."""
-        return open_split, (self.path, self.split)
+    def open_shard(self, number: int) -> int:
+        """A descriptor of a tar; a remote one is fetched if it is not cached. Raises OSError, or UserError."""
+        if self.dataset.cache is None:
+            return os.open(self.path / self.shards[number].file, os.O_RDONLY | os.O_CLOEXEC)
+        url, sha256, size_bytes = self.remote_shard(number)
+        with self.dataset.cache.open(url, sha256=sha256, size_bytes=size_bytes) as file:
+            return os.dup(file.fileno())
+
+    def drop_shard(self, number: int) -> bool:
+        """Whether there was a cached copy of a remote tar to drop, so that it is fetched anew."""
+        if self.dataset.cache is None:
+            return False
+        url, sha256, size_bytes = self.remote_shard(number)
+        self.dataset.cache.discard(self.dataset.cache.fetch(url, sha256=sha256, size_bytes=size_bytes))
+        return True
+
+    def remote_shard(self, number: int) -> tuple[str, str, int]:
+        """(URL, sha256, bytes) of a shard of a remote dataset, as `Prefetcher.want` takes it."""
+        shard = self.shards[number]
+        return url_of(self.dataset.location, shard.file), shard.sha256, shard.bytes
+
+    def damaged_index(self, shards: Iterable[int]) -> list[str]:
+        """Which of the shards' rows in the index are not those that were packed.
+
+        The ranks of a run divide the shards at its start, so that the proof of a large index costs little: a row
+        that is not as packed would mean a wrong label or, for every file, a wrong checksum.
+        """
+        starts = self.shard_starts.tolist()
+        bad = [
+            self.shards[n].file
+            for n in shards
+            if index_digest(self.samples, self.keys, starts[n], starts[n + 1]) != self.shards[n].index_xxh3
+        ]
+        if not bad:
+            return []
+        return [
+            f"{self.dataset.location}: the index of {self.split!r} is damaged, or of other shards: its rows are not "
+            f"as {DESCRIPTION} says for {len(bad):,} of {len(self.shards):,} shards, the first is {bad[0]}; copy or "
+            f"pack the dataset again, or delete {DESCRIPTION} and run tools/inspect_shards.py --rebuild"
+        ]
 
 
-def split_names(path: str | Path) -> list[str]:
-    """The splits of a packed dataset."""
-    return sorted(read_description(Path(path))["splits"])
+def index_digest(samples: np.ndarray, keys: np.ndarray, first: int, end: int) -> str:
+    """xxh3 of rows first … end of an index, and of their keys."""
+    digest = xxhash.xxh3_64(np.ascontiguousarray(samples[first:end]))
+    if first < end:
+        keys_start = int(samples["key_end"][first - 1]) if first else 0
+        digest.update(np.ascontiguousarray(keys[keys_start : int(samples["key_end"][end - 1])]))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A packed dataset: where it lies, and what its dataset.json says."""
+
+    location: str  # folder or URL, as the user gave it
+    description: dict
+    folder: Path | None  # None if the dataset is remote
+    cache: Cache | None
+
+    @property
+    def name(self) -> str:
+        return self.description["name"]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.description["classes"])
+
+    @property
+    def splits(self) -> list[str]:
+        return sorted(self.description["splits"])
+
+    def file(self, name: str, sha256: str, size_bytes: int | None = None) -> Path:
+        """A file of the dataset on this machine."""
+        if self.folder:
+            return self.folder / name
+        return self.cache.fetch(url_of(self.location, name), sha256=sha256, size_bytes=size_bytes)
+
+    def open(self, split: str) -> Split:
+        """Open one split. Checks that the parts fit together, and hashes nothing: see `Split.damaged_index`."""
+        described = f"{self.location}: {DESCRIPTION}"
+        if split not in self.description["splits"]:
+            raise UserError(f"{self.location}: there is no split {split!r}; there are: {', '.join(self.splits)}")
+        part = self.description["splits"][split]
+        identity = json.dumps([split, part, self.classes], sort_keys=True)
+        try:
+            shards = tuple(Shard(**shard) for shard in part["shards"])
+            entries = part["index"]
+            samples = _map_array(self.file(**entries["samples"]), SAMPLE, part["samples"])
+            keys = _map_array(self.file(**entries["keys"]), np.dtype("u1"), int(samples["key_end"][-1]))
+            opened = Split(
+                dataset=self,
+                split=split,
+                shards=shards,
+                samples=samples,
+                keys=keys,
+                bytes=part["bytes"],
+                shortest_bytes=part["length_quantiles"]["min"],
+                longest_bytes=part["length_quantiles"]["max"],
+                fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{described} is damaged ({error!r}); pack the dataset again") from error
+        if opened.shard_starts[-1] != len(samples):
+            raise UserError(f"{described} is damaged (the shards' samples do not add up to {len(samples)})")
+        return opened
+
+
+def open_dataset(location: str | Path, cache: Cache | None = None) -> Dataset:
+    """The dataset in a folder, or at a URL, whose files come to lie in `cache`."""
+    location = str(location)
+    if not is_remote(location):
+        return Dataset(location, read_description(Path(location)), Path(location), None)
+    if cache is None:
+        raise UserError(f"{location}: a folder on this machine is expected here, not a URL")
+    return Dataset(location, parse_description(cache.read(url_of(location, DESCRIPTION)), location), None, cache)
 
 
 def open_split(path: str | Path, split: str) -> Split:
-    """Open one split. Checks that the parts fit together, and hashes nothing: see `verify_split`."""
-    path = Path(path)
-    description = read_description(path)
-    if split not in description["splits"]:
-        raise UserError(f"{path}: there is no split {split!r}; there are: {', '.join(split_names(path))}")
-    try:
-        part, name = description["splits"][split], description["name"]
-        classes = tuple(description["classes"])
-        shards = tuple(Shard(**shard) for shard in part["shards"])
-        samples = _map_array(path / part["index"]["samples"]["file"], SAMPLE, part["samples"])
-        keys_bytes = int(samples["key_end"][-1])
-        keys = _map_array(path / part["index"]["keys"]["file"], np.dtype("u1"), keys_bytes)
-    except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path / DESCRIPTION}: is damaged ({error!r}); pack the dataset again") from error
-    if sum(shard.samples for shard in shards) != len(samples):
-        raise UserError(f"{path / DESCRIPTION}: is damaged (the shards' samples do not add up to {len(samples)})")
-    identity = json.dumps([split, part, classes], sort_keys=True)
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    return Split(path, name, split, classes, shards, samples, keys, fingerprint)
+    """One split of the dataset in a folder."""
+    return open_dataset(path).open(split)
+
+
+def split_names(path: str | Path) -> list[str]:
+    """The splits of the dataset in a folder."""
+    return open_dataset(path).splits
 
 
 def read_description(path: Path) -> dict:
@@ -96,14 +212,23 @@ def read_description(path: Path) -> dict:
             f"again; for tars made elsewhere, run: python tools/inspect_shards.py {path} --rebuild"
         )
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    return parse_description(content, file)
+
+
+def parse_description(content: bytes, where: str | Path) -> dict:
+    """The content of a dataset.json; `where` is for messages."""
+    try:
+        description = json.loads(content)
         number = description["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({error!r}); pack the dataset again") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: cannot be read as {DESCRIPTION} ({error!r}); pack the dataset again") from error
     if number != FORMAT:
-        raise UserError(f"{file}: has format {number!r}; this version reads format {FORMAT}: pack the dataset again")
+        raise UserError(f"{where}: has format {number!r}; this version reads format {FORMAT}: pack the dataset again")
     if not isinstance(description.get("splits"), dict):
-        raise UserError(f"{file}: is damaged (it lists no splits); pack the dataset again")
+        raise UserError(f"{where}: is damaged (it lists no splits); pack the dataset again")
     return description
 
 
@@ -137,7 +262,9 @@ def write_split(path: Path, name: str, split: str, classes: Sequence[str], shard
         with atomic_file(path / file_name) as file:
             np.save(file, array)
         with open(path / file_name, "rb") as file:
-            files[role] = {"file": file_name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            files[role] = {"name": file_name, "sha256": sha256, "size_bytes": os.path.getsize(path / file_name)}
+    ends = np.cumsum([0, *(len(index.samples) for index in shards)]).tolist()
     counts = np.bincount(samples["label"], minlength=len(classes))
     return {
         "samples": len(samples),
@@ -145,7 +272,10 @@ def write_split(path: Path, name: str, split: str, classes: Sequence[str], shard
         "length_quantiles": length_quantiles(samples["length"]),
         "class_counts": dict(zip(classes, counts.tolist(), strict=True)),
         "index": files,
-        "shards": [asdict(index.shard) for index in shards],
+        "shards": [
+            asdict(replace(index.shard, index_xxh3=index_digest(*arrays, first, end)))
+            for index, (first, end) in zip(shards, itertools.pairwise(ends), strict=True)
+        ],
     }
 
 
@@ -200,12 +330,12 @@ def verify_split(split: Split) -> list[str]:
 
 def verify_index(split: Split) -> list[str]:
     """Compare the index files with their sha256."""
-    files = read_description(split.path)["splits"][split.split]["index"].values()
+    files = split.dataset.description["splits"][split.split]["index"].values()
     problems = []
     for entry in files:
-        with open(split.path / entry["file"], "rb") as file:
+        with open(split.path / entry["name"], "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                problems.append(f"{split.path / entry['file']}: differs from the sha256 in {DESCRIPTION}")
+                problems.append(f"{split.path / entry['name']}: differs from the sha256 in {DESCRIPTION}")
     return problems
 
 

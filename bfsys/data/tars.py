@@ -44,6 +44,7 @@ class Shard:
     samples: int
     bytes: int  # of the tar
     sha256: str  # of the tar
+    index_xxh3: str = ""  # of the shard's rows in the dataset's index, once it is part of one
 
 
 class Member(NamedTuple):

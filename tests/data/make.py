@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bfsys.data.shards import SAMPLE, Split
+from bfsys.data.shards import SAMPLE, Dataset, Split
 from bfsys.data.tars import Shard
 
 
@@ -26,12 +26,13 @@ def split_in_memory(shard_sizes: Sequence[int], lengths: np.ndarray | None = Non
     samples["shard"] = np.repeat(np.arange(len(shard_sizes)), shard_sizes)
     samples["length"] = 100 if lengths is None else lengths
     return Split(
-        path=Path("nowhere"),
-        name=name,
+        dataset=Dataset("nowhere", {"name": name, "classes": ["x"], "splits": {}}, Path("nowhere"), None),
         split="train",
-        classes=("x",),
         shards=tuple(Shard(f"{i}.tar", n, 0, "") for i, n in enumerate(shard_sizes)),
         samples=samples,
         keys=np.zeros(0, np.uint8),
+        bytes=int(samples["length"].sum()),
+        shortest_bytes=int(samples["length"].min(initial=0)),
+        longest_bytes=int(samples["length"].max(initial=0)),
         fingerprint=f"{name}{list(shard_sizes)}",
     )

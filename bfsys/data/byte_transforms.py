@@ -1,0 +1,283 @@
+"""Transforms of a file's bytes: orders, privacy masks, noise and keys of the publication (arXiv 2306.00238).
+
+The published order is shuffle → keep → noise → permute (any of reverse … window_shuffle is a shuffle). A list
+in another order is applied as written. The publication applies transforms in training and evaluation alike;
+an evaluation repeats itself where the caller's generator does.
+
+What is fixed in the publication is fixed here by the same numbers: `torch.randperm` with the seed of the
+released code gives the key of `permute` and the positions that `keep` keeps. Alternative refused: numpy's
+generator, with which models trained on either side could not read the other's bytes.
+
+A permutation of byte values is no encryption: it hides a file from the eye, not from one who counts bytes.
+"""
+
+import difflib
+import functools
+import os
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bfsys.errors import UserError, collecting
+
+RELEASED_SEED = 2147483647  # of every fixed permutation in the released code
+
+BYTE_VALUES = 256
+LARGEST_NOISE = 255  # beyond, values only come round again
+KEY_NUMBERS_PER_LINE = 16
+
+# Lengths of files whose kept positions stay in memory: at 224 × 224 pixels about a megabyte each
+MASKS_KEPT = 32
+
+Apply = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+@dataclass(frozen=True)
+class ByteTransform:
+    """A transform as asked for. Two of the same text are equal; a key does not show when one is printed."""
+
+    text: str
+    apply: Apply = field(repr=False, compare=False)  # uint8 [n] → a new uint8 [m]
+    lengths: Callable[[np.ndarray], np.ndarray] | None = field(default=None, repr=False, compare=False)
+    """int64 [files] → int64 [files]; None: as they were."""
+    randomised: bool = False
+    """Draws from the generator; otherwise equal bytes become equal bytes."""
+
+
+def apply(transforms: Sequence[ByteTransform], data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The transforms one after the other, as listed.
+
+    data   uint8 [n], which is not changed
+    rng    what random_shuffle and noise draw from; the others leave it alone
+
+    Returns a new, contiguous uint8 [m], with m as `lengths_after` says.
+    """
+    assert (data.dtype, data.ndim) == (np.uint8, 1)
+    result = data if transforms else data.copy()
+    for transform in transforms:
+        result = transform.apply(result, rng)
+    return result
+
+
+def lengths_after(transforms: Sequence[ByteTransform], lengths: np.ndarray) -> np.ndarray:
+    """int64 [files]: how long files of these lengths (int64 [files], in bytes) are after the transforms."""
+    lengths = lengths.astype(np.int64)
+    for transform in transforms:
+        if transform.lengths:
+            lengths = transform.lengths(lengths)
+    return lengths
+
+
+def _reverse(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return data[::-1].copy()
+
+
+def _random_shuffle(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Another order for every file and epoch, so that the model has the byte counts only."""
+    result = data.copy()
+    rng.shuffle(result)  # rng.permutation refuses an empty array that is read-only
+    return result
+
+
+def _cyclic_half_length(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.roll(data, len(data) // 2)
+
+
+def _stride(step: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """data[0::step], data[1::step], … one after the other."""
+    step = max(1, min(step, len(data)))
+    rows, rest = divmod(len(data), step)
+    grid = data[: rows * step].reshape(rows, step)
+    # The first `rest` columns are one longer. Two transposes are quicker than `step` slices.
+    longer = np.vstack([grid[:, :rest], data[rows * step :]])
+    return np.concatenate([longer.T.ravel(), grid[:, rest:].T.ravel()])
+
+
+def _window_shuffle(window: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One permutation for every full window; the bytes after the last full one stay.
+
+    The released code draws the permutation anew for every batch. No two batches then agree on the order
+    within a window, and evaluation agrees with none: noise that cannot be learned. What is meant, and done
+    here, is one fixed permutation per window size.
+    """
+    result = data.copy()
+    full = len(data) // window * window
+    if full:
+        result[:full] = data[:full].reshape(-1, window)[:, _window_order(window)].ravel()
+    return result
+
+
+def _keep(fraction: float, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return data[_kept_positions(fraction, len(data))]
+
+
+def _kept_lengths(fraction: float, lengths: np.ndarray) -> np.ndarray:
+    """int(fraction · length), as published, but never nothing of something."""
+    return np.minimum(lengths, np.maximum(1, (fraction * lengths).astype(np.int64)))
+
+
+def _noise(lowest: int, highest: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    noise = rng.integers(lowest, highest, len(data), dtype=np.int16, endpoint=True)
+    return ((data + noise) % BYTE_VALUES).astype(np.uint8)
+
+
+def _permute(key: np.ndarray, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return key[data]
+
+
+def _fixed_permutation(n: int) -> np.ndarray:
+    """int64 [n]: a permutation of 0 … n - 1, the same for ever."""
+    import torch  # slow to import, and only its numbers are the published ones
+
+    return torch.randperm(n, generator=torch.Generator().manual_seed(RELEASED_SEED)).numpy()
+
+
+_window_order = functools.lru_cache(maxsize=4)(_fixed_permutation)
+
+
+@functools.lru_cache(maxsize=MASKS_KEPT)
+def _kept_positions(fraction: float, length: int) -> np.ndarray:
+    """int64 [kept], ascending: the same positions in every file of this length.
+
+    The released code takes the positions of a batch from its first file and fails if another is longer or
+    shorter. One set per length equals it where it works.
+    """
+    kept = int(_kept_lengths(fraction, np.array(length)))
+    return np.sort(_fixed_permutation(length)[:kept])
+
+
+def _no_option(function: Apply, randomised: bool, option: str) -> dict:
+    if option:
+        raise ValueError
+    return {"apply": function, "randomised": randomised}
+
+
+def _size_option(function: Callable[..., np.ndarray], option: str) -> dict:
+    size = _integer(option)
+    if size < 1:
+        raise ValueError
+    return {"apply": functools.partial(function, size)}
+
+
+def _keep_option(option: str) -> dict:
+    fraction = float(option)
+    if not 0 < fraction <= 1:
+        raise ValueError
+    return {"apply": functools.partial(_keep, fraction), "lengths": functools.partial(_kept_lengths, fraction)}
+
+
+def _noise_option(option: str) -> dict:
+    lowest, _, highest = option.partition(":")
+    bounds = _integer(lowest), _integer(highest)
+    if not -LARGEST_NOISE <= bounds[0] <= bounds[1] <= LARGEST_NOISE:
+        raise ValueError
+    return {"apply": functools.partial(_noise, *bounds), "randomised": bounds[0] < bounds[1]}
+
+
+def _permute_option(option: str) -> dict:
+    key = read_key(Path(option)) if option else _fixed_permutation(BYTE_VALUES).astype(np.uint8)
+    return {"apply": functools.partial(_permute, key)}
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,15}", text):  # int() also takes 1_000 and blanks
+        raise ValueError
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Row:
+    spelling: str
+    parse: Callable[[str], dict]  # from the text after the colon; ValueError: not as the spelling says
+
+
+TRANSFORMS = {
+    "reverse": Row("reverse", functools.partial(_no_option, _reverse, False)),
+    "random_shuffle": Row("random_shuffle", functools.partial(_no_option, _random_shuffle, True)),
+    "cyclic_half_length": Row("cyclic_half_length", functools.partial(_no_option, _cyclic_half_length, False)),
+    "stride": Row("stride:STEP, with a whole STEP ≥ 1 (published: 1024)", functools.partial(_size_option, _stride)),
+    "window_shuffle": Row(
+        "window_shuffle:BYTES, with whole BYTES ≥ 1 (published: 1024)", functools.partial(_size_option, _window_shuffle)
+    ),
+    "keep": Row("keep:FRACTION, with 0 < FRACTION ≤ 1, like keep:0.1", _keep_option),
+    "noise": Row(
+        f"noise:LOWEST:HIGHEST, whole numbers with -{LARGEST_NOISE} ≤ LOWEST ≤ HIGHEST ≤ {LARGEST_NOISE}, "
+        "like noise:-5:5",
+        _noise_option,
+    ),
+    "permute": Row("permute (the published key) or permute:FILE (a key file)", _permute_option),
+}
+
+
+def parse_transform(text: str) -> ByteTransform:
+    """The transform that `reverse`, `stride:1024`, `keep:0.1`, `noise:-5:5`, `permute`, … asks for.
+
+    `permute:FILE` reads the key file now. Raises UserError for a wrong spelling or a wrong file.
+    """
+    name, colon, option = text.partition(":")
+    if name not in TRANSFORMS:
+        near = difflib.get_close_matches(name.lower(), TRANSFORMS, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        allowed = ", ".join(row.spelling.split(",")[0] for row in TRANSFORMS.values())
+        raise UserError(f"byte transform {text!r}: there is no {name!r}{hint}; allowed are {allowed}")
+    row = TRANSFORMS[name]
+    try:
+        if colon and not option:
+            raise ValueError
+        return ByteTransform(text, **row.parse(option))
+    except ValueError:
+        raise UserError(f"byte transform {text!r}: {name} must be written as {row.spelling}") from None
+    except UserError as error:
+        raise UserError(*(f"byte transform {text!r}: {problem}" for problem in error.problems)) from None
+
+
+def parse_transforms(texts: Sequence[str]) -> tuple[ByteTransform, ...]:
+    """Each as `parse_transform` reads it; one UserError holds all problems."""
+    problems: list[str] = []
+    transforms = []
+    for text in texts:
+        with collecting(problems):
+            transforms.append(parse_transform(text))
+    if problems:
+        raise UserError(*problems)
+    return tuple(transforms)
+
+
+def read_key(path: Path) -> np.ndarray:
+    """uint8 [256]: byte value → the value put in its place. A UserError says what is wrong, but not the key."""
+    try:
+        words = path.read_text("ascii").split()
+    except OSError as error:
+        raise UserError(f"key file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        words = ["not text"]
+    wanted = f"a key is the numbers 0 … {BYTE_VALUES - 1}, each once, in any order, separated by blanks or line breaks"
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"key file {path} holds something other than numbers; {wanted}")
+    if len(words) != BYTE_VALUES:
+        raise UserError(f"key file {path} has {len(words)} numbers; {wanted}")
+    # Lengths first: int() refuses words of thousands of digits
+    if any(len(word) > 9 for word in words) or sorted(map(int, words)) != list(range(BYTE_VALUES)):
+        raise UserError(f"key file {path} has a number twice or above {BYTE_VALUES - 1}; {wanted}")
+    return np.array(words, dtype=np.int64).astype(np.uint8)
+
+
+def write_key(path: Path) -> None:
+    """Make a key file that nobody can foresee, readable by its owner only. Raises UserError if there is a file."""
+    key = list(range(BYTE_VALUES))
+    secrets.SystemRandom().shuffle(key)
+    lines = (key[i : i + KEY_NUMBERS_PER_LINE] for i in range(0, BYTE_VALUES, KEY_NUMBERS_PER_LINE))
+    text = "".join(" ".join(map(str, line)) + "\n" for line in lines)
+    try:
+        with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(
+            f"key file {path} exists and is not overwritten: files made with it could never be read again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"key file {path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,178 @@
+"""The datasets of a config, opened: the same split of each, the union of their classes, and the plan over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bfsys.config import Config
+from bfsys.data.augment import Augmentation
+from bfsys.data.byte_transforms import ByteTransform, lengths_after, parse_transforms
+from bfsys.data.encodings import parse_encoding
+from bfsys.data.mix import mixture_weights
+from bfsys.data.plan import Plan
+from bfsys.data.remote import Cache, is_remote
+from bfsys.data.shards import Dataset, Split, open_dataset
+from bfsys.errors import UserError, collecting
+
+
+@dataclass(frozen=True)
+class Sources:
+    """One split of each dataset.
+
+    A source that lacks the split (an evaluation split, say) is left out: `numbers` are positions in the config,
+    and `names` the same for every split. `label_maps` give the number in `classes` of each of a dataset's labels.
+    """
+
+    classes: tuple[str, ...]
+    splits: tuple[Split, ...]
+    numbers: tuple[int, ...]
+    names: tuple[str, ...]
+    label_maps: tuple[np.ndarray, ...]
+    transforms: tuple[ByteTransform, ...] = ()
+    augmentations: tuple[Augmentation | None, ...] = field(default=())
+
+    @property
+    def sizes(self) -> dict[tuple[str, str], int]:
+        """Samples by (split, source), as `Quarantine.share` wants them."""
+        return {(split.split, name): len(split) for name, split in zip(self.names, self.splits, strict=True)}
+
+
+def make_cache(config: Config) -> Cache:
+    return Cache(Path(config.data.cache_dir), int(config.data.cache_gb * 1e9))
+
+
+def open_training(config: Config) -> Sources:
+    """The training split of every source, and the union of their classes: the rows of the head.
+
+    Raises UserError with all problems.
+    """
+    datasets = _open_datasets(config, [source.path for source in config.data.sources])
+    classes = sorted({name for dataset in datasets for name in dataset.classes})
+    return _open_sources(config, datasets, config.data.train_split, classes, training=True)
+
+
+def open_evaluation(config: Config, split: str, classes: Sequence[str]) -> Sources:
+    """A split of the sources that have it, be it none of them. Raises UserError with all problems."""
+    datasets = _open_datasets(config, [source.eval_path or source.path for source in config.data.sources])
+    return _open_sources(config, datasets, split, classes, training=False)
+
+
+def _open_datasets(config: Config, locations: Sequence[str]) -> list[Dataset]:
+    cache, datasets, problems = make_cache(config), [], []
+    for location in locations:
+        with collecting(problems):
+            datasets.append(open_dataset(location, cache))
+    if problems:
+        raise UserError(*problems)
+    return datasets
+
+
+def _open_sources(
+    config: Config, datasets: Sequence[Dataset], split: str, classes: Sequence[str], *, training: bool
+) -> Sources:
+    number_of = {name: i for i, name in enumerate(classes)}
+    opened: list[tuple[int, Split]] = []
+    augmentations: list[Augmentation | None] = []
+    problems: list[str] = []
+    transforms: tuple[ByteTransform, ...] = ()
+    with collecting(problems):
+        transforms = parse_transforms(config.data.byte_transforms)
+    for number, dataset in enumerate(datasets):
+        if not training and split not in dataset.splits:
+            continue
+        with collecting(problems):
+            unknown = [name for name in dataset.classes if name not in number_of]
+            if unknown:
+                raise UserError(f"{dataset.location}: the model does not know the classes {', '.join(unknown[:10])}")
+            augmentation = make_augmentation(config, number) if training else None
+            part = dataset.open(split)
+            if not augmentation:  # the length of what an augmentation makes is not in the index
+                problems.extend(_unfit_samples(part, config, transforms))
+            opened.append((number, part))
+            augmentations.append(augmentation)
+    if problems:
+        raise UserError(*problems)
+    names = source_names(config)
+    return Sources(
+        classes=tuple(classes),
+        splits=tuple(part for _, part in opened),
+        numbers=tuple(number for number, _ in opened),
+        names=tuple(names[n] for n, _ in opened),
+        label_maps=tuple(np.array([number_of[name] for name in part.classes]) for _, part in opened),
+        transforms=transforms,
+        augmentations=tuple(augmentations),
+    )
+
+
+def source_names(config: Config) -> list[str]:
+    """A short name for each source: its folder's, with the source's number where two are alike."""
+    names = [Path(source.path.replace("/{file}", "")).name.split("?")[0] for source in config.data.sources]
+    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+
+
+def make_augmentation(config: Config, source: int) -> Augmentation | None:
+    augment = config.data.sources[source].augment
+    if not augment:
+        return None
+    return Augmentation(
+        parse_encoding(augment.encoding),
+        image_size=augment.image_size,
+        sample_rate_hz=augment.sample_rate_hz,
+        seconds=augment.seconds,
+        background=Path(augment.background) if augment.background else None,
+        mixup=augment.mixup,
+        speeds=augment.speeds,
+    )
+
+
+def make_plan(config: Config, sources: Sources) -> Plan:
+    """The data order; raises UserError if its micro-batches would exceed the byte budget."""
+    data = config.data
+    weights = [data.sources[n].weight for n in sources.numbers]
+    plan = Plan(
+        sources.splits,
+        mixture_weights(data.mixture, weights, [max(1, len(split)) for split in sources.splits]),
+        batch_samples=data.batch_samples,
+        lanes=data.lanes,
+        shuffle_block=data.shuffle_block,
+        seed=config.train.seed,
+    )
+    budget, mean = data.micro_batch_bytes, plan.mean_micro_batch_bytes
+    if budget and mean > budget:
+        lanes = -(-data.lanes * mean // budget)
+        raise UserError(
+            f"data.micro_batch_bytes: {data.batch_samples} samples in {data.lanes} lanes make micro-batches of "
+            f"{mean:,.0f} bytes on average, over the budget of {budget:,}; {lanes:.0f} or more lanes would fit"
+        )
+    return plan
+
+
+def index_problems(sources: Sources, share: int, of: int) -> list[str]:
+    """What is wrong with the index of part `share` of the shards of each source: see `Split.damaged_index`."""
+    return [problem for split in sources.splits for problem in split.damaged_index(range(share, len(split.shards), of))]
+
+
+def any_remote(sources: Sources) -> bool:
+    return any(is_remote(split.dataset.location) for split in sources.splits)
+
+
+def _unfit_samples(split: Split, config: Config, transforms: tuple[ByteTransform, ...]) -> list[str]:
+    """Files that are longer than the model's position table. (Empty ones are set aside when they are drawn.)"""
+    architecture = config.model.architecture()
+    longest = int(lengths_after(transforms, np.array([split.longest_bytes]))[0])
+    if longest <= architecture.max_bytes:
+        return []
+    long = np.count_nonzero(
+        lengths_after(transforms, split.samples["length"].astype(np.int64)) > architecture.max_bytes
+    )
+    return [
+        f"{split.dataset.location}: {long} of {len(split)} files are longer than the {architecture.max_bytes:,} bytes "
+        f"that model.max_tokens {architecture.max_tokens:,} covers at model.kernel {architecture.kernel}, the "
+        f"longest ({split.key(int(np.argmax(split.samples['length'])))!r}) has {longest:,}; set model.max_tokens to "
+        f"{-(-longest // architecture.stride)} or more, or pack without them (tools/pack.py --max-file-bytes "
+        f"{architecture.max_bytes} --skip-bad)"
+    ]

@@ -1,0 +1,136 @@
+"""Which samples of a run could not be read whole: named for people, and the same for every rank and every replay.
+
+    quarantine.tsv in the run directory: step, split, source, sample, shard, key, reason
+
+A sample is bad from the first step that failed to read it: before, it was good, and a replay of those steps must
+read it again. What stands in for it is a function of seed, source, sample and epoch (see reader.py), so a resumed run
+gets the batches of the uninterrupted one. Refused: to skip bad samples in silence, or to keep no record, as other
+loaders do; and to stop at the first one, which wastes a night for one file in a million.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from bfsys import dist
+from bfsys.errors import UserError
+
+FILE = "quarantine.tsv"
+# Problems that an error lists; the file has them all.
+LISTED = 20
+
+
+class BadSample(NamedTuple):
+    """A row of quarantine.tsv."""
+
+    step: int  # steps made before it was drawn
+    split: str
+    source: str
+    sample: int  # number in the split's index
+    shard: str
+    key: str
+    reason: str
+
+    def describe(self) -> str:
+        return f"{self.source} {self.split}: {self.shard}: sample {self.key!r} (number {self.sample}) {self.reason}"
+
+
+class Quarantine:
+    """The bad samples of a run. Rank 0 keeps the file; after `share` all ranks know the same."""
+
+    def __init__(self, run_dir: Path | None = None) -> None:
+        """Without a directory nothing is written down. Call on rank 0 only what concerns the file: see `load`."""
+        self.path = run_dir / FILE if run_dir else None
+        self._rows: dict[tuple[str, str, int], BadSample] = {}
+        self._found: list[BadSample] = []
+
+    @classmethod
+    def load(cls, run_dir: Path, ranks: dist.Ranks) -> Quarantine:
+        """What earlier starts of the run found; collective."""
+        quarantine = cls(run_dir)
+        quarantine._take(dist.from_first_rank(_read(quarantine.path) if ranks.is_first else None))
+        return quarantine
+
+    def bad_from(self, split: str, source: str) -> dict[int, int]:
+        """{sample: first step that it is bad at} of a source."""
+        return {row.sample: row.step for (*of, _), row in self._rows.items() if of == [split, source]}
+
+    def until(self, step: int) -> list[BadSample]:
+        """What was found in the first `step` steps."""
+        return [row for row in self._rows.values() if row.step < step]
+
+    @property
+    def news(self) -> int:
+        """What this rank found and did not `share` yet."""
+        return len(self._found)
+
+    def found(self, rows: Iterable[BadSample]) -> None:
+        """Note what this rank met."""
+        self._found += [row for row in rows if self._is_new(row)]
+
+    def share(self, ranks: dist.Ranks, sizes: dict[tuple[str, str], int], max_bad_share: float) -> list[BadSample]:
+        """Tell all ranks and the file; collective. Returns what is new.
+
+        `sizes` are the samples of each (split, source). Raises AgreedError with the list where more than
+        `max_bad_share` of a source is bad.
+        """
+        found = sorted({row for rows in dist.gather_to_all(self._found) for row in rows})
+        self._found = []
+        new = self._take(found)
+        if new and self.path:
+            dist.same_errors_on_all(lambda: _append(self.path, new) if ranks.is_first else None)
+        for (split, source), count in Counter(key[:2] for key in self._rows).items():
+            size = sizes.get((split, source), 0)
+            if count > max_bad_share * size:
+                bad = [row for row in self._rows.values() if (row.split, row.source) == (split, source)]
+                raise dist.AgreedError(
+                    f"{source}: {count:,} of {size:,} samples of {split} cannot be read whole, more than "
+                    f"data.max_bad_share {max_bad_share:g} allows. All are in {self.path or FILE}. Restore or pack "
+                    "the dataset again, or raise data.max_bad_share; the same command then goes on. The first are",
+                    *(row.describe() for row in bad[:LISTED]),
+                )
+        return new
+
+    def _is_new(self, row: BadSample) -> bool:
+        known = self._rows.get((row.split, row.source, row.sample))
+        return known is None or row.step < known.step
+
+    def _take(self, rows: Iterable[BadSample]) -> list[BadSample]:
+        new = []
+        for row in rows:
+            if self._is_new(row):
+                self._rows[row.split, row.source, row.sample] = row
+                new.append(row)
+        return new
+
+
+def _read(path: Path) -> list[BadSample]:
+    rows = []
+    for line in path.read_text(errors="backslashreplace").splitlines()[1:] if path.exists() else ():
+        step, split, source, sample, *rest = line.split("\t")
+        if len(rest) == 3:  # the last line of a killed run may be torn
+            rows.append(BadSample(int(step), split, source, int(sample), *rest))
+    return rows
+
+
+def _append(path: Path, rows: list[BadSample]) -> None:
+    existing = path.read_bytes() if path.exists() else b""
+    head = "" if existing else "\t".join(BadSample._fields) + "\n"
+    if existing and not existing.endswith(b"\n"):  # torn: what is lost is found again
+        head = "\n"
+    lines = "".join("\t".join(_one_line(field) for field in row) + "\n" for row in rows)
+    try:
+        with open(path, "ab") as file:
+            file.write((head + lines).encode(errors="backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _one_line(field: object) -> str:
+    return str(field).replace("\t", " ").replace("\n", " ")

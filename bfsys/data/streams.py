@@ -1,0 +1,200 @@
+"""What a URL holds, as a stream of bytes that ends well or says why not.
+
+Opening is webdataset's `gopen`, so that the schemes, credentials and proxies that people have keep working.
+Refused: its `Pipe` for reading, which waits for ever on a server that falls silent; and an HTTP library, which
+knows one scheme of the five.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import quote, unquote, urlsplit
+
+import psutil
+
+from bfsys.errors import UserError
+
+if TYPE_CHECKING:
+    from webdataset.gopen import Pipe
+
+PIPE = "pipe:"
+PIPE_EXAMPLE = "pipe:aws s3 cp s3://bucket/dir/{file} -"
+PROGRAMS = {"http": "curl", "https": "curl", "ftps": "curl", "sftp": "curl", "scp": "curl", "s3": "aws", "gs": "gsutil"}
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# The file's name comes from a dataset.json that somebody else may have written, and goes into a shell command.
+HARMLESS_IN_SHELL = re.compile(r"[\w.+=@%:,][\w.+=@%:,/-]*")
+GONE = ("404", "410")  # HTTP: the server is well and the file is not there
+CHUNK_BYTES = 1 << 20
+POLL_S = 0.1  # how soon a download notices that it is to stop
+
+
+class TryFailed(Exception):
+    """One try came to nothing; another one may do better."""
+
+
+class WrongContent(TryFailed):
+    """The answer was complete, and not the file that was asked for."""
+
+
+class Stopped(Exception):
+    """The prefetcher was closed."""
+
+
+def is_remote(location: str) -> bool:
+    """Whether `location` is for gopen, rather than a path: has a scheme, or is a command."""
+    return location.startswith(PIPE) or SCHEME.match(location) is not None
+
+
+def url_of(location: str, file: str) -> str:
+    """The URL of a file of a dataset at `location`."""
+    if location.startswith(PIPE):
+        if "{file}" not in location:
+            raise UserError(f"{hide(location)}: lacks {{file}}, which stands for a file's name: {PIPE_EXAMPLE}")
+        if not HARMLESS_IN_SHELL.fullmatch(file):
+            raise UserError(
+                f"{hide(location)}: the name {file!r} is not put into a command; letters, digits and _.+=@%:,/- "
+                f"are. Rename the dataset, or read it by another scheme"
+            )
+        return location.replace("{file}", file)
+    if not location.startswith(("http://", "https://")):
+        return f"{location.rstrip('/')}/{file}"
+    path, mark, query = location.partition("?")
+    return f"{path.rstrip('/')}/{quote(file)}{mark}{query}"
+
+
+def base_name(url: str) -> str:
+    """For people to read: what the file is called where it comes from."""
+    if url.startswith(PIPE):  # the last word of the command that ends like a path to a file
+        names = re.findall(r"[^/\s'\"]/([^/\s'\"?]+\.[^/\s'\"?]+)(?=[\s'\"?]|$)", url)
+        return names[-1] if names else "file"
+    name = url.rstrip("/").rpartition("/")[2]
+    return unquote(name.partition("?")[0]) if url.startswith(("http://", "https://")) else name
+
+
+def hide(text: str) -> str:
+    """Without what may be a secret: user names and queries of URLs, and the arguments of commands."""
+    if text.startswith(PIPE):
+        words = [word for word in text[len(PIPE) :].split() if "=" not in word]
+        return f"{PIPE}{words[0] if words else ''} … {base_name(text)}"
+    text = re.sub(r"(\w://)[^\s/@]*@", r"\1***@", text)
+    return re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"]*", r"\1?***", text)
+
+
+def _command(url: str, stall_s: float) -> str | None:
+    """The shell command that prints the file; None where gopen's own way is good enough."""
+    if url.startswith(PIPE):
+        return url[len(PIPE) :]
+    from webdataset.gopen import gopen_ais, gopen_schemes
+
+    scheme = urlsplit(url).scheme
+    by_ais = gopen_schemes.get(scheme) is gopen_ais  # e.g. USE_AIS_FOR=s3:gs
+    program = "ais" if by_ais else PROGRAMS.get(scheme)
+    if program is not None and shutil.which(program) is None:
+        raise UserError(
+            f"{hide(url)}: {scheme}:// is read with {program!r}, which is not installed here. Install it, "
+            f"or give the place of the dataset as a command that prints a file, such as {PIPE_EXAMPLE}"
+        )
+    if scheme in ("http", "https"):
+        # gopen's own curl retries by itself, 30 times, and after half a file sends its beginning once more.
+        # curl ends itself on a stall only after we would have ended it: for when we are no more.
+        speed = f"--speed-limit 1 --speed-time {int(stall_s) + 2}"
+        return f"curl -f -sS -L --globoff --connect-timeout {stall_s:g} {speed} -- {shlex.quote(url)}"
+    if program == "aws":  # gopen has no s3://
+        return f"aws s3 cp --only-show-errors {shlex.quote(url)} -"
+    if program == "gsutil":
+        return f"gsutil -q cat {shlex.quote(url)}"
+    return None
+
+
+def _open(url: str, stall_s: float, errors: str) -> BinaryIO | Pipe:
+    """Open a URL; what a command complains of goes to the file named `errors`."""
+    from webdataset.gopen import gopen, gopen_schemes, rewrite_url  # imports torch: not for tools that read folders
+
+    try:
+        url = rewrite_url(url)
+        command = _command(url, stall_s)
+        if command is not None:  # the line break: a command may end in a comment
+            url = f"{PIPE}{{ {command}\n}} 2>{shlex.quote(errors)} </dev/null"
+        return gopen(url, "rb")
+    except (ValueError, ImportError) as error:
+        known = ", ".join(sorted({*PROGRAMS, *gopen_schemes, "file"} - {"__default__"}))
+        raise UserError(f"{hide(url)}: cannot be opened ({hide(str(error))}); schemes are: {known}") from error
+    except OSError as error:
+        raise TryFailed(str(error)) from error
+
+
+def _end_tree(process: subprocess.Popen) -> None:
+    """End a command and all that it started. Not by its process group: gopen starts it in ours."""
+    tree: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        tree.append(psutil.Process(process.pid))
+    for member in tree:  # grows
+        with suppress(psutil.Error):
+            member.suspend()  # first, lest it start another one after it was asked for those it has
+            tree.extend(member.children())
+    for member in tree:
+        with suppress(psutil.Error):
+            member.kill()
+    process.wait()
+
+
+def stream(url: str, stall_s: float, stop: threading.Event, size_bytes: int | None = None) -> Iterator[bytes]:
+    """What a URL holds, as it comes. Raises TryFailed where it stalls or ends badly; leaves no process behind."""
+    received = 0
+    with tempfile.NamedTemporaryFile(prefix="bfsys-") as errors:
+        source = _open(url, stall_s, errors.name)
+        process = getattr(source, "proc", None)  # of a Pipe
+        file = source if process is None else source.stream
+        try:
+            while data := _next_bytes(file.fileno(), stall_s, stop, received):
+                received += len(data)
+                yield data
+            status = 0 if process is None else process.wait(stall_s)
+        except subprocess.TimeoutExpired:
+            raise TryFailed(f"the command did not end after {received:,} bytes") from None
+        finally:
+            if process is not None and process.poll() is None:
+                _end_tree(process)
+            file.close()
+        if status != 0:
+            complaint = _last_line(errors)
+            http = re.search(r"returned error: (\d{3})", complaint)
+            of = "" if size_bytes is None else f" of {size_bytes:,}"
+            why = f"exit status {status}" + (f": {complaint}" if complaint else "")
+            if http:
+                raise (WrongContent if http[1] in GONE else TryFailed)(f"HTTP status {http[1]}")
+            raise TryFailed(f"ended at {received:,}{of} bytes ({why})")
+
+
+def _next_bytes(descriptor: int, stall_s: float, stop: threading.Event, received: int) -> bytes:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    deadline = time.monotonic() + stall_s
+    while not poll.poll(POLL_S * 1000):
+        if stop.is_set():
+            raise Stopped
+        if time.monotonic() >= deadline:
+            raise TryFailed(f"stalled for {stall_s:g} s after {received:,} bytes")
+    if stop.is_set():
+        raise Stopped
+    try:
+        return os.read(descriptor, CHUNK_BYTES)
+    except OSError as error:
+        raise TryFailed(f"reading failed after {received:,} bytes: {error.strerror}") from error
+
+
+def _last_line(file: BinaryIO) -> str:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+    lines = file.read().decode("utf-8", "replace").split("\n")
+    return hide(next((line.strip() for line in reversed(lines) if line.strip()), ""))[:300]

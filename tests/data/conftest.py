@@ -1,0 +1,81 @@
+"""What the tests of remote files share: a server, a cache, and a look for processes left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bfsys.data.remote import Cache
+from tests.data.http_server import FaultyServer
+
+CONTENT = random.Random(0).randbytes(300_000)  # more than a pipe holds
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Wait for something that happens soon, without saying how soon."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def no_orphans() -> Iterator[None]:
+    """No test leaves a process behind. While one runs, orphans become our children instead of those of init."""
+    libc = ctypes.CDLL(None)
+    before = set(psutil.Process().children())
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+
+    def left() -> set[psutil.Process]:
+        processes = set(psutil.Process().children(recursive=True)) - before
+        for process in processes:
+            with suppress(ChildProcessError, psutil.Error):
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    os.waitpid(process.pid, os.WNOHANG)
+        return processes
+
+    eventually(lambda: not left())
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    server = FaultyServer()
+    server.files["/x.tar"] = CONTENT
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return make_cache(tmp_path)
+
+
+def make_cache(tmp_path: Path, limit_bytes: int = 10_000_000, **options: float) -> Cache:
+    return Cache(tmp_path / "cache", limit_bytes, **{"attempts": 3, "stall_s": 20.0, "back_off_s": 0.01, **options})
+
+
+def names(cache: Cache) -> list[str]:
+    return sorted(path.name for path in cache.folder.iterdir())
+
+
+def put(folder: Path, name: str, size_bytes: int) -> dict:
+    """A file to be fetched, as the arguments of `fetch`."""
+    content = random.Random(name).randbytes(size_bytes)
+    (folder / name).write_bytes(content)
+    return {"url": str(folder / name), "sha256": sha256(content), "size_bytes": size_bytes}

@@ -1,0 +1,90 @@
+"""A real HTTP server on loopback that fails as told: the n-th request of a path does what its script says."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+DO_IT_RIGHT = "serve"
+
+
+class FaultyServer:
+    """Serves `files`; `faults[path]` says what becomes of each request, and right ones follow its end.
+
+    serve · 503 · stall (half, then silence) · truncate (half, then the end) · unsized (half, without a
+    Content-Length) · reset (half, then RST) · wrong (other bytes) · die (half, then the server is gone until `start`)
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.faults: defaultdict[str, Iterator[str]] = defaultdict(lambda: iter(()))
+        self.requests: Counter[str] = Counter()
+        self.half_sent, self.dead, self._stopping = threading.Event(), threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def fail(self, path: str, faults: Iterable[str]) -> None:
+        self.faults[path] = iter(faults)
+
+    def start(self) -> None:
+        """Start, or start again on the same port."""
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.dead.clear()
+        self._http = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
+        self._port = self._http.server_address[1]
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._die()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = request.path.partition("?")[0]
+        with self._lock:
+            self.requests[path] += 1
+            fault = next(self.faults[path], DO_IT_RIGHT)
+        content = self.files.get(path)
+        if content is None or fault == "503":
+            request.send_error(404 if content is None else 503)
+            return
+        request.send_response(200)
+        if fault != "unsized":
+            request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        if fault in (DO_IT_RIGHT, "wrong"):
+            request.wfile.write(content if fault == DO_IT_RIGHT else content[::-1])
+            return
+        request.wfile.write(content[: len(content) // 2])
+        self.half_sent.set()
+        if fault == "stall":
+            self._stopping.wait()
+        elif fault in ("reset", "die"):
+            # SO_LINGER of 0 s: closing resets the connection
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if fault == "die":
+                self._die()
+            request.connection.close()
+
+    def _die(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+        self.dead.set()

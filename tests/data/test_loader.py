@@ -1,0 +1,97 @@
+"""From the plan to batches: the same for any ranks and workers, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bfsys.config import load_config
+from bfsys.data.datasets import make_plan, open_evaluation, open_training
+from bfsys.data.loader import evaluation_rounds, training_batches
+from bfsys.data.plan import evaluation_batches
+from bfsys.data.quarantine import Quarantine
+from bfsys.dist import Ranks
+from bfsys.errors import UserError
+from bfsys.train import open_data
+
+
+def rank(number: int, of: int) -> Ranks:
+    return Ranks(number, of, number, of)
+
+
+def test_global_batches_do_not_depend_on_ranks_or_workers(config_file: Path) -> None:
+    config = load_config(config_file)
+    sources = open_training(config)
+
+    def steps(world_size: int, workers: int, first_step: int) -> list[list[tuple]]:
+        changed = load_config(config_file, [f"data.workers={workers}", "train.steps=6"])
+        plan = make_plan(changed, sources)
+        per_rank = [
+            list(training_batches(changed, sources, plan, rank(r, world_size), first_step=first_step))
+            for r in range(world_size)
+        ]
+        lanes = changed.data.lanes // world_size
+        return [
+            [
+                (b.sources.tolist(), b.samples.tolist(), b.data.tolist())
+                for batches in per_rank
+                for b in batches[lanes * step : lanes * (step + 1)]
+            ]
+            for step in range(6 - first_step)
+        ]
+
+    alone = steps(1, 0, 0)
+    assert steps(2, 0, 0) == alone
+    assert steps(4, 0, 0) == alone
+    assert steps(2, 2, 0) == alone
+    assert steps(1, 0, 4) == alone[4:]
+
+
+def test_evaluation_gives_each_file_once_in_equal_rounds(config_file: Path) -> None:
+    config = load_config(config_file)
+    sources = open_evaluation(config, "val", ("a0", "a1", "a2", "b0", "b1"))
+    total = len(evaluation_batches(sources.splits, config.data.eval_batch_bytes))
+    assert total % 3, "the last round should be incomplete for this test to say something"
+    per_rank = [list(evaluation_rounds(config, sources, rank(r, 3), Quarantine(), 0)) for r in range(3)]
+    assert len({len(rounds) for rounds in per_rank}) == 1
+    seen = [
+        (s, i)
+        for rounds in per_rank
+        for batch, counts in rounds
+        if counts
+        for s, i in zip(batch.sources.tolist(), batch.samples.tolist(), strict=True)
+    ]
+    assert sorted(seen) == [(s, i) for s, split in enumerate(sources.splits) for i in range(len(split))]
+
+
+def test_classes_of_equal_name_are_one(config_file: Path, datasets: Path) -> None:
+    config = load_config(config_file)
+    assert open_training(config).classes == ("a0", "a1", "a2", "b0", "b1")
+    sources = open_evaluation(config, "train", ("b1", "a2", "a1", "a0", "b0"))
+    assert [m.tolist() for m in sources.label_maps] == [[3, 2, 1], [4, 0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["model.max_tokens=2"], r"a: \d+ of 120 files are longer than the 8 bytes.*set model.max_tokens to"),
+        (["data.train_split=test"], "test"),
+        (["data.sources.0.path=/nowhere"], "/nowhere"),
+    ],
+)
+def test_unfit_data_is_refused(config_file: Path, change: list[str], message: str) -> None:
+    config = load_config(config_file, change)
+    with pytest.raises(UserError, match=message):
+        open_data(config, rank(0, 1))
+
+
+def test_a_byte_budget_that_cannot_be_kept_names_the_lanes(config_file: Path) -> None:
+    config = load_config(config_file, ["data.micro_batch_bytes=60"])
+    with pytest.raises(UserError, match=r"over the budget of 60; \d+ or more lanes would fit"):
+        make_plan(config, open_training(config))
+
+
+def test_a_source_without_the_evaluation_split_is_left_out(config_file: Path) -> None:
+    config = load_config(config_file, ["data.eval_split=nothing"])
+    assert open_data(config, rank(0, 1))[1] is None
