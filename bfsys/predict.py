@@ -3,7 +3,8 @@
     python -m bfsys.predict RUN FILE… [--top K] [--json]
 
 FILE may be a file, a folder (all files in it) or - (standard input). Needs no DeepSpeed. Files that cannot be
-classified are named at the end, after the others' answers, with exit code 2.
+classified are named at the end, after the others' answers, with exit code 2. What the run does to the bytes of every
+file (data.byte_transforms) is done here too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint import load_model
+from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms
 from bfsys.errors import UserError, run_command
 from bfsys.model.byteformer import ByteFormer
 
@@ -33,8 +35,10 @@ def predict(model: ByteFormer, samples: list[Sample]) -> torch.Tensor:
     return model(ByteBatch.from_samples(samples).to(device)).float().softmax(1).cpu()
 
 
-def read_files(paths: list[str], max_bytes: int, problems: list[str]) -> Iterator[Sample]:
-    """Files of `paths` one by one; what cannot be used is described in `problems`."""
+def read_files(
+    paths: list[str], max_bytes: int, problems: list[str], transforms: Sequence[ByteTransform] = ()
+) -> Iterator[Sample]:
+    """Files of `paths` one by one, transformed; what cannot be used is described in `problems`."""
     for path in paths:
         names = [path]
         if path != STDIN and os.path.isdir(path):
@@ -47,14 +51,13 @@ def read_files(paths: list[str], max_bytes: int, problems: list[str]) -> Iterato
             except OSError as error:
                 problems.append(f"{name}: cannot be read: {error.strerror}")
                 continue
-            if not content:
+            data = apply(transforms, np.frombuffer(content, np.uint8), np.random.default_rng(0))
+            if not len(data):
                 problems.append(f"{name}: empty; there is nothing to classify")
-            elif len(content) > max_bytes:
-                problems.append(
-                    f"{name}: {len(content):,} bytes; this model takes up to {max_bytes:,} (model.max_tokens)"
-                )
+            elif len(data) > max_bytes:
+                problems.append(f"{name}: {len(data):,} bytes; this model takes up to {max_bytes:,} (model.max_tokens)")
             else:
-                yield Sample(name, np.frombuffer(content, np.uint8))
+                yield Sample(name, data)
 
 
 def batches_of(samples: Iterator[Sample], budget_bytes: int) -> Iterator[list[Sample]]:
@@ -86,7 +89,8 @@ def main() -> int:
     classes = manifest["classes"]
     problems: list[str] = []
     answers = []
-    samples = read_files(args.files, model.architecture.max_bytes, problems)
+    transforms = parse_transforms(config.data.byte_transforms)
+    samples = read_files(args.files, model.architecture.max_bytes, problems, transforms)
     for batch in batches_of(samples, config.data.eval_batch_bytes):
         top = predict(model, batch).topk(min(args.top, len(classes)))
         for sample, values, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):

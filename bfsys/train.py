@@ -23,7 +23,7 @@ import torch
 
 from bfsys import checkpoint, dist, typed_yaml
 from bfsys.config import Config, load_config
-from bfsys.data.datasets import Sources, index_problems, make_plan, open_evaluation, open_training
+from bfsys.data.datasets import Sources, content_facts, index_problems, make_plan, open_evaluation, open_training
 from bfsys.data.loader import training_batches
 from bfsys.data.plan import Plan, lanes_of_rank
 from bfsys.data.quarantine import Quarantine
@@ -144,7 +144,7 @@ def run_facts(config: Config, training: Sources, plan: Plan) -> dict:
     """What makes a checkpoint self-contained, and what a resume must agree with."""
     return {
         "classes": list(training.classes),
-        "plan": plan.facts,
+        "plan": {**plan.facts, **content_facts(config, training)},
         "config": typed_yaml.to_tree(config),
         "versions": {name: version(name) for name in ("bfsys", "torch", "deepspeed")},
     }

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -35,3 +38,15 @@ def test_not_a_number_is_never_right() -> None:
     logits = torch.full((2, 3), float("nan"))
     _, sums = loss_and_sums(logits, batch_of([0, 1], [0, 0]), 1)
     assert sums[0, TOP1] == sums[0, TOP5] == 0
+
+
+def test_mixed_files_have_mixed_targets() -> None:
+    torch.manual_seed(0)
+    logits, share = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    first, second = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([3, 2, 2, 0, 1])
+    batch = replace(batch_of(first.tolist(), [0] * 5), second_labels=second, second_share=share)
+    loss, sums = loss_and_sums(logits, batch, 1, label_smoothing=0.1)
+    targets = (1 - share)[:, None] * F.one_hot(first, 4) + share[:, None] * F.one_hot(second, 4)
+    expected = F.cross_entropy(logits, targets.double(), reduction="sum", label_smoothing=0.1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sums[0, LOSS].item() == pytest.approx(expected.item(), rel=1e-6)

@@ -61,3 +61,17 @@ def test_a_models_answers_need_no_deepspeed(finished_run: Path, datasets: Path) 
         timeout=60,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_what_a_run_does_to_bytes_is_done_before_prediction_too(
+    config_file: Path, datasets: Path, tmp_path: Path, run_ranks, evaluate_run, predict_files
+) -> None:
+    change = ["data.byte_transforms=[reverse, noise:-3:3, permute]", "train.steps=100", "optim.lr=1e-2"]
+    (result,) = run_ranks(1, ["bfsys/train.py", str(config_file), *change])
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "tiny"
+    answers = json.loads(predict_files(run, datasets / "trees" / "a" / "val", "--json", "--top", 1))
+    right = sum(a["top"][0]["class"] == Path(a["path"]).parent.name for a in answers) / len(answers)
+    evaluated = json.loads(evaluate_run(run, "--json"))["sources"]["a"]["top1"]
+    assert evaluated > 0.6
+    assert right > 0.6  # the noise differs, so they need not agree to the file

@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from bfsys import checkpoint
-from bfsys.data.shards import open_split
 from tests.conftest import _run_ranks, tiny_config
 from tests.test_train import assert_success, cut_short, lines, losses
 
@@ -87,22 +86,6 @@ def test_damaged_checkpoints_do_not_push_good_ones_out(runs: Path) -> None:
     assert (root / "step_00000004").exists()
     assert not list(root.glob(".*"))
     assert losses(runs / "damaged")[:4] == losses(runs / "workers")[:4]
-
-
-def test_a_damaged_sample_on_one_rank_ends_all_with_its_name(
-    datasets: Path, config_file: Path, tmp_path: Path, run_ranks
-) -> None:
-    shutil.copytree(datasets / "a", tmp_path / "a")
-    split = open_split(tmp_path / "a", "train")
-    shard = tmp_path / "a" / split.shards[split.samples[0]["shard"]].file
-    shard.write_bytes(bytes(shard.stat().st_size))  # one shard of one sample
-    change = [f"data.sources.0.path={tmp_path / 'a'}", "train.steps=200", "data.workers=1"]
-    results = run_ranks(2, ["bfsys/train.py", str(config_file), *change])
-    output = "".join(r.stderr for r in results)
-    assert sorted(r.returncode for r in results) == [1, 2]
-    assert f"sample {split.key(0)!r}" in output
-    assert "lost the other ranks" in output
-    assert "Traceback" not in output
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_saved(

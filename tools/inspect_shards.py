@@ -111,6 +111,8 @@ def rebuild(folder: Path, split: str | None) -> None:
                 shards_of.setdefault(split_name, []).append(read_shard(path))
             except UserError as error:
                 problems += error.problems
+    for shards in shards_of.values():
+        problems += keys_in_two_shards(shards)
     if problems:
         raise UserError(*problems)
     classes = class_names([index for shards in shards_of.values() for index in shards])
@@ -121,6 +123,17 @@ def rebuild(folder: Path, split: str | None) -> None:
     }
     made_by = {"tool": "tools/inspect_shards.py --rebuild"}
     write_description(folder, name, classes, AS_STORED, made_by, parts)
+
+
+def keys_in_two_shards(shards: Sequence[TarIndex]) -> list[str]:
+    first_in, problems = {}, []
+    for index in shards:
+        for key in index.key_list():
+            if first_in.setdefault(key, index) is not index:
+                problems.append(
+                    f"sample {key!r} is in {first_in[key].shard.file} and in {index.shard.file}; remove one of them"
+                )
+    return problems
 
 
 def tars_by_split(folder: Path, split: str | None) -> dict[str, list[Path]]:

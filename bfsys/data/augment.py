@@ -10,6 +10,7 @@ and leave the global state as it was. Threads of one process share that state, s
 Alternative refused: transforms of our own, with which the published numbers could not be compared.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,8 @@ class Augmentation:
         self._seconds = seconds
         self._speeds = tuple(speeds)
         self._recordings = _Recordings(background, sample_rate_hz) if background else None
+        self.background = self._recordings.fingerprint if background else None
+        """Tells one folder of recordings from another, wherever it lies."""
 
     def __call__(self, data: bytes, rng: np.random.Generator, second: bytes | None = None) -> tuple[bytes, float]:
         """The bytes of the augmented file, and the share (0 … 1) of the second file's class; 0 without a second.
@@ -203,6 +206,8 @@ class _Recordings:
                 f"augmentation with background {folder}: there is no sound below this folder; "
                 f"looked for {', '.join(sorted(extensions))}"
             )
+        names_and_sizes = [(str(path.relative_to(folder)), path.stat().st_size) for path in self._files]
+        self.fingerprint = hashlib.sha256(repr(names_and_sizes).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_waves": OrderedDict()}  # each process decodes what it draws

@@ -13,6 +13,7 @@ A permutation of byte values is no encryption: it hides a file from the eye, not
 
 import difflib
 import functools
+import hashlib
 import os
 import re
 import secrets
@@ -46,6 +47,13 @@ class ByteTransform:
     """int64 [files] → int64 [files]; None: as they were."""
     randomised: bool = False
     """Draws from the generator; otherwise equal bytes become equal bytes."""
+    key_sha256: str = ""
+    """Tells one key from another without giving it away."""
+
+    @property
+    def identity(self) -> str:
+        """What it does, wherever its key file lies."""
+        return f"permute by the key of sha256 {self.key_sha256[:16]}" if self.key_sha256 else self.text
 
 
 def apply(transforms: Sequence[ByteTransform], data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -180,7 +188,7 @@ def _noise_option(option: str) -> dict:
 
 def _permute_option(option: str) -> dict:
     key = read_key(Path(option)) if option else _fixed_permutation(BYTE_VALUES).astype(np.uint8)
-    return {"apply": functools.partial(_permute, key)}
+    return {"apply": functools.partial(_permute, key), "key_sha256": hashlib.sha256(key).hexdigest()}
 
 
 def _integer(text: str) -> int:

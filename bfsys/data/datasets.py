@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from bfsys.data.encodings import parse_encoding
 from bfsys.data.mix import mixture_weights
 from bfsys.data.plan import Plan
 from bfsys.data.remote import Cache, is_remote
+from bfsys.data.streams import PIPE
 from bfsys.data.shards import Dataset, Split, open_dataset
 from bfsys.errors import UserError, collecting
 
@@ -110,8 +112,15 @@ def _open_sources(
 
 def source_names(config: Config) -> list[str]:
     """A short name for each source: its folder's, with the source's number where two are alike."""
-    names = [Path(source.path.replace("/{file}", "")).name.split("?")[0] for source in config.data.sources]
+    names = [_folder_name(source.path) for source in config.data.sources]
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+
+
+def _folder_name(location: str) -> str:
+    if location.startswith(PIPE):
+        name = re.search(r"([\w.+-]+)/\{file\}", location)  # and not the command around it, which may hold a secret
+        return name[1] if name else "pipe"
+    return Path(location.partition("?")[0] if is_remote(location) else location).name
 
 
 def make_augmentation(config: Config, source: int) -> Augmentation | None:
@@ -127,6 +136,19 @@ def make_augmentation(config: Config, source: int) -> Augmentation | None:
         mixup=augment.mixup,
         speeds=augment.speeds,
     )
+
+
+def content_facts(config: Config, sources: Sources) -> dict:
+    """What becomes of the files that the plan names: equal facts, equal bytes. Nothing, if they go in as they are."""
+    facts: dict = {}
+    if sources.transforms:
+        facts["byte_transforms"] = [transform.identity for transform in sources.transforms]
+    for i, (number, augmentation) in enumerate(zip(sources.numbers, sources.augmentations, strict=True)):
+        if augmentation:
+            options = asdict(config.data.sources[number].augment)
+            options |= {"speeds": list(options["speeds"]), "background": augmentation.background}
+            facts.update({f"source {i} augment.{name}": value for name, value in options.items()})
+    return facts
 
 
 def make_plan(config: Config, sources: Sources) -> Plan:

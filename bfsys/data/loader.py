@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -28,12 +28,17 @@ from bfsys.data.ring import Ring
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
 
-# Micro-batches that each worker may be ahead.
-PREFETCH = 4
-# Samples that the system is told of before they are read.
+# Requests that each worker may be ahead.
+PREFETCH = 3
+# A request is one micro-batch, or several small ones that have about this many bytes together: what a request costs
+# beside the reading (0.4 ms of both processes) is then divided among them.
+REQUEST_BYTES = 4 << 20
+# Samples that the system is told of before they are read, while they come from a disk. Telling costs 1 us, a third of
+# reading a sample from memory, so it ends so many micro-batches after the last slow one.
 READ_AHEAD_SAMPLES = 256
-# A slot holds micro-batches of up to this many times the mean; a larger one is pickled. Memory is taken as it is used.
-SLOT_OVER_MEAN = 8
+ANNOUNCED_AFTER_SLOW = 64
+# A slot holds this many times a request's mean; what is beyond it is pickled. Memory is taken as it is touched.
+SLOT_OVER_MEAN = 4
 
 
 def training_batches(
@@ -54,26 +59,23 @@ def training_batches(
         bad_from=[quarantine.bad_from(s.split, n) for s, n in zip(sources.splits, sources.names, strict=True)],
     )
     lanes = lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size)
-    allocate = _pinned_buffer if ranks.device.type == "cuda" else new_buffer
-    workers = config.data.workers
-    ring = Ring(workers * PREFETCH + 1, int(SLOT_OVER_MEAN * plan.mean_micro_batch_bytes)) if workers else None
+    pinned = ranks.device.type == "cuda"
     prefetcher = Prefetcher(make_cache(config)) if any_remote(sources) else None
     requests = _Requests(plan, lanes, range(first_step, config.train.steps), reader, prefetcher)
-    loader = DataLoader(
-        _Reads(reader, ring, allocate),
-        batch_size=None,  # a request is a whole micro-batch already
-        sampler=requests,
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        multiprocessing_context="fork" if workers else None,  # workers must inherit the ring
-        collate_fn=_as_it_is,
-    )
     try:
-        for number, fetched in enumerate(loader):
-            if isinstance(fetched, UserError):
-                raise fetched
+        if config.data.workers:
+            batches = _read_by_workers(config.data.workers, requests, reader, plan.mean_micro_batch_bytes, pinned)
+        else:
+            allocate = _pinned_buffer if pinned else new_buffer
+            batches = (reader.read(wanted, allocate) for wanted in requests.announced())
+        for fetched in batches:
             quarantine.found(fetched.bad)
-            yield _byte_batch(_taken_out(fetched, ring, number, allocate))
+            if fetched.slow:
+                requests.to_announce = ANNOUNCED_AFTER_SLOW
+            batch = _byte_batch(fetched)
+            del fetched  # a slot is in use as long as something refers to it
+            yield batch
+            del batch
     finally:
         reader.close()
         if prefetcher:
@@ -98,32 +100,32 @@ def evaluation_rounds(
         replace_bad=False,
     )
     nothing = ByteBatch.of_zeros(1)
-    for first in range(0, len(batches), ranks.world_size):
-        mine = first + ranks.rank
-        if mine >= len(batches):
-            yield nothing, False
-            continue
-        wanted = batches[mine]
-        fetched = reader.read(MicroBatch(wanted.source, wanted.sample, wanted.epoch, step))
-        quarantine.found(fetched.bad)
-        yield (_byte_batch(fetched), True) if len(fetched.labels) else (nothing, False)
-    reader.close()
+    try:
+        for first in range(0, len(batches), ranks.world_size):
+            mine = first + ranks.rank
+            if mine >= len(batches):
+                yield nothing, False
+                continue
+            wanted = batches[mine]
+            fetched = reader.read(MicroBatch(wanted.source, wanted.sample, wanted.epoch, step))
+            quarantine.found(fetched.bad)
+            yield (_byte_batch(fetched), True) if len(fetched.labels) else (nothing, False)
+    finally:
+        reader.close()
 
 
-class _Requests(Sampler[tuple[int, MicroBatch]]):
-    """The rank's micro-batches, numbered. What will be read soon is announced to the system or the prefetcher."""
+class _Requests:
+    """The rank's micro-batches. What will be read soon is announced to the system or the prefetcher."""
 
     def __init__(
         self, plan: Plan, lanes: range, steps: range, reader: ShardReader, prefetcher: Prefetcher | None
     ) -> None:
         self.plan, self.lanes, self.steps = plan, lanes, steps
         self.reader, self.prefetcher = reader, prefetcher
+        self.to_announce = ANNOUNCED_AFTER_SLOW
 
-    def __len__(self) -> int:
-        return len(self.steps) * len(self.lanes)
-
-    def __iter__(self) -> Iterator[tuple[int, MicroBatch]]:
-        return enumerate(self._fetched_ahead() if self.prefetcher else self._read_ahead())
+    def announced(self) -> Iterator[MicroBatch]:
+        return self._fetched_ahead() if self.prefetcher else self._read_ahead()
 
     def _planned(self) -> Iterator[MicroBatch]:
         return (self.plan.micro_batch(step, lane) for step in self.steps for lane in self.lanes)
@@ -133,7 +135,9 @@ class _Requests(Sampler[tuple[int, MicroBatch]]):
         ahead: deque[MicroBatch] = deque()
         samples_ahead = 0
         for wanted in self._planned():
-            self.reader.will_need(wanted)
+            if self.to_announce > 0:
+                self.to_announce -= 1
+                self.reader.will_need(wanted)
             ahead.append(wanted)
             samples_ahead += len(wanted)
             while samples_ahead >= READ_AHEAD_SAMPLES:
@@ -143,42 +147,97 @@ class _Requests(Sampler[tuple[int, MicroBatch]]):
 
     def _fetched_ahead(self) -> Iterator[MicroBatch]:
         """Has the shards of a lane's block and of the next one fetched when the lane comes to the block."""
-        announced: dict[int, list[tuple[int, int]]] = {}
+        announced = {lane: self.plan.shards_ahead(self.steps.start, lane) for lane in self.lanes}
+        for of_each_lane in itertools.zip_longest(*announced.values()):  # all lanes begin at once
+            self._want(shard for shard in of_each_lane if shard)
         for wanted, lane in zip(self._planned(), itertools.cycle(self.lanes), strict=False):
             shards = self.plan.shards_ahead(wanted.step, lane)
-            if announced.get(lane) != shards:
+            if announced[lane] != shards:
                 announced[lane] = shards
-                self.prefetcher.want(self.plan.splits[source].remote_shard(shard) for source, shard in shards)
+                self._want(shards)
             yield wanted
+
+    def _want(self, shards: Iterable[tuple[int, int]]) -> None:
+        splits = self.plan.splits
+        self.prefetcher.want(splits[s].remote_shard(n) for s, n in shards if splits[s].dataset.cache)
+
+
+def _read_by_workers(
+    workers: int, requests: _Requests, reader: ShardReader, mean_bytes: float, pinned: bool
+) -> Iterator[Fetched]:
+    """Micro-batches in their order, read by worker processes."""
+    per_request = max(1, int(REQUEST_BYTES / mean_bytes)) if reader.is_plain else 1
+    # Two more than are under way: the consumer may have one and come for the next.
+    ring = Ring(workers * PREFETCH + 2, int(SLOT_OVER_MEAN * per_request * mean_bytes))
+    loader = DataLoader(
+        _Reads(reader, ring),
+        batch_size=None,  # a request is a list of whole micro-batches
+        sampler=_WithSlots(requests, per_request, ring),
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        multiprocessing_context="fork",  # workers must inherit the ring
+        collate_fn=_as_it_is,
+    )
+    for answer in loader:
+        if isinstance(answer, UserError):
+            raise answer
+        slot, micro_batches = answer
+        content = None if slot is None else ring.release(slot)
+        for fetched in micro_batches:
+            if fetched.slot_start is not None:
+                data = content[fetched.slot_start : fetched.slot_start + int(fetched.offsets[-1])]
+                fetched = replace(fetched, data=data)
+            if pinned:
+                data = _pinned_buffer(len(fetched.data))
+                data[:] = fetched.data
+                fetched = replace(fetched, data=data)
+            yield fetched
+            del fetched
+
+
+class _WithSlots(Sampler[tuple[int | None, list[MicroBatch]]]):
+    """Requests to the workers: micro-batches, and the slot for them; None if all are in use."""
+
+    def __init__(self, requests: _Requests, per_request: int, ring: Ring) -> None:
+        self.requests, self.per_request, self.ring = requests, per_request, ring
+
+    def __iter__(self) -> Iterator[tuple[int | None, list[MicroBatch]]]:
+        batches = self.requests.announced()
+        while request := list(itertools.islice(batches, self.per_request)):
+            yield self.ring.reserve(), request
 
 
 class _Reads(Dataset):
-    def __init__(self, reader: ShardReader, ring: Ring | None, allocate: Callable[[int], np.ndarray]) -> None:
-        self.reader, self.ring, self.allocate = reader, ring, allocate
+    def __init__(self, reader: ShardReader, ring: Ring) -> None:
+        self.reader, self.ring = reader, ring
 
-    def __getitem__(self, request: tuple[int, MicroBatch]) -> Fetched | UserError:
-        number, wanted = request
+    def __getitem__(self, request: tuple[int | None, list[MicroBatch]]) -> tuple[int | None, list[Fetched]] | UserError:
+        slot, batches = request
         try:
-            if not self.ring:
-                return self.reader.read(wanted, self.allocate)
-            fetched = self.reader.read(wanted, partial(self.ring.buffer, number))
+            return slot, list(self._read(slot, batches))
         except UserError as error:  # raised in a worker process, it would arrive wrapped in a traceback
             return error
-        in_slot = self.ring.fits(fetched.offsets[-1])
-        return replace(fetched, data=None) if in_slot else fetched
+
+    def _read(self, slot: int | None, batches: list[MicroBatch]) -> Iterator[Fetched]:
+        start = 0
+        for wanted in batches:
+            fetched = self.reader.read(wanted, partial(self._buffer, slot, start))
+            if self._fits(slot, start, len(fetched.data)):
+                start += len(fetched.data)
+                fetched = replace(fetched, data=None, slot_start=start - len(fetched.data))
+            yield fetched
+
+    def _fits(self, slot: int | None, start: int, size_bytes: int) -> bool:
+        return slot is not None and start + size_bytes <= self.ring.slot_bytes
+
+    def _buffer(self, slot: int | None, start: int, size_bytes: int) -> np.ndarray:
+        if self._fits(slot, start, size_bytes):
+            return self.ring.fill(slot, start, size_bytes)
+        return new_buffer(size_bytes)
 
 
-def _as_it_is(fetched: Fetched) -> Fetched:
-    return fetched
-
-
-def _taken_out(fetched: Fetched, ring: Ring, number: int, allocate: Callable[[int], np.ndarray]) -> Fetched:
-    """A batch that a worker handed over, copied out of its slot, which the next request may use."""
-    if fetched.data is not None:
-        return fetched
-    data = allocate(int(fetched.offsets[-1]))
-    data[:] = ring.buffer(number, len(data))
-    return replace(fetched, data=data)
+def _as_it_is(answer: tuple | UserError) -> tuple | UserError:
+    return answer
 
 
 def _pinned_buffer(size_bytes: int) -> np.ndarray:

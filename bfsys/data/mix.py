@@ -1,13 +1,17 @@
 """In which order the sources of a mixture take turns.
 
-Sources are interleaved in exact proportion: the i-th sample of a source of share w is due at time (i + 1/2) / w,
-and samples are drawn in the order in which they are due. After any number of draws each source is within a few
-samples of its share. Refused: drawing the source by chance, as other loaders do, whose shares wander by
-sqrt(n) samples and whose resume needs the state of a random generator.
+The two smallest sources are merged into one, again and again, until one is left (a Huffman tree). Going back down,
+the draws of a pair are divided between its two in exact proportion. So after any number of draws each source is within
+two samples of its share, however many sources there are.
+
+Refused: drawing the source by chance, as other loaders do, whose shares wander by sqrt(n) samples and whose resume
+needs the state of a random generator; and drawing the i-th sample of a source of share w when it is due, at time
+(i + 1/2) / w, where many sources of equal share are due at once and put off the others.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,12 +32,11 @@ class Mixture:
         if share.size == 0 or not np.all(np.isfinite(share)) or np.any(share <= 0):
             raise ValueError(f"weights must be positive numbers, got {list(weights)}")
         per_period = _round_to_sum(share / share.sum() * PERIOD, PERIOD)
-        source = np.repeat(np.arange(share.size), per_period)
-        turn = np.concatenate([np.arange(n) for n in per_period])
-        due = (turn + 0.5) / per_period[source]
-        order = source[np.argsort(due, kind="stable")]
-        self._counts = np.zeros((PERIOD + 1, share.size), np.int64)
-        np.cumsum(order[:, None] == np.arange(share.size), axis=0, out=self._counts[1:])
+        counts = {2 * share.size - 2: np.arange(PERIOD + 1)}  # of the pair that holds all
+        for pair, first, second, first_share, both_shares in reversed(_pairs(per_period.tolist())):
+            counts[first] = (2 * counts[pair] * first_share + both_shares) // (2 * both_shares)  # rounded to nearest
+            counts[second] = counts.pop(pair) - counts[first]
+        self._counts = np.stack([counts[s] for s in range(share.size)], axis=-1)
 
     @property
     def shares(self) -> np.ndarray:
@@ -45,6 +48,11 @@ class Mixture:
         periods, rest = np.divmod(np.asarray(draws, np.int64), PERIOD)
         return periods[..., None] * self._counts[-1] + self._counts[rest]
 
+    def places(self, source: int, nth: np.ndarray) -> np.ndarray:
+        """Where in the sequence a source's draws number `nth` lie: int64 [n] -> int64 [n]."""
+        periods, rest = np.divmod(nth, self._counts[-1, source])
+        return periods * PERIOD + np.searchsorted(self._counts[1:, source], rest, side="right")
+
 
 def mixture_weights(rule: str | float, weights: Sequence[float], samples: Sequence[int]) -> np.ndarray:
     """Weights of the sources for a `Mixture`: float64 [sources], w · n^(1/T) for a temperature T.
@@ -55,6 +63,24 @@ def mixture_weights(rule: str | float, weights: Sequence[float], samples: Sequen
     exponent = EXPONENTS[rule] if isinstance(rule, str) else 1 / rule
     scaled = exponent * np.log(np.asarray(samples, np.float64))
     return np.asarray(weights, np.float64) * np.exp(scaled - scaled.max())  # n^20 would overflow
+
+
+def _pairs(shares: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
+    """(number of the pair, of its first, of its second, share of its first, of both) of the Huffman tree, leaves first.
+
+    Two divisions in a row leave a member at most half: so the deviations, of which each division adds up to 1/2, fade
+    on the way down, and sum to at most 1/2 + 1/2 + 1/4 + 1/4 + … = 2.
+    """
+    heap = [(share, number) for number, share in enumerate(shares)]
+    heapq.heapify(heap)
+    made = []
+    while len(heap) > 1:
+        (first_share, first), (second_share, second) = sorted(
+            (heapq.heappop(heap), heapq.heappop(heap)), key=lambda member: member[1]
+        )
+        made.append((len(shares) + len(made), first, second, first_share, first_share + second_share))
+        heapq.heappush(heap, (first_share + second_share, len(shares) + len(made) - 1))
+    return made
 
 
 def _round_to_sum(values: np.ndarray, total: int) -> np.ndarray:

@@ -198,13 +198,7 @@ class Plan:
     def _steps_of_draws(self, source: int, lane: int, first: int, stop: int) -> np.ndarray:
         """How many of the lane's draws first … stop fall on each of the steps that they span."""
         draws = np.arange(first, stop) * self.lanes + lane
-        per_step = self.mixture.shares[source] * self.batch_samples
-        # The mixture strays from its share by at most 1 + sources / 2 draws.
-        slack = 2 + int(len(self.splits) / per_step)
-        low = max(0, int(draws[0] / per_step) - slack)
-        high = int(draws[-1] / per_step) + slack + 1
-        ends = self.mixture.counts(np.arange(low + 1, high + 1) * self.batch_samples)[:, source]
-        _, counts = np.unique(np.searchsorted(ends, draws, side="right"), return_counts=True)
+        _, counts = np.unique(self.mixture.places(source, draws) // self.batch_samples, return_counts=True)
         return counts
 
 

@@ -75,8 +75,8 @@ class Quarantine:
     def share(self, ranks: dist.Ranks, sizes: dict[tuple[str, str], int], max_bad_share: float) -> list[BadSample]:
         """Tell all ranks and the file; collective. Returns what is new.
 
-        `sizes` are the samples of each (split, source). Raises AgreedError with the list where more than
-        `max_bad_share` of a source is bad.
+        `sizes` are the samples of each (split, source) to be looked at. Raises AgreedError with the list where more
+        than `max_bad_share` of a source is bad.
         """
         found = sorted({row for rows in dist.gather_to_all(self._found) for row in rows})
         self._found = []
@@ -84,8 +84,8 @@ class Quarantine:
         if new and self.path:
             dist.same_errors_on_all(lambda: _append(self.path, new) if ranks.is_first else None)
         for (split, source), count in Counter(key[:2] for key in self._rows).items():
-            size = sizes.get((split, source), 0)
-            if count > max_bad_share * size:
+            size = sizes.get((split, source))
+            if size is not None and count > max_bad_share * size:
                 bad = [row for row in self._rows.values() if (row.split, row.source) == (split, source)]
                 raise dist.AgreedError(
                     f"{source}: {count:,} of {size:,} samples of {split} cannot be read whole, more than "

@@ -30,9 +30,7 @@ from bfsys.errors import UserError
 OPEN_SHARDS = 128
 # Other samples that are tried in the place of a bad one.
 STAND_INS = 100
-# Telling the system of a sample costs 1 us, a third of reading it from memory. It is done for this many micro-batches
-# after one that took longer than SLOW_S_PER_SAMPLE and SLOW_S_PER_BYTE.
-ANNOUNCED_AFTER_SLOW = 64
+# Longer than this, reading waits for a disk.
 SLOW_S_PER_SAMPLE, SLOW_S_PER_BYTE = 10e-6, 1e-9
 # A network file system may fail for a moment: seconds before each further try.
 RETRY_AFTER_S = (0.1, 0.5, 2.0)
@@ -44,11 +42,13 @@ _AUGMENTATION, _STAND_IN = 2, 3
 class Fetched:
     """A micro-batch as it was read; what `ByteBatch` holds, in NumPy.
 
-    second, share: with mixup, the class of each sample's other half and its weight. `bad` is what could not be read,
-    `replaced` how many samples stand in for such.
+    second, share  with mixup, the class of each sample's other half and its weight
+    bad, replaced  what could not be read, and how many samples stand in for such
+    slow           reading took longer than from memory
+    slot_start     where the data lie in a loader worker's slot, or None if they do not
     """
 
-    data: np.ndarray | None  # uint8 [bytes]; None while it lies in a worker's slot
+    data: np.ndarray | None  # uint8 [bytes]; None while they lie in a slot
     offsets: np.ndarray  # int64 [samples + 1]
     labels: np.ndarray  # int64 [samples]
     sources: np.ndarray  # int64 [samples]
@@ -57,6 +57,8 @@ class Fetched:
     share: np.ndarray | None = None  # float32 [samples]
     bad: tuple[BadSample, ...] = ()
     replaced: int = 0
+    slow: bool = False
+    slot_start: int | None = None
 
 
 def new_buffer(size_bytes: int) -> np.ndarray:
@@ -91,24 +93,21 @@ class ShardReader:
         self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in splits]
         self._rows = [np.asarray(split.samples) for split in splits]
         self._files: dict[tuple[int, int], int] = {}  # the one opened first is closed first
-        self._to_announce = ANNOUNCED_AFTER_SLOW
-        self._plain = not self.transforms and not any(self.augmentations)
+        # Shards that cannot be had, and why: to find out takes long, and each has thousands of samples.
+        self._lost: dict[tuple[int, int], str] = {}
+        self.is_plain = not self.transforms and not any(self.augmentations)
 
     def read(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray] = new_buffer) -> Fetched:
         """The bytes, classes and origins of a micro-batch, in a buffer from `allocate(bytes)`."""
         began = time.perf_counter()
-        fetched = self._read_plainly(wanted, allocate) if self._plain else None
+        fetched = self._read_plainly(wanted, allocate) if self.is_plain else None
         fetched = fetched or self._read_with_care(wanted, allocate)
-        usual_s = SLOW_S_PER_SAMPLE * len(wanted) + SLOW_S_PER_BYTE * int(fetched.offsets[-1])
-        if time.perf_counter() - began > usual_s:
-            self._to_announce = ANNOUNCED_AFTER_SLOW
+        usual_s = SLOW_S_PER_SAMPLE * len(wanted) + SLOW_S_PER_BYTE * len(fetched.data)
+        fetched.slow = time.perf_counter() - began > usual_s
         return fetched
 
     def will_need(self, wanted: MicroBatch) -> None:
-        """Ask the system to have a micro-batch in memory soon, if files come from a disk; returns at once."""
-        self._to_announce -= 1
-        if self._to_announce < 0:
-            return
+        """Ask the system to have a micro-batch in memory soon; returns at once."""
         for source, row in zip(wanted.source.tolist(), self._rows_of(wanted).tolist(), strict=True):
             shard, _, offset, length, *_ = row
             try:
@@ -151,7 +150,7 @@ class ShardReader:
                 if os.preadv(descriptor, (part,), offset) != length or xxhash.xxh3_64_intdigest(part) != checksum:
                     return None
             labels = self._labels_of(wanted.source, rows["label"])
-        except (OSError, UserError, IndexError):
+        except (OSError, WrongContentError, IndexError):  # and not what an outage raises: it was tried often enough
             return None
         whole = bool(rows["length"].all())  # an empty file has nothing to classify
         return Fetched(data, offsets, labels, wanted.source, wanted.sample) if whole else None
@@ -186,8 +185,8 @@ class ShardReader:
                 if self.replace_bad:
                     where = self.splits[source].dataset.location
                     raise UserError(
-                        f"{where}: neither sample {sample} nor any of {STAND_INS} others that could stand in for it can "
-                        "be read; tools/inspect_shards.py --verify shows all damage"
+                        f"{where}: neither sample {sample} nor any of {STAND_INS} others that could stand in for it "
+                        "can be read; tools/inspect_shards.py --verify shows all damage"
                     )
         offsets = np.zeros(len(parts) + 1, np.int64)
         np.cumsum([len(part) for part in parts], out=offsets[1:])
@@ -288,7 +287,7 @@ class ShardReader:
                 raise BadFileError(f"its shard cannot be had as it was packed: {error}") from None
             except OSError as error:
                 problem = f"cannot be read: {error.strerror}"
-                self._forget(source, shard)
+                self._refetch(source, shard)
                 continue
             if got == length and xxhash.xxh3_64_intdigest(content) == checksum:
                 return content, int(self.label_maps[source][label])
@@ -307,7 +306,13 @@ class ShardReader:
             return descriptor
         if len(self._files) >= OPEN_SHARDS:
             os.close(self._files.pop(next(iter(self._files))))
-        descriptor = self._files[source, shard] = self.splits[source].open_shard(shard)
+        if (source, shard) in self._lost:
+            raise WrongContentError(self._lost[source, shard])
+        try:
+            descriptor = self._files[source, shard] = self.splits[source].open_shard(shard)
+        except WrongContentError as error:
+            self._lost[source, shard] = str(error)
+            raise
         return descriptor
 
     def _forget(self, source: int, shard: int) -> None:
@@ -316,6 +321,8 @@ class ShardReader:
             os.close(descriptor)
 
     def _refetch(self, source: int, shard: int) -> bool:
-        """Drop a damaged copy of a remote shard, so that the next try fetches it anew."""
+        """Drop a damaged copy of a remote shard, so that the next try fetches it anew. False where there is none."""
+        descriptor = self._files.get((source, shard))
+        dropped = descriptor is not None and self.splits[source].drop_shard(shard, descriptor)
         self._forget(source, shard)
-        return self.splits[source].drop_shard(shard)
+        return dropped

@@ -133,10 +133,22 @@ class Cache:
         """Fetch unless somebody is at it. Raises something when `stop` is set before the end."""
         self._fetch(url, sha256, size_bytes, stop, wait=False)
 
-    def discard(self, path: Path) -> None:
-        """Drop a cached file that turned out damaged, so that the next fetch brings a new one."""
+    def path_of(self, url: str, sha256: str) -> Path:
+        """Where a file with that content lies, if it is cached."""
+        name = re.sub(r"[^\w.+-]", "_", base_name(url), flags=re.ASCII)[-100:]
+        if name.endswith((PART, LOCK)):
+            name += "_"
+        return self.folder / f"{sha256[:16].lower()}-{name}"
+
+    def discard(self, path: Path, seen: os.stat_result | None = None) -> None:
+        """Drop a cached file that turned out damaged, so that the next fetch brings a new one.
+
+        With `seen`, the status of the damaged one, only if no process has brought a new one yet.
+        """
         assert path.parent == self.folder, path
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if seen is None or os.path.samestat(seen, path.stat()):
+                path.unlink()
 
     def size_bytes(self) -> int:
         """What the cache takes up, with what downloads under way have reserved."""
@@ -146,10 +158,7 @@ class Cache:
     def _fetch(
         self, url: str, sha256: str, size_bytes: int | None, stop: threading.Event, wait: bool
     ) -> tuple[Path, bool]:
-        name = re.sub(r"[^\w.+-]", "_", base_name(url), flags=re.ASCII)[-100:]
-        if name.endswith((PART, LOCK)):
-            name += "_"
-        path = self.folder / f"{sha256[:16].lower()}-{name}"
+        path = self.path_of(url, sha256)
         try:
             if self._mark_used(path, size_bytes):
                 return path, False

@@ -1,30 +1,41 @@
-"""Slots of anonymous shared memory, through which loader workers hand micro-batches over.
+"""Slots of anonymous shared memory, in which loader workers hand micro-batches over without a copy.
 
 The mapping has no name: it vanishes with the last process that has it, also after SIGKILL. (Named segments of
-other loaders stay in /dev/shm and some refuse to start beside them.) Processes must be forked to inherit it.
+other loaders stay in /dev/shm, and some refuse to start beside them.) Processes must be forked to inherit it.
 """
 
 from __future__ import annotations
 
 import mmap
+import weakref
 
 import numpy as np
 
 
 class Ring:
-    """Request n uses slot n % slots: with one slot more than requests under way, none is overwritten unread."""
+    """The training process reserves a slot for a request, a worker fills it, and it is free again when nothing refers
+    to what was in it."""
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
         """Memory is taken as it is touched, so slots may be made large."""
-        self.slots = slots
         self.slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._memory = mmap.mmap(-1, self.slots * self.slot_bytes)
+        self._memory = mmap.mmap(-1, slots * self.slot_bytes)
+        self._in_use: list[weakref.ref | bool] = [False] * slots
 
-    def fits(self, size_bytes: int) -> bool:
-        return size_bytes <= self.slot_bytes
+    def reserve(self) -> int | None:
+        """A free slot, or None."""
+        for slot, use in enumerate(self._in_use):
+            if use is False or (isinstance(use, weakref.ref) and use() is None):
+                self._in_use[slot] = True
+                return slot
+        return None
 
-    def buffer(self, request: int, size_bytes: int) -> np.ndarray:
-        """uint8 [size_bytes] in the slot of a request; memory of its own for what does not fit."""
-        if not self.fits(size_bytes):
-            return np.empty(size_bytes, np.uint8)
-        return np.frombuffer(self._memory, np.uint8, size_bytes, request % self.slots * self.slot_bytes)
+    def fill(self, slot: int, start: int, size_bytes: int) -> np.ndarray:
+        """uint8 [size_bytes] from byte `start` of a slot on, for a worker to write into."""
+        return np.frombuffer(self._memory, np.uint8, size_bytes, slot * self.slot_bytes + start)
+
+    def release(self, slot: int) -> np.ndarray:
+        """All of a filled slot: uint8 [slot_bytes]. The slot is free when this array and all views of it are gone."""
+        content = self.fill(slot, 0, self.slot_bytes)
+        self._in_use[slot] = weakref.ref(content)
+        return content

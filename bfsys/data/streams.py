@@ -169,12 +169,13 @@ def stream(url: str, stall_s: float, stop: threading.Event, size_bytes: int | No
             file.close()
         if status != 0:
             complaint = _last_line(errors)
-            http = re.search(r"returned error: (\d{3})", complaint)
+            curl = re.search(r"returned error: (\d{3})", complaint)
+            code = curl or re.search(r"(?:error occurred \(|NotFoundException: )(\d{3})\b", complaint)  # aws, gsutil
             of = "" if size_bytes is None else f" of {size_bytes:,}"
             why = f"exit status {status}" + (f": {complaint}" if complaint else "")
-            if http:
-                raise (WrongContent if http[1] in GONE else TryFailed)(f"HTTP status {http[1]}")
-            raise TryFailed(f"ended at {received:,}{of} bytes ({why})")
+            gone = code is not None and code[1] in GONE
+            message = f"HTTP status {curl[1]}" if curl else f"ended at {received:,}{of} bytes ({why})"
+            raise (WrongContent if gone else TryFailed)(message)
 
 
 def _next_bytes(descriptor: int, stall_s: float, stop: threading.Event, received: int) -> bytes:

@@ -63,6 +63,10 @@ class TarIndex(NamedTuple):
     samples: np.ndarray  # SAMPLE [samples]
     keys: bytes
 
+    def key_list(self) -> list[str]:
+        ends = self.samples["key_end"].tolist()
+        return [self.keys[a:b].decode("utf-8", "backslashreplace") for a, b in zip([0, *ends], ends, strict=False)]
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
