@@ -49,10 +49,9 @@ def _show_sources(split: str, sources: Sources) -> None:
     if not sources.splits:
         print(f"{split:<11} no source has this split: nothing will be evaluated")
     for name, part in zip(sources.names, sources.splits, strict=True):
-        lengths = part.samples["length"]
         print(
-            f"{split:<11} {name}: {len(part):,} files, {lengths.sum(dtype=np.int64) / 1e6:,.1f} MB in "
-            f"{len(part.shards)} shards, median {np.median(lengths):,.0f} bytes, longest {lengths.max(initial=0):,}"
+            f"{split:<11} {name}: {len(part):,} files, {part.bytes / 1e6:,.1f} MB in {len(part.shards)} shards, "
+            f"median {part.length_quantiles['50%']:,} bytes, longest {part.length_quantiles['max']:,}"
         )
 
 

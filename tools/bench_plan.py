@@ -1,4 +1,4 @@
-"""What planning costs a rank: start-up, time per step, memory, resume at 90 % of an epoch.
+"""What planning costs a rank: start-up, time per step, memory, resume at 90 % of an epoch; and which shards nodes read.
 
     python tools/bench_plan.py
     python tools/bench_plan.py --samples 1000000000 --ranks 1024 --json plan.json
@@ -6,6 +6,10 @@
 Makes an index of that many samples (log-normal lengths, no shards) and opens, proves and plans it as one rank
 of a run does, each figure in a process of its own. Of a large index only those rows are written that the rank
 looks at; the file is full size, with holes. Every file that is made is removed.
+
+Fetch amplification: how often a shard is fetched in an epoch, by all nodes together, if each node keeps what it has
+fetched. Counted for the first index, in its shards and in ten times as many, with all samples of an epoch planned; and
+for a sampler that deals the shuffled samples out to the nodes.
 """
 
 import argparse
@@ -36,6 +40,7 @@ KEY_BYTES = 12
 MIB = 2**20
 # Shards whose rows are all written; of more, only those that are looked at.
 SMALL_SHARDS = 2_000
+AMPLIFICATION_LANES = 64
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -46,6 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--lanes-per-rank", type=int, default=1)
     add("--batch-samples", type=int, default=12, help="per lane and step")
     add("--steps", type=int, default=2000, help="to be planned")
+    add("--nodes", type=int, default=8, help="that share the lanes, to count the shards that each fetches")
     add("--json", type=Path, metavar="OUT")
     args = parser.parse_args(arguments)
     args.samples, args.ranks = args.samples or [1_300_000, 10**9], args.ranks or [8, 1024]
@@ -53,12 +59,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--samples is given {len(args.samples)} times and --ranks {len(args.ranks)} times")
     if min(args.samples) < SHARD_SAMPLES or min(args.ranks) < 1:
         raise UserError(f"--samples must be {SHARD_SAMPLES:,} or more and --ranks 1 or more")
+    lanes_of_rank(AMPLIFICATION_LANES, 0, args.nodes)
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    rows = []
+    rows, amplification = [], []
     for samples, ranks in zip(args.samples, args.ranks, strict=True):
         with tempfile.TemporaryDirectory(prefix="bfsys-plan-") as folder:
             lanes = ranks * args.lanes_per_rank
@@ -67,10 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = {"samples": samples, "ranks": ranks, "lanes": lanes, **in_a_process(measure, run, args.steps)}
             for share in (0.0, 0.9):
                 row[f"first_batch_at_{share:.0%}_ms"] = in_a_process(first_batch_ms, run, share)
-            rows.append(row)
             show(row)
+            if not rows:
+                for finer in (1, 10):
+                    amplification.append(in_a_process(count_fetches, run, finer, args.nodes))
+                    show_fetches(amplification[-1])
+            rows.append(row)
     if args.json:
-        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"rows": rows, "fetch_amplification": amplification}, indent=1) + "\n")
     return 0
 
 
@@ -175,6 +186,37 @@ def first_batch_ms(run: dict, share: float) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
+def count_fetches(run: dict, finer: int, nodes: int) -> dict:
+    """The shards that each node reads in the first epoch, with shards of 1 / `finer` of their size."""
+    split = open_split(run["folder"], "train")
+    per_shard = SHARD_SAMPLES // finer
+    split = replace(split, shards=(Shard("", per_shard, 0, ""),) * (len(split) // per_shard))
+    batch = run["batch"] // run["lanes"] * AMPLIFICATION_LANES
+    plan = Plan([split], [1.0], batch_samples=batch, lanes=AMPLIFICATION_LANES, shuffle_block=4096, seed=0)
+    by_plan, seen = [], 0
+    for node in range(nodes):
+        read = np.zeros(len(split.shards), bool)
+        for lane in lanes_of_rank(plan.lanes, node, nodes):
+            for step in range(-(-len(split) // batch)):
+                micro_batch = plan.micro_batch(step, lane)
+                samples = micro_batch.sample[micro_batch.epoch == 0]
+                read[samples // per_shard] = True
+                seen += len(samples)
+        by_plan.append(int(read.sum()))
+    assert seen == len(split), seen
+    dealt = np.array_split(np.random.default_rng(0).permutation(len(split)), nodes)
+    by_chance = [len(np.unique(samples // per_shard)) for samples in dealt]
+    return {
+        "samples": len(split),
+        "shards": len(split.shards),
+        "lanes": plan.lanes,
+        "nodes": nodes,
+        "shards_of_node": by_plan,
+        "fetch_amplification": sum(by_plan) / len(split.shards),
+        "fetch_amplification_of_shuffled_samples": sum(by_chance) / len(split.shards),
+    }
+
+
 def _memory_mib() -> dict[str, float]:
     lines = Path("/proc/self/status").read_text().splitlines()
     return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith("Rss")}
@@ -194,6 +236,13 @@ def show(row: dict) -> None:
     print(f"  first batch at 0 %: {row['first_batch_at_0%_ms']:.1f} ms, at 90 %: {row['first_batch_at_90%_ms']:.1f} ms")
     print(f"  memory: {row['memory_mib']:.0f} MiB of its own, {row['mapped_mib']:.0f} MiB of {row['index_gb']:.2f} GB "
           "of index mapped")  # fmt: skip
+
+
+def show_fetches(row: dict) -> None:
+    fewest, most = min(row["shards_of_node"]), max(row["shards_of_node"])
+    print(f"  {row['nodes']} nodes with {row['lanes']} lanes read {fewest:,} to {most:,} of {row['shards']:,} shards "
+          f"each in an epoch: every shard is fetched {row['fetch_amplification']:.3f} times, "
+          f"{row['fetch_amplification_of_shuffled_samples']:.3f} times if shuffled samples are dealt out")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -28,13 +28,12 @@ from bfsys.data.shards import (
     read_description,
     split_names,
     summarise,
-    verify_index,
-    verify_shard,
     write_description,
     write_split,
 )
 from bfsys.data.sources import SPLIT_FOLDERS
 from bfsys.data.tars import TarIndex, join_shards, read_shard
+from bfsys.data.verify import verify_index, verify_shard
 from bfsys.errors import UserError, run_command
 
 EXIT_DAMAGED = 1

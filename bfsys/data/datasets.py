@@ -16,8 +16,8 @@ from bfsys.data.encodings import parse_encoding
 from bfsys.data.mix import mixture_weights
 from bfsys.data.plan import Plan
 from bfsys.data.remote import Cache, is_remote
-from bfsys.data.streams import PIPE
 from bfsys.data.shards import Dataset, Split, open_dataset
+from bfsys.data.streams import PIPE
 from bfsys.errors import UserError, collecting
 
 
@@ -185,7 +185,7 @@ def any_remote(sources: Sources) -> bool:
 def _unfit_samples(split: Split, config: Config, transforms: tuple[ByteTransform, ...]) -> list[str]:
     """Files that are longer than the model's position table. (Empty ones are set aside when they are drawn.)"""
     architecture = config.model.architecture()
-    longest = int(lengths_after(transforms, np.array([split.longest_bytes]))[0])
+    longest = int(lengths_after(transforms, np.array([split.length_quantiles["max"]]))[0])
     if longest <= architecture.max_bytes:
         return []
     long = np.count_nonzero(

@@ -32,7 +32,6 @@ def split_in_memory(shard_sizes: Sequence[int], lengths: np.ndarray | None = Non
         samples=samples,
         keys=np.zeros(0, np.uint8),
         bytes=int(samples["length"].sum()),
-        shortest_bytes=int(samples["length"].min(initial=0)),
-        longest_bytes=int(samples["length"].max(initial=0)),
+        length_quantiles={"max": int(samples["length"].max(initial=0))},
         fingerprint=f"{name}{list(shard_sizes)}",
     )

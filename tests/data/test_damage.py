@@ -18,7 +18,8 @@ from bfsys.data import reader as reader_module
 from bfsys.data.datasets import make_plan, open_evaluation, open_training
 from bfsys.data.loader import evaluation_rounds, training_batches
 from bfsys.data.quarantine import FILE, BadSample, Quarantine
-from bfsys.data.shards import DESCRIPTION, Split, open_split, verify_split
+from bfsys.data.shards import DESCRIPTION, Split, open_split
+from bfsys.data.verify import verify_split
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import UserError
 from bfsys.train import open_data

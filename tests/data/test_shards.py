@@ -18,11 +18,11 @@ from bfsys.data.shards import (
     length_quantiles,
     open_split,
     split_names,
-    verify_split,
     write_description,
     write_split,
 )
 from bfsys.data.tars import Member, atomic_file, read_shard, size_in_tar_bytes, write_shard
+from bfsys.data.verify import verify_split
 from bfsys.errors import UserError
 
 CLASSES = ("cat", "dog", "éléphant")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from bfsys.data.shards import open_split, read_description, split_names, verify_split
+from bfsys.data.shards import open_split, read_description, split_names
+from bfsys.data.verify import verify_split
 from bfsys.errors import UserError
 from tools.inspect_shards import main
 from tools.pack import main as pack
