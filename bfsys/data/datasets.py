@@ -44,7 +44,7 @@ class Sources:
 
 
 def make_cache(config: Config) -> Cache:
-    return Cache(Path(config.data.cache_dir), int(config.data.cache_gb * 1e9))
+    return Cache(Path(config.data.cache_dir), int(config.data.cache_gb * 1e9), attempts=config.data.fetch_tries)
 
 
 def open_training(config: Config) -> Sources:

@@ -8,6 +8,10 @@ DataLoader's queues the same bytes take several times as long, and named shared 
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -177,6 +181,7 @@ def _read_by_workers(
         prefetch_factor=PREFETCH,
         multiprocessing_context="fork",  # workers must inherit the ring
         collate_fn=_as_it_is,
+        worker_init_fn=partial(_end_with_parent, os.getpid()),
     )
     for answer in loader:
         if isinstance(answer, UserError):
@@ -234,6 +239,18 @@ class _Reads(Dataset):
         if self._fits(slot, start, size_bytes):
             return self.ring.fill(slot, start, size_bytes)
         return new_buffer(size_bytes)
+
+
+def _end_with_parent(parent: int, worker: int) -> None:
+    """PyTorch's workers notice that the training process was killed, but then wait for ever for it to take what they
+    have read, if that is more than a pipe holds."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_it_is(answer: tuple | UserError) -> tuple | UserError:

@@ -32,6 +32,8 @@ OPEN_SHARDS = 128
 STAND_INS = 100
 # Longer than this, reading waits for a disk.
 SLOW_S_PER_SAMPLE, SLOW_S_PER_BYTE = 10e-6, 1e-9
+# Samples around one, of which another is mixed into it.
+PARTNERS = 4096
 # A network file system may fail for a moment: seconds before each further try.
 RETRY_AFTER_S = (0.1, 0.5, 2.0)
 # Streams of random numbers, apart from those of the plan (0, 1).
@@ -228,7 +230,7 @@ class ShardReader:
             if augmentation:
                 second = None
                 if augmentation.mixes:
-                    partner, second, second_label = self._partner(source, step, rng, bad)
+                    partner, second, second_label = self._partner(source, sample, step, rng, bad)
                 try:
                     encoded, share = augmentation(content.tobytes(), rng, second)
                 except UserError:
@@ -246,11 +248,14 @@ class ShardReader:
             return None
 
     def _partner(
-        self, source: int, step: int, rng: np.random.Generator, bad: list[BadSample]
+        self, source: int, of: int, step: int, rng: np.random.Generator, bad: list[BadSample]
     ) -> tuple[int, bytes, int]:
-        """Number, content and class of the sample that is mixed in."""
+        """Number, content and class of the sample that is mixed into sample `of`: one of its neighbourhood, which
+        packing has shuffled, so that a node does not fetch every shard of a remote source for it."""
+        first = max(0, min(of - PARTNERS // 2, len(self.splits[source]) - PARTNERS))
+        stop = min(first + PARTNERS, len(self.splits[source]))
         for _ in range(STAND_INS):
-            sample = int(rng.integers(len(self.splits[source])))
+            sample = int(rng.integers(first, stop))
             if not self._is_bad(source, sample, step):
                 try:
                     content, label = self._read_sample(source, sample)

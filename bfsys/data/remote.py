@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 CACHED = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)")
 PART, LOCK, EVICT = ".part", ".lock", "evict"
+CERTAIN_AFTER = 3  # answers that are whole and wrong; an outage is waited for longer
 SMALL_FILE_BYTES = 64 << 20
 ROOM_POLL_S = 0.1  # how soon a wait for room notices that there is some
 GROWTH_PARTS = 64  # a file of unknown size reserves room in steps of this part of the cache
@@ -286,6 +287,8 @@ class Cache:
         reasons: list[str] = []
         wrong = True
         for attempt in range(self.attempts):
+            if wrong and attempt == CERTAIN_AFTER:
+                break  # the server is well
             if attempt > 0:
                 self._count(retries=1)
                 digest = hashlib.sha256(f"{url} {attempt}".encode()).digest()
@@ -298,7 +301,7 @@ class Cache:
                 reasons.append(f"{attempt + 1}: {failed}")
                 wrong = wrong and isinstance(failed, WrongContent)
         raise (WrongContentError if wrong else UserError)(
-            f"{hide(url)}: could not be fetched in {self.attempts} tries ({'; '.join(reasons)}). Check the address, "
+            f"{hide(url)}: could not be fetched in {len(reasons)} tries ({'; '.join(reasons)}). Check the address, "
             f"the rights and the network of this machine, then start again: what was fetched is kept. If size or "
             f"sha256 differ each time, the file there is not the one that dataset.json names: upload it again"
         )

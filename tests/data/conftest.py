@@ -13,9 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
+from bfsys.config import Config, load_config
+from bfsys.data.plan import Plan
 from bfsys.data.remote import Cache
+from tests.conftest import tiny_config
 from tests.data.http_server import FaultyServer
+from tools import pack
 
 CONTENT = random.Random(0).randbytes(300_000)  # more than a pipe holds
 PR_SET_CHILD_SUBREAPER = 36
@@ -79,3 +84,52 @@ def put(folder: Path, name: str, size_bytes: int) -> dict:
     content = random.Random(name).randbytes(size_bytes)
     (folder / name).write_bytes(content)
     return {"url": str(folder / name), "sha256": sha256(content), "size_bytes": size_bytes}
+
+
+@pytest.fixture(scope="session")
+def packed(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trees of `datasets` in shards of several samples."""
+    root = tmp_path_factory.mktemp("packed")
+    for name in ("a", "b"):
+        tree = str(datasets / "trees" / name)
+        pack.main([tree, str(root), "--name", name, "--shard-bytes", "20000", "--workers", "1"])
+    return root
+
+
+def files_of(dataset: Path) -> list[str]:
+    return sorted(file.name for file in dataset.iterdir() if file.is_file())
+
+
+@pytest.fixture
+def served(server: FaultyServer, packed: Path) -> FaultyServer:
+    for name in ("a", "b"):
+        server.files.update(
+            {f"/{name}/{file}": (packed / name / file).read_bytes() for file in files_of(packed / name)}
+        )
+    return server
+
+
+def config_of(folder: Path, a: str | Path, b: str | Path | None = None, *overrides: str, name: str = "tiny") -> Config:
+    """Training on `a` and `b` with a cache of its own in `folder`."""
+    tree = tiny_config(folder, folder)
+    tree["data"]["sources"] = [{"path": str(path)} for path in (a, b) if path]
+    tree["data"] |= {"cache_dir": str(folder / "cache"), "batch_samples": 16, "fetch_tries": 3}
+    tree["train"]["steps"] = 8
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return load_config(path, overrides)
+
+
+def path_of(plan: Plan, source: int, shard: int) -> str:
+    return f"/{plan.splits[source].name}/{plan.splits[source].shards[shard].file}"
+
+
+def read_by(plan: Plan, steps: range, lanes: range) -> set[str]:
+    """The shards of all samples of some steps and lanes."""
+    return {
+        path_of(plan, source, plan.splits[source].samples["shard"][sample])
+        for step in steps
+        for lane in lanes
+        for batch in [plan.micro_batch(step, lane)]
+        for source, sample in zip(batch.source.tolist(), batch.sample.tolist(), strict=True)
+    }

@@ -77,9 +77,14 @@ def made(config: Config, cut: int = 0, world_size: int = 1) -> dict[tuple, tuple
     for number, step in enumerate(steps):
         for lane, batch in enumerate(step):
             epochs = plan.micro_batch(number, lane).epoch.tolist()
-            mixed = zip(batch.second_labels.tolist(), batch.second_share.tolist(), strict=True)
+            unmixed = [(None, 0.0)] * len(batch)
+            mixed = (
+                unmixed
+                if batch.second_labels is None
+                else zip(batch.second_labels.tolist(), batch.second_share.tolist(), strict=True)
+            )
             for epoch, (source, sample, *rest), second in zip(epochs, content(batch), mixed, strict=True):
-                found[source, epoch, sample] = (*rest, *second)
+                found[source, epoch, sample] = (*rest, *(second if source == 0 else (None, 0.0)))
     return found
 
 
@@ -169,17 +174,17 @@ for batch in batches:
 
 def test_hand_over_leaves_nothing_behind_a_sigkill(tmp_path: Path) -> None:
     path = pack(tmp_path, "a", {"train": random_shards([30, 30], np.random.default_rng(0), 4000)})
-    names = resource_names()
-    process = subprocess.Popen(
-        [sys.executable, "-c", ITERATES, path], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-    )
+    before = resource_names()
+    command = [sys.executable, "-c", ITERATES, path]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
         workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
         assert len(workers) == 2
-        names = resource_names() - names  # of other processes too, which remove theirs
+        names = resource_names() - before  # of other processes too, which remove theirs
     finally:
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.wait()
+        process.stdout.close()
     eventually(lambda: not any(alive(worker) for worker in workers))
     eventually(lambda: not names & resource_names())
 

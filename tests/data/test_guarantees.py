@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -164,11 +167,30 @@ def test_o1_a_start_anywhere_looks_at_two_blocks_of_a_source_at_most(epochs: flo
 # Balance
 
 
-@settings(max_examples=8)
-@given(st.sampled_from([8, 16, 32]), st.integers(8, 20), st.integers(0, 99))
+@settings(max_examples=6)
+@given(st.sampled_from([8, 16, 32]), st.sampled_from([8, 12, 16, 20]), st.integers(0, 99))
 def test_balance_lanes_of_a_step_cost_alike(lanes: int, per_lane: int, seed: int) -> None:
-    """Over three epochs, in bytes and in tokens, for lanes with 1,500 files or more of a source."""
-    lengths = np.random.default_rng(seed).lognormal(np.log(12_000), 0.7, 2048 * lanes).astype(np.int64)
+    """Over three epochs, in bytes and in tokens, for lanes with 1,500 files or more of each source, and a whole number
+    of samples of each source in a micro-batch."""
+    for unit, ratios in costs_of_lanes(lanes, per_lane, seed).items():
+        assert np.mean(ratios) <= 1.05, unit
+        assert np.median(ratios) <= 1.05, unit
+
+
+@settings(max_examples=6)
+@given(st.sampled_from([8, 16]), st.integers(8, 24), st.integers(0, 99))
+def test_balance_is_off_by_a_sample_of_each_source_where_lanes_cannot_have_equally_many(
+    lanes: int, per_lane: int, seed: int
+) -> None:
+    one_more_of_each = (15_300 + 32_000) / (per_lane * 19_500)
+    for unit, ratios in costs_of_lanes(lanes, per_lane, seed).items():
+        assert np.mean(ratios) <= 1.05 + one_more_of_each, unit
+
+
+def costs_of_lanes(lanes: int, per_lane: int, seed: int) -> dict[object, list[float]]:
+    """Most costly lane over the mean lane, for some steps of three epochs: log-normal pictures with clips of 32 KB."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.lognormal(np.log(12_000), 0.7, 2048 * lanes).astype(np.int64)
     plan = Plan(
         [
             split_in_memory([2048] * lanes, lengths, "pictures"),
@@ -180,29 +202,26 @@ def test_balance_lanes_of_a_step_cost_alike(lanes: int, per_lane: int, seed: int
         shuffle_block=4096,
         seed=seed,
     )
-    last = 3 * len(lengths) / (plan.mixture.shares[0] * plan.batch_samples)
+    last = int(3 * len(lengths) / (plan.mixture.shares[0] * plan.batch_samples))
     costs = {"bytes": lambda n: n, 8: tokens(8), 32: tokens(32)}
     ratios = {unit: [] for unit in costs}
-    for step in np.linspace(0, last, 40).astype(int).tolist():
-        files = [file_lengths(plan, step, lane) for lane in range(lanes)]
+    for step in rng.integers(0, last, 40).tolist():
+        files = [lengths_of(plan, step, lane) for lane in range(lanes)]
         for unit, cost in costs.items():
             totals = np.array([cost(f).sum() for f in files])
             ratios[unit].append(totals.max() / totals.mean())
-    for unit, values in ratios.items():
-        assert np.mean(values) <= 1.05, unit
-        assert np.median(values) <= 1.03, unit
+    return ratios
 
 
-def file_lengths(plan: Plan, step: int, lane: int) -> np.ndarray:
+def lengths_of(plan: Plan, step: int, lane: int) -> np.ndarray:
     batch = plan.micro_batch(step, lane)
-    return np.array(
-        [plan.splits[s].samples["length"][i] for s, i in zip(batch.source, batch.sample, strict=True)], np.int64
-    )
+    return np.concatenate([s.samples["length"][batch.sample[batch.source == i]] for i, s in enumerate(plan.splits)])
 
 
-def tokens(kernel: int):
+def tokens(kernel: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Of files of these lengths, as the model counts them."""
     shape = architecture("tiny", kernel=kernel, window=128, max_tokens=50_000, shift=64)
-    return lambda lengths: token_counts(lengths, shape, MASKED)
+    return lambda lengths: token_counts(lengths.astype(np.int64), shape, MASKED)
 
 
 @given(st.integers(0, 999))
@@ -240,7 +259,7 @@ def check_shares(shares: np.ndarray, counts: np.ndarray) -> None:
     assert strayed.max() <= 2 + len(counts) * len(shares) / PERIOD  # shares are rounded to 1 / PERIOD
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(cases(max_lanes=4), st.integers(20, 400))
 def test_mixture_also_where_ten_thousand_samples_span_a_resume(case: Case, cut: int) -> None:
     data = replace(case.data, batch_samples=50)
@@ -263,13 +282,15 @@ def test_mixture_also_where_ten_thousand_samples_span_a_resume(case: Case, cut: 
 @few
 @given(cases(max_lanes=2), st.integers(1, 2))
 def test_hand_over_a_batch_that_is_kept_is_not_overwritten(case: Case, workers: int) -> None:
-    with case.packed() as config:
+    with case.packed() as config, mock.patch.object(loader, "REQUEST_BYTES", 1):  # many more requests than slots
         kept = read_steps(with_workers(config, workers))  # all of them, compared at the end only
         assert contents(kept) == contents(read_steps(config))
 
 
 @pytest.mark.parametrize("over_mean", [1e-3, 3e-3])
-def test_hand_over_of_what_does_not_fit_a_slot(over_mean: float, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hand_over_of_what_does_not_fit_a_slot(
+    over_mean: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files of up to 40 KB through slots of a few KB, which some fit and others do not."""
     monkeypatch.setattr(loader, "SLOT_OVER_MEAN", over_mean)
     path = pack(tmp_path, "a", {"train": random_shards([30, 30], np.random.default_rng(0), 40_000)})

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfsys.data import plan as plan_module
 from bfsys.data.plan import Plan, deal_evenly, evaluation_batches, lanes_of_rank
 from bfsys.errors import UserError
 from tests.data.make import split_in_memory
@@ -99,37 +98,6 @@ def test_a_lane_touches_few_shards() -> None:
     plan = Plan([split_in_memory([100] * 64)], [1], batch_samples=64, lanes=16, shuffle_block=50, seed=0)
     samples = np.concatenate([plan.micro_batch(step, 3).sample for step in range(100)])  # an epoch of the lane
     assert len(np.unique(samples // 100)) <= 5
-
-
-def test_lanes_of_a_step_cost_alike() -> None:
-    rng = np.random.default_rng(0)
-    images = rng.lognormal(np.log(12_000), 0.7, 131_072).astype(np.int64)
-    plan = Plan(
-        [split_in_memory([8192] * 16, images, "images"), split_in_memory([8192] * 4, np.full(32_768, 32_000), "clips")],
-        [3, 1],
-        batch_samples=256,
-        lanes=16,
-        shuffle_block=4096,
-        seed=0,
-    )
-    cost = np.array([[plan.bytes_of(plan.micro_batch(t, lane)) for lane in range(16)] for t in range(0, 400, 7)])
-    assert np.mean(cost.max(1) / cost.mean(1)) <= 1.05
-
-
-def test_a_late_step_reads_no_more_than_an_early_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No replay: the first batch at 90 % of a million samples' epoch looks at one block, as at 0 %."""
-    looked_at = []
-    block_samples = plan_module._Slices.block_samples
-
-    def counting(self, epoch: int, lane: int, first: int, stop: int) -> np.ndarray:
-        looked_at.append(stop - first)
-        return block_samples(self, epoch, lane, first, stop)
-
-    monkeypatch.setattr(plan_module._Slices, "block_samples", counting)
-    split = split_in_memory([10_000] * 100)
-    for step in (0, 3515):
-        Plan([split], [1], batch_samples=256, lanes=16, shuffle_block=4096, seed=0).micro_batch(step, 5)
-    assert looked_at == [4096, 4096]
 
 
 @given(

@@ -7,62 +7,33 @@ import json
 import multiprocessing
 import multiprocessing.process
 import shutil
-import subprocess
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
-from bfsys.config import Config, load_config
+from bfsys.config import Config
 from bfsys.data import loader, reader
 from bfsys.data.datasets import make_plan, open_evaluation, open_training, source_names
 from bfsys.data.loader import evaluation_rounds, training_batches
-from bfsys.data.plan import MicroBatch, Plan, lanes_of_rank
+from bfsys.data.plan import MicroBatch, lanes_of_rank
 from bfsys.data.quarantine import BadSample, Quarantine
 from bfsys.data.reader import ShardReader
 from bfsys.data.remote import Cache, Prefetcher
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
 from bfsys.train import open_data
-from tests.conftest import tiny_config
-from tests.data.conftest import eventually
+from tests.data.conftest import config_of, eventually, path_of, read_by
 from tests.data.http_server import FaultyServer
-from tests.test_train import assert_success, lines, losses, train_plainly
-from tools import pack
 
 ALONE = Ranks()
 STEPS = 8
 ATTEMPTS = 3
-# 13 + 9 shards of up to 9 samples: (lanes, samples of a step), fewer lanes than shards and more
+# Of 13 + 9 shards: (lanes, samples of a step), fewer lanes than shards and more
 FEW_LANES, MANY_LANES = (4, 16), (32, 64)
 forked = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="module")
-def packed(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trees of `datasets` in shards of several samples."""
-    root = tmp_path_factory.mktemp("packed")
-    for name in ("a", "b"):
-        tree = str(datasets / "trees" / name)
-        pack.main([tree, str(root), "--name", name, "--shard-bytes", "20000", "--workers", "1"])
-    return root
-
-
-def files_of(dataset: Path) -> list[str]:
-    return sorted(file.name for file in dataset.iterdir() if file.is_file())
-
-
-@pytest.fixture
-def served(server: FaultyServer, packed: Path) -> FaultyServer:
-    for name in ("a", "b"):
-        server.files.update(
-            {f"/{name}/{file}": (packed / name / file).read_bytes() for file in files_of(packed / name)}
-        )
-    return server
 
 
 @pytest.fixture(autouse=True)
@@ -90,17 +61,6 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
     monkeypatch.setattr(Watched, "made", [], raising=False)
     monkeypatch.setattr(loader, "Prefetcher", Watched)
     return Watched.made
-
-
-def config_of(folder: Path, a: str | Path, b: str | Path | None = None, *overrides: str, name: str = "tiny") -> Config:
-    """Training on `a` and `b` with a cache of its own in `folder`."""
-    tree = tiny_config(folder, folder)
-    tree["data"]["sources"] = [{"path": str(path)} for path in (a, b) if path]
-    tree["data"] |= {"cache_dir": str(folder / "cache"), "lanes": FEW_LANES[0], "batch_samples": FEW_LANES[1]}
-    tree["train"]["steps"] = STEPS
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return load_config(path, overrides)
 
 
 def rank(number: int, of: int) -> Ranks:
@@ -134,21 +94,6 @@ def evaluation(config: Config, ranks: Ranks = ALONE) -> list[tuple]:
 def tars(server: FaultyServer) -> dict[str, int]:
     """How often each shard was asked for, by name, the first one first."""
     return {path: count for path, count in server.requests.items() if path.endswith(".tar")}
-
-
-def path_of(plan: Plan, source: int, shard: int) -> str:
-    return f"/{plan.splits[source].name}/{plan.splits[source].shards[shard].file}"
-
-
-def read_by(plan: Plan, steps: range, lanes: range) -> set[str]:
-    """The shards of all samples of some steps and lanes."""
-    return {
-        path_of(plan, source, plan.splits[source].samples["shard"][sample])
-        for step in steps
-        for lane in lanes
-        for batch in [plan.micro_batch(step, lane)]
-        for source, sample in zip(batch.source.tolist(), batch.sample.tolist(), strict=True)
-    }
 
 
 @pytest.mark.parametrize(
@@ -437,97 +382,3 @@ def test_a_node_fetches_what_its_lanes_read(
     shards = len(plan.splits[0].shards)
     assert shards <= read <= shards + nodes - 1  # slices of neighbours share at most the shard of their border
     assert read <= fetched <= read + 2 * nodes  # and what the next epoch begins with
-
-
-IMPATIENT_RUN = """
-import runpy
-from bfsys.data.remote import Cache
-Cache.__init__.__kwdefaults__.update(back_off_s=0.01)
-runpy.run_path("bfsys/train.py", run_name="__main__")
-"""
-
-
-def comparable(run: Path) -> list[dict]:
-    """Lines of metrics.jsonl, without clocks and memory."""
-    not_data = {
-        "step_s",
-        "samples_per_s",
-        "bytes_per_s",
-        "tokens_per_s",
-        "data_wait_share",
-        "peak_memory_mib",
-        "seconds",
-    }
-    return [
-        {k: v for k, v in line.items() if k not in not_data} for kind in ("train", "eval") for line in lines(run, kind)
-    ]
-
-
-def test_a_run_that_loses_its_server_ends_and_goes_on(
-    served: FaultyServer, packed: Path, tmp_path: Path, run_ranks
-) -> None:
-    local = config_of(tmp_path, packed / "a", packed / "b", "data.shuffle_block=4", "data.batch_samples=8")
-    remote = config_of(tmp_path, f"{served.url}/a", f"{served.url}/b", name="remote")
-    plan = make_plan(local, open_training(local))
-    first_half, second_half = (read_by(plan, range(a, b), range(4)) for a, b in ((0, 5), (5, STEPS)))
-    assert second_half - first_half
-    for path in tars_of(served) - first_half:
-        served.fail(path, itertools.repeat("503"))
-    overrides = ["data.shuffle_block=4", "data.batch_samples=8"]
-    ended = run_ranks(2, ["-c", IMPATIENT_RUN, str(tmp_path / "remote.yaml"), *overrides])
-    output = "".join(rank.stderr for rank in ended)
-    assert max(rank.returncode for rank in ended) == 2, output
-    assert {rank.returncode for rank in ended} <= {1, 2}  # 1: it lost the other one
-    assert f"{served.url}/" in output
-    assert "could not be fetched in 5 tries (1: HTTP status 503; 2: " in output
-    assert "Traceback" not in output
-    assert not (remote.run_dir / "quarantine.tsv").exists()
-    assert 4 <= len(lines(remote.run_dir)) < STEPS
-    served.faults.clear()
-    both = [f"name={name} {' '.join(overrides)} data.sources.0.path={a} data.sources.1.path={b}" for name, a, b in (
-        ("local", packed / "a", packed / "b"), ("remote", f"{served.url}/a", f"{served.url}/b"))]  # fmt: skip
-    assert_success(run_ranks(2, ["tests/worker.py", str(tmp_path / "remote.yaml"), *both]))
-    assert comparable(remote.run_dir) == comparable(remote.run_dir.parent / "local")
-    assert not (remote.run_dir / "quarantine.tsv").exists()
-
-
-def tars_of(server: FaultyServer) -> set[str]:
-    return {path for path in server.files if path.endswith(".tar") and "-train-" in path}
-
-
-@pytest.fixture
-def bucket(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 server that has a dataset, and the environment in which programs find it."""
-    moto = pytest.importorskip("moto.server", reason="needs moto[server]")
-    boto3 = pytest.importorskip("boto3")
-    if shutil.which("aws") is None or subprocess.run(["aws", "--version"], capture_output=True).returncode != 0:
-        pytest.skip("the AWS command line (aws) does not work here")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    s3 = boto3.client("s3")
-    s3.create_bucket(Bucket="bucket")
-    for file in files_of(packed / "a"):
-        s3.put_object(Bucket="bucket", Key=f"dir/a/{file}", Body=(packed / "a" / file).read_bytes())
-    yield "s3://bucket/dir/a"
-    server.stop()
-
-
-def test_a_run_on_s3(bucket: str, packed: Path, tmp_path: Path, run_ranks) -> None:
-    change = ["data.lanes=1", "data.batch_samples=8", "data.eval_split=none", "train.steps=2"]
-    local = config_of(tmp_path, packed / "a", None, *change)
-    remote = config_of(tmp_path, bucket, None, *change, name="s3")
-    assert_success(run_ranks(1, ["bfsys/train.py", str(tmp_path / "s3.yaml"), *change]))
-    assert losses(remote.run_dir) == pytest.approx(train_plainly(local)[0], rel=2e-6)
-    assert not (remote.run_dir / "quarantine.tsv").exists()
-
-
-def test_a_shard_that_s3_does_not_have_is_damage(bucket: str, tmp_path: Path) -> None:
-    """And no outage: the answer is as good as HTTP's 404."""
-    cache = Cache(tmp_path / "cache", 10**6, attempts=1)
-    with pytest.raises(UserError) as caught:
-        cache.fetch(f"{bucket}/none.tar", sha256="0" * 64)
-    assert type(caught.value).__name__ == "WrongContentError"
