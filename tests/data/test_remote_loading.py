@@ -39,7 +39,6 @@ forked = multiprocessing.get_context("fork")
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(Cache.__init__.__kwdefaults__, "back_off_s", 0.01)
-    monkeypatch.setitem(Cache.__init__.__kwdefaults__, "attempts", ATTEMPTS)
 
 
 class Watched(Prefetcher):
@@ -218,14 +217,14 @@ def test_a_server_that_fails_now_and_then(
     served: FaultyServer, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(Cache.__init__.__kwdefaults__, "stall_s", 1.0)
-    monkeypatch.setitem(Cache.__init__.__kwdefaults__, "attempts", 9)
     faults = [["503"] * 4, ["wrong"], ["reset", "truncate"], ["unsized", "503"], ["wrong", "503", "reset"]]
     for path, script in zip(sorted(served.files), itertools.cycle(faults), strict=False):
         served.fail(path, script if not path.endswith(".json") else ["503", "reset"])  # nothing proves dataset.json
     served.fail("/a/a-train-000003.tar", ["stall"])
     expected = training(config_of(tmp_path, packed / "a", packed / "b"))
     quarantine = Quarantine()
-    assert training(config_of(tmp_path, f"{served.url}/a", f"{served.url}/b"), quarantine=quarantine) == expected
+    patient = config_of(tmp_path, f"{served.url}/a", f"{served.url}/b", "data.fetch_tries=9")
+    assert training(patient, quarantine=quarantine) == expected
     assert not quarantine.news
     assert sum(served.requests.values()) > len(served.requests) + 20
 

@@ -56,7 +56,7 @@ def test_a_run_that_loses_its_server_ends_and_goes_on(
     assert max(rank.returncode for rank in ended) == 2, output
     assert {rank.returncode for rank in ended} <= {1, 2}  # 1: it lost the other one
     assert f"{served.url}/" in output
-    assert "could not be fetched in 5 tries (1: HTTP status 503; 2: " in output
+    assert "could not be fetched in 3 tries (1: HTTP status 503; 2: " in output
     assert "Traceback" not in output
     assert not (remote.run_dir / "quarantine.tsv").exists()
     assert 4 <= len(lines(remote.run_dir)) < local.train.steps
