@@ -22,7 +22,9 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bfsys import dist, typed_yaml
-from bfsys.config import Config
+from bfsys.config import Config, Model
 from bfsys.engine import WEIGHT, Engine
 from bfsys.errors import UserError
 from bfsys.model.byteformer import ByteFormer
@@ -38,6 +40,14 @@ from bfsys.optim import EMA
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+
+
+class StateSource(Protocol):
+    """What a checkpoint is written from: an Engine, or weights that come from elsewhere."""
+
+    def state_names(self) -> tuple[str, ...]: ...
+
+    def read_state(self, state: str) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -48,7 +58,7 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(engine: Engine, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep: int) -> Path:
+def save(engine: StateSource, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep: int) -> Path:
     """Write the checkpoint of step `facts["step"]`; collective. Returns its directory.
 
     `facts` goes into the manifest as it is. Until the final rename nothing of an earlier checkpoint is touched; if a
@@ -78,7 +88,7 @@ def _make_room(root: Path, work: Path) -> None:
     work.mkdir(parents=True)
 
 
-def _write_share(engine: Engine, work: Path, ranks: dist.Ranks) -> tuple[dict[str, dict], str]:
+def _write_share(engine: StateSource, work: Path, ranks: dist.Ranks) -> tuple[dict[str, dict], str]:
     """This rank's files and their descriptions; and why it failed, if it did. It takes part in every collective
     all the same, since the others wait in them."""
     hashes: dict[str, dict] = {}
@@ -184,7 +194,13 @@ def load(engine: Engine, path: Path) -> dict:
 def check_same_run(path: Path, facts: dict) -> None:
     """Raise UserError, with what differs, unless the checkpoint belongs to this model, these classes and data."""
     manifest, problems = read_manifest(path), []
-    theirs, ours = manifest["config"]["model"], facts["config"]["model"]
+    if manifest["plan"] is None:
+        raise UserError(
+            f"{path}: imported weights, not a run to go on with; give this run a name of its own (name=…) and "
+            f"train.init_from={path.parent.parent}"
+        )
+    # Knobs that came later than the checkpoint had their default then.
+    theirs, ours = typed_yaml.to_tree(Model()) | manifest["config"]["model"], facts["config"]["model"]
     for part, old, new in (("model", theirs, ours), ("data plan", manifest["plan"], facts["plan"])):
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key) and key != "activation_checkpointing":
@@ -203,6 +219,17 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
 
     `average` takes the EMA where the run keeps one. Needs no DeepSpeed.
     """
+    weights, config, manifest = read_weights(find_whole(run), average=average)
+    model = ByteFormer(config.model.architecture(), len(manifest["classes"]), config.model.mode)
+    model.load_state_dict(weights)
+    return model.eval(), config, manifest
+
+
+def find_whole(run: Path) -> Path:
+    """The newest whole checkpoint of a run directory, or `run` itself if it is a checkpoint.
+
+    Newer ones that are damaged are named on standard error. Raises UserError if there is no whole one.
+    """
     if not run.is_dir():
         raise UserError(f"{run}: no such run directory; runs lie in runs/NAME")
     if (run / MANIFEST).exists():
@@ -213,13 +240,15 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
         print(f"skipped a damaged checkpoint: {problem}", file=sys.stderr)
     if path is None or (path == run and problems):
         raise UserError(*problems or [f"{run}: holds no checkpoint yet; is it a run directory (runs/NAME)?"])
+    return path
+
+
+def read_weights(path: Path, *, average: bool = True) -> tuple[dict[str, Tensor], Config, dict]:
+    """(float32 weights by parameter name, config, manifest) of a checkpoint that is known to be whole."""
     manifest = read_manifest(path)
     config = typed_yaml.from_tree(Config, manifest["config"], f"{path / MANIFEST}: config")
-    state = EMA if average and config.optim.ema_decay else WEIGHT
-    model = ByteFormer(config.model.architecture(), len(manifest["classes"]))
-    values = _StoredTensors(path, manifest, state)
-    model.load_state_dict({name: values[name] for name in values.names()})
-    return model.eval(), config, manifest
+    values = _StoredTensors(path, manifest, EMA if average and config.optim.ema_decay else WEIGHT)
+    return {name: values[name] for name in values.names()}, config, manifest
 
 
 class _StoredTensors:

@@ -105,6 +105,9 @@ class Data:
     """Loader processes per rank. 0 reads in the training process, which is fastest when nothing is decoded."""
     cache_dir: str = str(Path(tempfile.gettempdir()) / f"bfsys-cache-{os.getuid()}")
     """Where shards of remote sources are kept, on a disk of the node that its ranks share."""
+    fetch_tries: Count = 9
+    """Times that a remote file is asked for while its server fails: with pauses of 1, 2, 4, … s, 4 minutes by default.
+    Then the run ends, and the same command goes on."""
     cache_gb: Positive = 100.0
     """Size of that cache in 1e9 bytes; what was not used for longest makes room."""
 
@@ -130,6 +133,9 @@ class Model:
     heads: Count | None = None
     merge_after: tuple[Whole, ...] | None = None
     """Layers after which pairs of tokens are merged (default: the published 0, 1, 3, 5, 7, 9)."""
+    mode: Literal["masked", "as_released"] = "masked"
+    """masked: padding and neighbours never change an answer. as_released: the arithmetic of Apple's released code, for
+    weights that were trained with it (tools/import_corenet.py); files then need at least `kernel` bytes."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a fifth more time."""
 
@@ -184,6 +190,9 @@ class Train:
     """Optimizer steps of the whole run."""
     seed: Whole = 0
     """Decides the initial weights and the data order."""
+    init_from: str | None = None
+    """Run, or imported weights, that step 0 starts from: their average where they keep one. The architecture must be
+    the same; see initial.py for heads and positions that differ. A run that continues takes no notice."""
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 gradients, 3 parameters divided among the ranks."""

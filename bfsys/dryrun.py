@@ -10,7 +10,7 @@ from bfsys.data.datasets import Sources, make_plan, open_evaluation, open_traini
 from bfsys.data.plan import Plan, fitting_world_sizes, lanes_of_rank
 from bfsys.errors import UserError, collecting
 from bfsys.model.byteformer import parameter_count
-from bfsys.model.layout import MASKED, token_counts
+from bfsys.model.layout import token_counts
 
 # Steps whose micro-batches are planned to show their sizes.
 PLANNED_STEPS = 20
@@ -68,7 +68,7 @@ def _show_plan(plan: Plan, config: Config, names: tuple[str, ...]) -> None:
         plan.splits[s].samples["length"][b.sample[b.source == s]].astype(np.int64)
         for row in batches for b in row for s in range(len(plan.splits))
     ])  # fmt: skip
-    tokens = token_counts(lengths, architecture, MASKED)
+    tokens = token_counts(lengths, architecture, config.model.mode)
     rounded = -(-tokens // architecture.alignment) * architecture.alignment
     print(
         f"micro-batch {sizes.mean() / 1e3:,.1f} kB on average, {sizes.max() / 1e3:,.1f} at most; "

@@ -24,7 +24,7 @@ from bfsys import dist, typed_yaml
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
 from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
-from bfsys.model.layout import MASKED, token_counts
+from bfsys.model.layout import token_counts
 
 # Columns of the counters that are summed over ranks and steps.
 BYTES, TOKENS, ROUNDED_TOKENS, REPLACED, WAIT_S, BUSY_S = range(6)
@@ -47,7 +47,7 @@ class Metrics:
     ) -> None:
         """`carried` is what `carry` gave to the checkpoint that the run resumes from."""
         self.ranks, self.source_names, self.first_step = ranks, source_names, first_step
-        self.architecture = config.model.architecture()
+        self.architecture, self.mode = config.model.architecture(), config.model.mode
         self.total_steps, self.log_every = config.train.steps, config.train.log_every
         self._started = self._step_began = time.perf_counter()
         self._sums = torch.zeros(len(source_names), COLUMNS, dtype=torch.float64)
@@ -82,7 +82,7 @@ class Metrics:
     def count(self, batch: ByteBatch, sums: Tensor) -> None:
         """Add a micro-batch: `sums` as `loss_and_sums` gives them."""
         lengths = batch.lengths.numpy()
-        tokens = token_counts(lengths, self.architecture, MASKED)
+        tokens = token_counts(lengths, self.architecture, self.mode)
         alignment = self.architecture.alignment
         self._counters[BYTES] += int(lengths.sum())
         self._counters[TOKENS] += int(tokens.sum())

@@ -47,7 +47,7 @@ class ByteTransform:
     """int64 [files] → int64 [files]; None: as they were."""
     randomised: bool = False
     """Draws from the generator; otherwise equal bytes become equal bytes."""
-    key_sha256: str = ""
+    key_sha256: str = field(default="", repr=False, compare=False)
     """Tells one key from another without giving it away."""
 
     @property

@@ -1,0 +1,95 @@
+"""ByteFormer on one file, without an index computed outside: what is exported.
+
+The model proper computes with NumPy, once per batch, where everything lies (layout.py), which no exported program
+can. Here every place is computed from the file's length by tensor operations, and what is no token is masked. The
+weights are the model's own; the stem's table, which the model makes in every step, is made once.
+
+Two habits serve torch.export. Tokens are gathered into windows and pairs by index, never reshaped: a split of a
+length that depends on the file is a condition on it. And no tensor has length one, whatever the file, for lengths 0
+and 1 are special cases, and a program for one would not do for the others: that is what each "+ 1" is for.
+
+Shapes: n bytes, T tokens at a level, N = T + 1 rows of its buffer, W windows of `width` slots, H heads, D dim,
+K bytes per token, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bfsys.model.byteformer import ByteFormer
+from bfsys.model.layout import MASKED
+from bfsys.model.sizes import PAD_BYTE
+
+
+class DenseByteFormer(nn.Module):
+    """Bytes of one file, uint8 [n] -> probabilities of its classes, float32 [C].
+
+    n may be from 1 (masked) or K (as_released) to architecture.max_bytes; it is not checked.
+    """
+
+    def __init__(self, model: ByteFormer) -> None:
+        super().__init__()
+        self.architecture, self.masked = model.architecture, model.mode == MASKED
+        with torch.no_grad():
+            table = torch.einsum("vi,oik->kvo", model.stem.embedding, model.stem.kernel)  # [K, 257, D]
+            table[:, PAD_BYTE] = 0
+        self.register_buffer("table", table.float().contiguous())
+        self.register_buffer("positions", model.stem.positions.detach().float().clone())
+        self.blocks, self.merges, self.norm, self.head = model.blocks, model.merges, model.norm, model.head
+
+    def forward(self, data: Tensor) -> Tensor:
+        a, n = self.architecture, data.shape[0]
+        tokens = (n + a.stride - 1) // a.stride if self.masked else (n - a.kernel) // a.stride + 1  # T
+        x = self._stem(data, tokens)  # [N, D]
+        for layer, block in enumerate(self.blocks):
+            x = self._block(x, tokens, block, a.shifts[layer] % a.window)
+            if str(layer) in self.merges:
+                merge = self.merges[str(layer)]
+                first = 2 * torch.arange((tokens + 1) // 2 + 1, device=x.device)  # [N of the next level]
+                pairs = torch.cat([_rows(x, first, tokens), _rows(x, first + 1, tokens)], dim=1)
+                x, tokens = merge.norm(merge.reduction(pairs)), (tokens + 1) // 2
+        real = torch.arange(tokens + 1, device=x.device)
+        pooled = _rows(self.norm(x), real, tokens).sum(0) / tokens  # [D]
+        return self.head(pooled).softmax(0)
+
+    def _stem(self, data: Tensor, tokens: int) -> Tensor:
+        """uint8 [n] -> [N, D]; the row after the last token holds anything."""
+        a = self.architecture
+        token = torch.arange(tokens + 1, device=data.device)
+        place = token[:, None] * a.stride + torch.arange(a.kernel, device=data.device)  # [N, K]
+        inside = place < data.shape[0]
+        seen = torch.where(inside, data.to(torch.int64)[torch.where(inside, place, 0)], PAD_BYTE)  # [N, K]
+        x = self.positions[token.clamp(max=a.max_tokens - 1)]
+        for j in range(a.kernel):  # one after the other: [N, K, D] would be the largest tensor by far
+            x = x + self.table[j][seen[:, j]]
+        return x
+
+    def _block(self, x: Tensor, tokens: int, block: nn.Module, shift: int) -> Tensor:
+        """One pre-norm block on the buffer of a level, [N, D] -> [N, D]; `shift` is below the window."""
+        width, dim = self.architecture.window, self.architecture.dim
+        lead = width - shift if self.masked and shift else 0  # empty slots before the file
+        windows = (tokens + lead + width - 1) // width + 1  # W; the last is empty
+        end = (windows - 1) * width
+        slot = torch.arange(windows, device=x.device)[:, None] * width + torch.arange(width, device=x.device)
+        token = slot - lead if self.masked else (slot + shift) % end  # as_released: around the end of the sequence
+        slots = _rows(x, token, tokens)  # [W, width, D]
+        mask = None
+        if self.masked:
+            real = ((token >= 0) & (token < tokens))[:, None, None]  # [W, 1, 1, width]
+            mask = real | ~real.any(3, keepdim=True)  # what a window of nothing answers is not read
+        qkv = block.qkv(block.norm1(slots)).unflatten(2, (3, block.heads, dim // block.heads))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [W, H, width, D / H]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = out.transpose(1, 2).flatten(2)  # [W, width, D]
+        row = torch.arange(tokens + 1, device=x.device)
+        slot = row + lead if self.masked else (row - shift) % end  # [N]
+        x = x + block.proj(out[slot // width, slot % width])
+        return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
+
+
+def _rows(x: Tensor, token: Tensor, tokens: int) -> Tensor:
+    """x[token], zero where that is no token: [N, D], int64 […] -> […, D]"""
+    real = (token >= 0) & (token < tokens)
+    return torch.where(real[..., None], x[torch.where(real, token, 0)], 0.0)
