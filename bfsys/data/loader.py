@@ -103,7 +103,7 @@ def evaluation_rounds(
         transforms=sources.transforms,
         replace_bad=False,
     )
-    nothing = ByteBatch.of_zeros(1)
+    nothing = ByteBatch.of_zeros(config.model.kernel)
     try:
         for first in range(0, len(batches), ranks.world_size):
             mine = first + ranks.rank
