@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -129,6 +129,18 @@ def _commit(work: Path, final: Path, facts: dict, files: dict[str, dict], keep: 
         shutil.rmtree(root / checkpoint_name(old))
 
 
+def make_empty_folder(path: Path) -> None:
+    """Make `path`, or take it if it is an empty folder; raises UserError otherwise."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise UserError(f"{path}: not empty; give a folder that is empty or does not exist")
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{path}: cannot be written: no permission")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror}") from None
+
+
 def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, or None; and what is wrong with newer ones."""
     root, problems = checkpoints_dir(run_dir), []
@@ -191,10 +203,17 @@ def load(engine: Engine, path: Path) -> dict:
     return manifest
 
 
+def set_weights(engine: Engine, weights: Mapping[str, Tensor]) -> None:
+    """Give an engine at step 0 other float32 weights, from which its average starts too; collective."""
+    engine.write_state(WEIGHT, weights)
+    if EMA in engine.state_names():
+        engine.write_state(EMA, weights)
+
+
 def check_same_run(path: Path, facts: dict) -> None:
     """Raise UserError, with what differs, unless the checkpoint belongs to this model, these classes and data."""
     manifest, problems = read_manifest(path), []
-    if manifest["plan"] is None:
+    if "imported" in manifest:
         raise UserError(
             f"{path}: imported weights, not a run to go on with; give this run a name of its own (name=…) and "
             f"train.init_from={path.parent.parent}"

@@ -6,8 +6,6 @@ otherwise what a careful user would choose. A config that loads is complete: not
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,6 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0.1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -76,7 +75,7 @@ class Data:
 
     sources: tuple[Source, ...]
     """Datasets that are mixed. Classes of equal name are one class; the head has the union of all."""
-    mixture: Literal["weights", "proportional", "sqrt"] | Positive = "weights"
+    mixture: Literal["weights", "proportional", "sqrt"] | Temperature = "weights"
     """How the samples of a step are shared among the sources: by their weights alone; by weight times samples
     (proportional) or times the square root of samples (sqrt); or by a temperature T: weight times samples^(1/T)."""
     train_split: str = "train"
@@ -103,8 +102,9 @@ class Data:
     of a source; beyond it the run stops."""
     workers: Whole = 0
     """Loader processes per rank. 0 reads in the training process, which is fastest when nothing is decoded."""
-    cache_dir: str = str(Path(tempfile.gettempdir()) / f"bfsys-cache-{os.getuid()}")
-    """Where shards of remote sources are kept, on a disk of the node that its ranks share."""
+    cache_dir: str | None = None
+    """Where shards of remote sources are kept, on a disk of the node that its ranks share; default: a folder of the
+    user in the system's temporary folder."""
     fetch_tries: Count = 9
     """Times that a remote file is asked for while its server fails: with pauses of 1, 2, 4, … s, 4 minutes by default.
     Then the run ends, and the same command goes on."""
@@ -151,6 +151,11 @@ class Model:
             heads=self.heads,
             merge_after=self.merge_after,
         )
+
+    @property
+    def least_bytes(self) -> int:
+        """The shortest file that the model takes."""
+        return 1 if self.mode == "masked" else self.kernel
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from bfsys import typed_yaml
 from bfsys.config import Config
 from bfsys.data.datasets import Sources, make_plan, open_evaluation, open_training
 from bfsys.data.plan import Plan, fitting_world_sizes, lanes_of_rank
+from bfsys.dist import Ranks
 from bfsys.errors import UserError, collecting
-from bfsys.model.byteformer import parameter_count
+from bfsys.initial import initial_weights
+from bfsys.model.byteformer import ByteFormer, parameter_count
 from bfsys.model.layout import token_counts
 
 # Steps whose micro-batches are planned to show their sizes.
@@ -37,6 +40,10 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
         )
         _show_sources(data.train_split, sources)
         _show_plan(make_plan(config, sources), config, sources.names)
+        if config.train.init_from:
+            with torch.device("meta"):
+                model = ByteFormer(architecture, len(sources.classes))
+            print("\n".join(initial_weights(model, config, sources.classes, Ranks())[1]))
         _show_sources(data.eval_split, open_evaluation(config, data.eval_split, sources.classes))
     with collecting(problems):
         lanes = lanes_of_rank(data.lanes, 0, world_size)

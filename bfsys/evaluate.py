@@ -1,8 +1,9 @@
 """Loss, top-1 and top-5 over a whole split, each file once, jointly and per source.
 
-    python -m bfsys.evaluate RUN [--split val] [--json]
+    python -m bfsys.evaluate RUN [--split val] [--data DATASET]… [--json]
 
-Needs no DeepSpeed. RUN is a run directory (its newest whole checkpoint counts) or one checkpoint.
+Needs no DeepSpeed. RUN is a run directory (its newest whole checkpoint counts) or one checkpoint. Other datasets than
+the run's may be given, and must be for imported weights, which come with none.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,8 +21,8 @@ from torch import Tensor
 from bfsys import dist
 from bfsys.batch import ByteBatch
 from bfsys.checkpoint import load_model
-from bfsys.config import Config
-from bfsys.data.datasets import Sources, index_problems, open_evaluation
+from bfsys.config import Config, Source
+from bfsys.data.datasets import Sources, check_transforms, index_problems, open_evaluation
 from bfsys.data.loader import evaluation_rounds
 from bfsys.data.quarantine import Quarantine
 from bfsys.errors import UserError, run_command
@@ -50,23 +52,32 @@ def evaluate(
         if counts:
             sums += batch_sums.cpu()
         progress(int(sums[:, SAMPLES].sum()) * ranks.world_size, total)
-    return scores(dist.sum_over_ranks(sums), sources.names)
+    dist.sum_over_ranks(sums)
+    if not sums[:, SAMPLES].any():
+        quarantine.share(ranks, sources.sizes, config.data.max_bad_share)  # says why, if too many are bad
+        raise dist.AgreedError(f"not one file of {', '.join(s.dataset.location for s in sources.splits)} can be read")
+    return scores(sums, sources.names)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bfsys.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run directory (runs/NAME) or one of its checkpoints")
     parser.add_argument("--split", help="split to evaluate (default: the config's data.eval_split)")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="DATASET", help="packed dataset, instead of the run's; repeatable"
+    )
     parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     args = parser.parse_args()
 
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
+    config = with_datasets(config, args.data, args.run)
     ranks = dist.Ranks()
     split = args.split or config.data.eval_split
     sources = open_evaluation(config, split, manifest["classes"])
     if not sources.splits:
         raise UserError(f"no source of {args.run} has a split {split!r}; choose another with --split")
+    check_transforms(sources.transforms, manifest)
     problems = index_problems(sources, 0, 1)
     if problems:
         raise UserError(*problems)
@@ -85,6 +96,15 @@ def main() -> int:
             f"top-1 {100 * s['top1']:6.2f} %   top-5 {100 * s['top5']:6.2f} %"
         )
     return 0
+
+
+def with_datasets(config: Config, datasets: Sequence[str], run: Path) -> Config:
+    """The config with these datasets for its sources, if there are any."""
+    if not datasets and not config.data.sources:
+        raise UserError(f"{run}: imported weights, which come without data; give a packed dataset with --data DATASET")
+    if not datasets:
+        return config
+    return replace(config, data=replace(config.data, sources=tuple(Source(path) for path in datasets)))
 
 
 def _show_progress(done: int, total: int) -> None:

@@ -4,7 +4,8 @@
 
 FILE may be a file, a folder (all files in it) or - (standard input). Needs no DeepSpeed. Files that cannot be
 classified are named at the end, after the others' answers, with exit code 2. What the run does to the bytes of every
-file (data.byte_transforms) is done here too.
+file (data.byte_transforms) is done here too. A model that was trained on augmented files wants files in the encoding
+of `augment:`, such as tools/pack.py makes for its eval_path.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint import load_model
 from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms
+from bfsys.data.datasets import check_transforms
 from bfsys.errors import UserError, run_command
 from bfsys.model.byteformer import ByteFormer
 
@@ -36,7 +38,11 @@ def predict(model: ByteFormer, samples: list[Sample]) -> torch.Tensor:
 
 
 def read_files(
-    paths: list[str], max_bytes: int, problems: list[str], transforms: Sequence[ByteTransform] = ()
+    paths: list[str],
+    max_bytes: int,
+    problems: list[str],
+    transforms: Sequence[ByteTransform] = (),
+    least_bytes: int = 1,
 ) -> Iterator[Sample]:
     """Files of `paths` one by one, transformed; what cannot be used is described in `problems`."""
     for path in paths:
@@ -54,6 +60,8 @@ def read_files(
             data = apply(transforms, np.frombuffer(content, np.uint8), np.random.default_rng(0))
             if not len(data):
                 problems.append(f"{name}: empty; there is nothing to classify")
+            elif len(data) < least_bytes:
+                problems.append(f"{name}: {len(data)} bytes; this model needs at least {least_bytes} (model.mode)")
             elif len(data) > max_bytes:
                 problems.append(f"{name}: {len(data):,} bytes; this model takes up to {max_bytes:,} (model.max_tokens)")
             else:
@@ -90,7 +98,8 @@ def main() -> int:
     problems: list[str] = []
     answers = []
     transforms = parse_transforms(config.data.byte_transforms)
-    samples = read_files(args.files, model.architecture.max_bytes, problems, transforms)
+    check_transforms(transforms, manifest)
+    samples = read_files(args.files, model.architecture.max_bytes, problems, transforms, config.model.least_bytes)
     for batch in batches_of(samples, config.data.eval_batch_bytes):
         top = predict(model, batch).topk(min(args.top, len(classes)))
         for sample, values, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):

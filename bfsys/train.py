@@ -32,6 +32,7 @@ from bfsys.engine import Engine
 from bfsys.errors import EXIT_USER_ERROR, UserError, run_command
 from bfsys.evaluate import evaluate
 from bfsys.faults import StopRequests
+from bfsys.initial import initial_weights
 from bfsys.loss import loss_and_sums
 from bfsys.metrics import Metrics
 from bfsys.model.byteformer import ByteFormer
@@ -44,17 +45,23 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     training, validation, plan = dist.same_errors_on_all(lambda: open_data(config, ranks))
     start = find_start(config, training, plan, ranks)
     quarantine = Quarantine.load(config.run_dir, ranks)
+    quarantine.check(training.sizes, config.data.max_bad_share)
     torch.manual_seed(config.train.seed)
-    architecture = config.model.architecture()
     model = ByteFormer(
-        architecture, len(training.classes), activation_checkpointing=config.model.activation_checkpointing
+        config.model.architecture(), len(training.classes), config.model.mode, config.model.activation_checkpointing
     )
+    given, notes = initial_weights(model, config, training.classes, ranks) if not start else ({}, [])
     engine = Engine(model, config, ranks)
+    if given:  # in float32, where the engine has rounded the model to its precision
+        checkpoint.set_weights(engine, given)
+        given.clear()
     manifest = checkpoint.load(engine, start) if start else {"step": 0, "metrics": None}
     step = first_step = manifest["step"]
     metrics = Metrics(config, ranks, training.names, first_step=first_step, carried=manifest["metrics"])
     if start:
         metrics.say(f"continuing {config.run_dir} after step {first_step}")
+    for note in notes:
+        metrics.say(note)
     batches = training_batches(config, training, plan, ranks, first_step=first_step, quarantine=quarantine)
     exit_code = 0
     # A stop may have come between a checkpoint and its evaluation.

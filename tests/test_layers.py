@@ -20,8 +20,8 @@ LAYERS = [
     ["loss", "optim"],
     ["engine"],
     ["checkpoint", "faults", "metrics"],
-    ["evaluate"],
-    ["dryrun", "predict"],
+    ["evaluate", "initial"],
+    ["dryrun", "predict", "export"],
     ["train"],
     ["job"],
 ]

@@ -61,8 +61,9 @@ class Augmentation:
         mixup: bool = True,
         speeds: Sequence[float] = (),
     ) -> None:
-        assert min(image_size, sample_rate_hz, round(seconds * sample_rate_hz)) >= 1
         _check(encoding, background, speeds)
+        if round(seconds * sample_rate_hz) < 1:
+            raise UserError(f"augmentation: {seconds} s at {sample_rate_hz} Hz is less than one sample of sound")
         self.encoding = encoding
         self.mixes = encoding.modality == "audio" and mixup
         """A second file is wanted."""
@@ -73,6 +74,9 @@ class Augmentation:
         self._recordings = _Recordings(background, sample_rate_hz) if background else None
         self.background = self._recordings.fingerprint if background else None
         """Tells one folder of recordings from another, wherever it lies."""
+        self.least_bytes = self._encoded_bytes(image_size)
+        """Length of a file without content: that of every file, unless the encoding `compresses`."""
+        self.compresses = encoding.text.partition(":")[0] in ("jpeg", "flac")
 
     def __call__(self, data: bytes, rng: np.random.Generator, second: bytes | None = None) -> tuple[bytes, float]:
         """The bytes of the augmented file, and the share (0 … 1) of the second file's class; 0 without a second.
@@ -89,13 +93,23 @@ class Augmentation:
             clip = Clip((1 - share) * clip.wave + share * other.wave, clip.rate_hz)
         return self.encoding.encode(clip), share
 
-    def decodes(self, data: bytes) -> bool:
-        """Whether a file can be decoded."""
+    def _encoded_bytes(self, image_size: int) -> int:
+        """Also shows at the start what the encoder cannot do, which would else be blamed on files."""
         try:
-            MODALITIES[self.encoding.modality].decode(data)
+            if self._transform_picture:
+                return len(self.encoding.encode(np.zeros((image_size, image_size, 3), np.uint8)))
+            silence = np.zeros(round(self._seconds * self._sample_rate_hz), np.float32)
+            return len(self.encoding.encode(Clip(silence, self._sample_rate_hz)))
+        except Exception as error:  # encoders raise anything
+            raise UserError(f"augmentation with encoding {self.encoding.text!r} cannot be made: {error}") from None
+
+    def fails_on(self, data: bytes) -> bool:
+        """Whether a file is to blame if it cannot be augmented."""
+        try:
+            self(data, np.random.default_rng(0))
         except Exception:  # decoders raise anything
-            return False
-        return True
+            return True
+        return False
 
     def _picture(self, data: bytes, rng: np.random.Generator) -> np.ndarray:
         """uint8 [image_size, image_size, 3]."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,17 +36,19 @@ class Sources:
     numbers: tuple[int, ...]
     names: tuple[str, ...]
     label_maps: tuple[np.ndarray, ...]
+    origins: tuple[str, ...]  # names for the quarantine: a dataset of its own for evaluation has one of its own
     transforms: tuple[ByteTransform, ...] = ()
     augmentations: tuple[Augmentation | None, ...] = field(default=())
 
     @property
     def sizes(self) -> dict[tuple[str, str], int]:
         """Samples by (split, source), as `Quarantine.share` wants them."""
-        return {(split.split, name): len(split) for name, split in zip(self.names, self.splits, strict=True)}
+        return {(split.split, origin): len(split) for origin, split in zip(self.origins, self.splits, strict=True)}
 
 
 def make_cache(config: Config) -> Cache:
-    return Cache(Path(config.data.cache_dir), int(config.data.cache_gb * 1e9), attempts=config.data.fetch_tries)
+    folder = config.data.cache_dir or Path(tempfile.gettempdir()) / f"bfsys-cache-{os.getuid()}"
+    return Cache(Path(folder), int(config.data.cache_gb * 1e9), attempts=config.data.fetch_tries)
 
 
 def open_training(config: Config) -> Sources:
@@ -65,6 +69,12 @@ def open_evaluation(config: Config, split: str, classes: Sequence[str]) -> Sourc
 
 def _open_datasets(config: Config, locations: Sequence[str]) -> list[Dataset]:
     cache, datasets, problems = make_cache(config), [], []
+    if any(map(is_remote, locations)) and cache.patience_s >= config.train.collective_timeout_s:
+        problems.append(
+            f"data.fetch_tries: {cache.attempts} tries of a server that fails may take {cache.patience_s:.0f} s, but "
+            f"ranks wait for each other for train.collective_timeout_s {config.train.collective_timeout_s} s; make the "
+            "one smaller or the other larger"
+        )
     for location in locations:
         with collecting(problems):
             datasets.append(open_dataset(location, cache))
@@ -92,18 +102,25 @@ def _open_sources(
                 raise UserError(f"{dataset.location}: the model does not know the classes {', '.join(unknown[:10])}")
             augmentation = make_augmentation(config, number) if training else None
             part = dataset.open(split)
-            if not augmentation:  # the length of what an augmentation makes is not in the index
+            if not augmentation:
                 problems.extend(_unfit_samples(part, config, transforms))
+            elif augmentation.least_bytes > config.model.architecture().max_bytes:
+                problems.append(
+                    f"{dataset.location}: augmented files have {augmentation.least_bytes:,} bytes or more, over the "
+                    f"{config.model.architecture().max_bytes:,} that model.max_tokens covers"
+                )
             opened.append((number, part))
             augmentations.append(augmentation)
     if problems:
         raise UserError(*problems)
     names = source_names(config)
+    separate = [not training and source.eval_path is not None for source in config.data.sources]
     return Sources(
         classes=tuple(classes),
         splits=tuple(part for _, part in opened),
         numbers=tuple(number for number, _ in opened),
         names=tuple(names[n] for n, _ in opened),
+        origins=tuple(f"{names[n]} (eval_path)" if separate[n] else names[n] for n, _ in opened),
         label_maps=tuple(np.array([number_of[name] for name in part.classes]) for _, part in opened),
         transforms=transforms,
         augmentations=tuple(augmentations),
@@ -113,14 +130,15 @@ def _open_sources(
 def source_names(config: Config) -> list[str]:
     """A short name for each source: its folder's, with the source's number where two are alike."""
     names = [_folder_name(source.path) for source in config.data.sources]
-    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+    unique = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+    return unique if len(set(unique)) == len(unique) else [f"{name}_{i}" for i, name in enumerate(names)]
 
 
 def _folder_name(location: str) -> str:
     if location.startswith(PIPE):
         name = re.search(r"([\w.+-]+)/\{file\}", location)  # and not the command around it, which may hold a secret
         return name[1] if name else "pipe"
-    return Path(location.partition("?")[0] if is_remote(location) else location).name
+    return Path(location.partition("?")[0]).name if is_remote(location) else Path(location).resolve().name
 
 
 def make_augmentation(config: Config, source: int) -> Augmentation | None:
@@ -136,6 +154,16 @@ def make_augmentation(config: Config, source: int) -> Augmentation | None:
         mixup=augment.mixup,
         speeds=augment.speeds,
     )
+
+
+def check_transforms(transforms: Sequence[ByteTransform], manifest: dict) -> None:
+    """Raise UserError if a key file is no longer the one that a checkpoint was trained with."""
+    trained = (manifest["plan"] or {}).get("byte_transforms", [])
+    ours = [transform.identity for transform in transforms]
+    if ours != trained:
+        raise UserError(
+            f"data.byte_transforms: the run was trained with {trained}, now they are {ours}; restore the key"
+        )
 
 
 def content_facts(config: Config, sources: Sources) -> dict:
@@ -155,6 +183,11 @@ def make_plan(config: Config, sources: Sources) -> Plan:
     """The data order; raises UserError if its micro-batches would exceed the byte budget."""
     data = config.data
     weights = [data.sources[n].weight for n in sources.numbers]
+    # An augmented file's length is known where the encoding does not compress.
+    means = [
+        augmentation.least_bytes if augmentation and not augmentation.compresses else split.bytes // max(1, len(split))
+        for split, augmentation in zip(sources.splits, sources.augmentations, strict=True)
+    ]
     plan = Plan(
         sources.splits,
         mixture_weights(data.mixture, weights, [max(1, len(split)) for split in sources.splits]),
@@ -162,6 +195,7 @@ def make_plan(config: Config, sources: Sources) -> Plan:
         lanes=data.lanes,
         shuffle_block=data.shuffle_block,
         seed=config.train.seed,
+        mean_bytes=lengths_after(sources.transforms, np.array(means)).tolist(),
     )
     budget, mean = data.micro_batch_bytes, plan.mean_micro_batch_bytes
     if budget and mean > budget:

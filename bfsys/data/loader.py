@@ -56,11 +56,11 @@ def training_batches(
     reader = ShardReader(
         sources.splits,
         sources.label_maps,
-        sources.names,
+        sources.origins,
         seed=config.train.seed,
         augmentations=sources.augmentations,
         transforms=sources.transforms,
-        bad_from=[quarantine.bad_from(s.split, n) for s, n in zip(sources.splits, sources.names, strict=True)],
+        bad_from=[quarantine.bad_from(s.split, n) for s, n in zip(sources.splits, sources.origins, strict=True)],
     )
     lanes = lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size)
     pinned = ranks.device.type == "cuda"
@@ -98,7 +98,7 @@ def evaluation_rounds(
     reader = ShardReader(
         sources.splits,
         sources.label_maps,
-        sources.names,
+        sources.origins,
         seed=config.train.seed,
         transforms=sources.transforms,
         replace_bad=False,

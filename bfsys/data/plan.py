@@ -106,12 +106,15 @@ class Plan:
         lanes: int,
         shuffle_block: int,
         seed: int,
+        mean_bytes: Sequence[float] | None = None,
     ) -> None:
-        empty = [f"{s.path}: split {s.split!r} has no samples" for s in splits if not len(s)]
+        """`mean_bytes`: of each source's files as the model gets them, if that is not as they are stored."""
+        empty = [f"{s.dataset.location}: split {s.split!r} has no samples" for s in splits if not len(s)]
         if empty:
             raise UserError(*empty)
         self.splits, self.lanes, self.batch_samples = tuple(splits), lanes, batch_samples
         self.mixture = Mixture(weights)
+        self._mean_bytes = mean_bytes or [split.bytes / len(split) for split in splits]
         self._slices = [_Slices(s, i, lanes, shuffle_block, seed) for i, s in enumerate(splits)]
         self._blocks: dict[tuple[int, int], tuple[tuple[int, int], np.ndarray]] = {}
         self.facts = {
@@ -166,8 +169,7 @@ class Plan:
     @property
     def mean_micro_batch_bytes(self) -> float:
         """File bytes of the average micro-batch."""
-        means = [split.bytes / len(split) for split in self.splits]
-        return float(self.mixture.shares @ means) * self.batch_samples / self.lanes
+        return float(self.mixture.shares @ self._mean_bytes) * self.batch_samples / self.lanes
 
     def _block_of(self, source: int, lane: int, draw: int) -> tuple[int, int, int, int]:
         """(epoch, the lane's first draw of it, and the block's first and last place + 1 in the lane's slice) of one of

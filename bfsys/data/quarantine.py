@@ -52,7 +52,8 @@ class Quarantine:
     def load(cls, run_dir: Path, ranks: dist.Ranks) -> Quarantine:
         """What earlier starts of the run found; collective."""
         quarantine = cls(run_dir)
-        quarantine._take(dist.from_first_rank(_read(quarantine.path) if ranks.is_first else None))
+        rows = dist.same_errors_on_all(lambda: _read(quarantine.path) if ranks.is_first else None)
+        quarantine._take(dist.from_first_rank(rows))
         return quarantine
 
     def bad_from(self, split: str, source: str) -> dict[int, int]:
@@ -73,27 +74,31 @@ class Quarantine:
         self._found += [row for row in rows if self._is_new(row)]
 
     def share(self, ranks: dist.Ranks, sizes: dict[tuple[str, str], int], max_bad_share: float) -> list[BadSample]:
-        """Tell all ranks and the file; collective. Returns what is new.
-
-        `sizes` are the samples of each (split, source) to be looked at. Raises AgreedError with the list where more
-        than `max_bad_share` of a source is bad.
-        """
+        """Tell all ranks and the file, and `check`; collective. Returns what is new."""
         found = sorted({row for rows in dist.gather_to_all(self._found) for row in rows})
         self._found = []
         new = self._take(found)
         if new and self.path:
             dist.same_errors_on_all(lambda: _append(self.path, new) if ranks.is_first else None)
+        self.check(sizes, max_bad_share)
+        return new
+
+    def check(self, sizes: dict[tuple[str, str], int], max_bad_share: float) -> None:
+        """Raise AgreedError with the list where more than `max_bad_share` of a source is bad.
+
+        `sizes` are the samples of each (split, source) to be looked at.
+        """
         for (split, source), count in Counter(key[:2] for key in self._rows).items():
             size = sizes.get((split, source))
             if size is not None and count > max_bad_share * size:
                 bad = [row for row in self._rows.values() if (row.split, row.source) == (split, source)]
                 raise dist.AgreedError(
                     f"{source}: {count:,} of {size:,} samples of {split} cannot be read whole, more than "
-                    f"data.max_bad_share {max_bad_share:g} allows. All are in {self.path or FILE}. Restore or pack "
-                    "the dataset again, or raise data.max_bad_share; the same command then goes on. The first are",
+                    f"data.max_bad_share {max_bad_share:g} allows. All are in {self.path or FILE}. Repair the "
+                    "dataset and remove that file, or raise data.max_bad_share; the same command then goes on. The "
+                    "first are",
                     *(row.describe() for row in bad[:LISTED]),
                 )
-        return new
 
     def _is_new(self, row: BadSample) -> bool:
         known = self._rows.get((row.split, row.source, row.sample))
@@ -110,11 +115,12 @@ class Quarantine:
 
 def _read(path: Path) -> list[BadSample]:
     rows = []
-    for line in path.read_text(errors="backslashreplace").splitlines()[1:] if path.exists() else ():
-        step, split, source, sample, *rest = line.split("\t")
-        if len(rest) == 3:  # the last line of a killed run may be torn
+    for line in path.read_text(errors="backslashreplace").split("\n") if path.exists() else ():
+        fields = line.split("\t")
+        if len(fields) == len(BadSample._fields) and fields[0].isdecimal() and fields[3].isdecimal():
+            step, split, source, sample, *rest = fields
             rows.append(BadSample(int(step), split, source, int(sample), *rest))
-    return rows
+    return rows  # without the heading, and the last line of a killed run, which may be torn
 
 
 def _append(path: Path, rows: list[BadSample]) -> None:
@@ -133,4 +139,4 @@ def _append(path: Path, rows: list[BadSample]) -> None:
 
 
 def _one_line(field: object) -> str:
-    return str(field).replace("\t", " ").replace("\n", " ")
+    return " ".join(str(field).split())

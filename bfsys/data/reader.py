@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -37,7 +38,7 @@ PARTNERS = 4096
 # A network file system may fail for a moment: seconds before each further try.
 RETRY_AFTER_S = (0.1, 0.5, 2.0)
 # Streams of random numbers, apart from those of the plan (0, 1).
-_AUGMENTATION, _STAND_IN = 2, 3
+_AUGMENTATION, _STAND_IN, _PARTNER = 2, 3, 4
 
 
 @dataclass
@@ -65,6 +66,15 @@ class Fetched:
 
 def new_buffer(size_bytes: int) -> np.ndarray:
     return np.empty(size_bytes, np.uint8)
+
+
+class Made(NamedTuple):
+    """A sample as the model gets it."""
+
+    content: np.ndarray  # uint8 [bytes]
+    label: int
+    second_label: int
+    second_share: float
 
 
 class BadFileError(Exception):
@@ -96,6 +106,7 @@ class ShardReader:
         self._rows = [np.asarray(split.samples) for split in splits]
         self._files: dict[tuple[int, int], int] = {}  # the one opened first is closed first
         # Shards that cannot be had, and why: to find out takes long, and each has thousands of samples.
+        self._failing: set[tuple[int, int]] = set()  # shards that a sample could not be read of in all its tries
         self._lost: dict[tuple[int, int], str] = {}
         self.is_plain = not self.transforms and not any(self.augmentations)
 
@@ -175,12 +186,11 @@ class ShardReader:
             for number in self._candidates(source, sample, epoch):
                 made = self._make(source, number, epoch, wanted.step, bad)
                 if made:
-                    content, label, second, share = made
-                    parts.append(content)
-                    labels.append(label)
+                    parts.append(made.content)
+                    labels.append(made.label)
                     origins.append((source, number))
-                    seconds.append(second)
-                    shares.append(share)
+                    seconds.append(made.second_label)
+                    shares.append(made.second_share)
                     replaced += number != sample
                     break
             else:
@@ -213,56 +223,56 @@ class ShardReader:
         """The sample, then those that may stand in for it, in the order of trying."""
         yield sample
         if self.replace_bad:
-            rng = np.random.default_rng([self.seed, _STAND_IN, source, epoch, sample])
+            rng = self._rng(_STAND_IN, source, epoch, sample)
             yield from (int(rng.integers(len(self.splits[source]))) for _ in range(STAND_INS))
 
-    def _make(
-        self, source: int, sample: int, epoch: int, step: int, bad: list[BadSample]
-    ) -> tuple[np.ndarray, int, int, float] | None:
-        """(bytes, class, second class, its share) of a sample; or None, with the reason in `bad` if it is new."""
+    def _make(self, source: int, sample: int, epoch: int, step: int, bad: list[BadSample]) -> Made | None:
+        """A sample as the model gets it; or None, with the reason in `bad` if it is new."""
         if self._is_bad(source, sample, step):
             return None
         try:
             content, label = self._read_sample(source, sample)
-            second_label, share = label, 0.0
-            rng = np.random.default_rng([self.seed, _AUGMENTATION, source, epoch, sample])
-            augmentation = self.augmentations[source]
-            if augmentation:
-                second = None
-                if augmentation.mixes:
-                    partner, second, second_label = self._partner(source, sample, step, rng, bad)
-                try:
-                    encoded, share = augmentation(content.tobytes(), rng, second)
-                except UserError:
-                    raise
-                except Exception as error:  # decoders raise anything when they meet a damaged file
-                    problem = f"cannot be decoded ({error})"
-                    if second is None or not augmentation.decodes(content.tobytes()):
-                        raise BadFileError(problem) from None
-                    self._set_aside(source, partner, step, problem, bad)
-                    return self._make(source, sample, epoch, step, bad)  # with another partner, as in a replay
-                content = np.frombuffer(encoded, np.uint8)
-            return apply(self.transforms, content, rng), label, second_label, share
+            made, rng = Made(content, label, label, 0.0), self._rng(_AUGMENTATION, source, epoch, sample)
+            if self.augmentations[source]:
+                made, rng = self._augmented(made, source, sample, epoch, step, bad)
+            return made._replace(content=apply(self.transforms, made.content, rng))
         except BadFileError as error:
             self._set_aside(source, sample, step, str(error), bad)
             return None
 
-    def _partner(
-        self, source: int, of: int, step: int, rng: np.random.Generator, bad: list[BadSample]
-    ) -> tuple[int, bytes, int]:
-        """Number, content and class of the sample that is mixed into sample `of`: one of its neighbourhood, which
-        packing has shuffled, so that a node does not fetch every shard of a remote source for it."""
-        first = max(0, min(of - PARTNERS // 2, len(self.splits[source]) - PARTNERS))
-        stop = min(first + PARTNERS, len(self.splits[source]))
-        for _ in range(STAND_INS):
-            sample = int(rng.integers(first, stop))
-            if not self._is_bad(source, sample, step):
-                try:
-                    content, label = self._read_sample(source, sample)
-                    return sample, content.tobytes(), label
-                except BadFileError as error:
-                    self._set_aside(source, sample, step, str(error), bad)
+    def _augmented(
+        self, made: Made, source: int, sample: int, epoch: int, step: int, bad: list[BadSample]
+    ) -> tuple[Made, np.random.Generator]:
+        """With mixup, a partner that cannot be decoded is set aside, and the next one taken, as a replay will do."""
+        augmentation, content = self.augmentations[source], made.content.tobytes()
+        for partner in self._partners(source, sample, epoch) if augmentation.mixes else (None,):
+            second, second_label, rng = None, made.label, self._rng(_AUGMENTATION, source, epoch, sample)
+            try:
+                if partner is not None:
+                    if self._is_bad(source, partner, step):
+                        continue
+                    read, second_label = self._read_sample(source, partner)
+                    second = read.tobytes()
+                encoded, share = augmentation(content, rng, second)
+                return Made(np.frombuffer(encoded, np.uint8), made.label, second_label, share), rng
+            except UserError:
+                raise
+            except Exception as error:  # decoders raise anything when they meet a damaged file
+                problem = str(error) if isinstance(error, BadFileError) else f"cannot be decoded ({error})"
+                if partner is None or augmentation.fails_on(content):
+                    raise BadFileError(problem) from None
+                self._set_aside(source, partner, step, problem, bad)
         raise UserError(f"{self.splits[source].dataset.location}: no sample can be read that could be mixed in")
+
+    def _partners(self, source: int, sample: int, epoch: int) -> Iterator[int]:
+        """Samples to be mixed into one: of its neighbourhood, which packing has shuffled, so that a node does not
+        fetch every shard of a remote source for it."""
+        rng, samples = self._rng(_PARTNER, source, epoch, sample), len(self.splits[source])
+        first = max(0, min(sample - PARTNERS // 2, samples - PARTNERS))
+        return (int(rng.integers(first, min(first + PARTNERS, samples))) for _ in range(STAND_INS))
+
+    def _rng(self, stream: int, source: int, epoch: int, sample: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, stream, source, epoch, sample])
 
     def _is_bad(self, source: int, sample: int, step: int) -> bool:
         return self._bad_from[source].get(sample, step + 1) <= step
@@ -282,7 +292,8 @@ class ShardReader:
             raise BadFileError("is empty")
         content = new_buffer(length)
         problem, may_refetch = "", True
-        for wait_s in (0, *RETRY_AFTER_S):
+        retries = () if (source, shard) in self._failing else RETRY_AFTER_S
+        for wait_s in (0, *retries):
             time.sleep(wait_s)
             try:
                 got = os.preadv(self._open(source, shard), [content], offset)
@@ -292,6 +303,8 @@ class ShardReader:
                 raise BadFileError(f"its shard cannot be had as it was packed: {error}") from None
             except OSError as error:
                 problem = f"cannot be read: {error.strerror}"
+                if wait_s == RETRY_AFTER_S[-1]:
+                    self._failing.add((source, shard))
                 self._refetch(source, shard)
                 continue
             if got == length and xxhash.xxh3_64_intdigest(content) == checksum:
@@ -309,10 +322,13 @@ class ShardReader:
         descriptor = self._files.get((source, shard))
         if descriptor is not None:
             return descriptor
-        if len(self._files) >= OPEN_SHARDS:
-            os.close(self._files.pop(next(iter(self._files))))
         if (source, shard) in self._lost:
             raise WrongContentError(self._lost[source, shard])
+        for one in list(self._files) if self.splits[source].dataset.cache else ():
+            if os.fstat(self._files[one]).st_nlink == 0:  # evicted: open, it would take up the disk all the same
+                self._forget(*one)
+        if len(self._files) >= OPEN_SHARDS:
+            os.close(self._files.pop(next(iter(self._files))))
         try:
             descriptor = self._files[source, shard] = self.splits[source].open_shard(shard)
         except WrongContentError as error:

@@ -83,18 +83,12 @@ class Cache:
     """
 
     def __init__(
-        self, folder: Path, limit_bytes: int, *, attempts: int = 5, stall_s: float = 60.0, back_off_s: float = 1.0
+        self, folder: Path, limit_bytes: int, *, attempts: int = 5, stall_s: float = 30.0, back_off_s: float = 1.0
     ) -> None:
         self.folder, self.limit_bytes = Path(folder), limit_bytes
         self.attempts, self.stall_s, self.back_off_s = attempts, stall_s, back_off_s
         self.bytes_fetched = self.files_fetched = self.hits = self.retries = 0
         self._counting = threading.Lock()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: the cache of remote files cannot be made ({error.strerror}); set data.cache_dir"
-            ) from error
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_counting": None}
@@ -150,6 +144,11 @@ class Cache:
         with suppress(FileNotFoundError):
             if seen is None or os.path.samestat(seen, path.stat()):
                 path.unlink()
+
+    @property
+    def patience_s(self) -> float:
+        """How long a fetch may last whose server fails each time."""
+        return self.attempts * self.stall_s + self.back_off_s * (2 ** (self.attempts - 1) - 1)
 
     def size_bytes(self) -> int:
         """What the cache takes up, with what downloads under way have reserved."""
@@ -333,7 +332,7 @@ class Prefetcher:
         self._threads: list[threading.Thread] = []
 
     def want(self, items: Iterable[tuple[str, str, int | None]]) -> None:
-        """Queue (url, sha256, size_bytes) behind what is queued. What does not fit is left out: want it again later."""
+        """Queue (url, sha256, size_bytes) behind what is queued. What does not fit is fetched when it is needed."""
         with self._changed:
             for item in items:
                 if self._stop.is_set() or len(self._queue) >= self._queue_limit:

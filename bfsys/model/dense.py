@@ -44,14 +44,14 @@ class DenseByteFormer(nn.Module):
         tokens = (n + a.stride - 1) // a.stride if self.masked else (n - a.kernel) // a.stride + 1  # T
         x = self._stem(data, tokens)  # [N, D]
         for layer, block in enumerate(self.blocks):
-            x = self._block(x, tokens, block, a.shifts[layer] % a.window)
+            x = self._block(_blanked(x, tokens), tokens, block, a.shifts[layer] % a.window)
             if str(layer) in self.merges:
                 merge = self.merges[str(layer)]
                 first = 2 * torch.arange((tokens + 1) // 2 + 1, device=x.device)  # [N of the next level]
-                pairs = torch.cat([_rows(x, first, tokens), _rows(x, first + 1, tokens)], dim=1)
+                x = _blanked(x, tokens)
+                pairs = torch.cat([x[first.clamp(max=tokens)], x[(first + 1).clamp(max=tokens)]], dim=1)
                 x, tokens = merge.norm(merge.reduction(pairs)), (tokens + 1) // 2
-        real = torch.arange(tokens + 1, device=x.device)
-        pooled = _rows(self.norm(x), real, tokens).sum(0) / tokens  # [D]
+        pooled = _blanked(self.norm(x), tokens).sum(0) / tokens  # [D]
         return self.head(pooled).softmax(0)
 
     def _stem(self, data: Tensor, tokens: int) -> Tensor:
@@ -60,36 +60,38 @@ class DenseByteFormer(nn.Module):
         token = torch.arange(tokens + 1, device=data.device)
         place = token[:, None] * a.stride + torch.arange(a.kernel, device=data.device)  # [N, K]
         inside = place < data.shape[0]
-        seen = torch.where(inside, data.to(torch.int64)[torch.where(inside, place, 0)], PAD_BYTE)  # [N, K]
+        seen = torch.where(inside, data[torch.where(inside, place, 0)].to(torch.int64), PAD_BYTE)  # [N, K]
         x = self.positions[token.clamp(max=a.max_tokens - 1)]
         for j in range(a.kernel):  # one after the other: [N, K, D] would be the largest tensor by far
             x = x + self.table[j][seen[:, j]]
         return x
 
     def _block(self, x: Tensor, tokens: int, block: nn.Module, shift: int) -> Tensor:
-        """One pre-norm block on the buffer of a level, [N, D] -> [N, D]; `shift` is below the window."""
+        """One pre-norm block on the buffer of a level, whose last row is zero: [N, D] -> [N, D]."""
         width, dim = self.architecture.window, self.architecture.dim
         lead = width - shift if self.masked and shift else 0  # empty slots before the file
-        windows = (tokens + lead + width - 1) // width + 1  # W; the last is empty
+        windows = (tokens + lead + width - 1) // width + 1  # W; the last is not read
         end = (windows - 1) * width
         slot = torch.arange(windows, device=x.device)[:, None] * width + torch.arange(width, device=x.device)
-        token = slot - lead if self.masked else (slot + shift) % end  # as_released: around the end of the sequence
-        slots = _rows(x, token, tokens)  # [W, width, D]
+        token = slot - lead
+        if not self.masked:  # around the end of the sequence
+            token = torch.where(slot + shift < end, slot + shift, slot + shift - end)
+        real = (token >= 0) & (token < tokens)  # [W, width]
+        qkv = block.qkv(block.norm1(x))[torch.where(real, token, tokens)]  # [W, width, 3 D]; a blank slot is a zero row
+        q, k, v = qkv.unflatten(2, (3, block.heads, dim // block.heads)).permute(2, 0, 3, 1, 4).unbind(0)
         mask = None
         if self.masked:
-            real = ((token >= 0) & (token < tokens))[:, None, None]  # [W, 1, 1, width]
-            mask = real | ~real.any(3, keepdim=True)  # what a window of nothing answers is not read
-        qkv = block.qkv(block.norm1(slots)).unflatten(2, (3, block.heads, dim // block.heads))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [W, H, width, D / H]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            mask = (real | ~real.any(1, keepdim=True))[:, None, None]  # [W, 1, 1, width]; of nothing, all: no NaN
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [W, H, width, D / H]
         out = out.transpose(1, 2).flatten(2)  # [W, width, D]
         row = torch.arange(tokens + 1, device=x.device)
-        slot = row + lead if self.masked else (row - shift) % end  # [N]
+        slot = row + lead  # [N]
+        if not self.masked:
+            slot = torch.where(row >= shift, row - shift, row - shift + end)
         x = x + block.proj(out[slot // width, slot % width])
         return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
 
 
-def _rows(x: Tensor, token: Tensor, tokens: int) -> Tensor:
-    """x[token], zero where that is no token: [N, D], int64 […] -> […, D]"""
-    real = (token >= 0) & (token < tokens)
-    return torch.where(real[..., None], x[torch.where(real, token, 0)], 0.0)
+def _blanked(x: Tensor, tokens: int) -> Tensor:
+    """[N, D] with the row after the last token zero."""
+    return torch.where(torch.arange(tokens + 1, device=x.device)[:, None] < tokens, x, 0.0)

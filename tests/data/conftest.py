@@ -114,7 +114,7 @@ def config_of(folder: Path, a: str | Path, b: str | Path | None = None, *overrid
     tree = tiny_config(folder, folder)
     tree["data"]["sources"] = [{"path": str(path)} for path in (a, b) if path]
     tree["data"] |= {"cache_dir": str(folder / "cache"), "batch_samples": 16, "fetch_tries": 3}
-    tree["train"]["steps"] = 8
+    tree["train"] |= {"steps": 8, "collective_timeout_s": 200}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return load_config(path, overrides)

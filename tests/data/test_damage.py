@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 
@@ -22,6 +24,7 @@ from bfsys.data.shards import DESCRIPTION, Split, open_split
 from bfsys.data.verify import verify_split
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import UserError
+from bfsys.evaluate import evaluate
 from bfsys.train import open_data
 from tests.conftest import _run_ranks, tiny_config
 from tests.test_train import assert_success, cut_short, lines, newest, tensors
@@ -343,16 +346,47 @@ def test_too_much_damage_ends_the_run_with_the_list(dataset: Path, datasets: Pat
 
 
 def test_the_file_survives_a_torn_line(tmp_path: Path) -> None:
-    row = BadSample(3, "train", "a", 7, "a.tar", "key", "is\tempty\n")
+    row = BadSample(3, "train", "a", 7, "a.tar", "k\u2028ey\r", "is\tempty\n")
     quarantine = Quarantine(tmp_path)
     quarantine.found([row])
     quarantine.share(ALONE, {("train", "a"): 100}, 1)
     path = tmp_path / FILE
-    path.write_text(path.read_text() + "9\ttrain\ta\t8\ta.t")
+    path.write_text(path.read_text() + "x\n9\ttrain\n9\ttrain\ta\t8\ta.t")
     again = Quarantine.load(tmp_path, ALONE)
     assert again.bad_from("train", "a") == {7: 3}
     again.found([row._replace(step=5), row._replace(sample=8, step=9)])  # the first is known, and earlier
     assert [r.sample for r in again.share(ALONE, {("train", "a"): 100}, 1)] == [8]
     assert Quarantine.load(tmp_path, ALONE).bad_from("train", "a") == {7: 3, 8: 9}
     with pytest.raises(AgreedError, match="2 of 100 samples of train"):
-        again.share(ALONE, {("train", "a"): 100}, 0.01)
+        Quarantine.load(tmp_path, ALONE).check({("train", "a"): 100}, 0.01)
+
+
+def test_an_evaluation_of_nothing_is_an_error_with_the_list(dataset: Path, config: Config) -> None:
+    for tar in dataset.glob("a-val-*.tar"):
+        tar.unlink()
+    sources = open_evaluation(config, "val", ("a0", "a1", "a2", "b0", "b1"))
+    only = replace(sources, splits=sources.splits[:1], origins=("a",), names=("a",), label_maps=sources.label_maps[:1])
+    model = lambda batch: torch.zeros(len(batch), 5)  # noqa: E731
+    with pytest.raises(AgreedError, match=r"21 of 21 samples of val cannot be read(?s:.*)its shard is missing"):
+        evaluate(model, config, only, ALONE, Quarantine(), 0)
+
+
+def test_the_culprit_of_a_mixture_is_found(tmp_path: Path, datasets: Path) -> None:
+    """A sound without samples decodes, and cannot be resampled. Its partners are not to blame."""
+    folder = tmp_path / "sounds"
+    folder.mkdir()
+    members = []
+    for i in range(40):
+        content = BytesIO()
+        wave = np.zeros(0 if i == DAMAGED else 80, np.float32)
+        soundfile.write(content, wave, 8000, format="WAV", subtype="PCM_16")
+        members += [(f"{i:03}.wav", content.getvalue()), (f"{i:03}.cls", b"%d" % (i % 2))]
+    foreign_tar(folder / "sounds-train-000000.tar", members)
+    inspect_shards.main([str(folder), "--rebuild"])
+    augment = "data.sources.0.augment={encoding: 'wav:uint8', sample_rate_hz: 1000, seconds: 0.01}"
+    config = load_config(write_config(tmp_path, datasets, folder), ["train.steps=30", augment])
+    got, bad = drawn(config)
+    assert [(row.sample, row.reason[:17]) for row in bad] == [(DAMAGED, "cannot be decoded")]
+    assert drawn(config, first_step=15)[0] == [row for row in got if row[0] >= 15]
+    with_workers = load_config(tmp_path / "tiny.yaml", ["train.steps=30", augment, "data.workers=2"])
+    assert drawn(with_workers)[0] == got

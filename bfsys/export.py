@@ -1,0 +1,211 @@
+"""A trained model for use elsewhere: plain weights, and programs that need nothing of bfsys.
+
+    python -m bfsys.export RUN OUT [--weights ema|last] [--format safetensors|torch|onnx …]
+
+OUT then holds model.json (what the model is, its classes in order, the sha256 of each file) and, as asked for,
+  model.safetensors  weights by bfsys' names, float32
+  model.pt2          torch.export program:  torch.export.load(path).module()(bytes)
+  model.onnx         the same for ONNX Runtime: input `bytes`, output `probabilities`
+Both programs take the bytes of one file, uint8 [n], of any length that the model takes, and give the probabilities of
+its classes, float32 [classes]. They are held against the model before the command ends well. What the run does to
+bytes (data.byte_transforms) is for the caller to do; model.json says what.
+
+Refused: a program for batches. Ragged batches want index arithmetic that no exported program can hold, and padded
+ones would bring back what bfsys is there to avoid; a server runs files side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bfsys import typed_yaml
+from bfsys.batch import ByteBatch, Sample
+from bfsys.checkpoint import load_model, make_empty_folder
+from bfsys.config import Config
+from bfsys.errors import UserError, run_command
+from bfsys.model.byteformer import ByteFormer
+from bfsys.model.dense import DenseByteFormer
+
+SAFETENSORS, TORCH, ONNX = "safetensors", "torch", "onnx"
+FORMATS = {SAFETENSORS: "model.safetensors", TORCH: "model.pt2", ONNX: "model.onnx"}
+FORMAT = 1  # of model.json
+NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = {TORCH: 1e-5, ONNX: 1e-4}  # largest difference of a probability
+ONNX_LIMIT_BYTES = 1_900_000_000  # of one protocol buffer: 2 GiB; above, weights go into a file beside it
+
+
+def export(model: ByteFormer, config: Config, manifest: dict, out: Path, formats: list[str], weights: str) -> dict:
+    """Write the files of `formats` and model.json into the empty folder `out`; returns what model.json says.
+
+    `model` is in eval mode on the CPU. Raises UserError if a program's answers are not the model's.
+    """
+    facts = describe(model, config, manifest, weights)
+    if SAFETENSORS in formats:
+        tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
+        save_file(tensors, out / FORMATS[SAFETENSORS], metadata={"format": "pt"})
+    if TORCH in formats or ONNX in formats:
+        program = as_program(model, facts["least_bytes"])
+        if TORCH in formats:
+            with _quiet():
+                torch.export.save(program, out / FORMATS[TORCH])
+            check(TORCH, torch_runner(out / FORMATS[TORCH]), model, facts)
+        if ONNX in formats:
+            write_onnx(program, out / FORMATS[ONNX])
+            check(ONNX, onnx_runner(out / FORMATS[ONNX]), model, facts)
+    facts["files"] = {p.name: _describe_file(p) for p in sorted(out.iterdir())}
+    (out / "model.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return facts
+
+
+def describe(model: ByteFormer, config: Config, manifest: dict, weights: str) -> dict:
+    return {
+        "format": FORMAT,
+        "architecture": asdict(model.architecture),
+        "mode": model.mode,
+        "least_bytes": config.model.least_bytes,
+        "max_bytes": model.architecture.max_bytes,
+        "byte_transforms": list(config.data.byte_transforms),
+        "classes": manifest["classes"],
+        "run": config.name,
+        "step": manifest["step"],
+        "weights": weights if config.optim.ema_decay else "last",
+        "config": typed_yaml.to_tree(config),
+        "versions": {name: version(name) for name in ("bfsys", "torch")},
+    }
+
+
+def as_program(model: ByteFormer, least_bytes: int) -> torch.export.ExportedProgram:
+    """The model on one file: uint8 [n] -> float32 [classes], n from least_bytes to max_bytes."""
+    dense = DenseByteFormer(model).eval()
+    # What the example's length is does not matter, but 0 and 1 would be taken for constants.
+    most = model.architecture.max_bytes
+    example = torch.zeros(max(least_bytes, 2, min(most, 1000)), dtype=torch.uint8)
+    length = torch.export.Dim("n", min=least_bytes, max=max(most, len(example)))
+    with torch.no_grad(), _quiet():
+        return torch.export.export(dense, (example,), dynamic_shapes=({0: length},))
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    weights_bytes = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    with _quiet():
+        torch.onnx.export(
+            program,
+            f=str(path),
+            dynamo=True,
+            input_names=["bytes"],
+            output_names=["probabilities"],
+            external_data=weights_bytes > ONNX_LIMIT_BYTES,
+        )
+
+
+def torch_runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """uint8 [n] -> probabilities, by an exported program."""
+    with _quiet():
+        module = torch.export.load(path).module()
+
+    def answer(data: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return module(torch.from_numpy(data)).numpy()
+
+    return answer
+
+
+def onnx_runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """uint8 [n] -> probabilities, by ONNX Runtime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda data: session.run(["probabilities"], {"bytes": data})[0]
+
+
+def check(name: str, answer: Callable[[np.ndarray], np.ndarray], model: ByteFormer, facts: dict) -> float:
+    """The largest difference from the model's probabilities; raises UserError if it is no rounding error."""
+    rng, worst = np.random.default_rng(0), 0.0
+    for length in lengths_to_check(model, facts["least_bytes"]):
+        data = rng.integers(0, 256, length, dtype=np.uint8)
+        difference = np.abs(answer(data) - probabilities(model, data).numpy()).max()
+        worst = max(worst, float(difference) if np.isfinite(difference) else float("inf"))
+    if worst > TOLERANCE[name]:
+        raise UserError(
+            f"{FORMATS[name]}: differs from the model by {worst:.1e} in a probability, more than {TOLERANCE[name]:.0e}; "
+            f"leave out --format {name}, and please report this with the versions of torch and onnxruntime"
+        )
+    return worst
+
+
+def lengths_to_check(model: ByteFormer, least_bytes: int) -> list[int]:
+    """Bytes: shorter than a token, odd, one whole window, and several."""
+    a = model.architecture
+    window = a.window * a.stride
+    wanted = (1, 2, a.kernel - 1, a.kernel, a.kernel + 1, window, window + 1, 3 * window + a.stride + 1)
+    return sorted({min(max(n, least_bytes), a.max_bytes) for n in wanted})
+
+
+@torch.no_grad()
+def probabilities(model: ByteFormer, data: np.ndarray) -> Tensor:
+    return model(ByteBatch.from_samples([Sample("", data)])).float().softmax(1)[0]
+
+
+def _describe_file(path: Path) -> dict:
+    with open(path, "rb") as f:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+
+
+@contextmanager
+def _quiet():
+    """Without the exporters' progress lines and warnings, which are about their own insides."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bfsys.export", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="run directory (runs/NAME), one of its checkpoints, or imported weights")
+    parser.add_argument("out", type=Path, help="folder that is empty or does not exist")
+    parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last")
+    parser.add_argument(
+        "--format", nargs="+", choices=tuple(FORMATS), default=[SAFETENSORS, TORCH], help="default: safetensors torch"
+    )
+    args = parser.parse_args()
+    if ONNX in args.format:
+        missing = [name for name in NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install 'bfsys[export]'")
+    model, config, manifest = load_model(args.run, average=args.weights == "ema")
+    make_empty_folder(args.out)
+    facts = export(model, config, manifest, args.out, args.format, args.weights)
+    for name, entry in facts["files"].items():
+        print(f"{args.out / name}: {entry['bytes']:,} bytes, sha256 {entry['sha256']}")
+    if facts["byte_transforms"]:
+        print(
+            f"the programs take bytes as they are after data.byte_transforms: {', '.join(facts['byte_transforms'])}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

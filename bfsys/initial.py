@@ -1,0 +1,82 @@
+"""Weights of another run, or imported ones, to start from (train.init_from).
+
+What is taken over is decided by names and said on the console. The head is the classes' and is taken over only if
+they are the same, in the same order: a head that fits by its size alone would name things wrongly. Positions are
+rows by place, so a shorter or longer table takes over what both have. Everything else must fit, or nothing starts.
+Refused: stretching positions to another length, since the table's rows mean places, not shares of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from bfsys import checkpoint, dist
+from bfsys.config import Config
+from bfsys.errors import UserError
+
+HEAD = ("head.weight", "head.bias")
+POSITIONS = "stem.positions"
+
+
+def initial_weights(
+    model: nn.Module, config: Config, classes: Sequence[str], ranks: dist.Ranks
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(float32 weights by name, what was taken over and what was not) for a run at step 0; collective.
+
+    Nothing, if train.init_from asks for nothing. Where nothing fits, the weights are `model`'s own. Raises
+    AgreedError if there is no whole checkpoint, or it is of another architecture.
+    """
+    origin = config.train.init_from
+    if origin is None:
+        return {}, []
+    find = dist.same_errors_on_all(lambda: checkpoint.find_whole(Path(origin)) if ranks.is_first else None)
+    path = dist.from_first_rank(find)
+    return dist.same_errors_on_all(lambda: _take_over(model, config, classes, path))
+
+
+def _take_over(
+    model: nn.Module, config: Config, classes: Sequence[str], path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    theirs, their_config, manifest = checkpoint.read_weights(path)
+    _check_architecture(config, their_config, path)
+    kind = "averaged weights" if their_config.optim.ema_decay else "weights"
+    notes = [f"starting from the {kind} of {path}"]
+    weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    if manifest["classes"] == list(classes):
+        notes.append(f"  the head is taken over: the {len(classes)} classes are the same")
+    else:
+        notes.append(
+            f"  the head starts anew: {len(classes)} classes here, {len(manifest['classes'])} there"
+            + (", of other names or in another order" if len(classes) == len(manifest["classes"]) else "")
+        )
+        theirs = {name: value for name, value in theirs.items() if name not in HEAD}
+    ours_rows, their_rows = len(weights[POSITIONS]), len(theirs[POSITIONS])
+    if ours_rows != their_rows:
+        both = min(ours_rows, their_rows)
+        rest = f"the other {ours_rows - both:,} start anew" if ours_rows > both else "the others are left out"
+        notes.append(f"  {both:,} of {their_rows:,} positions are taken over; {rest}")
+        weights[POSITIONS][:both] = theirs.pop(POSITIONS)[:both]
+    if their_config.model.mode != config.model.mode:
+        notes.append(f"  model.mode was {their_config.model.mode} there and is {config.model.mode} here")
+    weights.update(theirs)
+    return weights, notes
+
+
+def _check_architecture(config: Config, other: Config, path: Path) -> None:
+    ours, theirs = config.model.architecture(), other.model.architecture()
+    different = asdict(replace(theirs, max_tokens=ours.max_tokens))
+    problems = [
+        f"train.init_from: {path}: {name} is {_short(different[name])} there and {_short(value)} here"
+        for name, value in asdict(ours).items()
+        if different[name] != value
+    ]
+    if problems:
+        raise UserError(*problems, "train.init_from: the architecture must be the same, but for max_tokens")
+
+
+def _short(value: int | tuple[int, ...]) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
