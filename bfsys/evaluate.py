@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from bfsys import dist
 from bfsys.batch import ByteBatch
 from bfsys.checkpoint import load_model
 from bfsys.config import Config, Source
+from bfsys.data.byte_transforms import lengths_after
 from bfsys.data.datasets import Sources, check_transforms, index_problems, open_evaluation
 from bfsys.data.loader import evaluation_rounds
 from bfsys.data.quarantine import Quarantine
@@ -64,7 +66,11 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="run directory (runs/NAME) or one of its checkpoints")
     parser.add_argument("--split", help="split to evaluate (default: the config's data.eval_split)")
     parser.add_argument(
-        "--data", action="append", default=[], metavar="DATASET", help="packed dataset, instead of the run's; repeatable"
+        "--data",
+        action="append",
+        default=[],
+        metavar="DATASET",
+        help="packed dataset, instead of the run's; repeatable",
     )
     parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
@@ -78,7 +84,7 @@ def main() -> int:
     if not sources.splits:
         raise UserError(f"no source of {args.run} has a split {split!r}; choose another with --split")
     check_transforms(sources.transforms, manifest)
-    problems = index_problems(sources, 0, 1)
+    problems = short_files(config, sources) + index_problems(sources, 0, 1)
     if problems:
         raise UserError(*problems)
     bad_files = Quarantine()
@@ -96,6 +102,21 @@ def main() -> int:
             f"top-1 {100 * s['top1']:6.2f} %   top-5 {100 * s['top5']:6.2f} %"
         )
     return 0
+
+
+def short_files(config: Config, sources: Sources) -> list[str]:
+    """What is wrong with the sources' files that are shorter than the model takes; empty ones are set aside elsewhere."""
+    least, problems = config.model.least_bytes, []
+    for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
+        if least > 1 and not augmentation:
+            lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
+            short = np.count_nonzero((lengths > 0) & (lengths < least))
+            if short:
+                problems.append(
+                    f"{split.dataset.location}: {short} of {len(split)} files in {split.split} are shorter than the "
+                    f"{least} bytes that a model needs with model.mode {config.model.mode} and model.kernel {least}"
+                )
+    return problems
 
 
 def with_datasets(config: Config, datasets: Sequence[str], run: Path) -> Config:

@@ -144,7 +144,7 @@ def check(name: str, answer: Callable[[np.ndarray], np.ndarray], model: ByteForm
         worst = max(worst, float(difference) if np.isfinite(difference) else float("inf"))
     if worst > TOLERANCE[name]:
         raise UserError(
-            f"{FORMATS[name]}: differs from the model by {worst:.1e} in a probability, more than {TOLERANCE[name]:.0e}; "
+            f"{FORMATS[name]}: differs from the model by {worst:.1e} in a probability; {TOLERANCE[name]:.0e} are fine; "
             f"leave out --format {name}, and please report this with the versions of torch and onnxruntime"
         )
     return worst

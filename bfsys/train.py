@@ -30,7 +30,7 @@ from bfsys.data.quarantine import Quarantine
 from bfsys.dryrun import dry_run
 from bfsys.engine import Engine
 from bfsys.errors import EXIT_USER_ERROR, UserError, run_command
-from bfsys.evaluate import evaluate
+from bfsys.evaluate import evaluate, short_files
 from bfsys.faults import StopRequests
 from bfsys.initial import initial_weights
 from bfsys.loss import loss_and_sums
@@ -141,7 +141,8 @@ def open_data(config: Config, ranks: dist.Ranks) -> tuple[Sources, Sources | Non
     training = open_training(config)
     validation = open_evaluation(config, config.data.eval_split, training.classes)
     lanes_of_rank(config.data.lanes, ranks.rank, ranks.world_size)
-    problems = [p for part in (training, validation) for p in index_problems(part, ranks.rank, ranks.world_size)]
+    problems = [p for part in (training, validation) for p in short_files(config, part)]
+    problems += [p for part in (training, validation) for p in index_problems(part, ranks.rank, ranks.world_size)]
     if problems:
         raise UserError(*problems)
     return training, validation if validation.splits else None, make_plan(config, training)

@@ -148,10 +148,10 @@ def read_state_dict(path: Path) -> tuple[dict[str, Tensor], str | None]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
-        unsupported = re.search(r"Unsupported (?:global|class|operand)[^\n]*?:? ?(?:GLOBAL )?([\w.]+)", str(error))
+        unsupported = re.search(r"Unsupported (?:global|class): (?:GLOBAL )?([\w.]+)", str(error))
         if unsupported:
             raise UserError(
-                f"{path}: holds more than tensors ({unsupported[0].strip()}), which could run code when it is loaded; "
+                f"{path}: holds more than tensors ({unsupported[1]}), which could run code when it is loaded; "
                 f"save its state dict alone: torch.save(model.state_dict(), …)"
             ) from None
         raise UserError(f"{path}: not a file that torch.save wrote, or damaged") from None
@@ -326,7 +326,8 @@ def _numbers(named: Mapping[str, Tensor], pattern: str) -> set[int]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 if __name__ == "__main__":
