@@ -105,7 +105,7 @@ def main() -> int:
 
 
 def short_files(config: Config, sources: Sources) -> list[str]:
-    """What is wrong with the sources' files that are shorter than the model takes; empty ones are set aside elsewhere."""
+    """What is wrong with the sources' files that are shorter than the model takes. Empty ones are set aside."""
     least, problems = config.model.least_bytes, []
     for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
         if least > 1 and not augmentation:

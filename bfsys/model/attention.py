@@ -123,6 +123,11 @@ def attend(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor | None =
     """
     if blank_qkv is None and qkv.device.type == "cpu":
         return WindowAttention.apply(qkv, windows, heads)
+    return attend_by_sdpa(qkv, windows, heads, blank_qkv)
+
+
+def attend_by_sdpa(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor | None = None) -> Tensor:
+    """The same with PyTorch's own attention."""
     dim = qkv.shape[1] // 3
     w = windows
     slots = Rearrange.apply(qkv, w.index, w.blank, w.inverse, w.outside)  # [W * width, 3D]

@@ -10,7 +10,7 @@ numbers in float32 too.
 
 import random
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.errors import UserError
+from bfsys.model import attention
 from bfsys.model.byteformer import ByteFormer
+from bfsys.model.layout import make_layout
 from bfsys.model.sizes import Architecture, architecture
 from tests.model import vectors
 from tests.model.reference import PAD, PAD_ROW, ReferenceConfig, pad, random_weights, reference_logits
@@ -385,3 +387,23 @@ def test_the_mean_over_tokens_is_exact_in_bfloat16() -> None:
     mean = segment_mean(rows, torch.tensor([400, 1000]))
     assert mean.dtype == torch.bfloat16
     assert mean.tolist() == [[1.0] * 3] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_attention_in_chunks_is_pytorchs_own(dtype: torch.dtype) -> None:
+    architecture = replace(architecture_of(TINY), max_tokens=200)
+    for shift in (0, architecture.window // 2):
+        shifted = replace(architecture, shifts=(shift,) * len(architecture.shifts))
+        layout = make_layout(torch.tensor([40, 7, 23, 301, 64]), shifted)
+        tokens = len(layout.position)
+        generator = torch.Generator().manual_seed(0)
+        qkv = torch.randn(tokens, 3 * architecture.dim, dtype=dtype, generator=generator).requires_grad_()
+        grad = torch.randn(tokens, architecture.dim, dtype=dtype, generator=generator)
+        results = []
+        for attend in (attention.attend, attention.attend_by_sdpa):
+            qkv.grad = None
+            out = attend(qkv, layout.windows[0], architecture.heads)
+            out.backward(grad)
+            results.append((out.detach(), qkv.grad.clone()))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)

@@ -22,7 +22,7 @@ from tools.import_corenet import main
 
 PUBLISHED_MERGES = (True, True, False, True, False, True, False, True, False, True, False, False)
 SMALL = ReferenceConfig(
-    dim=64, heads=1, kernel=4, window=8, shifts=(0, 4, 0), merge=(True, True, False), max_tokens=40, classes=3
+    dim=64, heads=1, kernel=4, window=8, shifts=(0, 4, 0), merge=(True, True, False), max_tokens=80, classes=3
 )
 SMALL_WINDOWS = ("--window", "8", "--shift", "4")
 
@@ -70,8 +70,9 @@ def test_logits_are_the_published_ones(file: str, tmp_path: Path) -> None:
     assert compared >= 8
 
 
-@pytest.mark.parametrize(("size", "dim", "heads"), [("tiny", 192, 3), ("small", 384, 6)])
-@pytest.mark.parametrize("nest", [None, "model_state_dict"])
+@pytest.mark.parametrize(
+    ("size", "dim", "heads", "nest"), [("tiny", 192, 3, None), ("small", 384, 6, "model_state_dict")]
+)
 def test_whole_sizes_are_recognised_and_equal_the_reference(
     size: str, dim: int, heads: int, nest: str | None, tmp_path: Path, capsys
 ) -> None:
@@ -185,7 +186,7 @@ def test_wrong_tensors_are_named(tmp_path: Path, weights) -> None:
     [
         (("--window", "0"), "--window: got 0"),
         (("--window", "-8"), "--window: got -8"),
-        (("--window", "41"), "--window: got 41, more than the 40 positions"),
+        (("--window", "81"), "--window: got 81, more than the 80 positions"),
         (("--shift", "-1"), "--shift: got -1"),
         (("--shift", "9"), "--shift: got 9; with windows of 8 tokens, 0 to 7 are allowed, or a multiple of 8"),
         (("--byte-transform", "revers"), "revers"),

@@ -1,0 +1,163 @@
+"""Exported programs give the model's answers, for files of any length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from bfsys import export
+from bfsys.checkpoint import load_model
+from bfsys.errors import UserError
+from bfsys.model.byteformer import ByteFormer
+from bfsys.model.dense import DenseByteFormer
+from bfsys.model.sizes import Architecture
+from tests.model.reference import ReferenceConfig, random_weights
+from tests.model.test_byteformer import TINY, architecture_of, build, configs
+
+
+def run_export(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+    export.main()
+
+
+def file_of(length: int) -> np.ndarray:
+    return np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8)
+
+
+def small_model(mode: str) -> ByteFormer:
+    return build(TINY, random_weights(TINY, 0, torch.float32), mode).eval()
+
+
+@settings(max_examples=40)
+@given(
+    config=configs(),
+    mode=st.sampled_from(["masked", "as_released"]),
+    length=st.integers(1, 150),
+    seed=st.integers(0, 9),
+)
+@example(config=TINY, mode="masked", length=1, seed=0)
+@example(config=TINY, mode="as_released", length=150, seed=0)
+def test_the_dense_form_is_the_model(config: ReferenceConfig, mode: str, length: int, seed: int) -> None:
+    model = build(config, random_weights(config, seed, torch.float32), mode).eval()
+    data = file_of(max(length, config.kernel if mode == "as_released" else 1))
+    with torch.no_grad():
+        got = DenseByteFormer(model)(torch.from_numpy(data))
+    torch.testing.assert_close(got, export.probabilities(model, data), rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "model"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_export(monkeypatch, finished_run, out)
+    return out
+
+
+def test_the_program_is_the_model_at_every_length(exported: Path, finished_run: Path) -> None:
+    model, _, _ = load_model(finished_run)
+    answer = export.torch_runner(exported / "model.pt2")
+    a = model.architecture
+    window_bytes = a.window * a.stride
+    for length in (
+        1,
+        2,
+        3,
+        a.kernel - 1,
+        a.kernel,
+        31,
+        window_bytes,
+        window_bytes + 1,
+        97,
+        a.max_bytes - 1,
+        a.max_bytes,
+    ):
+        data = file_of(length)
+        got, want = answer(data), export.probabilities(model, data).numpy()
+        assert got.dtype == np.float32
+        assert np.abs(got - want).max() < 1e-5, length
+        assert got.sum() == pytest.approx(1)
+    answers = [answer(file_of(n))[0] for n in (30, 31, 60, 200)]
+    assert max(answers) - min(answers) > 1e-3, "the answers do not depend on the bytes: the comparison says little"
+    with pytest.raises((RuntimeError, AssertionError)):
+        answer(file_of(a.max_bytes + 1))
+
+
+def test_a_program_as_released_is_the_model(tmp_path: Path) -> None:
+    model = small_model("as_released")
+    torch.export.save(export.as_program(model, model.architecture.kernel), tmp_path / "model.pt2")
+    answer = export.torch_runner(tmp_path / "model.pt2")
+    for length in (4, 5, 6, 17, 18, 19, 33, 34, 63, 64, 65, 66, 301, 600):
+        data = file_of(length)
+        assert np.abs(answer(data) - export.probabilities(model, data).numpy()).max() < 1e-5, length
+
+
+def test_what_is_written_says_what_it_is(exported: Path, finished_run: Path) -> None:
+    facts = json.loads((exported / "model.json").read_text())
+    model, config, _ = load_model(finished_run)
+    assert sorted(p.name for p in exported.iterdir()) == ["model.json", "model.pt2", "model.safetensors"]
+    for name, entry in facts["files"].items():
+        content = (exported / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert facts["classes"] == ["a0", "a1", "a2", "b0", "b1"]
+    assert (facts["mode"], facts["weights"], facts["step"]) == ("masked", "ema", 120)
+    assert (facts["least_bytes"], facts["max_bytes"]) == (1, 256)
+    as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["architecture"].items()}
+    assert Architecture(**as_tuples) == config.model.architecture()
+    again = ByteFormer(Architecture(**as_tuples), len(facts["classes"]), facts["mode"])
+    again.load_state_dict(load_file(exported / "model.safetensors"))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_last_weights_can_be_had(finished_run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    run_export(monkeypatch, finished_run, tmp_path / "last", "--weights", "last", "--format", "safetensors")
+    assert "model.safetensors: " in capsys.readouterr().out
+    assert [p.name for p in sorted((tmp_path / "last").iterdir())] == ["model.json", "model.safetensors"]
+    want = load_model(finished_run, average=False)[0].state_dict()
+    got = load_file(tmp_path / "last" / "model.safetensors")
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+    assert json.loads((tmp_path / "last" / "model.json").read_text())["weights"] == "last"
+
+
+def test_onnx_is_the_model(tmp_path: Path) -> None:
+    for name in export.NEEDED_FOR_ONNX:
+        pytest.importorskip(name)
+    model = small_model("masked")
+    export.write_onnx(export.as_program(model, 1), tmp_path / "model.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    answer = export.onnx_runner(tmp_path / "model.onnx")
+    for length in (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 599, 600):
+        data = file_of(length)
+        assert np.abs(answer(data) - export.probabilities(model, data).numpy()).max() < 1e-4, length
+
+
+def test_a_wrong_program_is_refused() -> None:
+    model = small_model("masked")
+    with pytest.raises(UserError, match=r"model\.pt2: differs from the model by"):
+        export.check("torch", lambda data: np.full(5, 0.2, np.float32), model, {"least_bytes": 1})
+
+
+def test_a_folder_in_use_is_left_alone(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(UserError, match="not empty"):
+        run_export(monkeypatch, finished_run, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_missing_packages_for_onnx_are_named(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(export, "NEEDED_FOR_ONNX", ("onnx_of_nowhere",))
+    with pytest.raises(UserError, match=r"onnx_of_nowhere missing; pip install 'bfsys\[export\]'"):
+        run_export(monkeypatch, finished_run, tmp_path / "out", "--format", "onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_architecture_of_the_reference_is_complete() -> None:
+    assert architecture_of(TINY).max_bytes == 600  # what the lengths above count on
