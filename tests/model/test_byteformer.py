@@ -390,7 +390,8 @@ def test_the_mean_over_tokens_is_exact_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_attention_in_chunks_is_pytorchs_own(dtype: torch.dtype) -> None:
+def test_attention_in_chunks_is_pytorchs_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "CHUNK_SCORES", 1000)  # several chunks
     architecture = replace(architecture_of(TINY), max_tokens=200)
     for shift in (0, architecture.window // 2):
         shifted = replace(architecture, shifts=(shift,) * len(architecture.shifts))
@@ -400,7 +401,7 @@ def test_attention_in_chunks_is_pytorchs_own(dtype: torch.dtype) -> None:
         qkv = torch.randn(tokens, 3 * architecture.dim, dtype=dtype, generator=generator).requires_grad_()
         grad = torch.randn(tokens, architecture.dim, dtype=dtype, generator=generator)
         results = []
-        for attend in (attention.attend, attention.attend_by_sdpa):
+        for attend in (attention.WindowAttention.apply, attention.attend_by_sdpa):
             qkv.grad = None
             out = attend(qkv, layout.windows[0], architecture.heads)
             out.backward(grad)

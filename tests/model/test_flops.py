@@ -9,8 +9,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.model import byteformer
-from bfsys.model.attention import attend_by_sdpa
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.flops import flops_per_step, published_flops
 from bfsys.model.sizes import Architecture, architecture
@@ -50,13 +48,6 @@ def custom(shift: int, kernel: int = 4, max_tokens: int = 4096) -> Architecture:
     )
 
 
-@pytest.fixture
-def plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU the backward computes scores a second time, which is no needed work."""
-    monkeypatch.setattr(byteformer, "attend", attend_by_sdpa)
-
-
-@pytest.mark.usefixtures("plain_attention")
 @pytest.mark.parametrize("backward", [False, True])
 def test_whole_windows_are_counted_as_pytorch_does(backward: bool) -> None:
     """Without shifts, lengths can be whole windows at every level: no slot is blank, and the counts are equal."""
@@ -65,7 +56,6 @@ def test_whole_windows_are_counted_as_pytorch_does(backward: bool) -> None:
     assert flops_per_step(np.array(lengths), a, CLASSES, backward).matrix == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.usefixtures("plain_attention")
 def test_shifted_windows_are_counted_as_pytorch_does() -> None:
     """A shift cuts a window into two halves per file; computed whole, these are 1 % here."""
     a, lengths = custom(shift=64), [2 * 2048]
