@@ -260,14 +260,14 @@ def expected_shapes(model: Model, classes: int) -> dict[str, tuple[int, ...]]:
 
 
 def to_bfsys(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under CoreNet's names and in its layout -> bfsys', float32."""
+    """Weights, or gradients, under CoreNet's names and in its layout -> bfsys'."""
     converted = {}
     for name, tensor in named.items():
         if name == POSITIONS:
             tensor = tensor[0, 0]
         elif name.endswith(".reduction.weight"):  # column 2 c + t -> column t * dim + c
             tensor = torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)
-        converted[bfsys_name(name)] = tensor.float()
+        converted[bfsys_name(name)] = tensor
     return converted
 
 

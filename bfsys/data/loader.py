@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,15 +54,8 @@ def training_batches(
     `quarantine` is told of samples that could not be read.
     """
     quarantine = quarantine if quarantine is not None else Quarantine()
-    reader = ShardReader(
-        sources.splits,
-        sources.label_maps,
-        sources.origins,
-        seed=config.train.seed,
-        augmentations=sources.augmentations,
-        transforms=sources.transforms,
-        bad_from=[quarantine.bad_from(s.split, n) for s, n in zip(sources.splits, sources.origins, strict=True)],
-    )
+    bad_from = [quarantine.bad_from(s.split, name) for s, name in zip(sources.splits, sources.origins, strict=True)]
+    reader = _reader(config, sources, augmentations=sources.augmentations, bad_from=bad_from)
     lanes = lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size)
     pinned = ranks.device.type == "cuda"
     prefetcher = Prefetcher(make_cache(config)) if any_remote(sources) else None
@@ -95,14 +89,7 @@ def evaluation_rounds(
     False, since the forward passes of ZeRO-3 are collective.
     """
     batches = evaluation_batches(sources.splits, config.data.eval_batch_bytes)
-    reader = ShardReader(
-        sources.splits,
-        sources.label_maps,
-        sources.origins,
-        seed=config.train.seed,
-        transforms=sources.transforms,
-        replace_bad=False,
-    )
+    reader = _reader(config, sources, replace_bad=False)
     nothing = ByteBatch.of_zeros(config.model.kernel)
     try:
         for first in range(0, len(batches), ranks.world_size):
@@ -116,6 +103,17 @@ def evaluation_rounds(
             yield (_byte_batch(fetched), True) if len(fetched.labels) else (nothing, False)
     finally:
         reader.close()
+
+
+def _reader(config: Config, sources: Sources, **options: Any) -> ShardReader:
+    return ShardReader(
+        sources.splits,
+        sources.label_maps,
+        sources.origins,
+        seed=config.train.seed,
+        transforms=sources.transforms,
+        **options,
+    )
 
 
 class _Requests:
@@ -263,14 +261,14 @@ def _pinned_buffer(size_bytes: int) -> np.ndarray:
 
 
 def _byte_batch(fetched: Fetched) -> ByteBatch:
-    mixed = fetched.second is not None
+    mixed = fetched.second_labels is not None
     return ByteBatch(
         data=torch.from_numpy(fetched.data),
         offsets=torch.from_numpy(fetched.offsets),
         labels=torch.from_numpy(fetched.labels),
         sources=torch.from_numpy(fetched.sources),
         samples=torch.from_numpy(fetched.samples),
-        second_labels=torch.from_numpy(fetched.second) if mixed else None,
-        second_share=torch.from_numpy(fetched.share) if mixed else None,
+        second_labels=torch.from_numpy(fetched.second_labels) if mixed else None,
+        second_share=torch.from_numpy(fetched.second_share) if mixed else None,
         replaced=fetched.replaced,
     )

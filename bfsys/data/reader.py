@@ -45,10 +45,9 @@ _AUGMENTATION, _STAND_IN, _PARTNER = 2, 3, 4
 class Fetched:
     """A micro-batch as it was read; what `ByteBatch` holds, in NumPy.
 
-    second, share  with mixup, the class of each sample's other half and its weight
-    bad, replaced  what could not be read, and how many samples stand in for such
-    slow           reading took longer than from memory
-    slot_start     where the data lie in a loader worker's slot, or None if they do not
+    bad         what could not be read
+    slow        reading took longer than from memory
+    slot_start  where the data lie in a loader worker's slot, or None if they do not
     """
 
     data: np.ndarray | None  # uint8 [bytes]; None while they lie in a slot
@@ -56,8 +55,8 @@ class Fetched:
     labels: np.ndarray  # int64 [samples]
     sources: np.ndarray  # int64 [samples]
     samples: np.ndarray  # int64 [samples]
-    second: np.ndarray | None = None  # int64 [samples]
-    share: np.ndarray | None = None  # float32 [samples]
+    second_labels: np.ndarray | None = None  # int64 [samples]
+    second_share: np.ndarray | None = None  # float32 [samples]
     bad: tuple[BadSample, ...] = ()
     replaced: int = 0
     slow: bool = False
@@ -105,9 +104,10 @@ class ShardReader:
         self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in splits]
         self._rows = [np.asarray(split.samples) for split in splits]
         self._files: dict[tuple[int, int], int] = {}  # the one opened first is closed first
-        # Shards that cannot be had, and why: to find out takes long, and each has thousands of samples.
-        self._failing: set[tuple[int, int]] = set()  # shards that a sample could not be read of in all its tries
+        # Shards that cannot be had, and why, and those of which a sample could not be read in all its tries: to find
+        # out takes long, and each has thousands of samples.
         self._lost: dict[tuple[int, int], str] = {}
+        self._failing: set[tuple[int, int]] = set()
         self.is_plain = not self.transforms and not any(self.augmentations)
 
     def read(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray] = new_buffer) -> Fetched:

@@ -28,7 +28,8 @@ from bfsys.model.layout import make_layout
 from bfsys.model.sizes import Architecture, architecture
 from tests.model import vectors
 from tests.model.reference import PAD, PAD_ROW, ReferenceConfig, pad, random_weights, reference_logits
-from tests.model.vectors import CASES, FILES, load_corenet, needs_vectors, to_bfsys
+from tests.model.vectors import CASES, FILES, load_corenet, needs_vectors
+from tools.import_corenet import to_bfsys
 
 # What the two modes are called here and in the published numbers.
 PUBLISHED_MODE = {"masked": "intended", "as_released": "released"}

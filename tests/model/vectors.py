@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.model.reference import PAD, ReferenceConfig
+from tools.import_corenet import to_bfsys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("BFSYS_CORENET_VECTORS") or REPOSITORY.parent / "shared" / "corenet_vectors")
@@ -83,51 +84,6 @@ def load(name: str) -> Vectors:
     )
     with np.load(FOLDER / f"{name}.npz") as file:
         return Vectors(config, {key: torch.from_numpy(file[key]) for key in file.files})
-
-
-# -------------------------------------------------------------------------------- CoreNet's names and bfsys's
-
-WHOLE_NAMES = {
-    "embeddings.weight": "stem.embedding",
-    "token_reduction_net.weight": "stem.kernel",
-    "pos_embed.pos_embed.pos_embed": "stem.positions",
-}
-MODULES = {
-    "pre_norm_mha.0": "norm1",
-    "pre_norm_mha.1.qkv_proj": "qkv",
-    "pre_norm_mha.1.out_proj": "proj",
-    "pre_norm_ffn.0": "norm2",
-    "pre_norm_ffn.1": "fc1",
-    "pre_norm_ffn.4": "fc2",
-    "post_transformer_norm": "norm",
-    "classifier": "head",
-}
-
-
-def bfsys_name(name: str) -> str:
-    """`transformer.3.pre_norm_mha.1.qkv_proj.bias` -> `blocks.3.qkv.bias`"""
-    if name in WHOLE_NAMES:
-        return WHOLE_NAMES[name]
-    module, _, kind = name.rpartition(".")
-    if module.startswith("transformer."):
-        _, layer, module = module.split(".", 2)
-        return f"blocks.{layer}.{MODULES[module]}.{kind}"
-    if module.startswith("downsamplers."):
-        _, which, part = module.split(".")
-        return f"merges.{which.removeprefix('downsample_')}.{part}.{kind}"
-    return f"{MODULES[module]}.{kind}"
-
-
-def to_bfsys(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights, or gradients, under CoreNet's names and in its layout -> bfsys's."""
-    converted = {}
-    for name, tensor in named.items():
-        if name == "pos_embed.pos_embed.pos_embed":
-            tensor = tensor[0, 0]
-        elif name.endswith(".reduction.weight"):  # column 2 c + t -> column t * dim + c
-            tensor = torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)
-        converted[bfsys_name(name)] = tensor
-    return converted
 
 
 def load_corenet(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
