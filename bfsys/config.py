@@ -126,7 +126,8 @@ class Model:
     shift: Whole = sizes.PUBLISHED_SHIFT
     """Tokens by which the windows of every second layer are shifted."""
     max_tokens: Count = 50_000
-    """Rows of the learned position table; the longest file has max_tokens * kernel / 2 bytes."""
+    """Rows of the learned position table. For a file of more than max_tokens * kernel / 2 bytes its
+    second half is repeated, see model/stem.py."""
     dim: Count | None = None
     """With size: custom. Likewise layers, heads (default: dim / 64) and merge_after."""
     layers: Count | None = None

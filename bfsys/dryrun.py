@@ -7,7 +7,7 @@ import torch
 
 from bfsys import typed_yaml
 from bfsys.config import Config
-from bfsys.data.datasets import Sources, make_plan, open_evaluation, open_training
+from bfsys.data.datasets import Sources, long_files, make_plan, open_evaluation, open_training
 from bfsys.data.plan import Plan, fitting_world_sizes, lanes_of_rank
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, collecting
@@ -25,7 +25,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
     data, architecture = config.data, config.model.architecture()
     fitting = fitting_world_sizes(data.lanes)
     print(f"batch       {data.batch_samples} samples a step in {data.lanes} lanes; world sizes that fit: {fitting}")
-    print(f"model       {config.model.size}: up to {architecture.max_bytes:,} bytes a file, "
+    print(f"model       {config.model.size}: positions for files of {architecture.max_bytes:,} bytes, "
           f"{architecture.alignment} tokens become one")  # fmt: skip
     if not with_data:
         print(f"parameters  {parameter_count(architecture, 1) - architecture.dim - 1:,} and {architecture.dim + 1} "
@@ -44,7 +44,10 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
             with torch.device("meta"):
                 model = ByteFormer(architecture, len(sources.classes))
             print("\n".join(initial_weights(model, config, sources.classes, Ranks())[1]))
-        _show_sources(data.eval_split, open_evaluation(config, data.eval_split, sources.classes))
+        validation = open_evaluation(config, data.eval_split, sources.classes)
+        _show_sources(data.eval_split, validation)
+        for note in long_files(config, sources) + long_files(config, validation):
+            print(f"note        {note}")
     with collecting(problems):
         lanes = lanes_of_rank(data.lanes, 0, world_size)
         print(f"ranks       {world_size}, each {len(lanes)} micro-batches a step")

@@ -46,6 +46,8 @@ from bfsys.model.dense import DenseByteFormer
 SAFETENSORS, TORCH, ONNX = "safetensors", "torch", "onnx"
 FORMATS = {SAFETENSORS: "model.safetensors", TORCH: "model.pt2", ONNX: "model.onnx"}
 FORMAT = 1  # of model.json
+MOST_BYTES = 2**31 - 1  # of a file that a program takes
+MOST_BYTES_CHECKED = 100_000
 NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = {TORCH: 1e-5, ONNX: 1e-4}  # largest difference of a probability
 ONNX_LIMIT_BYTES = 1_900_000_000  # of one protocol buffer: 2 GiB; above, weights go into a file beside it
@@ -80,7 +82,6 @@ def describe(model: ByteFormer, config: Config, manifest: dict, weights: str) ->
         "architecture": asdict(model.architecture),
         "mode": model.mode,
         "least_bytes": config.model.least_bytes,
-        "max_bytes": model.architecture.max_bytes,
         "byte_transforms": list(config.data.byte_transforms),
         "classes": manifest["classes"],
         "run": config.name,
@@ -92,12 +93,11 @@ def describe(model: ByteFormer, config: Config, manifest: dict, weights: str) ->
 
 
 def as_program(model: ByteFormer, least_bytes: int) -> torch.export.ExportedProgram:
-    """The model on one file: uint8 [n] -> float32 [classes], n from least_bytes to max_bytes."""
+    """The model on one file: uint8 [n] -> float32 [classes], n least_bytes or more."""
     dense = DenseByteFormer(model).eval()
     # What the example's length is does not matter, but 0 and 1 would be taken for constants.
-    most = model.architecture.max_bytes
-    example = torch.zeros(max(least_bytes, 2, min(most, 1000)), dtype=torch.uint8)
-    length = torch.export.Dim("n", min=least_bytes, max=max(most, len(example)))
+    example = torch.zeros(max(least_bytes, 1000), dtype=torch.uint8)
+    length = torch.export.Dim("n", min=least_bytes, max=MOST_BYTES)
     with torch.no_grad(), _quiet():
         return torch.export.export(dense, (example,), dynamic_shapes=({0: length},))
 
@@ -151,11 +151,12 @@ def check(name: str, answer: Callable[[np.ndarray], np.ndarray], model: ByteForm
 
 
 def lengths_to_check(model: ByteFormer, least_bytes: int) -> list[int]:
-    """Bytes: shorter than a token, odd, one whole window, and several."""
+    """Bytes: shorter than a token, odd, one whole window, several, and more than there are positions for."""
     a = model.architecture
     window = a.window * a.stride
     wanted = (1, 2, a.kernel - 1, a.kernel, a.kernel + 1, window, window + 1, 3 * window + a.stride + 1)
-    return sorted({min(max(n, least_bytes), a.max_bytes) for n in wanted})
+    longer = [a.max_bytes + a.max_bytes // 2] if a.max_bytes < MOST_BYTES_CHECKED else []
+    return sorted({max(n, least_bytes) for n in (*wanted, *longer)})
 
 
 @torch.no_grad()

@@ -39,7 +39,6 @@ def predict(model: ByteFormer, samples: list[Sample]) -> torch.Tensor:
 
 def read_files(
     paths: list[str],
-    max_bytes: int,
     problems: list[str],
     transforms: Sequence[ByteTransform] = (),
     least_bytes: int = 1,
@@ -62,8 +61,6 @@ def read_files(
                 problems.append(f"{name}: empty; there is nothing to classify")
             elif len(data) < least_bytes:
                 problems.append(f"{name}: {len(data)} bytes; this model needs at least {least_bytes} (model.mode)")
-            elif len(data) > max_bytes:
-                problems.append(f"{name}: {len(data):,} bytes; this model takes up to {max_bytes:,} (model.max_tokens)")
             else:
                 yield Sample(name, data)
 
@@ -99,7 +96,7 @@ def main() -> int:
     answers = []
     transforms = parse_transforms(config.data.byte_transforms)
     check_transforms(transforms, manifest)
-    samples = read_files(args.files, model.architecture.max_bytes, problems, transforms, config.model.least_bytes)
+    samples = read_files(args.files, problems, transforms, config.model.least_bytes)
     for batch in batches_of(samples, config.data.eval_batch_bytes):
         top = predict(model, batch).topk(min(args.top, len(classes)))
         for sample, values, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):

@@ -23,7 +23,15 @@ import torch
 
 from bfsys import checkpoint, dist, typed_yaml
 from bfsys.config import Config, load_config
-from bfsys.data.datasets import Sources, content_facts, index_problems, make_plan, open_evaluation, open_training
+from bfsys.data.datasets import (
+    Sources,
+    content_facts,
+    index_problems,
+    long_files,
+    make_plan,
+    open_evaluation,
+    open_training,
+)
 from bfsys.data.loader import training_batches
 from bfsys.data.plan import Plan, lanes_of_rank
 from bfsys.data.quarantine import Quarantine
@@ -60,7 +68,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     metrics = Metrics(config, ranks, training.names, first_step=first_step, carried=manifest["metrics"])
     if start:
         metrics.say(f"continuing {config.run_dir} after step {first_step}")
-    for note in notes:
+    for note in notes + long_files(config, training):
         metrics.say(note)
     batches = training_batches(config, training, plan, ranks, first_step=first_step, quarantine=quarantine)
     exit_code = 0

@@ -79,6 +79,8 @@ def test_the_program_is_the_model_at_every_length(exported: Path, finished_run: 
         97,
         a.max_bytes - 1,
         a.max_bytes,
+        a.max_bytes + 1,  # positions repeat
+        3 * a.max_bytes,
     ):
         data = file_of(length)
         got, want = answer(data), export.probabilities(model, data).numpy()
@@ -87,8 +89,6 @@ def test_the_program_is_the_model_at_every_length(exported: Path, finished_run: 
         assert got.sum() == pytest.approx(1)
     answers = [answer(file_of(n))[0] for n in (30, 31, 60, 200)]
     assert max(answers) - min(answers) > 1e-3, "the answers do not depend on the bytes: the comparison says little"
-    with pytest.raises((RuntimeError, AssertionError)):
-        answer(file_of(a.max_bytes + 1))
 
 
 def test_a_program_as_released_is_the_model(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_what_is_written_says_what_it_is(exported: Path, finished_run: Path) -> 
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert facts["classes"] == ["a0", "a1", "a2", "b0", "b1"]
     assert (facts["mode"], facts["weights"], facts["step"]) == ("masked", "ema", 120)
-    assert (facts["least_bytes"], facts["max_bytes"]) == (1, 256)
+    assert facts["least_bytes"] == 1
     as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["architecture"].items()}
     assert Architecture(**as_tuples) == config.model.architecture()
     again = ByteFormer(Architecture(**as_tuples), len(facts["classes"]), facts["mode"])

@@ -102,13 +102,6 @@ def _open_sources(
                 raise UserError(f"{dataset.location}: the model does not know the classes {', '.join(unknown[:10])}")
             augmentation = make_augmentation(config, number) if training else None
             part = dataset.open(split)
-            if not augmentation:
-                problems.extend(_unfit_samples(part, config, transforms))
-            elif augmentation.least_bytes > config.model.architecture().max_bytes:
-                problems.append(
-                    f"{dataset.location}: augmented files have {augmentation.least_bytes:,} bytes or more, over the "
-                    f"{config.model.architecture().max_bytes:,} that model.max_tokens covers"
-                )
             opened.append((number, part))
             augmentations.append(augmentation)
     if problems:
@@ -216,19 +209,18 @@ def any_remote(sources: Sources) -> bool:
     return any(is_remote(split.dataset.location) for split in sources.splits)
 
 
-def _unfit_samples(split: Split, config: Config, transforms: tuple[ByteTransform, ...]) -> list[str]:
-    """Files that are longer than the model's position table. (Empty ones are set aside when they are drawn.)"""
-    architecture = config.model.architecture()
-    longest = int(lengths_after(transforms, np.array([split.length_quantiles["max"]]))[0])
-    if longest <= architecture.max_bytes:
-        return []
-    long = np.count_nonzero(
-        lengths_after(transforms, split.samples["length"].astype(np.int64)) > architecture.max_bytes
-    )
-    return [
-        f"{split.dataset.location}: {long} of {len(split)} files are longer than the {architecture.max_bytes:,} bytes "
-        f"that model.max_tokens {architecture.max_tokens:,} covers at model.kernel {architecture.kernel}, the "
-        f"longest ({split.key(int(np.argmax(split.samples['length'])))!r}) has {longest:,}; set model.max_tokens to "
-        f"{-(-longest // architecture.stride)} or more, or pack without them (tools/pack.py --max-file-bytes "
-        f"{architecture.max_bytes} --skip-bad)"
-    ]
+def long_files(config: Config, sources: Sources) -> list[str]:
+    """A note for each source with files of more tokens than the model has positions; see model/stem.py."""
+    architecture, notes = config.model.architecture(), []
+    for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
+        longest = int(lengths_after(sources.transforms, np.array([split.length_quantiles["max"]]))[0])
+        if augmentation or longest <= architecture.max_bytes:
+            continue
+        lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
+        notes.append(
+            f"{split.dataset.location}: {np.count_nonzero(lengths > architecture.max_bytes)} of {len(split)} files in "
+            f"{split.split} are longer than the {architecture.max_bytes:,} bytes that model.max_tokens "
+            f"{architecture.max_tokens:,} covers, up to {longest:,}: positions repeat there; "
+            f"model.max_tokens={-(-longest // architecture.stride)} would give each token its own"
+        )
+    return notes

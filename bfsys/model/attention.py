@@ -1,25 +1,26 @@
-"""Attention inside windows of a ragged batch.
+"""Attention inside segments of a ragged batch.
 
-`attend` is the one place that knows how windows are computed: rows are gathered into windows, attended and
-gathered back. A token sits in exactly one window, so each gather's backward is a gather as well: no scatter,
-no atomics, the same bits every time.
+`attend` is the one place that chooses how, for everything that autograd sees: a kernel of ours on a GPU
+(kernels.py), or PyTorch's attention on windows, into which rows are gathered, and back. A token sits in exactly one
+window, so each gather's backward is a gather as well: no scatter, no atomics, the same bits every time.
 
-Shapes: N tokens, W windows of `width` slots, H heads, D dim.
+`attention` and `attention_backward` are the same without autograd, for a few windows at a time: what chunks.py computes
+on a CPU.
+
+Shapes: N tokens, W windows of `width` slots, H heads, D dim, E = D / H.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bfsys.model.layout import Windows
-
-# Scores at a time on a CPU: 4 windows of 128 tokens and 3 heads, 0.8 MB in float32. 2 to 16 windows are as fast.
-CHUNK_SCORES = 4 * 3 * 128**2
+from bfsys.model.layout import Segments, Windows
 
 
 class Rearrange(torch.autograd.Function):
@@ -36,95 +37,43 @@ class Rearrange(torch.autograd.Function):
         return grad.index_select(0, inverse).index_fill_(0, outside, 0), None, None, None, None
 
 
-class WindowAttention(torch.autograd.Function):
-    """Attention in windows on a CPU in bfloat16, a few windows at a time, so that scores stay in the cache; the
-    backward computes them again, and nothing but qkv is kept.
-
-    Scores and their products are matrix products in the precision of qkv, the softmax is float32, as published.
-    A whole training step (tiny, one core, 2026-11-21) takes 0.80 of the time that it takes with
-    `scaled_dot_product_attention`, whose backward is slow in bfloat16. In float32 it is about as fast, and faster for
-    short windows.
-    """
+class SegmentAttention(torch.autograd.Function):
+    """Attention of a GPU: one kernel forward, one backward, and nothing but qkv is kept."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, windows: Windows, heads: int) -> Tensor:  # [N, 3D] -> [N, D]
-        ctx.windows, ctx.heads = windows, heads
+    def forward(ctx, qkv: Tensor, segments: Segments, heads: int) -> Tensor:
+        ctx.segments, ctx.heads = segments, heads
         ctx.save_for_backward(qkv)
-        out = qkv.new_zeros(len(qkv), qkv.shape[1] // 3)
-        for rows, mask in _chunks(windows, heads):
-            q, k, v = _to_heads(qkv.index_select(0, rows), windows.width, heads, 3)
-            p = _probabilities(q, k, mask, heads).to(v.dtype)
-            _put(out, rows, mask, _from_heads([torch.bmm(p, v)], heads))
-        return out
+        s = segments
+        return load_kernels().attention_forward(qkv, s.start, s.length, s.width, heads, s.outside)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # [N, D] -> [N, 3D]
-        (qkv,) = ctx.saved_tensors
-        windows, heads = ctx.windows, ctx.heads
-        qkv_grad = torch.zeros_like(qkv)
-        for rows, mask in _chunks(windows, heads):
-            q, k, v = _to_heads(qkv.index_select(0, rows), windows.width, heads, 3)
-            out_grad = grad.index_select(0, rows)
-            if mask is not None:
-                out_grad.masked_fill_(~mask.view(-1, 1), 0)
-            (out_grad,) = _to_heads(out_grad, windows.width, heads, 1)
-            p = _probabilities(q, k, mask, heads)
-            v_grad = torch.bmm(p.to(v.dtype).transpose(1, 2), out_grad)
-            p_grad = torch.bmm(out_grad, v.transpose(1, 2)).to(p.dtype)
-            s_grad = torch._softmax_backward_data(p_grad, p, -1, p.dtype).mul_(q.shape[2] ** -0.5).to(q.dtype)
-            q_grad, k_grad = torch.bmm(s_grad, k), torch.bmm(s_grad.transpose(1, 2), q)
-            _put(qkv_grad, rows, mask, _from_heads([q_grad, k_grad, v_grad], heads))
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (qkv,), s = ctx.saved_tensors, ctx.segments
+        qkv_grad = load_kernels().attention_backward(qkv, grad, s.start, s.length, s.width, ctx.heads, s.outside)
         return qkv_grad, None, None
 
 
-def _chunks(windows: Windows, heads: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Rows [C * width] of the tokens of some windows at a time, and which slots [C, width] hold one; None: all do."""
-    step = max(1, CHUNK_SCORES // (heads * windows.width**2)) * windows.width
-    for start in range(0, len(windows.index), step):
-        rows = windows.index[start : start + step]
-        mask = None if windows.mask is None else windows.mask.view(-1)[start : start + step].view(-1, windows.width)
-        yield rows, None if mask is None or mask.all() else mask
+@cache
+def load_kernels() -> ModuleType | None:
+    """The kernels for GPUs, or None where PyTorch comes without Triton."""
+    try:
+        from bfsys.model import kernels
+    except ImportError:
+        return None
+    return kernels
 
 
-def _to_heads(rows: Tensor, width: int, heads: int, parts: int) -> Tensor:
-    """[C * width, parts * D] -> [parts, C * H, width, D / H], contiguous."""
-    split = rows.view(-1, width, parts, heads, rows.shape[1] // (parts * heads)).permute(2, 0, 3, 1, 4)
-    return split.reshape(parts, -1, width, split.shape[-1])
+def attend(qkv: Tensor, where: Segments | Windows, heads: int, blank_qkv: Tensor | None = None) -> Tensor:
+    """Attention of every token to the tokens of its segment, or window: [N, 3D] -> [N, D].
 
-
-def _from_heads(parts: list[Tensor], heads: int) -> Tensor:
-    """Tensors [C * H, width, D / H] -> [C * width, parts * D]"""
-    _, width, head_dim = parts[0].shape
-    out = parts[0].new_empty(len(parts[0]) // heads, width, len(parts), heads, head_dim)
-    for i, part in enumerate(parts):
-        out[:, :, i] = part.view(-1, heads, width, head_dim).transpose(1, 2)
-    return out.view(-1, len(parts) * heads * head_dim)
-
-
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, heads: int) -> Tensor:
-    """[C * H, width, D / H] twice -> [C * H, width, width] in float32 at least"""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(q.shape[2] ** -0.5)
-    if mask is not None:
-        scores.masked_fill_(~mask.repeat_interleave(heads, 0)[:, None], -math.inf)
-    return torch.softmax(scores, -1)
-
-
-def _put(out: Tensor, rows: Tensor, mask: Tensor | None, values: Tensor) -> None:
-    if mask is not None:  # a blank slot names some token, which is not its own
-        rows, values = rows[mask.view(-1)], values[mask.view(-1)]
-    out.index_copy_(0, rows, values)
-
-
-def attend(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor | None = None) -> Tensor:
-    """Attention of every token to the tokens of its window: [N, 3D] -> [N, D].
-
-    `blank_qkv` [3D] stands in the slots that hold no token, where these take part (as_released); otherwise
-    `windows.mask` keeps them out.
+    `blank_qkv` [3D] stands in the slots of windows that hold no token, where these take part (as_released).
     """
-    if blank_qkv is None and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
-        return WindowAttention.apply(qkv, windows, heads)
-    return attend_by_sdpa(qkv, windows, heads, blank_qkv)
+    if isinstance(where, Segments):
+        if _has_kernel(qkv, where, heads):
+            return SegmentAttention.apply(qkv, where, heads)
+        where = where.windows
+    return attend_by_sdpa(qkv, where, heads, blank_qkv)
 
 
 def attend_by_sdpa(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor | None = None) -> Tensor:
@@ -134,10 +83,67 @@ def attend_by_sdpa(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor 
     slots = Rearrange.apply(qkv, w.index, w.blank, w.inverse, w.outside)  # [W * width, 3D]
     if blank_qkv is not None and len(w.blank):
         slots = slots.index_add(0, w.blank, blank_qkv.expand(len(w.blank), -1))
-    q, k, v = slots.view(-1, w.width, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)  # [W, H, width, D / H]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=w.mask)
+    q, k, v = slots.view(-1, w.width, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)  # [W, H, width, E]
+    mask = None if w.mask is None else w.mask[:, None, None]  # [W, 1, 1, width]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out = out.transpose(1, 2).reshape(-1, dim)  # [W * width, D]
     return Rearrange.apply(out, w.inverse, w.outside, w.index, w.blank)
+
+
+def _has_kernel(qkv: Tensor, segments: Segments, heads: int) -> bool:
+    kernels = load_kernels() if qkv.is_cuda else None
+    return kernels is not None and kernels.supports_attention(qkv.dtype, segments.width, qkv.shape[1] // 3, heads)
+
+
+def attention(qkv: Tensor, windows: Windows, heads: int) -> tuple[Tensor, Tensor]:
+    """[N, 3D] -> [N, D], zero outside the windows, and the normalizers of the softmax [W, H, width]; on a CPU.
+
+    PyTorch's own operation, called by its name so that it computes nothing twice. In float32 at least: it is faster
+    there than in bfloat16, and than products of our own for all windows (by a third, 2026-11-21).
+    """
+    q, k, v = _heads(_to_slots(qkv, windows), windows.width, heads, 3)
+    out, normalizers = _attention(q, k, v, attn_mask=_added(windows, q))
+    return _from_slots(out.transpose(1, 2).reshape(-1, qkv.shape[1] // 3), windows).to(qkv.dtype), normalizers
+
+
+def attention_backward(
+    qkv: Tensor, grad: Tensor, answer: Tensor, normalizers: Tensor, windows: Windows, heads: int
+) -> Tensor:
+    """The gradient of qkv [N, 3D], from that of the answer [N, D]; `answer` and `normalizers` as `attention` gave."""
+    w = windows
+    q, k, v = _heads(_to_slots(qkv, w), w.width, heads, 3)
+    (out,), (out_grad,) = (_heads(_to_slots(rows, w), w.width, heads, 1) for rows in (answer, grad))
+    grads = _attention_backward(out_grad, q, k, v, out, normalizers, 0.0, False, attn_mask=_added(w, q))
+    qkv_grad = torch.stack([part.transpose(1, 2) for part in grads], dim=2)  # [W, width, 3, H, E]
+    return _from_slots(qkv_grad.view(-1, qkv.shape[1]), w).to(qkv.dtype)
+
+
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _to_slots(rows: Tensor, windows: Windows) -> Tensor:
+    """[N, X] -> [W * width, X], zero in blank slots; in float32 at least."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return rows if windows.plain else rows.index_select(0, windows.index).index_fill_(0, windows.blank, 0)
+
+
+def _from_slots(slots: Tensor, windows: Windows) -> Tensor:
+    """[W * width, X] -> [N, X], zero for tokens outside."""
+    return slots if windows.plain else slots.index_select(0, windows.inverse).index_fill_(0, windows.outside, 0)
+
+
+def _heads(slots: Tensor, width: int, heads: int, parts: int) -> Tensor:
+    """A view: [W * width, parts * D] -> [parts, W, H, width, E]."""
+    return slots.view(-1, width, parts, heads, slots.shape[1] // (parts * heads)).permute(2, 0, 3, 1, 4)
+
+
+def _added(windows: Windows, q: Tensor) -> Tensor | None:
+    """What is added to scores, 0 or -inf: [W, 1, width, width]."""
+    if windows.mask is None:
+        return None
+    mask = torch.zeros(windows.mask.shape, dtype=q.dtype).masked_fill_(~windows.mask, -math.inf)
+    return mask[:, None, None].expand(-1, 1, windows.width, -1)
 
 
 def segment_mean(rows: Tensor, counts: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from bfsys.batch import ByteBatch
 from bfsys.errors import UserError
 from bfsys.model.attention import attend, segment_mean
-from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Windows, make_layout
+from bfsys.model.chunks import block_in_chunks, merge_in_chunks
+from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Segments, Windows, make_layout
 from bfsys.model.sizes import Architecture
 from bfsys.model.stem import Stem
 
@@ -26,11 +27,12 @@ MLP_RATIO = 4
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, [N, D] -> [N, D]."""
+    """Pre-norm attention and MLP, [N, D] -> [N, D]; rows outside all windows hold anything."""
 
     def __init__(self, dim: int, heads: int, mode: str) -> None:
         super().__init__()
         self.heads, self.mode = heads, mode
+        self.activation_checkpointing = False
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)  # rows: all queries, all keys, all values; head by head in each
         self.proj = nn.Linear(dim, dim)
@@ -38,11 +40,19 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
         self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
 
-    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+    def forward(self, x: Tensor, where: Segments | Windows) -> Tensor:
+        checkpointing = self.activation_checkpointing and self.training
+        if x.device.type == "cpu" and isinstance(where, Segments):
+            return block_in_chunks(self, x, where, keep_little=checkpointing)
+        if checkpointing:
+            return checkpoint(self.compute, x, where, use_reentrant=False)
+        return self.compute(x, where)
+
+    def compute(self, x: Tensor, where: Segments | Windows) -> Tensor:
         blank_qkv = None
         if self.mode == AS_RELEASED:  # a blank slot enters the block as a zero row, normed like any other
             blank_qkv = self.qkv(self.norm1(x.new_zeros(1, x.shape[1])))[0]
-        x = x + self.proj(attend(self.qkv(self.norm1(x)), windows, self.heads, blank_qkv))
+        x = x + self.proj(attend(self.qkv(self.norm1(x)), where, self.heads, blank_qkv))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
@@ -55,6 +65,11 @@ class Merge(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, rounding: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return merge_in_chunks(self, x, rounding)
+        return self.compute(x, rounding)
+
+    def compute(self, x: Tensor, rounding: Tensor) -> Tensor:
         if len(rounding):  # the partner of a last odd token must be zero
             x = x.index_fill(0, rounding, 0)
         return self.norm(self.reduction(x.view(len(x) // 2, -1)))
@@ -74,11 +89,12 @@ class ByteFormer(nn.Module):
         if mode not in MODES:
             raise UserError(f"mode: got {mode!r}; allowed: {', '.join(MODES)}")
         self.architecture, self.mode = architecture, mode
-        self.activation_checkpointing = activation_checkpointing
         dim = architecture.dim
         self.stem = Stem(architecture)
         self.blocks = nn.ModuleList(Block(dim, architecture.heads, mode) for _ in range(architecture.layers))
         self.merges = nn.ModuleDict({str(layer): Merge(dim) for layer in architecture.merge_after})
+        for block in self.blocks:
+            block.activation_checkpointing = activation_checkpointing
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
         for module in self.modules():
@@ -90,12 +106,9 @@ class ByteFormer(nn.Module):
     def forward(self, batch: ByteBatch) -> Tensor:
         layout = make_layout(batch.lengths, self.architecture, self.mode).to(batch.data.device)
         rounding = iter(layout.rounding)
-        x = self.stem(batch.data, layout)  # [N, D]
+        x = self.stem(batch.data, layout.files)  # [N, D]
         for layer, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, layout.windows[layer], use_reentrant=False)
-            else:
-                x = block(x, layout.windows[layer])
+            x = block(x, layout.layers[layer])
             if str(layer) in self.merges:
                 x = self.merges[str(layer)](x, next(rounding))
         x = segment_mean(self.norm(x), layout.tokens)  # [B, D]

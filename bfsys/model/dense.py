@@ -26,16 +26,15 @@ from bfsys.model.sizes import PAD_BYTE
 class DenseByteFormer(nn.Module):
     """Bytes of one file, uint8 [n] -> probabilities of its classes, float32 [C].
 
-    n may be from 1 (masked) or K (as_released) to architecture.max_bytes; it is not checked.
+    n may be from 1 (masked) or K (as_released); it is not checked.
     """
 
     def __init__(self, model: ByteFormer) -> None:
         super().__init__()
         self.architecture, self.masked = model.architecture, model.mode == MASKED
         with torch.no_grad():
-            table = torch.einsum("vi,oik->kvo", model.stem.embedding, model.stem.kernel)  # [K, 257, D]
-            table[:, PAD_BYTE] = 0
-        self.register_buffer("table", table.float().contiguous())
+            table = model.stem.table().float().unflatten(0, (model.architecture.kernel, -1))  # [K, 257, D]
+        self.register_buffer("table", table.contiguous())
         self.register_buffer("positions", model.stem.positions.detach().float().clone())
         self.blocks, self.merges, self.norm, self.head = model.blocks, model.merges, model.norm, model.head
 
@@ -61,10 +60,16 @@ class DenseByteFormer(nn.Module):
         place = token[:, None] * a.stride + torch.arange(a.kernel, device=data.device)  # [N, K]
         inside = place < data.shape[0]
         seen = torch.where(inside, data[torch.where(inside, place, 0)].to(torch.int64), PAD_BYTE)  # [N, K]
-        x = self.positions[token.clamp(max=a.max_tokens - 1)]
+        x = self._positions(token)
         for j in range(a.kernel):  # one after the other: [N, K, D] would be the largest tensor by far
             x = x + self.table[j][seen[:, j]]
         return x
+
+    def _positions(self, token: Tensor) -> Tensor:
+        """[N, D], of which the second half is repeated for longer files, as in stem.py."""
+        rows = self.architecture.max_tokens
+        repeated = (rows + 1) // 2
+        return self.positions[torch.where(token < rows, token, rows - repeated + (token - rows) % repeated)]
 
     def _block(self, x: Tensor, tokens: int, block: nn.Module, shift: int) -> Tensor:
         """One pre-norm block on the buffer of a level, whose last row is zero: [N, D] -> [N, D]."""

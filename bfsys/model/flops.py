@@ -87,7 +87,7 @@ def flops_per_step(lengths: np.ndarray, architecture: Architecture, num_classes:
     merged = int((-(-tokens >> merge_levels)).sum()) if len(merge_levels) else 0
     return _flops(
         a,
-        stem=2 * (BYTE_VALUES + 1) * a.kernel * a.dim**2,
+        stem=2 * BYTE_VALUES * a.kernel * a.dim**2,
         lookups=int(tokens.sum()) * a.kernel * a.dim,
         rows=int(in_layer.sum()),
         pairs=pairs,

@@ -1,17 +1,19 @@
 """Where every token of a ragged batch lies: one index computation per batch, on the CPU.
 
-Each file's token sequence is rounded up once to a multiple of 2^mergings, so that all mergings are plain
-views of the token buffer. Attention runs over segments of a sequence; a shifted layer has other segment
-borders, nothing else. The alternatives refused: padding to the longest file (work on nothing, see batch.py)
-and rolling padded sequences under a mask (the same arithmetic, more memory traffic).
+Each file's token sequence is rounded up once to a multiple of 2^mergings, so that all mergings are plain views of the
+token buffer. Attention runs over segments, runs of tokens; a shifted layer has other segment borders, nothing else.
+What is computed here is a few numbers per file and per segment, none per token. The alternatives refused: padding to
+the longest file (work on nothing, see batch.py) and rolling padded sequences under a mask (the same arithmetic, more
+memory traffic).
 
-Shapes: B files, N tokens in the buffer of a level, W windows of `width` slots.
+Shapes: B files, N tokens in the buffer of a level, S segments, W windows of `width` slots.
 Level 0 is the stem's output; each merging halves a level's tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,62 +29,129 @@ MODES = (MASKED, AS_RELEASED)
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Tokens of one level sorted into windows, and back.
+    """Tokens [first, end) of a level sorted into windows of equal width, and back; rows count from `first`.
 
     index    int64 [W * width]  token in each slot (any token where the slot is blank)
     blank    int64 [slots]      slots without a token
     inverse  int64 [N]          slot of each token (any slot for tokens outside all windows)
     outside  int64 [tokens]     tokens that no window holds: the rounding of the sequences
-    mask     bool [W, 1, 1, width] or None: True where a slot may be attended to
-    width    slots per window
+    mask     bool [W, width] or None: True where a slot may be attended to
+    plain    every slot i holds token i, and nothing is left: windows are a view of the tokens
     """
 
+    first: int
+    end: int
+    width: int
     index: Tensor
     blank: Tensor
     inverse: Tensor
     outside: Tensor
     mask: Tensor | None
-    width: int
+    plain: bool = False
 
     def to(self, device: torch.device) -> Windows:
-        move = [
-            None if t is None else t.to(device, non_blocking=True)
-            for t in (self.index, self.blank, self.inverse, self.outside, self.mask)
-        ]
-        return Windows(*move, width=self.width)
+        return _moved(self, device)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Runs of tokens that attend to each other, in the order of the buffer; none is empty.
+
+    start    int64 [S]       first token of each
+    length   int64 [S]       tokens, at most the model's window
+    outside  int64 [tokens]  tokens of no segment: the rounding of the sequences
+    width    the longest segment
+    tokens   N of the level
+    """
+
+    start: Tensor
+    length: Tensor
+    outside: Tensor
+    width: int
+    tokens: int
+
+    def to(self, device: torch.device) -> Segments:
+        return _moved(self, device)
+
+    @cached_property
+    def windows(self) -> Windows:
+        """All of them as windows of one width, on the device of the segments."""
+        return self.in_chunks(self.tokens)[0].to(self.start.device)
+
+    def in_chunks(self, chunk_tokens: int) -> tuple[Windows, ...]:
+        """All of them as windows, in runs of at least `chunk_tokens` tokens; made once."""
+        if chunk_tokens not in self._chunks:
+            self._chunks[chunk_tokens] = tuple(self._make_chunks(chunk_tokens))
+        return self._chunks[chunk_tokens]
+
+    _chunks: dict[int, tuple[Windows, ...]] = field(default_factory=dict, init=False, repr=False)
+
+    def _make_chunks(self, chunk_tokens: int):
+        start, length = self.start.cpu().numpy(), self.length.cpu().numpy()
+        outside = self.outside.cpu().numpy()
+        # A chunk ends where a segment begins, the first one `chunk_tokens` or more after the chunk's own beginning.
+        first = i = 0
+        while i < len(start):
+            j = int(np.searchsorted(start, first + chunk_tokens))
+            end = int(start[j]) if j < len(start) else self.tokens
+            yield _windows_of(start[i:j] - first, length[i:j], _between(outside, first, end) - first, first, end)
+            first, i = end, j
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Where the files of a batch lie.
+
+    first_byte, end_byte  int64 [B], in the byte buffer
+    first_token, tokens   int64 [B], in the token buffer of level 0
+    file                  int32 [N], the file of each token
+    places                first_token and tokens of each file once more, for loops
+    """
+
+    file: Tensor
+    first_byte: Tensor
+    end_byte: Tensor
+    first_token: Tensor
+    tokens: Tensor
+    places: list[tuple[int, int]]
+
+    def to(self, device: torch.device) -> Files:
+        return _moved(self, device)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """The index tensors of one batch.
 
-    first_byte  int64 [N]   where in the byte buffer each token's window starts
-    end_byte    int64 [N]   where its file ends (0 for tokens that only round a sequence up)
-    position    int64 [N]   the token's row in the position table
-    windows     per layer, the windows that its attention runs over
-    rounding    per merging, int64 [tokens] that carry nothing and must enter it as zeros
-    tokens      int64 [B]   tokens per file after the last merging, all of them real
+    files     where files and their tokens lie
+    layers    per layer, what its attention runs over: segments (masked) or windows (as_released)
+    rounding  per merging, int64 [tokens] that carry nothing and must enter it as zeros
+    tokens    int64 [B]   tokens per file after the last merging, all of them real
     """
 
-    first_byte: Tensor
-    end_byte: Tensor
-    position: Tensor
-    windows: tuple[Windows, ...]
+    files: Files
+    layers: tuple[Segments | Windows, ...]
     rounding: tuple[Tensor, ...]
     tokens: Tensor
 
     def to(self, device: torch.device) -> Layout:
         if device.type == "cpu":
             return self
-        moved = {w: w.to(device) for w in set(self.windows)}
+        moved = {layer: layer.to(device) for layer in set(self.layers)}
         return Layout(
-            first_byte=self.first_byte.to(device, non_blocking=True),
-            end_byte=self.end_byte.to(device, non_blocking=True),
-            position=self.position.to(device, non_blocking=True),
-            windows=tuple(moved[w] for w in self.windows),
+            files=self.files.to(device),
+            layers=tuple(moved[layer] for layer in self.layers),
             rounding=tuple(r.to(device, non_blocking=True) for r in self.rounding),
             tokens=self.tokens.to(device, non_blocking=True),
         )
+
+
+def _moved(record, device: torch.device):
+    """The dataclass with its tensors on `device`."""
+    values = {f.name: getattr(record, f.name) for f in fields(record) if f.init}
+    return type(record)(
+        **{n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in values.items()}
+    )
 
 
 def token_counts(lengths: np.ndarray, architecture: Architecture, mode: str) -> np.ndarray:
@@ -97,96 +166,119 @@ def token_counts(lengths: np.ndarray, architecture: Architecture, mode: str) -> 
 
 
 def make_layout(lengths: Tensor, architecture: Architecture, mode: str = MASKED) -> Layout:
-    """Index tensors for files of `lengths` bytes (int64 [B], on the CPU).
+    """Index tensors for files of `lengths` bytes (int64 [B], on the CPU), on the CPU.
 
-    Raises UserError for a file that has no byte, has more tokens than the position table has rows, or (as
-    released) is shorter than the kernel.
+    Raises UserError for a file that has no byte, or (as released) is shorter than the kernel.
     """
     lengths = lengths.numpy()
-    tokens = token_counts(lengths, architecture, mode)
-    _check(lengths, tokens, architecture, mode)
-
-    starts = np.zeros(len(lengths), np.int64)
-    np.cumsum(lengths[:-1], out=starts[1:])
-    aligned = -(-tokens // architecture.alignment) * architecture.alignment
-    file, place = _ragged_range(aligned)
-    real = place < tokens[file]
-    first_byte = np.where(real, starts[file] + place * architecture.stride, 0)
-    end_byte = np.where(real, (starts + lengths)[file], 0)
-    position = np.where(real, place, 0)
-
-    windows: list[Windows] = []
-    rounding: list[Tensor] = []
-    made: dict[int, Windows] = {}  # by shift, at the present level
-    for layer, shift in enumerate(architecture.shifts):
-        shift %= architecture.window
-        if shift not in made:
-            made[shift] = _make_windows(file, place, tokens, architecture.window, shift, mode)
-        windows.append(made[shift])
-        if layer in architecture.merge_after:
-            rounding.append(torch.from_numpy(np.flatnonzero(place >= tokens[file])))
-            tokens, aligned = -(-tokens // 2), aligned // 2
-            file, place = _ragged_range(aligned)
-            made = {}
-    return Layout(
-        first_byte=torch.from_numpy(first_byte),
-        end_byte=torch.from_numpy(end_byte),
-        position=torch.from_numpy(position),
-        windows=tuple(windows),
-        rounding=tuple(rounding),
-        tokens=torch.from_numpy(tokens),
-    )
-
-
-def _check(lengths: np.ndarray, tokens: np.ndarray, architecture: Architecture, mode: str) -> None:
     assert len(lengths), "an empty batch has no logits"
     shortest = 1 if mode == MASKED else architecture.kernel
     for i in np.flatnonzero(lengths < shortest):
         raise UserError(f"file {i} of the batch has {lengths[i]} bytes; this model needs at least {shortest}")
-    for i in np.flatnonzero(tokens > architecture.max_tokens):
-        raise UserError(
-            f"file {i} of the batch has {lengths[i]:,} bytes, that is {tokens[i]:,} tokens; the model has "
-            f"positions for {architecture.max_tokens:,} tokens, {architecture.max_bytes:,} bytes: train with a "
-            f"larger model.max_tokens or model.kernel, or leave such files out"
-        )
+    tokens = token_counts(lengths, architecture, mode)
+    aligned = -(-tokens // architecture.alignment) * architecture.alignment
+    first_token = _starts(aligned)
+    files = Files(
+        file=torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), aligned)),
+        first_byte=torch.from_numpy(_starts(lengths)),
+        end_byte=torch.from_numpy(np.cumsum(lengths)),
+        first_token=torch.from_numpy(first_token),
+        tokens=torch.from_numpy(tokens),
+        places=list(zip(first_token.tolist(), tokens.tolist(), strict=True)),
+    )
+    layers: list[Segments | Windows] = []
+    rounding: list[Tensor] = []
+    made: dict[int, Segments | Windows] = {}  # by shift, at the present level
+    make = _segments if mode == MASKED else _wrapped_windows
+    for layer, shift in enumerate(architecture.shifts):
+        shift %= architecture.window
+        if shift not in made:
+            made[shift] = make(tokens, aligned, architecture.window, shift)
+        layers.append(made[shift])
+        if layer in architecture.merge_after:
+            rounding.append(made[shift].outside)
+            tokens, aligned = -(-tokens // 2), aligned // 2
+            made = {}
+    return Layout(files, tuple(layers), tuple(rounding), tokens=torch.from_numpy(tokens))
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.cumsum(counts) - counts
+
+
+def _between(rising: np.ndarray, first: int, end: int) -> np.ndarray:
+    """The values of a sorted array in [first, end)."""
+    return rising[slice(*np.searchsorted(rising, (first, end)))]
 
 
 def _ragged_range(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For sequences of `counts` tokens laid end to end: each token's sequence, and its place therein."""
+    """For sequences of `counts` items laid end to end: each item's sequence, and its place therein."""
     sequence = np.repeat(np.arange(len(counts)), counts)
-    starts = np.cumsum(counts) - counts
-    return sequence, np.arange(len(sequence)) - starts[sequence]
+    return sequence, np.arange(len(sequence)) - _starts(counts)[sequence]
 
 
-def _make_windows(
-    file: np.ndarray, place: np.ndarray, tokens: np.ndarray, window: int, shift: int, mode: str
-) -> Windows:
-    real = place < tokens[file]
-    if mode == MASKED:  # the first `shift` tokens are a window of their own, then whole windows follow
-        lead = window - shift if shift else 0
-        number = (place + lead) // window
-        slot = np.where(number == 0, place, (place + lead) % window)
-        windows_per_file = (tokens - 1 + lead) // window + 1
-        width = int(min(window, np.max(slot[real]) + 1))
-    else:  # whole windows over the sequence rounded up to windows, the shift wrapping around its end
-        windows_per_file = -(-tokens // window)
-        rolled = (place - shift) % (windows_per_file * window)[file]
-        number, slot = rolled // window, rolled % window
-        width = window
-    first = np.cumsum(windows_per_file) - windows_per_file
-    target = (first[file] + number) * width + slot
-    slots = int(windows_per_file.sum()) * width
+def _rounding(tokens: np.ndarray, aligned: np.ndarray) -> np.ndarray:
+    """Tokens of the buffer that fill up the sequences of `tokens` to `aligned` tokens."""
+    file, place = _ragged_range(aligned - tokens)
+    return (_starts(aligned) + tokens)[file] + place
 
-    index = np.full(slots, -1, np.int64)
-    index[target[real]] = np.flatnonzero(real)
-    empty = index < 0
-    inverse = np.where(real, target, 0)
-    masked = mode == MASKED and empty.any()
+
+def _segments(tokens: np.ndarray, aligned: np.ndarray, window: int, shift: int) -> Segments:
+    """A file's first `shift` tokens are a segment of their own, then whole windows follow, and what is left."""
+    lead = np.minimum(tokens, shift)
+    counts = (lead > 0) + -(-(tokens - lead) // window)
+    file, number = _ragged_range(counts)
+    border = number * window - (window - shift if shift else 0)
+    begin, end = np.maximum(border, 0), np.minimum(border + window, tokens[file])
+    return Segments(
+        start=torch.from_numpy(_starts(aligned)[file] + begin),
+        length=torch.from_numpy(end - begin),
+        outside=torch.from_numpy(_rounding(tokens, aligned)),
+        width=int((end - begin).max()),
+        tokens=int(aligned.sum()),
+    )
+
+
+def _windows_of(start: np.ndarray, length: np.ndarray, outside: np.ndarray, first: int, end: int) -> Windows:
+    """Segments as windows, a segment each."""
+    width, tokens = int(length.max()), end - first
+    if not len(outside) and tokens == len(start) * width:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        rows = torch.arange(tokens)
+        return Windows(first, end, width, rows, nothing, rows, nothing, mask=None, plain=True)
+    segment, place = _ragged_range(length)
+    token, slot = start[segment] + place, segment * width + place
+    mask = np.zeros(len(start) * width, bool)
+    index, inverse = np.zeros(len(mask), np.int64), np.zeros(tokens, np.int64)
+    mask[slot], index[slot], inverse[token] = True, token, slot
+    full = bool(mask.all())
     return Windows(
-        index=torch.from_numpy(np.where(empty, 0, index)),
-        blank=torch.from_numpy(np.flatnonzero(empty)),
-        inverse=torch.from_numpy(inverse),
-        outside=torch.from_numpy(np.flatnonzero(~real)),
-        mask=torch.from_numpy(~empty.reshape(-1, 1, 1, width)) if masked else None,
+        first=first,
+        end=end,
         width=width,
+        index=torch.from_numpy(index),
+        blank=torch.from_numpy(np.flatnonzero(~mask)),
+        inverse=torch.from_numpy(inverse),
+        outside=torch.from_numpy(outside),
+        mask=None if full else torch.from_numpy(mask).view(-1, width),
+    )
+
+
+def _wrapped_windows(tokens: np.ndarray, aligned: np.ndarray, window: int, shift: int) -> Windows:
+    """As released: whole windows over the sequence rounded up to windows, the shift wrapping around its end."""
+    windows_per_file = -(-tokens // window)
+    file, place = _ragged_range(tokens)
+    slot = _starts(windows_per_file)[file] * window + (place - shift) % (windows_per_file * window)[file]
+    token = _starts(aligned)[file] + place
+    index, inverse = np.full(int(windows_per_file.sum()) * window, -1), np.zeros(int(aligned.sum()), np.int64)
+    index[slot], inverse[token] = token, slot
+    return Windows(
+        first=0,
+        end=len(inverse),
+        width=window,
+        index=torch.from_numpy(np.maximum(index, 0)),
+        blank=torch.from_numpy(np.flatnonzero(index < 0)),
+        inverse=torch.from_numpy(inverse),
+        outside=torch.from_numpy(_rounding(tokens, aligned)),
+        mask=None,
     )

@@ -85,7 +85,7 @@ class Architecture:
 
     @property
     def max_bytes(self) -> int:
-        """The longest file that the position table covers."""
+        """The longest file of which each token has a position of its own; see stem.py for longer ones."""
         return self.max_tokens * self.stride
 
 

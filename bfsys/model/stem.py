@@ -1,62 +1,135 @@
 """Bytes to tokens: embedding and strided convolution, computed as table lookups.
 
-The published stem embeds every byte (257 x D) and runs a convolution of kernel K and stride K/2. Both are
-linear in one-hot bytes, so  token[t] = sum_j table[j, byte[t * stride + j]]  with
-table[j, v] = embedding[v] @ kernel[:, :, j].T, computed once per step. The largest tensor of the published
-form, [bytes, D], never exists, and the convolution (half of the published FLOPs at K = 32) becomes K row
-additions per token. Parameters stay the embedding and the kernel, so published weights fit.
+The published stem embeds every byte (257 x D) and runs a convolution of kernel K and stride K/2. Both are linear in
+one-hot bytes, so  token[t] = sum_j table[j, byte[t * stride + j]]  with table[j, v] = embedding[v] @ kernel[:, :, j].T,
+computed once per step. The largest tensor of the published form, [bytes, D], never exists, and the convolution (half
+of the published FLOPs at K = 32) becomes K row additions per token. Parameters stay the embedding and the kernel, so
+published weights fit.
 
-Shapes: N tokens, K bytes per token, D dim, V = 257 byte values (256 is "no byte").
+A learned position is added to each token. Where a file has more tokens than there are positions, the second half of
+the table is repeated: what stands early in a file, headers above all, keeps its positions however long the file is,
+tokens of a window keep their order, and no position is met that training has not met. Refused: an error; stretching
+the table, which moves every token of a file that is one token too long; repeating the last row, which says of all
+tokens in a window that they are in one place.
+
+Shapes: N tokens, K bytes per token, D dim, V = 257 byte values (256 is "no byte"), P rows of positions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfsys.model.layout import Layout
+from bfsys.model.attention import load_kernels
+from bfsys.model.layout import Files
+from bfsys.model.precision import product_dtype, stored_dtype
 from bfsys.model.sizes import BYTE_VALUES, PAD_BYTE, Architecture
 
-# Tokens per pass of the backward: the gradient rows of a pass stay in the cache while all K byte positions
-# read them (2,048 is fastest of 512 to 16,384 on two CPU cores, by 2 to 10 %; 2026-11-21).
-BACKWARD_CHUNK_TOKENS = 2048
+# Tokens at a time on a CPU, whose rows of the table and of the gradient lie in the cache.
+CHUNK_TOKENS = 8192
 
 
-class LookupSum(torch.autograd.Function):
-    """tokens[n] = sum_j table[index[n, j]]; exact in both directions.
+class Tokens(torch.autograd.Function):
+    """tokens[n] = sum_j table[row[n, j]] + positions[place[n]], zero for those that only round a sequence up.
 
-    The table's gradient is accumulated in float32 (float64 for float64 tables): a row collects thousands of
-    bfloat16 gradients, which would drown in each other.
+    table [K * V, D], positions [P, D] -> [N, D] in the table's precision; exact in both directions. Gradients are
+    summed in float32 (float64 for float64 tables): a row collects thousands of bfloat16 gradients, which would drown
+    in each other.
     """
 
     @staticmethod
-    def forward(ctx, table: Tensor, index: Tensor) -> Tensor:  # [K * V, D], int32 [N, K] -> [N, D]
-        ctx.save_for_backward(index)
-        ctx.rows, ctx.dtype = table.shape[0], table.dtype
-        return F.embedding_bag(index, table, mode="sum", padding_idx=PAD_BYTE)
+    def forward(ctx, table: Tensor, positions: Tensor, data: Tensor, files: Files, kernel: int) -> Tensor:
+        ctx.save_for_backward(data)
+        ctx.files, ctx.kernel = files, kernel
+        ctx.table_rows, ctx.position_rows = len(table), len(positions)
+        ctx.dtypes = table.dtype, positions.dtype
+        if data.is_cuda and (kernels := load_kernels()):
+            f = files
+            tokens = kernels.stem_forward(
+                table, positions, data, f.file, f.first_byte, f.end_byte, f.first_token, f.tokens, kernel // 2
+            )
+            places = [p for p in files.places if p[1] > len(positions)]  # the kernel leaves these out
+        else:
+            tokens, places = sum_of_rows(table, data, files, kernel), files.places
+        for first, count in places:
+            for token, row, run in position_runs(count, len(positions)):
+                tokens[first + token : first + token + run] += positions[row : row + run]
+        return tokens
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # [N, D]
-        (index,) = ctx.saved_tensors
-        accumulate = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        table_grad = grad.new_zeros(ctx.rows, grad.shape[1], dtype=accumulate)
-        for start in range(0, len(index), BACKWARD_CHUNK_TOKENS):
-            chunk = slice(start, start + BACKWARD_CHUNK_TOKENS)
-            rows = grad[chunk].to(accumulate)
-            for j in range(index.shape[1]):
-                table_grad.index_add_(0, index[chunk, j], rows)
-        table_grad[PAD_BYTE] = 0
-        return table_grad.to(ctx.dtype), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # [N, D]
+        (data,) = ctx.saved_tensors
+        wide, places = torch.promote_types(grad.dtype, torch.float32), ctx.files.places
+        if data.is_cuda and (kernels := load_kernels()):
+            f, k = ctx.files, ctx.kernel
+            table_grad = kernels.stem_backward(
+                grad, data, f.file, f.first_byte, f.end_byte, f.first_token, f.tokens, k // 2, k
+            )
+            positions_grad = kernels.positions_backward(grad, f.first_token, f.tokens, ctx.position_rows)
+            places = [p for p in places if p[1] > ctx.position_rows]
+        else:
+            table_grad = rows_gradient(grad, data, ctx.files, ctx.kernel, ctx.table_rows)
+            positions_grad = grad.new_zeros(ctx.position_rows, grad.shape[1], dtype=wide)
+        for first, count in places:
+            for token, row, run in position_runs(count, ctx.position_rows):
+                positions_grad[row : row + run] += grad[first + token : first + token + run]
+        return table_grad.to(ctx.dtypes[0]), positions_grad.to(ctx.dtypes[1]), None, None, None
+
+
+def sum_of_rows(table: Tensor, data: Tensor, files: Files, kernel: int) -> Tensor:
+    """[N, D]. (`embedding_bag` with `padding_idx` would take seven times as long; the table's rows of no byte are
+    zero.)"""
+    tokens = table.new_empty(len(files.file), table.shape[1])
+    for chunk, rows in table_rows(data, files, kernel):
+        tokens[chunk] = F.embedding_bag(rows, table, mode="sum")
+    return tokens
+
+
+def rows_gradient(grad: Tensor, data: Tensor, files: Files, kernel: int, rows_of_table: int) -> Tensor:
+    """The gradient of a sum of looked-up rows is one, too: a row collects the gradients of the tokens that it was
+    added to, found by sorting. Half the time of `index_add_` (2 CPU cores, 2026-11-21). [N, D] -> [K * V, D]"""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    table_grad = grad.new_zeros(rows_of_table, grad.shape[1], dtype=wide)
+    for chunk, rows in table_rows(data, files, kernel):
+        tokens = torch.argsort(rows.flatten(), stable=True).div_(kernel, rounding_mode="floor")
+        counts = torch.bincount(rows.flatten(), minlength=rows_of_table)
+        table_grad += F.embedding_bag(tokens, grad[chunk].to(wide), counts.cumsum(0) - counts, mode="sum")
+    table_grad.view(kernel, -1, grad.shape[1])[:, PAD_BYTE] = 0
+    return table_grad
+
+
+def table_rows(data: Tensor, files: Files, kernel: int) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of tokens, and the row of the table for each byte that each of them sees, int32 [C, K]: of PAD_BYTE past
+    the end of its file."""
+    offset = torch.arange(kernel, device=data.device)
+    first_row = (offset * (BYTE_VALUES + 1)).to(torch.int32)
+    for start in range(0, len(files.file), CHUNK_TOKENS):
+        chunk = slice(start, start + CHUNK_TOKENS)
+        file = files.file[chunk]
+        place = torch.arange(start, start + len(file), device=data.device) - files.first_token[file]  # in its file
+        byte = (files.first_byte[file] + place * (kernel // 2))[:, None] + offset  # [C, K]
+        inside = byte < torch.where(place < files.tokens[file], files.end_byte[file], 0)[:, None]
+        value = data[byte.clamp_(max=len(data) - 1)].to(torch.int32).masked_fill_(~inside, PAD_BYTE)
+        yield chunk, value + first_row
+
+
+def position_runs(tokens: int, rows: int) -> Iterator[tuple[int, int, int]]:
+    """The positions of a file's tokens as runs: (first token, its row of the table, tokens)."""
+    repeated = (rows + 1) // 2
+    yield 0, 0, min(tokens, rows)
+    for first in range(rows, tokens, repeated):
+        yield first, rows - repeated, min(repeated, tokens - first)
 
 
 class Stem(nn.Module):
-    """Bytes [total] and their layout -> tokens [N, D], positions added (published: after the convolution)."""
+    """Bytes [total] and where the files lie -> tokens [N, D] with positions (published: after the convolution)."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         dim = architecture.dim
-        self.stride = architecture.stride
         self.embedding = nn.Parameter(torch.empty(BYTE_VALUES + 1, dim))
         self.kernel = nn.Parameter(torch.empty(dim, dim, architecture.kernel))  # [out, in, K]
         self.positions = nn.Parameter(torch.empty(architecture.max_tokens, dim))
@@ -70,17 +143,14 @@ class Stem(nn.Module):
         with torch.no_grad():
             self.embedding[PAD_BYTE].zero_()
 
-    def forward(self, data: Tensor, layout: Layout) -> Tensor:
-        table = torch.einsum("vi,oik->kvo", self.embedding, self.kernel).flatten(0, 1)  # [K * V, D]
-        tokens = LookupSum.apply(table, self._table_rows(data, layout))
-        return tokens + F.embedding(layout.position, self.positions)
+    def forward(self, data: Tensor, files: Files) -> Tensor:
+        return Tokens.apply(self.table(), self.positions, data, files, self.kernel.shape[2])
 
-    @torch.no_grad()
-    def _table_rows(self, data: Tensor, layout: Layout) -> Tensor:
-        """The table row of each byte that each token sees; PAD_BYTE past the end of its file. int32 [N, K]"""
-        offset = torch.arange(self.kernel.shape[2], device=data.device)  # [K]
-        place = layout.first_byte[:, None] + offset  # [N, K]
-        inside = place < layout.end_byte[:, None]
-        value = data[place.clamp_(max=len(data) - 1)].to(torch.int32)
-        row = value + (offset * (BYTE_VALUES + 1)).to(torch.int32)
-        return row.masked_fill_(~inside, PAD_BYTE)
+    def table(self) -> Tensor:
+        """[K * V, D]; the rows of no byte are zero, whatever the embedding holds there."""
+        stored = stored_dtype(self.embedding)
+        dtype = product_dtype(stored, self.embedding.device.type)
+        with torch.autocast(self.embedding.device.type, enabled=False):
+            embedding, kernel = self.embedding[:PAD_BYTE].to(dtype), self.kernel.to(dtype)
+            table = torch.einsum("vi,oik->kvo", embedding, kernel).to(stored)
+        return F.pad(table, (0, 0, 0, 1)).flatten(0, 1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from bfsys.config import load_config
-from bfsys.data.datasets import make_plan, open_evaluation, open_training
+from bfsys.data.datasets import long_files, make_plan, open_evaluation, open_training
 from bfsys.data.loader import evaluation_rounds, training_batches
 from bfsys.data.plan import evaluation_batches
 from bfsys.data.quarantine import Quarantine
@@ -75,7 +76,6 @@ def test_classes_of_equal_name_are_one(config_file: Path, datasets: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["model.max_tokens=2"], r"a: \d+ of 120 files are longer than the 8 bytes.*set model.max_tokens to"),
         (["data.train_split=test"], "test"),
         (["data.sources.0.path=/nowhere"], "/nowhere"),
     ],
@@ -84,6 +84,17 @@ def test_unfit_data_is_refused(config_file: Path, change: list[str], message: st
     config = load_config(config_file, change)
     with pytest.raises(UserError, match=message):
         open_data(config, rank(0, 1))
+
+
+def test_files_with_more_tokens_than_positions_are_noted(config_file: Path) -> None:
+    config = load_config(config_file, ["model.max_tokens=2"])
+    notes = long_files(config, open_training(config))
+    assert re.search(
+        r"a: \d+ of 120 files in train are longer than the 8 bytes .* model.max_tokens=\d+ would", notes[0]
+    )
+    (wanted,) = re.findall(r"model.max_tokens=(\d+)", notes[0])
+    config = load_config(config_file, [f"model.max_tokens={wanted}"])
+    assert not [note for note in long_files(config, open_training(config)) if note.startswith(notes[0].split(":")[0])]
 
 
 def test_a_byte_budget_that_cannot_be_kept_names_the_lanes(config_file: Path) -> None:

@@ -22,9 +22,7 @@ from torch import Tensor
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.errors import UserError
-from bfsys.model import attention
 from bfsys.model.byteformer import ByteFormer
-from bfsys.model.layout import make_layout
 from bfsys.model.sizes import Architecture, architecture
 from tests.model import vectors
 from tests.model.reference import PAD, PAD_ROW, ReferenceConfig, pad, random_weights, reference_logits
@@ -278,19 +276,57 @@ def test_batch_is_left_alone(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_activation_checkpointing_computes_blocks_twice_and_changes_nothing(mode: str) -> None:
+def test_activation_checkpointing_changes_nothing(mode: str) -> None:
     batch = batch_of(random_files([40, 7, 23], seed=0))
-    answers, calls = [], []
+    answers, calls = [], {False: 0, True: 0}
     for checkpointing in (False, True):
         model = ByteFormer(architecture_of(TINY), TINY.classes, mode, activation_checkpointing=checkpointing)
         load_corenet(model.double(), TINY_WEIGHTS)
-        model.blocks[0].register_forward_pre_hook(lambda *_, on=checkpointing: calls.append(on))
+
+        def count(*_, on: bool = checkpointing) -> None:
+            calls[on] += 1
+
+        model.blocks[0].norm1.register_forward_hook(count)
         logits = model.train()(batch)
         F.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
         answers.append({"logits": logits, **{name: p.grad for name, p in model.named_parameters()}})
-    assert calls == [False, True, True]
+    assert calls[True] == 2 * calls[False]  # on a CPU, masked, there are none: see the next test
     for name, want in answers[0].items():
         torch.testing.assert_close(answers[1][name], want, rtol=0, atol=1e-12)
+
+
+def test_activation_checkpointing_keeps_the_input_of_a_block_only() -> None:
+    """And otherwise the ten rows per token that chunks.py speaks of."""
+    files = random_files([4000, 700, 2300], seed=0)
+    kept = {}
+    for checkpointing in (False, True):
+        config = replace(TINY, max_tokens=2000)
+        model = ByteFormer(architecture_of(config), TINY.classes, activation_checkpointing=checkpointing).train()
+        before = {p.data_ptr() for p in model.parameters()}
+        seen: dict[int, int] = {}
+
+        def pack(t: Tensor, seen: dict[int, int] = seen, before: set[int] = before) -> Tensor:
+            if t.data_ptr() not in before:
+                seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            logits = model(batch_of(files))
+        blocks = [n for n in nodes_of(logits.grad_fn) if hasattr(n, "kept")]
+        of_chunks = sum(t.nbytes for n in blocks for chunk in n.kept or () for t in chunk)
+        kept[checkpointing] = sum(seen.values()), of_chunks
+    assert kept[True][1] == 0 < kept[False][1]
+    assert kept[False][0] == kept[True][0] < 0.3 * kept[False][1]
+
+
+def nodes_of(node: torch.autograd.graph.Node) -> set[torch.autograd.graph.Node]:
+    found, to_see = set(), [node]
+    while to_see:
+        node = to_see.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            to_see += [following for following, _ in node.next_functions]
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -309,13 +345,30 @@ def test_file_shorter_than_the_kernel_is_an_error_as_released_only() -> None:
     assert TINY_MODELS["masked", torch.float32](batch_of([b"abc"])).shape == (1, 5)
 
 
-@pytest.mark.parametrize(("mode", "longest"), [("masked", 600), ("as_released", 603)])
-def test_file_with_more_tokens_than_positions_is_an_error_with_the_numbers(mode: str, longest: int) -> None:
-    """300 positions, kernel 4, stride 2: 300 * 2 bytes, and as released 299 * 2 + 4 and a dropped byte."""
-    model = TINY_MODELS[mode, torch.float32]
-    assert model(batch_of([bytes(longest)])).isfinite().all()
-    with pytest.raises(UserError, match=rf"file 1 .* {longest + 1} bytes.* 301 tokens.* 300 tokens"):
-        model(batch_of([b"abcd", bytes(longest + 1)]))
+# ------------------------------------------------------------------------------- more tokens than positions
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("rows", "tokens"), [(300, 299), (300, 300), (300, 301), (300, 1000), (7, 30), (1, 9)])
+def test_longer_files_repeat_the_second_half_of_the_positions(mode: str, rows: int, tokens: int) -> None:
+    """As a model whose table spells it out, in answers and gradients."""
+    weights = random_weights(replace(TINY, max_tokens=rows), seed=0)
+    model = build(replace(TINY, max_tokens=rows), weights, mode)
+    row_of = list(range(rows))
+    while len(row_of) < tokens:
+        row_of += range(rows - (rows + 1) // 2, rows)
+    spelled_out = ByteFormer(replace(model.architecture, max_tokens=len(row_of)), TINY.classes, mode).double()
+    positions = model.stem.positions.detach()[row_of]
+    spelled_out.load_state_dict({**model.state_dict(), "stem.positions": positions})
+    (file,) = random_files([2 * tokens + (2 if mode == "as_released" else 0)], seed=0)  # kernel 4, stride 2
+    results = []
+    for m in (model, spelled_out):
+        logits = m(batch_of([b"abcdef", file]))
+        logits.square().sum().backward()
+        results.append((logits.detach(), m.stem.positions.grad))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-10)
+    wanted = torch.zeros_like(model.stem.positions).index_add(0, torch.tensor(row_of), results[1][1])
+    torch.testing.assert_close(results[0][1], wanted, rtol=0, atol=1e-10)
 
 
 # --------------------------------------------------------------------------------------- published properties
@@ -388,24 +441,3 @@ def test_the_mean_over_tokens_is_exact_in_bfloat16() -> None:
     mean = segment_mean(rows, torch.tensor([400, 1000]))
     assert mean.dtype == torch.bfloat16
     assert mean.tolist() == [[1.0] * 3] * 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_attention_in_chunks_is_pytorchs_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "CHUNK_SCORES", 1000)  # several chunks
-    architecture = replace(architecture_of(TINY), max_tokens=200)
-    for shift in (0, architecture.window // 2):
-        shifted = replace(architecture, shifts=(shift,) * len(architecture.shifts))
-        layout = make_layout(torch.tensor([40, 7, 23, 301, 64]), shifted)
-        tokens = len(layout.position)
-        generator = torch.Generator().manual_seed(0)
-        qkv = torch.randn(tokens, 3 * architecture.dim, dtype=dtype, generator=generator).requires_grad_()
-        grad = torch.randn(tokens, architecture.dim, dtype=dtype, generator=generator)
-        results = []
-        for attend in (attention.WindowAttention.apply, attention.attend_by_sdpa):
-            qkv.grad = None
-            out = attend(qkv, layout.windows[0], architecture.heads)
-            out.backward(grad)
-            results.append((out.detach(), qkv.grad.clone()))
-        for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs)

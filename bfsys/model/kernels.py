@@ -1,0 +1,358 @@
+"""The stem and the attention on NVIDIA GPUs (sm_80 and newer, tuned for sm_90), as Triton kernels.
+
+Each function is one half of an autograd function; a GPU's callers import this module, nobody else, so that bfsys runs
+without Triton. Every sum has a fixed order and a single writer: no atomics, and the same bits every time on the same
+kind of GPU. Block sizes are constants with reasons instead of an autotuner's choice, which may change from run to run.
+
+Shapes: B files, N tokens in the buffer, D dim, K bytes per token, V = 257 byte values (256 is "no byte"),
+S segments of at most `width` tokens, H heads of E = D / H channels. Index tensors are int32 or int64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+VALUES = tl.constexpr(257)
+BYTES = tl.constexpr(256)  # values that are bytes; the one after them is the padding
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+BLOCK_D = 64  # channels per program: rows of 128 bytes in bfloat16, one cache line, and no waste in any named size
+WIDEST = 128  # tokens per segment, channels per head: what one program can hold
+# For the partial sums of the table's gradient, unless one part takes more. At K = 32 on an H200, 11 parts of 6 MB for
+# tiny and 2 of 25 MB for base.
+PARTIAL_BYTES = 256 * 2**20
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+# --- Stem --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _locate(n, rows, file, first_byte, end_byte, first_token, tokens, stride):
+    """Of rows n (int64): place in their file, the file's tokens (0 for rows that are no token), first byte in `data`,
+    and bytes from there to the file's end (at most 0 where there is none)."""
+    f = tl.load(file + n, mask=n < rows, other=0)
+    place = n - tl.load(first_token + f)
+    count = tl.load(tokens + f)
+    count = tl.where((n < rows) & (place < count), count, 0)
+    begin = tl.load(first_byte + f).to(tl.int64) + place * stride
+    return place, count, begin, tl.where(count > 0, tl.load(end_byte + f) - begin, 0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _stem_forward(
+    table, positions, data, file, first_byte, end_byte, first_token, tokens, out, rows, position_rows, stride,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    place, count, begin, seen = _locate(n, rows, file, first_byte, end_byte, first_token, tokens, stride)
+    given = (count > 0) & (count <= position_rows)
+    acc = tl.load(positions + place[:, None] * D + d, mask=given[:, None] & (d < D), other=0).to(tl.float32)
+    for j in tl.range(0, K, loop_unroll_factor=2):
+        here = j < seen
+        value = tl.load(data + begin + j, mask=here, other=0).to(tl.int32)
+        acc += tl.load(table + value[:, None] * D + d, mask=here[:, None] & (d < D), other=0).to(tl.float32)
+        table += VALUES * D
+    tl.store(out + n[:, None] * D + d, acc.to(out.dtype.element_ty), mask=(n < rows)[:, None] & (d < D))
+
+
+def stem_forward(
+    table: Tensor, positions: Tensor, data: Tensor, file: Tensor, first_byte: Tensor, end_byte: Tensor,
+    first_token: Tensor, tokens: Tensor, stride: int,
+) -> Tensor:  # fmt: skip
+    """Sum of the table's rows of the bytes that each token sees, plus its position: [N, D] in the table's dtype.
+
+    table        [K * V, D]   float32 or bfloat16
+    positions    [P, D]       added in files of at most P tokens; the caller adds those of longer files
+    data         uint8        the files' bytes; file i's begin at first_byte[i] and end before end_byte[i]
+    file         [N]          each row's file
+    first_byte, end_byte, first_token, tokens  [B]
+    stride                    bytes from a token to the next; a token sees K
+
+    Rows that are no token become zero. Summed in float32.
+    """
+    rows, dim = len(file), table.shape[1]
+    out = table.new_empty(rows, dim)
+    # Each thread sums 8 channels (4 in float32) of 4 tokens and has two byte positions' rows on their way: about 90
+    # registers, so that two programs of 8 warps fit on a multiprocessor. With a token for every thread, Triton would
+    # pass the bytes through shared memory. Programs of one channel block are neighbours: its slice of the table
+    # (1 MB at K = 32) stays in the L2, whose bandwidth bounds this kernel.
+    block = 256 // table.element_size()
+    grid = (triton.cdiv(rows, block), triton.cdiv(dim, BLOCK_D))
+    with torch.cuda.device_of(table):
+        _stem_forward[grid](
+            table.contiguous(), positions.contiguous(), data, file, first_byte, end_byte, first_token, tokens, out,
+            rows, len(positions), stride,
+            K=len(table) // VALUES.value, D=dim, BLOCK_N=block, BLOCK_D=BLOCK_D, num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _stem_bytes(
+    data, file, first_byte, end_byte, first_token, tokens, out, rows, pitch, stride,
+    K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    _, _, begin, seen = _locate(n, rows, file, first_byte, end_byte, first_token, tokens, stride)
+    for _ in range(K):
+        value = tl.load(data + begin, mask=seen > 0, other=0).to(tl.float32)
+        tl.store(out + n, tl.where(seen > 0, value, BYTES).to(out.dtype.element_ty), mask=n < pitch)
+        begin += 1
+        seen -= 1
+        out += pitch
+
+
+@triton.jit
+def _one_hot(values, numbers, dtype: tl.constexpr):
+    return tl.where(values[None, :] == numbers[:, None], 1.0, 0.0).to(dtype)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _stem_backward(
+    grad, values, numbers, partial, rows, split_rows, pitch,
+    K: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    j = 2 * tl.program_id(0)
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    split = tl.program_id(2).to(tl.int64)
+    # Loaded rather than computed: Triton compares in the registers that the matrix units read only where both sides
+    # come from memory; otherwise every one-hot matrix makes a detour through shared memory.
+    byte = tl.load(numbers + tl.arange(0, BYTES))
+    even = tl.zeros([BYTES, BLOCK_D], tl.float32)
+    odd = tl.zeros([BYTES, BLOCK_D], tl.float32)
+    values += tl.cast(j, tl.int64) * pitch + split * split_rows
+    grad += split * split_rows * D + d
+    count = tl.minimum(rows - split * split_rows, split_rows).to(tl.int32)
+    for first in tl.range(0, count, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        g = tl.load(grad + n.to(tl.int64)[:, None] * D, mask=(n < count)[:, None] & (d < D), other=0)
+        even_value, odd_value = tl.load(values + n), tl.load(values + pitch + n)
+        if g.dtype == tl.float32:  # three bfloat16 numbers hold a float32: exact products, by the fast matrix units
+            for _ in tl.static_range(3):
+                part = g.to(tl.bfloat16)
+                even = tl.dot(_one_hot(even_value, byte, tl.bfloat16), part, even)
+                odd = tl.dot(_one_hot(odd_value, byte, tl.bfloat16), part, odd)
+                g -= part.to(tl.float32)
+        else:
+            even = tl.dot(_one_hot(even_value, byte, g.dtype), g, even)
+            odd = tl.dot(_one_hot(odd_value, byte, g.dtype), g, odd)
+    out = partial + ((split * K + j) * BYTES + tl.arange(0, BYTES))[:, None] * D + d
+    tl.store(out, even, mask=d < D)
+    tl.store(out + BYTES * D, odd, mask=d < D)
+
+
+def _split_count(tiles: int, blocks: int, partial_bytes: int, processors: int) -> int:
+    """Into how many parts to split the tokens, where every part makes `tiles` programs, one per multiprocessor at a
+    time: the fewest that leave the smallest share of the last wave idle."""
+    most = max(1, min(blocks, 4 * processors // tiles + 1, PARTIAL_BYTES // partial_bytes))
+    return max(range(1, most + 1), key=lambda s: tiles * s / (-(-tiles * s // processors) * processors))
+
+
+def stem_backward(
+    grad: Tensor, data: Tensor, file: Tensor, first_byte: Tensor, end_byte: Tensor, first_token: Tensor,
+    tokens: Tensor, stride: int, kernel: int,
+) -> Tensor:  # fmt: skip
+    """Gradient of the table from that of the tokens, grad [N, D]: float32 [K * V, D], zero in the padding's rows.
+
+    The transpose of a lookup is a product with one-hot matrices, which the matrix units do faster than memory could
+    take scattered additions, and in a fixed order. Parts of the tokens are summed by different programs, and the
+    parts' sums are added afterwards.
+    """
+    rows, dim = grad.shape
+    grad = grad.contiguous()
+    # Two byte positions share a program, so that the gradient is read half as often. Their sums, 2 x [256, 64], take
+    # 128 registers of each thread of 8 warps and the one-hot matrices most of the others: one program per
+    # multiprocessor. Three stages keep two blocks of the gradient on their way.
+    block = 32 if grad.dtype == torch.float32 else 64
+    tiles, blocks = kernel // 2 * triton.cdiv(dim, BLOCK_D), max(1, triton.cdiv(rows, block))
+    splits = _split_count(tiles, blocks, 4 * kernel * BYTES.value * dim, _processors(grad.device))
+    split_rows = triton.cdiv(blocks, splits) * block
+    pitch = splits * split_rows  # whole blocks, so that the loop below needs no mask for bytes
+    values = grad.new_empty(kernel, pitch, dtype=torch.bfloat16)  # bytes are exact, and two are compared at once
+    numbers = torch.arange(BYTES.value, dtype=values.dtype, device=grad.device)
+    partial = grad.new_empty(splits, kernel, BYTES.value, dim, dtype=torch.float32)
+    with torch.cuda.device_of(grad):
+        _stem_bytes[(triton.cdiv(pitch, 256),)](
+            data, file, first_byte, end_byte, first_token, tokens, values, rows, pitch, stride, K=kernel, BLOCK_N=256
+        )
+        _stem_backward[(kernel // 2, triton.cdiv(dim, BLOCK_D), splits)](
+            grad, values, numbers, partial, rows, split_rows, pitch,
+            K=kernel, D=dim, BLOCK_N=block, BLOCK_D=BLOCK_D, num_warps=8, num_stages=3,
+        )  # fmt: skip
+    out = partial.new_zeros(kernel, VALUES.value, dim)
+    out[:, : BYTES.value] = partial.sum(0)
+    return out.flatten(0, 1)
+
+
+@triton.jit(do_not_specialize=["files"])
+def _positions_backward(
+    grad, out, first_token, tokens, files, rows,
+    D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    longest = tl.zeros([BLOCK_F], tl.int32)
+    for i in range(0, files, BLOCK_F):
+        f = i + tl.arange(0, BLOCK_F)
+        count = tl.load(tokens + f, mask=f < files, other=0).to(tl.int32)
+        longest = tl.maximum(longest, tl.where(count <= rows, count, 0))
+    used = tl.program_id(0) * BLOCK_P < tl.max(longest, 0)  # most rows are past the end of every file
+    acc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    for i in tl.range(0, tl.where(used, files, 0), loop_unroll_factor=4):  # four files' rows on their way
+        count = tl.load(tokens + i)
+        n = tl.load(first_token + i).to(tl.int64) + p
+        mask = ((p < count) & (count <= rows))[:, None] & (d < D)
+        acc += tl.load(grad + n[:, None] * D + d, mask=mask, other=0).to(tl.float32)
+    tl.store(out + p.to(tl.int64)[:, None] * D + d, acc, mask=(p < rows)[:, None] & (d < D))
+
+
+def positions_backward(grad: Tensor, first_token: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    """Gradient of the `rows` positions from that of the tokens, grad [N, D]: float32 [rows, D].
+
+    out[p] = sum of grad[first_token[i] + p] over the files i with p < tokens[i] <= rows, in the files' order.
+    """
+    dim = grad.shape[1]
+    out = grad.new_empty(rows, dim, dtype=torch.float32)
+    block = 16  # small, since only the places that files reach have work, and each walks through all files
+    with torch.cuda.device_of(grad):
+        _positions_backward[(triton.cdiv(rows, block), triton.cdiv(dim, BLOCK_D))](
+            grad.contiguous(), out, first_token, tokens, len(tokens), rows,
+            D=dim, BLOCK_P=block, BLOCK_D=BLOCK_D, BLOCK_F=256, num_warps=2,
+        )  # fmt: skip
+    return out
+
+
+# --- Attention ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _attention_forward(
+    qkv, out, start, length,
+    D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    segment, head = tl.program_id(0) // H, tl.program_id(0) % H
+    first, count = tl.load(start + segment).to(tl.int64), tl.load(length + segment).to(tl.int32)
+    qkv += first * 3 * D + head * E
+    out += first * D + head * E
+    e = tl.arange(0, BLOCK_E)[None, :]
+    t = tl.arange(0, TILE)
+    keys, inside = t[:, None] * (3 * D) + e, (t < count)[:, None] & (e < E)
+    k = tl.load(qkv + D + keys, mask=inside, other=0)
+    v = tl.load(qkv + 2 * D + keys, mask=inside, other=0)
+    for block in tl.range(0, count, BLOCK_M):
+        m = block + tl.arange(0, BLOCK_M)[:, None]
+        mask = (m < count) & (e < E)
+        q = tl.load(qkv + m * (3 * D) + e, mask=mask, other=0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (E**-0.5 * LOG2_E)
+        s = tl.where((t < count)[None, :], s, float("-inf"))
+        p = tl.exp2(s - tl.max(s, 1)[:, None])
+        o = tl.dot(p.to(v.dtype), v, input_precision="ieee") / tl.sum(p, 1)[:, None]
+        tl.store(out + m * D + e, o.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attention_backward(
+    qkv, grad, out, start, length,
+    D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Scores stand on their side, a query per column: so their products with the queries and the output's gradient,
+    summed over the queries, take them from the registers where they are."""
+    segment, head = tl.program_id(0) // H, tl.program_id(0) % H
+    first, count = tl.load(start + segment).to(tl.int64), tl.load(length + segment).to(tl.int32)
+    qkv += first * 3 * D + head * E
+    out += first * 3 * D + head * E
+    grad += first * D + head * E
+    e = tl.arange(0, BLOCK_E)[None, :]
+    t = tl.arange(0, TILE)
+    keys, inside = t[:, None] * (3 * D) + e, (t < count)[:, None] & (e < E)
+    k = tl.load(qkv + D + keys, mask=inside, other=0)
+    v = tl.load(qkv + 2 * D + keys, mask=inside, other=0)
+    dk = tl.zeros([TILE, BLOCK_E], tl.float32)
+    dv = tl.zeros([TILE, BLOCK_E], tl.float32)
+    for block in tl.range(0, count, BLOCK_M):
+        m = block + tl.arange(0, BLOCK_M)[:, None]
+        mask = (m < count) & (e < E)
+        q = tl.load(qkv + m * (3 * D) + e, mask=mask, other=0)
+        g = tl.load(grad + m * D + e, mask=mask, other=0)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * (E**-0.5 * LOG2_E)  # [TILE, BLOCK_M]
+        s = tl.where((t < count)[:, None], s, float("-inf"))
+        p = tl.exp2(s - tl.max(s, 0)[None, :])
+        p = p / tl.sum(p, 0)[None, :]
+        dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(g), input_precision="ieee")
+        ds = (p * (dp - tl.sum(p * dp, 0)[None, :]) * E**-0.5).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        dq = tl.dot(tl.trans(k), ds, input_precision="ieee")  # [BLOCK_E, BLOCK_M]
+        tl.store(out + m * (3 * D) + e, tl.trans(dq).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + D + keys, dk.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + 2 * D + keys, dv.to(out.dtype.element_ty), mask=inside)
+
+
+def supports_attention(dtype: torch.dtype, width: int, dim: int, heads: int) -> bool:
+    """Whether `attention_forward` and `attention_backward` do segments of up to `width` tokens of this kind."""
+    known = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and width <= WIDEST and dim % heads == 0 and dim // heads <= WIDEST
+
+
+def _tiles(width: int, dim: int, heads: int) -> dict[str, int]:
+    head = dim // heads
+    sizes = [max(16, triton.next_power_of_2(size)) for size in (width, head)]  # what the matrix units take
+    return {"D": dim, "H": heads, "E": head, "TILE": sizes[0], "BLOCK_E": sizes[1]}
+
+
+def attention_forward(
+    qkv: Tensor, start: Tensor, length: Tensor, width: int, heads: int, outside: Tensor
+) -> Tensor:  # [N, 3D] -> [N, D]
+    """Attention of every token to the tokens of its segment.
+
+    qkv        [N, 3D]  all queries, all keys, all values; head by head in each
+    start      [S]      first row of each segment
+    length     [S]      its rows, from 1 to `width`
+    outside    int64    the rows of no segment, zero in the result
+
+    A program holds the keys and values of one head of one segment, and nothing is read twice. The softmax is float32.
+    """
+    rows, dim = len(qkv), qkv.shape[1] // 3
+    tiles, wide = _tiles(width, dim, heads), qkv.dtype == torch.float32
+    out = qkv.new_empty(rows, dim)
+    # 64 queries at a time are what four warps multiply at once, and their scores against 128 keys take half of the
+    # registers: three programs on a multiprocessor wait for memory together. float32 goes without matrix units.
+    block = min(tiles["TILE"], 32 if wide else 64)
+    warps = tiles["TILE"] // 8 if wide else block // 16
+    with torch.cuda.device_of(qkv):
+        _attention_forward[(len(start) * heads,)](
+            qkv.contiguous(), out, start, length, BLOCK_M=block, **tiles, num_warps=warps, num_stages=2
+        )
+    return out.index_fill_(0, outside, 0)
+
+
+def attention_backward(
+    qkv: Tensor, grad: Tensor, start: Tensor, length: Tensor, width: int, heads: int, outside: Tensor
+) -> Tensor:  # [N, 3D], [N, D] -> [N, 3D]
+    """Gradient of qkv from that of the output. The probabilities are computed again: the scores of a segment cost less
+    than reading a stored sum of theirs, and dq, dk and dv leave in one pass."""
+    tiles, wide = _tiles(width, qkv.shape[1] // 3, heads), qkv.dtype == torch.float32
+    out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    # 32 queries at a time against 128 keys, so that the sums of dk and dv (64 registers per thread of 8 warps) leave
+    # room. On sm_90 the compiler would take 147 registers; held to 128, it spills none, and two programs fit.
+    block = min(tiles["TILE"], 16 if wide else 32)
+    warps = tiles["TILE"] // 8 if wide or tiles["TILE"] < 64 else tiles["TILE"] // 16
+    tight = _generation(qkv.device) >= 9 and not wide and tiles["TILE"] == 128 and tiles["BLOCK_E"] <= 64
+    with torch.cuda.device_of(qkv):
+        _attention_backward[(len(start) * heads,)](
+            qkv.contiguous(), grad.contiguous(), out, start, length, BLOCK_M=block, **tiles,
+            num_warps=warps, num_stages=1 if wide else 2, maxnreg=128 if tight else None,
+        )  # fmt: skip
+    return out.index_fill_(0, outside, 0)
