@@ -139,6 +139,9 @@ class Model:
     weights that were trained with it (tools/import_corenet.py); files then need at least `kernel` bytes."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a fifth more time."""
+    compiled: bool = False
+    """Fuse what lies between matrix products, by torch.compile: for GPUs, at the price of some minutes at each start.
+    On a CPU it has no effect, since blocks are computed in chunks that stay in the cache."""
 
     def architecture(self) -> sizes.Architecture:
         return sizes.architecture(

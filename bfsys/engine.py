@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
 from bfsys.dist import Ranks
+from bfsys.model.byteformer import Block, Merge
 from bfsys.optim import AdamW, parameter_groups
 
 WEIGHT = "weight"
@@ -46,6 +47,8 @@ class Engine:
         self._loss_scale = ranks.world_size * self.micro_batches / config.data.batch_samples
         self._clip_norm = config.optim.clip_norm
         self.optimizer = AdamW(parameter_groups(model, config.optim.weight_decay), config.optim)
+        if self.stage == 3:  # a block's parts are not called one by one, so its parameters must come together
+            deepspeed.utils.set_z3_leaf_modules(model, [Block, Merge])
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo")
         with redirect_stdout(io.StringIO()):  # pages of memory figures that it prints whatever its log level
             self._engine, *_ = deepspeed.initialize(

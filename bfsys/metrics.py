@@ -24,11 +24,13 @@ from bfsys import dist, typed_yaml
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
 from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
+from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
 
 # Columns of the counters that are summed over ranks and steps.
-BYTES, TOKENS, ROUNDED_TOKENS, REPLACED, WAIT_S, BUSY_S = range(6)
-COUNTERS = 6
+BYTES, TOKENS, ROUNDED_TOKENS, FLOPS, REPLACED, WAIT_S, BUSY_S = range(7)
+COUNTER_NAMES = ("bytes", "tokens", "rounded_tokens", "flops", "replaced", "wait_s", "busy_s")
+COUNTERS = len(COUNTER_NAMES)
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
 
@@ -41,6 +43,7 @@ class Metrics:
         config: Config,
         ranks: dist.Ranks,
         source_names: tuple[str, ...],
+        num_classes: int,
         *,
         first_step: int,
         carried: dict | None,
@@ -48,6 +51,9 @@ class Metrics:
         """`carried` is what `carry` gave to the checkpoint that the run resumes from."""
         self.ranks, self.source_names, self.first_step = ranks, source_names, first_step
         self.architecture, self.mode = config.model.architecture(), config.model.mode
+        self.num_classes = num_classes
+        precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self.peak_flops_per_s = matrix_peak(ranks.device, precision)  # of this rank
         self.total_steps, self.log_every = config.train.steps, config.train.log_every
         self._started = self._step_began = time.perf_counter()
         self._sums = torch.zeros(len(source_names), COLUMNS, dtype=torch.float64)
@@ -57,7 +63,9 @@ class Metrics:
             self._steps_in_line = carried["steps"]
             if ranks.is_first:
                 self._sums += torch.tensor(carried["sums"], dtype=torch.float64)
-                self._counters += torch.tensor(carried["counters"], dtype=torch.float64)
+                counters = carried["counters"]
+                counters = counters if isinstance(counters, dict) else {}  # checkpoints once held a list
+                self._counters += torch.tensor([counters.get(n, 0) for n in COUNTER_NAMES], dtype=torch.float64)
                 self._counters[SECONDS] *= ranks.world_size
         self._tensorboard: SummaryWriter | None = None
         self._lines: TextIO | None = None
@@ -87,6 +95,7 @@ class Metrics:
         self._counters[BYTES] += int(lengths.sum())
         self._counters[TOKENS] += int(tokens.sum())
         self._counters[ROUNDED_TOKENS] += int((-(-tokens // alignment) * alignment).sum())
+        self._counters[FLOPS] += flops_per_step(lengths, self.architecture, self.num_classes).total
         self._counters[REPLACED] += batch.replaced
         self._sums = self._sums.to(sums.device, non_blocking=True) + sums
 
@@ -98,6 +107,7 @@ class Metrics:
             return
         sums, counters = self._over_ranks()
         (peak_memory,) = dist.agree_on_max(peak_memory_bytes(self.ranks.device))
+        flops_per_s = float(counters[FLOPS]) / max(1e-9, float(counters[BUSY_S]))  # of a rank, on average
         seconds = max(1e-9, float(counters[BUSY_S]) / self.ranks.world_size)
         line = {
             "kind": "train",
@@ -109,6 +119,8 @@ class Metrics:
             "samples_per_s": float(sums[:, SAMPLES].sum()) / seconds,
             "bytes_per_s": float(counters[BYTES]) / seconds,
             "tokens_per_s": float(counters[TOKENS]) / seconds,
+            "model_tflop_per_s": flops_per_s * self.ranks.world_size / 1e12,
+            "mfu": flops_per_s / self.peak_flops_per_s,
             "padding_share": 1 - float(counters[TOKENS] / counters[ROUNDED_TOKENS]),
             "data_wait_share": float(counters[WAIT_S] / counters[BUSY_S]),
             "bad_files": bad_files,
@@ -136,7 +148,11 @@ class Metrics:
         """The sums since the last line, for a checkpoint; collective."""
         sums, counters = self._over_ranks()
         counters[SECONDS] /= self.ranks.world_size  # the run may go on with another number of ranks
-        return {"steps": self._steps_in_line, "sums": sums.tolist(), "counters": counters.tolist()}
+        return {
+            "steps": self._steps_in_line,
+            "sums": sums.tolist(),
+            "counters": dict(zip(COUNTER_NAMES, counters.tolist(), strict=True)),
+        }
 
     def close(self) -> None:
         if self._tensorboard:
@@ -211,6 +227,8 @@ def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float]]:
     yield "speed/samples_per_s", line["samples_per_s"]
     yield "speed/MB_per_s", line["bytes_per_s"] / 1e6
     yield "speed/tokens_per_s", line["tokens_per_s"]
+    yield "speed/model_TFLOP_per_s", line["model_tflop_per_s"]
+    yield "speed/mfu", line["mfu"]
     yield "time/step_s", line["step_s"]
     yield "time/data_wait_share", line["data_wait_share"]
     yield "data/bad_files", line["bad_files"]

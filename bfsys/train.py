@@ -56,7 +56,11 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     quarantine.check(training.sizes, config.data.max_bad_share)
     torch.manual_seed(config.train.seed)
     model = ByteFormer(
-        config.model.architecture(), len(training.classes), config.model.mode, config.model.activation_checkpointing
+        config.model.architecture(),
+        len(training.classes),
+        config.model.mode,
+        config.model.activation_checkpointing,
+        config.model.compiled,
     )
     given, notes = initial_weights(model, config, training.classes, ranks) if not start else ({}, [])
     engine = Engine(model, config, ranks)
@@ -65,12 +69,16 @@ def train(config: Config, ranks: dist.Ranks) -> int:
         given.clear()
     manifest = checkpoint.load(engine, start) if start else {"step": 0, "metrics": None}
     step = first_step = manifest["step"]
-    metrics = Metrics(config, ranks, training.names, first_step=first_step, carried=manifest["metrics"])
+    metrics = Metrics(
+        config, ranks, training.names, len(training.classes), first_step=first_step, carried=manifest["metrics"]
+    )
     if start:
         metrics.say(f"continuing {config.run_dir} after step {first_step}")
     for note in notes + long_files(config, training):
         metrics.say(note)
-    batches = training_batches(config, training, plan, ranks, first_step=first_step, quarantine=quarantine)
+    batches = training_batches(
+        config, training, plan, ranks, first_step=first_step, quarantine=quarantine, layout=model.layout
+    )
     exit_code = 0
     # A stop may have come between a checkpoint and its evaluation.
     evaluate_if_due(engine, config, validation, ranks, metrics, quarantine, step)

@@ -51,7 +51,7 @@ from bfsys.batch import ByteBatch, Sample
 from bfsys.data.tars import atomic_file
 from bfsys.errors import run_command
 from bfsys.model.byteformer import ByteFormer
-from bfsys.model.flops import flops_per_step, published_flops
+from bfsys.model.flops import flops_per_step, matrix_peak, published_flops
 from bfsys.model.sizes import SIZES, Architecture, architecture
 from tools.published_form import PublishedForm, pad
 
@@ -182,7 +182,7 @@ def measure(job: dict) -> dict:
     result = {"ms": 1000 * median(wall), "cpu_ms": 1000 * median(cpu)}
     result["mib"] = (peak_memory_bytes(device) - before) / MIB
     if job["side"] == "bfsys":
-        result["peak_flops_per_s"] = matrix_peak(device, torch.bfloat16 if bf16 else torch.float32)
+        result["peak_flops_per_s"] = matrix_peak(device, torch.bfloat16 if bf16 else torch.float32, seconds=1)
     return result
 
 
@@ -205,22 +205,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of several large matrix products."""
-    n, best = (8192 if device.type == "cuda" else 2048), float("inf")
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    until = time.perf_counter() + 1
-    for done in range(100):
-        synchronize(device)
-        begin = time.perf_counter()
-        if begin > until and done > 2:
-            break
-        torch.mm(a, b)
-        synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * n**3 / best
 
 
 # --------------------------------------------------------------------------------------------- in the first process

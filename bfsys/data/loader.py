@@ -13,16 +13,17 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from bfsys.batch import ByteBatch
+from bfsys.batch import ByteBatch, MovableTo
 from bfsys.config import Config
 from bfsys.data.datasets import Sources, any_remote, make_cache
 from bfsys.data.plan import MicroBatch, Plan, evaluation_batches, lanes_of_rank
@@ -47,11 +48,18 @@ SLOT_OVER_MEAN = 4
 
 
 def training_batches(
-    config: Config, sources: Sources, plan: Plan, ranks: Ranks, *, first_step: int, quarantine: Quarantine | None = None
+    config: Config,
+    sources: Sources,
+    plan: Plan,
+    ranks: Ranks,
+    *,
+    first_step: int,
+    quarantine: Quarantine | None = None,
+    layout: Callable[[Tensor], MovableTo] | None = None,
 ) -> Iterator[ByteBatch]:
     """The rank's micro-batches from `first_step` to the end of the run, lane by lane within a step.
 
-    `quarantine` is told of samples that could not be read.
+    `quarantine` is told of samples that could not be read. `layout` makes `ByteBatch.layout` from the lengths.
     """
     quarantine = quarantine if quarantine is not None else Quarantine()
     bad_from = [quarantine.bad_from(s.split, name) for s, name in zip(sources.splits, sources.origins, strict=True)]
@@ -71,6 +79,8 @@ def training_batches(
             if fetched.slow:
                 requests.to_announce = ANNOUNCED_AFTER_SLOW
             batch = _byte_batch(fetched)
+            if layout:
+                batch = replace(batch, layout=layout(batch.lengths))
             del fetched  # a slot is in use as long as something refers to it
             yield batch
             del batch

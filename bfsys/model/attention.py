@@ -13,7 +13,6 @@ Shapes: N tokens, W windows of `width` slots, H heads, D dim, E = D / H.
 from __future__ import annotations
 
 import math
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -45,18 +44,19 @@ class SegmentAttention(torch.autograd.Function):
         ctx.segments, ctx.heads = segments, heads
         ctx.save_for_backward(qkv)
         s = segments
-        return load_kernels().attention_forward(qkv, s.start, s.length, s.width, heads, s.outside)
+        return kernels_for(qkv.device).attention_forward(qkv, s.start, s.length, s.width, heads, s.outside)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (qkv,), s = ctx.saved_tensors, ctx.segments
-        qkv_grad = load_kernels().attention_backward(qkv, grad, s.start, s.length, s.width, ctx.heads, s.outside)
-        return qkv_grad, None, None
+        backward = kernels_for(qkv.device).attention_backward
+        return backward(qkv, grad, s.start, s.length, s.width, ctx.heads, s.outside), None, None
 
 
-@cache
-def load_kernels() -> ModuleType | None:
-    """The kernels for GPUs, or None where PyTorch comes without Triton."""
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """Our kernels for a GPU; None for other devices, and where PyTorch comes without Triton."""
+    if device.type != "cuda":
+        return None
     try:
         from bfsys.model import kernels
     except ImportError:
@@ -91,7 +91,7 @@ def attend_by_sdpa(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor 
 
 
 def _has_kernel(qkv: Tensor, segments: Segments, heads: int) -> bool:
-    kernels = load_kernels() if qkv.is_cuda else None
+    kernels = kernels_for(qkv.device)
     return kernels is not None and kernels.supports_attention(qkv.dtype, segments.width, qkv.shape[1] // 3, heads)
 
 

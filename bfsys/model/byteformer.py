@@ -19,7 +19,7 @@ from bfsys.batch import ByteBatch
 from bfsys.errors import UserError
 from bfsys.model.attention import attend, segment_mean
 from bfsys.model.chunks import block_in_chunks, merge_in_chunks
-from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Segments, Windows, make_layout
+from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Layout, Segments, Windows, make_layout
 from bfsys.model.sizes import Architecture
 from bfsys.model.stem import Stem
 
@@ -52,8 +52,19 @@ class Block(nn.Module):
         blank_qkv = None
         if self.mode == AS_RELEASED:  # a blank slot enters the block as a zero row, normed like any other
             blank_qkv = self.qkv(self.norm1(x.new_zeros(1, x.shape[1])))[0]
-        x = x + self.proj(attend(self.qkv(self.norm1(x)), where, self.heads, blank_qkv))
+        return self.after_attention(x, attend(self.before_attention(x), where, self.heads, blank_qkv))
+
+    def before_attention(self, x: Tensor) -> Tensor:
+        return self.qkv(self.norm1(x))
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.proj(attended)
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+    def compile_parts(self) -> None:
+        """What lies around attention, for any number of tokens; blocks of equal shapes share what is compiled."""
+        self.before_attention = torch.compile(self.before_attention, dynamic=True)
+        self.after_attention = torch.compile(self.after_attention, dynamic=True)
 
 
 class Merge(nn.Module):
@@ -84,6 +95,7 @@ class ByteFormer(nn.Module):
         num_classes: int,
         mode: str = MASKED,
         activation_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if mode not in MODES:
@@ -95,6 +107,8 @@ class ByteFormer(nn.Module):
         self.merges = nn.ModuleDict({str(layer): Merge(dim) for layer in architecture.merge_after})
         for block in self.blocks:
             block.activation_checkpointing = activation_checkpointing
+            if compiled:
+                block.compile_parts()
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
         for module in self.modules():
@@ -103,8 +117,12 @@ class ByteFormer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def layout(self, lengths: Tensor) -> Layout:
+        """What `forward` has to know of files of `lengths` bytes; computed there if the batch comes without."""
+        return make_layout(lengths, self.architecture, self.mode)
+
     def forward(self, batch: ByteBatch) -> Tensor:
-        layout = make_layout(batch.lengths, self.architecture, self.mode).to(batch.data.device)
+        layout = (batch.layout or self.layout(batch.lengths)).to(batch.data.device)
         rounding = iter(layout.rounding)
         x = self.stem(batch.data, layout.files)  # [N, D]
         for layer, block in enumerate(self.blocks):

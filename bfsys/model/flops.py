@@ -18,12 +18,16 @@ crediting it with operations that it saves.
 
 from __future__ import annotations
 
+import itertools
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from bfsys.model.layout import MASKED, token_counts
+from bfsys.model.precision import product_dtype
 from bfsys.model.sizes import BYTE_VALUES, Architecture
 
 BACKWARD = 2  # products of a backward, for each of the forward
@@ -115,6 +119,26 @@ def published_flops(lengths: np.ndarray, architecture: Architecture, num_classes
         head=2 * files * a.dim * num_classes,
         backward=backward,
     )
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of the fastest of several large matrix products, measured here and now: what a utilisation refers to."""
+    dtype, n = product_dtype(dtype, device.type), 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    best, until = float("inf"), time.perf_counter() + seconds
+    for done in itertools.count():
+        _wait_for(device)
+        began = time.perf_counter()
+        if began > until and done > 3:
+            return 2 * n**3 / best
+        torch.mm(a, b)
+        _wait_for(device)
+        best = min(best, time.perf_counter() - began)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @lru_cache

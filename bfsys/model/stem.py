@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfsys.model.attention import load_kernels
+from bfsys.model.attention import kernels_for
 from bfsys.model.layout import Files
 from bfsys.model.precision import product_dtype, stored_dtype
 from bfsys.model.sizes import BYTE_VALUES, PAD_BYTE, Architecture
@@ -46,7 +46,7 @@ class Tokens(torch.autograd.Function):
         ctx.files, ctx.kernel = files, kernel
         ctx.table_rows, ctx.position_rows = len(table), len(positions)
         ctx.dtypes = table.dtype, positions.dtype
-        if data.is_cuda and (kernels := load_kernels()):
+        if kernels := kernels_for(data.device):
             f = files
             tokens = kernels.stem_forward(
                 table, positions, data, f.file, f.first_byte, f.end_byte, f.first_token, f.tokens, kernel // 2
@@ -63,7 +63,7 @@ class Tokens(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # [N, D]
         (data,) = ctx.saved_tensors
         wide, places = torch.promote_types(grad.dtype, torch.float32), ctx.files.places
-        if data.is_cuda and (kernels := load_kernels()):
+        if kernels := kernels_for(data.device):
             f, k = ctx.files, ctx.kernel
             table_grad = kernels.stem_backward(
                 grad, data, f.file, f.first_byte, f.end_byte, f.first_token, f.tokens, k // 2, k
