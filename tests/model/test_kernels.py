@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 import bfsys.model
+from bfsys.batch import ByteBatch, Sample
+from bfsys.model import attention, stem
+from bfsys.model.byteformer import ByteFormer
+from bfsys.model.sizes import architecture
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -307,3 +311,30 @@ def compile_for_hopper(function, args, options):
     source = triton.compiler.ASTSource(function, signature, constexprs=constants, attrs=attributes)
     others = {name: value for name, value in options.items() if name not in function.arg_names}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=others)
+
+
+@pytest.mark.parametrize("rows", [600, 20])
+def test_the_model_computes_the_same_by_kernels(kernels, monkeypatch, rows):
+    """Answers and gradients of a model whose stem and attention are the kernels', and of one by PyTorch alone; with
+    positions for every token, and for a part of them."""
+    a = architecture(
+        "custom", dim=32, layers=3, heads=2, kernel=8, window=16, shift=8, max_tokens=rows, merge_after=(0,)
+    )
+    rng = np.random.default_rng(0)
+    files = [Sample("", rng.integers(0, 256, n, dtype=np.uint8)) for n in (1, 63, 64, 65, LONGEST)]
+    batch = ByteBatch.from_samples(files).to(DEVICE)
+    torch.manual_seed(0)
+    model = ByteFormer(a, 5).to(DEVICE)
+    for block_or_merge in (*model.blocks, *model.merges.values()):
+        block_or_merge.forward = block_or_merge.compute  # as on a GPU
+    results, called = [], []
+    for found in (None, kernels):
+        for module in (attention, stem):
+            monkeypatch.setattr(module, "kernels_for", lambda _, found=found: called.append(found) or found)
+        model.zero_grad()
+        logits = model(batch)
+        logits.square().sum().backward()
+        results.append({"logits": logits.detach(), **{n: p.grad for n, p in model.named_parameters()}})
+    assert called.count(kernels) >= 2 + 2 * a.layers
+    for name, want in results[0].items():
+        close(results[1][name], want.double(), 1e-5)

@@ -1,0 +1,26 @@
+"""The curve over lengths is measured, in small."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import bench_length
+
+
+def test_rows_hold_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "length.json"
+    arguments = ["--lengths", "1k,3000", "--repeats", "1", "--device", "cpu", "--precision", "fp32", "--json", str(out)]
+    assert bench_length.main(arguments) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["length"], row["tokens"]) for row in rows] == [(1000, 63), (3000, 188)]
+    assert all(row["answer_ms"] > 0 and row["step_ms"] > row["answer_ms"] for row in rows)
+    assert "3,000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lengths", ["1x", "0", "", "5,,6"])
+def test_lengths_that_are_none(lengths: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        bench_length.main(["--lengths", lengths])
+    assert error.value.code == 2
+    assert "--lengths" in capsys.readouterr().err
