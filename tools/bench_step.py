@@ -70,7 +70,7 @@ class Workload:
 
 def workloads() -> dict[str, Workload]:
     rng = np.random.default_rng(0)
-    jpeg = np.exp(rng.normal(np.log(12_000), 0.7, 32)).astype(np.int64).clip(64)
+    jpeg = np.exp(rng.normal(np.log(12_000), 0.7, 16)).astype(np.int64).clip(64)
     wav = rng.permutation([32_044, 64_058] * 4)  # one second of sound, in 16 and in 32 bits
     return {
         "tiff": Workload(32, 1000, (150_668,) * 4),
@@ -335,7 +335,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--precision", choices=("fp32", "bf16"), default="bf16", help="default: %(default)s")
     add("--size", choices=tuple(SIZES), default="tiny", help="default: %(default)s")
     add("--workloads", default=",".join(workloads()), metavar="A,B", help="default: %(default)s")
-    add("--repeats", type=int, help="measured steps, of which the fastest counts (default: 5; on a GPU 20)")
+    add("--repeats", type=int, help="measured steps, of which the fastest counts (default: 3; on a GPU 20)")
     add("--files", type=int, metavar="N", help="on the CPU, at most so many files (default: as many as memory holds)")
     add("--checkpointing", action="store_true", help="measure bfsys with activation checkpointing, too")
     add("--json", type=Path, metavar="OUT", help="write the rows to this file too")
@@ -343,7 +343,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.workloads = args.workloads.split(",")
-    args.repeats = (20 if args.device == "cuda" else 5) if args.repeats is None else args.repeats
+    args.repeats = (20 if args.device == "cuda" else 3) if args.repeats is None else args.repeats
     wrong = [name for name in args.workloads if name not in workloads()]
     if wrong:
         parser.error(f"--workloads: got {', '.join(wrong)}; workloads are {', '.join(workloads())}")

@@ -44,18 +44,18 @@ class SegmentAttention(torch.autograd.Function):
         ctx.segments, ctx.heads = segments, heads
         ctx.save_for_backward(qkv)
         s = segments
-        return kernels_for(qkv.device).attention_forward(qkv, s.start, s.length, s.width, heads, s.outside)
+        return kernels_for(qkv.device, qkv.dtype).attention_forward(qkv, s.start, s.length, s.width, heads, s.outside)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (qkv,), s = ctx.saved_tensors, ctx.segments
-        backward = kernels_for(qkv.device).attention_backward
+        backward = kernels_for(qkv.device, qkv.dtype).attention_backward
         return backward(qkv, grad, s.start, s.length, s.width, ctx.heads, s.outside), None, None
 
 
-def kernels_for(device: torch.device) -> ModuleType | None:
-    """Our kernels for a GPU; None for other devices, and where PyTorch comes without Triton."""
-    if device.type != "cuda":
+def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """Our kernels for a GPU; None for other devices and float64, and where PyTorch comes without Triton."""
+    if device.type != "cuda" or dtype == torch.float64:
         return None
     try:
         from bfsys.model import kernels
@@ -91,7 +91,7 @@ def attend_by_sdpa(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor 
 
 
 def _has_kernel(qkv: Tensor, segments: Segments, heads: int) -> bool:
-    kernels = kernels_for(qkv.device)
+    kernels = kernels_for(qkv.device, qkv.dtype)
     return kernels is not None and kernels.supports_attention(qkv.dtype, segments.width, qkv.shape[1] // 3, heads)
 
 

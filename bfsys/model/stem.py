@@ -46,7 +46,7 @@ class Tokens(torch.autograd.Function):
         ctx.files, ctx.kernel = files, kernel
         ctx.table_rows, ctx.position_rows = len(table), len(positions)
         ctx.dtypes = table.dtype, positions.dtype
-        if kernels := kernels_for(data.device):
+        if kernels := kernels_for(data.device, table.dtype):
             f = files
             tokens = kernels.stem_forward(
                 table, positions, data, f.file, f.first_byte, f.end_byte, f.first_token, f.tokens, kernel // 2
@@ -63,7 +63,7 @@ class Tokens(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # [N, D]
         (data,) = ctx.saved_tensors
         wide, places = torch.promote_types(grad.dtype, torch.float32), ctx.files.places
-        if kernels := kernels_for(data.device):
+        if kernels := kernels_for(data.device, grad.dtype):
             f, k = ctx.files, ctx.kernel
             table_grad = kernels.stem_backward(
                 grad, data, f.file, f.first_byte, f.end_byte, f.first_token, f.tokens, k // 2, k

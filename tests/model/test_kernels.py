@@ -330,7 +330,7 @@ def test_the_model_computes_the_same_by_kernels(kernels, monkeypatch, rows):
     results, called = [], []
     for found in (None, kernels):
         for module in (attention, stem):
-            monkeypatch.setattr(module, "kernels_for", lambda _, found=found: called.append(found) or found)
+            monkeypatch.setattr(module, "kernels_for", lambda *_, found=found: called.append(found) or found)
         model.zero_grad()
         logits = model(batch)
         logits.square().sum().backward()

@@ -119,7 +119,7 @@ def test_all_workloads_and_a_failure(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_workloads() -> None:
     tiff, jpeg, wav = bench_step.workloads().values()
     assert (tiff.kernel, tiff.lengths) == (32, (150_668,) * 4)
-    assert (jpeg.kernel, len(jpeg.lengths)) == (8, 32)
+    assert (jpeg.kernel, len(jpeg.lengths)) == (8, 16)
     assert 9_000 < np.median(jpeg.lengths) < 15_000
     assert (wav.kernel, sorted(wav.lengths)) == (16, [32_044] * 4 + [64_058] * 4)
     for workload in (tiff, jpeg, wav):
