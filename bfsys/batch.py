@@ -9,19 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 NO_LABEL = -1
-
-
-class MovableTo(Protocol):
-    """The layout, as far as the data side knows it."""
-
-    def to(self, device: torch.device) -> MovableTo: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,6 @@ class ByteBatch:
     second_labels, second_share   int64 [B] and float32 [B]: with mixup, the class of the other sound in a file and
              how much of the target is that class's; None where nothing is mixed
     replaced how many of the files stand in for others that could not be read
-    layout   what the model computes from the lengths beforehand, see model/layout.py; None: it has not been computed
     """
 
     data: Tensor
@@ -58,7 +50,6 @@ class ByteBatch:
     second_labels: Tensor | None = None
     second_share: Tensor | None = None
     replaced: int = 0
-    layout: MovableTo | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,7 +68,6 @@ class ByteBatch:
             sources=self.sources.to(device, non_blocking=True),
             second_labels=None if self.second_labels is None else self.second_labels.to(device, non_blocking=True),
             second_share=None if self.second_share is None else self.second_share.to(device, non_blocking=True),
-            layout=None if self.layout is None else self.layout.to(torch.device(device)),
         )
 
     @staticmethod

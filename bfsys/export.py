@@ -151,7 +151,7 @@ def check(name: str, answer: Callable[[np.ndarray], np.ndarray], model: ByteForm
 
 
 def lengths_to_check(model: ByteFormer, least_bytes: int) -> list[int]:
-    """Bytes: shorter than a token, odd, one whole window, several, and more than there are positions for."""
+    """Bytes: shorter than a token, odd, one whole window, several; more than a small table has positions for."""
     a = model.architecture
     window = a.window * a.stride
     wanted = (1, 2, a.kernel - 1, a.kernel, a.kernel + 1, window, window + 1, 3 * window + a.stride + 1)

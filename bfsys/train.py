@@ -60,7 +60,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
         len(training.classes),
         config.model.mode,
         config.model.activation_checkpointing,
-        config.model.compiled,
+        compiled=config.model.compiled and ranks.device.type == "cuda",
     )
     given, notes = initial_weights(model, config, training.classes, ranks) if not start else ({}, [])
     engine = Engine(model, config, ranks)
@@ -76,9 +76,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
         metrics.say(f"continuing {config.run_dir} after step {first_step}")
     for note in notes + long_files(config, training):
         metrics.say(note)
-    batches = training_batches(
-        config, training, plan, ranks, first_step=first_step, quarantine=quarantine, layout=model.layout
-    )
+    batches = training_batches(config, training, plan, ranks, first_step=first_step, quarantine=quarantine)
     exit_code = 0
     # A stop may have come between a checkpoint and its evaluation.
     evaluate_if_due(engine, config, validation, ranks, metrics, quarantine, step)

@@ -13,18 +13,17 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from bfsys.batch import ByteBatch, MovableTo
+from bfsys.batch import ByteBatch
 from bfsys.config import Config
+from bfsys.data.augment import Augmentation
 from bfsys.data.datasets import Sources, any_remote, make_cache
 from bfsys.data.plan import MicroBatch, Plan, evaluation_batches, lanes_of_rank
 from bfsys.data.quarantine import Quarantine
@@ -48,18 +47,11 @@ SLOT_OVER_MEAN = 4
 
 
 def training_batches(
-    config: Config,
-    sources: Sources,
-    plan: Plan,
-    ranks: Ranks,
-    *,
-    first_step: int,
-    quarantine: Quarantine | None = None,
-    layout: Callable[[Tensor], MovableTo] | None = None,
+    config: Config, sources: Sources, plan: Plan, ranks: Ranks, *, first_step: int, quarantine: Quarantine | None = None
 ) -> Iterator[ByteBatch]:
     """The rank's micro-batches from `first_step` to the end of the run, lane by lane within a step.
 
-    `quarantine` is told of samples that could not be read. `layout` makes `ByteBatch.layout` from the lengths.
+    `quarantine` is told of samples that could not be read.
     """
     quarantine = quarantine if quarantine is not None else Quarantine()
     bad_from = [quarantine.bad_from(s.split, name) for s, name in zip(sources.splits, sources.origins, strict=True)]
@@ -79,8 +71,6 @@ def training_batches(
             if fetched.slow:
                 requests.to_announce = ANNOUNCED_AFTER_SLOW
             batch = _byte_batch(fetched)
-            if layout:
-                batch = replace(batch, layout=layout(batch.lengths))
             del fetched  # a slot is in use as long as something refers to it
             yield batch
             del batch
@@ -115,14 +105,23 @@ def evaluation_rounds(
         reader.close()
 
 
-def _reader(config: Config, sources: Sources, **options: Any) -> ShardReader:
+def _reader(
+    config: Config,
+    sources: Sources,
+    *,
+    augmentations: Sequence[Augmentation | None] = (),
+    bad_from: Sequence[dict[int, int]] = (),
+    replace_bad: bool = True,
+) -> ShardReader:
     return ShardReader(
         sources.splits,
         sources.label_maps,
         sources.origins,
         seed=config.train.seed,
+        augmentations=augmentations,
         transforms=sources.transforms,
-        **options,
+        bad_from=bad_from,
+        replace_bad=replace_bad,
     )
 
 

@@ -12,7 +12,7 @@ Shapes: N tokens, W windows of `width` slots, H heads, D dim, E = D / H.
 
 from __future__ import annotations
 
-import math
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -54,8 +54,14 @@ class SegmentAttention(torch.autograd.Function):
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """Our kernels for a GPU; None for other devices and float64, and where PyTorch comes without Triton."""
-    if device.type != "cuda" or dtype == torch.float64:
+    """Our kernels for a GPU; None for other devices and float64."""
+    return _kernels(device) if device.type == "cuda" and dtype != torch.float64 else None
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """None for GPUs that they are not made for, and where PyTorch comes without Triton."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
         from bfsys.model import kernels
@@ -84,8 +90,8 @@ def attend_by_sdpa(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor 
     if blank_qkv is not None and len(w.blank):
         slots = slots.index_add(0, w.blank, blank_qkv.expand(len(w.blank), -1))
     q, k, v = slots.view(-1, w.width, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)  # [W, H, width, E]
-    mask = None if w.mask is None else w.mask[:, None, None]  # [W, 1, 1, width]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    added = None if w.added is None else w.added.to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added)
     out = out.transpose(1, 2).reshape(-1, dim)  # [W * width, D]
     return Rearrange.apply(out, w.inverse, w.outside, w.index, w.blank)
 
@@ -139,11 +145,8 @@ def _heads(slots: Tensor, width: int, heads: int, parts: int) -> Tensor:
 
 
 def _added(windows: Windows, q: Tensor) -> Tensor | None:
-    """What is added to scores, 0 or -inf: [W, 1, width, width]."""
-    if windows.mask is None:
-        return None
-    mask = torch.zeros(windows.mask.shape, dtype=q.dtype).masked_fill_(~windows.mask, -math.inf)
-    return mask[:, None, None].expand(-1, 1, windows.width, -1)
+    """What is added to scores: [W, 1, width, width]."""
+    return None if windows.added is None else windows.added.to(q.dtype).expand(-1, 1, windows.width, -1)
 
 
 def segment_mean(rows: Tensor, counts: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from bfsys.batch import ByteBatch
 from bfsys.errors import UserError
 from bfsys.model.attention import attend, segment_mean
 from bfsys.model.chunks import block_in_chunks, merge_in_chunks
-from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Layout, Segments, Windows, make_layout
+from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Segments, Windows, make_layout
 from bfsys.model.sizes import Architecture
 from bfsys.model.stem import Stem
 
@@ -117,12 +117,8 @@ class ByteFormer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def layout(self, lengths: Tensor) -> Layout:
-        """What `forward` has to know of files of `lengths` bytes; computed there if the batch comes without."""
-        return make_layout(lengths, self.architecture, self.mode)
-
     def forward(self, batch: ByteBatch) -> Tensor:
-        layout = (batch.layout or self.layout(batch.lengths)).to(batch.data.device)
+        layout = make_layout(batch.lengths, self.architecture, self.mode).to(batch.data.device)
         rounding = iter(layout.rounding)
         x = self.stem(batch.data, layout.files)  # [N, D]
         for layer, block in enumerate(self.blocks):

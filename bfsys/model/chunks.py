@@ -38,29 +38,25 @@ class _Linear:
     """A linear layer in the precision of products, and the sums of its gradients."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        wide = torch.promote_types(dtype, torch.float32)
+        self.wide = torch.promote_types(dtype, torch.float32)
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        self.weight_grad = torch.zeros_like(weight, dtype=wide)
-        self.bias_grad = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        self.weight_grad = self.bias_grad = None
 
     def __call__(self, x: Tensor) -> Tensor:  # [C, in] -> [C, out]
         return F.linear(x, self.weight, self.bias)
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:  # [C, out], [C, in] -> [C, in]
-        self.add_gradients(grad, x)
-        return grad @ self.weight
-
-    def add_gradients(self, grad: Tensor, x: Tensor) -> None:
-        if self.weight_grad.dtype == grad.dtype:
+        if self.weight_grad is not None and self.wide == grad.dtype:
             self.weight_grad.addmm_(grad.T, x)
         else:
-            self.weight_grad += grad.T @ x
-        if self.bias_grad is not None:
-            self.bias_grad += grad.sum(0, dtype=self.bias_grad.dtype)
+            self.weight_grad = _plus(self.weight_grad, (grad.T @ x).to(self.wide))
+        if self.bias is not None:
+            self.bias_grad = _plus(self.bias_grad, grad.sum(0, dtype=self.wide))
+        return grad @ self.weight
 
     @property
     def grads(self) -> tuple[Tensor, ...]:
-        return (self.weight_grad,) if self.bias_grad is None else (self.weight_grad, self.bias_grad)
+        return (self.weight_grad,) if self.bias is None else (self.weight_grad, self.bias_grad)
 
 
 class _Norm:
@@ -69,7 +65,7 @@ class _Norm:
     def __init__(self, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> None:
         self.dtype, self.wide, self.eps = dtype, torch.promote_types(dtype, torch.float32), eps
         self.weight, self.bias = weight.to(self.wide), bias.to(self.wide)
-        self.weight_grad, self.bias_grad = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
+        self.weight_grad = self.bias_grad = None
 
     def __call__(self, x: Tensor) -> Tensor:  # [C, D] -> [C, D] in the precision of products
         return self.with_moments(x)[0]
@@ -82,16 +78,19 @@ class _Norm:
         return normed.to(self.dtype), (mean, rstd)
 
     def backward(self, grad: Tensor, x: Tensor, moments: tuple[Tensor, Tensor]) -> Tensor:
-        grads = torch.ops.aten.native_layer_norm_backward(
+        x_grad, weight_grad, bias_grad = torch.ops.aten.native_layer_norm_backward(
             grad.to(self.wide), x.to(self.wide), self.weight.shape, *moments, self.weight, self.bias, [True] * 3
         )
-        self.weight_grad += grads[1]
-        self.bias_grad += grads[2]
-        return grads[0]
+        self.weight_grad, self.bias_grad = _plus(self.weight_grad, weight_grad), _plus(self.bias_grad, bias_grad)
+        return x_grad
 
     @property
     def grads(self) -> tuple[Tensor, ...]:
         return self.weight_grad, self.bias_grad
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 class _Kept(NamedTuple):
@@ -150,7 +149,7 @@ class _BlockInChunks(torch.autograd.Function):
     def forward(ctx, x: Tensor, chunks, heads: int, eps: float, keep_little: bool, *parameters: Tensor) -> Tensor:
         ctx.chunks, ctx.options = chunks, (heads, eps, product_dtype(x.dtype, "cpu"))
         ctx.save_for_backward(x, *parameters)
-        ctx.kept = None if keep_little or not any(ctx.needs_input_grad) else []
+        ctx.kept = None if keep_little else []
         out = torch.empty_like(x)
         with torch.autocast("cpu", enabled=False):
             block = _Block(parameters, *ctx.options)
@@ -166,6 +165,7 @@ class _BlockInChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, *parameters = ctx.saved_tensors
+        assert ctx.kept is None or len(ctx.kept) == len(ctx.chunks), "a second backward through the same answer"
         x_grad = torch.empty_like(x)
         with torch.autocast("cpu", enabled=False):
             block = _Block(tuple(parameters), *ctx.options)
@@ -223,14 +223,15 @@ def _pairs(x: Tensor, rounding: Tensor, dtype: torch.dtype) -> Iterator[tuple[in
 
 
 def block_in_chunks(block: nn.Module, x: Tensor, segments: Segments, keep_little: bool) -> Tensor:
-    """What `Block.forward` computes, [N, D] -> [N, D]; rows outside the segments hold anything."""
+    """What `Block.compute` computes, [N, D] -> [N, D]; rows outside the segments hold anything."""
     layers = (block.norm1, block.qkv, block.proj, block.norm2, block.fc1, block.fc2)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     chunks = segments.in_chunks(CHUNK_TOKENS)
+    keep_little = keep_little or not torch.is_grad_enabled()  # which a Function cannot ask inside
     return _BlockInChunks.apply(x, chunks, block.heads, block.norm1.eps, keep_little, *parameters)
 
 
 def merge_in_chunks(merge: nn.Module, x: Tensor, rounding: Tensor) -> Tensor:
-    """What `Merge.forward` computes, [N, D] -> [N / 2, D]."""
+    """What `Merge.compute` computes, [N, D] -> [N / 2, D]."""
     parameters = (merge.reduction.weight, merge.norm.weight, merge.norm.bias)
     return _MergeInChunks.apply(x, rounding, merge.norm.eps, *parameters)

@@ -122,18 +122,27 @@ def published_flops(lengths: np.ndarray, architecture: Architecture, num_classes
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of the fastest of several large matrix products, measured here and now: what a utilisation refers to."""
+    """FLOP/s of the fastest of several large matrix products, measured here and now: what a utilisation refers to.
+
+    Ranks that share a CPU measure at once, and so each gets the part that it has in training.
+    """
     dtype, n = product_dtype(dtype, device.type), 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    best, until = float("inf"), time.perf_counter() + seconds
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(n, n, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    out, best, until = torch.empty_like(a), float("inf"), time.perf_counter() + seconds
     for done in itertools.count():
         _wait_for(device)
         began = time.perf_counter()
         if began > until and done > 3:
-            return 2 * n**3 / best
-        torch.mm(a, b)
+            break
+        torch.mm(a, b, out=out)
         _wait_for(device)
         best = min(best, time.perf_counter() - began)
+    if device.type == "cuda":  # no trace of it in what a run says of its memory
+        del a, b, out
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return 2 * n**3 / best
 
 
 def _wait_for(device: torch.device) -> None:

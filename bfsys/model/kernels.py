@@ -20,7 +20,8 @@ BYTES = tl.constexpr(256)  # values that are bytes; the one after them is the pa
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 BLOCK_D = 64  # channels per program: rows of 128 bytes in bfloat16, one cache line, and no waste in any named size
-WIDEST = 128  # tokens per segment, channels per head: what one program can hold
+WIDEST = 128  # tokens of a segment that one program can hold
+WIDEST_HEAD = 64  # channels, likewise
 # For the partial sums of the table's gradient, unless one part takes more. At K = 32 on an H200, 11 parts of 6 MB for
 # tiny and 2 of 25 MB for base.
 PARTIAL_BYTES = 256 * 2**20
@@ -301,9 +302,10 @@ def _attention_backward(
 
 
 def supports_attention(dtype: torch.dtype, width: int, dim: int, heads: int) -> bool:
-    """Whether `attention_forward` and `attention_backward` do segments of up to `width` tokens of this kind."""
+    """Whether `attention_forward` and `attention_backward` do segments of up to `width` tokens of this kind. Wider
+    heads than the published 64 channels would spill registers in the backward, and leave fast memory short."""
     known = dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return known and width <= WIDEST and dim % heads == 0 and dim // heads <= WIDEST
+    return known and width <= WIDEST and dim % heads == 0 and dim // heads <= WIDEST_HEAD
 
 
 def _tiles(width: int, dim: int, heads: int) -> dict[str, int]:

