@@ -31,6 +31,8 @@ def comparable(run: Path) -> list[dict]:
         "samples_per_s",
         "bytes_per_s",
         "tokens_per_s",
+        "model_tflop_per_s",
+        "mfu",
         "data_wait_share",
         "peak_memory_mib",
         "seconds",
