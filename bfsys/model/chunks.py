@@ -29,7 +29,7 @@ from bfsys.model.attention import attention, attention_backward
 from bfsys.model.layout import Segments, Windows
 from bfsys.model.precision import product_dtype
 
-# 16 windows of 128. From 512 to whole batches all sizes take the same time within 10 % (2 CPU cores, 2026-11-21);
+# 16 windows of 128. From 512 to whole batches all sizes take the same time within 15 % (2 CPU cores, 2026-11-21);
 # smaller ones hold less, larger ones are fewer operations to start.
 CHUNK_TOKENS = 2048
 
