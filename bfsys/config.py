@@ -213,6 +213,21 @@ class Train:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Count = 3
     """Newest checkpoints that stay on disk."""
+    keep_every: Whole = 0
+    """Steps between checkpoints that stay for good; 0: none do."""
+    keep_best: Whole = 1
+    """Checkpoints that stay because they were evaluated best; for this, eval_every should be a multiple of
+    save_every."""
+    best_metric: Literal["top1", "top5", "loss"] = "top1"
+    """What best means, jointly over all sources."""
+    max_bad_steps: Count = 3
+    """Bad steps in a row (no finite number, or a spike of the loss) before the run goes back to the checkpoint before
+    them and passes them over. One bad step alone is skipped if it is no number, and noted: see guard.py."""
+    spike_zscore: NotNegative = 10.0
+    """Robust z-score of the log-loss from which it is a spike; 0: none is."""
+    hang_timeout_s: NotNegative = 0.0
+    """A run without progress for so long is ended, to be started again; 0: a minute or ten times the longest interval
+    so far, whichever is more."""
     collective_timeout_s: Count = 600
     """A rank that waits longer than this for the others gives up."""
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_USER_ERROR, UserError
 
 T = TypeVar("T")
 
@@ -152,24 +152,26 @@ def gather_to_all(value: T) -> list[T]:
     return values
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
+def broadcast(value: Tensor, source: int) -> Tensor:
+    """Rank `source`'s tensor, on every rank; in place."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+        dist.broadcast(value, src=source)
+    return value
 
 
 def same_errors_on_all(act: Callable[[], T]) -> T:
     """`act()`; if a rank fails with UserError or OSError, all raise AgreedError with everybody's problems."""
-    result, problems = None, ()
+    result, problems, code = None, (), 0
     try:
         result = act()
     except UserError as error:
-        problems = error.problems
+        problems, code = error.problems, error.exit_code
     except OSError as error:
-        problems = (str(error),)
-    everybodys = dict.fromkeys(p for rank in gather_to_all(problems) for p in rank)
-    if everybodys:
-        raise AgreedError(*everybodys)
+        problems, code = (str(error),), EXIT_USER_ERROR
+    everybodys = gather_to_all((problems, code))
+    all_problems = dict.fromkeys(p for rank, _ in everybodys for p in rank)
+    if all_problems:
+        raise AgreedError(*all_problems, exit_code=max(code for _, code in everybodys))
     return result
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -44,6 +45,7 @@ class Engine:
         self.micro_batches = config.data.lanes // ranks.world_size
         self.stage, self.device = config.train.zero_stage, ranks.device
         self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.updates = 0  # steps that changed the weights
         self._loss_scale = ranks.world_size * self.micro_batches / config.data.batch_samples
         self._clip_norm = config.optim.clip_norm
         self.optimizer = AdamW(parameter_groups(model, config.optim.weight_decay), config.optim)
@@ -75,14 +77,19 @@ class Engine:
             self._engine.step()  # only counts the micro-batch; the update is `step`'s
 
     def step(self, learning_rate: float, ema_decay: float) -> float:
-        """Update the weights and their average; returns the norm of the global gradient before clipping."""
-        self.optimizer.prepare(learning_rate, ema_decay)
+        """Update the weights and their average; returns the norm of the global gradient before clipping.
+
+        If that is not finite, on any rank and so on all, weights, moments and average stay as they are, to the bit.
+        """
         norm = None
         if self.stage == 0:  # gradients are whole on every rank, and DeepSpeed reports no norm
             limit = self._clip_norm or float("inf")
-            norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit)
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+            norm = float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
+        self.optimizer.prepare(learning_rate, ema_decay, skips=norm is not None and not math.isfinite(norm))
+        self._engine.step()  # at stages 1 to 3 it looks at the norm itself (0.19.8; earlier ones not in fp32)
+        norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
+        self.updates += math.isfinite(norm)
+        return norm
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Whole shapes by parameter name, also where stage 3 holds a share only."""
@@ -126,11 +133,11 @@ class Engine:
         if state == WEIGHT and self.stage > 0:
             self._copy_masters_to_model()
 
-    def set_step(self, step: int) -> None:
-        """Continue the optimizer's bias correction after `step` steps."""
+    def set_step(self, step: int, updates: int) -> None:
+        """Continue after `step` steps; its bias the optimizer corrects by those that were `updates`, not skipped."""
         for state in self.optimizer.state.values():
-            state["step"].fill_(step)
-        self._engine.global_steps = step
+            state["step"].fill_(updates)
+        self._engine.global_steps, self.updates = step, updates
 
     def _flat_parameters(self) -> list[Tensor]:
         """The tensors that the optimizer updates on this rank: shards of the float32 weights, or the weights."""

@@ -1,22 +1,29 @@
-"""One exception for everything that a user can put right, and the way a command ends on it.
+"""One exception for everything that a user can put right, the way a command ends on it, and all exit codes.
 
 Alternative refused: a family of exception classes. Nobody catches them apart, and each message already
-says where the trouble is, what was got, what is allowed and what to do.
+says where the trouble is, what was got, what is allowed and what to do. Launchers tell ends apart by the code.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-EXIT_USER_ERROR = 2
-EXIT_STOPPED = 130  # on request
+# Of training. Codes from sysexits.h where one fits. Any other code is a crash, after which it may be started again.
+EXIT_USER_ERROR = 2  # bad input: nothing will change until a person changes it
+EXIT_DIVERGED = 65  # EX_DATAERR: bad steps came back after every roll-back
+EXIT_HUNG = 70  # EX_SOFTWARE: the watchdog ended a run without progress; to be started again
+EXIT_STORAGE = 74  # EX_IOERR: no checkpoint can be written
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop and to be started again
+EXIT_NO_PROGRESS = 76  # of a launcher: it crashed again and again
+EXIT_STOPPED = 130  # asked to stop
 
 
 class UserError(Exception):
     """Bad input. Holds one message per problem, so that all are reported at once."""
 
-    def __init__(self, *problems: str) -> None:
+    def __init__(self, *problems: str, exit_code: int = EXIT_USER_ERROR) -> None:
         super().__init__(*problems)
+        self.exit_code = exit_code
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -36,13 +43,13 @@ def collecting(problems: list[str]) -> Iterator[None]:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: 2 with one line per problem on a `UserError`, 130 on Ctrl-C."""
+    """Run a command's `main` and exit: one line per problem on a `UserError`, with its code (2); 130 on Ctrl-C."""
     try:
         status = main()
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped on request", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

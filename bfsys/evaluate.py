@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bfsys import dist
 from bfsys.batch import ByteBatch
-from bfsys.checkpoint import load_model
+from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config, Source
 from bfsys.data.byte_transforms import lengths_after
 from bfsys.data.datasets import Sources, check_transforms, index_problems, open_evaluation

@@ -37,7 +37,8 @@ from torch import Tensor
 
 from bfsys import typed_yaml
 from bfsys.batch import ByteBatch, Sample
-from bfsys.checkpoint import load_model, make_empty_folder
+from bfsys.checkpoint.files import make_empty_folder
+from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config
 from bfsys.errors import UserError, run_command
 from bfsys.model.byteformer import ByteFormer

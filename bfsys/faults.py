@@ -2,18 +2,23 @@
 
 SIGUSR2 (a job that is about to run out of time) ends with EXIT_REQUEUE, so that a launcher starts it again;
 SIGTERM and Ctrl-C end with EXIT_STOPPED, because requeueing on these would undo a person's cancellation.
+
+Also the note of how a run ended, for people and launchers: ended.json in its directory.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
-from bfsys.errors import EXIT_STOPPED
+from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED
 
-EXIT_REQUEUE = 75  # EX_TEMPFAIL: "try again later"
+ENDED = "ended.json"
 
 # A terminal's Ctrl-C reaches a rank twice, from the terminal and from the launcher; only a repetition after
 # this long is the impatience of a person. Another signal is none: a pre-emption sends SIGTERM after its warning.
@@ -44,3 +49,26 @@ class StopRequests:
         if waited_s > REPEAT_S and number != signal.SIGUSR2:  # schedulers may repeat that one
             os._exit(_EXIT_CODES[number])
         self.exit_code = max(self.exit_code, _EXIT_CODES[number])
+
+
+def note_end(run_dir: Path, exit_code: int, reason: str) -> None:
+    """Say how a run ended. A disk that is full must not hide the reason that it is full."""
+    note = {"exit_code": exit_code, "reason": reason, "time": time.strftime("%F %T %z")}
+    if run_dir.is_dir():
+        with suppress(OSError):
+            part = run_dir / f".{ENDED}.{os.getpid()}"
+            part.write_text(json.dumps(note, indent=1) + "\n")
+            os.replace(part, run_dir / ENDED)
+
+
+def forget_end(run_dir: Path) -> None:
+    """The run goes on."""
+    (run_dir / ENDED).unlink(missing_ok=True)
+
+
+def how_it_ended(run_dir: Path) -> dict | None:
+    """{"exit_code", "reason", "time"} of a run that has ended, None of others."""
+    try:
+        return json.loads((run_dir / ENDED).read_text())
+    except (OSError, ValueError):
+        return None

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from bfsys import checkpoint, dist
+from bfsys import dist
+from bfsys.checkpoint.files import find_whole
+from bfsys.checkpoint.loading import read_weights
 from bfsys.config import Config
 from bfsys.errors import UserError
 
@@ -33,7 +35,7 @@ def initial_weights(
     origin = config.train.init_from
     if origin is None:
         return {}, []
-    find = dist.same_errors_on_all(lambda: checkpoint.find_whole(Path(origin)) if ranks.is_first else None)
+    find = dist.same_errors_on_all(lambda: find_whole(Path(origin)) if ranks.is_first else None)
     path = dist.from_first_rank(find)
     return dist.same_errors_on_all(lambda: _take_over(model, config, classes, path))
 
@@ -41,7 +43,7 @@ def initial_weights(
 def _take_over(
     model: nn.Module, config: Config, classes: Sequence[str], path: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    theirs, their_config, manifest = checkpoint.read_weights(path)
+    theirs, their_config, manifest = read_weights(path)
     _check_architecture(config, their_config, path)
     kind = "averaged weights" if their_config.optim.ema_decay else "weights"
     notes = [f"starting from the {kind} of {path}"]

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from bfsys.errors import run_command
+from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, run_command
 
 # Outside Linux's range of ephemeral ports (32768-60999), where any outgoing connection may sit on a port.
 MASTER_PORTS = range(10_000, 30_000)
@@ -68,7 +68,6 @@ class TrainJob:
         os.chdir(self.work_dir)
         os.environ.update(slurm_variables(os.environ, _hosts()))
         from bfsys.dist import leave
-        from bfsys.faults import EXIT_REQUEUE, EXIT_STOPPED
         from bfsys.train import main
 
         try:

@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from bfsys import dist, typed_yaml
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
+from bfsys.goodput import Ledger, goodput
 from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
 from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
@@ -45,10 +46,12 @@ class Metrics:
         source_names: tuple[str, ...],
         num_classes: int,
         *,
+        ledger: Ledger,
         first_step: int,
         carried: dict | None,
     ) -> None:
         """`carried` is what `carry` gave to the checkpoint that the run resumes from."""
+        self.ledger = ledger
         self.ranks, self.source_names, self.first_step = ranks, source_names, first_step
         self.architecture, self.mode = config.model.architecture(), config.model.mode
         self.num_classes = num_classes
@@ -58,9 +61,10 @@ class Metrics:
         self._started = self._step_began = time.perf_counter()
         self._sums = torch.zeros(len(source_names), COLUMNS, dtype=torch.float64)
         self._counters = torch.zeros(COUNTERS, dtype=torch.float64)
-        self._steps_in_line = 0
+        self._step_sums = torch.zeros_like(self._sums)
+        self._steps_in_line = self._skipped = 0
         if carried:
-            self._steps_in_line = carried["steps"]
+            self._steps_in_line, self._skipped = carried["steps"], carried.get("skipped", 0)
             if ranks.is_first:
                 self._sums += torch.tensor(carried["sums"], dtype=torch.float64)
                 counters = carried["counters"]
@@ -83,9 +87,10 @@ class Metrics:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._counters[WAIT_S] += time.perf_counter() - began
+        before = self.ledger.wait_s
+        with self.ledger.waiting_for_data():
+            yield
+        self._counters[WAIT_S] += self.ledger.wait_s - before
 
     def count(self, batch: ByteBatch, sums: Tensor) -> None:
         """Add a micro-batch: `sums` as `loss_and_sums` gives them."""
@@ -97,15 +102,29 @@ class Metrics:
         self._counters[ROUNDED_TOKENS] += int((-(-tokens // alignment) * alignment).sum())
         self._counters[FLOPS] += flops_per_step(lengths, self.architecture, self.num_classes).total
         self._counters[REPLACED] += batch.replaced
-        self._sums = self._sums.to(sums.device, non_blocking=True) + sums
+        self._step_sums = self._step_sums.to(sums.device, non_blocking=True) + sums
 
-    def end_step(self, step: int, learning_rate: float, grad_norm: float, bad_files: int) -> None:
-        """Close the step that makes `step` in all; collective when a line is due. `bad_files` are in quarantine."""
+    def end_step(
+        self, step: int, learning_rate: float, grad_norm: float, bad_files: int, *, is_skipped: bool = False
+    ) -> None:
+        """Close the step that makes `step` in all; collective when a line is due. `bad_files` are in quarantine.
+
+        A step whose update `is_skipped` leaves no trace in losses and accuracies: it may not be a number.
+        """
         self._counters[BUSY_S] += time.perf_counter() - self._step_began
         self._steps_in_line += 1
+        self._skipped += is_skipped
+        if not is_skipped:
+            self._sums = self._sums.to(self._step_sums.device, non_blocking=True) + self._step_sums
+        self._step_sums = torch.zeros_like(self._sums)
         if step % self.log_every and step != self.total_steps:
             return
         sums, counters = self._over_ranks()
+        if not sums[:, SAMPLES].any():  # all were skipped
+            self._begin_line()
+            return
+        self.ledger.note(step)
+        seconds_by_cause = self.ledger.seconds()
         (peak_memory,) = dist.agree_on_max(peak_memory_bytes(self.ranks.device))
         flops_per_s = float(counters[FLOPS]) / max(1e-9, float(counters[BUSY_S]))  # of a rank, on average
         seconds = max(1e-9, float(counters[BUSY_S]) / self.ranks.world_size)
@@ -125,13 +144,25 @@ class Metrics:
             "data_wait_share": float(counters[WAIT_S] / counters[BUSY_S]),
             "bad_files": bad_files,
             "replaced_samples": int(counters[REPLACED]),
+            "skipped_steps": self._skipped,
             "peak_memory_mib": peak_memory / MIB,
+            "goodput": goodput(seconds_by_cause),
+            "seconds": seconds_by_cause,
         }
-        self._sums.zero_()
-        self._counters.zero_()
-        self._steps_in_line = 0
+        self._begin_line()
         self._write(line)
         self.say(self._console_line(line))
+
+    def event(self, kind: str, step: int, facts: dict) -> None:
+        """A line in metrics.jsonl that is no measurement, such as a bad step."""
+        if self._lines:
+            self._lines.write(json.dumps({"kind": kind, "step": step, **facts}) + "\n")
+            self._lines.flush()
+
+    def _begin_line(self) -> None:
+        self._sums.zero_()
+        self._counters.zero_()
+        self._steps_in_line = self._skipped = 0
 
     def evaluation(self, step: int, result: dict, seconds: float) -> None:
         """Write an evaluation's scores, as `evaluate` gives them. `last_evaluation` is the latest one's step."""
@@ -150,6 +181,7 @@ class Metrics:
         counters[SECONDS] /= self.ranks.world_size  # the run may go on with another number of ranks
         return {
             "steps": self._steps_in_line,
+            "skipped": self._skipped,
             "sums": sums.tolist(),
             "counters": dict(zip(COUNTER_NAMES, counters.tolist(), strict=True)),
         }
@@ -235,6 +267,10 @@ def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float]]:
     yield "data/replaced_samples", line["replaced_samples"]
     yield "memory/padding_share", line["padding_share"]
     yield "memory/peak_MiB", line["peak_memory_mib"]
+    yield "goodput/share", line["goodput"]
+    for cause, seconds in line["seconds"].items():
+        yield f"goodput/{cause}_s", seconds
+    yield "goodput/skipped_steps", line["skipped_steps"]
 
 
 def _overview(source_names: tuple[str, ...]) -> dict:

@@ -58,8 +58,9 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
         self.prepare(optim.lr, optim.ema_decay)
 
-    def prepare(self, learning_rate: float, ema_decay: float) -> None:
-        """Set what changes from step to step."""
+    def prepare(self, learning_rate: float, ema_decay: float, skips: bool = False) -> None:
+        """Set what changes from step to step. `skips`: the next step changes nothing."""
+        self.skips = skips
         for group in self.param_groups:
             group["lr"], group["ema_decay"] = learning_rate, ema_decay
 
@@ -79,6 +80,8 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        if self.skips:
+            return None
         result = super().step(closure)
         if self.keeps_average:
             for group in self.param_groups:

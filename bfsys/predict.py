@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.checkpoint import load_model
+from bfsys.checkpoint.loading import load_model
 from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms
 from bfsys.data.datasets import check_transforms
 from bfsys.errors import UserError, run_command

@@ -15,13 +15,19 @@ if __name__ == "__main__":  # launchers put this file's folder first, where its 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import math
+import subprocess
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
+from torch import Tensor
 
-from bfsys import checkpoint, dist, typed_yaml
+from bfsys import dist, typed_yaml
+from bfsys.batch import ByteBatch
+from bfsys.checkpoint.files import Keep, all_checkpoints, remove, step_of
+from bfsys.checkpoint.loading import check_same_run, newest_readable, resume, set_weights
+from bfsys.checkpoint.saving import Saver
 from bfsys.config import Config, load_config
 from bfsys.data.datasets import (
     Sources,
@@ -37,117 +43,264 @@ from bfsys.data.plan import Plan, lanes_of_rank
 from bfsys.data.quarantine import Quarantine
 from bfsys.dryrun import dry_run
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_USER_ERROR, UserError, run_command
+from bfsys.errors import EXIT_DIVERGED, UserError, run_command
 from bfsys.evaluate import evaluate, short_files
-from bfsys.faults import StopRequests
+from bfsys.faults import StopRequests, forget_end, note_end
+from bfsys.goodput import Ledger
+from bfsys.guard import MAX_ROLLBACKS, Guard, add_rollback, is_last_straw, read_rollbacks
 from bfsys.initial import initial_weights
 from bfsys.loss import loss_and_sums
 from bfsys.metrics import Metrics
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import ema_decay, learning_rate
+from bfsys.watchdog import Watchdog
+
+ROLLED_BACK = -1  # instead of an exit code: go on from the checkpoint that is now the newest
+UNKNOWN_STEPS = 3  # of a start, in which programs may still be compiled
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the start of the processes to their end."""
+
+    config: Config
+    ranks: dist.Ranks
+    training: Sources
+    validation: Sources | None
+    plan: Plan
+    facts: dict
+    engine: Engine
+    quarantine: Quarantine
+    saver: Saver
+    stop: StopRequests
+    watchdog: Watchdog
+    ledger: Ledger
 
 
 def train(config: Config, ranks: dist.Ranks) -> int:
     """Train to the last step, or until a stop is requested; returns the exit code. Called on every rank."""
     stop = StopRequests()
     training, validation, plan = dist.same_errors_on_all(lambda: open_data(config, ranks))
-    start = find_start(config, training, plan, ranks)
-    quarantine = Quarantine.load(config.run_dir, ranks)
-    quarantine.check(training.sizes, config.data.max_bad_share)
-    torch.manual_seed(config.train.seed)
-    model = ByteFormer(
-        config.model.architecture(),
-        len(training.classes),
-        config.model.mode,
-        config.model.activation_checkpointing,
-        compiled=config.model.compiled and ranks.device.type == "cuda",
+    facts = run_facts(config, training, plan)
+    is_new = prepare_run_dir(config, facts, ranks)
+    watchdog = Watchdog(
+        config.run_dir, ranks, limit_s=config.train.hang_timeout_s, patience_s=config.train.collective_timeout_s
     )
-    given, notes = initial_weights(model, config, training.classes, ranks) if not start else ({}, [])
-    engine = Engine(model, config, ranks)
-    if given:  # in float32, where the engine has rounded the model to its precision
-        checkpoint.set_weights(engine, given)
-        given.clear()
-    manifest = checkpoint.load(engine, start) if start else {"step": 0, "metrics": None}
+    ledger = Ledger(config.run_dir, ranks.is_first)
+    of_train = config.train
+    keep = Keep(of_train.keep_checkpoints, of_train.keep_every, of_train.keep_best, of_train.best_metric)
+    saver = Saver(config.run_dir, ranks, keep)
+    try:
+        quarantine = Quarantine.load(config.run_dir, ranks)
+        quarantine.check(training.sizes, config.data.max_bad_share)
+        torch.manual_seed(config.train.seed)
+        model = ByteFormer(
+            config.model.architecture(),
+            len(training.classes),
+            config.model.mode,
+            config.model.activation_checkpointing,
+            compiled=config.model.compiled and ranks.device.type == "cuda",
+        )
+        weights, notes = initial_weights(model, config, training.classes, ranks) if is_new else ({}, [])
+        notes += long_files(config, training)
+        engine = Engine(model, config, ranks)
+        run = Run(config, ranks, training, validation, plan, facts, engine, quarantine, saver, stop, watchdog, ledger)
+        if is_new:  # step 0 is a checkpoint too: there is always one to go back to, and the disk is known to take it
+            if weights:  # in float32, where the engine has rounded the model to its precision
+                set_weights(engine, weights)
+            saver.start(engine, {"step": 0, "updates": 0, "metrics": None, "guard": None, **facts})
+            saver.finish()
+        exit_code = ROLLED_BACK
+        while exit_code == ROLLED_BACK:
+            _, manifest = resume(engine, config.run_dir, ranks, say=lambda text: say(run, text))
+            exit_code = make_steps(run, manifest, notes)
+            notes = []
+        return exit_code
+    finally:
+        watchdog.close()
+        saver.close()
+        ledger.close()
+        stop.close()
+
+
+def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
+    """Train on from a checkpoint that the engine has loaded, to the end, a stop, or a roll-back (ROLLED_BACK)."""
+    config, ranks, engine, saver, watchdog = run.config, run.ranks, run.engine, run.saver, run.watchdog
     step = first_step = manifest["step"]
+    run.ledger.resumed(step)
     metrics = Metrics(
-        config, ranks, training.names, len(training.classes), first_step=first_step, carried=manifest["metrics"]
-    )
-    if start:
-        metrics.say(f"continuing {config.run_dir} after step {first_step}")
-    for note in notes + long_files(config, training):
+        config, ranks, run.training.names, len(run.training.classes),
+        ledger=run.ledger, first_step=first_step, carried=manifest["metrics"],
+    )  # fmt: skip
+    rollbacks = dist.from_first_rank(read_rollbacks(config.run_dir) if ranks.is_first else None)
+    guard = Guard(config.train, manifest.get("guard"), rollbacks)
+    for note in ([f"continuing {config.run_dir} after step {step}"] if step else []) + notes:
         metrics.say(note)
-    batches = training_batches(config, training, plan, ranks, first_step=first_step, quarantine=quarantine)
+    batches = training_batches(config, run.training, run.plan, ranks, first_step=step, quarantine=run.quarantine)
     exit_code = 0
+    run.ledger.begins()
     # A stop may have come between a checkpoint and its evaluation.
-    evaluate_if_due(engine, config, validation, ranks, metrics, quarantine, step)
+    evaluate_if_due(run, metrics, step)
     while step < config.train.steps and not exit_code:
         metrics.begin_step()
+        is_passed_over = step + 1 in guard.passed_over
+        drawn: list[tuple[ByteBatch, Tensor]] = []
         for _ in range(engine.micro_batches):
+            watchdog.beat(f"step {step + 1}: fetch")
             with metrics.waiting_for_data():
-                batch = next(batches).to(ranks.device)
-            loss, sums = loss_and_sums(engine.forward(batch), batch, len(training.splits), config.optim.label_smoothing)
+                batch = next(batches)
+            if is_passed_over:
+                continue
+            watchdog.beat(f"step {step + 1}: forward and backward")
+            batch = batch.to(ranks.device)
+            loss, sums = loss_and_sums(
+                engine.forward(batch), batch, len(run.training.splits), config.optim.label_smoothing
+            )
             engine.backward(loss)
             metrics.count(batch, sums)
-        rate = learning_rate(step, config.train.steps, config.optim)
-        grad_norm = engine.step(rate, ema_decay(step, config.optim))
-        check_finite(grad_norm, step, config)
+            drawn.append((batch, loss.detach()))
+        rate, grad_norm, problem = learning_rate(step, config.train.steps, config.optim), 0.0, ""
+        if not is_passed_over:
+            watchdog.beat(f"step {step + 1}: update")
+            updates = engine.updates
+            grad_norm = engine.step(rate, ema_decay(step, config.optim))
+            problem = guard.judge(mean_loss(drawn, config), grad_norm)
+        is_skipped = is_passed_over or engine.updates == updates
         step += 1
-        exit_code, bad_files = dist.agree_on_max(stop.exit_code, quarantine.news)
+        guard.note(step, problem, samples_of(drawn, run) if problem else [])
+        exit_code, bad_files, is_writing = dist.agree_on_max(
+            run.stop.exit_code, run.quarantine.news, saver.is_writing()
+        )
         if bad_files:
-            report_bad_files(quarantine, training, config, ranks, metrics)
-        metrics.end_step(step, rate, grad_norm, len(quarantine.until(step)))
-        if exit_code or step == config.train.steps or step % config.train.save_every == 0:
-            facts = {"step": step, "metrics": metrics.carry(), **run_facts(config, training, plan)}
-            path = checkpoint.save(engine, config.run_dir, facts, ranks=ranks, keep=config.train.keep_checkpoints)
-            metrics.say(f"step {step} · saved {path}")
+            report_bad_files(run, run.training, metrics)
+        metrics.end_step(step, rate, grad_norm, len(run.quarantine.until(step)), is_skipped=is_skipped)
+        if problem:
+            report_bad_step(guard.in_a_row[-1], is_skipped, metrics)
+        if guard.wants_rollback:
+            roll_back(run, guard, rollbacks, metrics)
+            exit_code = ROLLED_BACK
+            break
+        is_over = exit_code or step == config.train.steps
+        # Not while it goes badly: it may have to go back, and weights that spike are not worth keeping.
+        is_due = is_over or (step % config.train.save_every == 0 and not guard.in_a_row)
+        if saver.under_way and (is_due or not is_writing):
+            finish_save(run, metrics, step)
+        if is_due:
+            run.ledger.note(step)
+            with watchdog.patient(f"step {step}: copy for the checkpoint"), run.ledger.stalled():
+                progress = {"step": step, "updates": engine.updates, "metrics": metrics.carry(), "guard": guard.carry()}
+                saver.start(engine, {**progress, **run.facts})
+        if is_over:
+            finish_save(run, metrics, step)
         if not exit_code:
-            evaluate_if_due(engine, config, validation, ranks, metrics, quarantine, step)
-    if exit_code:
+            evaluate_if_due(run, metrics, step)
+        if step == first_step + UNKNOWN_STEPS:
+            watchdog.first_step_is_made()
+    batches.close()
+    if exit_code > 0:
         metrics.say(f"stopped on request after step {step}; the same command continues from there")
-    else:
+    elif not exit_code:
         metrics.say(f"finished: {step} steps; checkpoints, TensorBoard logs and metrics are in {config.run_dir}")
-    stop.close()
+    run.ledger.note(step)
     metrics.close()
     return exit_code
 
 
-def evaluate_if_due(
-    engine: Engine,
-    config: Config,
-    validation: Sources | None,
-    ranks: dist.Ranks,
-    metrics: Metrics,
-    quarantine: Quarantine,
-    step: int,
-) -> None:
+def finish_save(run: Run, metrics: Metrics, step: int) -> None:
+    """Wait for the save that is under way, if it is not done yet, and let it count; collective."""
+    where = f"step {step}: waiting for the checkpoint's files"
+    with run.watchdog.patient(where), run.ledger.stalled():
+        path = run.saver.finish(wait=lambda: run.watchdog.beat(where))
+    metrics.say(f"step {step} · saved {path}")
+
+
+def mean_loss(drawn: list[tuple[ByteBatch, Tensor]], config: Config) -> float:
+    """Of a step, over all ranks; collective."""
+    return float(dist.sum_over_ranks(torch.stack([loss.double() for _, loss in drawn]).sum().cpu())) / (
+        config.data.batch_samples
+    )
+
+
+def samples_of(drawn: list[tuple[ByteBatch, Tensor]], run: Run) -> list[str]:
+    """SOURCE/KEY of the samples behind a bad step, over all ranks; collective. Those of the micro-batches whose loss
+    is no number, or, if all are numbers, of the whole step."""
+    everyones = dist.gather_to_all([
+        (bool(loss.isfinite()), [
+            f"{run.training.names[source]}/{run.training.splits[source].key(sample)}"
+            for source, sample in zip(batch.sources.tolist(), batch.samples.tolist(), strict=True)
+        ])
+        for batch, loss in drawn
+    ])  # fmt: skip
+    micro_batches = [micro_batch for of_rank in everyones for micro_batch in of_rank]
+    suspects = [keys for is_finite, keys in micro_batches if not is_finite] or [keys for _, keys in micro_batches]
+    return sorted({key for keys in suspects for key in keys})
+
+
+def report_bad_step(bad: dict, is_skipped: bool, metrics: Metrics) -> None:
+    metrics.event("bad_step", bad["step"], {"problem": bad["problem"], "samples": bad["samples"]})
+    what = "its update is skipped" if is_skipped else "its update stays"
+    metrics.say(f"step {bad['step']} · bad: {bad['problem']}; {what}, its samples are in metrics.jsonl")
+
+
+def roll_back(run: Run, guard: Guard, rollbacks: list[dict], metrics: Metrics) -> None:
+    """Make the last checkpoint before the bad steps the newest, and write down that they are to be passed over;
+    collective. Raises AgreedError if that was tried often enough."""
+    bad = guard.in_a_row
+    if run.saver.under_way:
+        finish_save(run, metrics, bad[-1]["step"])
+    metrics.close()
+
+    def go_back() -> str:
+        if not run.ranks.is_first:
+            return ""
+        paths = all_checkpoints(run.config.run_dir)
+        to = max((step_of(path) for path in paths if step_of(path) < bad[0]["step"]), default=0)
+        if is_last_straw(rollbacks, to):
+            raise UserError(
+                f"bad steps again after {MAX_ROLLBACKS} roll-backs to step {to}: "
+                f"{', '.join(str(b['step']) for b in bad)}: {bad[-1]['problem']}. Try a lower optim.lr, or "
+                f"optim.clip_norm=1; if these steps are as they should be, a larger train.spike_zscore or "
+                f"train.max_bad_steps. Their samples are in {run.config.run_dir / 'metrics.jsonl'}, those of the last:",
+                *bad[-1]["samples"],
+                exit_code=EXIT_DIVERGED,
+            )
+        rollback = add_rollback(run.config.run_dir, rollbacks, to, bad)
+        for path in paths:  # after writing it down: what is made anew must not be taken for the old
+            if step_of(path) > to:
+                remove(path)
+        return f"rolled back from step {rollback['from']} to {to}; to be passed over: {rollback['steps']}"
+
+    metrics.say(dist.same_errors_on_all(go_back))
+
+
+def evaluate_if_due(run: Run, metrics: Metrics, step: int) -> None:
     """Evaluate after `step` steps if the config asks for it there, or the run is at its end; once."""
-    every = config.train.eval_every
-    due = step >= config.train.steps or (every and step and step % every == 0)
-    if validation is None or not due or metrics.last_evaluation == step:
+    every = run.config.train.eval_every
+    due = step >= run.config.train.steps or (every and step and step % every == 0)
+    if run.validation is None or not due or metrics.last_evaluation == step:
         return
+    where = f"step {step}: evaluation"
     began = time.perf_counter()
-    engine.module.eval()
-    result = evaluate(engine.forward, config, validation, ranks, quarantine, step)
-    engine.module.train()
+    with run.watchdog.patient(where):
+        run.engine.module.eval()
+        result = evaluate(
+            run.engine.forward, run.config, run.validation, run.ranks, run.quarantine, step,
+            progress=lambda *_: run.watchdog.beat(where),
+        )  # fmt: skip
+        run.engine.module.train()
     metrics.evaluation(step, result, time.perf_counter() - began)
-    report_bad_files(quarantine, validation, config, ranks, metrics)
+    report_bad_files(run, run.validation, metrics)
 
 
-def report_bad_files(
-    quarantine: Quarantine, sources: Sources, config: Config, ranks: dist.Ranks, metrics: Metrics
-) -> None:
+def report_bad_files(run: Run, sources: Sources, metrics: Metrics) -> None:
     """Name the files that could not be read, and stop if they are too many; collective."""
-    for bad in quarantine.share(ranks, sources.sizes, config.data.max_bad_share):
-        metrics.say(f"bad file, see {quarantine.path}: {bad.describe()}")
+    for bad in run.quarantine.share(run.ranks, sources.sizes, run.config.data.max_bad_share):
+        metrics.say(f"bad file, see {run.quarantine.path}: {bad.describe()}")
 
 
-def check_finite(grad_norm: float, step: int, config: Config) -> None:
-    """Stop before weights that are no longer numbers replace good checkpoints. All ranks see the same norm."""
-    if not math.isfinite(grad_norm):
-        raise dist.AgreedError(
-            f"step {step + 1}: the norm of the gradient is {grad_norm}; training cannot go on from here. The "
-            f"checkpoints in {config.run_dir} are from before; try a lower optim.lr, or optim.clip_norm=1"
-        )
+def say(run: Run, text: str) -> None:
+    if run.ranks.is_first:
+        print(text, file=sys.stderr, flush=True)
 
 
 def open_data(config: Config, ranks: dist.Ranks) -> tuple[Sources, Sources | None, Plan]:
@@ -168,35 +321,52 @@ def run_facts(config: Config, training: Sources, plan: Plan) -> dict:
         "classes": list(training.classes),
         "plan": {**plan.facts, **content_facts(config, training)},
         "config": typed_yaml.to_tree(config),
-        "versions": {name: version(name) for name in ("bfsys", "torch", "deepspeed")},
+        "versions": {name: version(name) for name in ("bfsys", "torch", "deepspeed")} | {"git": git_state()},
     }
 
 
-def find_start(config: Config, training: Sources, plan: Plan, ranks: dist.Ranks) -> Path | None:
-    """The checkpoint to continue from, decided by rank 0; raises UserError if it is of another run.
+def git_state() -> str | None:
+    """The commit of this code, with a + if files were changed since; None if it is no repository."""
+    here = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> bool:
+    """Whether the run is new, decided by rank 0. Raises AgreedError if the directory holds another run.
 
     Writes the run directory's config.yaml.
     """
 
-    def look() -> Path | None:
+    def look() -> bool:
         if not ranks.is_first:
-            return None
-        path, problems = checkpoint.find_newest(config.run_dir)
-        for problem in problems:
-            print(f"skipped a damaged checkpoint: {problem}", file=sys.stderr)
+            return False
+        path, problems = newest_readable(config.run_dir)
         if path is None and problems:
             raise UserError(
+                *problems,
                 f"{config.run_dir}: no checkpoint is whole, see above; to begin anew, give another name=… "
-                f"or move the directory away"
+                f"or move the directory away",
             )
         if path:
-            checkpoint.check_same_run(path, run_facts(config, training, plan))
+            check_same_run(path, facts)
         try:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             (config.run_dir / "config.yaml").write_text(typed_yaml.dump(config))
+            forget_end(config.run_dir)
         except OSError as error:
             raise UserError(f"run directory {config.run_dir}: cannot be written: {error.strerror}") from None
-        return path
+        return path is None
 
     return dist.from_first_rank(dist.same_errors_on_all(look))
 
@@ -212,6 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.no_data and not args.dry_run:
         parser.error("--no-data goes with --dry-run")
     ranks = dist.ranks_from_environment()
+    config = None
     try:
         config = dist.same_errors_on_all(lambda: load_config(args.config, args.overrides))
         if args.dry_run:
@@ -219,15 +390,20 @@ def main(arguments: list[str] | None = None) -> int:
                 dry_run(config, ranks.world_size, with_data=not args.no_data)
             return 0
         dist.start(ranks, config.train.collective_timeout_s)
-        return train(config, ranks)
-    except dist.AgreedError:
+        exit_code = train(config, ranks)
+        if ranks.is_first:
+            note_end(config.run_dir, exit_code, "stopped on request" if exit_code else "finished")
+        return exit_code
+    except dist.AgreedError as error:
+        if ranks.is_first and config:
+            note_end(config.run_dir, error.exit_code, str(error))
         if ranks.local_rank == 0:  # once per node is enough
             raise
-        return EXIT_USER_ERROR
+        return error.exit_code
     except UserError as error:  # of this rank alone
         for problem in error.problems:
             print(f"error: rank {ranks.rank}: {problem}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return error.exit_code
     except RuntimeError as error:
         if not dist.is_lost_connection(error):
             raise

@@ -4,7 +4,11 @@
     python launchers/local.py --ranks 2 configs/quickstart.yaml train.steps=100
 
 Ctrl-C or SIGTERM saves a checkpoint and stops; the same command continues from there. A second Ctrl-C, a few
-seconds later, gives up at once. The exit code is that of the first rank that fails.
+seconds later, gives up at once.
+
+A run that crashes or hangs is started again from its newest whole checkpoint, after a pause of 1, 2, 4, … s. It is not
+when nobody but a person can help: bad input (2), diverged (65), nothing can be saved (74), stopped on request (130),
+asked to requeue (75), or the third start again without a new checkpoint (76). The reason is in RUN/ended.json.
 
 Ranks write to files and this process shows what is added to rank 0's: no rank ever waits for a console or breaks with
 it. They die with this process even when it is killed, through Linux's parent-death signal, set between fork and exec.
@@ -34,15 +38,29 @@ if __name__ == "__main__":
 
 import torch
 
+from bfsys.checkpoint.files import all_checkpoints, step_of
 from bfsys.config import load_config
 from bfsys.data.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
-from bfsys.errors import EXIT_USER_ERROR, UserError, run_command
-from bfsys.faults import EXIT_REQUEUE, EXIT_STOPPED, REPEAT_S
+from bfsys.errors import (
+    EXIT_DIVERGED,
+    EXIT_HUNG,
+    EXIT_NO_PROGRESS,
+    EXIT_REQUEUE,
+    EXIT_STOPPED,
+    EXIT_STORAGE,
+    EXIT_USER_ERROR,
+    UserError,
+    run_command,
+)
+from bfsys.faults import REPEAT_S, note_end
 from bfsys.job import MASTER_PORTS, TrainJob, rank_variables
 
 FORWARDED = {signal.SIGINT: EXIT_STOPPED, signal.SIGTERM: EXIT_STOPPED, signal.SIGUSR2: EXIT_REQUEUE}
-AGREED_EXIT_CODES = (0, EXIT_USER_ERROR, EXIT_REQUEUE, EXIT_STOPPED)  # all ranks end with it, nearly together
+# All ranks end with it, nearly together, and starting again would change nothing.
+AGREED_EXIT_CODES = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE, EXIT_REQUEUE, EXIT_STOPPED)
+MAX_RESTARTS = 3  # without a new checkpoint
+LONGEST_PAUSE_S = 60.0
 
 POLL_S = 0.05
 TOGETHER_S = 30.0  # between the first and the last rank of an agreed end
@@ -97,7 +115,9 @@ class Group:
                 # Of ranks found in the same look, one that died of a signal is likelier to be the cause.
                 first_rank = min((rank for rank, code in ended.items() if code), key=ended.get)
                 first_code = self._exit_code(ended[first_rank])
-                if first_code not in AGREED_EXIT_CODES:
+                if first_code == EXIT_HUNG:  # who hangs does not hear either
+                    kill_at = now
+                elif first_code not in AGREED_EXIT_CODES:
                     stop_at = now
             if gave_up or now >= stop_at:
                 self._send(signal.SIGTERM)
@@ -180,6 +200,34 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
     return code
 
 
+def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
+    """`start()` the run until it ends in a way that another start would not change; its exit code.
+
+    `start` returns that of one start. Without progress, which is a new checkpoint, it is called MAX_RESTARTS times
+    after the first.
+    """
+    restarts = 0
+    while True:
+        before = newest_step(run_dir)
+        code = start()
+        if code in AGREED_EXIT_CODES:
+            return code
+        restarts = 0 if newest_step(run_dir) > before else restarts + 1
+        if restarts > MAX_RESTARTS:
+            reason = f"{MAX_RESTARTS} starts again without a new checkpoint, the last one ended with code {code}"
+            note_end(run_dir, EXIT_NO_PROGRESS, reason)
+            print(f"error: {reason}; logs are in {run_dir / 'log'}", file=sys.stderr)
+            return EXIT_NO_PROGRESS
+        pause_s = min(LONGEST_PAUSE_S, 2.0 ** max(0, restarts - 1))
+        print(f"starting again in {pause_s:.0f} s, from step {newest_step(run_dir)}", file=sys.stderr, flush=True)
+        time.sleep(pause_s)
+
+
+def newest_step(run_dir: Path) -> int:
+    """Of the checkpoints; 0 if there is none."""
+    return max(map(step_of, all_checkpoints(run_dir)), default=0)
+
+
 def show_new(log: BinaryIO) -> None:
     """Copy what was added to the log to the console."""
     text = log.read()
@@ -256,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     gpus = torch.cuda.device_count()
     print(f"ranks: {ranks} on {f'{gpus} GPUs' if gpus else 'the CPU'}; logs in {log_dir}", flush=True)
-    return run_group(job, ranks, log_dir)
+    return run_until_done(lambda: run_group(job, ranks, log_dir), config.run_dir)
 
 
 if __name__ == "__main__":

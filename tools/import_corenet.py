@@ -28,7 +28,9 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from bfsys import checkpoint, typed_yaml
+from bfsys import typed_yaml
+from bfsys.checkpoint.files import Keep, make_empty_folder
+from bfsys.checkpoint.saving import save
 from bfsys.config import Config, Data, Model, Optim
 from bfsys.data.byte_transforms import parse_transforms
 from bfsys.dist import Ranks
@@ -59,13 +61,16 @@ MODULES = {
 
 
 class Weights:
-    """Tensors under bfsys' names, as `checkpoint.save` wants them."""
+    """Tensors under bfsys' names, as `save` wants them."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
 
     def state_names(self) -> tuple[str, ...]:
         return (WEIGHT,)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def read_state(self, state: str) -> Iterator[tuple[str, Tensor]]:
         return iter(self.tensors.items())
@@ -105,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problems:
         raise UserError(*problems)
 
-    checkpoint.make_empty_folder(args.out)
+    make_empty_folder(args.out)
     config = Config(
         data=Data(sources=(), byte_transforms=tuple(args.byte_transform)),
         model=model,
@@ -122,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": {name: version(name) for name in ("bfsys", "torch")},
         "imported": {"file": args.weights.name, "part": nest, "sha256": sha256(args.weights)},
     }
-    path = checkpoint.save(Weights(to_bfsys(named)), args.out, facts, ranks=Ranks(), keep=1)
+    path = save(Weights(to_bfsys(named)), args.out, facts, ranks=Ranks(), keep=Keep(1))
     (args.out / "config.yaml").write_text(typed_yaml.dump(config))
     describe(config, len(classes), nest, path)
     return 0

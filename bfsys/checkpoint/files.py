@@ -1,0 +1,247 @@
+"""Checkpoints as they lie on disk: what counts as one, which is the newest, which stay.
+
+    RUN/checkpoints/
+      latest                   the name of the newest, for people; bfsys takes the newest that is whole
+      step_00001000/
+        manifest.json          step, classes, config, plan, versions, the sha256 of every file and its own; written last
+        weight-0-of-2.safetensors, ema-…, exp_avg-…, exp_avg_sq-…
+        metrics.jsonl          the run's history until then
+
+Every tensor is stored whole under its parameter's name, and each rank holds and writes a share of them, so that
+any number of ranks at any ZeRO stage can read them back, and `weight` or `ema` files alone are a model.
+A directory without a manifest, or with a file that does not match it, is no checkpoint.
+
+What else decides a run's future is a function of its step: data order, augmentation, learning rate and decay of the
+average. Nothing in training draws from a generator, so there is no generator's state to keep.
+
+Refused: DeepSpeed's own format (tied to world size and stage, neither atomic nor hashed) and torch.save (a flipped
+byte loads without a word).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bfsys.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+TORN = ".removed"  # a directory that was a checkpoint once, and is on its way out
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: see `steps_to_keep`."""
+
+    last: int
+    every: int = 0
+    best: int = 0
+    metric: str = "top1"
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def all_checkpoints(run_dir: Path) -> list[Path]:
+    """Directories that bear a checkpoint's name, whole or not, the oldest first."""
+    names = (re.fullmatch(r"step_(\d{8,})", p.name) for p in checkpoints_dir(run_dir).glob("step_*") if p.is_dir())
+    return [checkpoints_dir(run_dir) / checkpoint_name(step) for step in sorted(int(n[1]) for n in names if n)]
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def make_room(work: Path) -> None:
+    """An empty `work` directory, and none that killed saves left behind."""
+    root = work.parent
+    for left_over in (*root.glob(".step_*.part"), *root.glob(f".step_*{TORN}")):
+        shutil.rmtree(left_over)
+    work.mkdir(parents=True)
+
+
+def commit(work: Path, final: Path, facts: dict, files: Mapping[str, dict]) -> None:
+    """Write the manifest, give the directory its name, point `latest` at it.
+
+    `files` are names with their `describe`. Until the rename nothing of an earlier checkpoint is touched.
+    """
+    root = final.parent
+    manifest = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
+    manifest["sha256"] = fingerprint(manifest)
+    write_durably(work / MANIFEST, json.dumps(manifest, indent=1))
+    _sync_directory(work)
+    if final.exists():  # a damaged one of the same step, or one that the run was rolled back before
+        remove(final)
+    os.rename(work, final)
+    _sync_directory(root)
+    write_durably(root / "latest.part", final.name + "\n")
+    os.rename(root / "latest.part", root / "latest")
+    _sync_directory(root)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint. What a kill leaves of it does not look like a checkpoint any more."""
+    going = path.with_name(f".{path.name}{TORN}")
+    shutil.rmtree(going, ignore_errors=True)
+    os.rename(path, going)
+    shutil.rmtree(going)
+
+
+def steps_to_keep(steps: Sequence[int], keep: Keep, scores: Mapping[int, Mapping[str, float]]) -> set[int]:
+    """Of the steps of whole checkpoints: the `last` newest, each that `every` divides, and the `best` by the scores
+    of their evaluations (the newer one of equals)."""
+    kept = set(sorted(steps)[-keep.last :])
+    if keep.every:
+        kept |= {step for step in steps if step and step % keep.every == 0}
+    if keep.best:
+        sign = -1 if keep.metric == "loss" else 1
+        scored = [(sign * scores[step][keep.metric], step) for step in steps if step in scores]
+        kept |= {step for _, step in sorted(scored)[-keep.best :]}
+    return kept
+
+
+def superfluous(run_dir: Path, whole: Sequence[Path], keep: Keep) -> list[Path]:
+    """Those of a run's whole checkpoints that `keep` does not name."""
+    kept = steps_to_keep([step_of(path) for path in whole], keep, evaluations(run_dir))
+    return [path for path in whole if step_of(path) not in kept]
+
+
+def evaluations(run_dir: Path) -> dict[int, dict]:
+    """The scores of every evaluation in metrics.jsonl, by step."""
+    found = {}
+    try:
+        text = (run_dir / METRICS).read_text()
+    except OSError:
+        return found
+    for line in text.splitlines():
+        if '"kind": "eval"' in line:
+            try:
+                scores = json.loads(line)
+            except ValueError:
+                continue  # torn
+            found[scores["step"]] = scores
+    return found
+
+
+def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, or None; and what is wrong with newer ones. Reads all of it."""
+    problems = []
+    for path in reversed(all_checkpoints(run_dir)):
+        found = problems_of(path)
+        if not found:
+            return path, problems
+        problems.extend(found)
+    return None, problems
+
+
+def find_whole(run: Path) -> Path:
+    """The newest whole checkpoint of a run directory, or `run` itself if it is a checkpoint.
+
+    Newer ones that are damaged are named on standard error. Raises UserError if there is no whole one.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run directory; runs lie in runs/NAME")
+    if (run / MANIFEST).exists():
+        path, problems = run, problems_of(run)
+    else:
+        path, problems = find_newest(run)
+    for problem in problems if path != run else ():
+        print(f"skipped a damaged checkpoint: {problem}", file=sys.stderr)
+    if path is None or (path == run and problems):
+        raise UserError(*problems or [f"{run}: holds no checkpoint yet; is it a run directory (runs/NAME)?"])
+    return path
+
+
+def problems_of(path: Path) -> list[str]:
+    """What makes a checkpoint unusable: nothing, if every file is there and has its sha256."""
+    try:
+        manifest = read_manifest(path)
+    except UserError as error:
+        return list(error.problems)
+    problems = []
+    for name, entry in manifest["files"].items():
+        try:
+            if describe(path / name) != entry:
+                problems.append(differs(path / name))
+        except OSError as error:
+            problems.append(f"{path / name}: {error.strerror}")
+    return problems
+
+
+def differs(file: Path) -> str:
+    return f"{file}: differs from what was written (sha256 or size)"
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of a checkpoint; raises UserError if there is none, or it is not as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
+        intact = manifest.pop("sha256") == fingerprint(manifest)
+    except OSError as error:
+        raise UserError(f"{path}: not a checkpoint, {MANIFEST}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise UserError(f"{path / MANIFEST}: differs from what was written")
+    return manifest
+
+
+def fingerprint(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def describe(path: Path) -> dict:
+    """Size and sha256 of a file."""
+    with open(path, "rb") as f:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+
+
+def make_empty_folder(path: Path) -> None:
+    """Make `path`, or take it if it is an empty folder; raises UserError otherwise."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise UserError(f"{path}: not empty; give a folder that is empty or does not exist")
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{path}: cannot be written: no permission")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror}") from None
+
+
+def write_durably(path: Path, text: str) -> None:
+    with open(path, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def replace_durably(path: Path, text: str) -> None:
+    """Give `path` another content, so that at every moment it has the old or the new one."""
+    part = path.with_name(path.name + ".part")
+    write_durably(part, text)
+    os.rename(part, path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

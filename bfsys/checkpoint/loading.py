@@ -1,0 +1,189 @@
+"""Loading: a checkpoint into an engine on any number of ranks, or its weights into a model.
+
+Into an engine, every file is read once, by one rank, and hashed as it is read; its tensors then go to the other ranks.
+If anything is not as it was written, all ranks take the checkpoint before. Refused: rank 0 reading everything to
+verify it and all ranks reading everything again to load it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as parse_safetensors
+from torch import Tensor
+
+from bfsys import dist, typed_yaml
+from bfsys.checkpoint.files import (
+    MANIFEST,
+    METRICS,
+    all_checkpoints,
+    differs,
+    find_whole,
+    read_manifest,
+    replace_durably,
+)
+from bfsys.config import Config, Model
+from bfsys.engine import WEIGHT, Engine
+from bfsys.errors import UserError
+from bfsys.model.byteformer import ByteFormer
+from bfsys.optim import EMA
+
+
+def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str], None]) -> tuple[Path, dict]:
+    """Restore the newest whole checkpoint of a run into the engine; collective. Returns it and its manifest.
+
+    Says what is wrong with newer ones. Raises AgreedError if none is whole.
+    """
+    paths = dist.from_first_rank(list(reversed(all_checkpoints(run_dir))) if ranks.is_first else None)
+    for path in paths:
+        manifest, problems = None, []
+        if ranks.is_first:
+            try:
+                manifest = read_manifest(path)
+            except UserError as error:
+                problems = list(error.problems)
+        manifest, problems = dist.from_first_rank((manifest, problems))
+        problems = problems or _load(engine, path, manifest, ranks)
+        if not problems:
+            if ranks.is_first and METRICS in manifest["files"] and not (run_dir / METRICS).exists():
+                replace_durably(run_dir / METRICS, (path / METRICS).read_text())
+            return path, manifest
+        for problem in problems:
+            say(f"skipped a damaged checkpoint: {problem}")
+    raise dist.AgreedError(
+        f"{run_dir}: no checkpoint is whole, see above; to begin anew, give another name=… or move the directory away"
+    )
+
+
+def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list[str]:
+    """Restore weights, moments and average; collective. Returns what is damaged. The engine is then to be loaded from
+    another checkpoint."""
+    expected = engine.parameter_shapes()
+    stored = {name.partition("-")[0] for name in manifest["files"]}
+    for state in engine.state_names():
+        # A run that kept no average so far starts it at the weights.
+        origin = WEIGHT if state == EMA and EMA not in stored else state
+        mine, problems = _read_share(path, manifest, origin, ranks)
+        problems = dist.gather_to_all(problems)
+        if any(problems):
+            return [p for rank in problems for p in rank]
+        everyones = dist.gather_to_all({name: tuple(tensor.shape) for name, tensor in mine.items()})
+        _check_shapes(expected, {n: s for shapes in everyones for n, s in shapes.items()}, path, state)
+        owner = {name: rank for rank, shapes in enumerate(everyones) for name in shapes}
+        engine.write_state(state, _FromOwners(mine, owner, expected, engine.device))
+    engine.set_step(manifest["step"], manifest.get("updates", manifest["step"]))
+    return []
+
+
+def _read_share(path: Path, manifest: dict, state: str, ranks: dist.Ranks) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensors, problems) of the files of a state that fall to this rank; and of others' files nothing."""
+    tensors, problems = {}, []
+    names = [n for n in manifest["files"] if n.startswith(f"{state}-")]
+    if state == WEIGHT:  # files that are no state are proven too
+        names += [n for n in manifest["files"] if not n.endswith(".safetensors")]
+    for name in names[ranks.rank :: ranks.world_size]:
+        try:
+            content = (path / name).read_bytes()
+            if {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} != manifest["files"][name]:
+                problems.append(differs(path / name))
+            elif name.endswith(".safetensors"):
+                tensors |= parse_safetensors(content)
+        except OSError as error:
+            problems.append(f"{path / name}: {error.strerror}")
+        except SafetensorError as error:
+            problems.append(f"{path / name}: {error}")
+    return tensors, problems
+
+
+class _FromOwners:
+    """Tensors by name, each from the rank that has read it; all ranks must ask for the same ones in the same order."""
+
+    def __init__(
+        self, mine: dict[str, Tensor], owner: dict[str, int], shapes: dict[str, tuple[int, ...]], device: torch.device
+    ) -> None:
+        self._mine, self._owner, self._shapes, self._device = mine, owner, shapes, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._mine.pop(name, None)
+        value = torch.empty(self._shapes[name]) if value is None else value
+        return dist.broadcast(value.to(self._device), self._owner[name])
+
+
+def _check_shapes(expected: dict, found: dict, path: Path, state: str) -> None:
+    if expected != found:
+        differing = sorted({name for name, _ in set(expected.items()) ^ set(found.items())})
+        raise dist.AgreedError(
+            f"{path}: a checkpoint of another model: {state} of {len(differing)} parameters is missing, "
+            f"superfluous or of another shape ({', '.join(differing[:6])}, …)"
+        )
+
+
+def set_weights(engine: Engine, weights: Mapping[str, Tensor]) -> None:
+    """Give an engine at step 0 other float32 weights, from which its average starts too; collective."""
+    engine.write_state(WEIGHT, weights)
+    if EMA in engine.state_names():
+        engine.write_state(EMA, weights)
+
+
+def newest_readable(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint with a manifest, be its files whole or not; and what is wrong with newer ones."""
+    problems = []
+    for path in reversed(all_checkpoints(run_dir)):
+        try:
+            read_manifest(path)
+        except UserError as error:
+            problems.extend(error.problems)
+        else:
+            return path, problems
+    return None, problems
+
+
+def check_same_run(path: Path, facts: dict) -> None:
+    """Raise UserError, with what differs, unless the checkpoint belongs to this model, these classes and data."""
+    manifest, problems = read_manifest(path), []
+    if "imported" in manifest:
+        raise UserError(
+            f"{path}: imported weights, not a run to go on with; give this run a name of its own (name=…) and "
+            f"train.init_from={path.parent.parent}"
+        )
+    # Knobs that came later than the checkpoint had their default then.
+    theirs, ours = typed_yaml.to_tree(Model()) | manifest["config"]["model"], facts["config"]["model"]
+    for part, old, new in (("model", theirs, ours), ("data plan", manifest["plan"], facts["plan"])):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and key not in ("activation_checkpointing", "compiled"):
+                problems.append(f"{part}: {key} was {old.get(key)!r}, is now {new.get(key)!r}")
+    if manifest["classes"] != facts["classes"]:
+        problems.append(f"classes: {len(manifest['classes'])} then, {len(facts['classes'])} now, or other names")
+    if problems:
+        raise UserError(
+            *(f"{path}: {p}" for p in problems),
+            "the run directory holds another run: give this one a name of its own (name=…), or restore the above",
+        )
+
+
+def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, dict]:
+    """(model in eval mode on the CPU, config, manifest) of a run directory or of one checkpoint directory.
+
+    `average` takes the EMA where the run keeps one. Needs no DeepSpeed.
+    """
+    weights, config, manifest = read_weights(find_whole(run), average=average)
+    model = ByteFormer(config.model.architecture(), len(manifest["classes"]), config.model.mode)
+    model.load_state_dict(weights)
+    return model.eval(), config, manifest
+
+
+def read_weights(path: Path, *, average: bool = True) -> tuple[dict[str, Tensor], Config, dict]:
+    """(float32 weights by parameter name, config, manifest) of a checkpoint that is known to be whole."""
+    manifest = read_manifest(path)
+    config = typed_yaml.from_tree(Config, manifest["config"], f"{path / MANIFEST}: config")
+    state = EMA if average and config.optim.ema_decay else WEIGHT
+    weights = {}
+    for name in manifest["files"]:
+        if name.startswith(f"{state}-"):
+            with safe_open(path / name, framework="pt") as file:
+                weights |= {parameter: file.get_tensor(parameter) for parameter in file.keys()}  # noqa: SIM118
+    return weights, config, manifest

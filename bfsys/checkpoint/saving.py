@@ -1,0 +1,248 @@
+"""Saving: a copy in host memory while training waits, the files while it goes on, the commit when all ranks have them.
+
+A save that is cut short at any point leaves the earlier checkpoints as they were: files are written beside them and
+count only once the manifest, written last, has their hashes, and the directory its name (files.py).
+
+The copy is all that training waits for. It is made once per rank and used again, so memory is bounded by this rank's
+share of weights, moments and average in float32; a save that is due while the last one is still being written waits
+for it. Each rank's loop asks `is_writing` after every step, so a writer that fails is noticed in the step that it
+fails in.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bfsys import dist
+from bfsys.checkpoint import writer
+from bfsys.checkpoint.files import (
+    METRICS,
+    Keep,
+    all_checkpoints,
+    checkpoint_name,
+    checkpoints_dir,
+    commit,
+    make_room,
+    remove,
+    step_of,
+    superfluous,
+)
+from bfsys.errors import EXIT_STORAGE
+
+# What may be over in a moment on a network file system. All else wants a person.
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EHOSTDOWN}
+POLL_S = 0.05
+
+
+class StateSource(Protocol):
+    """What a checkpoint is written from: an Engine, or weights that come from elsewhere."""
+
+    def state_names(self) -> tuple[str, ...]: ...
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def read_state(self, state: str) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class Saver:
+    """The checkpoints of a run, one save at a time. Between `start` and `finish` one is `under_way`, on all ranks."""
+
+    def __init__(self, run_dir: Path, ranks: dist.Ranks, keep: Keep) -> None:
+        self.run_dir, self.ranks, self.keep = run_dir, ranks, keep
+        self._facts: dict | None = None
+        self._work, self._files, self._written_bytes = run_dir, (), 0
+        self._process: subprocess.Popen | None = None
+        self._memory: HostMemory | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether there is a save to `finish`; the same on all ranks."""
+        return self._facts is not None
+
+    def is_writing(self) -> bool:
+        """Whether this rank's files are not all written, nor have failed, yet."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, source: StateSource, facts: dict) -> None:
+        """Take a copy of all state, and have it written as the checkpoint of step `facts["step"]`; collective.
+
+        `facts` goes into the manifest as it is. No other save may be under way.
+        """
+        assert not self.under_way
+        final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
+        work = final.with_name(f".{final.name}.part")
+        _same_errors(lambda: make_room(work) if self.ranks.is_first else None, final)
+        files = self._copy(source)
+        history = self.run_dir / METRICS
+        copies = {METRICS: (str(history), history.stat().st_size)} if self.ranks.is_first and history.exists() else {}
+        self._facts, self._work, self._files, self._written_bytes = facts, work, (*files, *copies), 0
+        self._process = _start_writer(work, self._memory, files, copies) if files or copies else None
+
+    def finish(self, wait: Callable[[], None] = lambda: None) -> Path:
+        """Wait for all ranks' files, and let the checkpoint count; collective. Returns its directory.
+
+        `wait` is called whenever more was written. If a rank cannot write, all ranks raise AgreedError, and the earlier
+        checkpoints stay in force.
+        """
+        assert self.under_way
+        while (news := dist.agree_on_max(self.is_writing(), self._written_bytes_grew()))[0]:
+            if news[1]:
+                wait()
+            time.sleep(POLL_S)
+        facts, self._facts = self._facts, None
+        final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
+        everyones = dist.gather_to_all(self._answer())
+        _raise_problems(everyones, final)
+        files = {name: entry for answer in everyones for name, entry in answer["files"].items()}
+
+        def let_it_count() -> None:
+            if self.ranks.is_first:
+                commit(self._work, final, facts, files)
+                # Later ones are damaged, or the run would have been resumed there: they neither count nor go.
+                until_now = [p for p in all_checkpoints(self.run_dir) if step_of(p) <= facts["step"]]
+                for path in superfluous(self.run_dir, until_now, self.keep):
+                    remove(path)
+
+        _same_errors(let_it_count, final)  # nobody goes on before the checkpoint counts
+        return final
+
+    def close(self) -> None:
+        """End a writer that is still at work; what it wrote does not count."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._process = self._facts = None
+
+    def _written_bytes_grew(self) -> bool:
+        """Since the last look, on this rank."""
+        before, self._written_bytes = self._written_bytes, sum(_size(self._work / name) for name in self._files)
+        return self._written_bytes > before
+
+    def _copy(self, source: StateSource) -> dict[str, dict]:
+        """Copy this rank's share; {file name: {parameter: (shape, first byte, end)}}."""
+        shapes, states = source.parameter_shapes(), source.state_names()
+        mine = [name for name, rank in share_out(shapes, self.ranks.world_size).items() if rank == self.ranks.rank]
+        state_bytes = 4 * sum(_elements(shapes[name]) for name in mine)
+        if self._memory is None and mine:
+            self._memory = HostMemory(state_bytes * len(states))
+        files: dict[str, dict] = {}
+        end = 0
+        for state in states:
+            entries = {}
+            for name, value in source.read_state(state):  # collective, so all of it
+                if name in mine:
+                    first, end = end, end + 4 * value.numel()
+                    self._memory.tensor(first, value.shape).copy_(value)
+                    entries[name] = (list(value.shape), first, end)
+            if entries:
+                files[f"{state}-{self.ranks.rank}-of-{self.ranks.world_size}.safetensors"] = entries
+        return files
+
+    def _answer(self) -> dict:
+        process, self._process = self._process, None
+        if process is None:
+            return {"files": {}}
+        output, _ = process.communicate()
+        if process.returncode:
+            problem = f"rank {self.ranks.rank}: the writing process ended with code {process.returncode}"
+            return {"problem": problem, "errno": errno.EINTR}
+        return json.loads(output)
+
+
+class HostMemory:
+    """Memory without a name that a child process can be given; it vanishes with its processes."""
+
+    def __init__(self, size_bytes: int) -> None:
+        if hasattr(os, "memfd_create"):
+            self.descriptor = os.memfd_create("bfsys-checkpoint")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self.descriptor = os.dup(file.fileno())
+        os.ftruncate(self.descriptor, size_bytes)
+        self.size_bytes = size_bytes
+        self._bytes = np.frombuffer(mmap.mmap(self.descriptor, size_bytes), np.float32)
+
+    def tensor(self, first: int, shape: torch.Size) -> Tensor:
+        """float32 view of the memory from byte `first` on."""
+        count = shape.numel()
+        return torch.from_numpy(self._bytes[first // 4 : first // 4 + count]).view(shape)
+
+
+def save(source: StateSource, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep: Keep) -> Path:
+    """Write a checkpoint and wait for it; collective. Returns its directory."""
+    saver = Saver(run_dir, ranks, keep)
+    saver.start(source, facts)
+    return saver.finish()
+
+
+def share_out(shapes: dict[str, tuple[int, ...]], world_size: int) -> dict[str, int]:
+    """The rank that keeps each parameter: the largest first, each for the rank that has least so far."""
+    load, rank_of = [0] * world_size, {}
+    for name in sorted(shapes, key=lambda n: (-_elements(shapes[n]), n)):
+        rank_of[name] = min(range(world_size), key=load.__getitem__)
+        load[rank_of[name]] += _elements(shapes[name])
+    return rank_of
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: dict) -> subprocess.Popen:
+    task = {
+        "parent": os.getpid(),
+        "folder": str(work),
+        "memory": memory.descriptor if memory else None,
+        "memory_bytes": memory.size_bytes if memory else 0,
+        "tensors": files,
+        "copies": copies,
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-I", writer.__file__],  # nothing from the current folder, nor from the environment
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=[memory.descriptor] if memory else [],
+    )
+    process.stdin.write(json.dumps(task).encode())
+    process.stdin.close()
+    process.stdin = None  # so that `communicate` only reads
+    return process
+
+
+def _same_errors(act: Callable[[], None], final: Path) -> None:
+    """`act()`; what the disk refuses to rank 0, all ranks raise."""
+    problem = {}
+    try:
+        act()
+    except OSError as error:
+        problem = {"problem": f"{error.filename}: {error.strerror}", "errno": error.errno}
+    _raise_problems(dist.gather_to_all(problem), final)
+
+
+def _raise_problems(answers: list[dict], final: Path) -> None:
+    failed = [answer for answer in answers if "problem" in answer]
+    if not failed:
+        return
+    text = "; ".join(dict.fromkeys(answer["problem"] for answer in failed))
+    text = f"checkpoint {final}: cannot be written: {text}; earlier ones are untouched"
+    if all(answer["errno"] in PASSING for answer in failed):
+        raise RuntimeError(text)  # as a crash: a launcher starts the run again
+    raise dist.AgreedError(text + "; make room or mend it, and the same command continues", exit_code=EXIT_STORAGE)

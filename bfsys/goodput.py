@@ -1,0 +1,154 @@
+"""The ledger of a run's time: what was productive, and what was lost to what, over all of its starts.
+
+    goodput.jsonl in the run directory, a line per event: a start (with the step that it resumes from), the first step
+    begun, and notes of how many steps are made and how long they waited for data and for saving
+
+Events are only ever added, and every second between the first start and now falls to one cause, so the causes add up
+to the wall time whatever happened in between:
+
+    restart     from a process's end to the first step of the next one, the very first start included
+    lost        steps that were made again, because no checkpoint had them yet
+    stall       waiting for a checkpoint: its copy, a writer that is behind, the commit
+    data_wait   waiting for data
+    productive  the rest: steps that count, and evaluations
+
+Refused: to carry the sums in checkpoints. They would not know of what happened after the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import psutil
+
+FILE = "goodput.jsonl"
+CAUSES = ("productive", "lost", "restart", "stall", "data_wait")
+
+
+@dataclass
+class _Life:
+    """A process, or a part of its life between roll-backs."""
+
+    start: float
+    step: int  # that it resumes from
+    notes: list[tuple[float, int, float, float]] = field(default_factory=list)  # (time, step, stall_s, wait_s)
+    began: float | None = None  # its first step
+
+    @property
+    def end(self) -> float:
+        return max([self.start, self.began or 0.0, *(note[0] for note in self.notes[-1:])])
+
+
+class Ledger:
+    """Kept by rank 0; on other ranks it only measures."""
+
+    def __init__(self, run_dir: Path, is_first: bool) -> None:
+        """Call once the run directory exists."""
+        self.stall_s = self.wait_s = 0.0
+        self._file: TextIO | None = None
+        self._lives: list[_Life] = []
+        self._closed = dict.fromkeys(CAUSES, 0.0)  # of all lives but the last
+        self._start = psutil.Process().create_time()
+        if is_first:
+            path = run_dir / FILE
+            torn = path.exists() and not path.read_bytes().endswith(b"\n")
+            for event in _read(path):
+                self._take(event)
+            self._file = open(path, "a")  # noqa: SIM115 (until `close`)
+            if torn:
+                self._file.write("\n")
+
+    def resumed(self, step: int) -> None:
+        """The process goes on from `step`; or, in the middle of its life, is rolled back to it."""
+        self._add({"event": "start", "time": self._start, "step": step})
+        self._start = time.time()  # of the next life, should there be one in this process
+
+    def begins(self) -> None:
+        """The first step begins."""
+        self.stall_s = self.wait_s = 0.0
+        self._add({"event": "begin", "time": time.time()})
+
+    def note(self, step: int) -> None:
+        """`step` steps are made. To be called for every checkpoint, before what it waits for."""
+        self._start = time.time()
+        self._add({"event": "note", "time": self._start, "step": step, "stall_s": self.stall_s, "wait_s": self.wait_s})
+
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.stall_s += time.perf_counter() - began
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.wait_s += time.perf_counter() - began
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by cause, until the latest event."""
+        total = dict(self._closed)
+        if self._lives:
+            _account(total, self._lives[-2] if len(self._lives) > 1 else None, self._lives[-1], None)
+        return total
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def _add(self, event: dict) -> None:
+        if self._file:
+            self._take(event)
+            self._file.write(json.dumps(event) + "\n")
+            self._file.flush()
+
+    def _take(self, event: dict) -> None:
+        if event["event"] == "start":
+            if self._lives:
+                before = self._lives[-2] if len(self._lives) > 1 else None
+                _account(self._closed, before, self._lives[-1], event["step"])
+            start = max([event["time"], *(life.end for life in self._lives[-1:])])
+            self._lives = [*self._lives[-1:], _Life(start, event["step"])]
+        elif self._lives and event["event"] == "begin":
+            self._lives[-1].began = event["time"]
+        elif self._lives:
+            self._lives[-1].notes.append((event["time"], event["step"], event["stall_s"], event["wait_s"]))
+
+
+def read_seconds(run_dir: Path) -> dict[str, float]:
+    """Seconds by cause of a run directory, until its latest event."""
+    ledger = Ledger(run_dir, is_first=False)
+    for event in _read(run_dir / FILE):
+        ledger._take(event)
+    return ledger.seconds()
+
+
+def goodput(seconds: dict[str, float]) -> float:
+    """The productive share."""
+    return seconds["productive"] / max(1e-9, sum(seconds.values()))
+
+
+def _account(total: dict[str, float], before: _Life | None, life: _Life, resumed_from: int | None) -> None:
+    """Add a life's seconds to the causes; `resumed_from` is where the next life begins, None if there is none."""
+    began = life.end if life.began is None else life.began
+    total["restart"] += began - (before.end if before else life.start)
+    counts = [n for n in life.notes if resumed_from is None or n[1] <= resumed_from]
+    last = counts[-1] if counts else (began, life.step, 0.0, 0.0)
+    total["stall"] += last[2]
+    total["data_wait"] += last[3]
+    total["productive"] += last[0] - began - last[2] - last[3]
+    total["lost"] += life.end - last[0]
+
+
+def _read(path: Path) -> Iterator[dict]:
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue  # a kill tore it

@@ -1,0 +1,99 @@
+"""Bad steps: what they are, what becomes of them, and when the run goes back.
+
+A step is bad if its loss or gradient is no finite number: its update is skipped, on all ranks (engine.py). Or if its
+loss spikes: a robust z-score of its logarithm, against median and median deviation of the last good losses. A single
+bad step is noted, with the samples that it drew, and does no harm that lasts. `max_bad_steps` in a row do: the run is
+rolled back to the last checkpoint before the first of them, and passes these steps over. If that happens more than
+MAX_ROLLBACKS times without a new checkpoint in between, it ends.
+
+    rollbacks.json in the run directory: from where to where, which steps are passed over, why, and their samples
+
+A step that is passed over has its data drawn and dropped, so all others keep theirs; and since the file is written
+before the roll-back, a run that is killed in the middle of it does the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+
+from bfsys.checkpoint.files import replace_durably
+from bfsys.config import Train
+from bfsys.errors import UserError
+
+FILE = "rollbacks.json"
+MAX_ROLLBACKS = 3
+WINDOW_STEPS = 128  # of good losses that a loss is compared with
+LEAST_STEPS = 32  # before that many, nothing is a spike
+# Deviation of the log-loss below which nothing is told apart: at the default z-score of 10, a spike doubles the loss.
+LEAST_DEVIATION = 0.07
+
+
+class Guard:
+    """Judges every step; all ranks come to the same verdict, since they judge by the same agreed numbers."""
+
+    def __init__(self, train: Train, carried: dict | None, rollbacks: list[dict]) -> None:
+        """`carried` is what `carry` gave to the checkpoint that the run goes on from."""
+        self.max_bad_steps, self.spike_zscore = train.max_bad_steps, train.spike_zscore
+        self.passed_over = {step for rollback in rollbacks for step in rollback["steps"]}
+        self.in_a_row: list[dict] = carried["in_a_row"] if carried else []
+        self._losses = deque(carried["losses"] if carried else (), WINDOW_STEPS)
+
+    def judge(self, loss: float, grad_norm: float) -> str:
+        """What is wrong with a step of this mean loss; "" if nothing is."""
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            return f"loss {loss:g}, norm of the gradient {grad_norm:g}"
+        score = self._zscore(loss)
+        if self.spike_zscore and score > self.spike_zscore:
+            return f"loss {loss:g}, a spike: z-score {score:.1f}"
+        self._losses.append(loss)
+        return ""
+
+    def note(self, step: int, problem: str, samples: list[str]) -> None:
+        """Keep a bad step in mind, or with no problem, forget those before it."""
+        if problem:
+            self.in_a_row.append({"step": step, "problem": problem, "samples": samples})
+        else:
+            self.in_a_row.clear()
+
+    @property
+    def wants_rollback(self) -> bool:
+        return len(self.in_a_row) >= self.max_bad_steps
+
+    def carry(self) -> dict:
+        return {"losses": list(self._losses), "in_a_row": self.in_a_row}
+
+    def _zscore(self, loss: float) -> float:
+        if len(self._losses) < LEAST_STEPS:
+            return 0.0
+        logs = [math.log(max(x, 1e-12)) for x in self._losses]
+        median = statistics.median(logs)
+        deviation = 1.4826 * statistics.median(abs(x - median) for x in logs)  # as of a normal distribution
+        return (math.log(max(loss, 1e-12)) - median) / max(deviation, LEAST_DEVIATION)
+
+
+def read_rollbacks(run_dir: Path) -> list[dict]:
+    """Of a run, the oldest first; raises UserError if the file is not what `add_rollback` writes."""
+    path = run_dir / FILE
+    try:
+        rollbacks = json.loads(path.read_text())
+        return [r for r in rollbacks if r["to"] < min(r["steps"])]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or remove it to have its steps made") from None
+
+
+def add_rollback(run_dir: Path, rollbacks: list[dict], to: int, in_a_row: list[dict]) -> dict:
+    """Write down that the run goes back to step `to` and passes the bad steps over."""
+    rollback = {"from": in_a_row[-1]["step"], "to": to, "steps": [bad["step"] for bad in in_a_row], "bad": in_a_row}
+    replace_durably(run_dir / FILE, json.dumps([*rollbacks, rollback], indent=1) + "\n")
+    return rollback
+
+
+def is_last_straw(rollbacks: list[dict], to: int) -> bool:
+    """Whether the run was rolled back to this checkpoint, or an earlier one, as often as is allowed."""
+    return sum(rollback["to"] >= to for rollback in rollbacks) >= MAX_ROLLBACKS
