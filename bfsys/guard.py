@@ -20,9 +20,14 @@ import statistics
 from collections import deque
 from pathlib import Path
 
-from bfsys.checkpoint.files import replace_durably
+from torch import Tensor
+
+from bfsys import dist
+from bfsys.batch import ByteBatch
+from bfsys.checkpoint.files import METRICS, all_checkpoints, remove, replace_durably, step_of
 from bfsys.config import Train
-from bfsys.errors import UserError
+from bfsys.data.datasets import Sources
+from bfsys.errors import EXIT_DIVERGED, UserError
 
 FILE = "rollbacks.json"
 MAX_ROLLBACKS = 3
@@ -76,7 +81,7 @@ class Guard:
 
 
 def read_rollbacks(run_dir: Path) -> list[dict]:
-    """Of a run, the oldest first; raises UserError if the file is not what `add_rollback` writes."""
+    """Of a run, the oldest first; raises UserError if the file is not what `go_back` writes."""
     path = run_dir / FILE
     try:
         rollbacks = json.loads(path.read_text())
@@ -87,13 +92,35 @@ def read_rollbacks(run_dir: Path) -> list[dict]:
         raise UserError(f"{path}: cannot be read ({error}); restore it, or remove it to have its steps made") from None
 
 
-def add_rollback(run_dir: Path, rollbacks: list[dict], to: int, in_a_row: list[dict]) -> dict:
-    """Write down that the run goes back to step `to` and passes the bad steps over."""
-    rollback = {"from": in_a_row[-1]["step"], "to": to, "steps": [bad["step"] for bad in in_a_row], "bad": in_a_row}
+def go_back(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
+    """Make the last checkpoint before the bad steps the newest, and write down that they are to be passed over; for
+    rank 0. Returns what was done; raises UserError if that was tried often enough."""
+    paths = all_checkpoints(run_dir)
+    to = max((step_of(path) for path in paths if step_of(path) < bad[0]["step"]), default=0)
+    steps = [b["step"] for b in bad]
+    if sum(rollback["to"] >= to for rollback in rollbacks) >= MAX_ROLLBACKS:
+        raise UserError(
+            f"bad steps again after {MAX_ROLLBACKS} roll-backs to step {to}: {steps}: {bad[-1]['problem']}. Try a "
+            f"lower optim.lr, or optim.clip_norm=1; or, if these steps are as they should be, a larger "
+            f"train.spike_zscore or train.max_bad_steps. Their samples are in {run_dir / METRICS}, those of the last:",
+            *bad[-1]["samples"],
+            exit_code=EXIT_DIVERGED,
+        )
+    rollback = {"from": steps[-1], "to": to, "steps": steps, "bad": bad}
     replace_durably(run_dir / FILE, json.dumps([*rollbacks, rollback], indent=1) + "\n")
-    return rollback
+    for path in paths:  # after writing it down: what is made anew must not be taken for the old
+        if step_of(path) > to:
+            remove(path)
+    return f"rolled back from step {steps[-1]} to {to}; to be passed over: {steps}"
 
 
-def is_last_straw(rollbacks: list[dict], to: int) -> bool:
-    """Whether the run was rolled back to this checkpoint, or an earlier one, as often as is allowed."""
-    return sum(rollback["to"] >= to for rollback in rollbacks) >= MAX_ROLLBACKS
+def samples_of(drawn: list[tuple[ByteBatch, Tensor]], sources: Sources) -> list[str]:
+    """SOURCE/KEY of the samples behind a bad step, over all ranks; collective. `drawn` are the rank's micro-batches and
+    their losses. Those of the micro-batches whose loss is no number; or, if all are numbers, of the whole step."""
+    mine = []
+    for batch, loss in drawn:
+        pairs = zip(batch.sources.tolist(), batch.samples.tolist(), strict=True)
+        mine.append((bool(loss.isfinite()), [f"{sources.names[s]}/{sources.splits[s].key(i)}" for s, i in pairs]))
+    micro_batches = [micro_batch for of_rank in dist.gather_to_all(mine) for micro_batch in of_rank]
+    suspects = [keys for is_finite, keys in micro_batches if not is_finite] or [keys for _, keys in micro_batches]
+    return sorted({key for keys in suspects for key in keys})

@@ -15,44 +15,38 @@ if __name__ == "__main__":  # launchers put this file's folder first, where its 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import subprocess
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
-from bfsys import dist, typed_yaml
+from bfsys import dist
 from bfsys.batch import ByteBatch
-from bfsys.checkpoint.files import Keep, all_checkpoints, remove, step_of
-from bfsys.checkpoint.loading import check_same_run, newest_readable, resume, set_weights
+from bfsys.checkpoint.files import Keep
+from bfsys.checkpoint.loading import resume, set_weights
 from bfsys.checkpoint.saving import Saver
 from bfsys.config import Config, load_config
 from bfsys.data.datasets import (
     Sources,
-    content_facts,
-    index_problems,
     long_files,
-    make_plan,
-    open_evaluation,
-    open_training,
 )
 from bfsys.data.loader import training_batches
-from bfsys.data.plan import Plan, lanes_of_rank
+from bfsys.data.plan import Plan
 from bfsys.data.quarantine import Quarantine
 from bfsys.dryrun import dry_run
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_DIVERGED, UserError, run_command
-from bfsys.evaluate import evaluate, short_files
-from bfsys.faults import StopRequests, forget_end, note_end
+from bfsys.errors import UserError, run_command
+from bfsys.evaluate import evaluate
+from bfsys.faults import StopRequests, note_end
 from bfsys.goodput import Ledger
-from bfsys.guard import MAX_ROLLBACKS, Guard, add_rollback, is_last_straw, read_rollbacks
+from bfsys.guard import Guard, go_back, read_rollbacks, samples_of
 from bfsys.initial import initial_weights
 from bfsys.loss import loss_and_sums
 from bfsys.metrics import Metrics
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import ema_decay, learning_rate
+from bfsys.run import open_data, prepare_run_dir, run_facts
 from bfsys.watchdog import Watchdog
 
 ROLLED_BACK = -1  # instead of an exit code: go on from the checkpoint that is now the newest
@@ -167,7 +161,7 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
             problem = guard.judge(mean_loss(drawn, config), grad_norm)
         is_skipped = is_passed_over or engine.updates == updates
         step += 1
-        guard.note(step, problem, samples_of(drawn, run) if problem else [])
+        guard.note(step, problem, samples_of(drawn, run.training) if problem else [])
         exit_code, bad_files, is_writing = dist.agree_on_max(
             run.stop.exit_code, run.quarantine.news, saver.is_writing()
         )
@@ -221,21 +215,6 @@ def mean_loss(drawn: list[tuple[ByteBatch, Tensor]], config: Config) -> float:
     )
 
 
-def samples_of(drawn: list[tuple[ByteBatch, Tensor]], run: Run) -> list[str]:
-    """SOURCE/KEY of the samples behind a bad step, over all ranks; collective. Those of the micro-batches whose loss
-    is no number, or, if all are numbers, of the whole step."""
-    everyones = dist.gather_to_all([
-        (bool(loss.isfinite()), [
-            f"{run.training.names[source]}/{run.training.splits[source].key(sample)}"
-            for source, sample in zip(batch.sources.tolist(), batch.samples.tolist(), strict=True)
-        ])
-        for batch, loss in drawn
-    ])  # fmt: skip
-    micro_batches = [micro_batch for of_rank in everyones for micro_batch in of_rank]
-    suspects = [keys for is_finite, keys in micro_batches if not is_finite] or [keys for _, keys in micro_batches]
-    return sorted({key for keys in suspects for key in keys})
-
-
 def report_bad_step(bad: dict, is_skipped: bool, metrics: Metrics) -> None:
     metrics.event("bad_step", bad["step"], {"problem": bad["problem"], "samples": bad["samples"]})
     what = "its update is skipped" if is_skipped else "its update stays"
@@ -243,34 +222,15 @@ def report_bad_step(bad: dict, is_skipped: bool, metrics: Metrics) -> None:
 
 
 def roll_back(run: Run, guard: Guard, rollbacks: list[dict], metrics: Metrics) -> None:
-    """Make the last checkpoint before the bad steps the newest, and write down that they are to be passed over;
-    collective. Raises AgreedError if that was tried often enough."""
-    bad = guard.in_a_row
+    """Go back to the checkpoint before the bad steps; collective. Raises AgreedError if that was tried enough."""
     if run.saver.under_way:
-        finish_save(run, metrics, bad[-1]["step"])
+        finish_save(run, metrics, guard.in_a_row[-1]["step"])
     metrics.close()
-
-    def go_back() -> str:
-        if not run.ranks.is_first:
-            return ""
-        paths = all_checkpoints(run.config.run_dir)
-        to = max((step_of(path) for path in paths if step_of(path) < bad[0]["step"]), default=0)
-        if is_last_straw(rollbacks, to):
-            raise UserError(
-                f"bad steps again after {MAX_ROLLBACKS} roll-backs to step {to}: "
-                f"{', '.join(str(b['step']) for b in bad)}: {bad[-1]['problem']}. Try a lower optim.lr, or "
-                f"optim.clip_norm=1; if these steps are as they should be, a larger train.spike_zscore or "
-                f"train.max_bad_steps. Their samples are in {run.config.run_dir / 'metrics.jsonl'}, those of the last:",
-                *bad[-1]["samples"],
-                exit_code=EXIT_DIVERGED,
-            )
-        rollback = add_rollback(run.config.run_dir, rollbacks, to, bad)
-        for path in paths:  # after writing it down: what is made anew must not be taken for the old
-            if step_of(path) > to:
-                remove(path)
-        return f"rolled back from step {rollback['from']} to {to}; to be passed over: {rollback['steps']}"
-
-    metrics.say(dist.same_errors_on_all(go_back))
+    metrics.say(
+        dist.same_errors_on_all(
+            lambda: go_back(run.config.run_dir, rollbacks, guard.in_a_row) if run.ranks.is_first else ""
+        )
+    )
 
 
 def evaluate_if_due(run: Run, metrics: Metrics, step: int) -> None:
@@ -301,74 +261,6 @@ def report_bad_files(run: Run, sources: Sources, metrics: Metrics) -> None:
 def say(run: Run, text: str) -> None:
     if run.ranks.is_first:
         print(text, file=sys.stderr, flush=True)
-
-
-def open_data(config: Config, ranks: dist.Ranks) -> tuple[Sources, Sources | None, Plan]:
-    """Training sources, validation sources (None if no source has that split) and the plan."""
-    training = open_training(config)
-    validation = open_evaluation(config, config.data.eval_split, training.classes)
-    lanes_of_rank(config.data.lanes, ranks.rank, ranks.world_size)
-    problems = [p for part in (training, validation) for p in short_files(config, part)]
-    problems += [p for part in (training, validation) for p in index_problems(part, ranks.rank, ranks.world_size)]
-    if problems:
-        raise UserError(*problems)
-    return training, validation if validation.splits else None, make_plan(config, training)
-
-
-def run_facts(config: Config, training: Sources, plan: Plan) -> dict:
-    """What makes a checkpoint self-contained, and what a resume must agree with."""
-    return {
-        "classes": list(training.classes),
-        "plan": {**plan.facts, **content_facts(config, training)},
-        "config": typed_yaml.to_tree(config),
-        "versions": {name: version(name) for name in ("bfsys", "torch", "deepspeed")} | {"git": git_state()},
-    }
-
-
-def git_state() -> str | None:
-    """The commit of this code, with a + if files were changed since; None if it is no repository."""
-    here = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
-            return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> bool:
-    """Whether the run is new, decided by rank 0. Raises AgreedError if the directory holds another run.
-
-    Writes the run directory's config.yaml.
-    """
-
-    def look() -> bool:
-        if not ranks.is_first:
-            return False
-        path, problems = newest_readable(config.run_dir)
-        if path is None and problems:
-            raise UserError(
-                *problems,
-                f"{config.run_dir}: no checkpoint is whole, see above; to begin anew, give another name=… "
-                f"or move the directory away",
-            )
-        if path:
-            check_same_run(path, facts)
-        try:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            (config.run_dir / "config.yaml").write_text(typed_yaml.dump(config))
-            forget_end(config.run_dir)
-        except OSError as error:
-            raise UserError(f"run directory {config.run_dir}: cannot be written: {error.strerror}") from None
-        return path is None
-
-    return dist.from_first_rank(dist.same_errors_on_all(look))
 
 
 def main(arguments: list[str] | None = None) -> int:

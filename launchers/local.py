@@ -6,7 +6,8 @@
 Ctrl-C or SIGTERM saves a checkpoint and stops; the same command continues from there. A second Ctrl-C, a few
 seconds later, gives up at once.
 
-A run that crashes or hangs is started again from its newest whole checkpoint, after a pause of 1, 2, 4, … s. It is not
+A run that crashes or hangs is started again from its newest whole checkpoint, at once if it had made
+progress, otherwise after a pause of 1, 2, 4 s. It is not
 when nobody but a person can help: bad input (2), diverged (65), nothing can be saved (74), stopped on request (130),
 asked to requeue (75), or the third start again without a new checkpoint (76). The reason is in RUN/ended.json.
 
@@ -218,9 +219,12 @@ def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
             note_end(run_dir, EXIT_NO_PROGRESS, reason)
             print(f"error: {reason}; logs are in {run_dir / 'log'}", file=sys.stderr)
             return EXIT_NO_PROGRESS
-        pause_s = min(LONGEST_PAUSE_S, 2.0 ** max(0, restarts - 1))
+        pause_s = min(LONGEST_PAUSE_S, 2.0 ** (restarts - 1)) if restarts else 0.0
         print(f"starting again in {pause_s:.0f} s, from step {newest_step(run_dir)}", file=sys.stderr, flush=True)
+        previous = {n: signal.signal(n, lambda number, _: sys.exit(FORWARDED[number])) for n in FORWARDED}
         time.sleep(pause_s)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def newest_step(run_dir: Path) -> int:

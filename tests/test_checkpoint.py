@@ -1,22 +1,305 @@
-"""Checkpoints of a finished run: proven, or passed over."""
+"""Checkpoints: written beside and proven, or passed over; kept, listed, cleared up."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
 
-from bfsys import checkpoint
-from bfsys.errors import UserError
+from bfsys.checkpoint import __main__ as command
+from bfsys.checkpoint import files, loading, saving
+from bfsys.checkpoint.files import Keep
+from bfsys.dist import AgreedError, Ranks
+from bfsys.errors import EXIT_STORAGE, UserError
+
+ALONE = Ranks()
+FACTS = {"metrics": None, "guard": None, "classes": ["x"], "versions": {}, "config": {}, "plan": {}}
+
+
+class Tensors:
+    """In the place of an engine: two states of three parameters."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, seed: int, size: int = 1000) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.values = {
+            state: {
+                "w": torch.randn(size, 7, generator=generator),
+                "b": torch.randn(5, generator=generator),
+                "scalar": torch.randn((), generator=generator),
+            }
+            for state in ("weight", "exp_avg")
+        }
+        self.steps: tuple[int, int] | None = None
+
+    def state_names(self) -> tuple[str, ...]:
+        return tuple(self.values)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.values["weight"].items()}
+
+    def read_state(self, state: str) -> Iterator[tuple[str, Tensor]]:
+        yield from self.values[state].items()
+
+    def write_state(self, state: str, values) -> None:
+        for name in self.values[state]:
+            self.values[state][name] = values[name]
+
+    def set_step(self, step: int, updates: int) -> None:
+        self.steps = step, updates
+
+
+def save(run: Path, step: int, source: Tensors | None = None, keep: Keep | None = None) -> Path:
+    facts = {"step": step, "updates": step, **FACTS}
+    return saving.save(source or Tensors(step), run, facts, ranks=ALONE, keep=keep or Keep(100))
+
+
+def same(one: Tensors, other: Tensors) -> bool:
+    return all(torch.equal(one.values[s][n], other.values[s][n]) for s in one.values for n in one.values[s])
+
+
+def resume(run: Path) -> tuple[Tensors, Path, list[str]]:
+    said: list[str] = []
+    engine = Tensors(-1)
+    path, manifest = loading.resume(engine, run, ALONE, said.append)
+    assert engine.steps == (manifest["step"], manifest["updates"])
+    return engine, path, said
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n')
+    path = save(tmp_path, 3)
+    assert same(Tensors(3), resume(tmp_path)[0])
+    assert torch.equal(load_file(path / "weight-0-of-1.safetensors")["w"], Tensors(3).values["weight"]["w"])
+    assert (path / "metrics.jsonl").read_text() == '{"kind": "train"}\n'
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000003\n"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")] == []
+    (tmp_path / "metrics.jsonl").unlink()  # the history comes back too
+    resume(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train"}\n'
+
+
+def test_training_may_go_on_while_it_is_written(tmp_path: Path) -> None:
+    """What is written is the state at `start`, whatever becomes of it afterwards; memory is used again."""
+    saver, source = saving.Saver(tmp_path, ALONE, Keep(100)), Tensors(1)
+    for step in (1, 2):
+        expected = Tensors(0)
+        expected.values = {s: {n: t.clone() for n, t in source.values[s].items()} for s in source.values}
+        saver.start(source, {"step": step, "updates": step, **FACTS})
+        for state in source.values.values():
+            for tensor in state.values():
+                tensor.add_(1)
+        saver.finish()
+        assert not saver.under_way
+        assert same(resume(tmp_path)[0], expected)
+
+
+DAMAGE_SEED = 7
+
+
+@pytest.mark.parametrize("how", ["flip", "cut"])
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path, how: str) -> None:
+    """50 random bits, 20 random lengths, of any file of the newest checkpoint: the one before is resumed."""
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n' * 20)
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    rng = random.Random(DAMAGE_SEED)
+    for _ in range(50 if how == "flip" else 20):
+        file = rng.choice(sorted(newest.iterdir()))
+        whole = file.read_bytes()
+        if how == "flip":
+            damaged = bytearray(whole)
+            damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        else:
+            damaged = whole[: rng.randrange(len(whole))]
+        file.write_bytes(damaged)
+        engine, path, said = resume(tmp_path)
+        assert path.name == "step_00000001"
+        assert same(engine, Tensors(1))
+        assert len(said) == 1
+        assert str(newest) in said[0]
+        assert files.find_newest(tmp_path)[0] == path
+        file.write_bytes(whole)
+    assert same(resume(tmp_path)[0], Tensors(2))
+
+
+def test_without_a_whole_checkpoint_nothing_is_resumed(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "weight-0-of-1.safetensors").unlink()
+    with pytest.raises(AgreedError, match="no checkpoint is whole"):
+        resume(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["copied", "half written", "written", "manifest", "renamed", "latest"])
+def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, moment: str, monkeypatch) -> None:
+    """The process ends at some point of a save; the next save is made over what it left."""
+    save(tmp_path, 1)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    saver = saving.Saver(tmp_path, ALONE, Keep(100))
+    if moment == "manifest":
+        monkeypatch.setattr(files, "write_durably", killed)
+    elif moment == "renamed":
+        monkeypatch.setattr(files, "_sync_directory", lambda path: killed() if path.name == "checkpoints" else None)
+    elif moment == "latest":
+        write = files.write_durably
+        monkeypatch.setattr(files, "write_durably", lambda p, t: killed() if p.name == "latest.part" else write(p, t))
+    if moment == "copied":
+        monkeypatch.setattr(saving, "_start_writer", killed)
+    try:
+        saver.start(Tensors(2), {"step": 2, "updates": 2, **FACTS})
+        if moment == "half written":
+            saver.close()
+            raise Killed
+        while saver.is_writing():
+            time.sleep(0.01)
+        if moment != "written":
+            saver.finish()
+    except Killed:
+        pass
+    else:
+        assert moment == "written"
+    monkeypatch.undo()
+    counts = moment in ("renamed", "latest")  # from the rename on the new one counts
+    assert same(resume(tmp_path)[0], Tensors(2 if counts else 1))
+    save(tmp_path, 2)
+    assert same(resume(tmp_path)[0], Tensors(2))
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_writer_that_dies_ends_the_run_as_a_crash(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    saver = saving.Saver(tmp_path, ALONE, Keep(100))
+    saver.start(Tensors(2, size=3_000_000), {"step": 2, "updates": 2, **FACTS})
+    saver._process.send_signal(signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="ended with code -9"):
+        saver.finish()
+    assert same(resume(tmp_path)[0], Tensors(1))
+
+
+def test_a_folder_that_vanishes_is_said_and_the_one_before_stays(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    saver = saving.Saver(tmp_path, ALONE, Keep(100))
+    saver.start(Tensors(2, size=3_000_000), {"step": 2, "updates": 2, **FACTS})
+    shutil.rmtree(tmp_path / "checkpoints" / ".step_00000002.part", ignore_errors=True)
+    with pytest.raises(AgreedError, match="cannot be written") as error:
+        saver.finish()
+    assert error.value.exit_code == EXIT_STORAGE
+    assert same(resume(tmp_path)[0], Tensors(1))
+
+
+def test_a_full_disk_is_said_and_the_one_before_stays(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("a file system of its own cannot be mounted here")
+    try:
+        save(small, 1)
+        with pytest.raises(AgreedError, match=os.strerror(errno.ENOSPC)) as error:
+            save(small, 2, Tensors(2, size=1_000_000))
+        assert error.value.exit_code == EXIT_STORAGE
+        assert "step_00000002" in str(error.value)
+        assert same(resume(small)[0], Tensors(1))
+        save(small, 3)  # there is room again: what was left is cleared away
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@given(
+    steps=st.sets(st.integers(0, 200), min_size=1),
+    last=st.integers(1, 4),
+    every=st.integers(0, 30),
+    best=st.integers(0, 3),
+    scores=st.dictionaries(st.integers(0, 200), st.floats(0, 1)),
+)
+def test_what_is_kept(steps: set[int], last: int, every: int, best: int, scores: dict[int, float]) -> None:
+    told = {step: {"top1": score, "loss": 1 - score} for step, score in scores.items()}
+    kept = files.steps_to_keep(sorted(steps), Keep(last, every, best, "top1"), told)
+    assert kept <= steps
+    assert set(sorted(steps)[-last:]) <= kept
+    assert not every or {step for step in steps if step and step % every == 0} <= kept
+    scored = sorted(scores[step] for step in steps if step in scores)
+    if best and scored:
+        assert max(scored) == max(scores[step] for step in kept if step in scores)
+    assert len(kept) <= last + best + (len(steps) if every else 0)
+
+
+def test_the_best_of_losses_is_the_least() -> None:
+    told = {step: {"loss": float(abs(step - 5))} for step in range(10)}
+    assert files.steps_to_keep(range(10), Keep(1, 0, 2, "loss"), told) == {9, 5, 6}
+
+
+def test_a_run_keeps_what_it_was_told_to(tmp_path: Path) -> None:
+    lines = [{"kind": "eval", "step": step, "top1": top1, "loss": 1.0} for step, top1 in ((2, 0.9), (4, 0.5), (6, 0.7))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in range(8):
+        save(tmp_path, step, keep=Keep(last=1, every=5, best=1))
+    assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [2, 5, 7]
+
+
+def test_the_command_lists_verifies_and_shows(finished_run: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_run, copy)
+    assert command.main(["list", str(copy)]) == 0
+    listed = capsys.readouterr().out
+    assert "       60  " in listed
+    assert "loss" in listed.splitlines()[-1]
+    assert command.main(["verify", str(copy)]) == 0
+    assert capsys.readouterr().out.count(": whole") == 3
+    assert command.main(["show", str(copy)]) == 0
+    assert "exp_avg_sq" in capsys.readouterr().out
+
+    file = copy / "checkpoints" / "step_00000060" / "exp_avg-0-of-1.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert command.main(["verify", str(copy)]) == 1
+    captured = capsys.readouterr()
+    assert "step_00000060: damaged" in captured.out
+    assert "step_00000120: whole" in captured.out
+    assert str(file) in captured.err
+    assert command.main(["verify", str(copy / "checkpoints" / "step_00000120")]) == 0
+    with pytest.raises(UserError, match="no such directory"):
+        command.main(["list", str(tmp_path / "nowhere")])
+
+
+def test_the_command_removes_what_is_not_to_be_kept(tmp_path: Path, capsys) -> None:
+    FACTS["config"] = {"train": {"keep_checkpoints": 2}}
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_00000004" / "weight-0-of-1.safetensors").unlink()
+    assert command.main(["prune", str(tmp_path), "--dry-run"]) == 0
+    assert "would be removed" in capsys.readouterr().out
+    assert len(files.all_checkpoints(tmp_path)) == 4
+    assert command.main(["prune", str(tmp_path), "--keep", "1"]) == 0
+    # A damaged one does not push a whole one out, and is left to be looked at.
+    assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [3, 4]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no file", "no manifest", "bad manifest", "other step", "a list"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(finished_run: Path, tmp_path: Path, damage: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished_run, copy)
-    newest, problems = checkpoint.find_newest(copy)
+    newest, problems = files.find_newest(copy)
     assert (newest.name, problems) == ("step_00000120", [])
     file = newest / "ema-0-of-1.safetensors"
     content = bytearray(file.read_bytes())
@@ -34,22 +317,22 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(finished_run: Path, 
         (newest / "manifest.json").write_text(text.replace('"step": 120', '"step": 121'))
     else:
         (newest / "manifest.json").write_text("{" if damage == "bad manifest" else "[]")
-    found, problems = checkpoint.find_newest(copy)
+    found, problems = files.find_newest(copy)
     assert found.name == "step_00000060"
     assert len(problems) == 1
     assert str(newest) in problems[0]
-    assert checkpoint.load_model(copy)[2]["step"] == 60
+    assert loading.load_model(copy)[2]["step"] == 60
 
 
 def test_a_copy_beside_the_checkpoints_is_no_trouble(finished_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished_run, copy)
     shutil.copytree(copy / "checkpoints" / "step_00000060", copy / "checkpoints" / "step_00000060.bak")
-    assert checkpoint.find_newest(copy)[0].name == "step_00000120"
+    assert files.find_newest(copy)[0].name == "step_00000120"
 
 
 def test_the_averaged_weights_are_the_default(finished_run: Path) -> None:
-    averaged, last = checkpoint.load_model(finished_run)[0], checkpoint.load_model(finished_run, average=False)[0]
+    averaged, last = loading.load_model(finished_run)[0], loading.load_model(finished_run, average=False)[0]
     assert any(not torch.equal(a, b) for a, b in zip(averaged.parameters(), last.parameters(), strict=True))
 
 
@@ -58,4 +341,4 @@ def test_what_is_no_run_is_said(tmp_path: Path, what: str) -> None:
     if what == "empty":
         (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no such run directory" if what == "missing" else "no checkpoint yet"):
-        checkpoint.load_model(tmp_path / what)
+        loading.load_model(tmp_path / what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from bfsys import checkpoint
+from bfsys.checkpoint import files, loading
 from bfsys.config import Config, load_config
 from bfsys.dist import Ranks
 from bfsys.dryrun import dry_run
@@ -91,7 +92,7 @@ def test_it_is_said_once_and_a_run_that_continues_takes_no_notice(
 
 
 def test_other_classes_have_a_new_head(config: Config, finished_run: Path) -> None:
-    theirs = checkpoint.load_model(finished_run)[0].state_dict()
+    theirs = loading.load_model(finished_run)[0].state_dict()
     for classes, said in (
         (("a0", "a1", "x"), "the head starts anew: 3 classes here, 5 there"),
         (CLASSES[::-1], "5 classes here, 5 there, of other names or in another order"),
@@ -115,7 +116,7 @@ def test_positions_of_another_length_are_taken_over_as_far_as_they_go(
     config = with_model(config, max_tokens=rows)
     weights, notes = start(config)
     assert said in notes
-    theirs, ours = checkpoint.load_model(finished_run)[0].stem.positions, own(config).stem.positions
+    theirs, ours = loading.load_model(finished_run)[0].stem.positions, own(config).stem.positions
     both = min(64, rows)
     assert torch.equal(weights["stem.positions"], torch.cat([theirs[:both], ours[both:]]))
 
@@ -146,10 +147,10 @@ def test_what_is_no_run_is_refused(config: Config, tmp_path: Path) -> None:
 def test_a_run_without_an_average_gives_its_last_weights(config: Config, finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "run")
     path = newest(tmp_path / "run")
-    manifest = checkpoint.read_manifest(path)
+    manifest = files.read_manifest(path)
     manifest["config"]["optim"]["ema_decay"] = 0.0
-    manifest["sha256"] = checkpoint._fingerprint(manifest)
-    checkpoint._write_durably(path / "manifest.json", checkpoint.json.dumps(manifest))
+    manifest["sha256"] = files.fingerprint(manifest)
+    files.write_durably(path / "manifest.json", json.dumps(manifest))
     weights, notes = start(replace(config, train=replace(config.train, init_from=str(tmp_path / "run"))))
     assert "starting from the weights of" in notes
     assert torch.equal(weights["head.weight"], tensors(path, "weight")["head.weight"])

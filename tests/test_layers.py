@@ -19,9 +19,10 @@ LAYERS = [
     ["data"],
     ["loss", "optim"],
     ["engine"],
-    ["checkpoint", "faults", "metrics"],
+    ["checkpoint", "faults", "goodput"],
+    ["guard", "watchdog", "metrics"],
     ["evaluate", "initial"],
-    ["dryrun", "predict", "export"],
+    ["dryrun", "predict", "export", "run"],
     ["train"],
     ["job"],
 ]

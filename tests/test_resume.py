@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from bfsys import checkpoint
+from bfsys.checkpoint import files
+from bfsys.errors import EXIT_STORAGE
 from tests.conftest import _run_ranks, tiny_config
 from tests.test_train import assert_success, cut_short, lines, losses
 
@@ -73,14 +74,14 @@ def test_no_evaluation_is_lost_or_made_twice(runs: Path) -> None:
 
 
 def test_fewer_steps_than_made_is_a_finished_run(runs: Path) -> None:
-    assert checkpoint.find_newest(runs / "shortened")[0].name == "step_00000010"
+    assert files.find_newest(runs / "shortened")[0].name == "step_00000010"
     assert len(lines(runs / "shortened")) == 10
 
 
 def test_damaged_checkpoints_do_not_push_good_ones_out(runs: Path) -> None:
     """8 and 10 are damaged, the run goes on from 4 to 5 and keeps two: 4 and 5 stay, and the next start finds 5."""
     root = runs / "damaged" / "checkpoints"
-    newest, problems = checkpoint.find_newest(runs / "damaged")
+    newest, problems = files.find_newest(runs / "damaged")
     assert newest.name == "step_00000005"
     assert len(problems) == 2
     assert (root / "step_00000004").exists()
@@ -98,7 +99,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_saved(
     assert "Traceback" not in result.stderr
     saved = lines(tmp_path / "runs" / "tiny")
     assert all(torch.isfinite(torch.tensor(line["grad_norm"])) for line in saved)
-    manifest = json.loads((checkpoint.find_newest(tmp_path / "runs" / "tiny")[0] / "manifest.json").read_text())
+    manifest = json.loads((files.find_newest(tmp_path / "runs" / "tiny")[0] / "manifest.json").read_text())
     assert manifest["step"] == saved[-1]["step"]
 
 
@@ -109,7 +110,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
     run.mkdir(parents=True)
     (run / "checkpoints").write_text("in the way")
     results = run_ranks(2, ["bfsys/train.py", str(config_file), "train.save_every=1"])
-    assert [r.returncode for r in results] == [2, 2]
+    assert [r.returncode for r in results] == [EXIT_STORAGE, EXIT_STORAGE]
     assert "checkpoints" in results[0].stderr
     assert "Traceback" not in results[0].stderr + results[1].stderr
     assert (run / "checkpoints").read_text() == "in the way"

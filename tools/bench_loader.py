@@ -101,7 +101,7 @@ def bfsys_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
     from bfsys.config import Config, Data, Model, Source, Train
     from bfsys.data.loader import training_batches
     from bfsys.dist import Ranks
-    from bfsys.train import open_data
+    from bfsys.run import open_data
 
     data = Data(sources=(Source(str(folder)),), batch_samples=BATCH_SAMPLES, lanes=1, workers=workers)
     config = Config(data, Model(max_tokens=1_000_000), train=Train(steps=steps))

@@ -25,7 +25,7 @@ from bfsys.data.verify import verify_split
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import UserError
 from bfsys.evaluate import evaluate
-from bfsys.train import open_data
+from bfsys.run import open_data
 from tests.conftest import _run_ranks, tiny_config
 from tests.test_train import assert_success, cut_short, lines, newest, tensors
 from tools import inspect_shards

@@ -14,7 +14,7 @@ from bfsys.data.plan import evaluation_batches
 from bfsys.data.quarantine import Quarantine
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
-from bfsys.train import open_data
+from bfsys.run import open_data
 
 
 def rank(number: int, of: int) -> Ranks:

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bfsys import checkpoint
+from bfsys.checkpoint import files, loading
 from bfsys.config import Augment, Config, Data, Source, Train
 from bfsys.data.byte_transforms import write_key
 from bfsys.data.datasets import make_plan, open_training
 from bfsys.errors import UserError
-from bfsys.train import run_facts
+from bfsys.run import run_facts
 from tests.data.packed import Shards, pack, random_shards
 
 SHARDS = {"a": random_shards([3, 4], np.random.default_rng(0)), "b": random_shards([5], np.random.default_rng(1))}
@@ -37,7 +37,7 @@ def saved(config: Config, folder: Path) -> Path:
     work = folder / "part"
     work.mkdir(parents=True)
     final.parent.mkdir()
-    checkpoint._commit(work, final, {"step": 1, **facts_of(config)}, {}, keep=1)
+    files.commit(work, final, {"step": 1, **facts_of(config)}, {})
     return final
 
 
@@ -49,7 +49,7 @@ def facts_of(config: Config) -> dict:
 def refusal(config: Config, path: Path) -> str:
     """What a resume with this config says of the checkpoint; nothing if it goes on."""
     try:
-        checkpoint.check_same_run(path, facts_of(config))
+        loading.check_same_run(path, facts_of(config))
     except UserError as error:
         return "\n".join(error.problems)
     return ""
@@ -181,7 +181,7 @@ def test_a_key_is_told_by_its_content_and_is_not_stored(run: tuple[Config, Path]
     assert refusal(permuted(moved), path) == ""
     assert "byte_transforms was ['reverse', 'permute" in refusal(permuted(other), path)
     numbers = key.read_text().split()
-    manifest = (path / checkpoint.MANIFEST).read_text()
+    manifest = (path / files.MANIFEST).read_text()
     assert ", ".join(numbers[:4]) not in manifest
     assert bytes(map(int, numbers)).hex()[:16] not in manifest
 

@@ -24,7 +24,7 @@ from bfsys.data.reader import ShardReader
 from bfsys.data.remote import Cache, Prefetcher
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
-from bfsys.train import open_data
+from bfsys.run import open_data
 from tests.data.conftest import config_of, eventually, path_of, read_by
 from tests.data.http_server import FaultyServer
 

@@ -35,6 +35,7 @@ def comparable(run: Path) -> list[dict]:
         "mfu",
         "data_wait_share",
         "peak_memory_mib",
+        "goodput",
         "seconds",
     }
     return [

@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_NO_PROGRESS, UserError
+from bfsys.faults import how_it_ended
+from bfsys.goodput import read_seconds
 from bfsys.job import TrainJob
 from launchers import local
 
@@ -188,3 +191,54 @@ def test_training_stops_on_request_and_continues_to_its_end(config_file, tmp_pat
     assert "finished: 150 steps" in finished.stdout
     assert (checkpoints / "latest").read_text() == "step_00000150\n"
     assert (tmp_path / "runs/tiny/log/rank-1.log").read_text().count("--- 2") == 2
+
+
+def starts(run: Path, *ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[float]]:
+    """The end of a run whose starts end with (code, newest step), and the pauses between them."""
+    remaining, pauses = list(ends), []
+
+    def start() -> int:
+        code, step = remaining.pop(0)
+        (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
+        return code
+
+    monkeypatch.setattr(local.time, "sleep", pauses.append)
+    code = local.run_until_done(start, run)
+    assert not remaining
+    return code, pauses
+
+
+@pytest.mark.parametrize("code", [0, 2, 65, 74, 75, 130])
+def test_an_end_that_another_start_would_not_change_is_the_end(tmp_path, monkeypatch, code):
+    assert starts(tmp_path, (code, 4), monkeypatch=monkeypatch) == (code, [])
+
+
+def test_crashes_are_started_again_while_there_is_progress(tmp_path, monkeypatch):
+    code, pauses = starts(tmp_path, (137, 4), (70, 8), (1, 8), (1, 12), (0, 20), monkeypatch=monkeypatch)
+    assert (code, pauses) == (0, [0, 0, 1, 0])
+
+
+def test_three_starts_again_without_progress_are_enough(tmp_path, monkeypatch, capfd):
+    code, pauses = starts(tmp_path, (1, 4), (1, 4), (70, 4), (137, 4), monkeypatch=monkeypatch)
+    assert (code, pauses) == (EXIT_NO_PROGRESS, [0, 1, 2])
+    assert "without a new checkpoint" in how_it_ended(tmp_path)["reason"]
+    assert "3 starts again without a new checkpoint" in capfd.readouterr().err
+
+
+def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happened(config_file, tmp_path):
+    command = [sys.executable, LAUNCHER, "--ranks", "2", config_file, "train.steps=60", "train.save_every=5"]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = []
+    for line in launcher.stdout:
+        said.append(line)
+        if line.startswith("step  7/60") and len([x for x in said if x.startswith("step  7/60")]) == 1:
+            (rank,) = [p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "1"]
+            rank.kill()
+    assert launcher.wait(timeout=60) == 0, "".join(said)
+    assert any(line.startswith("starting again in 0 s, from step ") for line in said)
+    steps = [int(line.split("/")[0].split()[1]) for line in said if line.startswith("step ") and "/60" in line]
+    assert sorted(set(steps)) == list(range(1, 61))
+    assert how_it_ended(tmp_path / "runs" / "tiny")["exit_code"] == 0
+    seconds = read_seconds(tmp_path / "runs" / "tiny")
+    assert seconds["restart"] > 0
+    assert seconds["lost"] > 0

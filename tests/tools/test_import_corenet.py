@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bfsys import checkpoint
+from bfsys.checkpoint import files, loading
 from bfsys.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.model import vectors
@@ -48,7 +48,7 @@ def problems(folder: Path, weights: object, *arguments: str) -> str:
 
 @torch.no_grad()
 def logits(run: Path, files: list[bytes]) -> Tensor:
-    return checkpoint.load_model(run)[0](batch_of(files))
+    return loading.load_model(run)[0](batch_of(files))
 
 
 @needs_vectors
@@ -84,7 +84,7 @@ def test_whole_sizes_are_recognised_and_equal_the_reference(
     weights = random_weights(config, 1, torch.float32)
     named = {f"module.{name}": w for name, w in weights.items()} if nest else weights
     run = imported(tmp_path, {nest: named, "epoch": 7} if nest else named)
-    model = checkpoint.load_model(run)[1].model
+    model = loading.load_model(run)[1].model
     assert model.size == (size if layers == 12 else "custom")
     assert (model.merge_after, model.mode, model.max_tokens, model.kernel) == (None, "as_released", 400, 32)
     assert f"{dim} channels, {layers} layers, {heads} heads" in capsys.readouterr().out
@@ -98,8 +98,8 @@ def test_whole_sizes_are_recognised_and_equal_the_reference(
 def test_it_is_taken_like_a_run(tmp_path: Path, weights, predict_files, evaluate_run, datasets: Path, capsys) -> None:
     (tmp_path / "names").write_text("b0\nb1\nb2\n")
     run = imported(tmp_path, weights, *SMALL_WINDOWS, "--classes", str(tmp_path / "names"))
-    assert checkpoint.find_newest(run) == (run / "checkpoints" / "step_00000000", [])
-    manifest = checkpoint.read_manifest(run / "checkpoints" / "step_00000000")
+    assert files.find_newest(run) == (run / "checkpoints" / "step_00000000", [])
+    manifest = files.read_manifest(run / "checkpoints" / "step_00000000")
     assert manifest["classes"] == ["b0", "b1", "b2"]
     assert manifest["imported"]["file"] == "weights.pt"
     assert f"bfsys.predict {run} FILE" in capsys.readouterr().out
@@ -132,7 +132,7 @@ def test_classes_are_numbers_of_equal_width_and_transforms_are_kept(tmp_path: Pa
     run = imported(
         tmp_path, random_weights(config, 0, torch.float16), *SMALL_WINDOWS, "--byte-transform", "reverse"
     )  # fmt: skip
-    _, config, manifest = checkpoint.load_model(run)
+    _, config, manifest = loading.load_model(run)
     assert manifest["classes"] == [f"{i:02d}" for i in range(12)]
     assert config.data.byte_transforms == ("reverse",)
     assert manifest["plan"] == {"byte_transforms": ["reverse"]}
@@ -145,13 +145,13 @@ def test_an_average_is_taken_before_the_last_weights(tmp_path: Path, weights, ca
         *SMALL_WINDOWS,
     )
     assert "from ema_model_state_dict" in capsys.readouterr().out
-    assert torch.equal(checkpoint.load_model(run)[0].head.bias, weights["classifier.bias"])
+    assert torch.equal(loading.load_model(run)[0].head.bias, weights["classifier.bias"])
 
 
 def test_it_is_no_run_to_continue(tmp_path: Path, weights) -> None:
     run = imported(tmp_path, weights, *SMALL_WINDOWS)
     with pytest.raises(UserError, match="imported weights, not a run to go on with"):
-        checkpoint.check_same_run(run / "checkpoints" / "step_00000000", {"config": {"model": {}}, "plan": {}})
+        loading.check_same_run(run / "checkpoints" / "step_00000000", {"config": {"model": {}}, "plan": {}})
 
 
 def without(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
