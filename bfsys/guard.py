@@ -4,7 +4,7 @@ A step is bad if its loss or gradient is no finite number: its update is skipped
 loss spikes: a robust z-score of its logarithm, against median and median deviation of the last good losses. A single
 bad step is noted, with the samples that it drew, and does no harm that lasts. `max_bad_steps` in a row do: the run is
 rolled back to the last checkpoint before the first of them, and passes these steps over. If that happens more than
-MAX_ROLLBACKS times without a new checkpoint in between, it ends.
+MAX_ROLLBACKS times without a good step in between, it ends.
 
     rollbacks.json in the run directory: from where to where, which steps are passed over, why, and their samples
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bfsys import dist
 from bfsys.batch import ByteBatch
-from bfsys.checkpoint.files import METRICS, all_checkpoints, remove, replace_durably, step_of
+from bfsys.checkpoint.files import METRICS, all_checkpoints, read_manifest, remove, replace_durably, step_of
 from bfsys.config import Train
 from bfsys.data.datasets import Sources
 from bfsys.errors import EXIT_DIVERGED, UserError
@@ -96,9 +96,10 @@ def go_back(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
     """Make the last checkpoint before the bad steps the newest, and write down that they are to be passed over; for
     rank 0. Returns what was done; raises UserError if that was tried often enough."""
     paths = all_checkpoints(run_dir)
-    to = max((step_of(path) for path in paths if step_of(path) < bad[0]["step"]), default=0)
+    to = max(step_of(path) for path in paths if step_of(path) < bad[0]["step"])
+    updates = next(read_manifest(path)["updates"] for path in paths if step_of(path) == to)
     steps = [b["step"] for b in bad]
-    if sum(rollback["to"] >= to for rollback in rollbacks) >= MAX_ROLLBACKS:
+    if sum(rollback["updates"] == updates for rollback in rollbacks) >= MAX_ROLLBACKS:
         raise UserError(
             f"bad steps again after {MAX_ROLLBACKS} roll-backs to step {to}: {steps}: {bad[-1]['problem']}. Try a "
             f"lower optim.lr, or optim.clip_norm=1; or, if these steps are as they should be, a larger "
@@ -106,7 +107,7 @@ def go_back(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
             *bad[-1]["samples"],
             exit_code=EXIT_DIVERGED,
         )
-    rollback = {"from": steps[-1], "to": to, "steps": steps, "bad": bad}
+    rollback = {"from": steps[-1], "to": to, "updates": updates, "steps": steps, "bad": bad}
     replace_durably(run_dir / FILE, json.dumps([*rollbacks, rollback], indent=1) + "\n")
     for path in paths:  # after writing it down: what is made anew must not be taken for the old
         if step_of(path) > to:

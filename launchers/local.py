@@ -61,7 +61,6 @@ FORWARDED = {signal.SIGINT: EXIT_STOPPED, signal.SIGTERM: EXIT_STOPPED, signal.S
 # All ranks end with it, nearly together, and starting again would change nothing.
 AGREED_EXIT_CODES = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE, EXIT_REQUEUE, EXIT_STOPPED)
 MAX_RESTARTS = 3  # without a new checkpoint
-LONGEST_PAUSE_S = 60.0
 
 POLL_S = 0.05
 TOGETHER_S = 30.0  # between the first and the last rank of an agreed end
@@ -213,13 +212,15 @@ def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
         code = start()
         if code in AGREED_EXIT_CODES:
             return code
-        restarts = 0 if newest_step(run_dir) > before else restarts + 1
-        if restarts > MAX_RESTARTS:
+        progressed = newest_step(run_dir) > before
+        restarts = 0 if progressed else restarts
+        if restarts == MAX_RESTARTS:
             reason = f"{MAX_RESTARTS} starts again without a new checkpoint, the last one ended with code {code}"
             note_end(run_dir, EXIT_NO_PROGRESS, reason)
             print(f"error: {reason}; logs are in {run_dir / 'log'}", file=sys.stderr)
             return EXIT_NO_PROGRESS
-        pause_s = min(LONGEST_PAUSE_S, 2.0 ** (restarts - 1)) if restarts else 0.0
+        pause_s = 0.0 if progressed else 2.0 ** max(0, restarts - 1)
+        restarts += 1
         print(f"starting again in {pause_s:.0f} s, from step {newest_step(run_dir)}", file=sys.stderr, flush=True)
         previous = {n: signal.signal(n, lambda number, _: sys.exit(FORWARDED[number])) for n in FORWARDED}
         time.sleep(pause_s)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +16,7 @@ import yaml
 from hypothesis import settings
 
 from tests.data.make import write_tree
+from tests.forked import run_python, start_ranks
 from tools import pack
 
 settings.register_profile("bfsys", deadline=None)  # other processes may hold the cores for a while
@@ -111,7 +110,7 @@ def run_ranks() -> Callable[..., list[subprocess.CompletedProcess]]:
 
 
 def _run_ranks(world_size: int, arguments: list[str], timeout_s: float = 120) -> list[subprocess.CompletedProcess]:
-    processes = start_ranks(world_size, arguments)
+    processes = start_ranks(world_size, run_python, arguments)
     try:
         outputs = [p.communicate(timeout=timeout_s) for p in processes]
     finally:
@@ -120,25 +119,3 @@ def _run_ranks(world_size: int, arguments: list[str], timeout_s: float = 120) ->
     return [
         subprocess.CompletedProcess(p.args, p.returncode, *output) for p, output in zip(processes, outputs, strict=True)
     ]
-
-
-def start_ranks(world_size: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """Real processes that meet over gloo, as a launcher would start them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-            },
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip

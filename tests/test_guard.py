@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from bfsys.checkpoint.files import all_checkpoints, checkpoint_name, read_manifest
 from bfsys.config import Train, load_config
@@ -17,16 +18,18 @@ from bfsys.data.datasets import make_plan, open_training
 from bfsys.errors import EXIT_DIVERGED
 from bfsys.faults import how_it_ended
 from bfsys.guard import LEAST_STEPS, Guard, read_rollbacks
-from tests.chaos.ranks import Ranks
+from tests.chaos.ranks import Ranks, train_several
+from tests.conftest import tiny_config
+from tests.forked import start_ranks
 from tests.test_train import lines, losses, newest, tensors
 
 STATES = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
-def samples_of_step(config_file: Path, step: int) -> list[tuple[int, int]]:
-    """(source, sample) of the `step`-th step, from 1; of its first micro-batch."""
+def samples_of_step(config_file: Path, step: int, lane: int = 0) -> list[tuple[int, int]]:
+    """(source, sample) of a micro-batch of the `step`-th step, from 1."""
     config = load_config(config_file)
-    micro_batch = make_plan(config, open_training(config)).micro_batch(step - 1, 0)
+    micro_batch = make_plan(config, open_training(config)).micro_batch(step - 1, lane)
     return [(int(s), int(i)) for s, i in zip(micro_batch.source, micro_batch.sample, strict=True)]
 
 
@@ -39,49 +42,67 @@ def run_poisoned(
     )
 
 
-@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+COMBINATIONS = [
+    (stage, precision, kind)
+    for stage in (0, 1, 2, 3)
+    for precision, kinds in (("fp32", ("nan", "inf", "gradient")), ("bf16", ("nan", "gradient")))
+    for kind in kinds
+]
+STEPS, BAD_STEPS = 7, (5, 7)
+
+
+def name_of(stage: int, precision: str, kind: str) -> str:
+    return f"s{stage}-{precision}-{kind}"
+
+
+@pytest.fixture(scope="module")
+def poisoned_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(config file, folder of runs): every stage and precision on two ranks, each with two bad steps, one the last."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    config_file = folder / "tiny.yaml"
+    config_file.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
+    poison = [pair for step in BAD_STEPS for pair in samples_of_step(config_file, step)]
+    runs = []
+    for stage, precision, kind in COMBINATIONS:
+        overrides = [f"name={name_of(stage, precision, kind)}", f"train.zero_stage={stage}", f"train.steps={STEPS}",
+                     f"train.precision={precision}", "train.save_every=1", "train.keep_checkpoints=100"]  # fmt: skip
+        runs.append((overrides, {"kind": kind, "samples": poison}))
+    processes = start_ranks(2, train_several, (str(config_file), runs))
+    try:
+        for process in processes:
+            said = process.communicate(300)
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
+    return config_file, folder / "runs"
+
+
+@pytest.mark.parametrize(("stage", "precision", "kind"), COMBINATIONS)
 def test_a_step_that_is_no_number_changes_nothing(
-    config_file: Path, tmp_path: Path, stage: int, precision: str, kind: str
+    stage: int, precision: str, kind: str, poisoned_runs: tuple[Path, Path]
 ) -> None:
-    if kind == "inf" and precision == "bf16":
-        pytest.skip("as nan")
-    poison = samples_of_step(config_file, 5)
-    more = [f"train.zero_stage={stage}", f"train.precision={precision}", "train.steps=7"]
-    run, ranks = run_poisoned(config_file, tmp_path / "log", "poisoned", kind, poison, *more)
-    assert ranks.end() == [0, 0], ranks.said()
-    before, after, later = (run / "checkpoints" / checkpoint_name(step) for step in (4, 7, 7))
-    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 6, 7]  # there is no loss to tell of step 5
-    assert all(math.isfinite(loss) for loss in losses(run))
-    (bad,) = lines(run, "bad_step")
-    assert bad["step"] == 5
-    keys = {f"{('a', 'b')[s]}/{open_training(load_config(config_file)).splits[s].key(i)}" for s, i in poison}
-    assert keys <= set(bad["samples"])
-    assert (len(bad["samples"]) == 2) == (kind != "gradient")  # a micro-batch, or the whole step
-    # Nothing is saved while it goes badly: 6 is the first after 4. It made one update on what 4 left.
-    assert not (run / "checkpoints" / checkpoint_name(5)).exists()
-    assert read_manifest(after)["updates"] == 6
+    config_file, runs = poisoned_runs
+    run = runs / name_of(stage, precision, kind)
+    saved = {step: run / "checkpoints" / checkpoint_name(step) for step in range(STEPS + 1)}
+    # Nothing is saved while it goes badly, unless the run ends there.
+    assert [step for step, path in saved.items() if path.exists()] == [0, 1, 2, 3, 4, 6, 7]
+    assert [read_manifest(saved[step])["updates"] for step in (4, 6, 7)] == [4, 5, 5]
     for state in STATES:
-        assert all(tensor.isfinite().all() for tensor in tensors(later, state).values())
-        assert tensors(before, state).keys() == tensors(after, state).keys()
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_after_it_weights_moments_and_average_are_those_before(
-    config_file: Path, tmp_path: Path, stage: int, precision: str
-) -> None:
-    """The bad step is the last one, and saved."""
-    poison = samples_of_step(config_file, 5)
-    more = [f"train.zero_stage={stage}", f"train.precision={precision}", "train.steps=5"]
-    run, ranks = run_poisoned(config_file, tmp_path / "log", "poisoned", "nan", poison, *more)
-    assert ranks.end() == [0, 0], ranks.said()
-    for state in STATES:
-        before, after = (tensors(run / "checkpoints" / checkpoint_name(step), state) for step in (4, 5))
+        before, after = tensors(saved[6], state), tensors(saved[7], state)
         assert before
         assert all(torch.equal(before[name], after[name]) for name in before), state
-    assert read_manifest(newest(run))["updates"] == 4
+        assert all(tensor.isfinite().all() for tensor in after.values())
+    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 6]  # there is no loss to tell of the others
+    assert all(math.isfinite(loss) for loss in losses(run))
+    bad = lines(run, "bad_step")
+    assert [line["step"] for line in bad] == list(BAD_STEPS)
+    splits = open_training(load_config(config_file)).splits
+    for line in bad:
+        assert {f"{'ab'[s]}/{splits[s].key(i)}" for s, i in samples_of_step(config_file, line["step"])} <= set(
+            line["samples"]
+        )
+        assert len(line["samples"]) == (8 if kind == "gradient" else 2)  # the whole step, or a micro-batch
 
 
 def test_a_resume_after_a_skipped_step_equals_the_whole_run(config_file: Path, tmp_path: Path) -> None:
@@ -114,10 +135,9 @@ def test_bad_steps_in_a_row_are_gone_around(config_file: Path, tmp_path: Path) -
 
 def test_a_run_that_stays_bad_ends_with_its_samples(config_file: Path, tmp_path: Path) -> None:
     """From step 5 on every step is bad: back to 4 three times, passing over three steps each, and then it ends."""
-    poison = [pair for step in range(5, 41) for pair in samples_of_step(config_file, step)]
-    first = {tuple(pair) for step in range(1, 5) for pair in samples_of_step(config_file, step)}
-    poison = [pair for pair in poison if pair not in first]
-    run, ranks = run_poisoned(config_file, tmp_path / "log", "bad", "nan", poison, "train.steps=40")
+    good = {pair for step in range(1, 5) for lane in range(4) for pair in samples_of_step(config_file, step, lane)}
+    poison = [(source, i) for source, size in ((0, 120), (1, 80)) for i in range(size) if (source, i) not in good]
+    run, ranks = run_poisoned(config_file, tmp_path / "log", "bad", "nan", poison, "train.steps=20")
     codes = ranks.end()
     assert codes == [EXIT_DIVERGED] * 2, ranks.said()
     assert len(read_rollbacks(run)) == 3

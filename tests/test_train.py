@@ -22,7 +22,7 @@ from bfsys.dist import Ranks
 from bfsys.loss import loss_and_sums
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import learning_rate
-from tests.conftest import start_ranks
+from tests.forked import run_python, start_ranks
 
 STAGES = (0, 1, 2, 3)
 ALONE = Ranks()
@@ -193,7 +193,7 @@ def test_the_run_directory_holds_what_readme_says(stage_runs: tuple[Path, Path])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(config_file: Path, tmp_path: Path) -> None:
     """SIGUSR2 to rank 1: both save and exit with the code that means "start me again"; the run then continues."""
     overrides = ["train.steps=100000", "train.save_every=100000", "optim.warmup_steps=2", "train.zero_stage=2"]
-    processes = start_ranks(2, ["bfsys/train.py", str(config_file), "name=signal", *overrides])
+    processes = start_ranks(2, run_python, ["bfsys/train.py", str(config_file), "name=signal", *overrides])
     run = tmp_path / "runs" / "signal"
     try:
         deadline = time.monotonic() + 90

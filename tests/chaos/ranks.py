@@ -1,51 +1,44 @@
-"""Ranks that can be started in a second and killed at any moment.
-
-They are forked from a server process that has imported PyTorch and DeepSpeed already, which takes most of a start.
-What they draw is written down: a line per micro-batch, (step, lane, samples).
-"""
+"""Ranks that are killed at any moment, and that write down what they draw: a line per micro-batch."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# Not imported before ranks are forked: all of this has threads of its own.
-PRELOADED = ["torch", "torch._dynamo", "torch.utils.tensorboard", "deepspeed", "bfsys.train", "tests.chaos.ranks"]
+from tests.forked import start_ranks
 
 
-def context() -> multiprocessing.context.ForkServerContext:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["OMP_NUM_THREADS"] = "1"
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(PRELOADED)
-    return found
-
-
-def run_rank(variables: dict[str, str], config: str, overrides: Sequence[str], log: str, poison: dict | None) -> None:
-    """Train as rank `variables["RANK"]`; the code is that of the process."""
-    os.environ.update(variables)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-
+def train_watched(config: str, overrides: Sequence[str], folder: str, poison: dict | None) -> None:
+    """bfsys/train.py, with what it draws written down, and with faults."""
     from bfsys import dist, train
     from bfsys.errors import run_command
 
-    train.training_batches = audited(train.training_batches, log + ".audit")
+    path = f"{folder}/rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.audit"
+    train.training_batches = audited(train.training_batches, path)
     if poison:
         train.loss_and_sums = poisoned(train.loss_and_sums, **poison)
     try:
         run_command(lambda: train.main([config, *overrides]))
     except SystemExit as end:
         dist.leave(end.code)
+
+
+def train_several(config: str, runs: Sequence[tuple[Sequence[str], dict]]) -> None:
+    """Several runs one after the other, each with (overrides, poison)."""
+    from bfsys import dist, train
+    from bfsys.config import load_config
+
+    ranks, loss_and_sums = dist.ranks_from_environment(), train.loss_and_sums
+    dist.start(ranks, timeout_s=60)
+    for overrides, poison in runs:
+        train.loss_and_sums = poisoned(loss_and_sums, **poison)
+        assert train.train(load_config(config, overrides), ranks) == 0
+    dist.leave(0)
 
 
 def audited(training_batches, path: str):
@@ -87,42 +80,32 @@ class Ranks:
         self, world_size: int, config: Path, overrides: Sequence[str], folder: Path, poison: dict | None = None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.logs = [folder / f"rank-{rank}-of-{world_size}" for rank in range(world_size)]
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            variables = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
-            arguments = (variables, str(config), tuple(overrides), str(log), poison)
-            process = context().Process(target=run_rank, args=arguments, daemon=True)
-            process.start()
-            self.processes.append(process)
+        self.folder = folder
+        self.processes = start_ranks(world_size, train_watched, (str(config), tuple(overrides), str(folder), poison))
 
     @property
     def are_running(self) -> bool:
-        return all(process.is_alive() for process in self.processes)
+        return all(process.poll() is None for process in self.processes)
 
     def end(self, timeout_s: float = 120) -> list[int]:
         """Wait for all to end; their exit codes."""
         try:
             for process in self.processes:
-                process.join(timeout_s)
-                assert process.exitcode is not None, f"no end after {timeout_s} s\n{self.said()}"
+                process.communicate(timeout_s)
         finally:
             self.kill()
-        return [process.exitcode for process in self.processes]
+        return [process.returncode for process in self.processes]
 
     def kill(self) -> None:
         for process in self.processes:
             process.kill()
-            process.join()
 
     def said(self) -> str:
-        return "".join(f"{log.name}: {log.read_text()}\n" for log in self.logs if log.exists())
+        return "\n".join(f"rank {i}: {''.join(process.said())}" for i, process in enumerate(self.processes))
+
+    def audit_bytes(self) -> int:
+        """Grows with every micro-batch that is drawn."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.audit"))
 
 
 def draws(folder: Path) -> dict[tuple[int, int], list]:
@@ -138,10 +121,9 @@ def draws(folder: Path) -> dict[tuple[int, int], list]:
 def kill_at_random(ranks: Ranks, run: Path, rng: random.Random, longest_s: float) -> str:
     """SIGKILL one of the ranks, at a random moment after training goes on or in the middle of a save."""
     wants_save = rng.random() < 0.5
-    audits = [log.with_name(log.name + ".audit") for log in ranks.logs]
-    sizes = audit_sizes(audits)
+    before = ranks.audit_bytes()
     deadline = time.monotonic() + 60
-    while ranks.are_running and audit_sizes(audits) == sizes:
+    while ranks.are_running and ranks.audit_bytes() == before:
         assert time.monotonic() < deadline, ranks.said()
         time.sleep(0.01)
     moment = "between"
@@ -154,10 +136,6 @@ def kill_at_random(ranks: Ranks, run: Path, rng: random.Random, longest_s: float
         time.sleep(rng.random() * longest_s)
     rng.choice(ranks.processes).kill()
     return moment
-
-
-def audit_sizes(audits: Sequence[Path]) -> list[int]:
-    return [path.stat().st_size if path.exists() else 0 for path in audits]
 
 
 def kill_again_and_again(

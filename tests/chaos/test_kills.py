@@ -61,7 +61,7 @@ def check_kills(config: Path, folder: Path, stage: int, kills: int, steps: int) 
 
 
 def test_a_few_kills_change_nothing(config_file: Path, tmp_path: Path) -> None:
-    check_kills(config_file, tmp_path / "log", stage=2, kills=3, steps=60)
+    check_kills(config_file, tmp_path / "log", stage=2, kills=3, steps=45)
 
 
 @pytest.mark.slow

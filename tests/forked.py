@@ -1,0 +1,115 @@
+"""Real processes that start in a moment: forked from a server that has imported PyTorch and DeepSpeed already.
+
+Importing takes most of a rank's start, and tests start many. What a process prints goes to files, so that none ever
+waits for a reader, and none holds another's pipe open.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PRELOADED = ["torch._dynamo", "torch.utils.tensorboard", "deepspeed", "bfsys.train"]
+
+
+class Forked:
+    """A process that calls `act(*arguments)`, with the words of subprocess.Popen."""
+
+    def __init__(self, act: Callable, arguments: Sequence, variables: dict[str, str]) -> None:
+        self._files = [tempfile.NamedTemporaryFile(prefix="forked-") for _ in range(2)]  # noqa: SIM115
+        names = [file.name for file in self._files]
+        self._process = _context().Process(
+            target=_begin, args=({**os.environ, **variables}, names, act, tuple(arguments)), daemon=True
+        )
+        self._process.start()
+        self.args, self.pid = arguments, self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Wait for its end; (what it wrote to standard output, to standard error)."""
+        self._process.join(timeout)
+        assert self.poll() is not None, f"no end after {timeout} s: {self.said()}"
+        return self.said()
+
+    def said(self) -> tuple[str, str]:
+        out, errors = (Path(file.name).read_text(errors="replace") for file in self._files)
+        return out, errors
+
+
+def start_ranks(
+    world_size: int, act: Callable, arguments: Sequence, variables: Sequence[dict[str, str]] = ()
+) -> list[Forked]:
+    """`act(*arguments)` on ranks that meet over gloo, as a launcher would start them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [
+        Forked(act, arguments, {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        })
+        for rank in range(world_size)
+    ]  # fmt: skip
+
+
+def run_python(*arguments: str) -> None:
+    """As `python ARGUMENTS…` does: a script, or -c and a program."""
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "-c", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = list(arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
+    # Read when libraries are loaded, which the server does.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _begin(variables: dict[str, str], names: Sequence[str], act: Callable, arguments: Sequence) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(REPOSITORY)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, name in enumerate(names, start=1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
+    code = 0
+    try:
+        act(*arguments)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
