@@ -99,18 +99,30 @@ class Engine:
         """What belongs to each parameter: the float32 weight and the optimizer's tensors."""
         return (WEIGHT, *self.optimizer.state_names)
 
-    def read_state(self, state: str) -> Iterator[tuple[str, Tensor]]:
-        """(parameter name, whole float32 tensor) one after the other; collective at stages 1 to 3."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def read_pieces(self, state: str) -> Iterator[tuple[str, int, Tensor]]:
+        """(parameter name, number of the first element, float32 [elements]) of what this rank holds of a state.
+
+        Nothing is sent. The pieces of all ranks are the whole state, each element once.
+        """
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         for p in self._engine.module.parameters():
-            if self.stage == 0:
-                value = p.detach() if state == WEIGHT else self.optimizer.state[p][state]
-            elif state == WEIGHT:
-                value = safe_get_full_fp32_param(p)
-            else:
-                value = safe_get_full_optimizer_state(p, state)
-            yield self._names[id(p)], value.view(_whole_shape(p))
+            first, elements = 0, math.prod(_whole_shape(p))
+            if self.stage == 0:  # every rank has everything
+                value = (p.detach() if state == WEIGHT else self.optimizer.state[p][state]).flatten()
+                first, end = (elements * rank // self.world_size for rank in (self.rank, self.rank + 1))
+                value = value[first:end]
+            elif self.stage == 3:
+                first = self.rank * p.ds_tensor.numel()  # the last ranks' parts are filled up with zeros
+                part = safe_get_local_fp32_param(p) if state == WEIGHT else safe_get_local_optimizer_state(p, state)
+                value = part.flatten()[: max(0, elements - first)]
+            elif p._hp_mapping is None:  # none of it is here
+                continue
+            else:  # DeepSpeed has words for this at stage 3 only; its own ones for whole tensors do the same
+                first = p._hp_mapping.lp_fragment_address.start
+                value = p._hp_mapping.get_hp_fragment(None if state == WEIGHT else state)
+            if value.numel():
+                yield self._names[id(p)], first, value.detach()
 
     def write_state(self, state: str, values: StateValues) -> None:
         """Set whole tensors, `values[parameter name]`, on every rank; each is asked for once."""

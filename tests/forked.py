@@ -96,6 +96,8 @@ def _context() -> multiprocessing.context.ForkServerContext:
 
 
 def _begin(variables: dict[str, str], names: Sequence[str], act: Callable, arguments: Sequence) -> None:
+    # Killed with the tests, as a daemon is; but it may have children, such as loader processes.
+    multiprocessing.current_process()._config["daemon"] = False
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(REPOSITORY)

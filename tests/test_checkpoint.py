@@ -53,8 +53,8 @@ class Tensors:
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.values["weight"].items()}
 
-    def read_state(self, state: str) -> Iterator[tuple[str, Tensor]]:
-        yield from self.values[state].items()
+    def read_pieces(self, state: str) -> Iterator[tuple[str, int, Tensor]]:
+        return ((name, 0, tensor) for name, tensor in self.values[state].items())
 
     def write_state(self, state: str, values) -> None:
         for name in self.values[state]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from bfsys.checkpoint import files
-from bfsys.errors import EXIT_STORAGE
+from bfsys.errors import EXIT_DIVERGED, EXIT_STORAGE
 from tests.conftest import _run_ranks, tiny_config
-from tests.test_train import assert_success, cut_short, lines, losses
+from tests.test_train import assert_success, cut_short, lines, losses, tensors
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +87,21 @@ def test_damaged_checkpoints_do_not_push_good_ones_out(runs: Path) -> None:
     assert losses(runs / "damaged")[:4] == losses(runs / "workers")[:4]
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_saved(
+def test_a_learning_rate_that_is_too_large_ends_the_run_and_spoils_no_checkpoint(
     config_file: Path, tmp_path: Path, run_ranks
 ) -> None:
-    change = ["optim.lr=1e30", "optim.warmup_steps=0", "train.save_every=1", "train.keep_checkpoints=100"]
+    """The first update is finite and ruins the weights: no step after it is any good."""
+    change = ["optim.lr=1e30", "optim.warmup_steps=0", "train.steps=30", "train.save_every=1"]
     (result,) = run_ranks(1, ["bfsys/train.py", str(config_file), *change])
-    assert result.returncode == 2
-    assert "the norm of the gradient is" in result.stderr
+    assert result.returncode == EXIT_DIVERGED
+    assert "Try a lower optim.lr" in result.stderr
     assert "Traceback" not in result.stderr
-    saved = lines(tmp_path / "runs" / "tiny")
-    assert all(torch.isfinite(torch.tensor(line["grad_norm"])) for line in saved)
-    manifest = json.loads((files.find_newest(tmp_path / "runs" / "tiny")[0] / "manifest.json").read_text())
-    assert manifest["step"] == saved[-1]["step"]
+    run = tmp_path / "runs" / "tiny"
+    assert [line["step"] for line in lines(run)] == [1]
+    path, problems = files.find_newest(run)
+    assert not problems
+    for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        assert all(tensor.isfinite().all() for tensor in tensors(path, state).values())
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(

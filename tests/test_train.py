@@ -37,7 +37,14 @@ def losses(run: Path) -> list[float]:
 
 
 def tensors(checkpoint: Path, state: str) -> dict[str, Tensor]:
-    return {n: t for file in sorted(checkpoint.glob(f"{state}-*.safetensors")) for n, t in load_file(file).items()}
+    """Whole tensors by parameter name, put together from the pieces of all ranks."""
+    shapes = json.loads((checkpoint / "manifest.json").read_text())["shapes"]
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for file in checkpoint.glob(f"{state}-*.safetensors"):
+        for piece, value in load_file(file).items():
+            name, _, span = piece.partition("[")
+            pieces.setdefault(name, {})[int(span.partition(":")[0] or 0)] = value.flatten()
+    return {n: torch.cat([p[first] for first in sorted(p)]).view(shapes[n]) for n, p in pieces.items()}
 
 
 def newest(run: Path) -> Path:

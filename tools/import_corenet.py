@@ -72,8 +72,8 @@ class Weights:
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
-    def read_state(self, state: str) -> Iterator[tuple[str, Tensor]]:
-        return iter(self.tensors.items())
+    def read_pieces(self, state: str) -> Iterator[tuple[str, int, Tensor]]:
+        return ((name, 0, tensor) for name, tensor in self.tensors.items())
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -7,9 +7,9 @@
         weight-0-of-2.safetensors, ema-…, exp_avg-…, exp_avg_sq-…
         metrics.jsonl          the run's history until then
 
-Every tensor is stored whole under its parameter's name, and each rank holds and writes a share of them, so that
-any number of ranks at any ZeRO stage can read them back, and `weight` or `ema` files alone are a model.
-A directory without a manifest, or with a file that does not match it, is no checkpoint.
+Each rank writes what it holds of every tensor: a parameter's name stands for a whole one, NAME[first:end] for a piece
+of its elements in order. So nothing is sent for a save, and any number of ranks at any ZeRO stage can put it together
+again. A directory without a manifest, or with a file that does not match it, is no checkpoint.
 
 What else decides a run's future is a function of its step: data order, augmentation, learning rate and decay of the
 average. Nothing in training draws from a generator, so there is no generator's state to keep.
@@ -32,7 +32,7 @@ from pathlib import Path
 
 from bfsys.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 TORN = ".removed"  # a directory that was a checkpoint once, and is on its way out
@@ -64,6 +64,17 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
+
+
+def piece_name(parameter: str, first: int, end: int) -> str:
+    """The name of elements first … end of a parameter."""
+    return f"{parameter}[{first}:{end}]"
+
+
+def parse_piece(name: str) -> tuple[str, int | None, int | None]:
+    """(parameter, first element, end) of a tensor's name; None of a whole one."""
+    match = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
+    return (match[1], int(match[2]), int(match[3])) if match else (name, None, None)
 
 
 def make_room(work: Path) -> None:

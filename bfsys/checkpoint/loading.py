@@ -8,6 +8,7 @@ verify it and all ranks reading everything again to load it.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from bfsys.checkpoint.files import (
     all_checkpoints,
     differs,
     find_whole,
+    parse_piece,
     read_manifest,
     replace_durably,
 )
@@ -71,10 +73,8 @@ def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list
         problems = dist.gather_to_all(problems)
         if any(problems):
             return [p for rank in problems for p in rank]
-        everyones = dist.gather_to_all({name: tuple(tensor.shape) for name, tensor in mine.items()})
-        _check_shapes(expected, {n: s for shapes in everyones for n, s in shapes.items()}, path, state)
-        owner = {name: rank for rank, shapes in enumerate(everyones) for name in shapes}
-        engine.write_state(state, _FromOwners(mine, owner, expected, engine.device))
+        _check_shapes(expected, {name: tuple(shape) for name, shape in manifest["shapes"].items()}, path)
+        engine.write_state(state, _FromOwners(mine, expected, engine.device, ranks))
     engine.set_step(manifest["step"], manifest.get("updates", manifest["step"]))
     return []
 
@@ -100,25 +100,35 @@ def _read_share(path: Path, manifest: dict, state: str, ranks: dist.Ranks) -> tu
 
 
 class _FromOwners:
-    """Tensors by name, each from the rank that has read it; all ranks must ask for the same ones in the same order."""
+    """Whole tensors by parameter name, each piece from the rank that has read it; all ranks must ask for the same ones
+    in the same order."""
 
     def __init__(
-        self, mine: dict[str, Tensor], owner: dict[str, int], shapes: dict[str, tuple[int, ...]], device: torch.device
+        self, mine: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], device: torch.device, ranks: dist.Ranks
     ) -> None:
-        self._mine, self._owner, self._shapes, self._device = mine, owner, shapes, device
+        self._mine, self._shapes, self._device, self._rank = mine, shapes, device, ranks.rank
+        self._owners: dict[str, list[tuple[int, str]]] = {}  # parameter: the pieces, each with its rank
+        for rank, pieces in enumerate(dist.gather_to_all(list(mine))):
+            for piece in pieces:
+                self._owners.setdefault(parse_piece(piece)[0], []).append((rank, piece))
 
     def __getitem__(self, name: str) -> Tensor:
-        value = self._mine.pop(name, None)
-        value = torch.empty(self._shapes[name]) if value is None else value
-        return dist.broadcast(value.to(self._device), self._owner[name])
+        whole = torch.empty(math.prod(self._shapes[name]), device=self._device)
+        for rank, piece in self._owners[name]:
+            _, first, end = parse_piece(piece)
+            part = whole[first:end]
+            if rank == self._rank:
+                part.copy_(self._mine.pop(piece).flatten())
+            dist.broadcast(part, rank)
+        return whole.view(self._shapes[name])
 
 
-def _check_shapes(expected: dict, found: dict, path: Path, state: str) -> None:
+def _check_shapes(expected: dict, found: dict, path: Path) -> None:
     if expected != found:
         differing = sorted({name for name, _ in set(expected.items()) ^ set(found.items())})
         raise dist.AgreedError(
-            f"{path}: a checkpoint of another model: {state} of {len(differing)} parameters is missing, "
-            f"superfluous or of another shape ({', '.join(differing[:6])}, …)"
+            f"{path}: a checkpoint of another model: {len(differing)} parameters are missing, superfluous or of "
+            f"another shape ({', '.join(differing[:6])}, …)"
         )
 
 
@@ -181,9 +191,11 @@ def read_weights(path: Path, *, average: bool = True) -> tuple[dict[str, Tensor]
     manifest = read_manifest(path)
     config = typed_yaml.from_tree(Config, manifest["config"], f"{path / MANIFEST}: config")
     state = EMA if average and config.optim.ema_decay else WEIGHT
-    weights = {}
-    for name in manifest["files"]:
-        if name.startswith(f"{state}-"):
-            with safe_open(path / name, framework="pt") as file:
-                weights |= {parameter: file.get_tensor(parameter) for parameter in file.keys()}  # noqa: SIM118
+    weights = {name: torch.empty(shape) for name, shape in manifest["shapes"].items()}
+    for file_name in manifest["files"]:
+        if file_name.startswith(f"{state}-"):
+            with safe_open(path / file_name, framework="pt") as file:
+                for piece in file.keys():  # noqa: SIM118 (not a dict)
+                    name, first, end = parse_piece(piece)
+                    weights[name].view(-1)[first:end] = file.get_tensor(piece).flatten()
     return weights, config, manifest

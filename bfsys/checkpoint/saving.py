@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import mmap
 import os
 import subprocess
@@ -37,6 +38,7 @@ from bfsys.checkpoint.files import (
     checkpoints_dir,
     commit,
     make_room,
+    piece_name,
     remove,
     step_of,
     superfluous,
@@ -55,7 +57,7 @@ class StateSource(Protocol):
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]: ...
 
-    def read_state(self, state: str) -> Iterator[tuple[str, Tensor]]: ...
+    def read_pieces(self, state: str) -> Iterator[tuple[str, int, Tensor]]: ...
 
 
 class Saver:
@@ -87,9 +89,11 @@ class Saver:
         work = final.with_name(f".{final.name}.part")
         _same_errors(lambda: make_room(work) if self.ranks.is_first else None, final)
         files = self._copy(source)
+        shapes = {name: list(shape) for name, shape in source.parameter_shapes().items()}
         history = self.run_dir / METRICS
         copies = {METRICS: (str(history), history.stat().st_size)} if self.ranks.is_first and history.exists() else {}
-        self._facts, self._work, self._files, self._written_bytes = facts, work, (*files, *copies), 0
+        self._facts = {**facts, "shapes": shapes}
+        self._work, self._files, self._written_bytes = work, (*files, *copies), 0
         self._process = _start_writer(work, self._memory, files, copies) if files or copies else None
 
     def finish(self, wait: Callable[[], None] = lambda: None) -> Path:
@@ -133,23 +137,20 @@ class Saver:
         return self._written_bytes > before
 
     def _copy(self, source: StateSource) -> dict[str, dict]:
-        """Copy this rank's share; {file name: {parameter: (shape, first byte, end)}}."""
+        """Copy this rank's pieces; {file name: {piece: (shape, first byte, end)}}."""
         shapes, states = source.parameter_shapes(), source.state_names()
-        mine = [name for name, rank in share_out(shapes, self.ranks.world_size).items() if rank == self.ranks.rank]
-        state_bytes = 4 * sum(_elements(shapes[name]) for name in mine)
-        if self._memory is None and mine:
-            self._memory = HostMemory(state_bytes * len(states))
+        pieces = [(state, *piece) for state in states for piece in source.read_pieces(state)]
+        if self._memory is None and pieces:
+            self._memory = HostMemory(4 * sum(value.numel() for *_, value in pieces))
         files: dict[str, dict] = {}
         end = 0
-        for state in states:
-            entries = {}
-            for name, value in source.read_state(state):  # collective, so all of it
-                if name in mine:
-                    first, end = end, end + 4 * value.numel()
-                    self._memory.tensor(first, value.shape).copy_(value)
-                    entries[name] = (list(value.shape), first, end)
-            if entries:
-                files[f"{state}-{self.ranks.rank}-of-{self.ranks.world_size}.safetensors"] = entries
+        for state, name, first, value in pieces:
+            begin, end = end, end + 4 * value.numel()
+            self._memory.tensor(begin, value.numel()).copy_(value.flatten())
+            is_whole = value.numel() == math.prod(shapes[name])
+            piece = name if is_whole else piece_name(name, first, first + value.numel())
+            file = files.setdefault(f"{state}-{self.ranks.rank}-of-{self.ranks.world_size}.safetensors", {})
+            file[piece] = (list(shapes[name]) if is_whole else [value.numel()], begin, end)
         return files
 
     def _answer(self) -> dict:
@@ -174,12 +175,11 @@ class HostMemory:
                 self.descriptor = os.dup(file.fileno())
         os.ftruncate(self.descriptor, size_bytes)
         self.size_bytes = size_bytes
-        self._bytes = np.frombuffer(mmap.mmap(self.descriptor, size_bytes), np.float32)
+        self._floats = np.frombuffer(mmap.mmap(self.descriptor, size_bytes), np.float32)
 
-    def tensor(self, first: int, shape: torch.Size) -> Tensor:
-        """float32 view of the memory from byte `first` on."""
-        count = shape.numel()
-        return torch.from_numpy(self._bytes[first // 4 : first // 4 + count]).view(shape)
+    def tensor(self, first: int, elements: int) -> Tensor:
+        """float32 [elements], a view of the memory from byte `first` on."""
+        return torch.from_numpy(self._floats[first // 4 : first // 4 + elements])
 
 
 def save(source: StateSource, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep: Keep) -> Path:
@@ -187,19 +187,6 @@ def save(source: StateSource, run_dir: Path, facts: dict, *, ranks: dist.Ranks, 
     saver = Saver(run_dir, ranks, keep)
     saver.start(source, facts)
     return saver.finish()
-
-
-def share_out(shapes: dict[str, tuple[int, ...]], world_size: int) -> dict[str, int]:
-    """The rank that keeps each parameter: the largest first, each for the rank that has least so far."""
-    load, rank_of = [0] * world_size, {}
-    for name in sorted(shapes, key=lambda n: (-_elements(shapes[n]), n)):
-        rank_of[name] = min(range(world_size), key=load.__getitem__)
-        load[rank_of[name]] += _elements(shapes[name])
-    return rank_of
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
 
 
 def _size(path: Path) -> int:
