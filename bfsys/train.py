@@ -15,6 +15,7 @@ if __name__ == "__main__":  # launchers put this file's folder first, where its 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import os
 import time
 from dataclasses import dataclass
 
@@ -281,6 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
             if ranks.is_first:
                 dry_run(config, ranks.world_size, with_data=not args.no_data)
             return 0
+        if not config.model.compiled:  # otherwise DeepSpeed has its Muon compiled while it starts, which takes 2 s
+            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         dist.start(ranks, config.train.collective_timeout_s)
         exit_code = train(config, ranks)
         if ranks.is_first:
