@@ -19,11 +19,11 @@ import math
 import statistics
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
 from bfsys import dist
-from bfsys.batch import ByteBatch
 from bfsys.checkpoint.files import METRICS, all_checkpoints, read_manifest, remove, replace_durably, step_of
 from bfsys.config import Train
 from bfsys.data.datasets import Sources
@@ -115,12 +115,20 @@ def go_back(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
     return f"rolled back from step {steps[-1]} to {to}; to be passed over: {steps}"
 
 
-def samples_of(drawn: list[tuple[ByteBatch, Tensor]], sources: Sources) -> list[str]:
-    """SOURCE/KEY of the samples behind a bad step, over all ranks; collective. `drawn` are the rank's micro-batches and
-    their losses. Those of the micro-batches whose loss is no number; or, if all are numbers, of the whole step."""
+class Drawn(NamedTuple):
+    """What is kept of a micro-batch until its step is judged (not its bytes: memory is waiting for them)."""
+
+    sources: Tensor  # int64 [B]
+    samples: Tensor  # int64 [B]
+    loss: Tensor  # summed, without gradient
+
+
+def samples_of(drawn: list[Drawn], sources: Sources) -> list[str]:
+    """SOURCE/KEY of the samples behind a bad step, over all ranks; collective. Those of the micro-batches whose loss
+    is no number; or, if all are numbers, of the whole step."""
     mine = []
-    for batch, loss in drawn:
-        pairs = zip(batch.sources.tolist(), batch.samples.tolist(), strict=True)
+    for of_source, samples, loss in drawn:
+        pairs = zip(of_source.tolist(), samples.tolist(), strict=True)
         mine.append((bool(loss.isfinite()), [f"{sources.names[s]}/{sources.splits[s].key(i)}" for s, i in pairs]))
     micro_batches = [micro_batch for of_rank in dist.gather_to_all(mine) for micro_batch in of_rank]
     suspects = [keys for is_finite, keys in micro_batches if not is_finite] or [keys for _, keys in micro_batches]

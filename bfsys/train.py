@@ -20,10 +20,8 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from bfsys import dist
-from bfsys.batch import ByteBatch
 from bfsys.checkpoint.files import Keep
 from bfsys.checkpoint.loading import resume, set_weights
 from bfsys.checkpoint.saving import Saver
@@ -41,7 +39,7 @@ from bfsys.errors import UserError, run_command
 from bfsys.evaluate import evaluate
 from bfsys.faults import StopRequests, note_end
 from bfsys.goodput import Ledger
-from bfsys.guard import Guard, go_back, read_rollbacks, samples_of
+from bfsys.guard import Drawn, Guard, go_back, read_rollbacks, samples_of
 from bfsys.initial import initial_weights
 from bfsys.loss import loss_and_sums
 from bfsys.metrics import Metrics
@@ -139,7 +137,7 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
     while step < config.train.steps and not exit_code:
         metrics.begin_step()
         is_passed_over = step + 1 in guard.passed_over
-        drawn: list[tuple[ByteBatch, Tensor]] = []
+        drawn: list[Drawn] = []
         for _ in range(engine.micro_batches):
             watchdog.beat(f"step {step + 1}: fetch")
             with metrics.waiting_for_data():
@@ -147,13 +145,12 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
             if is_passed_over:
                 continue
             watchdog.beat(f"step {step + 1}: forward and backward")
-            batch = batch.to(ranks.device)
-            loss, sums = loss_and_sums(
-                engine.forward(batch), batch, len(run.training.splits), config.optim.label_smoothing
-            )
+            sources, samples, batch = batch.sources, batch.samples, batch.to(ranks.device)
+            logits = engine.forward(batch)
+            loss, sums = loss_and_sums(logits, batch, len(run.training.splits), config.optim.label_smoothing)
             engine.backward(loss)
             metrics.count(batch, sums)
-            drawn.append((batch, loss.detach()))
+            drawn.append(Drawn(sources, samples, loss.detach()))
         rate, grad_norm, problem = learning_rate(step, config.train.steps, config.optim), 0.0, ""
         if not is_passed_over:
             watchdog.beat(f"step {step + 1}: update")
@@ -209,11 +206,10 @@ def finish_save(run: Run, metrics: Metrics, step: int) -> None:
     metrics.say(f"step {step} · saved {path}")
 
 
-def mean_loss(drawn: list[tuple[ByteBatch, Tensor]], config: Config) -> float:
+def mean_loss(drawn: list[Drawn], config: Config) -> float:
     """Of a step, over all ranks; collective."""
-    return float(dist.sum_over_ranks(torch.stack([loss.double() for _, loss in drawn]).sum().cpu())) / (
-        config.data.batch_samples
-    )
+    mine = torch.stack([micro_batch.loss.double() for micro_batch in drawn]).sum().cpu()
+    return float(dist.sum_over_ranks(mine)) / config.data.batch_samples
 
 
 def report_bad_step(bad: dict, is_skipped: bool, metrics: Metrics) -> None:

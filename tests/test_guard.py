@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from bfsys.checkpoint.files import all_checkpoints, checkpoint_name, read_manifest
+from bfsys.checkpoint.files import all_checkpoints, checkpoint_name, read_manifest, step_of
 from bfsys.config import Train, load_config
 from bfsys.data.datasets import make_plan, open_training
 from bfsys.errors import EXIT_DIVERGED
@@ -131,6 +131,28 @@ def test_bad_steps_in_a_row_are_gone_around(config_file: Path, tmp_path: Path) -
     assert "rolled back from step 7 to 4" in ranks.said()
     assert read_manifest(newest(run))["updates"] == 7
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 8, 9, 10]
+
+
+def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_nothing(
+    config_file: Path, tmp_path: Path
+) -> None:
+    """Three steps whose losses, and updates, are far too large; a second start must pass them over like the first."""
+    poison = [pair for step in (40, 41, 42) for pair in samples_of_step(config_file, step)]
+    more = ["train.steps=44", "train.keep_checkpoints=2"]
+    run, ranks = run_poisoned(config_file, tmp_path / "log", "spike", "spike", poison, *more)
+    assert ranks.end() == [0, 0], ranks.said()
+    (rollback,) = read_rollbacks(run)
+    assert (rollback["to"], rollback["steps"]) == (39, [40, 41, 42])
+    assert all("a spike" in bad["problem"] for bad in rollback["bad"])
+    assert [line["step"] for line in lines(run)][-3:] == [39, 43, 44]
+
+    again = run.with_name("again")
+    shutil.copytree(run, again)
+    shutil.rmtree(all_checkpoints(again)[-1])
+    assert [step_of(path) for path in all_checkpoints(again)] == [43]
+    ranks = Ranks(2, config_file, ["name=again", "train.steps=44"], tmp_path / "log2")
+    assert ranks.end() == [0, 0], ranks.said()
+    assert losses(again) == losses(run)
 
 
 def test_a_run_that_stays_bad_ends_with_its_samples(config_file: Path, tmp_path: Path) -> None:
