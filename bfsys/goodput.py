@@ -138,8 +138,8 @@ def _account(total: dict[str, float], before: _Life | None, life: _Life, resumed
     """Add a life's seconds to the causes; `resumed_from` is where the next life begins, None if there is none."""
     began = life.end if life.began is None else life.began
     total["restart"] += began - (before.end if before else life.start)
-    counts = [n for n in life.notes if resumed_from is None or n[1] <= resumed_from]
-    last = counts[-1] if counts else (began, life.step, 0.0, 0.0)
+    count = (n for n in reversed(life.notes) if resumed_from is None or n[1] <= resumed_from)
+    last = next(count, (began, life.step, 0.0, 0.0))
     total["stall"] += last[2]
     total["data_wait"] += last[3]
     total["productive"] += last[0] - began - last[2] - last[3]
