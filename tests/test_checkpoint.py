@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -222,6 +224,25 @@ def test_a_full_disk_is_said_and_the_one_before_stays(tmp_path: Path) -> None:
         save(small, 3)  # there is room again: what was left is cleared away
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+@given(
+    shapes=st.dictionaries(st.sampled_from("abc"), st.lists(st.integers(1, 4), max_size=2).map(tuple), min_size=1),
+    rng=st.randoms(use_true_random=False),
+)
+def test_pieces_cover_a_state_or_do_not(shapes: dict[str, tuple[int, ...]], rng: random.Random) -> None:
+    pieces = []
+    for name, shape in shapes.items():
+        elements = math.prod(shape)
+        cuts = sorted({0, elements, *(rng.randint(0, elements) for _ in range(3))})
+        spans = list(itertools.pairwise(cuts))
+        pieces += [name] if len(spans) == 1 else [files.piece_name(name, *span) for span in spans]
+    rng.shuffle(pieces)
+    assert files.cover(pieces, shapes)
+    one = rng.choice(pieces)
+    assert not files.cover([piece for piece in pieces if piece != one], shapes)
+    assert not files.cover([*pieces, one], shapes)
+    assert not files.cover([*pieces, "other"], shapes)
 
 
 @given(

@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,25 @@ def parse_piece(name: str) -> tuple[str, int | None, int | None]:
     """(parameter, first element, end) of a tensor's name; None of a whole one."""
     match = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
     return (match[1], int(match[2]), int(match[3])) if match else (name, None, None)
+
+
+def cover(pieces: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether tensors of these names are all elements of all parameters, each once."""
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in shapes}
+    for piece in pieces:
+        name, first, end = parse_piece(piece)
+        if name not in spans:
+            return False
+        spans[name].append((first or 0, math.prod(shapes[name]) if end is None else end))
+    for name, shape in shapes.items():
+        covered = 0
+        for first, end in sorted(spans[name]):
+            if first != covered:
+                return False
+            covered = end
+        if covered != math.prod(shape):
+            return False
+    return True
 
 
 def make_room(work: Path) -> None:

@@ -37,6 +37,7 @@ from bfsys.checkpoint.files import (
     checkpoint_name,
     checkpoints_dir,
     commit,
+    cover,
     make_room,
     piece_name,
     remove,
@@ -67,6 +68,7 @@ class Saver:
         self.run_dir, self.ranks, self.keep = run_dir, ranks, keep
         self._facts: dict | None = None
         self._work, self._files, self._written_bytes = run_dir, (), 0
+        self._pieces: dict[str, list[str]] = {}  # names of this rank's tensors, by state
         self._process: subprocess.Popen | None = None
         self._memory: HostMemory | None = None
 
@@ -94,6 +96,7 @@ class Saver:
         copies = {METRICS: (str(history), history.stat().st_size)} if self.ranks.is_first and history.exists() else {}
         self._facts = {**facts, "shapes": shapes}
         self._work, self._files, self._written_bytes = work, (*files, *copies), 0
+        self._pieces = {file.partition("-")[0]: list(entries) for file, entries in files.items()}
         self._process = _start_writer(work, self._memory, files, copies) if files or copies else None
 
     def finish(self, wait: Callable[[], None] = lambda: None) -> Path:
@@ -112,6 +115,10 @@ class Saver:
         everyones = dist.gather_to_all(self._answer())
         _raise_problems(everyones, final)
         files = {name: entry for answer in everyones for name, entry in answer["files"].items()}
+        pieces_of_ranks = dist.gather_to_all(self._pieces)
+        for state in {state for of_rank in pieces_of_ranks for state in of_rank}:
+            pieces = [piece for of_rank in pieces_of_ranks for piece in of_rank.get(state, ())]
+            assert cover(pieces, facts["shapes"]), f"{state}: the ranks' pieces are not the whole state"
 
         def let_it_count() -> None:
             if self.ranks.is_first:
