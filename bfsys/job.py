@@ -77,7 +77,7 @@ class TrainJob:
             # A rank that leaves with an error makes srun end the others: these keep their code, and with it the job's.
             signal.signal(signal.SIGTERM, signal.SIG_DFL if waits else signal.SIG_IGN)
             if end.code == EXIT_REQUEUE and os.environ["RANK"] == "0":
-                _requeue()
+                requeue()
             elif waits:
                 print("waiting for SLURM to end this task", flush=True)
                 time.sleep(END_WAIT_S)
@@ -176,8 +176,8 @@ def _ask_again(number: int, frame: FrameType | None) -> None:
     timer.start()
 
 
-def _requeue() -> None:
-    """Ask SLURM to start this job again, which ends all of its processes.
+def requeue() -> bool:
+    """Ask SLURM to start this job again, which ends all of its processes; False if it does not.
 
     Never after SIGTERM: that is how `scancel` asks, and the cancelled job would come back.
     """
@@ -194,3 +194,5 @@ def _requeue() -> None:
             f"submit again with the same command to continue",
             file=sys.stderr,
         )
+        return False
+    return True

@@ -39,28 +39,21 @@ if __name__ == "__main__":
 
 import torch
 
-from bfsys.checkpoint.files import all_checkpoints, step_of
 from bfsys.config import load_config
 from bfsys.data.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
 from bfsys.errors import (
-    EXIT_DIVERGED,
     EXIT_HUNG,
-    EXIT_NO_PROGRESS,
     EXIT_REQUEUE,
     EXIT_STOPPED,
-    EXIT_STORAGE,
-    EXIT_USER_ERROR,
     UserError,
     run_command,
 )
-from bfsys.faults import REPEAT_S, note_end
+from bfsys.faults import REPEAT_S
 from bfsys.job import MASTER_PORTS, TrainJob, rank_variables
+from bfsys.restarts import FINAL_CODES, Restarts, newest_step
 
 FORWARDED = {signal.SIGINT: EXIT_STOPPED, signal.SIGTERM: EXIT_STOPPED, signal.SIGUSR2: EXIT_REQUEUE}
-# All ranks end with it, nearly together, and starting again would change nothing.
-AGREED_EXIT_CODES = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE, EXIT_REQUEUE, EXIT_STOPPED)
-MAX_RESTARTS = 3  # without a new checkpoint
 
 POLL_S = 0.05
 TOGETHER_S = 30.0  # between the first and the last rank of an agreed end
@@ -117,14 +110,14 @@ class Group:
                 first_code = self._exit_code(ended[first_rank])
                 if first_code == EXIT_HUNG:  # who hangs does not hear either
                     kill_at = now
-                elif first_code not in AGREED_EXIT_CODES:
+                elif first_code not in FINAL_CODES:
                     stop_at = now
             if gave_up or now >= stop_at:
                 self._send(signal.SIGTERM)
                 stop_at, kill_at = float("inf"), min(kill_at, now + GRACE_S)
             if now >= kill_at:
                 self._send(signal.SIGKILL)
-        if first_code not in AGREED_EXIT_CODES:
+        if first_code not in FINAL_CODES:
             self._describe_failure(first_rank, first_code)
         return first_code
 
@@ -201,36 +194,15 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
 
 
 def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
-    """`start()` the run until it ends in a way that another start would not change; its exit code.
-
-    `start` returns that of one start. Without progress, which is a new checkpoint, it is called MAX_RESTARTS times
-    after the first.
-    """
-    restarts = 0
-    while True:
-        before = newest_step(run_dir)
-        code = start()
-        if code in AGREED_EXIT_CODES:
-            return code
-        progressed = newest_step(run_dir) > before
-        restarts = 0 if progressed else restarts
-        if restarts == MAX_RESTARTS:
-            reason = f"{MAX_RESTARTS} starts again without a new checkpoint, the last one ended with code {code}"
-            note_end(run_dir, EXIT_NO_PROGRESS, reason)
-            print(f"error: {reason}; logs are in {run_dir / 'log'}", file=sys.stderr)
-            return EXIT_NO_PROGRESS
-        pause_s = 0.0 if progressed else 2.0 ** max(0, restarts - 1)
-        restarts += 1
-        print(f"starting again in {pause_s:.0f} s, from step {newest_step(run_dir)}", file=sys.stderr, flush=True)
+    """`start()` the run, which returns its exit code, until another start would not change the end; the last code."""
+    restarts = Restarts(run_dir, newest_step(run_dir))
+    while (pause_s := restarts.pause_s(start())) is not None:
+        print(f"starting again in {pause_s:.0f} s, from step {restarts.step}", file=sys.stderr, flush=True)
         previous = {n: signal.signal(n, lambda number, _: sys.exit(FORWARDED[number])) for n in FORWARDED}
         time.sleep(pause_s)
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def newest_step(run_dir: Path) -> int:
-    """Of the checkpoints; 0 if there is none."""
-    return max(map(step_of, all_checkpoints(run_dir)), default=0)
+    return restarts.exit_code
 
 
 def show_new(log: BinaryIO) -> None:

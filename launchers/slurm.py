@@ -5,7 +5,8 @@
     python launchers/slurm.py --nodes 2 --gpus-per-node 0 --tasks-per-node 4 --time 60 CONFIG train.steps=100
 
 A job that is about to run out of time, or is pre-empted with a warning, saves a checkpoint and puts itself back in
-the queue; `scancel` saves and ends it for good; the same command continues a run that has ended.
+the queue, and so does one whose rank crashed, unless that would change nothing (bfsys/restarts.py); `scancel` saves and
+ends it for good; the same command continues a run that has ended.
 
 What can be known to be wrong is said before anything waits in a queue. SLURM is spoken to through submitit, which
 carries the job over as a pickle; what happens inside of it is bfsys/job.py's. Refused: a script of our own for
@@ -31,6 +32,7 @@ if __name__ == "__main__":  # this folder has a module named slurm, and the repo
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from bfsys import restarts
 from bfsys.config import Config, load_config
 from bfsys.dryrun import dry_run
 from bfsys.errors import UserError, run_command
@@ -153,7 +155,8 @@ def check(args: argparse.Namespace) -> Config:
 def make_executor(args: argparse.Namespace, config: Config, job: TrainJob) -> Executor:
     """submitit's executor with everything that sbatch and srun are to be told."""
     # submitit counts time-outs that it requeues itself; it never does, and its count must not end a run.
-    executor = Executor(folder=config.run_dir.absolute() / "slurm", python=PYTHON, max_num_timeout=10**6)
+    run_dir = config.run_dir.absolute()
+    executor = Executor(folder=run_dir / "slurm", python=PYTHON, max_num_timeout=10**6)
     exports = [f"export {name}={shlex.quote(value)}" for name, _, value in (e.partition("=") for e in args.env)]
     code_dir = shlex.quote(str(job.code_dir))
     srun_args = ["--kill-on-bad-exit=1", "--open-mode=append"]
@@ -181,6 +184,8 @@ def make_executor(args: argparse.Namespace, config: Config, job: TrainJob) -> Ex
             # The job's code before all other, and no module from the current folder.
             f"export PYTHONPATH={code_dir}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
         ],
+        # What becomes of a job whose tasks have ended by themselves.
+        teardown=[f"exec {shlex.quote(sys.executable)} -m bfsys.restarts $? {shlex.quote(str(run_dir))}"],
         additional_parameters={
             "chdir": str(job.work_dir),
             "signal": f"USR2@{STOP_NOTICE_S}",
@@ -229,6 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.dry_run:
         print(executor.script())
         return 0
+    restarts.forget(config.run_dir)
     submitted = submit(executor, job)
     per_node, log = ranks_per_node(args), submitted.paths.stdout
     device = "one per GPU" if args.gpus_per_node else "on CPUs"

@@ -25,6 +25,7 @@ LAYERS = [
     ["dryrun", "predict", "export", "run"],
     ["train"],
     ["job"],
+    ["restarts"],
 ]
 MODULES = sorted((REPOSITORY / "bfsys").rglob("*.py"))
 

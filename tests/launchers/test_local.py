@@ -181,7 +181,7 @@ def starts(run: Path, *ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -
         (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
         return code
 
-    monkeypatch.setattr(local.time, "sleep", pauses.append)
+    monkeypatch.setattr(local.time, "sleep", lambda s: pauses.append(s))
     code = local.run_until_done(start, run)
     assert not remaining
     return code, pauses

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import pickle
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bfsys.config import load_config
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_DIVERGED, UserError
+from bfsys.faults import how_it_ended
 from launchers import slurm
+from tests.test_train import lines
 
 ON_CPUS = "--gpus-per-node=0"
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,21 +61,22 @@ def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, cap
         config_file, capsys, *options.split(), "--qos=q", "--constraint=h100", "--comment=two words", "--name=j",
         "--setup", "module load x", "--env", "A=b 'c'", "--env", "D=",
     )  # fmt: skip
-    lines = script.splitlines()
+    lines_of_script = script.splitlines()
     for line in (
         "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=6", "--mem=200G", "--time=1561",
         "--partition=p", "--account=a", "--qos=q", "--constraint=h100", "--comment='two words'", "--job-name=j",
         "--wckey=''", "--signal=USR2@120", "--requeue", "--open-mode=append", f"--chdir={Path.cwd()}",
         f"--output={tmp_path}/runs/tiny/slurm/%j_0_log.out",
     ):  # fmt: skip
-        assert f"#SBATCH {line}" in lines
-    setup = lines[lines.index("# setup") + 1 : lines.index("# command")]
+        assert f"#SBATCH {line}" in lines_of_script
+    setup = lines_of_script[lines_of_script.index("# setup") + 1 : lines_of_script.index("# command")]
     exports = ["export A='b '\"'\"'c'\"'\"''", "export D=''"]
     path = f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
     assert setup == ["module load x", *exports, path, ""]
-    srun = next(line for line in lines if line.startswith("srun"))
+    srun = next(line for line in lines_of_script if line.startswith("srun"))
     assert ' --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=6 bash -c \'trap "" USR2; exec ' in srun
     assert "--error" not in srun
+    assert lines_of_script[-1] == f"exec {sys.executable} -m bfsys.restarts $? {tmp_path}/runs/tiny"
     assert not (tmp_path / "runs").exists()
 
 
@@ -241,3 +247,30 @@ def test_a_cancelled_job_saves_and_stays_away(submit):
     time.sleep(15)
     assert not queue_state(job)
     assert log.read_text().count("Starting with JobEnvironment") == 1
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+def test_a_job_whose_rank_is_killed_continues_to_its_end(submit, tmp_path):
+    job, log = submit("train.steps=300", "train.log_every=10", "train.save_every=20")
+    wait_for(has(log, "step  50/300"), 180, log)
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            environment, is_rank = process.environ(), "submitit.core._submit" in process.cmdline()
+            if is_rank and environment.get("SLURM_JOB_ID") == job and environment.get("SLURM_PROCID") == "1":
+                process.kill()
+    wait_for(has(log, "finished: 300 steps"), 400, log)
+    assert "starting again in 0 s, from step " in log.read_text()
+    assert [line["step"] for line in lines(tmp_path / "runs" / "tiny")] == list(range(10, 301, 10))
+    wait_for(lambda: not queue_state(job), 60, log)
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+def test_a_job_with_an_error_that_a_person_must_mend_is_not_started_again(submit, tmp_path):
+    job, log = submit("train.steps=300", "train.keep_checkpoints=1", "optim.lr=1e30", "optim.warmup_steps=0",
+                      "train.save_every=1")  # fmt: skip
+    wait_for(lambda: log.exists() and not queue_state(job), 300, log)
+    assert "bad steps again after" in log.read_text()
+    assert log.read_text().count("Starting with JobEnvironment") == 1
+    assert how_it_ended(tmp_path / "runs" / "tiny")["exit_code"] == EXIT_DIVERGED
