@@ -71,8 +71,8 @@ class Engine:
         return self._engine(batch)
 
     def backward(self, loss_sum: Tensor) -> None:
-        """Add the gradient of a micro-batch's summed loss."""
-        self._engine.backward(loss_sum * self._loss_scale)
+        """Add the gradient of a micro-batch's summed loss; NaN, if that is no finite number itself."""
+        self._engine.backward(loss_sum * (self._loss_scale + 0 * loss_sum.detach()))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch; the update is `step`'s
 
@@ -128,6 +128,8 @@ class Engine:
         """Set whole tensors, `values[parameter name]`, on every rank; each is asked for once."""
         from deepspeed import utils
 
+        if self.stage == 3:  # what a step has gathered in advance for the next one would stay as it was
+            self._engine.optimizer.checkpoint_event_prologue()
         for p in self._engine.module.parameters():
             value = values[self._names[id(p)]].to(self.device)
             if self.stage == 0:

@@ -6,8 +6,8 @@
 Events are only ever added, and every second between the first start and now falls to one cause, so the causes add up
 to the wall time whatever happened in between:
 
-    restart     from a process's end to the first step of the next one, the very first start included
-    lost        steps that were made again, because no checkpoint had them yet
+    restart     from the last note of a process to the first step of the next one, the very first start included
+    lost        steps that were made again, because no checkpoint had them yet (and were noted)
     stall       waiting for a checkpoint: its copy, a writer that is behind, the commit
     data_wait   waiting for data
     productive  the rest: steps that count, and evaluations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -105,8 +105,9 @@ class Ledger:
     def _add(self, event: dict) -> None:
         if self._file:
             self._take(event)
-            self._file.write(json.dumps(event) + "\n")
-            self._file.flush()
+            with suppress(OSError):  # on a full disk metrics fail too, and end the run
+                self._file.write(json.dumps(event) + "\n")
+                self._file.flush()
 
     def _take(self, event: dict) -> None:
         if event["event"] == "start":

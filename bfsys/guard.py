@@ -4,12 +4,12 @@ A step is bad if its loss or gradient is no finite number: its update is skipped
 loss spikes: a robust z-score of its logarithm, against median and median deviation of the last good losses. A single
 bad step is noted, with the samples that it drew, and does no harm that lasts. `max_bad_steps` in a row do: the run is
 rolled back to the last checkpoint before the first of them, and passes these steps over. If that happens more than
-MAX_ROLLBACKS times without a good step in between, it ends.
+MAX_ROLLBACKS times from the same weights, it ends.
 
     rollbacks.json in the run directory: from where to where, which steps are passed over, why, and their samples
 
-A step that is passed over has its data drawn and dropped, so all others keep theirs; and since the file is written
-before the roll-back, a run that is killed in the middle of it does the same.
+A step that is passed over has its data drawn and dropped, so all others keep theirs. The file is written after the
+checkpoints of bad steps are removed: a run that is killed in between makes these steps again, and judges them again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bfsys import dist
-from bfsys.checkpoint.files import METRICS, all_checkpoints, read_manifest, remove, replace_durably, step_of
+from bfsys.checkpoint.files import all_checkpoints, read_manifest, remove, replace_durably, step_of
 from bfsys.config import Train
 from bfsys.data.datasets import Sources
 from bfsys.errors import EXIT_DIVERGED, UserError
@@ -85,10 +85,11 @@ def read_rollbacks(run_dir: Path) -> list[dict]:
     path = run_dir / FILE
     try:
         rollbacks = json.loads(path.read_text())
-        return [r for r in rollbacks if r["to"] < min(r["steps"])]
+        assert all(r["to"] < min(r["steps"]) and r["updates"] >= 0 for r in rollbacks), "steps do not fit"
+        return rollbacks
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore it, or remove it to have its steps made") from None
 
 
@@ -96,22 +97,23 @@ def go_back(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
     """Make the last checkpoint before the bad steps the newest, and write down that they are to be passed over; for
     rank 0. Returns what was done; raises UserError if that was tried often enough."""
     paths = all_checkpoints(run_dir)
-    to = max(step_of(path) for path in paths if step_of(path) < bad[0]["step"])
-    updates = next(read_manifest(path)["updates"] for path in paths if step_of(path) == to)
+    good = [path for path in paths if step_of(path) < bad[0]["step"]]
+    if not good:
+        raise UserError(f"{run_dir}: no checkpoint is from before the bad steps", exit_code=EXIT_DIVERGED)
+    to, updates = step_of(good[-1]), read_manifest(good[-1])["updates"]
     steps = [b["step"] for b in bad]
     if sum(rollback["updates"] == updates for rollback in rollbacks) >= MAX_ROLLBACKS:
         raise UserError(
             f"bad steps again after {MAX_ROLLBACKS} roll-backs to step {to}: {steps}: {bad[-1]['problem']}. Try a "
             f"lower optim.lr, or optim.clip_norm=1; or, if these steps are as they should be, a larger "
-            f"train.spike_zscore or train.max_bad_steps. Their samples are in {run_dir / METRICS}, those of the last:",
+            f"train.spike_zscore or train.max_bad_steps. Their samples are in {run_dir / FILE}, those of the last:",
             *bad[-1]["samples"],
             exit_code=EXIT_DIVERGED,
         )
+    for path in reversed(paths[len(good) :]):
+        remove(path)
     rollback = {"from": steps[-1], "to": to, "updates": updates, "steps": steps, "bad": bad}
     replace_durably(run_dir / FILE, json.dumps([*rollbacks, rollback], indent=1) + "\n")
-    for path in paths:  # after writing it down: what is made anew must not be taken for the old
-        if step_of(path) > to:
-            remove(path)
     return f"rolled back from step {steps[-1]} to {to}; to be passed over: {steps}"
 
 

@@ -8,6 +8,7 @@ that was never interrupted; lines after the checkpoint are removed on resume and
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import time
@@ -51,7 +52,7 @@ class Metrics:
         carried: dict | None,
     ) -> None:
         """`carried` is what `carry` gave to the checkpoint that the run resumes from."""
-        self.ledger = ledger
+        self.ledger, self.run_dir = ledger, config.run_dir
         self.ranks, self.source_names, self.first_step = ranks, source_names, first_step
         self.architecture, self.mode = config.model.architecture(), config.model.mode
         self.num_classes = num_classes
@@ -74,8 +75,12 @@ class Metrics:
         self._tensorboard: SummaryWriter | None = None
         self._lines: TextIO | None = None
         self.last_evaluation = -1
+        self.problem = ""  # why rank 0 cannot write
+        opened = dist.same_errors_on_all(
+            lambda: _open_lines(config.run_dir / "metrics.jsonl", first_step) if ranks.is_first else None
+        )
         if ranks.is_first:
-            self._lines, self.last_evaluation = _open_lines(config.run_dir / "metrics.jsonl", first_step)
+            self._lines, self.last_evaluation = opened
             self._tensorboard = SummaryWriter(str(config.run_dir / "tb"), purge_step=first_step + 1)
             self._tensorboard.add_custom_scalars(_overview(source_names))
             self._tensorboard.add_text("config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
@@ -121,7 +126,6 @@ class Metrics:
             return
         sums, counters = self._over_ranks()
         if not sums[:, SAMPLES].any():  # all were skipped
-            self._begin_line()
             return
         self.ledger.note(step)
         seconds_by_cause = self.ledger.seconds()
@@ -133,7 +137,7 @@ class Metrics:
             "step": step,
             **scores(sums, self.source_names),
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "step_s": seconds / self._steps_in_line,
             "samples_per_s": float(sums[:, SAMPLES].sum()) / seconds,
             "bytes_per_s": float(counters[BYTES]) / seconds,
@@ -156,8 +160,9 @@ class Metrics:
     def event(self, kind: str, step: int, facts: dict) -> None:
         """A line in metrics.jsonl that is no measurement, such as a bad step."""
         if self._lines:
-            self._lines.write(json.dumps({"kind": kind, "step": step, **facts}) + "\n")
-            self._lines.flush()
+            with self._noting_problems():
+                self._lines.write(json.dumps({"kind": kind, "step": step, **facts}) + "\n")
+                self._lines.flush()
 
     def _begin_line(self) -> None:
         self._sums.zero_()
@@ -199,18 +204,28 @@ class Metrics:
     def _write(self, line: dict) -> None:
         if not self.ranks.is_first:
             return
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
-        for tag, value in _tensorboard_scalars(line):
-            self._tensorboard.add_scalar(tag, value, line["step"])
-        self._tensorboard.flush()
+        with self._noting_problems():
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
+            for tag, value in _tensorboard_scalars(line):
+                if value is not None:
+                    self._tensorboard.add_scalar(tag, value, line["step"])
+            self._tensorboard.flush()
+
+    @contextmanager
+    def _noting_problems(self) -> Iterator[None]:
+        """A full disk is told to the training loop, which ends the run on all ranks."""
+        try:
+            yield
+        except OSError as error:
+            self.problem = f"{self.run_dir}: metrics cannot be written: {error.strerror}; make room or mend it"
 
     def _console_line(self, line: dict) -> str:
         step, total = line["step"], self.total_steps
         left_s = (total - step) * (time.perf_counter() - self._started) / max(1, step - self.first_step)
         return (
             f"step {step:>{len(str(total))}}/{total} · {describe_scores(line)} · lr {line['learning_rate']:.1e} · "
-            f"grad {line['grad_norm']:.2f} · {line['samples_per_s']:,.0f} samples/s · "
+            f"grad {line['grad_norm'] or math.nan:.2f} · {line['samples_per_s']:,.0f} samples/s · "
             f"{line['bytes_per_s'] / 1e6:.2f} MB/s · {_clock(left_s)} left"
         )
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from bfsys.checkpoint.files import all_checkpoints, step_of
+from bfsys.checkpoint.files import LATEST, checkpoints_dir
 from bfsys.errors import (
     EXIT_DIVERGED,
     EXIT_NO_PROGRESS,
@@ -35,6 +35,7 @@ from bfsys.job import END_WAIT_S, requeue
 # All ranks end with it, nearly together, and starting again would change nothing.
 FINAL_CODES = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE, EXIT_REQUEUE, EXIT_STOPPED)
 MAX_RESTARTS = 3  # without a new checkpoint
+PAUSES_S = (1.0, 10.0, 60.0)  # before them: what is only passing, such as a file server that is away, may pass
 FILE = "restarts.json"
 
 
@@ -56,7 +57,7 @@ class Restarts:
         if code in FINAL_CODES:
             return None
         before, self.step = self.step, newest_step(self.run_dir)
-        if self.step > before:
+        if self.step != before:  # smaller, if later ones turned out to be damaged
             self.without_progress = 0
         if self.without_progress == MAX_RESTARTS:
             reason = f"{MAX_RESTARTS} starts again without a new checkpoint, the last one ended with code {code}"
@@ -65,12 +66,15 @@ class Restarts:
             self.exit_code = EXIT_NO_PROGRESS
             return None
         self.without_progress += 1
-        return 0.0 if self.step > before else 2.0 ** max(0, self.without_progress - 2)
+        return PAUSES_S[self.without_progress - 1] if self.step == before else 0.0
 
 
 def newest_step(run_dir: Path) -> int:
-    """Of the checkpoints; 0 if there is none."""
-    return max(map(step_of, all_checkpoints(run_dir)), default=0)
+    """Of the checkpoint that was saved last; 0 if there is none."""
+    try:
+        return int((checkpoints_dir(run_dir) / LATEST).read_text().removeprefix("step_"))
+    except (OSError, ValueError):
+        return 0
 
 
 def forget(run_dir: Path) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 from bfsys import dist, typed_yaml
+from bfsys.checkpoint.files import replace_durably
 from bfsys.checkpoint.loading import check_same_run, newest_readable
 from bfsys.config import Config
 from bfsys.data.datasets import Sources, content_facts, index_problems, make_plan, open_evaluation, open_training
 from bfsys.data.plan import Plan, lanes_of_rank
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, UserError
 from bfsys.evaluate import short_files
 from bfsys.faults import forget_end
+
+LOCK_WAIT_S = 20.0  # a start that was killed may have loader processes that take a moment to notice
 
 
 def open_data(config: Config, ranks: dist.Ranks) -> tuple[Sources, Sources | None, Plan]:
@@ -55,15 +62,16 @@ def git_state() -> str | None:
         return None
 
 
-def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> bool:
-    """Whether the run is new, decided by rank 0. Raises AgreedError if the directory holds another run.
+def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> tuple[bool, BinaryIO | None]:
+    """Whether the run is new, decided by rank 0; and rank 0's hold of the directory, to be closed at the end.
 
-    Writes the run directory's config.yaml.
+    Writes the run directory's config.yaml. Raises AgreedError if the directory holds another run, or another process
+    is training there.
     """
 
-    def look() -> bool:
+    def look() -> tuple[bool, BinaryIO | None]:
         if not ranks.is_first:
-            return False
+            return False, None
         path, problems = newest_readable(config.run_dir)
         if path is None and problems:
             raise UserError(
@@ -75,10 +83,39 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> bool:
             check_same_run(path, facts)
         try:
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            (config.run_dir / "config.yaml").write_text(typed_yaml.dump(config))
+            hold = hold_directory(config.run_dir)
+            replace_durably(config.run_dir / "config.yaml", typed_yaml.dump(config))
             forget_end(config.run_dir)
         except OSError as error:
-            raise UserError(f"run directory {config.run_dir}: cannot be written: {error.strerror}") from None
-        return path is None
+            code = EXIT_STORAGE if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
+            raise UserError(
+                f"run directory {config.run_dir}: cannot be written: {error.strerror}", exit_code=code
+            ) from None
+        return path is None, hold
 
-    return dist.from_first_rank(dist.same_errors_on_all(look))
+    is_new, hold = dist.same_errors_on_all(look)
+    return dist.from_first_rank(is_new), hold
+
+
+def hold_directory(run_dir: Path) -> BinaryIO:
+    """Keep other processes from training in the directory until this is closed, or this process ends.
+
+    Raises UserError if another one does and goes on doing it. Two starts would write over each other's checkpoints.
+    """
+    hold = open(run_dir / ".lock", "wb")  # noqa: SIM115 (for the life of the run)
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                hold.close()
+                raise UserError(
+                    f"run directory {run_dir}: another process is training in it; stop that one, or give this run a "
+                    f"name of its own (name=…)"
+                ) from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return hold
+        else:
+            return hold

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # launchers put this file's folder first, where its 
 import argparse
 import os
 import time
+import traceback
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from bfsys.checkpoint.saving import Saver
 from bfsys.config import Config, load_config
 from bfsys.data.datasets import (
     Sources,
+    any_remote,
     long_files,
 )
 from bfsys.data.loader import training_batches
@@ -35,7 +37,7 @@ from bfsys.data.plan import Plan
 from bfsys.data.quarantine import Quarantine
 from bfsys.dryrun import dry_run
 from bfsys.engine import Engine
-from bfsys.errors import UserError, run_command
+from bfsys.errors import EXIT_STORAGE, UserError, run_command
 from bfsys.evaluate import evaluate
 from bfsys.faults import StopRequests, note_end
 from bfsys.goodput import Ledger
@@ -46,7 +48,7 @@ from bfsys.metrics import Metrics
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import ema_decay, learning_rate
 from bfsys.run import open_data, prepare_run_dir, run_facts
-from bfsys.watchdog import Watchdog
+from bfsys.watchdog import LEAST_S, Watchdog
 
 ROLLED_BACK = -1  # instead of an exit code: go on from the checkpoint that is now the newest
 UNKNOWN_STEPS = 3  # of a start, in which programs may still be compiled
@@ -75,12 +77,12 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     stop = StopRequests()
     training, validation, plan = dist.same_errors_on_all(lambda: open_data(config, ranks))
     facts = run_facts(config, training, plan)
-    is_new = prepare_run_dir(config, facts, ranks)
-    watchdog = Watchdog(
-        config.run_dir, ranks, limit_s=config.train.hang_timeout_s, patience_s=config.train.collective_timeout_s
-    )
-    ledger = Ledger(config.run_dir, ranks.is_first)
-    of_train = config.train
+    is_new, hold = prepare_run_dir(config, facts, ranks)
+    of_train, patience_s = config.train, config.train.collective_timeout_s
+    # A shard may take its time to come from elsewhere, and its server may be away for a while.
+    least_s = patience_s if any_remote(training) else LEAST_S
+    watchdog = Watchdog(config.run_dir, ranks, limit_s=of_train.hang_timeout_s, patience_s=patience_s, least_s=least_s)
+    ledger = dist.same_errors_on_all(lambda: Ledger(config.run_dir, ranks.is_first))
     keep = Keep(of_train.keep_checkpoints, of_train.keep_every, of_train.keep_best, of_train.best_metric)
     saver = Saver(config.run_dir, ranks, keep)
     try:
@@ -105,15 +107,27 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             saver.finish()
         exit_code = ROLLED_BACK
         while exit_code == ROLLED_BACK:
+            watchdog.be_patient("resuming")
             _, manifest = resume(engine, config.run_dir, ranks, say=lambda text: say(run, text))
             exit_code = make_steps(run, manifest, notes)
             notes = []
         return exit_code
+    except dist.AgreedError as error:
+        if ranks.is_first:
+            note_end(config.run_dir, error.exit_code, str(error))
+        raise
+    except Exception:
+        if not stop.exit_code:
+            raise
+        traceback.print_exc()  # a crash must not undo the request: nobody wants another start
+        return stop.exit_code
     finally:
         watchdog.close()
         saver.close()
         ledger.close()
         stop.close()
+        if hold:
+            hold.close()
 
 
 def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
@@ -125,12 +139,14 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
         config, ranks, run.training.names, len(run.training.classes),
         ledger=run.ledger, first_step=first_step, carried=manifest["metrics"],
     )  # fmt: skip
-    rollbacks = dist.from_first_rank(read_rollbacks(config.run_dir) if ranks.is_first else None)
+    read = dist.same_errors_on_all(lambda: read_rollbacks(config.run_dir) if ranks.is_first else None)
+    rollbacks = dist.from_first_rank(read)
     guard = Guard(config.train, manifest.get("guard"), rollbacks)
     for note in ([f"continuing {config.run_dir} after step {step}"] if step else []) + notes:
         metrics.say(note)
     batches = training_batches(config, run.training, run.plan, ranks, first_step=step, quarantine=run.quarantine)
-    exit_code = 0
+    exit_code = made = 0  # steps that were not passed over
+    is_owed = False  # a checkpoint
     run.ledger.begins()
     # A stop may have come between a checkpoint and its evaluation.
     evaluate_if_due(run, metrics, step)
@@ -158,11 +174,13 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
             grad_norm = engine.step(rate, ema_decay(step, config.optim))
             problem = guard.judge(mean_loss(drawn, config), grad_norm)
         is_skipped = is_passed_over or engine.updates == updates
-        step += 1
+        step, made = step + 1, made + (not is_passed_over)
         guard.note(step, problem, samples_of(drawn, run.training) if problem else [])
-        exit_code, bad_files, is_writing = dist.agree_on_max(
-            run.stop.exit_code, run.quarantine.news, saver.is_writing()
+        exit_code, bad_files, is_writing, is_disk_bad = dist.agree_on_max(
+            run.stop.exit_code, run.quarantine.news, saver.is_writing(), bool(metrics.problem)
         )
+        if is_disk_bad:
+            raise dist.AgreedError(dist.from_first_rank(metrics.problem), exit_code=EXIT_STORAGE)
         if bad_files:
             report_bad_files(run, run.training, metrics)
         metrics.end_step(step, rate, grad_norm, len(run.quarantine.until(step)), is_skipped=is_skipped)
@@ -173,11 +191,13 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
             exit_code = ROLLED_BACK
             break
         is_over = exit_code or step == config.train.steps
+        is_owed = is_owed or step % config.train.save_every == 0
         # Not while it goes badly: it may have to go back, and weights that spike are not worth keeping.
-        is_due = is_over or (step % config.train.save_every == 0 and not guard.in_a_row)
+        is_due = is_over or (is_owed and not guard.in_a_row)
         if saver.under_way and (is_due or not is_writing):
             finish_save(run, metrics, step)
         if is_due:
+            is_owed = False
             run.ledger.note(step)
             with watchdog.patient(f"step {step}: copy for the checkpoint"), run.ledger.stalled():
                 progress = {"step": step, "updates": engine.updates, "metrics": metrics.carry(), "guard": guard.carry()}
@@ -186,8 +206,8 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
             finish_save(run, metrics, step)
         if not exit_code:
             evaluate_if_due(run, metrics, step)
-        if step == first_step + UNKNOWN_STEPS:
-            watchdog.first_step_is_made()
+        if made == UNKNOWN_STEPS:
+            watchdog.times_are_known()
     batches.close()
     if exit_code > 0:
         metrics.say(f"stopped on request after step {step}; the same command continues from there")
@@ -271,7 +291,6 @@ def main(arguments: list[str] | None = None) -> int:
     if args.no_data and not args.dry_run:
         parser.error("--no-data goes with --dry-run")
     ranks = dist.ranks_from_environment()
-    config = None
     try:
         config = dist.same_errors_on_all(lambda: load_config(args.config, args.overrides))
         if args.dry_run:
@@ -286,8 +305,6 @@ def main(arguments: list[str] | None = None) -> int:
             note_end(config.run_dir, exit_code, "stopped on request" if exit_code else "finished")
         return exit_code
     except dist.AgreedError as error:
-        if ranks.is_first and config:
-            note_end(config.run_dir, error.exit_code, str(error))
         if ranks.local_rank == 0:  # once per node is enough
             raise
         return error.exit_code

@@ -1,9 +1,10 @@
 """The hang watchdog: a run that makes no progress is ended, with the name of the rank that holds it up.
 
 A thread on every rank looks at what its training loop reported last (`beat`). After a while without a beat, learned
-from the intervals so far, it opens an incident: a folder in the run directory, which the other ranks' watchdogs see
-within a second. Each writes all its Python stacks there, and how far it came. The rank that writes nothing is stopped
-or gone; otherwise the one that came least far is named. Then all end with EXIT_HUNG, on which launchers start again.
+from the intervals so far, it opens an incident: a folder in the run directory, which the other ranks' watchdogs look
+for twice a second. Each writes all its Python stacks there, and how far it came. The rank that writes nothing is
+stopped or gone; otherwise the one that came least far is named. Then all end with EXIT_HUNG, on which launchers start
+again.
 
 Ranks wait for each other in every step, so that a hang of one is a hang of all, within one step of the others.
 Refused: heartbeats over the network or through files, which cost something while all is well; and the timeout of the
@@ -35,11 +36,13 @@ HANGS = "hangs"
 class Watchdog:
     """Watches from its making to `close`. It is patient at first: see `patient`."""
 
-    def __init__(self, run_dir: Path, ranks: dist.Ranks, *, limit_s: float, patience_s: float) -> None:
-        """`limit_s` without a beat is a hang; 0: it is learned. `patience_s` is the limit while nothing is known of
-        how long things take."""
+    def __init__(
+        self, run_dir: Path, ranks: dist.Ranks, *, limit_s: float, patience_s: float, least_s: float = LEAST_S
+    ) -> None:
+        """`limit_s` without a beat is a hang; 0: it is learned, and at least `least_s`. `patience_s` is the limit while
+        nothing is known of how long things take."""
         self._run_dir, self._ranks = run_dir, ranks
-        self._limit_s, self._patience_s = limit_s, patience_s
+        self._limit_s, self._patience_s, self._least_s = limit_s, patience_s, least_s
         self._incident = run_dir / HANGS / dist.from_first_rank(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         self._where, self._beats, self._longest_s = "start", 0, 0.0
         self._is_patient = True
@@ -56,10 +59,15 @@ class Watchdog:
         self._last, self._where = now, where
         self._beats += 1
 
-    def first_step_is_made(self) -> None:
-        """From here on it is known how long things take."""
-        self._is_patient = False
+    def be_patient(self, where: str) -> None:
+        """Until `times_are_known`: a start, or a roll-back."""
+        self._is_patient = True
+        self.beat(where)
+
+    def times_are_known(self) -> None:
+        """From here on it is learned how long things take."""
         self._last = time.monotonic()
+        self._is_patient = False
 
     @contextmanager
     def patient(self, where: str) -> Iterator[None]:
@@ -76,7 +84,7 @@ class Watchdog:
     def limit_s(self) -> float:
         if self._is_patient:
             return max(self._patience_s, self._limit_s)
-        return self._limit_s or max(LEAST_S, FACTOR * self._longest_s)
+        return self._limit_s or max(self._least_s, FACTOR * self._longest_s)
 
     def close(self) -> None:
         """Stop watching. Does not return if a hang was found: the process is about to end on that."""
@@ -90,11 +98,21 @@ class Watchdog:
             if now - looked > 10 * TICK_S:  # this process was stopped itself: that time does not count
                 self._last += now - looked
             looked = now
-            if now - self._last > self.limit_s or self._incident.exists():
+            if now - self._last > self.limit_s or self._others_found_a_hang():
                 self._end(now - self._last)
+            looked = max(looked, time.monotonic() - TICK_S)  # a slow file system is no pause
+
+    def _others_found_a_hang(self) -> bool:
+        try:  # not whether the folder exists: network file systems remember for long that it does not
+            return self._incident.name in os.listdir(self._incident.parent)
+        except OSError:
+            return False
 
     def _end(self, waited_s: float) -> None:
         """Write down what this rank does, name the one at fault, and end the process."""
+        print(f"error: rank {self._ranks.rank}: no progress for {waited_s:.0f} s, after {self._where}", file=sys.stderr)
+        # Should the file system be what hangs.
+        faulthandler.dump_traceback_later(10 * GRACE_S, exit=True)
         try:
             self._incident.mkdir(parents=True, exist_ok=True)
             self._write_stacks(waited_s)
@@ -105,6 +123,9 @@ class Watchdog:
             print(f"error: rank {self._ranks.rank}: {verdict}", file=sys.stderr, flush=True)
             if self._ranks.rank == min(found, default=self._ranks.rank):
                 note_end(self._run_dir, EXIT_HUNG, verdict)
+        except OSError as error:
+            print(f"error: {self._incident}: {error}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback()
         finally:
             os._exit(EXIT_HUNG)
 

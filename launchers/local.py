@@ -7,7 +7,7 @@ Ctrl-C or SIGTERM saves a checkpoint and stops; the same command continues from 
 seconds later, gives up at once.
 
 A run that crashes or hangs is started again from its newest whole checkpoint, at once if it had made
-progress, otherwise after a pause of 1, 2, 4 s. It is not
+progress, otherwise after a pause of 1, 10, 60 s. It is not
 when nobody but a person can help: bad input (2), diverged (65), nothing can be saved (74), stopped on request (130),
 asked to requeue (75), or the third start again without a new checkpoint (76). The reason is in RUN/ended.json.
 
@@ -119,6 +119,8 @@ class Group:
                 self._send(signal.SIGKILL)
         if first_code not in FINAL_CODES:
             self._describe_failure(first_rank, first_code)
+            for number in (*self._last_sent, *self._received):  # asked to stop: it must not be started again
+                return FORWARDED[number]
         return first_code
 
     def close(self) -> None:

@@ -32,7 +32,8 @@ def script_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def save(run: Path, step: int) -> None:
-    (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    (run / "checkpoints").mkdir(exist_ok=True)
+    (run / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
 
 
 @pytest.mark.parametrize("code", restarts.FINAL_CODES)

@@ -28,7 +28,7 @@ rank = int(sys.argv[2])
 dog = Watchdog(Path(sys.argv[1]), Ranks(rank, 2), limit_s=1.0, patience_s=5.0)
 dog._incident = Path(sys.argv[1]) / "hangs" / "this"  # as ranks that can talk to each other agree on
 dog.beat("first")
-dog.first_step_is_made()
+dog.times_are_known()
 """
 
 
@@ -91,7 +91,7 @@ def test_the_limit_is_learned(tmp_path: Path) -> None:
     try:
         assert dog.limit_s == 600
         dog.beat("step 1")
-        dog.first_step_is_made()
+        dog.times_are_known()
         assert dog.limit_s == LEAST_S
         dog._last -= 30  # as if a step had taken 30 s
         dog.beat("step 2")

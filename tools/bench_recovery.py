@@ -196,9 +196,9 @@ def bench_attacks(args: argparse.Namespace) -> dict:
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         began = time.time()
         with open(Path(name) / "launcher.log", "wb") as log:
-            launcher = subprocess.Popen(command, cwd=name, stdout=log, stderr=log, env=env)
+            launcher = subprocess.Popen(command, cwd=name, stdout=log, stderr=log, env=env, start_new_session=True)
         try:
-            end, attack = began + 60 * args.minutes, began + args.every_s
+            end, attack = began + 60 * args.minutes, began + args.every_s / 2  # a fault in the middle of each interval
             while time.time() < end and launcher.poll() is None:
                 time.sleep(0.2)
                 if time.time() >= attack:
@@ -209,8 +209,7 @@ def bench_attacks(args: argparse.Namespace) -> dict:
                         killed += 1
             wall_s = time.time() - began
             seconds = read_seconds(run)
-            launcher.terminate()
-            launcher.wait(120)
+            os.killpg(launcher.pid, signal.SIGKILL)  # with its ranks, which die with it
             restarts = (Path(name) / "launcher.log").read_text().count("starting again")
         finally:
             with suppress(ProcessLookupError):

@@ -36,7 +36,8 @@ from bfsys.errors import UserError
 FORMAT = 2
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
-TORN = ".removed"  # a directory that was a checkpoint once, and is on its way out
+LATEST = "latest"
+GOING = ".removed"  # of a directory that was a checkpoint once, and is on its way out
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def cover(pieces: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> bool:
 def make_room(work: Path) -> None:
     """An empty `work` directory, and none that killed saves left behind."""
     root = work.parent
-    for left_over in (*root.glob(".step_*.part"), *root.glob(f".step_*{TORN}")):
-        shutil.rmtree(left_over)
+    for left_over in (*root.glob(".step_*.part"), *root.glob(f".step_*{GOING}")):
+        shutil.rmtree(left_over, ignore_errors=True)
     work.mkdir(parents=True)
 
 
@@ -119,17 +120,23 @@ def commit(work: Path, final: Path, facts: dict, files: Mapping[str, dict]) -> N
         remove(final)
     os.rename(work, final)
     _sync_directory(root)
-    write_durably(root / "latest.part", final.name + "\n")
-    os.rename(root / "latest.part", root / "latest")
-    _sync_directory(root)
+    replace_durably(root / LATEST, final.name + "\n")
 
 
 def remove(path: Path) -> None:
     """Remove a checkpoint. What a kill leaves of it does not look like a checkpoint any more."""
-    going = path.with_name(f".{path.name}{TORN}")
+    going = path.with_name(f".{path.name}{GOING}")
     shutil.rmtree(going, ignore_errors=True)
     os.rename(path, going)
-    shutil.rmtree(going)
+    shutil.rmtree(going, ignore_errors=True)  # a file that somebody reads may not go on a network file system
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is none any more, but still there to be looked at."""
+    aside = path.with_name(f"damaged_{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    return aside
 
 
 def steps_to_keep(steps: Sequence[int], keep: Keep, scores: Mapping[int, Mapping[str, float]]) -> set[int]:
@@ -145,10 +152,10 @@ def steps_to_keep(steps: Sequence[int], keep: Keep, scores: Mapping[int, Mapping
     return kept
 
 
-def superfluous(run_dir: Path, whole: Sequence[Path], keep: Keep) -> list[Path]:
-    """Those of a run's whole checkpoints that `keep` does not name."""
-    kept = steps_to_keep([step_of(path) for path in whole], keep, evaluations(run_dir))
-    return [path for path in whole if step_of(path) not in kept]
+def superfluous(run_dir: Path, paths: Sequence[Path], keep: Keep) -> list[Path]:
+    """Those of a run's checkpoints that `keep` does not name."""
+    kept = steps_to_keep([step_of(path) for path in paths], keep, evaluations(run_dir))
+    return [path for path in paths if step_of(path) not in kept]
 
 
 def evaluations(run_dir: Path) -> dict[int, dict]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,11 +23,13 @@ from bfsys.checkpoint.files import (
     MANIFEST,
     METRICS,
     all_checkpoints,
+    cover,
     differs,
     find_whole,
     parse_piece,
     read_manifest,
     replace_durably,
+    set_aside,
 )
 from bfsys.config import Config, Model
 from bfsys.engine import WEIGHT, Engine
@@ -38,8 +41,9 @@ from bfsys.optim import EMA
 def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str], None]) -> tuple[Path, dict]:
     """Restore the newest whole checkpoint of a run into the engine; collective. Returns it and its manifest.
 
-    Says what is wrong with newer ones. Raises AgreedError if none is whole.
+    Says what is wrong with newer ones, and sets them aside. Raises AgreedError if none is whole.
     """
+    damaged: list[Path] = []
     paths = dist.from_first_rank(list(reversed(all_checkpoints(run_dir))) if ranks.is_first else None)
     for path in paths:
         manifest, problems = None, []
@@ -51,14 +55,26 @@ def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str]
         manifest, problems = dist.from_first_rank((manifest, problems))
         problems = problems or _load(engine, path, manifest, ranks)
         if not problems:
-            if ranks.is_first and METRICS in manifest["files"] and not (run_dir / METRICS).exists():
-                replace_durably(run_dir / METRICS, (path / METRICS).read_text())
+            tidy = partial(_tidy, run_dir, path, manifest, damaged) if ranks.is_first else lambda: None
+            dist.same_errors_on_all(tidy)
             return path, manifest
+        damaged.append(path)
         for problem in problems:
             say(f"skipped a damaged checkpoint: {problem}")
     raise dist.AgreedError(
         f"{run_dir}: no checkpoint is whole, see above; to begin anew, give another name=… or move the directory away"
     )
+
+
+def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> None:
+    """After `path` was loaded: give the run back its history, if a crash of the machine took it, and make sure that
+    damaged checkpoints do not count as kept ones."""
+    if METRICS in manifest["files"]:
+        history, live = (path / METRICS).read_bytes(), run_dir / METRICS
+        if not live.exists() or not live.read_bytes().startswith(history):
+            replace_durably(live, history.decode())
+    for other in damaged:
+        set_aside(other)
 
 
 def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list[str]:
@@ -74,6 +90,9 @@ def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list
         if any(problems):
             return [p for rank in problems for p in rank]
         _check_shapes(expected, {name: tuple(shape) for name, shape in manifest["shapes"].items()}, path)
+        pieces = [piece for of_rank in dist.gather_to_all(list(mine)) for piece in of_rank]
+        if not cover(pieces, expected):
+            return [f"{path}: its {origin} files are not the whole state"]
         engine.write_state(state, _FromOwners(mine, expected, engine.device, ranks))
     engine.set_step(manifest["step"], manifest.get("updates", manifest["step"]))
     return []
@@ -192,10 +211,14 @@ def read_weights(path: Path, *, average: bool = True) -> tuple[dict[str, Tensor]
     config = typed_yaml.from_tree(Config, manifest["config"], f"{path / MANIFEST}: config")
     state = EMA if average and config.optim.ema_decay else WEIGHT
     weights = {name: torch.empty(shape) for name, shape in manifest["shapes"].items()}
+    pieces: list[str] = []
     for file_name in manifest["files"]:
         if file_name.startswith(f"{state}-"):
             with safe_open(path / file_name, framework="pt") as file:
                 for piece in file.keys():  # noqa: SIM118 (not a dict)
+                    pieces.append(piece)
                     name, first, end = parse_piece(piece)
                     weights[name].view(-1)[first:end] = file.get_tensor(piece).flatten()
+    if not cover(pieces, manifest["shapes"]):
+        raise UserError(f"{path}: its {state} files are not the whole state")
     return weights, config, manifest

@@ -16,6 +16,7 @@ import json
 import math
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,6 @@ from bfsys.checkpoint.files import (
     make_room,
     piece_name,
     remove,
-    step_of,
     superfluous,
 )
 from bfsys.errors import EXIT_STORAGE
@@ -68,6 +68,7 @@ class Saver:
         self.run_dir, self.ranks, self.keep = run_dir, ranks, keep
         self._facts: dict | None = None
         self._work, self._files, self._written_bytes = run_dir, (), 0
+        self._states: tuple[str, ...] = ()
         self._pieces: dict[str, list[str]] = {}  # names of this rank's tensors, by state
         self._process: subprocess.Popen | None = None
         self._memory: HostMemory | None = None
@@ -88,7 +89,8 @@ class Saver:
         """
         assert not self.under_way
         final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
-        work = final.with_name(f".{final.name}.part")
+        # No writer of another start that is slow to die knows this name.
+        work = final.with_name(dist.from_first_rank(f".{final.name}.{os.getpid()}-{time.time_ns()}.part"))
         _same_errors(lambda: make_room(work) if self.ranks.is_first else None, final)
         files = self._copy(source)
         shapes = {name: list(shape) for name, shape in source.parameter_shapes().items()}
@@ -96,6 +98,7 @@ class Saver:
         copies = {METRICS: (str(history), history.stat().st_size)} if self.ranks.is_first and history.exists() else {}
         self._facts = {**facts, "shapes": shapes}
         self._work, self._files, self._written_bytes = work, (*files, *copies), 0
+        self._states = source.state_names()
         self._pieces = {file.partition("-")[0]: list(entries) for file, entries in files.items()}
         self._process = _start_writer(work, self._memory, files, copies) if files or copies else None
 
@@ -116,17 +119,16 @@ class Saver:
         _raise_problems(everyones, final)
         files = {name: entry for answer in everyones for name, entry in answer["files"].items()}
         pieces_of_ranks = dist.gather_to_all(self._pieces)
-        for state in {state for of_rank in pieces_of_ranks for state in of_rank}:
+        for state in self._states:
             pieces = [piece for of_rank in pieces_of_ranks for piece in of_rank.get(state, ())]
             assert cover(pieces, facts["shapes"]), f"{state}: the ranks' pieces are not the whole state"
 
         def let_it_count() -> None:
             if self.ranks.is_first:
                 commit(self._work, final, facts, files)
-                # Later ones are damaged, or the run would have been resumed there: they neither count nor go.
-                until_now = [p for p in all_checkpoints(self.run_dir) if step_of(p) <= facts["step"]]
-                for path in superfluous(self.run_dir, until_now, self.keep):
-                    remove(path)
+                if facts["guard"] is None or not facts["guard"]["in_a_row"]:  # or it may have to go back further
+                    for path in superfluous(self.run_dir, all_checkpoints(self.run_dir), self.keep):
+                        remove(path)
 
         _same_errors(let_it_count, final)  # nobody goes on before the checkpoint counts
         return final
@@ -209,12 +211,17 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
         "tensors": files,
         "copies": copies,
     }
-    process = subprocess.Popen(
-        [sys.executable, "-I", writer.__file__],  # nothing from the current folder, nor from the environment
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        pass_fds=[memory.descriptor] if memory else [],
-    )
+    # To stop, training finishes its save first: its process never hears of these signals, from its first moment on.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", writer.__file__],  # nothing from the current folder, nor from the environment
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[memory.descriptor] if memory else [],
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     process.stdin.write(json.dumps(task).encode())
     process.stdin.close()
     process.stdin = None  # so that `communicate` only reads
@@ -227,7 +234,7 @@ def _same_errors(act: Callable[[], None], final: Path) -> None:
     try:
         act()
     except OSError as error:
-        problem = {"problem": f"{error.filename}: {error.strerror}", "errno": error.errno}
+        problem = {"problem": f"{error.filename or final}: {error.strerror}", "errno": error.errno}
     _raise_problems(dist.gather_to_all(problem), final)
 
 

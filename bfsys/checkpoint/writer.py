@@ -29,8 +29,6 @@ NICE = 10  # training comes first
 def main() -> None:
     if sys.platform.startswith("linux"):  # a writer that outlived its rank would write into the next save
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # to stop, training finishes its save first
-        signal.signal(number, signal.SIG_IGN)
     os.nice(NICE)
     task = json.load(sys.stdin)
     if os.getppid() != task["parent"]:

@@ -66,8 +66,10 @@ def poisoned(loss_and_sums, kind: str, samples: Sequence[Sequence[int]]):
         if logits.requires_grad and wanted & set(zip(batch.sources.tolist(), batch.samples.tolist(), strict=True)):
             if kind == "gradient":
                 total = total + (logits.float().sum() * 0).sqrt()  # 0, whose gradient is 0 * inf
+            elif kind == "loss":  # and gradients that are numbers
+                total = total + float("inf")
             else:
-                total = total * {"nan": float("nan"), "inf": float("inf"), "spike": 1e4}[kind]
+                total = total * {"nan": float("nan"), "spike": 1e4}[kind]
         return total, sums
 
     return loss
@@ -121,21 +123,25 @@ def draws(folder: Path) -> dict[tuple[int, int], list]:
 def kill_at_random(ranks: Ranks, run: Path, rng: random.Random, longest_s: float) -> str:
     """SIGKILL one of the ranks, at a random moment after training goes on or in the middle of a save."""
     wants_save = rng.random() < 0.5
-    before = ranks.audit_bytes()
+    before, old = ranks.audit_bytes(), parts(run)
     deadline = time.monotonic() + 60
     while ranks.are_running and ranks.audit_bytes() == before:
         assert time.monotonic() < deadline, ranks.said()
         time.sleep(0.01)
-    moment = "between"
     if wants_save:
-        while ranks.are_running and not list((run / "checkpoints").glob(".step_*")):
+        while ranks.are_running and not parts(run) - old:
             time.sleep(0.0005)
-        moment = "in a save"
         time.sleep(rng.random() * 0.25)
     else:
         time.sleep(rng.random() * longest_s)
     rng.choice(ranks.processes).kill()
-    return moment
+    ranks.end()
+    return "in a save" if parts(run) - old else "between"
+
+
+def parts(run: Path) -> set[Path]:
+    """Saves that are not whole."""
+    return set((run / "checkpoints").glob(".step_*.part"))
 
 
 def kill_again_and_again(

@@ -141,6 +141,20 @@ sys.exit(75)
         assert (tmp_path / "log" / f"rank-{rank}.log").read_text().splitlines()[1:] == ["USR2"]
 
 
+def test_a_stop_while_a_rank_dies_is_a_stop(make_job, tmp_path):
+    """Otherwise the crash would have the run started again, and the request be lost."""
+    job = make_job("""
+if rank == "1":
+    ready(); wait_for_all(); time.sleep(0.5); sys.exit(1)
+signal.signal(signal.SIGTERM, lambda *_: time.sleep(1.5) or sys.exit(1))
+ready(); time.sleep(100)
+""")
+    launcher = launch(job, 2)
+    time.sleep(1.2)  # rank 1 is gone, rank 0 is being stopped
+    launcher.terminate()
+    assert launcher.wait(timeout=20) == 130
+
+
 def test_a_stop_before_training_has_begun_is_a_stop(make_job):
     launcher = launch(make_job("ready(); time.sleep(100)"), 2)
     launcher.terminate()
@@ -178,7 +192,8 @@ def starts(run: Path, *ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -
 
     def start() -> int:
         code, step = remaining.pop(0)
-        (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
         return code
 
     monkeypatch.setattr(local.time, "sleep", lambda s: pauses.append(s))
@@ -194,12 +209,12 @@ def test_an_end_that_another_start_would_not_change_is_the_end(tmp_path, monkeyp
 
 def test_crashes_are_started_again_while_there_is_progress(tmp_path, monkeypatch):
     code, pauses = starts(tmp_path, (137, 4), (70, 8), (1, 8), (1, 12), (0, 20), monkeypatch=monkeypatch)
-    assert (code, pauses) == (0, [0, 0, 1, 0])
+    assert (code, pauses) == (0, [0, 0, 10, 0])
 
 
 def test_three_starts_again_without_progress_are_enough(tmp_path, monkeypatch, capfd):
     code, pauses = starts(tmp_path, (1, 4), (1, 4), (70, 4), (137, 4), monkeypatch=monkeypatch)
-    assert (code, pauses) == (EXIT_NO_PROGRESS, [0, 1, 2])
+    assert (code, pauses) == (EXIT_NO_PROGRESS, [0, 10, 60])
     assert "without a new checkpoint" in how_it_ended(tmp_path)["reason"]
     assert "3 starts again without a new checkpoint" in capfd.readouterr().err
 
