@@ -100,7 +100,8 @@ class Ledger:
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # what a full disk did not take
+                self._file.close()
 
     def _add(self, event: dict) -> None:
         if self._file:

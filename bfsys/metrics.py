@@ -13,7 +13,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -193,8 +193,9 @@ class Metrics:
 
     def close(self) -> None:
         if self._tensorboard:
-            self._tensorboard.close()
-            self._lines.close()
+            with suppress(OSError):  # what a full disk did not take, which is known by now
+                self._tensorboard.close()
+                self._lines.close()
 
     def _over_ranks(self) -> tuple[Tensor, Tensor]:
         flat = torch.cat([self._sums.cpu().flatten(), self._counters])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from bfsys import run
 from bfsys.checkpoint import files
-from bfsys.errors import EXIT_DIVERGED, EXIT_STORAGE
+from bfsys.errors import EXIT_DIVERGED, EXIT_STORAGE, UserError
 from tests.conftest import _run_ranks, tiny_config
 from tests.test_train import assert_success, cut_short, lines, losses, tensors
 
@@ -117,3 +121,29 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
     assert "checkpoints" in results[0].stderr
     assert "Traceback" not in results[0].stderr + results[1].stderr
     assert (run / "checkpoints").read_text() == "in the way"
+
+
+def test_a_full_disk_ends_the_run_with_its_own_code(config_file: Path, tmp_path: Path, run_ranks) -> None:
+    """Whether a checkpoint, metrics or TensorBoard's files meet it first."""
+    small = tmp_path / "runs"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("a file system of its own cannot be mounted here")
+    try:
+        change = ["train.steps=5000", "train.save_every=2000", "train.keep_checkpoints=1"]
+        results = run_ranks(2, ["bfsys/train.py", str(config_file), *change])
+        assert [r.returncode for r in results] == [EXIT_STORAGE, EXIT_STORAGE], results[0].stderr
+        assert os.strerror(errno.ENOSPC) in results[0].stderr
+        assert "During handling" not in results[0].stderr  # (TensorBoard's thread prints a traceback of its own)
+        assert files.find_newest(small / "tiny")[0] is not None
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_two_starts_of_a_run_do_not_train_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "LOCK_WAIT_S", 0.5)
+    hold = run.hold_directory(tmp_path)
+    with pytest.raises(UserError, match="another process is training in it"):
+        run.hold_directory(tmp_path)
+    hold.close()
+    run.hold_directory(tmp_path).close()
