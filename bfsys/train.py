@@ -197,11 +197,8 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
         if saver.under_way and (is_due or not is_writing):
             finish_save(run, metrics, step)
         if is_due:
+            start_save(run, metrics, guard, step)
             is_owed = False
-            run.ledger.note(step)
-            with watchdog.patient(f"step {step}: copy for the checkpoint"), run.ledger.stalled():
-                progress = {"step": step, "updates": engine.updates, "metrics": metrics.carry(), "guard": guard.carry()}
-                saver.start(engine, {**progress, **run.facts})
         if is_over:
             finish_save(run, metrics, step)
         if not exit_code:
@@ -216,6 +213,14 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
     run.ledger.note(step)
     metrics.close()
     return exit_code
+
+
+def start_save(run: Run, metrics: Metrics, guard: Guard, step: int) -> None:
+    """Take the copy of which the checkpoint is written; collective."""
+    run.ledger.note(step)
+    with run.watchdog.patient(f"step {step}: copy for the checkpoint"), run.ledger.stalled():
+        progress = {"step": step, "updates": run.engine.updates, "metrics": metrics.carry(), "guard": guard.carry()}
+        run.saver.start(run.engine, {**progress, **run.facts})
 
 
 def finish_save(run: Run, metrics: Metrics, step: int) -> None:
