@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from bfsys import export
-from bfsys.checkpoint import load_model
+from bfsys.checkpoint.loading import load_model
 from bfsys.errors import UserError
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.dense import DenseByteFormer
