@@ -133,7 +133,7 @@ def test_bad_steps_in_a_row_are_gone_around(config_file: Path, tmp_path: Path) -
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 8, 9, 10]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 2)), 3])
 def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_nothing(
     config_file: Path, tmp_path: Path, stage: int
 ) -> None:

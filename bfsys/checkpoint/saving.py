@@ -126,7 +126,8 @@ class Saver:
         def let_it_count() -> None:
             if self.ranks.is_first:
                 commit(self._work, final, facts, files)
-                if facts["guard"] is None or not facts["guard"]["in_a_row"]:  # or it may have to go back further
+                is_bad = bool((facts.get("guard") or {}).get("in_a_row"))
+                if not is_bad:  # or the run may have to go back further
                     for path in superfluous(self.run_dir, all_checkpoints(self.run_dir), self.keep):
                         remove(path)
 
