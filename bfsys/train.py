@@ -17,7 +17,6 @@ if __name__ == "__main__":  # launchers put this file's folder first, where its 
 import argparse
 import os
 import time
-import traceback
 from dataclasses import dataclass
 
 import torch
@@ -116,11 +115,6 @@ def train(config: Config, ranks: dist.Ranks) -> int:
         if ranks.is_first:
             note_end(config.run_dir, error.exit_code, str(error))
         raise
-    except Exception:
-        if not stop.exit_code:
-            raise
-        traceback.print_exc()  # a crash must not undo the request: nobody wants another start
-        return stop.exit_code
     finally:
         watchdog.close()
         saver.close()

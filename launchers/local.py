@@ -6,10 +6,10 @@
 Ctrl-C or SIGTERM saves a checkpoint and stops; the same command continues from there. A second Ctrl-C, a few
 seconds later, gives up at once.
 
-A run that crashes or hangs is started again from its newest whole checkpoint, at once if it had made
-progress, otherwise after a pause of 1, 10, 60 s. It is not
-when nobody but a person can help: bad input (2), diverged (65), nothing can be saved (74), stopped on request (130),
-asked to requeue (75), or the third start again without a new checkpoint (76). The reason is in RUN/ended.json.
+A run that crashes or hangs is started again from its newest whole checkpoint, at once if it had made progress,
+otherwise after a pause (bfsys/restarts.py). It is not when nobody but a person can help: bad input (2), diverged (65),
+nothing can be saved (74), stopped on request (130), asked to requeue (75), or the third start again without a new
+checkpoint (76). The reason is in RUN/ended.json.
 
 Ranks write to files and this process shows what is added to rank 0's: no rank ever waits for a console or breaks with
 it. They die with this process even when it is killed, through Linux's parent-death signal, set between fork and exec.
@@ -42,13 +42,7 @@ import torch
 from bfsys.config import load_config
 from bfsys.data.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
-from bfsys.errors import (
-    EXIT_HUNG,
-    EXIT_REQUEUE,
-    EXIT_STOPPED,
-    UserError,
-    run_command,
-)
+from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, EXIT_STOPPED, UserError, run_command
 from bfsys.faults import REPEAT_S
 from bfsys.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.restarts import FINAL_CODES, Restarts, newest_step
