@@ -12,16 +12,22 @@ nothing can be saved (74), stopped on request (130), asked to requeue (75), or t
 checkpoint (76). The reason is in RUN/ended.json.
 
 Ranks write to files and this process shows what is added to rank 0's: no rank ever waits for a console or breaks with
-it. They die with this process even when it is killed, through Linux's parent-death signal, set between fork and exec.
-Refused: ranks that watch their parent, since a rank blocked in a collective would not look; and SIGTERM as that
-signal, for the same reason. Whoever kills the launcher loses the steps since the last checkpoint, not the machine.
+it. They die with this process even when it is killed, through Linux's parent-death signal. Refused: ranks that watch
+their parent, since a rank blocked in a collective would not look; and SIGTERM as that signal, for the same reason.
+Whoever kills the launcher loses the steps since the last checkpoint, not the machine.
+
+CPU ranks are forked from this process, which has imported everything, so that a start again takes a fraction of the
+first; `ps -o comm` shows them as "bfsys rank 0" and so on. GPU ranks are programs of their own: CUDA does not work in
+a process that was forked after CUDA was touched.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import multiprocessing
 import os
+import runpy
 import shlex
 import signal
 import socket
@@ -53,35 +59,25 @@ POLL_S = 0.05
 TOGETHER_S = 30.0  # between the first and the last rank of an agreed end
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
 SHOWN_LINES = 15  # of a failed rank's log
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 
 
 class Group:
     """The running ranks of one job, until all of them have ended."""
 
     def __init__(self, job: TrainJob, world_size: int, log_dir: Path) -> None:
-        self._running: dict[int, subprocess.Popen] = {}  # by rank, until its end was noticed
+        self._running: dict[int, subprocess.Popen | Forked] = {}  # by rank, until its end was noticed
         self.logs = [log_dir / f"rank-{rank}.log" for rank in range(world_size)]
         self._received: list[int] = []
         self._last_sent: dict[int, float] = {}
         self._previous = {number: signal.signal(number, self._receive) for number in FORWARDED}
-        port, die_with_parent = free_port(), make_die_with_parent()
+        port = free_port()
+        start = Forked if sys.platform.startswith("linux") and not torch.cuda.device_count() else start_program
         for rank, log in enumerate(self.logs):
             variables = rank_variables(rank, world_size, rank, world_size, master_addr="127.0.0.1", master_port=port)
             with open(log, "ab") as output:
                 output.write(f"--- {time.strftime('%F %T')} {shlex.join(job.command())}\n".encode())
-                output.flush()
-                self._running[rank] = subprocess.Popen(
-                    job.command(),
-                    cwd=job.work_dir,
-                    env={**os.environ, **variables, "PYTHONUNBUFFERED": "1"},
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    # A group of its own: a terminal's Ctrl-C reaches it once, through this process.
-                    process_group=0,
-                    preexec_fn=die_with_parent,
-                )
+            self._running[rank] = start(job, rank, {**os.environ, **variables}, log)
 
     def wait(self, show: Callable[[], None]) -> int:
         """Wait for all ranks, forward signals, stop the rest when one fails; the exit code of the whole.
@@ -153,8 +149,7 @@ class Group:
             if number == signal.SIGKILL:
                 with suppress(ProcessLookupError):  # with its loader processes
                     os.killpg(process.pid, number)
-            else:
-                process.send_signal(number)  # nothing, if it has ended meanwhile
+            process.send_signal(number)  # nothing, if it has ended meanwhile
 
     def _exit_code(self, code: int) -> int:
         """A rank that died of a forwarded signal had nothing to save yet, and ends as one that had."""
@@ -209,18 +204,86 @@ def show_new(log: BinaryIO) -> None:
         sys.stdout.flush()
 
 
-def make_die_with_parent() -> Callable[[], None] | None:
-    """What a child has to do between fork and exec to be killed when this process ends; None outside Linux."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()  # loaded here: not much is safe after a fork
+# Both ways to start a rank put it into a process group of its own, so that a terminal's Ctrl-C reaches it once, through
+# this process, and have it killed when this process ends.
 
-    def die_with_parent() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+class Forked:
+    """A forked process that runs a Python script, with the words of subprocess.Popen."""
+
+    def __init__(self, job: TrainJob, rank: int, env: dict[str, str], log: Path) -> None:
+        import_what_ranks_need()
+        self._process = multiprocessing.get_context("fork").Process(
+            target=self._begin, args=(job, f"bfsys rank {rank}".encode(), env, log, os.getpid())
+        )
+        # In the child they wait until they no longer come to this process' handlers.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+        self._process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> None:
+        self._process.join()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    @staticmethod
+    def _begin(job: TrainJob, name: bytes, env: dict[str, str], log: Path, parent: int) -> None:
+        os.setpgid(0, 0)
+        die_with(parent)
+        _libc.prctl(PR_SET_NAME, name)
+        os.environ.update(env)
+        os.chdir(job.work_dir)
+        with open(log, "ab") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        for number in FORWARDED:
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        _, sys.argv[0], *sys.argv[1:] = job.command()
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def import_what_ranks_need() -> None:
+    """Takes 6 of the 11 s of a start on two cores, and nothing once it was done."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read while these are imported, as the next
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # bfsys compiles for GPUs only, and DeepSpeed would take 2 s
+    import deepspeed  # noqa: F401
+
+    import bfsys.train  # noqa: F401
+
+
+def start_program(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> subprocess.Popen:
+    parent = os.getpid()
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            job.command(),
+            cwd=job.work_dir,
+            env={**env, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            preexec_fn=lambda: die_with(parent),
+        )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)  # loaded here: not much is safe between fork and exec
+
+
+def die_with(parent: int) -> None:
+    """Have this process killed when its parent ends. Nothing outside Linux."""
+    if sys.platform.startswith("linux"):
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before this was set
             os._exit(128 + signal.SIGKILL)
-
-    return die_with_parent
 
 
 def free_port() -> int:

@@ -203,8 +203,7 @@ def bench_attacks(args: argparse.Namespace) -> dict:
                 time.sleep(0.2)
                 if time.time() >= attack:
                     attack += args.every_s
-                    ranks = [p for p in psutil.Process(launcher.pid).children() if "RANK" in _environment(p)]
-                    if ranks:
+                    if ranks := ranks_of(launcher.pid):
                         rng.choice(ranks).send_signal(signal.SIGKILL)
                         killed += 1
             wall_s = time.time() - began
@@ -225,11 +224,14 @@ def bench_attacks(args: argparse.Namespace) -> dict:
     return {"killed": killed, "restarts": restarts, "wall_s": wall_s, "seconds": seconds, "goodput": goodput(seconds)}
 
 
-def _environment(process: psutil.Process) -> dict:
-    try:
-        return process.environ()
-    except psutil.Error:
-        return {}
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """The ranks that are running, by the name that their launcher gives them."""
+    found = []
+    for process in psutil.Process(launcher).children():
+        with suppress(psutil.Error):
+            if process.name().startswith("bfsys rank "):
+                found.append(process)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -226,17 +226,18 @@ def test_training_survives_a_killed_rank_stops_on_request_and_continues_to_its_e
     said, killed = [], None
     for line in launcher.stdout:
         said.append(line)
-        if killed is None and line.startswith("step   7/150"):
-            (killed,) = [p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "1"]
+        if killed is None and "saved" in line:
+            processes = psutil.Process(launcher.pid).children()
+            (killed,) = [p for p in processes if p.name() == "bfsys rank 1"]
             killed.kill()
-        elif killed and line.startswith("step  12/150"):
+        elif killed and line.startswith("step  30/150"):
             launcher.terminate()
             break
     said += launcher.stdout.readlines()
     assert launcher.wait(timeout=60) == 130, "".join(said)
     assert any(line.startswith("starting again in 0 s, from step ") for line in said)
     stopped = int("".join(said).partition("stopped on request after step ")[2].partition(";")[0])
-    assert 12 <= stopped < 150
+    assert 30 <= stopped < 150
     assert (run / "checkpoints" / "latest").read_text() == f"step_{stopped:08}\n"
     assert how_it_ended(run)["exit_code"] == 130
 
