@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -41,7 +42,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks) -> None:
         """Every rank must pass the same model. It is moved to the rank's device and, below fp32, cast."""
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self.micro_batches = config.data.lanes // ranks.world_size
         self.stage, self.device = config.train.zero_stage, ranks.device
         self.rank, self.world_size = ranks.rank, ranks.world_size
@@ -211,7 +212,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
     return result
 
 
-def _import_deepspeed():
+def import_deepspeed() -> ModuleType:
+    """The module, made quiet. The first time takes seconds."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

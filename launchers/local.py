@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -253,11 +254,15 @@ class Forked:
 
 def import_what_ranks_need() -> None:
     """Takes 6 of the 11 s of a start on two cores, and nothing once it was done."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read while these are imported, as the next
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # bfsys compiles for GPUs only, and DeepSpeed would take 2 s
-    import deepspeed  # noqa: F401
-
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # as train.py, but for CPU ranks always
     import bfsys.train  # noqa: F401
+    from bfsys.engine import import_deepspeed
+
+    import_deepspeed()
+    # What DeepSpeed imports only when it sets up an optimizer; other versions may have other names for it.
+    for name in ("torch._dynamo", "deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 def start_program(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> subprocess.Popen:
