@@ -3,8 +3,8 @@
 A job holds what was asked for and nothing of how far it came: that is in the run directory, so the same pickle is
 started again after a node failure, a pre-emption or a time limit, and training continues from the newest
 checkpoint. Refused: submitit's own `checkpoint()` protocol. It acts on global rank 0 alone, between two byte codes,
-where no collective save is possible; here training itself agrees on the step to stop after and saves, and rank 0
-asks SLURM for another start.
+where no collective save is possible; here training itself agrees on the step to stop after and saves, all ranks leave
+with its code, and the job's script asks SLURM for another start (restarts.py).
 
 Importing this module is quick, and heavy modules are imported within the call: a signal that comes during their
 import would find submitit's handlers instead of ours.
@@ -17,25 +17,17 @@ import os
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, run_command
+from bfsys.errors import UserError, run_command
 
 # Outside Linux's range of ephemeral ports (32768-60999), where any outgoing connection may sit on a port.
 MASTER_PORTS = range(10_000, 30_000)
-
-# How long a task that has saved waits for SLURM to end it. A job that leaves by itself during the grace time of a
-# pre-emption counts as failed, and SLURM does not start it again; and a task that leaves while rank 0 asks for the
-# requeue makes `srun --kill-on-bad-exit` kill rank 0. The price: `scancel` takes KillWait, 30 s by default.
-END_WAIT_S = 600
-SCONTROL_TIMEOUT_S = 60
 
 _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
@@ -65,23 +57,32 @@ class TrainJob:
         no result: whether the run is finished, the run directory says."""
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, _ask_again)
+        try:
+            run_command(self._train)
+        except SystemExit as end:
+            # A rank that leaves with an error makes srun end the others: these keep their code, and with it the job's.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)  # as dist.leave, which says why
+
+    def _train(self) -> int:
+        if problems := [
+            f"node {socket.gethostname()}: does not see {path}, or sees another; it must be on a file system that the "
+            f"nodes share with the machine that submits"
+            for path, is_seen in (
+                (self.work_dir, self.work_dir.is_dir()),
+                (self.config, self.config.is_file()),
+                (self.code_dir, Path(__file__).resolve().parents[1] == self.code_dir.resolve()),
+            )
+            if not is_seen
+        ]:
+            raise UserError(*problems)
         os.chdir(self.work_dir)
         os.environ.update(slurm_variables(os.environ, _hosts()))
-        from bfsys.dist import leave
         from bfsys.train import main
 
-        try:
-            run_command(lambda: main(self.arguments()))
-        except SystemExit as end:
-            waits = end.code in (EXIT_REQUEUE, EXIT_STOPPED)
-            # A rank that leaves with an error makes srun end the others: these keep their code, and with it the job's.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if waits else signal.SIG_IGN)
-            if end.code == EXIT_REQUEUE and os.environ["RANK"] == "0":
-                requeue()
-            elif waits:
-                print("waiting for SLURM to end this task", flush=True)
-                time.sleep(END_WAIT_S)
-            leave(end.code)
+        return main(self.arguments())
 
 
 def rank_variables(
@@ -174,25 +175,3 @@ def _ask_again(number: int, frame: FrameType | None) -> None:
     timer = threading.Timer(1.0, os.kill, (os.getpid(), number))
     timer.daemon = True
     timer.start()
-
-
-def requeue() -> bool:
-    """Ask SLURM to start this job again, which ends all of its processes; False if it does not.
-
-    Never after SIGTERM: that is how `scancel` asks, and the cancelled job would come back.
-    """
-    job_id = os.environ["SLURM_JOB_ID"]
-    print(f"asking SLURM to start job {job_id} again", flush=True)
-    try:
-        subprocess.run(
-            ["scontrol", "requeue", job_id], check=True, capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip()
-        print(
-            f"error: job {job_id} could not be requeued: {reason}; the checkpoint is saved: "
-            f"submit again with the same command to continue",
-            file=sys.stderr,
-        )
-        return False
-    return True

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import subprocess
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,7 @@ from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, UserError
 from bfsys.evaluate import short_files
 from bfsys.faults import forget_end
 
+GIT_STATE = "git-state.txt"  # in a copy of the code that a launcher made
 LOCK_WAIT_S = 20.0  # a start that was killed may have loader processes that take a moment to notice
 
 
@@ -48,6 +50,8 @@ def run_facts(config: Config, training: Sources, plan: Plan) -> dict:
 def git_state() -> str | None:
     """The commit of this code, with a + if files were changed since; None if it is no repository."""
     here = Path(__file__).resolve().parents[1]
+    with suppress(OSError):
+        return (here / GIT_STATE).read_text() or None
 
     def git(*arguments: str) -> str:
         return subprocess.run(

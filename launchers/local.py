@@ -56,6 +56,7 @@ from bfsys.restarts import FINAL_CODES, Restarts, newest_step
 
 FORWARDED = {signal.SIGINT: EXIT_STOPPED, signal.SIGTERM: EXIT_STOPPED, signal.SIGUSR2: EXIT_REQUEUE}
 
+AGREED_CODES = (*FINAL_CODES, EXIT_REQUEUE)  # all ranks end with them, nearly together
 POLL_S = 0.05
 TOGETHER_S = 30.0  # between the first and the last rank of an agreed end
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
@@ -101,14 +102,14 @@ class Group:
                 first_code = self._exit_code(ended[first_rank])
                 if first_code == EXIT_HUNG:  # who hangs does not hear either
                     kill_at = now
-                elif first_code not in FINAL_CODES:
+                elif first_code not in AGREED_CODES:
                     stop_at = now
             if gave_up or now >= stop_at:
                 self._send(signal.SIGTERM)
                 stop_at, kill_at = float("inf"), min(kill_at, now + GRACE_S)
             if now >= kill_at:
                 self._send(signal.SIGKILL)
-        if first_code not in FINAL_CODES:
+        if first_code not in AGREED_CODES:
             self._describe_failure(first_rank, first_code)
             for number in (*self._last_sent, *self._received):  # asked to stop: it must not be started again
                 return FORWARDED[number]
@@ -188,13 +189,13 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
 def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
     """`start()` the run, which returns its exit code, until another start would not change the end; the last code."""
     restarts = Restarts(run_dir, newest_step(run_dir))
-    while (pause_s := restarts.pause_s(start())) is not None:
+    while (code := start()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
         print(f"starting again in {pause_s:.0f} s, from step {restarts.step}", file=sys.stderr, flush=True)
         previous = {n: signal.signal(n, lambda number, _: sys.exit(FORWARDED[number])) for n in FORWARDED}
         time.sleep(pause_s)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return restarts.exit_code
+    return code if code == EXIT_REQUEUE else restarts.exit_code
 
 
 def show_new(log: BinaryIO) -> None:

@@ -3,27 +3,33 @@
     python launchers/slurm.py --nodes 8 --time 24:00:00 CONFIG
     python launchers/slurm.py --nodes 2 --gpus-per-node 4 --cpus-per-task 8 --mem 200G --time 24:00:00 CONFIG
     python launchers/slurm.py --nodes 2 --gpus-per-node 0 --tasks-per-node 4 --time 60 CONFIG train.steps=100
+    python launchers/slurm.py --nodes 1 --sweep optim.lr=3e-4,1e-3 --sweep train.seed=0,1 CONFIG
 
-A job that is about to run out of time, or is pre-empted with a warning, saves a checkpoint and puts itself back in
-the queue, and so does one whose rank crashed, unless that would change nothing (bfsys/restarts.py); `scancel` saves and
-ends it for good; the same command continues a run that has ended.
+    python launchers/slurm.py status|logs|stop RUN
 
-What can be known to be wrong is said before anything waits in a queue. SLURM is spoken to through submitit, which
-carries the job over as a pickle; what happens inside of it is bfsys/job.py's. Refused: a script of our own for
-people to edit, where each copy ages by itself.
+A job that runs out of time, loses a node, is pre-empted, or whose rank crashes goes on by itself in the same run
+directory until its steps are done, unless another start would change nothing (bfsys/restarts.py). `scancel` saves and
+ends it for good. The same command continues a run that has ended, on other --nodes too.
+
+What can be known to be wrong is said before anything waits in a queue (preflight.py). SLURM is spoken to through
+submitit, which carries the job over as a pickle; what happens inside of it is bfsys/job.py's. Refused: a script of our
+own for people to edit, where each copy ages by itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
+import itertools
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # this folder has a module named slurm, and the repository root has bfsys
@@ -32,23 +38,27 @@ if __name__ == "__main__":  # this folder has a module named slurm, and the repo
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from bfsys import restarts
+from bfsys import restarts, typed_yaml
 from bfsys.config import Config, load_config
-from bfsys.dryrun import dry_run
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, collecting, run_command
 from bfsys.job import TrainJob
+from bfsys.run import GIT_STATE, git_state
+from launchers import jobs, preflight
+from launchers.preflight import parse_minutes
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Between the request to stop and the end of the time limit: a step and a checkpoint, plus start-up if it has to be.
-# SLURM may send it up to 30 s early, never late.
+# SLURM may send it up to 60 s early, never late; a short job must have time for more than its start.
 STOP_NOTICE_S = 120
 
 # Python ignores USR2 until submitit takes it: by default it would die of it. (`env --ignore-signal` would read
 # better, and is missing from the coreutils of RHEL 8.)
-PYTHON = """bash -c 'trap "" USR2; exec "$0" "$@"' """ + shlex.quote(sys.executable)
+PYTHON = """bash -c 'trap "" USR2; exec "$0" "$@"' """
 
-EPILOG = """The job runs the code of this repository and reads CONFIG where they are, when it starts and at every
-restart: edits made while it waits take effect. Relative paths in CONFIG are relative to the current folder. Code,
-config, data and runs_dir must be on a file system that the nodes share."""
+EPILOG = """The job runs a copy of bfsys and of the resolved config, made now in RUN/slurm: later edits do not touch it.
+Relative paths in CONFIG are relative to the current folder. Data, runs_dir, the current folder and Python must be on a
+file system that the nodes share."""
 
 
 class Executor(submitit.SlurmExecutor):
@@ -72,12 +82,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tasks-per-node", type=int, metavar="T", help="ranks on a node; default: one per GPU, or 1 on CPUs")
     add("--cpus-per-task", type=int, metavar="C", help="default: the cluster's")
     add("--mem", metavar="SIZE", help="of a node, for example 200G; default: the cluster's")
-    add("--time", metavar="LIMIT", default="60", help="HH:MM:SS, D-HH:MM:SS or minutes; default 60")
-    for name in ("partition", "account", "qos", "constraint", "comment"):
+    add("--time", metavar="LIMIT", default="60", help="HH:MM:SS, D-HH:MM:SS or minutes, of one start; default 60")
+    for name in ("partition", "account", "qos", "constraint", "reservation", "exclude", "dependency", "comment"):
         add(f"--{name}", help="as of sbatch")
     add("--name", help="of the job; default: the run's name")
+    add("--sweep", "--array", action="append", default=[], metavar="KEY=A,B,C",
+        help="a run for each value, as one array of jobs; repeatable: for each combination")  # fmt: skip
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable of the job; repeatable")
     add("--setup", action="append", default=[], metavar="CMD", help="shell command before training; repeatable")
+    add("--container", metavar="IMAGE", help="run in it: a .sif file through apptainer, others through pyxis; "
+        "its python3 needs what setup.cfg names")  # fmt: skip
+    add("--follow", action="store_true", help="show rank 0's log until the job is over; Ctrl-C ends only that")
     add("--dry-run", action="store_true", help="check everything, print the sbatch script, submit nothing")
     return parser
 
@@ -103,18 +118,12 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--time: got {args.time!r}; minutes, HH:MM:SS or D-HH:MM:SS are allowed, more than zero"
     if args.mem and not re.fullmatch(r"[1-9]\d*[KMGT]?", args.mem):
         yield f"--mem: got {args.mem!r}; a number with K, M, G or T is allowed, for example 200G"
+    for text in args.sweep:
+        if not re.fullmatch(r"[\w.]+=.+", text):
+            yield f"--sweep: got {text!r}; KEY=A,B,… is expected, for example optim.lr=3e-4,1e-3"
     for assignment in args.env:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", assignment, re.DOTALL):
             yield f"--env: got {assignment!r}; NAME=VALUE is expected"
-
-
-def parse_minutes(text: str) -> int | None:
-    """A time limit in whole minutes, rounded up; None if it is none."""
-    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d))|(\d+)", text)
-    if not match:
-        return None
-    days, hours, minutes, seconds, only_minutes = (int(part or 0) for part in match.groups())
-    return (-(-seconds // 60) + minutes + 60 * (hours + 24 * days) + only_minutes) or None
 
 
 def lanes_problem(lanes: int, nodes: int, per_node: int) -> str | None:
@@ -130,91 +139,150 @@ def lanes_problem(lanes: int, nodes: int, per_node: int) -> str | None:
     return f"data.lanes: {lanes} lanes cannot be shared evenly by {nodes} nodes with {per_node} ranks each; {advice}"
 
 
-def check(args: argparse.Namespace) -> Config:
-    """The config, when nothing is found wrong with it, with its data and with the command line."""
-    problems = list(option_problems(args))
-    if not args.dry_run and not shutil.which("sbatch"):
+def sweep_overrides(args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """The overrides of every run: one, or one for each combination of --sweep, with a name of its own."""
+    axes = []
+    for text in args.sweep:
+        key, is_whole, values = text.partition("=")
+        axes += [[f"{key}={value}" for value in values.split(",")]] if is_whole else []  # option_problems has said it
+    if not axes:
+        return [tuple(args.overrides)]
+    base = load_config(args.config, args.overrides).name
+    return [
+        (*args.overrides, *chosen, f"name={base}-{'-'.join(c.rpartition('.')[2] for c in chosen)}")
+        for chosen in itertools.product(*axes)
+    ]
+
+
+def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
+    """The config of every run, when nothing is found wrong with them and with the command line; and notes."""
+    problems, notes, configs = list(option_problems(args)), [], []
+    with_slurm = bool(shutil.which("sbatch"))
+    if not args.dry_run and not with_slurm:
         problems.append(
             "sbatch: not found; run this on a login node of the cluster, or launchers/local.py to train on this machine"
         )
-    config = None
-    try:
-        config = load_config(args.config, args.overrides)
-        with contextlib.redirect_stdout(io.StringIO()):
-            dry_run(config, 1, with_data=True)
-    except UserError as error:
-        problems.extend(error.problems)
-    if config and args.nodes > 0 and ranks_per_node(args) > 0:
-        problem = lanes_problem(config.data.lanes, args.nodes, ranks_per_node(args))
-        problems.extend([problem] if problem else [])
+    with collecting(problems):
+        for overrides in sweep_overrides(args):
+            with collecting(problems):
+                configs.append(load_config(args.config, overrides))
+    for config in configs:
+        problems += preflight.check_run(config)
+        if with_slurm and not args.dependency:
+            problems += [
+                f"run {config.run_dir}: job {job.job} waits or runs already; launchers/slurm.py stop {config.run_dir} "
+                f"ends it, --dependency singleton queues behind it, name=… makes another run"
+                for job in jobs.active(config.run_dir)
+            ]
+    if configs and args.nodes > 0 and ranks_per_node(args) > 0:
+        problem = lanes_problem(configs[0].data.lanes, args.nodes, ranks_per_node(args))
+        problems += [problem] if problem else []
+    if configs:
+        seen = preflight.check_places(preflight.seen_by_nodes(configs[0], Path.cwd()))
+        problems, notes = problems + seen.problems, notes + seen.notes
+    if configs and with_slurm and not any(option_problems(args)):
+        script = make_executor(args, configs, ROOT).script()
+        answer = preflight.check_slurm(script, args.partition, parse_minutes(args.time))
+        problems, notes = problems + answer.problems, notes + answer.notes
     if problems:
-        raise UserError(*problems)
-    return config
+        raise UserError(*dict.fromkeys(problems))
+    return configs, notes
 
 
-def make_executor(args: argparse.Namespace, config: Config, job: TrainJob) -> Executor:
+def snapshot(config: Config) -> Path:
+    """A copy of bfsys/ and of the resolved config in the run directory; equal ones are made once. The config's path."""
+    sources = sorted(path for path in (ROOT / "bfsys").rglob("*") if path.suffix == ".py")
+    texts = {path.relative_to(ROOT): path.read_bytes() for path in sources}
+    texts[Path(f"{config.name}.yaml")] = typed_yaml.dump(config).encode()
+    texts[Path(GIT_STATE)] = (git_state() or "").encode()
+    digest = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:12]
+    folder = jobs.slurm_folder(config.run_dir.absolute()) / f"code-{digest}"
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    if not folder.exists():
+        for path, text in texts.items():
+            (part / path).parent.mkdir(parents=True, exist_ok=True)
+            (part / path).write_bytes(text)
+        part.rename(folder)
+    return folder / f"{config.name}.yaml"
+
+
+def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir: Path) -> Executor:
     """submitit's executor with everything that sbatch and srun are to be told."""
+    run_dirs = [config.run_dir.absolute() for config in configs]
+    base = run_dirs[0] if len(configs) == 1 else run_dirs[0].with_name(load_config(args.config, args.overrides).name)
+    python, srun_args = shlex.quote(sys.executable), ["--kill-on-bad-exit=1", "--open-mode=append"]
+    if args.container:
+        python = "python3"
+        if args.container.endswith(".sif"):
+            binds = ",".join(dict.fromkeys(str(p) for p in preflight.seen_by_nodes(configs[0], Path.cwd()).values()))
+            nv = "--nv " if args.gpus_per_node else ""
+            python = f"apptainer exec {nv}--bind {shlex.quote(binds)} {shlex.quote(args.container)} python3"
+        else:
+            places = dict.fromkeys(str(p) for p in preflight.seen_by_nodes(configs[0], Path.cwd()).values())
+            srun_args += [f"--container-image={args.container}", "--container-mounts=" + ",".join(places)]
     # submitit counts time-outs that it requeues itself; it never does, and its count must not end a run.
-    run_dir = config.run_dir.absolute()
-    executor = Executor(folder=run_dir / "slurm", python=PYTHON, max_num_timeout=10**6)
+    executor = Executor(folder=jobs.slurm_folder(base), python=PYTHON + python, max_num_timeout=10**6)
     exports = [f"export {name}={shlex.quote(value)}" for name, _, value in (e.partition("=") for e in args.env)]
-    code_dir = shlex.quote(str(job.code_dir))
-    srun_args = ["--kill-on-bad-exit=1", "--open-mode=append"]
     if args.cpus_per_task:  # srun no longer takes it over from sbatch
         srun_args.append(f"--cpus-per-task={args.cpus_per_task}")
+    minutes = parse_minutes(args.time)
+    others = {"reservation": args.reservation} if args.reservation else {}
     executor.update_parameters(
-        job_name=args.name or config.name,
+        job_name=args.name or base.name,
         nodes=args.nodes,
         ntasks_per_node=ranks_per_node(args),
         gpus_per_node=args.gpus_per_node or None,
         cpus_per_task=args.cpus_per_task,
         mem=args.mem,
-        time=parse_minutes(args.time),
+        time=minutes,
         partition=args.partition,
         account=args.account,
         qos=args.qos,
         constraint=args.constraint,
+        exclude=args.exclude,
+        dependency=args.dependency,
         comment=args.comment,
         wckey="",  # not submitit's own, which sites that check keys refuse
         stderr_to_stdout=True,  # one log per rank, in the order of events
         srun_args=srun_args,
         setup=[
+            "trap : TERM  # the script outlives its tasks, and decides what becomes of the job",
             *args.setup,
             *exports,
             # The job's code before all other, and no module from the current folder.
-            f"export PYTHONPATH={code_dir}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+            f"export PYTHONPATH={shlex.quote(str(code_dir))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
         ],
-        # What becomes of a job whose tasks have ended by themselves.
-        teardown=[f"exec {shlex.quote(sys.executable)} -m bfsys.restarts $? {shlex.quote(str(run_dir))}"],
+        # What becomes of a job whose tasks have ended.
+        teardown=[
+            "code=$?",
+            f"runs=({shlex.join(map(str, run_dirs))})",
+            f'exec {shlex.quote(sys.executable)} -m bfsys.restarts $code "${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}"',
+        ],
         additional_parameters={
-            "chdir": str(job.work_dir),
-            "signal": f"USR2@{STOP_NOTICE_S}",
+            "chdir": str(Path.cwd()),
+            "signal": f"USR2@{min(STOP_NOTICE_S, 20 * minutes)}",
             "requeue": True,  # some sites' default is not to
+            **others,
         },
     )
     return executor
 
 
-def submit(executor: Executor, job: TrainJob) -> submitit.Job:
-    """Hand the job to SLURM; raises UserError, and leaves no files behind, if it is refused."""
+def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
+    """Hand the job to SLURM, as an array if there are several; raises UserError if it is refused, and leaves nothing
+    of submitit's behind."""
     if "SLURM_JOB_ID" in os.environ:  # within another job: its number of tasks is not ours
         for name in [n for n in os.environ if n.startswith("SLURM_") and n != "SLURM_CONF"]:
             del os.environ[name]
     folder = Path(executor.folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"log folder {folder}: cannot be written: {error.strerror}") from None
+    folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
-            return executor.submit(job)
+            return [executor.submit(tasks[0])] if len(tasks) == 1 else executor.map_array(TrainJob.__call__, tasks)
     except FailedJobError as error:
         for path in set(folder.iterdir()) - before:
             path.unlink()
-        for empty in (folder, folder.parent):
-            with contextlib.suppress(OSError):
-                empty.rmdir()
         reason = re.sub(r"^sbatch: (error: )?", "", str(error).strip(), flags=re.MULTILINE).replace("\n", "; ")
         raise UserError(f"sbatch refused the job: {reason}") from None
     except FailedSubmissionError as error:
@@ -222,31 +290,48 @@ def submit(executor: Executor, job: TrainJob) -> submitit.Job:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in ("status", "logs", "stop"):
+        return jobs.main(arguments)
     args = make_parser().parse_intermixed_args(arguments)
-    config = check(args)
-    job = TrainJob(
-        config=Path(args.config).absolute(),
-        overrides=tuple(args.overrides),
-        code_dir=Path(__file__).resolve().parents[1],
-        work_dir=Path.cwd(),
-    )
-    executor = make_executor(args, config, job)
+    configs, notes = check(args)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if args.dry_run:
-        print(executor.script())
+        print(make_executor(args, configs, ROOT).script())
         return 0
-    restarts.forget(config.run_dir)
-    submitted = submit(executor, job)
-    per_node, log = ranks_per_node(args), submitted.paths.stdout
+    try:
+        paths = [snapshot(config) for config in configs]
+    except OSError as error:
+        raise UserError(f"run directory {configs[0].run_dir}: cannot be written: {error.strerror}") from None
+    executor = make_executor(args, configs, paths[0].parent)
+    tasks = [TrainJob(config=path, overrides=(), code_dir=path.parent, work_dir=Path.cwd()) for path in paths]
+    command, now = shlex.join(["python", "launchers/slurm.py", *arguments]), time.strftime("%F %T")
+    for config in configs:
+        restarts.forget(config.run_dir)
+    submitted = [
+        jobs.Submitted(str(job.job_id), str(job.paths.stdout), now, command) for job in submit(executor, tasks)
+    ]
+    for config, job in zip(configs, submitted, strict=True):
+        jobs.note_submission(config.run_dir, job)
+    tell(args, configs, submitted)
+    return jobs.show_log(configs[0].run_dir, 0, follow=True) if args.follow else 0
+
+
+def tell(args: argparse.Namespace, configs: Sequence[Config], submitted: Sequence[jobs.Submitted]) -> None:
+    """What was submitted, and the commands to look after it."""
     device = "one per GPU" if args.gpus_per_node else "on CPUs"
-    print(
-        f"job {submitted.job_id}: {args.nodes} nodes with {per_node} ranks each, {device}, "
-        f"{parse_minutes(args.time)} minutes at a time\n"
-        f"log     {log}\n"
-        f"follow  tail -F {shlex.quote(str(log))}\n"
-        f"stop    scancel {submitted.job_id}\n"
-        f"resume  the same command again, after it has ended"
-    )
-    return 0
+    for config, job in zip(configs, submitted, strict=True):
+        run = shlex.quote(str(config.run_dir))
+        print(
+            f"job {job.job}: {args.nodes} nodes with {ranks_per_node(args)} ranks each, {device}, "
+            f"{parse_minutes(args.time)} minutes at a time\n"
+            f"log     {job.log}\n"
+            f"status  python launchers/slurm.py status {run}\n"
+            f"follow  python launchers/slurm.py logs --follow {run}\n"
+            f"stop    python launchers/slurm.py stop {run}\n"
+            f"resume  the same command again, after it has ended"
+        )
 
 
 if __name__ == "__main__":

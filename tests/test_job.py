@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 import pytest
@@ -80,70 +82,54 @@ def test_gloo_is_told_an_interface_only_where_the_own_name_misleads(monkeypatch)
 
 @pytest.fixture
 def run_task(tmp_path, monkeypatch):
-    """`run_task(train, **variables)` runs a job as a SLURM task whose training is the function `train`.
+    """`run_task(train, **changes)` runs a job, changed, as a SLURM task that trains by the function; its exit code."""
 
-    Returns its exit code, the calls of scontrol, and the seconds it waited for SLURM.
-    """
-    calls = tmp_path / "calls"
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n[ -z "$REFUSE" ] || {{ echo "$REFUSE" >&2; exit 1; }}\n')
-    scontrol.chmod(0o755)
+    def leave(code: int) -> NoReturn:
+        raise Left(code)
 
-    def run(train, **variables: str) -> tuple[int, list[str], list[float]]:
-        waited: list[float] = []
+    def run(train, **changes: Path) -> int:
         monkeypatch.setitem(sys.modules, "bfsys.train", types.SimpleNamespace(main=train))
-        monkeypatch.setattr("bfsys.dist.leave", sys.exit)  # it would end the tests
+        monkeypatch.setattr(job_module.os, "_exit", leave)  # it would end the tests
         monkeypatch.setattr(job_module, "_hosts", lambda: ["n1"])
-        # Only the job's own waiting: the module `time` is everybody's.
-        monkeypatch.setattr(job_module, "time", types.SimpleNamespace(sleep=waited.append))
         monkeypatch.chdir(tmp_path)
+        (tmp_path / "a config.yaml").touch()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
-        environment = {
-            **TASK,
-            "SLURM_PROCID": "0",
-            "SLURM_NODEID": "0",
-            "PATH": f"{tmp_path}:{os.environ['PATH']}",
-            **variables,
-        }
+        environment = {**TASK, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
         try:
-            with mock.patch.dict(os.environ, environment), pytest.raises(SystemExit) as end:
-                make_job(tmp_path)()
+            with mock.patch.dict(os.environ, environment), pytest.raises(Left) as end:
+                replace(make_job(tmp_path), **{"config": tmp_path / "a config.yaml", **changes})()
+            assert (
+                signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+            )  # the task keeps its code when srun ends the others
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        return end.value.code, calls.read_text().splitlines() if calls.exists() else [], waited
+        return end.value.args[0]
 
     return run
 
 
-def test_rank_0_requeues_when_time_runs_out_and_the_others_wait(run_task, tmp_path):
+class Left(BaseException):
+    """The process would be gone now."""
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 130])
+def test_a_task_leaves_with_the_code_of_training(run_task, tmp_path, code):
     def train(arguments: list[str]) -> int:
-        assert arguments == make_job(tmp_path).arguments()
-        assert (os.environ["RANK"], os.environ["WORLD_SIZE"], Path.cwd()) == (rank, "4", tmp_path)
-        return 75
+        assert arguments == [str(tmp_path / "a config.yaml"), "train.steps=3", "name=x"]
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"], Path.cwd()) == ("0", "4", tmp_path)
+        return code
 
-    rank = "2"
-    assert run_task(train, SLURM_PROCID="2") == (75, [], [job_module.END_WAIT_S])
-    rank = "0"
-    assert run_task(train) == (75, ["requeue 70123"], [])
+    assert run_task(train) == code
 
 
-def test_a_refused_requeue_is_said(run_task, capsys):
-    assert run_task(lambda _: 75, REFUSE="Requested operation is presently disabled")[0] == 75
-    error = capsys.readouterr().err
-    assert "job 70123 could not be requeued: Requested operation is presently disabled; " in error
-    assert "submit again" in error
-    assert run_task(lambda _: 75, PATH="/nowhere")[0] == 75
-    assert "could not be requeued: [Errno 2] No such file or directory: 'scontrol'" in capsys.readouterr().err
-
-
-def test_a_cancelled_job_is_not_requeued_and_leaves_its_end_to_slurm(run_task):
-    assert run_task(lambda _: 130) == (130, [], [job_module.END_WAIT_S])
-
-
-@pytest.mark.parametrize("code", [0, 1, 2])
-def test_any_other_end_is_immediate(run_task, code):
-    assert run_task(lambda _: code) == (code, [], [])
+def test_what_a_node_does_not_see_is_said(run_task, tmp_path, capsys):
+    assert run_task(lambda _: 0, config=tmp_path / "gone.yaml", code_dir=tmp_path) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [error.partition(": does not see ")[2].partition(",")[0] for error in errors] == [
+        f"{tmp_path}/gone.yaml",
+        f"{tmp_path}",  # the module that runs is not from there
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
@@ -160,5 +146,5 @@ def test_a_signal_before_training_is_ready_is_kept_for_it(run_task, number):
         signal.signal(number, previous)
         return 0
 
-    assert run_task(train)[0] == 0
+    assert run_task(train) == 0
     assert received == [number]

@@ -6,23 +6,20 @@ The tests on a cluster (pytest -m slurm) need a folder that its nodes share: --b
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from bfsys.config import load_config
-from bfsys.errors import EXIT_DIVERGED, UserError
-from bfsys.faults import how_it_ended
-from launchers import slurm
-from tests.test_train import lines
+from bfsys.errors import UserError
+from launchers import jobs, slurm
 
 ON_CPUS = "--gpus-per-node=0"
+TRAP = "trap : TERM  # the script outlives its tasks, and decides what becomes of the job"
 ROOT = Path(__file__).resolve().parents[2]
 REFUSING = "#!/bin/sh\necho 'sbatch: error: invalid partition specified: nope' >&2\nexit 1\n"
 ACCEPTING = "#!/bin/sh\necho Submitted batch job 42\n"
@@ -34,6 +31,13 @@ def problems_of(*arguments: object) -> list[str]:
     return list(error.value.problems)
 
 
+@pytest.fixture(autouse=True)
+def no_slurm(tmp_path, monkeypatch) -> None:
+    """What this machine has of SLURM is not there, for the launcher."""
+    which = shutil.which
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: which(name, path=str(tmp_path / "bin")))
+
+
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch) -> Callable[[str], None]:
     """`sbatch(script)` puts a command of that name, alone, in front of PATH."""
@@ -41,8 +45,9 @@ def sbatch(tmp_path, monkeypatch) -> Callable[[str], None]:
     def make(script: str) -> None:
         folder = tmp_path / "bin"
         folder.mkdir()
-        (folder / "sbatch").write_text(script)
-        (folder / "sbatch").chmod(0o755)
+        for name, text in (("sbatch", script), ("srun", "")):  # submitit looks for both
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
     return make
@@ -72,11 +77,14 @@ def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, cap
     setup = lines_of_script[lines_of_script.index("# setup") + 1 : lines_of_script.index("# command")]
     exports = ["export A='b '\"'\"'c'\"'\"''", "export D=''"]
     path = f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
-    assert setup == ["module load x", *exports, path, ""]
+    assert setup == [TRAP, "module load x", *exports, path, ""]
     srun = next(line for line in lines_of_script if line.startswith("srun"))
     assert ' --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=6 bash -c \'trap "" USR2; exec ' in srun
     assert "--error" not in srun
-    assert lines_of_script[-1] == f"exec {sys.executable} -m bfsys.restarts $? {tmp_path}/runs/tiny"
+    assert lines_of_script[-2:] == [
+        f"runs=({tmp_path}/runs/tiny)",
+        f'exec {sys.executable} -m bfsys.restarts $code "${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}"',
+    ]
     assert not (tmp_path / "runs").exists()
 
 
@@ -95,14 +103,6 @@ def test_by_default_there_are_eight_gpus_and_tasks_on_a_node(config_file, capsys
     script = script_of(config_file, capsys, "--nodes=2")
     assert "#SBATCH --ntasks-per-node=8\n" in script
     assert "#SBATCH --gpus-per-node=8\n" in script
-
-
-@pytest.mark.parametrize(
-    ("text", "minutes"),
-    [("90", 90), ("1:30:00", 90), ("0:00:01", 1), ("2-00:00:00", 2880), ("0", None), ("1:70:00", None), ("1h", None)],
-)
-def test_time_limits(text, minutes):
-    assert slurm.parse_minutes(text) == minutes
 
 
 def test_node_counts_that_fit_are_named(config_file):
@@ -127,12 +127,21 @@ def test_all_problems_are_reported_at_once(config_file, tmp_path, monkeypatch):
     assert [p.partition(": ")[0] for p in problems] == ["sbatch", f"config {config_file}"]
 
 
-def test_a_refused_job_is_one_sentence_and_leaves_no_files(config_file, tmp_path, sbatch, capfd):
+def test_a_job_that_would_be_refused_is_one_sentence_and_leaves_no_files(config_file, tmp_path, sbatch, capfd):
     sbatch(REFUSING)
     problems = problems_of("--nodes", 2, ON_CPUS, "--partition", "nope", config_file)
-    assert problems == ["sbatch refused the job: invalid partition specified: nope"]
+    assert problems == ["sbatch --test-only: SLURM would refuse the job: invalid partition specified: nope"]
     assert capfd.readouterr() == ("", "")
     assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_a_job_that_is_refused_after_all_leaves_nothing_of_it(config_file, tmp_path, sbatch, capfd):
+    sbatch(f'#!/bin/sh\n[ "$1" = --test-only ] && exit\n{REFUSING}')
+    problems = problems_of("--nodes", 2, ON_CPUS, "--partition", "nope", config_file)
+    assert problems == ["sbatch refused the job: invalid partition specified: nope"]
+    assert "Traceback" not in "".join(capfd.readouterr())
+    (left,) = (tmp_path / "runs" / "tiny" / "slurm").iterdir()
+    assert left.name.startswith("code-")
 
 
 def test_submission_tells_what_to_do_next_and_carries_the_job(config_file, tmp_path, sbatch, capsys, monkeypatch):
@@ -142,11 +151,57 @@ def test_submission_tells_what_to_do_next_and_carries_the_job(config_file, tmp_p
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     folder = tmp_path / "runs" / "tiny" / "slurm"
     assert lines["log"] == f"{folder}/42_0_log.out"
-    assert lines["follow"] == f"tail -F {folder}/42_0_log.out"
-    assert lines["stop"] == "scancel 42"
+    for name, command in (("follow", "logs --follow"), ("status", "status"), ("stop", "stop")):
+        assert lines[name] == f"python launchers/slurm.py {command} {tmp_path}/runs/tiny"
+    (code,) = folder.glob("code-*")
     job = pickle.loads((folder / "42_submitted.pkl").read_bytes()).function
-    assert job == slurm.TrainJob(tmp_path / "tiny.yaml", ("train.steps=12",), ROOT, tmp_path)
-    load_config(job.config, job.overrides)
+    assert job == slurm.TrainJob(code / "tiny.yaml", (), code, tmp_path)
+    assert load_config(job.config, ()) == load_config(config_file, ["train.steps=12"])
+    assert (code / "bfsys" / "train.py").read_bytes() == (ROOT / "bfsys" / "train.py").read_bytes()
+    (submitted,) = jobs.submissions(tmp_path / "runs" / "tiny")
+    assert (submitted.job, submitted.log) == ("42", lines["log"])
+    assert submitted.command == f"python launchers/slurm.py --nodes 2 {ON_CPUS} tiny.yaml train.steps=12"
+
+
+def test_equal_code_is_copied_once(config_file, tmp_path):
+    config = load_config(config_file)
+    before = slurm.snapshot(config)
+    assert slurm.snapshot(config) == before
+    other = slurm.snapshot(load_config(config_file, ["train.steps=12"]))
+    assert other.parent != before.parent
+    assert len(list((tmp_path / "runs" / "tiny" / "slurm").iterdir())) == 2
+
+
+def test_a_sweep_has_a_run_for_each_combination(config_file, tmp_path, sbatch, capsys):
+    sbatch(ACCEPTING)
+    sweep = ["--sweep", "optim.lr=1e-3,2e-3", "--sweep", "train.seed=0,1"]
+    assert slurm.main(["--nodes", "2", ON_CPUS, *sweep, str(config_file)]) == 0
+    names = [f"tiny-lr={rate}-seed={seed}" for rate in ("1e-3", "2e-3") for seed in (0, 1)]
+    for number, name in enumerate(names):
+        run = tmp_path / "runs" / name
+        (submitted,) = jobs.submissions(run)
+        assert submitted.job == f"42_{number}"
+        pickled = tmp_path / "runs" / "tiny" / "slurm" / f"42_{number}_submitted.pkl"
+        (job,) = pickle.loads(pickled.read_bytes()).args
+        config = load_config(job.config, job.overrides)
+        assert (config.name, str(config.train.seed)) == (name, name[-1])
+        assert run in job.config.parents
+    script = script_of(config_file, capsys, "--nodes=2", ON_CPUS, *sweep)
+    assert f"runs=({' '.join(f'{tmp_path}/runs/{name}' for name in names)})" in script
+    problems = problems_of("--nodes", 2, ON_CPUS, "--sweep", "optim.lr=1,x", "--sweep", "train.seedz=1", config_file)
+    assert any("optim.lr" in problem for problem in problems)
+    assert any("seedz" in problem for problem in problems)
+    assert problems_of("--nodes", 2, ON_CPUS, "--sweep", "lr", config_file)[0].startswith("--sweep: got 'lr'")
+
+
+def test_containers(config_file, capsys):
+    script = script_of(config_file, capsys, "--nodes=2", "--gpus-per-node=2", "--container=/images/bfsys.sif")
+    assert "apptainer exec --nv --bind " in script
+    assert " /images/bfsys.sif python3 -u -m submitit.core._submit" in script
+    script = script_of(config_file, capsys, "--nodes=2", ON_CPUS, "--container=nvcr.io#nvidia/pytorch:25.10-py3")
+    assert "--container-image=nvcr.io#nvidia/pytorch:25.10-py3" in script
+    assert f"--container-mounts={config_file.parent}/runs/tiny," in script
+    assert " python3 -u -m submitit.core._submit" in script
 
 
 def test_a_submission_from_within_a_job_is_not_bound_by_it(config_file, tmp_path, sbatch, monkeypatch):
@@ -156,121 +211,3 @@ def test_a_submission_from_within_a_job_is_not_bound_by_it(config_file, tmp_path
     slurm.main(["--nodes", "2", ON_CPUS, str(config_file)])
     seen = (tmp_path / "environment").read_text().splitlines()
     assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
-
-
-# --- on a cluster ---
-
-
-@pytest.fixture(scope="module")
-def cluster() -> None:
-    try:
-        nodes = subprocess.run(["sinfo", "--noheader", "--Node"], capture_output=True, text=True, timeout=30)
-    except FileNotFoundError:
-        pytest.skip("there is no SLURM here: sinfo is not found")
-    if nodes.returncode:
-        pytest.skip(f"SLURM does not answer: {nodes.stderr.strip()}")
-    if len({line.split()[0] for line in nodes.stdout.splitlines()}) < 2:
-        pytest.skip("the SLURM cluster has one node only; two are needed")
-
-
-@pytest.fixture
-def submit(cluster, config_file, capsys):
-    """`submit(overrides…)` submits a run on two nodes and returns job id and rank 0's log; cancelled at the end."""
-    jobs = []
-
-    def submit(*overrides: str, minutes: str = "10") -> tuple[str, Path]:
-        command = [
-            "--nodes=2",
-            ON_CPUS,
-            "--cpus-per-task=1",
-            "--time",
-            minutes,
-            str(config_file),
-            "train.save_every=100000",
-        ]
-        assert slurm.main([*command, *overrides]) == 0
-        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-        jobs.append(lines["stop"].split()[1])
-        return jobs[-1], Path(lines["log"])
-
-    yield submit
-    for job in jobs:
-        subprocess.run(["scancel", "--quiet", job])
-
-
-def wait_for(found: Callable[[], bool], seconds: float, log: Path) -> None:
-    until = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < until, log.read_text() if log.exists() else "the job never started"
-        time.sleep(0.3)
-
-
-def has(log: Path, text: str) -> Callable[[], bool]:
-    return lambda: log.exists() and text in log.read_text()
-
-
-def queue_state(job: str) -> str:
-    """Its state in the queue; empty when it has left."""
-    return subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip()
-
-
-@pytest.mark.slurm
-@pytest.mark.timeout(900)
-def test_a_job_that_is_warned_saves_and_continues_to_its_end(submit):
-    job, log = submit("train.steps=300", "train.log_every=50")
-    wait_for(has(log, "step  50/300"), 180, log)
-    subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    wait_for(has(log, "finished: 300 steps"), 400, log)
-    text = log.read_text()
-    stopped = int(text.partition("stopped on request after step ")[2].partition(";")[0])
-    assert 50 <= stopped < 300
-    assert f"after step {stopped}\n" in text.partition("continuing ")[2]
-    wait_for(lambda: not queue_state(job), 60, log)
-
-
-@pytest.mark.slurm
-@pytest.mark.timeout(900)
-def test_a_job_that_runs_out_of_time_continues(submit):
-    _, log = submit("train.steps=100000", "train.log_every=20", minutes="3")
-    wait_for(has(log, "continuing "), 400, log)
-    assert "stopped on request after step " in log.read_text()
-
-
-@pytest.mark.slurm
-@pytest.mark.timeout(900)
-def test_a_cancelled_job_saves_and_stays_away(submit):
-    job, log = submit("train.steps=100000", "train.log_every=20")
-    wait_for(has(log, "step     20/"), 180, log)
-    subprocess.run(["scancel", job], check=True)
-    wait_for(lambda: not queue_state(job), 120, log)
-    assert "stopped on request after step " in log.read_text()
-    time.sleep(15)
-    assert not queue_state(job)
-    assert log.read_text().count("Starting with JobEnvironment") == 1
-
-
-@pytest.mark.slurm
-@pytest.mark.timeout(900)
-def test_a_job_whose_rank_is_killed_continues_to_its_end(submit, tmp_path):
-    job, log = submit("train.steps=300", "train.log_every=10", "train.save_every=20")
-    wait_for(has(log, "step  50/300"), 180, log)
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            environment, is_rank = process.environ(), "submitit.core._submit" in process.cmdline()
-            if is_rank and environment.get("SLURM_JOB_ID") == job and environment.get("SLURM_PROCID") == "1":
-                process.kill()
-    wait_for(has(log, "finished: 300 steps"), 400, log)
-    assert "starting again in 0 s, from step " in log.read_text()
-    assert [line["step"] for line in lines(tmp_path / "runs" / "tiny")] == list(range(10, 301, 10))
-    wait_for(lambda: not queue_state(job), 60, log)
-
-
-@pytest.mark.slurm
-@pytest.mark.timeout(900)
-def test_a_job_with_an_error_that_a_person_must_mend_is_not_started_again(submit, tmp_path):
-    job, log = submit("train.steps=300", "train.keep_checkpoints=1", "optim.lr=1e30", "optim.warmup_steps=0",
-                      "train.save_every=1")  # fmt: skip
-    wait_for(lambda: log.exists() and not queue_state(job), 300, log)
-    assert "bad steps again after" in log.read_text()
-    assert log.read_text().count("Starting with JobEnvironment") == 1
-    assert how_it_ended(tmp_path / "runs" / "tiny")["exit_code"] == EXIT_DIVERGED

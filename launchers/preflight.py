@@ -1,0 +1,187 @@
+"""What can be known to be wrong with a job before it waits in a queue: data, run directory, file systems, SLURM.
+
+Seconds, on a login node, without a GPU. Each check yields its problems; none stops the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bfsys.checkpoint.loading import check_same_run, newest_readable
+from bfsys.config import Config
+from bfsys.data.datasets import Sources
+from bfsys.data.remote import is_remote
+from bfsys.dist import Ranks
+from bfsys.dryrun import dry_run
+from bfsys.errors import UserError
+from bfsys.run import open_data, run_facts
+
+# By the kind of file system that the kernel names. Others, such as ext4, may still be exported to the nodes.
+OF_THIS_MACHINE = {"tmpfs", "ramfs", "devtmpfs", "squashfs", "iso9660"}
+SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "orangefs", "afs", "cifs",
+          "smb3", "9p", "virtiofs"}  # fmt: skip
+ANSWER_S = 60
+
+
+@dataclass(frozen=True)
+class Checked:
+    problems: list[str]
+    notes: list[str]
+
+
+def check_run(config: Config) -> list[str]:
+    """Problems of data and run directory: everything that would end the job in its first minute."""
+    problems = list(_writable(config.run_dir))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            dry_run(config, 1, with_data=True)
+        training, validation, plan = open_data(config, Ranks())
+        for part in (training, validation):
+            problems += missing_shards(part) if part else []
+        path, unreadable = newest_readable(config.run_dir)
+        if path:
+            check_same_run(path, run_facts(config, training, plan))
+        else:
+            problems += unreadable
+    except UserError as error:
+        problems += error.problems
+    return problems
+
+
+def missing_shards(sources: Sources) -> list[str]:
+    """Local shards that are not there, or not of the size that dataset.json says."""
+    problems = []
+    for split in sources.splits:
+        if is_remote(split.dataset.location):
+            continue
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(split.path)}
+        for shard in split.shards:
+            size = sizes.get(shard.file)
+            if size is None:
+                problems.append(f"{split.path / shard.file}: the shard is missing, and with it {shard.samples} samples")
+            elif size != shard.bytes:
+                problems.append(f"{split.path / shard.file}: has {size:,} bytes, dataset.json says {shard.bytes:,}")
+    return problems
+
+
+def _writable(run_dir: Path) -> Iterator[str]:
+    place = run_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        yield f"run directory {run_dir}: {place} is no directory"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield f"run directory {run_dir}: {place} cannot be written by you; choose another with runs_dir=…"
+    elif (free := os.statvfs(place)).f_bavail * free.f_frsize < 2**30 or (free.f_files and not free.f_favail):
+        yield f"run directory {run_dir}: less than 1 GiB or no file is left on its disk"
+
+
+def check_places(places: dict[str, Path]) -> Checked:
+    """Whether nodes can see them: `places` by what they are."""
+    problems, unsure, mounts = [], {}, _mounts()
+    for what, path in places.items():
+        kind = _file_system(path, mounts)
+        if kind in OF_THIS_MACHINE:
+            problems.append(f"{what} {path}: lies in {kind}, which no other machine sees; use a shared file system")
+        elif kind not in SHARED and not kind.startswith("fuse"):
+            unsure.setdefault(kind, []).append(what)
+    notes = [f"{', '.join(whats)}: on {kind}; do the nodes see it?" for kind, whats in unsure.items()]
+    return Checked(problems, notes)
+
+
+def _mounts() -> dict[Path, str]:
+    """File system kinds by mount point; those of later mounts hide those of earlier ones."""
+    kinds = {}
+    with open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            _, place, kind, *_ = line.split(" ")
+            kinds[Path(place.encode().decode("unicode_escape"))] = kind  # "\040" is a space
+    return kinds
+
+
+def _file_system(path: Path, mounts: dict[Path, str]) -> str:
+    path = path.resolve()
+    return next((mounts[place] for place in (path, *path.parents) if place in mounts), "unknown")
+
+
+def check_slurm(script: str, partition: str | None, minutes: int) -> Checked:
+    """Ask SLURM whether it would take the script, and when it would start."""
+    problems, notes = [], []
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        try:
+            asked = subprocess.run(
+                ["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=ANSWER_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return Checked([f"sbatch --test-only: no answer within {ANSWER_S} s; is the controller up? See sinfo"], [])
+    said = [re.sub(r"^sbatch: (error: )?", "", line) for line in asked.stderr.splitlines() if line.strip()]
+    if asked.returncode:
+        problems.append(f"sbatch --test-only: SLURM would refuse the job: {'; '.join(said)}")
+    elif starts := re.search(r"to start at (\S+) .* in partition (\S+)", asked.stderr):
+        notes.append(f"SLURM would start it at {starts[1].replace('T', ' ')} in partition {starts[2]}")
+    # Without EnforcePartLimits a job that asks for too long is taken, and waits for ever.
+    name, limit = _partition_limit(partition)
+    if limit and minutes > limit:
+        problems.append(
+            f"--time: got {minutes} minutes; partition {name} allows {limit}. A job that runs out of time saves and "
+            f"puts itself back in the queue, so a short limit costs a restart, not work"
+        )
+    return Checked(problems, notes)
+
+
+def _partition_limit(partition: str | None) -> tuple[str, int | None]:
+    """(name, minutes) of a partition, or of the default one; None minutes if there is no limit, or no answer."""
+    try:
+        said = subprocess.run(
+            ["sinfo", "--noheader", "--format=%P %l"], capture_output=True, text=True, timeout=ANSWER_S, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "", None
+    for line in said.splitlines():
+        name, _, limit = line.partition(" ")
+        if name.rstrip("*") == partition or (partition is None and name.endswith("*")):
+            return name.rstrip("*"), parse_minutes(limit.strip())
+    return "", None
+
+
+def parse_minutes(text: str) -> int | None:
+    """A time limit, as sbatch takes it, in whole minutes, rounded up; None if it is none.
+
+    minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        return None
+    days, *rest = match.groups()
+    numbers = [int(part) for part in rest if part is not None]
+    if days is not None:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    elif len(numbers) < 3:
+        hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
+    else:
+        hours, minutes, seconds = numbers
+    if (len(numbers) > 1 and seconds > 59) or (minutes > 59 and (days is not None or len(numbers) == 3)):
+        return None
+    return (-(-seconds // 60) + minutes + 60 * (hours + 24 * int(days or 0))) or None
+
+
+def seen_by_nodes(config: Config, work_dir: Path) -> dict[str, Path]:
+    """What a job needs on every node, by what it is."""
+    data = [p for s in config.data.sources for p in (s.path, s.eval_path) if p and not is_remote(p)]
+    return {
+        "run directory": config.run_dir.absolute(),
+        "current folder": work_dir,
+        "Python": Path(sys.prefix),
+        **{f"data {i}" if i else "data": Path(path).absolute() for i, path in enumerate(data)},
+    }

@@ -1,0 +1,301 @@
+"""The life of jobs on a real cluster: whatever happens to them, the run ends as if nothing had.
+
+    python -m pytest -m slurm tests/slurm --basetemp=FOLDER
+
+FOLDER is on a file system that the nodes share; /tmp is not, on most. Nodes lose power by the command in
+BFSYS_KILL_NODE and come back by the one in BFSYS_RESTORE_NODE, each called with a node's name; without them those tests
+are skipped. A job is pre-empted by one in the partition of BFSYS_PARTITIONS=LOW,HIGH (default: low,high).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bfsys.errors import EXIT_DIVERGED, EXIT_STOPPED
+from bfsys.faults import how_it_ended
+from launchers import jobs
+from tests.chaos.test_kills import assert_equal_runs
+from tests.conftest import REPOSITORY, _run_ranks
+from tests.test_train import assert_success, lines, losses
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+STEPS = 600
+OVERRIDES = [f"train.steps={STEPS}", "train.save_every=25", "train.log_every=1", "train.keep_best=0"]
+LAUNCHER = [sys.executable, str(REPOSITORY / "launchers" / "slurm.py")]
+LOW, HIGH = os.environ.get("BFSYS_PARTITIONS", "low,high").split(",")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> None:
+    try:
+        nodes = subprocess.run(["sinfo", "--noheader", "--Node"], capture_output=True, text=True, timeout=30)
+    except FileNotFoundError:
+        pytest.skip("there is no SLURM here: sinfo is not found")
+    if nodes.returncode:
+        pytest.skip(f"SLURM does not answer: {nodes.stderr.strip()}")
+    if len({line.split()[0] for line in nodes.stdout.splitlines()}) < 2:
+        pytest.skip("the SLURM cluster has one node only; two are needed")
+
+
+@dataclass(frozen=True)
+class Job:
+    run: Path
+    id: str
+    log: Path
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait_for(self, found: Callable[[], bool], seconds: float = 180) -> None:
+        until = time.monotonic() + seconds
+        while not found():
+            assert time.monotonic() < until, self.said() or "the job never started"
+            time.sleep(0.2)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(lambda: re.search(rf"^step +{step}/", self.said(), re.MULTILINE) is not None)
+
+    def wait_for_end(self, seconds: float = 300) -> None:
+        self.wait_for(lambda: jobs.state_of(self.id).is_over, seconds)
+
+    @property
+    def starts(self) -> int:
+        return self.said().count("Starting with JobEnvironment")
+
+
+@pytest.fixture
+def submit(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """`submit(options, overrides…)` submits a run on two nodes; cancelled at the end."""
+    submitted = []
+
+    def submit(options: str, *overrides: str) -> Job:
+        options = shlex.split(f"--nodes 2 --gpus-per-node 0 --cpus-per-task 1 --time 10 {options}")
+        command = [*LAUNCHER, *options, str(config_file), *OVERRIDES, *overrides]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+        assert answer.returncode == 0, answer.stderr
+        facts = dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
+        submitted.append(facts["job"].split(":")[0])
+        return Job(tmp_path / "runs" / "tiny", submitted[-1], Path(facts["log"]))
+
+    yield submit
+    for job in submitted:
+        subprocess.run(["scancel", "--quiet", job], check=False)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on two processes of this machine, from its beginning to its end."""
+    return run_here(2, datasets, tmp_path_factory.mktemp("undisturbed"))
+
+
+def run_here(ranks: int, datasets: Path, folder: Path) -> Path:
+    import yaml
+
+    from tests.conftest import tiny_config
+
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
+    assert_success(_run_ranks(ranks, ["bfsys/train.py", str(config), *OVERRIDES]))
+    return folder / "runs" / "tiny"
+
+
+def assert_finished(job: Job, undisturbed: Path) -> None:
+    job.wait_for_end()
+    assert "finished: " in job.said(), job.said()
+    assert_equal_runs(undisturbed, job.run)
+    assert how_it_ended(job.run)["exit_code"] == 0
+
+
+def processes_of(job: str, rank: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            env, is_task = process.environ(), "submitit.core._submit" in process.cmdline()
+            if is_task and env.get("SLURM_JOB_ID") == job and env.get("SLURM_PROCID") == str(rank):
+                found.append(process)
+    return found
+
+
+def launcher(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*LAUNCHER, *arguments], capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+
+
+def test_nodes_train_as_one_process_does(submit, undisturbed, datasets, tmp_path_factory):
+    job = submit("")
+    assert_finished(job, undisturbed)
+    assert job.starts == 1
+    alone = run_here(1, datasets, tmp_path_factory.mktemp("alone"))
+    assert losses(job.run) == pytest.approx(losses(alone), rel=2e-4)
+
+
+def test_a_job_that_is_warned_before_its_end_goes_on(submit, undisturbed):
+    job = submit("")
+    job.wait_for_step(60)
+    subprocess.run(["scancel", "--signal=USR2", job.id], check=True)  # as --signal has SLURM do it
+    assert_finished(job, undisturbed)
+    stopped = int(job.said().partition("stopped on request after step ")[2].partition(";")[0])
+    assert 60 <= stopped < STEPS
+    assert f"after step {stopped}\n" in job.said().partition("continuing ")[2]
+    assert job.starts == 2
+
+
+def test_a_job_that_runs_out_of_time_goes_on(submit):
+    job = submit("--time 1", "train.steps=1000000", "train.log_every=20")
+    job.wait_for(lambda: "continuing " in job.said(), 300)
+    assert "stopped on request after step " in job.said()
+
+
+def test_a_preempted_job_goes_on(submit, undisturbed):
+
+    job = submit(f"--partition {LOW}")
+    job.wait_for_step(60)
+    node = first_node(job.id)
+    urgent = ["sbatch", "--parsable", f"--partition={HIGH}", f"--nodelist={node}", "--exclusive", "--time=1",
+              "--output=/dev/null", "--wrap=sleep 5"]  # fmt: skip
+    subprocess.run(urgent, check=True, capture_output=True)
+    assert_finished(job, undisturbed)
+    assert job.starts == 2
+
+
+def first_node(job: str) -> str:
+    """The first node of a job that runs."""
+    hosts = subprocess.check_output(["squeue", "--noheader", "--jobs", job, "--format=%N"], text=True).strip()
+    return subprocess.check_output(["scontrol", "show", "hostnames", hosts], text=True).split()[0]
+
+
+def test_a_job_whose_rank_is_killed_goes_on(submit, undisturbed):
+    job = submit("")
+    job.wait_for_step(60)
+    for process in processes_of(job.id, rank=1):
+        process.kill()
+    assert_finished(job, undisturbed)
+    assert "starting again in 0 s, from step " in job.said()
+    assert job.starts == 2
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["first", "other"])
+def test_a_job_that_loses_a_node_goes_on(submit, undisturbed, which):
+    kill, restore = (os.environ.get(f"BFSYS_{name}_NODE") for name in ("KILL", "RESTORE"))
+    if not kill or not restore:
+        pytest.skip("BFSYS_KILL_NODE and BFSYS_RESTORE_NODE are not set")
+    job = submit("")
+    job.wait_for_step(60)
+    hosts = subprocess.check_output(["squeue", "--noheader", "--jobs", job.id, "--format=%N"], text=True).strip()
+    node = subprocess.check_output(["scontrol", "show", "hostnames", hosts], text=True).split()[which]
+    subprocess.run([*shlex.split(kill), node], check=True)
+    try:
+        assert_finished(job, undisturbed)
+    finally:
+        subprocess.run([*shlex.split(restore), node], check=True)
+    assert job.starts >= 2
+
+
+def test_a_requeue_by_an_operator_loses_nothing(submit, undisturbed):
+    job = submit("")
+    job.wait_for_step(60)
+    subprocess.run(["scontrol", "requeue", job.id], check=True)
+    assert_finished(job, undisturbed)
+    assert job.starts == 2
+
+
+def test_a_cancelled_job_saves_and_stays_away_until_it_is_submitted_again(submit, undisturbed):
+    job = submit("")
+    job.wait_for_step(60)
+    assert launcher("stop", str(job.run)).returncode == 0
+    job.wait_for_end()
+    assert "stopped on request after step " in job.said()
+    assert how_it_ended(job.run)["exit_code"] == EXIT_STOPPED
+    time.sleep(10)
+    assert jobs.state_of(job.id).name == "CANCELLED"
+    assert job.starts == 1
+    status = launcher("status", str(job.run))
+    assert status.returncode == 1
+    assert "stopped on request (code 130)" in status.stdout
+    assert_finished(submit(""), undisturbed)
+
+
+def test_other_numbers_of_nodes_continue_the_run(submit, undisturbed):
+    job = submit("")
+    job.wait_for_step(60)
+    launcher("stop", str(job.run))
+    job.wait_for_end()
+    again = submit("--nodes 1")
+    again.wait_for_end()
+    assert "finished: " in again.said()
+    assert losses(again.run) == pytest.approx(losses(undisturbed), rel=2e-4)
+
+
+def test_a_job_with_an_error_that_a_person_must_mend_is_not_started_again(submit):
+    job = submit("", "train.keep_checkpoints=1", "optim.lr=1e30", "optim.warmup_steps=0", "train.save_every=1")
+    job.wait_for_end()
+    assert "bad steps again after" in job.said()
+    assert job.starts == 1
+    assert how_it_ended(job.run)["exit_code"] == EXIT_DIVERGED
+    status = launcher("status", str(job.run))
+    assert status.returncode == 1
+    assert "(code 65)" in status.stdout
+
+
+def test_a_sweep_is_an_array_of_runs(config_file, tmp_path, undisturbed):
+    options = ["--nodes", "2", "--gpus-per-node", "0", "--cpus-per-task", "1", "--sweep", "train.seed=0,1"]
+    answer = launcher(*options, str(config_file), *OVERRIDES)
+    assert answer.returncode == 0, answer.stderr
+    found = re.findall(r"^job (\d+_\d): .*\nlog +(\S+)", answer.stdout, re.MULTILINE)
+    assert [job.partition("_")[2] for job, _ in found] == ["0", "1"]
+    runs = [tmp_path / "runs" / f"tiny-seed={seed}" for seed in (0, 1)]
+    members = [Job(run, job, Path(log)) for run, (job, log) in zip(runs, found, strict=True)]
+    try:
+        members[0].wait_for_step(60)
+        number = jobs._ask("squeue", "--noheader", "--jobs", members[0].id, "--format=%A").strip()
+        for process in processes_of(number, rank=0):  # one of them goes on by itself
+            process.kill()
+        assert_finished(members[0], undisturbed)
+        members[1].wait_for_end()
+        assert members[1].starts == 1
+        assert "finished: " in members[1].said()
+        assert losses(runs[1]) != losses(runs[0])
+    finally:
+        subprocess.run(["scancel", "--quiet", found[0][0].partition("_")[0]], check=False)
+
+
+def test_status_and_logs_follow_a_job(submit):
+    job = submit("--name other")
+    while_waiting = launcher("status", str(job.run))
+    assert while_waiting.returncode == 0
+    assert f"job      {job.id}: " in while_waiting.stdout
+    job.wait_for_step(60)
+    running = launcher("status", str(job.run)).stdout
+    assert f"job      {job.id}: RUNNING for " in running
+    assert re.search(rf"^step +\d+ of {STEPS}, ", running, re.MULTILINE)
+    second = launcher("--nodes=2", "--gpus-per-node=0", str(job.run / "config.yaml"), *OVERRIDES)
+    assert second.returncode == 2
+    assert f"job {job.id} waits or runs already" in second.stderr
+    followed = launcher("logs", "--follow", str(job.run))  # returns when the job is over
+    assert followed.stdout.rstrip().endswith(f"are in {job.run}")
+    assert "finished: " in followed.stdout
+    assert "rank 1" not in launcher("logs", "--rank", "1", str(job.run)).stderr
+    assert len(lines(job.run)) == STEPS
+
+
+def test_what_slurm_would_refuse_is_said_at_once_with_all_else(config_file, tmp_path):
+    answer = launcher("--nodes=3", "--gpus-per-node=0", "--partition=nope", "--time=999-0", str(config_file))
+    assert answer.returncode == 2
+    assert "data.lanes: 4 lanes cannot be shared evenly by 3 nodes" in answer.stderr
+    assert "invalid partition specified: nope" in answer.stderr
+    answer = launcher("--nodes=1024", "--gpus-per-node=0", "--time=999-0", str(config_file), "data.lanes=1024",
+                      "data.batch_samples=1024")  # fmt: skip
+    assert answer.returncode == 2
+    assert "sbatch --test-only: SLURM would refuse the job" in answer.stderr
+    assert not (tmp_path / "runs").exists()
