@@ -18,6 +18,7 @@ Refused: to carry the sums in checkpoints. They would not know of what happened 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from typing import TextIO
 import psutil
 
 FILE = "goodput.jsonl"
+STARTED = "BFSYS_STARTED"  # when a launcher began, in seconds since 1970: what it imports for its ranks counts
 CAUSES = ("productive", "lost", "restart", "stall", "data_wait")
 
 
@@ -54,7 +56,7 @@ class Ledger:
         self._file: TextIO | None = None
         self._lives: list[_Life] = []
         self._closed = dict.fromkeys(CAUSES, 0.0)  # of all lives but the last
-        self._start = psutil.Process().create_time()
+        self._start = float(os.environ.get(STARTED, 0)) or psutil.Process().create_time()
         if is_first:
             path = run_dir / FILE
             torn = path.exists() and not path.read_bytes().endswith(b"\n")

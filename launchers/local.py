@@ -44,6 +44,7 @@ from typing import BinaryIO
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import psutil
 import torch
 
 from bfsys.config import load_config
@@ -51,6 +52,7 @@ from bfsys.data.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
 from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, EXIT_STOPPED, UserError, run_command
 from bfsys.faults import REPEAT_S
+from bfsys.goodput import STARTED
 from bfsys.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.restarts import FINAL_CODES, Restarts, newest_step
 
@@ -345,6 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"command     {shlex.join(job.command())}, {ranks} times; logs in {log_dir}")
         return 0
     gpus = torch.cuda.device_count()
+    os.environ[STARTED] = str(psutil.Process().create_time())
     print(f"ranks: {ranks} on {f'{gpus} GPUs' if gpus else 'the CPU'}; logs in {log_dir}", flush=True)
     return run_until_done(lambda: run_group(job, ranks, log_dir), config.run_dir)
 
