@@ -109,7 +109,10 @@ def main(arguments: list[str]) -> int:
     path.write_text(json.dumps({"step": restarts.step, "without_progress": restarts.without_progress}) + "\n")
     if is_out_of_time:
         pause_s = 0.0  # there are seconds left
-    print(f"training ended with code {code}: starting again in {pause_s:.0f} s, from step {restarts.step}", flush=True)
+    print(
+        f"training ended with code {code}: starting again in {pause_s:.0f} s, from step {newest_step(run_dir)}",
+        flush=True,
+    )
     time.sleep(pause_s)
     if requeue():
         time.sleep(END_WAIT_S)  # SLURM ends this script

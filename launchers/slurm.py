@@ -45,6 +45,7 @@ from bfsys.job import TrainJob
 from bfsys.run import GIT_STATE, git_state
 from launchers import jobs, preflight
 from launchers.preflight import parse_minutes
+from tools import plan_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -186,7 +187,8 @@ def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
         problems, notes = problems + answer.problems, notes + answer.notes
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    return configs, notes
+    need = plan_run.estimate(configs[0], args.nodes * ranks_per_node(args)).describe()
+    return configs, [*notes, f"{need}; tools/plan_run.py tells the time too"]
 
 
 def snapshot(config: Config) -> Path:

@@ -31,7 +31,7 @@ from tests.conftest import REPOSITORY, _run_ranks
 from tests.test_train import assert_success, lines, losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-STEPS = 600
+STEPS = 200
 OVERRIDES = [f"train.steps={STEPS}", "train.save_every=25", "train.log_every=1", "train.keep_best=0"]
 LAUNCHER = [sys.executable, str(REPOSITORY / "launchers" / "slurm.py")]
 LOW, HIGH = os.environ.get("BFSYS_PARTITIONS", "low,high").split(",")
@@ -142,11 +142,11 @@ def test_nodes_train_as_one_process_does(submit, undisturbed, datasets, tmp_path
 
 def test_a_job_that_is_warned_before_its_end_goes_on(submit, undisturbed):
     job = submit("")
-    job.wait_for_step(60)
+    job.wait_for_step(30)
     subprocess.run(["scancel", "--signal=USR2", job.id], check=True)  # as --signal has SLURM do it
     assert_finished(job, undisturbed)
     stopped = int(job.said().partition("stopped on request after step ")[2].partition(";")[0])
-    assert 60 <= stopped < STEPS
+    assert 30 <= stopped < STEPS
     assert f"after step {stopped}\n" in job.said().partition("continuing ")[2]
     assert job.starts == 2
 
@@ -160,7 +160,7 @@ def test_a_job_that_runs_out_of_time_goes_on(submit):
 def test_a_preempted_job_goes_on(submit, undisturbed):
 
     job = submit(f"--partition {LOW}")
-    job.wait_for_step(60)
+    job.wait_for_step(30)
     node = first_node(job.id)
     urgent = ["sbatch", "--parsable", f"--partition={HIGH}", f"--nodelist={node}", "--exclusive", "--time=1",
               "--output=/dev/null", "--wrap=sleep 5"]  # fmt: skip
@@ -177,7 +177,7 @@ def first_node(job: str) -> str:
 
 def test_a_job_whose_rank_is_killed_goes_on(submit, undisturbed):
     job = submit("")
-    job.wait_for_step(60)
+    job.wait_for_step(30)
     for process in processes_of(job.id, rank=1):
         process.kill()
     assert_finished(job, undisturbed)
@@ -191,7 +191,7 @@ def test_a_job_that_loses_a_node_goes_on(submit, undisturbed, which):
     if not kill or not restore:
         pytest.skip("BFSYS_KILL_NODE and BFSYS_RESTORE_NODE are not set")
     job = submit("")
-    job.wait_for_step(60)
+    job.wait_for_step(30)
     hosts = subprocess.check_output(["squeue", "--noheader", "--jobs", job.id, "--format=%N"], text=True).strip()
     node = subprocess.check_output(["scontrol", "show", "hostnames", hosts], text=True).split()[which]
     subprocess.run([*shlex.split(kill), node], check=True)
@@ -204,7 +204,7 @@ def test_a_job_that_loses_a_node_goes_on(submit, undisturbed, which):
 
 def test_a_requeue_by_an_operator_loses_nothing(submit, undisturbed):
     job = submit("")
-    job.wait_for_step(60)
+    job.wait_for_step(30)
     subprocess.run(["scontrol", "requeue", job.id], check=True)
     assert_finished(job, undisturbed)
     assert job.starts == 2
@@ -212,7 +212,7 @@ def test_a_requeue_by_an_operator_loses_nothing(submit, undisturbed):
 
 def test_a_cancelled_job_saves_and_stays_away_until_it_is_submitted_again(submit, undisturbed):
     job = submit("")
-    job.wait_for_step(60)
+    job.wait_for_step(30)
     assert launcher("stop", str(job.run)).returncode == 0
     job.wait_for_end()
     assert "stopped on request after step " in job.said()
@@ -228,7 +228,7 @@ def test_a_cancelled_job_saves_and_stays_away_until_it_is_submitted_again(submit
 
 def test_other_numbers_of_nodes_continue_the_run(submit, undisturbed):
     job = submit("")
-    job.wait_for_step(60)
+    job.wait_for_step(30)
     launcher("stop", str(job.run))
     job.wait_for_end()
     again = submit("--nodes 1")
@@ -257,7 +257,7 @@ def test_a_sweep_is_an_array_of_runs(config_file, tmp_path, undisturbed):
     runs = [tmp_path / "runs" / f"tiny-seed={seed}" for seed in (0, 1)]
     members = [Job(run, job, Path(log)) for run, (job, log) in zip(runs, found, strict=True)]
     try:
-        members[0].wait_for_step(60)
+        members[0].wait_for_step(30)
         number = jobs._ask("squeue", "--noheader", "--jobs", members[0].id, "--format=%A").strip()
         for process in processes_of(number, rank=0):  # one of them goes on by itself
             process.kill()
@@ -275,7 +275,7 @@ def test_status_and_logs_follow_a_job(submit):
     while_waiting = launcher("status", str(job.run))
     assert while_waiting.returncode == 0
     assert f"job      {job.id}: " in while_waiting.stdout
-    job.wait_for_step(60)
+    job.wait_for_step(30)
     running = launcher("status", str(job.run)).stdout
     assert f"job      {job.id}: RUNNING for " in running
     assert re.search(rf"^step +\d+ of {STEPS}, ", running, re.MULTILINE)

@@ -1,0 +1,90 @@
+"""What a run is said to need, against what it needs."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from bfsys.batch import ByteBatch, Sample
+from bfsys.config import Config, Data, Model, Train, load_config
+from bfsys.errors import UserError
+from bfsys.model.byteformer import ByteFormer, parameter_count
+from tools import plan_run
+
+
+def config_of(checkpointing: bool = False, **train: object) -> Config:
+    model = Model(kernel=8, max_tokens=4000, activation_checkpointing=checkpointing)
+    return Config(data=Data(sources=()), model=model, train=Train(**train))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_keeps(checkpointing: bool) -> None:
+    """Of the blocks as a GPU computes them, in float32, without the backward's own memory."""
+    config = config_of(checkpointing, precision="fp32")
+    architecture = config.model.architecture()
+    model = ByteFormer(architecture, 10, activation_checkpointing=checkpointing)
+    for block in model.blocks:
+        again = partial(checkpoint, block.compute, use_reentrant=False)
+        block.forward = again if checkpointing else block.compute
+    for merge in model.merges.values():
+        merge.forward = merge.compute
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    rng = np.random.default_rng(0)
+    batch = ByteBatch.from_samples([Sample("", rng.integers(0, 256, 4 * 2048, dtype=np.uint8), 0) for _ in range(2)])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch).sum()
+    tokens = 2 * 2048
+    told = plan_run._activation_bytes(config, tokens)
+    widest = plan_run.KEPT_PER_TOKEN * tokens * 4 * architecture.dim
+    # Told besides: what the backward needs, and with checkpointing the block that is computed again.
+    told -= widest // 2 + (widest if checkpointing else 0)
+    assert sum(kept.values()) == pytest.approx(told, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "bytes_each"),
+    [
+        (0, "fp32", 20), (0, "bf16", 20), (1, "fp32", 8 + 12 / 4), (1, "bf16", 2 + 2 + 4 + 16 / 4),
+        (2, "bf16", 2 + (2 + 4 + 16) / 4), (3, "bf16", 24 / 4), (3, "fp32", 20 / 4),
+    ],
+)  # fmt: skip
+def test_state_is_shared_by_stage(stage: int, precision: str, bytes_each: float) -> None:
+    config = config_of(zero_stage=stage, precision=precision)
+    assert plan_run._state_bytes(config, 10**6, 4) == pytest.approx(bytes_each * 10**6)
+
+
+def test_an_estimate_counts_what_training_plans(config_file: Path) -> None:
+    config = load_config(config_file)
+    one, four = plan_run.estimate(config, 1), plan_run.estimate(config, 4)
+    assert one.parameters == parameter_count(config.model.architecture(), 5)
+    assert one.step_flops == four.step_flops > 0
+    assert (one.busiest, four.step_bytes) == (1.0, one.step_bytes)
+    assert four.busiest > 1
+    assert four.step_s(1e9) == pytest.approx(one.step_s(1e9) / 4 * four.busiest)
+    with pytest.raises(UserError, match="world sizes that fit"):
+        plan_run.estimate(config, 3)
+
+
+def test_the_rate_of_a_run_is_used(config_file: Path, finished_run: Path, capsys: pytest.CaptureFixture) -> None:
+    rates = [json.loads(line)["model_tflop_per_s"] for line in (finished_run / "metrics.jsonl").read_text().splitlines()
+             if '"train"' in line]  # fmt: skip
+    assert plan_run.measured_rate(finished_run) == pytest.approx(1e12 * np.median(rates))
+    assert plan_run.main([str(config_file), "--ranks", "2", "--like", str(finished_run)]) == 0
+    assert f"as measured in {finished_run}" in capsys.readouterr().out
+    assert plan_run.main([str(config_file), "--gpu", "h200", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step_s"] > 0
+    with pytest.raises(UserError, match="no measurements"):
+        plan_run.measured_rate(config_file.parent)
