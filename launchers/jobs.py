@@ -98,7 +98,7 @@ def state_of(job: str) -> State:
         restarts = int(facts.get("Restarts", 0))
         return State(name, shown + (f", started again {restarts} times" if restarts else ""))
     said = _ask("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", job, "--format=State,End")
-    if lines := said.splitlines():
+    if lines := said.strip().splitlines():
         name, _, end = lines[-1].partition("|")
         return State(name.split()[0].rstrip("+"), f"ended {end.replace('T', ' ')}")
     return State()

@@ -45,7 +45,7 @@ def sbatch(tmp_path, monkeypatch) -> Callable[[str], None]:
     def make(script: str) -> None:
         folder = tmp_path / "bin"
         folder.mkdir()
-        for name, text in (("sbatch", script), ("srun", "")):  # submitit looks for both
+        for name, text in (("sbatch", script), ("srun", ""), ("sinfo", ""), ("scontrol", ""), ("sacct", "")):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
