@@ -4,7 +4,7 @@ A job holds what was asked for and nothing of how far it came: that is in the ru
 started again after a node failure, a pre-emption or a time limit, and training continues from the newest
 checkpoint. Refused: submitit's own `checkpoint()` protocol. It acts on global rank 0 alone, between two byte codes,
 where no collective save is possible; here training itself agrees on the step to stop after and saves, all ranks leave
-with its code, and the job's script asks SLURM for another start (restarts.py).
+with its code, and the job's script asks SLURM for another start (requeue.py).
 
 Importing this module is quick, and heavy modules are imported within the call: a signal that comes during their
 import would find submitit's handlers instead of ours.

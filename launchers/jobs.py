@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
+import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -25,19 +26,10 @@ from bfsys.restarts import newest_step
 
 JOBS = "jobs.jsonl"
 ANSWER_S = 60
-POLL_S = 2.0
+POLL_S, STATE_POLL_S = 1.0, 15.0  # of a log, and of SLURM, which many users ask
 SHOWN_LINES = 20
-OVER = {
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "TIMEOUT",
-}
+OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+        "TIMEOUT", "unknown to SLURM"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,41 +67,48 @@ def submissions(run_dir: Path) -> list[Submitted]:
 
 @dataclass(frozen=True)
 class State:
-    """What SLURM says of a job; `name` is empty if it knows nothing of it."""
+    """What SLURM says of a job."""
 
-    name: str = ""
+    name: str
     facts: str = ""
 
     @property
     def is_over(self) -> bool:
-        return self.name in OVER or not self.name
+        return self.name in OVER
+
+
+UNKNOWN = State("unknown to SLURM")
+NO_ANSWER = State("SLURM does not answer")
 
 
 def state_of(job: str) -> State:
     """Of the queue; of the accounts, where there are any, once it has left it."""
-    said = _ask("scontrol", "--oneliner", "show", "job", job)
+    said, complaint = _ask("scontrol", "--oneliner", "show", "job", job)
     facts = dict(word.split("=", 1) for word in said.split() if "=" in word)
     if name := facts.get("JobState"):
         start, end = (facts.get(key, "").replace("T", " ") for key in ("StartTime", "EndTime"))
         shown = {
             "PENDING": f"waits ({facts.get('Reason')}), expected to start {start}",
             "RUNNING": f"for {facts.get('RunTime')} of {facts.get('TimeLimit')} on {facts.get('NodeList')}",
-        }.get(name, f"ended {end}")
+        }.get(name, f"ended {end}" if name in OVER else "")
         restarts = int(facts.get("Restarts", 0))
         return State(name, shown + (f", started again {restarts} times" if restarts else ""))
-    said = _ask("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", job, "--format=State,End")
+    if complaint and "Invalid job id" not in complaint:
+        return NO_ANSWER
+    said, _ = _ask("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", job, "--format=State,End")
     if lines := said.strip().splitlines():
         name, _, end = lines[-1].partition("|")
         return State(name.split()[0].rstrip("+"), f"ended {end.replace('T', ' ')}")
-    return State()
+    return UNKNOWN
 
 
-def _ask(*command: str) -> str:
-    """What it prints; nothing if it fails, as where a job is not known any more or there is no accounting."""
+def _ask(*command: str) -> tuple[str, str]:
+    """What it prints to standard output and, if it failed, to standard error."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    return answer.stdout, answer.stderr if answer.returncode else ""
 
 
 def active(run_dir: Path) -> list[Submitted]:
@@ -123,7 +122,7 @@ def show_status(run_dir: Path) -> int:
     ended, failed = how_it_ended(run_dir), False
     waiting = [(job, state) for job in submitted if not (state := state_of(job.job)).is_over]
     for job, state in waiting or [(job, state_of(job.job)) for job in submitted[-1:]]:
-        print(f"job      {job.job}: {state.name or 'unknown to SLURM'} {state.facts}, submitted {job.time}")
+        print(f"job      {job.job}: {f'{state.name} {state.facts}'.strip()}, submitted {job.time}")
         print(f"log      {job.log}")
     if not submitted:
         print("job      none was submitted from here")
@@ -132,14 +131,14 @@ def show_status(run_dir: Path) -> int:
     if sum(seconds.values()):
         lost = ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
         print(f"goodput  {goodput(seconds):.1%} ({lost})")
-    if ended:
+    if ended and not waiting:
         print(f"ended    {ended['reason']} (code {ended['exit_code']}) {ended['time']}")
         failed = ended["exit_code"] != 0
     elif not waiting and submitted:
         failed = True
         log = Path(submitted[-1].log)
         why = "its log says why" if log.exists() else "it left no log: do the nodes see its folder?"
-        print(f"ended    without a word of training; {why}")
+        print(f"ended    training left no word of its end; {why}")
     if failed and not waiting:
         print("next     give its command again, when the reason is gone; it goes on from the newest checkpoint:")
         print(f"         {submitted[-1].command}" if submitted else "")
@@ -150,9 +149,11 @@ def _progress(run_dir: Path) -> str:
     steps, last = "?", {}
     with suppress(UserError):
         steps = f"{load_config(run_dir / 'config.yaml').train.steps:,}"
-    with suppress(OSError, ValueError):
-        lines = [json.loads(line) for line in _last_lines(run_dir / METRICS, 20)[1:]]  # the first may be cut off
-        last = next((line for line in reversed(lines) if line["kind"] == "train"), {})
+    with suppress(OSError):
+        for text in _last_lines(run_dir / METRICS, 20):
+            with suppress(ValueError):  # the first may be cut off, the last one torn
+                line = json.loads(text)
+                last = line if line.get("kind") == "train" else last
     saved = f"newest checkpoint {newest_step(run_dir):,}"
     if not last:
         return f"training has not begun; {saved}"
@@ -169,27 +170,41 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> int:
     log = Path(job.log)
     log = log.with_name(log.name.replace("_0_log", f"_{rank}_log"))
     if not log.exists() and not follow:
-        raise UserError(f"{log}: not there (yet); {state_of(job.job).name or 'SLURM does not know the job'}")
-    for text in _added_to(log, job.job) if follow else ("\n".join(_last_lines(log, SHOWN_LINES)) + "\n",):
-        print(text, end="", flush=True)
+        raise UserError(f"{log}: not there (yet); the job: {state_of(job.job).name}")
+    try:
+        for text in _added_to(log, job.job) if follow else ("\n".join(_last_lines(log, SHOWN_LINES)) + "\n",):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on; launchers/slurm.py stop {run_dir} ends it", file=sys.stderr)
     return 0
+
+
+def follow(run_dir: Path) -> int:
+    """Show rank 0's log until the job is over; the code that training ended with, 1 if it never got to it."""
+    show_log(run_dir, 0, follow=True)
+    if active(run_dir):  # a person has stopped following
+        return 0
+    ended = how_it_ended(run_dir)
+    return ended["exit_code"] if ended else 1
 
 
 def _added_to(log: Path, job: str) -> Iterator[str]:
     """The log's last lines, and then what comes, until the job is over."""
     while not log.exists():
         if state_of(job).is_over:
-            raise UserError(f"job {job}: {state_of(job).name or 'unknown to SLURM'}, and it has left no {log}")
-        time.sleep(POLL_S)
-    yield "\n".join(_last_lines(log, SHOWN_LINES)) + "\n"
+            raise UserError(f"job {job}: {state_of(job).name}, and it has left no {log}")
+        time.sleep(STATE_POLL_S)
     with open(log, errors="replace") as file:
-        file.seek(0, os.SEEK_END)
+        yield "".join(deque(file, SHOWN_LINES))
         while True:
             is_over = state_of(job).is_over
-            yield file.read()
+            until = time.monotonic() + STATE_POLL_S
+            while not is_over and time.monotonic() < until:
+                yield file.read()
+                time.sleep(POLL_S)
             if is_over:
+                yield file.read()
                 return
-            time.sleep(POLL_S)
 
 
 def _last_lines(path: Path, number: int) -> list[str]:

@@ -26,9 +26,10 @@ from bfsys.errors import UserError
 from bfsys.run import open_data, run_facts
 
 # By the kind of file system that the kernel names. Others, such as ext4, may still be exported to the nodes.
-OF_THIS_MACHINE = {"tmpfs", "ramfs", "devtmpfs", "squashfs", "iso9660"}
+OF_THIS_MACHINE = {"tmpfs", "ramfs", "devtmpfs"}
 SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "orangefs", "afs", "cifs",
           "smb3", "9p", "virtiofs"}  # fmt: skip
+NOT_NOW = "Requested node configuration is not available"
 ANSWER_S = 60
 
 
@@ -87,14 +88,18 @@ def _writable(run_dir: Path) -> Iterator[str]:
 
 def check_places(places: dict[str, Path]) -> Checked:
     """Whether nodes can see them: `places` by what they are."""
-    problems, unsure, mounts = [], {}, _mounts()
+    problems, mounts = [], _mounts()
+    # Every node of a cluster may have an equal one of its own, in memory even.
+    unsure = {_file_system(Path(sys.base_prefix), mounts): ["Python"]}
     for what, path in places.items():
         kind = _file_system(path, mounts)
         if kind in OF_THIS_MACHINE:
             problems.append(f"{what} {path}: lies in {kind}, which no other machine sees; use a shared file system")
         elif kind not in SHARED and not kind.startswith("fuse"):
             unsure.setdefault(kind, []).append(what)
-    notes = [f"{', '.join(whats)}: on {kind}; do the nodes see it?" for kind, whats in unsure.items()]
+    notes = [
+        f"{', '.join(whats)}: on {kind}; do the nodes see it?" for kind, whats in unsure.items() if kind not in SHARED
+    ]
     return Checked(problems, notes)
 
 
@@ -113,7 +118,7 @@ def _file_system(path: Path, mounts: dict[Path, str]) -> str:
     return next((mounts[place] for place in (path, *path.parents) if place in mounts), "unknown")
 
 
-def check_slurm(script: str, partition: str | None, minutes: int) -> Checked:
+def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qos: str | None = None) -> Checked:
     """Ask SLURM whether it would take the script, and when it would start."""
     problems, notes = [], []
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
@@ -126,33 +131,63 @@ def check_slurm(script: str, partition: str | None, minutes: int) -> Checked:
         except subprocess.TimeoutExpired:
             return Checked([f"sbatch --test-only: no answer within {ANSWER_S} s; is the controller up? See sinfo"], [])
     said = [re.sub(r"^sbatch: (error: )?", "", line) for line in asked.stderr.splitlines() if line.strip()]
-    if asked.returncode:
-        problems.append(f"sbatch --test-only: SLURM would refuse the job: {'; '.join(said)}")
-    elif starts := re.search(r"to start at (\S+) .* in partition (\S+)", asked.stderr):
+    limits = _partitions()
+    if starts := re.search(r"to start at (\S+) .* in partition (\S+)", asked.stderr):
         notes.append(f"SLURM would start it at {starts[1].replace('T', ' ')} in partition {starts[2]}")
-    # Without EnforcePartLimits a job that asks for too long is taken, and waits for ever.
-    name, limit = _partition_limit(partition)
-    if limit and minutes > limit:
-        problems.append(
-            f"--time: got {minutes} minutes; partition {name} allows {limit}. A job that runs out of time saves and "
-            f"puts itself back in the queue, so a short limit costs a restart, not work"
+        partition = starts[2]
+    partition = partition or next((name for name, limit in limits.items() if limit.is_default), "")
+    limit = limits.get(partition)
+    if asked.returncode:
+        # Nodes that are down or drained do not count for SLURM here, but a real job would wait for them.
+        is_passing = NOT_NOW in asked.stderr and limit is not None and nodes <= limit.nodes and limit.away
+        found = notes if is_passing else problems
+        what = (
+            "SLURM could not start the job with the nodes that are up" if is_passing else "SLURM would refuse the job"
+        )
+        found.append(f"sbatch --test-only: {what}: {'; '.join(said)}")
+    # Without EnforcePartLimits a job that asks for too much is taken, and waits for ever.
+    if limit and limit.minutes and minutes > limit.minutes:
+        (notes if qos else problems).append(  # a QOS may allow more
+            f"--time: got {minutes} minutes; partition {partition} allows {limit.minutes}. A job that runs out of time "
+            f"saves and puts itself back in the queue, so a short limit costs a restart, not work"
         )
     return Checked(problems, notes)
 
 
-def _partition_limit(partition: str | None) -> tuple[str, int | None]:
-    """(name, minutes) of a partition, or of the default one; None minutes if there is no limit, or no answer."""
+@dataclass(frozen=True)
+class Partition:
+    is_default: bool = False
+    minutes: int | None = None
+    """Of a job; None: no limit."""
+    nodes: int = 0
+    away: int = 0
+    """Of these, down or drained."""
+
+
+def _partitions() -> dict[str, Partition]:
+    """By name; none if SLURM does not answer."""
     try:
         said = subprocess.run(
-            ["sinfo", "--noheader", "--format=%P %l"], capture_output=True, text=True, timeout=ANSWER_S, check=True
+            ["sinfo", "--noheader", "--format=%P %l %D %t"],
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_S,
+            check=True,
         ).stdout
     except (OSError, subprocess.SubprocessError):
-        return "", None
-    for line in said.splitlines():
-        name, _, limit = line.partition(" ")
-        if name.rstrip("*") == partition or (partition is None and name.endswith("*")):
-            return name.rstrip("*"), parse_minutes(limit.strip())
-    return "", None
+        return {}
+    partitions: dict[str, Partition] = {}
+    for line in said.splitlines():  # one for each state of nodes
+        name, limit, number, state = line.split()
+        before = partitions.get(name.rstrip("*"), Partition())
+        is_away = state.rstrip("*~#!%$@^-").startswith(("down", "drain", "drng", "fail", "maint", "boot", "resv"))
+        partitions[name.rstrip("*")] = Partition(
+            is_default=name.endswith("*"),
+            minutes=parse_minutes(limit),
+            nodes=before.nodes + int(number),
+            away=before.away + int(number) * is_away,
+        )
+    return partitions
 
 
 def parse_minutes(text: str) -> int | None:
@@ -174,14 +209,3 @@ def parse_minutes(text: str) -> int | None:
     if (len(numbers) > 1 and seconds > 59) or (minutes > 59 and (days is not None or len(numbers) == 3)):
         return None
     return (-(-seconds // 60) + minutes + 60 * (hours + 24 * int(days or 0))) or None
-
-
-def seen_by_nodes(config: Config, work_dir: Path) -> dict[str, Path]:
-    """What a job needs on every node, by what it is."""
-    data = [p for s in config.data.sources for p in (s.path, s.eval_path) if p and not is_remote(p)]
-    return {
-        "run directory": config.run_dir.absolute(),
-        "current folder": work_dir,
-        "Python": Path(sys.prefix),
-        **{f"data {i}" if i else "data": Path(path).absolute() for i, path in enumerate(data)},
-    }

@@ -8,7 +8,7 @@
     python launchers/slurm.py status|logs|stop RUN
 
 A job that runs out of time, loses a node, is pre-empted, or whose rank crashes goes on by itself in the same run
-directory until its steps are done, unless another start would change nothing (bfsys/restarts.py). `scancel` saves and
+directory until its steps are done, unless another start would change nothing (bfsys/requeue.py). `scancel` saves and
 ends it for good. The same command continues a run that has ended, on other --nodes too.
 
 What can be known to be wrong is said before anything waits in a queue (preflight.py). SLURM is spoken to through
@@ -36,11 +36,14 @@ if __name__ == "__main__":  # this folder has a module named slurm, and the repo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
+from submitit.slurm.slurm import _make_sbatch_string
 
-from bfsys import restarts, typed_yaml
+from bfsys import requeue, typed_yaml
 from bfsys.config import Config, load_config
+from bfsys.data.remote import is_remote
 from bfsys.errors import UserError, collecting, run_command
+from bfsys.faults import forget_end
 from bfsys.job import TrainJob
 from bfsys.run import GIT_STATE, git_state
 from launchers import jobs, preflight
@@ -63,14 +66,28 @@ file system that the nodes share."""
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's, which can also show its script, and be made where SLURM is missing."""
+    """submitit's, whose script runs srun under bfsys.requeue; it can be shown, and made where SLURM is missing."""
+
+    srun: Sequence[str] = ()
+    """Options."""
+    run_dirs: Sequence[Path] = ()
 
     @classmethod
     def affinity(cls) -> int:
         return 2
 
+    @property
+    def _submitit_command_str(self) -> str:
+        log = str(JobPaths(folder=self.folder).stdout)
+        if len(self.run_dirs) > 1:
+            log = log.replace("%j", "%A_%a")
+        supervise = [sys.executable, "-m", "bfsys.requeue", *map(str, self.run_dirs), "--"]
+        srun = ["srun", "--unbuffered", "--output", log, "--kill-on-bad-exit=1", "--open-mode=append", *self.srun]
+        return f"exec {shlex.join([*supervise, *srun])} {super()._submitit_command_str}"
+
     def script(self) -> str:
-        return self._make_submission_file_text(self._submitit_command_str, "")
+        count = {"map_count": len(self.run_dirs)} if len(self.run_dirs) > 1 else {}
+        return _make_sbatch_string(self._submitit_command_str, self.folder, **self.parameters, **count)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -93,7 +110,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--setup", action="append", default=[], metavar="CMD", help="shell command before training; repeatable")
     add("--container", metavar="IMAGE", help="run in it: a .sif file through apptainer, others through pyxis; "
         "its python3 needs what setup.cfg names")  # fmt: skip
-    add("--follow", action="store_true", help="show rank 0's log until the job is over; Ctrl-C ends only that")
+    add(
+        "--follow",
+        action="store_true",
+        help="show rank 0's log until the job is over, and end with training's code; Ctrl-C ends only that",
+    )
     add("--dry-run", action="store_true", help="check everything, print the sbatch script, submit nothing")
     return parser
 
@@ -117,8 +138,8 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
         )
     if parse_minutes(args.time) is None:
         yield f"--time: got {args.time!r}; minutes, HH:MM:SS or D-HH:MM:SS are allowed, more than zero"
-    if args.mem and not re.fullmatch(r"[1-9]\d*[KMGT]?", args.mem):
-        yield f"--mem: got {args.mem!r}; a number with K, M, G or T is allowed, for example 200G"
+    if args.mem and not re.fullmatch(r"\d+[KMGT]?", args.mem):
+        yield f"--mem: got {args.mem!r}; a number with K, M, G or T is allowed, for example 200G; 0: all of a node's"
     for text in args.sweep:
         if not re.fullmatch(r"[\w.]+=.+", text):
             yield f"--sweep: got {text!r}; KEY=A,B,… is expected, for example optim.lr=3e-4,1e-3"
@@ -149,10 +170,12 @@ def sweep_overrides(args: argparse.Namespace) -> list[tuple[str, ...]]:
     if not axes:
         return [tuple(args.overrides)]
     base = load_config(args.config, args.overrides).name
-    return [
-        (*args.overrides, *chosen, f"name={base}-{'-'.join(c.rpartition('.')[2] for c in chosen)}")
-        for chosen in itertools.product(*axes)
-    ]
+    of_runs = []
+    for chosen in itertools.product(*axes):
+        pairs = [c.partition("=") for c in chosen]
+        name = "-".join([base, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, _, value in pairs)])
+        of_runs.append((*args.overrides, *chosen, f"name={name}"))
+    return of_runs
 
 
 def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
@@ -175,20 +198,38 @@ def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
                 f"ends it, --dependency singleton queues behind it, name=… makes another run"
                 for job in jobs.active(config.run_dir)
             ]
-    if configs and args.nodes > 0 and ranks_per_node(args) > 0:
-        problem = lanes_problem(configs[0].data.lanes, args.nodes, ranks_per_node(args))
-        problems += [problem] if problem else []
+        if args.nodes > 0 and ranks_per_node(args) > 0:
+            problem = lanes_problem(config.data.lanes, args.nodes, ranks_per_node(args))
+            problems += [problem] if problem else []
+    if len({config.run_dir for config in configs}) < len(configs):
+        problems.append("--sweep: two of its runs have the same name; a value is given twice, or two keys end alike")
     if configs:
-        seen = preflight.check_places(preflight.seen_by_nodes(configs[0], Path.cwd()))
+        seen = preflight.check_places(seen_by_nodes(configs))
         problems, notes = problems + seen.problems, notes + seen.notes
     if configs and with_slurm and not any(option_problems(args)):
         script = make_executor(args, configs, ROOT).script()
-        answer = preflight.check_slurm(script, args.partition, parse_minutes(args.time))
+        answer = preflight.check_slurm(script, args.partition, args.nodes, parse_minutes(args.time), args.qos)
         problems, notes = problems + answer.problems, notes + answer.notes
     if problems:
         raise UserError(*dict.fromkeys(problems))
     need = plan_run.estimate(configs[0], args.nodes * ranks_per_node(args)).describe()
     return configs, [*notes, f"{need}; tools/plan_run.py tells the time too"]
+
+
+def seen_by_nodes(configs: Sequence[Config]) -> dict[str, Path]:
+    """What a job needs on every node, besides Python, by what it is."""
+    data = dict.fromkeys(
+        Path(path).absolute()
+        for config in configs
+        for source in config.data.sources
+        for path in (source.path, source.eval_path)
+        if path and not is_remote(path)
+    )
+    return {
+        **{f"run directory {config.name}": config.run_dir.absolute() for config in configs},
+        "current folder": Path.cwd(),
+        **{f"data {path.name}": path for path in data},
+    }
 
 
 def snapshot(config: Config) -> Path:
@@ -212,21 +253,23 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
     """submitit's executor with everything that sbatch and srun are to be told."""
     run_dirs = [config.run_dir.absolute() for config in configs]
     base = run_dirs[0] if len(configs) == 1 else run_dirs[0].with_name(load_config(args.config, args.overrides).name)
-    python, srun_args = shlex.quote(sys.executable), ["--kill-on-bad-exit=1", "--open-mode=append"]
+    python, srun_args = shlex.quote(sys.executable), []
+    folder = jobs.slurm_folder(base)
     if args.container:
+        places = ",".join(dict.fromkeys(map(str, [folder, *seen_by_nodes(configs).values()])))
         python = "python3"
         if args.container.endswith(".sif"):
-            binds = ",".join(dict.fromkeys(str(p) for p in preflight.seen_by_nodes(configs[0], Path.cwd()).values()))
             nv = "--nv " if args.gpus_per_node else ""
-            python = f"apptainer exec {nv}--bind {shlex.quote(binds)} {shlex.quote(args.container)} python3"
+            python = f"apptainer exec {nv}--bind {shlex.quote(places)} {shlex.quote(args.container)} python3"
         else:
-            places = dict.fromkeys(str(p) for p in preflight.seen_by_nodes(configs[0], Path.cwd()).values())
-            srun_args += [f"--container-image={args.container}", "--container-mounts=" + ",".join(places)]
+            srun_args += [f"--container-image={args.container}", f"--container-mounts={places}"]
     # submitit counts time-outs that it requeues itself; it never does, and its count must not end a run.
-    executor = Executor(folder=jobs.slurm_folder(base), python=PYTHON + python, max_num_timeout=10**6)
+    executor = Executor(folder=folder, python=PYTHON + python, max_num_timeout=10**6)
+    executor.run_dirs = run_dirs
     exports = [f"export {name}={shlex.quote(value)}" for name, _, value in (e.partition("=") for e in args.env)]
     if args.cpus_per_task:  # srun no longer takes it over from sbatch
         srun_args.append(f"--cpus-per-task={args.cpus_per_task}")
+    executor.srun = srun_args
     minutes = parse_minutes(args.time)
     others = {"reservation": args.reservation} if args.reservation else {}
     executor.update_parameters(
@@ -246,19 +289,12 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
         comment=args.comment,
         wckey="",  # not submitit's own, which sites that check keys refuse
         stderr_to_stdout=True,  # one log per rank, in the order of events
-        srun_args=srun_args,
+        use_srun=False,  # the command has it already
         setup=[
-            "trap : TERM  # the script outlives its tasks, and decides what becomes of the job",
             *args.setup,
             *exports,
             # The job's code before all other, and no module from the current folder.
             f"export PYTHONPATH={shlex.quote(str(code_dir))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
-        ],
-        # What becomes of a job whose tasks have ended.
-        teardown=[
-            "code=$?",
-            f"runs=({shlex.join(map(str, run_dirs))})",
-            f'exec {shlex.quote(sys.executable)} -m bfsys.restarts $code "${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}"',
         ],
         additional_parameters={
             "chdir": str(Path.cwd()),
@@ -306,18 +342,21 @@ def main(arguments: list[str] | None = None) -> int:
         paths = [snapshot(config) for config in configs]
     except OSError as error:
         raise UserError(f"run directory {configs[0].run_dir}: cannot be written: {error.strerror}") from None
-    executor = make_executor(args, configs, paths[0].parent)
-    tasks = [TrainJob(config=path, overrides=(), code_dir=path.parent, work_dir=Path.cwd()) for path in paths]
+    # An array has one script, and so one PYTHONPATH: the copies differ in their configs only.
+    code_dir = paths[0].parent
+    tasks = [TrainJob(config=path, overrides=(), code_dir=code_dir, work_dir=Path.cwd()) for path in paths]
+    executor = make_executor(args, configs, code_dir)
     command, now = shlex.join(["python", "launchers/slurm.py", *arguments]), time.strftime("%F %T")
     for config in configs:
-        restarts.forget(config.run_dir)
+        requeue.forget(config.run_dir)
+        forget_end(config.run_dir)
     submitted = [
         jobs.Submitted(str(job.job_id), str(job.paths.stdout), now, command) for job in submit(executor, tasks)
     ]
     for config, job in zip(configs, submitted, strict=True):
         jobs.note_submission(config.run_dir, job)
     tell(args, configs, submitted)
-    return jobs.show_log(configs[0].run_dir, 0, follow=True) if args.follow else 0
+    return jobs.follow(configs[0].run_dir) if args.follow else 0
 
 
 def tell(args: argparse.Namespace, configs: Sequence[Config], submitted: Sequence[jobs.Submitted]) -> None:

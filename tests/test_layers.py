@@ -26,6 +26,7 @@ LAYERS = [
     ["train"],
     ["job"],
     ["restarts"],
+    ["requeue"],
 ]
 MODULES = sorted((REPOSITORY / "bfsys").rglob("*.py"))
 

@@ -4,8 +4,9 @@
     python tools/plan_run.py configs/joint.yaml --ranks 64 --like runs/a_short_one
 
 Operations are counted exactly (bfsys/model/flops.py) for the micro-batches of the first steps, which are planned as
-training will plan them. Time is these operations over a rate: that of a run that was measured (`--like`, which counts
-waiting and saving too), or a share of a GPU's peak that you believe in. Memory is counted too:
+training will plan them. Time is these operations over a rate: that of a run that was measured (`--like`; waiting for
+data and for the busiest rank is in its rate, saving and restarting in its goodput), or a share of a GPU's peak that you
+believe in. Memory is counted too:
 
     weights, gradients, moments and their average, by ZeRO stage, with the moments in float32
     activations of the largest micro-batch: 16 dim numbers for each token of each layer (what the norms, qkv, attention,
@@ -70,8 +71,8 @@ class Estimate:
         return self.state_bytes + self.activation_bytes
 
     def step_s(self, flops_per_s: float) -> float:
-        """At a rate of one rank."""
-        return self.step_flops / self.ranks * self.busiest / flops_per_s
+        """At a rate of one rank on average."""
+        return self.step_flops / self.ranks / flops_per_s
 
     def describe(self) -> str:
         """In one line, for people."""
@@ -149,18 +150,18 @@ def _activation_bytes(config: Config, tokens: int) -> int:
     return number * architecture.dim * (kept + KEPT_PER_TOKEN * max(of_layers) // 2)
 
 
-def measured_rate(run: Path) -> float:
-    """FLOP/s of a rank of a run: the median of its latest measurements, waiting and saving included."""
+def measured_rate(run: Path) -> tuple[float, float]:
+    """(FLOP/s of a rank of a run, the median of its latest measurements; its goodput)."""
     try:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        rates = [line["model_tflop_per_s"] for line in lines if line["kind"] == "train"][-50:]
+        lines = [line for line in lines if line["kind"] == "train"][-50:]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{run}: no measurements of a run: {error}") from None
     path, _ = newest_readable(run)
-    if not rates or not path:
+    if not lines or not path:
         raise UserError(f"{run}: no measurements, or no checkpoint, of a run yet")
     ranks = max(int(file.stem.rpartition("-of-")[2]) for file in path.glob("weight-*-of-*.safetensors"))
-    return float(np.median(rates)) * 1e12 / ranks
+    return float(np.median([line["model_tflop_per_s"] for line in lines])) * 1e12 / ranks, lines[-1]["goodput"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,11 +178,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.ranks < 1 or not 0 < args.utilisation <= 1:
         raise UserError("--ranks: at least 1 is needed; --utilisation: more than 0 and at most 1")
     plan = estimate(load_config(args.config, args.overrides), args.ranks)
-    rate, meant = None, ""
+    rate, share, meant = None, 1.0, ""
     if args.like:
-        rate, meant = measured_rate(args.like), f"as measured in {args.like}"
+        (rate, share), meant = measured_rate(args.like), f"as measured in {args.like}"
     elif args.gpu:
-        rate = PEAKS[args.gpu] * args.utilisation
+        rate = PEAKS[args.gpu] * args.utilisation / plan.busiest  # the others wait for it
         meant = f"if {args.utilisation:.0%} of the peak of an {args.gpu} is reached"
     if args.json:
         print(json.dumps(asdict(plan) | {"step_s": plan.step_s(rate) if rate else None}, indent=1))
@@ -190,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"busiest rank of a step: {plan.busiest:.3f} x the mean")
     if rate:
         step_s = plan.step_s(rate)
-        print(f"{step_s:.3f} s a step, {step_s * plan.steps / 3600:,.1f} h for {plan.steps:,} steps, {meant}")
+        print(f"{step_s:.3f} s a step, {step_s / share * plan.steps / 3600:,.1f} h for {plan.steps:,} steps, {meant}")
     else:
         print("time: give --gpu, or better --like a run that was measured")
     return 0

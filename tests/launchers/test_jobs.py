@@ -17,11 +17,12 @@ from launchers import jobs
 def slurm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`slurm_says(scontrol, sacct)`: what they print of any job."""
 
-    def say(scontrol: str, sacct: str = "") -> None:
+    def say(scontrol: str, sacct: str = "", complaint: str = "") -> None:
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
         for name, text in (("scontrol", scontrol), ("sacct", sacct)):
-            (folder / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+            end = f"echo '{complaint}' >&2; exit 1" if complaint else ""
+            (folder / name).write_text(f"#!/bin/sh\necho '{text}'\n{end}\n")
             (folder / name).chmod(0o755)
         (folder / "scancel").write_text(f"#!/bin/sh\necho $1 >> {tmp_path}/cancelled\n")
         (folder / "scancel").chmod(0o755)
@@ -77,7 +78,7 @@ def test_a_job_that_is_over(run: Path, slurm_says, capsys, scontrol: str, sacct:
     assert jobs.main(["status", str(run)]) == 1
     out = capsys.readouterr().out
     assert f"42: {shown}" in out
-    assert "without a word of training; its log says why" in out
+    assert "training left no word of its end; its log says why" in out
     (run / "slurm" / "42_0_log.out").unlink()
     note_end(run, 65, "diverged at step 7")
     assert jobs.main(["status", str(run)]) == 1
@@ -88,13 +89,44 @@ def test_a_job_that_is_over(run: Path, slurm_says, capsys, scontrol: str, sacct:
     assert jobs.main(["status", str(run)]) == 0
 
 
+def test_a_controller_that_is_away_is_no_end(run: Path, slurm_says, capsys) -> None:
+    slurm_says("", complaint="slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    assert jobs.main(["status", str(run)]) == 0
+    assert "42: SLURM does not answer" in capsys.readouterr().out
+    slurm_says("", complaint="slurm_load_jobs error: Invalid job id specified")
+    assert jobs.main(["status", str(run)]) == 1
+    assert "42: unknown to SLURM" in capsys.readouterr().out
+
+
+def test_what_is_followed_is_whole(run: Path, slurm_says, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm_says(RUNNING)
+    monkeypatch.setattr(jobs, "POLL_S", 0)
+    monkeypatch.setattr(jobs, "STATE_POLL_S", 0.2)
+    log, said = run / "slurm" / "42_0_log.out", 0
+
+    def state_of(job: str) -> jobs.State:
+        nonlocal said
+        said += 1
+        with open(log, "a") as file:
+            file.write(f"later {said}\n")
+        return jobs.State("RUNNING" if said < 5 else "COMPLETED")
+
+    monkeypatch.setattr(jobs, "state_of", state_of)
+    note_end(run, 65, "diverged")
+    assert jobs.follow(run) == 65
+    lines = capsys.readouterr().out.splitlines()
+    later = [line for line in lines if line.startswith("later")]
+    assert later == [f"later {i + 1}" for i in range(len(later))]
+    assert len(later) >= 5
+
+
 def test_logs(run: Path, slurm_says, capsys) -> None:
     slurm_says("JobState=COMPLETED Restarts=0")
     assert jobs.main(["logs", "--rank", "1", str(run)]) == 0
     assert capsys.readouterr().out.splitlines() == [f"rank 1 line {i}" for i in range(10, 30)]
     assert jobs.main(["logs", "--follow", str(run)]) == 0  # it is over already
     assert capsys.readouterr().out.splitlines()[-1] == "rank 0 line 29"
-    with pytest.raises(UserError, match=r"42_7_log.out: not there \(yet\); COMPLETED"):
+    with pytest.raises(UserError, match=r"42_7_log.out: not there \(yet\); the job: COMPLETED"):
         jobs.main(["logs", "--rank", "7", str(run)])
 
 

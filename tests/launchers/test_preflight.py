@@ -59,14 +59,14 @@ def test_a_run_directory_that_cannot_be(config_file: Path, tmp_path: Path) -> No
 def test_file_systems_of_this_machine_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = {Path("/"): "ext4", Path("/dev/shm"): "tmpfs", Path("/home"): "nfs4", Path("/home/fast"): "xfs"}
     monkeypatch.setattr(preflight, "_mounts", lambda: mounts)
+    monkeypatch.setattr(preflight.sys, "base_prefix", "/dev/shm/python")  # every node may have an equal one
     checked = preflight.check_places({
-        "run directory": Path("/home/me/runs/x"), "data": Path("/dev/shm/data"), "Python": Path("/home/fast/venv"),
-        "current folder": Path("/srv"),
+        "run directory": Path("/home/me/runs/x"), "data": Path("/dev/shm/data"), "current folder": Path("/srv"),
     })  # fmt: skip
     assert checked.problems == [
         "data /dev/shm/data: lies in tmpfs, which no other machine sees; use a shared file system"
     ]
-    assert checked.notes == ["Python: on xfs; do the nodes see it?", "current folder: on ext4; do the nodes see it?"]
+    assert checked.notes == ["Python: on tmpfs; do the nodes see it?", "current folder: on ext4; do the nodes see it?"]
 
 
 def test_mounts_of_this_machine_are_read() -> None:
@@ -87,13 +87,18 @@ def slurm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
     return say
 
 
-PARTITIONS = "echo 'long infinite'; echo 'batch* 1-00:00:00'; echo 'short 30:00'"
+PARTITIONS = """cat <<END
+long infinite 4 idle
+batch* 1-00:00:00 2 mix
+batch* 1-00:00:00 1 drain
+short 30:00 4 idle
+END"""
 
 
 def test_slurm_is_asked_with_the_script(slurm_says, tmp_path: Path) -> None:
     said = "sbatch: Job 8 to start at 2026-11-21T18:10:13 using 2 processors on nodes n[1-2] in partition batch"
     slurm_says(f'[ "$1" = --test-only ] && cat "$2" > {tmp_path}/seen && echo "{said}" >&2', PARTITIONS)
-    checked = preflight.check_slurm("#!/bin/bash\n#SBATCH x\n", None, 60)
+    checked = preflight.check_slurm("#!/bin/bash\n#SBATCH x\n", None, 2, 60)
     assert (tmp_path / "seen").read_text() == "#!/bin/bash\n#SBATCH x\n"
     assert checked == preflight.Checked([], ["SLURM would start it at 2026-11-21 18:10:13 in partition batch"])
 
@@ -104,7 +109,7 @@ def test_slurm_is_asked_with_the_script(slurm_says, tmp_path: Path) -> None:
 )
 def test_a_time_limit_beyond_the_partitions_is_found(slurm_says, partition, minutes, limit) -> None:
     slurm_says("exit 0", PARTITIONS)
-    problems = preflight.check_slurm("", partition, minutes).problems
+    problems = preflight.check_slurm("", partition, 2, minutes).problems
     assert [problem.partition(". ")[0] for problem in problems] == (
         [f"--time: got {minutes} minutes; partition {partition or 'batch'} allows {limit}"] if limit else []
     )
@@ -112,11 +117,27 @@ def test_a_time_limit_beyond_the_partitions_is_found(slurm_says, partition, minu
 
 def test_what_slurm_refuses_is_one_sentence(slurm_says) -> None:
     slurm_says("echo 'sbatch: error: invalid partition' >&2; echo 'allocation failure: x' >&2; exit 1", "exit 1")
-    (problem,) = preflight.check_slurm("", "nope", 60).problems
+    (problem,) = preflight.check_slurm("", "nope", 2, 60).problems
     assert problem.endswith("SLURM would refuse the job: invalid partition; allocation failure: x")
+
+
+def test_nodes_that_are_away_for_now_are_waited_for(slurm_says) -> None:
+    slurm_says(f"echo 'allocation failure: {preflight.NOT_NOW}' >&2; exit 1", PARTITIONS)
+    checked = preflight.check_slurm("", None, 3, 60)
+    assert not checked.problems
+    assert "could not start the job with the nodes that are up" in checked.notes[0]
+    assert preflight.check_slurm("", None, 4, 60).problems  # there are three
+    assert preflight.check_slurm("", "long", 3, 60).problems  # all are there, so it is something else
+
+
+def test_a_qos_may_allow_more_time(slurm_says) -> None:
+    slurm_says("exit 0", PARTITIONS)
+    checked = preflight.check_slurm("", None, 2, 1441, qos="long")
+    assert not checked.problems
+    assert "partition batch allows 1440" in checked.notes[0]
 
 
 def test_a_controller_that_does_not_answer_is_said(slurm_says, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "ANSWER_S", 0.2)
     slurm_says("exec sleep 5", "exit 1")
-    assert "no answer within" in preflight.check_slurm("", None, 60).problems[0]
+    assert "no answer within" in preflight.check_slurm("", None, 2, 60).problems[0]

@@ -19,7 +19,6 @@ from bfsys.errors import UserError
 from launchers import jobs, slurm
 
 ON_CPUS = "--gpus-per-node=0"
-TRAP = "trap : TERM  # the script outlives its tasks, and decides what becomes of the job"
 ROOT = Path(__file__).resolve().parents[2]
 REFUSING = "#!/bin/sh\necho 'sbatch: error: invalid partition specified: nope' >&2\nexit 1\n"
 ACCEPTING = "#!/bin/sh\necho Submitted batch job 42\n"
@@ -45,7 +44,7 @@ def sbatch(tmp_path, monkeypatch) -> Callable[[str], None]:
     def make(script: str) -> None:
         folder = tmp_path / "bin"
         folder.mkdir()
-        for name, text in (("sbatch", script), ("srun", ""), ("sinfo", ""), ("scontrol", ""), ("sacct", "")):
+        for name, text in (("sbatch", script), *((n, "#!/bin/sh\n") for n in ("srun", "sinfo", "scontrol", "sacct"))):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
@@ -77,14 +76,13 @@ def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, cap
     setup = lines_of_script[lines_of_script.index("# setup") + 1 : lines_of_script.index("# command")]
     exports = ["export A='b '\"'\"'c'\"'\"''", "export D=''"]
     path = f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
-    assert setup == [TRAP, "module load x", *exports, path, ""]
-    srun = next(line for line in lines_of_script if line.startswith("srun"))
-    assert ' --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=6 bash -c \'trap "" USR2; exec ' in srun
-    assert "--error" not in srun
-    assert lines_of_script[-2:] == [
-        f"runs=({tmp_path}/runs/tiny)",
-        f'exec {sys.executable} -m bfsys.restarts $code "${{runs[${{SLURM_ARRAY_TASK_ID:-0}}]}}"',
-    ]
+    assert setup == ["module load x", *exports, path, ""]
+    command = lines_of_script[-2] if not lines_of_script[-1] else lines_of_script[-1]
+    assert command.startswith(
+        f"exec {sys.executable} -m bfsys.requeue {tmp_path}/runs/tiny -- srun --unbuffered --output "
+    )
+    assert ' --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=6 bash -c \'trap "" USR2; exec ' in command
+    assert "--error" not in command
     assert not (tmp_path / "runs").exists()
 
 
@@ -187,7 +185,8 @@ def test_a_sweep_has_a_run_for_each_combination(config_file, tmp_path, sbatch, c
         assert (config.name, str(config.train.seed)) == (name, name[-1])
         assert run in job.config.parents
     script = script_of(config_file, capsys, "--nodes=2", ON_CPUS, *sweep)
-    assert f"runs=({' '.join(f'{tmp_path}/runs/{name}' for name in names)})" in script
+    assert f"-m bfsys.requeue {' '.join(f'{tmp_path}/runs/{name}' for name in names)} -- srun" in script
+    assert "#SBATCH --array=0-3%4\n" in script
     problems = problems_of("--nodes", 2, ON_CPUS, "--sweep", "optim.lr=1,x", "--sweep", "train.seedz=1", config_file)
     assert any("optim.lr" in problem for problem in problems)
     assert any("seedz" in problem for problem in problems)
@@ -200,7 +199,7 @@ def test_containers(config_file, capsys):
     assert " /images/bfsys.sif python3 -u -m submitit.core._submit" in script
     script = script_of(config_file, capsys, "--nodes=2", ON_CPUS, "--container=nvcr.io#nvidia/pytorch:25.10-py3")
     assert "--container-image=nvcr.io#nvidia/pytorch:25.10-py3" in script
-    assert f"--container-mounts={config_file.parent}/runs/tiny," in script
+    assert f"--container-mounts={config_file.parent}/runs/tiny/slurm,{config_file.parent}/runs/tiny," in script
     assert " python3 -u -m submitit.core._submit" in script
 
 

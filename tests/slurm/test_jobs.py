@@ -258,7 +258,7 @@ def test_a_sweep_is_an_array_of_runs(config_file, tmp_path, undisturbed):
     members = [Job(run, job, Path(log)) for run, (job, log) in zip(runs, found, strict=True)]
     try:
         members[0].wait_for_step(30)
-        number = jobs._ask("squeue", "--noheader", "--jobs", members[0].id, "--format=%A").strip()
+        number = jobs._ask("squeue", "--noheader", "--jobs", members[0].id, "--format=%A")[0].strip()
         for process in processes_of(number, rank=0):  # one of them goes on by itself
             process.kill()
         assert_finished(members[0], undisturbed)
