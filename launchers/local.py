@@ -75,8 +75,11 @@ class Group:
         self._received: list[int] = []
         self._last_sent: dict[int, float] = {}
         self._previous = {number: signal.signal(number, self._receive) for number in FORWARDED}
+        start = start_program
+        if sys.platform.startswith("linux") and not torch.cuda.device_count():
+            import_what_ranks_need()
+            start = Forked
         port = free_port()
-        start = Forked if sys.platform.startswith("linux") and not torch.cuda.device_count() else start_program
         for rank, log in enumerate(self.logs):
             variables = rank_variables(rank, world_size, rank, world_size, master_addr="127.0.0.1", master_port=port)
             with open(log, "ab") as output:
@@ -216,7 +219,6 @@ class Forked:
     """A forked process that runs a Python script, with the words of subprocess.Popen."""
 
     def __init__(self, job: TrainJob, rank: int, env: dict[str, str], log: Path) -> None:
-        import_what_ranks_need()
         self._process = multiprocessing.get_context("fork").Process(
             target=self._begin, args=(job, f"bfsys rank {rank}".encode(), env, log, os.getpid())
         )
