@@ -349,12 +349,12 @@ def main(arguments: list[str] | None = None) -> int:
     command, now = shlex.join(["python", "launchers/slurm.py", *arguments]), time.strftime("%F %T")
     for config in configs:
         requeue.forget(config.run_dir)
-        forget_end(config.run_dir)
     submitted = [
         jobs.Submitted(str(job.job_id), str(job.paths.stdout), now, command) for job in submit(executor, tasks)
     ]
     for config, job in zip(configs, submitted, strict=True):
         jobs.note_submission(config.run_dir, job)
+        forget_end(config.run_dir)
     tell(args, configs, submitted)
     return jobs.follow(configs[0].run_dir) if args.follow else 0
 
