@@ -191,10 +191,12 @@ def test_a_job_whose_tasks_do_not_leave_in_time_goes_on(submit):
     assert "stopped on request" not in job.said().partition("continuing ")[0]
 
 
-def test_a_preempted_job_goes_on(submit, undisturbed):
-
+def test_a_job_that_an_operator_requeues_and_that_is_preempted_goes_on(submit, undisturbed):
     job = submit(f"--partition {LOW}")
     job.wait_for_step(30)
+    subprocess.run(["scontrol", "requeue", job.id], check=True)
+    job.wait_for(lambda: "continuing " in job.said())
+    job.wait_for_step(60)
     node = first_node(job.id)
     urgent = ["sbatch", "--parsable", f"--partition={HIGH}", f"--nodelist={node}", "--exclusive", "--time=1",
               "--output=/dev/null", "--wrap=sleep 5"]  # fmt: skip
