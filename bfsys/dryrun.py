@@ -40,10 +40,8 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
         )
         _show_sources(data.train_split, sources)
         _show_plan(make_plan(config, sources), config, sources.names)
-        if config.train.init_from:
-            with torch.device("meta"):
-                model = ByteFormer(architecture, len(sources.classes))
-            print("\n".join(initial_weights(model, config, sources.classes, Ranks())[1]))
+        if notes := notes_on_start(config, sources):
+            print("\n".join(notes))
         validation = open_evaluation(config, data.eval_split, sources.classes)
         _show_sources(data.eval_split, validation)
         for note in long_files(config, sources) + long_files(config, validation):
@@ -53,6 +51,13 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
         print(f"ranks       {world_size}, each {len(lanes)} micro-batches a step")
     if problems:
         raise UserError(*problems)
+
+
+def notes_on_start(config: Config, sources: Sources) -> list[str]:
+    """What train.init_from would take over; raises UserError if it cannot."""
+    with torch.device("meta"):
+        model = ByteFormer(config.model.architecture(), len(sources.classes))
+    return initial_weights(model, config, sources.classes, Ranks())[1]
 
 
 def _show_sources(split: str, sources: Sources) -> None:

@@ -5,8 +5,6 @@ Seconds, on a login node, without a GPU. Each check yields its problems; none st
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
 import subprocess
@@ -21,9 +19,10 @@ from bfsys.config import Config
 from bfsys.data.datasets import Sources
 from bfsys.data.remote import is_remote
 from bfsys.dist import Ranks
-from bfsys.dryrun import dry_run
-from bfsys.errors import UserError
+from bfsys.dryrun import notes_on_start
+from bfsys.errors import collecting
 from bfsys.run import open_data, run_facts
+from tools import plan_run
 
 # By the kind of file system that the kernel names. Others, such as ext4, may still be exported to the nodes.
 OF_THIS_MACHINE = {"tmpfs", "ramfs", "devtmpfs"}
@@ -39,23 +38,23 @@ class Checked:
     notes: list[str]
 
 
-def check_run(config: Config) -> list[str]:
-    """Problems of data and run directory: everything that would end the job in its first minute."""
-    problems = list(_writable(config.run_dir))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            dry_run(config, 1, with_data=True)
+def check_run(config: Config, ranks: int) -> Checked:
+    """Data and run directory: everything that would end the job in its first minute; and what a rank will need."""
+    problems, notes = list(_writable(config.run_dir)), []
+    with collecting(problems):
         training, validation, plan = open_data(config, Ranks())
         for part in (training, validation):
             problems += missing_shards(part) if part else []
         path, unreadable = newest_readable(config.run_dir)
         if path:
             check_same_run(path, run_facts(config, training, plan))
-        else:
+        elif unreadable:
             problems += unreadable
-    except UserError as error:
-        problems += error.problems
-    return problems
+        else:
+            notes += notes_on_start(config, training)
+        if config.data.lanes % ranks == 0:  # others are told how many fit
+            notes.append(f"{config.name}: {plan_run.estimate(config, ranks, training, plan).describe()}")
+    return Checked(problems, notes)
 
 
 def missing_shards(sources: Sources) -> list[str]:

@@ -48,7 +48,6 @@ from bfsys.job import TrainJob
 from bfsys.run import GIT_STATE, git_state
 from launchers import jobs, preflight
 from launchers.preflight import parse_minutes
-from tools import plan_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -191,7 +190,8 @@ def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
             with collecting(problems):
                 configs.append(load_config(args.config, overrides))
     for config in configs:
-        problems += preflight.check_run(config)
+        run = preflight.check_run(config, max(1, args.nodes * ranks_per_node(args)))
+        problems, notes = problems + run.problems, notes + run.notes
         if with_slurm and not args.dependency:
             problems += [
                 f"run {config.run_dir}: job {job.job} waits or runs already; launchers/slurm.py stop {config.run_dir} "
@@ -212,8 +212,7 @@ def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
         problems, notes = problems + answer.problems, notes + answer.notes
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    need = plan_run.estimate(configs[0], args.nodes * ranks_per_node(args)).describe()
-    return configs, [*notes, f"{need}; tools/plan_run.py tells the time too"]
+    return configs, notes
 
 
 def seen_by_nodes(configs: Sequence[Config]) -> dict[str, Path]:

@@ -14,7 +14,7 @@ believe in. Memory is counted too:
     activation checkpointing; 1.5 dim for each token that is merged; and half as much again as the widest layer keeps,
     while its backward runs
 
-It leaves out the CUDA context (about 0.5 GB), NCCL's buffers (about 0.5 GB) and what the allocator cannot use.
+It leaves out what CUDA, NCCL and the allocator take for themselves.
 """
 
 from __future__ import annotations
@@ -84,11 +84,9 @@ class Estimate:
         )
 
 
-def estimate(config: Config, ranks: int, sources: Sources | None = None, plan: Plan | None = None) -> Estimate:
-    """Raises UserError if the ranks do not divide the lanes, or the data cannot be opened."""
+def estimate(config: Config, ranks: int, sources: Sources, plan: Plan) -> Estimate:
+    """Raises UserError if the ranks do not divide the lanes."""
     lanes_of_rank(config.data.lanes, 0, ranks)
-    sources = sources or open_training(config)
-    plan = plan or make_plan(config, sources)
     architecture, classes = config.model.architecture(), len(sources.classes)
     parameters = parameter_count(architecture, classes)
     flops, largest, read = [], 0, []
@@ -177,7 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     if args.ranks < 1 or not 0 < args.utilisation <= 1:
         raise UserError("--ranks: at least 1 is needed; --utilisation: more than 0 and at most 1")
-    plan = estimate(load_config(args.config, args.overrides), args.ranks)
+    config = load_config(args.config, args.overrides)
+    sources = open_training(config)
+    plan = estimate(config, args.ranks, sources, make_plan(config, sources))
     rate, share, meant = None, 1.0, ""
     if args.like:
         (rate, share), meant = measured_rate(args.like), f"as measured in {args.like}"

@@ -85,20 +85,20 @@ class Synthesizer:
         import espeakng_loader as loader
 
         try:
-            self.library = ctypes.CDLL(loader.get_library_path())
+            self.espeak = ctypes.CDLL(loader.get_library_path())
         except OSError as error:
             raise UserError(f"the speech library of package espeakng-loader does not load: {error}") from None
-        rate_hz = self.library.espeak_Initialize(
+        rate_hz = self.espeak.espeak_Initialize(
             self.AUDIO_OUTPUT_SYNCHRONOUS, 0, os.fsencode(loader.get_data_path()), self.INITIALIZE_DONT_EXIT
         )
         if rate_hz != ESPEAK_RATE_HZ:
             raise UserError(f"espeak-ng does not start: got {rate_hz} Hz, expected {ESPEAK_RATE_HZ} Hz")
-        self.library.espeak_ng_SetRandSeed(ctypes.c_long(self.seed))  # Initialize seeds it with the clock
-        self.library.espeak_SetSynthCallback(self.callback)
+        self.espeak.espeak_ng_SetRandSeed(ctypes.c_long(self.seed))  # Initialize seeds it with the clock
+        self.espeak.espeak_SetSynthCallback(self.callback)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.library.espeak_Terminate()
+        self.espeak.espeak_Terminate()
 
     def _take(self, samples, n_samples: int, events) -> int:
         if samples and n_samples > 0:
@@ -109,13 +109,13 @@ class Synthesizer:
         """Speak; returns int16 samples at 22,050 Hz."""
         self.pieces.clear()
         encoded = text.encode() + b"\0"
-        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
+        if self.espeak.espeak_SetVoiceByName(voice.encode()) != 0:
             raise UserError(f"espeak-ng has no voice {voice!r}: is espeakng-loader older than 0.2.4?")
-        self.library.espeak_SetParameter(self.RATE, rate_wpm, 0)
-        self.library.espeak_SetParameter(self.PITCH, pitch, 0)
+        self.espeak.espeak_SetParameter(self.RATE, rate_wpm, 0)
+        self.espeak.espeak_SetParameter(self.PITCH, pitch, 0)
         size = ctypes.c_size_t(len(encoded))
-        self.library.espeak_Synth(encoded, size, 0, 0, 0, self.CHARS_UTF8, None, None)
-        self.library.espeak_Synchronize()
+        self.espeak.espeak_Synth(encoded, size, 0, 0, 0, self.CHARS_UTF8, None, None)
+        self.espeak.espeak_Synchronize()
         return np.frombuffer(b"".join(self.pieces), np.int16)
 
 

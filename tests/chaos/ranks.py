@@ -89,7 +89,7 @@ class Ranks:
     def are_running(self) -> bool:
         return all(process.poll() is None for process in self.processes)
 
-    def end(self, timeout_s: float = 120) -> list[int]:
+    def end(self, timeout_s: float = 600) -> list[int]:
         """Wait for all to end; their exit codes."""
         try:
             for process in self.processes:
