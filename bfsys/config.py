@@ -96,7 +96,7 @@ class Data:
     byte_transforms: tuple[str, ...] = ()
     """What is done to the bytes of every file, in training, evaluation and prediction, in this order: reverse,
     random_shuffle, cyclic_half_length, stride:1024, window_shuffle:1024, keep:0.1, noise:-5:5, permute or
-    permute:KEYFILE; see data/byte_transforms.py."""
+    permute:KEYFILE, and damage: flip:0.01, truncate:0.5, skip:64; see data/byte_transforms.py."""
     max_bad_share: Share = 0.01
     """Files that cannot be read whole are replaced by others and listed in the run's quarantine.tsv, up to this share
     of a source; beyond it the run stops."""
@@ -195,8 +195,8 @@ class Train:
 
     __pydantic_config__ = _STRICT
 
-    steps: Count = 300_000
-    """Optimizer steps of the whole run."""
+    steps: Count = 500_456
+    """Optimizer steps of the whole run; default: 300 epochs of ImageNet in batches of 768 (published)."""
     seed: Whole = 0
     """Decides the initial weights and the data order."""
     init_from: str | None = None

@@ -1,9 +1,10 @@
 """Loss, top-1 and top-5 over a whole split, each file once, jointly and per source.
 
-    python -m bfsys.evaluate RUN [--split val] [--data DATASET]… [--json]
+    python -m bfsys.evaluate RUN [--split val] [--data DATASET]… [--report FOLDER] [--robustness] [--json]
 
 Needs no DeepSpeed. RUN is a run directory (its newest whole checkpoint counts) or one checkpoint. Other datasets than
-the run's may be given, and must be for imported weights, which come with none.
+the run's may be given, and must be for imported weights, which come with none. With --report: accuracy by class and
+the confusion matrix (report.py). With --robustness: the same scores for damaged files.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ from bfsys import dist
 from bfsys.batch import ByteBatch
 from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config, Source
-from bfsys.data.byte_transforms import lengths_after
+from bfsys.data.byte_transforms import lengths_after, parse_transforms, with_key
 from bfsys.data.datasets import Sources, check_transforms, index_problems, open_evaluation
 from bfsys.data.loader import evaluation_rounds
 from bfsys.data.quarantine import Quarantine
 from bfsys.errors import UserError, run_command
 from bfsys.loss import COLUMNS, SAMPLES, loss_and_sums
 from bfsys.metrics import describe_scores, scores
+from bfsys.report import Report
+
+# What befalls files: bytes change, the end or the start is missing
+DAMAGE = ("flip:0.0001", "flip:0.001", "flip:0.01", "flip:0.1", "truncate:0.9", "truncate:0.5", "skip:16", "skip:256")
 
 
 @torch.no_grad()
@@ -41,18 +46,23 @@ def evaluate(
     quarantine: Quarantine,
     step: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Report | None = None,
 ) -> dict:
     """Scores as `metrics.scores` gives them, over all ranks; collective. `forward` must be in eval mode.
 
-    Files that cannot be read are left out, and told to `quarantine` as found at `step`.
+    Files that cannot be read are left out, and told to `quarantine` as found at `step`. `report` is told this rank's
+    answers.
     """
     sums = torch.zeros(len(sources.splits), COLUMNS, dtype=torch.float64)
     total = sum(len(split) for split in sources.splits)
     for batch, counts in evaluation_rounds(config, sources, ranks, quarantine, step):
         batch = batch.to(ranks.device)
-        _, batch_sums = loss_and_sums(forward(batch), batch, len(sources.splits))
+        logits = forward(batch)
+        _, batch_sums = loss_and_sums(logits, batch, len(sources.splits))
         if counts:
             sums += batch_sums.cpu()
+        if counts and report:
+            report.add(batch.labels, logits)
         progress(int(sums[:, SAMPLES].sum()) * ranks.world_size, total)
     dist.sum_over_ranks(sums)
     if not sums[:, SAMPLES].any():
@@ -73,10 +83,17 @@ def main() -> int:
         help="packed dataset, instead of the run's; repeatable",
     )
     parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last")
+    parser.add_argument("--permute", metavar="KEYFILE", help="where the key lies that the run was trained with")
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="write accuracy by class and the confusion matrix"
+    )
+    parser.add_argument("--robustness", action="store_true", help="evaluate damaged files too")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     args = parser.parse_args()
 
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
+    transforms = with_key(config.data.byte_transforms, args.permute)
+    config = replace(config, data=replace(config.data, byte_transforms=transforms))
     config = with_datasets(config, args.data, args.run)
     ranks = dist.Ranks()
     split = args.split or config.data.eval_split
@@ -84,24 +101,54 @@ def main() -> int:
     if not sources.splits:
         raise UserError(f"no source of {args.run} has a split {split!r}; choose another with --split")
     check_transforms(sources.transforms, manifest)
-    problems = short_files(config, sources) + index_problems(sources, 0, 1)
+    damaged = {
+        damage: replace(sources, transforms=(*parse_transforms([damage]), *sources.transforms))
+        for damage in (DAMAGE if args.robustness else ())
+    }
+    problems = index_problems(sources, 0, 1)
+    for shown in (sources, *damaged.values()):
+        problems += short_files(config, shown)
     if problems:
-        raise UserError(*problems)
-    bad_files = Quarantine()
-    result = evaluate(model.to(ranks.device), config, sources, ranks, bad_files, manifest["step"], _show_progress)
+        raise UserError(*dict.fromkeys(problems))
+    bad_files, report = Quarantine(), Report(sources.classes, args.report) if args.report else None
+    model.to(ranks.device)
+    result = evaluate(model, config, sources, ranks, bad_files, manifest["step"], _show_progress, report)
     for bad in bad_files.share(ranks, sources.sizes, config.data.max_bad_share):
         print(f"left out: {bad.describe()}", file=sys.stderr)
+    robustness = {
+        damage: evaluate(model, config, shown, ranks, Quarantine(), manifest["step"], _show_progress)
+        for damage, shown in damaged.items()
+    }
+    written = report.write() if report else []
     if args.json:
-        print(json.dumps({"run": str(args.run), "step": manifest["step"], **result}, indent=1))
+        more = {"robustness": robustness} if robustness else {}
+        print(json.dumps({"run": str(args.run), "step": manifest["step"], **result, **more}, indent=1))
         return 0
     print(f"{args.run}, step {manifest['step']}, {result['samples']} files: {describe_scores(result)}")
+    show_scores(result)
+    if robustness:
+        show_robustness({"as they are": result, **robustness})
+    for line in written:
+        print(line)
+    return 0
+
+
+def show_scores(result: dict) -> None:
     width = max(len(name) for name in ("all", *result["sources"]))
     for name, s in (("all", result), *result["sources"].items()):
         print(
             f"  {name:<{width}}  {s['samples']:>8} files   loss {s['loss']:.4f}   "
             f"top-1 {100 * s['top1']:6.2f} %   top-5 {100 * s['top5']:6.2f} %"
         )
-    return 0
+
+
+def show_robustness(results: dict[str, dict]) -> None:
+    names = list(next(iter(results.values()))["sources"])
+    names = names if len(names) > 1 else []
+    print("top-1 in percent, of files   " + "".join(f"{name:>14}" for name in ("all", *names)))
+    for damage, result in results.items():
+        values = [result, *(result["sources"][name] for name in names)]
+        print(f"  {damage:<27}" + "".join(f"{100 * s['top1']:14.2f}" for s in values))
 
 
 def short_files(config: Config, sources: Sources) -> list[str]:

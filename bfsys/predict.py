@@ -1,11 +1,12 @@
 """Classes of any files, from their bytes alone.
 
-    python -m bfsys.predict RUN FILE… [--top K] [--json]
+    python -m bfsys.predict RUN FILE… [--top K] [--permute KEYFILE | --transformed] [--json]
 
 FILE may be a file, a folder (all files in it) or - (standard input). Needs no DeepSpeed. Files that cannot be
 classified are named at the end, after the others' answers, with exit code 2. What the run does to the bytes of every
-file (data.byte_transforms) is done here too. A model that was trained on augmented files wants files in the encoding
-of `augment:`, such as tools/pack.py makes for its eval_path.
+file (data.byte_transforms) is done here too, with the key from --permute if it lies elsewhere than in training; with
+--transformed it was done before, by whoever sent the files, and no key is needed here (docs/privacy.md). A model that
+was trained on augmented files wants files in the encoding of `augment:`, such as tools/encode.py makes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.loading import load_model
-from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms
+from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms, with_key
 from bfsys.data.datasets import check_transforms
 from bfsys.errors import UserError, run_command
 from bfsys.model.byteformer import ByteFormer
@@ -84,6 +85,11 @@ def main() -> int:
     parser.add_argument("files", nargs="+", metavar="FILE", help="files, folders, or - for standard input")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="classes to show per file")
     parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--permute", metavar="KEYFILE", help="where the key lies that the run was trained with")
+    key.add_argument(
+        "--transformed", action="store_true", help="the files went through the run's byte_transforms before"
+    )
     parser.add_argument("--json", action="store_true", help='print [{"path", "top": [{"class", …}]}]')
     args = parser.parse_args()
     if args.top < 1:
@@ -94,8 +100,12 @@ def main() -> int:
     classes = manifest["classes"]
     problems: list[str] = []
     answers = []
-    transforms = parse_transforms(config.data.byte_transforms)
-    check_transforms(transforms, manifest)
+    transforms: tuple[ByteTransform, ...] = ()
+    if not args.transformed:
+        transforms = parse_transforms(with_key(config.data.byte_transforms, args.permute))
+        check_transforms(transforms, manifest)
+    elif not config.data.byte_transforms:
+        raise UserError(f"--transformed: {args.run} was trained on files as they are; leave the option out")
     samples = read_files(args.files, problems, transforms, config.model.least_bytes)
     for batch in batches_of(samples, config.data.eval_batch_bytes):
         top = predict(model, batch).topk(min(args.top, len(classes)))

@@ -20,7 +20,7 @@ LAYERS = [
     ["loss", "optim"],
     ["engine"],
     ["checkpoint", "faults", "goodput"],
-    ["guard", "watchdog", "metrics"],
+    ["guard", "watchdog", "metrics", "report"],
     ["evaluate", "initial"],
     ["dryrun", "predict", "export", "run"],
     ["train"],

@@ -63,6 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--subdir", default="", help="class folders lie in SRC/[SPLIT/]SUBDIR")
     add("--split", help="put all files into this split")
+    add("--splits", metavar="LIST", help="of the splits that SRC has, pack these only, such as val,test")
     add("--val-share", type=float, help=f"share of the files for val (default {DEFAULT_VAL_SHARE})")
     add("--encoding", default=AS_STORED, help="encode files anew (default: leave them as stored)")
     add("--image-size", type=int, metavar="N", help="resize and crop to N × N pixels before encoding")
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     max_file_bytes = read_size("--max-file-bytes", args.max_file_bytes, problems)
     problems += option_problems(args)
     listing = list_source(args)
+    if args.splits:
+        keep_splits(listing, args.splits.split(","))
     check_files(listing, max_file_bytes, encoding)
     problems += listing.problems
     if args.val_share is not None and listing.files and not listing.divided:
@@ -101,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "subdir": args.subdir,
         "split": args.split,
         "val_share": share_for_val(args) if listing.divided else None,
+        **({"splits": args.splits} if args.splits else {}),
         **asdict(fitting),
         "shard_bytes": shard_bytes,
         "max_file_bytes": max_file_bytes,
@@ -189,6 +193,18 @@ def list_source(args: argparse.Namespace) -> Listing:
         return list_speech_commands(args.src)
     only_split_folders = args.layout == "imagefolder"
     return list_tree(args.src, args.subdir, args.split, share_for_val(args), split_folders=only_split_folders)
+
+
+def keep_splits(listing: Listing, wanted: Sequence[str]) -> None:
+    """Leave out the files of other splits; the classes stay."""
+    present = {file.split for file in listing.files}
+    if listing.files and listing.divided:
+        listing.problems.append("--splits: SRC has no splits to choose from; --split puts all files into one")
+    elif listing.files:
+        listing.problems += [
+            f"--splits: got {split!r}, SRC has {', '.join(sorted(present))}" for split in wanted if split not in present
+        ]
+    listing.files = [file for file in listing.files if file.split in wanted]
 
 
 def name_bad_files(bad: Sequence[BadFile]) -> list[str]:

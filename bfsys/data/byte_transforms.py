@@ -1,4 +1,4 @@
-"""Transforms of a file's bytes: orders, privacy masks, noise and keys of the publication (arXiv 2306.00238).
+"""Transforms of a file's bytes: orders, privacy masks, noise and keys of the publication (arXiv 2306.00238); damage.
 
 The published order is shuffle → keep → noise → permute (any of reverse … window_shuffle is a shuffle). A list
 in another order is applied as written. The publication applies transforms in training and evaluation alike;
@@ -9,6 +9,7 @@ released code gives the key of `permute` and the positions that `keep` keeps. Al
 generator, with which models trained on either side could not read the other's bytes.
 
 A permutation of byte values is no encryption: it hides a file from the eye, not from one who counts bytes.
+(docs/privacy.md)
 """
 
 import difflib
@@ -137,6 +138,26 @@ def _permute(key: np.ndarray, data: np.ndarray, rng: np.random.Generator) -> np.
     return key[data]
 
 
+def _flip(share: float, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each byte becomes some other value with this probability."""
+    hit = np.flatnonzero(rng.random(len(data)) < share)
+    result = data.copy()
+    result[hit] += rng.integers(1, BYTE_VALUES, len(hit), dtype=np.uint8)
+    return result
+
+
+def _truncate(fraction: float, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return data[: int(_kept_lengths(fraction, np.array(len(data))))].copy()
+
+
+def _skip(count: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return data[len(data) - int(_lengths_after_skip(count, np.array(len(data)))) :].copy()
+
+
+def _lengths_after_skip(count: int, lengths: np.ndarray) -> np.ndarray:
+    return np.minimum(lengths, np.maximum(1, lengths - count))
+
+
 def _fixed_permutation(n: int) -> np.ndarray:
     """int64 [n]: a permutation of 0 … n - 1, the same for ever."""
     import torch  # slow to import, and only its numbers are the published ones
@@ -171,11 +192,22 @@ def _size_option(function: Callable[..., np.ndarray], option: str) -> dict:
     return {"apply": functools.partial(function, size)}
 
 
-def _keep_option(option: str) -> dict:
+def _flip_option(option: str) -> dict:
+    share = float(option)
+    if not 0 < share <= 1:
+        raise ValueError
+    return {"apply": functools.partial(_flip, share), "randomised": True}
+
+
+def _skip_option(option: str) -> dict:
+    return _size_option(_skip, option) | {"lengths": functools.partial(_lengths_after_skip, _integer(option))}
+
+
+def _share_option(function: Callable[..., np.ndarray], option: str) -> dict:
     fraction = float(option)
     if not 0 < fraction <= 1:
         raise ValueError
-    return {"apply": functools.partial(_keep, fraction), "lengths": functools.partial(_kept_lengths, fraction)}
+    return {"apply": functools.partial(function, fraction), "lengths": functools.partial(_kept_lengths, fraction)}
 
 
 def _noise_option(option: str) -> dict:
@@ -211,12 +243,18 @@ TRANSFORMS = {
     "window_shuffle": Row(
         "window_shuffle:BYTES, with whole BYTES ≥ 1 (published: 1024)", functools.partial(_size_option, _window_shuffle)
     ),
-    "keep": Row("keep:FRACTION, with 0 < FRACTION ≤ 1, like keep:0.1", _keep_option),
+    "keep": Row("keep:FRACTION, with 0 < FRACTION ≤ 1, like keep:0.1", functools.partial(_share_option, _keep)),
     "noise": Row(
         f"noise:LOWEST:HIGHEST, whole numbers with -{LARGEST_NOISE} ≤ LOWEST ≤ HIGHEST ≤ {LARGEST_NOISE}, "
         "like noise:-5:5",
         _noise_option,
     ),
+    "flip": Row("flip:SHARE of the bytes, with 0 < SHARE ≤ 1, like flip:0.01", _flip_option),
+    "truncate": Row(
+        "truncate:FRACTION that is left, with 0 < FRACTION ≤ 1, like truncate:0.5",
+        functools.partial(_share_option, _truncate),
+    ),
+    "skip": Row("skip:BYTES at the start, with whole BYTES ≥ 1, like skip:64", _skip_option),
     "permute": Row("permute (the published key) or permute:FILE (a key file)", _permute_option),
 }
 
@@ -253,6 +291,19 @@ def parse_transforms(texts: Sequence[str]) -> tuple[ByteTransform, ...]:
     if problems:
         raise UserError(*problems)
     return tuple(transforms)
+
+
+def with_key(texts: Sequence[str], key_file: str | Path | None) -> tuple[str, ...]:
+    """The same transforms, with the key of `permute` read from another file, if one is given."""
+    if key_file is None:
+        return tuple(texts)
+    if not any(_name(text) == "permute" for text in texts):
+        raise UserError(f"--permute {key_file}: this run does not permute byte values; leave the option out")
+    return tuple(f"permute:{key_file}" if _name(text) == "permute" else text for text in texts)
+
+
+def _name(text: str) -> str:
+    return text.partition(":")[0]
 
 
 def read_key(path: Path) -> np.ndarray:

@@ -22,6 +22,7 @@ from bfsys.errors import UserError
 
 SHUFFLES = ["reverse", "random_shuffle", "cyclic_half_length", "stride:7", "stride:1024", "window_shuffle:16"]
 ALL = [*SHUFFLES, "keep:0.1", "keep:0.5", "keep:1", "noise:-5:5", "noise:0:0", "permute"]
+ALL += ["flip:0.01", "flip:1", "truncate:0.5", "skip:1", "skip:64"]
 PUBLISHED_ORDER = ["reverse", "keep:0.75", "noise:-20:20", "permute"]
 
 
@@ -145,6 +146,17 @@ def test_permute_is_the_published_bijection():
     assert np.array_equal(np.argsort(key)[run("permute", data_of(999))], data_of(999))
 
 
+def test_damage():
+    data = data_of(10_000)
+    flipped = run("flip:0.1", data)
+    assert 900 < np.count_nonzero(flipped != data) < 1100
+    assert np.count_nonzero(run("flip:1", data) != data) == len(data)  # never the same value again
+    assert np.array_equal(run("truncate:0.25", data), data[:2500])
+    assert np.array_equal(run("skip:64", data), data[64:])
+    for text in ("truncate:0.1", "skip:64"):  # something is left of every file
+        assert run(text, data[:3]).tolist() == data[:1].tolist() if "trunc" in text else data[2:3].tolist()
+
+
 def test_transforms_work_in_the_order_listed():
     data = data_of(500)
     one_by_one = data
@@ -255,6 +267,10 @@ def test_a_missing_key_file_is_named(tmp_path):
         ("noise:0:256", "noise must be written as"),
         ("noise:-0.5:0.5", "noise must be written as"),
         ("noise:1:2:3", "noise must be written as"),
+        ("flip:0", "flip must be written as flip:SHARE of the bytes, with 0 < SHARE ≤ 1"),
+        ("flip", "flip must be written as"),
+        ("truncate:0", "truncate must be written as truncate:FRACTION that is left"),
+        ("skip:0", "skip must be written as skip:BYTES at the start, with whole BYTES ≥ 1"),
     ],
 )
 def test_wrong_spellings_are_answered_with_the_right_ones(text, message):

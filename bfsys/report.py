@@ -1,0 +1,121 @@
+"""Where a model is right and what it takes for what: accuracy by class, and the confusion matrix.
+
+    FOLDER/classes.tsv     class, files, top-1, what it is most often taken for
+    FOLDER/confusion.tsv   class, answer, files; pairs that occur
+    FOLDER/confusion.png   share of each class's files (rows) that got each answer (columns)
+
+Pairs are counted by one sort, so that 20,000 classes need no matrix of 400 million; a picture is drawn for as many
+classes as can be told apart on it.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from bfsys.errors import UserError
+
+MOST_CLASSES_DRAWN = 2000
+MOST_CLASSES_NAMED = 60  # beside rows and columns
+MOST_CLASSES_COUNTED = 30  # with the number of files in each cell
+WORST_PAIRS = 5
+
+
+class Report:
+    """Collects the answers of one process."""
+
+    def __init__(self, classes: Sequence[str], folder: Path) -> None:
+        self.classes, self.folder = tuple(classes), folder
+        self._pairs: list[np.ndarray] = []  # int64 [files], class · number of classes + answer
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--report {folder}: cannot be made: {error.strerror}") from None
+
+    def add(self, labels: Tensor, logits: Tensor) -> None:
+        """labels [B], logits [B, classes]."""
+        answers = logits.argmax(1)
+        self._pairs.append((labels * len(self.classes) + answers).cpu().numpy())
+
+    def write(self) -> list[str]:
+        """Write the files; lines that sum them up."""
+        values, counts = np.unique(np.concatenate(self._pairs), return_counts=True)
+        labels, answers = np.divmod(values, len(self.classes))
+        files = np.bincount(labels, counts, minlength=len(self.classes)).astype(np.int64)
+        right = np.zeros(len(self.classes), np.int64)
+        right[labels[labels == answers]] = counts[labels == answers]
+        mistakes = sorted(
+            (-int(count), int(label), int(answer))
+            for label, answer, count in zip(labels, answers, counts, strict=True)
+            if label != answer
+        )
+        worst: dict[int, tuple[int, int]] = {}  # class → most frequent wrong answer, how often
+        for minus_count, label, answer in mistakes:
+            worst.setdefault(label, (answer, -minus_count))
+        try:
+            self._write_classes(files, right, worst)
+            with open(self.folder / "confusion.tsv", "w", newline="", encoding="utf-8") as file:
+                rows = csv.writer(file, delimiter="\t", lineterminator="\n")
+                rows.writerow(("class", "answer", "files"))
+                for label, answer, count in zip(labels, answers, counts, strict=True):
+                    rows.writerow((self.classes[label], self.classes[answer], count))
+            note = self._draw(labels, answers, counts, files)
+        except OSError as error:
+            raise UserError(f"--report {self.folder}: cannot be written: {error.strerror}") from None
+        seen = np.flatnonzero(files)
+        lowest = min(seen, key=lambda c: right[c] / files[c])
+        return [
+            f"lowest top-1 of a class: {self.classes[lowest]} {100 * right[lowest] / files[lowest]:.1f} % "
+            f"of {files[lowest]} files",
+            *(
+                f"  {self.classes[label]} taken for {self.classes[answer]}: {-minus_count} of {files[label]} files"
+                for minus_count, label, answer in mistakes[:WORST_PAIRS]
+            ),
+            f"by class: {self.folder}/classes.tsv   by pair: {self.folder}/confusion.tsv   {note}",
+        ]
+
+    def _write_classes(self, files: np.ndarray, right: np.ndarray, worst: dict[int, tuple[int, int]]) -> None:
+        with open(self.folder / "classes.tsv", "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file, delimiter="\t", lineterminator="\n")
+            rows.writerow(("class", "files", "top1", "most often taken for", "files taken so"))
+            for number in np.flatnonzero(files):
+                answer, count = worst.get(int(number), (None, 0))
+                taken_for = "" if answer is None else self.classes[answer]
+                top1 = f"{right[number] / files[number]:.4f}"
+                rows.writerow((self.classes[number], files[number], top1, taken_for, count))
+
+    def _draw(self, labels: np.ndarray, answers: np.ndarray, counts: np.ndarray, files: np.ndarray) -> str:
+        """Draw the matrix of the classes that occur; says where it is, or why not."""
+        try:
+            from matplotlib.figure import Figure  # without pyplot there is no display to look for
+        except ImportError:
+            return "(no picture: pip install matplotlib)"
+        shown = np.union1d(np.flatnonzero(files), answers)
+        if len(shown) > MOST_CLASSES_DRAWN:
+            return f"(no picture of more than {MOST_CLASSES_DRAWN:,} classes)"
+        matrix = np.zeros((len(shown), len(shown)))
+        matrix[np.searchsorted(shown, labels), np.searchsorted(shown, answers)] = counts
+        share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+        side = min(16.0, 4 + 0.3 * len(shown))
+        figure = Figure((side + 1, side), layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        figure.colorbar(image, label="share of the class's files")
+        axes.set(xlabel="answer", ylabel="class")
+        if len(shown) <= MOST_CLASSES_NAMED:
+            names = [self.classes[number] for number in shown]
+            axes.set_xticks(range(len(shown)), names, rotation=90)
+            axes.set_yticks(range(len(shown)), names)
+        if len(shown) <= MOST_CLASSES_COUNTED:
+            for row, column in np.argwhere(matrix):
+                colour = "white" if share[row, column] > 0.5 else "black"
+                count = f"{matrix[row, column]:.0f}"
+                axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=7)
+        path = self.folder / "confusion.png"
+        figure.savefig(path, dpi=120 if len(shown) <= MOST_CLASSES_NAMED else math.ceil(len(shown) / side))
+        return f"picture: {path}"

@@ -1,0 +1,45 @@
+"""bfsys against the published form: 200 steps of training, loss by loss."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from bfsys.config import load_config
+from bfsys.errors import UserError
+from tools import compare_training
+
+MODEL = [
+    "model.dim=32", "model.layers=4", "model.merge_after=[0,1,3]", "model.window=16", "model.shift=8",
+    "optim.clip_norm=0", "optim.warmup_steps=20",
+]  # fmt: skip
+
+
+def test_200_steps_are_the_published_ones(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert compare_training.main([str(config_file), *MODEL, "train.steps=200", "train.zero_stage=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, last = (float(lines[i].split()[1]) for i in (1, -2))
+    assert last < 0.75 * first, "they agree on nothing: nothing was learned"
+    assert lines[-1].startswith("largest relative difference of 200 steps")
+
+
+def test_another_rate_is_seen(config_file: Path, tmp_path: Path) -> None:
+    """That is, the comparison would notice if the optimizer were another one."""
+    few = [*MODEL, "train.steps=30"]
+    ours = compare_training.bfsys_losses(config_file, few, tmp_path)
+    theirs = list(compare_training.published_losses(load_config(config_file, [*few, "optim.weight_decay=0.06"])))
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
+    assert max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)) > 1e-5
+
+
+def test_files_beyond_the_positions_are_refused(config_file: Path) -> None:
+    config = load_config(config_file, [*MODEL, "model.max_tokens=4", "train.steps=20"])
+    with pytest.raises(UserError, match="positions repeat there"):
+        next(itertools.islice(compare_training.published_losses(config), 1))
+
+
+def test_too_many_steps(config_file: Path) -> None:
+    with pytest.raises(UserError, match=r"--steps: got 200, the run has train\.steps 10"):
+        compare_training.main([str(config_file)])
