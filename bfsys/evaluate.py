@@ -71,26 +71,23 @@ def evaluate(
     return scores(sums, sources.names)
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bfsys.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="run directory (runs/NAME) or one of its checkpoints")
-    parser.add_argument("--split", help="split to evaluate (default: the config's data.eval_split)")
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="DATASET",
-        help="packed dataset, instead of the run's; repeatable",
-    )
-    parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last")
-    parser.add_argument("--permute", metavar="KEYFILE", help="where the key lies that the run was trained with")
-    parser.add_argument(
-        "--report", type=Path, metavar="FOLDER", help="write accuracy by class and the confusion matrix"
-    )
-    parser.add_argument("--robustness", action="store_true", help="evaluate damaged files too")
-    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("run", type=Path, help="run directory (runs/NAME) or one of its checkpoints")
+    add("--split", help="split to evaluate (default: the config's data.eval_split)")
+    datasets = "packed dataset, instead of the run's; repeatable"
+    add("--data", action="append", default=[], metavar="DATASET", help=datasets)
+    add("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last")
+    add("--permute", metavar="KEYFILE", help="where the key lies that the run was trained with")
+    add("--report", type=Path, metavar="FOLDER", help="write accuracy by class and the confusion matrix")
+    add("--robustness", action="store_true", help="evaluate damaged files too")
+    add("--json", action="store_true", help="print the scores as JSON")
+    return parser.parse_args()
 
+
+def main() -> int:
+    args = parse_arguments()
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
     transforms = with_key(config.data.byte_transforms, args.permute)
     config = replace(config, data=replace(config.data, byte_transforms=transforms))
@@ -106,8 +103,8 @@ def main() -> int:
         for damage in (DAMAGE if args.robustness else ())
     }
     problems = index_problems(sources, 0, 1)
-    for shown in (sources, *damaged.values()):
-        problems += short_files(config, shown)
+    for files in (sources, *damaged.values()):
+        problems += short_files(config, files)
     if problems:
         raise UserError(*dict.fromkeys(problems))
     bad_files, report = Quarantine(), Report(sources.classes, args.report) if args.report else None
@@ -116,8 +113,8 @@ def main() -> int:
     for bad in bad_files.share(ranks, sources.sizes, config.data.max_bad_share):
         print(f"left out: {bad.describe()}", file=sys.stderr)
     robustness = {
-        damage: evaluate(model, config, shown, ranks, Quarantine(), manifest["step"], _show_progress)
-        for damage, shown in damaged.items()
+        damage: evaluate(model, config, files, ranks, Quarantine(), manifest["step"], _show_progress)
+        for damage, files in damaged.items()
     }
     written = report.write() if report else []
     if args.json:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bfsys import evaluate
 from bfsys.errors import UserError
 
 
@@ -32,3 +33,28 @@ def test_evaluation_agrees_with_the_training_runs_own(finished_run: Path, evalua
 def test_a_split_that_no_source_has_is_said(finished_run: Path, evaluate_run) -> None:
     with pytest.raises(UserError, match="has a split 'test'"):
         evaluate_run(finished_run, "--split", "test")
+
+
+def test_a_report_agrees_with_the_scores(finished_run: Path, evaluate_run, tmp_path: Path) -> None:
+    result = json.loads(evaluate_run(finished_run, "--json", "--report", tmp_path / "report"))
+    rows = [line.split("\t") for line in (tmp_path / "report" / "classes.tsv").read_text().splitlines()[1:]]
+    assert [(row[0], int(row[1])) for row in rows] == [(name, 7) for name in ("a0", "a1", "a2", "b0", "b1")]
+    assert sum(float(row[2]) * 7 for row in rows) / 35 == pytest.approx(result["top1"], abs=1e-4)
+    assert "lowest top-1 of a class: " in evaluate_run(finished_run, "--report", tmp_path / "report")
+
+
+def test_damage_costs_accuracy(finished_run: Path, evaluate_run) -> None:
+    result = json.loads(evaluate_run(finished_run, "--json", "--robustness"))
+    damaged = result["robustness"]
+    assert set(damaged) == set(evaluate.DAMAGE)
+    assert damaged["flip:0.1"]["loss"] > damaged["flip:0.0001"]["loss"] == pytest.approx(result["loss"], rel=0.05)
+    assert all(scores["samples"] == 35 for scores in damaged.values())
+    assert json.loads(evaluate_run(finished_run, "--json", "--robustness"))["robustness"] == damaged  # repeats itself
+    table = evaluate_run(finished_run, "--robustness").splitlines()
+    assert table[-9].split() == [
+        "as",
+        "they",
+        "are",
+        *(f"{100 * s['top1']:.2f}" for s in (result, *result["sources"].values())),
+    ]
+    assert [line.split()[0] for line in table[-8:]] == list(evaluate.DAMAGE)

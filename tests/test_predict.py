@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from bfsys import predict
+from bfsys.data.byte_transforms import write_key
 from bfsys.errors import UserError
 from tests.conftest import REPOSITORY
+from tools import encode
 
 
 def test_prediction_agrees_with_evaluation(finished_run: Path, datasets: Path, evaluate_run, predict_files) -> None:
@@ -76,3 +78,35 @@ def test_what_a_run_does_to_bytes_is_done_before_prediction_too(
     evaluated = json.loads(evaluate_run(run, "--json"))["sources"]["a"]["top1"]
     assert evaluated > 0.6
     assert right > 0.6  # the noise differs, so they need not agree to the file
+
+
+def test_a_key_elsewhere_and_files_that_were_transformed_before(
+    config_file: Path, datasets: Path, tmp_path: Path, run_ranks, evaluate_run, predict_files
+) -> None:
+    key, elsewhere, other = tmp_path / "my.key", tmp_path / "elsewhere.key", tmp_path / "other.key"
+    for path in (key, other):
+        write_key(path)
+    change = [f"data.byte_transforms=[reverse, permute:{key}]", "train.steps=3"]
+    (result,) = run_ranks(1, ["bfsys/train.py", str(config_file), *change])
+    assert result.returncode == 0, result.stderr
+    run, files = tmp_path / "runs" / "tiny", datasets / "trees" / "a" / "val"
+    answers = predict_files(run, files)
+    scores = evaluate_run(run)
+    key.rename(elsewhere)
+    for command in (predict_files, evaluate_run):
+        with pytest.raises(UserError, match=r"my\.key cannot be read"):
+            command(run, *([files] if command is predict_files else []))
+    assert predict_files(run, files, "--permute", elsewhere) == answers
+    assert evaluate_run(run, "--permute", elsewhere) == scores
+    with pytest.raises(UserError, match="restore the key"):
+        predict_files(run, files, "--permute", other)
+    hidden = tmp_path / "hidden"
+    encode.main([str(files), str(hidden), "--transform", "reverse", "--transform", f"permute:{elsewhere}"])
+    assert predict_files(run, hidden, "--transformed") == answers.replace(str(files), str(hidden))
+
+
+def test_options_that_a_run_has_no_use_for(finished_run: Path, tmp_path: Path, predict_files) -> None:
+    with pytest.raises(UserError, match="this run does not permute byte values"):
+        predict_files(finished_run, tmp_path, "--permute", tmp_path / "key")
+    with pytest.raises(UserError, match="was trained on files as they are"):
+        predict_files(finished_run, tmp_path, "--transformed")

@@ -120,6 +120,18 @@ def test_split_option_with_split_folders(tmp_path):
     assert "--val-share: has no effect here" in problems_of(src, tmp_path, "--val-share", "0.2")
 
 
+def test_splits_that_are_wanted_and_those_that_are_there(tmp_path):
+    src = make_files(
+        tmp_path / "src", {f"{s}/cat/{s}{i}.jpg": b"x" * (i + 1) for s in ("train", "val") for i in range(3)}
+    )
+    packed = pack(src, tmp_path, "--splits", "val")
+    assert {split for split, _, _ in contents(packed).values()} == {"val"}
+    assert len(contents(packed)) == 3
+    message = problems_of(src, tmp_path / "out", "--splits", "val,test")
+    assert message == "--splits: got 'test', SRC has train, val"
+    assert "has no splits to choose from" in problems_of(src / "train", tmp_path / "out", "--splits", "val")
+
+
 def test_links_in_a_circle(tmp_path):
     src = make_tree(tmp_path / "src")
     (src / "cat" / "again").symlink_to(src / "cat")
