@@ -34,7 +34,7 @@ def commands(path: Path) -> list[str]:
     return [line.lstrip("# ") for line in joined.splitlines() if line.startswith("#   ")]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with small stand-ins for what the commands read; the current folder and the home while it is in use."""
     root = tmp_path_factory.mktemp("world")
