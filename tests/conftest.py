@@ -67,7 +67,7 @@ def tiny_config(datasets: Path, folder: Path) -> dict:
         "optim": {"lr": 3e-3, "warmup_steps": 2, "clip_norm": 1.0, "ema_decay": 0.9},
         "train": {
             "steps": 10, "precision": "fp32", "zero_stage": 1, "log_every": 1, "eval_every": 0, "save_every": 4,
-            "collective_timeout_s": 60,
+            "collective_timeout_s": 300,
         },
         "runs_dir": str(folder / "runs"),
     }  # fmt: skip
@@ -109,7 +109,7 @@ def run_ranks() -> Callable[..., list[subprocess.CompletedProcess]]:
     return _run_ranks
 
 
-def _run_ranks(world_size: int, arguments: list[str], timeout_s: float = 120) -> list[subprocess.CompletedProcess]:
+def _run_ranks(world_size: int, arguments: list[str], timeout_s: float = 600) -> list[subprocess.CompletedProcess]:
     processes = start_ranks(world_size, run_python, arguments)
     try:
         outputs = [p.communicate(timeout=timeout_s) for p in processes]

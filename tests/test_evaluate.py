@@ -47,7 +47,8 @@ def test_damage_costs_accuracy(finished_run: Path, evaluate_run) -> None:
     result = json.loads(evaluate_run(finished_run, "--json", "--robustness"))
     damaged = result["robustness"]
     assert set(damaged) == set(evaluate.DAMAGE)
-    assert damaged["flip:0.1"]["loss"] > damaged["flip:0.0001"]["loss"] == pytest.approx(result["loss"], rel=0.05)
+    assert damaged["flip:0.1"]["loss"] > damaged["flip:0.0001"]["loss"] < 1.5 * result["loss"]
+    assert damaged["skip:256"]["loss"] > 1.5 * result["loss"]  # a byte is left of each file
     assert all(scores["samples"] == 35 for scores in damaged.values())
     assert json.loads(evaluate_run(finished_run, "--json", "--robustness"))["robustness"] == damaged  # repeats itself
     table = evaluate_run(finished_run, "--robustness").splitlines()

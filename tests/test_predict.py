@@ -61,7 +61,7 @@ def test_a_models_answers_need_no_deepspeed(finished_run: Path, datasets: Path) 
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
 
@@ -81,7 +81,7 @@ def test_what_a_run_does_to_bytes_is_done_before_prediction_too(
 
 
 def test_a_key_elsewhere_and_files_that_were_transformed_before(
-    config_file: Path, datasets: Path, tmp_path: Path, run_ranks, evaluate_run, predict_files
+    config_file: Path, datasets: Path, tmp_path: Path, run_ranks, evaluate_run, predict_files, capsys
 ) -> None:
     key, elsewhere, other = tmp_path / "my.key", tmp_path / "elsewhere.key", tmp_path / "other.key"
     for path in (key, other):
@@ -102,6 +102,7 @@ def test_a_key_elsewhere_and_files_that_were_transformed_before(
         predict_files(run, files, "--permute", other)
     hidden = tmp_path / "hidden"
     encode.main([str(files), str(hidden), "--transform", "reverse", "--transform", f"permute:{elsewhere}"])
+    assert capsys.readouterr().out == f"{hidden}: 21 files\n"
     assert predict_files(run, hidden, "--transformed") == answers.replace(str(files), str(hidden))
 
 

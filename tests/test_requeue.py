@@ -138,14 +138,14 @@ def start(slurm: Path, tasks: str, *runs: str) -> subprocess.Popen:
 
 
 def wait_for(file: Path) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 300
     while not file.exists():
         assert time.monotonic() < until, file
         time.sleep(0.05)
 
 
 def test_the_tasks_code_is_the_jobs(slurm: Path) -> None:
-    assert start(slurm, "exit 2").wait(timeout=30) == 2
+    assert start(slurm, "exit 2").wait(timeout=300) == 2
     assert not (slurm / "asked").exists()
     crashed = start(slurm, "kill -9 $$")
     wait_for(slurm / "asked")
@@ -173,7 +173,7 @@ def test_a_cancelled_job_waits_for_its_tasks_and_stays_away(slurm: Path) -> None
     time.sleep(1)
     assert process.poll() is None
     (slurm / "saved").touch()
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=300) == 130
     assert not (slurm / "asked").exists()
 
 

@@ -42,7 +42,7 @@ def test_the_rank_that_is_behind_is_named_and_all_stacks_are_written(tmp_path: P
     behind = start(tmp_path, 1, f'dog.beat("fetch")\n{hang}')
     waiting = start(tmp_path, 0, 'dog.beat("fetch")\ndog.beat("forward")\ntime.sleep(60)')
     for process in (behind, waiting):
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == EXIT_HUNG, errors
         assert "rank 1 is stuck at: fetch" in errors
     stacks = {path.stem: path.read_text() for path in tmp_path.glob("hangs/*/rank-*.txt")}
@@ -55,7 +55,7 @@ def test_the_rank_that_is_behind_is_named_and_all_stacks_are_written(tmp_path: P
 
 def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
     process = start(tmp_path, 1, "time.sleep(60)")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == EXIT_HUNG
     assert "rank 0 does not answer" in errors
 
@@ -70,7 +70,7 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
 )
 def test_what_is_no_hang_is_left_alone(tmp_path: Path, script: str) -> None:
     process = start(tmp_path, 0, f"{script}\ndog.close()\nprint('alive', file=sys.stderr)")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert (process.returncode, errors.strip()) == (0, "alive")
 
 
@@ -82,7 +82,7 @@ def test_a_process_that_was_paused_itself_does_not_hang(tmp_path: Path) -> None:
     process.send_signal(signal.SIGSTOP)
     time.sleep(7)
     process.send_signal(signal.SIGCONT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
 
 
@@ -110,7 +110,7 @@ def test_a_stopped_rank_is_found_in_time(config_file: Path, tmp_path: Path) -> N
     ranks = Ranks(2, config_file, overrides, tmp_path / "log")
     run = tmp_path / "runs" / "tiny"
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not (run / "metrics.jsonl").exists() or len(lines(run)) < 10:
             assert time.monotonic() < deadline, ranks.said()
             assert ranks.are_running, ranks.said()

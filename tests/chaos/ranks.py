@@ -124,7 +124,7 @@ def kill_at_random(ranks: Ranks, run: Path, rng: random.Random, longest_s: float
     """SIGKILL one of the ranks, at a random moment after training goes on or in the middle of a save."""
     wants_save = rng.random() < 0.5
     before, old = ranks.audit_bytes(), parts(run)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while ranks.are_running and ranks.audit_bytes() == before:
         assert time.monotonic() < deadline, ranks.said()
         time.sleep(0.01)

@@ -65,7 +65,7 @@ def test_a_few_kills_change_nothing(config_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_25_kills_at_each_stage_change_nothing(config_file: Path, tmp_path: Path, stage: int) -> None:
     moments = check_kills(config_file, tmp_path / "log", stage=stage, kills=25, steps=500)
@@ -84,6 +84,6 @@ def check_other_world_sizes(config: Path, folder: Path, kills: int, steps: int) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_kills_and_other_numbers_of_ranks_change_next_to_nothing(config_file: Path, tmp_path: Path) -> None:
     check_other_world_sizes(config_file, tmp_path / "log", kills=9, steps=200)

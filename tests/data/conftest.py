@@ -32,7 +32,7 @@ def sha256(content: bytes) -> str:
 
 def eventually(condition: Callable[[], object]) -> None:
     """Wait for something that happens soon, without saying how soon."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.01)

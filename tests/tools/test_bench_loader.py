@@ -31,7 +31,7 @@ def test_small_run_end_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "tools/bench_loader.py", "--samples", str(SAMPLES), "--repeats", "1", "--workers", "0,1"]
     command += ["--loaders", "webdataset,raw read,bfsys", "--json", str(out), "--data", str(tmp_path / "data")]
     repository = Path(bench_loader.__file__).parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
     assert {"rows", "machine", "versions", "date"} <= report.keys()

@@ -248,7 +248,7 @@ def test_a_folder_in_use_is_left_alone_and_the_command_ends_with_code_2(tmp_path
     torch.save(weights, tmp_path / "weights.pt")
     command = [sys.executable, "tools/import_corenet.py", str(tmp_path / "weights.pt"), str(tmp_path / "out")]
     result = subprocess.run(
-        [*command, *SMALL_WINDOWS], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        [*command, *SMALL_WINDOWS], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr == f"error: {tmp_path / 'out'}: not empty; give a folder that is empty or does not exist\n"

@@ -74,7 +74,7 @@ def test_verify_exits_0_if_whole_and_1_if_damaged(dataset, capsys):
 
 def test_exit_code_2_without_a_dataset(tmp_path):
     command = [sys.executable, ROOT / "tools" / "inspect_shards.py", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path}: holds no dataset.json")
     assert "Traceback" not in result.stderr

@@ -40,7 +40,7 @@ def start(*arguments: str | Path, before: str = "") -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     return process.returncode, output + errors
 
 

@@ -19,9 +19,9 @@ def test_curves_are_those_of_the_run(finished_run: Path, tmp_path: Path) -> None
     assert curves["a"]["train"][:, 0].tolist() == [40, 80, 120]
     assert curves["a"]["eval"][-1, 0] == 120
     assert curves["a"]["train"][0, 1] > curves["a"]["train"][-1, 1]
-    plot_runs.main([str(tmp_path / "curves.png"), str(finished_run), str(finished_run), "--score", "loss"])
+    plot_runs.main([str(tmp_path / "curves.png"), str(finished_run), "--score", "loss"])
     with Image.open(tmp_path / "curves.png") as image:
-        assert image.size[0] > 2 * 300
+        assert min(image.size) > 300
 
 
 def test_what_is_no_run_is_named(finished_run: Path, tmp_path: Path) -> None:
