@@ -173,14 +173,6 @@ def test_a_job_that_runs_out_of_time_goes_on(submit):
     job = submit("--time 1", "train.steps=1000000", "train.log_every=20")
     job.wait_for(lambda: "continuing " in job.said(), 300)
     assert "stopped on request after step " in job.said()
-    job.wait_for(lambda: re.search(r"^step ", job.said().partition("continuing ")[2], re.MULTILINE) is not None)
-    assert launcher("stop", str(job.run)).returncode == 0
-    job.wait_for_end()
-    assert how_it_ended(job.run)["exit_code"] == EXIT_STOPPED
-    status = launcher("status", str(job.run))
-    assert status.returncode == 1
-    assert f"job      {job.id}: CANCELLED" in status.stdout
-    assert "stopped on request (code 130)" in status.stdout
 
 
 def test_a_job_whose_tasks_do_not_leave_in_time_goes_on(submit):
@@ -246,20 +238,34 @@ def test_a_job_that_loses_a_node_goes_on(submit, undisturbed, which):
     assert job.starts >= 2
 
 
-def test_a_cancelled_job_saves_and_stays_away_and_the_next_in_a_chain_goes_on(submit, undisturbed):
+def test_a_stopped_job_saves_and_stays_away_until_it_is_submitted_again_on_other_nodes(submit, undisturbed):
     job = submit("")
     job.wait_for_step(30)
-    again = submit("--nodes 1 --dependency singleton")
-    subprocess.run(["scancel", job.id], check=True)
+    assert launcher("stop", str(job.run)).returncode == 0
     job.wait_for_end()
     assert "stopped on request after step " in job.said()
     assert how_it_ended(job.run)["exit_code"] == EXIT_STOPPED
     time.sleep(10)
     assert jobs.state_of(job.id).name == "CANCELLED"
     assert job.starts == 1
+    status = launcher("status", str(job.run))
+    assert status.returncode == 1
+    assert "stopped on request (code 130)" in status.stdout
+    again = submit("--nodes 1")
     again.wait_for_end()
     assert "finished: " in again.said()
     assert losses(again.run) == pytest.approx(losses(undisturbed), rel=2e-4)
+
+
+def test_the_next_job_of_a_chain_goes_on_where_the_one_before_was_cancelled(submit, undisturbed):
+    job = submit("")
+    following = submit("--dependency singleton")
+    job.wait_for_step(30)
+    subprocess.run(["scancel", job.id], check=True)
+    assert_finished(following, undisturbed)
+    assert "stopped on request after step " in job.said()
+    assert jobs.state_of(job.id).name == "CANCELLED"
+    assert (job.starts, following.starts) == (1, 1)
 
 
 def test_a_job_with_an_error_that_a_person_must_mend_is_not_started_again(submit):
