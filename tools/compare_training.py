@@ -2,9 +2,12 @@
 
     python tools/compare_training.py configs/small.yaml data.sources.0.path=data/shards/digits --steps 200
 
-bfsys trains as ever, in a process of its own, in float32. The published form (published_form.py: padded batches, masks,
-embedding and convolution, whole score matrices) is trained by the plainest loop there is with torch.optim.AdamW. Exit
-code 1 if a loss differs by more than --tolerance.
+bfsys trains as ever, in a process of its own, in float32, and is stopped after so many steps. The published form
+(published_form.py: padded batches, masks, embedding and convolution, whole score matrices) is trained by the plainest
+loop there is with torch.optim.AdamW. Exit code 1 if a loss differs by more than --tolerance.
+
+With --control, the published form is also compared with itself, from weights that differ in their last bit: training
+magnifies roundings, and nothing can follow it more closely than it follows itself.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -40,19 +43,32 @@ ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 10  # lines
 
 
-def bfsys_losses(config: str | Path, overrides: Sequence[str], folder: Path) -> list[float]:
-    """Of every step of a run in `folder`."""
+def bfsys_losses(config: str | Path, overrides: Sequence[str], folder: Path, steps: int) -> list[float]:
+    """Of the first steps of a run in `folder`."""
     changes = [*overrides, f"runs_dir={folder}", "name=compared", "train.log_every=1", "train.precision=fp32"]
     command = [sys.executable, ROOT / "bfsys" / "train.py", config, *changes]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise UserError(f"training failed with code {result.returncode}", *result.stderr.splitlines()[-20:])
-    lines = map(json.loads, (folder / "compared" / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["kind"] == "train"]
+    metrics = folder / "compared" / "metrics.jsonl"
+    with open(folder / "errors", "w+") as errors, subprocess.Popen(command, stdout=errors, stderr=errors) as process:
+        try:
+            while process.poll() is None and len(losses_in(metrics)) < steps:
+                time.sleep(0.2)
+        finally:
+            process.terminate()
+        process.wait()
+        losses = losses_in(metrics)
+        if len(losses) < steps:
+            errors.seek(0)
+            raise UserError(f"training failed with code {process.returncode}", *errors.read().splitlines()[-20:])
+    return losses[:steps]
 
 
-def published_losses(config: Config) -> Iterator[float]:
-    """Of every step, from the weights that a run of this config starts with."""
+def losses_in(metrics: Path) -> list[float]:
+    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    return [line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"]
+
+
+def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]:
+    """Of every step, from the weights that a run of this config starts with, or from the next larger numbers."""
     sources, optim = open_training(config), config.optim
     plan = make_plan(config, sources)
     if notes := long_files(config, sources):  # beyond its positions the published form computes nothing
@@ -60,6 +76,8 @@ def published_losses(config: Config) -> Iterator[float]:
     torch.manual_seed(config.train.seed)
     architecture, num_classes = config.model.architecture(), len(sources.classes)
     initial = ByteFormer(architecture, num_classes).state_dict()
+    if nudged:
+        initial = {name: torch.nextafter(weight, torch.tensor(torch.inf)) for name, weight in initial.items()}
     model = PublishedForm(architecture, num_classes)
     load_bfsys_weights(model, initial)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -95,24 +113,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="steps to compare (default 200)")
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="relative (default 1e-4)")
+    parser.add_argument("--control", action="store_true", help="compare the published form with itself, too")
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
-    if args.steps > config.train.steps:
+    if not 1 <= args.steps <= config.train.steps:
         raise UserError(f"--steps: got {args.steps}, the run has train.steps {config.train.steps}")
-    overrides = [*args.overrides, f"train.steps={args.steps}"]
-    if config.optim.warmup_steps > args.steps:
-        overrides.append(f"optim.warmup_steps={args.steps}")
-    config = load_config(args.config, overrides)
-    config = replace(config, train=replace(config.train, precision="fp32"))
     with tempfile.TemporaryDirectory() as folder:
-        ours = bfsys_losses(args.config, overrides, Path(folder))
-    theirs = list(published_losses(config))
-    relative = [abs(one - other) / other for one, other in zip(ours, theirs, strict=True)]
-    print(f"{'step':>6}{'bfsys':>14}{'published':>14}{'difference':>14}")
+        ours = bfsys_losses(args.config, args.overrides, Path(folder), args.steps)
+    theirs = list(islice(published_losses(config), args.steps))
+    control = list(islice(published_losses(config, nudged=True), args.steps)) if args.control else []
+    relative = relative_differences(ours, theirs)
+    of_control = relative_differences(control, theirs) if control else []
+    print(f"{'step':>6}{'bfsys':>14}{'published':>14}{'difference':>14}" + f"{'control':>14}" * bool(control))
     for step in sorted({0, *range(args.steps // SHOWN - 1, args.steps, max(1, args.steps // SHOWN)), args.steps - 1}):
-        print(f"{step + 1:>6}{ours[step]:14.8f}{theirs[step]:14.8f}{relative[step]:14.1e}")
+        line = f"{step + 1:>6}{ours[step]:14.8f}{theirs[step]:14.8f}{relative[step]:14.1e}"
+        print(line + (f"{of_control[step]:14.1e}" if control else ""))
     print(f"largest relative difference of {args.steps} steps: {max(relative):.1e}; allowed {args.tolerance:.0e}")
+    if control:
+        print(f"largest of the control: {max(of_control):.1e}")
     return 0 if max(relative) <= args.tolerance else 1
+
+
+def relative_differences(losses: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [abs(one - other) / other for one, other in zip(losses, others, strict=True)]
 
 
 if __name__ == "__main__":
