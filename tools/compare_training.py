@@ -68,7 +68,7 @@ def losses_in(metrics: Path) -> list[float]:
 
 
 def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]:
-    """Of every step, from the weights that a run of this config starts with, or from the next larger numbers."""
+    """Of every step, from the weights that a run of this config starts with, or from weights that differ in the last bit."""
     sources, optim = open_training(config), config.optim
     plan = make_plan(config, sources)
     if notes := long_files(config, sources):  # beyond its positions the published form computes nothing
@@ -77,7 +77,7 @@ def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]
     architecture, num_classes = config.model.architecture(), len(sources.classes)
     initial = ByteFormer(architecture, num_classes).state_dict()
     if nudged:
-        initial = {name: torch.nextafter(weight, torch.tensor(torch.inf)) for name, weight in initial.items()}
+        initial = {name: weight * (1 + torch.finfo(weight.dtype).eps) for name, weight in initial.items()}
     model = PublishedForm(architecture, num_classes)
     load_bfsys_weights(model, initial)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
