@@ -59,6 +59,10 @@ class ByteBatch:
         """int64 [B], bytes per file, on the CPU."""
         return self.offsets[1:] - self.offsets[:-1]
 
+    def files(self) -> list[np.ndarray]:
+        """uint8 [bytes] of each file; views, of a batch on the CPU."""
+        return np.split(self.data.numpy(), self.offsets[1:-1].numpy())
+
     def to(self, device: torch.device | str) -> ByteBatch:
         """Bytes, labels and sources on `device`; offsets and sample numbers stay on the CPU."""
         return replace(

@@ -59,16 +59,11 @@ class Table:
     def of(cls, batches: Iterator[ByteBatch]) -> Table:
         lengths, counts, labels = [], [], []
         for batch in batches:
-            for i, content in enumerate(files_of(batch)):
+            for i, content in enumerate(batch.files()):
                 lengths.append(len(content))
                 counts.append(np.bincount(content, minlength=256) / max(1, len(content)))
                 labels.append(int(batch.labels[i]))
         return cls(np.array(lengths), np.array(counts), np.array(labels))
-
-
-def files_of(batch: ByteBatch) -> list[np.ndarray]:
-    """uint8 [bytes] of each file."""
-    return np.split(batch.data.numpy(), batch.offsets[1:-1].numpy())
 
 
 def largest_class(train: Table, val: Table) -> float:
@@ -145,6 +140,14 @@ def decoder(content: bytes, side: int) -> tuple[Callable[[bytes], Tensor], int]:
     raise UserError("the files are neither pictures nor sounds that can be decoded; leave out --decoded")
 
 
+def decode_all(decode: Callable[[bytes], Tensor], batch: ByteBatch) -> Tensor:
+    """float32 [B, C, H, W]."""
+    try:
+        return torch.stack([decode(content.tobytes()) for content in batch.files()])
+    except Exception as error:  # decoders raise anything
+        raise UserError(f"--decoded: one of the files {batch.samples.tolist()} cannot be decoded: {error}") from None
+
+
 def decoded(config: Config, training: Sources, validation: Sources, side: int) -> tuple[float, int, float]:
     """Top-1 of the convolutional network after the run's steps, its parameters, and the seconds that it took."""
     began = time.perf_counter()
@@ -152,14 +155,13 @@ def decoded(config: Config, training: Sources, validation: Sources, side: int) -
     decode = model = optimizer = None
     for number, batch in enumerate(batches_for_training(config, training, config.train.steps)):
         step, lane = divmod(number, config.data.lanes)
-        files = [content.tobytes() for content in files_of(batch)]
         if model is None:
-            decode, channels = decoder(files[0], side)
+            decode, channels = decoder(batch.files()[0].tobytes(), side)
             model = PlainCNN(channels, len(training.classes))
             optimizer = torch.optim.AdamW(
                 model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
             )
-        logits = model(torch.stack([decode(file) for file in files]))
+        logits = model(decode_all(decode, batch))
         loss, _ = loss_and_sums(logits, batch, 1, config.optim.label_smoothing)
         (loss / config.data.batch_samples).backward()
         if lane == config.data.lanes - 1:
@@ -170,7 +172,7 @@ def decoded(config: Config, training: Sources, validation: Sources, side: int) -
     right = files_seen = 0
     with torch.no_grad():
         for batch in batches_for_evaluation(config, validation):
-            logits = model(torch.stack([decode(content.tobytes()) for content in files_of(batch)]))
+            logits = model(decode_all(decode, batch))
             _, sums = loss_and_sums(logits, batch, 1)
             right, files_seen = right + float(sums[:, TOP1].sum()), files_seen + len(batch.labels)
     return right / files_seen, sum(p.numel() for p in model.parameters()), time.perf_counter() - began

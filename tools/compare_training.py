@@ -25,11 +25,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bfsys.batch import ByteBatch
 from bfsys.config import Config, load_config
 from bfsys.data.datasets import long_files, make_plan, open_training
 from bfsys.data.loader import training_batches
@@ -91,7 +89,7 @@ def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]
     for step in range(config.train.steps):
         lanes = list(islice(batches, config.data.lanes))
         labels = torch.cat([batch.labels for batch in lanes])
-        logits = model(pad([content for batch in lanes for content in files_of(batch)], architecture))
+        logits = model(pad([content for batch in lanes for content in batch.files()], architecture))
         loss = F.cross_entropy(logits, labels, label_smoothing=optim.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
@@ -101,10 +99,6 @@ def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]
             group["lr"] = learning_rate(step, config.train.steps, optim)
         optimizer.step()
         yield loss.item()
-
-
-def files_of(batch: ByteBatch) -> list[np.ndarray]:
-    return np.split(batch.data.numpy(), batch.offsets[1:-1].numpy())
 
 
 def main(arguments: list[str] | None = None) -> int:
