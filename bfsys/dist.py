@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bfsys.errors import EXIT_USER_ERROR, UserError
+from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, PASSING, UserError
 
 T = TypeVar("T")
 
@@ -160,14 +160,17 @@ def broadcast(value: Tensor, source: int) -> Tensor:
 
 
 def same_errors_on_all(act: Callable[[], T]) -> T:
-    """`act()`; if a rank fails with UserError or OSError, all raise AgreedError with everybody's problems."""
+    """`act()`; if a rank fails with UserError or OSError, all raise AgreedError with everybody's problems.
+
+    An error of a file server that may pass has the code of a crash, so that launchers start the run again.
+    """
     result, problems, code = None, (), 0
     try:
         result = act()
     except UserError as error:
         problems, code = error.problems, error.exit_code
     except OSError as error:
-        problems, code = (str(error),), EXIT_USER_ERROR
+        problems, code = (str(error),), EXIT_CRASHED if error.errno in PASSING else EXIT_USER_ERROR
     everybodys = gather_to_all((problems, code))
     all_problems = dict.fromkeys(p for rank, _ in everybodys for p in rank)
     if all_problems:

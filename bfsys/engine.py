@@ -209,6 +209,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
     elif bf16:
         result["bf16"] = {"enabled": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
+        # By default they are summed over ranks in bfloat16: the more ranks, the more is lost.
+        result["communication_data_type"] = "fp32"
     return result
 
 

@@ -4,11 +4,14 @@ Alternative refused: a family of exception classes. Nobody catches them apart, a
 says where the trouble is, what was got, what is allowed and what to do. Launchers tell ends apart by the code.
 """
 
+import errno
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # Of training. Codes from sysexits.h where one fits. Any other code is a crash, after which it may be started again.
+EXIT_CRASHED = 1  # Python's own of an exception: another start may do better
 EXIT_USER_ERROR = 2  # bad input: nothing will change until a person changes it
 EXIT_DIVERGED = 65  # EX_DATAERR: bad steps came back after every roll-back
 EXIT_HUNG = 70  # EX_SOFTWARE: the watchdog ended a run without progress; to be started again
@@ -16,6 +19,9 @@ EXIT_STORAGE = 74  # EX_IOERR: no checkpoint can be written
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop and to be started again
 EXIT_NO_PROGRESS = 76  # of a launcher: it crashed again and again
 EXIT_STOPPED = 130  # asked to stop
+
+# What may be over in a moment on a network file system. All else wants a person.
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EHOSTDOWN}
 
 
 class UserError(Exception):
@@ -43,17 +49,27 @@ def collecting(problems: list[str]) -> Iterator[None]:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: one line per problem on a `UserError`, with its code (2); 130 on Ctrl-C."""
+    """Run a command's `main` and exit with its code."""
+    sys.exit(exit_code_of(main))
+
+
+def exit_code_of(main: Callable[[], int | None]) -> int:
+    """Run a command's `main`: its code; one line per problem on a `UserError`, with its code (2); 130 on Ctrl-C; 1 and
+    a traceback on other exceptions."""
     try:
-        status = main()
+        return main() or 0
+    except SystemExit as end:  # argparse's
+        return end.code
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
         print("stopped on request", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
+        return EXIT_STOPPED
     except BrokenPipeError:  # `… | head` closed our output: nothing is wrong
         sys.stderr.close()
-        sys.exit(0)
-    sys.exit(status or 0)
+        return 0
+    except BaseException:
+        traceback.print_exc()
+        return EXIT_CRASHED

@@ -102,11 +102,11 @@ def main() -> int:
         damage: replace(sources, transforms=(*parse_transforms([damage]), *sources.transforms))
         for damage in (DAMAGE if args.robustness else ())
     }
-    problems = index_problems(sources, 0, 1)
-    for files in (sources, *damaged.values()):
-        problems += short_files(config, files)
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
+    if problems := index_problems(sources, 0, 1) + short_files(config, sources):
+        raise UserError(*problems)
+    for damage in [damage for damage, files in damaged.items() if short_files(config, files)]:
+        print(f"left out: {damage}, after which files are too short for this model", file=sys.stderr)
+        del damaged[damage]
     bad_files, report = Quarantine(), Report(sources.classes, args.report) if args.report else None
     model.to(ranks.device)
     result = evaluate(model, config, sources, ranks, bad_files, manifest["step"], _show_progress, report)

@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -195,10 +196,13 @@ def main() -> int:
     if ONNX in args.format:
         missing = [name for name in NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
         if missing:
-            raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install 'bfsys[export]'")
+            raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install -e '.[export]'")
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
     make_empty_folder(args.out)
-    facts = export(model, config, manifest, args.out, args.format, args.weights)
+    try:
+        facts = export(model, config, manifest, args.out, args.format, args.weights)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{args.out}: cannot be written: {error}; what is there is not whole") from None
     for name, entry in facts["files"].items():
         print(f"{args.out / name}: {entry['bytes']:,} bytes, sha256 {entry['sha256']}")
     if facts["byte_transforms"]:

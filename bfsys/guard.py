@@ -69,7 +69,7 @@ class Guard:
         return len(self.in_a_row) >= self.max_bad_steps
 
     def carry(self) -> dict:
-        return {"losses": list(self._losses), "in_a_row": self.in_a_row}
+        return {"losses": list(self._losses), "in_a_row": list(self.in_a_row)}
 
     def _zscore(self, loss: float) -> float:
         if len(self._losses) < LEAST_STEPS:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, exit_code_of
 
 # Outside Linux's range of ephemeral ports (32768-60999), where any outgoing connection may sit on a port.
 MASTER_PORTS = range(10_000, 30_000)
@@ -57,14 +57,12 @@ class TrainJob:
         no result: whether the run is finished, the run directory says."""
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, _ask_again)
-        try:
-            run_command(self._train)
-        except SystemExit as end:
-            # A rank that leaves with an error makes srun end the others: these keep their code, and with it the job's.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)  # as dist.leave, which says why
+        code = exit_code_of(self._train)
+        # A rank that leaves with an error makes srun end the others: these keep their code, and with it the job's.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # as dist.leave, which says why
 
     def _train(self) -> int:
         if problems := [

@@ -27,8 +27,11 @@ def loss_and_sums(
         losses = torch.lerp(losses, second, batch.second_share.to(losses.dtype))
     with torch.no_grad():
         label_logit = logits.gather(1, batch.labels[:, None])
-        # A label is among the top k if fewer than k classes score higher. NaN counts as wrong.
-        rank = (logits > label_logit).sum(1).masked_fill(label_logit[:, 0].isnan(), 5)
+        # A label is among the top k if fewer than k classes come before it: a higher score, or the same and a lower
+        # number (bfloat16 has few values, so that the best is often not alone). NaN counts as wrong.
+        lower = torch.arange(logits.shape[1], device=logits.device) < batch.labels[:, None]
+        before = (logits > label_logit) | ((logits == label_logit) & lower)
+        rank = before.sum(1).masked_fill(label_logit[:, 0].isnan(), 5)
         columns = torch.stack([losses.detach().double(), (rank < 1).double(), (rank < 5).double(),
                                torch.ones_like(losses, dtype=torch.float64)], dim=1)  # fmt: skip
         sums = torch.zeros(num_sources, COLUMNS, dtype=torch.float64, device=logits.device)

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from bfsys import dist, typed_yaml
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, PASSING
 from bfsys.goodput import Ledger, goodput
 from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
 from bfsys.model.flops import flops_per_step, matrix_peak
@@ -75,7 +76,7 @@ class Metrics:
         self._tensorboard: SummaryWriter | None = None
         self._lines: TextIO | None = None
         self.last_evaluation = -1
-        self.problem = ""  # why rank 0 cannot write
+        self.problem, self.problem_code = "", 0  # why rank 0 cannot write, and how the run is to end
         opened = dist.same_errors_on_all(
             lambda: _open_lines(config.run_dir / "metrics.jsonl", first_step) if ranks.is_first else None
         )
@@ -215,11 +216,12 @@ class Metrics:
 
     @contextmanager
     def _noting_problems(self) -> Iterator[None]:
-        """A full disk is told to the training loop, which ends the run on all ranks."""
+        """What the disk refuses is told to the training loop, which ends the run on all ranks."""
         try:
             yield
         except OSError as error:
             self.problem = f"{self.run_dir}: metrics cannot be written: {error.strerror}; make room or mend it"
+            self.problem_code = EXIT_CRASHED if error.errno in PASSING else EXIT_STORAGE
 
     def _console_line(self, line: dict) -> str:
         step, total = line["step"], self.total_steps

@@ -25,6 +25,7 @@ from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.loading import load_model
 from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms, with_key
 from bfsys.data.datasets import check_transforms
+from bfsys.data.sources import visible_files
 from bfsys.errors import UserError, run_command
 from bfsys.model.byteformer import ByteFormer
 
@@ -48,7 +49,7 @@ def read_files(
     for path in paths:
         names = [path]
         if path != STDIN and os.path.isdir(path):
-            names = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not p.name.startswith("."))
+            names = list(visible_files(path, problems))
             if not names:
                 problems.append(f"{path}: a folder without files")
         for name in names:
@@ -66,15 +67,17 @@ def read_files(
                 yield Sample(name, data)
 
 
-def batches_of(samples: Iterator[Sample], budget_bytes: int) -> Iterator[list[Sample]]:
-    """Samples in their order, in lists of at most `budget_bytes` (or of one larger sample)."""
+def batches_of(samples: Iterator[Sample], budget_bytes: int, least_bytes: int = 1) -> Iterator[list[Sample]]:
+    """Samples in their order, in lists of at most `budget_bytes` (or of one larger sample); shorter ones than
+    `least_bytes` count as so many."""
     batch, filled = [], 0
     for sample in samples:
-        if batch and filled + len(sample.data) > budget_bytes:
+        cost = max(len(sample.data), least_bytes)
+        if batch and filled + cost > budget_bytes:
             yield batch
             batch, filled = [], 0
         batch.append(sample)
-        filled += len(sample.data)
+        filled += cost
     if batch:
         yield batch
 
@@ -95,6 +98,7 @@ def main() -> int:
     if args.top < 1:
         raise UserError(f"--top: got {args.top}; at least 1 is needed")
 
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     classes = manifest["classes"]
@@ -107,7 +111,7 @@ def main() -> int:
     elif not config.data.byte_transforms:
         raise UserError(f"--transformed: {args.run} was trained on files as they are; leave the option out")
     samples = read_files(args.files, problems, transforms, config.model.least_bytes)
-    for batch in batches_of(samples, config.data.eval_batch_bytes):
+    for batch in batches_of(samples, config.data.eval_batch_bytes, model.architecture.rounding_bytes):
         top = predict(model, batch).topk(min(args.top, len(classes)))
         for sample, values, indices in zip(batch, top.values.tolist(), top.indices.tolist(), strict=True):
             ranked = [{"class": classes[i], "index": i, "probability": p} for p, i in zip(values, indices, strict=True)]

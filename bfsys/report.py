@@ -109,8 +109,9 @@ class Report:
         axes.set(xlabel="answer", ylabel="class")
         if len(shown) <= MOST_CLASSES_NAMED:
             names = [self.classes[number] for number in shown]
-            axes.set_xticks(range(len(shown)), names, rotation=90)
-            axes.set_yticks(range(len(shown)), names)
+            # parse_math: a class may be called $5_$10
+            axes.set_xticks(range(len(shown)), names, rotation=90, parse_math=False)
+            axes.set_yticks(range(len(shown)), names, parse_math=False)
         if len(shown) <= MOST_CLASSES_COUNTED:
             for row, column in np.argwhere(matrix):
                 colour = "white" if share[row, column] > 0.5 else "black"

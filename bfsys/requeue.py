@@ -83,7 +83,8 @@ class Script:
         pause_s = 0.0 if is_preempted and code not in FINAL_CODES else restarts.pause_s(code)
         if pause_s is None:
             return restarts.exit_code
-        path.write_text(json.dumps({"step": restarts.step, "without_progress": restarts.without_progress}) + "\n")
+        with suppress(OSError):  # better counted wrongly than not started again
+            path.write_text(json.dumps({"step": restarts.step, "without_progress": restarts.without_progress}) + "\n")
         pause_s = 0.0 if code == EXIT_REQUEUE or self.is_being_ended else pause_s  # there is no time for one
         step = newest_step(self.run_dir)
         print(f"training ended with code {code}: starting again in {pause_s:.0f} s, from step {step}", flush=True)

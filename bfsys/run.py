@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import subprocess
 import time
 from contextlib import suppress
@@ -17,12 +18,15 @@ from bfsys.checkpoint.loading import check_same_run, newest_readable
 from bfsys.config import Config
 from bfsys.data.datasets import Sources, content_facts, index_problems, make_plan, open_evaluation, open_training
 from bfsys.data.plan import Plan, lanes_of_rank
-from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, UserError
+from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, PASSING, UserError
 from bfsys.evaluate import short_files
 from bfsys.faults import forget_end
 
 GIT_STATE = "git-state.txt"  # in a copy of the code that a launcher made
 LOCK_WAIT_S = 20.0  # a start that was killed may have loader processes that take a moment to notice
+# After a node was lost, a file server keeps its lock for a while (NFSv4: 90 s). In a job nobody is kept waiting, and
+# ending would be for good. Less than the other ranks wait (train.collective_timeout_s).
+LOCK_WAIT_IN_JOB_S = 300.0
 
 
 def open_data(config: Config, ranks: dist.Ranks) -> tuple[Sources, Sources | None, Plan]:
@@ -91,6 +95,8 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> tuple[boo
             replace_durably(config.run_dir / "config.yaml", typed_yaml.dump(config))
             forget_end(config.run_dir)
         except OSError as error:
+            if error.errno in PASSING:
+                raise
             code = EXIT_STORAGE if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
             raise UserError(
                 f"run directory {config.run_dir}: cannot be written: {error.strerror}", exit_code=code
@@ -107,7 +113,7 @@ def hold_directory(run_dir: Path) -> BinaryIO:
     Raises UserError if another one does and goes on doing it. Two starts would write over each other's checkpoints.
     """
     hold = open(run_dir / ".lock", "wb")  # noqa: SIM115 (for the life of the run)
-    deadline = time.monotonic() + LOCK_WAIT_S
+    deadline = time.monotonic() + (LOCK_WAIT_IN_JOB_S if "SLURM_JOB_ID" in os.environ else LOCK_WAIT_S)
     while True:
         try:
             fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -36,7 +36,7 @@ from bfsys.data.plan import Plan
 from bfsys.data.quarantine import Quarantine
 from bfsys.dryrun import dry_run
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_STORAGE, UserError, run_command
+from bfsys.errors import EXIT_CRASHED, UserError, exit_code_of
 from bfsys.evaluate import evaluate
 from bfsys.faults import StopRequests, note_end
 from bfsys.goodput import Ledger
@@ -170,11 +170,11 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
         is_skipped = is_passed_over or engine.updates == updates
         step, made = step + 1, made + (not is_passed_over)
         guard.note(step, problem, samples_of(drawn, run.training) if problem else [])
-        exit_code, bad_files, is_writing, is_disk_bad = dist.agree_on_max(
-            run.stop.exit_code, run.quarantine.news, saver.is_writing(), bool(metrics.problem)
+        exit_code, bad_files, is_writing, problem_code = dist.agree_on_max(
+            run.stop.exit_code, run.quarantine.news, saver.is_writing(), metrics.problem_code
         )
-        if is_disk_bad:
-            raise dist.AgreedError(dist.from_first_rank(metrics.problem), exit_code=EXIT_STORAGE)
+        if problem_code:
+            raise dist.AgreedError(dist.from_first_rank(metrics.problem), exit_code=problem_code)
         if bad_files:
             report_bad_files(run, run.training, metrics)
         metrics.end_step(step, rate, grad_norm, len(run.quarantine.until(step)), is_skipped=is_skipped)
@@ -255,6 +255,8 @@ def evaluate_if_due(run: Run, metrics: Metrics, step: int) -> None:
     due = step >= run.config.train.steps or (every and step and step % every == 0)
     if run.validation is None or not due or metrics.last_evaluation == step:
         return
+    if run.saver.under_way:  # so that it counts if the evaluation fails, or is all that a stop leaves time for
+        finish_save(run, metrics, step)
     where = f"step {step}: evaluation"
     began = time.perf_counter()
     with run.watchdog.patient(where):
@@ -302,8 +304,10 @@ def main(arguments: list[str] | None = None) -> int:
         exit_code = train(config, ranks)
         if ranks.is_first:
             note_end(config.run_dir, exit_code, "stopped on request" if exit_code else "finished")
+        dist.stop()
         return exit_code
     except dist.AgreedError as error:
+        dist.stop()
         if ranks.local_rank == 0:  # once per node is enough
             raise
         return error.exit_code
@@ -315,13 +319,14 @@ def main(arguments: list[str] | None = None) -> int:
         if not dist.is_lost_connection(error):
             raise
         print(f"error: rank {ranks.rank}: lost the other ranks; the one that failed says why", file=sys.stderr)
-        return 1
+        return EXIT_CRASHED
+    except BrokenPipeError as error:  # which would be a good end of a command whose output nobody wants
+        raise RuntimeError(f"rank {ranks.rank}: its console, or the writer of checkpoints, is gone") from error
     finally:
-        dist.stop()
+        # While other ranks wait for this one, NCCL cannot be taken down: that would wait for them.
+        if ranks.world_size == 1:
+            dist.stop()
 
 
 if __name__ == "__main__":
-    try:
-        run_command(main)
-    except SystemExit as end:
-        dist.leave(end.code)
+    dist.leave(exit_code_of(main))

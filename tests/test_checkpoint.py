@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
+import io
 import itertools
 import json
 import math
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from bfsys.checkpoint import __main__ as command
 from bfsys.checkpoint import files, loading, saving
-from bfsys.checkpoint.files import Keep
+from bfsys.checkpoint.files import Keep, step_of
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import EXIT_STORAGE, UserError
 
@@ -147,6 +149,39 @@ def test_without_a_whole_checkpoint_nothing_is_resumed(tmp_path: Path) -> None:
     (save(tmp_path, 1) / "weight-0-of-1.safetensors").unlink()
     with pytest.raises(AgreedError, match="no checkpoint is whole"):
         resume(tmp_path)
+
+
+@pytest.mark.parametrize("what", [files.MANIFEST, "weight-0-of-1.safetensors"])
+def test_a_file_server_that_is_away_is_waited_for_and_damages_nothing(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    failures = iter(range(2))
+    really_open = io.open
+
+    def open_or_not(path, *arguments, **options):
+        if Path(path).name == what and next(failures, None) is not None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return really_open(path, *arguments, **options)
+
+    for module in (io, builtins):  # pathlib's, and everybody's
+        monkeypatch.setattr(module, "open", open_or_not)
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0))
+    engine, path, said = resume(tmp_path)
+    assert (step_of(path), said, next(failures, None)) == (2, [], None)
+    failures = itertools.repeat(0)
+    with pytest.raises(AgreedError, match=r"Stale file handle; start again when its server is back") as error:
+        resume(tmp_path)
+    assert error.value.exit_code == 1  # no final code: launchers start it again
+    with pytest.raises(UserError, match="Stale file handle"):
+        files.find_whole(tmp_path)
+    if what == files.MANIFEST:
+        with pytest.raises(UserError, match="Stale file handle"):
+            loading.newest_readable(tmp_path)
+    failures = iter(())
+    assert same(resume(tmp_path)[0], engine)
+    assert [p.name for p in files.all_checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]
 
 
 @pytest.mark.parametrize("moment", ["copied", "half written", "written", "manifest", "renamed", "latest"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from bfsys import dist
@@ -59,3 +61,13 @@ def test_errors_are_agreed_on(error: Exception) -> None:
     with pytest.raises(dist.AgreedError) as agreed:
         dist.same_errors_on_all(fail)
     assert "Permission denied" in str(agreed.value) or agreed.value.problems == ("one", "two")
+    assert agreed.value.exit_code == 2
+
+
+def test_what_may_pass_has_the_code_of_a_crash() -> None:
+    def fail() -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(dist.AgreedError) as agreed:
+        dist.same_errors_on_all(fail)
+    assert agreed.value.exit_code == 1

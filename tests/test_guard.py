@@ -207,3 +207,11 @@ def test_what_a_checkpoint_carries_gives_the_same_verdicts() -> None:
         loss = math.exp(rng.gauss(0, 0.3)) * (40 if i % 50 == 49 else 1)
         assert whole.judge(loss, 1.0) == parts.judge(loss, 1.0)
         parts = Guard(Train(), json.loads(json.dumps(parts.carry())), [])
+
+
+def test_what_comes_after_a_checkpoint_is_not_in_it() -> None:
+    guard = Guard(Train(), None, [])
+    carried = guard.carry()  # written while training goes on
+    guard.note(7, "loss is nan", [])
+    assert carried["in_a_row"] == []
+    assert guard.carry()["in_a_row"][0]["step"] == 7

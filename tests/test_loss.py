@@ -34,6 +34,14 @@ def test_sums_are_those_of_plain_cross_entropy() -> None:
     assert sums[3].tolist() == [0, 0, 0, 0]
 
 
+def test_of_equal_scores_the_first_class_is_the_answer() -> None:
+    logits = torch.zeros(8, 8, dtype=torch.bfloat16)
+    logits[7, 6:] = 1
+    _, sums = loss_and_sums(logits, batch_of(list(range(8)), list(range(8))), 8)
+    assert sums[:, TOP1].tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+    assert sums[:, TOP5].tolist() == [1, 1, 1, 1, 1, 0, 0, 1]
+
+
 def test_not_a_number_is_never_right() -> None:
     logits = torch.full((2, 3), float("nan"))
     _, sums = loss_and_sums(logits, batch_of([0, 1], [0, 0]), 1)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bfsys import predict
+from bfsys.batch import Sample
 from bfsys.data.byte_transforms import write_key
 from bfsys.errors import UserError
 from tests.conftest import REPOSITORY
@@ -51,6 +54,30 @@ def test_bad_files_are_named_and_the_others_answered(finished_run: Path, tmp_pat
     answered = capsys.readouterr().out
     assert f"{tmp_path / 'good'}: " in answered
     assert f"{tmp_path / 'long'}: " in answered  # of more tokens than positions
+
+
+def test_a_folder_is_read_as_it_is_packed(finished_run: Path, tmp_path: Path, predict_files) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for path in (folder / "b", folder / ".git" / "config", elsewhere / "c"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes([40] * 30))
+    (folder / "link").symlink_to(elsewhere)
+    (folder / os.fsdecode(b"caf\xe9")).write_bytes(bytes([40] * 30))  # Latin-1, no text in UTF-8
+    (folder / "loop").symlink_to(folder / "loop")
+    result = subprocess.run(
+        [sys.executable, "-m", "bfsys.predict", finished_run, folder],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONUTF8": "1"},
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1].startswith(f"error: {folder}/loop: cannot be read: Too many levels")
+    named = [line.partition(": ")[0] for line in result.stdout.splitlines()]
+    assert named == [f"{folder}/b", f"{folder}/caf\\udce9", f"{folder}/link/c"]
+
+
+def test_small_files_are_not_too_many_at_once() -> None:
+    samples = [Sample(str(n), np.zeros(n, np.uint8)) for n in (1, 2, 30, 1, 200, 1)]
+    lengths = [[len(s.data) for s in batch] for batch in predict.batches_of(iter(samples), 40, least_bytes=10)]
+    assert lengths == [[1, 2], [30, 1], [200], [1]]
 
 
 def test_a_models_answers_need_no_deepspeed(finished_run: Path, datasets: Path) -> None:

@@ -47,6 +47,12 @@ def test_files_and_summary(tmp_path: Path) -> None:
         assert min(image.size) > 300
 
 
+def test_names_are_not_taken_for_formulas(tmp_path: Path) -> None:
+    report = Report(["$5_$10", "x^$y_$"], tmp_path)
+    report.add(torch.tensor([0, 1]), torch.eye(2))
+    assert f"picture: {tmp_path}/confusion.png" in report.write()[-1]
+
+
 def test_many_classes_need_no_matrix(tmp_path: Path) -> None:
     pairs = [(i, (i * 7) % 100_000) for i in range(0, 100_000, 11)]
     report = Report([str(i) for i in range(100_000)], tmp_path)

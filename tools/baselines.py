@@ -178,6 +178,12 @@ def decoded(config: Config, training: Sources, validation: Sources, side: int) -
     return right / files_seen, sum(p.numel() for p in model.parameters()), time.perf_counter() - began
 
 
+def unmixed(config: Config) -> Sources:
+    """The training files augmented as ever, but each of one class: the simple models know no shares of two."""
+    sources = [replace(s, augment=replace(s.augment, mixup=False)) if s.augment else s for s in config.data.sources]
+    return open_training(replace(config, data=replace(config.data, sources=tuple(sources))))
+
+
 def batches_for_training(config: Config, sources: Sources, steps: int) -> Iterator[ByteBatch]:
     config = replace(config, train=replace(config.train, steps=steps))
     return training_batches(config, sources, make_plan(config, sources), Ranks(), first_step=0)
@@ -202,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.decoded and len(config.data.sources) > 1:
         raise UserError("--decoded: pictures and sounds do not go through one such network; give one source at a time")
     epoch = -(-sum(len(split) for split in training.splits) // config.data.batch_samples)
-    train = Table.of(batches_for_training(config, training, epoch))
+    train = Table.of(batches_for_training(config, unmixed(config), epoch))
     val = Table.of(batches_for_evaluation(config, validation))
     print(f"{len(training.classes)} classes, learned from {len(train.labels):,} files, judged by {len(val.labels):,}")
     for name, judge in (("largest class", largest_class), ("file size", nearest_size), ("byte counts", byte_counts)):

@@ -27,7 +27,9 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from bfsys.batch import ByteBatch
 from bfsys.config import Config, load_config
 from bfsys.data.datasets import long_files, make_plan, open_training
 from bfsys.data.loader import training_batches
@@ -88,9 +90,9 @@ def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]
     batches = training_batches(config, sources, plan, Ranks(), first_step=0)
     for step in range(config.train.steps):
         lanes = list(islice(batches, config.data.lanes))
-        labels = torch.cat([batch.labels for batch in lanes])
+        targets = torch.cat([targets_of(batch, num_classes) for batch in lanes])
         logits = model(pad([content for batch in lanes for content in batch.files()], architecture))
-        loss = F.cross_entropy(logits, labels, label_smoothing=optim.label_smoothing)
+        loss = F.cross_entropy(logits, targets, label_smoothing=optim.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         if optim.clip_norm:
@@ -99,6 +101,14 @@ def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]
             group["lr"] = learning_rate(step, config.train.steps, optim)
         optimizer.step()
         yield loss.item()
+
+
+def targets_of(batch: ByteBatch, num_classes: int) -> Tensor:
+    """float32 [B, classes]; of a mixture of two sounds, both classes by their shares."""
+    targets = F.one_hot(batch.labels, num_classes).float()
+    if batch.second_labels is None:
+        return targets
+    return torch.lerp(targets, F.one_hot(batch.second_labels, num_classes).float(), batch.second_share.float()[:, None])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,6 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--control", action="store_true", help="compare the published form with itself, too")
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
+    if config.train.init_from:
+        raise UserError("train.init_from: both forms start from fresh weights here; leave it out")
     if not 1 <= args.steps <= config.train.steps:
         raise UserError(f"--steps: got {args.steps}, the run has train.steps {config.train.steps}")
     with tempfile.TemporaryDirectory() as folder:

@@ -196,7 +196,8 @@ def imagenet(folder: Path) -> None:
                         empty.append(file.path)
     problems = wrong_counts(files, IMAGENET_FILES, len(classes), IMAGENET_CLASSES, empty)
     if problems:
-        raise UserError(*(f"{folder}: {problem}" for problem in problems))
+        unpack_again = f"{folder}: if unpacking was cut short, remove train/ or val/ there, and run this again"
+        raise UserError(*(f"{folder}: {problem}" for problem in problems), unpack_again)
     print(f"{folder}: {IMAGENET_CLASSES:,} classes, " + ", ".join(f"{n:,} for {s}" for s, n in IMAGENET_FILES.items()))
     print(f"next: python tools/pack.py {folder} data/shards --name imagenet --from imagefolder")
 
@@ -212,8 +213,8 @@ def unpack_imagenet(folder: Path) -> None:
             ImageNet(folder, split)
         except ImportError as error:
             raise UserError(f"unpacking ImageNet needs {error.name}: pip install {error.name}") from None
-        except (RuntimeError, tarfile.TarError, EOFError) as error:
-            raise UserError(f"{folder}: {error}") from None
+        except (RuntimeError, tarfile.TarError, EOFError, OSError) as error:
+            raise UserError(f"{folder}: {error}; if unpacking was cut short, remove {split}/ and run again") from None
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    try:
+        return inspect(args)
+    except OSError as error:  # 1 would say that the data are damaged
+        raise UserError(f"{error.filename or args.dataset}: {error.strerror or error}") from None
+
+
+def inspect(args: argparse.Namespace) -> int:
     if args.rebuild:
         rebuild(args.dataset, args.split)
     names = [args.split] if args.split else split_names(args.dataset)

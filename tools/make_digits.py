@@ -167,7 +167,7 @@ def check_packages() -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            problems.append(f"package {package} is missing or broken ({error}): pip install bfsys[digits]")
+            problems.append(f"package {package} is missing or broken ({error}): pip install -e '.[digits]'")
     if problems:
         raise UserError(*problems)
 

@@ -47,12 +47,13 @@ def read(run: Path, score: str, problems: list[str]) -> dict[str, dict[str, np.n
         problems.append(f"{run}: no metrics.jsonl that can be read ({error}); give the directory of a run")
         return {}
     found: dict[str, dict[str, list]] = {}
+    lines = [line for line in lines if line["kind"] in ("train", "eval")]
+    several = len({name for line in lines for name in line["sources"]}) > 1
     for line in lines:
-        if line["kind"] in ("train", "eval"):
-            parts = line["sources"] if len(line["sources"]) > 1 else {"all": line}
-            for name, values in parts.items():
-                of_source = found.setdefault(name, {"train": [], "eval": []})
-                of_source[line["kind"]].append((line["step"], values[score]))
+        parts = line["sources"] if several else {"all": line}
+        for name, values in parts.items():
+            of_source = found.setdefault(name, {"train": [], "eval": []})
+            of_source[line["kind"]].append((line["step"], values[score]))
     if not found:
         problems.append(f"{run}: has no measurement yet")
     return {
@@ -74,9 +75,10 @@ def draw(curves: dict[Path, dict], score: str, out: Path) -> None:
         for number, (name, kinds) in enumerate(sources.items()):
             colour, label = f"C{number}", "" if name == "all" else f"{name} "
             train, val = kinds["train"], kinds["eval"]
-            width = max(1, len(train) // SMOOTHED)
-            means = np.convolve(train[:, 1], np.ones(width) / width, "valid")
-            panel.plot(train[width - 1 :, 0], means, color=colour, linewidth=1, label=f"{label}training")
+            if len(train):  # an evaluation may come before the first line of training
+                width = max(1, len(train) // SMOOTHED)
+                means = np.convolve(train[:, 1], np.ones(width) / width, "valid")
+                panel.plot(train[width - 1 :, 0], means, color=colour, linewidth=1, label=f"{label}training")
             panel.plot(val[:, 0], val[:, 1], "o-", color=colour, markersize=3, alpha=0.5, label=f"{label}validation")
         panel.set_title(run.name, fontsize=10)
         panel.set_xlabel("step")

@@ -27,16 +27,21 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_CRASHED, PASSING, UserError
+
+T = TypeVar("T")
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 LATEST = "latest"
+PAUSES_S = (1.0, 4.0, 10.0)  # before a file is asked for again
 GOING = ".removed"  # of a directory that was a checkpoint once, and is on its way out
 
 
@@ -208,12 +213,14 @@ def problems_of(path: Path) -> list[str]:
     """What makes a checkpoint unusable: nothing, if every file is there and has its sha256."""
     try:
         manifest = read_manifest(path)
+    except Unreachable:
+        raise
     except UserError as error:
         return list(error.problems)
     problems = []
     for name, entry in manifest["files"].items():
         try:
-            if describe(path / name) != entry:
+            if patiently(describe, path / name) != entry:
                 problems.append(differs(path / name))
         except OSError as error:
             problems.append(f"{path / name}: {error.strerror}")
@@ -224,10 +231,33 @@ def differs(file: Path) -> str:
     return f"{file}: differs from what was written (sha256 or size)"
 
 
+class Unreachable(UserError):
+    """A file server does not give a file, of which nobody can tell, then, whether it is damaged."""
+
+
+def patiently(read: Callable[[Path], T], path: Path) -> T:
+    """`read(path)`, several times if need be. Raises Unreachable for what may pass on a network file system and did
+    not, and OSError for all else."""
+    for pause_s in (*PAUSES_S, None):
+        try:
+            return read(path)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            if pause_s is None:
+                text = (
+                    f"{path}: cannot be read at the moment: {error.strerror}; start again when its server is back. "
+                    f"If it is the disk that is broken, remove {path.parent}, and the run goes on from the one before"
+                )
+                raise Unreachable(text, exit_code=EXIT_CRASHED) from None
+        time.sleep(pause_s)
+    raise AssertionError
+
+
 def read_manifest(path: Path) -> dict:
     """The manifest of a checkpoint; raises UserError if there is none, or it is not as it was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads(patiently(Path.read_text, path / MANIFEST))
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
         intact = manifest.pop("sha256") == fingerprint(manifest)

@@ -22,11 +22,13 @@ from bfsys import dist, typed_yaml
 from bfsys.checkpoint.files import (
     MANIFEST,
     METRICS,
+    Unreachable,
     all_checkpoints,
     cover,
     differs,
     find_whole,
     parse_piece,
+    patiently,
     read_manifest,
     replace_durably,
     set_aside,
@@ -46,12 +48,7 @@ def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str]
     damaged: list[Path] = []
     paths = dist.from_first_rank(list(reversed(all_checkpoints(run_dir))) if ranks.is_first else None)
     for path in paths:
-        manifest, problems = None, []
-        if ranks.is_first:
-            try:
-                manifest = read_manifest(path)
-            except UserError as error:
-                problems = list(error.problems)
+        manifest, problems = dist.same_errors_on_all(partial(_look, path) if ranks.is_first else lambda: (None, []))
         manifest, problems = dist.from_first_rank((manifest, problems))
         problems = problems or _load(engine, path, manifest, ranks)
         if not problems:
@@ -64,6 +61,16 @@ def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str]
     raise dist.AgreedError(
         f"{run_dir}: no checkpoint is whole, see above; to begin anew, give another name=… or move the directory away"
     )
+
+
+def _look(path: Path) -> tuple[dict | None, list[str]]:
+    """The manifest of a checkpoint, and what is wrong with it."""
+    try:
+        return read_manifest(path), []
+    except Unreachable:
+        raise
+    except UserError as error:
+        return None, list(error.problems)
 
 
 def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> None:
@@ -79,13 +86,13 @@ def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> Non
 
 def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list[str]:
     """Restore weights, moments and average; collective. Returns what is damaged. The engine is then to be loaded from
-    another checkpoint."""
+    another checkpoint. Raises AgreedError if a file server does not give files that may well be whole."""
     expected = engine.parameter_shapes()
     stored = {name.partition("-")[0] for name in manifest["files"]}
     for state in engine.state_names():
         # A run that kept no average so far starts it at the weights.
         origin = WEIGHT if state == EMA and EMA not in stored else state
-        mine, problems = _read_share(path, manifest, origin, ranks)
+        mine, problems = dist.same_errors_on_all(partial(_read_share, path, manifest, origin, ranks))
         problems = dist.gather_to_all(problems)
         if any(problems):
             return [p for rank in problems for p in rank]
@@ -106,7 +113,7 @@ def _read_share(path: Path, manifest: dict, state: str, ranks: dist.Ranks) -> tu
         names += [n for n in manifest["files"] if not n.endswith(".safetensors")]
     for name in names[ranks.rank :: ranks.world_size]:
         try:
-            content = (path / name).read_bytes()
+            content = patiently(Path.read_bytes, path / name)
             if {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} != manifest["files"][name]:
                 problems.append(differs(path / name))
             elif name.endswith(".safetensors"):
@@ -162,11 +169,9 @@ def newest_readable(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint with a manifest, be its files whole or not; and what is wrong with newer ones."""
     problems = []
     for path in reversed(all_checkpoints(run_dir)):
-        try:
-            read_manifest(path)
-        except UserError as error:
-            problems.extend(error.problems)
-        else:
+        manifest, found = _look(path)
+        problems += found
+        if manifest:
             return path, problems
     return None, problems
 

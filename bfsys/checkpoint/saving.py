@@ -44,10 +44,8 @@ from bfsys.checkpoint.files import (
     remove,
     superfluous,
 )
-from bfsys.errors import EXIT_STORAGE
+from bfsys.errors import EXIT_STORAGE, PASSING
 
-# What may be over in a moment on a network file system. All else wants a person.
-PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EHOSTDOWN}
 POLL_S = 0.05
 
 

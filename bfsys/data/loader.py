@@ -88,7 +88,8 @@ def evaluation_rounds(
     Yields (batch, counts). Where batches run out, or nothing of one can be read, a rank gets some batch with counts
     False, since the forward passes of ZeRO-3 are collective.
     """
-    batches = evaluation_batches(sources.splits, config.data.eval_batch_bytes)
+    least_bytes = config.model.architecture().rounding_bytes
+    batches = evaluation_batches(sources.splits, config.data.eval_batch_bytes, least_bytes)
     reader = _reader(config, sources, replace_bad=False)
     nothing = ByteBatch.of_zeros(config.model.kernel)
     try:

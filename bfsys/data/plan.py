@@ -246,17 +246,18 @@ def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
     return range(rank * per_rank, (rank + 1) * per_rank)
 
 
-def evaluation_batches(splits: Sequence[Split], budget_bytes: int) -> list[MicroBatch]:
+def evaluation_batches(splits: Sequence[Split], budget_bytes: int, least_bytes: int = 1) -> list[MicroBatch]:
     """Every sample of every split once, longest first, in micro-batches of at most `budget_bytes`.
 
-    A single longer file is a batch of its own. Longest first, so that running out of memory shows at once.
+    Shorter files than `least_bytes` count as so many. A single longer file than the budget is a batch of its own.
+    Longest first, so that running out of memory shows at once.
     """
     source = np.concatenate([np.full(len(s), i) for i, s in enumerate(splits)])
     sample = np.concatenate([np.arange(len(s)) for s in splits])
     length = np.concatenate([s.samples["length"] for s in splits]).astype(np.int64)
     order = np.argsort(-length, kind="stable")
     batches, first, filled = [], 0, 0
-    for i, n in enumerate(length[order].tolist()):
+    for i, n in enumerate(np.maximum(length[order], least_bytes).tolist()):
         if i > first and filled + n > budget_bytes:
             batches.append(order[first:i])
             first, filled = i, 0

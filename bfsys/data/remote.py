@@ -29,7 +29,7 @@ from typing import BinaryIO, TypeVar
 from bfsys.data.streams import Stopped, TryFailed, WrongContent, base_name, hide, stream
 from bfsys.data.streams import is_remote as is_remote
 from bfsys.data.streams import url_of as url_of
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_CRASHED, UserError
 
 T = TypeVar("T")
 
@@ -299,11 +299,14 @@ class Cache:
             except TryFailed as failed:
                 reasons.append(f"{attempt + 1}: {failed}")
                 wrong = wrong and isinstance(failed, WrongContent)
-        raise (WrongContentError if wrong else UserError)(
+        problem = (
             f"{hide(url)}: could not be fetched in {len(reasons)} tries ({'; '.join(reasons)}). Check the address, "
             f"the rights and the network of this machine, then start again: what was fetched is kept. If size or "
             f"sha256 differ each time, the file there is not the one that dataset.json names: upload it again"
         )
+        if wrong:
+            raise WrongContentError(problem)
+        raise UserError(problem, exit_code=EXIT_CRASHED)  # launchers start the run again: the server may come back
 
     def _too_large(self, url: str, size: str) -> UserError:
         return UserError(

@@ -187,7 +187,7 @@ def _list_classes(listing: Listing, root: Path, split: str | None, val_share: fl
             continue
         folder = os.path.abspath(root / class_name)
         before = len(listing.files)
-        for path in _walk(folder, listing):
+        for path in visible_files(folder, listing.problems):
             key, extension = sample_name(class_name, path[len(folder) + 1 :])
             to_split = split or _split_of(key, val_share)
             listing.files.append(SourceFile(path, class_name, to_split, key, extension))
@@ -205,22 +205,22 @@ def _folders(root: Path, listing: Listing) -> list[str]:
         return []
 
 
-def _walk(folder: str, listing: Listing, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """All visible files below a folder, in order. Links are followed, but not round in circles."""
+def visible_files(folder: str, problems: list[str], ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """All files below a folder, in order, without hidden ones. Links are followed, but not round in circles."""
     try:
         status = os.stat(folder)
         with os.scandir(folder) as entries:
             visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
-        listing.problems.append(f"{folder}: the folder cannot be listed ({error.strerror})")
+        problems.append(f"{folder}: the folder cannot be listed ({error.strerror})")
         return
     here = (status.st_dev, status.st_ino)
     if here in ancestors:
-        listing.problems.append(f"{folder}: links back to a folder that it lies in; remove the link")
+        problems.append(f"{folder}: links back to a folder that it lies in; remove the link")
         return
     for entry in visible:
-        if entry.is_dir():
-            yield from _walk(entry.path, listing, (*ancestors, here))
+        if os.path.isdir(entry.path):  # entry.is_dir() raises at a link that leads to itself
+            yield from visible_files(entry.path, problems, (*ancestors, here))
         else:
             yield entry.path
 
@@ -248,6 +248,9 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
             status = os.stat(file.path)
         except OSError as error:
             listing.bad.append(BadFile(file.path, f"cannot be read ({error.strerror})"))
+            continue
+        except ValueError as error:  # a NUL in a path of a list
+            listing.bad.append(BadFile(file.path, f"cannot be read ({error})"))
             continue
         reason = _why_bad(file, status, max_file_bytes, encoding)
         if reason:

@@ -55,7 +55,7 @@ class Windows:
         """What is added to scores, 0 or -inf: [W, 1, 1, width] in float32."""
         if self.mask is None:
             return None
-        return torch.zeros(self.mask.shape).masked_fill_(~self.mask, -math.inf)[:, None, None]
+        return torch.zeros(self.mask.shape, device=self.mask.device).masked_fill_(~self.mask, -math.inf)[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)

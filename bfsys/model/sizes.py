@@ -84,6 +84,11 @@ class Architecture:
         return 2 ** len(self.merge_after)
 
     @property
+    def rounding_bytes(self) -> int:
+        """What a shorter file costs all the same."""
+        return self.alignment * self.stride
+
+    @property
     def max_bytes(self) -> int:
         """The longest file of which each token has a position of its own; see stem.py for longer ones."""
         return self.max_tokens * self.stride

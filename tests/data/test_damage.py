@@ -15,6 +15,7 @@ import soundfile
 import torch
 import yaml
 
+from bfsys.checkpoint.files import read_manifest
 from bfsys.config import Config, load_config
 from bfsys.data import reader as reader_module
 from bfsys.data.datasets import make_plan, open_evaluation, open_training
@@ -343,6 +344,19 @@ def test_too_much_damage_ends_the_run_with_the_list(dataset: Path, datasets: Pat
     for row in rows[:2]:
         assert f"sample {row.split(chr(9))[5]!r}" in output
     assert "Traceback" not in output
+
+
+def test_what_was_saved_before_an_evaluation_that_fails_counts(
+    dataset: Path, datasets: Path, tmp_path: Path, run_ranks
+) -> None:
+    for tar in dataset.glob("a-val-*.tar"):
+        tar.unlink()
+    config_file = write_config(tmp_path, datasets, dataset)
+    change = ["train.steps=9", "train.save_every=4", "train.eval_every=4"]
+    results = run_ranks(2, ["bfsys/train.py", str(config_file), *change])
+    assert [r.returncode for r in results] == [2, 2], results[0].stderr
+    assert "of val cannot be read" in results[0].stderr
+    assert read_manifest(newest(tmp_path / "runs" / "tiny"))["step"] == 4
 
 
 def test_the_file_survives_a_torn_line(tmp_path: Path) -> None:

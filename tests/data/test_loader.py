@@ -52,7 +52,8 @@ def test_global_batches_do_not_depend_on_ranks_or_workers(config_file: Path) -> 
 def test_evaluation_gives_each_file_once_in_equal_rounds(config_file: Path) -> None:
     config = load_config(config_file)
     sources = open_evaluation(config, "val", ("a0", "a1", "a2", "b0", "b1"))
-    total = len(evaluation_batches(sources.splits, config.data.eval_batch_bytes))
+    least_bytes = config.model.architecture().rounding_bytes
+    total = len(evaluation_batches(sources.splits, config.data.eval_batch_bytes, least_bytes))
     assert total % 3, "the last round should be incomplete for this test to say something"
     per_rank = [list(evaluation_rounds(config, sources, rank(r, 3), Quarantine(), 0)) for r in range(3)]
     assert len({len(rounds) for rounds in per_rank}) == 1

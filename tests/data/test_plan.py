@@ -133,14 +133,16 @@ def test_an_empty_split_is_refused() -> None:
         Plan([split_in_memory([0])], [1], batch_samples=1, lanes=1, shuffle_block=1, seed=0)
 
 
-@given(st.lists(shard_sizes, min_size=1, max_size=3), st.integers(1, 3000))
+@given(st.lists(shard_sizes, min_size=1, max_size=3), st.integers(1, 3000), st.integers(1, 1500))
 @settings(max_examples=50)
-def test_evaluation_takes_every_sample_once_within_the_budget(sources: list[list[int]], budget: int) -> None:
+def test_evaluation_takes_every_sample_once_within_the_budget(
+    sources: list[list[int]], budget: int, least: int
+) -> None:
     rng = np.random.default_rng(0)
     splits = [split_in_memory(s, rng.integers(1, 1000, sum(s))) for s in sources]
-    batches = evaluation_batches(splits, budget)
+    batches = evaluation_batches(splits, budget, least)
     seen = [t for b in batches for t in zip(b.source.tolist(), b.sample.tolist(), strict=True)]
     assert sorted(seen) == [(s, i) for s, split in enumerate(splits) for i in range(len(split))]
     for b in batches:
         lengths = [splits[s].samples["length"][i] for s, i in zip(b.source, b.sample, strict=True)]
-        assert sum(lengths) <= budget or len(b) == 1
+        assert sum(max(int(n), least) for n in lengths) <= budget or len(b) == 1

@@ -56,8 +56,7 @@ def test_a_run_that_loses_its_server_ends_and_goes_on(
     overrides = ["data.shuffle_block=4", "data.batch_samples=8"]
     ended = run_ranks(2, ["-c", IMPATIENT_RUN, str(tmp_path / "remote.yaml"), *overrides])
     output = "".join(rank.stderr for rank in ended)
-    assert max(rank.returncode for rank in ended) == 2, output
-    assert {rank.returncode for rank in ended} <= {1, 2}  # 1: it lost the other one
+    assert {rank.returncode for rank in ended} == {1}, output  # launchers start it again: the server may come back
     assert f"{served.url}/" in output
     assert "could not be fetched in 3 tries (1: HTTP status 503; 2: " in output
     assert "Traceback" not in output

@@ -77,6 +77,7 @@ def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, cap
     exports = ["export A='b '\"'\"'c'\"'\"''", "export D=''"]
     path = f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
     assert setup == ["module load x", *exports, path, ""]
+    assert "\nexport DS_ACCELERATOR=cpu\n" in script_of(config_file, capsys, "--nodes=1", "--gpus-per-node=0")
     command = lines_of_script[-2] if not lines_of_script[-1] else lines_of_script[-1]
     assert command.startswith(
         f"exec {sys.executable} -m bfsys.requeue {tmp_path}/runs/tiny -- srun --unbuffered --output "

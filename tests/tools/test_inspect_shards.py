@@ -119,6 +119,17 @@ def test_class_names_that_do_not_match_the_numbers_are_not_used(tmp_path):
     assert open_split(tmp_path, "train").classes == ("0", "1")
 
 
+def test_rebuild_where_nothing_can_be_written(dataset):
+    index = next(dataset.glob("*.keys.npy"))
+    for path in dataset.glob("*.npy"):
+        path.unlink()
+    (dataset / "dataset.json").unlink()
+    index.mkdir()
+    (index / "file").touch()
+    with pytest.raises(UserError, match=r"Is a directory|Directory not empty"):  # not 1, which says damage
+        main([str(dataset), "--rebuild"])
+
+
 def test_rebuild_that_cannot_be(dataset, tmp_path):
     with pytest.raises(UserError, match=r"has a dataset\.json already; .* delete that file first"):
         main([str(dataset), "--rebuild"])

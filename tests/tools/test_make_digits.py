@@ -180,7 +180,7 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path, module):
     status, output = finish(start(tmp_path / "out", *SMALL, before=f"sys.modules[{module!r}] = None"))
     assert status == 2
     assert module.replace("sklearn.datasets", "scikit-learn").replace("_", "-") in output
-    assert "pip install bfsys[digits]" in output
+    assert "pip install -e '.[digits]'" in output
     assert "Traceback" not in output
     assert not list(tmp_path.iterdir())
 

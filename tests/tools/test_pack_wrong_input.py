@@ -13,6 +13,7 @@ def test_all_bad_files_at_once(tmp_path):
     src = make_files(tmp_path / "src", {"cat/a": b"1", "cat/empty": b"", "cat/big": b"x" * 50, "dog/b": b"1"})
     (src / "dog" / "gone").symlink_to(tmp_path / "nowhere")
     os.mkfifo(src / "dog" / "pipe")
+    (src / "dog" / "loop").symlink_to(src / "dog" / "loop")
     (src / "bird").mkdir()
     result = run_pack(src, tmp_path / "out", "--split", "train", "--max-file-bytes", "20", "--encoding", "pngg")
     assert result.returncode == 2
@@ -22,9 +23,10 @@ def test_all_bad_files_at_once(tmp_path):
         f"error: {src}/cat/big: has 50 bytes, allowed are 20 (--max-file-bytes)\n",
         f"error: {src}/dog/gone: cannot be read (No such file or directory)\n",
         f"error: {src}/dog/pipe: is not a regular file\n",
+        f"error: {src}/dog/loop: cannot be read (Too many levels of symbolic links)\n",
         f"error: {src}/bird: the class folder has no files; fill it or remove it\n",
         "error: --encoding: encoding 'pngg': there is no 'pngg' (did you mean png?)",
-        "error: 4 bad files: repair or remove, or leave out by --skip-bad\n",
+        "error: 5 bad files: repair or remove, or leave out by --skip-bad\n",
     ):
         assert message in result.stderr
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,38 @@
+"""Everything of a batch goes to the model's device: answers of GPUs that are not there, by PyTorch's fake tensors.
+
+Nothing is computed, but an operation on tensors of two devices is refused as on a GPU. This is the path of GPUs without
+our kernels, which CPUs do not take; the kernels have tests of their own. (Autograd's engine wants a real GPU.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bfsys.batch import ByteBatch, Sample
+from bfsys.loss import loss_and_sums
+from bfsys.model import attention, byteformer
+from bfsys.model.byteformer import ByteFormer
+from bfsys.model.layout import MODES, make_layout
+from bfsys.model.sizes import architecture
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_answer_is_made_on_one_device(mode: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = architecture(
+        "custom", kernel=4, window=16, shift=8, dim=32, layers=3, heads=1, merge_after=(0, 1), max_tokens=40
+    )
+    batch = ByteBatch.from_samples([Sample("", np.full(n, 7, np.uint8)) for n in (5, 33, 200, 90)])
+    layout = make_layout(batch.lengths, a, mode)
+    model = ByteFormer(a, 5, mode, activation_checkpointing=checkpointing)
+    monkeypatch.setattr(byteformer, "make_layout", lambda *_: layout)  # it reads values
+    monkeypatch.setattr(attention, "_kernels", lambda _: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to("cuda").train()
+        logits = model(batch.to("cuda"))
+        loss, sums = loss_and_sums(logits, batch.to("cuda"), 1, 0.1)
+    assert {t.device.type for t in (logits, loss, sums)} == {"cuda"}
