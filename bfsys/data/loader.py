@@ -11,7 +11,6 @@ import itertools
 import os
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -250,12 +249,19 @@ class _Reads(Dataset):
 
 
 def _end_with_parent(parent: int, worker: int) -> None:
-    """PyTorch's workers notice that the training process was killed, but then wait for ever for it to take what they
-    have read, if that is more than a pipe holds."""
+    """End when the training process does, or asks for it, and at no other request: SLURM and shells send SIGTERM to
+    all processes of a job, and training wants batches until it has saved.
+
+    PyTorch's workers would die of it; and they notice that the training process was killed, but then wait for ever for
+    it to take what they have read, if that is more than a pipe holds.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(1)
+            request = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if request and request.si_pid == parent:
+                break
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bfsys.config import load_config
@@ -47,6 +50,20 @@ def test_global_batches_do_not_depend_on_ranks_or_workers(config_file: Path) -> 
     assert steps(4, 0, 0) == alone
     assert steps(2, 2, 0) == alone
     assert steps(1, 0, 4) == alone[4:]
+
+
+def test_a_request_to_stop_the_job_does_not_end_loader_processes(config_file: Path) -> None:
+    """It goes to all processes of a job, and training wants batches until it has saved."""
+    config = load_config(config_file, ["data.workers=2"])
+    sources = open_training(config)
+    batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
+    first = next(batches)
+    workers = psutil.Process().children()
+    subprocess.run(["kill", *(str(worker.pid) for worker in workers)], check=True)
+    time.sleep(0.5)
+    assert len(first.labels) + sum(len(batch.labels) for batch in batches) == config.train.steps * 8
+    assert len(workers) == 2
+    assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 def test_evaluation_gives_each_file_once_in_equal_rounds(config_file: Path) -> None:
