@@ -106,8 +106,8 @@ class Data:
     """Where shards of remote sources are kept, on a disk of the node that its ranks share; default: a folder of the
     user in the system's temporary folder."""
     fetch_tries: Count = 9
-    """Times that a remote file is asked for while its server fails: with pauses of 1, 2, 4, … s, 4 minutes by default.
-    Then the run ends, and the same command goes on."""
+    """Times that a remote file is asked for while its server fails: with pauses of 1, 2, 4, … s, 4 minutes by default,
+    besides what a try takes. Then the run ends with code 1, which launchers start again."""
     cache_gb: Positive = 100.0
     """Size of that cache in 1e9 bytes; what was not used for longest makes room."""
 

@@ -5,8 +5,8 @@
 FILE may be a file, a folder (all files in it) or - (standard input). Needs no DeepSpeed. Files that cannot be
 classified are named at the end, after the others' answers, with exit code 2. What the run does to the bytes of every
 file (data.byte_transforms) is done here too, with the key from --permute if it lies elsewhere than in training; with
---transformed it was done before, by whoever sent the files, and no key is needed here (docs/privacy.md). A model that
-was trained on augmented files wants files in the encoding of `augment:`, such as tools/encode.py makes.
+--transformed it was done before, by whoever sent the files, and no key is needed here (docs/privacy.md). A model whose
+files were packed with --encoding, or augmented, wants files in that encoding, such as tools/encode.py makes.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ PYTHON = """bash -c 'trap "" USR2; exec "$0" "$@"' """
 
 EPILOG = """The job runs a copy of bfsys and of the resolved config, made now in RUN/slurm: later edits do not touch it.
 Relative paths in CONFIG are relative to the current folder. Data, runs_dir, the current folder and Python must be on a
-file system that the nodes share."""
+file system that the nodes share. launchers/slurm.py status|logs|stop RUN looks after the jobs of a run."""
 
 
 class Executor(submitit.SlurmExecutor):
@@ -198,6 +198,14 @@ def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
                 f"ends it, --dependency singleton queues behind it, name=… makes another run"
                 for job in jobs.active(config.run_dir)
             ]
+        if config.data.workers and (args.cpus_per_task or 0) <= config.data.workers:
+            given = (
+                f"got {args.cpus_per_task}" if args.cpus_per_task else "not given, and a cluster's default is often 1"
+            )
+            notes.append(
+                f"--cpus-per-task: {given}; {config.name} has {config.data.workers} loader processes for each rank "
+                f"(data.workers) and wants {config.data.workers + 1} cores"
+            )
         if args.nodes > 0 and ranks_per_node(args) > 0:
             problem = lanes_problem(config.data.lanes, args.nodes, ranks_per_node(args))
             problems += [problem] if problem else []

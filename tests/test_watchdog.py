@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from bfsys.errors import EXIT_HUNG
 from bfsys.faults import how_it_ended
 from bfsys.watchdog import LEAST_S, Watchdog
 from tests.chaos.ranks import Ranks
-from tests.conftest import REPOSITORY
+from tests.forked import Forked, run_python
 from tests.test_train import ALONE, lines
 
 BEGIN = """
@@ -32,9 +30,8 @@ dog.times_are_known()
 """
 
 
-def start(folder: Path, rank: int, script: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", BEGIN + script, str(folder), str(rank)]
-    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+def start(folder: Path, rank: int, script: str) -> Forked:
+    return Forked(run_python, ["-c", BEGIN + script, str(folder), str(rank)], {})
 
 
 def test_the_rank_that_is_behind_is_named_and_all_stacks_are_written(tmp_path: Path) -> None:
