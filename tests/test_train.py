@@ -219,6 +219,37 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(config_file: Path, t
     assert f"stopped on request after step {step}" in outputs[0][0]
 
 
+RANK_1_FAILS = """
+import os, sys, time
+from bfsys import dist, train
+from bfsys.engine import Engine
+from bfsys.errors import exit_code_of
+
+really_step = Engine.step
+
+def step(self, *arguments):
+    if os.environ["RANK"] == "1" and self.updates == 2:
+        raise MemoryError("the GPU is full")
+    return really_step(self, *arguments)
+
+Engine.step = step
+dist.stop = lambda: time.sleep(600)  # as NCCL does while others wait in a collective
+dist.leave(exit_code_of(lambda: train.main(sys.argv[1:])))
+"""
+
+
+def test_a_rank_that_fails_alone_says_why_and_ends_at_once(config_file: Path) -> None:
+    ranks = start_ranks(2, run_python, ["-c", RANK_1_FAILS, str(config_file)])
+    try:
+        outputs = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "MemoryError: the GPU is full" in outputs[1].partition("Traceback")[2]
+    assert outputs[0].splitlines()[-1] == "error: rank 0: lost the other ranks; the one that failed says why"
+
+
 def test_bad_input_ends_with_code_2_and_says_all_once(config_file: Path, tmp_path: Path, run_ranks) -> None:
     change = ["data.sources.0.path=/nowhere/a", "data.sources.1.path=/nowhere/b"]
     results = run_ranks(2, ["bfsys/train.py", str(config_file), *change])
