@@ -65,7 +65,7 @@ def poisoned_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     runs = []
     for stage, precision, kind in COMBINATIONS:
         overrides = [f"name={name_of(stage, precision, kind)}", f"train.zero_stage={stage}", f"train.steps={STEPS}",
-                     f"train.precision={precision}", "train.save_every=1", "train.keep_checkpoints=100"]  # fmt: skip
+                     f"train.precision={precision}", "train.save_every=5", "train.keep_checkpoints=100"]  # fmt: skip
         runs.append((overrides, {"kind": kind, "samples": poison}))
     processes = start_ranks(2, train_several, (str(config_file), runs))
     try:
@@ -86,8 +86,8 @@ def test_a_step_that_is_no_number_changes_nothing(
     run = runs / name_of(stage, precision, kind)
     saved = {step: run / "checkpoints" / checkpoint_name(step) for step in range(STEPS + 1)}
     # Nothing is saved while it goes badly, unless the run ends there.
-    assert [step for step, path in saved.items() if path.exists()] == [0, 1, 2, 3, 4, 6, 7]
-    assert [read_manifest(saved[step])["updates"] for step in (4, 6, 7)] == [4, 5, 5]
+    assert [step for step, path in saved.items() if path.exists()] == [0, 6, 7]
+    assert [read_manifest(saved[step])["updates"] for step in (6, 7)] == [5, 5]
     for state in STATES:
         before, after = tensors(saved[6], state), tensors(saved[7], state)
         assert before
