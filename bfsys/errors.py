@@ -5,6 +5,7 @@ says where the trouble is, what was got, what is allowed and what to do. Launche
 """
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except SystemExit as end:  # argparse's
-        return end.code
+        return end.code or 0
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -67,8 +68,8 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("stopped on request", file=sys.stderr)
         return EXIT_STOPPED
-    except BrokenPipeError:  # `… | head` closed our output: nothing is wrong
-        sys.stderr.close()
+    except BrokenPipeError:  # `… | head` closed our output: nothing is wrong, and what is left to say is for nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException:
         traceback.print_exc()

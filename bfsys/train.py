@@ -321,6 +321,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: rank {ranks.rank}: lost the other ranks; the one that failed says why", file=sys.stderr)
         return EXIT_CRASHED
     except BrokenPipeError as error:  # which would be a good end of a command whose output nobody wants
+        if args.dry_run:
+            raise
         raise RuntimeError(f"rank {ranks.rank}: its console, or the writer of checkpoints, is gone") from error
     finally:
         # While other ranks wait for this one, NCCL cannot be taken down: that would wait for them.

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from bfsys.errors import UserError, collecting, run_command
+from tests.conftest import REPOSITORY
 
 
 def ends_with(main) -> int:
@@ -44,3 +48,10 @@ def test_collecting() -> None:
             if number != 1:
                 raise UserError(f"{number} is wrong", "and so on")
     assert problems == ["0 is wrong", "and so on", "2 is wrong", "and so on"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    code = "from bfsys.errors import run_command; run_command(lambda: [print(i) for i in range(100_000)] and 0)"
+    shell = f"set -o pipefail; {sys.executable} -c '{code}' | head -n 1"
+    done = subprocess.run(["bash", "-c", shell], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
