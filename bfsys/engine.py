@@ -147,6 +147,8 @@ class Engine:
                 utils.safe_set_full_optimizer_state(p, value, state)
         if state == WEIGHT and self.stage > 0:
             self._copy_masters_to_model()
+        if self.device.type == "cuda":  # the stream on which ZeRO-3 gathers weights does not wait for these copies
+            torch.cuda.synchronize(self.device)
 
     def set_step(self, step: int, updates: int) -> None:
         """Continue after `step` steps; its bias the optimizer corrects by those that were `updates`, not skipped."""
