@@ -154,7 +154,7 @@ def test_a_folder_in_use_is_left_alone(finished_run: Path, tmp_path: Path, monke
 
 def test_missing_packages_for_onnx_are_named(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(export, "NEEDED_FOR_ONNX", ("onnx_of_nowhere",))
-    with pytest.raises(UserError, match=r"onnx_of_nowhere missing; pip install 'bfsys\[export\]'"):
+    with pytest.raises(UserError, match=r"onnx_of_nowhere missing; pip install -e '\.\[export\]'"):
         run_export(monkeypatch, finished_run, tmp_path / "out", "--format", "onnx")
     assert not (tmp_path / "out").exists()
 

@@ -257,9 +257,9 @@ def test_attention_names_what_it_cannot_do(kernels):
 @pytest.mark.parametrize(
     ("dtype", "dim", "kernel"),
     [
-        (torch.bfloat16, 192, 2),
         (torch.bfloat16, 768, 32),
-        (torch.float32, 768, 32),
+        pytest.param(torch.bfloat16, 192, 2, marks=pytest.mark.slow),
+        pytest.param(torch.float32, 768, 32, marks=pytest.mark.slow),
     ],
 )
 def test_kernels_compile_for_hopper(dtype, dim, kernel, monkeypatch, tmp_path):
