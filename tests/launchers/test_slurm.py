@@ -211,3 +211,13 @@ def test_a_submission_from_within_a_job_is_not_bound_by_it(config_file, tmp_path
     slurm.main(["--nodes", "2", ON_CPUS, str(config_file)])
     seen = (tmp_path / "environment").read_text().splitlines()
     assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
+
+
+def test_too_few_cores_for_loader_processes_are_a_note(config_file, capsys):
+    for cores, said in (([], "not given"), (["--cpus-per-task=2"], "got 2"), (["--cpus-per-task=3"], "")):
+        assert (
+            slurm.main(["--nodes=1", "--gpus-per-node=1", *cores, "--dry-run", str(config_file), "data.workers=2"]) == 0
+        )
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: --cpus-per-task")]
+        assert len(notes) == bool(said)
+        assert all(said in note and note.endswith("wants 3 cores") for note in notes)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from bfsys.batch import ByteBatch, Sample
 from bfsys.config import load_config
 from bfsys.errors import UserError
 from tools import compare_training
@@ -45,3 +49,10 @@ def test_files_beyond_the_positions_are_refused(config_file: Path) -> None:
 def test_too_many_steps(config_file: Path) -> None:
     with pytest.raises(UserError, match=r"--steps: got 200, the run has train\.steps 10"):
         compare_training.main([str(config_file)])
+
+
+def test_mixed_sounds_have_mixed_targets() -> None:
+    batch = ByteBatch.from_samples([Sample("", np.zeros(3, np.uint8), label=n) for n in (0, 2)])
+    assert compare_training.targets_of(batch, 3).tolist() == [[1, 0, 0], [0, 0, 1]]
+    mixed = replace(batch, second_labels=torch.tensor([1, 2]), second_share=torch.tensor([0.25, 0.5]))
+    assert compare_training.targets_of(mixed, 3).tolist() == [[0.75, 0.25, 0], [0, 0, 1]]
