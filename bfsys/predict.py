@@ -25,7 +25,7 @@ from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.loading import load_model
 from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms, with_key
 from bfsys.data.datasets import check_transforms
-from bfsys.data.sources import visible_files
+from bfsys.data.sources import regular_files
 from bfsys.errors import UserError, run_command
 from bfsys.model.byteformer import ByteFormer
 
@@ -49,9 +49,7 @@ def read_files(
     for path in paths:
         names = [path]
         if path != STDIN and os.path.isdir(path):
-            names = list(visible_files(path, problems))
-            if not names:
-                problems.append(f"{path}: a folder without files")
+            names = regular_files(path, problems)
         for name in names:
             try:
                 content = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()

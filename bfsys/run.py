@@ -113,7 +113,7 @@ def hold_directory(run_dir: Path) -> BinaryIO:
     Raises UserError if another one does and goes on doing it. Two starts would write over each other's checkpoints.
     """
     hold = open(run_dir / ".lock", "wb")  # noqa: SIM115 (for the life of the run)
-    deadline = time.monotonic() + (LOCK_WAIT_IN_JOB_S if "SLURM_JOB_ID" in os.environ else LOCK_WAIT_S)
+    deadline = time.monotonic() + (LOCK_WAIT_IN_JOB_S if os.environ.get("SLURM_JOB_ID") else LOCK_WAIT_S)
     while True:
         try:
             fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)

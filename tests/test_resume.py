@@ -140,8 +140,12 @@ def test_a_full_disk_ends_the_run_with_its_own_code(config_file: Path, tmp_path:
         subprocess.run(["umount", small], check=True)
 
 
-def test_two_starts_of_a_run_do_not_train_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "LOCK_WAIT_S", 0.5)
+@pytest.mark.parametrize(("job", "wait"), [("", "LOCK_WAIT_S"), ("7", "LOCK_WAIT_IN_JOB_S")])
+def test_two_starts_of_a_run_do_not_train_together(
+    job: str, wait: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setattr(run, wait, 0.5)
     hold = run.hold_directory(tmp_path)
     with pytest.raises(UserError, match="another process is training in it"):
         run.hold_directory(tmp_path)

@@ -23,7 +23,7 @@ import numpy as np
 
 from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms
 from bfsys.data.encodings import AS_STORED, Encoding, reencode
-from bfsys.data.sources import visible_files
+from bfsys.data.sources import regular_files
 from bfsys.errors import UserError, collecting, run_command
 from tools.pack import read_encoding
 
@@ -77,9 +77,7 @@ def targets_of(src: Path, out: Path, encoding: Encoding, problems: list[str]) ->
         return {}
     root, sources = src.parent, [src]
     if src.is_dir():
-        root, sources = src, [Path(path) for path in visible_files(str(src), problems)]
-        if not sources:
-            problems.append(f"{src}: a folder without files")
+        root, sources = src, [Path(path) for path in regular_files(str(src), problems)]
     targets: dict[Path, Path] = {}
     taken: set[Path] = set()
     for source in sources:

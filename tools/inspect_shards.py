@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         return inspect(args)
+    except BrokenPipeError:
+        raise
     except OSError as error:  # 1 would say that the data are damaged
         raise UserError(f"{error.filename or args.dataset}: {error.strerror or error}") from None
 

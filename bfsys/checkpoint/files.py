@@ -211,14 +211,8 @@ def find_whole(run: Path) -> Path:
 
 def problems_of(path: Path) -> list[str]:
     """What makes a checkpoint unusable: nothing, if every file is there and has its sha256."""
-    try:
-        manifest = read_manifest(path)
-    except Unreachable:
-        raise
-    except UserError as error:
-        return list(error.problems)
-    problems = []
-    for name, entry in manifest["files"].items():
+    manifest, problems = look_at(path)
+    for name, entry in manifest["files"].items() if manifest else ():
         try:
             if patiently(describe, path / name) != entry:
                 problems.append(differs(path / name))
@@ -238,12 +232,14 @@ class Unreachable(UserError):
 def patiently(read: Callable[[Path], T], path: Path) -> T:
     """`read(path)`, several times if need be. Raises Unreachable for what may pass on a network file system and did
     not, and OSError for all else."""
-    for pause_s in (*PAUSES_S, None):
+    pauses_s = iter(PAUSES_S)
+    while True:
         try:
             return read(path)
         except OSError as error:
             if error.errno not in PASSING:
                 raise
+            pause_s = next(pauses_s, None)
             if pause_s is None:
                 text = (
                     f"{path}: cannot be read at the moment: {error.strerror}; start again when its server is back. "
@@ -251,7 +247,16 @@ def patiently(read: Callable[[Path], T], path: Path) -> T:
                 )
                 raise Unreachable(text, exit_code=EXIT_CRASHED) from None
         time.sleep(pause_s)
-    raise AssertionError
+
+
+def look_at(path: Path) -> tuple[dict | None, list[str]]:
+    """The manifest of a checkpoint, and what is wrong with it. Raises Unreachable if nobody can tell."""
+    try:
+        return read_manifest(path), []
+    except Unreachable:
+        raise
+    except UserError as error:
+        return None, list(error.problems)
 
 
 def read_manifest(path: Path) -> dict:

@@ -22,11 +22,11 @@ from bfsys import dist, typed_yaml
 from bfsys.checkpoint.files import (
     MANIFEST,
     METRICS,
-    Unreachable,
     all_checkpoints,
     cover,
     differs,
     find_whole,
+    look_at,
     parse_piece,
     patiently,
     read_manifest,
@@ -48,7 +48,7 @@ def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str]
     damaged: list[Path] = []
     paths = dist.from_first_rank(list(reversed(all_checkpoints(run_dir))) if ranks.is_first else None)
     for path in paths:
-        manifest, problems = dist.same_errors_on_all(partial(_look, path) if ranks.is_first else lambda: (None, []))
+        manifest, problems = dist.same_errors_on_all(partial(look_at, path) if ranks.is_first else lambda: (None, []))
         manifest, problems = dist.from_first_rank((manifest, problems))
         problems = problems or _load(engine, path, manifest, ranks)
         if not problems:
@@ -61,16 +61,6 @@ def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str]
     raise dist.AgreedError(
         f"{run_dir}: no checkpoint is whole, see above; to begin anew, give another name=… or move the directory away"
     )
-
-
-def _look(path: Path) -> tuple[dict | None, list[str]]:
-    """The manifest of a checkpoint, and what is wrong with it."""
-    try:
-        return read_manifest(path), []
-    except Unreachable:
-        raise
-    except UserError as error:
-        return None, list(error.problems)
 
 
 def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> None:
@@ -169,7 +159,7 @@ def newest_readable(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint with a manifest, be its files whole or not; and what is wrong with newer ones."""
     problems = []
     for path in reversed(all_checkpoints(run_dir)):
-        manifest, found = _look(path)
+        manifest, found = look_at(path)
         problems += found
         if manifest:
             return path, problems

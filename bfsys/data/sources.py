@@ -225,6 +225,15 @@ def visible_files(folder: str, problems: list[str], ancestors: tuple[tuple[int, 
             yield entry.path
 
 
+def regular_files(folder: str, problems: list[str]) -> list[str]:
+    """Those of the visible files that can be read to an end; what a pipe or a link to nothing is called, is said."""
+    paths = list(visible_files(folder, problems))
+    if not paths:
+        problems.append(f"{folder}: a folder without files")
+    problems += [f"{path}: is not a regular file" for path in paths if not os.path.isfile(path)]
+    return [path for path in paths if os.path.isfile(path)]
+
+
 def _check_division(listing: Listing, val_share: float) -> None:
     if not listing.divided or not listing.files:
         return
@@ -246,11 +255,8 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
     for file in listing.files:
         try:
             status = os.stat(file.path)
-        except OSError as error:
-            listing.bad.append(BadFile(file.path, f"cannot be read ({error.strerror})"))
-            continue
-        except ValueError as error:  # a NUL in a path of a list
-            listing.bad.append(BadFile(file.path, f"cannot be read ({error})"))
+        except (OSError, ValueError) as error:  # ValueError: a NUL in a path of a list
+            listing.bad.append(BadFile(file.path, f"cannot be read ({getattr(error, 'strerror', error)})"))
             continue
         reason = _why_bad(file, status, max_file_bytes, encoding)
         if reason:

@@ -164,6 +164,7 @@ def test_speech_commands_with_a_list_that_does_not_fit(tmp_path):
         (b"a\tcat\tdev", "line 1: split 'dev' is unknown; allowed are train, val, valid, validation, test"),
         (b"a\tc/d\ttrain", "line 1: class 'c/d': a class may not hold a /"),
         (b"gone\tcat\ttrain", "gone: cannot be read (No such file or directory)"),
+        (b"a\0\tcat\ttrain", "cannot be read (embedded null byte)"),
         (b"a\tcat\ttrain\na\tcat\ttrain", "a: has the same key 'cat/a-bin' as"),
     ],
 )
