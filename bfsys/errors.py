@@ -5,11 +5,12 @@ is allowed and what to do; launchers tell ends apart by the code. What is caught
 """
 
 import errno
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from bfsys import console
 
 # Of training. Codes from sysexits.h where one fits. Any other code is a crash, after which it may be started again.
 EXIT_CRASHED = 1  # Python's own of an exception: another start may do better
@@ -49,17 +50,44 @@ def collecting(problems: list[str]) -> Iterator[None]:
         problems.extend(error.problems)
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit with its code."""
-    sys.exit(exit_code_of(main))
+def summary_of(docstring: str | None) -> str:
+    """The first paragraph of a module's docstring, for `--help`; nothing under `python -OO`, which removes it."""
+    return (docstring or "").partition("\n\n")[0]
+
+
+def run_command(main: Callable[[], int | None], *, output_is_optional: bool = False) -> None:
+    """Run a command's `main` and exit with its code, as `exit_code_of` says; an OSError is one line and code 2.
+
+    `output_is_optional`: the command's work is not its output, so it goes on when nobody can read it.
+    """
+
+    def act() -> int | None:
+        if output_is_optional:
+            console.go_on_without()
+        try:
+            return main()
+        except console.OutputClosed:
+            raise
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise UserError(f"{error.filename}: {error.strerror}") from None
+
+    sys.exit(exit_code_of(act))
 
 
 def exit_code_of(main: Callable[[], int | None]) -> int:
     """Run a command's `main`: its code; one line per problem on a `UserError`, with its code (2); 130 on Ctrl-C; 1 and
     a traceback on other exceptions."""
+    console.prepare()
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except SystemExit as end:  # argparse's
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return EXIT_CRASHED
         return end.code or 0
     except UserError as error:
         for problem in error.problems:
@@ -68,8 +96,8 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("stopped on request", file=sys.stderr)
         return EXIT_STOPPED
-    except BrokenPipeError:  # `… | head` closed our output: nothing is wrong, and what is left to say is for nobody
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except console.OutputClosed:  # `… | head` has seen enough: nothing is wrong, and nobody reads what is left to say
+        console.discard_output()
         return 0
     except BaseException:
         traceback.print_exc()

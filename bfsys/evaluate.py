@@ -28,7 +28,7 @@ from bfsys.data.byte_transforms import lengths_after, parse_transforms, with_key
 from bfsys.data.datasets import Sources, check_transforms, index_problems, open_evaluation
 from bfsys.data.loader import evaluation_rounds
 from bfsys.data.quarantine import Quarantine
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.loss import COLUMNS, SAMPLES, loss_and_sums
 from bfsys.metrics import describe_scores, scores
 from bfsys.report import Report
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bfsys.evaluate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bfsys.evaluate", description=summary_of(__doc__))
     add = parser.add_argument
     add("run", type=Path, help="run directory (runs/NAME) or one of its checkpoints")
     add("--split", help="split to evaluate (default: the config's data.eval_split)")

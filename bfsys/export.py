@@ -41,7 +41,7 @@ from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.files import make_empty_folder
 from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.dense import DenseByteFormer
 
@@ -185,7 +185,7 @@ def _quiet():
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bfsys.export", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bfsys.export", description=summary_of(__doc__))
     parser.add_argument("run", type=Path, help="run directory (runs/NAME), one of its checkpoints, or imported weights")
     parser.add_argument("out", type=Path, help="folder that is empty or does not exist")
     parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last")

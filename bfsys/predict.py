@@ -26,7 +26,7 @@ from bfsys.checkpoint.loading import load_model
 from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms, with_key
 from bfsys.data.datasets import check_transforms
 from bfsys.data.sources import regular_files
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.model.byteformer import ByteFormer
 
 STDIN = "-"
@@ -81,7 +81,7 @@ def batches_of(samples: Iterator[Sample], budget_bytes: int, least_bytes: int = 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bfsys.predict", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bfsys.predict", description=summary_of(__doc__))
     parser.add_argument("run", type=Path, help="run directory (runs/NAME) or one of its checkpoints")
     parser.add_argument("files", nargs="+", metavar="FILE", help="files, folders, or - for standard input")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="classes to show per file")

@@ -36,7 +36,7 @@ from bfsys.data.plan import Plan
 from bfsys.data.quarantine import Quarantine
 from bfsys.dryrun import dry_run
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_CRASHED, UserError, exit_code_of
+from bfsys.errors import EXIT_CRASHED, UserError, exit_code_of, summary_of
 from bfsys.evaluate import evaluate
 from bfsys.faults import StopRequests, note_end
 from bfsys.goodput import Ledger
@@ -282,7 +282,7 @@ def say(run: Run, text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bfsys/train.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="bfsys/train.py", description=summary_of(__doc__))
     parser.add_argument("config", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
     parser.add_argument("--dry-run", action="store_true", help="check config and data, show the arithmetic, stop")

@@ -50,7 +50,7 @@ import torch
 from bfsys.config import load_config
 from bfsys.data.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
-from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, EXIT_STOPPED, UserError, run_command
+from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, EXIT_STOPPED, UserError, run_command, summary_of
 from bfsys.faults import REPEAT_S
 from bfsys.goodput import STARTED
 from bfsys.job import MASTER_PORTS, TrainJob, rank_variables
@@ -327,7 +327,7 @@ def choose_ranks(lanes: int, asked: int | None) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="launchers/local.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="launchers/local.py", description=summary_of(__doc__))
     parser.add_argument("config", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
     parser.add_argument(

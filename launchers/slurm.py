@@ -42,7 +42,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 from bfsys import requeue, typed_yaml
 from bfsys.config import Config, load_config
 from bfsys.data.remote import is_remote
-from bfsys.errors import UserError, collecting, run_command
+from bfsys.errors import UserError, collecting, run_command, summary_of
 from bfsys.faults import forget_end
 from bfsys.job import TrainJob
 from bfsys.run import GIT_STATE, git_state
@@ -90,7 +90,7 @@ class Executor(submitit.SlurmExecutor):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launchers/slurm.py", description=__doc__.partition("\n\n")[0], epilog=EPILOG)
+    parser = argparse.ArgumentParser(prog="launchers/slurm.py", description=summary_of(__doc__), epilog=EPILOG)
     add = parser.add_argument
     add("config", metavar="CONFIG", help="YAML file, see configs/")
     add("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")

@@ -12,6 +12,7 @@ from tests.conftest import REPOSITORY
 
 # From the bottom up. A module may import modules of lower rows, and in a package those of its own folder.
 LAYERS = [
+    ["console"],
     ["errors"],
     ["typed_yaml", "batch"],
     ["model"],

@@ -38,7 +38,7 @@ from bfsys.data.loader import evaluation_rounds, training_batches
 from bfsys.data.modalities import MODALITIES
 from bfsys.data.quarantine import Quarantine
 from bfsys.dist import Ranks
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.loss import TOP1, loss_and_sums
 from bfsys.optim import learning_rate
 
@@ -194,7 +194,7 @@ def batches_for_evaluation(config: Config, sources: Sources) -> Iterator[ByteBat
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     parser.add_argument("config", help="of the run to compare with")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--decoded", action="store_true", help="train the convolutional network too")

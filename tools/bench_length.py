@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.data.tars import atomic_file
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import SIZES, Architecture, architecture
 from tools.bench_step import MIB, machine, peak_memory_bytes, random_files, start_of_memory, synchronize
@@ -92,7 +92,7 @@ def show(rows: list[dict]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")

@@ -43,7 +43,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bfsys.data.tars import Member, atomic_file, size_in_tar_bytes, write_shard
-from bfsys.errors import run_command
+from bfsys.errors import run_command, summary_of
 
 RAW_READ = "raw read"
 BATCH_SAMPLES = 32
@@ -337,7 +337,7 @@ def show(rows: Sequence[dict]) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
     add("--json", type=Path, metavar="OUT", help="write the rows to this file too")
     add("--samples", type=int, default=20_000, help="a multiple of 32, at least 64 (default: 20000, 500 MB)")

@@ -32,7 +32,7 @@ from numpy.lib.format import open_memmap
 from bfsys.data.plan import Plan, lanes_of_rank
 from bfsys.data.shards import index_digest, length_quantiles, open_split, write_description
 from bfsys.data.tars import SAMPLE, Shard
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 
 SHARD_SAMPLES = 10_000
 MEDIAN_BYTES, SIGMA = 12_000, 0.7
@@ -44,7 +44,7 @@ AMPLIFICATION_LANES = 64
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
     add("--samples", type=int, action="append", help="of the index (default: 1.3 million and 1 billion)")
     add("--ranks", type=int, action="append", help="of the run, for each --samples (default: 8 and 1,024)")

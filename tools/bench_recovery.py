@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bfsys.config import Train
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.goodput import CAUSES, goodput, read_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,7 +235,7 @@ def ranks_of(launcher: int) -> list[psutil.Process]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     commands = parser.add_subparsers(dest="command", required=True)
     saving = commands.add_parser("saving", help="how long training waits for checkpoints")
     saving.add_argument("--disk-mb-s", type=float, metavar="MB/S", help="throttle the disk (cgroup v1, root)")

@@ -48,7 +48,7 @@ from torch import Tensor
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.data.tars import atomic_file
-from bfsys.errors import run_command
+from bfsys.errors import run_command, summary_of
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.flops import flops_per_step, matrix_peak, published_flops
 from bfsys.model.sizes import SIZES, Architecture, architecture
@@ -329,7 +329,7 @@ def machine(device: str) -> dict:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--precision", choices=("fp32", "bf16"), default="bf16", help="default: %(default)s")

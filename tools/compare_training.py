@@ -34,7 +34,7 @@ from bfsys.config import Config, load_config
 from bfsys.data.datasets import long_files, make_plan, open_training
 from bfsys.data.loader import training_batches
 from bfsys.dist import Ranks
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import learning_rate
 from tools.published_form import PublishedForm, load_bfsys_weights, pad
@@ -112,7 +112,7 @@ def targets_of(batch: ByteBatch, num_classes: int) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="steps to compare (default 200)")

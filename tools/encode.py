@@ -24,12 +24,12 @@ import numpy as np
 from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms
 from bfsys.data.encodings import AS_STORED, Encoding, reencode
 from bfsys.data.sources import regular_files
-from bfsys.errors import UserError, collecting, run_command
+from bfsys.errors import UserError, collecting, run_command, summary_of
 from tools.pack import read_encoding
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
     add("src", metavar="SRC", type=Path, help="a file, or a folder: all files in it")
     add("out", metavar="OUT", type=Path, help="folder")

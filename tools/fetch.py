@@ -36,7 +36,7 @@ import xxhash
 from bfsys.data.encodings import encode_wav
 from bfsys.data.modalities import MODALITIES, Clip
 from bfsys.data.sources import BACKGROUND_NOISE, SourceFile, list_speech_commands
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 UNKNOWN, SILENCE = "_unknown_", "_silence_"
@@ -55,8 +55,8 @@ IMAGENET_FILES = {"train": 1_281_167, "val": 50_000}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        epilog=__doc__.partition("\n\n")[2],
+        description=summary_of(__doc__),
+        epilog=(__doc__ or "").partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", choices=("speech_commands", "imagenet"))

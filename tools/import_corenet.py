@@ -35,7 +35,7 @@ from bfsys.config import Config, Data, Model, Optim
 from bfsys.data.byte_transforms import parse_transforms
 from bfsys.dist import Ranks
 from bfsys.engine import WEIGHT
-from bfsys.errors import UserError, collecting, run_command
+from bfsys.errors import UserError, collecting, run_command, summary_of
 from bfsys.model.layout import AS_RELEASED
 from bfsys.model.sizes import BYTE_VALUES, HEAD_DIM, PAD_BYTE, PUBLISHED_MERGES, PUBLISHED_SHIFT, SIZES
 
@@ -77,7 +77,7 @@ class Weights:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
     add("weights", metavar="WEIGHTS.pt", type=Path, help="state dict as CoreNet saves it")
     add("out", metavar="OUT", type=Path, help="folder that is empty or does not exist")

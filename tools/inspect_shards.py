@@ -34,13 +34,13 @@ from bfsys.data.shards import (
 from bfsys.data.sources import SPLIT_FOLDERS
 from bfsys.data.tars import TarIndex, join_shards, read_shard
 from bfsys.data.verify import verify_index, verify_shard
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 
 EXIT_DAMAGED = 1
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
     add("dataset", metavar="DATASET", type=Path, help="folder of a packed dataset")
     add("--split", help="this split only; with --rebuild, the split that all tars belong to")

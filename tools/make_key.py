@@ -16,11 +16,11 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from bfsys.data.byte_transforms import write_key
-from bfsys.errors import run_command
+from bfsys.errors import run_command, summary_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     parser.add_argument("file", metavar="KEYFILE", type=Path)
     path = parser.parse_args(arguments).file
     write_key(path)

@@ -36,7 +36,7 @@ from bfsys.data.sources import (
     list_speech_commands,
     list_tree,
 )
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 
 SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 DEFAULT_VAL_SHARE = 0.1
@@ -45,7 +45,7 @@ SECONDS_BETWEEN_LINES = 15  # of progress, where there is no terminal to draw a 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
+        description=summary_of(__doc__),
         epilog="Sizes are bytes, or 500K, 100M, 2G. Encodings: as_stored, tiff, png, jpeg[:QUALITY], fhwc, "
         "fchw, wav:uint8|int16|int32|float32, mp3, flac.",
     )

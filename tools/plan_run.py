@@ -35,7 +35,7 @@ from bfsys.config import Config, load_config
 from bfsys.data.byte_transforms import lengths_after
 from bfsys.data.datasets import Sources, make_plan, open_training
 from bfsys.data.plan import Plan, lanes_of_rank
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.model.byteformer import parameter_count
 from bfsys.model.flops import flops_per_step
 from bfsys.model.layout import token_counts
@@ -163,7 +163,7 @@ def measured_rate(run: Path) -> tuple[float, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools/plan_run.py", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="tools/plan_run.py", description=summary_of(__doc__))
     parser.add_argument("config", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="GPUs, or CPU processes (default: 1)")

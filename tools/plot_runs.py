@@ -19,14 +19,14 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 
 PANELS_PER_ROW = 4
 SMOOTHED = 20  # the window is this part of the lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
     parser.add_argument("out", metavar="OUT.png", type=Path)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
     parser.add_argument("--score", choices=("top1", "top5", "loss"), default="top1")

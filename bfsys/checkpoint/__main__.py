@@ -27,13 +27,13 @@ from bfsys.checkpoint.files import (
     step_of,
     superfluous,
 )
-from bfsys.errors import UserError, run_command
+from bfsys.errors import UserError, run_command, summary_of
 
 MB = 1e6
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bfsys.checkpoint", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bfsys.checkpoint", description=summary_of(__doc__))
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|verify|show|prune")
     for name, act, text in (
         ("list", show_list, "the checkpoints of a run"),

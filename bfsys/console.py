@@ -1,0 +1,139 @@
+"""Standard output and error: what happens to them is never the reason that work is lost.
+
+A console can be closed (a pipe whose reader has ended), full (a redirect to a full disk), missing (a closed
+descriptor), stopped (Ctrl-S, a pager), or unable to show a character. Commands whose work is not their output, training
+first of all, go on in each of these cases, and the lines that the console does not take go to a log file. Commands
+whose output is their work fail when it cannot be written.
+
+Refused: a thread that writes, which forked loader processes would not have.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+# A pipe that is ready for writing takes at least as many bytes without blocking (PIPE_BUF).
+PART_BYTES = 4096
+# A console that takes nothing for this long counts as stopped. Until it takes something again, nobody waits for it.
+PATIENCE_S = 5.0
+
+
+class OutputClosed(BrokenPipeError):
+    """The reader of standard output has ended, as in `… | head`."""
+
+
+class Console(io.TextIOBase):
+    """A text stream to standard output or error that writes whole lines. Characters that the console's encoding lacks
+    are written as backslash escapes."""
+
+    def __init__(self, descriptor: int, name: str, encoding: str, *, fails: bool) -> None:
+        """With `fails`, errors are raised (OutputClosed, OSError) and a console that is stopped is waited for. Without,
+        lines that cannot be written go to the file `log`, once it is set."""
+        self.log: Path | None = None
+        self.fails = fails
+        self._descriptor, self._name, self._encoding = descriptor, name, encoding
+        self._pending = ""
+        self._is_stopped = False
+
+    @property
+    def encoding(self) -> str:
+        return self._encoding
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def write(self, text: str) -> int:
+        self._pending += text
+        if "\n" in text or "\r" in text:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        text, self._pending = self._pending, ""
+        if text:
+            self.write_bytes(text.encode(self._encoding, "backslashreplace"))
+
+    def write_bytes(self, content: bytes) -> None:
+        """Write what is encoded already."""
+        try:
+            while content and (self.fails or self._is_ready()):
+                content = content[os.write(self._descriptor, content[:PART_BYTES]) :]
+            problem = "it takes nothing"
+        except OSError as error:
+            if self.fails:
+                kind = OutputClosed if isinstance(error, BrokenPipeError) else OSError
+                raise kind(error.errno, error.strerror, self._name) from None
+            problem = error.strerror
+        if content and self.log:
+            with suppress(OSError):
+                self._write_to_log(content, problem)
+
+    def _is_ready(self) -> bool:
+        """Whether a write would not block, or would fail at once."""
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLOUT)
+        self._is_stopped = not poll.poll(0 if self._is_stopped else PATIENCE_S * 1000)
+        return not self._is_stopped
+
+    def _write_to_log(self, content: bytes, problem: str) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "ab") as file:
+            if not file.tell():
+                head = f"--- {time.strftime('%F %T')} lines that {self._name} did not take ({problem})\n"
+                file.write(head.encode())
+            file.write(content)
+
+
+def prepare() -> None:
+    """Make standard output and error safe to use: to be called before a command does anything else.
+
+    A closed descriptor would be given to the next file that is opened, and what is printed would be written into it.
+    Standard error never raises; standard output does, until `go_on_without` is called.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+    for name, descriptor, fails in (("stdout", 1, True), ("stderr", 2, False)):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when Python started
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the life of the process)
+        elif type(stream) is io.TextIOWrapper and _descriptor_of(stream) == descriptor:
+            with suppress(OSError):
+                stream.flush()
+            shown_as = {"stdout": "standard output", "stderr": "standard error"}[name]
+            setattr(sys, name, Console(descriptor, shown_as, stream.encoding, fails=fails))
+
+
+def go_on_without(log: Path | None = None) -> None:
+    """From here on nothing that happens to the console is an error; lines that it does not take go to `log`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Console):
+            stream.fails, stream.log = False, log
+
+
+def discard_output() -> None:
+    """Let what is still printed go nowhere, after the reader of standard output has ended."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def _descriptor_of(stream: io.TextIOWrapper) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None
