@@ -1,21 +1,56 @@
 """Every knob of a run: frozen dataclasses, with what a knob means written under it.
 
 Defaults are the published recipe where there is one (section 3 of the paper's released configurations), and
-otherwise what a careful user would choose. A config that loads is complete: nothing is filled in later.
+otherwise what a careful user would choose. A config that loads is complete: nothing is filled in later. In a path, ~
+and $VARIABLE mean what they mean in a shell, unless a file of just that name exists; a loaded config holds what they
+stand for.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from bfsys import typed_yaml
 from bfsys.errors import UserError, collecting
 from bfsys.model import sizes
 
+PIPE = "pipe:"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+
+
+def is_remote(location: str) -> bool:
+    """Whether `location` is a URL, or a command that prints a file, rather than a path."""
+    return location.startswith(PIPE) or _SCHEME.match(location) is not None
+
+
+def _expanded(path: str) -> str:
+    if not path:
+        raise ValueError("got an empty path; write . for the current folder, or null where the path may be left out")
+    if "\0" in path:
+        raise ValueError(f"got {path!r}; a path cannot hold a NUL character")
+    if is_remote(path) or ("$" in path and os.path.lexists(path)):
+        return path
+    for name in ("".join(names) for names in _VARIABLE.findall(path)):
+        if name not in os.environ:
+            raise ValueError(f"got {path!r}; the environment variable {name!r} is not set: set it, or write its value")
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def _with_expanded_key_file(transform: str) -> str:
+    name, _, file = transform.partition(":")
+    return f"{name}:{_expanded(file)}" if file and name == "permute" else transform
+
+
+Location = Annotated[str, AfterValidator(_expanded)]
+Transform = Annotated[str, AfterValidator(_with_expanded_key_file)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -41,7 +76,7 @@ class Augment:
     """Sound is resampled to it."""
     seconds: Positive = 1.0
     """Sound is cut, or filled up with silence, to this length."""
-    background: str | None = None
+    background: Location | None = None
     """Folder of recordings, parts of which are added softly to every sound; default: none is."""
     mixup: bool = True
     """Blend every sound with another one, and the classes likewise."""
@@ -55,16 +90,16 @@ class Source:
 
     __pydantic_config__ = _STRICT
 
-    path: str
+    path: Location
     """Folder that tools/pack.py made (it holds dataset.json), or its URL: s3://, gs://, http(s)://, or a command
     that writes a file of it to its standard output, as in `pipe:ssh host cat /data/{file}`."""
     weight: Positive = 1.0
     """Share of the samples of every step, relative to the other sources' weights; see data.mixture."""
-    eval_path: str | None = None
+    eval_path: Location | None = None
     """Dataset for evaluation; default: `path`. For sources that are augmented: training files are kept as they came,
     evaluation files are packed in the encoding that the model is to take."""
     augment: Augment | None = None
-    """Decode, augment and encode anew while training."""
+    """Decode, augment and encode again while training."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +128,7 @@ class Data:
     """Samples of a lane's slice that are shuffled, and dealt to steps by length, together."""
     eval_batch_bytes: Count = 1_000_000
     """Byte budget of a micro-batch during evaluation; a single larger file is a batch of its own."""
-    byte_transforms: tuple[str, ...] = ()
+    byte_transforms: tuple[Transform, ...] = ()
     """What is done to the bytes of every file, in training, evaluation and prediction, in this order: reverse,
     random_shuffle, cyclic_half_length, stride:1024, window_shuffle:1024, keep:0.1, noise:-5:5, permute or
     permute:KEYFILE, and damage: flip:0.01, truncate:0.5, skip:64; see data/byte_transforms.py."""
@@ -102,12 +137,13 @@ class Data:
     of a source; beyond it the run stops."""
     workers: Whole = 0
     """Loader processes per rank. 0 reads in the training process, which is fastest when nothing is decoded."""
-    cache_dir: str | None = None
+    cache_dir: Location | None = None
     """Where shards of remote sources are kept, on a disk of the node that its ranks share; default: a folder of the
     user in the system's temporary folder."""
     fetch_tries: Count = 9
     """Times that a remote file is asked for while its server fails: with pauses of 1, 2, 4, … s, 4 minutes by default,
-    besides what a try takes. Then the run ends with code 1, which launchers start again."""
+    besides what a try takes. Standard error names each try that failed. After the last one the run ends with code 1,
+    which launchers start again."""
     cache_gb: Positive = 100.0
     """Size of that cache in 1e9 bytes; what was not used for longest makes room."""
 
@@ -185,8 +221,8 @@ class Optim:
     label_smoothing: Share = 0.1
     """Training only."""
     ema_decay: Share = 0.9999
-    """Of the averaged copy of the weights that bfsys.evaluate and bfsys.predict use; 0: none is kept. (Evaluation
-    during training looks at the weights themselves.)"""
+    """Of the averaged copy of the weights, which evaluation (in training, too), bfsys.evaluate and bfsys.predict use;
+    0: none is kept."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +235,7 @@ class Train:
     """Optimizer steps of the whole run; default: 300 epochs of ImageNet in batches of 768 (published)."""
     seed: Whole = 0
     """Decides the initial weights and the data order."""
-    init_from: str | None = None
+    init_from: Location | None = None
     """Run, or imported weights, that step 0 starts from: their average where they keep one. The architecture must be
     the same; see initial.py for heads and positions that differ. A run that continues takes no notice."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -244,7 +280,7 @@ class Config:
     train: Train = field(default_factory=Train)
     name: str = ""
     """Of the run's directory; default: the config file's name."""
-    runs_dir: str = "runs"
+    runs_dir: Location = "runs"
 
     @property
     def run_dir(self) -> Path:
@@ -260,7 +296,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     data, train, optim = config.data, config.train, config.optim
     if not data.sources:
         problems.append("data.sources: the list is empty; give at least one `- path: FOLDER`")
-    if "/" in config.name or config.name.startswith("."):
+    if set("/\0") & set(config.name) or config.name.startswith("."):
         problems.append(f"name: got {config.name!r}; a plain folder name is expected, runs_dir says where")
     if data.sources and data.batch_samples < data.lanes * len(data.sources):
         problems.append(  # fewer could leave a lane without a sample in some step
@@ -271,11 +307,20 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         problems.append(f"optim.warmup_steps: got {optim.warmup_steps}, more than the run's train.steps {train.steps}")
     if optim.final_lr > optim.lr:
         problems.append(f"optim.final_lr: got {optim.final_lr}, more than optim.lr {optim.lr}, which it ends")
-    paths = [source.path for source in data.sources]
-    for path_twice in sorted({p for p in paths if paths.count(p) > 1}):
-        problems.append(f"data.sources: {path_twice} is given twice; give it once, with a larger weight")
+    problems += _sources_given_twice(data.sources)
     with collecting(problems):
         config.model.architecture()
     if problems:
         raise UserError(*(f"config {path}: {p}" for p in problems))
     return config
+
+
+def _sources_given_twice(sources: tuple[Source, ...]) -> list[str]:
+    paths: dict[str, list[str]] = defaultdict(list)
+    for source in sources:
+        paths[source.path.rstrip("/") if is_remote(source.path) else os.path.realpath(source.path)].append(source.path)
+    return [
+        f"data.sources: {' = '.join(dict.fromkeys(same))} is given twice; give it once, with a larger weight"
+        for same in paths.values()
+        if len(same) > 1
+    ]

@@ -1,19 +1,27 @@
 """YAML into frozen dataclasses, strictly: an unknown key or a wrong type is an error, all at once.
 
-Pydantic checks the values; this module reads YAML 1.2's scalars (PyYAML takes `1e-3` for a string and `on`
+Pydantic checks the values; this module reads and writes YAML 1.2's scalars (PyYAML takes `1e-3` for a string and `on`
 for true), applies `a.b=c` overrides, and turns the findings into sentences with the nearest allowed name.
 Refused: OmegaConf and Hydra, which check types late, one at a time, and add a language of their own.
+
+The value of an override is taken as typed, since a shell has its own quotes: `#`, `: ` and blanks are part of it. Text
+in one pair of quotes is the text between them. For a field that holds text, everything else is the text too, except
+`null` where the field may be empty. For other fields a value that begins with [ or { is YAML; every other one is one
+scalar of YAML.
 """
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import difflib
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -21,6 +29,18 @@ from pydantic import TypeAdapter, ValidationError
 from bfsys.errors import UserError, collecting
 
 T = TypeVar("T")
+# File names that are not UTF-8 hold lone surrogates, which JSON parsers refuse.
+_MARK = "\U0010ffff"
+_ODD = re.compile(f"[\ud800-\udfff{_MARK}]")
+_MARKED = re.compile(f"{_MARK}([0-9a-f]{{6}})")
+_QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
+# What to write, by pydantic's name of an error in a type.
+_REMEDIES = {
+    "string_type": "text is expected; put it in quotes",
+    "bool_type": "write true or false",
+    "tuple_type": "write a list, such as [a, b]",
+    "dataclass_type": "write its keys under it, or {key: value}",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,17 +76,35 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read as the string that it is."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        """Text with a line break or the like in double quotes, with escapes: other styles fold some line breaks."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read `path` into dataclass `cls`, then apply overrides `section.key=value` (values are YAML).
+    """Read `path` (UTF-8, or UTF-16 with a byte order mark) into dataclass `cls`, then apply overrides
+    `section.key=value`.
 
     Raises UserError with one message per problem.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
+        is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"config {path}: not a text file ({error.reason} at byte {error.start})") from None
+        raise UserError(
+            f"config {path}: is not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
     tree = _parse(text, f"config {path}")
     if tree is None:
         tree = {}
@@ -75,7 +113,7 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     problems: list[str] = []
     for override in overrides:
         with collecting(problems):
-            _apply(tree, override)
+            _apply(cls, tree, override)
     if problems:
         raise UserError(*problems)
     return from_tree(cls, tree, f"config {path}")
@@ -85,7 +123,9 @@ def from_tree(cls: type[T], tree: dict, where: str) -> T:
     """Check a tree of plain values against dataclass `cls`; raises UserError with one message per problem."""
     try:
         # Through JSON, since pydantic's strict mode then still takes objects for dataclasses and lists for tuples.
-        return TypeAdapter(cls).validate_json(json.dumps(tree), strict=True)
+        text = _ODD.sub(lambda found: f"{_MARK}{ord(found[0]):06x}", json.dumps(tree, ensure_ascii=False))
+        config = TypeAdapter(cls).validate_json(text, strict=True)
+        return _with_odd(config) if _MARK in text else config
     except ValidationError as error:
         details = error.errors(include_url=False)
         raise UserError(*dict.fromkeys(f"{where}: {_sentence(cls, d)}" for d in details)) from None
@@ -95,26 +135,48 @@ def from_tree(cls: type[T], tree: dict, where: str) -> T:
 
 def to_tree(config: Any) -> dict:
     """The plain values of a config dataclass: what `from_tree` takes back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(dataclasses.asdict(config), ensure_ascii=False))
 
 
 def dump(config: Any) -> str:
     """The resolved config as YAML."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def _with_odd(value: Any) -> Any:
+    """A checked config with the characters that had to be hidden from pydantic."""
+    if isinstance(value, str):
+        return _MARKED.sub(lambda found: chr(int(found[1], 16)), value)
+    if isinstance(value, tuple):
+        return tuple(map(_with_odd, value))
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(
+            value, **{f.name: _with_odd(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
+    return value
 
 
 def _parse(text: str, where: str) -> Any:
-    try:
+    with _yaml_errors(where):
         return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+
+
+@contextmanager
+def _yaml_errors(where: str, remedy: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more digits than Python reads
+        mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{where}{line}: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: {error}") from None
+        reason = str(error)
+        if isinstance(error, yaml.reader.ReaderError):
+            reason = f"the character {chr(error.character)!r} at position {error.position} is not allowed in YAML"
+        elif isinstance(error, yaml.MarkedYAMLError):
+            reason = error.problem or error.context
+        raise UserError(f"{where}{line}: {reason}{remedy}") from None
 
 
-def _apply(tree: dict, override: str) -> None:
+def _apply(cls: type, tree: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {override!r}: expected section.key=value, for example optim.lr=3e-4")
@@ -123,13 +185,39 @@ def _apply(tree: dict, override: str) -> None:
     for depth, part in enumerate(parts[:-1]):
         node = _child(node, part, ".".join(parts[: depth + 1]), override)
     last = parts[-1]
-    value = _parse(value, f"override {override!r}")
+    value = _override_value(_type_at(cls, parts), value, f"override {override!r}")
     if isinstance(node, list):
         node[_position(node, last, key, override)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
         raise UserError(f"override {override!r}: {'.'.join(parts[:-1])} is a {_kind(node)}, it has no {last!r}")
+
+
+def _override_value(kind: Any, text: str, where: str) -> Any:
+    """The value of an override of a field of type `kind`, as the module's docstring says."""
+    members = get_args(kind) or (kind,)
+    if quoted := _QUOTED.fullmatch(text):
+        return quoted[2]
+    if str in members and set(members) <= {str, type(None)}:
+        return None if text == "null" and type(None) in members else text
+    text = text.strip()
+    if text.startswith(("[", "{")):
+        return _flow(text, where)
+    with _yaml_errors(where):
+        loader = _Loader("")
+        return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
+
+
+def _flow(text: str, where: str) -> Any:
+    """A list or mapping of YAML, all of the text."""
+    remedy = "; close every bracket, and put a text with a # in quotes, since a comment begins at a # after a blank"
+    with _yaml_errors(where, remedy):
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node.end_mark.index < len(text):
+            raise yaml.MarkedYAMLError(problem=f"{text[node.end_mark.index :]!r} follows the end")
+        return loader.construct_document(node)
 
 
 def _child(node: Any, part: str, name: str, override: str) -> Any:
@@ -143,7 +231,7 @@ def _child(node: Any, part: str, name: str, override: str) -> Any:
 
 
 def _position(node: list, part: str, name: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise UserError(f"override {override!r}: {name}: the list has entries 0 to {len(node) - 1}")
     return int(part)
 
@@ -151,7 +239,7 @@ def _position(node: list, part: str, name: str, override: str) -> int:
 def _sentence(cls: type, detail: dict) -> str:
     location = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
     name = ".".join(location)
-    kind, got = detail["type"], detail["input"]
+    kind, got = detail["type"], _with_odd(detail["input"])
     if kind == "unexpected_keyword_argument":
         owner = _fields_at(cls, detail["loc"][:-1])
         near = difflib.get_close_matches(location[-1], owner, 1, 0.5)
@@ -163,22 +251,30 @@ def _sentence(cls: type, detail: dict) -> str:
         allowed = detail["ctx"]["expected"]
         near = difflib.get_close_matches(str(got), re.findall(r"'([^']*)'", allowed), 1, 0.5)
         return f"{name}: got {got!r}; allowed: {allowed}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    if kind == "value_error":  # of a validator of our own
+        return f"{name}: {detail['ctx']['error']}"
     rule = detail["msg"].replace("Input should be", "it must be")
-    return f"{name}: got {got!r}; {rule}"
+    return f"{name}: got {got!r}; {_REMEDIES.get(kind, rule)}"
+
+
+def _type_at(cls: Any, location: Sequence[str | int]) -> Any:
+    """The type of the field at a location such as ("data", "sources", 0), without what Annotated adds."""
+    for part in location:
+        parents = (cls, *get_args(cls))
+        owner = next((kind for kind in parents if dataclasses.is_dataclass(kind)), None)
+        if owner and part in (hints := get_type_hints(owner)):
+            cls = hints[part]
+        elif get_origin(cls) is tuple and str(part).isdecimal():
+            cls = get_args(cls)[0]
+        # Else pydantic names a member of a union here, and the type is the one found.
+    return cls
 
 
 def _fields_at(cls: Any, location: Sequence[str | int]) -> list[str]:
-    """Field names of the dataclass at a location such as ("data", "sources", 0)."""
-    for part in location:
-        if isinstance(part, int):
-            candidates = get_args(cls)
-        elif dataclasses.is_dataclass(cls) and part in (hints := get_type_hints(cls)):
-            candidates = (hints[part], *get_args(hints[part]))
-        else:
-            continue  # pydantic names the member of a union here; the type is the one already found
-        wanted = candidates if isinstance(part, int) else candidates[:1]
-        cls = next((c for c in candidates if dataclasses.is_dataclass(c)), wanted[0] if wanted else cls)
-    return [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    """Field names of the dataclass at a location."""
+    kind = _type_at(cls, location)
+    owner = next((kind for kind in (kind, *get_args(kind)) if dataclasses.is_dataclass(kind)), None)
+    return [field.name for field in dataclasses.fields(owner)] if owner else []
 
 
 def _kind(value: Any) -> str:
