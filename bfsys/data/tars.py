@@ -6,10 +6,12 @@ thing: join the `TarIndex` of all shards. The tar is laid out here rather than b
 where a payload came to lie. Headers still come from `tarfile`, and any tar reader reads the result.
 """
 
+import codecs
 import hashlib
 import mmap
 import os
 import re
+import shlex
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,8 +36,28 @@ SAMPLE = np.dtype(
 )
 BLOCK_BYTES = 512  # tar's unit: headers are one block, payloads are filled up to whole blocks
 RECORD_BYTES = 20 * BLOCK_BYTES  # tar files are filled up to whole records, after two empty blocks
-CLASS_NUMBER = re.compile(rb"\s*[0-9]{1,9}\s*")
+CLASS_NUMBER = re.compile(rb"\s*(?:0|[1-9][0-9]{0,8})\s*")
 NOT_PAYLOAD = ("cls", "json")
+# Members that are no files: folders, also in GNU tar's form for backups, and the label of an archive.
+NOT_FILES = (tarfile.DIRTYPE, b"D", b"V")
+MULTIVOLUME = b"M"
+GNU_MAGIC = b"ustar  \0"
+UNREADABLE = {
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a pipe",
+    MULTIVOLUME: "the rest of a file that begins on another volume",
+}
+# First bytes: the format, the command that decompresses a file, and the suffixes that the command takes.
+COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip", (".gz", ".tgz")),
+    b"BZh": ("bzip2", "bunzip2", (".bz2", ".tbz2", ".tbz")),
+    b"\xfd7zXZ\0": ("xz", "unxz", (".xz", ".txz")),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd", (".zst", ".tzst")),
+    b"PK\x03\x04": ("zip", "unzip", ("",)),
+}
 
 
 @dataclass(frozen=True)
@@ -127,12 +149,37 @@ def _header(name: str, size_bytes: int) -> bytes:
 
 def read_shard(path: Path) -> TarIndex:
     """Read a WebDataset tar, whoever wrote it, and index it. UserError where it is damaged or not one."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+        raise UserError(f"{path}: is not a regular file; a shard is expected here")
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             sha256 = hashlib.sha256(content).hexdigest()
             return _index_samples(path, content, sha256)
-    except (OSError, ValueError, tarfile.TarError) as error:  # ValueError: an empty file cannot be mapped
-        raise UserError(f"{path}: cannot be read as a tar ({error}); fetch or pack this shard again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fetch or pack this shard again") from error
+    except (ValueError, tarfile.TarError) as error:  # ValueError: an empty file cannot be mapped
+        remedy = how_to_decompress(path) or f"cannot be read as a tar ({error}); fetch or pack this shard again"
+        raise UserError(f"{path}: {remedy}") from error
+
+
+def how_to_decompress(path: Path) -> str:
+    """What a compressed archive is, by its first bytes whatever its name, and what to do; empty for other files.
+
+    Raises OSError if the file cannot be read.
+    """
+    if not path.is_file():  # opening a pipe would wait for its writer
+        return ""
+    with open(path, "rb") as file:
+        head = file.read(max(map(len, COMPRESSED)))
+    for magic, (kind, command, suffixes) in COMPRESSED.items():
+        if head.startswith(magic):
+            name, rename = path, ""
+            if not path.name.lower().endswith(suffixes):
+                name = f"{path}{suffixes[0]}"
+                rename = f"mv {shlex.quote(str(path))} {shlex.quote(name)} && "
+            then = " and pack the files with tools/pack.py" if kind == "zip" else ""
+            return f"is compressed ({kind}), shards must not be: {rename}{command} {shlex.quote(str(name))}{then}"
+    return ""
 
 
 def _index_samples(path: Path, content: mmap.mmap, sha256: str) -> TarIndex:
@@ -141,16 +188,19 @@ def _index_samples(path: Path, content: mmap.mmap, sha256: str) -> TarIndex:
     rows: list[tuple] = []
     keys = bytearray()
     for key, infos in payloads.items():
-        extensions = ", ".join(sorted(info.name.removeprefix(key) for info in infos))
-        label = labels.get(key, b"")
+        label = labels.get(key, b"").removeprefix(codecs.BOM_UTF8)
         if len(infos) > 1:
+            extensions = ", ".join(f".{extension}" for extension in sorted(infos))
             problems.append(f"{path}: sample {key!r} has {len(infos)} payloads ({extensions}); one is allowed")
         elif not CLASS_NUMBER.fullmatch(label):
             got = f"{key}.cls holds {label[:40]!r}" if key in labels else f"there is no {key}.cls"
-            problems.append(f"{path}: sample {key!r} has no class: {got}; it must hold a number such as 7")
+            problems.append(
+                f"{path}: sample {key!r} has no class: {got}; it must hold a number from 0 to 999999999, such as 7"
+            )
         else:
             keys += key.encode("utf-8", "surrogateescape")
-            start, length = infos[0].offset_data, infos[0].size
+            (info,) = infos.values()
+            start, length = info.offset_data, info.size
             checksum = xxhash.xxh3_64_intdigest(content[start : start + length])
             rows.append((0, int(label), start, length, checksum, len(keys)))
     if not payloads:
@@ -161,35 +211,83 @@ def _index_samples(path: Path, content: mmap.mmap, sha256: str) -> TarIndex:
     return TarIndex(shard, np.array(rows, SAMPLE), bytes(keys))
 
 
-def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, list[tarfile.TarInfo]], dict[str, bytes]]:
-    """The payloads and the class numbers of a tar, by key.
+def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, dict[str, tarfile.TarInfo]], dict[str, bytes]]:
+    """The payloads of a tar by key and extension, and its class numbers by key.
 
-    `tarfile` takes a broken header in mid-file for the end of the archive, without a word. So what
-    follows the last member must be the end mark: zeros, at least one block of them.
+    A file whose bytes do not lie in the tar in one piece is refused, and so is a name that comes twice: tar takes the
+    last one, and other readers take the first. `tarfile` takes a broken header in mid-file for the end of the archive,
+    without a word. So what follows the last member must be the end mark: zeros, at least one block of them.
     """
-    payloads: dict[str, list[tarfile.TarInfo]] = {}
+    payloads: dict[str, dict[str, tarfile.TarInfo]] = {}
     labels: dict[str, bytes] = {}
+    seen: set[tuple[str, str]] = set()
+    problems: list[str] = []
     end = 0
     with tarfile.open(path, mode="r:") as tar:
         for info in tar:
-            end = info.offset_data
-            if info.isreg():
-                end += info.size + -info.size % BLOCK_BYTES
-            folder, slash, base = info.name.rpartition("/")
-            stem, dot, extension = base.partition(".")  # WebDataset: a key ends at the name's first dot
-            if not info.isreg() or not stem or not dot:
+            end = tar.offset  # of the next header
+            if info.type in NOT_FILES:
                 continue
-            key = folder + slash + stem
-            if extension.lower() == "cls":
+            header = content[info.offset_data - BLOCK_BYTES : info.offset_data]
+            key, extension = _key_and_extension(_normal_name(info, header))
+            member = (key, extension.lower())
+            wrong = _why_unreadable(info, header, len(content) - info.offset_data)
+            if not wrong and key and member in seen:
+                wrong = "comes twice; keep one member of this name"
+            seen.add(member)
+            if wrong:
+                problems.append(f"{path}: member {info.name!r} {wrong}")
+                if not info.offset_data <= end <= len(content):
+                    break  # what follows cannot be found
+            elif member[1] == "cls":
                 labels[key] = content[info.offset_data : info.offset_data + info.size]
-            elif extension.lower() not in NOT_PAYLOAD:
-                payloads.setdefault(key, []).append(info)
-    if not content[end : end + BLOCK_BYTES] or content[end:].strip(b"\0"):
-        raise UserError(
+            elif key and member[1] not in NOT_PAYLOAD:
+                payloads.setdefault(key, {})[extension] = info
+    if not problems and (not content[end : end + BLOCK_BYTES] or content[end:].strip(b"\0")):
+        problems = [
             f"{path}: the tar is cut off or its header at byte {end} is broken; "
             f"what follows cannot be read. Fetch or pack this shard again"
-        )
+        ]
+    if problems:
+        raise UserError(*problems)
     return payloads, labels
+
+
+def _normal_name(info: tarfile.TarInfo, header: bytes) -> str:
+    """A member's name as tar extracts it: without leading slashes, empty parts and dots."""
+    name = info.name
+    if header.startswith(GNU_MAGIC, 257):  # times lie here; tarfile takes them for the beginning of the name
+        name = name.removeprefix(tarfile.nts(header[345:500], "utf-8", "surrogateescape") + "/")
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _key_and_extension(name: str) -> tuple[str, str]:
+    """WebDataset: a key ends at the first dot of the name's last part. Both are empty where there is no such dot."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    return (folder + slash + stem, extension) if stem and dot else ("", "")
+
+
+def _why_unreadable(info: tarfile.TarInfo, header: bytes, bytes_left: int) -> str:
+    """Why the `info.size` of the `bytes_left` from `info.offset_data` on are not a file's content, or empty."""
+    kind = UNREADABLE.get(info.type, "" if info.isreg() else f"of the unknown type {info.type!r}")
+    if info.issparse() or any(name.startswith(("GNU.sparse.", "SCHILY.realsize")) for name in info.pax_headers):
+        kind = "a sparse file, whose holes are not stored"
+    elif "GNU.volume.offset" in info.pax_headers:
+        kind = UNREADABLE[MULTIVOLUME]
+    if kind:
+        return f"is {kind}; extract the tar and pack plain files (tar --dereference --hard-dereference, no --sparse)"
+    if ".." in info.name.split("/"):
+        return "has '..' in its name, which tar does not extract; pack the tar again, from inside the folder"
+    size_bytes = tarfile.nti(header[124:136])
+    if size_bytes != info.size:
+        return f"has {size_bytes:,} bytes by its header and {info.size:,} by its pax header; pack the tar again"
+    if not 0 <= size_bytes <= bytes_left:
+        return (
+            f"has {size_bytes:,} bytes by its header, and {bytes_left:,} follow: the tar is cut off, or goes on on "
+            f"another volume. Fetch or pack this shard again"
+        )
+    return ""
 
 
 def join_shards(shards: Iterable[TarIndex]) -> tuple[np.ndarray, bytes]:

@@ -37,6 +37,8 @@ def verify_shard(split: Split, number: int) -> list[str]:
     first, end = split.shard_starts[number : number + 2].tolist()
     if not path.exists():
         return [f"{path}: the shard is missing, and with it {shard.samples:,} samples"]
+    if not path.is_file():  # opening a pipe would wait for its writer
+        return [f"{path}: the shard is not a regular file"]
     size_bytes = path.stat().st_size
     if size_bytes == 0:
         return [f"{path}: the shard is empty, {DESCRIPTION} says {shard.bytes:,} bytes"]
