@@ -1,14 +1,17 @@
-"""Ranks and their agreement. Thin words over torch.distributed that also work for a single process.
+"""Ranks and their agreement: thin wrappers over torch.distributed that also work for a single process.
 
 Rank, world size and rendezvous come from the environment, as the deepspeed launcher, torchrun and srun set it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +24,25 @@ from torch import Tensor
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, PASSING, UserError
 
 T = TypeVar("T")
+
+# Ranks that do not meet within this time are named, while the others go on waiting.
+SAY_AFTER_S = 15.0
+MEET_POLL_S = 0.05
+# Of NCCL, kept for the watchdog: what each rank called last, and how far it came.
+FLIGHT_RECORDER_EVENTS = "2000"
+# How gloo and NCCL say that a peer has ended. Other errors of theirs are about the network, or are timeouts.
+LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "Socket closed",
+)
+
+_BOTH_OR_NEITHER = (
+    "launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT together; to train without a launcher, "
+    "unset them"
+)
 
 
 class AgreedError(UserError):
@@ -50,29 +72,53 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """Read the launcher's variables; without a launcher this is rank 0 of 1."""
+    """Read the launcher's variables; without a launcher this is rank 0 of 1.
+
+    Raises UserError for variables that are missing, are not numbers, or do not fit together.
+    """
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+    if "RANK" not in env and "SLURM_PROCID" in env and _number("SLURM_NTASKS", 1) > 1:
         return _ranks_from_slurm()
-    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    local_world_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)
-    return Ranks(rank, world_size, int(env.get("LOCAL_RANK", rank)), local_world_size)
+    if "RANK" not in env and _number("WORLD_SIZE", 1) > 1:
+        raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set; {_BOTH_OR_NEITHER}")
+    if "RANK" in env and "WORLD_SIZE" not in env:
+        raise UserError(f"RANK is {env['RANK']!r}, but WORLD_SIZE is not set; {_BOTH_OR_NEITHER}")
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    local_world_size = _number("LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", world_size)
+    return _checked(Ranks(rank, world_size, _number("LOCAL_RANK", rank), local_world_size))
 
 
 def _ranks_from_slurm() -> Ranks:
-    env = os.environ
-    rank, world_size, local = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
-    per_node = int(re.match(r"\d+", env.get("SLURM_TASKS_PER_NODE", str(world_size)))[0])
-    return Ranks(rank, world_size, local, per_node)
+    per_node = re.match(r"\d+", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    rank, world_size = _number("SLURM_PROCID", 0), _number("SLURM_NTASKS", 1)
+    local_world_size = int(per_node[0]) if per_node else world_size
+    return _checked(Ranks(rank, world_size, _number("SLURM_LOCALID", rank % local_world_size), local_world_size))
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not text.strip().isdecimal():
+        raise UserError(f"{variable} is {text!r}, which is not a number; {_BOTH_OR_NEITHER}")
+    return int(text)
+
+
+def _checked(ranks: Ranks) -> Ranks:
+    if not 0 <= ranks.rank < max(1, ranks.world_size):
+        raise UserError(
+            f"RANK is {ranks.rank}, but there are {ranks.world_size} ranks (WORLD_SIZE), numbered from 0; "
+            f"{_BOTH_OR_NEITHER}"
+        )
+    if ranks.local_world_size < 1:
+        raise UserError(f"LOCAL_WORLD_SIZE is {ranks.local_world_size}; a machine has at least 1 rank")
+    return ranks
 
 
 def start(ranks: Ranks, timeout_s: int) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. `timeout_s` bounds every collective."""
-    if ranks.world_size > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError("MASTER_ADDR is not set: launchers/slurm.py sets it, or export the first host's name")
-    if ranks.world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    """Join the process group: NCCL on GPUs, gloo on CPUs. `timeout_s` bounds every collective, and the wait for the
+    other ranks.
+
+    Raises UserError if the ranks cannot meet, with the code of a crash where another start may do better.
+    """
     device = ranks.device
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
@@ -81,19 +127,128 @@ def start(ranks: Ranks, timeout_s: int) -> None:
                 f"per GPU is allowed, or DS_ACCELERATOR=cpu for CPU ranks"
             )
         torch.cuda.set_device(device)
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)  # read when NCCL starts
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
     # DeepSpeed takes LOCAL_RANK for the number of the GPU.
     local = ranks.local_rank if device.index is None else device.index
     for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world_size), ("LOCAL_RANK", local)):
         os.environ[name] = str(value)
-    dist.init_process_group(
-        backend="cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=device if device.type == "cuda" else None,
-    )
+    if ranks.world_size == 1:  # a process on its own needs no port, which another one might use
+        store: dist.Store = dist.HashStore()
+    else:
+        store = _store_of_all(ranks, timeout_s)
+        _check_gpus(_meet(store, ranks, _device_identity(device), timeout_s))
+    try:
+        dist.init_process_group(
+            backend="cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"communication among the ranks cannot be set up: {_first_line(error)}. GLOO_SOCKET_IFNAME, "
+            "NCCL_SOCKET_IFNAME and NCCL_DEBUG=INFO choose and show the network interface",
+            exit_code=EXIT_CRASHED,
+        ) from error
+
+
+def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
+    """The key-value store at MASTER_ADDR:MASTER_PORT, which rank 0 keeps unless its launcher does."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set, so {ranks.world_size} ranks "
+            "cannot meet; launchers set them, or export the first host's name and a free port"
+        )
+    if not 0 < _number("MASTER_PORT", 0) < 2**16:
+        raise UserError(f"MASTER_PORT is {os.environ['MASTER_PORT']}; a port is a number from 1 to 65535")
+    host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    keeps_it = ranks.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun has one already
+    said = f"rank {ranks.rank} has waited {SAY_AFTER_S:.0f} s for rank 0 to answer at {host}:{port}"
+    waiting = threading.Timer(SAY_AFTER_S, _say, [said])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        socket.getaddrinfo(host, None)
+        patience = timedelta(seconds=timeout_s)
+        store = dist.TCPStore(host, port, ranks.world_size, keeps_it, patience, wait_for_workers=False)
+        return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    except OSError as error:
+        problem = f"MASTER_ADDR {host!r} is not a host that this machine knows ({error.strerror})"
+        raise UserError(problem, exit_code=EXIT_CRASHED) from None
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            problem = (
+                f"MASTER_PORT: port {port} of this machine is in use, perhaps by another run; "
+                "give another one (deepspeed --master_port N, torchrun --master-port N), or use launchers/local.py"
+            )
+        else:
+            problem = f"rank {ranks.rank}: the ranks cannot meet at {host}:{port}: {_first_line(error)}"
+        raise UserError(problem, exit_code=EXIT_CRASHED) from error
+    finally:
+        waiting.cancel()
+
+
+def _meet(store: dist.Store, ranks: Ranks, identity: str, timeout_s: float) -> list[str]:
+    """Wait until all ranks are there; everybody's `identity`, by rank. Rank 0 names those that are late."""
+    names = [f"rank {rank}" for rank in range(ranks.world_size)]
+    store.set(names[ranks.rank], identity)
+    if not ranks.is_first:
+        try:
+            return json.loads(store.get("all ranks"))
+        except RuntimeError as error:
+            raise UserError(f"rank 0 did not start: {_first_line(error)}", exit_code=EXIT_CRASHED) from None
+    began, said = time.monotonic(), False
+    while not store.check(names):
+        time.sleep(MEET_POLL_S)
+        waited_s = time.monotonic() - began
+        if waited_s > SAY_AFTER_S and not said:
+            _say(f"waiting for up to {timeout_s:.0f} s for {_missing(store, names)}")
+            said = True
+        if waited_s > timeout_s:
+            problem = f"no connection within {timeout_s:.0f} s from {_missing(store, names)}"
+            raise UserError(problem, exit_code=EXIT_CRASHED)
+    identities = [store.get(name).decode() for name in names]
+    store.set("all ranks", json.dumps(identities))
+    return identities
+
+
+def _missing(store: dist.Store, names: list[str]) -> str:
+    missing = [name for name in names if not store.check([name])]
+    return f"{', '.join(missing[:10])}{', …' if len(missing) > 10 else ''} ({len(missing)} of {len(names)} ranks)"
+
+
+def _device_identity(device: torch.device) -> str:
+    """Tells a GPU from all others; nothing for a CPU, which ranks may share."""
+    if device.type != "cuda":
+        return ""
+    return f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
+
+
+def _check_gpus(identities: list[str]) -> None:
+    """Raise AgreedError for ranks that would share a GPU, by the `_device_identity` of each."""
+    ranks_on: dict[str, list[int]] = {}
+    for rank, identity in enumerate(identities):
+        ranks_on.setdefault(identity, []).append(rank)
+    problems = [
+        f"ranks {', '.join(map(str, shared))} would share GPU {identity}; one rank per GPU is allowed: start fewer "
+        f"ranks, or let each see its own GPU (srun --gpus-per-task=1)"
+        for identity, shared in ranks_on.items()
+        if identity and len(shared) > 1
+    ]
+    if problems:
+        raise AgreedError(*problems)
+
+
+def bound_all_groups(timeout_s: int) -> None:
+    """Give every process group the timeout of `start`: those that libraries make have PyTorch's default, which is 30
+    minutes."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def stop() -> None:
@@ -113,9 +268,18 @@ def leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    return isinstance(error, dist.DistBackendError) or "gloo/transport" in str(error)
+def lost_connection(error: RuntimeError) -> str:
+    """How a collective failed because another rank is gone; "" if that is not why it failed."""
+    text = str(error)
+    return _first_line(error) if any(sign in text for sign in LOST_CONNECTION) else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -176,9 +340,3 @@ def same_errors_on_all(act: Callable[[], T]) -> T:
     if all_problems:
         raise AgreedError(*all_problems, exit_code=max(code for _, code in everybodys))
     return result
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from types import ModuleType
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from bfsys.batch import ByteBatch
 from bfsys.config import Config
 from bfsys.dist import Ranks
 from bfsys.model.byteformer import Block, Merge
-from bfsys.optim import AdamW, parameter_groups
+from bfsys.optim import EMA, AdamW, parameter_groups
 
 WEIGHT = "weight"
 
@@ -46,6 +46,7 @@ class Engine:
         self.micro_batches = config.data.lanes // ranks.world_size
         self.stage, self.device = config.train.zero_stage, ranks.device
         self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.uses_autocast = self.stage == 0 and config.train.precision == "bf16"
         self.updates = 0  # steps that changed the weights
         self._loss_scale = ranks.world_size * self.micro_batches / config.data.batch_samples
         self._clip_norm = config.optim.clip_norm
@@ -129,8 +130,8 @@ class Engine:
         """Set whole tensors, `values[parameter name]`, on every rank; each is asked for once."""
         from deepspeed import utils
 
-        if self.stage == 3:  # what a step has gathered in advance for the next one would stay as it was
-            self._engine.optimizer.checkpoint_event_prologue()
+        if self.stage == 3:
+            self._drop_gathered()
         for p in self._engine.module.parameters():
             value = values[self._names[id(p)]].to(self.device)
             if self.stage == 0:
@@ -147,7 +148,54 @@ class Engine:
                 utils.safe_set_full_optimizer_state(p, value, state)
         if state == WEIGHT and self.stage > 0:
             self._copy_masters_to_model()
-        if self.device.type == "cuda":  # the stream on which ZeRO-3 gathers weights does not wait for these copies
+        self._finish_copies()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model computes with the average of its weights, where the run keeps one, until the context ends; then its
+        weights are as before, to the bit. Collective."""
+        if EMA not in self.optimizer.state_names:
+            yield
+            return
+        kept = self._take_average()
+        try:
+            yield
+        finally:
+            if self.stage == 0:
+                for p, value in zip(self._engine.module.parameters(), kept, strict=True):
+                    p.data.copy_(value)
+            else:
+                self._copy_masters_to_model()
+            self._finish_copies()
+
+    def _take_average(self) -> list[Tensor]:
+        """Give the model the average, in its precision; returns the weights at stage 0, where they are kept nowhere
+        else."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        kept = []
+        zero = self._engine.optimizer
+        if self.stage == 3:
+            self._drop_gathered()
+            for i, group in enumerate(zero.fp32_partitioned_groups_flat):
+                zero.fp16_partitioned_groups_flat[i].data.copy_(self.optimizer.state[group][EMA])
+                zero._unflatten_partitioned_parameters(i)
+        for p in self._engine.module.parameters() if self.stage < 3 else ():
+            if self.stage == 0:
+                kept.append(p.detach().clone())
+                p.data.copy_(self.optimizer.state[p][EMA])
+            else:
+                p.data.copy_(safe_get_full_optimizer_state(p, EMA))
+        self._finish_copies()
+        return kept
+
+    def _drop_gathered(self) -> None:
+        """Stage 3: forget what a step has gathered in advance for the next one, which would keep its old values."""
+        self._engine.optimizer.checkpoint_event_prologue()
+
+    def _finish_copies(self) -> None:
+        """Wait for copies into the model: the stream on which ZeRO-3 gathers weights does not."""
+        if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def set_step(self, step: int, updates: int) -> None:
@@ -179,6 +227,7 @@ class Engine:
         """Round the float32 weights to the model's precision, as DeepSpeed does after a step."""
         zero = self._engine.optimizer
         if self.stage == 3:
+            self._drop_gathered()
             for i, group in enumerate(zero.fp32_partitioned_groups_flat):
                 zero.fp16_partitioned_groups_flat[i].data.copy_(group.data)
                 zero._unflatten_partitioned_parameters(i)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from bfsys import console
+from bfsys import console, process
 
 # Of training. Codes from sysexits.h where one fits. Any other code is a crash, after which it may be started again.
 EXIT_CRASHED = 1  # Python's own of an exception: another start may do better
@@ -80,6 +80,7 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     """Run a command's `main`: its code; one line per problem on a `UserError`, with its code (2); 130 on Ctrl-C; 1 and
     a traceback on other exceptions."""
     console.prepare()
+    process.prepare()
     try:
         code = main() or 0
         sys.stdout.flush()

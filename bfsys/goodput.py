@@ -4,7 +4,8 @@
     begun, and notes of how many steps are made and how long they waited for data and for saving
 
 Events are only ever added, and every second between the first start and now falls to one cause, so the causes add up
-to the wall time whatever happened in between:
+to the wall time whatever happened in between. A process reads the wall clock once and measures from there, so that a
+clock that is set makes no duration wrong; one that was set back between two starts is taken to have stood still.
 
     restart     from the last note of a process to the first step of the next one, the very first start included
     lost        steps that were made again, because no checkpoint had them yet (and were noted)
@@ -56,12 +57,15 @@ class Ledger:
         self._file: TextIO | None = None
         self._lives: list[_Life] = []
         self._closed = dict.fromkeys(CAUSES, 0.0)  # of all lives but the last
-        self._start = float(os.environ.get(STARTED, 0)) or psutil.Process().create_time()
+        self._clock_offset_s = time.time() - time.monotonic()
+        # What a launcher imports for its ranks counts for the first start.
+        self._start = float(os.environ.get(STARTED) or psutil.Process().create_time())
         if is_first:
             path = run_dir / FILE
             torn = path.exists() and not path.read_bytes().endswith(b"\n")
             for event in _read(path):
                 self._take(event)
+            self._clock_offset_s += max(0.0, self._latest - self._now())
             self._file = open(path, "a")  # noqa: SIM115 (until `close`)
             if torn:
                 self._file.write("\n")
@@ -69,16 +73,16 @@ class Ledger:
     def resumed(self, step: int) -> None:
         """The process goes on from `step`; or, in the middle of its life, is rolled back to it."""
         self._add({"event": "start", "time": self._start, "step": step})
-        self._start = time.time()  # of the next life, should there be one in this process
+        self._start = self._now()  # of the next life, should there be one in this process
 
     def begins(self) -> None:
         """The first step begins."""
         self.stall_s = self.wait_s = 0.0
-        self._add({"event": "begin", "time": time.time()})
+        self._add({"event": "begin", "time": self._now()})
 
     def note(self, step: int) -> None:
         """`step` steps are made. To be called for every checkpoint, before what it waits for."""
-        self._start = time.time()
+        self._start = self._now()
         self._add({"event": "note", "time": self._start, "step": step, "stall_s": self.stall_s, "wait_s": self.wait_s})
 
     @contextmanager
@@ -105,6 +109,14 @@ class Ledger:
             with suppress(OSError):  # what a full disk did not take
                 self._file.close()
 
+    def _now(self) -> float:
+        """Seconds since 1970."""
+        return time.monotonic() + self._clock_offset_s
+
+    @property
+    def _latest(self) -> float:
+        return max((life.end for life in self._lives), default=0.0)
+
     def _add(self, event: dict) -> None:
         if self._file:
             self._take(event)
@@ -113,16 +125,16 @@ class Ledger:
                 self._file.flush()
 
     def _take(self, event: dict) -> None:
+        now = max(event["time"], self._latest)
         if event["event"] == "start":
             if self._lives:
                 before = self._lives[-2] if len(self._lives) > 1 else None
                 _account(self._closed, before, self._lives[-1], event["step"])
-            start = max([event["time"], *(life.end for life in self._lives[-1:])])
-            self._lives = [*self._lives[-1:], _Life(start, event["step"])]
+            self._lives = [*self._lives[-1:], _Life(now, event["step"])]
         elif self._lives and event["event"] == "begin":
-            self._lives[-1].began = event["time"]
+            self._lives[-1].began = now
         elif self._lives:
-            self._lives[-1].notes.append((event["time"], event["step"], event["stall_s"], event["wait_s"]))
+            self._lives[-1].notes.append((now, event["step"], event["stall_s"], event["wait_s"]))
 
 
 def read_seconds(run_dir: Path) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""Bad steps: what they are, what becomes of them, and when the run goes back.
+"""Bad steps: what they are, what is done about them, and when the run rolls back.
 
-A step is bad if its loss or gradient is no finite number: its update is skipped, on all ranks (engine.py). Or if its
+A step is bad if its loss or gradient is not finite: its update is skipped, on all ranks (engine.py). Or if its
 loss spikes: a robust z-score of its logarithm, against median and median deviation of the last good losses. A single
 bad step is noted, with the samples that it drew, and does no harm that lasts. `max_bad_steps` in a row do: the run is
 rolled back to the last checkpoint before the first of them, and passes these steps over. If that happens more than
@@ -81,16 +81,19 @@ class Guard:
 
 
 def read_rollbacks(run_dir: Path) -> list[dict]:
-    """Of a run, the oldest first; raises UserError if the file is not what `go_back` writes."""
+    """The roll-backs of a run, the oldest first; raises UserError if the file is not what `go_back` writes."""
     path = run_dir / FILE
     try:
         rollbacks = json.loads(path.read_text())
-        assert all(r["to"] < min(r["steps"]) and r["updates"] >= 0 for r in rollbacks), "steps do not fit"
+        if not all(r["to"] < min(r["steps"]) and r["updates"] >= 0 for r in rollbacks):
+            raise ValueError("its steps contradict each other")
         return rollbacks
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or remove it to have its steps made") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); restore it, or delete it to train on its steps again"
+        ) from None
 
 
 def go_back(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
@@ -114,7 +117,18 @@ def go_back(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
         remove(path)
     rollback = {"from": steps[-1], "to": to, "updates": updates, "steps": steps, "bad": bad}
     replace_durably(run_dir / FILE, json.dumps([*rollbacks, rollback], indent=1) + "\n")
-    return f"rolled back from step {steps[-1]} to {to}; to be passed over: {steps}"
+    return f"rolled back from step {steps[-1]} to {to}; skipping steps {ranges_of(steps)}"
+
+
+def ranges_of(steps: list[int]) -> str:
+    """Ascending steps for people to read: 3-5, 9"""
+    parts: list[list[int]] = []
+    for step in steps:
+        if parts and step == parts[-1][-1] + 1:
+            parts[-1][1:] = [step]
+        else:
+            parts.append([step])
+    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 class Drawn(NamedTuple):

@@ -34,6 +34,7 @@ def loss_and_sums(
         rank = before.sum(1).masked_fill(label_logit[:, 0].isnan(), 5)
         columns = torch.stack([losses.detach().double(), (rank < 1).double(), (rank < 5).double(),
                                torch.ones_like(losses, dtype=torch.float64)], dim=1)  # fmt: skip
-        sums = torch.zeros(num_sources, COLUMNS, dtype=torch.float64, device=logits.device)
-        sums.index_add_(0, batch.sources, columns)
+        # Not index_add_, which adds up in any order on GPUs: equal runs log equal figures.
+        of_source = batch.sources == torch.arange(num_sources, device=logits.device)[:, None]  # [sources, B]
+        sums = torch.where(of_source[:, :, None], columns, 0.0).sum(1)
     return losses.sum(), sums

@@ -220,15 +220,16 @@ class Metrics:
         try:
             yield
         except OSError as error:
-            self.problem = f"{self.run_dir}: metrics cannot be written: {error.strerror}; make room or mend it"
+            self.problem = f"{self.run_dir}: metrics cannot be written: {error.strerror}; free disk space or repair it"
             self.problem_code = EXIT_CRASHED if error.errno in PASSING else EXIT_STORAGE
 
     def _console_line(self, line: dict) -> str:
         step, total = line["step"], self.total_steps
+        grad_norm = math.nan if line["grad_norm"] is None else line["grad_norm"]
         left_s = (total - step) * (time.perf_counter() - self._started) / max(1, step - self.first_step)
         return (
             f"step {step:>{len(str(total))}}/{total} · {describe_scores(line)} · lr {line['learning_rate']:.1e} · "
-            f"grad {line['grad_norm'] or math.nan:.2f} · {line['samples_per_s']:,.0f} samples/s · "
+            f"grad {grad_norm:.2f} · {line['samples_per_s']:,.0f} samples/s · "
             f"{line['bytes_per_s'] / 1e6:.2f} MB/s · {_clock(left_s)} left"
         )
 

@@ -1,26 +1,33 @@
-"""What must hold before the first step: data that fit the config, and a run directory that holds this run or none."""
+"""Start-up checks: data that fit the config, and a run directory that holds this run or none."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import subprocess
+import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
 from bfsys import dist, typed_yaml
-from bfsys.checkpoint.files import replace_durably
+from bfsys.checkpoint.files import METRICS, replace_durably
 from bfsys.checkpoint.loading import check_same_run, newest_readable
 from bfsys.config import Config
 from bfsys.data.datasets import Sources, content_facts, index_problems, make_plan, open_evaluation, open_training
 from bfsys.data.plan import Plan, lanes_of_rank
+from bfsys.data.quarantine import FILE as QUARANTINE
 from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, PASSING, UserError
 from bfsys.evaluate import short_files
 from bfsys.faults import forget_end
+from bfsys.goodput import FILE as GOODPUT
+from bfsys.guard import FILE as ROLLBACKS
+from bfsys.watchdog import HANGS
 
 GIT_STATE = "git-state.txt"  # in a copy of the code that a launcher made
 LOCK_WAIT_S = 20.0  # a start that was killed may have loader processes that take a moment to notice
@@ -70,50 +77,84 @@ def git_state() -> str | None:
         return None
 
 
-def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> tuple[bool, BinaryIO | None]:
-    """Whether the run is new, decided by rank 0; and rank 0's hold of the directory, to be closed at the end.
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run directory that this run may use, as rank 0 found it."""
 
-    Writes the run directory's config.yaml. Raises AgreedError if the directory holds another run, or another process
-    is training there.
+    is_new: bool
+    """It holds no checkpoint."""
+    notes: list[str]
+    """What was done to it."""
+    hold: BinaryIO | None
+    """Rank 0's lock on it, to be closed at the end."""
+
+
+def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirectory:
+    """Lock the run directory, check that it holds this run or none, and write config.yaml there; collective.
+
+    Raises AgreedError if it holds another run, or another process is training in it.
     """
+    mine = dist.same_errors_on_all(lambda: _take_directory(config, facts) if ranks.is_first else None)
+    is_new, notes = dist.from_first_rank((mine.is_new, mine.notes) if mine else None)
+    return RunDirectory(is_new, notes, mine.hold if mine else None)
 
-    def look() -> tuple[bool, BinaryIO | None]:
-        if not ranks.is_first:
-            return False, None
-        path, problems = newest_readable(config.run_dir)
+
+def _take_directory(config: Config, facts: dict) -> RunDirectory:
+    run_dir, hold = config.run_dir, None
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        hold = hold_directory(run_dir)  # first: what another process writes while this one waits is to be seen
+        path, problems = newest_readable(run_dir)
         if path is None and problems:
             raise UserError(
                 *problems,
-                f"{config.run_dir}: no checkpoint is whole, see above; to begin anew, give another name=… "
-                f"or move the directory away",
+                f"{run_dir}: no intact checkpoint, see above; to start from scratch, give another name=… or move the "
+                f"directory away",
             )
         if path:
             check_same_run(path, facts)
-        try:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            hold = hold_directory(config.run_dir)
-            replace_durably(config.run_dir / "config.yaml", typed_yaml.dump(config))
-            forget_end(config.run_dir)
-        except OSError as error:
-            if error.errno in PASSING:
-                raise
-            code = EXIT_STORAGE if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
-            raise UserError(
-                f"run directory {config.run_dir}: cannot be written: {error.strerror}", exit_code=code
-            ) from None
-        return path is None, hold
+        notes = [] if path else set_aside_earlier_run(run_dir)
+        # At the first hang, other nodes would not see a folder that they know not to exist (NFS caches that).
+        (run_dir / HANGS).mkdir(exist_ok=True)
+        replace_durably(run_dir / "config.yaml", typed_yaml.dump(config))
+        forget_end(run_dir)
+        return RunDirectory(path is None, notes, hold)
+    except (OSError, UserError) as error:
+        if hold:
+            hold.close()
+        if isinstance(error, UserError) or error.errno in PASSING:
+            raise
+        code = EXIT_STORAGE if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
+        raise UserError(f"run directory {run_dir}: cannot be written: {error.strerror}", exit_code=code) from None
 
-    is_new, hold = dist.same_errors_on_all(look)
-    return dist.from_first_rank(is_new), hold
+
+def set_aside_earlier_run(run_dir: Path) -> list[str]:
+    """Move what a run without checkpoints has left into a folder of its own: its skipped steps, its bad samples and its
+    history mean other data. Returns a line about it, if there was anything."""
+    left = [run_dir / name for name in (ROLLBACKS, QUARANTINE, METRICS, GOODPUT, "tb") if _has_content(run_dir / name)]
+    if not left:
+        return []
+    number = next(n for n in itertools.count(1) if not (run_dir / f"earlier-{n}").exists())
+    aside = run_dir / f"earlier-{number}"
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)
+    names = ", ".join(path.name for path in left)
+    return [f"{run_dir} has no checkpoint, so this is a new run: {names} of an earlier one are in {aside}"]
+
+
+def _has_content(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
 def hold_directory(run_dir: Path) -> BinaryIO:
-    """Keep other processes from training in the directory until this is closed, or this process ends.
+    """Lock the directory against other processes until this is closed, or this process ends.
 
-    Raises UserError if another one does and goes on doing it. Two starts would write over each other's checkpoints.
+    Raises UserError if another one keeps its lock. Two starts would write over each other's checkpoints.
     """
     hold = open(run_dir / ".lock", "wb")  # noqa: SIM115 (for the life of the run)
-    deadline = time.monotonic() + (LOCK_WAIT_IN_JOB_S if os.environ.get("SLURM_JOB_ID") else LOCK_WAIT_S)
+    wait_s = LOCK_WAIT_IN_JOB_S if os.environ.get("SLURM_JOB_ID") else LOCK_WAIT_S
+    deadline, said = time.monotonic() + wait_s, False
     while True:
         try:
             fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,6 +165,10 @@ def hold_directory(run_dir: Path) -> BinaryIO:
                     f"run directory {run_dir}: another process is training in it; stop that one, or give this run a "
                     f"name of its own (name=…)"
                 ) from None
+            if not said:
+                text = f"run directory {run_dir}: waiting for another process to release it, for up to {wait_s:.0f} s"
+                print(text, file=sys.stderr, flush=True)
+                said = True
             time.sleep(0.2)
         except OSError:  # a file system without locks
             return hold

@@ -15,13 +15,14 @@ if __name__ == "__main__":  # launchers put this file's folder first, where its 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import gc
 import os
 import time
 from dataclasses import dataclass
 
 import torch
 
-from bfsys import dist
+from bfsys import console, dist
 from bfsys.checkpoint.files import Keep
 from bfsys.checkpoint.loading import resume, set_weights
 from bfsys.checkpoint.saving import Saver
@@ -40,17 +41,20 @@ from bfsys.errors import EXIT_CRASHED, UserError, exit_code_of, summary_of
 from bfsys.evaluate import evaluate
 from bfsys.faults import StopRequests, note_end
 from bfsys.goodput import Ledger
-from bfsys.guard import Drawn, Guard, go_back, read_rollbacks, samples_of
+from bfsys.guard import FILE as ROLLBACKS
+from bfsys.guard import Drawn, Guard, go_back, ranges_of, read_rollbacks, samples_of
 from bfsys.initial import initial_weights
 from bfsys.loss import loss_and_sums
 from bfsys.metrics import Metrics
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import ema_decay, learning_rate
+from bfsys.rehearsal import rehearse
 from bfsys.run import open_data, prepare_run_dir, run_facts
 from bfsys.watchdog import LEAST_S, Watchdog
 
 ROLLED_BACK = -1  # instead of an exit code: go on from the checkpoint that is now the newest
 UNKNOWN_STEPS = 3  # of a start, in which programs may still be compiled
+COLLECT_EVERY_STEPS = 100  # garbage, on all ranks in the same step: ranks that do so at any time hold up each other
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     stop = StopRequests()
     training, validation, plan = dist.same_errors_on_all(lambda: open_data(config, ranks))
     facts = run_facts(config, training, plan)
-    is_new, hold = prepare_run_dir(config, facts, ranks)
+    directory = prepare_run_dir(config, facts, ranks)
     of_train, patience_s = config.train, config.train.collective_timeout_s
     # A shard may take its time to come from elsewhere, and its server may be away for a while.
     least_s = patience_s if any_remote(training) else LEAST_S
@@ -95,11 +99,17 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             config.model.activation_checkpointing,
             compiled=config.model.compiled and ranks.device.type == "cuda",
         )
-        weights, notes = initial_weights(model, config, training.classes, ranks) if is_new else ({}, [])
-        notes += long_files(config, training)
+        weights, notes = initial_weights(model, config, training.classes, ranks) if directory.is_new else ({}, [])
+        notes = [*directory.notes, *notes, *long_files(config, training)]
         engine = Engine(model, config, ranks)
+        dist.bound_all_groups(of_train.collective_timeout_s)
         run = Run(config, ranks, training, validation, plan, facts, engine, quarantine, saver, stop, watchdog, ledger)
-        if is_new:  # step 0 is a checkpoint too: there is always one to go back to, and the disk is known to take it
+        if ranks.device.type == "cuda":
+            dist.same_errors_on_all(lambda: rehearse(engine, config, training, plan, ranks))
+        gc.freeze()  # what the start has made stays
+        gc.disable()
+        # Step 0 is a checkpoint too: there is always one to go back to, and the disk is known to take it.
+        if directory.is_new:
             if weights:  # in float32, where the engine has rounded the model to its precision
                 set_weights(engine, weights)
             saver.start(engine, {"step": 0, "updates": 0, "metrics": None, "guard": None, **facts})
@@ -115,13 +125,18 @@ def train(config: Config, ranks: dist.Ranks) -> int:
         if ranks.is_first:
             note_end(config.run_dir, error.exit_code, str(error))
         raise
+    except Exception as error:
+        if not (isinstance(error, RuntimeError) and dist.lost_connection(error)):  # the rank that failed says why
+            note_end(config.run_dir, EXIT_CRASHED, f"rank {ranks.rank}: {type(error).__name__}: {error}")
+        raise
     finally:
+        gc.enable()
         watchdog.close()
         saver.close()
         ledger.close()
         stop.close()
-        if hold:
-            hold.close()
+        if directory.hold:
+            directory.hold.close()
 
 
 def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
@@ -136,7 +151,12 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
     read = dist.same_errors_on_all(lambda: read_rollbacks(config.run_dir) if ranks.is_first else None)
     rollbacks = dist.from_first_rank(read)
     guard = Guard(config.train, manifest.get("guard"), rollbacks)
-    for note in ([f"continuing {config.run_dir} after step {step}"] if step else []) + notes:
+    skipped = sorted(step_ for step_ in guard.passed_over if step_ > step)
+    for note in (
+        *([f"continuing {config.run_dir} after step {step}"] if step else []),
+        *([f"skipping steps {ranges_of(skipped)} ({ROLLBACKS})"] if skipped else []),
+        *notes,
+    ):
         metrics.say(note)
     batches = training_batches(config, run.training, run.plan, ranks, first_step=step, quarantine=run.quarantine)
     exit_code = made = 0  # steps that were not passed over
@@ -177,7 +197,7 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
             raise dist.AgreedError(dist.from_first_rank(metrics.problem), exit_code=problem_code)
         if bad_files:
             report_bad_files(run, run.training, metrics)
-        metrics.end_step(step, rate, grad_norm, len(run.quarantine.until(step)), is_skipped=is_skipped)
+        metrics.end_step(step, rate, grad_norm, run.quarantine.count_until(step), is_skipped=is_skipped)
         if problem:
             report_bad_step(guard.in_a_row[-1], is_skipped, metrics)
         if guard.wants_rollback:
@@ -199,6 +219,8 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
             evaluate_if_due(run, metrics, step)
         if made == UNKNOWN_STEPS:
             watchdog.times_are_known()
+        if step % COLLECT_EVERY_STEPS == 0:
+            gc.collect()
     batches.close()
     if exit_code > 0:
         metrics.say(f"stopped on request after step {step}; the same command continues from there")
@@ -222,7 +244,7 @@ def finish_save(run: Run, metrics: Metrics, step: int) -> None:
     where = f"step {step}: waiting for the checkpoint's files"
     with run.watchdog.patient(where), run.ledger.stalled():
         path = run.saver.finish(wait=lambda: run.watchdog.beat(where))
-    metrics.say(f"step {step} · saved {path}")
+    metrics.say(f"saved {path}")
 
 
 def mean_loss(drawn: list[Drawn], config: Config) -> float:
@@ -261,10 +283,11 @@ def evaluate_if_due(run: Run, metrics: Metrics, step: int) -> None:
     began = time.perf_counter()
     with run.watchdog.patient(where):
         run.engine.module.eval()
-        result = evaluate(
-            run.engine.forward, run.config, run.validation, run.ranks, run.quarantine, step,
-            progress=lambda *_: run.watchdog.beat(where),
-        )  # fmt: skip
+        with run.engine.averaged():  # what predict uses, and what `keep_best` is to judge
+            result = evaluate(
+                run.engine.forward, run.config, run.validation, run.ranks, run.quarantine, step,
+                progress=lambda *_: run.watchdog.beat(where),
+            )  # fmt: skip
         run.engine.module.train()
     metrics.evaluation(step, result, time.perf_counter() - began)
     report_bad_files(run, run.validation, metrics)
@@ -291,13 +314,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     if args.no_data and not args.dry_run:
         parser.error("--no-data goes with --dry-run")
-    ranks = dist.ranks_from_environment()
+    if not args.dry_run:
+        console.go_on_without()
+    ranks = dist.Ranks()
     try:
+        ranks = dist.ranks_from_environment()
         config = dist.same_errors_on_all(lambda: load_config(args.config, args.overrides))
         if args.dry_run:
             if ranks.is_first:
                 dry_run(config, ranks.world_size, with_data=not args.no_data)
             return 0
+        console.go_on_without(config.run_dir / "log" / f"rank-{ranks.rank}.log")
         if not config.model.compiled:  # otherwise DeepSpeed has its Muon compiled while it starts, which takes 2 s
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         dist.start(ranks, config.train.collective_timeout_s)
@@ -312,18 +339,20 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return error.exit_code
     except UserError as error:  # of this rank alone
+        who = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
         for problem in error.problems:
-            print(f"error: rank {ranks.rank}: {problem}", file=sys.stderr, flush=True)
+            print(f"error: {who}{problem}", file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
-        if not dist.is_lost_connection(error):
+        if not (lost := dist.lost_connection(error)):
             raise
-        print(f"error: rank {ranks.rank}: lost the other ranks; the one that failed says why", file=sys.stderr)
+        print(
+            f"error: rank {ranks.rank}: the connection to another rank was lost ({lost}); the first error in the other "
+            "ranks' logs says why",
+            file=sys.stderr,
+            flush=True,
+        )
         return EXIT_CRASHED
-    except BrokenPipeError as error:  # which would be a good end of a command whose output nobody wants
-        if args.dry_run:
-            raise
-        raise RuntimeError(f"rank {ranks.rank}: its console, or the writer of checkpoints, is gone") from error
     finally:
         # While other ranks wait for this one, NCCL cannot be taken down: that would wait for them.
         if ranks.world_size == 1:

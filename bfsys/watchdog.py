@@ -1,10 +1,11 @@
-"""The hang watchdog: a run that makes no progress is ended, with the name of the rank that holds it up.
+"""The hang watchdog: it ends a run that makes no progress, and names the rank that holds it up.
 
 A thread on every rank looks at what its training loop reported last (`beat`). After a while without a beat, learned
 from the intervals so far, it opens an incident: a folder in the run directory, which the other ranks' watchdogs look
 for twice a second. Each writes all its Python stacks there, and how far it came. The rank that writes nothing is
 stopped or gone; otherwise the one that came least far is named. Then all end with EXIT_HUNG, on which launchers start
-again.
+again. On GPUs, kernels are queued and all ranks come to the same place, so each also writes what NCCL's flight recorder
+holds: the rank whose collectives have the lowest numbers is at fault.
 
 Ranks wait for each other in every step, so that a hang of one is a hang of all, within one step of the others.
 Refused: heartbeats over the network or through files, which cost something while all is well; and the timeout of the
@@ -21,6 +22,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from bfsys import dist
 from bfsys.errors import EXIT_HUNG
@@ -116,6 +119,7 @@ class Watchdog:
         try:
             self._incident.mkdir(parents=True, exist_ok=True)
             self._write_stacks(waited_s)
+            self._write_flight_record()
             deadline = time.monotonic() + GRACE_S
             while len(found := self._reports()) < self._ranks.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
@@ -137,6 +141,12 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file)
         os.rename(part, path)
+
+    def _write_flight_record(self) -> None:
+        """The latest collectives of this rank, as JSON; nothing where NCCL is not used."""
+        if self._ranks.device.type == "cuda":
+            record = torch._C._distributed_c10d._dump_nccl_trace_json(includeCollectives=True, onlyActive=False)
+            (self._incident / f"rank-{self._ranks.rank}.nccl.json").write_bytes(record)
 
     def _reports(self) -> dict[int, tuple[int, str]]:
         """(beats, where) by rank, of those that have written."""

@@ -3,8 +3,8 @@
     python launchers/local.py configs/quickstart.yaml
     python launchers/local.py --ranks 2 configs/quickstart.yaml train.steps=100
 
-Ctrl-C or SIGTERM saves a checkpoint and stops; the same command continues from there. A second Ctrl-C, a few
-seconds later, gives up at once.
+Ctrl-C, SIGTERM, or SIGHUP from a terminal that has gone, saves a checkpoint and stops; the same command resumes from
+there. A second Ctrl-C, a few seconds later, ends the run at once.
 
 A run that crashes or hangs is started again from its newest whole checkpoint, at once if it had made progress,
 otherwise after a pause (bfsys/restarts.py). It is not when nobody but a person can help: bad input (2), diverged (65),
@@ -24,6 +24,7 @@ a process that was forked after CUDA was touched.
 from __future__ import annotations
 
 import argparse
+import codecs
 import ctypes
 import importlib
 import multiprocessing
@@ -50,13 +51,11 @@ import torch
 from bfsys.config import load_config
 from bfsys.data.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
-from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, EXIT_STOPPED, UserError, run_command, summary_of
-from bfsys.faults import REPEAT_S
+from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, UserError, run_command, summary_of
+from bfsys.faults import EXIT_CODES, REPEAT_S, ends_at_once, stop_signals
 from bfsys.goodput import STARTED
 from bfsys.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.restarts import FINAL_CODES, Restarts, newest_step
-
-FORWARDED = {signal.SIGINT: EXIT_STOPPED, signal.SIGTERM: EXIT_STOPPED, signal.SIGUSR2: EXIT_REQUEUE}
 
 AGREED_CODES = (*FINAL_CODES, EXIT_REQUEUE)  # all ranks end with them, nearly together
 POLL_S = 0.05
@@ -74,7 +73,7 @@ class Group:
         self.logs = [log_dir / f"rank-{rank}.log" for rank in range(world_size)]
         self._received: list[int] = []
         self._last_sent: dict[int, float] = {}
-        self._previous = {number: signal.signal(number, self._receive) for number in FORWARDED}
+        self._previous = {number: signal.signal(number, self._receive) for number in stop_signals()}
         start = start_program
         if sys.platform.startswith("linux") and not torch.cuda.device_count():
             import_what_ranks_need()
@@ -117,7 +116,7 @@ class Group:
         if first_code not in AGREED_CODES:
             self._describe_failure(first_rank, first_code)
             for number in (*self._last_sent, *self._received):  # asked to stop: it must not be started again
-                return FORWARDED[number]
+                return EXIT_CODES[number]
         return first_code
 
     def close(self) -> None:
@@ -147,7 +146,7 @@ class Group:
             if last is not None and now - last < REPEAT_S:
                 continue
             self._last_sent[number] = now
-            gave_up |= last is not None
+            gave_up |= last is not None and ends_at_once(number)
             self._send(number)
         return gave_up
 
@@ -162,7 +161,7 @@ class Group:
         """A rank that died of a forwarded signal had nothing to save yet, and ends as one that had."""
         if code >= 0:
             return code
-        return FORWARDED[-code] if -code in self._last_sent else 128 - code
+        return EXIT_CODES[-code] if -code in self._last_sent else 128 - code
 
     def _describe_failure(self, rank: int, code: int) -> None:
         log = self.logs[rank]
@@ -184,8 +183,9 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
     try:
         with open(group.logs[0], "rb") as log:
             log.seek(shown_from)
-            code = group.wait(lambda: show_new(log))
-            show_new(log)
+            decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+            code = group.wait(lambda: show_new(log, decoder))
+            show_new(log, decoder)
     finally:
         group.close()
     return code
@@ -196,18 +196,18 @@ def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
     restarts = Restarts(run_dir, newest_step(run_dir))
     while (code := start()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
         print(f"starting again in {pause_s:.0f} s, from step {restarts.step}", file=sys.stderr, flush=True)
-        previous = {n: signal.signal(n, lambda number, _: sys.exit(FORWARDED[number])) for n in FORWARDED}
+        previous = {n: signal.signal(n, lambda number, _: sys.exit(EXIT_CODES[number])) for n in stop_signals()}
         time.sleep(pause_s)
         for number, handler in previous.items():
             signal.signal(number, handler)
     return code if code == EXIT_REQUEUE else restarts.exit_code
 
 
-def show_new(log: BinaryIO) -> None:
-    """Copy what was added to the log to the console."""
-    text = log.read()
+def show_new(log: BinaryIO, decoder: codecs.IncrementalDecoder) -> None:
+    """Copy what was added to the log to the console; the decoder keeps a character that is not complete yet."""
+    text = decoder.decode(log.read())
     if text:
-        sys.stdout.buffer.write(text)  # as bytes: it may end within a character
+        sys.stdout.write(text)
         sys.stdout.flush()
 
 
@@ -223,7 +223,7 @@ class Forked:
             target=self._begin, args=(job, f"bfsys rank {rank}".encode(), env, log, os.getpid())
         )
         # In the child they wait until they no longer come to this process' handlers.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
         self._process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.pid = self._process.pid
@@ -249,10 +249,10 @@ class Forked:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-        for number in FORWARDED:
+        for number in stop_signals():
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
         _, sys.argv[0], *sys.argv[1:] = job.command()
         runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -355,4 +355,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output_is_optional=True)

@@ -43,7 +43,8 @@ def test_ranks_come_from_the_launcher(
 
 def test_several_ranks_need_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match="MASTER_ADDR is not set"):
+    monkeypatch.setenv("MASTER_PORT", "12345")
+    with pytest.raises(UserError, match="MASTER_ADDR is not set, so 2 ranks cannot meet"):
         dist.start(dist.Ranks(0, 2, 0, 2), timeout_s=1)
 
 

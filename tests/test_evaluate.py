@@ -24,7 +24,7 @@ def test_evaluation_counts_each_file_once_per_source(finished_run: Path, evaluat
 
 def test_evaluation_agrees_with_the_training_runs_own(finished_run: Path, evaluate_run) -> None:
     own = [json.loads(x) for x in (finished_run / "metrics.jsonl").read_text().splitlines()][-1]
-    again = json.loads(evaluate_run(finished_run, "--json", "--weights", "last"))
+    again = json.loads(evaluate_run(finished_run, "--json"))
     assert own["kind"] == "eval"
     for key in ("loss", "top1", "top5"):
         assert again[key] == pytest.approx(own[key], rel=1e-6)

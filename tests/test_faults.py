@@ -14,11 +14,11 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture
 def stop():
-    before = {number: signal.getsignal(number) for number in faults._EXIT_CODES}
+    before = {number: signal.getsignal(number) for number in faults.EXIT_CODES}
     stop = StopRequests()
     yield stop
     stop.close()
-    assert {number: signal.getsignal(number) for number in faults._EXIT_CODES} == before
+    assert {number: signal.getsignal(number) for number in faults.EXIT_CODES} == before
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ def stop():
         ([signal.SIGUSR2], EXIT_REQUEUE),
         ([signal.SIGTERM], EXIT_STOPPED),
         ([signal.SIGINT], EXIT_STOPPED),
+        ([signal.SIGHUP], EXIT_STOPPED),  # the terminal has gone
         ([signal.SIGINT, signal.SIGINT], EXIT_STOPPED),  # a terminal's and a launcher's
         ([signal.SIGUSR2, signal.SIGTERM], EXIT_STOPPED),  # a cancellation outweighs a time limit
         ([signal.SIGTERM, signal.SIGUSR2], EXIT_STOPPED),
@@ -51,6 +52,27 @@ def test_a_late_repetition_ends_at_once_and_another_signal_does_not() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (EXIT_STOPPED, "still here\n")
+
+
+def test_a_scheduler_may_repeat_sigterm(stop: StopRequests, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM sends it when a grace time begins, and again when it ends, with KillWait left to save."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(faults, "REPEAT_S", -1.0)
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.exit_code == EXIT_STOPPED
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequests()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.exit_code == 0
+        stop.close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_loader_process_ignores_the_inherited_handler(stop: StopRequests) -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bfsys.goodput import CAUSES, FILE, goodput, read_seconds
+from bfsys.goodput import CAUSES, FILE, STARTED, Ledger, goodput, read_seconds
 
 
 def write(folder: Path, events: list[dict]) -> Path:
@@ -15,8 +16,8 @@ def write(folder: Path, events: list[dict]) -> Path:
     return folder
 
 
-def note(time: float, step: int, stall_s: float = 0.0, wait_s: float = 0.0) -> dict:
-    return {"event": "note", "time": time, "step": step, "stall_s": stall_s, "wait_s": wait_s}
+def note(at: float, step: int, stall_s: float = 0.0, wait_s: float = 0.0) -> dict:
+    return {"event": "note", "time": at, "step": step, "stall_s": stall_s, "wait_s": wait_s}
 
 
 def test_every_second_has_its_cause(tmp_path: Path) -> None:
@@ -34,6 +35,32 @@ def test_every_second_has_its_cause(tmp_path: Path) -> None:
     assert seconds == {"productive": 40 - 3 + 30 - 5, "lost": 20, "restart": 10 + 25, "stall": 1, "data_wait": 2 + 5}
     assert sum(seconds.values()) == 225 - 100
     assert goodput(seconds) == pytest.approx(62 / 125)
+
+
+def test_a_clock_that_is_set_back_makes_no_duration_negative(tmp_path: Path) -> None:
+    run = write(tmp_path, [
+        {"event": "start", "time": 1000, "step": 0},
+        {"event": "begin", "time": 1010},
+        note(1050, 4),
+        {"event": "start", "time": 500, "step": 4},  # half an hour back, between two starts
+        {"event": "begin", "time": 520},
+        note(560, 8),
+    ])  # fmt: skip
+    assert read_seconds(run) == {"productive": 40, "lost": 0, "restart": 10, "stall": 0, "data_wait": 0}
+
+
+def test_a_start_goes_on_from_the_latest_event_although_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STARTED, "1000")
+    run = write(tmp_path, [{"event": "start", "time": 4e9, "step": 0}, {"event": "begin", "time": 4e9}, note(4e9, 2)])
+    ledger = Ledger(run, is_first=True)
+    ledger.resumed(2)
+    ledger.begins()
+    time.sleep(0.05)
+    ledger.note(3)
+    ledger.close()
+    assert 0.05 <= read_seconds(run)["productive"] < 60
 
 
 def test_a_torn_line_is_no_event(tmp_path: Path) -> None:

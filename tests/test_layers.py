@@ -12,7 +12,7 @@ from tests.conftest import REPOSITORY
 
 # From the bottom up. A module may import modules of lower rows, and in a package those of its own folder.
 LAYERS = [
-    ["console"],
+    ["console", "process"],
     ["errors"],
     ["typed_yaml", "batch"],
     ["model"],
@@ -23,7 +23,7 @@ LAYERS = [
     ["checkpoint", "faults", "goodput"],
     ["guard", "watchdog", "metrics", "report"],
     ["evaluate", "initial"],
-    ["dryrun", "predict", "export", "run"],
+    ["dryrun", "predict", "export", "rehearsal", "run"],
     ["train"],
     ["job"],
     ["restarts"],

@@ -15,10 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config, load_config
-from bfsys.data.datasets import make_plan, open_training
+from bfsys.data.datasets import make_plan, open_evaluation, open_training
 from bfsys.data.loader import training_batches
+from bfsys.data.quarantine import Quarantine
 from bfsys.dist import Ranks
+from bfsys.evaluate import evaluate
+from bfsys.faults import how_it_ended
 from bfsys.loss import loss_and_sums
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import learning_rate
@@ -88,8 +92,8 @@ def train_plainly(config: Config) -> tuple[list[float], list[float], dict[str, T
 def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(config file, folder of runs): every stage and precision on two ranks, then every stage resumed.
 
-    `s1-fp32` is a whole run; `s1-fp32-resumed` continues from its checkpoint of step 4; `3-from-1` continues
-    that of stage 1 at stage 3.
+    `s1-fp32` is a whole run; `s1-fp32-resumed` continues from its checkpoint of step 4, tries its largest micro-batch
+    first, as on a GPU, and evaluates every three steps; `3-from-1` continues that of stage 1 at stage 3.
     """
     import yaml
 
@@ -108,8 +112,8 @@ def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         ("1-from-3", 1, "fp32", "s3-fp32"),
     ]:
         cut_short(folder / "runs" / source, folder / "runs" / name, step=4)
-        resumed.append(f"name={name} train.zero_stage={stage} train.precision={precision}")
-    assert_success(_run_ranks(2, ["tests/worker.py", str(config), *resumed]))
+        resumed.append(f"name={name} train.zero_stage={stage} train.precision={precision} train.eval_every=3")
+    assert_success(_run_ranks(2, ["tests/worker.py", "--rehearse", str(config), *resumed]))
     return config, folder / "runs"
 
 
@@ -157,12 +161,25 @@ def test_resumed_equals_uninterrupted(stage: int, precision: str, stage_runs: tu
     _, runs = stage_runs
     whole, resumed = runs / f"s{stage}-{precision}", runs / f"s{stage}-{precision}-resumed"
     assert losses(resumed) == losses(whole)
+    assert [line["step"] for line in lines(resumed, "eval")] == [6, 9, 10]
     assert [line["step"] for line in lines(resumed)] == list(range(1, 11))
     for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         one, other = tensors(newest(whole), state), tensors(newest(resumed), state)
         assert one
         assert one.keys() == other.keys()
         assert all(torch.equal(one[n], other[n]) for n in one), state
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_evaluations_judge_the_averaged_weights(stage: int, stage_runs: tuple[Path, Path]) -> None:
+    """They are what predict uses, and what `train.keep_best` is to be about."""
+    run = stage_runs[1] / f"s{stage}-fp32"
+    (own,) = lines(run, "eval")
+    for average in (True, False):
+        model, config, manifest = load_model(run, average=average)
+        validation = open_evaluation(config, "val", manifest["classes"])
+        again = evaluate(model, config, validation, ALONE, Quarantine(), manifest["step"])
+        assert (own["loss"] == pytest.approx(again["loss"], rel=1e-5)) == average
 
 
 @pytest.mark.parametrize(("name", "source"), [("3-from-1", 1), ("1-from-3", 3)])
@@ -219,6 +236,27 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(config_file: Path, t
     assert f"stopped on request after step {step}" in outputs[0][0]
 
 
+WITHOUT_A_CONSOLE = """
+import os, runpy, sys
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+os.close(reader)  # as after `… | head`
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+runpy.run_path("bfsys/train.py", run_name="__main__")
+"""
+
+
+def test_training_without_a_console_loses_nothing(config_file: Path, tmp_path: Path, run_ranks) -> None:
+    (result,) = run_ranks(1, ["-c", WITHOUT_A_CONSOLE, str(config_file), "train.eval_every=5"])
+    run = tmp_path / "runs" / "tiny"
+    assert result.returncode == 0, (run / "log" / "rank-0.log").read_text()
+    assert [line["step"] for line in lines(run) if line["kind"] == "train"] == list(range(1, 11))
+    assert how_it_ended(run)["exit_code"] == 0
+    log = (run / "log" / "rank-0.log").read_text()
+    assert log.count("step  5/10") == log.count("evaluation:") / 2 == 1
+    assert "finished: 10 steps" in log
+
+
 RANK_1_FAILS = """
 import os, sys, time
 from bfsys import dist, train
@@ -238,7 +276,7 @@ dist.leave(exit_code_of(lambda: train.main(sys.argv[1:])))
 """
 
 
-def test_a_rank_that_fails_alone_says_why_and_ends_at_once(config_file: Path) -> None:
+def test_a_rank_that_fails_alone_says_why_and_ends_at_once(config_file: Path, tmp_path: Path) -> None:
     ranks = start_ranks(2, run_python, ["-c", RANK_1_FAILS, str(config_file)])
     try:
         outputs = [rank.communicate(timeout=120)[1] for rank in ranks]
@@ -247,7 +285,12 @@ def test_a_rank_that_fails_alone_says_why_and_ends_at_once(config_file: Path) ->
             rank.kill()
     assert [rank.returncode for rank in ranks] == [1, 1]
     assert "MemoryError: the GPU is full" in outputs[1].partition("Traceback")[2]
-    assert outputs[0].splitlines()[-1] == "error: rank 0: lost the other ranks; the one that failed says why"
+    said = outputs[0].splitlines()[-1]
+    assert said.startswith("error: rank 0: the connection to another rank was lost (")
+    assert said.endswith("; the first error in the other ranks' logs says why")
+    ended = how_it_ended(tmp_path / "runs" / "tiny")  # by the rank that failed, not by those that it took along
+    assert ended["exit_code"] == 1
+    assert ended["reason"] == "rank 1: MemoryError: the GPU is full"
 
 
 def test_bad_input_ends_with_code_2_and_says_all_once(config_file: Path, tmp_path: Path, run_ranks) -> None:

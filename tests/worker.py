@@ -1,6 +1,7 @@
-"""One rank that trains several runs in one process: `worker.py CONFIG "override override" "override …" …`.
+"""One rank that trains several runs in one process: `worker.py [--rehearse] CONFIG "override override" "override …" …`.
 
-Starting a rank takes seconds, most of them imports; tests that compare runs start their ranks once.
+Starting a rank takes seconds, most of them imports; tests that compare runs start their ranks once. With --rehearse,
+each run tries its largest micro-batch before its first step, which training does by itself on GPUs only.
 """
 
 import sys
@@ -9,15 +10,28 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bfsys import dist
+from bfsys import dist, train
 from bfsys.config import load_config
-from bfsys.train import train
+from bfsys.rehearsal import rehearse
+
+
+def rehearse_first(run: train.Run, manifest: dict, notes: list[str]) -> int:
+    gradients = rehearse(run.engine, run.config, run.training, run.plan, run.ranks)
+    assert run.engine.stage == 3 or any(g is not None and g.any() for g in gradients)
+    return make_steps(run, manifest, notes)
+
+
+make_steps = train.make_steps
 
 if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if arguments[0] == "--rehearse":
+        arguments.pop(0)
+        train.make_steps = rehearse_first
     ranks = dist.ranks_from_environment()
     dist.start(ranks, timeout_s=60)
-    for overrides in sys.argv[2:]:
-        code = train(load_config(sys.argv[1], overrides.split()), ranks)
+    for overrides in arguments[1:]:
+        code = train.train(load_config(arguments[0], overrides.split()), ranks)
         assert code == 0, code
     dist.stop()
     dist.leave(0)

@@ -32,8 +32,7 @@ import numpy as np
 
 from bfsys.checkpoint.loading import newest_readable
 from bfsys.config import Config, load_config
-from bfsys.data.byte_transforms import lengths_after
-from bfsys.data.datasets import Sources, make_plan, open_training
+from bfsys.data.datasets import Sources, make_plan, micro_batch_lengths, open_training
 from bfsys.data.plan import Plan, lanes_of_rank
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.model.byteformer import parameter_count
@@ -93,7 +92,7 @@ def estimate(config: Config, ranks: int, sources: Sources, plan: Plan) -> Estima
     for step in range(min(PLANNED_STEPS, config.train.steps)):
         of_lanes = []
         for lane in range(plan.lanes):
-            lengths = _lengths(plan, sources, step, lane)
+            lengths = micro_batch_lengths(plan, sources, step, lane)
             of_lanes.append(flops_per_step(lengths, architecture, classes).total)
             largest = max(largest, int(token_counts(lengths, architecture, config.model.mode).sum()))
         read.append(sum(plan.bytes_of(plan.micro_batch(step, lane)) for lane in range(plan.lanes)))
@@ -110,18 +109,6 @@ def estimate(config: Config, ranks: int, sources: Sources, plan: Plan) -> Estima
         checkpoint_bytes=16 * parameters,
         steps=config.train.steps,
     )
-
-
-def _lengths(plan: Plan, sources: Sources, step: int, lane: int) -> np.ndarray:
-    """Bytes of each file as the model gets it, int64 [B]; of files that are encoded anew and compressed, as stored."""
-    batch = plan.micro_batch(step, lane)
-    lengths = []
-    for number, (split, augmentation) in enumerate(zip(plan.splits, sources.augmentations, strict=True)):
-        stored = split.samples["length"][batch.sample[batch.source == number]].astype(np.int64)
-        if augmentation and not augmentation.compresses:
-            stored = np.full_like(stored, augmentation.least_bytes)
-        lengths.append(lengths_after(sources.transforms, stored))
-    return np.concatenate(lengths)
 
 
 def _state_bytes(config: Config, parameters: int, ranks: int) -> int:

@@ -130,9 +130,12 @@ def remove_others(args: argparse.Namespace) -> int:
         else:
             whole.append(path)
     for path in superfluous(args.run, whole, keep):
-        print(f"{'would be removed' if args.dry_run else 'removed'}: {path}")
         if not args.dry_run:
-            remove(path)
+            try:
+                remove(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be removed: {error.strerror}") from None
+        print(f"{'would be removed' if args.dry_run else 'removed'}: {path}")
     return 0
 
 

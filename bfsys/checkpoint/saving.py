@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -211,7 +212,7 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
         "copies": copies,
     }
     # To stop, training finishes its save first: its process never hears of these signals, from its first moment on.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP))
     try:
         process = subprocess.Popen(
             [sys.executable, "-I", writer.__file__],  # nothing from the current folder, nor from the environment
@@ -221,8 +222,9 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    process.stdin.write(json.dumps(task).encode())
-    process.stdin.close()
+    with suppress(BrokenPipeError):  # it has ended already: `Saver.finish` will say so
+        process.stdin.write(json.dumps(task).encode())
+        process.stdin.close()
     process.stdin = None  # so that `communicate` only reads
     return process
 
@@ -245,4 +247,5 @@ def _raise_problems(answers: list[dict], final: Path) -> None:
     text = f"checkpoint {final}: cannot be written: {text}; earlier ones are untouched"
     if all(answer["errno"] in PASSING for answer in failed):
         raise RuntimeError(text)  # as a crash: a launcher starts the run again
-    raise dist.AgreedError(text + "; make room or mend it, and the same command continues", exit_code=EXIT_STORAGE)
+    text += "; free disk space or repair the disk, and run the same command to resume"
+    raise dist.AgreedError(text, exit_code=EXIT_STORAGE)

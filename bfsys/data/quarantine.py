@@ -11,6 +11,7 @@ loaders do; and to stop at the first one, which wastes a night for one file in a
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,6 +48,7 @@ class Quarantine:
         self.path = run_dir / FILE if run_dir else None
         self._rows: dict[tuple[str, str, int], BadSample] = {}
         self._found: list[BadSample] = []
+        self._steps: list[int] = []  # of the rows, in order
 
     @classmethod
     def load(cls, run_dir: Path, ranks: dist.Ranks) -> Quarantine:
@@ -60,9 +62,9 @@ class Quarantine:
         """{sample: first step that it is bad at} of a source."""
         return {row.sample: row.step for (*of, _), row in self._rows.items() if of == [split, source]}
 
-    def until(self, step: int) -> list[BadSample]:
-        """What was found in the first `step` steps."""
-        return [row for row in self._rows.values() if row.step < step]
+    def count_until(self, step: int) -> int:
+        """How many samples were found to be bad in the first `step` steps."""
+        return bisect_left(self._steps, step)
 
     @property
     def news(self) -> int:
@@ -110,6 +112,8 @@ class Quarantine:
             if self._is_new(row):
                 self._rows[row.split, row.source, row.sample] = row
                 new.append(row)
+        if new:
+            self._steps = sorted(row.step for row in self._rows.values())
         return new
 
 

@@ -10,6 +10,7 @@ turns a truncated file into a SIGBUS.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +27,12 @@ from bfsys.data.quarantine import BadSample
 from bfsys.data.remote import WrongContentError
 from bfsys.data.shards import Split
 from bfsys.errors import UserError
+from bfsys.process import open_files_limit
 
-# Shards that a reader keeps open at a time: well below the usual limit of 1,024 files per process.
-OPEN_SHARDS = 128
+# Shards that a reader keeps open at a time, but at most a quarter of the files that the process may have open: it may
+# have a reader for evaluation too. Each lane reads from the shards of its block in turn, and opening a shard again is a
+# request to the server of a network file system.
+OPEN_SHARDS = 4096
 # Other samples that are tried in the place of a bad one.
 STAND_INS = 100
 # Longer than this, reading waits for a disk.
@@ -104,6 +108,7 @@ class ShardReader:
         self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in splits]
         self._rows = [np.asarray(split.samples) for split in splits]
         self._files: dict[tuple[int, int], int] = {}  # the one opened first is closed first
+        self._most_open = max(1, min(OPEN_SHARDS, open_files_limit() // 4))
         # Shards that cannot be had, and why, and those of which a sample could not be read in all its tries: to find
         # out takes long, and each has thousands of samples.
         self._lost: dict[tuple[int, int], str] = {}
@@ -255,7 +260,7 @@ class ShardReader:
                     second = read.tobytes()
                 encoded, share = augmentation(content, rng, second)
                 return Made(np.frombuffer(encoded, np.uint8), made.label, second_label, share), rng
-            except UserError:
+            except (UserError, MemoryError):
                 raise
             except Exception as error:  # decoders raise anything when they meet a damaged file
                 problem = str(error) if isinstance(error, BadFileError) else f"cannot be decoded ({error})"
@@ -327,10 +332,17 @@ class ShardReader:
         for one in list(self._files) if self.splits[source].dataset.cache else ():
             if os.fstat(self._files[one]).st_nlink == 0:  # evicted: open, it would take up the disk all the same
                 self._forget(*one)
-        if len(self._files) >= OPEN_SHARDS:
+        if len(self._files) >= self._most_open:
             os.close(self._files.pop(next(iter(self._files))))
         try:
             descriptor = self._files[source, shard] = self.splits[source].open_shard(shard)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise UserError(
+                f"{self.splits[source].dataset.location}: too many open files: this process may have "
+                f"{open_files_limit():,}, and {len(self._files):,} are shards; raise the limit (ulimit -n 65536)"
+            ) from None
         except WrongContentError as error:
             self._lost[source, shard] = str(error)
             raise

@@ -67,6 +67,15 @@ class Block(nn.Module):
         self.after_attention = torch.compile(self.after_attention, dynamic=True)
 
 
+def norm_keeping_dtype(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """`norm(x)` in the dtype of `x`, [N, D] -> [N, D].
+
+    Autocast on GPUs, but not on CPUs, gives it in float32: the residual stream would be float32 from the first merging
+    on, and take twice the memory.
+    """
+    return norm(x).to(x.dtype)
+
+
 class Merge(nn.Module):
     """Pairs of tokens become one, [N, D] -> [N / 2, D]; the norm comes after the projection, as published."""
 
@@ -83,7 +92,7 @@ class Merge(nn.Module):
     def compute(self, x: Tensor, rounding: Tensor) -> Tensor:
         if len(rounding):  # the partner of a last odd token must be zero
             x = x.index_fill(0, rounding, 0)
-        return self.norm(self.reduction(x.view(len(x) // 2, -1)))
+        return norm_keeping_dtype(self.norm, self.reduction(x.view(len(x) // 2, -1)))
 
 
 class ByteFormer(nn.Module):
@@ -125,7 +134,7 @@ class ByteFormer(nn.Module):
             x = block(x, layout.layers[layer])
             if str(layer) in self.merges:
                 x = self.merges[str(layer)](x, next(rounding))
-        x = segment_mean(self.norm(x), layout.tokens)  # [B, D]
+        x = segment_mean(norm_keeping_dtype(self.norm, x), layout.tokens)  # [B, D]
         return self.head(x)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,6 +204,35 @@ def starts(run: Path, *ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -
     return code, pauses
 
 
+def test_a_repeated_request_ends_at_once_only_if_a_person_makes_it(make_job, tmp_path, monkeypatch):
+    """A SLURM job's second SIGTERM comes when its grace time ends, while a checkpoint may still be written."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    job = make_job("""
+received = []
+signal.signal(signal.SIGTERM, lambda *_: received.append("TERM"))
+ready()
+while len(received) < 2:
+    time.sleep(0.02)
+time.sleep(1)
+sys.exit(130)
+""")
+    monkeypatch.setattr(local, "GRACE_S", 0.1)
+    monkeypatch.setattr(local, "REPEAT_S", 0.05)
+    group = local.Group(job, 1, prepared(tmp_path / "log"))
+    wait_until((tmp_path / "pids-0").exists, 300)
+    for at_s in (0.2, 0.5):
+        threading.Timer(at_s, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        assert group.wait(lambda: None) == 130
+    finally:
+        group.close()
+
+
+def prepared(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
 @pytest.mark.parametrize("code", [0, 2, 65, 74, 75, 130])
 def test_an_end_that_another_start_would_not_change_is_the_end(tmp_path, monkeypatch, code):
     assert starts(tmp_path, (code, 4), monkeypatch=monkeypatch) == (code, [])
@@ -220,7 +250,8 @@ def test_three_starts_again_without_progress_are_enough(tmp_path, monkeypatch, c
     assert "3 starts again without a new checkpoint" in capfd.readouterr().err
 
 
-def test_training_survives_a_killed_rank_stops_on_request_and_continues_to_its_end(config_file, tmp_path):
+def test_training_survives_a_killed_rank_and_its_terminal_and_continues_to_its_end(config_file, tmp_path):
+    """First a rank is killed, then nobody reads the console any more, then SIGHUP comes, as when a terminal goes away."""
     run = tmp_path / "runs" / "tiny"
     command = [sys.executable, LAUNCHER, "--ranks", "2", config_file, "train.steps=150", "train.save_every=5"]
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -231,13 +262,15 @@ def test_training_survives_a_killed_rank_stops_on_request_and_continues_to_its_e
             processes = psutil.Process(launcher.pid).children()
             (killed,) = [p for p in processes if p.name() == "bfsys rank 1"]
             killed.kill()
-        elif killed and line.startswith("step  30/150"):
-            launcher.terminate()
+        elif killed and line.startswith("step  20/150"):
+            launcher.stdout.close()
             break
-    said += launcher.stdout.readlines()
+    wait_until(lambda: lines(run)[-1]["step"] >= 30, 300)
+    launcher.send_signal(signal.SIGHUP)
     assert launcher.wait(timeout=300) == 130, "".join(said)
     assert any(line.startswith("starting again in 0 s, from step ") for line in said)
-    stopped = int("".join(said).partition("stopped on request after step ")[2].partition(";")[0])
+    log = (run / "log" / "rank-0.log").read_text()
+    stopped = int(log.partition("stopped on request after step ")[2].partition(";")[0])
     assert 30 <= stopped < 150
     assert (run / "checkpoints" / "latest").read_text() == f"step_{stopped:08}\n"
     assert how_it_ended(run)["exit_code"] == 130

@@ -1,0 +1,59 @@
+"""The largest micro-batch of the next steps, tried before the first one: a run that does not fit into the memory of its
+GPU ends at its start, with the reason, instead of after hours, and again at the same step after each restart.
+
+Loss and gradient are computed and dropped, without telling the engine: `torch.autograd.grad` adds nothing to the
+gradients of parameters and calls none of the hooks on them. Stage 3 is left out, because a parameter's shape there is
+not that of its gradient.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bfsys.batch import ByteBatch, Sample
+from bfsys.config import Config
+from bfsys.data.datasets import Sources, micro_batch_lengths
+from bfsys.data.plan import Plan, lanes_of_rank
+from bfsys.dist import Ranks
+from bfsys.engine import Engine
+from bfsys.errors import UserError
+from bfsys.loss import loss_and_sums
+from bfsys.model.layout import token_counts
+
+STEPS = 20  # the plan deals lengths evenly, so the micro-batches of other steps are hardly larger
+
+
+def rehearse(engine: Engine, config: Config, sources: Sources, plan: Plan, ranks: Ranks) -> list[Tensor]:
+    """The gradient for the largest micro-batch of this rank's first steps, which is all zero bytes, by parameter; empty
+    at stage 3. Raises UserError if it does not fit into memory."""
+    if engine.stage == 3:
+        return []
+    lengths, tokens = largest_micro_batch(config, sources, plan, ranks)
+    batch = ByteBatch.from_samples([Sample("", np.zeros(n, np.uint8), label=0) for n in lengths.tolist()])
+    try:
+        batch = batch.to(ranks.device)
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=engine.uses_autocast):
+            logits = engine.module(batch)  # not through the engine, which would expect a backward pass of its own
+        loss, _ = loss_and_sums(logits, batch, len(sources.splits), config.optim.label_smoothing)
+        return list(torch.autograd.grad(loss, list(engine.module.parameters()), allow_unused=True))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"rank {ranks.rank}: a micro-batch of {len(lengths)} files, {lengths.sum():,} bytes and {tokens:,} tokens "
+            f"does not fit into the memory of {ranks.device}: {str(error).splitlines()[0]} Set "
+            f"model.activation_checkpointing=true or a higher train.zero_stage, or start a new run with more data.lanes"
+        ) from None
+
+
+def largest_micro_batch(config: Config, sources: Sources, plan: Plan, ranks: Ranks) -> tuple[np.ndarray, int]:
+    """(int64 [B] lengths in bytes, tokens) of the one with the most tokens among the first STEPS steps of a rank."""
+    architecture = config.model.architecture()
+    best, most = np.zeros(0, np.int64), -1
+    for step in range(min(STEPS, config.train.steps)):
+        for lane in lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size):
+            lengths = micro_batch_lengths(plan, sources, step, lane)
+            tokens = int(token_counts(lengths, architecture, config.model.mode).sum())
+            if tokens > most:
+                best, most = lengths, tokens
+    return best, most

@@ -1,0 +1,27 @@
+"""Autocast on a GPU, without one: fake tensors go through the same rules and have no values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bfsys.model.byteformer import Merge, norm_keeping_dtype
+
+
+@pytest.fixture
+def autocast_for_gpus(monkeypatch: pytest.MonkeyPatch) -> torch.autocast:
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
+    return torch.autocast("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_do_not_widen_the_residual_stream(dtype: torch.dtype, autocast_for_gpus: torch.autocast) -> None:
+    """ZeRO 0 trains in bfloat16 by autocast, which on GPUs gives layer norms in float32, and on CPUs does not."""
+    with FakeTensorMode(), torch.device("cuda"):
+        merge, x = Merge(16), torch.randn(8, 16, dtype=dtype)
+        with autocast_for_gpus:
+            assert merge.norm(x).dtype == torch.float32
+            assert norm_keeping_dtype(merge.norm, x).dtype == dtype
+            assert merge.compute(x, torch.zeros(0, dtype=torch.int64)).dtype == torch.bfloat16
