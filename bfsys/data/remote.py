@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections import deque
@@ -26,8 +27,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from bfsys.config import is_remote as is_remote
 from bfsys.data.streams import Stopped, TryFailed, WrongContent, base_name, hide, stream
-from bfsys.data.streams import is_remote as is_remote
 from bfsys.data.streams import url_of as url_of
 from bfsys.errors import EXIT_CRASHED, UserError
 
@@ -107,6 +108,8 @@ class Cache:
                     content += data
                     if len(content) > limit_bytes:
                         raise UserError(f"{hide(url)}: holds more than {limit_bytes:,} bytes; is it the right file?")
+            if not content:
+                raise WrongContent("the answer is empty")
             return bytes(content)
 
         return self._try_often(url, once, stop)
@@ -125,8 +128,11 @@ class Cache:
                 return open(self.fetch(url, sha256=sha256, size_bytes=size_bytes), "rb")
 
     def prefetch(self, url: str, *, sha256: str, size_bytes: int | None, stop: threading.Event) -> None:
-        """Fetch unless somebody is at it. Raises something when `stop` is set before the end."""
-        self._fetch(url, sha256, size_bytes, stop, wait=False)
+        """Fetch unless somebody is at it, without a word. Raises something when `stop` is set before the end.
+
+        The file's lock is free between tries, so that who needs the file now takes over, and says why it has to wait.
+        """
+        self._try_often(url, lambda: self._fetch(url, sha256, size_bytes, stop, wait=False), stop, is_awaited=False)
 
     def path_of(self, url: str, sha256: str) -> Path:
         """Where a file with that content lies, if it is cached."""
@@ -168,7 +174,14 @@ class Cache:
             with _locked(path, wait=wait) as mine:
                 if not mine or self._mark_used(path, size_bytes):
                     return path, False
-                self._download(url, path, sha256.lower(), size_bytes, stop)
+
+                def once() -> None:
+                    self._download(url, path, sha256.lower(), size_bytes, stop)
+
+                if wait:
+                    self._try_often(url, once, stop)
+                else:
+                    once()
         except OSError as error:
             raise UserError(
                 f"{path}: the cache cannot be used ({error}); point data.cache_dir at a folder of your own"
@@ -188,10 +201,10 @@ class Cache:
         return True
 
     def _download(self, url: str, path: Path, sha256: str, size_bytes: int | None, stop: threading.Event) -> None:
-        """Fetch a file whose lock is held. On a full disk once more, with the file's size evicted first."""
+        """One try of a file whose lock is held. On a full disk once more, with the file's size evicted first."""
         for again in (True, False):
             try:
-                return self._try_often(url, lambda: self._write(url, path, sha256, size_bytes, stop), stop)
+                return self._write(url, path, sha256, size_bytes, stop)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -208,7 +221,7 @@ class Cache:
                 ) from error
 
     def _write(self, url: str, path: Path, sha256: str, size_bytes: int | None, stop: threading.Event) -> None:
-        """One try. The .part is as long as the file will be, so that what it reserves counts as taken."""
+        """Write the file. The .part is as long as the file will be, so that what it reserves counts as taken."""
         part = path.with_name(path.name + PART)
         digest, written, reserved = hashlib.sha256(), 0, 0
         try:
@@ -282,31 +295,41 @@ class Cache:
             total -= size
         return total <= keep_bytes
 
-    def _try_often(self, url: str, once: Callable[[], T], stop: threading.Event) -> T:
+    def _try_often(self, url: str, once: Callable[[], T], stop: threading.Event, *, is_awaited: bool = True) -> T:
+        """Try until it succeeds. Where somebody waits for it, standard error says why each try failed."""
         reasons: list[str] = []
-        wrong = True
-        for attempt in range(self.attempts):
-            if wrong and attempt == CERTAIN_AFTER:
-                break  # the server is well
-            if attempt > 0:
-                self._count(retries=1)
-                digest = hashlib.sha256(f"{url} {attempt}".encode()).digest()
-                jitter = 0.75 + 0.5 * int.from_bytes(digest[:4]) / 2**32  # spread, and no random state touched
-                if stop.wait(self.back_off_s * 2 ** (attempt - 1) * jitter):
-                    raise Stopped
+        wrong, tries = True, self.attempts
+        while len(reasons) < tries:
             try:
                 return once()
             except TryFailed as failed:
-                reasons.append(f"{attempt + 1}: {failed}")
+                reasons.append(str(failed))
                 wrong = wrong and isinstance(failed, WrongContent)
+            tries = min(self.attempts, CERTAIN_AFTER) if wrong else self.attempts  # if wrong, the server is well
+            if len(reasons) < tries:
+                pause_s = self._pause_s(url, len(reasons))
+                if is_awaited:
+                    next_one = f"the next one comes in {pause_s:.1f} s"
+                    line = f"{hide(url)}: try {len(reasons)} of {tries} failed ({reasons[-1]}); {next_one}"
+                    print(line, file=sys.stderr, flush=True)
+                self._count(retries=1)
+                if stop.wait(pause_s):
+                    raise Stopped
+        numbered = "; ".join(f"{number}: {reason}" for number, reason in enumerate(reasons, start=1))
         problem = (
-            f"{hide(url)}: could not be fetched in {len(reasons)} tries ({'; '.join(reasons)}). Check the address, "
+            f"{hide(url)}: could not be fetched in {len(reasons)} tries ({numbered}). Check the address, "
             f"the rights and the network of this machine, then start again: what was fetched is kept. If size or "
             f"sha256 differ each time, the file there is not the one that dataset.json names: upload it again"
         )
         if wrong:
             raise WrongContentError(problem)
         raise UserError(problem, exit_code=EXIT_CRASHED)  # launchers start the run again: the server may come back
+
+    def _pause_s(self, url: str, failed: int) -> float:
+        """How long to wait after so many tries: twice as long each time; spread, and no random state is touched."""
+        digest = hashlib.sha256(f"{url} {failed}".encode()).digest()
+        jitter = 0.75 + 0.5 * int.from_bytes(digest[:4]) / 2**32
+        return self.back_off_s * 2 ** (failed - 1) * jitter
 
     def _too_large(self, url: str, size: str) -> UserError:
         return UserError(

@@ -23,18 +23,19 @@ from urllib.parse import quote, unquote, urlsplit
 
 import psutil
 
+from bfsys.config import PIPE
 from bfsys.errors import UserError
 
 if TYPE_CHECKING:
     from webdataset.gopen import Pipe
 
-PIPE = "pipe:"
 PIPE_EXAMPLE = "pipe:aws s3 cp s3://bucket/dir/{file} -"
 PROGRAMS = {"http": "curl", "https": "curl", "ftps": "curl", "sftp": "curl", "scp": "curl", "s3": "aws", "gs": "gsutil"}
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # The file's name comes from a dataset.json that somebody else may have written, and goes into a shell command.
 HARMLESS_IN_SHELL = re.compile(r"[\w.+=@%:,][\w.+=@%:,/-]*")
 GONE = ("404", "410")  # HTTP: the server is well and the file is not there
+CANNOT_RUN = (126, 127)  # exit status of a shell: the command is not executable, or not there
+ERROR_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|\?xml)\b", re.IGNORECASE)
 CHUNK_BYTES = 1 << 20
 POLL_S = 0.1  # how soon a download notices that it is to stop
 
@@ -49,11 +50,6 @@ class WrongContent(TryFailed):
 
 class Stopped(Exception):
     """The prefetcher was closed."""
-
-
-def is_remote(location: str) -> bool:
-    """Whether `location` is for gopen, rather than a path: has a scheme, or is a command."""
-    return location.startswith(PIPE) or SCHEME.match(location) is not None
 
 
 def url_of(location: str, file: str) -> str:
@@ -150,7 +146,11 @@ def _end_tree(process: subprocess.Popen) -> None:
 
 
 def stream(url: str, stall_s: float, stop: threading.Event, size_bytes: int | None = None) -> Iterator[bytes]:
-    """What a URL holds, as it comes. Raises TryFailed where it stalls or ends badly; leaves no process behind."""
+    """What a URL holds, as it comes. Leaves no process behind.
+
+    Raises TryFailed where it stalls or ends badly or a server's page comes instead, and UserError where another try
+    would do no better.
+    """
     received = 0
     with tempfile.NamedTemporaryFile(prefix="bfsys-") as errors:
         source = _open(url, stall_s, errors.name)
@@ -158,6 +158,9 @@ def stream(url: str, stall_s: float, stop: threading.Event, size_bytes: int | No
         file = source if process is None else source.stream
         try:
             while data := _next_bytes(file.fileno(), stall_s, stop, received):
+                if received == 0 and ERROR_PAGE.match(data):
+                    page = hide(data[:80].decode("utf-8", "replace"))
+                    raise WrongContent(f"the answer is a web page, not the file; it begins with {page!r}")
                 received += len(data)
                 yield data
             status = 0 if process is None else process.wait(stall_s)
@@ -167,15 +170,21 @@ def stream(url: str, stall_s: float, stop: threading.Event, size_bytes: int | No
             if process is not None and process.poll() is None:
                 _end_tree(process)
             file.close()
-        if status != 0:
-            complaint = _last_line(errors)
-            curl = re.search(r"returned error: (\d{3})", complaint)
-            code = curl or re.search(r"(?:error occurred \(|NotFoundException: )(\d{3})\b", complaint)  # aws, gsutil
+        complaint = _last_line(errors)
+        if status != 0 or (received == 0 and complaint):  # a pipeline's status is that of its last command
             of = "" if size_bytes is None else f" of {size_bytes:,}"
-            why = f"exit status {status}" + (f": {complaint}" if complaint else "")
-            gone = code is not None and code[1] in GONE
-            message = f"HTTP status {curl[1]}" if curl else f"ended at {received:,}{of} bytes ({why})"
-            raise (WrongContent if gone else TryFailed)(message)
+            raise _failure(url, status, complaint, f"{received:,}{of}")
+
+
+def _failure(url: str, status: int, complaint: str, received: str) -> Exception:
+    """What the end of a command with that exit status and complaint means, after so many bytes."""
+    why = f"exit status {status}" + (f": {complaint}" if complaint else "")
+    if status in CANNOT_RUN:
+        return UserError(f"{hide(url)}: the command cannot be run ({why}); install it, or correct the command")
+    curl = re.search(r"returned error: (\d{3})", complaint)
+    code = curl or re.search(r"(?:error occurred \(|NotFoundException: )(\d{3})\b", complaint)  # aws, gsutil
+    kind = WrongContent if code is not None and code[1] in GONE else TryFailed
+    return kind(f"HTTP status {curl[1]}" if curl else f"ended at {received} bytes ({why})")
 
 
 def _next_bytes(descriptor: int, stall_s: float, stop: threading.Event, received: int) -> bytes:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import psutil
 import pytest
 
 from bfsys.data import remote
-from bfsys.data.remote import Cache, Prefetcher, url_of
+from bfsys.data.remote import Cache, Prefetcher, WrongContentError, url_of
 from bfsys.errors import UserError
 from tests.data.conftest import CONTENT, eventually, make_cache, names, put, sha256
 from tests.data.http_server import FaultyServer
@@ -118,6 +119,58 @@ def test_small_files(server: FaultyServer, tmp_path: Path) -> None:
         cache.read(f"{server.url}/x.tar", limit_bytes=1000)
     with pytest.raises(UserError, match="HTTP status 404; 2: "):
         cache.read(f"{server.url}/typo.json")
+
+
+def test_each_try_that_fails_is_said_while_somebody_waits(
+    server: FaultyServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = make_cache(tmp_path, attempts=4)
+    server.fail("/x.tar", ["503", "wrong", "truncate"])
+    url = f"{server.url}/x.tar?signature=secret"
+    cache.fetch(url, sha256=sha256(CONTENT), size_bytes=len(CONTENT))
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for number, (line, reason) in enumerate(zip(lines, ["HTTP status 503", "sha256 of", "ended at"], strict=True), 1):
+        assert line.startswith(f"{server.url}/x.tar?***: try {number} of 4 failed ({reason}")
+        assert re.search(r"\); the next one comes in \d+\.\d s$", line)
+    server.fail("/x.tar", itertools.repeat("503"))
+    with pytest.raises(UserError, match="could not be fetched in 4 tries"):
+        cache.read(url)
+    assert len(capfd.readouterr().err.splitlines()) == 3  # the error says why the last one failed
+    server.fail("/y.tar", itertools.repeat("404"))
+    with pytest.raises(UserError, match="could not be fetched in 3 tries"):
+        cache.read(f"{server.url}/y.tar")
+    assert [line.partition(" failed")[0][-6:] for line in capfd.readouterr().err.splitlines()] == ["1 of 3", "2 of 3"]
+
+
+def test_who_needs_a_file_does_not_wait_for_the_pauses_of_a_prefetch(
+    server: FaultyServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = make_cache(tmp_path, back_off_s=1000)
+    server.fail("/x.tar", ["503"])
+    prefetcher = Prefetcher(cache)
+    arguments = {"sha256": sha256(CONTENT), "size_bytes": len(CONTENT)}
+    prefetcher.want([(f"{server.url}/x.tar", *arguments.values())])
+    eventually(lambda: cache.retries == 1)
+    assert cache.fetch(f"{server.url}/x.tar", **arguments).read_bytes() == CONTENT
+    prefetcher.close()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"", "the answer is empty"),
+        (b"\n<!DOCTYPE html>\n<title>Sign in</title>", r"the answer is a web page, .* '\\n<!DOCTYPE html>"),
+        (b"<?xml version='1.0'?><Error/>", "the answer is a web page"),
+    ],
+)
+def test_an_answer_that_is_not_the_file_is_shown(
+    server: FaultyServer, tmp_path: Path, answer: bytes, said: str
+) -> None:
+    server.files["/d/dataset.json"] = answer
+    with pytest.raises(WrongContentError, match=f"in 3 tries .1: {said}"):
+        make_cache(tmp_path, attempts=9).read(f"{server.url}/d/dataset.json")
 
 
 def test_each_file_is_fetched_once_for_all_processes(server: FaultyServer, cache: Cache) -> None:

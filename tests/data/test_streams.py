@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from bfsys.data.remote import Cache, is_remote, url_of
 from bfsys.data.streams import base_name, hide
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
 from tests.data.conftest import CONTENT, make_cache, names, put, sha256
 
 pytestmark = pytest.mark.usefixtures("no_orphans")
@@ -90,6 +91,33 @@ def test_commands(tmp_path: Path, cache: Cache) -> None:
         cache.read(url_of(f"pipe:cat {tmp_path}/{{file}}", "typo.tar"))
     with pytest.raises(UserError, match=r"ended at 3 bytes \(exit status 7\)"):
         cache.read("pipe:printf abc; exit 7")
+
+
+@pytest.mark.parametrize("command", ["no_such_command_here {file}", "{folder}/not_executable {file}"])
+def test_a_command_that_cannot_be_run_is_an_error_at_once(tmp_path: Path, cache: Cache, command: str) -> None:
+    (tmp_path / "not_executable").touch()
+    with pytest.raises(
+        UserError, match=r"^pipe:\S+ … file: the command cannot be run \(exit status 12[67]: "
+    ) as caught:
+        cache.read(f"pipe:{command.replace('{folder}', str(tmp_path)).replace('{file}', 'x')}")
+    assert (cache.retries, caught.value.exit_code) == (0, EXIT_USER_ERROR)
+
+
+def test_a_pipeline_that_begins_with_no_command_is_no_empty_file(cache: Cache) -> None:
+    with pytest.raises(UserError, match=r"ended at 0 bytes \(exit status 0: .*no_such_command_here.*not found"):
+        cache.read("pipe:no_such_command_here | cat")
+
+
+def test_a_refused_connection_is_said_in_the_words_of_the_program(
+    cache: Cache, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/x.tar"
+        with pytest.raises(UserError, match="could not be fetched in 3 tries") as caught:
+            cache.read(url)
+    assert caught.value.exit_code == EXIT_CRASHED
+    assert f"{url}: try 1 of 3 failed (ended at 0 bytes (exit status 7: curl: (7) " in capfd.readouterr().err
 
 
 def test_a_silent_command_is_ended_with_all_it_started(tmp_path: Path) -> None:
