@@ -103,7 +103,7 @@ def _number(variable: str, default: int) -> int:
 
 
 def _checked(ranks: Ranks) -> Ranks:
-    if not 0 <= ranks.rank < max(1, ranks.world_size):
+    if not 0 <= ranks.rank < ranks.world_size:
         raise UserError(
             f"RANK is {ranks.rank}, but there are {ranks.world_size} ranks (WORLD_SIZE), numbered from 0; "
             f"{_BOTH_OR_NEITHER}"

@@ -214,4 +214,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output_is_optional=True)

@@ -96,7 +96,6 @@ def main() -> int:
     if args.top < 1:
         raise UserError(f"--top: got {args.top}; at least 1 is needed")
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     classes = manifest["classes"]
@@ -120,7 +119,8 @@ def main() -> int:
     if args.json:
         print(json.dumps(answers, indent=1))
     if problems:
-        raise UserError(*problems)
+        total = f"{len(problems):,} problems; {len(answers):,} files were classified"
+        raise UserError(*problems, *([total] if len(problems) > 1 else []))
     return 0
 
 

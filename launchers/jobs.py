@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bfsys import console
 from bfsys.checkpoint.files import METRICS
 from bfsys.config import load_config
 from bfsys.errors import UserError
@@ -218,6 +219,7 @@ def stop(run_dir: Path) -> int:
     jobs = active(run_dir)
     if not jobs:
         raise UserError(f"{run_dir}: no job of this run waits or runs")
+    console.go_on_without()  # all of them are to end, whoever reads what is printed
     for submitted in jobs:
         answer = subprocess.run(["scancel", submitted.job], capture_output=True, text=True, check=False)
         if answer.returncode:

@@ -39,7 +39,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 from submitit.slurm.slurm import _make_sbatch_string
 
-from bfsys import requeue, typed_yaml
+from bfsys import console, requeue, typed_yaml
 from bfsys.config import Config, load_config
 from bfsys.data.remote import is_remote
 from bfsys.errors import UserError, collecting, run_command, summary_of
@@ -346,6 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.dry_run:
         print(make_executor(args, configs, ROOT).script())
         return 0
+    console.go_on_without()  # a job that was submitted must be noted, whoever reads what is printed
     try:
         paths = [snapshot(config) for config in configs]
     except OSError as error:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,8 @@ def pipe() -> Iterator[tuple[int, int]]:
     ends = os.pipe()
     yield ends
     for end in ends:
-        try:
+        with suppress(OSError):  # the test has closed it
             os.close(end)
-        except OSError:
-            pass  # the test has closed it
 
 
 def make_console(descriptor: int, log: Path | None = None, *, encoding: str = "utf-8", fails: bool = False) -> Console:

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import errno
+import socket
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bfsys import dist
 from bfsys.errors import UserError
 
 LAUNCHER_VARIABLES = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "SLURM_NTASKS", "SLURM_PROCID",
-    "SLURM_LOCALID", "SLURM_TASKS_PER_NODE",
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS",
+    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE",
 )  # fmt: skip
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`launcher(NAME="value", …)` sets a launcher's variables, and no others."""
+
+    def set_variables(**variables: str) -> None:
+        for name in LAUNCHER_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
 
 
 @pytest.mark.parametrize(
@@ -31,21 +48,138 @@ LAUNCHER_VARIABLES = (
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, dist.Ranks()),  # an interactive shell
     ],
 )
-def test_ranks_come_from_the_launcher(
-    variables: dict[str, str], ranks: dist.Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+def test_ranks_come_from_the_launcher(variables: dict[str, str], ranks: dist.Ranks, launcher) -> None:
+    launcher(**variables)
     assert dist.ranks_from_environment() == ranks
 
 
-def test_several_ranks_need_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    monkeypatch.setenv("MASTER_PORT", "12345")
-    with pytest.raises(UserError, match="MASTER_ADDR is not set, so 2 ranks cannot meet"):
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"RANK": "0"}, "RANK is '0', but WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first', which is not a number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1', which is not a number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK is 2, but there are 2 ranks \(WORLD_SIZE\), numbered from 0"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK is 0, but there are 0 ranks"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', which is not a number"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "two"}, "SLURM_NTASKS is 'two', which is not a number"),
+    ],
+)
+def test_a_half_set_environment_is_named(variables: dict[str, str], problem: str, launcher) -> None:
+    launcher(**variables)
+    with pytest.raises(UserError, match=problem):
+        dist.ranks_from_environment()
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({}, "MASTER_ADDR and MASTER_PORT are not set, so 2 ranks cannot meet"),
+        ({"MASTER_PORT": "12345"}, "MASTER_ADDR is not set, so 2 ranks cannot meet"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "ssh"}, "MASTER_PORT is 'ssh', which is not a number"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "a port is a number from 1 to 65535"),
+        ({"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "12345"}, "is not a host that this machine knows"),
+    ],
+)
+def test_several_ranks_need_a_place_to_meet(variables: dict[str, str], problem: str, launcher) -> None:
+    launcher(**variables)
+    with pytest.raises(UserError, match=problem):
         dist.start(dist.Ranks(0, 2, 0, 2), timeout_s=1)
+
+
+def test_a_port_that_is_in_use_is_named(launcher) -> None:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        launcher(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        with pytest.raises(UserError, match=f"port {port} of this machine is in use.*--master_port") as error:
+            dist.start(dist.Ranks(0, 2, 0, 2), timeout_s=5)
+    assert error.value.exit_code == 1  # a launcher that starts the ranks again takes another port
+
+
+def test_a_rank_that_is_late_is_named(launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(dist, "SAY_AFTER_S", 0.1)
+    store = torch.distributed.HashStore()
+    store.set("rank 2", "")
+    with pytest.raises(UserError, match=r"no connection within 0 s from rank 1, rank 3 \(2 of 4 ranks\)") as error:
+        dist._meet(store, dist.Ranks(0, 4, 0, 4), "", timeout_s=0.3)
+    assert error.value.exit_code == 1
+    assert capsys.readouterr().err == "waiting for up to 0 s for rank 1, rank 3 (2 of 4 ranks)\n"
+
+
+def test_ranks_that_would_share_a_gpu_are_refused() -> None:
+    dist._check_gpus(["", "", ""])  # CPUs may be shared
+    dist._check_gpus(["GPU-1 of n1", "GPU-2 of n1", "GPU-1 of n2"])
+    with pytest.raises(dist.AgreedError, match="ranks 0, 2 would share GPU GPU-1 of n1; one rank per GPU"):
+        dist._check_gpus(["GPU-1 of n1", "GPU-2 of n1", "GPU-1 of n1"])
+
+
+def test_one_visible_gpu_and_two_ranks_are_refused_before_nccl_starts(
+    launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with one GPU and `torchrun --nproc-per-node 2`."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="7"))
+    store = torch.distributed.HashStore()
+    store.set("rank 1", dist._device_identity(torch.device("cuda", 0)))
+    monkeypatch.setattr(dist, "_store_of_all", lambda ranks, timeout_s: store)
+    with pytest.raises(dist.AgreedError, match="ranks 0, 1 would share GPU 7 of "):
+        dist.start(dist.Ranks(0, 2, 0, 2), timeout_s=5)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_lost"),
+    [
+        ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.7]:21034", True),
+        ("[../gloo/transport/tcp/pair.cc:446] Read error [10.0.0.7]:21034: Connection reset by peer", True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 6000ms for recv", False),
+        ("[../gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: eth7", False),
+        ("NCCL error: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 4000", False),
+    ],
+)
+def test_only_a_peer_that_has_ended_is_a_lost_connection(text: str, is_lost: bool) -> None:
+    assert bool(dist.lost_connection(RuntimeError(text + "\nException raised from …"))) == is_lost
+    assert dist.lost_connection(RuntimeError(text)) in ("", text)
+
+
+ALONE = """
+import torch
+from bfsys import dist
+from bfsys.errors import exit_code_of
+
+def main():
+    dist.start(dist.Ranks(), timeout_s=77)
+    torch.distributed.new_group()
+    dist.bound_all_groups(77)
+    for group in torch.distributed.distributed_c10d._world.pg_map:
+        print(group._get_backend(torch.device("cpu")).options._timeout)
+
+dist.leave(exit_code_of(main))
+"""
+
+
+def test_every_group_has_the_runs_timeout_and_a_process_alone_needs_no_port(run_ranks) -> None:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        port = f"import os; os.environ['MASTER_PORT'] = '{s.getsockname()[1]}'"
+        (result,) = run_ranks(1, ["-c", port + ALONE])
+    assert (result.returncode, result.stdout) == (0, "0:01:17\n0:01:17\n"), result.stderr
+
+
+def test_the_reason_of_a_failed_set_up_is_said(run_ranks) -> None:
+    (result,) = run_ranks(1, ["-c", "import os; os.environ['GLOO_SOCKET_IFNAME'] = 'eth7'" + ALONE])
+    assert result.returncode == 1
+    assert "cannot be set up" in result.stderr
+    assert "Unable to find address for: eth7" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_process_on_its_own_agrees_with_itself() -> None:

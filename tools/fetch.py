@@ -218,4 +218,4 @@ def unpack_imagenet(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output_is_optional=True)

@@ -336,4 +336,4 @@ def _some(names: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output_is_optional=True)

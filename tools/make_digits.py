@@ -337,4 +337,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output_is_optional=True)

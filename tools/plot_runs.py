@@ -96,4 +96,4 @@ def draw(curves: dict[Path, dict], score: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output_is_optional=True)

@@ -211,8 +211,8 @@ def speak_in_fresh_process(utterances: list[Utterance], seed: int) -> list[tuple
 def main() -> None:
     """What the fresh process does: utterances from standard input, words to standard output."""
     seed, utterances = pickle.load(sys.stdin.buffer)
-    sys.stdout.buffer.write(pickle.dumps(speak([Utterance(*u) for u in utterances], seed)))
-    sys.stdout.buffer.flush()
+    with open(1, "wb", closefd=False) as answer:
+        answer.write(pickle.dumps(speak([Utterance(*u) for u in utterances], seed)))
 
 
 def make_clip(word: np.ndarray, rng: np.random.Generator) -> bytes:

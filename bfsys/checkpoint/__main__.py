@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from bfsys import console
 from bfsys.checkpoint.files import (
     MANIFEST,
     Keep,
@@ -129,6 +130,7 @@ def remove_others(args: argparse.Namespace) -> int:
             print(f"damaged, left alone: {path}")
         else:
             whole.append(path)
+    console.go_on_without()  # removing is the work: a reader that ends, as in `… | head`, does not end it
     for path in superfluous(args.run, whole, keep):
         if not args.dry_run:
             try:
