@@ -42,6 +42,7 @@ NOT_PAYLOAD = ("cls", "json")
 NOT_FILES = (tarfile.DIRTYPE, b"D", b"V")
 MULTIVOLUME = b"M"
 GNU_MAGIC = b"ustar  \0"
+CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f]")  # a sample's key stands in lists, a line for each
 UNREADABLE = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a symbolic link",
@@ -157,7 +158,7 @@ def read_shard(path: Path) -> TarIndex:
             return _index_samples(path, content, sha256)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); fetch or pack this shard again") from error
-    except (ValueError, tarfile.TarError) as error:  # ValueError: an empty file cannot be mapped
+    except (ValueError, OverflowError, tarfile.TarError) as error:  # ValueError: an empty file cannot be mapped
         remedy = how_to_decompress(path) or f"cannot be read as a tar ({error}); fetch or pack this shard again"
         raise UserError(f"{path}: {remedy}") from error
 
@@ -279,6 +280,8 @@ def _why_unreadable(info: tarfile.TarInfo, header: bytes, bytes_left: int) -> st
         return f"is {kind}; extract the tar and pack plain files (tar --dereference --hard-dereference, no --sparse)"
     if ".." in info.name.split("/"):
         return "has '..' in its name, which tar does not extract; pack the tar again, from inside the folder"
+    if CONTROL_CHARACTER.search(info.name):
+        return "has a line break or another control character in its name; rename the file and pack it again"
     size_bytes = tarfile.nti(header[124:136])
     if size_bytes != info.size:
         return f"has {size_bytes:,} bytes by its header and {info.size:,} by its pax header; pack the tar again"

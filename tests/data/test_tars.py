@@ -71,6 +71,12 @@ def test_a_name_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: st
     assert f"x.tar: member {name!r} has '..' in its name" in problem
 
 
+@pytest.mark.parametrize("name", ["cat/a\n.bin", "cat\t/a.bin", "a.bin\0cls"])
+def test_a_name_with_a_control_character_is_refused(tmp_path: Path, name: str) -> None:
+    (problem,) = problems_of(tar_of(tmp_path / "x.tar", regular("a", pax_headers={"path": name})))
+    assert f"member {name!r} has a line break or another control character" in problem
+
+
 def test_a_backup_by_gnu_tar_has_its_names(tmp_path: Path) -> None:
     """The header of an incremental backup holds times where other formats hold the beginning of the name."""
     folder, _ = regular("cat/", b"", type=b"D")
@@ -171,6 +177,14 @@ def test_two_members_of_one_name_are_refused(tmp_path: Path, names: tuple[str, s
     path = tar_of(tmp_path / "x.tar", *map(regular, names), regular("a.cls", b"0"))
     (problem,) = problems_of(path)
     assert f"member {names[1]!r} comes twice" in problem
+
+
+def test_a_size_that_no_computer_has_is_an_error_in_one_line(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "x.tar", regular("é.bin"), regular("é.cls", b"0"))  # a pax header comes first
+    set_fields(path, "././@PaxHeader", {124: b"\x80" + b"\xff" * 11})
+    (problem,) = problems_of(path)
+    assert problem.startswith(f"{path}: cannot be read as a tar (")
+    assert "\n" not in problem
 
 
 def test_two_class_numbers_of_one_sample_are_refused(tmp_path: Path) -> None:
