@@ -7,7 +7,7 @@ import torch
 
 from bfsys import typed_yaml
 from bfsys.config import Config
-from bfsys.data.datasets import Sources, long_files, make_plan, open_evaluation, open_training
+from bfsys.data.datasets import Sources, long_files, make_plan, notes_on_data, open_evaluation, open_training
 from bfsys.data.plan import Plan, fitting_world_sizes, lanes_of_rank
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, collecting
@@ -44,7 +44,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
             print("\n".join(notes))
         validation = open_evaluation(config, data.eval_split, sources.classes)
         _show_sources(data.eval_split, validation)
-        for note in long_files(config, sources) + long_files(config, validation):
+        for note in notes_on_data(sources) + long_files(config, sources) + long_files(config, validation):
             print(f"note        {note}")
     with collecting(problems):
         lanes = lanes_of_rank(data.lanes, 0, world_size)

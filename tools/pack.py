@@ -25,17 +25,13 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import Progress
 
-from bfsys.data import packing
+from bfsys.data import packing, staging
 from bfsys.data.encodings import AS_STORED, Encoding, Fitting, parse_encoding
-from bfsys.data.shards import read_description, summarise
-from bfsys.data.sources import (
-    BadFile,
-    Listing,
-    check_files,
-    list_filelist,
-    list_speech_commands,
-    list_tree,
-)
+from bfsys.data.left_out import left_out_note
+from bfsys.data.shards import read_description, seen_from, summarise
+from bfsys.data.sources import BadFile, Listing, check_files, list_filelist, list_speech_commands, list_tree
+from bfsys.data.splits import split_of_name
+from bfsys.data.workers import write_jobs
 from bfsys.errors import UserError, run_command, summary_of
 
 SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -65,7 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--split", help="put all files into this split")
     add("--splits", metavar="LIST", help="of the splits that SRC has, pack these only, such as val,test")
     add("--val-share", type=float, help=f"share of the files for val (default {DEFAULT_VAL_SHARE})")
-    add("--encoding", default=AS_STORED, help="encode files anew (default: leave them as stored)")
+    add("--encoding", default=AS_STORED, help="decode files and encode them like this (default: leave them as stored)")
     add("--image-size", type=int, metavar="N", help="resize and crop to N × N pixels before encoding")
     add("--sample-rate", type=int, metavar="HZ", help="resample before encoding")
     add("--seconds", type=float, metavar="S", help="cut or fill up to S seconds before encoding")
@@ -86,14 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shard_bytes = read_size("--shard-bytes", args.shard_bytes, problems)
     max_file_bytes = read_size("--max-file-bytes", args.max_file_bytes, problems)
     problems += option_problems(args)
+    staging.refuse_if_locked(folder)
     listing = list_source(args)
     if args.splits:
         keep_splits(listing, args.splits.split(","))
-    check_files(listing, max_file_bytes, encoding)
+    check_files(listing, max_file_bytes, encoding, share_for_val(args))
+    left_out = left_out_note(listing.left_out)
+    if left_out:
+        print(f"{args.src}: {left_out}", file=sys.stderr)
     problems += listing.problems
     if args.val_share is not None and listing.files and not listing.divided:
         problems.append("--val-share: has no effect here, since the splits are given otherwise; drop it")
-    problems += packing.target_problems(folder, {file.split for file in listing.files})
+    splits = set() if listing.problems else {file.split for file in listing.files}
+    problems += packing.target_problems(folder, splits)
     if not args.skip_bad:
         problems += name_bad_files(listing.bad)
     if problems:
@@ -112,21 +113,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seed": args.seed,
     }
     jobs = packing.plan_jobs(folder, listing.files, listing.classes, encoding, fitting, shard_bytes, args.seed)
+    try:
+        with staging.locked(folder):
+            is_new = pack(folder, jobs, listing, encoding, given, args)
+    except OSError as error:  # of writing: files that cannot be read have been sorted out
+        raise UserError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); put that right and run "
+            f"the same command again: finished shards are kept"
+        ) from error
+    print(f"{folder}: packed in {time.monotonic() - started_s:.1f} s" if is_new else f"{folder}: already packed")
+    print_summary(folder, left_out)
+
+
+def pack(
+    folder: Path,
+    jobs: Sequence[packing.Job],
+    listing: Listing,
+    encoding: Encoding,
+    given: dict,
+    args: argparse.Namespace,
+) -> bool:
+    """Write the dataset, unless it is there already. The folder is locked."""
+    problems = packing.target_problems(folder, {job.split for job in jobs})  # another process may have packed meanwhile
+    if problems:
+        raise UserError(*problems)
     fingerprint = packing.inputs_fingerprint(jobs, given, listing.bad)
     if packing.is_packed(folder, fingerprint):
-        print(f"{folder}: already packed")
-    else:
-        try:
-            packing.start(folder)
-            outcomes = write_all(jobs, args.workers or len(os.sched_getaffinity(0)), args.skip_bad)
-            packing.finish(folder, listing.classes, encoding, given, outcomes, listing.bad, fingerprint)
-        except OSError as error:  # of writing: files that cannot be read have been sorted out
-            raise UserError(
-                f"{error.filename or folder}: cannot be written ({error.strerror}); put that right and run "
-                f"the same command again: finished shards are kept"
-            ) from error
-        print(f"{folder}: packed in {time.monotonic() - started_s:.1f} s")
-    print_summary(folder)
+        return False
+    staging.start(folder)
+    outcomes = write_all(jobs, args.workers or len(os.sched_getaffinity(0)), args.skip_bad)
+    packing.finish(folder, listing.classes, encoding, given, outcomes, listing.bad, fingerprint)
+    return True
 
 
 def read_encoding(args: argparse.Namespace, problems: list[str]) -> tuple[Encoding, Fitting]:
@@ -184,20 +201,20 @@ def share_for_val(args: argparse.Namespace) -> float:
 
 def list_source(args: argparse.Namespace) -> Listing:
     if not args.src.exists():
-        return Listing(problems=[f"{args.src}: there is no such file or folder"])
+        return Listing(problems=[f"{args.src}: there is no such file or folder{seen_from(args.src)}"])
     if args.layout == "filelist":
-        return list_filelist(args.src, args.split, share_for_val(args))
+        return list_filelist(args.src, args.split)
     if not args.src.is_dir():
         return Listing(problems=[f"{args.src}: is not a folder; for a list of files say --from filelist"])
     if args.layout == "speech_commands":
         return list_speech_commands(args.src)
-    only_split_folders = args.layout == "imagefolder"
-    return list_tree(args.src, args.subdir, args.split, share_for_val(args), split_folders=only_split_folders)
+    return list_tree(args.src, args.subdir, args.split, split_folders=args.layout == "imagefolder")
 
 
 def keep_splits(listing: Listing, wanted: Sequence[str]) -> None:
     """Leave out the files of other splits; the classes stay."""
     present = {file.split for file in listing.files}
+    wanted = [split_of_name(split) or split for split in wanted]
     if listing.files and listing.divided:
         listing.problems.append("--splits: SRC has no splits to choose from; --split puts all files into one")
     elif listing.files:
@@ -219,7 +236,7 @@ def name_bad_files(bad: Sequence[BadFile]) -> list[str]:
 def write_all(jobs: Sequence[packing.Job], workers: int, skip_bad: bool) -> list[packing.Outcome]:
     outcomes = []
     with progress(sum(file.size_bytes for job in jobs for file in job.files)) as advance:
-        for outcome in packing.write_jobs(jobs, workers, skip_bad):
+        for outcome in write_jobs(jobs, workers, skip_bad):
             advance(sum(file.size_bytes for file in outcome.job.files))
             outcomes.append(outcome)
     if not skip_bad:
@@ -249,8 +266,10 @@ def progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
     yield advance
 
 
-def print_summary(folder: Path) -> None:
+def print_summary(folder: Path, left_out: str) -> None:
     print(summarise(read_description(folder)))
+    if left_out:
+        print(f"  {left_out}")
     if (folder / packing.SKIPPED_LIST).exists():
         skipped = (folder / packing.SKIPPED_LIST).read_text(encoding="utf-8").count("\n")
         print(f"  left out: {skipped:,} bad files, named in {folder / packing.SKIPPED_LIST}")
@@ -258,4 +277,4 @@ def print_summary(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output_is_optional=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,13 +15,18 @@ import numpy as np
 from bfsys.config import Config
 from bfsys.data.augment import Augmentation
 from bfsys.data.byte_transforms import ByteTransform, lengths_after, parse_transforms
+from bfsys.data.classes import Spelling, notes_on_classes, too_alike
 from bfsys.data.encodings import parse_encoding
 from bfsys.data.mix import mixture_weights
+from bfsys.data.modalities import PECULIARITIES, peculiarities_of
 from bfsys.data.plan import Plan
 from bfsys.data.remote import Cache, is_remote
 from bfsys.data.shards import Dataset, Split, open_dataset
 from bfsys.data.streams import PIPE
 from bfsys.errors import UserError, collecting
+
+# Files of an augmented source that a dry run looks into.
+LOOKED_INTO = 200
 
 
 @dataclass(frozen=True)
@@ -56,19 +62,43 @@ def open_training(config: Config) -> Sources:
 
     Raises UserError with all problems.
     """
-    datasets = _open_datasets(config, [source.path for source in config.data.sources])
+    locations = [source.path for source in config.data.sources]
+    datasets = _open_datasets(config, locations, _given_twice(locations))
     classes = sorted({name for dataset in datasets for name in dataset.classes})
     return _open_sources(config, datasets, config.data.train_split, classes, training=True)
 
 
 def open_evaluation(config: Config, split: str, classes: Sequence[str]) -> Sources:
-    """A split of the sources that have it, be it none of them. Raises UserError with all problems."""
-    datasets = _open_datasets(config, [source.eval_path or source.path for source in config.data.sources])
+    """A split of the sources that have it, which may be none. Raises UserError with all problems."""
+    datasets = _open_datasets(config, [source.eval_path or source.path for source in config.data.sources], [])
     return _open_sources(config, datasets, split, classes, training=False)
 
 
-def _open_datasets(config: Config, locations: Sequence[str]) -> list[Dataset]:
-    cache, datasets, problems = make_cache(config), [], []
+def _given_twice(locations: Sequence[str]) -> list[str]:
+    """A problem for each data set that is given more than once, however it is spelled."""
+    by_identity = defaultdict(list)
+    for location in locations:
+        by_identity[_identity(location)].append(location)
+    return [
+        f"data.sources: {' and '.join(spelled)} are one data set; give it once, with a larger weight"
+        for spelled in by_identity.values()
+        if len(spelled) > 1
+    ]
+
+
+def _identity(location: str) -> object:
+    """Equal for two spellings of one location."""
+    if is_remote(location):
+        return location.rstrip("/")
+    try:
+        status = os.stat(location)
+    except OSError:  # opening it will say why
+        return os.path.realpath(location)
+    return status.st_dev, status.st_ino
+
+
+def _open_datasets(config: Config, locations: Sequence[str], problems: list[str]) -> list[Dataset]:
+    cache, datasets = make_cache(config), []
     if any(map(is_remote, locations)) and cache.patience_s >= config.train.collective_timeout_s:
         problems.append(
             f"data.fetch_tries: {cache.attempts} tries of a server that fails may take {cache.patience_s:.0f} s, but "
@@ -93,13 +123,19 @@ def _open_sources(
     transforms: tuple[ByteTransform, ...] = ()
     with collecting(problems):
         transforms = parse_transforms(config.data.byte_transforms)
+    if training:
+        problems += [f"data.sources: {problem}" for problem in too_alike(_spellings(datasets))]
     for number, dataset in enumerate(datasets):
         if not training and split not in dataset.splits:
             continue
         with collecting(problems):
             unknown = [name for name in dataset.classes if name not in number_of]
             if unknown:
-                raise UserError(f"{dataset.location}: the model does not know the classes {', '.join(unknown[:10])}")
+                known = {name: Spelling(["the model"]) for name in classes}
+                alike = too_alike(known | {name: Spelling([dataset.location]) for name in unknown})
+                raise UserError(
+                    f"{dataset.location}: the model does not know the classes {', '.join(unknown[:10])}", *alike
+                )
             augmentation = make_augmentation(config, number) if training else None
             part = dataset.open(split)
             opened.append((number, part))
@@ -118,6 +154,18 @@ def _open_sources(
         transforms=transforms,
         augmentations=tuple(augmentations),
     )
+
+
+def _spellings(datasets: Sequence[Dataset]) -> dict[str, Spelling]:
+    """Of the classes of all data sets."""
+    spellings = defaultdict(Spelling)
+    for dataset in datasets:
+        for name in dataset.classes:
+            spellings[name].places.append(dataset.location)
+        for split, part in dataset.description["splits"].items():
+            for name, count in part.get("class_counts", {}).items():
+                spellings[name].splits |= {split} if count else set()
+    return spellings
 
 
 def source_names(config: Config) -> list[str]:
@@ -224,3 +272,51 @@ def long_files(config: Config, sources: Sources) -> list[str]:
             f"model.max_tokens={-(-longest // architecture.stride)} would give each token its own"
         )
     return notes
+
+
+def notes_on_data(sources: Sources) -> list[str]:
+    """What is odd about the training data: classes that cannot be learned, and files that are not read in full."""
+    counts = dict.fromkeys(sources.classes, 0)
+    for split in sources.splits:
+        for name, count in split.dataset.description["splits"][split.split]["class_counts"].items():
+            counts[name] += count
+    notes = notes_on_classes(counts, len(counts))
+    for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
+        where = split.dataset.location
+        notes += [f"{where}: {note}" for note in split.dataset.description.get("notes", [])]
+        if augmentation and split.dataset.cache is None:  # a remote shard is not fetched for a note
+            modality = augmentation.encoding.modality
+            found = Counter(name for data in _first_files(split) for name in peculiarities_of(data, modality))
+            looked = min(len(split), LOOKED_INTO)
+            notes += [
+                f"{where}: {n} of the first {looked} files have {PECULIARITIES[name]}" for name, n in found.items()
+            ]
+    return notes
+
+
+def _first_files(split: Split) -> Iterator[bytes]:
+    """The content of the first files of a split on this machine; a shard that cannot be opened has none."""
+    rows = split.samples[:LOOKED_INTO]
+    for number in np.unique(rows["shard"]).tolist():
+        try:
+            descriptor = split.open_shard(number)
+        except OSError:  # training will name the shard and replace its files
+            continue
+        try:
+            for row in rows[rows["shard"] == number]:
+                yield os.pread(descriptor, int(row["length"]), int(row["offset"]))
+        finally:
+            os.close(descriptor)
+
+
+def micro_batch_lengths(plan: Plan, sources: Sources, step: int, lane: int) -> np.ndarray:
+    """Bytes of each file of a micro-batch as the model gets it, int64 [B]; of files that are encoded again and
+    compressed, as stored."""
+    batch = plan.micro_batch(step, lane)
+    lengths = []
+    for number, (split, augmentation) in enumerate(zip(plan.splits, sources.augmentations, strict=True)):
+        stored = split.samples["length"][batch.sample[batch.source == number]].astype(np.int64)
+        if augmentation and not augmentation.compresses:
+            stored = np.full_like(stored, augmentation.least_bytes)
+        lengths.append(lengths_after(sources.transforms, stored))
+    return np.concatenate(lengths)

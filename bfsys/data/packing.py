@@ -1,22 +1,19 @@
-"""Packing: cutting files into shards, writing the shards in parallel, and finishing the dataset.
+"""Packing: cutting files into shards, writing one shard, and finishing the dataset.
 
-Each shard is a job of its own, whose fingerprint covers all that decides its bytes. Beside a finished
-shard lies a sidecar in the folder .pack with that fingerprint and the shard's part of the index. So a
+Each shard is a job of its own (workers.py runs the jobs), whose fingerprint covers all that decides its bytes. It is
+written into the folder .pack, and beside it a sidecar with that fingerprint and the shard's part of the index. So a
 killed run continues where it was, by asking of every shard whether it is there already, and the number
-of workers cannot matter. Refused: a journal of what was done, which can disagree with the files.
+of workers cannot matter. Only when all is whole does staging.py put it into place: until then the dataset that
+the folder held before stays as it was. Refused: a journal of what was done, which can disagree with the files.
 """
 
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
+from ctypes import c_long
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from bfsys.data import staging
 from bfsys.data.encodings import Encoding, Fitting, library_version, parse_encoding, reencode
+from bfsys.data.modalities import PECULIARITIES, peculiarities_of
 from bfsys.data.shards import DESCRIPTION, index_files, read_description, write_description, write_split
 from bfsys.data.sources import BadFile, SourceFile
 from bfsys.data.tars import Member, Shard, TarIndex, atomic_file, size_in_tar_bytes, write_shard
@@ -32,15 +31,15 @@ from bfsys.errors import UserError
 
 VERSION = 1  # to be raised when the same input comes to give other bytes
 TOOL = "tools/pack.py"
-PROGRESS_FOLDER = ".pack"
 SKIPPED_LIST = "skipped.txt"
+ADDRESS = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")  # of a Python object in a decoder's message
 
 
 @dataclass(frozen=True)
 class Job:
     """One shard to write."""
 
-    path: Path
+    path: Path  # in the staging folder
     split: str
     files: tuple[SourceFile, ...]
     labels: tuple[int, ...]
@@ -50,17 +49,18 @@ class Job:
 
     @property
     def sidecar(self) -> Path:
-        return self.path.parent / PROGRESS_FOLDER / f"{self.path.stem}.npz"
+        return self.path.with_suffix(".npz")
 
 
 class Outcome(NamedTuple):
     job: Job
-    index: TarIndex | None  # None if there are bad files and they are not to be skipped
+    contents: TarIndex | None  # None if there are bad files and they are not to be skipped
     bad: list[BadFile]
+    peculiar: dict[str, list[str]]  # keys of the files that have each of PECULIARITIES
 
 
 class BadFilesError(Exception):
-    """Ends the writing of a shard; the argument is the list of its bad files."""
+    """Ends the writing of a shard that has bad files."""
 
 
 def plan_jobs(
@@ -90,7 +90,8 @@ def plan_jobs(
             labels = tuple(number_of[file.class_name] for file in group)
             identity = json.dumps([*base, name, labels, group]).encode()
             fingerprint = hashlib.sha256(identity).hexdigest()
-            jobs.append(Job(folder / name, split, group, labels, encoding.text, fitting, fingerprint))
+            path = staging.folder_of(folder) / name
+            jobs.append(Job(path, split, group, labels, encoding.text, fitting, fingerprint))
     return jobs
 
 
@@ -110,103 +111,82 @@ def _cut(files: list[SourceFile], shard_bytes: int) -> Iterator[tuple[SourceFile
         yield tuple(group)
 
 
-def write_job(job: Job, skip_bad: bool) -> Outcome:
-    """Write a shard and its sidecar, unless both are there and belong to the same input."""
+def write_job(job: Job, skip_bad: bool, fatal: Mapping[str, str], position: c_long) -> Outcome:
+    """Write a shard and its sidecar, unless both are there and belong to the same input.
+
+    `fatal` are files that ended a process that decoded them, with the reason. `position.value` is set to the number of
+    the file that is being packed. Raises UserError if memory does not suffice for a file.
+    """
     done = _read_sidecar(job)
     if done and (skip_bad or not done.bad):
         return done
     job.sidecar.unlink(missing_ok=True)
-    bad: list[BadFile] = []
+    outcome = Outcome(job, None, [], {name: [] for name in PECULIARITIES})
     try:
-        index = write_shard(job.path, _members(job, bad, skip_bad))
+        index = write_shard(job.path, _members(outcome, skip_bad, fatal, position))
     except BadFilesError:
-        return Outcome(job, None, bad)
+        return outcome
+    except MemoryError:
+        path = job.files[position.value].path
+        raise UserError(
+            f"{path}: memory does not suffice to pack this file; run the same command again with fewer --workers, or "
+            "leave large files out by --max-file-bytes: finished shards are kept"
+        ) from None
     with atomic_file(job.sidecar) as file:
-        head = json.dumps([job.fingerprint, asdict(index.shard), bad])
-        np.savez(file, head=head, samples=index.samples, keys=np.frombuffer(index.keys, np.uint8))
-    return Outcome(job, index, bad)
+        about = json.dumps([job.fingerprint, asdict(index.shard), outcome.bad, outcome.peculiar])
+        np.savez(file, about=about, samples=index.samples, keys=np.frombuffer(index.keys, np.uint8))
+    return outcome._replace(contents=index)
 
 
 def _read_sidecar(job: Job) -> Outcome | None:
     try:
         with np.load(job.sidecar) as sidecar:
-            fingerprint, shard, bad = json.loads(str(sidecar["head"]))
+            fingerprint, shard, bad, peculiar = json.loads(str(sidecar["about"]))
             index = TarIndex(Shard(**shard), sidecar["samples"], sidecar["keys"].tobytes())
         if fingerprint == job.fingerprint and job.path.stat().st_size == index.shard.bytes:
-            return Outcome(job, index, [BadFile(*one) for one in bad])
-    except FileNotFoundError:
+            return Outcome(job, index, [BadFile(*one) for one in bad], peculiar)
+    except (FileNotFoundError, KeyError):  # KeyError: an earlier version wrote the sidecar
         pass
     return None
 
 
-def _members(job: Job, bad: list[BadFile], skip_bad: bool) -> Iterator[Member]:
-    encoding = parse_encoding(job.encoding)
-    for file, label in zip(job.files, job.labels, strict=True):
-        try:
-            data = Path(file.path).read_bytes()
-        except OSError as error:
-            bad.append(BadFile(file.path, f"cannot be read ({error.strerror})"))
-            continue
-        if len(data) != file.size_bytes:
-            bad.append(BadFile(file.path, f"changed during packing: {file.size_bytes:,} to {len(data):,} bytes"))
-            continue
-        if encoding.modality:
-            try:
-                data = reencode(data, encoding, job.fitting)
-            except Exception as error:  # decoders raise anything when they meet a damaged file
-                bad.append(BadFile(file.path, f"cannot be made {encoding.text} ({error})"))
-                continue
-        yield Member(file.key, encoding.extension or file.extension, data, label)
-    if bad and not skip_bad:
-        raise BadFilesError(bad)
+def _members(outcome: Outcome, skip_bad: bool, fatal: Mapping[str, str], position: c_long) -> Iterator[Member]:
+    """The shard's samples; bad files and peculiarities go into `outcome`."""
+    job, encoding = outcome.job, parse_encoding(outcome.job.encoding)
+    for number, (file, label) in enumerate(zip(job.files, job.labels, strict=True)):
+        position.value = number
+        data = _packed_bytes(file, job, encoding, fatal, outcome)
+        if isinstance(data, str):
+            outcome.bad.append(BadFile(file.path, data))
+        else:
+            yield Member(file.key, encoding.extension or file.extension, data, label)
+    if outcome.bad and not skip_bad:
+        raise BadFilesError
 
 
-def write_jobs(jobs: Sequence[Job], workers: int, skip_bad: bool) -> Iterator[Outcome]:
-    """Write all shards, in no particular order.
-
-    Workers are spawned, not forked: a fork of a process with threads (the progress bar's) may hang.
-    No job waits in the pool's own queue, where it could not be called back.
-    """
-    if min(workers, len(jobs)) == 1:
-        yield from (write_job(job, skip_bad) for job in jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_exit_with_parent)
-    running = set()
+def _packed_bytes(
+    file: SourceFile, job: Job, encoding: Encoding, fatal: Mapping[str, str], outcome: Outcome
+) -> bytes | str:
+    """What is written of a file, or why it is a bad one."""
+    if file.path in fatal:
+        return fatal[file.path]
     try:
-        for job in jobs:
-            if len(running) == workers:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-            # a worker that is started here inherits the mask, so that Ctrl-C meets it in its jobs only
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                running.add(pool.submit(_write_job_in_worker, job, skip_bad))
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        yield from (future.result() for future in running)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory; run the same command again, "
-            "with fewer --workers: finished shards are kept"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _exit_with_parent() -> None:
-    """An orphan would write beside the next run."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _write_job_in_worker(job: Job, skip_bad: bool) -> Outcome:
-    """Ctrl-C in the middle of a shard removes its temporary file; the pool hands the exception on."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        data = Path(file.path).read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if len(data) != file.size_bytes:
+        return f"changed during packing: {file.size_bytes:,} to {len(data):,} bytes"
+    if not encoding.modality:
+        return data
     try:
-        return write_job(job, skip_bad)
-    finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        encoded = reencode(data, encoding, job.fitting)
+        for name in peculiarities_of(data, encoding.modality):
+            outcome.peculiar[name].append(file.key)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything when they meet a damaged file
+        return f"cannot be made {encoding.text} ({ADDRESS.sub('', str(error))})"
+    return encoded
 
 
 def target_problems(folder: Path, splits: set[str]) -> list[str]:
@@ -227,7 +207,7 @@ def target_problems(folder: Path, splits: set[str]) -> list[str]:
                 f"{folder}: holds a dataset with split {', '.join(lost)}, which this command would remove; "
                 f"pack all splits by one command (split folders or --from filelist), or choose another --name"
             ]
-    elif folder.is_dir() and not (folder / PROGRESS_FOLDER).exists() and any(folder.glob("*.tar")):
+    elif folder.is_dir() and not staging.folder_of(folder).exists() and any(folder.glob("*.tar")):
         return [f"{folder}: holds tars that {TOOL} did not make; choose another --name"]
     return []
 
@@ -241,7 +221,7 @@ def inputs_fingerprint(jobs: Sequence[Job], arguments: dict, skipped: Sequence[B
 def is_packed(folder: Path, fingerprint: str) -> bool:
     """Whether the folder holds the finished dataset of these inputs, with every file in place."""
     try:
-        if (folder / PROGRESS_FOLDER / "inputs").read_text() != fingerprint:
+        if (staging.folder_of(folder) / staging.INPUTS).read_text() != fingerprint:
             return False
         parts = read_description(folder)["splits"].values()
         sizes = {shard["file"]: shard["bytes"] for part in parts for shard in part["shards"]}
@@ -253,12 +233,6 @@ def is_packed(folder: Path, fingerprint: str) -> bool:
         return False
 
 
-def start(folder: Path) -> None:
-    """From here on the folder is not a dataset, until `finish`."""
-    (folder / PROGRESS_FOLDER).mkdir(parents=True, exist_ok=True)
-    (folder / DESCRIPTION).unlink(missing_ok=True)
-
-
 def finish(
     folder: Path,
     classes: Sequence[str],
@@ -268,42 +242,40 @@ def finish(
     skipped: Sequence[BadFile],
     fingerprint: str,
 ) -> None:
-    """Write the index, remove what other runs left, and declare the dataset whole."""
+    """Write the index and dataset.json, put all into place, and remove what other runs left."""
     indexes: dict[str, list[TarIndex]] = {outcome.job.split: [] for outcome in outcomes}
     for outcome in outcomes:
-        if len(outcome.index.samples):  # all of a shard's files may have been skipped
-            indexes[outcome.job.split].append(outcome.index)
+        if len(outcome.contents.samples):  # all of a shard's files may have been skipped
+            indexes[outcome.job.split].append(outcome.contents)
     missing = [split for split, found in indexes.items() if not found]
     if missing:
         raise UserError(*(f"split {split}: not one of its files can be packed" for split in missing))
-    skipped = sorted([*skipped, *(bad for outcome in outcomes for bad in outcome.bad)])
+    staged = staging.folder_of(folder)
     splits = {
-        split: write_split(folder, folder.name, split, classes, sorted(found, key=lambda i: i.shard.file))
+        split: write_split(staged, folder.name, split, classes, sorted(found, key=lambda i: i.shard.file))
         for split, found in sorted(indexes.items())
     }
+    wanted = [shard["file"] for part in splits.values() for shard in part["shards"]]
+    wanted += [file for split in splits for file in index_files(folder.name, split)]
+    skipped = sorted([*skipped, *(bad for outcome in outcomes for bad in outcome.bad)])
     if skipped:
         lines = "".join(f"{path}\t{reason}\n" for path, reason in skipped)
-        with atomic_file(folder / SKIPPED_LIST) as file:
+        with atomic_file(staged / SKIPPED_LIST) as file:
             file.write(lines.encode(errors="backslashreplace"))
-    else:
-        (folder / SKIPPED_LIST).unlink(missing_ok=True)
-    _remove_leftovers(folder, splits)
-    with atomic_file(folder / PROGRESS_FOLDER / "inputs") as file:
-        file.write(fingerprint.encode())
+        wanted.append(SKIPPED_LIST)
     made_by = {"tool": TOOL, "version": VERSION, "library": library_version(encoding), "arguments": arguments}
-    write_description(folder, folder.name, classes, encoding.text, made_by, splits)
-    for sidecar in (folder / PROGRESS_FOLDER).glob("*.npz"):
-        sidecar.unlink()
+    write_description(staged, folder.name, classes, encoding.text, made_by, splits, _notes(outcomes))
+    staging.put_into_place(folder, wanted, fingerprint)
+    ours = re.compile(rf"{re.escape(folder.name)}-\w+(-\d{{6}}\.tar|\.(samples|keys)\.npy)|{re.escape(SKIPPED_LIST)}")
+    staging.tidy(folder, ours, wanted)
 
 
-def _remove_leftovers(folder: Path, splits: dict[str, dict]) -> None:
-    """Temporary files of killed runs, and shards and index files of former, larger ones."""
-    wanted = {shard["file"] for part in splits.values() for shard in part["shards"]}
-    wanted |= {file for split in splits for file in index_files(folder.name, split)}
-    ours = re.compile(rf"{re.escape(folder.name)}-\w+(-\d{{6}}\.tar|\.(samples|keys)\.npy)")
-    for path in sorted(folder.iterdir()):
-        left_over = ours.fullmatch(path.name) and path.name not in wanted
-        if left_over or (path.name.startswith(".") and path.name.endswith(".tmp")):
-            path.unlink()
-    for path in (folder / PROGRESS_FOLDER).glob(".*.tmp"):
-        path.unlink()
+def _notes(outcomes: Sequence[Outcome]) -> list[str]:
+    """A sentence about each peculiarity of the files."""
+    notes = []
+    total = sum(len(outcome.contents.samples) for outcome in outcomes)
+    for name, text in PECULIARITIES.items():
+        keys = [key for outcome in sorted(outcomes, key=lambda o: o.job.path) for key in outcome.peculiar[name]]
+        if keys:
+            notes.append(f"{len(keys):,} of {total:,} files have {text}; the first is {keys[0]}")
+    return notes

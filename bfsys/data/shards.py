@@ -5,6 +5,7 @@
     NAME-SPLIT.keys.npy          all keys as UTF-8, one behind the other
     dataset.json                 classes, counts, sizes and hashes; written last, so that a folder with
                                  it is whole and a folder without it is not a dataset
+    .pack                        what packing needs to know when it is run again (see packing.py)
 
 The folder may lie behind a URL (see remote.py): the index is then fetched at the start, a shard when it is needed.
 Opening a split costs the same however many samples it has; what is proven, and by whom, is in `damaged_index`.
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from bfsys.data.classes import notes_on_classes, some
 from bfsys.data.remote import Cache, is_remote, url_of
 from bfsys.data.tars import SAMPLE, Shard, TarIndex, atomic_file, join_shards
 from bfsys.errors import UserError
@@ -81,7 +83,7 @@ class Split:
             return os.dup(file.fileno())
 
     def drop_shard(self, number: int, descriptor: int) -> bool:
-        """Drop the cached copy of a remote tar that `descriptor` reads, so that it is fetched anew. False if local."""
+        """Drop the cached copy of a remote tar that `descriptor` reads, so that it is fetched again. False if local."""
         cache = self.dataset.cache
         if cache is None:
             return False
@@ -154,8 +156,8 @@ class Dataset:
     def open(self, split: str) -> Split:
         """Open one split. Checks that the parts fit together, and hashes nothing: see `Split.damaged_index`.
 
-        Except that cached copies of a remote index are proven whole (at 13 GB/s), and fetched anew if they are damaged:
-        they are this machine's alone, and the ranks that divide the proof may be on others.
+        Cached copies of a remote index are the exception: they are proven whole (at 13 GB/s) and fetched again if they
+        are damaged, since they are this machine's alone, and the ranks that divide the proof may be on others.
         """
         if self.cache is not None:
             self._drop_damaged_index(split)
@@ -229,7 +231,7 @@ def split_names(path: str | Path) -> list[str]:
 def read_description(path: Path) -> dict:
     """dataset.json of the folder at `path`."""
     if not path.is_dir():
-        raise UserError(f"{path}: there is no such folder; a packed dataset is made by tools/pack.py")
+        raise UserError(f"{path}: there is no such folder{seen_from(path)}; a packed dataset is made by tools/pack.py")
     file = path / DESCRIPTION
     if not file.exists():
         raise UserError(
@@ -241,6 +243,11 @@ def read_description(path: Path) -> dict:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     return parse_description(content, file)
+
+
+def seen_from(path: Path) -> str:
+    """What a relative path is relative to, for a message that it does not exist; empty for an absolute one."""
+    return "" if path.is_absolute() else f" in the current folder, which is {Path.cwd()}"
 
 
 def parse_description(content: bytes, where: str | Path) -> dict:
@@ -312,9 +319,16 @@ def length_quantiles(lengths: np.ndarray) -> dict[str, int]:
 
 
 def write_description(
-    path: Path, name: str, classes: Sequence[str], encoding: str, made_by: dict, splits: dict[str, dict]
+    path: Path,
+    name: str,
+    classes: Sequence[str],
+    encoding: str,
+    made_by: dict,
+    splits: dict[str, dict],
+    notes: Sequence[str] = (),
 ) -> None:
-    """Write dataset.json, and with it declare the folder whole. `splits` are the results of `write_split`."""
+    """Write dataset.json, and with it declare the folder whole. `splits` are the results of `write_split`; `notes` say
+    what was seen of the files that training would not show."""
     description = {
         "format": FORMAT,
         "name": name,
@@ -322,6 +336,7 @@ def write_description(
         "made_by": made_by,
         "classes": list(classes),
         "splits": splits,
+        **({"notes": list(notes)} if notes else {}),
     }
     text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
     with atomic_file(path / DESCRIPTION) as file:
@@ -331,8 +346,8 @@ def write_description(
 def summarise(description: dict) -> str:
     """What a dataset holds, for people to read."""
     classes = description["classes"]
-    some = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
-    lines = [f"{description['name']}: {len(classes)} classes ({some}), encoding {description['encoding']}"]
+    count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
+    lines = [f"{description['name']}: {count} ({some(classes)}), encoding {description['encoding']}"]
     for split, part in description["splits"].items():
         counts = [count for count in part["class_counts"].values() if count]
         quantiles = ", ".join(f"{name} {value:,}" for name, value in part["length_quantiles"].items())
@@ -342,4 +357,6 @@ def summarise(description: dict) -> str:
             f"in {len(part['shards']):,} shards",
             f"    bytes per sample: {quantiles}",
         ]
-    return "\n".join(lines)
+    training = description["splits"].get("train", {}).get("class_counts")
+    notes = [*notes_on_classes(training, len(classes)), *description.get("notes", [])]
+    return "\n".join([*lines, *(f"  note: {note}" for note in notes)])

@@ -2,32 +2,33 @@
 
 Everything that can be wrong with the input is found here, before anything is written, and returned rather
 than raised, so that one run names it all. Two kinds are kept apart: `problems` of the input as a whole,
-and single `bad` files, which may be left out on request.
-
-The division into train and val goes by a hash of the key. Refused: drawing at random, which moves old
-files from one side to the other as soon as a file is added.
+and single `bad` files, which may be left out on request. What is no sample by its name or place (hidden files, those
+of the operating system, files beside the class folders) is `left_out` and named, too.
 """
 
 import os
 import re
 import stat
-from collections import Counter
-from collections.abc import Iterator
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import xxhash
-
+from bfsys.data.classes import Spelling, stored_name, too_alike
 from bfsys.data.encodings import Encoding
+from bfsys.data.left_out import LeftOut, is_of_system, left_out_note, why_left_out
 from bfsys.data.modalities import MODALITIES
+from bfsys.data.splits import SPLIT_FOLDERS, files_for_val, split_of_name
 from bfsys.data.tars import NOT_PAYLOAD
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
 SPEECH_COMMANDS_LISTS = {"validation_list.txt": "val", "testing_list.txt": "test"}
 BACKGROUND_NOISE = "_background_noise_"
 OUTSIDE = re.compile(r"^/*(\.\./)*")  # what leads a path out of the list's folder
 SKIPPED_BY_WEBDATASET = re.compile(r"__.*__")
+BYTE_ORDER_MARK = "\ufeff"
 
 
 class SourceFile(NamedTuple):
@@ -51,7 +52,9 @@ class Listing:
     files: list[SourceFile] = field(default_factory=list)
     bad: list[BadFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    divided: bool = False  # into train and val, by the hash of the keys
+    left_out: list[LeftOut] = field(default_factory=list)
+    spellings: dict[str, Spelling] = field(default_factory=lambda: defaultdict(Spelling))  # of the classes, as found
+    divided: bool = False  # into train and val, by `check_files`
 
 
 def sample_name(class_name: str, inner_path: str) -> tuple[str, str]:
@@ -72,18 +75,17 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "_" for c in text)
 
 
-def list_tree(src: Path, subdir: str, split: str | None, val_share: float, *, split_folders: bool) -> Listing:
+def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool) -> Listing:
     """SRC/<split>/[subdir/]<class>/… or SRC/[subdir/]<class>/…; with `split_folders` only the former."""
-    listing = Listing()
-    visible = _folders(src, listing)
-    splits = [name for name in visible if name in SPLIT_FOLDERS]
-    others = [name for name in visible if name not in SPLIT_FOLDERS]
+    listing, top = Listing(), Listing()
+    visible = _folders(src, src, "beside the split folders", top)
+    splits = [name for name in visible if split_of_name(name)]
+    others = [name for name in visible if not split_of_name(name)]
     if not splits and split_folders:
         listing.problems.append(f"{src}: has no split folders; --from imagefolder needs train, val, … in it")
     elif not splits:
-        _list_classes(listing, src / subdir, split, val_share)
+        _list_classes(listing, src, src / subdir, split or UNDIVIDED)
         listing.divided = not split
-        _check_division(listing, val_share)
     elif split:
         listing.problems.append(f"{src}: has split folders ({', '.join(splits)}); drop --split {split}")
     elif others and not split_folders:
@@ -92,11 +94,15 @@ def list_tree(src: Path, subdir: str, split: str | None, val_share: float, *, sp
             f"{', …' if len(others) > 5 else ''}). If the others are not meant, say --from imagefolder; "
             f"if {splits[0]} is a class, use --from filelist"
         )
-    elif len({SPLIT_FOLDERS[name] for name in splits}) < len(splits):
-        listing.problems.append(f"{src}: {' and '.join(splits)}: two folders for one split; keep one")
+    elif len({split_of_name(name) for name in splits}) < len(splits):
+        listing.problems.append(
+            f"{src}: {' and '.join(splits)}: two folders for one split; keep one, or use --from filelist if they are "
+            "classes"
+        )
     else:
+        listing.left_out += [*top.left_out, *(LeftOut(name, "beside the split folders") for name in others)]
         for name in splits:
-            _list_classes(listing, src / name / subdir, SPLIT_FOLDERS[name], val_share)
+            _list_classes(listing, src, src / name / subdir, split_of_name(name))
     listing.classes = sorted(set(listing.classes))
     return listing
 
@@ -107,11 +113,11 @@ def list_speech_commands(src: Path) -> Listing:
     listed: dict[str, str] = {}
     for name, split in SPEECH_COMMANDS_LISTS.items():
         try:
-            listed |= dict.fromkeys((src / name).read_text(encoding="utf-8").split(), split)
+            listed |= dict.fromkeys((line.strip() for line in _lines_of(src / name) if line.strip()), split)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             listing.problems.append(f"{src / name}: cannot be read ({reason}); it belongs to Speech Commands")
-    _list_classes(listing, src, "train", 0, leave_out=BACKGROUND_NOISE)
+    _list_classes(listing, src, src, "train", known=(BACKGROUND_NOISE, *SPEECH_COMMANDS_LISTS))
     names = [os.path.relpath(file.path, os.path.abspath(src)) for file in listing.files]
     listing.problems += [f"{src}: {name} is listed but not there" for name in sorted(listed.keys() - names)]
     pairs = zip(listing.files, names, strict=True)
@@ -119,18 +125,19 @@ def list_speech_commands(src: Path) -> Listing:
     return listing
 
 
-def list_filelist(src: Path, split: str | None, val_share: float) -> Listing:
+def list_filelist(src: Path, split: str | None) -> Listing:
     """Lines of `path<TAB>class` or `path<TAB>class<TAB>split`; paths are relative to the list's folder."""
     listing = Listing()
     try:
-        lines = src.read_text(encoding="utf-8").split("\n")
+        lines = _lines_of(src)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         listing.problems.append(f"{src}: the list cannot be read ({reason}); it must be a text file in UTF-8")
         return listing
     columns = 0
+    first_line: dict[tuple[str, str], int] = {}
     for number, line in enumerate(lines, start=1):
-        parts = line.rstrip("\r").split("\t")
+        parts = line.split("\t")
         if parts == [""]:
             continue
         columns = columns or len(parts)
@@ -138,18 +145,45 @@ def list_filelist(src: Path, split: str | None, val_share: float) -> Listing:
         if wrong:
             listing.problems.append(f"{src}, line {number}: {wrong}")
             continue
-        path, class_name = parts[0], parts[1]
-        inner_path = OUTSIDE.sub("", os.path.normpath(path)).removeprefix(f"{class_name}/")
-        key, extension = sample_name(class_name, inner_path)
-        to_split = SPLIT_FOLDERS[parts[2]] if len(parts) == 3 else split or _split_of(key, val_share)
-        absolute = os.path.abspath(src.parent / path)
-        listing.files.append(SourceFile(absolute, class_name, to_split, key, extension))
+        if any(map(is_of_system, parts[0].split("/"))):
+            listing.left_out.append(LeftOut(parts[0], "of the operating system"))
+            continue
+        to_split = split_of_name(parts[2]) if len(parts) == 3 else split or UNDIVIDED
+        file = _listed_file(src, parts[0], parts[1], to_split)
+        first = first_line.setdefault((file.path, to_split), number)
+        if first < number:
+            twice = f"{parts[0]} is listed twice, first in line {first}; remove one of the lines"
+            listing.problems.append(f"{src}, line {number}: {twice}")
+            continue
+        _note_spelling(listing, parts[1], f"line {number}", to_split)
+        listing.files.append(file)
     if not listing.files and not listing.problems:
         listing.problems.append(f"{src}: the list is empty; it needs lines of path<TAB>class[<TAB>split]")
     listing.classes = sorted({file.class_name for file in listing.files})
     listing.divided = columns == 2 and not split
-    _check_division(listing, val_share)
     return listing
+
+
+def _listed_file(src: Path, path: str, spelled: str, split: str) -> SourceFile:
+    class_name = stored_name(spelled)
+    inner_path = OUTSIDE.sub("", os.path.normpath(path)).removeprefix(f"{spelled}/")
+    key, extension = sample_name(class_name, inner_path)
+    return SourceFile(os.path.abspath(src.parent / path), class_name, split, key, extension)
+
+
+def _lines_of(path: Path) -> list[str]:
+    """Lines without their ends and byte order marks. Raises OSError, and ValueError if it is not UTF-8 or -16."""
+    content = path.read_bytes()
+    is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    lines = content.decode("utf-16" if is_utf_16 else "utf-8").split("\n")
+    return [line.removeprefix(BYTE_ORDER_MARK).rstrip("\r") for line in lines]
+
+
+def _note_spelling(listing: Listing, spelled: str, place: str, split: str | None = None) -> None:
+    spelling = listing.spellings[spelled]
+    if split not in spelling.splits:
+        spelling.places.append(place)
+        spelling.splits.add(split)
 
 
 def _wrong_line(parts: list[str], columns: int, split: str | None) -> str:
@@ -162,7 +196,7 @@ def _wrong_line(parts: list[str], columns: int, split: str | None) -> str:
         return "path or class is empty"
     if len(parts) == 3 and split:
         return f"names a split, and so does --split {split}; drop one of them"
-    if len(parts) == 3 and parts[2] not in SPLIT_FOLDERS:
+    if len(parts) == 3 and not split_of_name(parts[2]):
         return f"split {parts[2]!r} is unknown; allowed are {', '.join(SPLIT_FOLDERS)}"
     return _wrong_class(parts[1])
 
@@ -175,42 +209,57 @@ def _wrong_class(name: str) -> str:
     return ""
 
 
-def _list_classes(listing: Listing, root: Path, split: str | None, val_share: float, leave_out: str = "") -> None:
-    """Add the class folders in `root` and their files, at any depth."""
-    classes = [name for name in _folders(root, listing) if name != leave_out]
+def _list_classes(listing: Listing, src: Path, root: Path, split: str, known: Sequence[str] = ()) -> None:
+    """Add the class folders in `root` and their files, at any depth; what is `known` is neither class nor left out."""
+    classes = _folders(src, root, "beside the class folders", listing, known)
     if not classes and root.is_dir():
         listing.problems.append(f"{root}: has no class folders; files must lie in a folder named after their class")
-    for class_name in classes:
-        wrong = _wrong_class(class_name)
+    for spelled in classes:
+        wrong = _wrong_class(spelled)
         if wrong:
             listing.problems.append(f"{root}: {wrong}")
             continue
-        folder = os.path.abspath(root / class_name)
-        before = len(listing.files)
-        for path in visible_files(folder, listing.problems):
+        class_name, folder = stored_name(spelled), os.path.abspath(root / spelled)
+        left_out: list[LeftOut] = []
+        paths = list(visible_files(folder, listing.problems, left_out))
+        inside = os.path.relpath(root / spelled, src)
+        listing.left_out += [LeftOut(f"{inside}/{os.path.relpath(path, folder)}", why) for path, why in left_out]
+        for path in paths:
             key, extension = sample_name(class_name, path[len(folder) + 1 :])
-            to_split = split or _split_of(key, val_share)
-            listing.files.append(SourceFile(path, class_name, to_split, key, extension))
-        if len(listing.files) == before:
+            listing.files.append(SourceFile(path, class_name, split, key, extension))
+        if paths:
+            _note_spelling(listing, spelled, str(root / spelled), split)
+        else:
             listing.problems.append(f"{folder}: the class folder has no files; fill it or remove it")
         listing.classes.append(class_name)
 
 
-def _folders(root: Path, listing: Listing) -> list[str]:
+def _folders(src: Path, root: Path, beside: str, listing: Listing, known: Sequence[str] = ()) -> list[str]:
+    """The names of the folders in `root`; files lie `beside` them and are left out."""
     try:
-        with os.scandir(root) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        names = sorted(os.listdir(root))
     except OSError as error:
         listing.problems.append(f"{root}: the folder cannot be listed ({error.strerror})")
         return []
+    folders = []
+    for name in names:
+        path = os.path.join(root, name)
+        reason = why_left_out(name) or ("" if os.path.isdir(path) else beside)
+        if reason and name not in known:
+            listing.left_out.append(LeftOut(os.path.relpath(path, src), reason))
+        elif name not in known:
+            folders.append(name)
+    return folders
 
 
-def visible_files(folder: str, problems: list[str], ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """All files below a folder, in order, without hidden ones. Links are followed, but not round in circles."""
+def visible_files(
+    folder: str, problems: list[str], left_out: list[LeftOut], ancestors: tuple[tuple[int, int], ...] = ()
+) -> Iterator[str]:
+    """All files below a folder, in order, without hidden ones and those of the operating system, which go to
+    `left_out`. Links are followed, but not round in circles."""
     try:
         status = os.stat(folder)
-        with os.scandir(folder) as entries:
-            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        names = sorted(os.listdir(folder))
     except OSError as error:
         problems.append(f"{folder}: the folder cannot be listed ({error.strerror})")
         return
@@ -218,39 +267,33 @@ def visible_files(folder: str, problems: list[str], ancestors: tuple[tuple[int, 
     if here in ancestors:
         problems.append(f"{folder}: links back to a folder that it lies in; remove the link")
         return
-    for entry in visible:
-        if os.path.isdir(entry.path):  # entry.is_dir() raises at a link that leads to itself
-            yield from visible_files(entry.path, problems, (*ancestors, here))
+    for name in names:
+        path = os.path.join(folder, name)
+        if reason := why_left_out(name):
+            left_out.append(LeftOut(path, reason))
+        elif os.path.isdir(path):
+            yield from visible_files(path, problems, left_out, (*ancestors, here))
         else:
-            yield entry.path
+            yield path
 
 
 def regular_files(folder: str, problems: list[str]) -> list[str]:
-    """Those of the visible files that can be read to an end; what a pipe or a link to nothing is called, is said."""
-    paths = list(visible_files(folder, problems))
+    """Those of the visible files that can be read to an end; pipes, devices and links to nothing are problems.
+
+    What is left out is named on standard error.
+    """
+    left_out: list[LeftOut] = []
+    paths = list(visible_files(folder, problems, left_out))
+    if left_out:
+        print(f"{folder}: {left_out_note(left_out)}", file=sys.stderr)
     if not paths:
         problems.append(f"{folder}: a folder without files")
     problems += [f"{path}: is not a regular file" for path in paths if not os.path.isfile(path)]
     return [path for path in paths if os.path.isfile(path)]
 
 
-def _check_division(listing: Listing, val_share: float) -> None:
-    if not listing.divided or not listing.files:
-        return
-    wanted = {"train", "val"} if val_share else {"train"}
-    listing.problems += [
-        f"of {len(listing.files):,} files none fell to {split} by --val-share {val_share}; change it, "
-        f"or put all into one split by --split train"
-        for split in sorted(wanted - {file.split for file in listing.files})
-    ]
-
-
-def _split_of(key: str, val_share: float) -> str:
-    return "val" if xxhash.xxh3_64_intdigest(key.encode()) < val_share * 2**64 else "train"
-
-
-def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding) -> None:
-    """Sort out the bad files, add size and time to the good ones, and make the keys unique."""
+def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding, val_share: float) -> None:
+    """Sort out the bad files, add size and time to the good ones, divide them, and make the keys unique."""
     good = []
     for file in listing.files:
         try:
@@ -265,7 +308,31 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
             good.append(file._replace(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns))
     lost = {file.class_name for file in listing.files} - {file.class_name for file in good}
     listing.problems += [f"class {name!r}: not one of its files can be packed" for name in sorted(lost)]
+    alike = too_alike(listing.spellings)
+    listing.problems += alike
+    if alike:  # their files would have equal keys
+        return
+    if listing.divided:
+        good = _divided(good, val_share, listing.problems)
     listing.files = _with_unique_keys(good, listing.problems)
+
+
+def _divided(files: list[SourceFile], val_share: float, problems: list[str]) -> list[SourceFile]:
+    """The files, each in train or val, as splits.py explains."""
+    by_class = defaultdict(list)
+    for number, file in enumerate(files):
+        by_class[file.class_name].append(number)
+    for_val = {
+        numbers[i]
+        for numbers in by_class.values()
+        for i in files_for_val([files[number].key for number in numbers], val_share)
+    }
+    if files and val_share and not for_val:
+        problems.append(
+            f"of {len(files):,} files none fell to val, since no class has two files; add files, or put all into "
+            "one split by --split train"
+        )
+    return [file._replace(split="val" if i in for_val else "train") for i, file in enumerate(files)]
 
 
 def _why_bad(file: SourceFile, status: os.stat_result, max_file_bytes: int | None, encoding: Encoding) -> str:

@@ -167,9 +167,12 @@ def test_opening_something_broken_says_what_is_broken(tmp_path, case):
     assert str(tmp_path) in str(error.value)
 
 
-def test_opening_a_folder_that_is_not_there(tmp_path):
+def test_opening_a_folder_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"there is no such folder; .* tools/pack\.py"):
         open_split(tmp_path / "none", "train")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^none: .* in the current folder, which is {tmp_path}; "):
+        open_split("none", "train")
     with pytest.raises(UserError, match=r"inspect_shards\.py .* --rebuild"):
         open_split(tmp_path, "train")
 

@@ -13,8 +13,9 @@ import webdataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bfsys.data import packing
-from bfsys.data.shards import open_split, read_description, split_names
+from bfsys.data import packing, staging
+from bfsys.data.left_out import why_left_out
+from bfsys.data.shards import open_split, read_description
 from bfsys.data.sources import sample_name
 from bfsys.errors import UserError
 from tests.tools.packing_helpers import (
@@ -53,7 +54,7 @@ byte_names = st.builds(
 @given(st.dictionaries(byte_names, st.binary(min_size=1, max_size=600), max_size=10))
 def test_any_bytes_under_any_name(tmp_path_factory, files):
     files = {name: data for name, data in files.items() if name not in (".", "..")} | {"plain": b"plain"}
-    visible = {name: data for name, data in files.items() if not name.startswith(".")}
+    visible = {name: data for name, data in files.items() if not why_left_out(name)}
     assume(len({sample_name("a class", name)[0] for name in visible}) == len(visible))
     src, out = tmp_path_factory.mktemp("src"), tmp_path_factory.mktemp("out")
     make_files(src / "a class", files)
@@ -123,88 +124,10 @@ def test_links_are_followed(tmp_path):
     assert set(contents(pack(src, tmp_path, "--split", "train"))) == {"cat/a", "dog/b"}
 
 
-# Splits
+# Encoding
 
 
-def test_split_folders_share_one_class_list(tmp_path):
-    files = {"train/cat/a": b"1", "validation/dog/a": b"2", "test/cat/b": b"3"}
-    for layout in ("tree", "imagefolder"):
-        dataset = pack(make_files(tmp_path / "src", files), tmp_path, "--from", layout, name=layout)
-        assert split_names(dataset) == ["test", "train", "val"]
-        assert contents(dataset)["dog/a"] == ("val", "dog", b"2")
-        assert open_split(dataset, "test").classes == ("cat", "dog")
-
-
-def test_subdir(tmp_path):
-    files = {
-        "train/image/cat/a": b"1",
-        "train/audio/cat/a": b"x",
-        "val/image/cat/b": b"2",
-        "val/audio/cat/b": b"x",
-    }
-    dataset = pack(make_files(tmp_path / "src", files), tmp_path, "--subdir", "image")
-    assert contents(dataset) == {"cat/a": ("train", "cat", b"1"), "cat/b": ("val", "cat", b"2")}
-
-
-def test_old_files_keep_their_split_when_files_are_added(tmp_path):
-    src = make_tree(tmp_path / "src", 60)
-    before = contents(pack(src, tmp_path / "one", "--val-share", "0.3"))
-    make_files(src, {f"dog/new-{i}.png": b"new" for i in range(40)} | {"dog/000.png": b"like 000.jpg"})
-    after = contents(pack(src, tmp_path / "two", "--val-share", "0.3"))
-    kept = {key.removesuffix("-jpg"): split for key, (split, _, _) in after.items()}
-    assert {key: split for key, (split, _, _) in before.items()}.items() <= kept.items()
-    assert 0.1 < sum(split == "val" for split, _, _ in before.values()) / 60 < 0.5
-    assert kept["dog/000-png"] == kept["dog/000"]  # two files of one name stay together
-
-
-def test_filelist(tmp_path):
-    make_files(tmp_path / "lists", {"cat/a.jpg": b"1", "s1/x.jpg": b"2", "s2/x.jpg": b"3", ".odd": b"4"})
-    lines = [
-        "cat/a.jpg\tcat\ttrain",
-        "s1/x.jpg\tcat\ttrain",
-        "",
-        "s2/x.jpg\tdog\tvalid\r",
-        "../lists/.odd\tdog\ttest",
-    ]
-    (tmp_path / "lists" / "list.tsv").write_text("\n".join(lines))
-    found = contents(pack(tmp_path / "lists" / "list.tsv", tmp_path / "out", "--from", "filelist"))
-    assert found == {
-        "cat/a": ("train", "cat", b"1"),
-        "cat/s1/x": ("train", "cat", b"2"),
-        "dog/s2/x": ("val", "dog", b"3"),
-        "dog/lists/_odd": ("test", "dog", b"4"),
-    }
-
-
-def test_filelist_without_splits_is_divided(tmp_path):
-    make_tree(tmp_path / "src", 40)
-    lines = [f"src/{'cat' if i % 2 else 'dog'}/{i:03d}.jpg\tc{i % 3}" for i in range(40)]
-    (tmp_path / "list.tsv").write_text("\n".join(lines))
-    dataset = pack(tmp_path / "list.tsv", tmp_path / "out", "--from", "filelist", "--val-share", "0.25")
-    assert split_names(dataset) == ["train", "val"]
-    assert open_split(dataset, "val").classes == ("c0", "c1", "c2")
-
-
-def test_speech_commands(tmp_path):
-    words = {f"{word}/{who}_nohash_0.wav": word.encode() for word in ("yes", "no") for who in "abc"}
-    lists = {
-        "validation_list.txt": b"yes/b_nohash_0.wav\n",
-        "testing_list.txt": b"no/c_nohash_0.wav\nyes/c_nohash_0.wav\n",
-    }
-    noise = {"_background_noise_/pink.wav": b"noise", "README.md": b"read me"}
-    found = contents(pack(make_files(tmp_path / "sc", words | lists | noise), tmp_path, "--from", "speech_commands"))
-    assert len(found) == 6
-    assert {key for key, (split, _, _) in found.items() if split == "val"} == {"yes/b_nohash_0"}
-    assert {key for key, (split, _, _) in found.items() if split == "test"} == {
-        "no/c_nohash_0",
-        "yes/c_nohash_0",
-    }
-
-
-# Encoding anew
-
-
-def test_pictures_are_encoded_anew(tmp_path):
+def test_pictures_are_encoded(tmp_path):
     src = make_files(tmp_path / "src", {f"red/{i}.png": png_bytes(300 + i, 290, i) for i in range(5)})
     dataset = pack(src, tmp_path, "--split", "train", "--encoding", "tiff", "--image-size", "224")
     split = open_split(dataset, "train")
@@ -216,7 +139,7 @@ def test_pictures_are_encoded_anew(tmp_path):
     assert sample["tiff"].size == (224, 224)
 
 
-def test_sounds_are_encoded_anew(tmp_path):
+def test_sounds_are_encoded(tmp_path):
     src = make_files(tmp_path / "src", {f"noise/{i}.wav": wav_bytes(0.5 + i / 4, 8000) for i in range(4)})
     options = ("--encoding", "wav:int16", "--sample-rate", "16000", "--seconds", "1")
     split = open_split(pack(src, tmp_path, "--split", "train", *options), "train")
@@ -233,9 +156,10 @@ def test_files_that_cannot_be_decoded(tmp_path):
     src = make_files(tmp_path / "src", good | bad)
     options = ("--split", "train", "--encoding", "jpeg:60", "--shard-bytes", "10K")
     message = problems_of(src, tmp_path, *options)
-    assert f"{src}/red/broken.png: cannot be made jpeg:60 (cannot identify image" in message
+    assert f"{src}/red/broken.png: cannot be made jpeg:60 (" in message
     assert f"{src}/blue/cut.png: cannot be made jpeg:60" in message
     assert "2 bad files: repair or remove, or leave out by --skip-bad" in message
+    assert "0x" not in message  # of a Python object
     with pytest.raises(UserError, match="If packing was not finished, run the same command again"):
         open_split(tmp_path / "pets", "train")
     dataset = pack(src, tmp_path, *options, "--skip-bad")
@@ -280,14 +204,14 @@ def test_packed_already(tmp_path, capsys, monkeypatch):
     src = make_tree(tmp_path / "src")
     before = all_bytes(pack(src, tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "start", None)  # nothing may begin
+        patch.setattr(staging, "start", None)  # nothing may begin
         main([str(src), str(tmp_path), "--name", "pets"])
     assert "already packed" in capsys.readouterr().out
     (tmp_path / "pets" / "pets-val-000000.tar").write_bytes(b"cut")
     assert all_bytes(pack(src, tmp_path)) == before
 
 
-def test_other_input_is_packed_anew_and_leaves_nothing_old(tmp_path):
+def test_other_input_is_packed_again_and_leaves_nothing_old(tmp_path):
     src = make_tree(tmp_path / "src", 60)
     pack(src, tmp_path / "one", "--shard-bytes", "5K")
     for path in (src / "cat").glob("0[2-5]*"):
@@ -303,7 +227,7 @@ def test_other_input_is_packed_anew_and_leaves_nothing_old(tmp_path):
     assert not (pack(src, tmp_path / "one", "--shard-bytes", "9K") / "skipped.txt").exists()
 
 
-def test_a_file_changed_in_place_is_packed_anew(tmp_path):
+def test_a_file_changed_in_place_is_packed_again(tmp_path):
     src = make_tree(tmp_path / "src")
     pack(src, tmp_path)
     (src / "cat" / "001.jpg").write_bytes(b"x" * 301)
@@ -343,10 +267,10 @@ def test_a_stopped_run_continues(tmp_path, how):
         assert not list(dataset.rglob("*.tmp"))
     assert not (dataset / "dataset.json").exists()
     finished = {path.stem for path in dataset.glob(".pack/*.npz")}
-    written = {path: path.stat().st_mtime_ns for path in dataset.glob("*.tar")}
+    written = {path.name: path.stat().st_mtime_ns for path in dataset.glob(".pack/*.tar")}
     assert 0 < len(finished) < 40
     pack(src, tmp_path / "out", *SLOW)
-    again = {path.stem for path, time_ns in written.items() if path.stat().st_mtime_ns != time_ns}
+    again = {Path(name).stem for name, time_ns in written.items() if (dataset / name).stat().st_mtime_ns != time_ns}
     assert not again & finished
     assert all_bytes(dataset) == all_bytes(pack(src, tmp_path / "whole", *SLOW))
 
@@ -365,11 +289,7 @@ def test_sidecars_of_other_input_are_not_believed(tmp_path, monkeypatch):
 def test_a_file_that_changes_during_packing_is_named(tmp_path, monkeypatch):
     src = make_tree(tmp_path / "src")
 
-    def change(folder):
-        (src / "cat" / "001.jpg").write_bytes(b"short")
-        folder.joinpath(".pack").mkdir(parents=True)
-
-    monkeypatch.setattr(packing, "start", change)
+    monkeypatch.setattr(staging, "start", lambda _: (src / "cat" / "001.jpg").write_bytes(b"short"))
     assert "cat/001.jpg: changed during packing: 301 to 5 bytes" in problems_of(src, tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -61,7 +62,19 @@ WRONG_INPUT = {
     "skipped by webdataset": ({"__cat__/a": b"1"}, "class '__cat__': a class may not hold"),
     "skipped without its dot": ({"__cat._/a": b"1"}, "class '__cat._': a class may not hold"),
     "class with a line break": ({"c\nat/a": b"1"}, "class 'c\\nat' has characters that cannot be printed"),
-    "too few to divide": ({"cat/a": b"1", "cat/b": b"1"}, "of 2 files none fell to val by --val-share 0.1"),
+    "too few to divide": ({"cat/a": b"1", "dog/b": b"1"}, "of 2 files none fell to val, since no class has two"),
+    "two for one in capitals": ({"Val/cat/a": b"1", "dev/cat/a": b"1"}, "Val and dev: two folders for one split"),
+    "mixed in capitals": ({"Training/cat/a": b"1", "extra/b": b"1"}, "holds split folders (Training) and others"),
+    "capitals": (
+        {"train/dog/a": b"1", "val/Dog/a": b"1"},
+        "differ only in capitals: 'Dog' in {src}/val/Dog and 'dog' in {src}/train/dog; 'Dog' has no files in train, "
+        "'dog' has no files in val; spell the name in one way",
+    ),
+    "Unicode": (
+        {"train/\u00e9/a": b"1", "val/\u00e9/a": b"1", "train/e\u0301/a": b"1"},
+        "differ only in their Unicode form: 'e\u0301' (written 'e\\u0301') in {src}/train/e\u0301 and '\u00e9' "
+        "(written '\\xe9') in {src}/train/\u00e9, {src}/val/\u00e9; 'e\u0301' (written 'e\\u0301') has no files in val",
+    ),
 }
 
 
@@ -69,6 +82,7 @@ WRONG_INPUT = {
 def test_wrong_trees(tmp_path, case):
     files, message = WRONG_INPUT[case]
     (tmp_path / "src").mkdir()
+    message = message.replace("{src}", str(tmp_path / "src"))
     assert message in problems_of(make_files(tmp_path / "src", files), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -140,6 +154,12 @@ def test_links_in_a_circle(tmp_path):
     assert "again: links back to a folder that it lies in" in problems_of(src, tmp_path / "out")
 
 
+def test_a_relative_source_that_is_missing_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = f"photos: there is no such file or folder in the current folder, which is {tmp_path}"
+    assert message in problems_of(Path("photos"), tmp_path / "out")
+
+
 def test_source_is_missing_or_a_file(tmp_path):
     assert "none: there is no such file or folder" in problems_of(tmp_path / "none", tmp_path)
     (tmp_path / "file").write_text("")
@@ -156,16 +176,20 @@ def test_speech_commands_with_a_list_that_does_not_fit(tmp_path):
     ("text", "message"),
     [
         (b"", "list.tsv: the list is empty"),
-        (b"\xff\xfe", "list.tsv: the list cannot be read ("),
+        (b"\xff\xfe", "list.tsv: the list is empty"),
+        (b"\xff\xfea", "list.tsv: the list cannot be read ('utf-16-le' codec can't decode byte 0x61"),
+        (b"caf\xe9\tcat", "list.tsv: the list cannot be read ('utf-8' codec can't decode byte 0xe9"),
         (b"a.jpg cat", "list.tsv, line 1: got 1 column, need path<TAB>class"),
         (b"a\tb\tval\tx", "line 1: got 4 columns"),
         (b"a\tb\n\na\tb\ttrain", "line 3: got 3 columns, the lines before have 2"),
         (b"\tcat", "line 1: path or class is empty"),
-        (b"a\tcat\tdev", "line 1: split 'dev' is unknown; allowed are train, val, valid, validation, test"),
+        (b"a\tcat\tmine", "line 1: split 'mine' is unknown; allowed are train, training, trn, val, valid, validation"),
         (b"a\tc/d\ttrain", "line 1: class 'c/d': a class may not hold a /"),
         (b"gone\tcat\ttrain", "gone: cannot be read (No such file or directory)"),
         (b"a\0\tcat\ttrain", "cannot be read (embedded null byte)"),
-        (b"a\tcat\ttrain\na\tcat\ttrain", "a: has the same key 'cat/a-bin' as"),
+        (b"a\tcat\ttrain\n\n./a\tcat\ttrain", "list.tsv, line 3: ./a is listed twice, first in line 1; remove one"),
+        (b"a\tcat\ntrain/../a\tdog", "line 2: train/../a is listed twice, first in line 1"),
+        (b"a\tcat\ttrain\na\tCat\tval", "differ only in capitals: 'Cat' in line 2 and 'cat' in line 1"),
     ],
 )
 def test_wrong_lists(tmp_path, text, message):

@@ -1,0 +1,63 @@
+"""Names of classes: their stored form, names that are too alike, and what is said about classes without files.
+
+Names are stored in Unicode normal form C, because a Mac and Linux may store one name in two forms that look alike.
+"""
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+SHOWN = 5  # names in a message, before "…"
+
+
+@dataclass
+class Spelling:
+    """Where one spelling of a class was met, and the splits in which it has files."""
+
+    places: list[str] = field(default_factory=list)
+    splits: set[str] = field(default_factory=set)
+
+
+def stored_name(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def too_alike(spellings: Mapping[str, Spelling]) -> list[str]:
+    """One problem for each set of names that differ only in capitals or in their Unicode form."""
+    groups = defaultdict(list)
+    for name in spellings:
+        groups[stored_name(stored_name(name).lower())].append(name)
+    return [_describe({name: spellings[name] for name in sorted(group)}) for group in groups.values() if len(group) > 1]
+
+
+def _describe(group: Mapping[str, Spelling]) -> str:
+    forms = {stored_name(name) for name in group}
+    names = {name: f"{name!r}" if len(forms) == len(group) else f"{name!r} (written {name!a})" for name in group}
+    found = " and ".join(f"{names[name]} in {some(spelling.places)}" for name, spelling in group.items())
+    every = set().union(*(spelling.splits for spelling in group.values()))
+    lacks = [
+        f"{names[name]} has no files in {', '.join(sorted(every - spelling.splits))}"
+        for name, spelling in group.items()
+        if every - spelling.splits
+    ]
+    difference = "capitals" if len(forms) == len(group) else "their Unicode form"
+    return (
+        f"two classes differ only in {difference}: {found}{'; ' if lacks else ''}{', '.join(lacks)}; "
+        "spell the name in one way if it is one class, and rename one of them otherwise"
+    )
+
+
+def notes_on_classes(training_files: Mapping[str, int] | None, classes: int) -> list[str]:
+    """What to say of a number of classes and of their counts of training files; None if there is no training split."""
+    notes = ["one class: there is nothing to learn"] if classes == 1 else []
+    lost = sorted(name for name, count in (training_files or {}).items() if not count)
+    if lost:
+        subject = "1 class is" if len(lost) == 1 else f"{len(lost):,} classes are"
+        notes.append(f"{subject} without training files and cannot be learned: {some(lost)}")
+    return notes
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

@@ -1,0 +1,51 @@
+"""Files and folders that are no samples by their names or places: hidden ones, and those of the operating system.
+
+None of them vanishes without a word: `left_out_note` names them.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# What Windows, macOS, Linux and network storage put beside the user's files, in small letters
+SYSTEM_NAMES = {
+    *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "zbthumbnail.info"),
+    *("$recycle.bin", "system volume information", "icon\r", "icon\uf00d", "desktop db", "desktop df"),
+    *("__macosx", ".ds_store", "network trash folder", "temporary items", "lost+found", "aquota.user", "aquota.group"),
+    *("@eadir", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+}
+SYSTEM_PATTERN = re.compile(
+    r"\._.*|~\$.*|found\.[0-9]{3}|.*:zone\.identifier|.*@syno(eastream|resource)", re.DOTALL | re.IGNORECASE
+)
+SHOWN = 3  # names of each kind
+
+
+class LeftOut(NamedTuple):
+    """A file, or a folder with all that is in it."""
+
+    path: str
+    reason: str
+
+
+def why_left_out(name: str) -> str:
+    """Why a file or folder of this name is no sample; empty if it may be one."""
+    if is_of_system(name):
+        return "of the operating system"
+    return "hidden" if name.startswith(".") else ""
+
+
+def is_of_system(name: str) -> bool:
+    return name.casefold() in SYSTEM_NAMES or bool(SYSTEM_PATTERN.fullmatch(name))
+
+
+def left_out_note(left_out: Sequence[LeftOut]) -> str:
+    """One line that counts and names them; empty if there are none."""
+    by_reason = defaultdict(list)
+    for path, reason in left_out:
+        by_reason[reason].append("".join(c if c.isprintable() else "_" for c in path))
+    kinds = [
+        f"{len(paths):,} {reason} ({', '.join(paths[:SHOWN])}{', …' if len(paths) > SHOWN else ''})"
+        for reason, paths in by_reason.items()
+    ]
+    return f"files and folders left out: {', '.join(kinds)}" if kinds else ""

@@ -1,0 +1,40 @@
+"""What splits are called, and which files of a class go to train and which to val.
+
+A name counts in any capitals, with its usual synonyms, and with "set" behind it: Train, TRAINING, test_set.
+
+The files of a class are ranked by a hash of their keys, and those below `val_share` of all hashes go to val. Where
+that would leave train or val without a file of the class, the border moves by the one file that is next in rank. So
+each class with two files or more is in train and in val, and a class of one file is in train. A file that is added
+moves no old file, except in small classes the one that was next in rank. Files of one key (a.jpg and a.png) stay
+together unless the class has no other key.
+
+Refused: drawing at random, which moves old files from one side to the other as soon as a file is added.
+"""
+
+import re
+from collections.abc import Sequence
+
+import xxhash
+
+SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "devel", "development"), "val"),
+    **dict.fromkeys(("eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+}
+
+
+def split_of_name(name: str) -> str | None:
+    """The split (train, val or test) that a folder, a column of a list or a part of a tar's name means, if any."""
+    return SPLIT_FOLDERS.get(re.sub(r"[\s_-]*(set)?$", "", name.strip().casefold()))
+
+
+def files_for_val(keys: Sequence[str], val_share: float) -> list[int]:
+    """Positions in `keys`, those of all files of one class, of the files that go to val."""
+    if len(keys) < 2 or val_share == 0:
+        return []
+    hashes = [xxhash.xxh3_64_intdigest(key.encode()) for key in keys]
+    ranked = sorted(range(len(keys)), key=lambda i: (hashes[i], keys[i]))
+    borders = [n for n in range(1, len(keys)) if keys[ranked[n - 1]] != keys[ranked[n]]] or [1]
+    below = sum(value < val_share * 2**64 for value in hashes)
+    return ranked[: min(max(below, borders[0]), borders[-1])]

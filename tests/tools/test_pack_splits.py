@@ -1,0 +1,134 @@
+"""Splits come from folders, lists and archives, or from the division of each class."""
+
+import os
+
+import pytest
+
+from bfsys.data.shards import open_split, split_names
+from tests.tools.packing_helpers import contents, make_files, make_tree, pack
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def test_split_folders_share_one_class_list(tmp_path):
+    files = {"train/cat/a": b"1", "validation/dog/a": b"2", "test/cat/b": b"3"}
+    for layout in ("tree", "imagefolder"):
+        dataset = pack(make_files(tmp_path / "src", files), tmp_path, "--from", layout, name=layout)
+        assert split_names(dataset) == ["test", "train", "val"]
+        assert contents(dataset)["dog/a"] == ("val", "dog", b"2")
+        assert open_split(dataset, "test").classes == ("cat", "dog")
+
+
+def test_subdir(tmp_path):
+    files = {
+        "train/image/cat/a": b"1",
+        "train/audio/cat/a": b"x",
+        "val/image/cat/b": b"2",
+        "val/audio/cat/b": b"x",
+    }
+    dataset = pack(make_files(tmp_path / "src", files), tmp_path, "--subdir", "image")
+    assert contents(dataset) == {"cat/a": ("train", "cat", b"1"), "cat/b": ("val", "cat", b"2")}
+
+
+def test_old_files_keep_their_split_when_files_are_added(tmp_path):
+    src = make_tree(tmp_path / "src", 60)
+    before = contents(pack(src, tmp_path / "one", "--val-share", "0.3"))
+    make_files(src, {f"dog/new-{i}.png": b"new" for i in range(40)} | {"dog/000.png": b"like 000.jpg"})
+    after = contents(pack(src, tmp_path / "two", "--val-share", "0.3"))
+    kept = {key.removesuffix("-jpg"): split for key, (split, _, _) in after.items()}
+    assert {key: split for key, (split, _, _) in before.items()}.items() <= kept.items()
+    assert 0.1 < sum(split == "val" for split, _, _ in before.values()) / 60 < 0.5
+    assert kept["dog/000-png"] == kept["dog/000"]  # two files of one name stay together
+
+
+def test_classes_with_two_files_are_in_train_and_in_val(tmp_path):
+    files = {f"{word}/{i}": word.encode() for word in ("bee", "cow", "dog", "elk") for i in range(2)} | {"fox/0": b"1"}
+    found = contents(pack(make_files(tmp_path / "src", files), tmp_path))
+    assert sorted((name, split) for split, name, _ in found.values()) == [
+        *((word, split) for word in ("bee", "cow", "dog", "elk") for split in ("train", "val")),
+        ("fox", "train"),
+    ]
+
+
+@pytest.mark.parametrize("names", ["Train Test DEV", "TRAINING testing Eval", "trn tst val_set"])
+def test_split_folders_in_any_capitals_and_by_their_synonyms(tmp_path, names):
+    names = names.split()
+    src = make_files(tmp_path / "src", {f"{name}/{word}/a": word.encode() for name in names for word in ("cat", "dog")})
+    dataset = pack(src, tmp_path)
+    assert split_names(dataset) == ["test", "train", "val"]
+    assert open_split(dataset, "train").classes == ("cat", "dog")
+    assert split_names(pack(src, tmp_path, "--splits", names[2], name="val")) == ["val"]
+
+
+def test_the_split_column_in_any_capitals_and_by_its_synonyms(tmp_path):
+    make_files(tmp_path, {"a": b"1", "b": b"2", "list.tsv": b"a\tcat\tTraining\nb\tcat\tDev"})
+    assert split_names(pack(tmp_path / "list.tsv", tmp_path / "out", "--from", "filelist")) == ["train", "val"]
+
+
+MARKED = {
+    "UTF-8": "\ufeffa\tcat\r\nb\tcat\r\n".encode(),
+    "UTF-8, two lists joined": "\ufeffa\tcat\n\ufeffb\tcat\n".encode(),
+    "UTF-16": "a\tcat\r\nb\tcat\r\n".encode("utf-16"),
+    "UTF-16, big endian": "\ufeffa\tcat\nb\tcat".encode("utf-16-be"),
+}
+
+
+@pytest.mark.parametrize("case", MARKED)
+def test_byte_order_marks_are_taken_off_lists(tmp_path, case):
+    make_files(tmp_path, {"a": b"1", "b": b"2", "list.tsv": MARKED[case]})
+    dataset = pack(tmp_path / "list.tsv", tmp_path / "out", "--from", "filelist", "--split", "test")
+    assert set(contents(dataset)) == {"cat/a", "cat/b"}
+
+
+def test_byte_order_marks_are_taken_off_the_lists_of_speech_commands(tmp_path):
+    files = {"yes/a.wav": b"1", "yes/b.wav": b"2", "yes/c.wav": b"3"}
+    lists = {"validation_list.txt": "\ufeffyes/a.wav\r\n".encode(), "testing_list.txt": b""}
+    found = contents(pack(make_files(tmp_path / "sc", files | lists), tmp_path, "--from", "speech_commands"))
+    assert {key: split for key, (split, _, _) in found.items()} == {"yes/a": "val", "yes/b": "train", "yes/c": "train"}
+
+
+def test_filelist(tmp_path):
+    make_files(tmp_path / "lists", {"cat/a.jpg": b"1", "s1/x.jpg": b"2", "s2/x.jpg": b"3", ".odd": b"4"})
+    lines = [
+        "cat/a.jpg\tcat\ttrain",
+        "s1/x.jpg\tcat\ttrain",
+        "",
+        "s2/x.jpg\tdog\tvalid\r",
+        "../lists/.odd\tdog\ttest",
+    ]
+    (tmp_path / "lists" / "list.tsv").write_text("\n".join(lines))
+    found = contents(pack(tmp_path / "lists" / "list.tsv", tmp_path / "out", "--from", "filelist"))
+    assert found == {
+        "cat/a": ("train", "cat", b"1"),
+        "cat/s1/x": ("train", "cat", b"2"),
+        "dog/s2/x": ("val", "dog", b"3"),
+        "dog/lists/_odd": ("test", "dog", b"4"),
+    }
+
+
+def test_filelist_without_splits_is_divided(tmp_path):
+    make_tree(tmp_path / "src", 40)
+    lines = [f"src/{'cat' if i % 2 else 'dog'}/{i:03d}.jpg\tc{i % 3}" for i in range(40)]
+    (tmp_path / "list.tsv").write_text("\n".join(lines))
+    dataset = pack(tmp_path / "list.tsv", tmp_path / "out", "--from", "filelist", "--val-share", "0.25")
+    assert split_names(dataset) == ["train", "val"]
+    assert open_split(dataset, "val").classes == ("c0", "c1", "c2")
+
+
+def test_speech_commands(tmp_path):
+    words = {f"{word}/{who}_nohash_0.wav": word.encode() for word in ("yes", "no") for who in "abc"}
+    lists = {
+        "validation_list.txt": b"yes/b_nohash_0.wav\n",
+        "testing_list.txt": b"no/c_nohash_0.wav\nyes/c_nohash_0.wav\n",
+    }
+    noise = {"_background_noise_/pink.wav": b"noise", "README.md": b"read me"}
+    found = contents(pack(make_files(tmp_path / "sc", words | lists | noise), tmp_path, "--from", "speech_commands"))
+    assert len(found) == 6
+    assert {key for key, (split, _, _) in found.items() if split == "val"} == {"yes/b_nohash_0"}
+    assert {key for key, (split, _, _) in found.items() if split == "test"} == {
+        "no/c_nohash_0",
+        "yes/c_nohash_0",
+    }
