@@ -3,7 +3,7 @@
 Defaults are the published recipe where there is one (section 3 of the paper's released configurations), and
 otherwise what a careful user would choose. A config that loads is complete: nothing is filled in later. In a path, ~
 and $VARIABLE mean what they mean in a shell, unless a file of just that name exists; a loaded config holds what they
-stand for.
+stand for. An override on the command line is taken as typed: see typed_yaml.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
 
 from bfsys import typed_yaml
 from bfsys.errors import UserError, collecting
@@ -31,7 +31,10 @@ def is_remote(location: str) -> bool:
     return location.startswith(PIPE) or _SCHEME.match(location) is not None
 
 
-def _expanded(path: str) -> str:
+def _expanded(path: str, info: ValidationInfo) -> str:
+    """What a path that was typed stands for; ValueError if that is nothing."""
+    if not info.context:
+        return path
     if not path:
         raise ValueError("got an empty path; write . for the current folder, or null where the path may be left out")
     if "\0" in path:
@@ -44,9 +47,9 @@ def _expanded(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path))
 
 
-def _with_expanded_key_file(transform: str) -> str:
+def _with_expanded_key_file(transform: str, info: ValidationInfo) -> str:
     name, _, file = transform.partition(":")
-    return f"{name}:{_expanded(file)}" if file and name == "permute" else transform
+    return f"{name}:{_expanded(file, info)}" if file and name == "permute" else transform
 
 
 Location = Annotated[str, AfterValidator(_expanded)]

@@ -116,15 +116,19 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
             _apply(cls, tree, override)
     if problems:
         raise UserError(*problems)
-    return from_tree(cls, tree, f"config {path}")
+    return from_tree(cls, tree, f"config {path}", is_typed=True)
 
 
-def from_tree(cls: type[T], tree: dict, where: str) -> T:
-    """Check a tree of plain values against dataclass `cls`; raises UserError with one message per problem."""
+def from_tree(cls: type[T], tree: dict, where: str, *, is_typed: bool = False) -> T:
+    """Check a tree of plain values against dataclass `cls`; raises UserError with one message per problem.
+
+    `is_typed`: a person wrote the values, in which validators then replace what stands for something else. They find it
+    as their `info.context`.
+    """
     try:
         # Through JSON, since pydantic's strict mode then still takes objects for dataclasses and lists for tuples.
         text = _ODD.sub(lambda found: f"{_MARK}{ord(found[0]):06x}", json.dumps(tree, ensure_ascii=False))
-        config = TypeAdapter(cls).validate_json(text, strict=True)
+        config = TypeAdapter(cls).validate_json(text, strict=True, context=is_typed)
         return _with_odd(config) if _MARK in text else config
     except ValidationError as error:
         details = error.errors(include_url=False)

@@ -228,6 +228,11 @@ def test_paths_are_expanded_on_the_command_line_and_in_files(home: Path, field: 
         value("a\0")
 
 
+def test_a_resolved_config_is_not_expanded_again(home: Path) -> None:
+    config = Config(data=Data(sources=(Source(path="$DATA"), Source(path="~/x"), Source(path="$UNSET_"))))
+    assert from_tree(Config, to_tree(config), "x") == config
+
+
 def test_commands_and_urls_are_left_alone(home: Path) -> None:
     config_file = home / "some.yaml"
     config_file.write_text(MINIMAL)

@@ -270,7 +270,8 @@ def _key_and_extension(name: str) -> tuple[str, str]:
 
 
 def _why_unreadable(info: tarfile.TarInfo, header: bytes, bytes_left: int) -> str:
-    """Why the `info.size` of the `bytes_left` from `info.offset_data` on are not a file's content, or empty."""
+    """Why the `info.size` bytes at `info.offset_data`, from where the tar has `bytes_left`, are not a file's content;
+    empty where they are."""
     kind = UNREADABLE.get(info.type, "" if info.isreg() else f"of the unknown type {info.type!r}")
     if info.issparse() or any(name.startswith(("GNU.sparse.", "SCHILY.realsize")) for name in info.pax_headers):
         kind = "a sparse file, whose holes are not stored"
@@ -287,8 +288,8 @@ def _why_unreadable(info: tarfile.TarInfo, header: bytes, bytes_left: int) -> st
         return f"has {size_bytes:,} bytes by its header and {info.size:,} by its pax header; pack the tar again"
     if not 0 <= size_bytes <= bytes_left:
         return (
-            f"has {size_bytes:,} bytes by its header, and {bytes_left:,} follow: the tar is cut off, or goes on on "
-            f"another volume. Fetch or pack this shard again"
+            f"has {size_bytes:,} bytes by its header, and {bytes_left:,} follow: the tar is cut off, or "
+            f"continues on another volume. Fetch or pack this shard again"
         )
     return ""
 
