@@ -17,6 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -31,12 +32,15 @@ from bfsys.data.shards import (
     write_description,
     write_split,
 )
-from bfsys.data.sources import SPLIT_FOLDERS
-from bfsys.data.tars import TarIndex, join_shards, read_shard
+from bfsys.data.splits import SPLIT_FOLDERS, split_of_name
+from bfsys.data.tars import TarIndex, how_to_decompress, join_shards, read_shard
 from bfsys.data.verify import verify_index, verify_shard
-from bfsys.errors import UserError, run_command, summary_of
+from bfsys.errors import UserError, collecting, run_command, summary_of
 
 EXIT_DAMAGED = 1
+# A foreign tar may have this many classes, or so many for each of its samples, whichever is more.
+LEAST_CLASS_LIMIT, CLASSES_PER_SAMPLE = 10_000, 10
+COMPRESSED_TAR = re.compile(r"(.+)\.(?:tar\.\w+|t[gx]z|tbz2?|tzst)", re.IGNORECASE)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -111,19 +115,19 @@ def rebuild(folder: Path, split: str | None) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     if (folder / DESCRIPTION).exists():
-        raise UserError(f"{folder}: has a {DESCRIPTION} already; to make the index anew, delete that file first")
+        raise UserError(f"{folder}: has a {DESCRIPTION} already; to make a new index, delete that file first")
     shards_of, problems = {}, []
     for split_name, paths in tars_by_split(folder, split).items():
         for path in paths:
-            try:
+            with collecting(problems):
                 shards_of.setdefault(split_name, []).append(read_shard(path))
-            except UserError as error:
-                problems += error.problems
     for shards in shards_of.values():
         problems += keys_in_two_shards(shards)
+    all_shards = [index for shards in shards_of.values() for index in shards]
+    problems = problems or absurd_class_numbers(folder, all_shards)
     if problems:
         raise UserError(*problems)
-    classes = class_names([index for shards in shards_of.values() for index in shards])
+    classes = class_names(all_shards)
     name = folder.resolve().name
     parts = {
         split_name: write_split(folder, name, split_name, classes, shards)
@@ -144,9 +148,35 @@ def keys_in_two_shards(shards: Sequence[TarIndex]) -> list[str]:
     return problems
 
 
+def absurd_class_numbers(folder: Path, shards: Sequence[TarIndex]) -> list[str]:
+    """Class numbers that no classifier of so few samples has. Each number below the largest is a class of its own."""
+    limit = max(LEAST_CLASS_LIMIT, CLASSES_PER_SAMPLE * sum(len(index.samples) for index in shards))
+    problems = []
+    for index in shards:
+        labels = index.samples["label"]
+        if labels.max() >= limit:
+            largest = labels.argmax()
+            problems.append(
+                f"{folder / index.shard.file}: member {index.key_list()[largest]}.cls holds {labels[largest]}, the "
+                f"largest of {np.count_nonzero(labels >= limit):,} class numbers of {limit:,} and more: that is taken "
+                "for a mistake in a dataset of this size. Number the classes 0, 1, 2, … without gaps"
+            )
+    return problems
+
+
 def tars_by_split(folder: Path, split: str | None) -> dict[str, list[Path]]:
     """The tars of each split, by the split in their names or all of the one given."""
-    tars = sorted(folder.glob("*.tar"))
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    tars = [path for path in files if path.suffix.lower() == ".tar"]
+    decompressed = {path.stem.lower() for path in tars}
+    compressed = []
+    for path in files:
+        named = COMPRESSED_TAR.fullmatch(path.name)
+        is_missing = named[1].lower() not in decompressed if named else not tars
+        if is_missing and (remedy := how_to_decompress(path)):
+            compressed.append(f"{path}: {remedy}")
+    if compressed:
+        raise UserError(*compressed)
     if not tars:
         raise UserError(f"{folder}: holds no .tar files")
     if split:
@@ -154,9 +184,10 @@ def tars_by_split(folder: Path, split: str | None) -> dict[str, list[Path]]:
     by_split: dict[str, list[Path]] = {}
     unclear = []
     for path in tars:
-        found = re.fullmatch(r"(?:.*-)?([a-z]+)-\d+\.tar", path.name)
-        if found and found[1] in SPLIT_FOLDERS:
-            by_split.setdefault(SPLIT_FOLDERS[found[1]], []).append(path)
+        found = re.fullmatch(r"(?:.*-)?([^-]+)-\d+", path.stem)
+        name = split_of_name(found[1]) if found else None
+        if name:
+            by_split.setdefault(name, []).append(path)
         else:
             unclear.append(path.name)
     if unclear:

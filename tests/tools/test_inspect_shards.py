@@ -1,5 +1,6 @@
 """What inspect_shards prints, how it exits, and the index it makes for tars made elsewhere."""
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,59 @@ def test_class_names_that_do_not_match_the_numbers_are_not_used(tmp_path):
     make_tar(tmp_path / "x-train-0.tar", {"a/1": 1, "a/2": 0})
     main([str(tmp_path), "--rebuild"])
     assert open_split(tmp_path, "train").classes == ("0", "1")
+
+
+def test_rebuild_finds_splits_in_any_capitals_and_by_synonyms(tmp_path):
+    names = ("x-Train-0.tar", "x-TRAINING-1.TAR", "Dev-0.tar", "x-y-test-000007.tar")
+    for number, name in enumerate(names):
+        make_tar(tmp_path / name, {f"{number}": 0})
+    make_tar(tmp_path / "._x-train-0.tar", {"left by an operating system": 0})
+    assert main([str(tmp_path), "--rebuild"]) == 0
+    shards = {split: [shard.file for shard in open_split(tmp_path, split).shards] for split in split_names(tmp_path)}
+    assert shards == {"train": sorted(names[:2]), "val": [names[2]], "test": [names[3]]}
+
+
+def test_names_that_begin_with_a_dot_and_a_slash_give_class_names(tmp_path):
+    make_tar(tmp_path / "x-train-0.tar", {"./cat/1": 1, "./dog/1": 0})
+    assert main([str(tmp_path), "--rebuild", "--verify"]) == 0
+    assert open_split(tmp_path, "train").classes == ("dog", "cat")
+
+
+def test_one_sample_under_two_spellings_in_two_shards(tmp_path):
+    make_tar(tmp_path / "x-train-0.tar", {"./cat/1": 0})
+    make_tar(tmp_path / "x-train-1.tar", {"cat/1": 0})
+    with pytest.raises(UserError, match=r"sample 'cat/1' is in x-train-0\.tar and in x-train-1\.tar"):
+        main([str(tmp_path), "--rebuild"])
+
+
+def test_class_numbers_that_are_absurd_are_refused_by_name(tmp_path):
+    make_tar(tmp_path / "x-train-0.tar", {"0": 9_999, "1": 123_456_789, "2": 50_000})
+    make_tar(tmp_path / "x-train-1.tar", {"3": 10_000})
+    with pytest.raises(UserError) as error:
+        main([str(tmp_path), "--rebuild"])
+    first, second = error.value.problems
+    assert f"{tmp_path / 'x-train-0.tar'}: member 1.cls holds 123456789, the largest of 2 class numbers" in first
+    assert "member 3.cls holds 10000, the largest of 1 class numbers of 10,000 and more" in second
+    make_tar(tmp_path / "x-train-0.tar", {"0": 9_999})
+    make_tar(tmp_path / "x-train-1.tar", {"3": 9_998})
+    assert main([str(tmp_path), "--rebuild"]) == 0
+
+
+def test_tars_that_are_compressed_are_not_passed_over(tmp_path):
+    make_tar(tmp_path / "x-train-0.tar", {"0": 0})
+    for name in ("x-train-0.tar.gz", "x-train-1.tar.gz", "x-train-2.tgz"):
+        (tmp_path / name).write_bytes(gzip.compress((tmp_path / "x-train-0.tar").read_bytes()))
+    with pytest.raises(UserError) as error:  # the first one has its decompressed copy beside it
+        main([str(tmp_path), "--rebuild"])
+    assert [problem.rpartition(": ")[2] for problem in error.value.problems] == [
+        f"gunzip {tmp_path / name}" for name in ("x-train-1.tar.gz", "x-train-2.tgz")
+    ]
+
+
+def test_an_archive_of_another_name_beside_no_tar_is_named(tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"PK\x03\x04" + bytes(99))
+    with pytest.raises(UserError, match=r"photos\.zip: is compressed \(zip\)"):
+        main([str(tmp_path), "--rebuild"])
 
 
 def test_rebuild_where_nothing_can_be_written(dataset):
