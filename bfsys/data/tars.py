@@ -234,7 +234,7 @@ def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, dict[str, tarfil
             member = (key, extension.lower())
             wrong = _why_unreadable(info, header, len(content) - info.offset_data)
             if not wrong and key and member in seen:
-                wrong = "comes twice; keep one member of this name"
+                wrong = f"comes twice for sample {key!r}; keep one of them"
             seen.add(member)
             if wrong:
                 problems.append(f"{path}: member {info.name!r} {wrong}")
