@@ -15,6 +15,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import re
@@ -29,7 +30,8 @@ from pydantic import TypeAdapter, ValidationError
 from bfsys.errors import UserError, collecting
 
 T = TypeVar("T")
-# File names that are not UTF-8 hold lone surrogates, which JSON parsers refuse.
+_adapter = functools.cache(TypeAdapter)
+# File names that are not UTF-8 hold lone surrogates, which JSON parsers refuse: each is hidden behind a mark.
 _MARK = "\U0010ffff"
 _ODD = re.compile(f"[\ud800-\udfff{_MARK}]")
 _MARKED = re.compile(f"{_MARK}([0-9a-f]{{6}})")
@@ -128,12 +130,12 @@ def from_tree(cls: type[T], tree: dict, where: str, *, is_typed: bool = False) -
     try:
         # Through JSON, since pydantic's strict mode then still takes objects for dataclasses and lists for tuples.
         text = _ODD.sub(lambda found: f"{_MARK}{ord(found[0]):06x}", json.dumps(tree, ensure_ascii=False))
-        config = TypeAdapter(cls).validate_json(text, strict=True, context=is_typed)
+        config = _adapter(cls).validate_json(text, strict=True, context=is_typed)
         return _with_odd(config) if _MARK in text else config
     except ValidationError as error:
         details = error.errors(include_url=False)
         raise UserError(*dict.fromkeys(f"{where}: {_sentence(cls, d)}" for d in details)) from None
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # of json.dumps: a type that JSON lacks, a list that holds itself
         raise UserError(f"{where}: {error}") from None
 
 
@@ -169,7 +171,7 @@ def _parse(text: str, where: str) -> Any:
 def _yaml_errors(where: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more digits than Python reads
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: more digits than Python reads
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = str(error)

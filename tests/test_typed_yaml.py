@@ -171,6 +171,8 @@ def test_files_of_other_editors_load(file: Path, encode) -> None:
         (b"data:\n\tlanes: 4\n", "line 2, column 1: found character '\\t'"),
         (b"name: " + b"9" * 5000, "Exceeds the limit"),
         (b"name: !!binary aGk=", "not JSON serializable"),
+        (b"name: &a [*a]", "Circular reference"),
+        (b"name: " + b"[" * 5000, "recursion"),
     ],
 )
 def test_files_that_cannot_be_read_are_named_in_one_line(file: Path, content: bytes, said: str) -> None:
