@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shard_bytes = read_size("--shard-bytes", args.shard_bytes, problems)
     max_file_bytes = read_size("--max-file-bytes", args.max_file_bytes, problems)
     problems += option_problems(args)
-    staging.refuse_if_locked(folder)
+    staging.recover(folder)
     listing = list_source(args)
     if args.splits:
         keep_splits(listing, args.splits.split(","))
@@ -133,17 +133,18 @@ def pack(
     given: dict,
     args: argparse.Namespace,
 ) -> bool:
-    """Write the dataset, unless it is there already. The folder is locked."""
+    """Write the dataset, unless it is there already; whether it was written. The folder is locked."""
     problems = packing.target_problems(folder, {job.split for job in jobs})  # another process may have packed meanwhile
     if problems:
         raise UserError(*problems)
     fingerprint = packing.inputs_fingerprint(jobs, given, listing.bad)
-    if packing.is_packed(folder, fingerprint):
-        return False
-    staging.start(folder)
-    outcomes = write_all(jobs, args.workers or len(os.sched_getaffinity(0)), args.skip_bad)
-    packing.finish(folder, listing.classes, encoding, given, outcomes, listing.bad, fingerprint)
-    return True
+    is_new = not packing.is_packed(folder, fingerprint)
+    if is_new:
+        staging.start(folder)
+        outcomes = write_all(jobs, args.workers or len(os.sched_getaffinity(0)), args.skip_bad)
+        packing.finish(folder, listing.classes, encoding, given, outcomes, listing.bad, fingerprint)
+    staging.tidy(folder)
+    return is_new
 
 
 def read_encoding(args: argparse.Namespace, problems: list[str]) -> tuple[Encoding, Fitting]:
@@ -270,9 +271,9 @@ def print_summary(folder: Path, left_out: str) -> None:
     print(summarise(read_description(folder)))
     if left_out:
         print(f"  {left_out}")
-    if (folder / packing.SKIPPED_LIST).exists():
-        skipped = (folder / packing.SKIPPED_LIST).read_text(encoding="utf-8").count("\n")
-        print(f"  left out: {skipped:,} bad files, named in {folder / packing.SKIPPED_LIST}")
+    if (folder / staging.SKIPPED_LIST).exists():
+        skipped = (folder / staging.SKIPPED_LIST).read_text(encoding="utf-8").count("\n")
+        print(f"  left out: {skipped:,} bad files, named in {folder / staging.SKIPPED_LIST}")
     print(f"use it by:\ndata:\n  sources:\n    - path: {folder}")
 
 

@@ -24,14 +24,13 @@ import xxhash
 from bfsys.data import staging
 from bfsys.data.encodings import Encoding, Fitting, library_version, parse_encoding, reencode
 from bfsys.data.modalities import PECULIARITIES, peculiarities_of
-from bfsys.data.shards import DESCRIPTION, index_files, read_description, write_description, write_split
+from bfsys.data.shards import DESCRIPTION, read_description, write_description, write_split
 from bfsys.data.sources import BadFile, SourceFile
 from bfsys.data.tars import Member, Shard, TarIndex, atomic_file, size_in_tar_bytes, write_shard
 from bfsys.errors import UserError
 
 VERSION = 1  # to be raised when the same input comes to give other bytes
 TOOL = "tools/pack.py"
-SKIPPED_LIST = "skipped.txt"
 ADDRESS = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")  # of a Python object in a decoder's message
 
 
@@ -242,7 +241,7 @@ def finish(
     skipped: Sequence[BadFile],
     fingerprint: str,
 ) -> None:
-    """Write the index and dataset.json, put all into place, and remove what other runs left."""
+    """Write the index and dataset.json, and put all into place."""
     indexes: dict[str, list[TarIndex]] = {outcome.job.split: [] for outcome in outcomes}
     for outcome in outcomes:
         if len(outcome.contents.samples):  # all of a shard's files may have been skipped
@@ -255,19 +254,14 @@ def finish(
         split: write_split(staged, folder.name, split, classes, sorted(found, key=lambda i: i.shard.file))
         for split, found in sorted(indexes.items())
     }
-    wanted = [shard["file"] for part in splits.values() for shard in part["shards"]]
-    wanted += [file for split in splits for file in index_files(folder.name, split)]
     skipped = sorted([*skipped, *(bad for outcome in outcomes for bad in outcome.bad)])
-    if skipped:
-        lines = "".join(f"{path}\t{reason}\n" for path, reason in skipped)
-        with atomic_file(staged / SKIPPED_LIST) as file:
-            file.write(lines.encode(errors="backslashreplace"))
-        wanted.append(SKIPPED_LIST)
+    lines = "".join(f"{path}\t{reason}\n" for path, reason in skipped)
+    for name, text in ((staging.SKIPPED_LIST, lines), (staging.NEW_INPUTS, fingerprint)):
+        with atomic_file(staged / name) as file:
+            file.write(text.encode(errors="backslashreplace"))
     made_by = {"tool": TOOL, "version": VERSION, "library": library_version(encoding), "arguments": arguments}
     write_description(staged, folder.name, classes, encoding.text, made_by, splits, _notes(outcomes))
-    staging.put_into_place(folder, wanted, fingerprint)
-    ours = re.compile(rf"{re.escape(folder.name)}-\w+(-\d{{6}}\.tar|\.(samples|keys)\.npy)|{re.escape(SKIPPED_LIST)}")
-    staging.tidy(folder, ours, wanted)
+    staging.put_into_place(folder)
 
 
 def _notes(outcomes: Sequence[Outcome]) -> list[str]:

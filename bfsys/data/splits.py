@@ -1,6 +1,6 @@
 """What splits are called, and which files of a class go to train and which to val.
 
-A name counts in any capitals, with its usual synonyms, and with "set" behind it: Train, TRAINING, test_set.
+A name counts in any capitals, by its usual synonyms, and with such as "set" behind it: Train, TRAINING, test_set.
 
 The files of a class are ranked by a hash of their keys, and those below `val_share` of all hashes go to val. Where
 that would leave train or val without a file of the class, the border moves by the one file that is next in rank. So
@@ -26,7 +26,7 @@ SPLIT_FOLDERS = {
 
 def split_of_name(name: str) -> str | None:
     """The split (train, val or test) that a folder, a column of a list or a part of a tar's name means, if any."""
-    return SPLIT_FOLDERS.get(re.sub(r"[\s_-]*(set)?$", "", name.strip().casefold()))
+    return SPLIT_FOLDERS.get(re.sub(r"[\s_-]*(set|data|images|split)?$", "", name.strip().casefold()))
 
 
 def files_for_val(keys: Sequence[str], val_share: float) -> list[int]:

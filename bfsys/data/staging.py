@@ -1,25 +1,28 @@
 """Where a dataset is packed until it is whole: the folder .pack inside the dataset's folder.
 
     NAME-SPLIT-000000.tar, .npz …   finished shards, and what `packing.write_job` knows of each
-    inputs                          of which inputs the dataset beside it was packed
+    dataset.json                    written last: all is whole and can be put into place
+    inputs                          of which inputs the dataset beside the folder was packed
     lock                            held by the process that packs
 
-All names change within milliseconds, while the folder holds no dataset.json. A run that was killed in them is
-completed by the same command. Refused: exchanging whole folders, which would take along what the user put into them.
+All files change their place within milliseconds, while the dataset's folder holds no dataset.json. If the process is
+killed just then, the next command that packs into the folder moves the rest first, whatever its own input. Refused:
+exchanging whole folders, which would take along what the user put into them.
 """
 
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bfsys.data.shards import DESCRIPTION
-from bfsys.data.tars import atomic_file
+from bfsys.data.shards import DESCRIPTION, read_description
 from bfsys.errors import UserError
 
-INPUTS, LOCK = "inputs", "lock"
+INPUTS, LOCK, SKIPPED_LIST = "inputs", "lock", "skipped.txt"
+NEW_INPUTS = "inputs.new"  # become INPUTS with the dataset
 
 
 def folder_of(folder: Path) -> Path:
@@ -38,12 +41,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def refuse_if_locked(folder: Path) -> None:
-    """Raise UserError if another process packs into the folder; changes nothing."""
+def recover(folder: Path) -> None:
+    """Complete what a run began that was killed while it put files into place.
+
+    Raises UserError if another process packs into the folder.
+    """
     lock = folder_of(folder) / LOCK
     if lock.exists() and os.access(lock, os.W_OK):
-        with open(lock, "a") as file:
-            _lock(file.fileno(), folder)
+        with locked(folder):
+            if (folder_of(folder) / DESCRIPTION).exists() and not (folder / DESCRIPTION).exists():
+                put_into_place(folder)
 
 
 def _lock(descriptor: int, folder: Path) -> None:
@@ -58,39 +65,57 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def start(folder: Path) -> None:
-    """Take back the shards that a run had put into place when it was killed: they are as good as those still here."""
-    if (folder / DESCRIPTION).exists():
-        return
-    for sidecar in folder_of(folder).glob("*.npz"):
-        staged = sidecar.with_suffix(".tar")
-        if not staged.exists() and (folder / staged.name).exists():
-            os.replace(folder / staged.name, staged)
+    """From here on shards in the staging folder may be replaced by others."""
+    (folder_of(folder) / DESCRIPTION).unlink(missing_ok=True)
 
 
-def put_into_place(folder: Path, names: Sequence[str], inputs: str) -> None:
-    """Move the finished files, and dataset.json last; until then the folder is not a dataset."""
+def put_into_place(folder: Path) -> None:
+    """Move the staged files that were not moved yet, and dataset.json last; until then the folder is not a dataset."""
     staged = folder_of(folder)
-    with atomic_file(staged / f"{INPUTS}.new") as file:
-        file.write(inputs.encode())
-    (folder / DESCRIPTION).unlink(missing_ok=True)
-    for name in names:
-        os.replace(staged / name, folder / name)
-    os.replace(staged / f"{INPUTS}.new", staged / INPUTS)
-    _sync(folder)
-    os.replace(staged / DESCRIPTION, folder / DESCRIPTION)
-    _sync(folder)
+    names = [name for name in (*_files_of(staged), SKIPPED_LIST) if (staged / name).exists()]
+    with _undisturbed():
+        (folder / DESCRIPTION).unlink(missing_ok=True)
+        for name in names:
+            os.replace(staged / name, folder / name)
+        if (staged / NEW_INPUTS).exists():
+            os.replace(staged / NEW_INPUTS, staged / INPUTS)
+        _sync(folder)
+        os.replace(staged / DESCRIPTION, folder / DESCRIPTION)
+        _sync(folder)
 
 
-def tidy(folder: Path, ours: re.Pattern[str], wanted: Sequence[str]) -> None:
-    """Remove what is `ours` by its name and not wanted, what other runs left in the staging folder, and the temporary
-    files of killed runs."""
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Requests to stop that come in these milliseconds are not heard."""
+    former = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def tidy(folder: Path) -> None:
+    """Remove shards and index files of former, larger datasets, an empty list of skipped files, what other runs left in
+    the staging folder, and temporary files."""
+    wanted = set(_files_of(folder))
+    ours = re.compile(rf"{re.escape(folder.name)}-\w+(-\d{{6}}\.tar|\.(samples|keys)\.npy)|\..*\.tmp")
     for path in sorted(folder.iterdir()):
-        is_temporary = path.name.startswith(".") and path.name.endswith(".tmp")
-        if is_temporary or (ours.fullmatch(path.name) and path.name not in wanted):
+        is_empty_list = path.name == SKIPPED_LIST and not path.stat().st_size
+        if is_empty_list or (ours.fullmatch(path.name) and path.name not in wanted):
             path.unlink()
-    for path in folder_of(folder).iterdir():
-        if path.name not in (INPUTS, LOCK):
+    for path in sorted(folder_of(folder).iterdir()):
+        if path.name not in (INPUTS, LOCK) and not path.is_dir():  # storage devices make folders everywhere
             path.unlink()
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The shards and index files that a dataset.json names."""
+    parts = read_description(folder)["splits"].values()
+    shards = [shard["file"] for part in parts for shard in part["shards"]]
+    return shards + [entry["name"] for part in parts for entry in part["index"].values()]
 
 
 def remove_temporary(folder: Path) -> None:

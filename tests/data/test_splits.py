@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from bfsys.data.splits import SPLIT_FOLDERS, files_for_val, split_of_name
 
 NAMES = {
-    "train": ("train", "Train", "TRAINING", "trn", "training_set", "Train Set", "trainset"),
-    "val": ("val", "Valid", "VALIDATION", "dev", "Dev-Set", "eval", "Evaluation"),
+    "train": ("train", "Train", "TRAINING", "trn", "training_set", "Train Set", "trainset", "train_images"),
+    "val": ("val", "Valid", "VALIDATION", "dev", "Dev-Set", "eval", "Evaluation", "validation data"),
     "test": ("test", "TEST", "Testing", "tst", "test_set"),
     None: ("cat", "trainer", "latest", "set", "", "value", "device", "train cat"),
 }

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 
 import pytest
 
@@ -59,13 +60,13 @@ def test_a_bad_file_leaves_the_old_dataset(packed):
     assert without_progress(folder) == before
 
 
-@pytest.mark.parametrize("moves", range(7))
-def test_killed_while_files_are_put_into_place_the_same_command_completes_it(packed, monkeypatch, moves):
+@pytest.mark.parametrize("moves", range(9))
+def test_killed_while_files_are_put_into_place_the_next_command_completes_it(packed, monkeypatch, moves):
     src, folder = packed
     replace, moved = os.replace, []
 
     def move(source, target):
-        if folder == target.parent:
+        if source.name == "inputs.new" or target.parent == folder:
             if len(moved) == moves:
                 raise Killed
             moved.append(target)
@@ -76,10 +77,44 @@ def test_killed_while_files_are_put_into_place_the_same_command_completes_it(pac
         with pytest.raises(Killed):
             pack(src, folder.parent, *SMALL)
     assert not (folder / "dataset.json").exists()  # nobody takes it for whole
+    other = pack(src, folder.parent.parent / "other", *SMALL)
+    (src / "cat" / "empty").write_bytes(b"")
+    assert "is empty" in problems_of(src, folder.parent, *SMALL)
+    assert without_progress(folder).keys() >= without_progress(other).keys()
+    assert contents(folder)["cat/001"][2] == b"x" * 9301  # even by a command that is refused
+    (src / "cat" / "empty").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "write_shard", None)  # every shard is there already
+        patch.setattr(packing, "write_shard", None)
         pack(src, folder.parent, *SMALL)
-    assert all_bytes(folder) == all_bytes(pack(src, folder.parent.parent / "other", *SMALL))
+    assert all_bytes(folder) == all_bytes(other)
+
+
+def test_killed_before_the_staged_files_are_moved_the_old_dataset_stays(packed, monkeypatch):
+    src, folder = packed
+    before = without_progress(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "put_into_place", None)
+        with pytest.raises(TypeError):
+            pack(src, folder.parent, *SMALL)
+    (src / "cat" / "empty").write_bytes(b"")
+    problems_of(src, folder.parent, *SMALL)
+    assert without_progress(folder) == before
+
+
+def test_signals_do_not_part_the_moves(packed, monkeypatch):
+    src, folder = packed
+    replace = os.replace
+
+    def interrupted(source, target):
+        if target.parent == folder:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        replace(source, target)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(os, "replace", interrupted)
+    assert contents(pack(src, folder.parent, *SMALL))["cat/001"][2] == b"x" * 9301
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_shards_of_another_run_do_not_stay_in_the_staging_folder(packed, monkeypatch):
@@ -88,8 +123,11 @@ def test_shards_of_another_run_do_not_stay_in_the_staging_folder(packed, monkeyp
         patch.setattr(packing, "write_split", None)
         with pytest.raises(TypeError):
             pack(src, folder.parent, "--shard-bytes", "5K")
+    (folder / ".pack" / "@eaDir").mkdir()
+    (folder / "notes.md").write_bytes(b"the user's")
     pack(src, folder.parent, *SMALL)
-    assert sorted(path.name for path in (folder / ".pack").iterdir()) == ["inputs", "lock"]
+    assert sorted(path.name for path in (folder / ".pack").iterdir()) == ["@eaDir", "inputs", "lock"]
+    assert (folder / "notes.md").exists()
 
 
 def test_a_second_process_is_refused(packed):
@@ -98,7 +136,7 @@ def test_a_second_process_is_refused(packed):
     with staging.locked(folder):
         message = problems_of(src, folder.parent, *SMALL)
         with pytest.raises(UserError, match="another process is packing into this folder"):
-            staging.refuse_if_locked(folder)
+            staging.recover(folder)
     assert message == (
         f"{folder}: another process is packing into this folder; wait until it has ended, or choose another --name"
     )
