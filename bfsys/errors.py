@@ -5,6 +5,7 @@ is allowed and what to do; launchers tell ends apart by the code. What is caught
 """
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -76,12 +77,20 @@ def run_command(main: Callable[[], int | None], *, output_is_optional: bool = Fa
     sys.exit(exit_code_of(act))
 
 
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder was deleted; run the command in one that exists") from None
+
+
 def exit_code_of(main: Callable[[], int | None]) -> int:
     """Run a command's `main`: its code; one line per problem on a `UserError`, with its code (2); 130 on Ctrl-C; 1 and
     a traceback on other exceptions."""
     console.prepare()
     process.prepare()
     try:
+        _check_current_folder()
         code = main() or 0
         sys.stdout.flush()
         return code

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from bfsys.errors import UserError, collecting, run_command
+from bfsys.errors import UserError, collecting, run_command, summary_of
 from tests.conftest import REPOSITORY
 
 
@@ -39,6 +41,30 @@ def test_control_c_is_no_traceback(capsys: pytest.CaptureFixture) -> None:
 def test_our_own_mistakes_have_a_traceback(capsys: pytest.CaptureFixture) -> None:
     assert ends_with(lambda: 1 // 0) == 1
     assert "test_errors.py" in capsys.readouterr().err.partition("ZeroDivisionError")[0]
+
+
+def test_a_current_folder_that_was_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert ends_with(lambda: 0) == 2
+    assert "the current folder was deleted" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_named(capsys: pytest.CaptureFixture) -> None:
+    assert ends_with(lambda: os.listdir("/nowhere/folder")) == 2
+    assert capsys.readouterr().err == "error: /nowhere/folder: No such file or directory\n"
+
+
+def test_a_text_for_an_exit_code_is_said(capsys: pytest.CaptureFixture) -> None:
+    assert ends_with(lambda: sys.exit("a library gives up")) == 1
+    assert capsys.readouterr().err == "a library gives up\n"
+
+
+def test_help_needs_no_docstrings() -> None:
+    assert summary_of("Do a thing.\n\nMore.") == "Do a thing."
+    assert summary_of(None) == ""  # python -OO
 
 
 def test_collecting() -> None:

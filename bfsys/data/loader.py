@@ -8,7 +8,9 @@ DataLoader's queues the same bytes take several times as long, and named shared 
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
+import re
 import signal
 import threading
 from collections import deque
@@ -43,6 +45,8 @@ READ_AHEAD_SAMPLES = 256
 ANNOUNCED_AFTER_SLOW = 64
 # A slot holds this many times a request's mean; what is beyond it is pickled. Memory is taken as it is touched.
 SLOT_OVER_MEAN = 4
+# What worker processes tell of themselves: who they are, and the (source, sample) that they are decoding.
+_POSITION = np.dtype([("process", "<i8"), ("position", "<i8", 2)])
 
 
 def training_batches(
@@ -180,6 +184,7 @@ def _read_by_workers(
     per_request = max(1, int(REQUEST_BYTES / mean_bytes)) if reader.is_plain else 1
     # Two more than are under way: the consumer may have one and come for the next.
     ring = Ring(workers * PREFETCH + 2, int(SLOT_OVER_MEAN * per_request * mean_bytes))
+    positions = np.frombuffer(mmap.mmap(-1, workers * _POSITION.itemsize), _POSITION)
     loader = DataLoader(
         _Reads(reader, ring),
         batch_size=None,  # a request is a list of whole micro-batches
@@ -188,9 +193,9 @@ def _read_by_workers(
         prefetch_factor=PREFETCH,
         multiprocessing_context="fork",  # workers must inherit the ring
         collate_fn=_as_it_is,
-        worker_init_fn=partial(_end_with_parent, os.getpid()),
+        worker_init_fn=partial(_begin_worker, os.getpid(), reader, positions),
     )
-    for answer in loader:
+    for answer in _naming_files(loader, reader, positions):
         if isinstance(answer, UserError):
             raise answer
         slot, micro_batches = answer
@@ -248,7 +253,28 @@ class _Reads(Dataset):
         return new_buffer(size_bytes)
 
 
-def _end_with_parent(parent: int, worker: int) -> None:
+def _naming_files(answers: Iterable, reader: ShardReader, positions: np.ndarray) -> Iterator:
+    """`answers`; if a worker process dies, as of a codec that aborts, the error names the file that it was at."""
+    try:
+        yield from answers
+    except RuntimeError as error:
+        for worker in positions:
+            if not reader.is_plain and re.search(rf"\b{worker['process']}\b", str(error)):
+                name = reader.name_of(*worker["position"].tolist())
+                raise RuntimeError(
+                    f"{str(error).splitlines()[0]}; it was at {name}. If it ends there again, pack the dataset without "
+                    "this file; if it was killed by signal 9, memory was short: use fewer data.workers"
+                ) from error
+        raise
+
+
+def _begin_worker(parent: int, reader: ShardReader, positions: np.ndarray, worker: int) -> None:
+    positions[worker]["process"] = os.getpid()
+    reader.position = positions[worker]["position"]
+    _end_with_parent(parent)
+
+
+def _end_with_parent(parent: int) -> None:
     """End when the training process does, or asks for it, and at no other request: SLURM and shells send SIGTERM to
     all processes of a job, and training wants batches until it has saved.
 

@@ -108,12 +108,13 @@ class ShardReader:
         self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in splits]
         self._rows = [np.asarray(split.samples) for split in splits]
         self._files: dict[tuple[int, int], int] = {}  # the one opened first is closed first
-        self._most_open = max(1, min(OPEN_SHARDS, open_files_limit() // 4))
         # Shards that cannot be had, and why, and those of which a sample could not be read in all its tries: to find
         # out takes long, and each has thousands of samples.
         self._lost: dict[tuple[int, int], str] = {}
         self._failing: set[tuple[int, int]] = set()
         self.is_plain = not self.transforms and not any(self.augmentations)
+        self.position = np.zeros(2, np.int64)
+        """(source, sample) that is being read with care, for whoever shares this memory."""
 
     def read(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray] = new_buffer) -> Fetched:
         """The bytes, classes and origins of a micro-batch, in a buffer from `allocate(bytes)`."""
@@ -132,6 +133,12 @@ class ShardReader:
                 os.posix_fadvise(self._open(source, shard), offset, length, os.POSIX_FADV_WILLNEED)
             except (OSError, UserError):
                 return  # reading will say why
+
+    def name_of(self, source: int, sample: int) -> str:
+        """A sample for people to find: dataset, shard and key."""
+        split = self.splits[source]
+        shard = split.shards[self._rows[source]["shard"][sample]].file
+        return f"{split.dataset.location}, {shard}: sample {split.key(sample)!r}"
 
     def close(self) -> None:
         for descriptor in self._files.values():
@@ -235,6 +242,7 @@ class ShardReader:
         """A sample as the model gets it; or None, with the reason in `bad` if it is new."""
         if self._is_bad(source, sample, step):
             return None
+        self.position[:] = source, sample
         try:
             content, label = self._read_sample(source, sample)
             made, rng = Made(content, label, label, 0.0), self._rng(_AUGMENTATION, source, epoch, sample)
@@ -332,7 +340,7 @@ class ShardReader:
         for one in list(self._files) if self.splits[source].dataset.cache else ():
             if os.fstat(self._files[one]).st_nlink == 0:  # evicted: open, it would take up the disk all the same
                 self._forget(*one)
-        if len(self._files) >= self._most_open:
+        if len(self._files) >= max(1, min(OPEN_SHARDS, open_files_limit() // 4)):
             os.close(self._files.pop(next(iter(self._files))))
         try:
             descriptor = self._files[source, shard] = self.splits[source].open_shard(shard)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -65,6 +68,31 @@ def test_a_request_to_stop_the_job_does_not_end_loader_processes(config_file: Pa
     assert len(first.labels) + sum(len(batch.labels) for batch in batches) == config.train.steps * 8
     assert len(workers) == 2
     assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+class Aborting:
+    """An augmentation whose codec ends its process at one file."""
+
+    mixes, compresses, least_bytes = False, True, 1
+
+    def __init__(self, file: bytes) -> None:
+        self.file = file
+
+    def __call__(self, data: bytes, rng: np.random.Generator, second: None) -> tuple[bytes, float]:
+        if data == self.file:
+            os._exit(134)
+        return data, 0.0
+
+
+def test_a_loader_process_that_dies_names_the_file_that_it_was_at(config_file: Path, datasets: Path) -> None:
+    config = load_config(config_file, ["data.workers=2", "train.steps=100"])
+    sources = open_training(config)
+    key = sources.splits[0].key(5)
+    file = (datasets / "trees" / "a" / "train" / f"{key}.bin").read_bytes()
+    sources = replace(sources, augmentations=(Aborting(file), None))
+    batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
+    with pytest.raises(RuntimeError, match=rf"exited unexpectedly; it was at .*/a, a-train-0000.*: sample '{key}'"):
+        list(batches)
 
 
 def test_evaluation_gives_each_file_once_in_equal_rounds(config_file: Path) -> None:
