@@ -1,4 +1,4 @@
-"""Files as a model is given them: decoded and encoded anew, and their bytes transformed.
+"""Files as a model is given them: decoded and encoded again, and their bytes transformed.
 
     python tools/encode.py photo.jpg out --encoding tiff --image-size 224
     python tools/encode.py photos out --encoding fhwc --image-size 224 --transform keep:0.1
@@ -7,12 +7,18 @@
 SRC is a file, or a folder whose tree is kept, so that OUT can be packed or given to bfsys.predict: as it is to a run
 that was trained on such files, with --transformed to one whose data.byte_transforms are the same. Noise is drawn from
 the system's entropy, another for every file and call. What transforms protect, and what not: docs/privacy.md.
+
+The same command continues after a stop. OUT/.encoded.jsonl notes for every file, by a hash, what it was made from and
+how: such a file is kept, and any other that exists is not overwritten.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +28,54 @@ if __name__ == "__main__":
 import numpy as np
 
 from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms
-from bfsys.data.encodings import AS_STORED, Encoding, reencode
+from bfsys.data.encodings import AS_STORED, Encoding, Fitting, library_version, reencode
 from bfsys.data.sources import regular_files
+from bfsys.data.tars import atomic_file
 from bfsys.errors import UserError, collecting, run_command, summary_of
 from tools.pack import read_encoding
+
+NOTES = ".encoded.jsonl"
+
+
+class Notes:
+    """What the files in OUT were made from, and how: a line for each, of which a later one counts more."""
+
+    def __init__(self, out: Path, encoding: Encoding, fitting: Fitting, transforms: Sequence[ByteTransform]) -> None:
+        """Raises UserError if notes are there and cannot be read."""
+        self._out, self._path = out, out / NOTES
+        self._how = [encoding.text, library_version(encoding), repr(fitting), *(t.identity for t in transforms)]
+        self._noted: dict[str, str] = {}
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except (FileNotFoundError, NotADirectoryError):
+            lines = []
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be read: {error.strerror}") from None
+        for line in lines:
+            try:
+                name, made_from = json.loads(line)
+            except ValueError:  # the end of a line that a full disk or a crash has cut
+                continue
+            self._noted[name] = made_from
+
+    def has(self, source: Path, target: Path) -> bool:
+        """Whether a target that exists was made from the source as it is now, in the way that is asked for."""
+        return self._noted.get(self._name(target)) == self.hash_of(source)
+
+    def add(self, target: Path, made_from: str) -> None:
+        """To be called before the target stands under its name: a stop in between must leave no file without a note."""
+        with open(self._path, "ab") as file:
+            # It begins with a line break, since the line before may have been cut
+            file.write(b"\n" + json.dumps([self._name(target), made_from]).encode() + b"\n")
+
+    def _name(self, target: Path) -> str:
+        return str(target.relative_to(self._out))
+
+    def hash_of(self, source: Path) -> str:
+        """Of the source as it is now and of what is asked for. It tells neither to those who receive OUT."""
+        status = source.stat()
+        identity = [*self._how, str(source.resolve()), status.st_size, status.st_mtime_ns]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,57 +99,92 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with collecting(problems):
         transforms = parse_transforms(args.transform)
     targets = targets_of(args.src, args.out, encoding, problems)
+    with collecting(problems):
+        notes = Notes(args.out, encoding, fitting, transforms)
+        kept = kept_of(targets, notes, problems)
     if problems:
         raise UserError(*problems)
-    written = 0
-    for source, target in targets.items():
-        try:
-            content = source.read_bytes()
-        except OSError as error:
-            problems.append(f"{source}: cannot be read: {error.strerror}")
-            continue
-        try:
-            content = content if encoding.encode is None else reencode(content, encoding, fitting)
-        except Exception as error:  # decoders raise anything
-            problems.append(f"{source}: cannot be decoded as {encoding.modality}: {error}")
-            continue
-        write(target, apply(transforms, np.frombuffer(content, np.uint8), np.random.default_rng()))
-        written += 1
-    print(f"{args.out}: {written:,} files")
-    if problems:
-        raise UserError(*problems)
+    written, failed = 0, []
+    with collecting(failed):  # what cannot be written ends the loop
+        for source, target in targets.items():
+            if target not in kept:
+                problem = make(source, target, encoding, fitting, transforms, notes)
+                failed += [problem] if problem else []
+                written += not problem
+    print(f"{args.out}: {written:,} files" + (f", and {len(kept):,} that were there" if kept else ""))
+    if failed:
+        missing = len(targets) - len(kept) - written
+        raise UserError(*failed, f"{missing:,} of {len(targets):,} files were not made; the same command continues")
 
 
 def targets_of(src: Path, out: Path, encoding: Encoding, problems: list[str]) -> dict[Path, Path]:
-    """Which file becomes which. Nothing is overwritten."""
+    """Which file becomes which. Files that differ in the extension alone get it appended to the name."""
     if not src.exists():
         problems.append(f"{src}: there is no such file or folder")
         return {}
     root, sources = src.parent, [src]
     if src.is_dir():
+        if out.resolve().is_relative_to(src.resolve()):
+            problems.append(f"{out}: lies in {src}, whose files would grow by what is made; choose an OUT outside")
+            return {}
         root, sources = src, [Path(path) for path in regular_files(str(src), problems)]
+    if not encoding.extension:
+        return {source: out / source.relative_to(root) for source in sources}
+    alike = Counter(source.with_suffix("") for source in sources)
     targets: dict[Path, Path] = {}
-    taken: set[Path] = set()
+    first: dict[Path, Path] = {}
     for source in sources:
-        target = out / source.relative_to(root)
-        if encoding.extension:
-            target = target.with_suffix(f".{encoding.extension}")
-        if target.exists():
-            problems.append(f"{target}: exists and is not overwritten; choose another OUT")
-        elif target in taken:
-            problems.append(f"{source}: would become {target}, as another file does; rename one of them")
+        extension = source.suffix[1:].lower()
+        name = f"{source.stem}-{extension}" if alike[source.with_suffix("")] > 1 and extension else source.stem
+        target = out / source.relative_to(root).with_name(f"{name}.{encoding.extension}")
+        if first.setdefault(target, source) is not source:
+            problems.append(f"{source}: would become {target}, as {first[target]} does; rename one of them")
         targets[source] = target
-        taken.add(target)
     return targets
 
 
-def write(path: Path, content: np.ndarray) -> None:
+def kept_of(targets: dict[Path, Path], notes: Notes, problems: list[str]) -> set[Path]:
+    """The targets that an earlier start has made; others that exist are problems."""
+    existing = {source: target for source, target in targets.items() if target.exists()}
+    kept = {target for source, target in existing.items() if notes.has(source, target)}
+    problems += [
+        f"{target}: exists and is not overwritten, since it was not made from {source} as it is now by these "
+        "arguments; choose another OUT, or remove it"
+        for source, target in existing.items()
+        if target not in kept
+    ]
+    return kept
+
+
+def make(
+    source: Path,
+    target: Path,
+    encoding: Encoding,
+    fitting: Fitting,
+    transforms: Sequence[ByteTransform],
+    notes: Notes,
+) -> str | None:
+    """Make one file: None, or why it cannot be made from its source. UserError if nothing can be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.tobytes())
+        made_from, content = notes.hash_of(source), source.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        return f"{source}: cannot be read: {error.strerror}"
+    try:
+        content = content if encoding.encode is None else reencode(content, encoding, fitting)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything
+        return f"{source}: cannot be decoded as {encoding.modality}: {error}"
+    made = apply(transforms, np.frombuffer(content, np.uint8), np.random.default_rng())
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as file:
+            file.write(made.tobytes())
+            notes.add(target, made_from)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+    return None
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output_is_optional=True)

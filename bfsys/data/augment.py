@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from bfsys.data.encodings import ENCODINGS, Encoding, resample, set_length
-from bfsys.data.modalities import MODALITIES, Clip
+from bfsys.data.modalities import MODALITIES, Clip, decode_audio, decode_image
 from bfsys.errors import UserError
 
 # The released code's, of picture and sound
@@ -32,6 +32,7 @@ ROLL_S = 0.1
 BACKGROUND_GAIN = 10 ** (-50 / 20)  # -50 dB
 
 RECORDINGS_KEPT = 10  # in memory, per process; a minute at 16 kHz is 4 MB
+RECORDING_S = 1200.0  # of a longer recording only the beginning is used
 
 # Speeds are whole hundredths, since resampling by a ratio of large numbers needs gigabytes
 SPEED_STEPS = 100
@@ -107,6 +108,8 @@ class Augmentation:
         """Whether a file is to blame if it cannot be augmented."""
         try:
             self(data, np.random.default_rng(0))
+        except MemoryError:
+            raise
         except Exception:  # decoders raise anything
             return True
         return False
@@ -115,12 +118,12 @@ class Augmentation:
         """uint8 [image_size, image_size, 3]."""
         from PIL import Image
 
-        pixels = MODALITIES["image"].decode(data)
+        pixels = decode_image(data)
         with _seeded_torch(rng):
             return np.asarray(self._transform_picture(Image.fromarray(pixels)))
 
     def _clip(self, data: bytes, rng: np.random.Generator) -> Clip:
-        clip = _at_rate(MODALITIES["audio"].decode(data), self._sample_rate_hz)
+        clip = resample(decode_audio(data, self._seconds * max(self._speeds, default=1.0)), self._sample_rate_hz)
         if self._speeds:
             clip = change_speed(clip, self._speeds[rng.integers(len(self._speeds))])
         clip = set_length(clip, self._seconds)
@@ -160,11 +163,7 @@ def change_speed(clip: Clip, factor: float) -> Clip:
     steps = round(factor * SPEED_STEPS)
     if steps == SPEED_STEPS:
         return clip
-    return Clip(_at_rate(Clip(clip.wave, steps), SPEED_STEPS).wave, clip.rate_hz)
-
-
-def _at_rate(clip: Clip, rate_hz: int) -> Clip:
-    return clip if clip.rate_hz == rate_hz else resample(clip, rate_hz)
+    return Clip(resample(Clip(clip.wave, steps), SPEED_STEPS).wave, clip.rate_hz)
 
 
 def _picture_transforms(size: int) -> Callable:
@@ -261,6 +260,8 @@ class _Recordings:
         except OSError as error:  # not passed over: another process may be able to read it, and would draw otherwise
             raise UserError(f"augmentation with background {path}: cannot be read: {error.strerror}") from None
         try:
-            return _at_rate(MODALITIES["audio"].decode(data), self._rate_hz).wave
+            return resample(decode_audio(data, RECORDING_S), self._rate_hz).wave
+        except MemoryError:
+            raise
         except Exception:  # decoders raise anything when they meet a damaged file
             return np.zeros(0, np.float32)

@@ -14,19 +14,30 @@ sox does not write.
 import difflib
 import functools
 import io
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from bfsys.data.modalities import MODALITIES, Clip
+from bfsys.data.modalities import Clip, decode_audio, decode_image
+from bfsys.data.pictures import MOST_PIXELS
+from bfsys.data.sounds import MOST_SAMPLES, check_finite
 from bfsys.errors import UserError
 
 AS_STORED = "as_stored"
 
 # Resize to 256 and crop to 224, whatever the size asked for
 RESIZE_OVER_CROP = 256 / 224
+BICUBIC_REACH = 3  # pixels on each side, when a picture is enlarged
+
+# Of torchaudio's resampling: the old rate times the new one, both divided by what they have in common. 64 MB.
+MOST_KERNEL = 2**24
+# As torchaudio's: zero crossings of the sinc on each side, and the share of the band that is kept
+ZERO_CROSSINGS, ROLLOFF = 6, 0.99
+# Weights of a resampling without that kernel that are computed at a time
+BLOCK_WEIGHTS = 2**20
 
 MP3_BITS_PER_SAMPLE = 1.5  # 24 kbit/s at 16 kHz
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
@@ -98,6 +109,7 @@ def encode_jpeg(quality: str, pixels: np.ndarray) -> bytes:
 
 
 def encode_wav(sample_type: str, clip: Clip) -> bytes:
+    check_finite(clip.wave)
     dtype, shift, scale = WAV_TYPES[sample_type]
     if sample_type == "float32":
         samples = clip.wave.astype(dtype)
@@ -121,29 +133,32 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def encode_mp3(clip: Clip) -> bytes:
-    import soundfile
-
     lowest, highest = (32, 320) if clip.rate_hz >= 32000 else (8, 160) if clip.rate_hz >= 16000 else (8, 64)
     kbit_per_s = MP3_BITS_PER_SAMPLE * clip.rate_hz / 1000
-    file = io.BytesIO()
-    soundfile.write(
-        file,
-        clip.wave,
-        clip.rate_hz,
+    return _written_by_libsndfile(
+        clip,
         format="MP3",
         bitrate_mode="CONSTANT",
         # libsndfile's scale: 0 is the highest bit rate of this sample rate, 1 the lowest
         compression_level=1 - (max(kbit_per_s, lowest) - lowest) / (highest - lowest),
     )
-    return file.getvalue()
 
 
 def encode_flac(clip: Clip) -> bytes:
     """16 bits per sample."""
+    return _written_by_libsndfile(clip, format="FLAC", subtype="PCM_16")
+
+
+def _written_by_libsndfile(clip: Clip, **kind) -> bytes:
+    """Values beyond ±1 are clipped. ValueError for samples that are not finite, and for a rate that a format lacks."""
     import soundfile
 
+    check_finite(clip.wave)  # LAME ends the process on NaN
     file = io.BytesIO()
-    soundfile.write(file, clip.wave, clip.rate_hz, format="FLAC", subtype="PCM_16")
+    try:
+        soundfile.write(file, np.clip(clip.wave, -1, 1), clip.rate_hz, **kind)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{kind['format']} of {clip.rate_hz:,} Hz cannot be written ({error.error_string})") from None
     return file.getvalue()
 
 
@@ -212,30 +227,63 @@ class Fitting:
 
 def reencode(data: bytes, encoding: Encoding, fitting: Fitting) -> bytes:
     """A file's bytes in another encoding. Raises whatever the decoder raises for a damaged file."""
-    decoded = MODALITIES[encoding.modality].decode(data)
-    if fitting.image_size:
-        decoded = resize_and_crop(decoded, fitting.image_size)
-    if fitting.sample_rate_hz and fitting.sample_rate_hz != decoded.rate_hz:
-        decoded = resample(decoded, fitting.sample_rate_hz)
-    if fitting.seconds:
-        decoded = set_length(decoded, fitting.seconds)
-    return encoding.encode(decoded)
+    if encoding.modality == "image":
+        pixels = decode_image(data)
+        return encoding.encode(resize_and_crop(pixels, fitting.image_size) if fitting.image_size else pixels)
+    clip = decode_audio(data, fitting.seconds)
+    if fitting.sample_rate_hz:
+        clip = resample(clip, fitting.sample_rate_hz)
+    return encoding.encode(set_length(clip, fitting.seconds) if fitting.seconds else clip)
 
 
 def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The middle square of a picture whose shorter side is made a little longer than the square's."""
+    """The middle square of a picture whose shorter side is made a little longer than the square's.
+
+    uint8 [H, W, 3] → uint8 [size, size, 3]. A strip that would become a huge picture is enlarged in its middle alone,
+    where rounding may make a value differ by 2 from that of the whole.
+    """
     from PIL import Image
 
     height, width = pixels.shape[:2]
     shorter = round(size * RESIZE_OVER_CROP)
     scale = shorter / min(height, width)
     new_width, new_height = max(shorter, int(width * scale)), max(shorter, int(height * scale))
-    resized = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC)
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
+    if new_width * new_height <= MOST_PIXELS:
+        resized = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC)
+        return np.asarray(resized.crop((left, top, left + size, top + size)))
+    columns, from_column = _around(left * width / new_width, (left + size) * width / new_width, width)
+    rows, from_row = _around(top * height / new_height, (top + size) * height / new_height, height)
+    part = Image.fromarray(pixels[rows, columns])
+    # Across first, as Pillow does when it enlarges a picture
+    part = part.resize((size, part.height), Image.Resampling.BICUBIC, (from_column[0], 0, from_column[1], part.height))
+    return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC, (0, from_row[0], size, from_row[1])))
+
+
+def _around(start: float, end: float, length: int) -> tuple[slice, tuple[float, float]]:
+    """The pixels of a row that decide an enlarged part of it, and the place of that part among them."""
+    first = max(0, math.floor(start) - BICUBIC_REACH)
+    return slice(first, min(length, math.ceil(end) + BICUBIC_REACH)), (start - first, end - first)
 
 
 def resample(clip: Clip, rate_hz: int) -> Clip:
+    """The clip at another rate, of as many samples as fill its time, rounded up.
+
+    By torchaudio, unless the two rates have so little in common (44,101 and 16,000 Hz) that its kernel would take up
+    gigabytes. ValueError for more than MOST_SAMPLES.
+    """
+    if clip.rate_hz == rate_hz:
+        return clip
+    divisor = math.gcd(clip.rate_hz, rate_hz)
+    old, new = clip.rate_hz // divisor, rate_hz // divisor
+    samples = -(-len(clip.wave) * new // old)
+    if samples > MOST_SAMPLES:
+        raise ValueError(f"has {samples:,} samples at {rate_hz:,} Hz; allowed are {MOST_SAMPLES:,}")
+    by = _resample_by_torchaudio if old * new <= MOST_KERNEL else _resample_one_by_one
+    return Clip(by(clip.wave, old, new), rate_hz)
+
+
+def _resample_by_torchaudio(wave: np.ndarray, old: int, new: int) -> np.ndarray:
     import torch
     from torchaudio.functional import resample as resample_wave
 
@@ -243,14 +291,36 @@ def resample(clip: Clip, rate_hz: int) -> Clip:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        wave = resample_wave(torch.from_numpy(clip.wave), clip.rate_hz, rate_hz)
+        return resample_wave(torch.from_numpy(wave), old, new).numpy()
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # PyTorch's way of saying so
+            raise MemoryError(str(error)) from None
+        raise
     finally:
         torch.set_num_threads(threads)
-    return Clip(wave.numpy(), rate_hz)
+
+
+def _resample_one_by_one(wave: np.ndarray, old: int, new: int) -> np.ndarray:
+    """The same sums, with the weights of each new sample computed for it alone: float32 [ceil(n · new / old)]."""
+    samples = -(-len(wave) * new // old)
+    band = ROLLOFF * min(old, new) / old  # of the old one
+    reach = math.ceil(ZERO_CROSSINGS / band)  # old samples on each side of a new one
+    around = np.arange(-reach, reach + 2)
+    padded = np.pad(wave, (reach, reach + 1))
+    result = np.empty(samples, np.float32)
+    step = max(1, BLOCK_WEIGHTS // len(around))
+    for first in range(0, samples, step):
+        before, rest = np.divmod(np.arange(first, min(first + step, samples)) * old, new)
+        crossings = np.clip((around - rest[:, None] / new) * band, -ZERO_CROSSINGS, ZERO_CROSSINGS)
+        weights = np.sinc(crossings) * np.cos(crossings * (np.pi / 2 / ZERO_CROSSINGS)) ** 2 * band
+        result[first : first + step] = np.einsum("ij,ij->i", padded[before[:, None] + around + reach], weights)
+    return result
 
 
 def set_length(clip: Clip, seconds: float) -> Clip:
     """Cut at the end, or fill up with silence."""
     samples = round(seconds * clip.rate_hz)
+    if samples < 1:
+        raise ValueError(f"{seconds} s at {clip.rate_hz:,} Hz is less than one sample")
     wave = clip.wave[:samples]
     return Clip(np.pad(wave, (0, samples - len(wave))), clip.rate_hz)

@@ -148,7 +148,7 @@ def test_nothing_global_is_drawn_from_or_seeded(cases):
 
     before = states()
     outcomes(cases)
-    with pytest.raises(Exception, match="identify image"):
+    with pytest.raises(Exception, match="not an image"):
         cases[0][0](b"no picture", np.random.default_rng(0))
     assert states() == before
 
@@ -348,11 +348,39 @@ def test_what_cannot_be_augmented_is_refused(tmp_path):
 
 
 def test_damaged_files_raise_what_the_decoder_raises():
-    with pytest.raises(Image.UnidentifiedImageError):
+    with pytest.raises(ValueError, match="is not an image that Pillow can read"):
         augmentation("tiff")(WAV, np.random.default_rng(0))
     for first, second in ((PICTURE, None), (WAV, PICTURE)):
-        with pytest.raises(soundfile.LibsndfileError):
+        with pytest.raises(ValueError, match="is not a sound that libsndfile can read"):
             augmentation("wav:int16")(first, np.random.default_rng(0), second)
+    not_finite = WAV[:-4] + np.float32(np.nan).tobytes()
+    for damaged, reason in ((WAV[:-100], "is cut"), (not_finite, "not finite")):
+        for first, second in ((damaged, None), (WAV, damaged)):
+            with pytest.raises(ValueError, match=reason):
+                augmentation("mp3")(first, np.random.default_rng(0), second)
+        assert augmentation("mp3").fails_on(damaged)
+    assert not augmentation("mp3").fails_on(WAV)
+
+
+def test_want_of_memory_is_nobodys_fault(background, monkeypatch):
+    augmented = augmentation("wav:int16", background=background)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(augment, "decode_audio", fail)
+    with pytest.raises(MemoryError):
+        augmented.fails_on(WAV)
+    with pytest.raises(MemoryError):
+        augmented._recordings.crop(10, np.random.default_rng(0))
+
+
+def test_of_a_long_file_what_the_fastest_speed_needs_is_decoded(monkeypatch):
+    asked, decode = [], decode_audio
+    monkeypatch.setattr(augment, "decode_audio", lambda data, seconds: asked.append(seconds) or decode(data, seconds))
+    augmentation("wav:int16", seconds=0.5, speeds=(0.8, 1.5))(WAV, np.random.default_rng(0))
+    augmentation("wav:int16", seconds=0.5)(WAV, np.random.default_rng(0))
+    assert asked == [0.75, 0.5]
 
 
 def test_a_missing_torchvision_says_what_to_install(monkeypatch):

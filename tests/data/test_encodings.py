@@ -6,10 +6,12 @@ import pickle
 import numpy as np
 import pytest
 import soundfile
+import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from bfsys.data import encodings, sounds
 from bfsys.data.encodings import (
     ENCODINGS,
     Fitting,
@@ -123,6 +125,26 @@ def test_resize_keeps_the_middle_square(size):
     assert resize_and_crop(np.zeros((*size, 3), np.uint8), 224).shape == (224, 224, 3)
 
 
+@settings(max_examples=60)
+@given(short=st.integers(1, 9), long=st.integers(1, 1500), size=st.integers(8, 48), is_tall=st.booleans())
+def test_the_middle_of_a_strip_is_that_of_the_whole(short, long, size, is_tall):
+    pixels = np.random.default_rng(long).integers(0, 256, (long, short, 3) if is_tall else (short, long, 3), np.uint8)
+    whole = resize_and_crop(pixels, size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encodings, "MOST_PIXELS", 0)
+        middle = resize_and_crop(pixels, size)
+    assert np.abs(middle.astype(int) - whole).max() <= 2
+
+
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1), (2, 10_000_000)])
+def test_a_strip_becomes_a_square_without_its_length(shape, monkeypatch):
+    made = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: made.append(size) or resize(self, size, *rest))
+    assert resize_and_crop(np.full((*shape, 3), 200, np.uint8), 224).min() == 200
+    assert max(width * height for width, height in made) <= 224 * 224
+
+
 def test_resize_centres():
     pixels = np.zeros((256, 356, 3), np.uint8)
     pixels[:, 66:290] = 255  # just the middle 224 columns
@@ -139,6 +161,87 @@ def test_resample_keeps_the_tone():
     out = resample(TONE, 8000)
     assert (len(out.wave), out.rate_hz) == (8000, 8000)
     assert np.abs(out.wave[100:-100] - TONE.wave[::2][100:-100]).max() < 0.01
+
+
+@settings(max_examples=40)
+@given(samples=st.integers(1, 30), old=st.integers(1000, 1_000_000), new=st.integers(1000, 1_000_000))
+def test_any_rate_becomes_any_other_and_the_length_follows(samples, old, new):
+    out = resample(Clip(np.full(samples, 0.5, np.float32), old), new)
+    assert (len(out.wave), out.rate_hz, out.wave.dtype) == (-(-samples * new // old), new, np.float32)
+    assert np.isfinite(out.wave).all()
+
+
+@pytest.mark.parametrize(("old", "new"), [(44_100, 16_000), (16_000, 44_100), (48_000, 16_000), (8000, 48_000)])
+@pytest.mark.parametrize("samples", [1, 7, 3001])
+def test_resampling_without_torchaudio_gives_the_same(old, new, samples, monkeypatch):
+    clip = Clip(np.random.default_rng(0).uniform(-1, 1, samples).astype(np.float32), old)
+    theirs = resample(clip, new).wave
+    monkeypatch.setattr(encodings, "MOST_KERNEL", 0)
+    monkeypatch.setattr(encodings, "BLOCK_WEIGHTS", 1000)
+    ours = resample(clip, new).wave
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() < 2e-5
+
+
+def test_rates_with_little_in_common_are_resampled_without_a_huge_kernel(monkeypatch):
+    monkeypatch.setattr(torchaudio.functional, "resample", lambda *_: pytest.fail("its kernel would take up gigabytes"))
+    tone = Clip((0.4 * np.sin(np.arange(44_101) * 2 * np.pi * 440 / 44_101)).astype(np.float32), 44_101)
+    out = resample(tone, 16_000).wave
+    assert np.abs(out - 0.4 * np.sin(np.arange(16_000) * 2 * np.pi * 440 / 16_000))[100:-100].max() < 1e-3
+
+
+def test_a_sound_that_resampling_makes_too_long_is_refused():
+    with pytest.raises(ValueError, match="has 100,000,000 samples at 1,000,000 Hz; allowed are 67,108,864"):
+        resample(Clip(np.zeros(100_000, np.float32), 1000), 1_000_000)
+
+
+def test_want_of_memory_in_torch_is_want_of_memory(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(torchaudio.functional, "resample", fail)
+    with pytest.raises(MemoryError, match="9 bytes"):
+        resample(TONE, 8000)
+
+
+def test_the_beginning_of_a_long_sound_is_made_from_its_beginning(monkeypatch):
+    long = Clip(np.random.default_rng(0).uniform(-0.3, 0.3, 120_000).astype(np.float32), 22_050)
+    content = parse_encoding("flac").encode(long)
+    fitting = Fitting(sample_rate_hz=16_000, seconds=0.5)
+    whole = np.frombuffer(reencode(content, parse_encoding("wav:float32"), fitting)[-32_000:], np.float32)
+    monkeypatch.setattr(sounds, "WHOLE_SAMPLES", 1000)
+    lengths = []
+    monkeypatch.setattr(
+        encodings, "resample", lambda clip, rate: lengths.append(len(clip.wave)) or resample(clip, rate)
+    )
+    part = np.frombuffer(reencode(content, parse_encoding("wav:float32"), fitting)[-32_000:], np.float32)
+    assert lengths == [55_125]  # 0.5 s and EDGE_S
+    assert np.abs(part - whole).max() < 1e-6
+
+
+@pytest.mark.parametrize("encoding", ["wav:uint8", "wav:int32", "wav:float32", "mp3", "flac"])
+def test_encoders_refuse_samples_that_are_not_finite(encoding):
+    for value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            parse_encoding(encoding).encode(Clip(np.array([0, value] * 800, np.float32), 16_000))
+
+
+@pytest.mark.parametrize("encoding", ["mp3", "flac"])
+def test_samples_beyond_one_are_clipped_before_they_are_compressed(encoding):
+    encode = parse_encoding(encoding).encode
+    loud = np.where(TONE.wave > 0.3, 1e30, TONE.wave)
+    assert encode(Clip(loud, 16_000)) == encode(Clip(np.clip(loud, -1, 1), 16_000))
+
+
+@pytest.mark.parametrize(("encoding", "rate_hz"), [("mp3", 44_101), ("flac", 999_983)])
+def test_a_rate_that_a_format_lacks_is_told_without_an_object(encoding, rate_hz):
+    with pytest.raises(ValueError, match=rf"^{encoding.upper()} of {rate_hz:,} Hz cannot be written \([^<]*\)$"):
+        parse_encoding(encoding).encode(Clip(TONE.wave, rate_hz))
+
+
+def test_less_than_a_sample_is_refused():
+    with pytest.raises(ValueError, match="1e-05 s at 16,000 Hz is less than one sample"):
+        set_length(TONE, 0.00001)
 
 
 def test_stereo_is_averaged():

@@ -10,23 +10,29 @@ import pytest
 from PIL import Image
 
 from bfsys.data.byte_transforms import parse_transforms, read_key
+from bfsys.data.encodings import Fitting, parse_encoding
 from bfsys.errors import UserError
 from tests.tools.packing_helpers import make_files, png_bytes, wav_bytes
 from tools import encode, make_key
 
 
+def made_in(folder: Path) -> list[str]:
+    """The files without the hidden ones, which packing and prediction leave out."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
 def test_a_folder_keeps_its_tree(tmp_path: Path) -> None:
     src = make_files(tmp_path / "src", {"red/a.png": png_bytes(40, 30, 250), "blue/deep/b.png": png_bytes(30, 40, 3)})
     encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff", "--image-size", "16"])
-    made = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
-    assert made == ["blue/deep/b.tiff", "red/a.tiff"]
+    assert made_in(tmp_path / "out") == ["blue/deep/b.tiff", "red/a.tiff"]
     with Image.open(tmp_path / "out" / "red" / "a.tiff") as image:
         assert image.format == "TIFF"
         assert image.size == (16, 16)
         assert image.getpixel((5, 5)) == (250, 0, 0)
 
 
-def test_transforms_of_files_as_they_are_and_anew(tmp_path: Path) -> None:
+def test_transforms_of_files_as_they_are_and_encoded(tmp_path: Path) -> None:
     key = tmp_path / "my.key"
     make_key.main([str(key)])
     content = bytes(range(200)) * 3
@@ -47,30 +53,142 @@ def test_noise_is_another_one_each_time(tmp_path: Path) -> None:
 
 
 def test_everything_wrong_is_told_at_once_and_nothing_written(tmp_path: Path) -> None:
-    src = make_files(tmp_path / "src", {"a.png": b"", "a.jpg": b""})
+    src = make_files(tmp_path / "src", {"a.png": b"", "a.PNG": b""})
     with pytest.raises(UserError) as error:
         encode.main([str(src), str(tmp_path / "out"), "--encoding", "tif", "--transform", "permut"])
     assert "did you mean tiff?" in str(error.value)
     assert "did you mean permute?" in str(error.value)
-    with pytest.raises(UserError, match=r"a\.png: would become .*a\.tiff, as another file does"):
+    with pytest.raises(UserError, match=r"a\.png: would become .*a-png\.tiff, as .*a\.PNG does; rename one of them"):
         encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff"])
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="there is no such file or folder"):
         encode.main([str(tmp_path / "none"), str(tmp_path / "out")])
 
 
-def test_a_file_that_cannot_be_decoded_is_named_and_the_others_made(tmp_path: Path) -> None:
-    src = make_files(tmp_path / "src", {"a.wav": b"RIFFxxxx", "b.wav": wav_bytes(0.5, 16_000)})
-    with pytest.raises(UserError, match=r"a\.wav: cannot be decoded as audio"):
+def test_files_that_differ_in_the_extension_alone_all_become_files(tmp_path: Path) -> None:
+    names = ("a/x.jpg", "a/x.png", "b/x.png", "a/x.y.png", "a/x")
+    src = make_files(tmp_path / "src", {name: png_bytes(9, 9, i) for i, name in enumerate(names)})
+    encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff"])
+    assert made_in(tmp_path / "out") == ["a/x-jpg.tiff", "a/x-png.tiff", "a/x.tiff", "a/x.y.tiff", "b/x.tiff"]
+    with Image.open(tmp_path / "out" / "a" / "x-png.tiff") as image:
+        assert image.getpixel((0, 0)) == (1, 0, 0)
+
+
+def test_files_that_cannot_be_decoded_are_named_and_the_others_made(tmp_path: Path) -> None:
+    whole = wav_bytes(0.5, 16_000)
+    src = make_files(tmp_path / "src", {"a.wav": b"RIFFxxxx", "b.wav": whole, "c.wav": whole[:-9]})
+    with pytest.raises(UserError) as error:
         encode.main([str(src), str(tmp_path / "out"), "--encoding", "wav:uint8", "--seconds", "1"])
+    first, second, total = error.value.problems
+    assert first.startswith(f"{src}/a.wav: cannot be decoded as audio: is not a sound that libsndfile can read")
+    assert second.startswith(f"{src}/c.wav: cannot be decoded as audio: is cut")
+    assert total == "2 of 3 files were not made; the same command continues"
     assert (tmp_path / "out" / "b.wav").stat().st_size == 16_044
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    make_files(tmp_path, {"any.bin": b"1"})
-    encode.main([str(tmp_path / "any.bin"), str(tmp_path / "out")])
+def test_want_of_memory_is_not_the_file_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(encode, "reencode", fail)
+    src = make_files(tmp_path / "src", {"a.png": png_bytes(9, 9, 1)})
+    with pytest.raises(MemoryError):
+        encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff"])
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments of a command that was stopped while it made the second of three files."""
+    src = make_files(tmp_path / "src", {f"{name}.png": png_bytes(9, 9, i) for i, name in enumerate("abc")})
+    command = [str(src), str(tmp_path / "out"), "--encoding", "fhwc", "--transform", "noise:-9:9"]
+    contents = iter([encode.reencode((src / "a.png").read_bytes(), parse_encoding("fhwc"), Fitting())])
+
+    def stop(*_: object) -> bytes:
+        for content in contents:
+            return content
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "reencode", stop)
+        with pytest.raises(KeyboardInterrupt):
+            encode.main(command)
+    assert made_in(tmp_path / "out") == ["a.fhwc"]
+    return command
+
+
+def test_the_same_command_continues_after_a_stop(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first = (tmp_path / "out" / "a.fhwc").read_bytes()
+    encode.main(stopped)
+    assert capsys.readouterr().out == f"{tmp_path}/out: 2 files, and 1 that were there\n"
+    assert made_in(tmp_path / "out") == ["a.fhwc", "b.fhwc", "c.fhwc"]
+    assert (tmp_path / "out" / "a.fhwc").read_bytes() == first  # other noise, had it been made again
+
+
+def test_a_stop_between_note_and_name_is_made_up_for(stopped: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out" / "a.fhwc").unlink()
+    encode.main(stopped)
+    assert made_in(tmp_path / "out") == ["a.fhwc", "b.fhwc", "c.fhwc"]
+
+
+def test_notes_that_a_crash_has_cut_are_passed_over(stopped: list[str], tmp_path: Path) -> None:
+    notes = tmp_path / "out" / encode.NOTES
+    notes.write_bytes(notes.read_bytes() + b'["b.fhwc", "12')
+    encode.main(stopped)
+    encode.main(stopped)
+    assert made_in(tmp_path / "out") == ["a.fhwc", "b.fhwc", "c.fhwc"]
+
+
+def test_what_was_made_otherwise_is_not_overwritten(stopped: list[str], tmp_path: Path) -> None:
+    message = r"a\.fhwc: exists and is not overwritten, since it was not made from .*a\.png as it is now by these"
+    other_source = make_files(tmp_path / "other", {"a.png": png_bytes(9, 9, 7)})
+    for command in ([str(other_source), *stopped[1:]], [*stopped[:-1], "noise:-8:8"], [*stopped, "--image-size", "9"]):
+        with pytest.raises(UserError, match=message):
+            encode.main(command)
+    (tmp_path / "src" / "a.png").write_bytes(png_bytes(10, 9, 0))
+    with pytest.raises(UserError, match=message):
+        encode.main(stopped)
+    (tmp_path / "out" / encode.NOTES).unlink()
+    with pytest.raises(UserError, match="exists and is not overwritten"):
+        encode.main(stopped)
+    assert made_in(tmp_path / "out") == ["a.fhwc"]
+
+
+def test_notes_tell_neither_paths_nor_keys(tmp_path: Path) -> None:
+    make_key.main([str(tmp_path / "my.key")])
+    make_files(tmp_path / "private", {"any.bin": b"1"})
+    command = [str(tmp_path / "private"), str(tmp_path / "out"), "--transform", f"permute:{tmp_path}/my.key"]
+    encode.main(command)
+    notes = (tmp_path / "out" / encode.NOTES).read_text()
+    assert "any.bin" in notes
+    assert not any(word in notes for word in ("private", "my.key", "permute", str(tmp_path)))
+    (tmp_path / "my.key").unlink()
+    make_key.main([str(tmp_path / "my.key")])
     with pytest.raises(UserError, match=r"any\.bin: exists and is not overwritten"):
-        encode.main([str(tmp_path / "any.bin"), str(tmp_path / "out")])
+        encode.main(command)
+
+
+def test_what_cannot_be_written_is_told_with_what_could_not_be_decoded(tmp_path: Path) -> None:
+    src = make_files(tmp_path / "src", {"a.png": b"none", "b/c.png": png_bytes(9, 9, 1), "d.png": png_bytes(9, 9, 1)})
+    make_files(tmp_path / "out", {"b": b"a file in the place of a folder"})
+    with pytest.raises(UserError) as error:
+        encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff"])
+    first, second, total = error.value.problems
+    assert "a.png: cannot be decoded" in first
+    assert second.startswith(f"{tmp_path}/out/b/c.tiff: cannot be written: ")
+    assert total.startswith("3 of 3 files were not made")
+
+
+def test_a_folder_is_not_encoded_into_itself(tmp_path: Path) -> None:
+    src = make_files(tmp_path / "src", {"a.png": png_bytes(9, 9, 1)})
+    for out in (src, src / "deep" / "out"):
+        with pytest.raises(UserError, match=r"lies in .*src, whose files would grow .*; choose an OUT outside"):
+            encode.main([str(src), str(out), "--encoding", "tiff"])
+    assert made_in(src) == ["a.png"]
+
+
+def test_a_key_is_not_overwritten(tmp_path: Path) -> None:
     make_key.main([str(tmp_path / "key")])
     with pytest.raises(UserError, match="exists and is not overwritten"):
         make_key.main([str(tmp_path / "key")])

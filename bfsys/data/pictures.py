@@ -1,0 +1,121 @@
+"""Pictures: from the bytes of a file to pixels of three channels of 8 bits, and what of a file they leave out.
+
+Pillow clips what has more than 8 bits to 0 … 255 when it converts grey pictures, which makes them white or black. Here
+they are converted by their range instead.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+# Pillow warns above this. A file of a few kilobytes can hold as many.
+MOST_PIXELS = 89_478_485
+# Values of a deep picture that are converted at a time
+BLOCK_VALUES = 2**20
+# Tags of TIFF and EXIF
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339
+WHITE_IS_ZERO, UNSIGNED = 0, 1
+
+PECULIARITIES = {
+    "frames": "more frames than the first, which is the only one that is used",
+    "orientation": "an EXIF orientation, which is not applied",
+}
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """uint8 [H, W, 3], of the first frame. ValueError or OSError for a file that is no picture, is cut or is too large.
+
+    Alpha is dropped, and the orientation noted by a camera (EXIF) is not applied, as in ImageNet training; that of a
+    TIFF is, by Pillow. Pictures of more than 8 bits:
+
+    unsigned 16 bits   0 … 65,535 becomes 0 … 255, by the upper byte; 0 … 4,095 becomes the same where TIFF has 12 bits
+    float              0 … 1 becomes 0 … 255, if all values lie in it
+    other              (32 bits, signed, float): whole numbers that all lie in 0 … 255 stay; else the picture's own
+                       least value becomes 0 and its greatest 255
+    """
+    with _opened(data) as image:
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            return _three_channels(_upper_byte(image))
+        if image.mode in ("I", "F"):
+            return _three_channels(_by_range(_values(image)))
+        return np.asarray(image.convert("RGB"))
+
+
+def peculiarities_of_image(data: bytes) -> tuple[str, ...]:
+    """Which keys of PECULIARITIES a picture has; none of a file that cannot be read. Pixels are not decoded."""
+    from PIL import Image
+
+    try:
+        with _opened(data) as image:
+            has_frames = getattr(image, "is_animated", False)
+            # Not image.getexif, which decodes a whole PNG to look behind the pixels
+            turned = image.format != "TIFF" and Image.Image.getexif(image).get(ORIENTATION, 1) in range(2, 9)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises anything on a damaged file, and what cannot be read is named elsewhere
+        return ()
+    found = {"frames": has_frames, "orientation": turned}
+    return tuple(key for key in PECULIARITIES if found[key])
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator:
+    """A Pillow image; its warnings are not shown, since they do not name the file."""
+    from PIL import Image, UnidentifiedImageError  # slow to import, and unused by runs on files as stored
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(
+                        f"has {image.width:,} × {image.height:,} pixels; allowed are {MOST_PIXELS:,} in all"
+                    )
+                yield image
+        except UnidentifiedImageError:
+            raise ValueError("is not an image that Pillow can read") from None
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ValueError(f"has too many pixels; allowed are {MOST_PIXELS:,}") from None
+
+
+def _three_channels(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _upper_byte(image) -> np.ndarray:
+    """uint8 [H, W], of unsigned values of 16 bits, or of 12 in TIFF."""
+    values = np.asarray(image)
+    if image.format != "TIFF":
+        return (values >> 8).astype(np.uint8)
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    return 255 - grey if image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
+
+
+def _values(image) -> np.ndarray:
+    """int32, uint32 or float32 [H, W]."""
+    values = np.asarray(image)
+    # Pillow has no unsigned type of 32 bits, and reads such a TIFF as a signed one
+    if image.format == "TIFF" and image.tag_v2.get(BITS_PER_SAMPLE) == (32,) and image.mode == "I":
+        return values.view(np.uint32) if image.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == UNSIGNED else values
+    return values
+
+
+def _by_range(values: np.ndarray) -> np.ndarray:
+    """uint8 [H, W], by the rules of `decode_image`."""
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise ValueError("holds pixels that are not finite (NaN or infinite)")
+    if values.dtype.kind == "f" and low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    elif low >= 0 and high <= 255 and np.array_equal(values, np.trunc(values)):
+        return values.astype(np.uint8)
+    scale = 255 / (high - low) if high > low else 0.0
+    flat = values.ravel()
+    blocks = (flat[i : i + BLOCK_VALUES].astype(np.float64) for i in range(0, flat.size, BLOCK_VALUES))
+    grey = [np.rint((block - low) * scale).astype(np.uint8) for block in blocks]
+    return np.concatenate(grey).reshape(values.shape)

@@ -1,0 +1,223 @@
+"""Sounds: from the bytes of a file to the samples of one channel.
+
+A sound that is cut, empty or not finite is a bad file, as a cut picture is. libsndfile reads what is left of a cut file
+without a word, so the length that a header announces is compared with the bytes that are there. Headers that announce
+no length, as programs write them that write to a pipe, are taken as they are.
+
+What a file costs is bounded by what is read of it, never by what its header says.
+"""
+
+import io
+import math
+import re
+import struct
+from typing import NamedTuple
+
+import numpy as np
+
+# Of a channel: 268 MB. Longer sounds are refused, unless only their beginning is wanted.
+MOST_SAMPLES = 2**26
+# Up to here all of a sound is decoded, even if only its beginning is wanted: resampling a part gives other last bits.
+WHOLE_SAMPLES = 2**24
+# Of the beginning of a longer sound so much more is decoded, so that resampling finds what it needs at the edge.
+EDGE_S = 2.0
+# Decoded at a time, of all channels.
+BLOCK_SAMPLES = 2**20
+LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 1_000, 1_000_000
+# A header that announces no bytes, or at least so many, was written before its writer knew the length.
+UNKNOWN_BYTES = 0x7F000000
+W64_SAMPLES = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
+CHUNKS_LOOKED_AT = 10_000
+
+
+class Clip(NamedTuple):
+    """A sound with one channel."""
+
+    wave: np.ndarray  # float32 [samples], in -1 … 1 unless a float file goes beyond
+    rate_hz: int
+
+
+class Layout(NamedTuple):
+    """How the chunks of a container lie in it."""
+
+    first: int  # offset of the first chunk
+    head: struct.Struct  # name and size, before a chunk's content
+    samples: bytes  # name of the chunk that holds the samples
+    alignment: int = 2
+    size_counts_head: bool = False
+
+
+LAYOUTS = {
+    b"RIFF": Layout(12, struct.Struct("<4sI"), b"data"),
+    b"RIFX": Layout(12, struct.Struct(">4sI"), b"data"),
+    b"RF64": Layout(12, struct.Struct("<4sI"), b"data"),
+    b"BW64": Layout(12, struct.Struct("<4sI"), b"data"),
+    b"FORM": Layout(12, struct.Struct(">4sI"), b"SSND"),
+    b"riff": Layout(40, struct.Struct("<16sQ"), W64_SAMPLES, 8, True),
+    b"caff": Layout(8, struct.Struct(">4sQ"), b"data", 1),
+}
+
+
+class Announced(NamedTuple):
+    """What a header says of the bytes that follow it."""
+
+    start: int  # offset of the first byte
+    size: int  # bytes
+
+
+def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
+    """The mean of the channels, as published.
+
+    With `seconds`, a long sound (above WHOLE_SAMPLES) is decoded only so far, and EDGE_S further. ValueError for a file
+    that is no sound, or is cut, empty, not finite, too long, or of a rate that no recording has.
+    """
+    import soundfile  # slow to import, and unused by runs on files as stored
+
+    announced = _announced(data)
+    if announced and announced.size < UNKNOWN_BYTES and announced.start + announced.size > len(data):
+        raise ValueError(
+            f"is cut: {announced.size:,} bytes are announced at byte {announced.start:,}, "
+            f"and {max(0, len(data) - announced.start):,} are there"
+        )
+    try:
+        file = soundfile.SoundFile(io.BytesIO(_readable_to_the_end(data, announced)))
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"is not a sound that libsndfile can read ({error.error_string})") from None
+    with file:
+        try:
+            wave = _read(file, seconds)
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"is cut or damaged ({error.error_string})") from None
+    if not len(wave):
+        raise ValueError("holds no samples")
+    check_finite(wave)
+    return Clip(wave, file.samplerate)
+
+
+def check_finite(wave: np.ndarray) -> None:
+    """ValueError for NaN or an infinity among float32 [samples]; LAME ends the process on one."""
+    if not np.isfinite(wave).all():
+        raise ValueError("holds samples that are not finite (NaN or infinite)")
+
+
+def _read(file, seconds: float | None) -> np.ndarray:
+    """float32 [samples], from an open soundfile.SoundFile."""
+    rate_hz, length = file.samplerate, file.frames
+    if not LOWEST_RATE_HZ <= rate_hz <= HIGHEST_RATE_HZ:
+        raise ValueError(
+            f"has a sample rate of {rate_hz:,} Hz; allowed are {LOWEST_RATE_HZ:,} to {HIGHEST_RATE_HZ:,} Hz"
+        )
+    length_is_known = length < 2**62  # libsndfile gives the largest integer for a stream of unknown length
+    wanted = length if length_is_known else MOST_SAMPLES + 1
+    if seconds is not None and length > WHOLE_SAMPLES:
+        wanted = min(wanted, math.ceil((seconds + EDGE_S) * rate_hz))
+    elif length_is_known and length > MOST_SAMPLES:
+        raise _too_long(f"{length:,}")
+    if file.seekable() and length_is_known:
+        file.seek(0)  # the decoder of MP3 gives other last bits without it
+    # After each block soundfile would seek to where it is: MP3 gives other last bits after that, and a FLAC of unknown
+    # length fails.
+    file.seekable = lambda: False
+    parts: list[np.ndarray] = []
+    got = 0
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is found not to be finite
+        while got < wanted:
+            block = min(max(1, BLOCK_SAMPLES // file.channels), wanted - got)
+            part = file.read(block, dtype="float32", always_2d=True).mean(axis=1)
+            if not len(part):
+                break
+            parts.append(part)
+            got += len(part)
+    if seconds is None and got > MOST_SAMPLES:
+        raise _too_long(f"more than {MOST_SAMPLES:,}")
+    if file.format == "FLAC" and length_is_known and got < length:
+        file.seek(length - 1)  # fails if the stream ends before the length of its header
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
+def _too_long(samples: str) -> ValueError:
+    return ValueError(
+        f"has {samples} samples; allowed are {MOST_SAMPLES:,}, or a part of them (--seconds of tools/pack.py)"
+    )
+
+
+def _announced(data: bytes) -> Announced | None:
+    """Where a file's samples must be, as far as its header tells. None where it does not."""
+    magic = data[:4]
+    if magic in LAYOUTS:
+        return _announced_in_chunk(data, LAYOUTS[magic])
+    if magic in (b".snd", b"dns.") and len(data) >= 12:
+        return Announced(*struct.unpack(">II" if magic == b".snd" else "<II", data[4:12]))
+    if magic == b"NIST":
+        return _announced_by_nist(data)
+    if magic == b"OggS":
+        return _last_page_of_ogg(data)
+    return _announced_by_xing(data)
+
+
+def _announced_in_chunk(data: bytes, layout: Layout) -> Announced | None:
+    place, size_in_ds64 = layout.first, None
+    for _ in range(CHUNKS_LOOKED_AT):
+        if place + layout.head.size > len(data):
+            return None
+        name, size = layout.head.unpack_from(data, place)
+        place += layout.head.size
+        size -= layout.head.size * layout.size_counts_head
+        if name == b"ds64" and place + 16 <= len(data):
+            (size_in_ds64,) = struct.unpack_from("<Q", data, place + 8)
+        if name == layout.samples:
+            return Announced(place, size_in_ds64 if size_in_ds64 is not None and size == 0xFFFFFFFF else size)
+        if size < 0:
+            return None
+        place += size + -size % layout.alignment
+    return None
+
+
+def _announced_by_nist(data: bytes) -> Announced | None:
+    """NIST SPHERE, in which TIMIT comes as .wav: a header in plain text."""
+    counts = [
+        re.search(rb"^%s -i (\d{1,12})\s" % name, data[:4096], re.MULTILINE)
+        for name in (b"sample_count", b"channel_count", b"sample_n_bytes")
+    ]
+    start = re.match(rb"NIST_1A\s+(\d{1,6})\s", data)
+    if not start or not all(counts):
+        return None
+    return Announced(int(start[1]), math.prod(int(count[1]) for count in counts))
+
+
+def _last_page_of_ogg(data: bytes) -> Announced:
+    start = data.rfind(b"OggS")
+    segments = data[start + 26 : start + 27]
+    if not segments:
+        return Announced(start, 27)
+    lengths = data[start + 27 : start + 27 + segments[0]]
+    return Announced(start, 27 + segments[0] + sum(lengths))
+
+
+def _announced_by_xing(data: bytes) -> Announced | None:
+    """MP3, whose first frame may hold, in the place of sound, the number of bytes of the stream (Xing, LAME)."""
+    start = 0
+    if data[:3] == b"ID3" and len(data) >= 10:
+        start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
+    start = data.find(b"\xff", start, start + 4096)
+    tag = re.compile(rb"Xing|Info").search(data, start, start + 64) if start >= 0 else None
+    if not tag or start + tag.end() > len(data):
+        return None
+    (flags,) = struct.unpack(">I", data[tag.end() : tag.end() + 4].ljust(4, b"\0"))
+    size = data[tag.end() + 4 + 4 * (flags & 1) :][:4]
+    return Announced(start, int.from_bytes(size, "big")) if flags & 2 and len(size) == 4 else None
+
+
+def _readable_to_the_end(data: bytes, announced: Announced | None) -> bytes:
+    """The same file, with an unknown length written as libsndfile knows it (all ones), where it is written as 0."""
+    if not announced or announced.size or len(data) - announced.start < 8:
+        return data
+    if data[:4] in (b".snd", b"dns."):
+        return data[:8] + b"\xff" * 4 + data[12:]
+    if data[:4] not in (b"RIFF", b"RIFX"):
+        return data
+    # After a chunk that is really empty another one follows, which has a name and ends within the file
+    name, size = LAYOUTS[data[:4]].head.unpack_from(data, announced.start)
+    if name.isascii() and name.decode("ascii").isprintable() and announced.start + 8 + size <= len(data):
+        return data
+    return data[: announced.start - 4] + b"\xff" * 4 + data[announced.start :]
