@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -17,11 +19,15 @@ from bfsys.model.layout import token_counts
 
 # Steps whose micro-batches are planned to show their sizes.
 PLANNED_STEPS = 20
+# Times that a remote file is asked for. A person waits for the answer, and asks again if its server was away.
+DRY_RUN_TRIES = 2
 
 
 def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
     """Print it; raises UserError with every problem of config and data."""
     print(typed_yaml.dump(config))
+    tries = min(DRY_RUN_TRIES, config.data.fetch_tries)
+    config = replace(config, data=replace(config.data, fetch_tries=tries))
     data, architecture = config.data, config.model.architecture()
     fitting = fitting_world_sizes(data.lanes)
     print(f"batch       {data.batch_samples} samples a step in {data.lanes} lanes; world sizes that fit: {fitting}")

@@ -15,9 +15,9 @@ import yaml
 from bfsys.checkpoint.files import all_checkpoints, checkpoint_name, read_manifest, step_of
 from bfsys.config import Train, load_config
 from bfsys.data.datasets import make_plan, open_training
-from bfsys.errors import EXIT_DIVERGED
+from bfsys.errors import EXIT_DIVERGED, UserError
 from bfsys.faults import how_it_ended
-from bfsys.guard import LEAST_STEPS, Guard, read_rollbacks
+from bfsys.guard import LEAST_STEPS, Guard, ranges_of, read_rollbacks
 from tests.chaos.ranks import Ranks, train_several
 from tests.conftest import tiny_config
 from tests.forked import start_ranks
@@ -128,7 +128,9 @@ def test_bad_steps_in_a_row_are_gone_around(config_file: Path, tmp_path: Path) -
     (rollback,) = read_rollbacks(run)
     assert (rollback["from"], rollback["to"], rollback["steps"]) == (7, 4, [5, 6, 7])
     assert all(bad["samples"] for bad in rollback["bad"])
-    assert "rolled back from step 7 to 4" in ranks.said()
+    assert "rolled back from step 7 to 4; skipping steps 5-7" in ranks.said()
+    assert "skipping steps 5-7 (rollbacks.json)" in ranks.said()  # the start that follows says so too
+    assert "grad nan" not in ranks.said().partition("rolled back")[2]
     assert read_manifest(newest(run))["updates"] == 7
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 8, 9, 10]
 
@@ -173,6 +175,18 @@ def test_a_run_that_stays_bad_ends_with_its_samples(config_file: Path, tmp_path:
     reason = how_it_ended(run)["reason"]
     assert "bad steps again after 3 roll-backs" in reason
     assert lines(run, "bad_step")[-1]["samples"][0] in reason
+
+
+def test_steps_are_shown_as_ranges() -> None:
+    assert ranges_of([3, 4, 5, 9, 11, 12]) == "3-5, 9, 11-12"
+    assert ranges_of([7]) == "7"
+
+
+@pytest.mark.parametrize("content", ["{", "[{}]", '[{"to": 9, "steps": [5], "updates": 3}]', "7"])
+def test_a_file_of_rollbacks_that_contradicts_itself_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "rollbacks.json").write_text(content)
+    with pytest.raises(UserError, match=r"rollbacks\.json: cannot be read"):
+        read_rollbacks(tmp_path)
 
 
 def test_spikes_of_the_loss_are_bad_steps() -> None:

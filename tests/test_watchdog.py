@@ -50,6 +50,15 @@ def test_the_rank_that_is_behind_is_named_and_all_stacks_are_written(tmp_path: P
     assert "rank 1" in ended["reason"]
 
 
+def test_on_gpus_the_flight_record_lies_beside_the_stacks(tmp_path: Path) -> None:
+    """There all ranks come to the same place, since kernels are queued; the record tells which rank is behind."""
+    record = 'Ranks.device = property(lambda ranks: torch.device("cuda", 0))\nimport torch\n'
+    process = start(tmp_path, 0, f"{record}time.sleep(60)")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == EXIT_HUNG, errors
+    assert "version" in json.loads((tmp_path / "hangs" / "this" / "rank-0.nccl.json").read_text())
+
+
 def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
     process = start(tmp_path, 1, "time.sleep(60)")
     _, errors = process.communicate(timeout=300)
