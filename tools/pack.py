@@ -273,7 +273,8 @@ def print_summary(folder: Path, left_out: str) -> None:
         print(f"  {left_out}")
     if (folder / staging.SKIPPED_LIST).exists():
         skipped = (folder / staging.SKIPPED_LIST).read_text(encoding="utf-8").count("\n")
-        print(f"  left out: {skipped:,} bad files, named in {folder / staging.SKIPPED_LIST}")
+        files = "file" if skipped == 1 else "files"
+        print(f"  left out: {skipped:,} bad {files}, named in {folder / staging.SKIPPED_LIST}")
     print(f"use it by:\ndata:\n  sources:\n    - path: {folder}")
 
 

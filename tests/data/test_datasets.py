@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from bfsys.config import Augment, Config, Data, Source
-from bfsys.data.datasets import notes_on_data, open_evaluation, open_training
+from bfsys.data.datasets import _given_twice, notes_on_data, open_evaluation, open_training
 from bfsys.dryrun import dry_run
 from bfsys.errors import UserError
 from tests.data.packed import pack
@@ -33,6 +33,10 @@ def test_a_dataset_under_two_spellings_is_given_twice(tmp_path, monkeypatch):
         assert problems_of(path, other) == (
             f"data.sources: {path} and {other} are one data set; give it once, with a larger weight",
         )
+
+
+def test_a_slash_behind_a_url_makes_no_other_dataset():
+    assert len(_given_twice(["s3://bucket/pets", "s3://bucket/pets/", "s3://bucket/pets2"])) == 1
 
 
 def test_two_datasets_whose_classes_are_alike_are_refused(tmp_path):

@@ -299,6 +299,13 @@ def test_run_as_a_script_from_anywhere(tmp_path):
     assert "pets: 2 classes (cat, dog), encoding as_stored" in result.stdout
 
 
+def test_a_console_that_takes_nothing_costs_no_work(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, ROOT / "tools" / "pack.py", make_tree(tmp_path / "src"), tmp_path, "--name", "pets"]
+        assert subprocess.run(command, stdout=full, stderr=full, timeout=300).returncode == 0
+    assert len(contents(tmp_path / "pets")) == 30
+
+
 def test_packing_does_not_wait_for_torch():
     code = "import sys, tools.pack, tools.inspect_shards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == 0
