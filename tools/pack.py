@@ -28,10 +28,10 @@ from rich.progress import Progress
 from bfsys.data import packing, staging
 from bfsys.data.encodings import AS_STORED, Encoding, Fitting, parse_encoding
 from bfsys.data.left_out import left_out_note
+from bfsys.data.packers import write_jobs
 from bfsys.data.shards import read_description, seen_from, summarise
 from bfsys.data.sources import BadFile, Listing, check_files, list_filelist, list_speech_commands, list_tree
 from bfsys.data.splits import split_of_name
-from bfsys.data.workers import write_jobs
 from bfsys.errors import UserError, run_command, summary_of
 
 SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from bfsys.data import packing, workers
+from bfsys.data import packers, packing
 from bfsys.data.encodings import reencode
 from bfsys.errors import UserError
 from tests.tools.packing_helpers import contents, make_files, pack, png_bytes, problems_of
@@ -34,7 +34,7 @@ def src(tmp_path, monkeypatch):
     """Ten pictures, and a codec that is as odd in the processes, which are forked so that they have it, too."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(packing, "reencode", odd_codec)
-    monkeypatch.setattr(workers, "CONTEXT", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(packers, "CONTEXT", multiprocessing.get_context("fork"))
     return make_files(tmp_path / "src", {f"{'ab'[i % 2]}/{i}.png": png_bytes(8, 8, i) for i in range(10)})
 
 
@@ -74,14 +74,14 @@ def test_a_lack_of_memory_ends_packing_and_names_the_file(src, tmp_path, content
 
 
 def test_a_codec_that_no_file_survives_ends_packing(src, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "MOST_CODEC_FAULTS", 2)
+    monkeypatch.setattr(packers, "MOST_CODEC_FAULTS", 2)
     make_files(src, {f"a/x{i}.png": b"abort" for i in range(3)})
     message = problems_of(src, tmp_path, *PNG, "--skip-bad")
     assert "3 files ended the processes that decoded them" in message
 
 
 def test_a_process_that_does_not_start_is_an_error(src, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "_exit_with_parent", lambda: os._exit(7))
+    monkeypatch.setattr(packers, "_exit_with_parent", lambda: os._exit(7))
     assert "ended with exit code 7 before its first file" in problems_of(src, tmp_path, *PNG)
 
 
