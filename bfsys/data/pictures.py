@@ -26,7 +26,8 @@ PECULIARITIES = {
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3], of the first frame. ValueError or OSError for a file that is no picture, is cut or is too large.
+    """uint8 [H, W, 3], of the first frame. ValueError for a file that is no picture or is too large; for a damaged one
+    whatever Pillow raises.
 
     Alpha is dropped, and the orientation noted by a camera (EXIF) is not applied, as in ImageNet training; that of a
     TIFF is, by Pillow. Pictures of more than 8 bits:
@@ -112,7 +113,7 @@ def _by_range(values: np.ndarray) -> np.ndarray:
         raise ValueError("holds pixels that are not finite (NaN or infinite)")
     if values.dtype.kind == "f" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
-    elif low >= 0 and high <= 255 and np.array_equal(values, np.trunc(values)):
+    elif low >= 0 and high <= 255 and (values.dtype.kind != "f" or np.array_equal(values, np.trunc(values))):
         return values.astype(np.uint8)
     scale = 255 / (high - low) if high > low else 0.0
     flat = values.ravel()

@@ -28,6 +28,8 @@ LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 1_000, 1_000_000
 UNKNOWN_BYTES = 0x7F000000
 W64_SAMPLES = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
 CHUNKS_LOOKED_AT = 10_000
+# The first frame of an MP3, with the name of what it holds in the place of sound
+XING = re.compile(rb"\xff[\xe0-\xff].{7,36}?(?:Xing|Info)", re.DOTALL)
 
 
 class Clip(NamedTuple):
@@ -65,6 +67,12 @@ class Announced(NamedTuple):
     size: int  # bytes
 
 
+class _Content(io.BytesIO):
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """A damaged header sends libsndfile to before the beginning, where soundfile would print a traceback."""
+        return super().seek(max(0, offset) if whence == io.SEEK_SET else offset, whence)
+
+
 def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
     """The mean of the channels, as published.
 
@@ -80,7 +88,7 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
             f"and {max(0, len(data) - announced.start):,} are there"
         )
     try:
-        file = soundfile.SoundFile(io.BytesIO(_readable_to_the_end(data, announced)))
+        file = soundfile.SoundFile(_Content(_readable_to_the_end(data, announced)))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"is not a sound that libsndfile can read ({error.error_string})") from None
     with file:
@@ -131,8 +139,17 @@ def _read(file, seconds: float | None) -> np.ndarray:
     if seconds is None and got > MOST_SAMPLES:
         raise _too_long(f"more than {MOST_SAMPLES:,}")
     if file.format == "FLAC" and length_is_known and got < length:
-        file.seek(length - 1)  # fails if the stream ends before the length of its header
+        _check_last_sample(file)
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
+def _check_last_sample(file) -> None:
+    import soundfile
+
+    try:
+        file.seek(file.frames - 1)
+    except soundfile.LibsndfileError:
+        raise ValueError(f"is cut: its header announces {file.frames:,} samples, and the last is not there") from None
 
 
 def _too_long(samples: str) -> ValueError:
@@ -199,21 +216,22 @@ def _announced_by_xing(data: bytes) -> Announced | None:
     start = 0
     if data[:3] == b"ID3" and len(data) >= 10:
         start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
-    start = data.find(b"\xff", start, start + 4096)
-    tag = re.compile(rb"Xing|Info").search(data, start, start + 64) if start >= 0 else None
-    if not tag or start + tag.end() > len(data):
+    tag = XING.search(data, start, start + 4096)
+    if not tag:
         return None
-    (flags,) = struct.unpack(">I", data[tag.end() : tag.end() + 4].ljust(4, b"\0"))
-    size = data[tag.end() + 4 + 4 * (flags & 1) :][:4]
-    return Announced(start, int.from_bytes(size, "big")) if flags & 2 and len(size) == 4 else None
+    flags, *fields = struct.unpack(">3I", data[tag.end() : tag.end() + 12].ljust(12, b"\0"))
+    has_frames, has_size = flags & 1, flags & 2
+    return Announced(tag.start(), fields[has_frames]) if has_size and flags < 16 else None
 
 
 def _readable_to_the_end(data: bytes, announced: Announced | None) -> bytes:
-    """The same file, with an unknown length written as libsndfile knows it (all ones), where it is written as 0."""
+    """The same file, with a length that libsndfile reads to the end, where 0 is written for a length not known yet."""
     if not announced or announced.size or len(data) - announced.start < 8:
         return data
     if data[:4] in (b".snd", b"dns."):
         return data[:8] + b"\xff" * 4 + data[12:]
+    if data[:4] in (b"RF64", b"BW64"):
+        return data[:28] + struct.pack("<Q", len(data) - announced.start) + data[36:]
     if data[:4] not in (b"RIFF", b"RIFX"):
         return data
     # After a chunk that is really empty another one follows, which has a name and ends within the file

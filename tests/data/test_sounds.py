@@ -3,6 +3,7 @@
 import functools
 import io
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -95,7 +96,9 @@ def test_a_wav_from_a_pipe_is_whole(size, in_riff_too):
 def test_other_sounds_from_a_pipe_are_whole(size):
     au, aiff = sound("AU"), sound("AIFF")
     place = aiff.index(b"SSND") + 4
+    rf64 = sound("RF64")
     for piped, whole in (
+        (patched(rf64, 28, bytes(8)) if size == 0 else rf64, rf64),
         (patched(au, 8, struct.pack(">I", size)), au),
         (patched(aiff, place, struct.pack(">I", size)), aiff),
         (of_unknown_length(sound("FLAC")), sound("FLAC")),
@@ -146,6 +149,14 @@ def test_what_is_no_sound_is_told_without_an_object():
     for content in (b"", b"no sound", b"RIFF\0\0\0\0WAVE", without_channels, of_too_many):
         with pytest.raises(ValueError, match=r"^is not a sound that libsndfile can read \([^<]*\)$"):
             decode_audio(content)
+
+
+def test_a_header_that_leads_to_before_the_file_prints_nothing(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    with pytest.raises(ValueError, match="is not a sound that libsndfile can read"):
+        decode_audio(patched(sound("AIFF"), 35, bytes(4)))
+    assert not printed
 
 
 @pytest.mark.parametrize("content", [sound(), sound("FLAC"), of_unknown_length(sound("FLAC"))])
