@@ -362,7 +362,7 @@ def test_damaged_files_raise_what_the_decoder_raises():
     assert not augmentation("mp3").fails_on(WAV)
 
 
-def test_want_of_memory_is_nobodys_fault(background, monkeypatch):
+def test_want_of_memory_is_not_blamed_on_a_file(background, monkeypatch):
     augmented = augmentation("wav:int16", background=background)
 
     def fail(*_):

@@ -86,7 +86,7 @@ def test_files_that_cannot_be_decoded_are_named_and_the_others_made(tmp_path: Pa
     assert (tmp_path / "out" / "b.wav").stat().st_size == 16_044
 
 
-def test_want_of_memory_is_not_the_file_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_want_of_memory_is_not_blamed_on_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
@@ -126,7 +126,7 @@ def test_the_same_command_continues_after_a_stop(
     assert (tmp_path / "out" / "a.fhwc").read_bytes() == first  # other noise, had it been made again
 
 
-def test_a_stop_between_note_and_name_is_made_up_for(stopped: list[str], tmp_path: Path) -> None:
+def test_a_file_that_is_noted_and_missing_is_made(stopped: list[str], tmp_path: Path) -> None:
     (tmp_path / "out" / "a.fhwc").unlink()
     encode.main(stopped)
     assert made_in(tmp_path / "out") == ["a.fhwc", "b.fhwc", "c.fhwc"]
