@@ -25,7 +25,8 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def set_variables(**variables: str) -> None:
         for name in LAUNCHER_VARIABLES:
-            monkeypatch.delenv(name, raising=False)
+            monkeypatch.setenv(name, "")  # so that what a start sets is undone too
+            monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
@@ -121,6 +122,7 @@ def test_one_visible_gpu_and_two_ranks_are_refused_before_nccl_starts(
     launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a machine with one GPU and `torchrun --nproc-per-node 2`."""
+    launcher()
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -10,6 +10,7 @@ folders, bad files, name clashes); all of it is named at once, before anything i
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ from bfsys.data.encodings import AS_STORED, Encoding, Fitting, parse_encoding
 from bfsys.data.left_out import left_out_note
 from bfsys.data.packers import write_jobs
 from bfsys.data.shards import read_description, seen_from, summarise
+from bfsys.data.sounds import HIGHEST_RATE_HZ, LOWEST_RATE_HZ
 from bfsys.data.sources import BadFile, Listing, check_files, list_filelist, list_speech_commands, list_tree
 from bfsys.data.splits import split_of_name
 from bfsys.errors import UserError, run_command, summary_of
@@ -159,10 +161,12 @@ def read_encoding(args: argparse.Namespace, problems: list[str]) -> tuple[Encodi
         ("--sample-rate", args.sample_rate, "audio"),
         ("--seconds", args.seconds, "audio"),
     ):
-        if value is not None and value <= 0:
-            problems.append(f"{option} {value}: must be above 0")
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            problems.append(f"{option} {value}: must be a number above 0")
         if value is not None and encoding.modality != modality:
             problems.append(f"{option} {value}: needs an encoding for {modality}, got {encoding.text}")
+    if args.sample_rate and not LOWEST_RATE_HZ <= args.sample_rate <= HIGHEST_RATE_HZ:
+        problems.append(f"--sample-rate {args.sample_rate}: must be {LOWEST_RATE_HZ:,} to {HIGHEST_RATE_HZ:,} Hz")
     return encoding, Fitting(args.image_size, args.sample_rate, args.seconds)
 
 

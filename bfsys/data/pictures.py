@@ -32,7 +32,8 @@ def decode_image(data: bytes) -> np.ndarray:
     Alpha is dropped, and the orientation noted by a camera (EXIF) is not applied, as in ImageNet training; that of a
     TIFF is, by Pillow. Pictures of more than 8 bits:
 
-    unsigned 16 bits   0 … 65,535 becomes 0 … 255, by the upper byte; 0 … 4,095 becomes the same where TIFF has 12 bits
+    unsigned 16 bits   0 … 65,535 becomes 0 … 255, by the upper byte; 0 … 4,095 becomes the same where TIFF has 12 bits;
+                       values that all lie in 0 … 255 stay, since their upper bytes would be black
     float              0 … 1 becomes 0 … 255, if all values lie in it
     other              (32 bits, signed, float): whole numbers that all lie in 0 … 255 stay; else the picture's own
                        least value becomes 0 and its greatest 255
@@ -88,13 +89,11 @@ def _three_channels(grey: np.ndarray) -> np.ndarray:
 
 
 def _upper_byte(image) -> np.ndarray:
-    """uint8 [H, W], of unsigned values of 16 bits, or of 12 in TIFF."""
-    values = np.asarray(image)
-    if image.format != "TIFF":
-        return (values >> 8).astype(np.uint8)
-    bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
-    grey = (values >> (bits - 8)).astype(np.uint8)
-    return 255 - grey if image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
+    """uint8 [H, W], of unsigned values of 16 bits, or of 12 in TIFF, by the rules of `decode_image`."""
+    values, is_tiff = np.asarray(image), image.format == "TIFF"
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if is_tiff else 16
+    grey = (values if values.max() <= 255 else values >> (bits - 8)).astype(np.uint8)
+    return 255 - grey if is_tiff and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
 
 
 def _values(image) -> np.ndarray:

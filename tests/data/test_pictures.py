@@ -98,6 +98,13 @@ def test_where_white_is_zero_a_ramp_falls():
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_small_values_in_16_bits_stay(file_format):
+    """Masks and labels are stored like that; their upper bytes are all zero."""
+    grey = (LEVELS * 4).astype(np.uint16)
+    assert np.array_equal(decode_image(saved_array(grey, file_format))[:, :, 0], grey)
+
+
 def test_values_of_8_bits_in_a_deep_picture_stay(dtype):
     assert np.array_equal(decode_image(saved_array((LEVELS + 90).astype(dtype)))[:, :, 1], LEVELS + 90)
 

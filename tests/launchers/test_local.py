@@ -251,7 +251,7 @@ def test_three_starts_again_without_progress_are_enough(tmp_path, monkeypatch, c
 
 
 def test_training_survives_a_killed_rank_and_its_terminal_and_continues_to_its_end(config_file, tmp_path):
-    """First a rank is killed, then nobody reads the console any more, then SIGHUP comes, as when a terminal goes away."""
+    """A rank is killed, then nobody reads the console any more, then SIGHUP comes, as when a terminal goes away."""
     run = tmp_path / "runs" / "tiny"
     command = [sys.executable, LAUNCHER, "--ranks", "2", config_file, "train.steps=150", "train.save_every=5"]
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -103,7 +103,9 @@ WRONG_OPTIONS = {
         ["--encoding", "png", "--seconds", "1"],
         "--seconds 1.0: needs an encoding for audio",
     ),
-    "negative": (["--encoding", "png", "--image-size", "-1"], "--image-size -1: must be above 0"),
+    "endless": (["--encoding", "flac", "--seconds", "inf"], "--seconds inf: must be a number above 0"),
+    "rate": (["--encoding", "flac", "--sample-rate", "5"], "--sample-rate 5: must be 1,000 to 1,000,000 Hz"),
+    "negative": (["--encoding", "png", "--image-size", "-1"], "--image-size -1: must be a number above 0"),
     "sounds as pictures": (
         ["--encoding", "flac"],
         "cat/001.jpg: is image by its extension, and encoding flac",
