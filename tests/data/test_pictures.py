@@ -97,7 +97,6 @@ def test_where_white_is_zero_a_ramp_falls():
     assert decode_image(tiff(DEEP.astype("<u2").tobytes(), 16, white_is_zero=True))[0, [0, -1], 0].tolist() == [255, 0]
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 def test_small_values_in_16_bits_stay(file_format):
     """Masks and labels are stored like that; their upper bytes are all zero."""
@@ -105,6 +104,7 @@ def test_small_values_in_16_bits_stay(file_format):
     assert np.array_equal(decode_image(saved_array(grey, file_format))[:, :, 0], grey)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_values_of_8_bits_in_a_deep_picture_stay(dtype):
     assert np.array_equal(decode_image(saved_array((LEVELS + 90).astype(dtype)))[:, :, 1], LEVELS + 90)
 
