@@ -62,43 +62,19 @@ def open_training(config: Config) -> Sources:
 
     Raises UserError with all problems.
     """
-    locations = [source.path for source in config.data.sources]
-    datasets = _open_datasets(config, locations, _given_twice(locations))
+    datasets = _open_datasets(config, [source.path for source in config.data.sources])
     classes = sorted({name for dataset in datasets for name in dataset.classes})
     return _open_sources(config, datasets, config.data.train_split, classes, training=True)
 
 
 def open_evaluation(config: Config, split: str, classes: Sequence[str]) -> Sources:
     """A split of the sources that have it, which may be none. Raises UserError with all problems."""
-    datasets = _open_datasets(config, [source.eval_path or source.path for source in config.data.sources], [])
+    datasets = _open_datasets(config, [source.eval_path or source.path for source in config.data.sources])
     return _open_sources(config, datasets, split, classes, training=False)
 
 
-def _given_twice(locations: Sequence[str]) -> list[str]:
-    """A problem for each data set that is given more than once, however it is spelled."""
-    by_identity = defaultdict(list)
-    for location in locations:
-        by_identity[_identity(location)].append(location)
-    return [
-        f"data.sources: {' and '.join(spelled)} are one data set; give it once, with a larger weight"
-        for spelled in by_identity.values()
-        if len(spelled) > 1
-    ]
-
-
-def _identity(location: str) -> object:
-    """Equal for two spellings of one location."""
-    if is_remote(location):
-        return location.rstrip("/")
-    try:
-        status = os.stat(location)
-    except OSError:  # opening it will say why
-        return os.path.realpath(location)
-    return status.st_dev, status.st_ino
-
-
-def _open_datasets(config: Config, locations: Sequence[str], problems: list[str]) -> list[Dataset]:
-    cache, datasets = make_cache(config), []
+def _open_datasets(config: Config, locations: Sequence[str]) -> list[Dataset]:
+    cache, datasets, problems = make_cache(config), [], []
     if any(map(is_remote, locations)) and cache.patience_s >= config.train.collective_timeout_s:
         problems.append(
             f"data.fetch_tries: {cache.attempts} tries of a server that fails may take {cache.patience_s:.0f} s, but "

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from bfsys.config import Augment, Config, Data, Source
-from bfsys.data.datasets import _given_twice, notes_on_data, open_evaluation, open_training
+from bfsys.data.datasets import notes_on_data, open_evaluation, open_training
 from bfsys.dryrun import dry_run
 from bfsys.errors import UserError
 from tests.data.packed import pack
@@ -23,16 +23,6 @@ def problems_of(*paths):
     with pytest.raises(UserError) as error:
         open_training(config_of(*paths))
     return error.value.problems
-
-
-def test_a_dataset_under_two_spellings_is_given_twice(tmp_path, monkeypatch):
-    path = pack(tmp_path, "pets", {"train": LABELS})
-    (tmp_path / "link").symlink_to(path)
-    monkeypatch.chdir(tmp_path)
-    for other in ("pets", f"{path}/", "link", f"{path}/../pets", str(path)):
-        assert problems_of(path, other) == (
-            f"data.sources: {path} and {other} are one data set; give it once, with a larger weight",
-        )
 
 
 def test_a_slash_behind_a_url_makes_no_other_dataset():
