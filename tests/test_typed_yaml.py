@@ -249,6 +249,13 @@ def test_an_empty_path_is_refused(home: Path) -> None:
         load(Config, config_file, ["runs_dir="])
 
 
+def test_a_slash_behind_a_url_makes_no_other_dataset(home: Path) -> None:
+    config_file = home / "some.yaml"
+    config_file.write_text("data: {sources: [{path: s3://bucket/a}, {path: s3://bucket/a/}], lanes: 1}\n")
+    with pytest.raises(UserError, match=r"s3://bucket/a = s3://bucket/a/ is given twice"):
+        load_config(config_file)
+
+
 @pytest.mark.parametrize("second", ["data/a", "./data/../data/a/", "link", "$DATA/a"])
 def test_one_dataset_under_two_names_is_given_twice(home: Path, second: str) -> None:
     (home / "data" / "a").mkdir(parents=True)

@@ -25,10 +25,6 @@ def problems_of(*paths):
     return error.value.problems
 
 
-def test_a_slash_behind_a_url_makes_no_other_dataset():
-    assert len(_given_twice(["s3://bucket/pets", "s3://bucket/pets/", "s3://bucket/pets2"])) == 1
-
-
 def test_two_datasets_whose_classes_are_alike_are_refused(tmp_path):
     one = pack(tmp_path, "one", {"train": LABELS, "val": LABELS}, ("dog", "caf\u00e9"))
     two = pack(tmp_path, "two", {"train": [[(1, b"1")]], "val": LABELS}, ("Dog", "cafe\u0301"))
