@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -305,6 +305,16 @@ def from_first_rank(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_numbers(values: Sequence[float]) -> Tensor:
+    """Every rank's numbers, float64 [ranks, numbers] on the CPU: control messages do not wait for the GPU's queue."""
+    mine = torch.tensor(values, dtype=torch.float64)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine[None]
+    everyones = torch.empty(dist.get_world_size(), len(mine), dtype=torch.float64)
+    dist.all_gather(list(everyones.unbind()), mine)
+    return everyones
 
 
 def gather_to_all(value: T) -> list[T]:

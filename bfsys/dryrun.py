@@ -9,8 +9,9 @@ import torch
 
 from bfsys import typed_yaml
 from bfsys.config import Config
-from bfsys.data.datasets import Sources, long_files, make_plan, notes_on_data, open_evaluation, open_training
-from bfsys.data.plan import Plan, fitting_world_sizes, lanes_of_rank
+from bfsys.data.datasets import Sources
+from bfsys.data.plan import fitting_world_sizes, lanes_of_rank
+from bfsys.data.run_data import RunData, open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, collecting
 from bfsys.initial import initial_weights
@@ -40,17 +41,15 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
         return
     problems = []
     with collecting(problems):
-        sources = open_training(config)
-        print(
-            f"parameters  {parameter_count(architecture, len(sources.classes)):,} with {len(sources.classes)} classes"
-        )
-        _show_sources(data.train_split, sources)
-        _show_plan(make_plan(config, sources), config, sources.names)
-        if notes := notes_on_start(config, sources):
+        opened = open_run_data(config, Ranks())
+        classes = len(opened.training.classes)
+        print(f"parameters  {parameter_count(architecture, classes):,} with {classes} classes")
+        _show_sources(data.train_split, opened.training)
+        _show_plan(opened)
+        if notes := notes_on_start(opened):
             print("\n".join(notes))
-        validation = open_evaluation(config, data.eval_split, sources.classes)
-        _show_sources(data.eval_split, validation)
-        for note in notes_on_data(sources) + long_files(config, sources) + long_files(config, validation):
+        _show_sources(data.eval_split, opened.validation)
+        for note in opened.notes:
             print(f"note        {note}")
     with collecting(problems):
         lanes = lanes_of_rank(data.lanes, 0, world_size)
@@ -59,11 +58,12 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
         raise UserError(*problems)
 
 
-def notes_on_start(config: Config, sources: Sources) -> list[str]:
+def notes_on_start(data: RunData) -> list[str]:
     """What train.init_from would take over; raises UserError if it cannot."""
+    classes = data.training.classes
     with torch.device("meta"):
-        model = ByteFormer(config.model.architecture(), len(sources.classes))
-    return initial_weights(model, config, sources.classes, Ranks())[1]
+        model = ByteFormer(data.config.model.architecture(), len(classes))
+    return initial_weights(model, data.config, classes, Ranks())[1]
 
 
 def _show_sources(split: str, sources: Sources) -> None:
@@ -76,19 +76,17 @@ def _show_sources(split: str, sources: Sources) -> None:
         )
 
 
-def _show_plan(plan: Plan, config: Config, names: tuple[str, ...]) -> None:
+def _show_plan(data: RunData) -> None:
+    config, plan = data.config, data.plan
     architecture, steps = config.model.architecture(), min(PLANNED_STEPS, config.train.steps)
-    for name, share, split in zip(names, plan.mixture.shares, plan.splits, strict=True):
+    for name, share, split in zip(data.training.names, plan.mixture.shares, plan.splits, strict=True):
         epochs = config.train.steps * plan.batch_samples * share / len(split)
         print(
             f"mixture     {name}: {100 * share:.1f} % of each step, {epochs:.1f} epochs in {config.train.steps:,} steps"
         )
     batches = [[plan.micro_batch(step, lane) for lane in range(plan.lanes)] for step in range(steps)]
     sizes = np.array([[plan.bytes_of(batch) for batch in row] for row in batches], np.float64)
-    lengths = np.concatenate([
-        plan.splits[s].samples["length"][b.sample[b.source == s]].astype(np.int64)
-        for row in batches for b in row for s in range(len(plan.splits))
-    ])  # fmt: skip
+    lengths = np.concatenate([data.lengths_of(step, lane) for step in range(steps) for lane in range(plan.lanes)])
     tokens = token_counts(lengths, architecture, config.model.mode)
     rounded = -(-tokens // architecture.alignment) * architecture.alignment
     print(

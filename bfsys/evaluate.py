@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,10 +23,11 @@ from bfsys import dist
 from bfsys.batch import ByteBatch
 from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config, Source
-from bfsys.data.byte_transforms import lengths_after, parse_transforms, with_key
+from bfsys.data.byte_transforms import parse_transforms, with_key
 from bfsys.data.datasets import Sources, check_transforms, index_problems, open_evaluation
 from bfsys.data.loader import evaluation_rounds
 from bfsys.data.quarantine import Quarantine
+from bfsys.data.run_data import short_files
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.loss import COLUMNS, SAMPLES, loss_and_sums
 from bfsys.metrics import describe_scores, scores
@@ -146,21 +146,6 @@ def show_robustness(results: dict[str, dict]) -> None:
     for damage, result in results.items():
         values = [result, *(result["sources"][name] for name in names)]
         print(f"  {damage:<27}" + "".join(f"{100 * s['top1']:14.2f}" for s in values))
-
-
-def short_files(config: Config, sources: Sources) -> list[str]:
-    """What is wrong with the sources' files that are shorter than the model takes. Empty ones are set aside."""
-    least, problems = config.model.least_bytes, []
-    for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
-        if least > 1 and not augmentation:
-            lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
-            short = np.count_nonzero((lengths > 0) & (lengths < least))
-            if short:
-                problems.append(
-                    f"{split.dataset.location}: {short} of {len(split)} files in {split.split} are shorter than the "
-                    f"{least} bytes that a model needs with model.mode {config.model.mode} and model.kernel {least}"
-                )
-    return problems
 
 
 def with_datasets(config: Config, datasets: Sequence[str], run: Path) -> Config:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.config import Config
-from bfsys.data.datasets import Sources, micro_batch_lengths
-from bfsys.data.plan import Plan, lanes_of_rank
+from bfsys.data.plan import lanes_of_rank
+from bfsys.data.run_data import RunData
 from bfsys.dist import Ranks
 from bfsys.engine import Engine
 from bfsys.errors import UserError
@@ -25,18 +24,18 @@ from bfsys.model.layout import token_counts
 STEPS = 20  # the plan deals lengths evenly, so the micro-batches of other steps are hardly larger
 
 
-def rehearse(engine: Engine, config: Config, sources: Sources, plan: Plan, ranks: Ranks) -> list[Tensor]:
+def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
     """The gradient for the largest micro-batch of this rank's first steps, which is all zero bytes, by parameter; empty
     at stage 3. Raises UserError if it does not fit into memory."""
     if engine.stage == 3:
         return []
-    lengths, tokens = largest_micro_batch(config, sources, plan, ranks)
+    lengths, tokens = largest_micro_batch(data, ranks)
     batch = ByteBatch.from_samples([Sample("", np.zeros(n, np.uint8), label=0) for n in lengths.tolist()])
     try:
         batch = batch.to(ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=engine.uses_autocast):
             logits = engine.module(batch)  # not through the engine, which would expect a backward pass of its own
-        loss, _ = loss_and_sums(logits, batch, len(sources.splits), config.optim.label_smoothing)
+        loss, _ = loss_and_sums(logits, batch, len(data.training.splits), data.config.optim.label_smoothing)
         return list(torch.autograd.grad(loss, list(engine.module.parameters()), allow_unused=True))
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -46,13 +45,13 @@ def rehearse(engine: Engine, config: Config, sources: Sources, plan: Plan, ranks
         ) from None
 
 
-def largest_micro_batch(config: Config, sources: Sources, plan: Plan, ranks: Ranks) -> tuple[np.ndarray, int]:
+def largest_micro_batch(data: RunData, ranks: Ranks) -> tuple[np.ndarray, int]:
     """(int64 [B] lengths in bytes, tokens) of the one with the most tokens among the first STEPS steps of a rank."""
-    architecture = config.model.architecture()
+    config, architecture = data.config, data.config.model.architecture()
     best, most = np.zeros(0, np.int64), -1
     for step in range(min(STEPS, config.train.steps)):
-        for lane in lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size):
-            lengths = micro_batch_lengths(plan, sources, step, lane)
+        for lane in lanes_of_rank(data.plan.lanes, ranks.rank, ranks.world_size):
+            lengths = data.lengths_of(step, lane)
             tokens = int(token_counts(lengths, architecture, config.model.mode).sum())
             if tokens > most:
                 best, most = lengths, tokens

@@ -1,4 +1,4 @@
-"""Start-up checks: data that fit the config, and a run directory that holds this run or none."""
+"""The run directory: what must hold before a run may use it, and what its checkpoints say of it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ from bfsys import dist, typed_yaml
 from bfsys.checkpoint.files import METRICS, replace_durably
 from bfsys.checkpoint.loading import check_same_run, newest_readable
 from bfsys.config import Config
-from bfsys.data.datasets import Sources, content_facts, index_problems, make_plan, open_evaluation, open_training
-from bfsys.data.plan import Plan, lanes_of_rank
 from bfsys.data.quarantine import FILE as QUARANTINE
+from bfsys.data.run_data import RunData
 from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, PASSING, UserError
-from bfsys.evaluate import short_files
 from bfsys.faults import forget_end
 from bfsys.goodput import FILE as GOODPUT
 from bfsys.guard import FILE as ROLLBACKS
@@ -36,24 +34,12 @@ LOCK_WAIT_S = 20.0  # a start that was killed may have loader processes that tak
 LOCK_WAIT_IN_JOB_S = 300.0
 
 
-def open_data(config: Config, ranks: dist.Ranks) -> tuple[Sources, Sources | None, Plan]:
-    """Training sources, validation sources (None if no source has that split) and the plan."""
-    training = open_training(config)
-    validation = open_evaluation(config, config.data.eval_split, training.classes)
-    lanes_of_rank(config.data.lanes, ranks.rank, ranks.world_size)
-    problems = [p for part in (training, validation) for p in short_files(config, part)]
-    problems += [p for part in (training, validation) for p in index_problems(part, ranks.rank, ranks.world_size)]
-    if problems:
-        raise UserError(*problems)
-    return training, validation if validation.splits else None, make_plan(config, training)
-
-
-def run_facts(config: Config, training: Sources, plan: Plan) -> dict:
+def run_facts(data: RunData) -> dict:
     """What makes a checkpoint self-contained, and what a resume must agree with."""
     return {
-        "classes": list(training.classes),
-        "plan": {**plan.facts, **content_facts(config, training)},
-        "config": typed_yaml.to_tree(config),
+        "classes": list(data.training.classes),
+        "plan": data.facts,
+        "config": typed_yaml.to_tree(data.config),
         "versions": {name: version(name) for name in ("bfsys", "torch", "deepspeed")} | {"git": git_state()},
     }
 

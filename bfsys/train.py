@@ -18,23 +18,22 @@ import argparse
 import gc
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from bfsys import console, dist
+from bfsys.batch import ByteBatch
 from bfsys.checkpoint.files import Keep
 from bfsys.checkpoint.loading import resume, set_weights
 from bfsys.checkpoint.saving import Saver
 from bfsys.config import Config, load_config
-from bfsys.data.datasets import (
-    Sources,
-    any_remote,
-    long_files,
-)
+from bfsys.data.datasets import Sources
 from bfsys.data.loader import training_batches
-from bfsys.data.plan import Plan
 from bfsys.data.quarantine import Quarantine
+from bfsys.data.run_data import RunData, open_run_data
 from bfsys.dryrun import dry_run
 from bfsys.engine import Engine
 from bfsys.errors import EXIT_CRASHED, UserError, exit_code_of, summary_of
@@ -49,7 +48,7 @@ from bfsys.metrics import Metrics
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import ema_decay, learning_rate
 from bfsys.rehearsal import rehearse
-from bfsys.run import open_data, prepare_run_dir, run_facts
+from bfsys.run import prepare_run_dir, run_facts
 from bfsys.watchdog import LEAST_S, Watchdog
 
 ROLLED_BACK = -1  # instead of an exit code: go on from the checkpoint that is now the newest
@@ -63,9 +62,7 @@ class Run:
 
     config: Config
     ranks: dist.Ranks
-    training: Sources
-    validation: Sources | None
-    plan: Plan
+    data: RunData
     facts: dict
     engine: Engine
     quarantine: Quarantine
@@ -78,34 +75,36 @@ class Run:
 def train(config: Config, ranks: dist.Ranks) -> int:
     """Train to the last step, or until a stop is requested; returns the exit code. Called on every rank."""
     stop = StopRequests()
-    training, validation, plan = dist.same_errors_on_all(lambda: open_data(config, ranks))
-    facts = run_facts(config, training, plan)
+    data = dist.same_errors_on_all(lambda: open_run_data(config, ranks))
+    facts = run_facts(data)
     directory = prepare_run_dir(config, facts, ranks)
     of_train, patience_s = config.train, config.train.collective_timeout_s
     # A shard may take its time to come from elsewhere, and its server may be away for a while.
-    least_s = patience_s if any_remote(training) else LEAST_S
+    least_s = patience_s if data.is_remote else LEAST_S
     watchdog = Watchdog(config.run_dir, ranks, limit_s=of_train.hang_timeout_s, patience_s=patience_s, least_s=least_s)
     ledger = dist.same_errors_on_all(lambda: Ledger(config.run_dir, ranks.is_first))
     keep = Keep(of_train.keep_checkpoints, of_train.keep_every, of_train.keep_best, of_train.best_metric)
     saver = Saver(config.run_dir, ranks, keep)
     try:
         quarantine = Quarantine.load(config.run_dir, ranks)
-        quarantine.check(training.sizes, config.data.max_bad_share)
+        quarantine.check(data.training.sizes, config.data.max_bad_share)
         torch.manual_seed(config.train.seed)
         model = ByteFormer(
             config.model.architecture(),
-            len(training.classes),
+            len(data.training.classes),
             config.model.mode,
             config.model.activation_checkpointing,
             compiled=config.model.compiled and ranks.device.type == "cuda",
         )
-        weights, notes = initial_weights(model, config, training.classes, ranks) if directory.is_new else ({}, [])
-        notes = [*directory.notes, *notes, *long_files(config, training)]
+        weights, notes = {}, [*directory.notes, *(data.notes if ranks.is_first else ())]
+        if directory.is_new:
+            weights, taken_over = initial_weights(model, config, data.training.classes, ranks)
+            notes += taken_over
         engine = Engine(model, config, ranks)
         dist.bound_all_groups(of_train.collective_timeout_s)
-        run = Run(config, ranks, training, validation, plan, facts, engine, quarantine, saver, stop, watchdog, ledger)
+        run = Run(config, ranks, data, facts, engine, quarantine, saver, stop, watchdog, ledger)
         if ranks.device.type == "cuda":
-            dist.same_errors_on_all(lambda: rehearse(engine, config, training, plan, ranks))
+            dist.same_errors_on_all(lambda: rehearse(engine, data, ranks))
         gc.freeze()  # what the start has made stays
         gc.disable()
         # Step 0 is a checkpoint too: there is always one to go back to, and the disk is known to take it.
@@ -139,96 +138,160 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             directory.hold.close()
 
 
+class StepOutcome(NamedTuple):
+    """What this rank computed in a step."""
+
+    drawn: list[Drawn]
+    """Its micro-batches; none of a step that is skipped."""
+    learning_rate: float
+    grad_norm: float
+    """Of the global gradient, before clipping."""
+    has_updated: bool
+    """The weights have changed, on all ranks."""
+
+
+class Agreed(NamedTuple):
+    """What all ranks know after a step."""
+
+    loss: float
+    """Mean over the global batch."""
+    exit_code: int
+    """What a rank was asked for (0: to go on)."""
+    has_bad_files: bool
+    is_writing: bool
+    """A rank still writes its files of a checkpoint."""
+    problem_code: int
+    """With which the run must end, because rank 0 cannot write metrics."""
+
+
 def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
     """Train on from a checkpoint that the engine has loaded, to the end, a stop, or a roll-back (ROLLED_BACK)."""
-    config, ranks, engine, saver, watchdog = run.config, run.ranks, run.engine, run.saver, run.watchdog
-    step = first_step = manifest["step"]
+    total, step = run.config.train.steps, manifest["step"]
     run.ledger.resumed(step)
     metrics = Metrics(
-        config, ranks, run.training.names, len(run.training.classes),
-        ledger=run.ledger, first_step=first_step, carried=manifest["metrics"],
+        run.config, run.ranks, run.data.training.names, len(run.data.training.classes),
+        ledger=run.ledger, first_step=step, carried=manifest["metrics"],
     )  # fmt: skip
-    read = dist.same_errors_on_all(lambda: read_rollbacks(config.run_dir) if ranks.is_first else None)
+    read = dist.same_errors_on_all(lambda: read_rollbacks(run.config.run_dir) if run.ranks.is_first else None)
     rollbacks = dist.from_first_rank(read)
-    guard = Guard(config.train, manifest.get("guard"), rollbacks)
-    skipped = sorted(step_ for step_ in guard.passed_over if step_ > step)
-    for note in (
-        *([f"continuing {config.run_dir} after step {step}"] if step else []),
-        *([f"skipping steps {ranges_of(skipped)} ({ROLLBACKS})"] if skipped else []),
-        *notes,
-    ):
+    guard = Guard(run.config.train, manifest.get("guard"), rollbacks)
+    for note in (*notes_on_resuming(run, guard, step), *notes):
         metrics.say(note)
-    batches = training_batches(config, run.training, run.plan, ranks, first_step=step, quarantine=run.quarantine)
-    exit_code = made = 0  # steps that were not passed over
-    is_owed = False  # a checkpoint
+    batches = training_batches(
+        run.config, run.data.training, run.data.plan, run.ranks, first_step=step, quarantine=run.quarantine
+    )
     run.ledger.begins()
     # A stop may have come between a checkpoint and its evaluation.
     evaluate_if_due(run, metrics, step)
-    while step < config.train.steps and not exit_code:
-        metrics.begin_step()
-        is_passed_over = step + 1 in guard.passed_over
-        drawn: list[Drawn] = []
-        for _ in range(engine.micro_batches):
-            watchdog.beat(f"step {step + 1}: fetch")
-            with metrics.waiting_for_data():
-                batch = next(batches)
-            if is_passed_over:
-                continue
-            watchdog.beat(f"step {step + 1}: forward and backward")
-            sources, samples, batch = batch.sources, batch.samples, batch.to(ranks.device)
-            logits = engine.forward(batch)
-            loss, sums = loss_and_sums(logits, batch, len(run.training.splits), config.optim.label_smoothing)
-            engine.backward(loss)
-            metrics.count(batch, sums)
-            drawn.append(Drawn(sources, samples, loss.detach()))
-        rate, grad_norm, problem = learning_rate(step, config.train.steps, config.optim), 0.0, ""
-        if not is_passed_over:
-            watchdog.beat(f"step {step + 1}: update")
-            updates = engine.updates
-            grad_norm = engine.step(rate, ema_decay(step, config.optim))
-            problem = guard.judge(mean_loss(drawn, config), grad_norm)
-        is_skipped = is_passed_over or engine.updates == updates
-        step, made = step + 1, made + (not is_passed_over)
-        guard.note(step, problem, samples_of(drawn, run.training) if problem else [])
-        exit_code, bad_files, is_writing, problem_code = dist.agree_on_max(
-            run.stop.exit_code, run.quarantine.news, saver.is_writing(), metrics.problem_code
-        )
-        if problem_code:
-            raise dist.AgreedError(dist.from_first_rank(metrics.problem), exit_code=problem_code)
-        if bad_files:
-            report_bad_files(run, run.training, metrics)
-        metrics.end_step(step, rate, grad_norm, run.quarantine.count_until(step), is_skipped=is_skipped)
-        if problem:
-            report_bad_step(guard.in_a_row[-1], is_skipped, metrics)
+    run.saver.is_owed = False
+    exit_code = updates = 0
+    while step < total and not exit_code:
+        outcome = train_step(run, batches, metrics, step, is_skipped=step + 1 in guard.passed_over)
+        step, updates = step + 1, updates + bool(outcome.drawn)
+        agreed = agree(run, metrics, outcome.drawn)
+        problem = guard.judge(agreed.loss, outcome.grad_norm) if outcome.drawn else ""
+        guard.note(step, problem, samples_of(outcome.drawn, run.data.training) if problem else [])
+        report(run, metrics, guard, step, outcome, agreed)
         if guard.wants_rollback:
             roll_back(run, guard, rollbacks, metrics)
             exit_code = ROLLED_BACK
             break
-        is_over = exit_code or step == config.train.steps
-        is_owed = is_owed or step % config.train.save_every == 0
-        # Not while it goes badly: it may have to go back, and weights that spike are not worth keeping.
-        is_due = is_over or (is_owed and not guard.in_a_row)
-        if saver.under_way and (is_due or not is_writing):
-            finish_save(run, metrics, step)
-        if is_due:
-            start_save(run, metrics, guard, step)
-            is_owed = False
-        if is_over:
-            finish_save(run, metrics, step)
+        exit_code = agreed.exit_code
+        save_if_due(run, metrics, guard, step, agreed)
         if not exit_code:
             evaluate_if_due(run, metrics, step)
-        if made == UNKNOWN_STEPS:
-            watchdog.times_are_known()
+        if updates == UNKNOWN_STEPS:
+            run.watchdog.times_are_known()
         if step % COLLECT_EVERY_STEPS == 0:
             gc.collect()
     batches.close()
     if exit_code > 0:
         metrics.say(f"stopped on request after step {step}; the same command continues from there")
     elif not exit_code:
-        metrics.say(f"finished: {step} steps; checkpoints, TensorBoard logs and metrics are in {config.run_dir}")
+        metrics.say(f"finished: {step} steps; checkpoints, TensorBoard logs and metrics are in {run.config.run_dir}")
     run.ledger.note(step)
     metrics.close()
     return exit_code
+
+
+def train_step(run: Run, batches: Iterator[ByteBatch], metrics: Metrics, step: int, *, is_skipped: bool) -> StepOutcome:
+    """The step after `step` steps: fetch, forward and backward for each of the rank's micro-batches, then one update.
+
+    The data of a step that `is_skipped` are drawn and dropped, so that all other steps keep theirs.
+    """
+    optim, engine, beat = run.config.optim, run.engine, run.watchdog.beat
+    metrics.begin_step()
+    drawn: list[Drawn] = []
+    for _ in range(engine.micro_batches):
+        beat(f"step {step + 1}: fetch")
+        with metrics.waiting_for_data():
+            batch = next(batches)
+        if is_skipped:
+            continue
+        beat(f"step {step + 1}: forward and backward")
+        sources, samples, batch = batch.sources, batch.samples, batch.to(run.ranks.device)
+        logits = engine.forward(batch)
+        loss, sums = loss_and_sums(logits, batch, len(run.data.training.splits), optim.label_smoothing)
+        engine.backward(loss)
+        metrics.count(batch, sums)
+        drawn.append(Drawn(sources, samples, loss.detach()))
+    rate = learning_rate(step, run.config.train.steps, optim)
+    if is_skipped:
+        return StepOutcome(drawn, rate, 0.0, has_updated=False)
+    beat(f"step {step + 1}: update")
+    before = engine.updates
+    grad_norm = engine.step(rate, ema_decay(step, optim))
+    return StepOutcome(drawn, rate, grad_norm, has_updated=engine.updates > before)
+
+
+def agree(run: Run, metrics: Metrics, drawn: list[Drawn]) -> Agreed:
+    """The step's only control message: losses are added up in the order of the ranks, of flags the largest counts;
+    collective. Raises AgreedError if a rank has found that the run cannot go on."""
+    loss = torch.stack([micro_batch.loss.double() for micro_batch in drawn]).sum().item() if drawn else 0.0
+    flags = run.stop.exit_code, run.quarantine.news > 0, run.saver.is_writing(), metrics.problem_code
+    everyones = dist.gather_numbers([loss, *flags])  # [ranks, 5]
+    exit_code, has_bad_files, is_writing, problem_code = everyones[:, 1:].amax(0).int().tolist()
+    if problem_code:
+        raise dist.AgreedError(dist.from_first_rank(metrics.problem), exit_code=problem_code)
+    mean_loss = everyones[:, 0].sum().item() / run.config.data.batch_samples
+    return Agreed(mean_loss, exit_code, bool(has_bad_files), bool(is_writing), problem_code)
+
+
+def notes_on_resuming(run: Run, guard: Guard, step: int) -> list[str]:
+    skipped = sorted(later for later in guard.passed_over if later > step)
+    notes = [f"continuing {run.config.run_dir} after step {step}"] if step else []
+    return notes + ([f"skipping steps {ranges_of(skipped)} ({ROLLBACKS})"] if skipped else [])
+
+
+def report(run: Run, metrics: Metrics, guard: Guard, step: int, outcome: StepOutcome, agreed: Agreed) -> None:
+    """Tell of a step what there is to tell; collective."""
+    if agreed.has_bad_files:
+        report_bad_files(run, run.data.training, metrics)
+    metrics.end_step(
+        step, outcome.learning_rate, outcome.grad_norm, run.quarantine.count_until(step),
+        is_skipped=not outcome.has_updated,
+    )  # fmt: skip
+    if guard.in_a_row and guard.in_a_row[-1]["step"] == step:
+        bad = guard.in_a_row[-1]
+        metrics.event("bad_step", step, {"problem": bad["problem"], "samples": bad["samples"]})
+        what = "its update stays" if outcome.has_updated else "its update is skipped"
+        metrics.say(f"step {step} · bad: {bad['problem']}; {what}, its samples are in metrics.jsonl")
+
+
+def save_if_due(run: Run, metrics: Metrics, guard: Guard, step: int, agreed: Agreed) -> None:
+    """Let a checkpoint count whose files are written, and start the next one where it is due; collective."""
+    train, saver = run.config.train, run.saver
+    is_over = bool(agreed.exit_code) or step == train.steps
+    saver.is_owed = saver.is_owed or step % train.save_every == 0
+    # Not while it goes badly: it may have to go back, and weights that spike are not worth keeping.
+    is_due = is_over or (saver.is_owed and not guard.in_a_row)
+    if saver.under_way and (is_due or not agreed.is_writing):
+        finish_save(run, metrics, step)
+    if is_due:
+        start_save(run, metrics, guard, step)
+        saver.is_owed = False
+    if is_over:
+        finish_save(run, metrics, step)
 
 
 def start_save(run: Run, metrics: Metrics, guard: Guard, step: int) -> None:
@@ -247,18 +310,6 @@ def finish_save(run: Run, metrics: Metrics, step: int) -> None:
     metrics.say(f"saved {path}")
 
 
-def mean_loss(drawn: list[Drawn], config: Config) -> float:
-    """Of a step, over all ranks; collective."""
-    mine = torch.stack([micro_batch.loss.double() for micro_batch in drawn]).sum().cpu()
-    return float(dist.sum_over_ranks(mine)) / config.data.batch_samples
-
-
-def report_bad_step(bad: dict, is_skipped: bool, metrics: Metrics) -> None:
-    metrics.event("bad_step", bad["step"], {"problem": bad["problem"], "samples": bad["samples"]})
-    what = "its update is skipped" if is_skipped else "its update stays"
-    metrics.say(f"step {bad['step']} · bad: {bad['problem']}; {what}, its samples are in metrics.jsonl")
-
-
 def roll_back(run: Run, guard: Guard, rollbacks: list[dict], metrics: Metrics) -> None:
     """Go back to the checkpoint before the bad steps; collective. Raises AgreedError if that was tried enough."""
     if run.saver.under_way:
@@ -275,7 +326,7 @@ def evaluate_if_due(run: Run, metrics: Metrics, step: int) -> None:
     """Evaluate after `step` steps if the config asks for it there, or the run is at its end; once."""
     every = run.config.train.eval_every
     due = step >= run.config.train.steps or (every and step and step % every == 0)
-    if run.validation is None or not due or metrics.last_evaluation == step:
+    if not run.data.validation.splits or not due or metrics.last_evaluation == step:
         return
     if run.saver.under_way:  # so that it counts if the evaluation fails, or is all that a stop leaves time for
         finish_save(run, metrics, step)
@@ -285,12 +336,12 @@ def evaluate_if_due(run: Run, metrics: Metrics, step: int) -> None:
         run.engine.module.eval()
         with run.engine.averaged():  # what predict uses, and what `keep_best` is to judge
             result = evaluate(
-                run.engine.forward, run.config, run.validation, run.ranks, run.quarantine, step,
+                run.engine.forward, run.config, run.data.validation, run.ranks, run.quarantine, step,
                 progress=lambda *_: run.watchdog.beat(where),
             )  # fmt: skip
         run.engine.module.train()
     metrics.evaluation(step, result, time.perf_counter() - began)
-    report_bad_files(run, run.validation, metrics)
+    report_bad_files(run, run.data.validation, metrics)
 
 
 def report_bad_files(run: Run, sources: Sources, metrics: Metrics) -> None:

@@ -18,10 +18,11 @@ from bfsys.checkpoint.loading import check_same_run, newest_readable
 from bfsys.config import Config
 from bfsys.data.datasets import Sources
 from bfsys.data.remote import is_remote
+from bfsys.data.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.dryrun import notes_on_start
 from bfsys.errors import collecting
-from bfsys.run import open_data, run_facts
+from bfsys.run import run_facts
 from tools import plan_run
 
 # By the kind of file system that the kernel names. Others, such as ext4, may still be exported to the nodes.
@@ -42,18 +43,17 @@ def check_run(config: Config, ranks: int) -> Checked:
     """Data and run directory: everything that would end the job in its first minute; and what a rank will need."""
     problems, notes = list(_writable(config.run_dir)), []
     with collecting(problems):
-        training, validation, plan = open_data(config, Ranks())
-        for part in (training, validation):
-            problems += missing_shards(part) if part else []
+        data = open_run_data(config, Ranks())
+        problems += missing_shards(data.training) + missing_shards(data.validation)
         path, unreadable = newest_readable(config.run_dir)
         if path:
-            check_same_run(path, run_facts(config, training, plan))
+            check_same_run(path, run_facts(data))
         elif unreadable:
             problems += unreadable
         else:
-            notes += notes_on_start(config, training)
+            notes += notes_on_start(data)
         if config.data.lanes % ranks == 0:  # others are told how many fit
-            notes.append(f"{config.name}: {plan_run.estimate(config, ranks, training, plan).describe()}")
+            notes.append(f"{config.name}: {plan_run.estimate(data, ranks).describe()}")
     return Checked(problems, notes)
 
 

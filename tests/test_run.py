@@ -10,8 +10,8 @@ import pytest
 
 from bfsys import run as run_module
 from bfsys.config import Config, load_config
-from bfsys.data.datasets import make_plan, open_training
 from bfsys.data.quarantine import Quarantine
+from bfsys.data.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
 from bfsys.guard import read_rollbacks
@@ -27,8 +27,7 @@ def config(config_file: Path) -> Config:
 
 
 def facts_of(config: Config) -> dict:
-    sources = open_training(config)
-    return run_facts(config, sources, make_plan(config, sources))
+    return run_facts(open_run_data(config, ALONE))
 
 
 def test_a_new_run_inherits_nothing_of_one_whose_checkpoints_were_deleted(config: Config) -> None:

@@ -20,6 +20,7 @@ from bfsys.config import Config, load_config
 from bfsys.data.datasets import make_plan, open_evaluation, open_training
 from bfsys.data.loader import training_batches
 from bfsys.data.quarantine import Quarantine
+from bfsys.data.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.evaluate import evaluate
 from bfsys.faults import how_it_ended
@@ -321,9 +322,8 @@ def test_another_run_in_the_same_directory_is_refused(
     config_file, runs = stage_runs
     before = sorted(p.name for p in (runs / "s1-fp32").rglob("*"))
     config = load_config(config_file, ["name=s1-fp32", *change])
-    sources = open_training(config)
     with pytest.raises(UserError, match=message):
-        prepare_run_dir(config, run_facts(config, sources, make_plan(config, sources)), ALONE)
+        prepare_run_dir(config, run_facts(open_run_data(config, ALONE)), ALONE)
     assert sorted(p.name for p in (runs / "s1-fp32").rglob("*")) == before
     assert find_newest(runs / "s1-fp32")[0] is not None
 

@@ -16,7 +16,7 @@ from bfsys.rehearsal import rehearse
 
 
 def rehearse_first(run: train.Run, manifest: dict, notes: list[str]) -> int:
-    gradients = rehearse(run.engine, run.config, run.training, run.plan, run.ranks)
+    gradients = rehearse(run.engine, run.data, run.ranks)
     assert run.engine.stage == 3 or any(g is not None and g.any() for g in gradients)
     return make_steps(run, manifest, notes)
 

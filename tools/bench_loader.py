@@ -100,13 +100,13 @@ def bfsys_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
     """An epoch of (data uint8 [bytes], offsets int64 [samples + 1], …), tensors or arrays; and so do the next ones."""
     from bfsys.config import Config, Data, Model, Source, Train
     from bfsys.data.loader import training_batches
+    from bfsys.data.run_data import open_run_data
     from bfsys.dist import Ranks
-    from bfsys.run import open_data
 
-    data = Data(sources=(Source(str(folder)),), batch_samples=BATCH_SAMPLES, lanes=1, workers=workers)
-    config = Config(data, Model(max_tokens=1_000_000), train=Train(steps=steps))
-    *_, training, _, plan = open_data(config, Ranks())
-    for batch in training_batches(config, training, plan, Ranks(), first_step=0):
+    knobs = Data(sources=(Source(str(folder)),), batch_samples=BATCH_SAMPLES, lanes=1, workers=workers)
+    config = Config(knobs, Model(max_tokens=1_000_000), train=Train(steps=steps))
+    data = open_run_data(config, Ranks())
+    for batch in training_batches(config, data.training, data.plan, Ranks(), first_step=0):
         yield batch.data, batch.offsets
 
 

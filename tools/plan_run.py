@@ -32,8 +32,9 @@ import numpy as np
 
 from bfsys.checkpoint.loading import newest_readable
 from bfsys.config import Config, load_config
-from bfsys.data.datasets import Sources, make_plan, micro_batch_lengths, open_training
-from bfsys.data.plan import Plan, lanes_of_rank
+from bfsys.data.plan import lanes_of_rank
+from bfsys.data.run_data import RunData, open_run_data
+from bfsys.dist import Ranks
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.model.byteformer import parameter_count
 from bfsys.model.flops import flops_per_step
@@ -83,16 +84,17 @@ class Estimate:
         )
 
 
-def estimate(config: Config, ranks: int, sources: Sources, plan: Plan) -> Estimate:
+def estimate(data: RunData, ranks: int) -> Estimate:
     """Raises UserError if the ranks do not divide the lanes."""
+    config, plan = data.config, data.plan
     lanes_of_rank(config.data.lanes, 0, ranks)
-    architecture, classes = config.model.architecture(), len(sources.classes)
+    architecture, classes = config.model.architecture(), len(data.training.classes)
     parameters = parameter_count(architecture, classes)
     flops, largest, read = [], 0, []
     for step in range(min(PLANNED_STEPS, config.train.steps)):
         of_lanes = []
         for lane in range(plan.lanes):
-            lengths = micro_batch_lengths(plan, sources, step, lane)
+            lengths = data.lengths_of(step, lane)
             of_lanes.append(flops_per_step(lengths, architecture, classes).total)
             largest = max(largest, int(token_counts(lengths, architecture, config.model.mode).sum()))
         read.append(sum(plan.bytes_of(plan.micro_batch(step, lane)) for lane in range(plan.lanes)))
@@ -163,8 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.ranks < 1 or not 0 < args.utilisation <= 1:
         raise UserError("--ranks: at least 1 is needed; --utilisation: more than 0 and at most 1")
     config = load_config(args.config, args.overrides)
-    sources = open_training(config)
-    plan = estimate(config, args.ranks, sources, make_plan(config, sources))
+    plan = estimate(open_run_data(config, Ranks()), args.ranks)
     rate, share, meant = None, 1.0, ""
     if args.like:
         (rate, share), meant = measured_rate(args.like), f"as measured in {args.like}"

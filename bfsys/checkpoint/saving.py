@@ -65,6 +65,8 @@ class Saver:
 
     def __init__(self, run_dir: Path, ranks: dist.Ranks, keep: Keep) -> None:
         self.run_dir, self.ranks, self.keep = run_dir, ranks, keep
+        self.is_owed = False
+        """A checkpoint is due, but was put off."""
         self._facts: dict | None = None
         self._work, self._files, self._written_bytes = run_dir, (), 0
         self._states: tuple[str, ...] = ()

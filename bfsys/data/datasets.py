@@ -283,16 +283,3 @@ def _first_files(split: Split) -> Iterator[bytes]:
                 yield os.pread(descriptor, int(row["length"]), int(row["offset"]))
         finally:
             os.close(descriptor)
-
-
-def micro_batch_lengths(plan: Plan, sources: Sources, step: int, lane: int) -> np.ndarray:
-    """Bytes of each file of a micro-batch as the model gets it, int64 [B]; of files that are encoded again and
-    compressed, as stored."""
-    batch = plan.micro_batch(step, lane)
-    lengths = []
-    for number, (split, augmentation) in enumerate(zip(plan.splits, sources.augmentations, strict=True)):
-        stored = split.samples["length"][batch.sample[batch.source == number]].astype(np.int64)
-        if augmentation and not augmentation.compresses:
-            stored = np.full_like(stored, augmentation.least_bytes)
-        lengths.append(lengths_after(sources.transforms, stored))
-    return np.concatenate(lengths)

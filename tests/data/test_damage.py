@@ -21,12 +21,12 @@ from bfsys.data import reader as reader_module
 from bfsys.data.datasets import make_plan, open_evaluation, open_training
 from bfsys.data.loader import evaluation_rounds, training_batches
 from bfsys.data.quarantine import FILE, BadSample, Quarantine
+from bfsys.data.run_data import open_run_data
 from bfsys.data.shards import DESCRIPTION, Split, open_split
 from bfsys.data.verify import verify_split
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import UserError
 from bfsys.evaluate import evaluate
-from bfsys.run import open_data
 from tests.conftest import _run_ranks, tiny_config
 from tests.test_train import assert_success, cut_short, lines, newest, tensors
 from tools import inspect_shards
@@ -224,7 +224,7 @@ def test_what_training_does_not_read_does_not_harm_it_and_is_named_by_verify(
 def test_an_index_that_is_not_the_packed_one_is_refused(kind: str, config: Config, dataset: Path) -> None:
     REFUSED[kind](dataset)
     with pytest.raises(UserError, match=r"the index of 'train' is damaged, or of other shards: .* first is a-train-0"):
-        open_data(config, ALONE)
+        open_run_data(config, ALONE)
 
 
 def test_each_rank_proves_a_part_of_the_index(config: Config, dataset: Path) -> None:
@@ -232,7 +232,7 @@ def test_each_rank_proves_a_part_of_the_index(config: Config, dataset: Path) -> 
     problems = 0
     for rank in range(4):
         try:
-            open_data(config, Ranks(rank, 4))
+            open_run_data(config, Ranks(rank, 4))
         except UserError:
             problems += 1
     assert problems == 1

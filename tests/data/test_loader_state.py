@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from bfsys.checkpoint import files, loading
 from bfsys.config import Augment, Config, Data, Source, Train
 from bfsys.data.byte_transforms import write_key
-from bfsys.data.datasets import make_plan, open_training
+from bfsys.data.run_data import open_run_data
+from bfsys.dist import Ranks
 from bfsys.errors import UserError
 from bfsys.run import run_facts
 from tests.data.packed import Shards, pack, random_shards
@@ -42,8 +43,7 @@ def saved(config: Config, folder: Path) -> Path:
 
 
 def facts_of(config: Config) -> dict:
-    sources = open_training(config)
-    return run_facts(config, sources, make_plan(config, sources))
+    return run_facts(open_run_data(config, Ranks()))
 
 
 def refusal(config: Config, path: Path) -> str:
@@ -188,7 +188,8 @@ def test_a_key_is_told_by_its_content_and_is_not_stored(run: tuple[Config, Path]
 
 def test_what_does_not_change_the_data_may_change(run: tuple[Config, Path], tmp_path: Path) -> None:
     config, path = run
-    elsewhere = tuple(Source(str(pack(tmp_path / "moved", n, {"train": s})), eval_path="x") for n, s in SHARDS.items())
+    moved = [str(pack(tmp_path / "moved", n, {"train": s})) for n, s in SHARDS.items()]
+    elsewhere = tuple(Source(path, eval_path=moved[0]) for path in moved)
     changed = change_data(
         config,
         sources=elsewhere,

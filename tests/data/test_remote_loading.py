@@ -22,9 +22,9 @@ from bfsys.data.plan import MicroBatch, lanes_of_rank
 from bfsys.data.quarantine import BadSample, Quarantine
 from bfsys.data.reader import ShardReader
 from bfsys.data.remote import Cache, Prefetcher
+from bfsys.data.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
-from bfsys.run import open_data
 from tests.data.conftest import config_of, eventually, path_of, read_by
 from tests.data.http_server import FaultyServer
 
@@ -234,7 +234,7 @@ def test_a_server_that_is_not_there(served: FaultyServer, tmp_path: Path) -> Non
     sources = open_training(remote)
     served.stop()
     with pytest.raises(UserError, match=rf"{served.url}/a/dataset\.json: could not be fetched in 3 tries"):
-        open_data(remote, ALONE)
+        open_run_data(remote, ALONE)
     for workers in (0, 2):
         config = replace(remote, data=replace(remote.data, workers=workers))
         quarantine = Quarantine()
@@ -337,7 +337,7 @@ def test_a_cached_index_that_is_damaged_is_fetched_anew(
     expected = open_training(remote).splits[0].samples.copy()
     damage_cached(tmp_path / "cache", file, position)
     for part in range(2):  # also where another rank proves what is damaged
-        training, _, _ = open_data(remote, rank(part, 2))
+        training = open_run_data(remote, rank(part, 2)).training
         assert np.array_equal(training.splits[0].samples, expected)
         assert training.splits[0].damaged_index(range(len(training.splits[0].shards))) == []
     assert served.requests[f"/a/{file}"] == 2
@@ -356,7 +356,7 @@ def test_an_index_that_is_damaged_where_it_comes_from_is_an_error(
     served.files["/a/dataset.json"] = json.dumps(description).encode()
     for _ in range(2):
         with pytest.raises(UserError, match=rf"{served.url}/a: the index of 'train' is damaged"):
-            open_data(remote, ALONE)
+            open_run_data(remote, ALONE)
 
 
 def test_a_node_fetches_what_its_lanes_read(

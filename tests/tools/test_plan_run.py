@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.config import Config, Data, Model, Train, load_config
-from bfsys.data.datasets import make_plan, open_training
+from bfsys.data.run_data import open_run_data
+from bfsys.dist import Ranks
 from bfsys.errors import UserError
 from bfsys.model.byteformer import ByteFormer, parameter_count
 from tools import plan_run
@@ -69,16 +70,15 @@ def test_state_is_shared_by_stage(stage: int, precision: str, bytes_each: float)
 
 def test_an_estimate_counts_what_training_plans(config_file: Path) -> None:
     config = load_config(config_file)
-    sources = open_training(config)
-    plan = make_plan(config, sources)
-    one, four = (plan_run.estimate(config, ranks, sources, plan) for ranks in (1, 4))
+    data = open_run_data(config, Ranks())
+    one, four = (plan_run.estimate(data, ranks) for ranks in (1, 4))
     assert one.parameters == parameter_count(config.model.architecture(), 5)
     assert one.step_flops == four.step_flops > 0
     assert (one.busiest, four.step_bytes) == (1.0, one.step_bytes)
     assert four.busiest > 1
     assert four.step_s(1e9) == pytest.approx(one.step_s(1e9) / 4)
     with pytest.raises(UserError, match="world sizes that fit"):
-        plan_run.estimate(config, 3, sources, plan)
+        plan_run.estimate(data, 3)
 
 
 def test_the_rate_of_a_run_is_used(config_file: Path, finished_run: Path, capsys: pytest.CaptureFixture) -> None:
