@@ -160,8 +160,6 @@ class Agreed(NamedTuple):
     has_bad_files: bool
     is_writing: bool
     """A rank still writes its files of a checkpoint."""
-    problem_code: int
-    """With which the run must end, because rank 0 cannot write metrics."""
 
 
 def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
@@ -246,7 +244,7 @@ def train_step(run: Run, batches: Iterator[ByteBatch], metrics: Metrics, step: i
 
 def agree(run: Run, metrics: Metrics, drawn: list[Drawn]) -> Agreed:
     """The step's only control message: losses are added up in the order of the ranks, of flags the largest counts;
-    collective. Raises AgreedError if a rank has found that the run cannot go on."""
+    collective. Raises AgreedError if rank 0 cannot write metrics."""
     loss = torch.stack([micro_batch.loss.double() for micro_batch in drawn]).sum().item() if drawn else 0.0
     flags = run.stop.exit_code, run.quarantine.news > 0, run.saver.is_writing(), metrics.problem_code
     everyones = dist.gather_numbers([loss, *flags])  # [ranks, 5]
@@ -254,7 +252,7 @@ def agree(run: Run, metrics: Metrics, drawn: list[Drawn]) -> Agreed:
     if problem_code:
         raise dist.AgreedError(dist.from_first_rank(metrics.problem), exit_code=problem_code)
     mean_loss = everyones[:, 0].sum().item() / run.config.data.batch_samples
-    return Agreed(mean_loss, exit_code, bool(has_bad_files), bool(is_writing), problem_code)
+    return Agreed(mean_loss, exit_code, bool(has_bad_files), bool(is_writing))
 
 
 def notes_on_resuming(run: Run, guard: Guard, step: int) -> list[str]:
