@@ -54,8 +54,11 @@ def _with_expanded_key_file(transform: str, info: ValidationInfo) -> str:
 
 Location = Annotated[str, AfterValidator(_expanded)]
 Transform = Annotated[str, AfterValidator(_with_expanded_key_file)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+MOST = 2**40  # of anything that is counted: more is a slip, and would not fit into 64 bits when it is multiplied
+MOST_WIDE = 2**20  # of what memory is spent on at once
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Whole = Annotated[int, Field(ge=0, le=MOST)]
+Width = Annotated[int, Field(ge=1, le=MOST_WIDE)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0.1, allow_inf_nan=False)]
@@ -73,7 +76,7 @@ class Augment:
 
     encoding: str
     """What the model gets: tiff, png, jpeg:60, fhwc, fchw for pictures; wav:int16, mp3, flac, … for sound."""
-    image_size: Count = 224
+    image_size: Width = 224
     """Pixels of the square that is cropped from a picture."""
     sample_rate_hz: Count = 16_000
     """Sound is resampled to it."""
@@ -119,9 +122,9 @@ class Data:
     train_split: str = "train"
     eval_split: str = "val"
     """Evaluated during the run, where a source has it."""
-    batch_samples: Count = 768
+    batch_samples: Width = 768
     """Samples of one step, over all ranks."""
-    lanes: Count = 64
+    lanes: Width = 64
     """Equal parts of the global batch, fixed for the life of a run. A world size must divide it; each lane is
     one micro-batch, so a rank makes lanes / world size of them per step."""
     micro_batch_bytes: Count | None = None
@@ -158,7 +161,7 @@ class Model:
     __pydantic_config__ = _STRICT
 
     size: Literal["tiny", "small", "base", "huge", "custom"] = "tiny"
-    kernel: Annotated[int, Field(ge=2, multiple_of=2)] = 32
+    kernel: Annotated[int, Field(ge=2, le=MOST_WIDE, multiple_of=2)] = 32
     """Bytes that a token sees. The stride is half of it."""
     window: Count = 128
     """Tokens that attend to each other."""
@@ -167,10 +170,10 @@ class Model:
     max_tokens: Count = 50_000
     """Rows of the learned position table. For a file of more than max_tokens * kernel / 2 bytes its
     second half is repeated, see model/stem.py."""
-    dim: Count | None = None
+    dim: Width | None = None
     """With size: custom. Likewise layers, heads (default: dim / 64) and merge_after."""
-    layers: Count | None = None
-    heads: Count | None = None
+    layers: Width | None = None
+    heads: Width | None = None
     merge_after: tuple[Whole, ...] | None = None
     """Layers after which pairs of tokens are merged (default: the published 0, 1, 3, 5, 7, 9)."""
     mode: Literal["masked", "as_released"] = "masked"
@@ -301,6 +304,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         problems.append("data.sources: the list is empty; give at least one `- path: FOLDER`")
     if set("/\0") & set(config.name) or config.name.startswith("."):
         problems.append(f"name: got {config.name!r}; a plain folder name is expected, runs_dir says where")
+    for key, text in (("name", config.name), ("runs_dir", config.runs_dir)):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            problems.append(f"{key}: got {text!r}, which is not text in UTF-8; TensorBoard and safetensors want that")
     if data.sources and data.batch_samples < data.lanes * len(data.sources):
         problems.append(  # fewer could leave a lane without a sample in some step
             f"data.lanes: {data.lanes} lanes of {len(data.sources)} sources need batch_samples of "

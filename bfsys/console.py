@@ -10,6 +10,7 @@ Refused: a thread that writes, which forked loader processes would not have.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import select
@@ -24,7 +25,11 @@ PART_BYTES = 4096
 PATIENCE_S = 5.0
 
 
-class OutputClosed(BrokenPipeError):
+class OutputError(OSError):
+    """Standard output cannot be written."""
+
+
+class OutputClosed(OutputError):
     """The reader of standard output has ended, as in `… | head`."""
 
 
@@ -33,8 +38,8 @@ class Console(io.TextIOBase):
     are written as backslash escapes."""
 
     def __init__(self, descriptor: int, name: str, encoding: str, *, fails: bool) -> None:
-        """With `fails`, errors are raised (OutputClosed, OSError) and a console that is stopped is waited for. Without,
-        lines that cannot be written go to the file `log`, once it is set."""
+        """With `fails`, errors are raised (OutputError), and a console that is stopped is waited for. Without it, lines
+        that cannot be written go to the file `log`, once it is set. A `descriptor` of -1 means a closed console."""
         self.log: Path | None = None
         self.fails = fails
         self._descriptor, self._name, self._encoding = descriptor, name, encoding
@@ -49,9 +54,11 @@ class Console(io.TextIOBase):
         return True
 
     def isatty(self) -> bool:
-        return os.isatty(self._descriptor)
+        return self._descriptor >= 0 and os.isatty(self._descriptor)
 
     def fileno(self) -> int:
+        if self._descriptor < 0:
+            raise io.UnsupportedOperation("a closed console has no descriptor")
         return self._descriptor
 
     def write(self, text: str) -> int:
@@ -67,13 +74,15 @@ class Console(io.TextIOBase):
 
     def write_bytes(self, content: bytes) -> None:
         """Write what is encoded already."""
+        if self._descriptor < 0 and self.fails:
+            return  # closing it said that nobody wants to read it
         try:
             while content and (self.fails or self._is_ready()):
                 content = content[os.write(self._descriptor, content[:PART_BYTES]) :]
             problem = "it takes nothing"
         except OSError as error:
             if self.fails:
-                kind = OutputClosed if isinstance(error, BrokenPipeError) else OSError
+                kind = OutputClosed if isinstance(error, BrokenPipeError) else OutputError
                 raise kind(error.errno, error.strerror, self._name) from None
             problem = error.strerror
         if content and self.log:
@@ -82,6 +91,8 @@ class Console(io.TextIOBase):
 
     def _is_ready(self) -> bool:
         """Whether a write would not block, or would fail at once."""
+        if self._descriptor < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         poll = select.poll()
         poll.register(self._descriptor, select.POLLOUT)
         self._is_stopped = not poll.poll(0 if self._is_stopped else PATIENCE_S * 1000)
@@ -107,15 +118,14 @@ def prepare() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
-    for name, descriptor, fails in (("stdout", 1, True), ("stderr", 2, False)):
+    for name, shown_as, descriptor in (("stdout", "standard output", 1), ("stderr", "standard error", 2)):
         stream = getattr(sys, name)
         if stream is None:  # it was closed when Python started
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the life of the process)
+            setattr(sys, name, Console(-1, shown_as, "utf-8", fails=name == "stdout"))
         elif type(stream) is io.TextIOWrapper and _descriptor_of(stream) == descriptor:
             with suppress(OSError):
                 stream.flush()
-            shown_as = {"stdout": "standard output", "stderr": "standard error"}[name]
-            setattr(sys, name, Console(descriptor, shown_as, stream.encoding, fails=fails))
+            setattr(sys, name, Console(descriptor, shown_as, stream.encoding, fails=name == "stdout"))
 
 
 def go_on_without(log: Path | None = None) -> None:

@@ -344,7 +344,9 @@ def same_errors_on_all(act: Callable[[], T]) -> T:
     except UserError as error:
         problems, code = error.problems, error.exit_code
     except OSError as error:
-        problems, code = (str(error),), EXIT_CRASHED if error.errno in PASSING else EXIT_USER_ERROR
+        where = f"{error.filename}: " if error.filename else ""
+        problems = (f"{where}{error.strerror or error}",)
+        code = EXIT_CRASHED if error.errno in PASSING else EXIT_USER_ERROR
     everybodys = gather_to_all((problems, code))
     all_problems = dict.fromkeys(p for rank, _ in everybodys for p in rank)
     if all_problems:

@@ -51,6 +51,11 @@ def collecting(problems: list[str]) -> Iterator[None]:
         problems.extend(error.problems)
 
 
+def one_line(text: str) -> str:
+    """The text with line breaks and other control characters escaped, as names of files may hold."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def summary_of(docstring: str | None) -> str:
     """The first paragraph of a module's docstring, for `--help`; nothing under `python -OO`, which removes it."""
     return (docstring or "").partition("\n\n")[0]
@@ -67,10 +72,8 @@ def run_command(main: Callable[[], int | None], *, output_is_optional: bool = Fa
             console.go_on_without()
         try:
             return main()
-        except console.OutputClosed:
-            raise
         except OSError as error:
-            if error.filename is None:
+            if error.filename is None or isinstance(error, console.OutputError):
                 raise
             raise UserError(f"{error.filename}: {error.strerror}") from None
 
@@ -101,14 +104,30 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
         return end.code or 0
     except UserError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {one_line(problem)}", file=sys.stderr)
         return error.exit_code
+    except MemoryError as error:
+        print(f"error: there is not enough memory{f': {error}' if str(error) else ''}", file=sys.stderr)
+        return EXIT_CRASHED
     except KeyboardInterrupt:
         print("stopped on request", file=sys.stderr)
         return EXIT_STOPPED
     except console.OutputClosed:  # `… | head` has seen enough: nothing is wrong, and nobody reads what is left to say
         console.discard_output()
         return 0
+    except console.OutputError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            traceback.print_exc()
+            return EXIT_CRASHED
+        limit = process.open_files_limit()
+        print(
+            f"error: {error.strerror}: this process may have {limit:,}; raise the limit (ulimit -n 65536)",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
     except BaseException:
         traceback.print_exc()
         return EXIT_CRASHED

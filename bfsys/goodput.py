@@ -29,8 +29,11 @@ from typing import TextIO
 
 import psutil
 
+from bfsys.json_lines import NUMBER, read_json_lines
+
 FILE = "goodput.jsonl"
 STARTED = "BFSYS_STARTED"  # when a launcher began, in seconds since 1970: what it imports for its ranks counts
+FIELDS = {"start": ("step",), "note": ("step", "stall_s", "wait_s")}  # numbers of an event, besides its time
 CAUSES = ("productive", "lost", "restart", "stall", "data_wait")
 
 
@@ -63,7 +66,7 @@ class Ledger:
         if is_first:
             path = run_dir / FILE
             torn = path.exists() and not path.read_bytes().endswith(b"\n")
-            for event in _read(path):
+            for event in _events(path):
                 self._take(event)
             self._clock_offset_s += max(0.0, self._latest - self._now())
             self._file = open(path, "a")  # noqa: SIM115 (until `close`)
@@ -140,7 +143,7 @@ class Ledger:
 def read_seconds(run_dir: Path) -> dict[str, float]:
     """Seconds by cause of a run directory, until its latest event."""
     ledger = Ledger(run_dir, is_first=False)
-    for event in _read(run_dir / FILE):
+    for event in _events(run_dir / FILE):
         ledger._take(event)
     return ledger.seconds()
 
@@ -162,9 +165,7 @@ def _account(total: dict[str, float], before: _Life | None, life: _Life, resumed
     total["lost"] += life.end - last[0]
 
 
-def _read(path: Path) -> Iterator[dict]:
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # a kill tore it
+def _events(path: Path) -> Iterator[dict]:
+    for event in read_json_lines(path, {"event": str, "time": NUMBER}):
+        if all(isinstance(event.get(name), NUMBER) for name in FIELDS.get(event["event"], ())):
+            yield event

@@ -11,8 +11,9 @@ import json
 import math
 import os
 import resource
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -23,9 +24,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from bfsys import dist, typed_yaml
 from bfsys.batch import ByteBatch
+from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, PASSING
 from bfsys.goodput import Ledger, goodput
+from bfsys.json_lines import read_json_lines
 from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
 from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
@@ -36,6 +39,7 @@ COUNTER_NAMES = ("bytes", "tokens", "rounded_tokens", "flops", "replaced", "wait
 COUNTERS = len(COUNTER_NAMES)
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
+LINE = {"kind": str, "step": int}  # fields that every line of metrics.jsonl has
 
 
 class Metrics:
@@ -77,16 +81,15 @@ class Metrics:
         self._lines: TextIO | None = None
         self.last_evaluation = -1
         self.problem, self.problem_code = "", 0  # why rank 0 cannot write, and how the run is to end
-        opened = dist.same_errors_on_all(
-            lambda: _open_lines(config.run_dir / "metrics.jsonl", first_step) if ranks.is_first else None
-        )
-        if ranks.is_first:
-            self._lines, self.last_evaluation = opened
-            self._tensorboard = SummaryWriter(str(config.run_dir / "tb"), purge_step=first_step + 1)
-            self._tensorboard.add_custom_scalars(_overview(source_names))
-            self._tensorboard.add_text("config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
-
+        dist.same_errors_on_all(lambda: self._open(config, first_step) if ranks.is_first else None)
         self.last_evaluation = dist.from_first_rank(self.last_evaluation)
+
+    def _open(self, config: Config, first_step: int) -> None:
+        threading.excepthook = _without_tensorboard(threading.excepthook)
+        self._lines, self.last_evaluation = _open_lines(self.run_dir / METRICS, first_step)
+        self._tensorboard = SummaryWriter(str(self.run_dir / "tb"), purge_step=first_step + 1)
+        self._tensorboard.add_custom_scalars(_overview(self.source_names))
+        self._tensorboard.add_text("config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
 
     def begin_step(self) -> None:
         self._step_began = time.perf_counter()
@@ -309,20 +312,23 @@ def _open_lines(path: Path, first_step: int) -> tuple[TextIO, int]:
 
     Also the step of the latest evaluation that is in it, or -1.
     """
-    kept, last_evaluation = [], -1
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # the last line of a killed run may be torn
-        if line["step"] <= first_step:
-            kept.append(text + "\n")
-            if line["kind"] == "eval":
-                last_evaluation = line["step"]
+    kept = [line for line in read_json_lines(path, LINE) if line["step"] <= first_step]
+    last_evaluation = max((line["step"] for line in kept if line["kind"] == "eval"), default=-1)
     part = path.with_suffix(".part")
-    part.write_text("".join(kept))
+    part.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(part, path)
     return open(path, "a"), last_evaluation
+
+
+def _without_tensorboard(hook: Callable) -> Callable:
+    """A `threading.excepthook` that leaves out what a full disk does to TensorBoard's thread: `Metrics` finds the same,
+    says so in one line, and ends the run."""
+
+    def told(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            hook(args)
+
+    return told
 
 
 def _clock(seconds: float) -> str:

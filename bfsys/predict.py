@@ -53,6 +53,9 @@ def read_files(
         for name in names:
             try:
                 content = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
+            except MemoryError:
+                problems.append(f"{name}: memory does not suffice to read it")
+                continue
             except OSError as error:
                 problems.append(f"{name}: cannot be read: {error.strerror}")
                 continue

@@ -111,7 +111,10 @@ def _take_directory(config: Config, facts: dict) -> RunDirectory:
         if isinstance(error, UserError) or error.errno in PASSING:
             raise
         code = EXIT_STORAGE if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
-        raise UserError(f"run directory {run_dir}: cannot be written: {error.strerror}", exit_code=code) from None
+        where = f"{error.filename}: " if error.filename and error.filename != str(run_dir) else ""
+        raise UserError(
+            f"run directory {run_dir}: cannot be written: {where}{error.strerror}", exit_code=code
+        ) from None
 
 
 def set_aside_earlier_run(run_dir: Path) -> list[str]:

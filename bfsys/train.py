@@ -74,10 +74,10 @@ class Run:
 
 def train(config: Config, ranks: dist.Ranks) -> int:
     """Train to the last step, or until a stop is requested; returns the exit code. Called on every rank."""
-    stop = StopRequests()
     data = dist.same_errors_on_all(lambda: open_run_data(config, ranks))
     facts = run_facts(data)
     directory = prepare_run_dir(config, facts, ranks)
+    stop = StopRequests()  # before, a signal ends the process: there is nothing to save, and waits may be long
     of_train, patience_s = config.train, config.train.collective_timeout_s
     # A shard may take its time to come from elsewhere, and its server may be away for a while.
     least_s = patience_s if data.is_remote else LEAST_S

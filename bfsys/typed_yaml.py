@@ -63,7 +63,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] in ("null", "merge")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] == "null"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|false|True|False)$"), list("tfTF"))
@@ -171,10 +171,11 @@ def _parse(text: str, where: str) -> Any:
 def _yaml_errors(where: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: more digits than Python reads
+    # ValueError: more digits than Python reads. Lookup and attribute errors: a tag that the value does not fit.
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = str(error)
+        reason = str(error) if isinstance(error, yaml.YAMLError | ValueError) else f"cannot be read ({error!r})"
         if isinstance(error, yaml.reader.ReaderError):
             reason = f"the character {chr(error.character)!r} at position {error.position} is not allowed in YAML"
         elif isinstance(error, yaml.MarkedYAMLError):

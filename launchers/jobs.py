@@ -23,6 +23,7 @@ from bfsys.config import load_config
 from bfsys.errors import UserError
 from bfsys.faults import how_it_ended
 from bfsys.goodput import goodput, read_seconds
+from bfsys.json_lines import parse_json_lines
 from bfsys.restarts import newest_step
 
 JOBS = "jobs.jsonl"
@@ -151,10 +152,8 @@ def _progress(run_dir: Path) -> str:
     with suppress(UserError):
         steps = f"{load_config(run_dir / 'config.yaml').train.steps:,}"
     with suppress(OSError):
-        for text in _last_lines(run_dir / METRICS, 20):
-            with suppress(ValueError):  # the first may be cut off, the last one torn
-                line = json.loads(text)
-                last = line if line.get("kind") == "train" else last
+        lines = parse_json_lines(_last_lines(run_dir / METRICS, 20), {"kind": str, "step": int})
+        last = next((line for line in reversed(list(lines)) if line["kind"] == "train"), last)
     saved = f"newest checkpoint {newest_step(run_dir):,}"
     if not last:
         return f"training has not begun; {saved}"
@@ -173,7 +172,7 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> int:
     if not log.exists() and not follow:
         raise UserError(f"{log}: not there (yet); the job: {state_of(job.job).name}")
     try:
-        for text in _added_to(log, job.job) if follow else ("\n".join(_last_lines(log, SHOWN_LINES)) + "\n",):
+        for text in _added_to(log, job.job) if follow else (_shown(_last_lines(log, SHOWN_LINES)),):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         print(f"\nthe job goes on; launchers/slurm.py stop {run_dir} ends it", file=sys.stderr)
@@ -208,10 +207,14 @@ def _added_to(log: Path, job: str) -> Iterator[str]:
                 return
 
 
-def _last_lines(path: Path, number: int) -> list[str]:
+def _shown(lines: list[bytes]) -> str:
+    return b"\n".join(lines).decode(errors="replace")
+
+
+def _last_lines(path: Path, number: int) -> list[bytes]:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 1000 * number))
-        return file.read().decode(errors="replace").splitlines()[-number:]
+        return file.read().splitlines()[-number:]
 
 
 def stop(run_dir: Path) -> int:

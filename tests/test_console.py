@@ -100,6 +100,14 @@ def test_a_command_whose_output_is_its_work_fails_without_it(pipe: tuple[int, in
         print("answer", file=make_console(pipe[1], fails=True))
 
 
+def test_a_console_that_was_closed_before_the_start_has_a_log_too(tmp_path: Path) -> None:
+    print("answer", file=make_console(-1, fails=True))  # nobody wants to read it
+    out = make_console(-1, tmp_path / "log")
+    print("step 1", file=out)
+    assert (tmp_path / "log").read_text().endswith("step 1\n")
+    assert not out.isatty()
+
+
 def test_only_real_consoles_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = io.StringIO()
     monkeypatch.setattr(sys, "stdout", mine)

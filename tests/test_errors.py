@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -55,6 +56,33 @@ def test_a_current_folder_that_was_deleted_is_named(
 def test_a_file_that_cannot_be_read_is_named(capsys: pytest.CaptureFixture) -> None:
     assert ends_with(lambda: os.listdir("/nowhere/folder")) == 2
     assert capsys.readouterr().err == "error: /nowhere/folder: No such file or directory\n"
+
+
+def test_a_problem_is_one_line_whatever_a_file_is_called(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise UserError("a\nb\x1b[31m·\udcff: is empty")
+
+    assert ends_with(main) == 2
+    assert capsys.readouterr().err == "error: a\\nb\\x1b[31m·\\udcff: is empty\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), 2, "raise the limit (ulimit -n 65536)"),
+        (MemoryError("Unable to allocate 3 GiB"), 1, "error: there is not enough memory: Unable to allocate 3 GiB\n"),
+    ],
+)
+def test_what_a_machine_lacks_is_one_line(
+    error: Exception, code: int, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    def main() -> None:
+        raise error
+
+    assert ends_with(main) == code
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
 
 
 def test_a_text_for_an_exit_code_is_said(capsys: pytest.CaptureFixture) -> None:

@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 # From the bottom up. A module may import modules of lower rows, and in a package those of its own folder.
 LAYERS = [
     ["console", "process"],
-    ["errors"],
+    ["errors", "json_lines"],
     ["typed_yaml", "batch"],
     ["model"],
     ["config", "dist"],

@@ -54,9 +54,9 @@ class Notes:
         for line in lines:
             try:
                 name, made_from = json.loads(line)
-            except ValueError:  # the end of a line that a full disk or a crash has cut
+                self._noted[name] = made_from
+            except (ValueError, TypeError):  # the end of a line that a full disk or a crash has cut, or other JSON
                 continue
-            self._noted[name] = made_from
 
     def has(self, source: Path, target: Path) -> bool:
         """Whether a target that exists was made from the source as it is now, in the way that is asked for."""
@@ -167,12 +167,11 @@ def make(
     """Make one file: None, or why it cannot be made from its source. UserError if nothing can be written."""
     try:
         made_from, content = notes.hash_of(source), source.read_bytes()
-    except OSError as error:
-        return f"{source}: cannot be read: {error.strerror}"
-    try:
         content = content if encoding.encode is None else reencode(content, encoding, fitting)
     except MemoryError:
-        raise
+        raise UserError(f"{source}: memory does not suffice for this file") from None
+    except OSError as error:
+        return f"{source}: cannot be read: {error.strerror}"
     except Exception as error:  # decoders raise anything
         return f"{source}: cannot be decoded as {encoding.modality}: {error}"
     made = apply(transforms, np.frombuffer(content, np.uint8), np.random.default_rng())

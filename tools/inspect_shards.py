@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from bfsys.data.classes import Spelling, stored_name, too_alike
 from bfsys.data.encodings import AS_STORED
 from bfsys.data.shards import (
     DESCRIPTION,
@@ -38,6 +39,7 @@ from bfsys.data.verify import verify_index, verify_shard
 from bfsys.errors import UserError, collecting, run_command, summary_of
 
 EXIT_DAMAGED = 1
+REBUILT = "tools/inspect_shards.py --rebuild"  # in dataset.json
 # A foreign tar may have this many classes, or so many for each of its samples, whichever is more.
 LEAST_CLASS_LIMIT, CLASSES_PER_SAMPLE = 10_000, 10
 COMPRESSED_TAR = re.compile(r"(.+)\.(?:tar\.\w+|t[gx]z|tbz2?|tzst)", re.IGNORECASE)
@@ -133,7 +135,7 @@ def rebuild(folder: Path, split: str | None) -> None:
         split_name: write_split(folder, name, split_name, classes, shards)
         for split_name, shards in sorted(shards_of.items())
     }
-    made_by = {"tool": "tools/inspect_shards.py --rebuild"}
+    made_by = {"tool": REBUILT}
     write_description(folder, name, classes, AS_STORED, made_by, parts)
 
 
@@ -211,7 +213,14 @@ def class_names(shards: Sequence[TarIndex]) -> list[str]:
     pairs = {(label, folder) for label, (folder, rest) in zip(labels, folders, strict=True) if rest}
     count = max(labels) + 1
     if all(rest for _, rest in folders) and len({folder for _, folder in pairs}) == len(pairs) == count:
-        return [folder for _, folder in sorted(pairs)]
+        names = [folder for _, folder in sorted(pairs)]
+        problems = [
+            f"class {name!r}: has characters that cannot be printed" for name in names if not name.isprintable()
+        ]
+        problems += too_alike({name: Spelling([f"class number {label}"]) for label, name in enumerate(names)})
+        if problems:
+            raise UserError(*problems)
+        return [stored_name(name) for name in names]
     return [f"{label:0{len(str(count - 1))}}" for label in range(count)]
 
 

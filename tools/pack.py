@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = args.out / args.name
     problems: list[str] = []
     encoding, fitting = read_encoding(args, problems)
+    args.split = (split_of_name(args.split) or args.split) if args.split else None
     shard_bytes = read_size("--shard-bytes", args.shard_bytes, problems)
     max_file_bytes = read_size("--max-file-bytes", args.max_file_bytes, problems)
     problems += option_problems(args)
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             is_new = pack(folder, jobs, listing, encoding, given, args)
     except OSError as error:  # of writing: files that cannot be read have been sorted out
         raise UserError(
-            f"{error.filename or folder}: cannot be written ({error.strerror}); put that right and run "
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); put that right and run "
             f"the same command again: finished shards are kept"
         ) from error
     print(f"{folder}: packed in {time.monotonic() - started_s:.1f} s" if is_new else f"{folder}: already packed")

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bfsys.errors import EXIT_CRASHED, PASSING, UserError
+from bfsys.json_lines import NUMBER, parse_json_lines
 
 T = TypeVar("T")
 
@@ -165,19 +166,13 @@ def superfluous(run_dir: Path, paths: Sequence[Path], keep: Keep) -> list[Path]:
 
 def evaluations(run_dir: Path) -> dict[int, dict]:
     """The scores of every evaluation in metrics.jsonl, by step."""
-    found = {}
     try:
-        text = (run_dir / METRICS).read_text()
+        lines = (run_dir / METRICS).read_bytes().split(b"\n")
     except OSError:
-        return found
-    for line in text.splitlines():
-        if '"kind": "eval"' in line:
-            try:
-                scores = json.loads(line)
-            except ValueError:
-                continue  # torn
-            found[scores["step"]] = scores
-    return found
+        return {}
+    lines = [line for line in lines if b'"kind": "eval"' in line]
+    fields = {"step": int, "top1": NUMBER, "loss": NUMBER}
+    return {scores["step"]: scores for scores in parse_json_lines(lines, fields)}
 
 
 def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:

@@ -249,5 +249,6 @@ def _raise_problems(answers: list[dict], final: Path) -> None:
     text = f"checkpoint {final}: cannot be written: {text}; earlier ones are untouched"
     if all(answer["errno"] in PASSING for answer in failed):
         raise RuntimeError(text)  # as a crash: a launcher starts the run again
-    text += "; free disk space or repair the disk, and run the same command to resume"
+    is_full = any(answer["errno"] in (errno.ENOSPC, errno.EDQUOT) for answer in failed)
+    text += f"; {'free disk space' if is_full else 'repair that'}, and run the same command to resume"
     raise dist.AgreedError(text, exit_code=EXIT_STORAGE)

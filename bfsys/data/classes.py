@@ -24,10 +24,10 @@ def stored_name(name: str) -> str:
 
 
 def too_alike(spellings: Mapping[str, Spelling]) -> list[str]:
-    """One problem for each set of names that differ only in capitals or in their Unicode form."""
+    """One problem for each set of names that differ only in capitals, in blanks or in their Unicode form."""
     groups = defaultdict(list)
     for name in spellings:
-        groups[stored_name(stored_name(name).lower())].append(name)
+        groups[stored_name(" ".join(stored_name(name).lower().split()))].append(name)
     return [_describe({name: spellings[name] for name in sorted(group)}) for group in groups.values() if len(group) > 1]
 
 
@@ -41,7 +41,7 @@ def _describe(group: Mapping[str, Spelling]) -> str:
         for name, spelling in group.items()
         if every - spelling.splits
     ]
-    difference = "capitals" if len(forms) == len(group) else "their Unicode form"
+    difference = "capitals or blanks" if len(forms) == len(group) else "their Unicode form"
     return (
         f"two classes differ only in {difference}: {found}{'; ' if lacks else ''}{', '.join(lacks)}; "
         "spell the name in one way if it is one class, and rename one of them otherwise"

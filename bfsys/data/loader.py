@@ -262,8 +262,8 @@ def _naming_files(answers: Iterable, reader: ShardReader, positions: np.ndarray)
             if not reader.is_plain and re.search(rf"\b{worker['process']}\b", str(error)):
                 name = reader.name_of(*worker["position"].tolist())
                 raise RuntimeError(
-                    f"{str(error).partition('. ')[0]}; it was at {name}. If it ends there again, pack the dataset without "
-                    "this file; if it was killed by signal 9, memory was short: use fewer data.workers"
+                    f"{str(error).partition('. ')[0]}; it was at {name}. If it ends there again, pack the dataset "
+                    "without this file; if it was killed by signal 9, memory was short: use fewer data.workers"
                 ) from error
         raise
 

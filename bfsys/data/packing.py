@@ -17,6 +17,7 @@ from ctypes import c_long
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import xxhash
@@ -24,13 +25,12 @@ import xxhash
 from bfsys.data import staging
 from bfsys.data.encodings import Encoding, Fitting, library_version, parse_encoding, reencode
 from bfsys.data.modalities import PECULIARITIES, peculiarities_of
-from bfsys.data.shards import DESCRIPTION, read_description, write_description, write_split
+from bfsys.data.shards import DESCRIPTION, PACKED_BY, read_description, write_description, write_split
 from bfsys.data.sources import BadFile, SourceFile
 from bfsys.data.tars import Member, Shard, TarIndex, atomic_file, size_in_tar_bytes, write_shard
-from bfsys.errors import UserError
+from bfsys.errors import UserError, one_line
 
 VERSION = 2  # to be raised when the same input comes to give other bytes
-TOOL = "tools/pack.py"
 ADDRESS = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")  # of a Python object in a decoder's message
 
 
@@ -144,8 +144,8 @@ def _read_sidecar(job: Job) -> Outcome | None:
             index = TarIndex(Shard(**shard), sidecar["samples"], sidecar["keys"].tobytes())
         if fingerprint == job.fingerprint and job.path.stat().st_size == index.shard.bytes:
             return Outcome(job, index, [BadFile(*one) for one in bad], peculiar)
-    except (FileNotFoundError, KeyError):  # KeyError: an earlier version wrote the sidecar
-        pass
+    except (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile):
+        pass  # it is not there, is damaged, or is of another version: the shard is written again
     return None
 
 
@@ -199,15 +199,15 @@ def target_problems(folder: Path, splits: set[str]) -> list[str]:
         except UserError as error:
             return [f"{error}; or remove the folder first"]
         lost = sorted(description["splits"].keys() - splits)
-        if description.get("made_by", {}).get("tool") != TOOL:
-            return [f"{folder}: holds a dataset that {TOOL} did not make; choose another --name"]
+        if description.get("made_by", {}).get("tool") != PACKED_BY:
+            return [f"{folder}: holds a dataset that {PACKED_BY} did not make; choose another --name"]
         if splits and lost:
             return [
                 f"{folder}: holds a dataset with split {', '.join(lost)}, which this command would remove; "
                 f"pack all splits by one command (split folders or --from filelist), or choose another --name"
             ]
     elif folder.is_dir() and not staging.folder_of(folder).exists() and any(folder.glob("*.tar")):
-        return [f"{folder}: holds tars that {TOOL} did not make; choose another --name"]
+        return [f"{folder}: holds tars that {PACKED_BY} did not make; choose another --name"]
     return []
 
 
@@ -255,11 +255,11 @@ def finish(
         for split, found in sorted(indexes.items())
     }
     skipped = sorted([*skipped, *(bad for outcome in outcomes for bad in outcome.bad)])
-    lines = "".join(f"{path}\t{reason}\n" for path, reason in skipped)
+    lines = "".join(f"{one_line(path)}\t{one_line(reason)}\n" for path, reason in skipped)
     for name, text in ((staging.SKIPPED_LIST, lines), (staging.NEW_INPUTS, fingerprint)):
         with atomic_file(staged / name) as file:
             file.write(text.encode(errors="backslashreplace"))
-    made_by = {"tool": TOOL, "version": VERSION, "library": library_version(encoding), "arguments": arguments}
+    made_by = {"tool": PACKED_BY, "version": VERSION, "library": library_version(encoding), "arguments": arguments}
     write_description(staged, folder.name, classes, encoding.text, made_by, splits, _notes(outcomes))
     staging.put_into_place(folder)
 

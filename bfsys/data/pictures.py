@@ -33,7 +33,8 @@ def decode_image(data: bytes) -> np.ndarray:
     TIFF is, by Pillow. Pictures of more than 8 bits:
 
     unsigned 16 bits   0 … 65,535 becomes 0 … 255, by the upper byte; 0 … 4,095 becomes the same where TIFF has 12 bits;
-                       values that all lie in 0 … 255 stay, since their upper bytes would be black
+                       grey values that all lie in 0 … 255 stay, since their upper bytes would be black; such colours
+                       are refused, since Pillow reads their upper bytes only
     float              0 … 1 becomes 0 … 255, if all values lie in it
     other              (32 bits, signed, float): whole numbers that all lie in 0 … 255 stay; else the picture's own
                        least value becomes 0 and its greatest 255
@@ -42,8 +43,18 @@ def decode_image(data: bytes) -> np.ndarray:
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             return _three_channels(_upper_byte(image))
         if image.mode in ("I", "F"):
-            return _three_channels(_by_range(_values(image)))
-        return np.asarray(image.convert("RGB"))
+            return _three_channels(_white_is_high(image, _by_range(_values(image))))
+        pixels = np.asarray(image.convert("RGB"))
+        if pixels.max() <= 1 and _has_deep_colours(image, data):
+            raise ValueError("has colours of 16 bits of which only the lower 8 are used; store it in 8 bits")
+        return pixels
+
+
+def _has_deep_colours(image, data: bytes) -> bool:
+    """Pillow reads colours of 16 bits by their upper bytes."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) == 16
+    return data[24] == 16 if image.format == "PNG" else image.format == "PPM" and b"65535" in data[:100]
 
 
 def peculiarities_of_image(data: bytes) -> tuple[str, ...]:
@@ -90,10 +101,14 @@ def _three_channels(grey: np.ndarray) -> np.ndarray:
 
 def _upper_byte(image) -> np.ndarray:
     """uint8 [H, W], of unsigned values of 16 bits, or of 12 in TIFF, by the rules of `decode_image`."""
-    values, is_tiff = np.asarray(image), image.format == "TIFF"
-    bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if is_tiff else 16
-    grey = (values if values.max() <= 255 else values >> (bits - 8)).astype(np.uint8)
-    return 255 - grey if is_tiff and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
+    values = np.asarray(image)
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16
+    return _white_is_high(image, (values if values.max() <= 255 else values >> (bits - 8)).astype(np.uint8))
+
+
+def _white_is_high(image, grey: np.ndarray) -> np.ndarray:
+    """uint8 [H, W]; a TIFF may say that white is 0."""
+    return 255 - grey if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
 
 
 def _values(image) -> np.ndarray:

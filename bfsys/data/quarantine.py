@@ -11,6 +11,7 @@ loaders do; and to stop at the first one, which wastes a night for one file in a
 from __future__ import annotations
 
 import os
+import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
@@ -38,6 +39,9 @@ class BadSample(NamedTuple):
 
     def describe(self) -> str:
         return f"{self.source} {self.split}: {self.shard}: sample {self.key!r} (number {self.sample}) {self.reason}"
+
+
+HEADING = "\t".join(BadSample._fields).encode()
 
 
 class Quarantine:
@@ -118,24 +122,31 @@ class Quarantine:
 
 
 def _read(path: Path) -> list[BadSample]:
-    rows = []
-    for line in path.read_text(errors="backslashreplace").split("\n") if path.exists() else ():
-        fields = line.split("\t")
+    """The rows of the file. What is no row is named on standard error and passed over: its samples are found again."""
+    *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    rows, unreadable = [], []
+    for number, line in enumerate([*lines, torn] if torn and not lines else lines, start=1):
+        fields = line.decode(errors="backslashreplace").split("\t")
         if len(fields) == len(BadSample._fields) and fields[0].isdecimal() and fields[3].isdecimal():
             step, split, source, sample, *rest = fields
             rows.append(BadSample(int(step), split, source, int(sample), *rest))
-    return rows  # without the heading, and the last line of a killed run, which may be torn
+        elif line and not HEADING.startswith(line):
+            unreadable.append(str(number))
+    if unreadable:
+        where = ", ".join(unreadable[:LISTED]) + (", …" if len(unreadable) > LISTED else "")
+        text = f"{path}: passed over what is no row (line {where}); its samples are read again"
+        print(text, file=sys.stderr, flush=True)
+    return rows
 
 
 def _append(path: Path, rows: list[BadSample]) -> None:
-    existing = path.read_bytes() if path.exists() else b""
-    head = "" if existing else "\t".join(BadSample._fields) + "\n"
-    if existing and not existing.endswith(b"\n"):  # torn: what is lost is found again
-        head = "\n"
     lines = "".join("\t".join(_one_line(field) for field in row) + "\n" for row in rows)
     try:
-        with open(path, "ab") as file:
-            file.write((head + lines).encode(errors="backslashreplace"))
+        with open(path, "ab+") as file:
+            file.seek(0)
+            whole = file.read().rpartition(b"\n")[0]
+            file.truncate(len(whole) + 1 if whole else 0)  # what a kill has torn
+            file.write((b"" if whole else HEADING + b"\n") + lines.encode(errors="backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

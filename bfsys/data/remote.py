@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -37,6 +37,7 @@ T = TypeVar("T")
 CACHED = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)")
 PART, LOCK, EVICT = ".part", ".lock", "evict"
 CERTAIN_AFTER = 3  # answers that are whole and wrong; an outage is waited for longer
+SAY_AFTER_S = 10.0  # that somebody waits for a file
 SMALL_FILE_BYTES = 64 << 20
 ROOM_POLL_S = 0.1  # how soon a wait for room notices that there is some
 GROWTH_PARTS = 64  # a file of unknown size reserves room in steps of this part of the cache
@@ -74,6 +75,18 @@ def _lock(path: Path, wait: bool) -> int | None:
                 return None
             raise
         os.close(descriptor)  # the one that had it removed it: others use a new file by now
+
+
+@contextmanager
+def _saying_if_slow(url: str) -> Iterator[None]:
+    text = f"{url}: is still being fetched after {SAY_AFTER_S:.0f} s"
+    timer = threading.Timer(SAY_AFTER_S, print, [text], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Cache:
@@ -301,7 +314,8 @@ class Cache:
         wrong, tries = True, self.attempts
         while len(reasons) < tries:
             try:
-                return once()
+                with _saying_if_slow(hide(url)) if is_awaited else nullcontext():
+                    return once()
             except TryFailed as failed:
                 reasons.append(str(failed))
                 wrong = wrong and isinstance(failed, WrongContent)

@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import os
+import tokenize
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -28,12 +29,18 @@ import numpy as np
 import xxhash
 
 from bfsys.data.classes import notes_on_classes, some
+from bfsys.data.description import check_description
 from bfsys.data.remote import Cache, is_remote, url_of
 from bfsys.data.tars import SAMPLE, Shard, TarIndex, atomic_file, join_shards
 from bfsys.errors import UserError
 
 FORMAT = 2
 DESCRIPTION = "dataset.json"
+PACKED_BY = "tools/pack.py"
+LISTED = 20  # problems of a damaged dataset.json
+PACK_AGAIN = (
+    f"a damaged {DESCRIPTION} cannot be trusted; pack the dataset again, or copy it again from where it was whole"
+)
 QUANTILES_PERCENT = (0, 1, 10, 25, 50, 75, 90, 99, 100)
 
 
@@ -230,7 +237,7 @@ def split_names(path: str | Path) -> list[str]:
 
 def read_description(path: Path) -> dict:
     """dataset.json of the folder at `path`."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path}: there is no such folder{seen_from(path)}; a packed dataset is made by tools/pack.py")
     file = path / DESCRIPTION
     if not file.exists():
@@ -255,19 +262,19 @@ def parse_description(content: bytes, where: str | Path) -> dict:
     try:
         description = json.loads(content)
         number = description["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: cannot be read as {DESCRIPTION} ({error!r}); pack the dataset again") from error
     if number != FORMAT:
         raise UserError(f"{where}: has format {number!r}; this version reads format {FORMAT}: pack the dataset again")
-    if not isinstance(description.get("splits"), dict):
-        raise UserError(f"{where}: is damaged (it lists no splits); pack the dataset again")
+    if problems := check_description(content):
+        raise UserError(*(f"{where}: is damaged: {problem}" for problem in problems[:LISTED]), PACK_AGAIN)
     return description
 
 
 def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # of a damaged header
         raise UserError(
             f"{file}: the index cannot be read ({error}); pack the dataset again, "
             f"or delete {DESCRIPTION} and run tools/inspect_shards.py --rebuild"

@@ -28,6 +28,7 @@ LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 1_000, 1_000_000
 UNKNOWN_BYTES = 0x7F000000
 W64_SAMPLES = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
 CHUNKS_LOOKED_AT = 10_000
+EMPTY_ID3 = b"ID3\x04" + bytes(5) + b"\x0a" + bytes(10)  # a header, and 10 bytes of padding
 # The first frame of an MP3, with the name of what it holds in the place of sound
 XING = re.compile(rb"\xff[\xe0-\xff].{7,36}?(?:Xing|Info)", re.DOTALL)
 
@@ -88,7 +89,7 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
             f"and {max(0, len(data) - announced.start):,} are there"
         )
     try:
-        file = soundfile.SoundFile(_Content(_readable_to_the_end(data, announced)))
+        file = soundfile.SoundFile(_Content(_with_magic(_readable_to_the_end(data, announced))))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"is not a sound that libsndfile can read ({error.error_string})") from None
     with file:
@@ -222,6 +223,16 @@ def _announced_by_xing(data: bytes) -> Announced | None:
     flags, *fields = struct.unpack(">3I", data[tag.end() : tag.end() + 12].ljust(12, b"\0"))
     has_frames, has_size = flags & 1, flags & 2
     return Announced(tag.start(), fields[has_frames]) if has_size and flags < 16 else None
+
+
+def _with_magic(data: bytes) -> bytes:
+    """The same file; an MP3 that begins with its first frame gets an empty ID3 tag, by which libsndfile knows it.
+
+    Without one it looks for a Mac resource fork in the current folder (._ or .AppleDouble) before it tries MP3, and
+    what it finds there decides whether the file is a sound.
+    """
+    is_mp3_frame = len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0
+    return EMPTY_ID3 + data if is_mp3_frame else data
 
 
 def _readable_to_the_end(data: bytes, announced: Announced | None) -> bytes:

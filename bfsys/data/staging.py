@@ -104,7 +104,7 @@ def tidy(folder: Path) -> None:
     ours = re.compile(rf"{re.escape(folder.name)}-\w+(-\d{{6}}\.tar|\.(samples|keys)\.npy)|\..*\.tmp")
     for path in sorted(folder.iterdir()):
         is_empty_list = path.name == SKIPPED_LIST and not path.stat().st_size
-        if is_empty_list or (ours.fullmatch(path.name) and path.name not in wanted):
+        if (is_empty_list or (ours.fullmatch(path.name) and path.name not in wanted)) and not path.is_dir():
             path.unlink()
     for path in sorted(folder_of(folder).iterdir()):
         if path.name not in (INPUTS, LOCK) and not path.is_dir():  # storage devices make folders everywhere

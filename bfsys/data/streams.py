@@ -63,6 +63,8 @@ def url_of(location: str, file: str) -> str:
                 f"are. Rename the dataset, or read it by another scheme"
             )
         return location.replace("{file}", file)
+    if "://" in location and not urlsplit(location).netloc and not location.startswith("file:"):
+        raise UserError(f"{location}: is an incomplete address; a host or a bucket follows the ://")
     if not location.startswith(("http://", "https://")):
         return f"{location.rstrip('/')}/{file}"
     path, mark, query = location.partition("?")

@@ -158,7 +158,8 @@ def read_shard(path: Path) -> TarIndex:
             return _index_samples(path, content, sha256)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); fetch or pack this shard again") from error
-    except (ValueError, OverflowError, tarfile.TarError) as error:  # ValueError: an empty file cannot be mapped
+    # ValueError: an empty file cannot be mapped. Headers that are crafted lead tarfile to the others.
+    except (ValueError, OverflowError, RecursionError, MemoryError, tarfile.TarError) as error:
         remedy = how_to_decompress(path) or f"cannot be read as a tar ({error}); fetch or pack this shard again"
         raise UserError(f"{path}: {remedy}") from error
 

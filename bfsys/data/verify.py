@@ -6,7 +6,7 @@ import mmap
 import numpy as np
 import xxhash
 
-from bfsys.data.shards import DESCRIPTION, Split
+from bfsys.data.shards import DESCRIPTION, PACKED_BY, Split
 from bfsys.data.tars import TarIndex, read_shard
 from bfsys.errors import UserError
 
@@ -20,13 +20,33 @@ def verify_split(split: Split) -> list[str]:
 
 
 def verify_index(split: Split) -> list[str]:
-    """Compare the index files with their sha256."""
+    """Compare the index files with their sha256, and the classes that dataset.json names with those of the samples."""
     files = split.dataset.description["splits"][split.split]["index"].values()
     problems = []
     for entry in files:
         with open(split.path / entry["name"], "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                 problems.append(f"{split.path / entry['name']}: differs from the sha256 in {DESCRIPTION}")
+    return problems + _wrong_classes(split)
+
+
+def _wrong_classes(split: Split) -> list[str]:
+    """Classes whose number of samples, or whose name in the keys that tools/pack.py gives, is another."""
+    description, labels = split.dataset.description, split.samples["label"]
+    stated = description["splits"][split.split]["class_counts"]
+    keys_hold_names = description.get("made_by", {}).get("tool") == PACKED_BY
+    counts = np.bincount(labels, minlength=len(split.classes))
+    problems = []
+    for label, name in enumerate(split.classes):
+        where = f"{split.path / DESCRIPTION}: class {name!r}"
+        if counts[label] != stated[name]:
+            problems.append(
+                f"{where}: {stated[name]:,} samples of {split.split} are stated, and {counts[label]:,} are there"
+            )
+        if keys_hold_names and counts[label]:
+            key = split.key(int(np.argmax(labels == label)))
+            if not key.startswith(f"{name.replace('.', '_')}/"):
+                problems.append(f"{where}: its samples are called otherwise, such as {key!r}")
     return problems
 
 

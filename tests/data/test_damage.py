@@ -375,6 +375,20 @@ def test_the_file_survives_a_torn_line(tmp_path: Path) -> None:
         Quarantine.load(tmp_path, ALONE).check({("train", "a"): 100}, 0.01)
 
 
+@pytest.mark.parametrize("damage", [b"\xff" * 300, b"junk\n", b"1\ttrain\ta\tx\ta.tar\tk\tr\n"])
+def test_rows_that_cannot_be_read_are_named(damage: bytes, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    quarantine = Quarantine(tmp_path)
+    quarantine.found([BadSample(3, "train", "a", 7, "a.tar", "key", "is empty")])
+    quarantine.share(ALONE, {("train", "a"): 100}, 1)
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole + damage + (b"" if damage.endswith(b"\n") else b"\n"))
+    assert Quarantine.load(tmp_path, ALONE).bad_from("train", "a") == {7: 3}
+    assert "quarantine.tsv: passed over what is no row (line 3)" in capsys.readouterr().err
+    (tmp_path / FILE).write_bytes(damage)
+    assert Quarantine.load(tmp_path, ALONE).bad_from("train", "a") == {}
+    assert "(line 1)" in capsys.readouterr().err
+
+
 def test_an_evaluation_of_nothing_is_an_error_with_the_list(dataset: Path, config: Config) -> None:
     for tar in dataset.glob("a-val-*.tar"):
         tar.unlink()

@@ -93,6 +93,18 @@ def test_grey_of_16_bits_becomes_what_colour_of_16_bits_does():
     assert np.array_equal(decode_image(deep_png(1, 0))[:, :, 0], DEEP >> 8)
 
 
+@pytest.mark.parametrize("channels", [2, 3])
+def test_colours_whose_upper_bytes_are_empty_are_refused(channels):
+    """Pillow reads the upper bytes of 16-bit colours: such a picture would be black."""
+    values = np.repeat((LEVELS * 4)[:, :, None], channels, axis=2).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    picture = png(struct.pack(">IIBBBBB", 64, 6, 16, {2: 4, 3: 2}[channels], 0, 0, 0), rows)
+    with pytest.raises(ValueError, match="colours of 16 bits of which only the lower 8 are used"):
+        decode_image(picture)
+    black = Image.new("RGB", (8, 6))
+    assert not decode_image(saved(black, "PNG")).any()
+
+
 def test_where_white_is_zero_a_ramp_falls():
     assert decode_image(tiff(DEEP.astype("<u2").tobytes(), 16, white_is_zero=True))[0, [0, -1], 0].tolist() == [255, 0]
 

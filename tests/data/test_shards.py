@@ -127,9 +127,12 @@ def test_quantiles_are_lengths_that_occur():
 
 
 # Each damages a dataset; what opening it must say
+def described(path):
+    return json.loads((path / DESCRIPTION).read_text())
+
+
 def change_description(path, **changes):
-    file = path / DESCRIPTION
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    (path / DESCRIPTION).write_text(json.dumps({**described(path), **changes}))
 
 
 OPENING = {
@@ -137,11 +140,24 @@ OPENING = {
     "description broken": (lambda p: (p / DESCRIPTION).write_text('{"form'), "cannot be read"),
     "not an object": (lambda p: (p / DESCRIPTION).write_text("[]"), "cannot be read"),
     "format": (lambda p: change_description(p, format=9), "has format 9; this version reads format 2"),
-    "no splits": (lambda p: change_description(p, splits=None), "lists no splits"),
-    "part broken": (lambda p: change_description(p, splits={"train": {}}), "is damaged (KeyError"),
+    "no splits": (lambda p: change_description(p, splits=None), "splits: Input should be an object"),
+    "part broken": (lambda p: change_description(p, splits={"train": {}}), "splits.train.samples: Field required"),
     "split": (
-        lambda p: change_description(p, splits={"val": {}, "test": {}}),
+        lambda p: change_description(p, splits={"test": described(p)["splits"]["train"]}),
         "no split 'train'; there are: test",
+    ),
+    "classes missing": (lambda p: change_description(p, classes=None), "classes: Input should be a valid array"),
+    "no classes": (lambda p: change_description(p, classes=[]), "classes: there are none"),
+    "class twice": (lambda p: change_description(p, classes=["cat", "cat", "dog"]), "classes: 'cat' is given twice"),
+    "other classes": (
+        lambda p: change_description(p, classes=["cow", "pig", "hen"]),
+        "splits.train.class_counts: its classes are not those of the dataset",
+    ),
+    "nested": (lambda p: (p / DESCRIPTION).write_text("[" * 100_000), "cannot be read as dataset.json"),
+    "notes": (lambda p: change_description(p, notes=5), "notes: Input should be a valid array"),
+    "header of the index": (
+        lambda p: (p / "pets-train.samples.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': [(        \n"),
+        "the index cannot be read",
     ),
     "index missing": (lambda p: (p / "pets-train.samples.npy").unlink(), "the index cannot be read"),
     "index short": (

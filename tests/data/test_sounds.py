@@ -208,3 +208,13 @@ def refusal(content):
     except ValueError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize("name", ["._", ".AppleDouble"])
+def test_the_current_folder_does_not_decide_what_a_sound_is(name, tmp_path, monkeypatch):
+    """libsndfile looks for a Mac resource fork there, of files that it knows by no name."""
+    mp3 = sound("MP3", "MPEG_LAYER_III")
+    expected = decode_audio(mp3)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir() if name.startswith(".A") else (tmp_path / name).write_bytes(b"")
+    assert np.array_equal(decode_audio(mp3).wave, expected.wave)

@@ -53,6 +53,12 @@ def test_url_of_a_command() -> None:
         url_of("pipe:cat secret", "x.tar")
 
 
+@pytest.mark.parametrize("location", ["http://", "https:///dir", "s3://", "gs:///bucket"])
+def test_an_address_without_a_host_is_refused(location: str) -> None:
+    with pytest.raises(UserError, match="is an incomplete address"):
+        url_of(location, "dataset.json")
+
+
 @pytest.mark.parametrize("file", ["x;reboot", "$(reboot)", "a b", "-x", "a'b", "", "a\nb", "`a`", "a>b"])
 def test_no_file_name_becomes_a_command(file: str) -> None:
     with pytest.raises(UserError, match="is not put into a command"):

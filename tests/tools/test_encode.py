@@ -92,7 +92,7 @@ def test_want_of_memory_is_not_blamed_on_a_file(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(encode, "reencode", fail)
     src = make_files(tmp_path / "src", {"a.png": png_bytes(9, 9, 1)})
-    with pytest.raises(MemoryError):
+    with pytest.raises(UserError, match=r"a\.png: memory does not suffice for this file"):
         encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff"])
 
 

@@ -1,6 +1,7 @@
 """What inspect_shards prints, how it exits, and the index it makes for tars made elsewhere."""
 
 import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,33 @@ def test_verify_exits_0_if_whole_and_1_if_damaged(dataset, capsys):
     assert all(line.startswith("damage: ") for line in errors)
     assert sum(repr(split.key(0)) in line for line in errors) >= 1
     assert main([str(dataset), "--verify", "--split", "val"]) == 0
+
+
+@pytest.mark.parametrize("classes", [["dog", "cat"], ["cow", "dog"]])
+def test_verify_finds_classes_that_were_renamed(dataset, classes, capsys):
+    file = dataset / "dataset.json"
+    description = json.loads(file.read_text())
+    for part in description["splits"].values():
+        part["class_counts"] = dict(zip(classes, part["class_counts"].values(), strict=True))
+    file.write_text(json.dumps({**description, "classes": classes}))
+    assert main([str(dataset), "--verify"]) == 1
+    assert f"class {classes[0]!r}: its samples are called otherwise, such as 'cat/" in capsys.readouterr().err
+
+
+def test_verify_counts_the_samples_of_each_class(dataset, capsys):
+    file = dataset / "dataset.json"
+    description = json.loads(file.read_text())
+    description["splits"]["train"]["class_counts"]["cat"] += 1
+    file.write_text(json.dumps(description))
+    assert main([str(dataset), "--verify"]) == 1
+    assert "class 'cat': 19 samples of train are stated, and 18 are there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("cat", "cat "), ("caf\u00e9", "cafe\u0301")])
+def test_rebuild_refuses_classes_that_are_alike(tmp_path, names):
+    make_tar(tmp_path / "x-train-000000.tar", {f"{name}/{label}": label for label, name in enumerate(names)})
+    with pytest.raises(UserError, match="two classes differ only in"):
+        main([str(tmp_path), "--rebuild"])
 
 
 def test_exit_code_2_without_a_dataset(tmp_path):

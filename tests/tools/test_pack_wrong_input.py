@@ -67,8 +67,8 @@ WRONG_INPUT = {
     "mixed in capitals": ({"Training/cat/a": b"1", "extra/b": b"1"}, "holds split folders (Training) and others"),
     "capitals": (
         {"train/dog/a": b"1", "val/Dog/a": b"1"},
-        "differ only in capitals: 'Dog' in {src}/val/Dog and 'dog' in {src}/train/dog; 'Dog' has no files in train, "
-        "'dog' has no files in val; spell the name in one way",
+        "differ only in capitals or blanks: 'Dog' in {src}/val/Dog and 'dog' in {src}/train/dog; "
+        "'Dog' has no files in train, 'dog' has no files in val; spell the name in one way",
     ),
     "Unicode": (
         {"train/\u00e9/a": b"1", "val/\u00e9/a": b"1", "train/e\u0301/a": b"1"},
@@ -191,7 +191,7 @@ def test_speech_commands_with_a_list_that_does_not_fit(tmp_path):
         (b"a\0\tcat\ttrain", "cannot be read (embedded null byte)"),
         (b"a\tcat\ttrain\n\n./a\tcat\ttrain", "list.tsv, line 3: ./a is listed twice, first in line 1; remove one"),
         (b"a\tcat\ntrain/../a\tdog", "line 2: train/../a is listed twice, first in line 1"),
-        (b"a\tcat\ttrain\na\tCat\tval", "differ only in capitals: 'Cat' in line 2 and 'cat' in line 1"),
+        (b"a\tcat\ttrain\na\tCat\tval", "differ only in capitals or blanks: 'Cat' in line 2 and 'cat' in line 1"),
     ],
 )
 def test_wrong_lists(tmp_path, text, message):

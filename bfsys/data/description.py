@@ -1,0 +1,75 @@
+"""What a dataset.json must hold: its types, checked when it is read, since people and other programs write it too."""
+
+from __future__ import annotations
+
+from typing import NotRequired
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
+
+
+class IndexFile(TypedDict):
+    name: str
+    sha256: str
+    size_bytes: int
+
+
+class Index(TypedDict):
+    samples: IndexFile
+    keys: IndexFile
+
+
+class ShardFile(TypedDict):
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_xxh3: str
+
+
+class Part(TypedDict):
+    """A split."""
+
+    samples: int
+    bytes: int
+    length_quantiles: dict[str, int]
+    class_counts: dict[str, int]
+    index: Index
+    shards: list[ShardFile]
+
+
+class Description(TypedDict):
+    format: int
+    name: str
+    encoding: str
+    made_by: NotRequired[dict]
+    classes: list[str]
+    splits: dict[str, Part]
+    notes: NotRequired[list[str]]
+
+
+_ADAPTER = TypeAdapter(Description)
+
+
+def check_description(content: bytes) -> list[str]:
+    """What is wrong with the content of a dataset.json."""
+    try:
+        description = _ADAPTER.validate_json(content, strict=True)
+    except ValidationError as error:
+        return [
+            f"{'.'.join(map(str, detail['loc'])) or 'the file'}: {detail['msg']}"
+            for detail in error.errors(include_url=False, include_input=False)
+        ]
+    classes, splits = description["classes"], description["splits"]
+    twice = sorted({name for name in classes if classes.count(name) > 1}) if len(set(classes)) < len(classes) else []
+    problems = [f"classes: {name!r} is given twice" for name in twice]
+    if not classes:
+        problems.append("classes: there are none")
+    if not splits:
+        problems.append("splits: there are none")
+    problems += [
+        f"splits.{split}.class_counts: its classes are not those of the dataset"
+        for split, part in splits.items()
+        if part["class_counts"].keys() != set(classes)
+    ]
+    return problems

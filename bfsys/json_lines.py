@@ -1,0 +1,27 @@
+"""JSON lines that a process appends to, as they are found later: a kill may tear the last one, and a crash of the
+machine or a person's hand may leave anything. What is no line of the kind is passed over: these files are records, and
+no record is worth a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+NUMBER = (int, float)
+
+
+def read_json_lines(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> Iterator[dict]:
+    """The objects in a file, one a line, that have these fields of these types; none if there is no such file."""
+    content = path.read_bytes() if path.exists() else b""
+    return parse_json_lines(content.split(b"\n"), fields)
+
+
+def parse_json_lines(lines: list[bytes], fields: Mapping[str, type | tuple[type, ...]]) -> Iterator[dict]:
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in fields.items()):
+            yield line
