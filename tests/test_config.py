@@ -86,6 +86,11 @@ def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
     [
         ("train.steps=0", "train.steps: got 0; it must be greater than or equal to 1"),
         ("train.steps=true", "train.steps: got True"),
+        ("train.steps=99999999999999999999", "it must be less than or equal to"),
+        ("data.batch_samples=200000000", "it must be less than or equal to"),
+        ("model.kernel=99999999999999999998", "it must be less than or equal to"),
+        ("name=\udcff", "which is not text in UTF-8"),
+        ("runs_dir=/tmp/\udcff", "which is not text in UTF-8"),
         ("train.steps=2.5", "train.steps: got 2.5"),
         ("model.kernel=7", "model.kernel: got 7; it must be a multiple of 2"),
         ("model.size=custom", "custom needs model.dim and model.layers"),

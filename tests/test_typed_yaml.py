@@ -264,3 +264,14 @@ def test_one_dataset_under_two_names_is_given_twice(home: Path, second: str) -> 
     config_file.write_text(f"data: {{sources: [{{path: data/a}}, {{path: {second}}}], lanes: 1}}\n")
     with pytest.raises(UserError, match=r"data\.sources: data/a.* is given twice"):
         load_config(config_file)
+
+
+@pytest.mark.parametrize(
+    "value", ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp foo", "!!python/name:os.system", "!!set 7"]
+)
+def test_a_tag_that_the_value_does_not_fit_is_one_line(home: Path, value: str) -> None:
+    config_file = home / "some.yaml"
+    config_file.write_text(f"{MINIMAL}train: {{seed: {value}}}\n")
+    with pytest.raises(UserError) as error:
+        load(Config, config_file)
+    assert len(error.value.problems) == 1
