@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ COUNTER_NAMES = ("bytes", "tokens", "rounded_tokens", "flops", "replaced", "wait
 COUNTERS = len(COUNTER_NAMES)
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
+
+
+class _Outputs(NamedTuple):
+    """What rank 0 writes."""
+
+    lines: TextIO
+    tensorboard: SummaryWriter
 
 
 class Metrics:
@@ -73,20 +80,21 @@ class Metrics:
                 counters = counters if isinstance(counters, dict) else {}  # checkpoints once held a list
                 self._counters += torch.tensor([counters.get(n, 0) for n in COUNTER_NAMES], dtype=torch.float64)
                 self._counters[SECONDS] *= ranks.world_size
-        self._tensorboard: SummaryWriter | None = None
-        self._lines: TextIO | None = None
-        self.last_evaluation = -1
         self.problem, self.problem_code = "", 0  # why rank 0 cannot write, and how the run is to end
-        opened = dist.same_errors_on_all(
-            lambda: _open_lines(config.run_dir / "metrics.jsonl", first_step) if ranks.is_first else None
-        )
-        if ranks.is_first:
-            self._lines, self.last_evaluation = opened
-            self._tensorboard = SummaryWriter(str(config.run_dir / "tb"), purge_step=first_step + 1)
-            self._tensorboard.add_custom_scalars(_overview(source_names))
-            self._tensorboard.add_text("config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
+        lines: list[TextIO] = []
 
-        self.last_evaluation = dist.from_first_rank(self.last_evaluation)
+        def open_lines() -> int:
+            file, last_evaluation = _open_lines(config.run_dir / "metrics.jsonl", first_step)
+            lines.append(file)
+            return last_evaluation
+
+        self.last_evaluation = dist.on_rank0(open_lines, ranks)
+        self._outputs: _Outputs | None = None
+        if ranks.is_first:
+            tensorboard = SummaryWriter(str(config.run_dir / "tb"), purge_step=first_step + 1)
+            tensorboard.add_custom_scalars(_overview(source_names))
+            tensorboard.add_text("config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
+            self._outputs = _Outputs(lines[0], tensorboard)
 
     def begin_step(self) -> None:
         self._step_began = time.perf_counter()
@@ -160,10 +168,10 @@ class Metrics:
 
     def event(self, kind: str, step: int, facts: dict) -> None:
         """A line in metrics.jsonl that is no measurement, such as a bad step."""
-        if self._lines:
+        if self._outputs:
             with self._noting_problems():
-                self._lines.write(json.dumps({"kind": kind, "step": step, **facts}) + "\n")
-                self._lines.flush()
+                self._outputs.lines.write(json.dumps({"kind": kind, "step": step, **facts}) + "\n")
+                self._outputs.lines.flush()
 
     def _begin_line(self) -> None:
         self._sums.zero_()
@@ -193,10 +201,10 @@ class Metrics:
         }
 
     def close(self) -> None:
-        if self._tensorboard:
+        if self._outputs:
             with suppress(OSError):  # what a full disk did not take, which is known by now
-                self._tensorboard.close()
-                self._lines.close()
+                self._outputs.tensorboard.close()
+                self._outputs.lines.close()
 
     def _over_ranks(self) -> tuple[Tensor, Tensor]:
         flat = torch.cat([self._sums.cpu().flatten(), self._counters])
@@ -204,15 +212,16 @@ class Metrics:
         return flat[:-COUNTERS].view(-1, COLUMNS), flat[-COUNTERS:]
 
     def _write(self, line: dict) -> None:
-        if not self.ranks.is_first:
+        if self._outputs is None:
             return
+        lines, tensorboard = self._outputs
         with self._noting_problems():
-            self._lines.write(json.dumps(line) + "\n")
-            self._lines.flush()
+            lines.write(json.dumps(line) + "\n")
+            lines.flush()
             for tag, value in _tensorboard_scalars(line):
                 if value is not None:
-                    self._tensorboard.add_scalar(tag, value, line["step"])
-            self._tensorboard.flush()
+                    tensorboard.add_scalar(tag, value, line["step"])
+            tensorboard.flush()
 
     @contextmanager
     def _noting_problems(self) -> Iterator[None]:
@@ -264,7 +273,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float]]:
+def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float | None]]:
     part = "train" if line["kind"] == "train" else "val"
     for name in ("loss", "top1", "top5"):
         yield f"{name}/{part}", line[name]
