@@ -165,7 +165,7 @@ def superfluous(run_dir: Path, paths: Sequence[Path], keep: Keep) -> list[Path]:
 
 def evaluations(run_dir: Path) -> dict[int, dict]:
     """The scores of every evaluation in metrics.jsonl, by step."""
-    found = {}
+    found: dict[int, dict] = {}
     try:
         text = (run_dir / METRICS).read_text()
     except OSError:
@@ -182,7 +182,7 @@ def evaluations(run_dir: Path) -> dict[int, dict]:
 
 def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, or None; and what is wrong with newer ones. Reads all of it."""
-    problems = []
+    problems: list[str] = []
     for path in reversed(all_checkpoints(run_dir)):
         found = problems_of(path)
         if not found:
@@ -198,6 +198,7 @@ def find_whole(run: Path) -> Path:
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such run directory; runs lie in runs/NAME")
+    path: Path | None
     if (run / MANIFEST).exists():
         path, problems = run, problems_of(run)
     else:
