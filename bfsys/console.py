@@ -37,18 +37,16 @@ class Console(io.TextIOBase):
     """A text stream to standard output or error that writes whole lines. Characters that the console's encoding lacks
     are written as backslash escapes."""
 
+    encoding = ""  # in the place of the base class's, which cannot be set
+
     def __init__(self, descriptor: int, name: str, encoding: str, *, fails: bool) -> None:
         """With `fails`, errors are raised (OutputError), and a console that is stopped is waited for. Without it, lines
         that cannot be written go to the file `log`, once it is set. A `descriptor` of -1 means a closed console."""
         self.log: Path | None = None
         self.fails = fails
-        self._descriptor, self._name, self._encoding = descriptor, name, encoding
+        self._descriptor, self._name, self.encoding = descriptor, name, encoding
         self._pending = ""
         self._is_stopped = False
-
-    @property
-    def encoding(self) -> str:
-        return self._encoding
 
     def writable(self) -> bool:
         return True
@@ -70,16 +68,16 @@ class Console(io.TextIOBase):
     def flush(self) -> None:
         text, self._pending = self._pending, ""
         if text:
-            self.write_bytes(text.encode(self._encoding, "backslashreplace"))
+            self.write_bytes(text.encode(self.encoding, "backslashreplace"))
 
     def write_bytes(self, content: bytes) -> None:
         """Write what is encoded already."""
         if self._descriptor < 0 and self.fails:
             return  # closing it said that nobody wants to read it
+        problem: str | None = "it takes nothing"
         try:
             while content and (self.fails or self._is_ready()):
                 content = content[os.write(self._descriptor, content[:PART_BYTES]) :]
-            problem = "it takes nothing"
         except OSError as error:
             if self.fails:
                 kind = OutputClosed if isinstance(error, BrokenPipeError) else OutputError
@@ -87,7 +85,7 @@ class Console(io.TextIOBase):
             problem = error.strerror
         if content and self.log:
             with suppress(OSError):
-                self._write_to_log(content, problem)
+                self._write_to_log(self.log, content, problem)
 
     def _is_ready(self) -> bool:
         """Whether a write would not block, or would fail at once."""
@@ -98,9 +96,9 @@ class Console(io.TextIOBase):
         self._is_stopped = not poll.poll(0 if self._is_stopped else PATIENCE_S * 1000)
         return not self._is_stopped
 
-    def _write_to_log(self, content: bytes, problem: str) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log, "ab") as file:
+    def _write_to_log(self, log: Path, content: bytes, problem: str | None) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as file:
             if not file.tell():
                 head = f"--- {time.strftime('%F %T')} lines that {self._name} did not take ({problem})\n"
                 file.write(head.encode())

@@ -338,9 +338,11 @@ def same_errors_on_all(act: Callable[[], T]) -> T:
 
     An error of a file server that may pass has the code of a crash, so that launchers start the run again.
     """
-    result, problems, code = None, (), 0
+    results: list[T] = []
+    problems: tuple[str, ...] = ()
+    code = 0
     try:
-        result = act()
+        results.append(act())
     except UserError as error:
         problems, code = error.problems, error.exit_code
     except OSError as error:
@@ -351,4 +353,10 @@ def same_errors_on_all(act: Callable[[], T]) -> T:
     all_problems = dict.fromkeys(p for rank, _ in everybodys for p in rank)
     if all_problems:
         raise AgreedError(*all_problems, exit_code=max(code for _, code in everybodys))
-    return result
+    return results[0]
+
+
+def on_rank0(act: Callable[[], T], ranks: Ranks) -> T:
+    """`act()` on rank 0; its result on every rank. An error of rank 0 is raised on all, as by `same_errors_on_all`."""
+    mine = same_errors_on_all(lambda: [act()] if ranks.is_first else [])
+    return from_first_rank(mine)[0]

@@ -39,7 +39,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
               "per class (data not looked at)")  # fmt: skip
         lanes_of_rank(data.lanes, 0, world_size)
         return
-    problems = []
+    problems: list[str] = []
     with collecting(problems):
         opened = open_run_data(config, Ranks())
         classes = len(opened.training.classes)

@@ -37,6 +37,12 @@ class StateValues(Protocol):
     def __getitem__(self, name: str) -> Tensor: ...
 
 
+class Partitioned(Protocol):
+    """A parameter at stage 3, to which DeepSpeed has added this rank's part."""
+
+    ds_tensor: Tensor
+
+
 class Engine:
     """A model in training. `micro_batches` forward/backward pairs, then one step."""
 
@@ -210,7 +216,7 @@ class Engine:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _share(self, p: nn.Parameter, value: Tensor) -> Tensor:
+    def _share(self, p: Partitioned, value: Tensor) -> Tensor:
         """This rank's part of a whole tensor at stage 3: equal parts, the last ones filled up with zeros."""
         length = p.ds_tensor.numel()
         padded = value.new_zeros(self.world_size * length)
@@ -244,7 +250,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
     """DeepSpeed's JSON for a run."""
     stage, bf16 = config.train.zero_stage, config.train.precision == "bf16"
     micro_batches = config.data.lanes // world_size
-    result = {
+    result: dict = {
         # DeepSpeed counts batches, not samples: ragged micro-batches have no fixed size.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,

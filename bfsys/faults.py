@@ -25,7 +25,7 @@ ENDED = "ended.json"
 # means that a person does not want to wait for the checkpoint.
 REPEAT_S = 2.0
 
-EXIT_CODES = {
+EXIT_CODES: dict[int, int] = {
     signal.SIGUSR2: EXIT_REQUEUE,
     signal.SIGTERM: EXIT_STOPPED,
     signal.SIGINT: EXIT_STOPPED,

@@ -35,8 +35,7 @@ def initial_weights(
     origin = config.train.init_from
     if origin is None:
         return {}, []
-    find = dist.same_errors_on_all(lambda: find_whole(Path(origin)) if ranks.is_first else None)
-    path = dist.from_first_rank(find)
+    path = dist.on_rank0(lambda: find_whole(Path(origin)), ranks)
     return dist.same_errors_on_all(lambda: _take_over(model, config, classes, path))
 
 

@@ -23,6 +23,7 @@ def loss_and_sums(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)  # [B]
     if batch.second_labels is not None:  # cross entropy is linear in the target, so mixed targets mix losses
+        assert batch.second_share is not None  # they come together
         second = F.cross_entropy(logits, batch.second_labels, reduction="none", label_smoothing=label_smoothing)
         losses = torch.lerp(losses, second, batch.second_share.to(losses.dtype))
     with torch.no_grad():

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -40,6 +40,13 @@ COUNTERS = len(COUNTER_NAMES)
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
 LINE = {"kind": str, "step": int}  # fields that every line of metrics.jsonl has
+
+
+class _Outputs(NamedTuple):
+    """What rank 0 writes."""
+
+    lines: TextIO
+    tensorboard: SummaryWriter
 
 
 class Metrics:
@@ -77,19 +84,19 @@ class Metrics:
                 counters = counters if isinstance(counters, dict) else {}  # checkpoints once held a list
                 self._counters += torch.tensor([counters.get(n, 0) for n in COUNTER_NAMES], dtype=torch.float64)
                 self._counters[SECONDS] *= ranks.world_size
-        self._tensorboard: SummaryWriter | None = None
-        self._lines: TextIO | None = None
-        self.last_evaluation = -1
         self.problem, self.problem_code = "", 0  # why rank 0 cannot write, and how the run is to end
-        dist.same_errors_on_all(lambda: self._open(config, first_step) if ranks.is_first else None)
-        self.last_evaluation = dist.from_first_rank(self.last_evaluation)
+        self._outputs: _Outputs | None = None
+        self.last_evaluation = dist.on_rank0(lambda: self._open(config, first_step), ranks)
 
-    def _open(self, config: Config, first_step: int) -> None:
+    def _open(self, config: Config, first_step: int) -> int:
+        """Open what rank 0 writes; the step of the latest evaluation."""
         threading.excepthook = _without_tensorboard(threading.excepthook)
-        self._lines, self.last_evaluation = _open_lines(self.run_dir / METRICS, first_step)
-        self._tensorboard = SummaryWriter(str(self.run_dir / "tb"), purge_step=first_step + 1)
-        self._tensorboard.add_custom_scalars(_overview(self.source_names))
-        self._tensorboard.add_text("config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
+        lines, last_evaluation = _open_lines(self.run_dir / METRICS, first_step)
+        tensorboard = SummaryWriter(str(self.run_dir / "tb"), purge_step=first_step + 1)
+        tensorboard.add_custom_scalars(_overview(self.source_names))
+        tensorboard.add_text("config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
+        self._outputs = _Outputs(lines, tensorboard)
+        return last_evaluation
 
     def begin_step(self) -> None:
         self._step_began = time.perf_counter()
@@ -163,10 +170,10 @@ class Metrics:
 
     def event(self, kind: str, step: int, facts: dict) -> None:
         """A line in metrics.jsonl that is no measurement, such as a bad step."""
-        if self._lines:
+        if self._outputs:
             with self._noting_problems():
-                self._lines.write(json.dumps({"kind": kind, "step": step, **facts}) + "\n")
-                self._lines.flush()
+                self._outputs.lines.write(json.dumps({"kind": kind, "step": step, **facts}) + "\n")
+                self._outputs.lines.flush()
 
     def _begin_line(self) -> None:
         self._sums.zero_()
@@ -196,10 +203,10 @@ class Metrics:
         }
 
     def close(self) -> None:
-        if self._tensorboard:
+        if self._outputs:
             with suppress(OSError):  # what a full disk did not take, which is known by now
-                self._tensorboard.close()
-                self._lines.close()
+                self._outputs.tensorboard.close()
+                self._outputs.lines.close()
 
     def _over_ranks(self) -> tuple[Tensor, Tensor]:
         flat = torch.cat([self._sums.cpu().flatten(), self._counters])
@@ -207,15 +214,16 @@ class Metrics:
         return flat[:-COUNTERS].view(-1, COLUMNS), flat[-COUNTERS:]
 
     def _write(self, line: dict) -> None:
-        if not self.ranks.is_first:
+        if self._outputs is None:
             return
+        lines, tensorboard = self._outputs
         with self._noting_problems():
-            self._lines.write(json.dumps(line) + "\n")
-            self._lines.flush()
+            lines.write(json.dumps(line) + "\n")
+            lines.flush()
             for tag, value in _tensorboard_scalars(line):
                 if value is not None:
-                    self._tensorboard.add_scalar(tag, value, line["step"])
-            self._tensorboard.flush()
+                    tensorboard.add_scalar(tag, value, line["step"])
+            tensorboard.flush()
 
     @contextmanager
     def _noting_problems(self) -> Iterator[None]:
@@ -267,7 +275,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float]]:
+def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float | None]]:
     part = "train" if line["kind"] == "train" else "val"
     for name in ("loss", "top1", "top5"):
         yield f"{name}/{part}", line[name]

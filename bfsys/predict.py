@@ -71,7 +71,8 @@ def read_files(
 def batches_of(samples: Iterator[Sample], budget_bytes: int, least_bytes: int = 1) -> Iterator[list[Sample]]:
     """Samples in their order, in lists of at most `budget_bytes` (or of one larger sample); shorter ones than
     `least_bytes` count as so many."""
-    batch, filled = [], 0
+    batch: list[Sample] = []
+    filled = 0
     for sample in samples:
         cost = max(len(sample.data), least_bytes)
         if batch and filled + cost > budget_bytes:

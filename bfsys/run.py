@@ -80,9 +80,16 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirect
 
     Raises AgreedError if it holds another run, or another process is training in it.
     """
-    mine = dist.same_errors_on_all(lambda: _take_directory(config, facts) if ranks.is_first else None)
-    is_new, notes = dist.from_first_rank((mine.is_new, mine.notes) if mine else None)
-    return RunDirectory(is_new, notes, mine.hold if mine else None)
+    hold: BinaryIO | None = None
+
+    def take() -> tuple[bool, list[str]]:
+        nonlocal hold
+        mine = _take_directory(config, facts)
+        hold = mine.hold
+        return mine.is_new, mine.notes
+
+    is_new, notes = dist.on_rank0(take, ranks)
+    return RunDirectory(is_new, notes, hold)
 
 
 def _take_directory(config: Config, facts: dict) -> RunDirectory:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from bfsys import console, dist
 from bfsys.batch import ByteBatch
@@ -96,7 +97,8 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             config.model.activation_checkpointing,
             compiled=config.model.compiled and ranks.device.type == "cuda",
         )
-        weights, notes = {}, [*directory.notes, *(data.notes if ranks.is_first else ())]
+        weights: dict[str, Tensor] = {}
+        notes = [*directory.notes, *(data.notes if ranks.is_first else ())]
         if directory.is_new:
             weights, taken_over = initial_weights(model, config, data.training.classes, ranks)
             notes += taken_over
@@ -170,8 +172,7 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
         run.config, run.ranks, run.data.training.names, len(run.data.training.classes),
         ledger=run.ledger, first_step=step, carried=manifest["metrics"],
     )  # fmt: skip
-    read = dist.same_errors_on_all(lambda: read_rollbacks(run.config.run_dir) if run.ranks.is_first else None)
-    rollbacks = dist.from_first_rank(read)
+    rollbacks = dist.on_rank0(lambda: read_rollbacks(run.config.run_dir), run.ranks)
     guard = Guard(run.config.train, manifest.get("guard"), rollbacks)
     for note in (*notes_on_resuming(run, guard, step), *notes):
         metrics.say(note)
@@ -313,11 +314,7 @@ def roll_back(run: Run, guard: Guard, rollbacks: list[dict], metrics: Metrics) -
     if run.saver.under_way:
         finish_save(run, metrics, guard.in_a_row[-1]["step"])
     metrics.close()
-    metrics.say(
-        dist.same_errors_on_all(
-            lambda: go_back(run.config.run_dir, rollbacks, guard.in_a_row) if run.ranks.is_first else ""
-        )
-    )
+    metrics.say(dist.on_rank0(lambda: go_back(run.config.run_dir, rollbacks, guard.in_a_row), run.ranks))
 
 
 def evaluate_if_due(run: Run, metrics: Metrics, step: int) -> None:

@@ -19,18 +19,19 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from bfsys.errors import UserError, collecting
 
 T = TypeVar("T")
-_adapter = functools.cache(TypeAdapter)
+_adapter: Callable[[type], TypeAdapter] = functools.cache(TypeAdapter)
 # File names that are not UTF-8 hold lone surrogates, which JSON parsers refuse: each is hidden behind a mark.
 _MARK = "\U0010ffff"
 _ODD = re.compile(f"[\ud800-\udfff{_MARK}]")
@@ -155,7 +156,7 @@ def _with_odd(value: Any) -> Any:
         return _MARKED.sub(lambda found: chr(int(found[1], 16)), value)
     if isinstance(value, tuple):
         return tuple(map(_with_odd, value))
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(
             value, **{f.name: _with_odd(getattr(value, f.name)) for f in dataclasses.fields(value)}
         )
@@ -175,7 +176,9 @@ def _yaml_errors(where: str, remedy: str = "") -> Iterator[None]:
     except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = str(error) if isinstance(error, yaml.YAMLError | ValueError) else f"cannot be read ({error!r})"
+        reason: str | None = (
+            str(error) if isinstance(error, yaml.YAMLError | ValueError) else f"cannot be read ({error!r})"
+        )
         if isinstance(error, yaml.reader.ReaderError):
             reason = f"the character {chr(error.character)!r} at position {error.position} is not allowed in YAML"
         elif isinstance(error, yaml.MarkedYAMLError):
@@ -222,6 +225,7 @@ def _flow(text: str, where: str) -> Any:
     with _yaml_errors(where, remedy):
         loader = _Loader(text)
         node = loader.get_single_node()
+        assert node is not None, "the text begins with a bracket"
         if node.end_mark.index < len(text):
             raise yaml.MarkedYAMLError(problem=f"{text[node.end_mark.index :]!r} follows the end")
         return loader.construct_document(node)
@@ -243,7 +247,7 @@ def _position(node: list, part: str, name: str, override: str) -> int:
     return int(part)
 
 
-def _sentence(cls: type, detail: dict) -> str:
+def _sentence(cls: type, detail: ErrorDetails) -> str:
     location = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
     name = ".".join(location)
     kind, got = detail["type"], _with_odd(detail["input"])

@@ -145,7 +145,8 @@ class Watchdog:
     def _write_flight_record(self) -> None:
         """The latest collectives of this rank, as JSON; nothing where NCCL is not used."""
         if self._ranks.device.type == "cuda":
-            record = torch._C._distributed_c10d._dump_nccl_trace_json(includeCollectives=True, onlyActive=False)
+            dump = torch._C._distributed_c10d._dump_nccl_trace_json  # type: ignore[attr-defined]  # not in torch's stubs
+            record = dump(includeCollectives=True, onlyActive=False)
             (self._incident / f"rank-{self._ranks.rank}.nccl.json").write_bytes(record)
 
     def _reports(self) -> dict[int, tuple[int, str]]:

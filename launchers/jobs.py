@@ -148,7 +148,8 @@ def show_status(run_dir: Path) -> int:
 
 
 def _progress(run_dir: Path) -> str:
-    steps, last = "?", {}
+    steps = "?"
+    last: dict = {}
     with suppress(UserError):
         steps = f"{load_config(run_dir / 'config.yaml').train.steps:,}"
     with suppress(OSError):

@@ -74,7 +74,7 @@ class Group:
         self._received: list[int] = []
         self._last_sent: dict[int, float] = {}
         self._previous = {number: signal.signal(number, self._receive) for number in stop_signals()}
-        start = start_program
+        start: Callable[[TrainJob, int, dict[str, str], Path], subprocess.Popen | Forked] = start_program
         if sys.platform.startswith("linux") and not torch.cuda.device_count():
             import_what_ranks_need()
             start = Forked
@@ -90,7 +90,7 @@ class Group:
 
         `show` is called again and again.
         """
-        first_rank, first_code = None, 0
+        first_rank = first_code = 0
         stop_at = kill_at = float("inf")
         while self._running:
             time.sleep(POLL_S)
@@ -102,8 +102,8 @@ class Group:
                 stop_at = min(stop_at, now + TOGETHER_S)
             if first_code == 0 and any(ended.values()):
                 # Of ranks found in the same look, one that died of a signal is likelier to be the cause.
-                first_rank = min((rank for rank, code in ended.items() if code), key=ended.get)
-                first_code = self._exit_code(ended[first_rank])
+                code, first_rank = min((code, rank) for rank, code in ended.items() if code)
+                first_code = self._exit_code(code)
                 if first_code == EXIT_HUNG:  # who hangs does not hear either
                     kill_at = now
                 elif first_code not in AGREED_CODES:
@@ -129,7 +129,7 @@ class Group:
 
     def _newly_ended(self) -> dict[int, int]:
         """Codes of the ranks that ended since the last look."""
-        ended = {rank: process.poll() for rank, process in self._running.items() if process.poll() is not None}
+        ended = {rank: code for rank, process in self._running.items() if (code := process.poll()) is not None}
         for rank in ended:
             del self._running[rank]
         return ended
@@ -226,6 +226,7 @@ class Forked:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
         self._process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        assert self._process.pid is not None  # it was started
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -312,7 +313,7 @@ def choose_ranks(lanes: int, asked: int | None) -> int:
     if asked is None:
         most = gpus or len(os.sched_getaffinity(0))
         return max(n for n in range(1, min(most, lanes) + 1) if lanes % n == 0)
-    problems = []
+    problems: list[str] = []
     if asked < 1:
         raise UserError(f"--ranks: got {asked}; at least 1 is needed")
     try:

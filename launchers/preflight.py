@@ -119,7 +119,8 @@ def _file_system(path: Path, mounts: dict[Path, str]) -> str:
 
 def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qos: str | None = None) -> Checked:
     """Ask SLURM whether it would take the script, and when it would start."""
-    problems, notes = [], []
+    problems: list[str] = []
+    notes: list[str] = []
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()

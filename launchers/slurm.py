@@ -85,8 +85,8 @@ class Executor(submitit.SlurmExecutor):
         return f"exec {shlex.join([*supervise, *srun])} {super()._submitit_command_str}"
 
     def script(self) -> str:
-        count = {"map_count": len(self.run_dirs)} if len(self.run_dirs) > 1 else {}
-        return _make_sbatch_string(self._submitit_command_str, self.folder, **self.parameters, **count)
+        count = len(self.run_dirs) if len(self.run_dirs) > 1 else None
+        return _make_sbatch_string(self._submitit_command_str, self.folder, map_count=count, **self.parameters)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -179,7 +179,8 @@ def sweep_overrides(args: argparse.Namespace) -> list[tuple[str, ...]]:
 
 def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
     """The config of every run, when nothing is found wrong with them and with the command line; and notes."""
-    problems, notes, configs = list(option_problems(args)), [], []
+    problems, configs = list(option_problems(args)), []
+    notes: list[str] = []
     with_slurm = bool(shutil.which("sbatch"))
     if not args.dry_run and not with_slurm:
         problems.append(
@@ -216,7 +217,7 @@ def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
         problems, notes = problems + seen.problems, notes + seen.notes
     if configs and with_slurm and not any(option_problems(args)):
         script = make_executor(args, configs, ROOT).script()
-        answer = preflight.check_slurm(script, args.partition, args.nodes, parse_minutes(args.time), args.qos)
+        answer = preflight.check_slurm(script, args.partition, args.nodes, minutes_of(args), args.qos)
         problems, notes = problems + answer.problems, notes + answer.notes
     if problems:
         raise UserError(*dict.fromkeys(problems))
@@ -256,6 +257,12 @@ def snapshot(config: Config) -> Path:
     return folder / f"{config.name}.yaml"
 
 
+def minutes_of(args: argparse.Namespace) -> int:
+    minutes = parse_minutes(args.time)
+    assert minutes is not None, "option_problems has looked at it"
+    return minutes
+
+
 def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir: Path) -> Executor:
     """submitit's executor with everything that sbatch and srun are to be told."""
     run_dirs = [config.run_dir.absolute() for config in configs]
@@ -277,7 +284,7 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
     if args.cpus_per_task:  # srun no longer takes it over from sbatch
         srun_args.append(f"--cpus-per-task={args.cpus_per_task}")
     executor.srun = srun_args
-    minutes = parse_minutes(args.time)
+    minutes = minutes_of(args)
     others = {"reservation": args.reservation} if args.reservation else {}
     executor.update_parameters(
         job_name=args.name or base.name,

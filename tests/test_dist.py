@@ -188,6 +188,7 @@ def test_a_process_on_its_own_agrees_with_itself() -> None:
     assert dist.agree_on_max(3, 1) == (3, 1)
     assert dist.from_first_rank("x") == "x"
     assert dist.gather_to_all("x") == ["x"]
+    assert dist.on_rank0(lambda: "x", dist.Ranks()) == "x"
 
 
 @pytest.mark.parametrize("error", [UserError("one", "two"), OSError(13, "Permission denied", "file")])
@@ -208,3 +209,35 @@ def test_what_may_pass_has_the_code_of_a_crash() -> None:
     with pytest.raises(dist.AgreedError) as agreed:
         dist.same_errors_on_all(fail)
     assert agreed.value.exit_code == 1
+
+
+ON_RANK_0 = """
+from bfsys import dist
+from bfsys.errors import UserError, exit_code_of
+
+def main():
+    ranks = dist.ranks_from_environment()
+    dist.start(ranks, timeout_s=60)
+    asked = []
+
+    def act():
+        asked.append(ranks.rank)
+        return {"by": ranks.rank}
+
+    print(dist.on_rank0(act, ranks), dist.on_rank0(lambda: None, ranks), asked, flush=True)
+
+    def fail():
+        raise UserError("no such file", exit_code=65)
+
+    dist.on_rank0(fail, ranks)
+
+dist.leave(exit_code_of(main))
+"""
+
+
+def test_what_rank_0_does_all_know(run_ranks) -> None:
+    first, second = run_ranks(2, ["-c", ON_RANK_0])
+    assert first.stdout == "{'by': 0} None [0]\n", first.stderr
+    assert second.stdout == "{'by': 0} None []\n", second.stderr
+    for rank in (first, second):
+        assert (rank.returncode, rank.stderr) == (65, "error: no such file\n")

@@ -17,6 +17,7 @@ that the files do not give away on their outside; the last is what may be had fo
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from bfsys.config import Config, load_config
 from bfsys.data.datasets import Sources, make_plan, open_evaluation, open_training
 from bfsys.data.encodings import resample, set_length
 from bfsys.data.loader import evaluation_rounds, training_batches
-from bfsys.data.modalities import MODALITIES
+from bfsys.data.modalities import decode_audio, decode_image
 from bfsys.data.quarantine import Quarantine
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, run_command, summary_of
@@ -109,7 +110,7 @@ def picture(content: bytes, side: int) -> Tensor:
     """float32 [3, side, side], of any picture: squeezed to a square."""
     from PIL import Image
 
-    pixels = Image.fromarray(MODALITIES["image"].decode(content))
+    pixels = Image.fromarray(decode_image(content))
     if pixels.size != (side, side):
         pixels = pixels.resize((side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(pixels).copy()).permute(2, 0, 1) / 127.5 - 1
@@ -122,7 +123,7 @@ def spectrogram() -> Callable[[bytes], Tensor]:
     to_mel = MelSpectrogram(SOUND_RATE_HZ, n_fft=512, hop_length=160, n_mels=MEL_BANDS)
 
     def apply(content: bytes) -> Tensor:
-        clip = MODALITIES["audio"].decode(content)
+        clip = decode_audio(content)
         clip = set_length(clip if clip.rate_hz == SOUND_RATE_HZ else resample(clip, SOUND_RATE_HZ), SOUND_S)
         return (to_mel(torch.from_numpy(clip.wave)) + 1e-6).log()[None] / 4
 
@@ -152,15 +153,13 @@ def decoded(config: Config, training: Sources, validation: Sources, side: int) -
     """Top-1 of the convolutional network after the run's steps, its parameters, and the seconds that it took."""
     began = time.perf_counter()
     torch.manual_seed(config.train.seed)
-    decode = model = optimizer = None
-    for number, batch in enumerate(batches_for_training(config, training, config.train.steps)):
+    batches = batches_for_training(config, training, config.train.steps)
+    first = next(batches)
+    decode, channels = decoder(first.files()[0].tobytes(), side)
+    model = PlainCNN(channels, len(training.classes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+    for number, batch in enumerate(itertools.chain([first], batches)):
         step, lane = divmod(number, config.data.lanes)
-        if model is None:
-            decode, channels = decoder(batch.files()[0].tobytes(), side)
-            model = PlainCNN(channels, len(training.classes))
-            optimizer = torch.optim.AdamW(
-                model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay
-            )
         logits = model(decode_all(decode, batch))
         loss, _ = loss_and_sums(logits, batch, 1, config.optim.label_smoothing)
         (loss / config.data.batch_samples).backward()
@@ -169,7 +168,7 @@ def decoded(config: Config, training: Sources, validation: Sources, side: int) -
             optimizer.step()
             optimizer.zero_grad()
     model.eval()
-    right = files_seen = 0
+    right, files_seen = 0.0, 0
     with torch.no_grad():
         for batch in batches_for_evaluation(config, validation):
             logits = model(decode_all(decode, batch))

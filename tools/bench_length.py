@@ -38,7 +38,7 @@ LIMIT_S = 900
 def measure(job: dict) -> dict:
     """{"ms", "mib"} of an answer, or of a step, for one file."""
     device, dtype = torch.device(job["device"]), torch.bfloat16 if job["precision"] == "bf16" else torch.float32
-    shape = {k: tuple(v) if isinstance(v, list) else v for k, v in job["architecture"].items()}
+    shape: dict = {k: tuple(v) if isinstance(v, list) else v for k, v in job["architecture"].items()}
     batches = [ByteBatch.from_samples([Sample("", f)]).to(device) for f in random_files([1000, job["length"]])]
     small = architecture("custom", kernel=4, window=8, shift=4, dim=64, layers=2, heads=1, max_tokens=50)
     run(ByteFormer(small, 2).to(device, dtype), batches[0], job["step"])

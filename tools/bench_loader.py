@@ -32,6 +32,7 @@ from multiprocessing.shared_memory import SharedMemory
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -144,7 +145,8 @@ def flat_batch(samples: Sequence[tuple[bytes, int]]) -> tuple:
     return data, offsets, np.array([label for _, label in samples])
 
 
-LOADERS = {
+# The form that each reads, and its batches.
+LOADERS: dict[str, tuple[str, Callable[[Path, int, int], Iterator[tuple]] | None]] = {
     RAW_READ: ("tars", None),
     "bfsys": ("tars", bfsys_batches),
     "webdataset": ("tars", webdataset_batches),
@@ -164,11 +166,12 @@ def run_job(job: dict) -> dict:
             {"tars": write_tars, "mds": write_mds, "litdata": write_litdata}[job["write"]](part, lengths)
             part.rename(folder)
         return {}
-    if job["loader"] == RAW_READ:
+    _, batches = LOADERS[job["loader"]]
+    if batches is None:
         timed = partial(timed_read, folder, lengths)
         timed()  # uncounted
     else:
-        start = partial(LOADERS[job["loader"]][1], folder, job["workers"], len(lengths) // BATCH_SAMPLES)
+        start = partial(batches, folder, job["workers"], len(lengths) // BATCH_SAMPLES)
         checked = check_epoch(start(), lengths)
         timed = partial(timed_epoch, start, lengths, job["seconds"])
     passes = []
@@ -211,6 +214,7 @@ def timed_epoch(start: Callable[[], Iterator[tuple]], lengths: np.ndarray, secon
     else:
         if (samples, size) != (len(lengths), lengths.sum()):
             problem = f"WRONG: {samples:,} samples and {size:,} bytes, not {len(lengths):,} and {lengths.sum():,}"
+    assert first is not None, "the loader gave no batch"
     seconds = now - first[0]
     rates = {"mb_per_s": (size - first[2]) / seconds / 1e6, "samples_per_s": (samples - first[1]) / seconds}
     return {**rates, "first_batch_s": first[0] - begin, "epoch_s": now - begin, "problem": problem}
@@ -244,9 +248,9 @@ def record_shared_memory(ledger: Path) -> None:
         original(self, name, create, size)
         if create:
             with open(ledger, "a") as file:
-                file.write(f"{os.stat(self._fd).st_ino} /dev/shm/{self.name}\n")
+                file.write(f"{os.stat(f'/dev/shm/{self.name}').st_ino} /dev/shm/{self.name}\n")
 
-    SharedMemory.__init__ = recorded
+    mock.patch.object(SharedMemory, "__init__", recorded).start()
 
 
 def in_child(job: dict) -> dict:

@@ -65,7 +65,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    rows, amplification = [], []
+    rows: list[dict] = []
+    amplification = []
     for samples, ranks in zip(args.samples, args.ranks, strict=True):
         with tempfile.TemporaryDirectory(prefix="bfsys-plan-") as folder:
             lanes = ranks * args.lanes_per_rank

@@ -72,7 +72,9 @@ def train_and_save(how: str, folder: Path, kernel: int, file_bytes: int, files: 
         [Sample("", rng.integers(0, 256, file_bytes, dtype=np.uint8), label=0) for _ in range(files)]
     )
     saver = Saver(folder, ranks, Keep(1))
-    steps_s, beside_s, stalls_s = [], [], []
+    steps_s: list[float] = []
+    beside_s: list[float] = []
+    stalls_s = []
 
     def facts(step: int) -> dict:
         return {"step": step, "updates": step, "classes": [], "config": {}, "plan": {}, "versions": {}, "metrics": None}

@@ -87,8 +87,11 @@ def trial_workloads() -> dict[str, Workload]:
 def make_architecture(size: str, workload: Workload) -> Architecture:
     """With a position table just large enough."""
     tokens = -(-max(workload.lengths) // (workload.kernel // 2))
-    custom = {"dim": 32, "layers": 4, "heads": 2, "window": 16, "shift": 8} if size == "custom" else {}
-    return architecture(size, kernel=workload.kernel, max_tokens=tokens, **custom)
+    if size == "custom":
+        return architecture(
+            size, kernel=workload.kernel, max_tokens=tokens, dim=32, layers=4, heads=2, window=16, shift=8
+        )
+    return architecture(size, kernel=workload.kernel, max_tokens=tokens)
 
 
 def random_files(lengths: Sequence[int]) -> list[np.ndarray]:
@@ -122,19 +125,20 @@ def bfsys_step(
     model = ByteFormer(a, classes, activation_checkpointing=checkpointing).to(device)
     batch = ByteBatch.from_samples([Sample("", file) for file in files]).to(device)
     labels = labels_of(files, classes, device)
-    masters = list(model.parameters())
+    masters: list[Tensor] = list(model.parameters())
     if bf16:  # as DeepSpeed keeps them: float32 weights and gradients, from which and to which bfloat16 is rounded
         masters = [p.detach().clone() for p in model.parameters()]
         model.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(masters, weight_decay=0.05, fused=True)
-    weights = list(model.parameters())
+    weights: list[Tensor] = list(model.parameters())
 
     def step() -> None:
         F.cross_entropy(model(batch).float(), labels).backward()
         if bf16:
-            for master in masters:
-                master.grad = torch.empty_like(master)
-            torch._foreach_copy_([m.grad for m in masters], [p.grad for p in weights])
+            gradients = [torch.empty_like(master) for master in masters]
+            torch._foreach_copy_(gradients, [p.grad for p in weights if p.grad is not None])
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = gradient
             model.zero_grad()
         optimizer.step()
         optimizer.zero_grad()
@@ -203,7 +207,14 @@ def start_of_memory(device: torch.device) -> int:
 def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return bytes_in_proc("self/status", "VmHWM")
+
+
+def bytes_in_proc(file: str, name: str) -> int:
+    """A figure that the system gives in kB."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc", file).read_text())
+    assert found, f"/proc/{file} says nothing of {name}"
+    return int(found[1]) * 1024
 
 
 # --------------------------------------------------------------------------------------------- in the first process
@@ -244,7 +255,7 @@ def that_fits(workload: Workload, a: Architecture, files: int | None) -> Workloa
 
 def available_bytes() -> int:
     """Of main memory. (A GPU is large enough for the workloads.)"""
-    return int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    return bytes_in_proc("meminfo", "MemAvailable")
 
 
 def measure_workload(name: str, workload: Workload, args: argparse.Namespace, run: Callable[[dict], dict]) -> dict:
@@ -255,7 +266,7 @@ def measure_workload(name: str, workload: Workload, args: argparse.Namespace, ru
     lengths = np.array(workload.lengths)
     flops, published = (f(lengths, a, workload.classes).total for f in (flops_per_step, published_flops))
     real_tokens = int((-(-lengths // a.stride)).sum())
-    row = {"workload": name, "kernel": workload.kernel, "files": len(lengths), "bytes": int(lengths.sum())}
+    row: dict = {"workload": name, "kernel": workload.kernel, "files": len(lengths), "bytes": int(lengths.sum())}
     row |= {"real_tokens": real_tokens, "flops": flops, "published_flops": published, "problem": None}
     row["padding"] = 1 - row["bytes"] / (len(lengths) * int(lengths.max()))
     for side in SIDES:

@@ -108,6 +108,7 @@ def targets_of(batch: ByteBatch, num_classes: int) -> Tensor:
     targets = F.one_hot(batch.labels, num_classes).float()
     if batch.second_labels is None:
         return targets
+    assert batch.second_share is not None  # they come together
     return torch.lerp(targets, F.one_hot(batch.second_labels, num_classes).float(), batch.second_share.float()[:, None])
 
 

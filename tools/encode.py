@@ -104,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept = kept_of(targets, notes, problems)
     if problems:
         raise UserError(*problems)
-    written, failed = 0, []
+    written = 0
+    failed: list[str] = []
     with collecting(failed):  # what cannot be written ends the loop
         for source, target in targets.items():
             if target not in kept:

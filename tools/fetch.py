@@ -34,7 +34,7 @@ import numpy as np
 import xxhash
 
 from bfsys.data.encodings import encode_wav
-from bfsys.data.modalities import MODALITIES, Clip
+from bfsys.data.modalities import Clip, decode_audio
 from bfsys.data.sources import BACKGROUND_NOISE, SourceFile, list_speech_commands
 from bfsys.errors import UserError, run_command, summary_of
 
@@ -124,7 +124,7 @@ def divide(files: Sequence[SourceFile], noise: Path, out: Path) -> None:
     if twelve.is_dir() and background.is_dir():
         print(f"{twelve}, {background}: are there already")
         return
-    clips = {path.stem: MODALITIES["audio"].decode(path.read_bytes()) for path in sorted(noise.glob("*.wav"))}
+    clips = {path.stem: decode_audio(path.read_bytes()) for path in sorted(noise.glob("*.wav"))}
     if not clips:
         raise UserError(f"{noise}: has no recordings of noise, of which {SILENCE} is made")
     part = out / ".twelve.part"

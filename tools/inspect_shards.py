@@ -11,7 +11,7 @@ quick check of samples picked at random. It would pass over most damage, and rea
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -103,7 +103,7 @@ def list_samples(split: Split, count: int) -> None:
 
 def verify(split: Split) -> list[str]:
     problems = verify_index(split)
-    numbers = range(len(split.shards))
+    numbers: Iterable[int] = range(len(split.shards))
     console = Console(stderr=True)
     if console.is_terminal:
         numbers = track(numbers, f"verifying {split.split}", console=console, transient=True)
@@ -118,7 +118,8 @@ def rebuild(folder: Path, split: str | None) -> None:
         raise UserError(f"{folder}: there is no such folder")
     if (folder / DESCRIPTION).exists():
         raise UserError(f"{folder}: has a {DESCRIPTION} already; to make a new index, delete that file first")
-    shards_of, problems = {}, []
+    shards_of: dict[str, list[TarIndex]] = {}
+    problems: list[str] = []
     for split_name, paths in tars_by_split(folder, split).items():
         for path in paths:
             with collecting(problems):
@@ -140,7 +141,8 @@ def rebuild(folder: Path, split: str | None) -> None:
 
 
 def keys_in_two_shards(shards: Sequence[TarIndex]) -> list[str]:
-    first_in, problems = {}, []
+    first_in: dict[str, TarIndex] = {}
+    problems = []
     for index in shards:
         for key in index.key_list():
             if first_in.setdefault(key, index) is not index:

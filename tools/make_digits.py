@@ -31,6 +31,7 @@ import os
 import shutil
 import socket
 import struct
+import sys
 import time
 import zlib
 from collections import Counter
@@ -39,13 +40,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-from spoken_digits import make_utterances
 
 from bfsys.errors import UserError, run_command
+from tools.spoken_digits import make_utterances
 
 RECIPE = 1  # raise when the same settings make other files, so that older trees are not taken for new ones
 

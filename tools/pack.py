@@ -83,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoding, fitting = read_encoding(args, problems)
     args.split = (split_of_name(args.split) or args.split) if args.split else None
     shard_bytes = read_size("--shard-bytes", args.shard_bytes, problems)
-    max_file_bytes = read_size("--max-file-bytes", args.max_file_bytes, problems)
+    max_file_bytes = None
+    if args.max_file_bytes is not None:
+        max_file_bytes = read_size("--max-file-bytes", args.max_file_bytes, problems)
     problems += option_problems(args)
     staging.recover(folder)
     listing = list_source(args)
@@ -171,9 +173,7 @@ def read_encoding(args: argparse.Namespace, problems: list[str]) -> tuple[Encodi
     return encoding, Fitting(args.image_size, args.sample_rate, args.seconds)
 
 
-def read_size(option: str, text: str | None, problems: list[str]) -> int | None:
-    if text is None:
-        return None
+def read_size(option: str, text: str, problems: list[str]) -> int:
     found = re.fullmatch(r"([0-9]+)([KMG]?)", text)
     size_bytes = int(found[1]) * SIZE_UNITS[found[2]] if found else 0
     if size_bytes == 0:

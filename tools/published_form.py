@@ -105,6 +105,7 @@ class PublishedForm(nn.Module):
         padding = x[:, ::stride][:, : tokens.shape[1]] == PAD  # [B, T]: padding is on the right
         tokens = tokens + self.positions[: tokens.shape[1]]
         for layer, block in enumerate(self.blocks):
+            assert isinstance(block, PublishedBlock)
             tokens = self.windowed(block, self.architecture.shifts[layer], tokens, padding)
             if str(layer) in self.merges:
                 tokens, padding = self.merges[str(layer)](tokens, padding)

@@ -177,7 +177,7 @@ def evaluations(run_dir: Path) -> dict[int, dict]:
 
 def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, or None; and what is wrong with newer ones. Reads all of it."""
-    problems = []
+    problems: list[str] = []
     for path in reversed(all_checkpoints(run_dir)):
         found = problems_of(path)
         if not found:
@@ -193,6 +193,7 @@ def find_whole(run: Path) -> Path:
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such run directory; runs lie in runs/NAME")
+    path: Path | None
     if (run / MANIFEST).exists():
         path, problems = run, problems_of(run)
     else:

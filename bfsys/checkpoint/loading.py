@@ -46,15 +46,13 @@ def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str]
     Says what is wrong with newer ones, and sets them aside. Raises AgreedError if none is whole.
     """
     damaged: list[Path] = []
-    paths = dist.from_first_rank(list(reversed(all_checkpoints(run_dir))) if ranks.is_first else None)
-    for path in paths:
-        manifest, problems = dist.same_errors_on_all(partial(look_at, path) if ranks.is_first else lambda: (None, []))
-        manifest, problems = dist.from_first_rank((manifest, problems))
-        problems = problems or _load(engine, path, manifest, ranks)
-        if not problems:
-            tidy = partial(_tidy, run_dir, path, manifest, damaged) if ranks.is_first else lambda: None
-            dist.same_errors_on_all(tidy)
-            return path, manifest
+    for path in dist.on_rank0(lambda: list(reversed(all_checkpoints(run_dir))), ranks):
+        manifest, problems = dist.on_rank0(partial(look_at, path), ranks)
+        if manifest is not None:
+            problems = _load(engine, path, manifest, ranks)
+            if not problems:
+                dist.on_rank0(partial(_tidy, run_dir, path, manifest, damaged), ranks)
+                return path, manifest
         damaged.append(path)
         for problem in problems:
             say(f"skipped a damaged checkpoint: {problem}")
@@ -83,9 +81,9 @@ def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list
         # A run that kept no average so far starts it at the weights.
         origin = WEIGHT if state == EMA and EMA not in stored else state
         mine, problems = dist.same_errors_on_all(partial(_read_share, path, manifest, origin, ranks))
-        problems = dist.gather_to_all(problems)
-        if any(problems):
-            return [p for rank in problems for p in rank]
+        everybodys = dist.gather_to_all(problems)
+        if any(everybodys):
+            return [p for rank in everybodys for p in rank]
         _check_shapes(expected, {name: tuple(shape) for name, shape in manifest["shapes"].items()}, path)
         pieces = [piece for of_rank in dist.gather_to_all(list(mine)) for piece in of_rank]
         if not cover(pieces, expected):
@@ -97,7 +95,8 @@ def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list
 
 def _read_share(path: Path, manifest: dict, state: str, ranks: dist.Ranks) -> tuple[dict[str, Tensor], list[str]]:
     """(tensors, problems) of the files of a state that fall to this rank; and of others' files nothing."""
-    tensors, problems = {}, []
+    tensors: dict[str, Tensor] = {}
+    problems: list[str] = []
     names = [n for n in manifest["files"] if n.startswith(f"{state}-")]
     if state == WEIGHT:  # files that are no state are proven too
         names += [n for n in manifest["files"] if not n.endswith(".safetensors")]

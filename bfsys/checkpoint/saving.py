@@ -68,7 +68,8 @@ class Saver:
         self.is_owed = False
         """A checkpoint is due, but was put off."""
         self._facts: dict | None = None
-        self._work, self._files, self._written_bytes = run_dir, (), 0
+        self._work, self._written_bytes = run_dir, 0
+        self._files: tuple[str, ...] = ()
         self._states: tuple[str, ...] = ()
         self._pieces: dict[str, list[str]] = {}  # names of this rank's tensors, by state
         self._process: subprocess.Popen | None = None
@@ -92,7 +93,7 @@ class Saver:
         final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
         # No writer of another start that is slow to die knows this name.
         work = final.with_name(dist.from_first_rank(f".{final.name}.{os.getpid()}-{time.time_ns()}.part"))
-        _same_errors(lambda: make_room(work) if self.ranks.is_first else None, final)
+        _on_rank0(lambda: make_room(work), final, self.ranks)
         files = self._copy(source)
         shapes = {name: list(shape) for name, shape in source.parameter_shapes().items()}
         history = self.run_dir / METRICS
@@ -109,12 +110,13 @@ class Saver:
         `wait` is called whenever more was written. If a rank cannot write, all ranks raise AgreedError, and the earlier
         checkpoints stay in force.
         """
-        assert self.under_way
+        facts = self._facts
+        assert facts is not None, "no save is under way"
         while (news := dist.agree_on_max(self.is_writing(), self._written_bytes_grew()))[0]:
             if news[1]:
                 wait()
             time.sleep(POLL_S)
-        facts, self._facts = self._facts, None
+        self._facts = None
         final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
         everyones = dist.gather_to_all(self._answer())
         _raise_problems(everyones, final)
@@ -125,14 +127,13 @@ class Saver:
             assert cover(pieces, facts["shapes"]), f"{state}: the ranks' pieces are not the whole state"
 
         def let_it_count() -> None:
-            if self.ranks.is_first:
-                commit(self._work, final, facts, files)
-                is_bad = bool((facts.get("guard") or {}).get("in_a_row"))
-                if not is_bad:  # or the run may have to go back further
-                    for path in superfluous(self.run_dir, all_checkpoints(self.run_dir), self.keep):
-                        remove(path)
+            commit(self._work, final, facts, files)
+            is_bad = bool((facts.get("guard") or {}).get("in_a_row"))
+            if not is_bad:  # or the run may have to go back further
+                for path in superfluous(self.run_dir, all_checkpoints(self.run_dir), self.keep):
+                    remove(path)
 
-        _same_errors(let_it_count, final)  # nobody goes on before the checkpoint counts
+        _on_rank0(let_it_count, final, self.ranks)  # nobody goes on before the checkpoint counts
         return final
 
     def close(self) -> None:
@@ -151,13 +152,14 @@ class Saver:
         """Copy this rank's pieces; {file name: {piece: (shape, first byte, end)}}."""
         shapes, states = source.parameter_shapes(), source.state_names()
         pieces = [(state, *piece) for state in states for piece in source.read_pieces(state)]
-        if self._memory is None and pieces:
-            self._memory = HostMemory(4 * sum(value.numel() for *_, value in pieces))
         files: dict[str, dict] = {}
+        if not pieces:
+            return files
+        memory = self._memory = self._memory or HostMemory(4 * sum(value.numel() for *_, value in pieces))
         end = 0
         for state, name, first, value in pieces:
             begin, end = end, end + 4 * value.numel()
-            self._memory.tensor(begin, value.numel()).copy_(value.flatten())
+            memory.tensor(begin, value.numel()).copy_(value.flatten())
             is_whole = value.numel() == math.prod(shapes[name])
             piece = name if is_whole else piece_name(name, first, first + value.numel())
             file = files.setdefault(f"{state}-{self.ranks.rank}-of-{self.ranks.world_size}.safetensors", {})
@@ -224,6 +226,7 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert process.stdin is not None  # of a PIPE
     with suppress(BrokenPipeError):  # it has ended already: `Saver.finish` will say so
         process.stdin.write(json.dumps(task).encode())
         process.stdin.close()
@@ -231,14 +234,17 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
     return process
 
 
-def _same_errors(act: Callable[[], None], final: Path) -> None:
-    """`act()`; what the disk refuses to rank 0, all ranks raise."""
-    problem = {}
-    try:
-        act()
-    except OSError as error:
-        problem = {"problem": f"{error.filename or final}: {error.strerror}", "errno": error.errno}
-    _raise_problems(dist.gather_to_all(problem), final)
+def _on_rank0(act: Callable[[], None], final: Path, ranks: dist.Ranks) -> None:
+    """`act()` on rank 0; what the disk refuses to it, all ranks raise in the words of a save."""
+
+    def answer() -> dict:
+        try:
+            act()
+        except OSError as error:
+            return {"problem": f"{error.filename or final}: {error.strerror}", "errno": error.errno}
+        return {}
+
+    _raise_problems([dist.on_rank0(answer, ranks)], final)
 
 
 def _raise_problems(answers: list[dict], final: Path) -> None:

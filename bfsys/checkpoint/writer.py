@@ -33,6 +33,7 @@ def main() -> None:
     task = json.load(sys.stdin)
     if os.getppid() != task["parent"]:
         return
+    answer: dict[str, object]
     try:
         answer = {"files": write_all(task)}
     except OSError as error:

@@ -73,7 +73,7 @@ class Augmentation:
         self._seconds = seconds
         self._speeds = tuple(speeds)
         self._recordings = _Recordings(background, sample_rate_hz) if background else None
-        self.background = self._recordings.fingerprint if background else None
+        self.background = self._recordings.fingerprint if self._recordings else None
         """Tells one folder of recordings from another, wherever it lies."""
         self.least_bytes = self._encoded_bytes(image_size)
         """Length of a file without content: that of every file, unless the encoding `compresses`."""
@@ -86,21 +86,21 @@ class Augmentation:
         """
         assert second is None or self.mixes
         if self._transform_picture:
-            return self.encoding.encode(self._picture(data, rng)), 0.0
+            return self.encoding.file_of(_picture(data, self._transform_picture, rng)), 0.0
         clip, share = self._clip(data, rng), 0.0
         if second is not None:
             # As published: uniform, and in the wave, before it is encoded
             other, share = self._clip(second, rng), rng.random()
             clip = Clip((1 - share) * clip.wave + share * other.wave, clip.rate_hz)
-        return self.encoding.encode(clip), share
+        return self.encoding.file_of(clip), share
 
     def _encoded_bytes(self, image_size: int) -> int:
         """Also shows at the start what the encoder cannot do, which would else be blamed on files."""
         try:
             if self._transform_picture:
-                return len(self.encoding.encode(np.zeros((image_size, image_size, 3), np.uint8)))
+                return len(self.encoding.file_of(np.zeros((image_size, image_size, 3), np.uint8)))
             silence = np.zeros(round(self._seconds * self._sample_rate_hz), np.float32)
-            return len(self.encoding.encode(Clip(silence, self._sample_rate_hz)))
+            return len(self.encoding.file_of(Clip(silence, self._sample_rate_hz)))
         except Exception as error:  # encoders raise anything
             raise UserError(f"augmentation with encoding {self.encoding.text!r} cannot be made: {error}") from None
 
@@ -114,14 +114,6 @@ class Augmentation:
             return True
         return False
 
-    def _picture(self, data: bytes, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [image_size, image_size, 3]."""
-        from PIL import Image
-
-        pixels = decode_image(data)
-        with _seeded_torch(rng):
-            return np.asarray(self._transform_picture(Image.fromarray(pixels)))
-
     def _clip(self, data: bytes, rng: np.random.Generator) -> Clip:
         clip = resample(decode_audio(data, self._seconds * max(self._speeds, default=1.0)), self._sample_rate_hz)
         if self._speeds:
@@ -132,6 +124,15 @@ class Augmentation:
             wave = wave + BACKGROUND_GAIN * self._recordings.crop(len(wave), rng)
         farthest = round(ROLL_S * clip.rate_hz)
         return Clip(np.roll(wave, rng.integers(-farthest, farthest, endpoint=True)), clip.rate_hz)
+
+
+def _picture(data: bytes, transform: Callable, rng: np.random.Generator) -> np.ndarray:
+    """A picture transformed: uint8 [image_size, image_size, 3]."""
+    from PIL import Image
+
+    pixels = decode_image(data)
+    with _seeded_torch(rng):
+        return np.asarray(transform(Image.fromarray(pixels)))
 
 
 def _check(encoding: Encoding, background: Path | None, speeds: Sequence[float]) -> None:

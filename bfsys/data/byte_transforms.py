@@ -220,7 +220,7 @@ def _noise_option(option: str) -> dict:
 
 def _permute_option(option: str) -> dict:
     key = read_key(Path(option)) if option else _fixed_permutation(BYTE_VALUES).astype(np.uint8)
-    return {"apply": functools.partial(_permute, key), "key_sha256": hashlib.sha256(key).hexdigest()}
+    return {"apply": functools.partial(_permute, key), "key_sha256": hashlib.sha256(key.data).hexdigest()}
 
 
 def _integer(text: str) -> int:

@@ -134,7 +134,7 @@ def _open_sources(
 
 def _spellings(datasets: Sequence[Dataset]) -> dict[str, Spelling]:
     """Of the classes of all data sets."""
-    spellings = defaultdict(Spelling)
+    spellings: defaultdict[str, Spelling] = defaultdict(Spelling)
     for dataset in datasets:
         for name in dataset.classes:
             spellings[name].places.append(dataset.location)
@@ -189,8 +189,9 @@ def content_facts(config: Config, sources: Sources) -> dict:
     if sources.transforms:
         facts["byte_transforms"] = [transform.identity for transform in sources.transforms]
     for i, (number, augmentation) in enumerate(zip(sources.numbers, sources.augmentations, strict=True)):
-        if augmentation:
-            options = asdict(config.data.sources[number].augment)
+        augment = config.data.sources[number].augment
+        if augment and augmentation:
+            options = asdict(augment)
             options |= {"speeds": list(options["speeds"]), "background": augmentation.background}
             facts.update({f"source {i} augment.{name}": value for name, value in options.items()})
     return facts
@@ -207,7 +208,7 @@ def make_plan(config: Config, sources: Sources) -> Plan:
     ]
     plan = Plan(
         sources.splits,
-        mixture_weights(data.mixture, weights, [max(1, len(split)) for split in sources.splits]),
+        mixture_weights(data.mixture, weights, [max(1, len(split)) for split in sources.splits]).tolist(),
         batch_samples=data.batch_samples,
         lanes=data.lanes,
         shuffle_block=data.shuffle_block,

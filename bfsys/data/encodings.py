@@ -62,6 +62,11 @@ class Encoding:
     extension: str | None = None
     encode: Callable[[np.ndarray | Clip], bytes] | None = None
 
+    def file_of(self, content: np.ndarray | Clip) -> bytes:
+        """The bytes of a file of this encoding. Not for `as_stored`."""
+        assert self.encode is not None, "what stays as stored is not decoded"
+        return self.encode(content)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -229,11 +234,11 @@ def reencode(data: bytes, encoding: Encoding, fitting: Fitting) -> bytes:
     """A file's bytes in another encoding. Raises whatever the decoder raises for a damaged file."""
     if encoding.modality == "image":
         pixels = decode_image(data)
-        return encoding.encode(resize_and_crop(pixels, fitting.image_size) if fitting.image_size else pixels)
+        return encoding.file_of(resize_and_crop(pixels, fitting.image_size) if fitting.image_size else pixels)
     clip = decode_audio(data, fitting.seconds)
     if fitting.sample_rate_hz:
         clip = resample(clip, fitting.sample_rate_hz)
-    return encoding.encode(set_length(clip, fitting.seconds) if fitting.seconds else clip)
+    return encoding.file_of(set_length(clip, fitting.seconds) if fitting.seconds else clip)
 
 
 def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -14,9 +14,10 @@ import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ from bfsys.data.remote import Prefetcher
 from bfsys.data.ring import Ring
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
+
+T = TypeVar("T")
 
 # Requests that each worker may be ahead.
 PREFETCH = 3
@@ -51,7 +54,7 @@ _POSITION = np.dtype([("process", "<i8"), ("position", "<i8", 2)])
 
 def training_batches(
     config: Config, sources: Sources, plan: Plan, ranks: Ranks, *, first_step: int, quarantine: Quarantine | None = None
-) -> Iterator[ByteBatch]:
+) -> Generator[ByteBatch, None, None]:
     """The rank's micro-batches from `first_step` to the end of the run, lane by lane within a step.
 
     `quarantine` is told of samples that could not be read.
@@ -140,7 +143,7 @@ class _Requests:
         self.to_announce = ANNOUNCED_AFTER_SLOW
 
     def announced(self) -> Iterator[MicroBatch]:
-        return self._fetched_ahead() if self.prefetcher else self._read_ahead()
+        return self._fetched_ahead(self.prefetcher) if self.prefetcher else self._read_ahead()
 
     def _planned(self) -> Iterator[MicroBatch]:
         return (self.plan.micro_batch(step, lane) for step in self.steps for lane in self.lanes)
@@ -160,21 +163,21 @@ class _Requests:
                 yield ahead.popleft()
         yield from ahead
 
-    def _fetched_ahead(self) -> Iterator[MicroBatch]:
+    def _fetched_ahead(self, prefetcher: Prefetcher) -> Iterator[MicroBatch]:
         """Has the shards of a lane's block and of the next one fetched when the lane comes to the block."""
         announced = {lane: self.plan.shards_ahead(self.steps.start, lane) for lane in self.lanes}
         for of_each_lane in itertools.zip_longest(*announced.values()):  # all lanes begin at once
-            self._want(shard for shard in of_each_lane if shard)
+            self._want(prefetcher, (shard for shard in of_each_lane if shard))
         for wanted, lane in zip(self._planned(), itertools.cycle(self.lanes), strict=False):
             shards = self.plan.shards_ahead(wanted.step, lane)
             if announced[lane] != shards:
                 announced[lane] = shards
-                self._want(shards)
+                self._want(prefetcher, shards)
             yield wanted
 
-    def _want(self, shards: Iterable[tuple[int, int]]) -> None:
+    def _want(self, prefetcher: Prefetcher, shards: Iterable[tuple[int, int]]) -> None:
         splits = self.plan.splits
-        self.prefetcher.want(splits[s].remote_shard(n) for s, n in shards if splits[s].dataset.cache)
+        prefetcher.want(splits[s].remote_shard(n) for s, n in shards if splits[s].dataset.cache)
 
 
 def _read_by_workers(
@@ -201,7 +204,7 @@ def _read_by_workers(
         slot, micro_batches = answer
         content = None if slot is None else ring.release(slot)
         for fetched in micro_batches:
-            if fetched.slot_start is not None:
+            if content is not None and fetched.slot_start is not None:
                 data = content[fetched.slot_start : fetched.slot_start + int(fetched.offsets[-1])]
                 fetched = replace(fetched, data=data)
             if pinned:
@@ -239,16 +242,16 @@ class _Reads(Dataset):
         start = 0
         for wanted in batches:
             fetched = self.reader.read(wanted, partial(self._buffer, slot, start))
-            if self._fits(slot, start, len(fetched.data)):
+            if slot is not None and self._fits(start, len(fetched.data)):
                 start += len(fetched.data)
-                fetched = replace(fetched, data=None, slot_start=start - len(fetched.data))
+                fetched = replace(fetched, data=new_buffer(0), slot_start=start - len(fetched.data))
             yield fetched
 
-    def _fits(self, slot: int | None, start: int, size_bytes: int) -> bool:
-        return slot is not None and start + size_bytes <= self.ring.slot_bytes
+    def _fits(self, start: int, size_bytes: int) -> bool:
+        return start + size_bytes <= self.ring.slot_bytes
 
     def _buffer(self, slot: int | None, start: int, size_bytes: int) -> np.ndarray:
-        if self._fits(slot, start, size_bytes):
+        if slot is not None and self._fits(start, size_bytes):
             return self.ring.fill(slot, start, size_bytes)
         return new_buffer(size_bytes)
 
@@ -293,7 +296,7 @@ def _end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _as_it_is(answer: tuple | UserError) -> tuple | UserError:
+def _as_it_is(answer: T) -> T:
     return answer
 
 
@@ -303,14 +306,13 @@ def _pinned_buffer(size_bytes: int) -> np.ndarray:
 
 
 def _byte_batch(fetched: Fetched) -> ByteBatch:
-    mixed = fetched.second_labels is not None
     return ByteBatch(
         data=torch.from_numpy(fetched.data),
         offsets=torch.from_numpy(fetched.offsets),
         labels=torch.from_numpy(fetched.labels),
         sources=torch.from_numpy(fetched.sources),
         samples=torch.from_numpy(fetched.samples),
-        second_labels=torch.from_numpy(fetched.second_labels) if mixed else None,
-        second_share=torch.from_numpy(fetched.second_share) if mixed else None,
+        second_labels=None if fetched.second_labels is None else torch.from_numpy(fetched.second_labels),
+        second_share=None if fetched.second_share is None else torch.from_numpy(fetched.second_share),
         replaced=fetched.replaced,
     )

@@ -73,7 +73,7 @@ def _pairs(shares: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
     """
     heap = [(share, number) for number, share in enumerate(shares)]
     heapq.heapify(heap)
-    made = []
+    made: list[tuple[int, int, int, int, int]] = []
     while len(heap) > 1:
         (first_share, first), (second_share, second) = sorted(
             (heapq.heappop(heap), heapq.heappop(heap)), key=lambda member: member[1]

@@ -5,10 +5,7 @@ and augmentation in the decoded domain only. Alternative refused: decoding throu
 torchaudio, whose results and back ends change between releases.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
 
 from bfsys.data.pictures import PECULIARITIES, decode_image, peculiarities_of_image
 from bfsys.data.sounds import Clip, decode_audio
@@ -19,15 +16,14 @@ __all__ = ["MODALITIES", "PECULIARITIES", "Clip", "Modality", "decode_audio", "d
 @dataclass(frozen=True)
 class Modality:
     extensions: tuple[str, ...]  # lower case; tells a misplaced file before anything is decoded
-    decode: Callable[..., np.ndarray | Clip]  # takes the file's bytes; raises on a damaged file
 
 
 MODALITIES = {
-    "image": Modality(("jpg", "jpeg", "png", "tif", "tiff", "bmp", "gif", "webp", "ppm", "pgm"), decode_image),
-    "audio": Modality(("wav", "flac", "mp3", "ogg", "opus", "aif", "aiff", "au"), decode_audio),
+    "image": Modality(("jpg", "jpeg", "png", "tif", "tiff", "bmp", "gif", "webp", "ppm", "pgm")),
+    "audio": Modality(("wav", "flac", "mp3", "ogg", "opus", "aif", "aiff", "au")),
 }
 
 
-def peculiarities_of(data: bytes, modality: str) -> tuple[str, ...]:
+def peculiarities_of(data: bytes, modality: str | None) -> tuple[str, ...]:
     """Which keys of PECULIARITIES a file of this modality has: what decoding leaves out of it."""
     return peculiarities_of_image(data) if modality == "image" else ()

@@ -24,15 +24,15 @@ from bfsys.errors import UserError
 
 # Spawned, not forked: a fork of a process with threads (the progress bar's) may hang.
 CONTEXT = multiprocessing.get_context("spawn")
-CODEC_FAULTS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+CODEC_FAULTS: tuple[int, ...] = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 MOST_CODEC_FAULTS = 100  # more of them are the library's fault rather than the files'
 
 
 class Worker:
     """One process, from the outside."""
 
-    def __init__(self, skip_bad: bool) -> None:
-        self.job: Job | None = None
+    def __init__(self, skip_bad: bool, job: Job, fatal: dict[str, str]) -> None:
+        """It begins with `job`."""
         self.position = CONTEXT.RawValue(c_long, 0)
         self.connection, theirs = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=_work, args=(theirs, self.position, skip_bad), daemon=True)
@@ -43,6 +43,7 @@ class Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
+        self.give(job, fatal)
 
     def give(self, job: Job, fatal: dict[str, str]) -> None:
         self.job, self.position.value = job, -1
@@ -60,6 +61,7 @@ class Worker:
     def name_fatal_file(self, fatal: dict[str, str]) -> None:
         """Add the file that the dead process was at; raises UserError if the file is not to blame."""
         code, number = self._process.exitcode, self.position.value
+        assert code is not None, "`outcome` has waited for its end"
         end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if number < 0:
             raise UserError(f"{self.job.path}: the process that was to write it ended with {end} before its first file")
@@ -93,15 +95,16 @@ def write_jobs(jobs: Sequence[Job], count: int, skip_bad: bool) -> Iterator[Outc
         yield from (write_job(job, skip_bad, {}, c_long()) for job in jobs)
         return
     resource_tracker.ensure_running()  # starting it later would unblock SIGINT
-    waiting, fatal = deque(jobs), {}
+    waiting = deque(jobs)
+    fatal: dict[str, str] = {}
     workers: dict[Connection, Worker] = {}
     try:
         while waiting or workers:
             while waiting and len(workers) < count:
-                worker = Worker(skip_bad)
+                worker = Worker(skip_bad, waiting.popleft(), fatal)
                 workers[worker.connection] = worker
-                worker.give(waiting.popleft(), fatal)
-            for connection in wait(list(workers)):
+            ready = wait(list(workers))
+            for connection in [connection for connection in workers if connection in ready]:
                 worker = workers[connection]
                 outcome = worker.outcome()
                 if isinstance(outcome, Exception):
@@ -129,6 +132,7 @@ def _work(connection: Connection, position: c_long, skip_bad: bool) -> None:
             job, fatal = connection.recv()
         except EOFError:
             return
+        result: Outcome | OSError | UserError
         try:
             result = write_job(job, skip_bad, fatal, position)
         except (OSError, UserError) as error:
@@ -139,4 +143,10 @@ def _work(connection: Connection, position: c_long, skip_bad: bool) -> None:
 def _exit_with_parent() -> None:
     """An orphan would write beside the next run."""
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    assert parent is not None, "this process was started by one"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

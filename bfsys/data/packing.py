@@ -244,8 +244,10 @@ def finish(
     """Write the index and dataset.json, and put all into place."""
     indexes: dict[str, list[TarIndex]] = {outcome.job.split: [] for outcome in outcomes}
     for outcome in outcomes:
-        if len(outcome.contents.samples):  # all of a shard's files may have been skipped
-            indexes[outcome.job.split].append(outcome.contents)
+        contents = outcome.contents
+        assert contents is not None, "bad files that are not skipped have ended the command"
+        if len(contents.samples):  # all of a shard's files may have been skipped
+            indexes[outcome.job.split].append(contents)
     missing = [split for split, found in indexes.items() if not found]
     if missing:
         raise UserError(*(f"split {split}: not one of its files can be packed" for split in missing))
@@ -260,14 +262,14 @@ def finish(
         with atomic_file(staged / name) as file:
             file.write(text.encode(errors="backslashreplace"))
     made_by = {"tool": PACKED_BY, "version": VERSION, "library": library_version(encoding), "arguments": arguments}
-    write_description(staged, folder.name, classes, encoding.text, made_by, splits, _notes(outcomes))
+    total = sum(len(index.samples) for found in indexes.values() for index in found)
+    write_description(staged, folder.name, classes, encoding.text, made_by, splits, _notes(outcomes, total))
     staging.put_into_place(folder)
 
 
-def _notes(outcomes: Sequence[Outcome]) -> list[str]:
-    """A sentence about each peculiarity of the files."""
+def _notes(outcomes: Sequence[Outcome], total: int) -> list[str]:
+    """A sentence about each peculiarity of the files, of which there are `total`."""
     notes = []
-    total = sum(len(outcome.contents.samples) for outcome in outcomes)
     for name, text in PECULIARITIES.items():
         keys = [key for outcome in sorted(outcomes, key=lambda o: o.job.path) for key in outcome.peculiar[name]]
         if keys:

@@ -19,12 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from bfsys.data.mix import Mixture
 from bfsys.data.shards import Split
 from bfsys.errors import UserError
+
+Lanes = TypeVar("Lanes", int, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class _Slices:
         self._shard_sizes = np.diff(split.shard_starts)
         self._shard_order: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, shards, their ends
 
-    def lane_draws(self, draws: np.ndarray | int, lane: int) -> np.ndarray | int:
-        """Of the source's first `draws` draws, how many are the lane's."""
+    def lane_draws(self, draws: int, lane: Lanes) -> Lanes:
+        """Of the source's first `draws` draws, how many are the lane's; of several lanes, for each."""
         return (draws - lane + self.lanes - 1) // self.lanes
 
     def epoch_start(self, epoch: int, lane: int) -> int:
@@ -145,7 +148,7 @@ class Plan:
         if not samples:
             nothing = np.zeros(0, np.int64)
             return MicroBatch(nothing, nothing, nothing, step)
-        return MicroBatch(*(np.concatenate(x) for x in (sources, samples, epochs)), step)
+        return MicroBatch(np.concatenate(sources), np.concatenate(samples), np.concatenate(epochs), step)
 
     def shards_ahead(self, step: int, lane: int) -> list[tuple[int, int]]:
         """(source, shard) that the lane reads in its present block and in the next one, sooner ones first."""
@@ -184,11 +187,11 @@ class Plan:
     def _piece(self, source: int, lane: int, first: int, stop: int) -> tuple[int, np.ndarray]:
         """The lane's draws first … stop of a source, as far as they lie in one block."""
         epoch, start, block, block_stop = self._block_of(source, lane, first)
-        key, dealt = self._blocks.get((source, lane), (None, None))
-        if key != (epoch, block):
-            dealt = self._deal(source, lane, epoch, start, block, block_stop)
-            self._blocks[source, lane] = ((epoch, block), dealt)
-        return epoch, dealt[first - start - block : min(stop - start, block_stop) - block]
+        known = self._blocks.get((source, lane))
+        if known is None or known[0] != (epoch, block):
+            known = ((epoch, block), self._deal(source, lane, epoch, start, block, block_stop))
+            self._blocks[source, lane] = known
+        return epoch, known[1][first - start - block : min(stop - start, block_stop) - block]
 
     def _deal(self, source: int, lane: int, epoch: int, start: int, first: int, stop: int) -> np.ndarray:
         """The block's samples in the order in which they are drawn."""

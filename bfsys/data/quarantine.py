@@ -15,6 +15,7 @@ import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,8 +59,7 @@ class Quarantine:
     def load(cls, run_dir: Path, ranks: dist.Ranks) -> Quarantine:
         """What earlier starts of the run found; collective."""
         quarantine = cls(run_dir)
-        rows = dist.same_errors_on_all(lambda: _read(quarantine.path) if ranks.is_first else None)
-        quarantine._take(dist.from_first_rank(rows))
+        quarantine._take(dist.on_rank0(lambda: _read(run_dir / FILE), ranks))
         return quarantine
 
     def bad_from(self, split: str, source: str) -> dict[int, int]:
@@ -85,7 +85,7 @@ class Quarantine:
         self._found = []
         new = self._take(found)
         if new and self.path:
-            dist.same_errors_on_all(lambda: _append(self.path, new) if ranks.is_first else None)
+            dist.on_rank0(partial(_append, self.path, new), ranks)
         self.check(sizes, max_bad_share)
         return new
 

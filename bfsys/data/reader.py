@@ -51,10 +51,10 @@ class Fetched:
 
     bad         what could not be read
     slow        reading took longer than from memory
-    slot_start  where the data lie in a loader worker's slot, or None if they do not
+    slot_start  where the data lie in a loader worker's slot, as long as they are not here; None if they are
     """
 
-    data: np.ndarray | None  # uint8 [bytes]; None while they lie in a slot
+    data: np.ndarray  # uint8 [bytes]; nothing while they lie in a slot
     offsets: np.ndarray  # int64 [samples + 1]
     labels: np.ndarray  # int64 [samples]
     sources: np.ndarray  # int64 [samples]
@@ -166,7 +166,7 @@ class ShardReader:
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(rows["length"], out=offsets[1:], dtype=np.int64)
         data = allocate(int(offsets[-1]))
-        buffer, start, files = memoryview(data), 0, self._files
+        buffer, start, files = data.data, 0, self._files
         try:
             for source, (shard, _, offset, length, checksum, _) in zip(sources, rows.tolist(), strict=True):
                 part = buffer[start : start + length]
@@ -246,18 +246,26 @@ class ShardReader:
         try:
             content, label = self._read_sample(source, sample)
             made, rng = Made(content, label, label, 0.0), self._rng(_AUGMENTATION, source, epoch, sample)
-            if self.augmentations[source]:
-                made, rng = self._augmented(made, source, sample, epoch, step, bad)
+            augmentation = self.augmentations[source]
+            if augmentation:
+                made, rng = self._augmented(augmentation, made, source, sample, epoch, step, bad)
             return made._replace(content=apply(self.transforms, made.content, rng))
         except BadFileError as error:
             self._set_aside(source, sample, step, str(error), bad)
             return None
 
     def _augmented(
-        self, made: Made, source: int, sample: int, epoch: int, step: int, bad: list[BadSample]
+        self,
+        augmentation: Augmentation,
+        made: Made,
+        source: int,
+        sample: int,
+        epoch: int,
+        step: int,
+        bad: list[BadSample],
     ) -> tuple[Made, np.random.Generator]:
         """With mixup, a partner that cannot be decoded is set aside, and the next one taken, as a replay will do."""
-        augmentation, content = self.augmentations[source], made.content.tobytes()
+        content = made.content.tobytes()
         for partner in self._partners(source, sample, epoch) if augmentation.mixes else (None,):
             second, second_label, rng = None, made.label, self._rng(_AUGMENTATION, source, epoch, sample)
             try:
@@ -309,7 +317,7 @@ class ShardReader:
         for wait_s in (0, *retries):
             time.sleep(wait_s)
             try:
-                got = os.preadv(self._open(source, shard), [content], offset)
+                got = os.preadv(self._open(source, shard), [content.data], offset)
             except FileNotFoundError:
                 raise BadFileError("its shard is missing") from None
             except WrongContentError as error:
@@ -320,7 +328,7 @@ class ShardReader:
                     self._failing.add((source, shard))
                 self._refetch(source, shard)
                 continue
-            if got == length and xxhash.xxh3_64_intdigest(content) == checksum:
+            if got == length and xxhash.xxh3_64_intdigest(content.data) == checksum:
                 return content, int(self.label_maps[source][label])
             problem = (
                 f"ends {length - got:,} bytes early" if got < length else "differs from what was packed (checksum)"

@@ -126,10 +126,10 @@ class Split:
 
 def index_digest(samples: np.ndarray, keys: np.ndarray, first: int, end: int) -> str:
     """xxh3 of rows first … end of an index, and of their keys."""
-    digest = xxhash.xxh3_64(np.ascontiguousarray(samples[first:end]))
+    digest = xxhash.xxh3_64(np.ascontiguousarray(samples[first:end]).data)
     if first < end:
         keys_start = int(samples["key_end"][first - 1]) if first else 0
-        digest.update(np.ascontiguousarray(keys[keys_start : int(samples["key_end"][end - 1])]))
+        digest.update(np.ascontiguousarray(keys[keys_start : int(samples["key_end"][end - 1])]).data)
     return digest.hexdigest()
 
 
@@ -139,8 +139,17 @@ class Dataset:
 
     location: str  # folder or URL, as the user gave it
     description: dict
-    folder: Path | None  # None if the dataset is remote
-    cache: Cache | None
+    place: Path | Cache  # its folder, or where the files of a remote one come to lie
+
+    @property
+    def folder(self) -> Path:
+        assert isinstance(self.place, Path), "a remote dataset has no folder of its own"
+        return self.place
+
+    @property
+    def cache(self) -> Cache | None:
+        """None if the dataset is on this machine."""
+        return self.place if isinstance(self.place, Cache) else None
 
     @property
     def name(self) -> str:
@@ -156,9 +165,9 @@ class Dataset:
 
     def file(self, name: str, sha256: str, size_bytes: int | None = None) -> Path:
         """A file of the dataset on this machine."""
-        if self.folder:
-            return self.folder / name
-        return self.cache.fetch(url_of(self.location, name), sha256=sha256, size_bytes=size_bytes)
+        if isinstance(self.place, Path):
+            return self.place / name
+        return self.place.fetch(url_of(self.location, name), sha256=sha256, size_bytes=size_bytes)
 
     def open(self, split: str) -> Split:
         """Open one split. Checks that the parts fit together, and hashes nothing: see `Split.damaged_index`.
@@ -167,14 +176,14 @@ class Dataset:
         are damaged, since they are this machine's alone, and the ranks that divide the proof may be on others.
         """
         if self.cache is not None:
-            self._drop_damaged_index(split)
+            self._drop_damaged_index(split, self.cache)
         return self._open(split)
 
-    def _drop_damaged_index(self, split: str) -> None:
+    def _drop_damaged_index(self, split: str, cache: Cache) -> None:
         seen: dict[Path, os.stat_result] = {}
         with suppress(KeyError, TypeError):  # `_open` says what is wrong
             for entry in self.description["splits"][split]["index"].values():
-                path = self.cache.path_of(url_of(self.location, entry["name"]), entry["sha256"])
+                path = cache.path_of(url_of(self.location, entry["name"]), entry["sha256"])
                 with suppress(FileNotFoundError):
                     seen[path] = path.stat()
         if not seen:
@@ -185,7 +194,7 @@ class Dataset:
         except UserError:
             damaged = True
         for path, status in seen.items() if damaged else ():
-            self.cache.discard(path, status)
+            cache.discard(path, status)
 
     def _open(self, split: str) -> Split:
         described = f"{self.location}: {DESCRIPTION}"
@@ -219,10 +228,10 @@ def open_dataset(location: str | Path, cache: Cache | None = None) -> Dataset:
     """The dataset in a folder, or at a URL, whose files come to lie in `cache`."""
     location = str(location)
     if not is_remote(location):
-        return Dataset(location, read_description(Path(location)), Path(location), None)
+        return Dataset(location, read_description(Path(location)), Path(location))
     if cache is None:
         raise UserError(f"{location}: a folder on this machine is expected here, not a URL")
-    return Dataset(location, parse_description(cache.read(url_of(location, DESCRIPTION)), location), None, cache)
+    return Dataset(location, parse_description(cache.read(url_of(location, DESCRIPTION)), location), cache)
 
 
 def open_split(path: str | Path, split: str) -> Split:

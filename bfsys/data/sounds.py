@@ -193,14 +193,16 @@ def _announced_in_chunk(data: bytes, layout: Layout) -> Announced | None:
 
 def _announced_by_nist(data: bytes) -> Announced | None:
     """NIST SPHERE, in which TIMIT comes as .wav: a header in plain text."""
-    counts = [
-        re.search(rb"^%s -i (\d{1,12})\s" % name, data[:4096], re.MULTILINE)
-        for name in (b"sample_count", b"channel_count", b"sample_n_bytes")
-    ]
     start = re.match(rb"NIST_1A\s+(\d{1,6})\s", data)
-    if not start or not all(counts):
+    if not start:
         return None
-    return Announced(int(start[1]), math.prod(int(count[1]) for count in counts))
+    size = 1
+    for name in (b"sample_count", b"channel_count", b"sample_n_bytes"):
+        count = re.search(rb"^%s -i (\d{1,12})\s" % name, data[:4096], re.MULTILINE)
+        if not count:
+            return None
+        size *= int(count[1])
+    return Announced(int(start[1]), size)
 
 
 def _last_page_of_ogg(data: bytes) -> Announced:

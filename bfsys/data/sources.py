@@ -79,8 +79,8 @@ def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool)
     """SRC/<split>/[subdir/]<class>/… or SRC/[subdir/]<class>/…; with `split_folders` only the former."""
     listing, top = Listing(), Listing()
     visible = _folders(src, src, "beside the split folders", top)
-    splits = [name for name in visible if split_of_name(name)]
-    others = [name for name in visible if not split_of_name(name)]
+    splits = {name: of_folder for name in visible if (of_folder := split_of_name(name))}
+    others = [name for name in visible if name not in splits]
     if not splits and split_folders:
         listing.problems.append(f"{src}: has no split folders; --from imagefolder needs train, val, … in it")
     elif not splits:
@@ -92,17 +92,17 @@ def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool)
         listing.problems.append(
             f"{src}: holds split folders ({', '.join(splits)}) and others ({', '.join(others[:5])}"
             f"{', …' if len(others) > 5 else ''}). If the others are not meant, say --from imagefolder; "
-            f"if {splits[0]} is a class, use --from filelist"
+            f"if {next(iter(splits))} is a class, use --from filelist"
         )
-    elif len({split_of_name(name) for name in splits}) < len(splits):
+    elif len(set(splits.values())) < len(splits):
         listing.problems.append(
             f"{src}: {' and '.join(splits)}: two folders for one split; keep one, or use --from filelist if they are "
             "classes"
         )
     else:
         listing.left_out += [*top.left_out, *(LeftOut(name, "beside the split folders") for name in others)]
-        for name in splits:
-            _list_classes(listing, src, src / name / subdir, split_of_name(name))
+        for name, of_folder in splits.items():
+            _list_classes(listing, src, src / name / subdir, of_folder)
     listing.classes = sorted(set(listing.classes))
     return listing
 
@@ -149,6 +149,7 @@ def list_filelist(src: Path, split: str | None) -> Listing:
             listing.left_out.append(LeftOut(parts[0], "of the operating system"))
             continue
         to_split = split_of_name(parts[2]) if len(parts) == 3 else split or UNDIVIDED
+        assert to_split is not None, "_wrong_line has looked at it"
         file = _listed_file(src, parts[0], parts[1], to_split)
         first = first_line.setdefault((file.path, to_split), number)
         if first < number:
@@ -179,7 +180,7 @@ def _lines_of(path: Path) -> list[str]:
     return [line.removeprefix(BYTE_ORDER_MARK).rstrip("\r") for line in lines]
 
 
-def _note_spelling(listing: Listing, spelled: str, place: str, split: str | None = None) -> None:
+def _note_spelling(listing: Listing, spelled: str, place: str, split: str) -> None:
     spelling = listing.spellings[spelled]
     if split not in spelling.splits:
         spelling.places.append(place)
@@ -353,7 +354,7 @@ def _why_bad(file: SourceFile, status: os.stat_result, max_file_bytes: int | Non
 def _with_unique_keys(files: list[SourceFile], problems: list[str]) -> list[SourceFile]:
     """Files that differ in the extension alone get it appended to the key; other likeness is a problem."""
     count = Counter((file.split, file.key) for file in files)
-    unique = {}
+    unique: dict[tuple[str, str], SourceFile] = {}
     for file in files:
         if count[file.split, file.key] > 1:
             file = file._replace(key=f"{file.key}-{_printable(file.extension).replace('.', '_')}")

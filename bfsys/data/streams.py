@@ -16,9 +16,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
-from typing import TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 from urllib.parse import quote, unquote, urlsplit
 
 import psutil
@@ -147,7 +147,9 @@ def _end_tree(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def stream(url: str, stall_s: float, stop: threading.Event, size_bytes: int | None = None) -> Iterator[bytes]:
+def stream(
+    url: str, stall_s: float, stop: threading.Event, size_bytes: int | None = None
+) -> Generator[bytes, None, None]:
     """What a URL holds, as it comes. Leaves no process behind.
 
     Raises TryFailed where it stalls or ends badly or a server's page comes instead, and UserError where another try
@@ -156,8 +158,8 @@ def stream(url: str, stall_s: float, stop: threading.Event, size_bytes: int | No
     received = 0
     with tempfile.NamedTemporaryFile(prefix="bfsys-") as errors:
         source = _open(url, stall_s, errors.name)
-        process = getattr(source, "proc", None)  # of a Pipe
-        file = source if process is None else source.stream
+        process: subprocess.Popen | None = getattr(source, "proc", None)  # of a Pipe
+        file: BinaryIO = source if process is None else getattr(source, "stream", source)
         try:
             while data := _next_bytes(file.fileno(), stall_s, stop, received):
                 if received == 0 and ERROR_PAGE.match(data):
@@ -206,7 +208,7 @@ def _next_bytes(descriptor: int, stall_s: float, stop: threading.Event, received
         raise TryFailed(f"reading failed after {received:,} bytes: {error.strerror}") from error
 
 
-def _last_line(file: BinaryIO) -> str:
+def _last_line(file: IO[bytes]) -> str:
     file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
     lines = file.read().decode("utf-8", "replace").split("\n")
     return hide(next((line.strip() for line in reversed(lines) if line.strip()), ""))[:300]

@@ -38,6 +38,8 @@ BLOCK_BYTES = 512  # tar's unit: headers are one block, payloads are filled up t
 RECORD_BYTES = 20 * BLOCK_BYTES  # tar files are filled up to whole records, after two empty blocks
 CLASS_NUMBER = re.compile(rb"\s*(?:0|[1-9][0-9]{0,8})\s*")
 NOT_PAYLOAD = ("cls", "json")
+# How tarfile itself reads names and numbers.
+_nts, _nti = tarfile.nts, tarfile.nti  # type: ignore[attr-defined]  # not in typeshed
 # Members that are no files: folders, also in GNU tar's form for backups, and the label of an archive.
 NOT_FILES = (tarfile.DIRTYPE, b"D", b"V")
 MULTIVOLUME = b"M"
@@ -175,12 +177,12 @@ def how_to_decompress(path: Path) -> str:
         head = file.read(max(map(len, COMPRESSED)))
     for magic, (kind, command, suffixes) in COMPRESSED.items():
         if head.startswith(magic):
-            name, rename = path, ""
+            name, rename = str(path), ""
             if not path.name.lower().endswith(suffixes):
                 name = f"{path}{suffixes[0]}"
                 rename = f"mv {shlex.quote(str(path))} {shlex.quote(name)} && "
             then = " and pack the files with tools/pack.py" if kind == "zip" else ""
-            return f"is compressed ({kind}), shards must not be: {rename}{command} {shlex.quote(str(name))}{then}"
+            return f"is compressed ({kind}), shards must not be: {rename}{command} {shlex.quote(name)}{then}"
     return ""
 
 
@@ -259,7 +261,7 @@ def _normal_name(info: tarfile.TarInfo, header: bytes) -> str:
     """A member's name as tar extracts it: without leading slashes, empty parts and dots."""
     name = info.name
     if header.startswith(GNU_MAGIC, 257):  # times lie here; tarfile takes them for the beginning of the name
-        name = name.removeprefix(tarfile.nts(header[345:500], "utf-8", "surrogateescape") + "/")
+        name = name.removeprefix(_nts(header[345:500], "utf-8", "surrogateescape") + "/")
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
@@ -284,7 +286,7 @@ def _why_unreadable(info: tarfile.TarInfo, header: bytes, bytes_left: int) -> st
         return "has '..' in its name, which tar does not extract; pack the tar again, from inside the folder"
     if CONTROL_CHARACTER.search(info.name):
         return "has a line break or another control character in its name; rename the file and pack it again"
-    size_bytes = tarfile.nti(header[124:136])
+    size_bytes = _nti(header[124:136])
     if size_bytes != info.size:
         return f"has {size_bytes:,} bytes by its header and {info.size:,} by its pax header; pack the tar again"
     if not 0 <= size_bytes <= bytes_left:

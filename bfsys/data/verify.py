@@ -107,6 +107,7 @@ def _differences(split: Split, number: int, found: TarIndex) -> list[str]:
                 f"{path}: sample {i}: key, shard, class, offset, length are {in_tar} in the tar "
                 f"and {in_index} in the index"
             )
-        if in_index[2] >= len(split.classes):
-            problems.append(f"{path}: sample {key!r}: class {in_index[2]} of {len(split.classes)} classes")
+        label = int(indexed["label"])
+        if label >= len(split.classes):
+            problems.append(f"{path}: sample {key!r}: class {label} of {len(split.classes)} classes")
     return problems

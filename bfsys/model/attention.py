@@ -44,18 +44,24 @@ class SegmentAttention(torch.autograd.Function):
         ctx.segments, ctx.heads = segments, heads
         ctx.save_for_backward(qkv)
         s = segments
-        return kernels_for(qkv.device, qkv.dtype).attention_forward(qkv, s.start, s.length, s.width, heads, s.outside)
+        return _kernels_of(qkv).attention_forward(qkv, s.start, s.length, s.width, heads, s.outside)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (qkv,), s = ctx.saved_tensors, ctx.segments
-        backward = kernels_for(qkv.device, qkv.dtype).attention_backward
+        backward = _kernels_of(qkv).attention_backward
         return backward(qkv, grad, s.start, s.length, s.width, ctx.heads, s.outside), None, None
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """Our kernels for a GPU; None for other devices and float64."""
     return _kernels(device) if device.type == "cuda" and dtype != torch.float64 else None
+
+
+def _kernels_of(qkv: Tensor) -> ModuleType:
+    kernels = kernels_for(qkv.device, qkv.dtype)
+    assert kernels is not None, "SegmentAttention is for what has a kernel"
+    return kernels
 
 
 @cache

@@ -63,8 +63,8 @@ class Block(nn.Module):
 
     def compile_parts(self) -> None:
         """What lies around attention, for any number of tokens; blocks of equal shapes share what is compiled."""
-        self.before_attention = torch.compile(self.before_attention, dynamic=True)
-        self.after_attention = torch.compile(self.after_attention, dynamic=True)
+        for name in ("before_attention", "after_attention"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
 
 
 def norm_keeping_dtype(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -112,9 +112,10 @@ class ByteFormer(nn.Module):
         self.architecture, self.mode = architecture, mode
         dim = architecture.dim
         self.stem = Stem(architecture)
-        self.blocks = nn.ModuleList(Block(dim, architecture.heads, mode) for _ in range(architecture.layers))
+        blocks = [Block(dim, architecture.heads, mode) for _ in range(architecture.layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.merges = nn.ModuleDict({str(layer): Merge(dim) for layer in architecture.merge_after})
-        for block in self.blocks:
+        for block in blocks:
             block.activation_checkpointing = activation_checkpointing
             if compiled:
                 block.compile_parts()

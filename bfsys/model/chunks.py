@@ -18,7 +18,7 @@ Shapes: N tokens of the batch, C of a chunk, D dim.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from torch.autograd.function import once_differentiable
 from bfsys.model.attention import attention, attention_backward
 from bfsys.model.layout import Segments, Windows
 from bfsys.model.precision import product_dtype
+
+if TYPE_CHECKING:
+    from bfsys.model.byteformer import Block, Merge
 
 # 16 windows of 128. From 512 to whole batches all sizes take the same time within 15 % (2 CPU cores, 2026-11-21);
 # smaller ones hold less, larger ones are fewer operations to start.
@@ -40,7 +43,8 @@ class _Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.wide = torch.promote_types(dtype, torch.float32)
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        self.weight_grad = self.bias_grad = None
+        self.weight_grad: Tensor | None = None
+        self.bias_grad: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:  # [C, in] -> [C, out]
         return F.linear(x, self.weight, self.bias)
@@ -56,7 +60,7 @@ class _Linear:
 
     @property
     def grads(self) -> tuple[Tensor, ...]:
-        return (self.weight_grad,) if self.bias is None else (self.weight_grad, self.bias_grad)
+        return _summed(self.weight_grad) if self.bias is None else _summed(self.weight_grad, self.bias_grad)
 
 
 class _Norm:
@@ -65,7 +69,8 @@ class _Norm:
     def __init__(self, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> None:
         self.dtype, self.wide, self.eps = dtype, torch.promote_types(dtype, torch.float32), eps
         self.weight, self.bias = weight.to(self.wide), bias.to(self.wide)
-        self.weight_grad = self.bias_grad = None
+        self.weight_grad: Tensor | None = None
+        self.bias_grad: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:  # [C, D] -> [C, D] in the precision of products
         return self.with_moments(x)[0]
@@ -86,11 +91,18 @@ class _Norm:
 
     @property
     def grads(self) -> tuple[Tensor, ...]:
-        return self.weight_grad, self.bias_grad
+        return _summed(self.weight_grad, self.bias_grad)
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
+
+
+def _summed(*totals: Tensor | None) -> tuple[Tensor, ...]:
+    """Sums that are complete."""
+    sums = tuple(total for total in totals if total is not None)
+    assert len(sums) == len(totals), "no chunk has had its backward"
+    return sums
 
 
 class _Kept(NamedTuple):
@@ -140,7 +152,7 @@ class _Block:
 
     @property
     def grads(self) -> tuple[Tensor, ...]:
-        layers = (self.norm1, self.qkv, self.proj, self.norm2, self.fc1, self.fc2)
+        layers: tuple[_Norm | _Linear, ...] = (self.norm1, self.qkv, self.proj, self.norm2, self.fc1, self.fc2)
         return tuple(grad for layer in layers for grad in layer.grads)
 
 
@@ -222,16 +234,18 @@ def _pairs(x: Tensor, rounding: Tensor, dtype: torch.dtype) -> Iterator[tuple[in
         yield first // 2, rows.view(len(rows) // 2, -1)
 
 
-def block_in_chunks(block: nn.Module, x: Tensor, segments: Segments, keep_little: bool) -> Tensor:
+def block_in_chunks(block: Block, x: Tensor, segments: Segments, keep_little: bool) -> Tensor:
     """What `Block.compute` computes, [N, D] -> [N, D]; rows outside the segments hold anything."""
-    layers = (block.norm1, block.qkv, block.proj, block.norm2, block.fc1, block.fc2)
+    layers: tuple[nn.LayerNorm | nn.Linear, ...] = (
+        block.norm1, block.qkv, block.proj, block.norm2, block.fc1, block.fc2,
+    )  # fmt: skip
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     chunks = segments.in_chunks(CHUNK_TOKENS)
     keep_little = keep_little or not torch.is_grad_enabled()  # which a Function cannot ask inside
     return _BlockInChunks.apply(x, chunks, block.heads, block.norm1.eps, keep_little, *parameters)
 
 
-def merge_in_chunks(merge: nn.Module, x: Tensor, rounding: Tensor) -> Tensor:
+def merge_in_chunks(merge: Merge, x: Tensor, rounding: Tensor) -> Tensor:
     """What `Merge.compute` computes, [N, D] -> [N / 2, D]."""
     parameters = (merge.reduction.weight, merge.norm.weight, merge.norm.bias)
     return _MergeInChunks.apply(x, rounding, merge.norm.eps, *parameters)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfsys.model.byteformer import ByteFormer
+from bfsys.model.byteformer import Block, ByteFormer, Merge
 from bfsys.model.layout import MASKED
 from bfsys.model.sizes import PAD_BYTE
 
@@ -28,6 +28,9 @@ class DenseByteFormer(nn.Module):
 
     n may be from 1 (masked) or K (as_released); it is not checked.
     """
+
+    table: Tensor
+    positions: Tensor
 
     def __init__(self, model: ByteFormer) -> None:
         super().__init__()
@@ -43,9 +46,11 @@ class DenseByteFormer(nn.Module):
         tokens = (n + a.stride - 1) // a.stride if self.masked else (n - a.kernel) // a.stride + 1  # T
         x = self._stem(data, tokens)  # [N, D]
         for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             x = self._block(_blanked(x, tokens), tokens, block, a.shifts[layer] % a.window)
             if str(layer) in self.merges:
                 merge = self.merges[str(layer)]
+                assert isinstance(merge, Merge)
                 first = 2 * torch.arange((tokens + 1) // 2 + 1, device=x.device)  # [N of the next level]
                 x = _blanked(x, tokens)
                 pairs = torch.cat([x[first.clamp(max=tokens)], x[(first + 1).clamp(max=tokens)]], dim=1)
@@ -71,7 +76,7 @@ class DenseByteFormer(nn.Module):
         repeated = (rows + 1) // 2
         return self.positions[torch.where(token < rows, token, rows - repeated + (token - rows) % repeated)]
 
-    def _block(self, x: Tensor, tokens: int, block: nn.Module, shift: int) -> Tensor:
+    def _block(self, x: Tensor, tokens: int, block: Block, shift: int) -> Tensor:
         """One pre-norm block on the buffer of a level, whose last row is zero: [N, D] -> [N, D]."""
         width, dim = self.architecture.window, self.architecture.dim
         lead = width - shift if self.masked and shift else 0  # empty slots before the file

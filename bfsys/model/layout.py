@@ -13,8 +13,10 @@ Level 0 is the stem's output; each merging halves a level's tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from bfsys.model.sizes import Architecture
 MASKED = "masked"
 AS_RELEASED = "as_released"
 MODES = (MASKED, AS_RELEASED)
+Record = TypeVar("Record", bound="Files | Segments | Windows")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +84,7 @@ class Segments:
     def windows(self) -> Windows:
         """All of them as windows of one width, on the device of the segments."""
         (windows,) = self.in_chunks(self.tokens)
-        return replace(windows, **{n: t.to(self.start.device) for n, t in _tensors(windows)})
+        return _with_tensors(windows, (t.to(self.start.device) for t in _tensors(windows).values()))
 
     def in_chunks(self, chunk_tokens: int) -> tuple[Windows, ...]:
         """All of them as windows, in runs of at least `chunk_tokens` tokens; made once."""
@@ -91,7 +94,7 @@ class Segments:
 
     _chunks: dict[int, tuple[Windows, ...]] = field(default_factory=dict, init=False, repr=False)
 
-    def _make_chunks(self, chunk_tokens: int):
+    def _make_chunks(self, chunk_tokens: int) -> Iterator[Windows]:
         start, length, outside = self.on_cpu
         # A chunk ends where a segment begins, the first one `chunk_tokens` or more after the chunk's own beginning.
         first = i = 0
@@ -147,21 +150,26 @@ class Layout:
         """On a GPU, all index tensors come in one copy, which the host does not wait for."""
         if self.tokens.device.type == device.type:
             return self
-        records = [self.files, *dict.fromkeys(self.layers)]
-        tensors = [t for record in records for _, t in _tensors(record)]
+        layers = list(dict.fromkeys(self.layers))
+        tensors = [t for record in (self.files, *layers) for t in _tensors(record).values()]
         everything = [*tensors, self.tokens, *self.rounding]
         together = torch.cat(everything)
         together = together.pin_memory() if device.type == "cuda" else together
         parts = iter(together.to(device, non_blocking=True).split([len(t) for t in everything]))
-        moved = [replace(record, **{name: next(parts) for name, _ in _tensors(record)}) for record in records]
-        layer_of = dict(zip(records[1:], moved[1:], strict=True))
-        layers = tuple(layer_of[layer] for layer in self.layers)
-        return Layout(moved[0], layers, tokens=next(parts), rounding=tuple(parts))
+        files = _with_tensors(self.files, parts)
+        moved = {layer: _with_tensors(layer, parts) for layer in layers}
+        return Layout(files, tuple(moved[layer] for layer in self.layers), tokens=next(parts), rounding=tuple(parts))
 
 
-def _tensors(record: Files | Segments | Windows) -> list[tuple[str, Tensor]]:
+def _tensors(record: Files | Segments | Windows) -> dict[str, Tensor]:
     """Its fields that are tensors."""
-    return [(f.name, value) for f in fields(record) if isinstance(value := getattr(record, f.name), Tensor)]
+    return {f.name: value for f in fields(record) if isinstance(value := getattr(record, f.name), Tensor)}
+
+
+def _with_tensors(record: Record, tensors: Iterator[Tensor]) -> Record:
+    """The record with the next tensors in the place of its own, in their order."""
+    changes: dict[str, Any] = {name: next(tensors) for name in _tensors(record)}
+    return replace(record, **changes)
 
 
 def token_counts(lengths: np.ndarray, architecture: Architecture, mode: str) -> np.ndarray:
@@ -180,17 +188,17 @@ def make_layout(lengths: Tensor, architecture: Architecture, mode: str = MASKED)
 
     Raises UserError for a file that has no byte, or (as released) is shorter than the kernel.
     """
-    lengths = lengths.numpy()
-    assert len(lengths), "an empty batch has no logits"
+    sizes = lengths.numpy()
+    assert len(sizes), "an empty batch has no logits"
     shortest = 1 if mode == MASKED else architecture.kernel
-    for i in np.flatnonzero(lengths < shortest):
-        raise UserError(f"file {i} of the batch has {lengths[i]} bytes; this model needs at least {shortest}")
-    tokens = token_counts(lengths, architecture, mode)
+    for i in np.flatnonzero(sizes < shortest):
+        raise UserError(f"file {i} of the batch has {sizes[i]} bytes; this model needs at least {shortest}")
+    tokens = token_counts(sizes, architecture, mode)
     aligned = -(-tokens // architecture.alignment) * architecture.alignment
     first_token = _starts(aligned)
     files = Files(
-        first_byte=torch.from_numpy(_starts(lengths)),
-        end_byte=torch.from_numpy(np.cumsum(lengths)),
+        first_byte=torch.from_numpy(_starts(sizes)),
+        end_byte=torch.from_numpy(np.cumsum(sizes)),
         first_token=torch.from_numpy(first_token),
         tokens=torch.from_numpy(tokens),
         rounded=torch.from_numpy(aligned),

@@ -112,8 +112,8 @@ def architecture(
     code cannot build `huge` (its lists are 12 long); here it merges after the same six layers.
     """
     if size == "custom":
-        missing = [name for name, value in (("dim", dim), ("layers", layers)) if value is None]
-        if missing:
+        if dim is None or layers is None:
+            missing = [name for name, value in (("dim", dim), ("layers", layers)) if value is None]
             raise UserError(f"model.size: custom needs model.{' and model.'.join(missing)} too")
         heads = heads or max(1, dim // HEAD_DIM)
     elif size not in SIZES:
