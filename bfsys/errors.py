@@ -76,6 +76,9 @@ def run_command(main: Callable[[], int | None], *, output_is_optional: bool = Fa
             if error.filename is None or isinstance(error, console.OutputError):
                 raise
             raise UserError(f"{error.filename}: {error.strerror}") from None
+        except MemoryError as error:
+            what = f": {error}" if str(error) else ""
+            raise UserError(f"there is not enough memory{what}", exit_code=EXIT_CRASHED) from None
 
     sys.exit(exit_code_of(act))
 
@@ -106,9 +109,6 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
         for problem in error.problems:
             print(f"error: {one_line(problem)}", file=sys.stderr)
         return error.exit_code
-    except MemoryError as error:
-        print(f"error: there is not enough memory{f': {error}' if str(error) else ''}", file=sys.stderr)
-        return EXIT_CRASHED
     except KeyboardInterrupt:
         print("stopped on request", file=sys.stderr)
         return EXIT_STOPPED

@@ -7,17 +7,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import UnionType
 
-NUMBER = (int, float)
+NUMBER = int | float
+Fields = Mapping[str, type | UnionType]
 
 
-def read_json_lines(path: Path, fields: Mapping[str, type | tuple[type, ...]]) -> Iterator[dict]:
+def read_json_lines(path: Path, fields: Fields) -> Iterator[dict]:
     """The objects in a file, one a line, that have these fields of these types; none if there is no such file."""
     content = path.read_bytes() if path.exists() else b""
     return parse_json_lines(content.split(b"\n"), fields)
 
 
-def parse_json_lines(lines: list[bytes], fields: Mapping[str, type | tuple[type, ...]]) -> Iterator[dict]:
+def parse_json_lines(lines: list[bytes], fields: Fields) -> Iterator[dict]:
     for text in lines:
         try:
             line = json.loads(text)

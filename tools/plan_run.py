@@ -36,7 +36,7 @@ from bfsys.data.plan import lanes_of_rank
 from bfsys.data.run_data import RunData, open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, run_command, summary_of
-from bfsys.json_lines import NUMBER, read_json_lines
+from bfsys.json_lines import NUMBER, Fields, read_json_lines
 from bfsys.model.byteformer import parameter_count
 from bfsys.model.flops import flops_per_step
 from bfsys.model.layout import token_counts
@@ -141,7 +141,7 @@ def _activation_bytes(config: Config, tokens: int) -> int:
 def measured_rate(run: Path) -> tuple[float, float]:
     """(FLOP/s of a rank of a run, the median of its latest measurements; its goodput)."""
     try:
-        fields = {"kind": str, "model_tflop_per_s": NUMBER, "goodput": NUMBER}
+        fields: Fields = {"kind": str, "model_tflop_per_s": NUMBER, "goodput": NUMBER}
         lines = [line for line in read_json_lines(run / "metrics.jsonl", fields) if line["kind"] == "train"][-50:]
     except OSError as error:
         raise UserError(f"{run}: no measurements of a run: {error}") from None

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bfsys.errors import EXIT_CRASHED, PASSING, UserError
-from bfsys.json_lines import NUMBER, parse_json_lines
+from bfsys.json_lines import NUMBER, Fields, parse_json_lines
 
 T = TypeVar("T")
 
@@ -171,7 +171,7 @@ def evaluations(run_dir: Path) -> dict[int, dict]:
     except OSError:
         return {}
     lines = [line for line in lines if b'"kind": "eval"' in line]
-    fields = {"step": int, "top1": NUMBER, "loss": NUMBER}
+    fields: Fields = {"step": int, "top1": NUMBER, "loss": NUMBER}
     return {scores["step"]: scores for scores in parse_json_lines(lines, fields)}
 
 
