@@ -126,7 +126,9 @@ def processes_of(job: str, rank: int) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             env, words = process.environ(), process.cmdline()
-            is_task = "submitit.core._submit" in words and "bfsys.requeue" not in words  # which holds the command, too
+            # The job's script and srun hold the command, too, and the environment of a rank 0.
+            is_task = "submitit.core._submit" in words and Path(words[0]).name.startswith("python")
+            is_task = is_task and "bfsys.requeue" not in words
             if is_task and env.get("SLURM_JOB_ID") == job and env.get("SLURM_PROCID") == str(rank):
                 found.append(process)
     return found
