@@ -227,8 +227,8 @@ class Optim:
     label_smoothing: Share = 0.1
     """Training only."""
     ema_decay: Share = 0.9999
-    """Of the averaged copy of the weights, which evaluation (in training, too), bfsys.evaluate and bfsys.predict use;
-    0: none is kept."""
+    """Decay of the averaged copy of the weights, which evaluation (in training, too), bfsys.evaluate and bfsys.predict
+    use; 0: none is kept."""
 
 
 @dataclass(frozen=True)

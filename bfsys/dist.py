@@ -28,7 +28,7 @@ T = TypeVar("T")
 # Ranks that do not meet within this time are named, while the others go on waiting.
 SAY_AFTER_S = 15.0
 MEET_POLL_S = 0.05
-# Of NCCL, kept for the watchdog: what each rank called last, and how far it came.
+# Events that NCCL keeps for the watchdog: what each rank called last, and how far it came.
 FLIGHT_RECORDER_EVENTS = "2000"
 # How gloo and NCCL say that a peer has ended. Other errors of theirs are about the network, or are timeouts.
 LOST_CONNECTION = (

@@ -147,7 +147,7 @@ class StepOutcome(NamedTuple):
     """Its micro-batches; none of a step that is skipped."""
     learning_rate: float
     grad_norm: float
-    """Of the global gradient, before clipping."""
+    """The norm of the global gradient, before clipping."""
     has_updated: bool
     """The weights have changed, on all ranks."""
 

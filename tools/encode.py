@@ -72,7 +72,7 @@ class Notes:
         return str(target.relative_to(self._out))
 
     def hash_of(self, source: Path) -> str:
-        """Of the source as it is now and of what is asked for. It tells neither to those who receive OUT."""
+        """Hash of the source as it is now and of what is asked for. It tells neither to those who receive OUT."""
         status = source.stat()
         identity = [*self._how, str(source.resolve()), status.st_size, status.st_mtime_ns]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]

@@ -133,7 +133,7 @@ def _open_sources(
 
 
 def _spellings(datasets: Sequence[Dataset]) -> dict[str, Spelling]:
-    """Of the classes of all data sets."""
+    """How and where each class of all data sets is spelled."""
     spellings: defaultdict[str, Spelling] = defaultdict(Spelling)
     for dataset in datasets:
         for name in dataset.classes:

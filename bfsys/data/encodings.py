@@ -32,7 +32,7 @@ AS_STORED = "as_stored"
 RESIZE_OVER_CROP = 256 / 224
 BICUBIC_REACH = 3  # pixels on each side, when a picture is enlarged
 
-# Of torchaudio's resampling: the old rate times the new one, both divided by what they have in common. 64 MB.
+# Largest kernel of torchaudio's resampling (64 MB): the old rate times the new one, both divided by what they share.
 MOST_KERNEL = 2**24
 # As torchaudio's: zero crossings of the sinc on each side, and the share of the band that is kept
 ZERO_CROSSINGS, ROLLOFF = 6, 0.99

@@ -60,7 +60,7 @@ class _Slices:
         self._shard_order: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, shards, their ends
 
     def lane_draws(self, draws: int, lane: Lanes) -> Lanes:
-        """Of the source's first `draws` draws, how many are the lane's; of several lanes, for each."""
+        """How many of the source's first `draws` draws are the lane's; for several lanes, each lane's number."""
         return (draws - lane + self.lanes - 1) // self.lanes
 
     def epoch_start(self, epoch: int, lane: int) -> int:

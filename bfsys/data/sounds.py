@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Of a channel: 268 MB. Longer sounds are refused, unless only their beginning is wanted.
+# Samples of a channel (268 MB). Longer sounds are refused, unless only their beginning is wanted.
 MOST_SAMPLES = 2**26
 # Up to here all of a sound is decoded, even if only its beginning is wanted: resampling a part gives other last bits.
 WHOLE_SAMPLES = 2**24
-# Of the beginning of a longer sound so much more is decoded, so that resampling finds what it needs at the edge.
+# Seconds of a longer sound that are decoded beyond the wanted ones, so that resampling has what it needs at the edge.
 EDGE_S = 2.0
 # Decoded at a time, of all channels.
 BLOCK_SAMPLES = 2**20

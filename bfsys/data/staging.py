@@ -119,7 +119,7 @@ def _files_of(folder: Path) -> list[str]:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Of processes that were killed while they wrote into the staging folder `folder`."""
+    """Remove the temporary files of processes that were killed while they wrote into the staging folder `folder`."""
     for path in folder.glob(".*.tmp"):
         path.unlink()
 

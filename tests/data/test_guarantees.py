@@ -173,7 +173,7 @@ def test_balance_lanes_of_a_step_cost_alike(lanes: int, per_lane: int, seed: int
     """Over three epochs, in bytes and in tokens, for lanes with 1,500 files or more of each source, and a whole number
     of samples of each source in a micro-batch."""
     for unit, ratios in costs_of_lanes(lanes, per_lane, seed).items():
-        # Of 8 samples a lane, some seeds have steps that cost more: 1.059 was seen for 32 lanes and seed 36.
+        # With 8 samples a lane, a few seeds cost more: 1.059 was seen with 32 lanes and seed 36.
         assert np.mean(ratios) <= (1.05 if per_lane > 8 else 1.08), unit
         assert np.median(ratios) <= 1.05, unit
 
