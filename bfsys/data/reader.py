@@ -29,7 +29,7 @@ from bfsys.data.shards import Split
 from bfsys.errors import UserError
 from bfsys.process import open_files_limit
 
-# Shards that a reader keeps open at a time, but at most a quarter of the files that the process may have open: it may
+# Shards that a reader keeps open at a time, but at most a third of the files that the process may have open: it may
 # have a reader for evaluation too. Each lane reads from the shards of its block in turn, and opening a shard again is a
 # request to the server of a network file system.
 OPEN_SHARDS = 4096
@@ -348,7 +348,7 @@ class ShardReader:
         for one in list(self._files) if self.splits[source].dataset.cache else ():
             if os.fstat(self._files[one]).st_nlink == 0:  # evicted: open, it would take up the disk all the same
                 self._forget(*one)
-        if len(self._files) >= max(1, min(OPEN_SHARDS, open_files_limit() // 4)):
+        if len(self._files) >= max(1, min(OPEN_SHARDS, open_files_limit() // 3)):
             os.close(self._files.pop(next(iter(self._files))))
         try:
             descriptor = self._files[source, shard] = self.splits[source].open_shard(shard)

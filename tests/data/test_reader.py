@@ -40,7 +40,7 @@ def test_few_files_stay_open(limit: str, reader: ShardReader, monkeypatch: pytes
     if limit == "of the reader":
         monkeypatch.setattr(reader_module, "OPEN_SHARDS", 2)
     else:
-        monkeypatch.setattr(reader_module, "open_files_limit", lambda: 11)  # a quarter of them
+        monkeypatch.setattr(reader_module, "open_files_limit", lambda: 8)  # a third of them
     split = reader.splits[0]
     assert len(split.shards) > 2
     one_by_one = [reader.read(micro_batch([i])).data.tolist() for i in range(len(split))]
