@@ -158,7 +158,7 @@ def _progress(run_dir: Path) -> str:
     saved = f"newest checkpoint {newest_step(run_dir):,}"
     if not last:
         return f"training has not begun; {saved}"
-    age = time.time() - (run_dir / METRICS).stat().st_mtime
+    age = max(0.0, time.time() - (run_dir / METRICS).stat().st_mtime)
     return f"{last['step']:,} of {steps}, {age:,.0f} s ago; {saved}"
 
 

@@ -196,19 +196,19 @@ def bench_attacks(args: argparse.Namespace) -> dict:
         run = Path(name) / "runs" / "attacked"
         command = [sys.executable, str(ROOT / "launchers" / "local.py"), "--ranks", "2", str(config)]
         env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        began = time.time()
+        began = time.monotonic()
         with open(Path(name) / "launcher.log", "wb") as log:
             launcher = subprocess.Popen(command, cwd=name, stdout=log, stderr=log, env=env, start_new_session=True)
         try:
             end, attack = began + 60 * args.minutes, began + args.every_s / 2  # a fault in the middle of each interval
-            while time.time() < end and launcher.poll() is None:
+            while time.monotonic() < end and launcher.poll() is None:
                 time.sleep(0.2)
-                if time.time() >= attack:
+                if time.monotonic() >= attack:
                     attack += args.every_s
                     if ranks := ranks_of(launcher.pid):
                         rng.choice(ranks).send_signal(signal.SIGKILL)
                         killed += 1
-            wall_s = time.time() - began
+            wall_s = time.monotonic() - began
             seconds = read_seconds(run)
             os.killpg(launcher.pid, signal.SIGKILL)  # with its ranks, which die with it
             restarts = (Path(name) / "launcher.log").read_text().count("starting again")
