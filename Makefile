@@ -19,7 +19,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 quickstart: install
 	@echo "== 1/5 Making the data: digits seen and heard"
-	@$(BIN)/python tools/make_digits.py data/digits
+	@$(BIN)/python tools/quickstart/make_digits.py data/digits
 	@echo "== 2/5 Packing it into shards"
 	@$(BIN)/python tools/pack.py data/digits data/shards --name image --subdir image
 	@$(BIN)/python tools/pack.py data/digits data/shards --name speech --subdir speech

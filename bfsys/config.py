@@ -69,8 +69,8 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class Augment:
-    """What happens to a training file of a source, as published: see data/augment.py. Evaluation files go in as they
-    are."""
+    """What happens to a training file of a source, as published: see data/streaming/augment.py. Evaluation files go in
+    as they are."""
 
     __pydantic_config__ = _STRICT
 
@@ -137,7 +137,7 @@ class Data:
     byte_transforms: tuple[Transform, ...] = ()
     """What is done to the bytes of every file, in training, evaluation and prediction, in this order: reverse,
     random_shuffle, cyclic_half_length, stride:1024, window_shuffle:1024, keep:0.1, noise:-5:5, permute or
-    permute:KEYFILE, and damage: flip:0.01, truncate:0.5, skip:64; see data/byte_transforms.py."""
+    permute:KEYFILE, and damage: flip:0.01, truncate:0.5, skip:64; see data/streaming/byte_transforms.py."""
     max_bad_share: Share = 0.01
     """Files that cannot be read whole are replaced by others and listed in the run's quarantine.tsv, up to this share
     of a source; beyond it the run stops."""

@@ -9,12 +9,12 @@ import torch
 
 from bfsys import typed_yaml
 from bfsys.config import Config
-from bfsys.data.datasets import Sources
-from bfsys.data.plan import fitting_world_sizes, lanes_of_rank
-from bfsys.data.run_data import RunData, open_run_data
+from bfsys.data.streaming.datasets import Sources
+from bfsys.data.streaming.plan import fitting_world_sizes, lanes_of_rank
+from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, collecting
-from bfsys.initial import initial_weights
+from bfsys.init_from import initial_weights
 from bfsys.model.byteformer import ByteFormer, parameter_count
 from bfsys.model.layout import token_counts
 

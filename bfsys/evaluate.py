@@ -23,15 +23,15 @@ from bfsys import dist
 from bfsys.batch import ByteBatch
 from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config, Source
-from bfsys.data.byte_transforms import parse_transforms, with_key
-from bfsys.data.datasets import Sources, check_transforms, index_problems, open_evaluation
-from bfsys.data.loader import evaluation_rounds
-from bfsys.data.quarantine import Quarantine
-from bfsys.data.run_data import short_files
+from bfsys.confusion import Report
+from bfsys.data.streaming.byte_transforms import parse_transforms, with_key
+from bfsys.data.streaming.datasets import Sources, check_transforms, index_problems, open_evaluation
+from bfsys.data.streaming.loader import evaluation_rounds
+from bfsys.data.streaming.quarantine import Quarantine
+from bfsys.data.streaming.run_data import short_files
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.loss import COLUMNS, SAMPLES, loss_and_sums
 from bfsys.metrics import describe_scores, scores
-from bfsys.report import Report
 
 # What befalls files: bytes change, the end or the start is missing
 DAMAGE = ("flip:0.0001", "flip:0.001", "flip:0.01", "flip:0.1", "truncate:0.9", "truncate:0.5", "skip:16", "skip:256")

@@ -27,11 +27,11 @@ from bfsys.batch import ByteBatch
 from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, PASSING
-from bfsys.goodput import Ledger, goodput
 from bfsys.json_lines import read_json_lines
 from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
 from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
+from bfsys.supervision.goodput import Ledger, goodput
 
 # Columns of the counters that are summed over ranks and steps.
 BYTES, TOKENS, ROUNDED_TOKENS, FLOPS, REPLACED, WAIT_S, BUSY_S = range(7)

@@ -23,9 +23,9 @@ import torch
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.loading import load_model
-from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms, with_key
-from bfsys.data.datasets import check_transforms
-from bfsys.data.sources import regular_files
+from bfsys.data.packing.listing import regular_files
+from bfsys.data.streaming.byte_transforms import ByteTransform, apply, parse_transforms, with_key
+from bfsys.data.streaming.datasets import check_transforms
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.model.byteformer import ByteFormer
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.data.plan import lanes_of_rank
-from bfsys.data.run_data import RunData
+from bfsys.data.streaming.plan import lanes_of_rank
+from bfsys.data.streaming.run_data import RunData
 from bfsys.dist import Ranks
 from bfsys.engine import Engine
 from bfsys.errors import UserError

@@ -31,26 +31,27 @@ from bfsys.checkpoint.files import Keep
 from bfsys.checkpoint.loading import resume, set_weights
 from bfsys.checkpoint.saving import Saver
 from bfsys.config import Config, load_config
-from bfsys.data.datasets import Sources
-from bfsys.data.loader import training_batches
-from bfsys.data.quarantine import Quarantine
-from bfsys.data.run_data import RunData, open_run_data
+from bfsys.data.streaming.datasets import Sources
+from bfsys.data.streaming.loader import training_batches
+from bfsys.data.streaming.quarantine import Quarantine
+from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.dryrun import dry_run
 from bfsys.engine import Engine
 from bfsys.errors import EXIT_CRASHED, UserError, exit_code_of, summary_of
 from bfsys.evaluate import evaluate
-from bfsys.faults import StopRequests, note_end
-from bfsys.goodput import Ledger
-from bfsys.guard import FILE as ROLLBACKS
-from bfsys.guard import Drawn, Guard, go_back, ranges_of, read_rollbacks, samples_of
-from bfsys.initial import initial_weights
+from bfsys.init_from import initial_weights
 from bfsys.loss import loss_and_sums
 from bfsys.metrics import Metrics
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import ema_decay, learning_rate
 from bfsys.rehearsal import rehearse
-from bfsys.run import prepare_run_dir, run_facts
-from bfsys.watchdog import LEAST_S, Watchdog
+from bfsys.run_dir import prepare_run_dir, run_facts
+from bfsys.supervision.goodput import Ledger
+from bfsys.supervision.guard import FILE as ROLLBACKS
+from bfsys.supervision.guard import Drawn, Guard, go_back, ranges_of, read_rollbacks, samples_of
+from bfsys.supervision.run_end import note_end
+from bfsys.supervision.signals import StopRequests
+from bfsys.supervision.watchdog import LEAST_S, Watchdog
 
 ROLLED_BACK = -1  # instead of an exit code: go on from the checkpoint that is now the newest
 UNKNOWN_STEPS = 3  # of a start, in which programs may still be compiled

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from bfsys.config import load_config
-from bfsys.data.datasets import open_evaluation, open_training
+from bfsys.data.streaming.datasets import open_evaluation, open_training
 from bfsys.dryrun import dry_run
 from tests.conftest import REPOSITORY
 from tests.tools.packing_helpers import wav_bytes

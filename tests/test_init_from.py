@@ -19,7 +19,7 @@ from bfsys.config import Config, load_config
 from bfsys.dist import Ranks
 from bfsys.dryrun import dry_run
 from bfsys.errors import UserError
-from bfsys.initial import initial_weights
+from bfsys.init_from import initial_weights
 from bfsys.model.byteformer import ByteFormer
 from tests.conftest import _run_ranks, tiny_config
 from tests.test_train import newest, tensors

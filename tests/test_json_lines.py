@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from bfsys.checkpoint.files import evaluations
-from bfsys.goodput import read_seconds
 from bfsys.json_lines import NUMBER, read_json_lines
 from bfsys.metrics import _open_lines
+from bfsys.supervision.goodput import read_seconds
 
 DAMAGE = [
     b"",

@@ -14,7 +14,7 @@ import pytest
 
 from bfsys import predict
 from bfsys.batch import Sample
-from bfsys.data.byte_transforms import write_key
+from bfsys.data.streaming.byte_transforms import write_key
 from bfsys.errors import UserError
 from tests.conftest import REPOSITORY
 from tools import encode

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bfsys import run
+from bfsys import run_dir
 from bfsys.checkpoint import files
 from bfsys.errors import EXIT_DIVERGED, EXIT_STORAGE, UserError
 from tests.conftest import _run_ranks, tiny_config
@@ -145,9 +145,9 @@ def test_two_starts_of_a_run_do_not_train_together(
     job: str, wait: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", job)
-    monkeypatch.setattr(run, wait, 0.5)
-    hold = run.hold_directory(tmp_path)
+    monkeypatch.setattr(run_dir, wait, 0.5)
+    hold = run_dir.hold_directory(tmp_path)
     with pytest.raises(UserError, match="another process is training in it"):
-        run.hold_directory(tmp_path)
+        run_dir.hold_directory(tmp_path)
     hold.close()
-    run.hold_directory(tmp_path).close()
+    run_dir.hold_directory(tmp_path).close()

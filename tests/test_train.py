@@ -17,16 +17,16 @@ from torch import Tensor
 
 from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config, load_config
-from bfsys.data.datasets import make_plan, open_evaluation, open_training
-from bfsys.data.loader import training_batches
-from bfsys.data.quarantine import Quarantine
-from bfsys.data.run_data import open_run_data
+from bfsys.data.streaming.datasets import make_plan, open_evaluation, open_training
+from bfsys.data.streaming.loader import training_batches
+from bfsys.data.streaming.quarantine import Quarantine
+from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.evaluate import evaluate
-from bfsys.faults import how_it_ended
 from bfsys.loss import loss_and_sums
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import learning_rate
+from bfsys.supervision.run_end import how_it_ended
 from tests.forked import run_python, start_ranks
 
 STAGES = (0, 1, 2, 3)
@@ -317,7 +317,7 @@ def test_another_run_in_the_same_directory_is_refused(
 ) -> None:
     from bfsys.checkpoint.files import find_newest
     from bfsys.errors import UserError
-    from bfsys.run import prepare_run_dir, run_facts
+    from bfsys.run_dir import prepare_run_dir, run_facts
 
     config_file, runs = stage_runs
     before = sorted(p.name for p in (runs / "s1-fp32").rglob("*"))

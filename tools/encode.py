@@ -27,10 +27,10 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from bfsys.data.byte_transforms import ByteTransform, apply, parse_transforms
-from bfsys.data.encodings import AS_STORED, Encoding, Fitting, library_version, reencode
-from bfsys.data.sources import regular_files
-from bfsys.data.tars import atomic_file
+from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, library_version, reencode
+from bfsys.data.packing.listing import regular_files
+from bfsys.data.storage.tars import atomic_file
+from bfsys.data.streaming.byte_transforms import ByteTransform, apply, parse_transforms
 from bfsys.errors import UserError, collecting, run_command, summary_of
 from tools.pack import read_encoding
 

@@ -33,9 +33,9 @@ if __name__ == "__main__":
 import numpy as np
 import xxhash
 
-from bfsys.data.encodings import encode_wav
-from bfsys.data.modalities import Clip, decode_audio
-from bfsys.data.sources import BACKGROUND_NOISE, SourceFile, list_speech_commands
+from bfsys.data.media.encodings import encode_wav
+from bfsys.data.media.modalities import Clip, decode_audio
+from bfsys.data.packing.listing import BACKGROUND_NOISE, SourceFile, list_speech_commands
 from bfsys.errors import UserError, run_command, summary_of
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")

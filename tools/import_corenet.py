@@ -32,7 +32,7 @@ from bfsys import typed_yaml
 from bfsys.checkpoint.files import Keep, make_empty_folder
 from bfsys.checkpoint.saving import save
 from bfsys.config import Config, Data, Model, Optim
-from bfsys.data.byte_transforms import parse_transforms
+from bfsys.data.streaming.byte_transforms import parse_transforms
 from bfsys.dist import Ranks
 from bfsys.engine import WEIGHT
 from bfsys.errors import UserError, collecting, run_command, summary_of

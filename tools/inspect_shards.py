@@ -21,9 +21,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from bfsys.data.classes import Spelling, stored_name, too_alike
-from bfsys.data.encodings import AS_STORED
-from bfsys.data.shards import (
+from bfsys.data.media.encodings import AS_STORED
+from bfsys.data.packing.splits import SPLIT_FOLDERS, split_of_name
+from bfsys.data.packing.verify import verify_index, verify_shard
+from bfsys.data.storage.classes import Spelling, stored_name, too_alike
+from bfsys.data.storage.shards import (
     DESCRIPTION,
     Split,
     open_split,
@@ -33,9 +35,7 @@ from bfsys.data.shards import (
     write_description,
     write_split,
 )
-from bfsys.data.splits import SPLIT_FOLDERS, split_of_name
-from bfsys.data.tars import TarIndex, how_to_decompress, join_shards, read_shard
-from bfsys.data.verify import verify_index, verify_shard
+from bfsys.data.storage.tars import TarIndex, how_to_decompress, join_shards, read_shard
 from bfsys.errors import UserError, collecting, run_command, summary_of
 
 EXIT_DAMAGED = 1

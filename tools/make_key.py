@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from bfsys.data.byte_transforms import write_key
+from bfsys.data.streaming.byte_transforms import write_key
 from bfsys.errors import run_command, summary_of
 
 

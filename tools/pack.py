@@ -26,14 +26,21 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import Progress
 
-from bfsys.data import packing, staging
-from bfsys.data.encodings import AS_STORED, Encoding, Fitting, parse_encoding
-from bfsys.data.left_out import left_out_note
-from bfsys.data.packers import write_jobs
-from bfsys.data.shards import read_description, seen_from, summarise
-from bfsys.data.sounds import HIGHEST_RATE_HZ, LOWEST_RATE_HZ
-from bfsys.data.sources import BadFile, Listing, check_files, list_filelist, list_speech_commands, list_tree
-from bfsys.data.splits import split_of_name
+from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, parse_encoding
+from bfsys.data.media.sounds import HIGHEST_RATE_HZ, LOWEST_RATE_HZ
+from bfsys.data.packing import shard_jobs, staging
+from bfsys.data.packing.left_out import left_out_note
+from bfsys.data.packing.listing import (
+    BadFile,
+    Listing,
+    check_files,
+    list_filelist,
+    list_speech_commands,
+    list_tree,
+)
+from bfsys.data.packing.splits import split_of_name
+from bfsys.data.packing.workers import write_jobs
+from bfsys.data.storage.shards import read_description, seen_from, summarise
 from bfsys.errors import UserError, run_command, summary_of
 
 SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -99,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.val_share is not None and listing.files and not listing.divided:
         problems.append("--val-share: has no effect here, since the splits are given otherwise; drop it")
     splits = set() if listing.problems else {file.split for file in listing.files}
-    problems += packing.target_problems(folder, splits)
+    problems += shard_jobs.target_problems(folder, splits)
     if not args.skip_bad:
         problems += name_bad_files(listing.bad)
     if problems:
@@ -117,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "skip_bad": args.skip_bad,
         "seed": args.seed,
     }
-    jobs = packing.plan_jobs(folder, listing.files, listing.classes, encoding, fitting, shard_bytes, args.seed)
+    jobs = shard_jobs.plan_jobs(folder, listing.files, listing.classes, encoding, fitting, shard_bytes, args.seed)
     try:
         with staging.locked(folder):
             is_new = pack(folder, jobs, listing, encoding, given, args)
@@ -132,22 +139,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def pack(
     folder: Path,
-    jobs: Sequence[packing.Job],
+    jobs: Sequence[shard_jobs.Job],
     listing: Listing,
     encoding: Encoding,
     given: dict,
     args: argparse.Namespace,
 ) -> bool:
     """Write the dataset, unless it is there already; whether it was written. The folder is locked."""
-    problems = packing.target_problems(folder, {job.split for job in jobs})  # another process may have packed meanwhile
+    problems = shard_jobs.target_problems(folder, {job.split for job in jobs})  # another may have packed meanwhile
     if problems:
         raise UserError(*problems)
-    fingerprint = packing.inputs_fingerprint(jobs, given, listing.bad)
-    is_new = not packing.is_packed(folder, fingerprint)
+    fingerprint = shard_jobs.inputs_fingerprint(jobs, given, listing.bad)
+    is_new = not shard_jobs.is_packed(folder, fingerprint)
     if is_new:
         staging.start(folder)
         outcomes = write_all(jobs, args.workers or len(os.sched_getaffinity(0)), args.skip_bad)
-        packing.finish(folder, listing.classes, encoding, given, outcomes, listing.bad, fingerprint)
+        shard_jobs.finish(folder, listing.classes, encoding, given, outcomes, listing.bad, fingerprint)
     staging.tidy(folder)
     return is_new
 
@@ -239,7 +246,7 @@ def name_bad_files(bad: Sequence[BadFile]) -> list[str]:
     ]
 
 
-def write_all(jobs: Sequence[packing.Job], workers: int, skip_bad: bool) -> list[packing.Outcome]:
+def write_all(jobs: Sequence[shard_jobs.Job], workers: int, skip_bad: bool) -> list[shard_jobs.Outcome]:
     outcomes = []
     with progress(sum(file.size_bytes for job in jobs for file in job.files)) as advance:
         for outcome in write_jobs(jobs, workers, skip_bad):

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from bfsys.config import Config, load_config
-from bfsys.data.plan import Plan
-from bfsys.data.remote import Cache
+from bfsys.data.storage.remote import Cache
+from bfsys.data.streaming.plan import Plan
 from tests.conftest import tiny_config
 from tests.data.http_server import FaultyServer
 from tools import pack

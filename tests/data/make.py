@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bfsys.data.shards import SAMPLE, Dataset, Split
-from bfsys.data.tars import Shard
+from bfsys.data.storage.shards import SAMPLE, Dataset, Split
+from bfsys.data.storage.tars import Shard
 
 
 def write_tree(root: Path, classes: Sequence[str], files: int, longest: int, rng: np.random.Generator) -> None:

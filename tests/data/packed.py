@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from bfsys.batch import ByteBatch
 from bfsys.config import Config, Data, Source, Train
-from bfsys.data.datasets import make_plan, open_training
-from bfsys.data.loader import training_batches
-from bfsys.data.shards import write_description, write_split
-from bfsys.data.tars import Member, write_shard
+from bfsys.data.storage.shards import write_description, write_split
+from bfsys.data.storage.tars import Member, write_shard
+from bfsys.data.streaming.datasets import make_plan, open_training
+from bfsys.data.streaming.loader import training_batches
 from bfsys.dist import Ranks
 
 Shards = Sequence[Sequence[tuple[int, bytes]]]  # (class, content) of every sample

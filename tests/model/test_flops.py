@@ -12,7 +12,7 @@ from bfsys.batch import ByteBatch, Sample
 from bfsys.model.byteformer import Block, ByteFormer, Merge
 from bfsys.model.flops import flops_per_step, published_flops
 from bfsys.model.sizes import Architecture, architecture
-from tools.published_form import PublishedForm, pad
+from tools.bench.published_form import PublishedForm, pad
 
 CLASSES = 10
 

@@ -26,8 +26,8 @@ import psutil
 import pytest
 
 from bfsys.errors import EXIT_DIVERGED, EXIT_STOPPED
-from bfsys.faults import how_it_ended
-from launchers import jobs
+from bfsys.launch import jobs
+from bfsys.supervision.run_end import how_it_ended
 from tests.chaos.test_kills import assert_equal_runs
 from tests.conftest import REPOSITORY, _run_ranks
 from tests.test_train import assert_success, losses
@@ -128,7 +128,7 @@ def processes_of(job: str, rank: int) -> list[psutil.Process]:
             env, words = process.environ(), process.cmdline()
             # The job's script and srun hold the command, too, and the environment of a rank 0.
             is_task = "submitit.core._submit" in words and Path(words[0]).name.startswith("python")
-            is_task = is_task and "bfsys.requeue" not in words
+            is_task = is_task and "bfsys.launch.requeue" not in words
             if is_task and env.get("SLURM_JOB_ID") == job and env.get("SLURM_PROCID") == str(rank):
                 found.append(process)
     return found

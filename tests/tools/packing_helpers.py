@@ -10,8 +10,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from bfsys.data.shards import open_split, split_names
-from bfsys.data.verify import verify_split
+from bfsys.data.packing.verify import verify_split
+from bfsys.data.storage.shards import open_split, split_names
 from bfsys.errors import UserError
 from tools.pack import main
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bfsys.data.byte_transforms import parse_transforms, read_key
-from bfsys.data.encodings import Fitting, parse_encoding
+from bfsys.data.media.encodings import Fitting, parse_encoding
+from bfsys.data.streaming.byte_transforms import parse_transforms, read_key
 from bfsys.errors import UserError
 from tests.tools.packing_helpers import make_files, png_bytes, wav_bytes
 from tools import encode, make_key

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from bfsys.data.shards import open_split, read_description, split_names
-from bfsys.data.verify import verify_split
+from bfsys.data.packing.verify import verify_split
+from bfsys.data.storage.shards import open_split, read_description, split_names
 from bfsys.errors import UserError
 from tools.inspect_shards import main
 from tools.pack import main as pack

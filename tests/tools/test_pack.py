@@ -13,10 +13,10 @@ import webdataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bfsys.data import packing, staging
-from bfsys.data.left_out import why_left_out
-from bfsys.data.shards import open_split, read_description
-from bfsys.data.sources import sample_name
+from bfsys.data.packing import shard_jobs, staging
+from bfsys.data.packing.left_out import why_left_out
+from bfsys.data.packing.listing import sample_name
+from bfsys.data.storage.shards import open_split, read_description
 from bfsys.errors import UserError
 from tests.tools.packing_helpers import (
     ROOT,
@@ -278,7 +278,7 @@ def test_a_stopped_run_continues(tmp_path, how):
 def test_sidecars_of_other_input_are_not_believed(tmp_path, monkeypatch):
     src = make_tree(tmp_path / "src")
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "write_split", None)
+        patch.setattr(shard_jobs, "write_split", None)
         with pytest.raises(TypeError):  # dies when all shards are written
             pack(src, tmp_path)
     assert list((tmp_path / "pets" / ".pack").glob("*.npz"))

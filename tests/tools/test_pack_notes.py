@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from bfsys.data.shards import open_split, read_description
+from bfsys.data.storage.shards import open_split, read_description
 from tests.tools.packing_helpers import contents, make_files, make_tree, pack, png_bytes, problems_of
 
 OF_SYSTEM = [

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bfsys.data.shards import open_split, split_names
+from bfsys.data.storage.shards import open_split, split_names
 from tests.tools.packing_helpers import contents, make_files, make_tree, pack
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bfsys.data import packing
+from bfsys.data.packing import shard_jobs
 from tests.tools.packing_helpers import contents, make_files, make_tree, pack, problems_of, run_pack
 
 
@@ -232,7 +232,7 @@ def test_the_disk_is_full(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packing, "write_shard", full)
+    monkeypatch.setattr(shard_jobs, "write_shard", full)
     message = problems_of(make_tree(tmp_path / "src"), tmp_path)
     assert "pets: cannot be written (No space left on device)" in message
     assert "run the same command again: finished shards are kept" in message

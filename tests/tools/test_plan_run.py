@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from bfsys import plan_run
 from bfsys.batch import ByteBatch, Sample
 from bfsys.config import Config, Data, Model, Train, load_config
-from bfsys.data.run_data import open_run_data
+from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
 from bfsys.model.byteformer import ByteFormer, parameter_count
-from tools import plan_run
 
 
 def config_of(checkpointing: bool = False, **train: object) -> Config:

@@ -1,0 +1,331 @@
+"""File encodings: what the bytes of a picture or a sound look like to the model.
+
+A file encoding is a function and a row in ENCODINGS. The sizes are the published ones to the byte, since
+they set the number of tokens: a picture of 224 × 224 has 150,668 bytes as TIFF, 150,864 as (stored) PNG,
+150,528 as fhwc or fchw; one second at 16 kHz has 64,058 bytes as float32, 64,080 as int32, 32,044 as int16,
+16,044 as uint8 and 3,240 as mp3. WAV headers are written here, because libsndfile's differ in length.
+
+Integer samples are cut towards zero as in the publication, but values beyond ±1 are clipped where its
+code wraps around. MP3 is 24 kbit/s at 16 kHz as from sox; both use LAME, so the length is equal and the
+bytes may differ with LAME's version. At 32 kHz and above, libsndfile adds an information frame that
+sox does not write.
+"""
+
+import difflib
+import functools
+import io
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from bfsys.data.media.modalities import Clip, decode_audio, decode_image
+from bfsys.data.media.pictures import MOST_PIXELS
+from bfsys.data.media.sounds import MOST_SAMPLES, check_finite
+from bfsys.errors import UserError
+
+AS_STORED = "as_stored"
+
+# Resize to 256 and crop to 224, whatever the size asked for
+RESIZE_OVER_CROP = 256 / 224
+BICUBIC_REACH = 3  # pixels on each side, when a picture is enlarged
+
+# Largest kernel of torchaudio's resampling (64 MB): the old rate times the new one, both divided by what they share.
+MOST_KERNEL = 2**24
+# As torchaudio's: zero crossings of the sinc on each side, and the share of the band that is kept
+ZERO_CROSSINGS, ROLLOFF = 6, 0.99
+# Weights of a resampling without that kernel that are computed at a time
+BLOCK_WEIGHTS = 2**20
+
+MP3_BITS_PER_SAMPLE = 1.5  # 24 kbit/s at 16 kHz
+PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
+PCM_GUID = struct.pack("<H", PCM) + bytes.fromhex("000000001000800000aa00389b71")
+FRONT_CENTRE = 4
+
+# How a sample in -1 … 1 becomes a number of each type: (x + shift) · scale
+WAV_TYPES = {
+    "uint8": ("u1", 1.0, 127.5),
+    "int16": ("<i2", 0.0, 2**15 - 1),
+    "int32": ("<i4", 0.0, 2**31 - 1),
+    "float32": ("<f4", 0.0, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """An encoding as asked for. `as_stored` has neither modality nor extension nor function."""
+
+    text: str  # in full: jpeg:100, not jpeg
+    modality: str | None = None
+    extension: str | None = None
+    encode: Callable[[np.ndarray | Clip], bytes] | None = None
+
+    def file_of(self, content: np.ndarray | Clip) -> bytes:
+        """The bytes of a file of this encoding. Not for `as_stored`."""
+        assert self.encode is not None, "what stays as stored is not decoded"
+        return self.encode(content)
+
+
+@dataclass(frozen=True)
+class Row:
+    modality: str
+    extension: str
+    encode: Callable[..., bytes]  # takes the option, if there are options, and what the modality decodes to
+    options: tuple[str, ...] = ()
+    default: str | None = None
+
+
+def encode_fhwc(pixels: np.ndarray) -> bytes:
+    """The pixels row by row, channels innermost."""
+    return pixels.tobytes()
+
+
+def encode_fchw(pixels: np.ndarray) -> bytes:
+    """The pixels as one plane per channel."""
+    return pixels.transpose(2, 0, 1).tobytes()
+
+
+def encode_tiff(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "TIFF")
+    return file.getvalue()
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Not compressed, as published."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=0)
+    return file.getvalue()
+
+
+def encode_jpeg(quality: str, pixels: np.ndarray) -> bytes:
+    """With Pillow's defaults (colour at half resolution, standard Huffman tables), as published."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=int(quality))
+    return file.getvalue()
+
+
+def encode_wav(sample_type: str, clip: Clip) -> bytes:
+    check_finite(clip.wave)
+    dtype, shift, scale = WAV_TYPES[sample_type]
+    if sample_type == "float32":
+        samples = clip.wave.astype(dtype)
+    else:
+        samples = ((np.clip(clip.wave.astype(np.float64), -1, 1) + shift) * scale).astype(dtype)
+    width = samples.itemsize
+    rates = struct.pack("<IIHH", clip.rate_hz, clip.rate_hz * width, width, 8 * width)
+    fact = _chunk(b"fact", struct.pack("<I", len(samples)))
+    if sample_type == "float32":
+        head = _chunk(b"fmt ", struct.pack("<HH", FLOAT, 1) + rates + struct.pack("<H", 0)) + fact
+    elif sample_type == "int32":
+        extension = struct.pack("<HHI", 22, 8 * width, FRONT_CENTRE) + PCM_GUID
+        head = _chunk(b"fmt ", struct.pack("<HH", EXTENSIBLE, 1) + rates + extension) + fact
+    else:
+        head = _chunk(b"fmt ", struct.pack("<HH", PCM, 1) + rates)
+    return _chunk(b"RIFF", b"WAVE" + head + _chunk(b"data", samples.tobytes()))
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
+
+
+def encode_mp3(clip: Clip) -> bytes:
+    lowest, highest = (32, 320) if clip.rate_hz >= 32000 else (8, 160) if clip.rate_hz >= 16000 else (8, 64)
+    kbit_per_s = MP3_BITS_PER_SAMPLE * clip.rate_hz / 1000
+    return _written_by_libsndfile(
+        clip,
+        format="MP3",
+        bitrate_mode="CONSTANT",
+        # libsndfile's scale: 0 is the highest bit rate of this sample rate, 1 the lowest
+        compression_level=1 - (max(kbit_per_s, lowest) - lowest) / (highest - lowest),
+    )
+
+
+def encode_flac(clip: Clip) -> bytes:
+    """16 bits per sample."""
+    return _written_by_libsndfile(clip, format="FLAC", subtype="PCM_16")
+
+
+def _written_by_libsndfile(clip: Clip, **kind) -> bytes:
+    """Values beyond ±1 are clipped. ValueError for samples that are not finite, and for a rate that a format lacks."""
+    import soundfile
+
+    check_finite(clip.wave)  # LAME ends the process on NaN
+    file = io.BytesIO()
+    try:
+        soundfile.write(file, np.clip(clip.wave, -1, 1), clip.rate_hz, **kind)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{kind['format']} of {clip.rate_hz:,} Hz cannot be written ({error.error_string})") from None
+    return file.getvalue()
+
+
+ENCODINGS = {
+    "tiff": Row("image", "tiff", encode_tiff),
+    "png": Row("image", "png", encode_png),
+    "jpeg": Row("image", "jpg", encode_jpeg, tuple(str(quality) for quality in range(1, 101)), "100"),
+    "fhwc": Row("image", "fhwc", encode_fhwc),
+    "fchw": Row("image", "fchw", encode_fchw),
+    "wav": Row("audio", "wav", encode_wav, tuple(WAV_TYPES)),
+    "mp3": Row("audio", "mp3", encode_mp3),
+    "flac": Row("audio", "flac", encode_flac),
+}
+
+
+def parse_encoding(text: str) -> Encoding:
+    """The encoding that `as_stored`, `png`, `jpeg:60`, `wav:int16`, … asks for."""
+    name, colon, option = text.partition(":")
+    if text == AS_STORED:
+        return Encoding(AS_STORED)
+    if name not in ENCODINGS:
+        near = difflib.get_close_matches(name.lower(), [AS_STORED, *ENCODINGS], n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        allowed = ", ".join([AS_STORED, *map(_spelling, ENCODINGS)])
+        raise UserError(f"encoding {text!r}: there is no {name!r}{hint}; allowed are {allowed}")
+    row = ENCODINGS[name]
+    if not colon and row.default:
+        option = row.default
+    if option not in (row.options or ("",)) or (colon and not row.options):
+        raise UserError(f"encoding {text!r}: {name} must be written as {_spelling(name)}")
+    if not row.options:
+        return Encoding(name, row.modality, row.extension, row.encode)
+    encode = functools.partial(row.encode, option)
+    return Encoding(f"{name}:{option}", row.modality, row.extension, encode)
+
+
+def _spelling(name: str) -> str:
+    options = ENCODINGS[name].options
+    if not options:
+        return name
+    choice = "|".join(options) if len(options) < 10 else f"{options[0]}…{options[-1]}"
+    return f"{name}[:{choice}]" if ENCODINGS[name].default else f"{name}:{choice}"
+
+
+def library_version(encoding: Encoding) -> str:
+    """The library whose version decides the bytes that an encoding makes; empty if none does."""
+    if encoding.modality == "image":
+        import PIL
+
+        return f"Pillow {PIL.__version__}"
+    if encoding.modality == "audio":
+        import soundfile
+
+        return f"libsndfile {soundfile.__libsndfile_version__}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How decoded files are brought to one size before they are encoded again; None leaves as is."""
+
+    image_size: int | None = None  # pixels, of a square
+    sample_rate_hz: int | None = None
+    seconds: float | None = None
+
+
+def reencode(data: bytes, encoding: Encoding, fitting: Fitting) -> bytes:
+    """A file's bytes in another encoding. Raises whatever the decoder raises for a damaged file."""
+    if encoding.modality == "image":
+        pixels = decode_image(data)
+        return encoding.file_of(resize_and_crop(pixels, fitting.image_size) if fitting.image_size else pixels)
+    clip = decode_audio(data, fitting.seconds)
+    if fitting.sample_rate_hz:
+        clip = resample(clip, fitting.sample_rate_hz)
+    return encoding.file_of(set_length(clip, fitting.seconds) if fitting.seconds else clip)
+
+
+def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The middle square of a picture whose shorter side is made a little longer than the square's.
+
+    uint8 [H, W, 3] → uint8 [size, size, 3]. A strip that would become a huge picture is enlarged in its middle alone,
+    where rounding may make a value differ by 2 from that of the whole.
+    """
+    from PIL import Image
+
+    height, width = pixels.shape[:2]
+    shorter = round(size * RESIZE_OVER_CROP)
+    scale = shorter / min(height, width)
+    new_width, new_height = max(shorter, int(width * scale)), max(shorter, int(height * scale))
+    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    if new_width * new_height <= MOST_PIXELS:
+        resized = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC)
+        return np.asarray(resized.crop((left, top, left + size, top + size)))
+    columns, from_column = _around(left * width / new_width, (left + size) * width / new_width, width)
+    rows, from_row = _around(top * height / new_height, (top + size) * height / new_height, height)
+    part = Image.fromarray(pixels[rows, columns])
+    # Across first, as Pillow does when it enlarges a picture
+    part = part.resize((size, part.height), Image.Resampling.BICUBIC, (from_column[0], 0, from_column[1], part.height))
+    return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC, (0, from_row[0], size, from_row[1])))
+
+
+def _around(start: float, end: float, length: int) -> tuple[slice, tuple[float, float]]:
+    """The pixels of a row that decide an enlarged part of it, and the place of that part among them."""
+    first = max(0, math.floor(start) - BICUBIC_REACH)
+    return slice(first, min(length, math.ceil(end) + BICUBIC_REACH)), (start - first, end - first)
+
+
+def resample(clip: Clip, rate_hz: int) -> Clip:
+    """The clip at another rate, of as many samples as fill its time, rounded up.
+
+    By torchaudio, unless the two rates have so little in common (44,101 and 16,000 Hz) that its kernel would take up
+    gigabytes. ValueError for more than MOST_SAMPLES.
+    """
+    if clip.rate_hz == rate_hz:
+        return clip
+    divisor = math.gcd(clip.rate_hz, rate_hz)
+    old, new = clip.rate_hz // divisor, rate_hz // divisor
+    samples = -(-len(clip.wave) * new // old)
+    if samples > MOST_SAMPLES:
+        raise ValueError(f"has {samples:,} samples at {rate_hz:,} Hz; allowed are {MOST_SAMPLES:,}")
+    by = _resample_by_torchaudio if old * new <= MOST_KERNEL else _resample_one_by_one
+    return Clip(by(clip.wave, old, new), rate_hz)
+
+
+def _resample_by_torchaudio(wave: np.ndarray, old: int, new: int) -> np.ndarray:
+    import torch
+    from torchaudio.functional import resample as resample_wave
+
+    # On several threads the sums have other last bits, and machines and loader processes differ in their threads.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return resample_wave(torch.from_numpy(wave), old, new).numpy()
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # PyTorch's way of saying so
+            raise MemoryError(str(error)) from None
+        raise
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _resample_one_by_one(wave: np.ndarray, old: int, new: int) -> np.ndarray:
+    """The same sums, with the weights of each new sample computed for it alone: float32 [ceil(n · new / old)]."""
+    samples = -(-len(wave) * new // old)
+    band = ROLLOFF * min(old, new) / old  # of the old one
+    reach = math.ceil(ZERO_CROSSINGS / band)  # old samples on each side of a new one
+    around = np.arange(-reach, reach + 2)
+    padded = np.pad(wave, (reach, reach + 1))
+    result = np.empty(samples, np.float32)
+    step = max(1, BLOCK_WEIGHTS // len(around))
+    for first in range(0, samples, step):
+        before, rest = np.divmod(np.arange(first, min(first + step, samples)) * old, new)
+        crossings = np.clip((around - rest[:, None] / new) * band, -ZERO_CROSSINGS, ZERO_CROSSINGS)
+        weights = np.sinc(crossings) * np.cos(crossings * (np.pi / 2 / ZERO_CROSSINGS)) ** 2 * band
+        result[first : first + step] = np.einsum("ij,ij->i", padded[before[:, None] + around + reach], weights)
+    return result
+
+
+def set_length(clip: Clip, seconds: float) -> Clip:
+    """Cut at the end, or fill up with silence."""
+    samples = round(seconds * clip.rate_hz)
+    if samples < 1:
+        raise ValueError(f"{seconds} s at {clip.rate_hz:,} Hz is less than one sample")
+    wave = clip.wave[:samples]
+    return Clip(np.pad(wave, (0, samples - len(wave))), clip.rate_hz)

@@ -1,0 +1,29 @@
+"""What kinds of files can be decoded: a modality is a row in this table.
+
+The model never decodes and is never told the modality. Decoding serves packing into another encoding
+and augmentation in the decoded domain only. Alternative refused: decoding through torchvision and
+torchaudio, whose results and back ends change between releases.
+"""
+
+from dataclasses import dataclass
+
+from bfsys.data.media.pictures import PECULIARITIES, decode_image, peculiarities_of_image
+from bfsys.data.media.sounds import Clip, decode_audio
+
+__all__ = ["MODALITIES", "PECULIARITIES", "Clip", "Modality", "decode_audio", "decode_image", "peculiarities_of"]
+
+
+@dataclass(frozen=True)
+class Modality:
+    extensions: tuple[str, ...]  # lower case; tells a misplaced file before anything is decoded
+
+
+MODALITIES = {
+    "image": Modality(("jpg", "jpeg", "png", "tif", "tiff", "bmp", "gif", "webp", "ppm", "pgm")),
+    "audio": Modality(("wav", "flac", "mp3", "ogg", "opus", "aif", "aiff", "au")),
+}
+
+
+def peculiarities_of(data: bytes, modality: str | None) -> tuple[str, ...]:
+    """Which keys of PECULIARITIES a file of this modality has: what decoding leaves out of it."""
+    return peculiarities_of_image(data) if modality == "image" else ()

@@ -1,0 +1,364 @@
+"""Which files are to be packed: listing folder trees and lists, naming the samples, dividing them.
+
+Everything that can be wrong with the input is found here, before anything is written, and returned rather
+than raised, so that one run names it all. Two kinds are kept apart: `problems` of the input as a whole,
+and single `bad` files, which may be left out on request. What is no sample by its name or place (hidden files, those
+of the operating system, files beside the class folders) is `left_out` and named, too.
+"""
+
+import os
+import re
+import stat
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from bfsys.data.media.encodings import Encoding
+from bfsys.data.media.modalities import MODALITIES
+from bfsys.data.packing.left_out import LeftOut, is_of_system, left_out_note, why_left_out
+from bfsys.data.packing.splits import SPLIT_FOLDERS, files_for_val, split_of_name
+from bfsys.data.storage.classes import Spelling, stored_name, too_alike
+from bfsys.data.storage.tars import NOT_PAYLOAD
+
+UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
+SPEECH_COMMANDS_LISTS = {"validation_list.txt": "val", "testing_list.txt": "test"}
+BACKGROUND_NOISE = "_background_noise_"
+OUTSIDE = re.compile(r"^/*(\.\./)*")  # what leads a path out of the list's folder
+SKIPPED_BY_WEBDATASET = re.compile(r"__.*__")
+BYTE_ORDER_MARK = "\ufeff"
+
+
+class SourceFile(NamedTuple):
+    path: str  # absolute
+    class_name: str
+    split: str
+    key: str  # of the sample, without a dot
+    extension: str  # lower case, without a dot
+    size_bytes: int = 0
+    mtime_ns: int = 0
+
+
+class BadFile(NamedTuple):
+    path: str
+    reason: str
+
+
+@dataclass
+class Listing:
+    classes: list[str] = field(default_factory=list)
+    files: list[SourceFile] = field(default_factory=list)
+    bad: list[BadFile] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    spellings: dict[str, Spelling] = field(default_factory=lambda: defaultdict(Spelling))  # of the classes, as found
+    divided: bool = False  # into train and val, by `check_files`
+
+
+def sample_name(class_name: str, inner_path: str) -> tuple[str, str]:
+    """Key and extension of a file of a class; `inner_path` is its path inside the class folder.
+
+    WebDataset ends a key at the first dot and reads no key with a line break in it.
+    """
+    folder, slash, base = inner_path.rpartition("/")
+    stem, dot, extension = base.rpartition(".")
+    if not dot or not stem:
+        stem, extension = base, ""
+    extension = _printable(extension.lower())
+    key = _printable(f"{class_name}/{folder}{slash}{stem}").replace(".", "_")
+    return key, "bin" if extension in ("", *NOT_PAYLOAD) else extension
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "_" for c in text)
+
+
+def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool) -> Listing:
+    """SRC/<split>/[subdir/]<class>/… or SRC/[subdir/]<class>/…; with `split_folders` only the former."""
+    listing, top = Listing(), Listing()
+    visible = _folders(src, src, "beside the split folders", top)
+    splits = {name: of_folder for name in visible if (of_folder := split_of_name(name))}
+    others = [name for name in visible if name not in splits]
+    if not splits and split_folders:
+        listing.problems.append(f"{src}: has no split folders; --from imagefolder needs train, val, … in it")
+    elif not splits:
+        _list_classes(listing, src, src / subdir, split or UNDIVIDED)
+        listing.divided = not split
+    elif split:
+        listing.problems.append(f"{src}: has split folders ({', '.join(splits)}); drop --split {split}")
+    elif others and not split_folders:
+        listing.problems.append(
+            f"{src}: holds split folders ({', '.join(splits)}) and others ({', '.join(others[:5])}"
+            f"{', …' if len(others) > 5 else ''}). If the others are not meant, say --from imagefolder; "
+            f"if {next(iter(splits))} is a class, use --from filelist"
+        )
+    elif len(set(splits.values())) < len(splits):
+        listing.problems.append(
+            f"{src}: {' and '.join(splits)}: two folders for one split; keep one, or use --from filelist if they are "
+            "classes"
+        )
+    else:
+        listing.left_out += [*top.left_out, *(LeftOut(name, "beside the split folders") for name in others)]
+        for name, of_folder in splits.items():
+            _list_classes(listing, src, src / name / subdir, of_folder)
+    listing.classes = sorted(set(listing.classes))
+    return listing
+
+
+def list_speech_commands(src: Path) -> Listing:
+    """The extracted Speech Commands archive: a folder per word, and two lists that decide val and test."""
+    listing = Listing()
+    listed: dict[str, str] = {}
+    for name, split in SPEECH_COMMANDS_LISTS.items():
+        try:
+            listed |= dict.fromkeys((line.strip() for line in _lines_of(src / name) if line.strip()), split)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            listing.problems.append(f"{src / name}: cannot be read ({reason}); it belongs to Speech Commands")
+    _list_classes(listing, src, src, "train", known=(BACKGROUND_NOISE, *SPEECH_COMMANDS_LISTS))
+    names = [os.path.relpath(file.path, os.path.abspath(src)) for file in listing.files]
+    listing.problems += [f"{src}: {name} is listed but not there" for name in sorted(listed.keys() - names)]
+    pairs = zip(listing.files, names, strict=True)
+    listing.files = [file._replace(split=listed.get(name, "train")) for file, name in pairs]
+    return listing
+
+
+def list_filelist(src: Path, split: str | None) -> Listing:
+    """Lines of `path<TAB>class` or `path<TAB>class<TAB>split`; paths are relative to the list's folder."""
+    listing = Listing()
+    try:
+        lines = _lines_of(src)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        listing.problems.append(f"{src}: the list cannot be read ({reason}); it must be a text file in UTF-8")
+        return listing
+    columns = 0
+    first_line: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(lines, start=1):
+        parts = line.split("\t")
+        if parts == [""]:
+            continue
+        columns = columns or len(parts)
+        wrong = _wrong_line(parts, columns, split)
+        if wrong:
+            listing.problems.append(f"{src}, line {number}: {wrong}")
+            continue
+        if any(map(is_of_system, parts[0].split("/"))):
+            listing.left_out.append(LeftOut(parts[0], "of the operating system"))
+            continue
+        to_split = split_of_name(parts[2]) if len(parts) == 3 else split or UNDIVIDED
+        assert to_split is not None, "_wrong_line has looked at it"
+        file = _listed_file(src, parts[0], parts[1], to_split)
+        first = first_line.setdefault((file.path, to_split), number)
+        if first < number:
+            twice = f"{parts[0]} is listed twice, first in line {first}; remove one of the lines"
+            listing.problems.append(f"{src}, line {number}: {twice}")
+            continue
+        _note_spelling(listing, parts[1], f"line {number}", to_split)
+        listing.files.append(file)
+    if not listing.files and not listing.problems:
+        listing.problems.append(f"{src}: the list is empty; it needs lines of path<TAB>class[<TAB>split]")
+    listing.classes = sorted({file.class_name for file in listing.files})
+    listing.divided = columns == 2 and not split
+    return listing
+
+
+def _listed_file(src: Path, path: str, spelled: str, split: str) -> SourceFile:
+    class_name = stored_name(spelled)
+    inner_path = OUTSIDE.sub("", os.path.normpath(path)).removeprefix(f"{spelled}/")
+    key, extension = sample_name(class_name, inner_path)
+    return SourceFile(os.path.abspath(src.parent / path), class_name, split, key, extension)
+
+
+def _lines_of(path: Path) -> list[str]:
+    """Lines without their ends and byte order marks. Raises OSError, and ValueError if it is not UTF-8 or -16."""
+    content = path.read_bytes()
+    is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    lines = content.decode("utf-16" if is_utf_16 else "utf-8").split("\n")
+    return [line.removeprefix(BYTE_ORDER_MARK).rstrip("\r") for line in lines]
+
+
+def _note_spelling(listing: Listing, spelled: str, place: str, split: str) -> None:
+    spelling = listing.spellings[spelled]
+    if split not in spelling.splits:
+        spelling.places.append(place)
+        spelling.splits.add(split)
+
+
+def _wrong_line(parts: list[str], columns: int, split: str | None) -> str:
+    got = f"got {len(parts)} column{'s' * (len(parts) > 1)}"
+    if len(parts) not in (2, 3):
+        return f"{got}, need path<TAB>class or path<TAB>class<TAB>split"
+    if len(parts) != columns:
+        return f"{got}, the lines before have {columns}; give a split on every line or on none"
+    if not parts[0] or not parts[1]:
+        return "path or class is empty"
+    if len(parts) == 3 and split:
+        return f"names a split, and so does --split {split}; drop one of them"
+    if len(parts) == 3 and not split_of_name(parts[2]):
+        return f"split {parts[2]!r} is unknown; allowed are {', '.join(SPLIT_FOLDERS)}"
+    return _wrong_class(parts[1])
+
+
+def _wrong_class(name: str) -> str:
+    if not name.isprintable():
+        return f"class {name!r} has characters that cannot be printed; rename it"
+    if "/" in name or SKIPPED_BY_WEBDATASET.fullmatch(name.replace(".", "_")):
+        return f"class {name!r}: a class may not hold a / nor look like __this__ (WebDataset skips those)"
+    return ""
+
+
+def _list_classes(listing: Listing, src: Path, root: Path, split: str, known: Sequence[str] = ()) -> None:
+    """Add the class folders in `root` and their files, at any depth; what is `known` is neither class nor left out."""
+    classes = _folders(src, root, "beside the class folders", listing, known)
+    if not classes and root.is_dir():
+        listing.problems.append(f"{root}: has no class folders; files must lie in a folder named after their class")
+    for spelled in classes:
+        wrong = _wrong_class(spelled)
+        if wrong:
+            listing.problems.append(f"{root}: {wrong}")
+            continue
+        class_name, folder = stored_name(spelled), os.path.abspath(root / spelled)
+        left_out: list[LeftOut] = []
+        paths = list(visible_files(folder, listing.problems, left_out))
+        inside = os.path.relpath(root / spelled, src)
+        listing.left_out += [LeftOut(f"{inside}/{os.path.relpath(path, folder)}", why) for path, why in left_out]
+        for path in paths:
+            key, extension = sample_name(class_name, path[len(folder) + 1 :])
+            listing.files.append(SourceFile(path, class_name, split, key, extension))
+        if paths:
+            _note_spelling(listing, spelled, str(root / spelled), split)
+        else:
+            listing.problems.append(f"{folder}: the class folder has no files; fill it or remove it")
+        listing.classes.append(class_name)
+
+
+def _folders(src: Path, root: Path, beside: str, listing: Listing, known: Sequence[str] = ()) -> list[str]:
+    """The names of the folders in `root`; files lie `beside` them and are left out."""
+    try:
+        names = sorted(os.listdir(root))
+    except OSError as error:
+        listing.problems.append(f"{root}: the folder cannot be listed ({error.strerror})")
+        return []
+    folders = []
+    for name in names:
+        path = os.path.join(root, name)
+        reason = why_left_out(name) or ("" if os.path.isdir(path) else beside)
+        if reason and name not in known:
+            listing.left_out.append(LeftOut(os.path.relpath(path, src), reason))
+        elif name not in known:
+            folders.append(name)
+    return folders
+
+
+def visible_files(
+    folder: str, problems: list[str], left_out: list[LeftOut], ancestors: tuple[tuple[int, int], ...] = ()
+) -> Iterator[str]:
+    """All files below a folder, in order, without hidden ones and those of the operating system, which go to
+    `left_out`. Links are followed, but not round in circles."""
+    try:
+        status = os.stat(folder)
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        problems.append(f"{folder}: the folder cannot be listed ({error.strerror})")
+        return
+    here = (status.st_dev, status.st_ino)
+    if here in ancestors:
+        problems.append(f"{folder}: links back to a folder that it lies in; remove the link")
+        return
+    for name in names:
+        path = os.path.join(folder, name)
+        if reason := why_left_out(name):
+            left_out.append(LeftOut(path, reason))
+        elif os.path.isdir(path):
+            yield from visible_files(path, problems, left_out, (*ancestors, here))
+        else:
+            yield path
+
+
+def regular_files(folder: str, problems: list[str]) -> list[str]:
+    """Those of the visible files that can be read to an end; pipes, devices and links to nothing are problems.
+
+    What is left out is named on standard error.
+    """
+    left_out: list[LeftOut] = []
+    paths = list(visible_files(folder, problems, left_out))
+    if left_out:
+        print(f"{folder}: {left_out_note(left_out)}", file=sys.stderr)
+    if not paths:
+        problems.append(f"{folder}: a folder without files")
+    problems += [f"{path}: is not a regular file" for path in paths if not os.path.isfile(path)]
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding, val_share: float) -> None:
+    """Sort out the bad files, add size and time to the good ones, divide them, and make the keys unique."""
+    good = []
+    for file in listing.files:
+        try:
+            status = os.stat(file.path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in a path of a list
+            listing.bad.append(BadFile(file.path, f"cannot be read ({getattr(error, 'strerror', error)})"))
+            continue
+        reason = _why_bad(file, status, max_file_bytes, encoding)
+        if reason:
+            listing.bad.append(BadFile(file.path, reason))
+        else:
+            good.append(file._replace(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns))
+    lost = {file.class_name for file in listing.files} - {file.class_name for file in good}
+    listing.problems += [f"class {name!r}: not one of its files can be packed" for name in sorted(lost)]
+    alike = too_alike(listing.spellings)
+    listing.problems += alike
+    if alike:  # their files would have equal keys
+        return
+    if listing.divided:
+        good = _divided(good, val_share, listing.problems)
+    listing.files = _with_unique_keys(good, listing.problems)
+
+
+def _divided(files: list[SourceFile], val_share: float, problems: list[str]) -> list[SourceFile]:
+    """The files, each in train or val, as splits.py explains."""
+    by_class = defaultdict(list)
+    for number, file in enumerate(files):
+        by_class[file.class_name].append(number)
+    for_val = {
+        numbers[i]
+        for numbers in by_class.values()
+        for i in files_for_val([files[number].key for number in numbers], val_share)
+    }
+    if files and val_share and not for_val:
+        problems.append(
+            f"of {len(files):,} files none fell to val, since no class has two files; add files, or put all into "
+            "one split by --split train"
+        )
+    return [file._replace(split="val" if i in for_val else "train") for i, file in enumerate(files)]
+
+
+def _why_bad(file: SourceFile, status: os.stat_result, max_file_bytes: int | None, encoding: Encoding) -> str:
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a regular file"
+    if not os.access(file.path, os.R_OK):
+        return "cannot be read (no permission)"
+    if status.st_size == 0:
+        return "is empty"
+    if max_file_bytes and status.st_size > max_file_bytes:
+        return f"has {status.st_size:,} bytes, allowed are {max_file_bytes:,} (--max-file-bytes)"
+    for name, modality in MODALITIES.items():
+        if encoding.modality not in (None, name) and file.extension in modality.extensions:
+            return f"is {name} by its extension, and encoding {encoding.text} takes {encoding.modality}"
+    return ""
+
+
+def _with_unique_keys(files: list[SourceFile], problems: list[str]) -> list[SourceFile]:
+    """Files that differ in the extension alone get it appended to the key; other likeness is a problem."""
+    count = Counter((file.split, file.key) for file in files)
+    unique: dict[tuple[str, str], SourceFile] = {}
+    for file in files:
+        if count[file.split, file.key] > 1:
+            file = file._replace(key=f"{file.key}-{_printable(file.extension).replace('.', '_')}")
+        first = unique.setdefault((file.split, file.key), file)
+        if first is not file:
+            problems.append(f"{file.path}: has the same key {file.key!r} as {first.path}; rename one of them")
+    return list(unique.values())

@@ -1,0 +1,132 @@
+"""Where a dataset is packed until it is whole: the folder .pack inside the dataset's folder.
+
+    NAME-SPLIT-000000.tar, .npz …   finished shards, and what `packing.write_job` knows of each
+    dataset.json                    written last: all is whole and can be put into place
+    inputs                          of which inputs the dataset beside the folder was packed
+    lock                            held by the process that packs
+
+All files change their place within milliseconds, while the dataset's folder holds no dataset.json. If the process is
+killed just then, the next command that packs into the folder moves the rest first, whatever its own input. Refused:
+exchanging whole folders, which would take along what the user put into them.
+"""
+
+import fcntl
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bfsys.data.storage.shards import DESCRIPTION, read_description
+from bfsys.errors import UserError
+
+INPUTS, LOCK, SKIPPED_LIST = "inputs", "lock", "skipped.txt"
+NEW_INPUTS = "inputs.new"  # become INPUTS with the dataset
+
+
+def folder_of(folder: Path) -> Path:
+    return folder / ".pack"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else packs into the folder meanwhile; raises UserError if somebody does. The lock ends with its process.
+
+    Where the file system has no locks, nothing is locked.
+    """
+    folder_of(folder).mkdir(parents=True, exist_ok=True)
+    with open(folder_of(folder) / LOCK, "a") as file:
+        _lock(file.fileno(), folder)
+        yield
+
+
+def recover(folder: Path) -> None:
+    """Complete what a run began that was killed while it put files into place.
+
+    Raises UserError if another process packs into the folder.
+    """
+    lock = folder_of(folder) / LOCK
+    if lock.exists() and os.access(lock, os.W_OK):
+        with locked(folder):
+            if (folder_of(folder) / DESCRIPTION).exists() and not (folder / DESCRIPTION).exists():
+                put_into_place(folder)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder}: another process is packing into this folder; wait until it has ended, or choose another --name"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
+def start(folder: Path) -> None:
+    """From here on shards in the staging folder may be replaced by others."""
+    (folder_of(folder) / DESCRIPTION).unlink(missing_ok=True)
+
+
+def put_into_place(folder: Path) -> None:
+    """Move the staged files that were not moved yet, and dataset.json last; until then the folder is not a dataset."""
+    staged = folder_of(folder)
+    names = [name for name in (*_files_of(staged), SKIPPED_LIST) if (staged / name).exists()]
+    with _undisturbed():
+        (folder / DESCRIPTION).unlink(missing_ok=True)
+        for name in names:
+            os.replace(staged / name, folder / name)
+        if (staged / NEW_INPUTS).exists():
+            os.replace(staged / NEW_INPUTS, staged / INPUTS)
+        _sync(folder)
+        os.replace(staged / DESCRIPTION, folder / DESCRIPTION)
+        _sync(folder)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Requests to stop that come in these milliseconds are not heard."""
+    former = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def tidy(folder: Path) -> None:
+    """Remove shards and index files of former, larger datasets, an empty list of skipped files, what other runs left in
+    the staging folder, and temporary files."""
+    wanted = set(_files_of(folder))
+    ours = re.compile(rf"{re.escape(folder.name)}-\w+(-\d{{6}}\.tar|\.(samples|keys)\.npy)|\..*\.tmp")
+    for path in sorted(folder.iterdir()):
+        is_empty_list = path.name == SKIPPED_LIST and not path.stat().st_size
+        if (is_empty_list or (ours.fullmatch(path.name) and path.name not in wanted)) and not path.is_dir():
+            path.unlink()
+    for path in sorted(folder_of(folder).iterdir()):
+        if path.name not in (INPUTS, LOCK) and not path.is_dir():  # storage devices make folders everywhere
+            path.unlink()
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The shards and index files that a dataset.json names."""
+    parts = read_description(folder)["splits"].values()
+    shards = [shard["file"] for part in parts for shard in part["shards"]]
+    return shards + [entry["name"] for part in parts for entry in part["index"].values()]
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote into the staging folder `folder`."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

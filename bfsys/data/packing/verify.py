@@ -1,0 +1,113 @@
+"""Comparing a packed dataset on this machine with what its dataset.json and its index say of it: every byte."""
+
+import hashlib
+import mmap
+
+import numpy as np
+import xxhash
+
+from bfsys.data.storage.shards import DESCRIPTION, PACKED_BY, Split
+from bfsys.data.storage.tars import TarIndex, read_shard
+from bfsys.errors import UserError
+
+
+def verify_split(split: Split) -> list[str]:
+    """Read everything, and name whatever is not as dataset.json and the index say."""
+    problems = verify_index(split)
+    for number in range(len(split.shards)):
+        problems += verify_shard(split, number)
+    return problems
+
+
+def verify_index(split: Split) -> list[str]:
+    """Compare the index files with their sha256, and the classes that dataset.json names with those of the samples."""
+    files = split.dataset.description["splits"][split.split]["index"].values()
+    problems = []
+    for entry in files:
+        with open(split.path / entry["name"], "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                problems.append(f"{split.path / entry['name']}: differs from the sha256 in {DESCRIPTION}")
+    return problems + _wrong_classes(split)
+
+
+def _wrong_classes(split: Split) -> list[str]:
+    """Classes whose number of samples, or whose name in the keys that tools/pack.py gives, is another."""
+    description, labels = split.dataset.description, split.samples["label"]
+    stated = description["splits"][split.split]["class_counts"]
+    keys_hold_names = description.get("made_by", {}).get("tool") == PACKED_BY
+    counts = np.bincount(labels, minlength=len(split.classes))
+    problems = []
+    for label, name in enumerate(split.classes):
+        where = f"{split.path / DESCRIPTION}: class {name!r}"
+        if counts[label] != stated[name]:
+            problems.append(
+                f"{where}: {stated[name]:,} samples of {split.split} are stated, and {counts[label]:,} are there"
+            )
+        if keys_hold_names and counts[label]:
+            key = split.key(int(np.argmax(labels == label)))
+            if not key.startswith(f"{name.replace('.', '_')}/"):
+                problems.append(f"{where}: its samples are called otherwise, such as {key!r}")
+    return problems
+
+
+def verify_shard(split: Split, number: int) -> list[str]:
+    """Compare one tar with its size, its sha256 and the index: key, class, place and bytes of each sample."""
+    shard = split.shards[number]
+    path = split.path / shard.file
+    first, end = split.shard_starts[number : number + 2].tolist()
+    if not path.exists():
+        return [f"{path}: the shard is missing, and with it {shard.samples:,} samples"]
+    if not path.is_file():  # opening a pipe would wait for its writer
+        return [f"{path}: the shard is not a regular file"]
+    size_bytes = path.stat().st_size
+    if size_bytes == 0:
+        return [f"{path}: the shard is empty, {DESCRIPTION} says {shard.bytes:,} bytes"]
+    problems = []
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if size_bytes != shard.bytes:
+            problems.append(f"{path}: has {size_bytes:,} bytes, {DESCRIPTION} says {shard.bytes:,}")
+        if hashlib.sha256(content).hexdigest() != shard.sha256:
+            problems.append(f"{path}: differs from the sha256 in {DESCRIPTION}")
+        rows = split.samples[first:end]
+        ends = rows["offset"] + rows["length"]
+        lost = np.flatnonzero(ends > size_bytes)
+        if len(lost):  # one line: a shard cut in its middle would otherwise fill thousands
+            problems.append(
+                f"{path}: {len(lost):,} of {shard.samples:,} samples lie past its end, "
+                f"the first of them is {split.key(first + int(lost[0]))!r}"
+            )
+        for i in np.flatnonzero(ends <= size_bytes).tolist():
+            payload = content[int(rows[i]["offset"]) : int(ends[i])]
+            if xxhash.xxh3_64_intdigest(payload) != rows[i]["checksum"]:
+                key = split.key(first + i)
+                problems.append(f"{path}: sample {key!r}: its bytes differ from the checksum in the index")
+    try:
+        found = read_shard(path)
+    except UserError as error:
+        return problems + list(error.problems)
+    return problems + _differences(split, number, found)
+
+
+def _differences(split: Split, number: int, found: TarIndex) -> list[str]:
+    """What the index says of the samples of one shard, and what the tar says."""
+    path = split.path / split.shards[number].file
+    first, end = split.shard_starts[number : number + 2].tolist()
+    if len(found.samples) != end - first:
+        return [f"{path}: holds {len(found.samples):,} samples, the index says {end - first:,}"]
+    problems = []
+    key_start = 0
+    for i, row in enumerate(found.samples, start=first):
+        key = found.keys[key_start : row["key_end"]].decode("utf-8", "backslashreplace")
+        key_start = row["key_end"]
+        indexed = split.samples[i]
+        in_tar = (key, number, *(int(row[field]) for field in ("label", "offset", "length")))
+        in_index = (split.key(i), *(int(indexed[field]) for field in ("shard", "label", "offset", "length")))
+        if in_tar != in_index:
+            problems.append(
+                f"{path}: sample {i}: key, shard, class, offset, length are {in_tar} in the tar "
+                f"and {in_index} in the index"
+            )
+        label = int(indexed["label"])
+        if label >= len(split.classes):
+            problems.append(f"{path}: sample {key!r}: class {label} of {len(split.classes)} classes")
+    return problems

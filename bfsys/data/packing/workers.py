@@ -1,0 +1,152 @@
+"""The processes that write shards: each packs one job after the other, and its death harms its job alone.
+
+Files that are decoded are decoded here and never in the command's own process, since a codec may abort. A file that
+ends its process by a fault of the codec is a bad file, and the job is written again without it; each process says in
+shared memory which file it is at. Refused: concurrent.futures, whose pool breaks as a whole and does not say
+which of its processes died first.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from ctypes import c_long
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+
+from bfsys.data.media.encodings import parse_encoding
+from bfsys.data.packing.shard_jobs import Job, Outcome, write_job
+from bfsys.data.packing.staging import remove_temporary
+from bfsys.errors import UserError
+
+# Spawned, not forked: a fork of a process with threads (the progress bar's) may hang.
+CONTEXT = multiprocessing.get_context("spawn")
+CODEC_FAULTS: tuple[int, ...] = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+MOST_CODEC_FAULTS = 100  # more of them are the library's fault rather than the files'
+
+
+class Worker:
+    """One process, from the outside."""
+
+    def __init__(self, skip_bad: bool, job: Job, fatal: dict[str, str]) -> None:
+        """It begins with `job`."""
+        self.position = CONTEXT.RawValue(c_long, 0)
+        self.connection, theirs = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=_work, args=(theirs, self.position, skip_bad), daemon=True)
+        # The process inherits the mask: Ctrl-C goes to all of a terminal's processes, and this one ends the others.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        theirs.close()
+        self.give(job, fatal)
+
+    def give(self, job: Job, fatal: dict[str, str]) -> None:
+        self.job, self.position.value = job, -1
+        with suppress(ConnectionError):  # it has died, as `outcome` will find
+            self.connection.send((job, fatal))
+
+    def outcome(self) -> Outcome | OSError | UserError | None:
+        """What came of the job; None if the process died of it."""
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            return None
+
+    def name_fatal_file(self, fatal: dict[str, str]) -> None:
+        """Add the file that the dead process was at; raises UserError if the file is not to blame."""
+        code, number = self._process.exitcode, self.position.value
+        assert code is not None, "`outcome` has waited for its end"
+        end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if number < 0:
+            raise UserError(f"{self.job.path}: the process that was to write it ended with {end} before its first file")
+        path = self.job.files[number].path
+        if -code not in CODEC_FAULTS:
+            perhaps = ", perhaps for lack of memory" if -code == signal.SIGKILL else ""
+            raise UserError(
+                f"{path}: the process that packed this file ended with {end}{perhaps}; run the same command again with "
+                "fewer --workers, or leave large files out by --max-file-bytes: finished shards are kept"
+            )
+        if len(fatal) == MOST_CODEC_FAULTS:
+            raise UserError(
+                f"{path}: {len(fatal) + 1} files ended the processes that decoded them, this one with {end}; decode it "
+                "elsewhere to see whether the files or the installed libraries are damaged"
+            )
+        fatal[path] = f"ends the process that decodes it ({end})"
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+def write_jobs(jobs: Sequence[Job], count: int, skip_bad: bool) -> Iterator[Outcome]:
+    """Write all shards, in no particular order, by `count` processes.
+
+    Raises UserError and OSError as `write_job` does, and UserError if a process dies without a file's fault.
+    """
+    count = min(count, len(jobs))
+    if count == 1 and not parse_encoding(jobs[0].encoding).modality:
+        yield from (write_job(job, skip_bad, {}, c_long()) for job in jobs)
+        return
+    resource_tracker.ensure_running()  # starting it later would unblock SIGINT
+    waiting = deque(jobs)
+    fatal: dict[str, str] = {}
+    workers: dict[Connection, Worker] = {}
+    try:
+        while waiting or workers:
+            while waiting and len(workers) < count:
+                worker = Worker(skip_bad, waiting.popleft(), fatal)
+                workers[worker.connection] = worker
+            ready = wait(list(workers))
+            for connection in [connection for connection in workers if connection in ready]:
+                worker = workers[connection]
+                outcome = worker.outcome()
+                if isinstance(outcome, Exception):
+                    raise outcome
+                if outcome is None:
+                    workers.pop(connection).end()
+                    worker.name_fatal_file(fatal)
+                    waiting.appendleft(worker.job)
+                    continue
+                if waiting:
+                    worker.give(waiting.popleft(), fatal)
+                else:
+                    workers.pop(connection).end()
+                yield outcome
+    finally:
+        for worker in workers.values():
+            worker.end()
+        remove_temporary(jobs[0].path.parent)
+
+
+def _work(connection: Connection, position: c_long, skip_bad: bool) -> None:
+    _exit_with_parent()
+    while True:
+        try:
+            job, fatal = connection.recv()
+        except EOFError:
+            return
+        result: Outcome | OSError | UserError
+        try:
+            result = write_job(job, skip_bad, fatal, position)
+        except (OSError, UserError) as error:
+            result = error
+        connection.send(result)
+
+
+def _exit_with_parent() -> None:
+    """An orphan would write beside the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process was started by one"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

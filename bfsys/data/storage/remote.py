@@ -1,0 +1,408 @@
+"""Remote files, fetched whole into a bounded folder that all processes of a node share.
+
+A file is fetched before it is read: training reads at random places of a shard, and a connection that breaks
+in its middle is a matter of seconds here instead of an error there. What came is compared with the size and
+the sha256 that dataset.json gives, so a cached file is the packed one, and its content is in its name.
+The processes agree through `flock` on files beside the cached ones: the kernel drops a lock with its holder.
+
+Refused: reading tars as streams (the order would depend on the network, and a resume would fetch everything
+again), a daemon that fetches for all (one more thing to start, watch and stop), and an HTTP library (the
+schemes, the credentials and the proxies that people have are those of `webdataset.gopen`'s programs).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from bfsys.config import is_remote as is_remote
+from bfsys.data.storage.streams import Stopped, TryFailed, WrongContent, base_name, hide, stream
+from bfsys.data.storage.streams import url_of as url_of
+from bfsys.errors import EXIT_CRASHED, UserError
+
+T = TypeVar("T")
+
+CACHED = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)")
+PART, LOCK, EVICT = ".part", ".lock", "evict"
+CERTAIN_AFTER = 3  # answers that are whole and wrong; an outage is waited for longer
+SAY_AFTER_S = 10.0  # that somebody waits for a file
+SMALL_FILE_BYTES = 64 << 20
+ROOM_POLL_S = 0.1  # how soon a wait for room notices that there is some
+GROWTH_PARTS = 64  # a file of unknown size reserves room in steps of this part of the cache
+
+
+class WrongContentError(UserError):
+    """A server that answers well each time, with something else than was packed: no outage, but damage."""
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock called `path` + .lock, against threads and processes. False where another has it and `wait` not."""
+    path = path.with_name(path.name + LOCK)
+    descriptor = _lock(path, wait)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a loader process forked meanwhile has the descriptor, too
+            os.close(descriptor)
+
+
+def _lock(path: Path, wait: bool) -> int | None:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BaseException as error:
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
+        os.close(descriptor)  # the one that had it removed it: others use a new file by now
+
+
+@contextmanager
+def _saying_if_slow(url: str) -> Iterator[None]:
+    text = f"{url}: is still being fetched after {SAY_AFTER_S:.0f} s"
+    timer = threading.Timer(SAY_AFTER_S, print, [text], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class Cache:
+    """Remote files in a local folder of at most `limit_bytes`; the least recently used make room.
+
+    One per process, or a pickled copy of it; the counters are this process's.
+    Have what is in use and what is prefetched fit into the limit, or files are fetched again and again.
+    """
+
+    def __init__(
+        self, folder: Path, limit_bytes: int, *, attempts: int = 5, stall_s: float = 30.0, back_off_s: float = 1.0
+    ) -> None:
+        self.folder, self.limit_bytes = Path(folder), limit_bytes
+        self.attempts, self.stall_s, self.back_off_s = attempts, stall_s, back_off_s
+        self.bytes_fetched = self.files_fetched = self.hits = self.retries = 0
+        self._counting = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_counting": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _counting=threading.Lock())
+
+    def read(self, url: str, *, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
+        """What a small file holds that no hash is known of, such as dataset.json. Not cached."""
+        stop = threading.Event()
+
+        def once() -> bytes:
+            content = bytearray()
+            with closing(stream(url, self.stall_s, stop)) as source:
+                for data in source:
+                    content += data
+                    if len(content) > limit_bytes:
+                        raise UserError(f"{hide(url)}: holds more than {limit_bytes:,} bytes; is it the right file?")
+            if not content:
+                raise WrongContent("the answer is empty")
+            return bytes(content)
+
+        return self._try_often(url, once, stop)
+
+    def fetch(self, url: str, *, sha256: str, size_bytes: int | None = None) -> Path:
+        """A local file with that content. Another process may evict it at any time: see `open`."""
+        path, fresh = self._fetch(url, sha256, size_bytes, threading.Event(), wait=True)
+        if not fresh:
+            self._count(hits=1)
+        return path
+
+    def open(self, url: str, *, sha256: str, size_bytes: int | None = None) -> BinaryIO:
+        """`fetch`, opened: stays readable when it is evicted, also if that is before it was opened."""
+        while True:
+            with suppress(FileNotFoundError):
+                return open(self.fetch(url, sha256=sha256, size_bytes=size_bytes), "rb")
+
+    def prefetch(self, url: str, *, sha256: str, size_bytes: int | None, stop: threading.Event) -> None:
+        """Fetch unless somebody is at it, without a word. Raises something when `stop` is set before the end.
+
+        The file's lock is free between tries, so that who needs the file now takes over, and says why it has to wait.
+        """
+        self._try_often(url, lambda: self._fetch(url, sha256, size_bytes, stop, wait=False), stop, is_awaited=False)
+
+    def path_of(self, url: str, sha256: str) -> Path:
+        """Where a file with that content lies, if it is cached."""
+        name = re.sub(r"[^\w.+-]", "_", base_name(url), flags=re.ASCII)[-100:]
+        if name.endswith((PART, LOCK)):
+            name += "_"
+        return self.folder / f"{sha256[:16].lower()}-{name}"
+
+    def discard(self, path: Path, seen: os.stat_result | None = None) -> None:
+        """Drop a cached file that turned out damaged, so that the next fetch brings a new one.
+
+        With `seen`, the status of the damaged one, only if no process has brought a new one yet.
+        """
+        assert path.parent == self.folder, path
+        with suppress(FileNotFoundError):
+            if seen is None or os.path.samestat(seen, path.stat()):
+                path.unlink()
+
+    @property
+    def patience_s(self) -> float:
+        """How long a fetch may last whose server fails each time."""
+        return self.attempts * self.stall_s + self.back_off_s * (2 ** (self.attempts - 1) - 1)
+
+    def size_bytes(self) -> int:
+        """What the cache takes up, with what downloads under way have reserved."""
+        with _locked(self.folder / EVICT):
+            return sum(size for _, size, _ in self._files())
+
+    def _fetch(
+        self, url: str, sha256: str, size_bytes: int | None, stop: threading.Event, wait: bool
+    ) -> tuple[Path, bool]:
+        path = self.path_of(url, sha256)
+        try:
+            if self._mark_used(path, size_bytes):
+                return path, False
+            if size_bytes is not None and size_bytes > self.limit_bytes:
+                raise self._too_large(url, f"{size_bytes:,}")
+            self.folder.mkdir(parents=True, exist_ok=True)  # again: some clean /tmp while we run
+            with _locked(path, wait=wait) as mine:
+                if not mine or self._mark_used(path, size_bytes):
+                    return path, False
+
+                def once() -> None:
+                    self._download(url, path, sha256.lower(), size_bytes, stop)
+
+                if wait:
+                    self._try_often(url, once, stop)
+                else:
+                    once()
+        except OSError as error:
+            raise UserError(
+                f"{path}: the cache cannot be used ({error}); point data.cache_dir at a folder of your own"
+            ) from error
+        return path, True
+
+    def _mark_used(self, path: Path, size_bytes: int | None) -> bool:
+        """Whether the file is there; if so it is the most recently used one."""
+        try:
+            if size_bytes is not None and path.stat().st_size != size_bytes:
+                self.discard(path)
+                return False
+            now_ns = time.time_ns()  # finer than the kernel's own stamps, and the same for all processes
+            os.utime(path, ns=(now_ns, now_ns))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _download(self, url: str, path: Path, sha256: str, size_bytes: int | None, stop: threading.Event) -> None:
+        """One try of a file whose lock is held. On a full disk once more, with the file's size evicted first."""
+        for again in (True, False):
+            try:
+                return self._write(url, path, sha256, size_bytes, stop)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                with _locked(self.folder / EVICT):
+                    held = sum(size for _, size, _ in self._files())
+                    if again:
+                        self._evict(held - (held if size_bytes is None else size_bytes))
+                        continue
+                free = shutil.disk_usage(self.folder).free
+                needed = "a file" if size_bytes is None else f"{size_bytes:,} bytes"
+                raise UserError(
+                    f"{self.folder}: the disk is full: {needed} of {hide(url)} cannot be stored, {free:,} bytes are "
+                    f"free, the cache holds {held:,}. Free some, or set data.cache_dir to another disk"
+                ) from error
+
+    def _write(self, url: str, path: Path, sha256: str, size_bytes: int | None, stop: threading.Event) -> None:
+        """Write the file. The .part is as long as the file will be, so that what it reserves counts as taken."""
+        part = path.with_name(path.name + PART)
+        digest, written, reserved = hashlib.sha256(), 0, 0
+        try:
+            with open(part, "wb") as file, closing(stream(url, self.stall_s, stop, size_bytes)) as source:
+                while size_bytes is not None and not self._reserve(file, size_bytes):
+                    if stop.wait(ROOM_POLL_S):  # downloads that are under way hold the room; they end, well or badly
+                        raise Stopped
+                for data in source:
+                    written += len(data)
+                    if size_bytes is None and written > reserved:
+                        reserved = self._reserve_more(url, file, written)
+                    elif size_bytes is not None and written > size_bytes:
+                        raise WrongContent(f"sends more than the {size_bytes:,} bytes expected")
+                    file.write(data)
+                    digest.update(data)
+                if size_bytes is not None and written != size_bytes:
+                    raise WrongContent(f"ended at {written:,} of {size_bytes:,} bytes")
+                if digest.hexdigest() != sha256:
+                    raise WrongContent(f"sha256 of the {written:,} bytes differs: {digest.hexdigest()}, not {sha256}")
+                file.truncate(written)
+                os.fsync(file.fileno())  # a name that outlives a power cut must have its content, too
+            with _locked(self.folder / EVICT):  # whoever adds up the sizes sees one name of it
+                self._mark_used(part, None)
+                os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        self._count(bytes_fetched=written, files_fetched=1)
+
+    def _reserve(self, file: BinaryIO, size_bytes: int) -> bool:
+        """Evict until the .part may be that long, and make it so; False where files being written take the room."""
+        with _locked(self.folder / EVICT):
+            grow_bytes = size_bytes - os.fstat(file.fileno()).st_size
+            if not self._evict(self.limit_bytes - grow_bytes):
+                return False
+            os.ftruncate(file.fileno(), size_bytes)
+            return True
+
+    def _reserve_more(self, url: str, file: BinaryIO, written: int) -> int:
+        if written > self.limit_bytes:
+            raise self._too_large(url, f"more than {self.limit_bytes:,}")
+        size_bytes = min(self.limit_bytes, written + self.limit_bytes // GROWTH_PARTS)
+        if not self._reserve(file, size_bytes):  # not waited for: it may wait for what this one holds
+            raise TryFailed(f"no room in the cache after {written:,} bytes: other downloads take it")
+        return size_bytes
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """Time of last use, size and path of everything in the cache, with its .part files."""
+        files = []
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    if CACHED.fullmatch(entry.name):
+                        stat = entry.stat()
+                        files.append((stat.st_mtime_ns, stat.st_size, Path(entry.path)))
+        return files
+
+    def _evict(self, keep_bytes: int) -> bool:
+        """Remove what killed processes left, then the least recently used, until `keep_bytes` or less remain."""
+        files = sorted(self._files())
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files, key=lambda file: not file[2].name.endswith(PART)):
+            if total <= keep_bytes:
+                break
+            if path.name.endswith(PART):
+                with _locked(path.with_name(path.name.removesuffix(PART)), wait=False) as stale:
+                    if not stale:
+                        continue
+                    path.unlink(missing_ok=True)
+            else:
+                path.unlink(missing_ok=True)  # who has it open keeps it
+            total -= size
+        return total <= keep_bytes
+
+    def _try_often(self, url: str, once: Callable[[], T], stop: threading.Event, *, is_awaited: bool = True) -> T:
+        """Try until it succeeds. Where somebody waits for it, standard error says why each try failed."""
+        reasons: list[str] = []
+        wrong, tries = True, self.attempts
+        while len(reasons) < tries:
+            try:
+                with _saying_if_slow(hide(url)) if is_awaited else nullcontext():
+                    return once()
+            except TryFailed as failed:
+                reasons.append(str(failed))
+                wrong = wrong and isinstance(failed, WrongContent)
+            tries = min(self.attempts, CERTAIN_AFTER) if wrong else self.attempts  # if wrong, the server is well
+            if len(reasons) < tries:
+                pause_s = self._pause_s(url, len(reasons))
+                if is_awaited:
+                    next_one = f"the next one comes in {pause_s:.1f} s"
+                    line = f"{hide(url)}: try {len(reasons)} of {tries} failed ({reasons[-1]}); {next_one}"
+                    print(line, file=sys.stderr, flush=True)
+                self._count(retries=1)
+                if stop.wait(pause_s):
+                    raise Stopped
+        numbered = "; ".join(f"{number}: {reason}" for number, reason in enumerate(reasons, start=1))
+        problem = (
+            f"{hide(url)}: could not be fetched in {len(reasons)} tries ({numbered}). Check the address, "
+            f"the rights and the network of this machine, then start again: what was fetched is kept. If size or "
+            f"sha256 differ each time, the file there is not the one that dataset.json names: upload it again"
+        )
+        if wrong:
+            raise WrongContentError(problem)
+        raise UserError(problem, exit_code=EXIT_CRASHED)  # launchers start the run again: the server may come back
+
+    def _pause_s(self, url: str, failed: int) -> float:
+        """How long to wait after so many tries: twice as long each time; spread, and no random state is touched."""
+        digest = hashlib.sha256(f"{url} {failed}".encode()).digest()
+        jitter = 0.75 + 0.5 * int.from_bytes(digest[:4]) / 2**32
+        return self.back_off_s * 2 ** (failed - 1) * jitter
+
+    def _too_large(self, url: str, size: str) -> UserError:
+        return UserError(
+            f"{hide(url)}: has {size} bytes, the cache {self.folder} is allowed {self.limit_bytes:,}; "
+            f"raise data.cache_gb, best to several times the size of a file"
+        )
+
+    def _count(self, **more: int) -> None:
+        with self._counting:
+            for name, number in more.items():
+                setattr(self, name, getattr(self, name) + number)
+
+
+class Prefetcher:
+    """Fetches ahead of need, in daemon threads that the first `want` starts: none runs while loaders are forked.
+
+    Errors are for the fetch that needs the file: it tries again, and says why it failed.
+    """
+
+    def __init__(self, cache: Cache, threads: int = 2, queue_limit: int = 1000) -> None:
+        self._cache, self._threads_wanted, self._queue_limit = cache, threads, queue_limit
+        self._queue: deque[tuple[str, str, int | None]] = deque()
+        self._wanted: set[str] = set()  # sha256 of what is queued or under way
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def want(self, items: Iterable[tuple[str, str, int | None]]) -> None:
+        """Queue (url, sha256, size_bytes) behind what is queued. What does not fit is fetched when it is needed."""
+        with self._changed:
+            for item in items:
+                if self._stop.is_set() or len(self._queue) >= self._queue_limit:
+                    break
+                if item[1] not in self._wanted:
+                    self._wanted.add(item[1])
+                    self._queue.append(item)
+            self._changed.notify_all()
+            while self._queue and len(self._threads) < self._threads_wanted:
+                thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def close(self) -> None:
+        """End at once: running downloads are killed."""
+        with self._changed:
+            self._stop.set()
+            self._queue.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=10)  # a disk that hangs is no reason to hang as well
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._stop.is_set())
+                if self._stop.is_set():
+                    return
+                url, sha256, size_bytes = self._queue.popleft()
+            with suppress(Exception):
+                self._cache.prefetch(url, sha256=sha256, size_bytes=size_bytes, stop=self._stop)
+            with self._changed:
+                self._wanted.discard(sha256)

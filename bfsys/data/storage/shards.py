@@ -1,0 +1,378 @@
+"""A packed dataset: a folder of WebDataset tars, an index per split, and dataset.json that vouches for both.
+
+    NAME-SPLIT-000000.tar …      the files (see tars.py)
+    NAME-SPLIT.samples.npy       one SAMPLE row per sample, by shard and position; memory-mapped
+    NAME-SPLIT.keys.npy          all keys as UTF-8, one behind the other
+    dataset.json                 classes, counts, sizes and hashes; written last, so that a folder with
+                                 it is whole and a folder without it is not a dataset
+    .pack                        what packing needs to know when it is run again (see packing.py)
+
+The folder may lie behind a URL (see remote.py): the index is then fetched at the start, a shard when it is needed.
+Opening a split costs the same however many samples it has; what is proven, and by whom, is in `damaged_index`.
+
+Alternative refused: finding samples by scanning the tars at every start, as streaming readers do. The
+order of training is computed from lengths and labels alone, and a flipped byte must not go unnoticed.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import tokenize
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from bfsys.data.storage.classes import notes_on_classes, some
+from bfsys.data.storage.description import check_description
+from bfsys.data.storage.remote import Cache, is_remote, url_of
+from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, atomic_file, join_shards
+from bfsys.errors import UserError
+
+FORMAT = 2
+DESCRIPTION = "dataset.json"
+PACKED_BY = "tools/pack.py"
+LISTED = 20  # problems of a damaged dataset.json
+PACK_AGAIN = (
+    f"a damaged {DESCRIPTION} cannot be trusted; pack the dataset again, or copy it again from where it was whole"
+)
+QUANTILES_PERCENT = (0, 1, 10, 25, 50, 75, 90, 99, 100)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split of a packed dataset, open for reading."""
+
+    dataset: "Dataset"
+    split: str
+    shards: tuple[Shard, ...]
+    samples: np.ndarray  # SAMPLE [samples], memory-mapped
+    keys: np.ndarray  # uint8 [bytes of all keys], memory-mapped
+    bytes: int  # of all files together
+    length_quantiles: dict[str, int]  # of the files, in bytes: min, 1%, …, 50%, …, max
+    fingerprint: str  # changes whenever anything of the split changes
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def path(self) -> Path:
+        return self.dataset.folder
+
+    @property
+    def name(self) -> str:
+        return self.dataset.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.dataset.classes
+
+    def key(self, i: int) -> str:
+        start = self.samples["key_end"][i - 1] if i > 0 else 0
+        return self.keys[start : self.samples["key_end"][i]].tobytes().decode("utf-8", "backslashreplace")
+
+    @cached_property
+    def shard_starts(self) -> np.ndarray:
+        """int64 [shards + 1], the number of each shard's first sample, and the number of samples."""
+        return np.cumsum([0, *(shard.samples for shard in self.shards)], dtype=np.int64)
+
+    def open_shard(self, number: int) -> int:
+        """A descriptor of a tar; a remote one is fetched if it is not cached. Raises OSError, or UserError."""
+        if self.dataset.cache is None:
+            return os.open(self.path / self.shards[number].file, os.O_RDONLY | os.O_CLOEXEC)
+        url, sha256, size_bytes = self.remote_shard(number)
+        with self.dataset.cache.open(url, sha256=sha256, size_bytes=size_bytes) as file:
+            return os.dup(file.fileno())
+
+    def drop_shard(self, number: int, descriptor: int) -> bool:
+        """Drop the cached copy of a remote tar that `descriptor` reads, so that it is fetched again. False if local."""
+        cache = self.dataset.cache
+        if cache is None:
+            return False
+        url, sha256, _ = self.remote_shard(number)
+        cache.discard(cache.path_of(url, sha256), os.fstat(descriptor))
+        return True
+
+    def remote_shard(self, number: int) -> tuple[str, str, int]:
+        """(URL, sha256, bytes) of a shard of a remote dataset, as `Prefetcher.want` takes it."""
+        shard = self.shards[number]
+        return url_of(self.dataset.location, shard.file), shard.sha256, shard.bytes
+
+    def damaged_index(self, shards: Iterable[int]) -> list[str]:
+        """Which of the shards' rows in the index are not those that were packed.
+
+        The ranks of a run divide the shards at its start, so that the proof of a large index costs little: a row
+        that is not as packed would mean a wrong label or, for every file, a wrong checksum.
+        """
+        starts = self.shard_starts.tolist()
+        bad = [
+            self.shards[n].file
+            for n in shards
+            if index_digest(self.samples, self.keys, starts[n], starts[n + 1]) != self.shards[n].index_xxh3
+        ]
+        if not bad:
+            return []
+        return [
+            f"{self.dataset.location}: the index of {self.split!r} is damaged, or of other shards: its rows are not "
+            f"as {DESCRIPTION} says for {len(bad):,} of {len(self.shards):,} shards, the first is {bad[0]}; copy or "
+            f"pack the dataset again, or delete {DESCRIPTION} and run tools/inspect_shards.py --rebuild"
+        ]
+
+
+def index_digest(samples: np.ndarray, keys: np.ndarray, first: int, end: int) -> str:
+    """xxh3 of rows first … end of an index, and of their keys."""
+    digest = xxhash.xxh3_64(np.ascontiguousarray(samples[first:end]).data)
+    if first < end:
+        keys_start = int(samples["key_end"][first - 1]) if first else 0
+        digest.update(np.ascontiguousarray(keys[keys_start : int(samples["key_end"][end - 1])]).data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A packed dataset: where it lies, and what its dataset.json says."""
+
+    location: str  # folder or URL, as the user gave it
+    description: dict
+    place: Path | Cache  # its folder, or where the files of a remote one come to lie
+
+    @property
+    def folder(self) -> Path:
+        assert isinstance(self.place, Path), "a remote dataset has no folder of its own"
+        return self.place
+
+    @property
+    def cache(self) -> Cache | None:
+        """None if the dataset is on this machine."""
+        return self.place if isinstance(self.place, Cache) else None
+
+    @property
+    def name(self) -> str:
+        return self.description["name"]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.description["classes"])
+
+    @property
+    def splits(self) -> list[str]:
+        return sorted(self.description["splits"])
+
+    def file(self, name: str, sha256: str, size_bytes: int | None = None) -> Path:
+        """A file of the dataset on this machine."""
+        if isinstance(self.place, Path):
+            return self.place / name
+        return self.place.fetch(url_of(self.location, name), sha256=sha256, size_bytes=size_bytes)
+
+    def open(self, split: str) -> Split:
+        """Open one split. Checks that the parts fit together, and hashes nothing: see `Split.damaged_index`.
+
+        Cached copies of a remote index are the exception: they are proven whole (at 13 GB/s) and fetched again if they
+        are damaged, since they are this machine's alone, and the ranks that divide the proof may be on others.
+        """
+        if self.cache is not None:
+            self._drop_damaged_index(split, self.cache)
+        return self._open(split)
+
+    def _drop_damaged_index(self, split: str, cache: Cache) -> None:
+        seen: dict[Path, os.stat_result] = {}
+        with suppress(KeyError, TypeError):  # `_open` says what is wrong
+            for entry in self.description["splits"][split]["index"].values():
+                path = cache.path_of(url_of(self.location, entry["name"]), entry["sha256"])
+                with suppress(FileNotFoundError):
+                    seen[path] = path.stat()
+        if not seen:
+            return  # what will be fetched is proven by its sha256
+        try:
+            opened = self._open(split)
+            damaged = bool(opened.damaged_index(range(len(opened.shards))))
+        except UserError:
+            damaged = True
+        for path, status in seen.items() if damaged else ():
+            cache.discard(path, status)
+
+    def _open(self, split: str) -> Split:
+        described = f"{self.location}: {DESCRIPTION}"
+        if split not in self.description["splits"]:
+            raise UserError(f"{self.location}: there is no split {split!r}; there are: {', '.join(self.splits)}")
+        part = self.description["splits"][split]
+        identity = json.dumps([split, part, self.classes], sort_keys=True)
+        try:
+            shards = tuple(Shard(**shard) for shard in part["shards"])
+            entries = part["index"]
+            samples = _map_array(self.file(**entries["samples"]), SAMPLE, part["samples"])
+            keys = _map_array(self.file(**entries["keys"]), np.dtype("u1"), int(samples["key_end"][-1]))
+            opened = Split(
+                dataset=self,
+                split=split,
+                shards=shards,
+                samples=samples,
+                keys=keys,
+                bytes=part["bytes"],
+                length_quantiles=part["length_quantiles"],
+                fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{described} is damaged ({error!r}); pack the dataset again") from error
+        if opened.shard_starts[-1] != len(samples):
+            raise UserError(f"{described} is damaged (the shards' samples do not add up to {len(samples)})")
+        return opened
+
+
+def open_dataset(location: str | Path, cache: Cache | None = None) -> Dataset:
+    """The dataset in a folder, or at a URL, whose files come to lie in `cache`."""
+    location = str(location)
+    if not is_remote(location):
+        return Dataset(location, read_description(Path(location)), Path(location))
+    if cache is None:
+        raise UserError(f"{location}: a folder on this machine is expected here, not a URL")
+    return Dataset(location, parse_description(cache.read(url_of(location, DESCRIPTION)), location), cache)
+
+
+def open_split(path: str | Path, split: str) -> Split:
+    """One split of the dataset in a folder."""
+    return open_dataset(path).open(split)
+
+
+def split_names(path: str | Path) -> list[str]:
+    """The splits of the dataset in a folder."""
+    return open_dataset(path).splits
+
+
+def read_description(path: Path) -> dict:
+    """dataset.json of the folder at `path`."""
+    if not os.path.isdir(path):
+        raise UserError(f"{path}: there is no such folder{seen_from(path)}; a packed dataset is made by tools/pack.py")
+    file = path / DESCRIPTION
+    if not file.exists():
+        raise UserError(
+            f"{path}: holds no {DESCRIPTION}. If packing was not finished, run the same command "
+            f"again; for tars made elsewhere, run: python tools/inspect_shards.py {path} --rebuild"
+        )
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    return parse_description(content, file)
+
+
+def seen_from(path: Path) -> str:
+    """What a relative path is relative to, for a message that it does not exist; empty for an absolute one."""
+    return "" if path.is_absolute() else f" in the current folder, which is {Path.cwd()}"
+
+
+def parse_description(content: bytes, where: str | Path) -> dict:
+    """The content of a dataset.json; `where` is for messages."""
+    try:
+        description = json.loads(content)
+        number = description["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read as {DESCRIPTION} ({error!r}); pack the dataset again") from error
+    if number != FORMAT:
+        raise UserError(f"{where}: has format {number!r}; this version reads format {FORMAT}: pack the dataset again")
+    if problems := check_description(content):
+        raise UserError(*(f"{where}: is damaged: {problem}" for problem in problems[:LISTED]), PACK_AGAIN)
+    return description
+
+
+def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
+    try:
+        array = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # of a damaged header
+        raise UserError(
+            f"{file}: the index cannot be read ({error}); pack the dataset again, "
+            f"or delete {DESCRIPTION} and run tools/inspect_shards.py --rebuild"
+        ) from error
+    if array.dtype != dtype or array.shape != (length,):
+        raise UserError(
+            f"{file}: the index holds {array.shape} of {array.dtype}, {DESCRIPTION} speaks of ({length},) of "
+            f"{dtype}: they are not of one dataset; pack it again, "
+            f"or delete {DESCRIPTION} and run tools/inspect_shards.py --rebuild"
+        )
+    return array
+
+
+def index_files(name: str, split: str) -> tuple[str, str]:
+    return f"{name}-{split}.samples.npy", f"{name}-{split}.keys.npy"
+
+
+def write_split(path: Path, name: str, split: str, classes: Sequence[str], shards: Sequence[TarIndex]) -> dict:
+    """Write a split's index from that of its shards, and return its part of dataset.json."""
+    samples, keys = join_shards(shards)
+    files = {}
+    arrays = (samples, np.frombuffer(keys, np.uint8))
+    for role, file_name, array in zip(("samples", "keys"), index_files(name, split), arrays, strict=True):
+        with atomic_file(path / file_name) as file:
+            np.save(file, array)
+        with open(path / file_name, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            files[role] = {"name": file_name, "sha256": sha256, "size_bytes": os.path.getsize(path / file_name)}
+    ends = np.cumsum([0, *(len(index.samples) for index in shards)]).tolist()
+    counts = np.bincount(samples["label"], minlength=len(classes))
+    return {
+        "samples": len(samples),
+        "bytes": int(samples["length"].sum()),
+        "length_quantiles": length_quantiles(samples["length"]),
+        "class_counts": dict(zip(classes, counts.tolist(), strict=True)),
+        "index": files,
+        "shards": [
+            asdict(replace(index.shard, index_xxh3=index_digest(*arrays, first, end)))
+            for index, (first, end) in zip(shards, itertools.pairwise(ends), strict=True)
+        ],
+    }
+
+
+def length_quantiles(lengths: np.ndarray) -> dict[str, int]:
+    """Lengths in bytes that some sample has, by per cent of the samples that are no longer."""
+    values = np.quantile(lengths, [percent / 100 for percent in QUANTILES_PERCENT], method="inverted_cdf")
+    names = ["min", *(f"{percent}%" for percent in QUANTILES_PERCENT[1:-1]), "max"]
+    return {name: int(value) for name, value in zip(names, values, strict=True)}
+
+
+def write_description(
+    path: Path,
+    name: str,
+    classes: Sequence[str],
+    encoding: str,
+    made_by: dict,
+    splits: dict[str, dict],
+    notes: Sequence[str] = (),
+) -> None:
+    """Write dataset.json, and with it declare the folder whole. `splits` are the results of `write_split`; `notes` say
+    what was seen of the files that training would not show."""
+    description = {
+        "format": FORMAT,
+        "name": name,
+        "encoding": encoding,
+        "made_by": made_by,
+        "classes": list(classes),
+        "splits": splits,
+        **({"notes": list(notes)} if notes else {}),
+    }
+    text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
+    with atomic_file(path / DESCRIPTION) as file:
+        file.write(text.encode())
+
+
+def summarise(description: dict) -> str:
+    """What a dataset holds, for people to read."""
+    classes = description["classes"]
+    count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
+    lines = [f"{description['name']}: {count} ({some(classes)}), encoding {description['encoding']}"]
+    for split, part in description["splits"].items():
+        counts = [count for count in part["class_counts"].values() if count]
+        quantiles = ", ".join(f"{name} {value:,}" for name, value in part["length_quantiles"].items())
+        lines += [
+            f"  {split}: {part['samples']:,} samples of {len(counts)} classes "
+            f"({min(counts):,} to {max(counts):,} each), {part['bytes']:,} bytes "
+            f"in {len(part['shards']):,} shards",
+            f"    bytes per sample: {quantiles}",
+        ]
+    training = description["splits"].get("train", {}).get("class_counts")
+    notes = [*notes_on_classes(training, len(classes)), *description.get("notes", [])]
+    return "\n".join([*lines, *(f"  note: {note}" for note in notes)])

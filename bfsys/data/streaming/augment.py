@@ -1,0 +1,268 @@
+"""Training files decoded, augmented and encoded again, as published (arXiv 2306.00238).
+
+A picture is cropped, mirrored, changed by RandAugment and partly erased. A sound may change speed, gets
+background noise, is rolled, and is mixed with a second one. The result is encoded, so that the model sees
+file bytes and nothing else.
+
+All randomness comes from the caller's generator: equal generators give equal bytes, in any process and in any
+order of files. Torchvision's transforms draw from PyTorch's global generator; they get a seed drawn from ours
+and leave the global state as it was. Threads of one process share that state, so augment in processes.
+Alternative refused: transforms of our own, with which the published numbers could not be compared.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from bfsys.data.media.encodings import ENCODINGS, Encoding, resample, set_length
+from bfsys.data.media.modalities import MODALITIES, Clip, decode_audio, decode_image
+from bfsys.errors import UserError
+
+# The released code's, of picture and sound
+CROP_SCALE = (0.08, 1.0)  # of the picture's area
+CROP_RATIO = (3 / 4, 4 / 3)  # width : height
+FLIP_SHARE = 0.5
+RAND_AUGMENT_OPERATIONS, RAND_AUGMENT_MAGNITUDE, RAND_AUGMENT_BINS = 2, 9, 31
+ERASED_SHARE = 0.25  # of the pictures
+ROLL_S = 0.1
+BACKGROUND_GAIN = 10 ** (-50 / 20)  # -50 dB
+
+RECORDINGS_KEPT = 10  # in memory, per process; a minute at 16 kHz is 4 MB
+RECORDING_S = 1200.0  # of a longer recording only the beginning is used
+
+# Speeds are whole hundredths, since resampling by a ratio of large numbers needs gigabytes
+SPEED_STEPS = 100
+SLOWEST, FASTEST = 0.5, 2.0
+
+
+class Augmentation:
+    """What happens to each training file of a source. Can be pickled and forked.
+
+    encoding         what comes out; decides whether pictures or sounds go in
+    image_size       pixels, of a square
+    sample_rate_hz   sounds are resampled to it
+    seconds          sounds are cut at the end, or filled up with silence
+    background       folder of recordings that are added, quietly, to every sound
+    mixup            mix each sound with a second one
+    speeds           factors, one of which is drawn for each sound; 2.0 is twice as fast and an octave higher
+    """
+
+    def __init__(
+        self,
+        encoding: Encoding,
+        *,
+        image_size: int = 224,
+        sample_rate_hz: int = 16_000,
+        seconds: float = 1.0,
+        background: Path | None = None,
+        mixup: bool = True,
+        speeds: Sequence[float] = (),
+    ) -> None:
+        _check(encoding, background, speeds)
+        if round(seconds * sample_rate_hz) < 1:
+            raise UserError(f"augmentation: {seconds} s at {sample_rate_hz} Hz is less than one sample of sound")
+        self.encoding = encoding
+        self.mixes = encoding.modality == "audio" and mixup
+        """A second file is wanted."""
+        self._transform_picture = _picture_transforms(image_size) if encoding.modality == "image" else None
+        self._sample_rate_hz = sample_rate_hz
+        self._seconds = seconds
+        self._speeds = tuple(speeds)
+        self._recordings = _Recordings(background, sample_rate_hz) if background else None
+        self.background = self._recordings.fingerprint if self._recordings else None
+        """Tells one folder of recordings from another, wherever it lies."""
+        self.least_bytes = self._encoded_bytes(image_size)
+        """Length of a file without content: that of every file, unless the encoding `compresses`."""
+        self.compresses = encoding.text.partition(":")[0] in ("jpeg", "flac")
+
+    def __call__(self, data: bytes, rng: np.random.Generator, second: bytes | None = None) -> tuple[bytes, float]:
+        """The bytes of the augmented file, and the share (0 … 1) of the second file's class; 0 without a second.
+
+        Raises whatever the decoder raises for a damaged file, and UserError for background that cannot be had.
+        """
+        assert second is None or self.mixes
+        if self._transform_picture:
+            return self.encoding.file_of(_picture(data, self._transform_picture, rng)), 0.0
+        clip, share = self._clip(data, rng), 0.0
+        if second is not None:
+            # As published: uniform, and in the wave, before it is encoded
+            other, share = self._clip(second, rng), rng.random()
+            clip = Clip((1 - share) * clip.wave + share * other.wave, clip.rate_hz)
+        return self.encoding.file_of(clip), share
+
+    def _encoded_bytes(self, image_size: int) -> int:
+        """Also shows at the start what the encoder cannot do, which would else be blamed on files."""
+        try:
+            if self._transform_picture:
+                return len(self.encoding.file_of(np.zeros((image_size, image_size, 3), np.uint8)))
+            silence = np.zeros(round(self._seconds * self._sample_rate_hz), np.float32)
+            return len(self.encoding.file_of(Clip(silence, self._sample_rate_hz)))
+        except Exception as error:  # encoders raise anything
+            raise UserError(f"augmentation with encoding {self.encoding.text!r} cannot be made: {error}") from None
+
+    def fails_on(self, data: bytes) -> bool:
+        """Whether a file is to blame if it cannot be augmented."""
+        try:
+            self(data, np.random.default_rng(0))
+        except MemoryError:
+            raise
+        except Exception:  # decoders raise anything
+            return True
+        return False
+
+    def _clip(self, data: bytes, rng: np.random.Generator) -> Clip:
+        clip = resample(decode_audio(data, self._seconds * max(self._speeds, default=1.0)), self._sample_rate_hz)
+        if self._speeds:
+            clip = change_speed(clip, self._speeds[rng.integers(len(self._speeds))])
+        clip = set_length(clip, self._seconds)
+        wave = clip.wave
+        if self._recordings:
+            wave = wave + BACKGROUND_GAIN * self._recordings.crop(len(wave), rng)
+        farthest = round(ROLL_S * clip.rate_hz)
+        return Clip(np.roll(wave, rng.integers(-farthest, farthest, endpoint=True)), clip.rate_hz)
+
+
+def _picture(data: bytes, transform: Callable, rng: np.random.Generator) -> np.ndarray:
+    """A picture transformed: uint8 [image_size, image_size, 3]."""
+    from PIL import Image
+
+    pixels = decode_image(data)
+    with _seeded_torch(rng):
+        return np.asarray(transform(Image.fromarray(pixels)))
+
+
+def _check(encoding: Encoding, background: Path | None, speeds: Sequence[float]) -> None:
+    """Raise one UserError for all that cannot be."""
+    problems = []
+    if encoding.modality is None:
+        problems.append(
+            f"augmentation with encoding {encoding.text!r}: an augmented file is not the stored one any more and must "
+            f"be encoded; choose one of {', '.join(ENCODINGS)}"
+        )
+    if encoding.modality == "image" and (background or speeds):
+        problems.append(
+            f"augmentation with encoding {encoding.text!r}: background and speeds are for sounds; leave them out"
+        )
+    for speed in speeds:
+        if not (SLOWEST <= speed <= FASTEST and abs(speed * SPEED_STEPS - round(speed * SPEED_STEPS)) < 1e-6):
+            problems.append(
+                f"augmentation with speed {speed}: allowed are {SLOWEST} … {FASTEST} in steps of {1 / SPEED_STEPS}"
+            )
+    if problems:
+        raise UserError(*problems)
+
+
+def change_speed(clip: Clip, factor: float) -> Clip:
+    """Play faster (factor > 1) or slower: the clip's length is divided by the factor, its pitch multiplied.
+
+    That is, take it as recorded at `factor` times its rate, and resample to its rate.
+    """
+    steps = round(factor * SPEED_STEPS)
+    if steps == SPEED_STEPS:
+        return clip
+    return Clip(resample(Clip(clip.wave, steps), SPEED_STEPS).wave, clip.rate_hz)
+
+
+def _picture_transforms(size: int) -> Callable:
+    """A function from a PIL image to a PIL image of size × size. Draws from PyTorch's global generator."""
+    try:
+        from torchvision.transforms import InterpolationMode, v2
+    # A torchvision of another release than PyTorch's raises RuntimeError
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            "augmentation of pictures needs the torchvision that belongs to the installed torch "
+            f"({error}): pip install -e '.[train]'"
+        ) from None
+
+    # On PIL images, not tensors, whose bicubic and bilinear results differ, as the publication's did.
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, CROP_SCALE, CROP_RATIO, InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(FLIP_SHARE),
+            v2.RandAugment(
+                RAND_AUGMENT_OPERATIONS, RAND_AUGMENT_MAGNITUDE, RAND_AUGMENT_BINS, InterpolationMode.BILINEAR
+            ),
+            v2.RandomErasing(ERASED_SHARE, value=0),
+        ]
+    )
+
+
+@contextmanager
+def _seeded_torch(rng: np.random.Generator) -> Iterator[None]:
+    """Seed PyTorch's global generator from ours, and put its state back at the end."""
+    import torch
+
+    seed = int(rng.integers(2**63))
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would also seed the GPUs' generators, and those are not put back
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+class _Recordings:
+    """The sounds below a folder, each decoded when it is first drawn; a few stay in memory.
+
+    A file that cannot be decoded is replaced by the one that follows it in sorted order, so that what is drawn
+    depends on the folder and the generator only, never on what is in memory.
+    """
+
+    def __init__(self, folder: Path, rate_hz: int) -> None:
+        extensions = {f".{extension}" for extension in MODALITIES["audio"].extensions}
+        self._folder, self._rate_hz = folder, rate_hz
+        self._files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions and path.is_file())
+        self._waves: OrderedDict[int, np.ndarray] = OrderedDict()  # the latest used last
+        if not self._files:
+            raise UserError(
+                f"augmentation with background {folder}: there is no sound below this folder; "
+                f"looked for {', '.join(sorted(extensions))}"
+            )
+        names_and_sizes = [(str(path.relative_to(folder)), path.stat().st_size) for path in self._files]
+        self.fingerprint = hashlib.sha256(repr(names_and_sizes).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_waves": OrderedDict()}  # each process decodes what it draws
+
+    def crop(self, samples: int, rng: np.random.Generator) -> np.ndarray:
+        """float32 [samples] from anywhere in any recording; one that is too short is repeated."""
+        wave = self._wave_from(int(rng.integers(len(self._files))))
+        if len(wave) < samples:
+            wave = np.resize(wave, samples)
+        start = rng.integers(len(wave) - samples, endpoint=True)
+        return wave[start : start + samples]
+
+    def _wave_from(self, number: int) -> np.ndarray:
+        """float32 [n]: recording `number`, or the first after it that can be decoded."""
+        for _ in self._files:
+            wave = self._wave(number)
+            if len(wave):
+                return wave
+            number = (number + 1) % len(self._files)
+        raise UserError(
+            f"augmentation with background {self._folder}: none of the {len(self._files)} files below this folder can "
+            "be decoded"
+        )
+
+    def _wave(self, number: int) -> np.ndarray:
+        """float32 [n]; of no length if the file cannot be decoded."""
+        if number not in self._waves:
+            if len(self._waves) >= RECORDINGS_KEPT:
+                self._waves.popitem(last=False)
+            self._waves[number] = self._decode(self._files[number])
+        self._waves.move_to_end(number)
+        return self._waves[number]
+
+    def _decode(self, path: Path) -> np.ndarray:
+        try:
+            data = path.read_bytes()
+        except OSError as error:  # not passed over: another process may be able to read it, and would draw otherwise
+            raise UserError(f"augmentation with background {path}: cannot be read: {error.strerror}") from None
+        try:
+            return resample(decode_audio(data, RECORDING_S), self._rate_hz).wave
+        except MemoryError:
+            raise
+        except Exception:  # decoders raise anything when they meet a damaged file
+            return np.zeros(0, np.float32)

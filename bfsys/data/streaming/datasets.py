@@ -1,0 +1,286 @@
+"""The datasets of a config, opened: the same split of each, the union of their classes, and the plan over them."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bfsys.config import Config
+from bfsys.data.media.encodings import parse_encoding
+from bfsys.data.media.modalities import PECULIARITIES, peculiarities_of
+from bfsys.data.storage.classes import Spelling, notes_on_classes, too_alike
+from bfsys.data.storage.remote import Cache, is_remote
+from bfsys.data.storage.shards import Dataset, Split, open_dataset
+from bfsys.data.storage.streams import PIPE
+from bfsys.data.streaming.augment import Augmentation
+from bfsys.data.streaming.byte_transforms import ByteTransform, lengths_after, parse_transforms
+from bfsys.data.streaming.mix import mixture_weights
+from bfsys.data.streaming.plan import Plan
+from bfsys.errors import UserError, collecting
+
+# Files of an augmented source that a dry run looks into.
+LOOKED_INTO = 200
+
+
+@dataclass(frozen=True)
+class Sources:
+    """One split of each dataset.
+
+    A source that lacks the split (an evaluation split, say) is left out: `numbers` are positions in the config,
+    and `names` the same for every split. `label_maps` give the number in `classes` of each of a dataset's labels.
+    """
+
+    classes: tuple[str, ...]
+    splits: tuple[Split, ...]
+    numbers: tuple[int, ...]
+    names: tuple[str, ...]
+    label_maps: tuple[np.ndarray, ...]
+    origins: tuple[str, ...]  # names for the quarantine: a dataset of its own for evaluation has one of its own
+    transforms: tuple[ByteTransform, ...] = ()
+    augmentations: tuple[Augmentation | None, ...] = field(default=())
+
+    @property
+    def sizes(self) -> dict[tuple[str, str], int]:
+        """Samples by (split, source), as `Quarantine.share` wants them."""
+        return {(split.split, origin): len(split) for origin, split in zip(self.origins, self.splits, strict=True)}
+
+
+def make_cache(config: Config) -> Cache:
+    folder = config.data.cache_dir or Path(tempfile.gettempdir()) / f"bfsys-cache-{os.getuid()}"
+    return Cache(Path(folder), int(config.data.cache_gb * 1e9), attempts=config.data.fetch_tries)
+
+
+def open_training(config: Config) -> Sources:
+    """The training split of every source, and the union of their classes: the rows of the head.
+
+    Raises UserError with all problems.
+    """
+    datasets = _open_datasets(config, [source.path for source in config.data.sources])
+    classes = sorted({name for dataset in datasets for name in dataset.classes})
+    return _open_sources(config, datasets, config.data.train_split, classes, training=True)
+
+
+def open_evaluation(config: Config, split: str, classes: Sequence[str]) -> Sources:
+    """A split of the sources that have it, which may be none. Raises UserError with all problems."""
+    datasets = _open_datasets(config, [source.eval_path or source.path for source in config.data.sources])
+    return _open_sources(config, datasets, split, classes, training=False)
+
+
+def _open_datasets(config: Config, locations: Sequence[str]) -> list[Dataset]:
+    cache, datasets, problems = make_cache(config), [], []
+    if any(map(is_remote, locations)) and cache.patience_s >= config.train.collective_timeout_s:
+        problems.append(
+            f"data.fetch_tries: {cache.attempts} tries of a server that fails may take {cache.patience_s:.0f} s, but "
+            f"ranks wait for each other for train.collective_timeout_s {config.train.collective_timeout_s} s; make the "
+            "one smaller or the other larger"
+        )
+    for location in locations:
+        with collecting(problems):
+            datasets.append(open_dataset(location, cache))
+    if problems:
+        raise UserError(*problems)
+    return datasets
+
+
+def _open_sources(
+    config: Config, datasets: Sequence[Dataset], split: str, classes: Sequence[str], *, training: bool
+) -> Sources:
+    number_of = {name: i for i, name in enumerate(classes)}
+    opened: list[tuple[int, Split]] = []
+    augmentations: list[Augmentation | None] = []
+    problems: list[str] = []
+    transforms: tuple[ByteTransform, ...] = ()
+    with collecting(problems):
+        transforms = parse_transforms(config.data.byte_transforms)
+    if training:
+        problems += [f"data.sources: {problem}" for problem in too_alike(_spellings(datasets))]
+    for number, dataset in enumerate(datasets):
+        if not training and split not in dataset.splits:
+            continue
+        with collecting(problems):
+            unknown = [name for name in dataset.classes if name not in number_of]
+            if unknown:
+                known = {name: Spelling(["the model"]) for name in classes}
+                alike = too_alike(known | {name: Spelling([dataset.location]) for name in unknown})
+                raise UserError(
+                    f"{dataset.location}: the model does not know the classes {', '.join(unknown[:10])}", *alike
+                )
+            augmentation = make_augmentation(config, number) if training else None
+            part = dataset.open(split)
+            opened.append((number, part))
+            augmentations.append(augmentation)
+    if problems:
+        raise UserError(*problems)
+    names = source_names(config)
+    separate = [not training and source.eval_path is not None for source in config.data.sources]
+    return Sources(
+        classes=tuple(classes),
+        splits=tuple(part for _, part in opened),
+        numbers=tuple(number for number, _ in opened),
+        names=tuple(names[n] for n, _ in opened),
+        origins=tuple(f"{names[n]} (eval_path)" if separate[n] else names[n] for n, _ in opened),
+        label_maps=tuple(np.array([number_of[name] for name in part.classes]) for _, part in opened),
+        transforms=transforms,
+        augmentations=tuple(augmentations),
+    )
+
+
+def _spellings(datasets: Sequence[Dataset]) -> dict[str, Spelling]:
+    """How and where each class of all data sets is spelled."""
+    spellings: defaultdict[str, Spelling] = defaultdict(Spelling)
+    for dataset in datasets:
+        for name in dataset.classes:
+            spellings[name].places.append(dataset.location)
+        for split, part in dataset.description["splits"].items():
+            for name, count in part.get("class_counts", {}).items():
+                spellings[name].splits |= {split} if count else set()
+    return spellings
+
+
+def source_names(config: Config) -> list[str]:
+    """A short name for each source: its folder's, with the source's number where two are alike."""
+    names = [_folder_name(source.path) for source in config.data.sources]
+    unique = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+    return unique if len(set(unique)) == len(unique) else [f"{name}_{i}" for i, name in enumerate(names)]
+
+
+def _folder_name(location: str) -> str:
+    if location.startswith(PIPE):
+        name = re.search(r"([\w.+-]+)/\{file\}", location)  # and not the command around it, which may hold a secret
+        return name[1] if name else "pipe"
+    return Path(location.partition("?")[0]).name if is_remote(location) else Path(location).resolve().name
+
+
+def make_augmentation(config: Config, source: int) -> Augmentation | None:
+    augment = config.data.sources[source].augment
+    if not augment:
+        return None
+    return Augmentation(
+        parse_encoding(augment.encoding),
+        image_size=augment.image_size,
+        sample_rate_hz=augment.sample_rate_hz,
+        seconds=augment.seconds,
+        background=Path(augment.background) if augment.background else None,
+        mixup=augment.mixup,
+        speeds=augment.speeds,
+    )
+
+
+def check_transforms(transforms: Sequence[ByteTransform], manifest: dict) -> None:
+    """Raise UserError if a key file is no longer the one that a checkpoint was trained with."""
+    trained = (manifest["plan"] or {}).get("byte_transforms", [])
+    ours = [transform.identity for transform in transforms]
+    if ours != trained:
+        raise UserError(
+            f"data.byte_transforms: the run was trained with {trained}, now they are {ours}; restore the key"
+        )
+
+
+def content_facts(config: Config, sources: Sources) -> dict:
+    """What becomes of the files that the plan names: equal facts, equal bytes. Nothing, if they go in as they are."""
+    facts: dict = {}
+    if sources.transforms:
+        facts["byte_transforms"] = [transform.identity for transform in sources.transforms]
+    for i, (number, augmentation) in enumerate(zip(sources.numbers, sources.augmentations, strict=True)):
+        augment = config.data.sources[number].augment
+        if augment and augmentation:
+            options = asdict(augment)
+            options |= {"speeds": list(options["speeds"]), "background": augmentation.background}
+            facts.update({f"source {i} augment.{name}": value for name, value in options.items()})
+    return facts
+
+
+def make_plan(config: Config, sources: Sources) -> Plan:
+    """The data order; raises UserError if its micro-batches would exceed the byte budget."""
+    data = config.data
+    weights = [data.sources[n].weight for n in sources.numbers]
+    # An augmented file's length is known where the encoding does not compress.
+    means = [
+        augmentation.least_bytes if augmentation and not augmentation.compresses else split.bytes // max(1, len(split))
+        for split, augmentation in zip(sources.splits, sources.augmentations, strict=True)
+    ]
+    plan = Plan(
+        sources.splits,
+        mixture_weights(data.mixture, weights, [max(1, len(split)) for split in sources.splits]).tolist(),
+        batch_samples=data.batch_samples,
+        lanes=data.lanes,
+        shuffle_block=data.shuffle_block,
+        seed=config.train.seed,
+        mean_bytes=lengths_after(sources.transforms, np.array(means)).tolist(),
+    )
+    budget, mean = data.micro_batch_bytes, plan.mean_micro_batch_bytes
+    if budget and mean > budget:
+        lanes = -(-data.lanes * mean // budget)
+        raise UserError(
+            f"data.micro_batch_bytes: {data.batch_samples} samples in {data.lanes} lanes make micro-batches of "
+            f"{mean:,.0f} bytes on average, over the budget of {budget:,}; {lanes:.0f} or more lanes would fit"
+        )
+    return plan
+
+
+def index_problems(sources: Sources, share: int, of: int) -> list[str]:
+    """What is wrong with the index of part `share` of the shards of each source: see `Split.damaged_index`."""
+    return [problem for split in sources.splits for problem in split.damaged_index(range(share, len(split.shards), of))]
+
+
+def any_remote(sources: Sources) -> bool:
+    return any(is_remote(split.dataset.location) for split in sources.splits)
+
+
+def long_files(config: Config, sources: Sources) -> list[str]:
+    """A note for each source with files of more tokens than the model has positions; see model/stem.py."""
+    architecture, notes = config.model.architecture(), []
+    for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
+        longest = int(lengths_after(sources.transforms, np.array([split.length_quantiles["max"]]))[0])
+        if augmentation or longest <= architecture.max_bytes:
+            continue
+        lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
+        notes.append(
+            f"{split.dataset.location}: {np.count_nonzero(lengths > architecture.max_bytes)} of {len(split)} files in "
+            f"{split.split} are longer than the {architecture.max_bytes:,} bytes that model.max_tokens "
+            f"{architecture.max_tokens:,} covers, up to {longest:,}: positions repeat there; "
+            f"model.max_tokens={-(-longest // architecture.stride)} would give each token its own"
+        )
+    return notes
+
+
+def notes_on_data(sources: Sources) -> list[str]:
+    """What is odd about the training data: classes that cannot be learned, and files that are not read in full."""
+    counts = dict.fromkeys(sources.classes, 0)
+    for split in sources.splits:
+        for name, count in split.dataset.description["splits"][split.split]["class_counts"].items():
+            counts[name] += count
+    notes = notes_on_classes(counts, len(counts))
+    for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
+        where = split.dataset.location
+        notes += [f"{where}: {note}" for note in split.dataset.description.get("notes", [])]
+        if augmentation and split.dataset.cache is None:  # a remote shard is not fetched for a note
+            modality = augmentation.encoding.modality
+            found = Counter(name for data in _first_files(split) for name in peculiarities_of(data, modality))
+            looked = min(len(split), LOOKED_INTO)
+            notes += [
+                f"{where}: {n} of the first {looked} files have {PECULIARITIES[name]}" for name, n in found.items()
+            ]
+    return notes
+
+
+def _first_files(split: Split) -> Iterator[bytes]:
+    """The content of the first files of a split on this machine; a shard that cannot be opened has none."""
+    rows = split.samples[:LOOKED_INTO]
+    for number in np.unique(rows["shard"]).tolist():
+        try:
+            descriptor = split.open_shard(number)
+        except OSError:  # training will name the shard and replace its files
+            continue
+        try:
+            for row in rows[rows["shard"] == number]:
+                yield os.pread(descriptor, int(row["length"]), int(row["offset"]))
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,318 @@
+"""From the plan to micro-batches of bytes: the plan is the sampler, the reader a map-style dataset.
+
+`torch.utils.data.DataLoader` runs them, with its worker processes and prefetch; it keeps no state of ours. Workers
+hand batches over in slots of anonymous shared memory, which vanishes with the processes: pickled through
+DataLoader's queues the same bytes take several times as long, and named shared memory outlives a SIGKILL.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from bfsys.batch import ByteBatch
+from bfsys.config import Config
+from bfsys.data.storage.remote import Prefetcher
+from bfsys.data.streaming.augment import Augmentation
+from bfsys.data.streaming.datasets import Sources, any_remote, make_cache
+from bfsys.data.streaming.plan import MicroBatch, Plan, evaluation_batches, lanes_of_rank
+from bfsys.data.streaming.quarantine import Quarantine
+from bfsys.data.streaming.reader import Fetched, ShardReader, new_buffer
+from bfsys.data.streaming.ring import Ring
+from bfsys.dist import Ranks
+from bfsys.errors import UserError
+
+T = TypeVar("T")
+
+# Requests that each worker may be ahead.
+PREFETCH = 3
+# A request is one micro-batch, or several small ones that have about this many bytes together: what a request costs
+# beside the reading (0.4 ms of both processes) is then divided among them.
+REQUEST_BYTES = 4 << 20
+# Samples that the system is told of before they are read, while they come from a disk. Telling costs 1 us, a third of
+# reading a sample from memory, so it ends so many micro-batches after the last slow one.
+READ_AHEAD_SAMPLES = 256
+ANNOUNCED_AFTER_SLOW = 64
+# A slot holds this many times a request's mean; what is beyond it is pickled. Memory is taken as it is touched.
+SLOT_OVER_MEAN = 4
+# What worker processes tell of themselves: who they are, and the (source, sample) that they are decoding.
+_POSITION = np.dtype([("process", "<i8"), ("position", "<i8", 2)])
+
+
+def training_batches(
+    config: Config, sources: Sources, plan: Plan, ranks: Ranks, *, first_step: int, quarantine: Quarantine | None = None
+) -> Generator[ByteBatch, None, None]:
+    """The rank's micro-batches from `first_step` to the end of the run, lane by lane within a step.
+
+    `quarantine` is told of samples that could not be read.
+    """
+    quarantine = quarantine if quarantine is not None else Quarantine()
+    bad_from = [quarantine.bad_from(s.split, name) for s, name in zip(sources.splits, sources.origins, strict=True)]
+    reader = _reader(config, sources, augmentations=sources.augmentations, bad_from=bad_from)
+    lanes = lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size)
+    pinned = ranks.device.type == "cuda"
+    prefetcher = Prefetcher(make_cache(config)) if any_remote(sources) else None
+    requests = _Requests(plan, lanes, range(first_step, config.train.steps), reader, prefetcher)
+    try:
+        if config.data.workers:
+            batches = _read_by_workers(config.data.workers, requests, reader, plan.mean_micro_batch_bytes, pinned)
+        else:
+            allocate = _pinned_buffer if pinned else new_buffer
+            batches = (reader.read(wanted, allocate) for wanted in requests.announced())
+        for fetched in batches:
+            quarantine.found(fetched.bad)
+            if fetched.slow:
+                requests.to_announce = ANNOUNCED_AFTER_SLOW
+            batch = _byte_batch(fetched)
+            del fetched  # a slot is in use as long as something refers to it
+            yield batch
+            del batch
+    finally:
+        reader.close()
+        if prefetcher:
+            prefetcher.close()
+
+
+def evaluation_rounds(
+    config: Config, sources: Sources, ranks: Ranks, quarantine: Quarantine, step: int
+) -> Iterator[tuple[ByteBatch, bool]]:
+    """Every sample once over all ranks, in equally many rounds on each, but for those that cannot be read.
+
+    Yields (batch, counts). Where batches run out, or nothing of one can be read, a rank gets some batch with counts
+    False, since the forward passes of ZeRO-3 are collective.
+    """
+    least_bytes = config.model.architecture().rounding_bytes
+    batches = evaluation_batches(sources.splits, config.data.eval_batch_bytes, least_bytes)
+    reader = _reader(config, sources, replace_bad=False)
+    nothing = ByteBatch.of_zeros(config.model.kernel)
+    try:
+        for first in range(0, len(batches), ranks.world_size):
+            mine = first + ranks.rank
+            if mine >= len(batches):
+                yield nothing, False
+                continue
+            wanted = batches[mine]
+            fetched = reader.read(MicroBatch(wanted.source, wanted.sample, wanted.epoch, step))
+            quarantine.found(fetched.bad)
+            yield (_byte_batch(fetched), True) if len(fetched.labels) else (nothing, False)
+    finally:
+        reader.close()
+
+
+def _reader(
+    config: Config,
+    sources: Sources,
+    *,
+    augmentations: Sequence[Augmentation | None] = (),
+    bad_from: Sequence[dict[int, int]] = (),
+    replace_bad: bool = True,
+) -> ShardReader:
+    return ShardReader(
+        sources.splits,
+        sources.label_maps,
+        sources.origins,
+        seed=config.train.seed,
+        augmentations=augmentations,
+        transforms=sources.transforms,
+        bad_from=bad_from,
+        replace_bad=replace_bad,
+    )
+
+
+class _Requests:
+    """The rank's micro-batches. What will be read soon is announced to the system or the prefetcher."""
+
+    def __init__(
+        self, plan: Plan, lanes: range, steps: range, reader: ShardReader, prefetcher: Prefetcher | None
+    ) -> None:
+        self.plan, self.lanes, self.steps = plan, lanes, steps
+        self.reader, self.prefetcher = reader, prefetcher
+        self.to_announce = ANNOUNCED_AFTER_SLOW
+
+    def announced(self) -> Iterator[MicroBatch]:
+        return self._fetched_ahead(self.prefetcher) if self.prefetcher else self._read_ahead()
+
+    def _planned(self) -> Iterator[MicroBatch]:
+        return (self.plan.micro_batch(step, lane) for step in self.steps for lane in self.lanes)
+
+    def _read_ahead(self) -> Iterator[MicroBatch]:
+        """Announces a micro-batch some READ_AHEAD_SAMPLES before it is asked for."""
+        ahead: deque[MicroBatch] = deque()
+        samples_ahead = 0
+        for wanted in self._planned():
+            if self.to_announce > 0:
+                self.to_announce -= 1
+                self.reader.will_need(wanted)
+            ahead.append(wanted)
+            samples_ahead += len(wanted)
+            while samples_ahead >= READ_AHEAD_SAMPLES:
+                samples_ahead -= len(ahead[0])
+                yield ahead.popleft()
+        yield from ahead
+
+    def _fetched_ahead(self, prefetcher: Prefetcher) -> Iterator[MicroBatch]:
+        """Has the shards of a lane's block and of the next one fetched when the lane comes to the block."""
+        announced = {lane: self.plan.shards_ahead(self.steps.start, lane) for lane in self.lanes}
+        for of_each_lane in itertools.zip_longest(*announced.values()):  # all lanes begin at once
+            self._want(prefetcher, (shard for shard in of_each_lane if shard))
+        for wanted, lane in zip(self._planned(), itertools.cycle(self.lanes), strict=False):
+            shards = self.plan.shards_ahead(wanted.step, lane)
+            if announced[lane] != shards:
+                announced[lane] = shards
+                self._want(prefetcher, shards)
+            yield wanted
+
+    def _want(self, prefetcher: Prefetcher, shards: Iterable[tuple[int, int]]) -> None:
+        splits = self.plan.splits
+        prefetcher.want(splits[s].remote_shard(n) for s, n in shards if splits[s].dataset.cache)
+
+
+def _read_by_workers(
+    workers: int, requests: _Requests, reader: ShardReader, mean_bytes: float, pinned: bool
+) -> Iterator[Fetched]:
+    """Micro-batches in their order, read by worker processes."""
+    per_request = max(1, int(REQUEST_BYTES / mean_bytes)) if reader.is_plain else 1
+    # Two more than are under way: the consumer may have one and come for the next.
+    ring = Ring(workers * PREFETCH + 2, int(SLOT_OVER_MEAN * per_request * mean_bytes))
+    positions = np.frombuffer(mmap.mmap(-1, workers * _POSITION.itemsize), _POSITION)
+    loader = DataLoader(
+        _Reads(reader, ring),
+        batch_size=None,  # a request is a list of whole micro-batches
+        sampler=_WithSlots(requests, per_request, ring),
+        num_workers=workers,
+        prefetch_factor=PREFETCH,
+        multiprocessing_context="fork",  # workers must inherit the ring
+        collate_fn=_as_it_is,
+        worker_init_fn=partial(_begin_worker, os.getpid(), reader, positions),
+    )
+    for answer in _naming_files(loader, reader, positions):
+        if isinstance(answer, UserError):
+            raise answer
+        slot, micro_batches = answer
+        content = None if slot is None else ring.release(slot)
+        for fetched in micro_batches:
+            if content is not None and fetched.slot_start is not None:
+                data = content[fetched.slot_start : fetched.slot_start + int(fetched.offsets[-1])]
+                fetched = replace(fetched, data=data)
+            if pinned:
+                data = _pinned_buffer(len(fetched.data))
+                data[:] = fetched.data
+                fetched = replace(fetched, data=data)
+            yield fetched
+            del fetched
+
+
+class _WithSlots(Sampler[tuple[int | None, list[MicroBatch]]]):
+    """Requests to the workers: micro-batches, and the slot for them; None if all are in use."""
+
+    def __init__(self, requests: _Requests, per_request: int, ring: Ring) -> None:
+        self.requests, self.per_request, self.ring = requests, per_request, ring
+
+    def __iter__(self) -> Iterator[tuple[int | None, list[MicroBatch]]]:
+        batches = self.requests.announced()
+        while request := list(itertools.islice(batches, self.per_request)):
+            yield self.ring.reserve(), request
+
+
+class _Reads(Dataset):
+    def __init__(self, reader: ShardReader, ring: Ring) -> None:
+        self.reader, self.ring = reader, ring
+
+    def __getitem__(self, request: tuple[int | None, list[MicroBatch]]) -> tuple[int | None, list[Fetched]] | UserError:
+        slot, batches = request
+        try:
+            return slot, list(self._read(slot, batches))
+        except UserError as error:  # raised in a worker process, it would arrive wrapped in a traceback
+            return error
+
+    def _read(self, slot: int | None, batches: list[MicroBatch]) -> Iterator[Fetched]:
+        start = 0
+        for wanted in batches:
+            fetched = self.reader.read(wanted, partial(self._buffer, slot, start))
+            if slot is not None and self._fits(start, len(fetched.data)):
+                start += len(fetched.data)
+                fetched = replace(fetched, data=new_buffer(0), slot_start=start - len(fetched.data))
+            yield fetched
+
+    def _fits(self, start: int, size_bytes: int) -> bool:
+        return start + size_bytes <= self.ring.slot_bytes
+
+    def _buffer(self, slot: int | None, start: int, size_bytes: int) -> np.ndarray:
+        if slot is not None and self._fits(start, size_bytes):
+            return self.ring.fill(slot, start, size_bytes)
+        return new_buffer(size_bytes)
+
+
+def _naming_files(answers: Iterable, reader: ShardReader, positions: np.ndarray) -> Iterator:
+    """`answers`; if a worker process dies, as of a codec that aborts, the error names the file that it was at."""
+    try:
+        yield from answers
+    except RuntimeError as error:
+        for worker in positions:
+            if not reader.is_plain and re.search(rf"\b{worker['process']}\b", str(error)):
+                name = reader.name_of(*worker["position"].tolist())
+                raise RuntimeError(
+                    f"{str(error).partition('. ')[0]}; it was at {name}. If it ends there again, pack the dataset "
+                    "without this file; if it was killed by signal 9, memory was short: use fewer data.workers"
+                ) from error
+        raise
+
+
+def _begin_worker(parent: int, reader: ShardReader, positions: np.ndarray, worker: int) -> None:
+    positions[worker]["process"] = os.getpid()
+    reader.position = positions[worker]["position"]
+    _end_with_parent(parent)
+
+
+def _end_with_parent(parent: int) -> None:
+    """End when the training process does, or asks for it, and at no other request: SLURM and shells send SIGTERM to
+    all processes of a job, and training wants batches until it has saved.
+
+    PyTorch's workers would die of it; and they notice that the training process was killed, but then wait for ever for
+    it to take what they have read, if that is more than a pipe holds.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            request = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if request and request.si_pid == parent:
+                break
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _as_it_is(answer: T) -> T:
+    return answer
+
+
+def _pinned_buffer(size_bytes: int) -> np.ndarray:
+    """Memory that a GPU copies from without waiting. PyTorch keeps it and uses it again."""
+    return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+def _byte_batch(fetched: Fetched) -> ByteBatch:
+    return ByteBatch(
+        data=torch.from_numpy(fetched.data),
+        offsets=torch.from_numpy(fetched.offsets),
+        labels=torch.from_numpy(fetched.labels),
+        sources=torch.from_numpy(fetched.sources),
+        samples=torch.from_numpy(fetched.samples),
+        second_labels=None if fetched.second_labels is None else torch.from_numpy(fetched.second_labels),
+        second_share=None if fetched.second_share is None else torch.from_numpy(fetched.second_share),
+        replaced=fetched.replaced,
+    )

@@ -1,0 +1,377 @@
+"""Bytes of samples, straight from the tars: the index says where each file lies.
+
+A map-style reader over `pread` needs no unpacking, no state and no lock, and a micro-batch is read into one
+buffer. Every file is proven by its checksum; one that is not whole is replaced by another of its source, which
+depends on seed, source, sample and epoch alone, so that every rank and every replay choose the same.
+
+Refused: iterating over tars as streams, which ties the order to the shards and a resume to a replay; `mmap`, which
+turns a truncated file into a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from bfsys.data.storage.remote import WrongContentError
+from bfsys.data.storage.shards import Split
+from bfsys.data.streaming.augment import Augmentation
+from bfsys.data.streaming.byte_transforms import ByteTransform, apply
+from bfsys.data.streaming.plan import MicroBatch
+from bfsys.data.streaming.quarantine import BadSample
+from bfsys.errors import UserError
+from bfsys.process import open_files_limit
+
+# Shards that a reader keeps open at a time, but at most a third of the files that the process may have open: it may
+# have a reader for evaluation too. Each lane reads from the shards of its block in turn, and opening a shard again is a
+# request to the server of a network file system.
+OPEN_SHARDS = 4096
+# Other samples that are tried in the place of a bad one.
+STAND_INS = 100
+# Longer than this, reading waits for a disk.
+SLOW_S_PER_SAMPLE, SLOW_S_PER_BYTE = 10e-6, 1e-9
+# Samples around one, of which another is mixed into it.
+PARTNERS = 4096
+# A network file system may fail for a moment: seconds before each further try.
+RETRY_AFTER_S = (0.1, 0.5, 2.0)
+# Streams of random numbers, apart from those of the plan (0, 1).
+_AUGMENTATION, _STAND_IN, _PARTNER = 2, 3, 4
+
+
+@dataclass
+class Fetched:
+    """A micro-batch as it was read; what `ByteBatch` holds, in NumPy.
+
+    bad         what could not be read
+    slow        reading took longer than from memory
+    slot_start  where the data lie in a loader worker's slot, as long as they are not here; None if they are
+    """
+
+    data: np.ndarray  # uint8 [bytes]; nothing while they lie in a slot
+    offsets: np.ndarray  # int64 [samples + 1]
+    labels: np.ndarray  # int64 [samples]
+    sources: np.ndarray  # int64 [samples]
+    samples: np.ndarray  # int64 [samples]
+    second_labels: np.ndarray | None = None  # int64 [samples]
+    second_share: np.ndarray | None = None  # float32 [samples]
+    bad: tuple[BadSample, ...] = ()
+    replaced: int = 0
+    slow: bool = False
+    slot_start: int | None = None
+
+
+def new_buffer(size_bytes: int) -> np.ndarray:
+    return np.empty(size_bytes, np.uint8)
+
+
+class Made(NamedTuple):
+    """A sample as the model gets it."""
+
+    content: np.ndarray  # uint8 [bytes]
+    label: int
+    second_label: int
+    second_share: float
+
+
+class BadFileError(Exception):
+    """A file that cannot be had whole; the argument says why."""
+
+
+class ShardReader:
+    """Reads micro-batches of one or more splits."""
+
+    def __init__(
+        self,
+        splits: Sequence[Split],
+        label_maps: Sequence[np.ndarray],
+        names: Sequence[str],
+        *,
+        seed: int = 0,
+        augmentations: Sequence[Augmentation | None] = (),
+        transforms: Sequence[ByteTransform] = (),
+        bad_from: Sequence[dict[int, int]] = (),
+        replace_bad: bool = True,
+    ) -> None:
+        """`label_maps[s][label]` is the run's class number of a label of split s, `bad_from[s]` what its quarantine
+        says: {sample: first step that it is bad at}. Without `replace_bad`, bad samples are left out.
+        """
+        self.splits, self.label_maps, self.names = tuple(splits), tuple(label_maps), tuple(names)
+        self.seed, self.transforms, self.replace_bad = seed, tuple(transforms), replace_bad
+        self.augmentations = tuple(augmentations) or (None,) * len(splits)
+        self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in splits]
+        self._rows = [np.asarray(split.samples) for split in splits]
+        self._files: dict[tuple[int, int], int] = {}  # the one opened first is closed first
+        # Shards that cannot be had, and why, and those of which a sample could not be read in all its tries: to find
+        # out takes long, and each has thousands of samples.
+        self._lost: dict[tuple[int, int], str] = {}
+        self._failing: set[tuple[int, int]] = set()
+        self.is_plain = not self.transforms and not any(self.augmentations)
+        self.position = np.zeros(2, np.int64)
+        """(source, sample) that is being read with care, for whoever shares this memory."""
+
+    def read(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray] = new_buffer) -> Fetched:
+        """The bytes, classes and origins of a micro-batch, in a buffer from `allocate(bytes)`."""
+        began = time.perf_counter()
+        fetched = self._read_plainly(wanted, allocate) if self.is_plain else None
+        fetched = fetched or self._read_with_care(wanted, allocate)
+        usual_s = SLOW_S_PER_SAMPLE * len(wanted) + SLOW_S_PER_BYTE * len(fetched.data)
+        fetched.slow = time.perf_counter() - began > usual_s
+        return fetched
+
+    def will_need(self, wanted: MicroBatch) -> None:
+        """Ask the system to have a micro-batch in memory soon; returns at once."""
+        for source, row in zip(wanted.source.tolist(), self._rows_of(wanted).tolist(), strict=True):
+            shard, _, offset, length, *_ = row
+            try:
+                os.posix_fadvise(self._open(source, shard), offset, length, os.POSIX_FADV_WILLNEED)
+            except (OSError, UserError):
+                return  # reading will say why
+
+    def name_of(self, source: int, sample: int) -> str:
+        """A sample for people to find: dataset, shard and key."""
+        split = self.splits[source]
+        shard = split.shards[self._rows[source]["shard"][sample]].file
+        return f"{split.dataset.location}, {shard}: sample {split.key(sample)!r}"
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _rows_of(self, wanted: MicroBatch) -> np.ndarray:
+        """SAMPLE [samples]"""
+        if len(self._rows) == 1:
+            return self._rows[0][wanted.sample]
+        rows = np.empty(len(wanted), self._rows[0].dtype)
+        for source in np.unique(wanted.source):
+            mine = wanted.source == source
+            rows[mine] = self._rows[source][wanted.sample[mine]]
+        return rows
+
+    def _read_plainly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> Fetched | None:
+        """Everything as it lies in the shards; None if a single thing is not as it should be."""
+        sources = wanted.source.tolist()
+        if any(self._bad_from):
+            bad = zip(sources, wanted.sample.tolist(), strict=True)
+            if any(self._is_bad(source, sample, wanted.step) for source, sample in bad):
+                return None
+        rows = self._rows_of(wanted)
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(rows["length"], out=offsets[1:], dtype=np.int64)
+        data = allocate(int(offsets[-1]))
+        buffer, start, files = data.data, 0, self._files
+        try:
+            for source, (shard, _, offset, length, checksum, _) in zip(sources, rows.tolist(), strict=True):
+                part = buffer[start : start + length]
+                start += length
+                descriptor = files.get((source, shard)) or self._open(source, shard)
+                if os.preadv(descriptor, (part,), offset) != length or xxhash.xxh3_64_intdigest(part) != checksum:
+                    return None
+            labels = self._labels_of(wanted.source, rows["label"])
+        except (OSError, WrongContentError, IndexError):  # and not what an outage raises: it was tried often enough
+            return None
+        whole = bool(rows["length"].all())  # an empty file has nothing to classify
+        return Fetched(data, offsets, labels, wanted.source, wanted.sample) if whole else None
+
+    def _labels_of(self, source: np.ndarray, label: np.ndarray) -> np.ndarray:
+        """int64 [samples], in the run's classes; IndexError for a label that its dataset does not have."""
+        if len(self.label_maps) == 1:
+            return self.label_maps[0][label]
+        labels = np.empty(len(label), np.int64)
+        for s in np.unique(source):
+            labels[source == s] = self.label_maps[s][label[source == s]]
+        return labels
+
+    def _read_with_care(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> Fetched:
+        """One by one: with stand-ins for bad samples, augmented and transformed as the run asks for."""
+        bad: list[BadSample] = []
+        parts, labels, origins, seconds, shares, replaced = [], [], [], [], [], 0
+        drawn = zip(wanted.source.tolist(), wanted.sample.tolist(), wanted.epoch.tolist(), strict=True)
+        for source, sample, epoch in drawn:
+            for number in self._candidates(source, sample, epoch):
+                made = self._make(source, number, epoch, wanted.step, bad)
+                if made:
+                    parts.append(made.content)
+                    labels.append(made.label)
+                    origins.append((source, number))
+                    seconds.append(made.second_label)
+                    shares.append(made.second_share)
+                    replaced += number != sample
+                    break
+            else:
+                if self.replace_bad:
+                    where = self.splits[source].dataset.location
+                    raise UserError(
+                        f"{where}: neither sample {sample} nor any of {STAND_INS} others that could stand in for it "
+                        "can be read; tools/inspect_shards.py --verify shows all damage"
+                    )
+        offsets = np.zeros(len(parts) + 1, np.int64)
+        np.cumsum([len(part) for part in parts], out=offsets[1:])
+        data = allocate(int(offsets[-1]))
+        if parts:
+            np.concatenate(parts, out=data)
+        origin = np.array(origins, np.int64).reshape(-1, 2)
+        mixed = any(share > 0 for share in shares)
+        return Fetched(
+            data,
+            offsets,
+            np.array(labels, np.int64),
+            origin[:, 0].copy(),
+            origin[:, 1].copy(),
+            np.array(seconds, np.int64) if mixed else None,
+            np.array(shares, np.float32) if mixed else None,
+            tuple(bad),
+            replaced,
+        )
+
+    def _candidates(self, source: int, sample: int, epoch: int) -> Iterator[int]:
+        """The sample, then those that may stand in for it, in the order of trying."""
+        yield sample
+        if self.replace_bad:
+            rng = self._rng(_STAND_IN, source, epoch, sample)
+            yield from (int(rng.integers(len(self.splits[source]))) for _ in range(STAND_INS))
+
+    def _make(self, source: int, sample: int, epoch: int, step: int, bad: list[BadSample]) -> Made | None:
+        """A sample as the model gets it; or None, with the reason in `bad` if it is new."""
+        if self._is_bad(source, sample, step):
+            return None
+        self.position[:] = source, sample
+        try:
+            content, label = self._read_sample(source, sample)
+            made, rng = Made(content, label, label, 0.0), self._rng(_AUGMENTATION, source, epoch, sample)
+            augmentation = self.augmentations[source]
+            if augmentation:
+                made, rng = self._augmented(augmentation, made, source, sample, epoch, step, bad)
+            return made._replace(content=apply(self.transforms, made.content, rng))
+        except BadFileError as error:
+            self._set_aside(source, sample, step, str(error), bad)
+            return None
+
+    def _augmented(
+        self,
+        augmentation: Augmentation,
+        made: Made,
+        source: int,
+        sample: int,
+        epoch: int,
+        step: int,
+        bad: list[BadSample],
+    ) -> tuple[Made, np.random.Generator]:
+        """With mixup, a partner that cannot be decoded is set aside, and the next one taken, as a replay will do."""
+        content = made.content.tobytes()
+        for partner in self._partners(source, sample, epoch) if augmentation.mixes else (None,):
+            second, second_label, rng = None, made.label, self._rng(_AUGMENTATION, source, epoch, sample)
+            try:
+                if partner is not None:
+                    if self._is_bad(source, partner, step):
+                        continue
+                    read, second_label = self._read_sample(source, partner)
+                    second = read.tobytes()
+                encoded, share = augmentation(content, rng, second)
+                return Made(np.frombuffer(encoded, np.uint8), made.label, second_label, share), rng
+            except (UserError, MemoryError):
+                raise
+            except Exception as error:  # decoders raise anything when they meet a damaged file
+                problem = str(error) if isinstance(error, BadFileError) else f"cannot be decoded ({error})"
+                if partner is None or augmentation.fails_on(content):
+                    raise BadFileError(problem) from None
+                self._set_aside(source, partner, step, problem, bad)
+        raise UserError(f"{self.splits[source].dataset.location}: no sample can be read that could be mixed in")
+
+    def _partners(self, source: int, sample: int, epoch: int) -> Iterator[int]:
+        """Samples to be mixed into one: of its neighbourhood, which packing has shuffled, so that a node does not
+        fetch every shard of a remote source for it."""
+        rng, samples = self._rng(_PARTNER, source, epoch, sample), len(self.splits[source])
+        first = max(0, min(sample - PARTNERS // 2, samples - PARTNERS))
+        return (int(rng.integers(first, min(first + PARTNERS, samples))) for _ in range(STAND_INS))
+
+    def _rng(self, stream: int, source: int, epoch: int, sample: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, stream, source, epoch, sample])
+
+    def _is_bad(self, source: int, sample: int, step: int) -> bool:
+        return self._bad_from[source].get(sample, step + 1) <= step
+
+    def _set_aside(self, source: int, sample: int, step: int, reason: str, bad: list[BadSample]) -> None:
+        split = self.splits[source]
+        self._bad_from[source][sample] = step
+        shard = split.shards[self._rows[source]["shard"][sample]].file
+        bad.append(BadSample(step, split.split, self.names[source], sample, shard, split.key(sample), reason))
+
+    def _read_sample(self, source: int, sample: int) -> tuple[np.ndarray, int]:
+        """A file's bytes and its class; raises BadFileError."""
+        shard, label, offset, length, checksum, _ = self._rows[source][sample].tolist()
+        if label >= len(self.label_maps[source]):
+            raise BadFileError(f"has class {label} of {len(self.label_maps[source])} classes")
+        if not length:
+            raise BadFileError("is empty")
+        content = new_buffer(length)
+        problem, may_refetch = "", True
+        retries = () if (source, shard) in self._failing else RETRY_AFTER_S
+        for wait_s in (0, *retries):
+            time.sleep(wait_s)
+            try:
+                got = os.preadv(self._open(source, shard), [content.data], offset)
+            except FileNotFoundError:
+                raise BadFileError("its shard is missing") from None
+            except WrongContentError as error:
+                raise BadFileError(f"its shard cannot be had as it was packed: {error}") from None
+            except OSError as error:
+                problem = f"cannot be read: {error.strerror}"
+                if wait_s == RETRY_AFTER_S[-1]:
+                    self._failing.add((source, shard))
+                self._refetch(source, shard)
+                continue
+            if got == length and xxhash.xxh3_64_intdigest(content.data) == checksum:
+                return content, int(self.label_maps[source][label])
+            problem = (
+                f"ends {length - got:,} bytes early" if got < length else "differs from what was packed (checksum)"
+            )
+            if not may_refetch or not self._refetch(source, shard):
+                break
+            may_refetch = False
+        raise BadFileError(problem)
+
+    def _open(self, source: int, shard: int) -> int:
+        """Descriptor of a shard; raises OSError, or UserError if it cannot be fetched."""
+        descriptor = self._files.get((source, shard))
+        if descriptor is not None:
+            return descriptor
+        if (source, shard) in self._lost:
+            raise WrongContentError(self._lost[source, shard])
+        for one in list(self._files) if self.splits[source].dataset.cache else ():
+            if os.fstat(self._files[one]).st_nlink == 0:  # evicted: open, it would take up the disk all the same
+                self._forget(*one)
+        if len(self._files) >= max(1, min(OPEN_SHARDS, open_files_limit() // 3)):
+            os.close(self._files.pop(next(iter(self._files))))
+        try:
+            descriptor = self._files[source, shard] = self.splits[source].open_shard(shard)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise UserError(
+                f"{self.splits[source].dataset.location}: too many open files: this process may have "
+                f"{open_files_limit():,}, and {len(self._files):,} are shards; raise the limit (ulimit -n 65536)"
+            ) from None
+        except WrongContentError as error:
+            self._lost[source, shard] = str(error)
+            raise
+        return descriptor
+
+    def _forget(self, source: int, shard: int) -> None:
+        descriptor = self._files.pop((source, shard), None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _refetch(self, source: int, shard: int) -> bool:
+        """Drop a damaged copy of a remote shard, so that the next try fetches it anew. False where there is none."""
+        descriptor = self._files.get((source, shard))
+        dropped = descriptor is not None and self.splits[source].drop_shard(shard, descriptor)
+        self._forget(source, shard)
+        return dropped

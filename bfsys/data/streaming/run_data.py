@@ -1,0 +1,94 @@
+"""The data of a run, opened once and asked in one place: by training, dry runs, the pre-flight checks and planning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from bfsys.config import Config
+from bfsys.data.streaming.byte_transforms import lengths_after
+from bfsys.data.streaming.datasets import (
+    Sources,
+    any_remote,
+    content_facts,
+    index_problems,
+    long_files,
+    make_plan,
+    notes_on_data,
+    open_evaluation,
+    open_training,
+)
+from bfsys.data.streaming.plan import Plan, lanes_of_rank
+from bfsys.dist import Ranks
+from bfsys.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is evaluated on, and in which order."""
+
+    config: Config
+    training: Sources
+    validation: Sources
+    """Without splits, if no source has one to evaluate."""
+    plan: Plan
+
+    @property
+    def is_remote(self) -> bool:
+        """Shards of a training source are fetched while the run goes on."""
+        return any_remote(self.training)
+
+    @property
+    def facts(self) -> dict:
+        """What decides the data of every step: equal facts, equal bytes in equal order."""
+        return {**self.plan.facts, **content_facts(self.config, self.training)}
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What is odd about the data, and allowed: a line each."""
+        return [
+            *notes_on_data(self.training),
+            *long_files(self.config, self.training),
+            *long_files(self.config, self.validation),
+        ]
+
+    def lengths_of(self, step: int, lane: int) -> np.ndarray:
+        """Bytes of each file of a micro-batch as the model gets it, int64 [B]; of files that are encoded again and
+        compressed, as stored."""
+        batch = self.plan.micro_batch(step, lane)
+        lengths = []
+        for number, (split, augmentation) in enumerate(zip(self.plan.splits, self.training.augmentations, strict=True)):
+            stored = split.samples["length"][batch.sample[batch.source == number]].astype(np.int64)
+            if augmentation and not augmentation.compresses:
+                stored = np.full_like(stored, augmentation.least_bytes)
+            lengths.append(lengths_after(self.training.transforms, stored))
+        return np.concatenate(lengths)
+
+
+def open_run_data(config: Config, ranks: Ranks) -> RunData:
+    """Open and check everything; this rank proves its share of the index. Raises UserError with all problems."""
+    training = open_training(config)
+    validation = open_evaluation(config, config.data.eval_split, training.classes)
+    lanes_of_rank(config.data.lanes, ranks.rank, ranks.world_size)
+    problems = [p for part in (training, validation) for p in short_files(config, part)]
+    problems += [p for part in (training, validation) for p in index_problems(part, ranks.rank, ranks.world_size)]
+    if problems:
+        raise UserError(*problems)
+    return RunData(config, training, validation, make_plan(config, training))
+
+
+def short_files(config: Config, sources: Sources) -> list[str]:
+    """What is wrong with the sources' files that are shorter than the model takes. Empty ones are set aside."""
+    least, problems = config.model.least_bytes, []
+    for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
+        if least > 1 and not augmentation:
+            lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
+            short = np.count_nonzero((lengths > 0) & (lengths < least))
+            if short:
+                problems.append(
+                    f"{split.dataset.location}: {short} of {len(split)} files in {split.split} are shorter than the "
+                    f"{least} bytes that a model needs with model.mode {config.model.mode} and model.kernel {least}"
+                )
+    return problems

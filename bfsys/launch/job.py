@@ -1,0 +1,175 @@
+"""TrainJob: one training run as launchers hand it on, to local processes or, pickled, to the tasks of a SLURM job.
+
+A job holds what was asked for and nothing of how far it came: that is in the run directory, so the same pickle is
+started again after a node failure, a pre-emption or a time limit, and training continues from the newest
+checkpoint. Refused: submitit's own `checkpoint()` protocol. It acts on global rank 0 alone, between two byte codes,
+where no collective save is possible; here training itself agrees on the step to stop after and saves, all ranks leave
+with its code, and the job's script asks SLURM for another start (requeue.py).
+
+Importing this module is quick, and heavy modules are imported within the call: a signal that comes during their
+import would find submitit's handlers instead of ours.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from bfsys.errors import UserError, exit_code_of
+
+# Outside Linux's range of ephemeral ports (32768-60999), where any outgoing connection may sit on a port.
+MASTER_PORTS = range(10_000, 30_000)
+
+_SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A run to be started any number of times."""
+
+    config: Path
+    """Absolute."""
+    overrides: tuple[str, ...]
+    code_dir: Path
+    """Absolute; the folder that holds bfsys/."""
+    work_dir: Path
+    """Absolute; what relative paths in the config refer to."""
+
+    def arguments(self) -> list[str]:
+        """Of bfsys/train.py."""
+        return [str(self.config), *self.overrides]
+
+    def command(self) -> list[str]:
+        """Of one rank's process, to be run in `work_dir`."""
+        return [sys.executable, str(self.code_dir / "bfsys" / "train.py"), *self.arguments()]
+
+    def __call__(self) -> None:
+        """Run as one task of a SLURM job. Exits with training's code and does not return, so that submitit writes
+        no result: whether the run is finished, the run directory says."""
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, _ask_again)
+        code = exit_code_of(self._train)
+        # A rank that leaves with an error makes srun end the others: these keep their code, and with it the job's.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # as dist.leave, which says why
+
+    def _train(self) -> int:
+        if problems := [
+            f"node {socket.gethostname()}: does not see {path}, or sees another; it must be on a file system that the "
+            f"nodes share with the machine that submits"
+            for path, is_seen in (
+                (self.work_dir, self.work_dir.is_dir()),
+                (self.config, self.config.is_file()),
+                (self.code_dir, Path(__file__).resolve().parents[2] == self.code_dir.resolve()),
+            )
+            if not is_seen
+        ]:
+            raise UserError(*problems)
+        os.chdir(self.work_dir)
+        os.environ.update(slurm_variables(os.environ, _hosts()))
+        from bfsys.train import main
+
+        return main(self.arguments())
+
+
+def rank_variables(
+    rank: int, world_size: int, local_rank: int, local_world_size: int, *, master_addr: str, master_port: int
+) -> dict[str, str]:
+    """The environment that tells a process of bfsys/train.py which rank it is."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+        "MASTER_ADDR": master_addr,
+        "MASTER_PORT": str(master_port),
+    }
+
+
+def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
+    """The same from the variables of a SLURM task; `hosts` are the job's nodes in SLURM's order.
+
+    They replace what the environment holds already: SLURM hands the submitting shell's variables on to the job.
+    """
+    world_size = int(env["SLURM_NTASKS"])
+    variables = rank_variables(
+        int(env["SLURM_PROCID"]),
+        world_size,
+        int(env["SLURM_LOCALID"]),
+        world_size // len(hosts),  # the launcher puts as many tasks on each node
+        master_addr=hosts[0],
+        # Jobs that share a node have different numbers.
+        master_port=MASTER_PORTS[int(env["SLURM_JOB_ID"]) % len(MASTER_PORTS)],
+    )
+    if "OMP_NUM_THREADS" not in env and "SLURM_CPUS_PER_TASK" in env:
+        variables["OMP_NUM_THREADS"] = env["SLURM_CPUS_PER_TASK"]
+    if "GLOO_SOCKET_IFNAME" not in env:
+        others = [host for i, host in enumerate(hosts) if i != int(env["SLURM_NODEID"])]
+        interface = gloo_interface(others)
+        if interface:
+            variables["GLOO_SOCKET_IFNAME"] = interface
+    return variables
+
+
+def gloo_interface(other_hosts: Sequence[str]) -> str | None:
+    """The network interface that gloo must be told to use; None where it finds the right one by itself.
+
+    Gloo listens on the address that this machine's own name stands for, and falls back to the loopback device. Many
+    distributions write that name to /etc/hosts as 127.0.1.1: other nodes then wait for an answer until they time out.
+    """
+    if not other_hosts or _own_name_is_reachable():
+        return None
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            s.connect((other_hosts[0], 9))  # sends nothing: the kernel looks up which way it would go
+            address = s.getsockname()[0]
+    except OSError:
+        return None
+    return next((name for _, name in socket.if_nameindex() if _address_of(name) == address), None)
+
+
+def _own_name_is_reachable() -> bool:
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            s.bind((address, 0))
+    except OSError:
+        return False
+    return not address.startswith("127.")
+
+
+def _address_of(interface: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            answer = fcntl.ioctl(s.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:  # it has no address
+            return None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _hosts() -> Sequence[str]:
+    import submitit
+
+    return submitit.JobEnvironment().hostnames
+
+
+def _ask_again(number: int, frame: FrameType | None) -> None:
+    """Hold a stop request back until training has handlers of its own: the signal is sent again in a second.
+
+    Requeueing here instead would, where the start takes longer than the job may run, go round for ever without a
+    step of progress; and dying of SIGTERM during a pre-emption would be a failure that SLURM does not requeue.
+    """
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,249 @@
+"""The jobs of a run, after their submission: how they are, what they say, and how to stop them.
+
+SLURM is asked itself. submitit's own states are final where SLURM's are not: a job that was pre-empted or lost a node
+is done for it, and comes back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bfsys import console
+from bfsys.checkpoint.files import METRICS
+from bfsys.config import load_config
+from bfsys.errors import UserError
+from bfsys.json_lines import parse_json_lines
+from bfsys.launch.restart_policy import newest_step
+from bfsys.supervision.goodput import goodput, read_seconds
+from bfsys.supervision.run_end import how_it_ended
+
+JOBS = "jobs.jsonl"
+ANSWER_S = 60
+POLL_S, STATE_POLL_S = 1.0, 15.0  # of a log, and of SLURM, which many users ask
+SHOWN_LINES = 20
+OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+        "TIMEOUT", "unknown to SLURM"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job as it was handed to SLURM."""
+
+    job: str
+    """Its number; NUMBER_TASK in an array."""
+    log: str
+    """Of rank 0."""
+    time: str
+    command: str
+
+
+def slurm_folder(run_dir: Path) -> Path:
+    """Logs, pickles and code of a run's jobs."""
+    return run_dir / "slurm"
+
+
+def note_submission(run_dir: Path, submitted: Submitted) -> None:
+    folder = slurm_folder(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / JOBS, "a") as file:
+        file.write(json.dumps(asdict(submitted)) + "\n")
+
+
+def submissions(run_dir: Path) -> list[Submitted]:
+    """The jobs of a run, the last one last."""
+    try:
+        lines = (slurm_folder(run_dir) / JOBS).read_text().splitlines()
+    except OSError:
+        return []
+    return [Submitted(**json.loads(line)) for line in lines]
+
+
+@dataclass(frozen=True)
+class State:
+    """What SLURM says of a job."""
+
+    name: str
+    facts: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        return self.name in OVER
+
+
+UNKNOWN = State("unknown to SLURM")
+NO_ANSWER = State("SLURM does not answer")
+
+
+def state_of(job: str) -> State:
+    """Of the queue; of the accounts, where there are any, once it has left it."""
+    said, complaint = _ask("scontrol", "--oneliner", "show", "job", job)
+    facts = dict(word.split("=", 1) for word in said.split() if "=" in word)
+    if name := facts.get("JobState"):
+        start, end = (facts.get(key, "").replace("T", " ") for key in ("StartTime", "EndTime"))
+        shown = {
+            "PENDING": f"waits ({facts.get('Reason')}), expected to start {start}",
+            "RUNNING": f"for {facts.get('RunTime')} of {facts.get('TimeLimit')} on {facts.get('NodeList')}",
+        }.get(name, f"ended {end}" if name in OVER else "")
+        restarts = int(facts.get("Restarts", 0))
+        return State(name, shown + (f", started again {restarts} times" if restarts else ""))
+    if complaint and "Invalid job id" not in complaint:
+        return NO_ANSWER
+    said, _ = _ask("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", job, "--format=State,End")
+    if lines := said.strip().splitlines():
+        name, _, end = lines[-1].partition("|")
+        return State(name.split()[0].rstrip("+"), f"ended {end.replace('T', ' ')}")
+    return UNKNOWN
+
+
+def _ask(*command: str) -> tuple[str, str]:
+    """What it prints to standard output and, if it failed, to standard error."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    return answer.stdout, answer.stderr if answer.returncode else ""
+
+
+def active(run_dir: Path) -> list[Submitted]:
+    """The run's jobs that wait or run."""
+    return [submitted for submitted in submissions(run_dir) if not state_of(submitted.job).is_over]
+
+
+def show_status(run_dir: Path) -> int:
+    """Print how a run is: in the queue, in its training, and what its next step is. 0 unless it has failed."""
+    submitted = submissions(run_dir)
+    ended, failed = how_it_ended(run_dir), False
+    waiting = [(job, state) for job in submitted if not (state := state_of(job.job)).is_over]
+    for job, state in waiting or [(job, state_of(job.job)) for job in submitted[-1:]]:
+        print(f"job      {job.job}: {f'{state.name} {state.facts}'.strip()}, submitted {job.time}")
+        print(f"log      {job.log}")
+    if not submitted:
+        print("job      none was submitted from here")
+    print(f"step     {_progress(run_dir)}")
+    seconds = read_seconds(run_dir)
+    if sum(seconds.values()):
+        lost = ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
+        print(f"goodput  {goodput(seconds):.1%} ({lost})")
+    if ended and not waiting:
+        print(f"ended    {ended['reason']} (code {ended['exit_code']}) {ended['time']}")
+        failed = ended["exit_code"] != 0
+    elif not waiting and submitted:
+        failed = True
+        log = Path(submitted[-1].log)
+        why = "its log says why" if log.exists() else "it left no log: do the nodes see its folder?"
+        print(f"ended    training left no word of its end; {why}")
+    if failed and not waiting:
+        print("next     give its command again, when the reason is gone; it goes on from the newest checkpoint:")
+        print(f"         {submitted[-1].command}" if submitted else "")
+    return int(failed and not waiting)
+
+
+def _progress(run_dir: Path) -> str:
+    steps = "?"
+    last: dict = {}
+    with suppress(UserError):
+        steps = f"{load_config(run_dir / 'config.yaml').train.steps:,}"
+    with suppress(OSError):
+        lines = parse_json_lines(_last_lines(run_dir / METRICS, 20), {"kind": str, "step": int})
+        last = next((line for line in reversed(list(lines)) if line["kind"] == "train"), last)
+    saved = f"newest checkpoint {newest_step(run_dir):,}"
+    if not last:
+        return f"training has not begun; {saved}"
+    age = max(0.0, time.time() - (run_dir / METRICS).stat().st_mtime)
+    return f"{last['step']:,} of {steps}, {age:,.0f} s ago; {saved}"
+
+
+def show_log(run_dir: Path, rank: int, follow: bool) -> int:
+    """Print the end of a rank's log of the newest job, and with `follow` what is added to it, until the job is over."""
+    submitted = submissions(run_dir)
+    if not submitted:
+        raise UserError(f"{run_dir}: no job was submitted for this run; its logs, if any, are in {run_dir / 'log'}")
+    job = (active(run_dir) or submitted)[-1]
+    log = Path(job.log)
+    log = log.with_name(log.name.replace("_0_log", f"_{rank}_log"))
+    if not log.exists() and not follow:
+        raise UserError(f"{log}: not there (yet); the job: {state_of(job.job).name}")
+    try:
+        for text in _added_to(log, job.job) if follow else (_shown(_last_lines(log, SHOWN_LINES)),):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on; launchers/slurm.py stop {run_dir} ends it", file=sys.stderr)
+    return 0
+
+
+def follow(run_dir: Path) -> int:
+    """Show rank 0's log until the job is over; the code that training ended with, 1 if it never got to it."""
+    show_log(run_dir, 0, follow=True)
+    if active(run_dir):  # a person has stopped following
+        return 0
+    ended = how_it_ended(run_dir)
+    return ended["exit_code"] if ended else 1
+
+
+def _added_to(log: Path, job: str) -> Iterator[str]:
+    """The log's last lines, and then what comes, until the job is over."""
+    while not log.exists():
+        if state_of(job).is_over:
+            raise UserError(f"job {job}: {state_of(job).name}, and it has left no {log}")
+        time.sleep(STATE_POLL_S)
+    with open(log, errors="replace") as file:
+        yield "".join(deque(file, SHOWN_LINES))
+        while True:
+            is_over = state_of(job).is_over
+            until = time.monotonic() + STATE_POLL_S
+            while not is_over and time.monotonic() < until:
+                yield file.read()
+                time.sleep(POLL_S)
+            if is_over:
+                yield file.read()
+                return
+
+
+def _shown(lines: list[bytes]) -> str:
+    return b"\n".join(lines).decode(errors="replace")
+
+
+def _last_lines(path: Path, number: int) -> list[bytes]:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 1000 * number))
+        return file.read().splitlines()[-number:]
+
+
+def stop(run_dir: Path) -> int:
+    """Ask SLURM to end the run's jobs, for good. Training saves first, if it gets to it within KillWait."""
+    jobs = active(run_dir)
+    if not jobs:
+        raise UserError(f"{run_dir}: no job of this run waits or runs")
+    console.go_on_without()  # all of them are to end, whoever reads what is printed
+    for submitted in jobs:
+        answer = subprocess.run(["scancel", submitted.job], capture_output=True, text=True, check=False)
+        if answer.returncode:
+            raise UserError(f"scancel {submitted.job}: {answer.stderr.strip()}")
+        print(f"job {submitted.job}: asked to save and to end; see launchers/slurm.py status {run_dir}")
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="launchers/slurm.py", description="Jobs that were submitted.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("status", "how a run and its jobs are"), ("logs", "what a rank prints"), ("stop", "end it")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("run", type=Path, help="its directory, for example runs/joint")
+        if name == "logs":
+            command.add_argument("--rank", type=int, default=0)
+            command.add_argument("--follow", "-f", action="store_true", help="until the job is over")
+    args = parser.parse_args(arguments)
+    if not args.run.is_dir():
+        raise UserError(f"{args.run}: no such run directory")
+    if args.command == "logs":
+        return show_log(args.run, args.rank, args.follow)
+    return show_status(args.run) if args.command == "status" else stop(args.run)

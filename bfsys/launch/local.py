@@ -1,0 +1,352 @@
+"""Train on this machine: one process per GPU, or several on the CPU.
+
+    python launchers/local.py configs/quickstart.yaml
+    python launchers/local.py --ranks 2 configs/quickstart.yaml train.steps=100
+
+Ctrl-C, SIGTERM, or SIGHUP from a terminal that has gone, saves a checkpoint and stops; the same command resumes from
+there. A second Ctrl-C, a few seconds later, ends the run at once.
+
+A run that crashes or hangs is started again from its newest whole checkpoint, at once if it had made progress,
+otherwise after a pause (restart_policy.py). It is not started again when only a person can help: bad input (2),
+diverged (65), nothing can be saved (74), stopped on request (130), asked to requeue (75), or the third start again
+without a new checkpoint (76). The reason is in RUN/ended.json.
+
+Ranks write to files and this process shows what is added to rank 0's: no rank ever waits for a console or breaks with
+it. They die with this process even when it is killed, through Linux's parent-death signal. Refused: ranks that watch
+their parent, since a rank blocked in a collective would not look; and SIGTERM as that signal, for the same reason.
+Whoever kills the launcher loses the steps since the last checkpoint, not the machine.
+
+CPU ranks are forked from this process, which has imported everything, so that a start again takes a fraction of the
+first; `ps -o comm` shows them as "bfsys rank 0" and so on. GPU ranks are programs of their own: CUDA does not work in
+a process that was forked after CUDA was touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import ctypes
+import importlib
+import multiprocessing
+import os
+import runpy
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+import psutil
+import torch
+
+from bfsys.config import load_config
+from bfsys.data.streaming.plan import lanes_of_rank
+from bfsys.dryrun import dry_run
+from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, UserError, summary_of
+from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
+from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
+from bfsys.supervision.goodput import STARTED
+from bfsys.supervision.signals import EXIT_CODES, REPEAT_S, ends_at_once, stop_signals
+
+AGREED_CODES = (*FINAL_CODES, EXIT_REQUEUE)  # all ranks end with them, nearly together
+POLL_S = 0.05
+TOGETHER_S = 30.0  # between the first and the last rank of an agreed end
+GRACE_S = 10.0  # between SIGTERM and SIGKILL
+SHOWN_LINES = 15  # of a failed rank's log
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
+
+
+class Group:
+    """The running ranks of one job, until all of them have ended."""
+
+    def __init__(self, job: TrainJob, world_size: int, log_dir: Path) -> None:
+        self._running: dict[int, subprocess.Popen | Forked] = {}  # by rank, until its end was noticed
+        self.logs = [log_dir / f"rank-{rank}.log" for rank in range(world_size)]
+        self._received: list[int] = []
+        self._last_sent: dict[int, float] = {}
+        self._previous = {number: signal.signal(number, self._receive) for number in stop_signals()}
+        start: Callable[[TrainJob, int, dict[str, str], Path], subprocess.Popen | Forked] = start_program
+        if sys.platform.startswith("linux") and not torch.cuda.device_count():
+            import_what_ranks_need()
+            start = Forked
+        port = free_port()
+        for rank, log in enumerate(self.logs):
+            variables = rank_variables(rank, world_size, rank, world_size, master_addr="127.0.0.1", master_port=port)
+            with open(log, "ab") as output:
+                output.write(f"--- {time.strftime('%F %T')} {shlex.join(job.command())}\n".encode())
+            self._running[rank] = start(job, rank, {**os.environ, **variables}, log)
+
+    def wait(self, show: Callable[[], None]) -> int:
+        """Wait for all ranks, forward signals, stop the rest when one fails; the exit code of the whole.
+
+        `show` is called again and again.
+        """
+        first_rank = first_code = 0
+        stop_at = kill_at = float("inf")
+        while self._running:
+            time.sleep(POLL_S)
+            gave_up = self._forward()
+            ended = self._newly_ended()
+            show()
+            now = time.monotonic()
+            if ended and kill_at == float("inf"):
+                stop_at = min(stop_at, now + TOGETHER_S)
+            if first_code == 0 and any(ended.values()):
+                # Of ranks found in the same look, one that died of a signal is likelier to be the cause.
+                code, first_rank = min((code, rank) for rank, code in ended.items() if code)
+                first_code = self._exit_code(code)
+                if first_code == EXIT_HUNG:  # who hangs does not hear either
+                    kill_at = now
+                elif first_code not in AGREED_CODES:
+                    stop_at = now
+            if gave_up or now >= stop_at:
+                self._send(signal.SIGTERM)
+                stop_at, kill_at = float("inf"), min(kill_at, now + GRACE_S)
+            if now >= kill_at:
+                self._send(signal.SIGKILL)
+        if first_code not in AGREED_CODES:
+            self._describe_failure(first_rank, first_code)
+            for number in (*self._last_sent, *self._received):  # asked to stop: it must not be started again
+                return EXIT_CODES[number]
+        return first_code
+
+    def close(self) -> None:
+        """End what is left, at once."""
+        self._send(signal.SIGKILL)
+        for process in self._running.values():
+            process.wait()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _newly_ended(self) -> dict[int, int]:
+        """Codes of the ranks that ended since the last look."""
+        ended = {rank: code for rank, process in self._running.items() if (code := process.poll()) is not None}
+        for rank in ended:
+            del self._running[rank]
+        return ended
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
+
+    def _forward(self) -> bool:
+        """Send on what was received, once; True if it was asked again and ranks must go at once."""
+        gave_up = False
+        while self._received:
+            number, now = self._received.pop(0), time.monotonic()
+            last = self._last_sent.get(number)
+            if last is not None and now - last < REPEAT_S:
+                continue
+            self._last_sent[number] = now
+            gave_up |= last is not None and ends_at_once(number)
+            self._send(number)
+        return gave_up
+
+    def _send(self, number: int) -> None:
+        for process in self._running.values():
+            if number == signal.SIGKILL:
+                with suppress(ProcessLookupError):  # with its loader processes
+                    os.killpg(process.pid, number)
+            process.send_signal(number)  # nothing, if it has ended meanwhile
+
+    def _exit_code(self, code: int) -> int:
+        """A rank that died of a forwarded signal had nothing to save yet, and ends as one that had."""
+        if code >= 0:
+            return code
+        return EXIT_CODES[-code] if -code in self._last_sent else 128 - code
+
+    def _describe_failure(self, rank: int, code: int) -> None:
+        log = self.logs[rank]
+        print(f"error: rank {rank} ended with code {code}, the others were stopped; see {log}", file=sys.stderr)
+        if rank:  # rank 0's lines were shown
+            lines = log.read_text(errors="replace").splitlines()
+            print("\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]), file=sys.stderr)
+
+
+def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
+    """Run all ranks to their end, rank 0's output on the console; the exit code of the whole."""
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        with open(log_dir / "rank-0.log", "ab") as log:
+            shown_from = log.tell()
+    except OSError as error:
+        raise UserError(f"log folder {log_dir}: cannot be written: {error.strerror}") from None
+    group = Group(job, world_size, log_dir)
+    try:
+        with open(group.logs[0], "rb") as log:
+            log.seek(shown_from)
+            decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+            code = group.wait(lambda: show_new(log, decoder))
+            show_new(log, decoder)
+    finally:
+        group.close()
+    return code
+
+
+def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
+    """`start()` the run, which returns its exit code, until another start would not change the end; the last code."""
+    restarts = Restarts(run_dir, newest_step(run_dir))
+    while (code := start()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
+        print(f"starting again in {pause_s:.0f} s, from step {restarts.step}", file=sys.stderr, flush=True)
+        previous = {n: signal.signal(n, lambda number, _: sys.exit(EXIT_CODES[number])) for n in stop_signals()}
+        time.sleep(pause_s)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code if code == EXIT_REQUEUE else restarts.exit_code
+
+
+def show_new(log: BinaryIO, decoder: codecs.IncrementalDecoder) -> None:
+    """Copy what was added to the log to the console; the decoder keeps a character that is not complete yet."""
+    text = decoder.decode(log.read())
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+# Both ways to start a rank put it into a process group of its own, so that a terminal's Ctrl-C reaches it once, through
+# this process, and have it killed when this process ends.
+
+
+class Forked:
+    """A forked process that runs a Python script, with the words of subprocess.Popen."""
+
+    def __init__(self, job: TrainJob, rank: int, env: dict[str, str], log: Path) -> None:
+        self._process = multiprocessing.get_context("fork").Process(
+            target=self._begin, args=(job, f"bfsys rank {rank}".encode(), env, log, os.getpid())
+        )
+        # In the child they wait until they no longer come to this process' handlers.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+        self._process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        assert self._process.pid is not None  # it was started
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> None:
+        self._process.join()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    @staticmethod
+    def _begin(job: TrainJob, name: bytes, env: dict[str, str], log: Path, parent: int) -> None:
+        os.setpgid(0, 0)
+        die_with(parent)
+        _libc.prctl(PR_SET_NAME, name)
+        os.environ.update(env)
+        os.chdir(job.work_dir)
+        with open(log, "ab") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        for number in stop_signals():
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
+        _, sys.argv[0], *sys.argv[1:] = job.command()
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def import_what_ranks_need() -> None:
+    """Takes 6 of the 11 s of a start on two cores, and nothing once it was done."""
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # as train.py, but for CPU ranks always
+    import bfsys.train  # noqa: F401
+    from bfsys.engine import import_deepspeed
+
+    import_deepspeed()
+    # What DeepSpeed imports only when it sets up an optimizer; other versions may have other names for it.
+    for name in ("torch._dynamo", "deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        with suppress(ImportError):
+            importlib.import_module(name)
+
+
+def start_program(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> subprocess.Popen:
+    parent = os.getpid()
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            job.command(),
+            cwd=job.work_dir,
+            env={**env, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            preexec_fn=lambda: die_with(parent),
+        )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)  # loaded here: not much is safe between fork and exec
+
+
+def die_with(parent: int) -> None:
+    """Have this process killed when its parent ends. Nothing outside Linux."""
+    if sys.platform.startswith("linux"):
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before this was set
+            os._exit(128 + signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port for the ranks to meet at, outside the ephemeral range; two launchers begin to look at different ones."""
+    for i in range(len(MASTER_PORTS)):
+        port = MASTER_PORTS[(os.getpid() + i) % len(MASTER_PORTS)]
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise UserError(f"no free port from {MASTER_PORTS.start} to {MASTER_PORTS.stop - 1} on this machine")
+
+
+def choose_ranks(lanes: int, asked: int | None) -> int:
+    """`asked`, if it can be; by default the most ranks that GPUs or cores allow and that divide the lanes."""
+    gpus = torch.cuda.device_count()
+    if asked is None:
+        most = gpus or len(os.sched_getaffinity(0))
+        return max(n for n in range(1, min(most, lanes) + 1) if lanes % n == 0)
+    problems: list[str] = []
+    if asked < 1:
+        raise UserError(f"--ranks: got {asked}; at least 1 is needed")
+    try:
+        lanes_of_rank(lanes, 0, asked)
+    except UserError as error:
+        problems.extend(error.problems)
+    if gpus and asked > gpus:
+        problems.append(f"--ranks: got {asked}, more than this machine's {gpus} GPUs; one rank per GPU is allowed")
+    if problems:
+        raise UserError(*problems)
+    return asked
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="launchers/local.py", description=summary_of(__doc__))
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="processes; default: one per GPU or core, as data.lanes allows"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check config and data, show the command, start nothing")
+    args = parser.parse_intermixed_args(arguments)
+    config = load_config(args.config, args.overrides)
+    ranks = choose_ranks(config.data.lanes, args.ranks)
+    job = TrainJob(
+        config=Path(args.config).absolute(),
+        overrides=tuple(args.overrides),
+        code_dir=Path(__file__).resolve().parents[2],
+        work_dir=Path.cwd(),
+    )
+    log_dir = config.run_dir.absolute() / "log"
+    if args.dry_run:
+        dry_run(config, ranks, with_data=True)
+        print(f"command     {shlex.join(job.command())}, {ranks} times; logs in {log_dir}")
+        return 0
+    gpus = torch.cuda.device_count()
+    os.environ[STARTED] = str(psutil.Process().create_time())
+    print(f"ranks: {ranks} on {f'{gpus} GPUs' if gpus else 'the CPU'}; logs in {log_dir}", flush=True)
+    return run_until_done(lambda: run_group(job, ranks, log_dir), config.run_dir)

@@ -1,0 +1,211 @@
+"""What can be known to be wrong with a job before it waits in a queue: data, run directory, file systems, SLURM.
+
+Seconds, on a login node, without a GPU. Each check yields its problems; none stops the others.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bfsys import plan_run
+from bfsys.checkpoint.loading import check_same_run, newest_readable
+from bfsys.config import Config
+from bfsys.data.storage.remote import is_remote
+from bfsys.data.streaming.datasets import Sources
+from bfsys.data.streaming.run_data import open_run_data
+from bfsys.dist import Ranks
+from bfsys.dryrun import notes_on_start
+from bfsys.errors import collecting
+from bfsys.run_dir import run_facts
+
+# By the kind of file system that the kernel names. Others, such as ext4, may still be exported to the nodes.
+OF_THIS_MACHINE = {"tmpfs", "ramfs", "devtmpfs"}
+SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "orangefs", "afs", "cifs",
+          "smb3", "9p", "virtiofs"}  # fmt: skip
+NOT_NOW = "Requested node configuration is not available"
+ANSWER_S = 60
+
+
+@dataclass(frozen=True)
+class Checked:
+    problems: list[str]
+    notes: list[str]
+
+
+def check_run(config: Config, ranks: int) -> Checked:
+    """Data and run directory: everything that would end the job in its first minute; and what a rank will need."""
+    problems, notes = list(_writable(config.run_dir)), []
+    with collecting(problems):
+        data = open_run_data(config, Ranks())
+        problems += missing_shards(data.training) + missing_shards(data.validation)
+        path, unreadable = newest_readable(config.run_dir)
+        if path:
+            check_same_run(path, run_facts(data))
+        elif unreadable:
+            problems += unreadable
+        else:
+            notes += notes_on_start(data)
+        if config.data.lanes % ranks == 0:  # others are told how many fit
+            notes.append(f"{config.name}: {plan_run.estimate(data, ranks).describe()}")
+    return Checked(problems, notes)
+
+
+def missing_shards(sources: Sources) -> list[str]:
+    """Local shards that are not there, or not of the size that dataset.json says."""
+    problems = []
+    for split in sources.splits:
+        if is_remote(split.dataset.location):
+            continue
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(split.path)}
+        for shard in split.shards:
+            size = sizes.get(shard.file)
+            if size is None:
+                problems.append(f"{split.path / shard.file}: the shard is missing, and with it {shard.samples} samples")
+            elif size != shard.bytes:
+                problems.append(f"{split.path / shard.file}: has {size:,} bytes, dataset.json says {shard.bytes:,}")
+    return problems
+
+
+def _writable(run_dir: Path) -> Iterator[str]:
+    place = run_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        yield f"run directory {run_dir}: {place} is no directory"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield f"run directory {run_dir}: {place} cannot be written by you; choose another with runs_dir=…"
+    elif (free := os.statvfs(place)).f_bavail * free.f_frsize < 2**30 or (free.f_files and not free.f_favail):
+        yield f"run directory {run_dir}: less than 1 GiB or no file is left on its disk"
+
+
+def check_places(places: dict[str, Path]) -> Checked:
+    """Whether nodes can see them: `places` by what they are."""
+    problems, mounts = [], _mounts()
+    # Every node of a cluster may have an equal one of its own, in memory even.
+    unsure = {_file_system(Path(sys.base_prefix), mounts): ["Python"]}
+    for what, path in places.items():
+        kind = _file_system(path, mounts)
+        if kind in OF_THIS_MACHINE:
+            problems.append(f"{what} {path}: lies in {kind}, which no other machine sees; use a shared file system")
+        elif kind not in SHARED and not kind.startswith("fuse"):
+            unsure.setdefault(kind, []).append(what)
+    notes = [
+        f"{', '.join(whats)}: on {kind}; do the nodes see it?" for kind, whats in unsure.items() if kind not in SHARED
+    ]
+    return Checked(problems, notes)
+
+
+def _mounts() -> dict[Path, str]:
+    """File system kinds by mount point; those of later mounts hide those of earlier ones."""
+    kinds = {}
+    with open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            _, place, kind, *_ = line.split(" ")
+            kinds[Path(place.encode().decode("unicode_escape"))] = kind  # "\040" is a space
+    return kinds
+
+
+def _file_system(path: Path, mounts: dict[Path, str]) -> str:
+    path = path.resolve()
+    return next((mounts[place] for place in (path, *path.parents) if place in mounts), "unknown")
+
+
+def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qos: str | None = None) -> Checked:
+    """Ask SLURM whether it would take the script, and when it would start."""
+    problems: list[str] = []
+    notes: list[str] = []
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        try:
+            asked = subprocess.run(
+                ["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=ANSWER_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return Checked([f"sbatch --test-only: no answer within {ANSWER_S} s; is the controller up? See sinfo"], [])
+    said = [re.sub(r"^sbatch: (error: )?", "", line) for line in asked.stderr.splitlines() if line.strip()]
+    limits = _partitions()
+    if starts := re.search(r"to start at (\S+) .* in partition (\S+)", asked.stderr):
+        notes.append(f"SLURM would start it at {starts[1].replace('T', ' ')} in partition {starts[2]}")
+        partition = starts[2]
+    partition = partition or next((name for name, limit in limits.items() if limit.is_default), "")
+    limit = limits.get(partition)
+    if asked.returncode:
+        # Nodes that are down or drained do not count for SLURM here, but a real job would wait for them.
+        is_passing = NOT_NOW in asked.stderr and limit is not None and nodes <= limit.nodes and limit.away
+        found = notes if is_passing else problems
+        what = (
+            "SLURM could not start the job with the nodes that are up" if is_passing else "SLURM would refuse the job"
+        )
+        found.append(f"sbatch --test-only: {what}: {'; '.join(said)}")
+    # Without EnforcePartLimits a job that asks for too much is taken, and waits for ever.
+    if limit and limit.minutes and minutes > limit.minutes:
+        (notes if qos else problems).append(  # a QOS may allow more
+            f"--time: got {minutes} minutes; partition {partition} allows {limit.minutes}. A job that runs out of time "
+            f"saves and puts itself back in the queue, so a short limit costs a restart, not work"
+        )
+    return Checked(problems, notes)
+
+
+@dataclass(frozen=True)
+class Partition:
+    is_default: bool = False
+    minutes: int | None = None
+    """Of a job; None: no limit."""
+    nodes: int = 0
+    away: int = 0
+    """Of these, down or drained."""
+
+
+def _partitions() -> dict[str, Partition]:
+    """By name; none if SLURM does not answer."""
+    try:
+        said = subprocess.run(
+            ["sinfo", "--noheader", "--format=%P %l %D %t"],
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_S,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    partitions: dict[str, Partition] = {}
+    for line in said.splitlines():  # one for each state of nodes
+        name, limit, number, state = line.split()
+        before = partitions.get(name.rstrip("*"), Partition())
+        is_away = state.rstrip("*~#!%$@^-").startswith(("down", "drain", "drng", "fail", "maint", "boot", "resv"))
+        partitions[name.rstrip("*")] = Partition(
+            is_default=name.endswith("*"),
+            minutes=parse_minutes(limit),
+            nodes=before.nodes + int(number),
+            away=before.away + int(number) * is_away,
+        )
+    return partitions
+
+
+def parse_minutes(text: str) -> int | None:
+    """A time limit, as sbatch takes it, in whole minutes, rounded up; None if it is none.
+
+    minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        return None
+    days, *rest = match.groups()
+    numbers = [int(part) for part in rest if part is not None]
+    if days is not None:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    elif len(numbers) < 3:
+        hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
+    else:
+        hours, minutes, seconds = numbers
+    if (len(numbers) > 1 and seconds > 59) or (minutes > 59 and (days is not None or len(numbers) == 3)):
+        return None
+    return (-(-seconds // 60) + minutes + 60 * (hours + 24 * int(days or 0))) or None

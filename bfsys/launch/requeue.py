@@ -1,0 +1,179 @@
+"""What a SLURM job's script is: it runs the tasks, and sees to it that the job comes back when it should.
+
+    python -m bfsys.launch.requeue RUN [RUN …] -- srun …     a run directory for each member of an array
+
+SLURM itself starts jobs again whose node failed, or that it ended for another one. But one whose time is up, or whose
+rank died (srun then ends the others), or that saved and left while it had a grace time, would be over for good: so
+this process asks, as the only one that is left, and that knows how it ended (restarts.py). Never for a job that SLURM
+is ending for another reason than time: it was cancelled, and would come back.
+
+The script outlives the SIGTERM that precedes its end by KillWait. If the tasks are not gone shortly before that, the
+job is out of time in the middle of a long step or of a start, and is requeued all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED
+from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
+
+FILE = "restarts.json"
+# Before starts without progress. SLURM hands out a node that is lost until it has missed it for SlurmdTimeout, 300 s by
+# default.
+PAUSES_S = (1.0, 60.0, 300.0)
+POLL_S = 0.2
+ASK_BEFORE_END_S = 8.0
+KILL_WAIT_S = 30.0  # SLURM's default
+END_WAIT_S = 600.0  # for SLURM, which was asked to end this process
+TRIES, TRY_PAUSE_S = 6, 20.0  # of scontrol, while the controller is away
+SCONTROL_TIMEOUT_S = 60.0
+OUT_OF_TIME = 128 + signal.SIGTERM  # the code of tasks that did not end in time
+
+
+class Script:
+    """One start of a job."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.is_being_ended = False
+        """SLURM has sent SIGTERM."""
+
+    def _end(self, *_: object) -> None:
+        self.is_being_ended = True
+
+    def run(self, command: list[str]) -> int:
+        """Run the tasks; returns the code that the job is to end with, if SLURM does not start it again."""
+        signal.signal(signal.SIGTERM, self._end)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # is meant for the tasks
+        return self.after(self._wait_for(subprocess.Popen(command)))
+
+    def _wait_for(self, tasks: subprocess.Popen) -> int:
+        ask_at = None
+        while (code := tasks.poll()) is None:
+            if self.is_being_ended and ask_at is None:
+                seconds = max(2.0, kill_wait_s() - ASK_BEFORE_END_S) if is_out_of_time(job_facts()) else float("inf")
+                ask_at = time.monotonic() + seconds
+            if ask_at is not None and time.monotonic() > ask_at:
+                return OUT_OF_TIME
+            time.sleep(POLL_S)
+        return code if code >= 0 else 128 - code
+
+    def after(self, code: int) -> int:
+        """The tasks have ended with `code`: have the job started again, or not."""
+        job = job_facts()
+        if not may_come_back(job):
+            return code  # it was cancelled, or SLURM itself starts it again
+        is_preempted = job.get("PreemptTime", "None") != "None"
+        if code == EXIT_STOPPED and (is_out_of_time(job) or is_preempted):
+            code = EXIT_REQUEUE  # it was SLURM that asked to stop, and no person
+        path, counted = self.run_dir / FILE, {}
+        with suppress(OSError, ValueError):
+            counted = json.loads(path.read_text())
+        restarts = Restarts(self.run_dir, counted.get("step", 0), counted.get("without_progress", 0), PAUSES_S)
+        # A pre-emption is nobody's fault and does not count.
+        pause_s = 0.0 if is_preempted and code not in FINAL_CODES else restarts.pause_s(code)
+        if pause_s is None:
+            return restarts.exit_code
+        with suppress(OSError):  # better counted wrongly than not started again
+            path.write_text(json.dumps({"step": restarts.step, "without_progress": restarts.without_progress}) + "\n")
+        pause_s = 0.0 if code == EXIT_REQUEUE or self.is_being_ended else pause_s  # there is no time for one
+        step = newest_step(self.run_dir)
+        print(f"training ended with code {code}: starting again in {pause_s:.0f} s, from step {step}", flush=True)
+        until = time.monotonic() + pause_s
+        while time.monotonic() < until:
+            if self.is_being_ended:
+                if not is_out_of_time(job_facts()):
+                    return code
+                break
+            time.sleep(POLL_S)
+        if requeue():
+            time.sleep(END_WAIT_S)  # SLURM ends this process
+        return code
+
+
+def forget(run_dir: Path) -> None:
+    """A person submits the run: starts of before do not count."""
+    with suppress(FileNotFoundError):
+        (run_dir / FILE).unlink()
+    if step := newest_step(run_dir):
+        (run_dir / FILE).write_text(json.dumps({"step": step, "without_progress": 0}) + "\n")
+
+
+def is_out_of_time(job: dict[str, str]) -> bool:
+    return job.get("Reason") == "TimeLimit"
+
+
+def may_come_back(job: dict[str, str]) -> bool:
+    """Whether SLURM has left it to us: the job runs, or has run out of time."""
+    return job.get("JobState", "RUNNING") == "RUNNING" or is_out_of_time(job)
+
+
+def job_id() -> str:
+    """Of the job that this process is in, as scontrol understands it: the number alone may mean a whole array."""
+    env = os.environ
+    if "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env["SLURM_JOB_ID"]
+
+
+def job_facts() -> dict[str, str]:
+    """What SLURM says of this job: JobState, Reason, PreemptTime, …; nothing if it does not answer."""
+    try:
+        said = _scontrol("--oneliner", "show", "job", job_id())
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(word.split("=", 1) for word in said.split() if "=" in word)
+
+
+def kill_wait_s() -> float:
+    """Seconds between SIGTERM and SIGKILL."""
+    with suppress(OSError, subprocess.SubprocessError):
+        if found := re.search(r"^KillWait\s*=\s*(\d+)", _scontrol("show", "config"), re.MULTILINE):
+            return float(found[1])
+    return KILL_WAIT_S
+
+
+def requeue() -> bool:
+    """Ask SLURM to start this job again, which ends all of its processes; False if it does not."""
+    print(f"asking SLURM to start job {job_id()} again", flush=True)
+    for tries_left in reversed(range(TRIES)):
+        try:
+            _scontrol("requeue", job_id())
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = (getattr(error, "stderr", None) or str(error)).strip()
+            if tries_left and "connect" in reason.lower():  # to the controller
+                time.sleep(TRY_PAUSE_S)
+                continue
+            print(
+                f"error: job {job_id()} could not be requeued: {reason}; the checkpoint is saved: "
+                f"submit again with the same command to continue",
+                file=sys.stderr,
+            )
+            return False
+        return True
+    return False
+
+
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(
+        ["scontrol", *arguments], check=True, capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S
+    ).stdout
+
+
+def main(arguments: list[str]) -> int:
+    divide = arguments.index("--")
+    run_dir = Path(arguments[:divide][int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))])
+    return Script(run_dir).run(arguments[divide + 1 :])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

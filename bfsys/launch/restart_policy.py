@@ -1,0 +1,66 @@
+"""When a run that has ended is started again: the policy of both launchers (launchers/local.py, requeue.py).
+
+A crash, a hang and a lost node are started again from the newest whole checkpoint. An end that another start would not
+change is none of these: finished, bad input, diverged, nothing can be saved, asked to stop. Nor is a run started again
+after three starts in a row that made no new checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bfsys.checkpoint.files import LATEST, checkpoints_dir
+from bfsys.errors import (
+    EXIT_DIVERGED,
+    EXIT_NO_PROGRESS,
+    EXIT_STOPPED,
+    EXIT_STORAGE,
+    EXIT_USER_ERROR,
+)
+from bfsys.supervision.run_end import note_end
+
+# All ranks end with it, nearly together, and starting again would change nothing.
+FINAL_CODES = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE, EXIT_STOPPED)
+MAX_RESTARTS = 3  # without a new checkpoint
+PAUSES_S = (1.0, 10.0, 60.0)  # before them: what is only passing, such as a file server that is away, may pass
+
+
+@dataclass
+class Restarts:
+    """Counts the starts of a run that made no progress, which is a new checkpoint."""
+
+    run_dir: Path
+    step: int = 0
+    """Of the newest checkpoint, before the present start."""
+    without_progress: int = 0
+    """Starts again since the last progress."""
+    pauses_s: tuple[float, ...] = PAUSES_S
+    exit_code: int = 0
+    """Of the run, once there is to be no other start."""
+
+    def pause_s(self, code: int) -> float | None:
+        """How long to wait before the next start after one that ended with `code`; None: there is to be none."""
+        self.exit_code = code
+        if code in FINAL_CODES:
+            return None
+        before, self.step = self.step, newest_step(self.run_dir)
+        if self.step != before:  # smaller, if later ones turned out to be damaged
+            self.without_progress = 0
+        if self.without_progress == MAX_RESTARTS:
+            reason = f"{MAX_RESTARTS} starts again without a new checkpoint, the last one ended with code {code}"
+            note_end(self.run_dir, EXIT_NO_PROGRESS, reason)
+            print(f"error: {reason}; logs are in {self.run_dir}", file=sys.stderr)
+            self.exit_code = EXIT_NO_PROGRESS
+            return None
+        self.without_progress += 1
+        return self.pauses_s[self.without_progress - 1] if self.step == before else 0.0
+
+
+def newest_step(run_dir: Path) -> int:
+    """Of the checkpoint that was saved last; 0 if there is none."""
+    try:
+        return int((checkpoints_dir(run_dir) / LATEST).read_text().removeprefix("step_"))
+    except (OSError, ValueError):
+        return 0

@@ -1,0 +1,388 @@
+"""Train on a SLURM cluster: checks the run, then submits it as one job with one task per GPU, or CPU tasks.
+
+    python launchers/slurm.py --nodes 8 --time 24:00:00 CONFIG
+    python launchers/slurm.py --nodes 2 --gpus-per-node 4 --cpus-per-task 8 --mem 200G --time 24:00:00 CONFIG
+    python launchers/slurm.py --nodes 2 --gpus-per-node 0 --tasks-per-node 4 --time 60 CONFIG train.steps=100
+    python launchers/slurm.py --nodes 1 --sweep optim.lr=3e-4,1e-3 --sweep train.seed=0,1 CONFIG
+
+    python launchers/slurm.py status|logs|stop RUN
+
+A job that runs out of time, loses a node, is pre-empted, or whose rank crashes goes on by itself in the same run
+directory until its steps are done, unless another start would change nothing (requeue.py). `scancel` saves and ends it
+for good. The same command continues a run that has ended, on other --nodes too.
+
+What can be known to be wrong is said before anything waits in a queue (preflight.py). SLURM is spoken to through
+submitit, which carries the job over as a pickle; what happens inside of it is in job.py. Refused: a script of our own
+for people to edit, where each copy ages by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import itertools
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
+from submitit.slurm.slurm import _make_sbatch_string
+
+from bfsys import console, typed_yaml
+from bfsys.config import Config, load_config
+from bfsys.data.storage.remote import is_remote
+from bfsys.errors import UserError, collecting, summary_of
+from bfsys.launch import jobs, preflight, requeue
+from bfsys.launch.job import TrainJob
+from bfsys.launch.preflight import parse_minutes
+from bfsys.run_dir import GIT_STATE, git_state
+from bfsys.supervision.run_end import forget_end
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Between the request to stop and the end of the time limit: a step and a checkpoint, plus start-up if it has to be.
+# SLURM may send it up to 60 s early, never late; a short job must have time for more than its start.
+STOP_NOTICE_S = 120
+
+# Python ignores USR2 until submitit takes it: by default it would die of it. (`env --ignore-signal` would read
+# better, and is missing from the coreutils of RHEL 8.)
+PYTHON = """bash -c 'trap "" USR2; exec "$0" "$@"' """
+
+EPILOG = """The job runs a copy of bfsys and of the resolved config, made now in RUN/slurm: later edits do not touch it.
+Relative paths in CONFIG are relative to the current folder. Data, runs_dir, the current folder and Python must be on a
+file system that the nodes share. launchers/slurm.py status|logs|stop RUN looks after the jobs of a run."""
+
+
+class Executor(submitit.SlurmExecutor):
+    """submitit's, whose script runs srun under requeue.py; it can be shown, and made where SLURM is missing."""
+
+    srun: Sequence[str] = ()
+    """Options."""
+    run_dirs: Sequence[Path] = ()
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    @property
+    def _submitit_command_str(self) -> str:
+        log = str(JobPaths(folder=self.folder).stdout)
+        if len(self.run_dirs) > 1:
+            log = log.replace("%j", "%A_%a")
+        supervise = [sys.executable, "-m", "bfsys.launch.requeue", *map(str, self.run_dirs), "--"]
+        srun = ["srun", "--unbuffered", "--output", log, "--kill-on-bad-exit=1", "--open-mode=append", *self.srun]
+        return f"exec {shlex.join([*supervise, *srun])} {super()._submitit_command_str}"
+
+    def script(self) -> str:
+        count = len(self.run_dirs) if len(self.run_dirs) > 1 else None
+        return _make_sbatch_string(self._submitit_command_str, self.folder, map_count=count, **self.parameters)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launchers/slurm.py", description=summary_of(__doc__), epilog=EPILOG)
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="YAML file, see configs/")
+    add("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
+    add("--nodes", type=int, required=True, metavar="N")
+    add("--gpus-per-node", type=int, default=8, metavar="G", help="default 8; 0: train on CPUs")
+    add("--tasks-per-node", type=int, metavar="T", help="ranks on a node; default: one per GPU, or 1 on CPUs")
+    add("--cpus-per-task", type=int, metavar="C", help="default: the cluster's")
+    add("--mem", metavar="SIZE", help="of a node, for example 200G; default: the cluster's")
+    add("--time", metavar="LIMIT", default="60", help="HH:MM:SS, D-HH:MM:SS or minutes, of one start; default 60")
+    for name in ("partition", "account", "qos", "constraint", "reservation", "exclude", "dependency", "comment"):
+        add(f"--{name}", help="as of sbatch")
+    add("--name", help="of the job; default: the run's name")
+    add("--sweep", "--array", action="append", default=[], metavar="KEY=A,B,C",
+        help="a run for each value, as one array of jobs; repeatable: for each combination")  # fmt: skip
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable of the job; repeatable")
+    add("--setup", action="append", default=[], metavar="CMD", help="shell command before training; repeatable")
+    add("--container", metavar="IMAGE", help="run in it: a .sif file through apptainer, others through pyxis; "
+        "its python3 needs what setup.cfg names")  # fmt: skip
+    add(
+        "--follow",
+        action="store_true",
+        help="show rank 0's log until the job is over, and end with training's code; Ctrl-C ends only that",
+    )
+    add("--dry-run", action="store_true", help="check everything, print the sbatch script, submit nothing")
+    return parser
+
+
+def ranks_per_node(args: argparse.Namespace) -> int:
+    return args.tasks_per_node or args.gpus_per_node or 1
+
+
+def option_problems(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the command line itself."""
+    for name in ("nodes", "tasks_per_node", "cpus_per_task"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            yield f"--{name.replace('_', '-')}: got {value}; at least 1 is needed"
+    if args.gpus_per_node < 0:
+        yield f"--gpus-per-node: got {args.gpus_per_node}; 0 (CPUs) or more is allowed"
+    if args.gpus_per_node > 0 and args.tasks_per_node not in (None, args.gpus_per_node):
+        yield (
+            f"--tasks-per-node: got {args.tasks_per_node} with {args.gpus_per_node} GPUs on a node; "
+            f"each GPU has one task: leave it out"
+        )
+    if parse_minutes(args.time) is None:
+        yield f"--time: got {args.time!r}; minutes, HH:MM:SS or D-HH:MM:SS are allowed, more than zero"
+    if args.mem and not re.fullmatch(r"\d+[KMGT]?", args.mem):
+        yield f"--mem: got {args.mem!r}; a number with K, M, G or T is allowed, for example 200G; 0: all of a node's"
+    for text in args.sweep:
+        if not re.fullmatch(r"[\w.]+=.+", text):
+            yield f"--sweep: got {text!r}; KEY=A,B,… is expected, for example optim.lr=3e-4,1e-3"
+    for assignment in args.env:
+        if not re.fullmatch(r"[A-Za-z_]\w*=.*", assignment, re.DOTALL):
+            yield f"--env: got {assignment!r}; NAME=VALUE is expected"
+
+
+def lanes_problem(lanes: int, nodes: int, per_node: int) -> str | None:
+    """Why the lanes cannot be shared by that many nodes, and how many could share them."""
+    if lanes % (nodes * per_node) == 0:
+        return None
+    fitting = [n for n in range(1, lanes + 1) if lanes % (n * per_node) == 0]
+    if fitting:
+        advice = f"numbers of nodes that fit: {', '.join(map(str, fitting))}"
+    else:
+        fitting = [n for n in range(1, lanes + 1) if lanes % n == 0]
+        advice = f"no number of nodes fits; ranks on a node that do: {', '.join(map(str, fitting))}"
+    return f"data.lanes: {lanes} lanes cannot be shared evenly by {nodes} nodes with {per_node} ranks each; {advice}"
+
+
+def sweep_overrides(args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """The overrides of every run: one, or one for each combination of --sweep, with a name of its own."""
+    axes = []
+    for text in args.sweep:
+        key, is_whole, values = text.partition("=")
+        axes += [[f"{key}={value}" for value in values.split(",")]] if is_whole else []  # option_problems has said it
+    if not axes:
+        return [tuple(args.overrides)]
+    base = load_config(args.config, args.overrides).name
+    of_runs = []
+    for chosen in itertools.product(*axes):
+        pairs = [c.partition("=") for c in chosen]
+        name = "-".join([base, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, _, value in pairs)])
+        of_runs.append((*args.overrides, *chosen, f"name={name}"))
+    return of_runs
+
+
+def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
+    """The config of every run, when nothing is found wrong with them and with the command line; and notes."""
+    problems, configs = list(option_problems(args)), []
+    notes: list[str] = []
+    with_slurm = bool(shutil.which("sbatch"))
+    if not args.dry_run and not with_slurm:
+        problems.append(
+            "sbatch: not found; run this on a login node of the cluster, or launchers/local.py to train on this machine"
+        )
+    with collecting(problems):
+        for overrides in sweep_overrides(args):
+            with collecting(problems):
+                configs.append(load_config(args.config, overrides))
+    for config in configs:
+        run = preflight.check_run(config, max(1, args.nodes * ranks_per_node(args)))
+        problems, notes = problems + run.problems, notes + run.notes
+        if with_slurm and not args.dependency:
+            problems += [
+                f"run {config.run_dir}: job {job.job} waits or runs already; launchers/slurm.py stop {config.run_dir} "
+                f"ends it, --dependency singleton queues behind it, name=… makes another run"
+                for job in jobs.active(config.run_dir)
+            ]
+        if config.data.workers and (args.cpus_per_task or 0) <= config.data.workers:
+            given = (
+                f"got {args.cpus_per_task}" if args.cpus_per_task else "not given, and a cluster's default is often 1"
+            )
+            notes.append(
+                f"--cpus-per-task: {given}; {config.name} has {config.data.workers} loader processes for each rank "
+                f"(data.workers) and wants {config.data.workers + 1} cores"
+            )
+        if args.nodes > 0 and ranks_per_node(args) > 0:
+            problem = lanes_problem(config.data.lanes, args.nodes, ranks_per_node(args))
+            problems += [problem] if problem else []
+    if len({config.run_dir for config in configs}) < len(configs):
+        problems.append("--sweep: two of its runs have the same name; a value is given twice, or two keys end alike")
+    if configs:
+        seen = preflight.check_places(seen_by_nodes(configs))
+        problems, notes = problems + seen.problems, notes + seen.notes
+    if configs and with_slurm and not any(option_problems(args)):
+        script = make_executor(args, configs, ROOT).script()
+        answer = preflight.check_slurm(script, args.partition, args.nodes, minutes_of(args), args.qos)
+        problems, notes = problems + answer.problems, notes + answer.notes
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return configs, notes
+
+
+def seen_by_nodes(configs: Sequence[Config]) -> dict[str, Path]:
+    """What a job needs on every node, besides Python, by what it is."""
+    data = dict.fromkeys(
+        Path(path).absolute()
+        for config in configs
+        for source in config.data.sources
+        for path in (source.path, source.eval_path)
+        if path and not is_remote(path)
+    )
+    return {
+        **{f"run directory {config.name}": config.run_dir.absolute() for config in configs},
+        "current folder": Path.cwd(),
+        **{f"data {path.name}": path for path in data},
+    }
+
+
+def snapshot(config: Config) -> Path:
+    """A copy of bfsys/ and of the resolved config in the run directory; equal ones are made once. The config's path."""
+    sources = sorted(path for path in (ROOT / "bfsys").rglob("*") if path.suffix == ".py")
+    texts = {path.relative_to(ROOT): path.read_bytes() for path in sources}
+    texts[Path(f"{config.name}.yaml")] = typed_yaml.dump(config).encode()
+    texts[Path(GIT_STATE)] = (git_state() or "").encode()
+    digest = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:12]
+    folder = jobs.slurm_folder(config.run_dir.absolute()) / f"code-{digest}"
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    if not folder.exists():
+        for path, text in texts.items():
+            (part / path).parent.mkdir(parents=True, exist_ok=True)
+            (part / path).write_bytes(text)
+        part.rename(folder)
+    return folder / f"{config.name}.yaml"
+
+
+def minutes_of(args: argparse.Namespace) -> int:
+    minutes = parse_minutes(args.time)
+    assert minutes is not None, "option_problems has looked at it"
+    return minutes
+
+
+def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir: Path) -> Executor:
+    """submitit's executor with everything that sbatch and srun are to be told."""
+    run_dirs = [config.run_dir.absolute() for config in configs]
+    base = run_dirs[0] if len(configs) == 1 else run_dirs[0].with_name(load_config(args.config, args.overrides).name)
+    python, srun_args = shlex.quote(sys.executable), []
+    folder = jobs.slurm_folder(base)
+    if args.container:
+        places = ",".join(dict.fromkeys(map(str, [folder, *seen_by_nodes(configs).values()])))
+        python = "python3"
+        if args.container.endswith(".sif"):
+            nv = "--nv " if args.gpus_per_node else ""
+            python = f"apptainer exec {nv}--bind {shlex.quote(places)} {shlex.quote(args.container)} python3"
+        else:
+            srun_args += [f"--container-image={args.container}", f"--container-mounts={places}"]
+    # submitit counts time-outs that it requeues itself; it never does, and its count must not end a run.
+    executor = Executor(folder=folder, python=PYTHON + python, max_num_timeout=10**6)
+    executor.run_dirs = run_dirs
+    exports = [f"export {name}={shlex.quote(value)}" for name, _, value in (e.partition("=") for e in args.env)]
+    if args.cpus_per_task:  # srun no longer takes it over from sbatch
+        srun_args.append(f"--cpus-per-task={args.cpus_per_task}")
+    executor.srun = srun_args
+    minutes = minutes_of(args)
+    others = {"reservation": args.reservation} if args.reservation else {}
+    executor.update_parameters(
+        job_name=args.name or base.name,
+        nodes=args.nodes,
+        ntasks_per_node=ranks_per_node(args),
+        gpus_per_node=args.gpus_per_node or None,
+        cpus_per_task=args.cpus_per_task,
+        mem=args.mem,
+        time=minutes,
+        partition=args.partition,
+        account=args.account,
+        qos=args.qos,
+        constraint=args.constraint,
+        exclude=args.exclude,
+        dependency=args.dependency,
+        comment=args.comment,
+        wckey="",  # not submitit's own, which sites that check keys refuse
+        stderr_to_stdout=True,  # one log per rank, in the order of events
+        use_srun=False,  # the command has it already
+        setup=[
+            *([] if args.gpus_per_node else ["export DS_ACCELERATOR=cpu"]),  # a node may show its GPUs all the same
+            *args.setup,
+            *exports,
+            # The job's code before all other, and no module from the current folder.
+            f"export PYTHONPATH={shlex.quote(str(code_dir))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+        ],
+        additional_parameters={
+            "chdir": str(Path.cwd()),
+            "signal": f"USR2@{min(STOP_NOTICE_S, 20 * minutes)}",
+            "requeue": True,  # some sites' default is not to
+            **others,
+        },
+    )
+    return executor
+
+
+def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
+    """Hand the job to SLURM, as an array if there are several; raises UserError if it is refused, and leaves nothing
+    of submitit's behind."""
+    if "SLURM_JOB_ID" in os.environ:  # within another job: its number of tasks is not ours
+        for name in [n for n in os.environ if n.startswith("SLURM_") and n != "SLURM_CONF"]:
+            del os.environ[name]
+    folder = Path(executor.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = set(folder.iterdir())
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
+            return [executor.submit(tasks[0])] if len(tasks) == 1 else executor.map_array(TrainJob.__call__, tasks)
+    except FailedJobError as error:
+        for path in set(folder.iterdir()) - before:
+            path.unlink()
+        reason = re.sub(r"^sbatch: (error: )?", "", str(error).strip(), flags=re.MULTILINE).replace("\n", "; ")
+        raise UserError(f"sbatch refused the job: {reason}") from None
+    except FailedSubmissionError as error:
+        raise UserError(f"sbatch's answer is not understood, see squeue for what it did: {error}") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in ("status", "logs", "stop"):
+        return jobs.main(arguments)
+    args = make_parser().parse_intermixed_args(arguments)
+    configs, notes = check(args)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.dry_run:
+        print(make_executor(args, configs, ROOT).script())
+        return 0
+    console.go_on_without()  # a job that was submitted must be noted, whoever reads what is printed
+    try:
+        paths = [snapshot(config) for config in configs]
+    except OSError as error:
+        raise UserError(f"run directory {configs[0].run_dir}: cannot be written: {error.strerror}") from None
+    # An array has one script, and so one PYTHONPATH: the copies differ in their configs only.
+    code_dir = paths[0].parent
+    tasks = [TrainJob(config=path, overrides=(), code_dir=code_dir, work_dir=Path.cwd()) for path in paths]
+    executor = make_executor(args, configs, code_dir)
+    command, now = shlex.join(["python", "launchers/slurm.py", *arguments]), time.strftime("%F %T")
+    for config in configs:
+        requeue.forget(config.run_dir)
+    submitted = [
+        jobs.Submitted(str(job.job_id), str(job.paths.stdout), now, command) for job in submit(executor, tasks)
+    ]
+    for config, job in zip(configs, submitted, strict=True):
+        jobs.note_submission(config.run_dir, job)
+        forget_end(config.run_dir)
+    tell(args, configs, submitted)
+    return jobs.follow(configs[0].run_dir) if args.follow else 0
+
+
+def tell(args: argparse.Namespace, configs: Sequence[Config], submitted: Sequence[jobs.Submitted]) -> None:
+    """What was submitted, and the commands to look after it."""
+    device = "one per GPU" if args.gpus_per_node else "on CPUs"
+    for config, job in zip(configs, submitted, strict=True):
+        run = shlex.quote(str(config.run_dir))
+        print(
+            f"job {job.job}: {args.nodes} nodes with {ranks_per_node(args)} ranks each, {device}, "
+            f"{parse_minutes(args.time)} minutes at a time\n"
+            f"log     {job.log}\n"
+            f"status  python launchers/slurm.py status {run}\n"
+            f"follow  python launchers/slurm.py logs --follow {run}\n"
+            f"stop    python launchers/slurm.py stop {run}\n"
+            f"resume  the same command again, after it has ended"
+        )

@@ -1,0 +1,182 @@
+"""What a run will need: memory of a rank, time, checkpoints, disk; before anything is asked for.
+
+    python tools/plan_run.py configs/joint.yaml --ranks 64 --gpu h200
+    python tools/plan_run.py configs/joint.yaml --ranks 64 --like runs/a_short_one
+
+Operations are counted exactly (bfsys/model/flops.py) for the micro-batches of the first steps, which are planned as
+training will plan them. Time is these operations over a rate: that of a run that was measured (`--like`; waiting for
+data and for the busiest rank is in its rate, saving and restarting in its goodput), or a share of a GPU's peak that you
+believe in. Memory is counted too:
+
+    weights, gradients, moments and their average, by ZeRO stage, with the moments in float32
+    activations of the largest micro-batch: 16 dim numbers for each token of each layer (what the norms, qkv, attention,
+    and the MLP's two products keep for their backward), or dim of each layer and 16 dim of the widest one with
+    activation checkpointing; 1.5 dim for each token that is merged; and half as much again as the widest layer keeps,
+    while its backward runs
+
+It leaves out what CUDA, NCCL and the allocator take for themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bfsys.checkpoint.loading import newest_readable
+from bfsys.config import Config, load_config
+from bfsys.data.streaming.plan import lanes_of_rank
+from bfsys.data.streaming.run_data import RunData, open_run_data
+from bfsys.dist import Ranks
+from bfsys.errors import UserError, summary_of
+from bfsys.json_lines import NUMBER, Fields, read_json_lines
+from bfsys.model.byteformer import parameter_count
+from bfsys.model.flops import flops_per_step
+from bfsys.model.layout import token_counts
+
+PLANNED_STEPS = 20
+# Dense matrix products in bfloat16, FLOP/s, as their makers state them.
+PEAKS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12, "l40s": 362e12, "mi300x": 1307e12}
+KEPT_PER_TOKEN = 16  # numbers, times dim, of each layer
+KEPT_PER_MERGED = 3  # of each pair that becomes one: the pair, and what the norm gets
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one rank, unless it says otherwise. Memory in bytes, times in seconds."""
+
+    ranks: int
+    parameters: int
+    state_bytes: int
+    """Weights, gradients, moments, average."""
+    activation_bytes: int
+    step_flops: float
+    """Of all ranks together, mean of the first steps."""
+    busiest: float
+    """Operations of the busiest rank of a step over the mean rank's."""
+    step_bytes: float
+    """Read by all ranks together."""
+    checkpoint_bytes: int
+    steps: int
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.state_bytes + self.activation_bytes
+
+    def step_s(self, flops_per_s: float) -> float:
+        """At a rate of one rank on average."""
+        return self.step_flops / self.ranks / flops_per_s
+
+    def describe(self) -> str:
+        """In one line, for people."""
+        return (
+            f"{self.parameters:,} parameters; each of {self.ranks} ranks needs {self.memory_bytes / GB:.2f} GB "
+            f"({self.state_bytes / GB:.2f} state, {self.activation_bytes / GB:.2f} activations at most); "
+            f"a step is {self.step_flops / 1e12:.2f} TFLOP and {self.step_bytes / 1e6:.1f} MB of files; "
+            f"a checkpoint {self.checkpoint_bytes / GB:.2f} GB"
+        )
+
+
+def estimate(data: RunData, ranks: int) -> Estimate:
+    """Raises UserError if the ranks do not divide the lanes."""
+    config, plan = data.config, data.plan
+    lanes_of_rank(config.data.lanes, 0, ranks)
+    architecture, classes = config.model.architecture(), len(data.training.classes)
+    parameters = parameter_count(architecture, classes)
+    flops, largest, read = [], 0, []
+    for step in range(min(PLANNED_STEPS, config.train.steps)):
+        of_lanes = []
+        for lane in range(plan.lanes):
+            lengths = data.lengths_of(step, lane)
+            of_lanes.append(flops_per_step(lengths, architecture, classes).total)
+            largest = max(largest, int(token_counts(lengths, architecture, config.model.mode).sum()))
+        read.append(sum(plan.bytes_of(plan.micro_batch(step, lane)) for lane in range(plan.lanes)))
+        flops.append([sum(of_lanes[lane] for lane in lanes_of_rank(plan.lanes, rank, ranks)) for rank in range(ranks)])
+    of_ranks = np.array(flops, np.float64)  # [steps, ranks]
+    return Estimate(
+        ranks=ranks,
+        parameters=parameters,
+        state_bytes=_state_bytes(config, parameters, ranks),
+        activation_bytes=_activation_bytes(config, largest),
+        step_flops=float(of_ranks.sum(1).mean()),
+        busiest=float(np.mean(of_ranks.max(1) / of_ranks.mean(1))),
+        step_bytes=float(np.mean(read)),
+        checkpoint_bytes=16 * parameters,
+        steps=config.train.steps,
+    )
+
+
+def _state_bytes(config: Config, parameters: int, ranks: int) -> int:
+    """See `bfsys.engine.deepspeed_config`: float32 weights, two moments and the average belong to the optimizer."""
+    stage, is_small = config.train.zero_stage, config.train.precision == "bf16" and config.train.zero_stage > 0
+    weights = 2 if is_small else 4
+    optimizer = 12 + (4 if is_small else 0)
+    share = [1, 1, 1, 1]  # of weights, gradients, gradients that are added up in float32, optimizer
+    for part in {0: (), 1: (3,), 2: (1, 2, 3), 3: (0, 1, 2, 3)}[stage]:
+        share[part] = ranks
+    each = (weights, weights, 4 if is_small else 0, optimizer)
+    return sum(-(-size * parameters // of) for size, of in zip(each, share, strict=True))
+
+
+def _activation_bytes(config: Config, tokens: int) -> int:
+    architecture = config.model.architecture()
+    number = 2 if config.train.precision == "bf16" else 4
+    of_layers = [
+        tokens >> sum(merge < layer for merge in architecture.merge_after) for layer in range(architecture.layers)
+    ]
+    kept = KEPT_PER_TOKEN * max(of_layers)
+    kept = kept + sum(of_layers) if config.model.activation_checkpointing else KEPT_PER_TOKEN * sum(of_layers)
+    kept += sum(KEPT_PER_MERGED * of_layers[layer] // 2 for layer in architecture.merge_after)
+    return number * architecture.dim * (kept + KEPT_PER_TOKEN * max(of_layers) // 2)
+
+
+def measured_rate(run: Path) -> tuple[float, float]:
+    """(FLOP/s of a rank of a run, the median of its latest measurements; its goodput)."""
+    try:
+        fields: Fields = {"kind": str, "model_tflop_per_s": NUMBER, "goodput": NUMBER}
+        lines = [line for line in read_json_lines(run / "metrics.jsonl", fields) if line["kind"] == "train"][-50:]
+    except OSError as error:
+        raise UserError(f"{run}: no measurements of a run: {error}") from None
+    path, _ = newest_readable(run)
+    if not lines or not path:
+        raise UserError(f"{run}: no measurements, or no checkpoint, of a run yet")
+    ranks = max(int(file.stem.rpartition("-of-")[2]) for file in path.glob("weight-*-of-*.safetensors"))
+    return float(np.median([line["model_tflop_per_s"] for line in lines])) * 1e12 / ranks, lines[-1]["goodput"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tools/plan_run.py", description=summary_of(__doc__))
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="GPUs, or CPU processes (default: 1)")
+    parser.add_argument("--gpu", choices=PEAKS, help="whose peak is meant")
+    parser.add_argument("--utilisation", type=float, metavar="SHARE", default=0.3,
+                        help="of that peak: an assumption (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--like", type=Path, metavar="RUN", help="a run whose rate per rank was measured")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    args = parser.parse_intermixed_args(arguments)
+    if args.ranks < 1 or not 0 < args.utilisation <= 1:
+        raise UserError("--ranks: at least 1 is needed; --utilisation: more than 0 and at most 1")
+    config = load_config(args.config, args.overrides)
+    plan = estimate(open_run_data(config, Ranks()), args.ranks)
+    rate, share, meant = None, 1.0, ""
+    if args.like:
+        (rate, share), meant = measured_rate(args.like), f"as measured in {args.like}"
+    elif args.gpu:
+        rate = PEAKS[args.gpu] * args.utilisation / plan.busiest  # the others wait for it
+        meant = f"if {args.utilisation:.0%} of the peak of an {args.gpu} is reached"
+    if args.json:
+        print(json.dumps(asdict(plan) | {"step_s": plan.step_s(rate) if rate else None}, indent=1))
+        return 0
+    print(plan.describe().replace("; ", "\n"))
+    print(f"busiest rank of a step: {plan.busiest:.3f} x the mean")
+    if rate:
+        step_s = plan.step_s(rate)
+        print(f"{step_s:.3f} s a step, {step_s / share * plan.steps / 3600:,.1f} h for {plan.steps:,} steps, {meant}")
+    else:
+        print("time: give --gpu, or better --like a run that was measured")
+    return 0

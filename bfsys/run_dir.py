@@ -1,0 +1,172 @@
+"""The run directory: what must hold before a run may use it, and what its checkpoints say of it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import BinaryIO
+
+from bfsys import dist, typed_yaml
+from bfsys.checkpoint.files import METRICS, replace_durably
+from bfsys.checkpoint.loading import check_same_run, newest_readable
+from bfsys.config import Config
+from bfsys.data.streaming.quarantine import FILE as QUARANTINE
+from bfsys.data.streaming.run_data import RunData
+from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, PASSING, UserError
+from bfsys.supervision.goodput import FILE as GOODPUT
+from bfsys.supervision.guard import FILE as ROLLBACKS
+from bfsys.supervision.run_end import forget_end
+from bfsys.supervision.watchdog import HANGS
+
+GIT_STATE = "git-state.txt"  # in a copy of the code that a launcher made
+LOCK_WAIT_S = 20.0  # a start that was killed may have loader processes that take a moment to notice
+# After a node was lost, a file server keeps its lock for a while (NFSv4: 90 s). In a job nobody is kept waiting, and
+# ending would be for good. Less than the other ranks wait (train.collective_timeout_s).
+LOCK_WAIT_IN_JOB_S = 300.0
+
+
+def run_facts(data: RunData) -> dict:
+    """What makes a checkpoint self-contained, and what a resume must agree with."""
+    return {
+        "classes": list(data.training.classes),
+        "plan": data.facts,
+        "config": typed_yaml.to_tree(data.config),
+        "versions": {name: version(name) for name in ("bfsys", "torch", "deepspeed")} | {"git": git_state()},
+    }
+
+
+def git_state() -> str | None:
+    """The commit of this code, with a + if files were changed since; None if it is no repository."""
+    here = Path(__file__).resolve().parents[1]
+    with suppress(OSError):
+        return (here / GIT_STATE).read_text() or None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run directory that this run may use, as rank 0 found it."""
+
+    is_new: bool
+    """It holds no checkpoint."""
+    notes: list[str]
+    """What was done to it."""
+    hold: BinaryIO | None
+    """Rank 0's lock on it, to be closed at the end."""
+
+
+def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirectory:
+    """Lock the run directory, check that it holds this run or none, and write config.yaml there; collective.
+
+    Raises AgreedError if it holds another run, or another process is training in it.
+    """
+    hold: BinaryIO | None = None
+
+    def take() -> tuple[bool, list[str]]:
+        nonlocal hold
+        mine = _take_directory(config, facts)
+        hold = mine.hold
+        return mine.is_new, mine.notes
+
+    is_new, notes = dist.on_rank0(take, ranks)
+    return RunDirectory(is_new, notes, hold)
+
+
+def _take_directory(config: Config, facts: dict) -> RunDirectory:
+    run_dir, hold = config.run_dir, None
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        hold = hold_directory(run_dir)  # first: what another process writes while this one waits is to be seen
+        path, problems = newest_readable(run_dir)
+        if path is None and problems:
+            raise UserError(
+                *problems,
+                f"{run_dir}: no intact checkpoint, see above; to start from scratch, give another name=… or move the "
+                f"directory away",
+            )
+        if path:
+            check_same_run(path, facts)
+        notes = [] if path else set_aside_earlier_run(run_dir)
+        # At the first hang, other nodes would not see a folder that they know not to exist (NFS caches that).
+        (run_dir / HANGS).mkdir(exist_ok=True)
+        replace_durably(run_dir / "config.yaml", typed_yaml.dump(config))
+        forget_end(run_dir)
+        return RunDirectory(path is None, notes, hold)
+    except (OSError, UserError) as error:
+        if hold:
+            hold.close()
+        if isinstance(error, UserError) or error.errno in PASSING:
+            raise
+        code = EXIT_STORAGE if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
+        where = f"{error.filename}: " if error.filename and error.filename != str(run_dir) else ""
+        raise UserError(
+            f"run directory {run_dir}: cannot be written: {where}{error.strerror}", exit_code=code
+        ) from None
+
+
+def set_aside_earlier_run(run_dir: Path) -> list[str]:
+    """Move what a run without checkpoints has left into a folder of its own: its skipped steps, its bad samples and its
+    history mean other data. Returns a line about it, if there was anything."""
+    left = [run_dir / name for name in (ROLLBACKS, QUARANTINE, METRICS, GOODPUT, "tb") if _has_content(run_dir / name)]
+    if not left:
+        return []
+    number = next(n for n in itertools.count(1) if not (run_dir / f"earlier-{n}").exists())
+    aside = run_dir / f"earlier-{number}"
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)
+    names = ", ".join(path.name for path in left)
+    return [f"{run_dir} has no checkpoint, so this is a new run: {names} of an earlier one are in {aside}"]
+
+
+def _has_content(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
+
+
+def hold_directory(run_dir: Path) -> BinaryIO:
+    """Lock the directory against other processes until this is closed, or this process ends.
+
+    Raises UserError if another one keeps its lock. Two starts would write over each other's checkpoints.
+    """
+    hold = open(run_dir / ".lock", "wb")  # noqa: SIM115 (for the life of the run)
+    wait_s = LOCK_WAIT_IN_JOB_S if os.environ.get("SLURM_JOB_ID") else LOCK_WAIT_S
+    deadline, said = time.monotonic() + wait_s, False
+    while True:
+        try:
+            fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                hold.close()
+                raise UserError(
+                    f"run directory {run_dir}: another process is training in it; stop that one, or give this run a "
+                    f"name of its own (name=…)"
+                ) from None
+            if not said:
+                text = f"run directory {run_dir}: waiting for another process to release it, for up to {wait_s:.0f} s"
+                print(text, file=sys.stderr, flush=True)
+                said = True
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return hold
+        else:
+            return hold

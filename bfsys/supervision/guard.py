@@ -1,0 +1,151 @@
+"""Bad steps: what they are, what is done about them, and when the run rolls back.
+
+A step is bad if its loss or gradient is not finite: its update is skipped, on all ranks (engine.py). Or if its
+loss spikes: a robust z-score of its logarithm, against median and median deviation of the last good losses. A single
+bad step is noted, with the samples that it drew, and does no harm that lasts. `max_bad_steps` in a row do: the run is
+rolled back to the last checkpoint before the first of them, and passes these steps over. If that happens more than
+MAX_ROLLBACKS times from the same weights, it ends.
+
+    rollbacks.json in the run directory: from where to where, which steps are passed over, why, and their samples
+
+A step that is passed over has its data drawn and dropped, so all others keep theirs. The file is written after the
+checkpoints of bad steps are removed: a run that is killed in between makes these steps again, and judges them again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bfsys import dist
+from bfsys.checkpoint.files import all_checkpoints, read_manifest, remove, replace_durably, step_of
+from bfsys.config import Train
+from bfsys.data.streaming.datasets import Sources
+from bfsys.errors import EXIT_DIVERGED, UserError
+
+FILE = "rollbacks.json"
+MAX_ROLLBACKS = 3
+WINDOW_STEPS = 128  # of good losses that a loss is compared with
+LEAST_STEPS = 32  # before that many, nothing is a spike
+# Deviation of the log-loss below which nothing is told apart: at the default z-score of 10, a spike doubles the loss.
+LEAST_DEVIATION = 0.07
+
+
+class Guard:
+    """Judges every step; all ranks come to the same verdict, since they judge by the same agreed numbers."""
+
+    def __init__(self, train: Train, carried: dict | None, rollbacks: list[dict]) -> None:
+        """`carried` is what `carry` gave to the checkpoint that the run goes on from."""
+        self.max_bad_steps, self.spike_zscore = train.max_bad_steps, train.spike_zscore
+        self.passed_over = {step for rollback in rollbacks for step in rollback["steps"]}
+        self.in_a_row: list[dict] = carried["in_a_row"] if carried else []
+        self._losses = deque(carried["losses"] if carried else (), WINDOW_STEPS)
+
+    def judge(self, loss: float, grad_norm: float) -> str:
+        """What is wrong with a step of this mean loss; "" if nothing is."""
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            return f"loss {loss:g}, norm of the gradient {grad_norm:g}"
+        score = self._zscore(loss)
+        if self.spike_zscore and score > self.spike_zscore:
+            return f"loss {loss:g}, a spike: z-score {score:.1f}"
+        self._losses.append(loss)
+        return ""
+
+    def note(self, step: int, problem: str, samples: list[str]) -> None:
+        """Keep a bad step in mind, or with no problem, forget those before it."""
+        if problem:
+            self.in_a_row.append({"step": step, "problem": problem, "samples": samples})
+        else:
+            self.in_a_row.clear()
+
+    @property
+    def wants_rollback(self) -> bool:
+        return len(self.in_a_row) >= self.max_bad_steps
+
+    def carry(self) -> dict:
+        return {"losses": list(self._losses), "in_a_row": list(self.in_a_row)}
+
+    def _zscore(self, loss: float) -> float:
+        if len(self._losses) < LEAST_STEPS:
+            return 0.0
+        logs = [math.log(max(x, 1e-12)) for x in self._losses]
+        median = statistics.median(logs)
+        deviation = 1.4826 * statistics.median(abs(x - median) for x in logs)  # as of a normal distribution
+        return (math.log(max(loss, 1e-12)) - median) / max(deviation, LEAST_DEVIATION)
+
+
+def read_rollbacks(run_dir: Path) -> list[dict]:
+    """The roll-backs of a run, the oldest first; raises UserError if the file is not what `go_back` writes."""
+    path = run_dir / FILE
+    try:
+        rollbacks = json.loads(path.read_text())
+        if not all(r["to"] < min(r["steps"]) and r["updates"] >= 0 for r in rollbacks):
+            raise ValueError("its steps contradict each other")
+        return rollbacks
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); restore it, or delete it to train on its steps again"
+        ) from None
+
+
+def go_back(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
+    """Make the last checkpoint before the bad steps the newest, and write down that they are to be passed over; for
+    rank 0. Returns what was done; raises UserError if that was tried often enough."""
+    paths = all_checkpoints(run_dir)
+    good = [path for path in paths if step_of(path) < bad[0]["step"]]
+    if not good:
+        raise UserError(f"{run_dir}: no checkpoint is from before the bad steps", exit_code=EXIT_DIVERGED)
+    to, updates = step_of(good[-1]), read_manifest(good[-1])["updates"]
+    steps = [b["step"] for b in bad]
+    if sum(rollback["updates"] == updates for rollback in rollbacks) >= MAX_ROLLBACKS:
+        raise UserError(
+            f"bad steps again after {MAX_ROLLBACKS} roll-backs to step {to}: {steps}: {bad[-1]['problem']}. Try a "
+            f"lower optim.lr, or optim.clip_norm=1; or, if these steps are as they should be, a larger "
+            f"train.spike_zscore or train.max_bad_steps. Their samples are in {run_dir / FILE}, those of the last:",
+            *bad[-1]["samples"],
+            exit_code=EXIT_DIVERGED,
+        )
+    for path in reversed(paths[len(good) :]):
+        remove(path)
+    rollback = {"from": steps[-1], "to": to, "updates": updates, "steps": steps, "bad": bad}
+    replace_durably(run_dir / FILE, json.dumps([*rollbacks, rollback], indent=1) + "\n")
+    return f"rolled back from step {steps[-1]} to {to}; skipping steps {ranges_of(steps)}"
+
+
+def ranges_of(steps: list[int]) -> str:
+    """Ascending steps for people to read: 3-5, 9"""
+    parts: list[list[int]] = []
+    for step in steps:
+        if parts and step == parts[-1][-1] + 1:
+            parts[-1][1:] = [step]
+        else:
+            parts.append([step])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+class Drawn(NamedTuple):
+    """What is kept of a micro-batch until its step is judged (not its bytes: memory is waiting for them)."""
+
+    sources: Tensor  # int64 [B]
+    samples: Tensor  # int64 [B]
+    loss: Tensor  # summed, without gradient
+
+
+def samples_of(drawn: list[Drawn], sources: Sources) -> list[str]:
+    """SOURCE/KEY of the samples behind a bad step, over all ranks; collective. Those of the micro-batches whose loss
+    is no number; or, if all are numbers, of the whole step."""
+    mine = []
+    for of_source, samples, loss in drawn:
+        pairs = zip(of_source.tolist(), samples.tolist(), strict=True)
+        mine.append((bool(loss.isfinite()), [f"{sources.names[s]}/{sources.splits[s].key(i)}" for s, i in pairs]))
+    micro_batches = [micro_batch for of_rank in dist.gather_to_all(mine) for micro_batch in of_rank]
+    suspects = [keys for is_finite, keys in micro_batches if not is_finite] or [keys for _, keys in micro_batches]
+    return sorted({key for keys in suspects for key in keys})

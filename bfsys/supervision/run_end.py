@@ -1,0 +1,34 @@
+"""How a run ended, for people and launchers: ended.json in its directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+FILE = "ended.json"
+
+
+def note_end(run_dir: Path, exit_code: int, reason: str) -> None:
+    """Say how a run ended. A disk that is full must not hide the reason that it is full."""
+    note = {"exit_code": exit_code, "reason": reason, "time": time.strftime("%F %T %z")}
+    if run_dir.is_dir():
+        with suppress(OSError):
+            part = run_dir / f".{FILE}.{os.getpid()}"
+            part.write_text(json.dumps(note, indent=1) + "\n")
+            os.replace(part, run_dir / FILE)
+
+
+def forget_end(run_dir: Path) -> None:
+    """The run goes on."""
+    (run_dir / FILE).unlink(missing_ok=True)
+
+
+def how_it_ended(run_dir: Path) -> dict | None:
+    """{"exit_code", "reason", "time"} of a run that has ended, None of others."""
+    try:
+        return json.loads((run_dir / FILE).read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,64 @@
+"""Stop requests: a signal to any one rank stops all of them after the same step, with a checkpoint.
+
+SIGUSR2 (a job that is about to run out of time) ends with EXIT_REQUEUE, so that a launcher starts it again. SIGTERM,
+Ctrl-C and SIGHUP (the terminal or the ssh connection has gone) end with EXIT_STOPPED, because requeueing on these would
+undo a person's cancellation. A run that `nohup` started does not hear SIGHUP.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED
+
+# A terminal's Ctrl-C reaches a rank twice, from the terminal and from the launcher. Only a repetition after this long
+# means that a person does not want to wait for the checkpoint.
+REPEAT_S = 2.0
+
+EXIT_CODES: dict[int, int] = {
+    signal.SIGUSR2: EXIT_REQUEUE,
+    signal.SIGTERM: EXIT_STOPPED,
+    signal.SIGINT: EXIT_STOPPED,
+    signal.SIGHUP: EXIT_STOPPED,
+}
+
+
+def stop_signals() -> list[int]:
+    """The signals that ask this process to stop: all of EXIT_CODES, but for a SIGHUP that `nohup` has it ignore."""
+    return [n for n in EXIT_CODES if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def ends_at_once(number: int) -> bool:
+    """Whether repeating the signal means: do not wait for the checkpoint.
+
+    Only a person does that. SLURM sends SIGTERM twice in a pre-emption with a grace time, and leaves KillWait to save
+    after the second one. SIGUSR2 may be repeated by schedulers, and SIGHUP comes from every process that ends.
+    """
+    return number == signal.SIGINT or (number == signal.SIGTERM and "SLURM_JOB_ID" not in os.environ)
+
+
+class StopRequests:
+    """Catches the signals while open. `exit_code` is what this rank was asked for: 0 is to go on, another the code to
+    exit with after saving. The ranks agree on it after each step."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self._received_at: dict[int, float] = {}
+        self._process = os.getpid()
+        self._previous = {number: signal.signal(number, self._receive) for number in stop_signals()}
+
+    def close(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a loader process inherited the handler: stopping is not its affair
+            return
+        now = time.monotonic()
+        waited_s = now - self._received_at.setdefault(number, now)
+        if waited_s > REPEAT_S and ends_at_once(number):
+            os._exit(EXIT_CODES[number])
+        self.exit_code = max(self.exit_code, EXIT_CODES[number])

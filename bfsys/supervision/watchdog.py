@@ -1,0 +1,172 @@
+"""The hang watchdog: it ends a run that makes no progress, and names the rank that holds it up.
+
+A thread on every rank looks at what its training loop reported last (`beat`). After a while without a beat, learned
+from the intervals so far, it opens an incident: a folder in the run directory, which the other ranks' watchdogs look
+for twice a second. Each writes all its Python stacks there, and how far it came. The rank that writes nothing is
+stopped or gone; otherwise the one that came least far is named. Then all end with EXIT_HUNG, on which launchers start
+again. On GPUs, kernels are queued and all ranks come to the same place, so each also writes what NCCL's flight recorder
+holds: the rank whose collectives have the lowest numbers is at fault.
+
+Ranks wait for each other in every step, so that a hang of one is a hang of all, within one step of the others.
+Refused: heartbeats over the network or through files, which cost something while all is well; and the timeout of the
+collectives alone, which says neither who nor where.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from bfsys import dist
+from bfsys.errors import EXIT_HUNG
+from bfsys.supervision.run_end import note_end
+
+TICK_S = 0.5
+LEAST_S = 60.0  # learned limits are not shorter
+FACTOR = 10.0  # times the longest interval so far
+GRACE_S = 3.0  # for the other ranks' stacks; they look every TICK_S
+HANGS = "hangs"
+
+
+class Watchdog:
+    """Watches from its making to `close`. It is patient at first: see `patient`."""
+
+    def __init__(
+        self, run_dir: Path, ranks: dist.Ranks, *, limit_s: float, patience_s: float, least_s: float = LEAST_S
+    ) -> None:
+        """`limit_s` without a beat is a hang; 0: it is learned, and at least `least_s`. `patience_s` is the limit while
+        nothing is known of how long things take."""
+        self._run_dir, self._ranks = run_dir, ranks
+        self._limit_s, self._patience_s, self._least_s = limit_s, patience_s, least_s
+        self._incident = run_dir / HANGS / dist.from_first_rank(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        self._where, self._beats, self._longest_s = "start", 0, 0.0
+        self._is_patient = True
+        self._last = time.monotonic()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self, where: str) -> None:
+        """Something was done; `where` says what comes next. All ranks report the same in the same order."""
+        now = time.monotonic()
+        if not self._is_patient:
+            self._longest_s = max(self._longest_s, now - self._last)
+        self._last, self._where = now, where
+        self._beats += 1
+
+    def be_patient(self, where: str) -> None:
+        """Until `times_are_known`: a start, or a roll-back."""
+        self._is_patient = True
+        self.beat(where)
+
+    def times_are_known(self) -> None:
+        """From here on it is learned how long things take."""
+        self._last = time.monotonic()
+        self._is_patient = False
+
+    @contextmanager
+    def patient(self, where: str) -> Iterator[None]:
+        """What happens within may take long, and nothing is learned from it: evaluations, saves."""
+        before, self._is_patient = self._is_patient, True
+        self.beat(where)
+        try:
+            yield
+        finally:
+            self.beat("after " + where)
+            self._is_patient = before
+
+    @property
+    def limit_s(self) -> float:
+        if self._is_patient:
+            return max(self._patience_s, self._limit_s)
+        return self._limit_s or max(self._least_s, FACTOR * self._longest_s)
+
+    def close(self) -> None:
+        """Stop watching. Does not return if a hang was found: the process is about to end on that."""
+        self._closing.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._closing.wait(TICK_S):
+            now = time.monotonic()
+            if now - looked > 10 * TICK_S:  # this process was stopped itself: that time does not count
+                self._last += now - looked
+            looked = now
+            if now - self._last > self.limit_s or self._others_found_a_hang():
+                self._end(now - self._last)
+            looked = max(looked, time.monotonic() - TICK_S)  # a slow file system is no pause
+
+    def _others_found_a_hang(self) -> bool:
+        try:  # not whether the folder exists: network file systems remember for long that it does not
+            return self._incident.name in os.listdir(self._incident.parent)
+        except OSError:
+            return False
+
+    def _end(self, waited_s: float) -> None:
+        """Write down what this rank does, name the one at fault, and end the process."""
+        print(f"error: rank {self._ranks.rank}: no progress for {waited_s:.0f} s, after {self._where}", file=sys.stderr)
+        # Should the file system be what hangs.
+        faulthandler.dump_traceback_later(10 * GRACE_S, exit=True)
+        try:
+            self._incident.mkdir(parents=True, exist_ok=True)
+            self._write_stacks(waited_s)
+            self._write_flight_record()
+            deadline = time.monotonic() + GRACE_S
+            while len(found := self._reports()) < self._ranks.world_size and time.monotonic() < deadline:
+                time.sleep(0.1)
+            verdict = f"{self._verdict(found)}; stacks are in {self._incident}"
+            print(f"error: rank {self._ranks.rank}: {verdict}", file=sys.stderr, flush=True)
+            if self._ranks.rank == min(found, default=self._ranks.rank):
+                note_end(self._run_dir, EXIT_HUNG, verdict)
+        except OSError as error:
+            print(f"error: {self._incident}: {error}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback()
+        finally:
+            os._exit(EXIT_HUNG)
+
+    def _write_stacks(self, waited_s: float) -> None:
+        path = self._incident / f"rank-{self._ranks.rank}.txt"
+        part = path.with_suffix(".part")
+        with open(part, "w") as file:
+            file.write(f"{self._beats}\t{self._where}\t{waited_s:.1f} s\t{os.uname().nodename}, pid {os.getpid()}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
+        os.rename(part, path)
+
+    def _write_flight_record(self) -> None:
+        """The latest collectives of this rank, as JSON; nothing where NCCL is not used."""
+        if self._ranks.device.type == "cuda":
+            dump = torch._C._distributed_c10d._dump_nccl_trace_json  # type: ignore[attr-defined]  # not in torch's stubs
+            record = dump(includeCollectives=True, onlyActive=False)
+            (self._incident / f"rank-{self._ranks.rank}.nccl.json").write_bytes(record)
+
+    def _reports(self) -> dict[int, tuple[int, str]]:
+        """(beats, where) by rank, of those that have written."""
+        reports = {}
+        for path in self._incident.glob("rank-*.txt"):
+            beats, where, *_ = path.read_text().partition("\n")[0].split("\t")
+            reports[int(path.stem.removeprefix("rank-"))] = (int(beats), where)
+        return reports
+
+    def _verdict(self, reports: dict[int, tuple[int, str]]) -> str:
+        what = f"no progress for {self.limit_s:.0f} s"
+        missing = sorted(set(range(self._ranks.world_size)) - reports.keys())
+        if missing:
+            return (
+                f"{what}: rank {', '.join(map(str, missing))} does not answer: stopped, stuck, or its machine is gone"
+            )
+        least = min(beats for beats, _ in reports.values())
+        behind = sorted(rank for rank, (beats, _) in reports.items() if beats == least)
+        where = reports[behind[0]][1]
+        if len(behind) == len(reports):
+            return f"{what}: all ranks are stuck at the same place: {where}"
+        return f"{what}: rank {', '.join(map(str, behind))} is stuck at: {where}"

@@ -1,0 +1,237 @@
+"""Deep pictures keep their grey values, the others are as Pillow converts them; huge and damaged ones are refused."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import GifImagePlugin, Image
+
+from bfsys.data.media import pictures
+from bfsys.data.media.modalities import PECULIARITIES, decode_image, peculiarities_of
+
+LEVELS = np.tile(np.arange(64), (6, 1))
+DEEP = (LEVELS * 1040).astype(np.uint16)  # 0 … 65,520
+RED, BLUE = (Image.new("RGB", (8, 6), colour) for colour in ("red", "blue"))
+
+
+def saved(image, file_format, **options):
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def saved_array(values, file_format="TIFF"):
+    return saved(Image.fromarray(values), file_format)
+
+
+def png(header, rows):
+    """A PNG of any bit depth and colour type, from `struct.pack(">IIBBBBB", …)` and the bytes of its rows."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def deep_png(channels, colour_type):
+    values = np.repeat(DEEP[:, :, None], channels, axis=2).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    return png(struct.pack(">IIBBBBB", 64, 6, 16, colour_type, 0, 0, 0), rows)
+
+
+def tiff(content, bits, sample_format=1, white_is_zero=False):
+    """A grey TIFF of 64 × 6 pixels, of kinds that Pillow reads and does not write."""
+    tags = {256: 64, 257: 6, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1, 278: 6}
+    tags |= {279: len(content), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(content))
+    return head + content + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def twelve_bits(values):
+    bits = np.unpackbits(values.astype(">u2").view(np.uint8)).reshape(-1, 16)[:, 4:]
+    return np.packbits(bits).tobytes()
+
+
+RAMPS = {
+    "png of 16 bits": saved_array(DEEP, "PNG"),
+    "png of 16 bits and three channels": deep_png(3, 2),
+    "png of 16 bits with alpha": deep_png(2, 4),
+    "tiff of 16 bits": saved_array(DEEP),
+    "tiff of 16 bits, big-endian": saved(Image.frombytes("I;16B", (64, 6), DEEP.astype(">u2").tobytes()), "TIFF"),
+    "tiff of 16 bits with a sign": tiff((DEEP.astype(int) - 32768).astype("<i2").tobytes(), 16, 2),
+    "tiff of 12 bits": tiff(twelve_bits(LEVELS * 65), 12),
+    "tiff of 32 bits without a sign": tiff((LEVELS * 68_000_000).astype("<u4").tobytes(), 32),
+    "pgm": b"P5 64 6 65535\n" + DEEP.astype(">u2").tobytes(),
+    "pgm of 12 bits": b"P5 64 6 4095\n" + (LEVELS * 65).astype(">u2").tobytes(),
+    "ppm": b"P6 64 6 65535\n" + np.repeat(DEEP[:, :, None], 3, axis=2).astype(">u2").tobytes(),
+    "int32": saved_array((LEVELS * 1000).astype(np.int32)),
+    "int32 below zero": saved_array((LEVELS * 30_000_000 - 2**30).astype(np.int32)),
+    "int32 far from zero": saved_array((LEVELS * 5 + 2**30).astype(np.int32)),
+    "float": saved_array((LEVELS / 63).astype(np.float32)),
+    "float beyond 1": saved_array((LEVELS / 20).astype(np.float32)),
+    "float below zero": saved_array((LEVELS / 63 - 0.5).astype(np.float32)),
+    "float of the widest range": saved_array(((LEVELS / 63 - 0.5) * 6e38).astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", RAMPS)
+def test_a_ramp_of_any_depth_stays_one(name):
+    pixels = decode_image(RAMPS[name])
+    assert (pixels.shape, pixels.dtype) == ((6, 64, 3), np.uint8)
+    assert (pixels == pixels[:1, :, :1]).all()
+    ramp = pixels[0, :, 0].astype(int)
+    assert (ramp[0], ramp[-1]) == (0, 255)
+    assert (np.abs(np.diff(ramp) - 255 / 63) <= 1.1).all()
+
+
+def test_grey_of_16_bits_becomes_what_colour_of_16_bits_does():
+    assert np.array_equal(decode_image(deep_png(1, 0)), decode_image(deep_png(3, 2)))
+    assert np.array_equal(decode_image(deep_png(1, 0))[:, :, 0], DEEP >> 8)
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_colours_whose_upper_bytes_are_empty_are_refused(channels):
+    """Pillow reads the upper bytes of 16-bit colours: such a picture would be black."""
+    values = np.repeat((LEVELS * 4)[:, :, None], channels, axis=2).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    picture = png(struct.pack(">IIBBBBB", 64, 6, 16, {2: 4, 3: 2}[channels], 0, 0, 0), rows)
+    with pytest.raises(ValueError, match="colours of 16 bits of which only the lower 8 are used"):
+        decode_image(picture)
+    black = Image.new("RGB", (8, 6))
+    assert not decode_image(saved(black, "PNG")).any()
+
+
+def test_where_white_is_zero_a_ramp_falls():
+    assert decode_image(tiff(DEEP.astype("<u2").tobytes(), 16, white_is_zero=True))[0, [0, -1], 0].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_small_values_in_16_bits_stay(file_format):
+    """Masks and labels are stored like that; their upper bytes are all zero."""
+    grey = (LEVELS * 4).astype(np.uint16)
+    assert np.array_equal(decode_image(saved_array(grey, file_format))[:, :, 0], grey)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_values_of_8_bits_in_a_deep_picture_stay(dtype):
+    assert np.array_equal(decode_image(saved_array((LEVELS + 90).astype(dtype)))[:, :, 1], LEVELS + 90)
+
+
+@pytest.mark.parametrize("value", [-7, 1000, 2**31 - 1])
+def test_a_deep_picture_of_one_value_has_one_colour(value):
+    assert len(np.unique(decode_image(saved_array(np.full((6, 64), value, np.int32))))) == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_not_finite_are_refused(value):
+    values = LEVELS.astype(np.float32)
+    values[2, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        decode_image(saved_array(values))
+
+
+def test_deep_pictures_are_converted_alike_in_blocks_of_any_size(monkeypatch):
+    expected = decode_image(RAMPS["int32"])
+    monkeypatch.setattr(pictures, "BLOCK_VALUES", 7)
+    assert np.array_equal(decode_image(RAMPS["int32"]), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "LAB"])
+def test_other_pictures_are_as_pillow_converts_them(mode):
+    noise = np.random.default_rng(0).integers(0, 256, (6, 64, 3), np.uint8)
+    image = Image.frombytes("LAB", (64, 6), noise.tobytes()) if mode == "LAB" else Image.fromarray(noise).convert(mode)
+    with Image.open(io.BytesIO(saved(image, "TIFF"))) as stored:
+        assert stored.mode == mode
+        expected = np.asarray(stored.convert("RGB"))
+    assert np.array_equal(decode_image(saved(image, "TIFF")), expected)
+
+
+def test_alpha_is_dropped_and_a_palette_with_alpha_causes_no_warning():
+    assert decode_image(saved(Image.new("RGBA", (2, 2), (9, 8, 7, 0)), "PNG"))[0, 0].tolist() == [9, 8, 7]
+    palette = saved(RED.convert("P"), "PNG", transparency=bytes(range(200)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode_image(palette)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("side", [9460, 30_000])  # Pillow warns of the one and refuses the other
+def test_too_many_pixels_are_refused_before_they_are_decoded(side):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"pixels; allowed are 89,478,485"):
+            decode_image(png(struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0), b""))
+
+
+def test_too_many_pixels_are_refused_whatever_limit_pillow_has(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(ValueError, match="has 9,460 × 9,460 pixels; allowed are 89,478,485"):
+        decode_image(png(struct.pack(">IIBBBBB", 9460, 9460, 1, 0, 0, 0, 0), b""))
+
+
+def test_what_is_no_picture_is_told_without_an_object_and_a_cut_one_is_refused():
+    for content in (b"", b"no picture", b"RIFF....WAVE"):
+        with pytest.raises(ValueError, match=r"^is not an image that Pillow can read$"):
+            decode_image(content)
+    with pytest.raises(OSError, match="truncated"):
+        decode_image(saved(RED.resize((200, 200)), "JPEG")[:-300])
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_frames_that_are_not_used_are_told(file_format):
+    assert peculiarities_of(saved(RED, file_format, save_all=True, append_images=[BLUE]), "image") == ("frames",)
+    assert peculiarities_of(saved(RED, file_format), "image") == ()
+    assert PECULIARITIES["frames"].startswith("more frames than the first")
+
+
+def test_not_all_frames_are_looked_at(monkeypatch):
+    seen, seek = [], GifImagePlugin.GifImageFile._seek
+    monkeypatch.setattr(
+        GifImagePlugin.GifImageFile, "_seek", lambda self, frame, *rest: seen.append(frame) or seek(self, frame, *rest)
+    )
+    many = [Image.new("RGB", (8, 6), (i, 0, 200)) for i in range(40)]
+    assert peculiarities_of(saved(RED, "GIF", save_all=True, append_images=many), "image") == ("frames",)
+    assert max(seen) == 1
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_that_is_not_applied_is_told(file_format):
+    exif = Image.Exif()
+    for orientation, expected in ((1, ()), (6, ("orientation",)), (99, ())):
+        exif[pictures.ORIENTATION] = orientation
+        content = saved(RED, file_format, exif=exif)
+        assert peculiarities_of(content, "image") == expected
+        assert decode_image(content).shape == (6, 8, 3)
+
+
+def test_the_orientation_of_a_tiff_is_applied_and_not_told():
+    exif = Image.Exif()
+    exif[pictures.ORIENTATION] = 6
+    content = saved(RED, "TIFF", exif=exif)
+    assert decode_image(content).shape == (8, 6, 3)
+    assert peculiarities_of(content, "image") == ()
+
+
+def test_pixels_are_not_decoded_to_find_peculiarities(monkeypatch):
+    content = saved(RED, "PNG")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("the pixels were decoded"))
+    assert peculiarities_of(content, "image") == ()
+
+
+def test_sounds_and_what_cannot_be_read_have_no_peculiarities():
+    too_large = png(struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0), b"")
+    for content in (b"", b"no picture", saved(RED, "PNG")[:20], too_large):
+        assert peculiarities_of(content, "image") == ()
+    assert peculiarities_of(saved(RED, "GIF", save_all=True, append_images=[BLUE]), "audio") == ()
+
+
+def test_want_of_memory_is_no_peculiarity(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError):
+        peculiarities_of(b"", "image")

@@ -1,0 +1,392 @@
+"""Remote files come whole or the error says why not, whatever the server, the disk or another process does."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bfsys.data.storage import remote
+from bfsys.data.storage.remote import Cache, Prefetcher, WrongContentError, url_of
+from bfsys.errors import UserError
+from tests.data.conftest import CONTENT, eventually, make_cache, names, put, sha256
+from tests.data.http_server import FaultyServer
+
+pytestmark = pytest.mark.usefixtures("no_orphans")
+forked = multiprocessing.get_context("fork")  # the modules are there already, and importing torch takes seconds
+
+
+def test_a_file_is_fetched_once(server: FaultyServer, cache: Cache) -> None:
+    url = url_of(server.url + "?signature=1", "x.tar")
+    path = cache.fetch(url, sha256=sha256(CONTENT), size_bytes=len(CONTENT))
+    assert path.read_bytes() == CONTENT
+    assert names(cache) == [f"{sha256(CONTENT)[:16]}-x.tar"]
+    assert cache.fetch(url, sha256=sha256(CONTENT)) == path
+    assert (cache.bytes_fetched, cache.files_fetched, cache.hits, cache.retries) == (len(CONTENT), 1, 1, 0)
+    copy = pickle.loads(pickle.dumps(cache))
+    assert copy.fetch(url, sha256=sha256(CONTENT)) == path
+    assert server.requests["/x.tar"] == 1
+    cache.discard(path)
+    assert cache.fetch(url, sha256=sha256(CONTENT)).read_bytes() == CONTENT
+    assert server.requests["/x.tar"] == 2
+
+
+FAULTS = {
+    "503": "HTTP status 503",
+    "stall": r"stalled for 0\.3 s after [\d,]+ bytes",
+    "truncate": r"ended at 150,000 of 300,000 bytes \(exit status 18: curl: ",
+    "unsized": r"ended at 150,000 of 300,000 bytes",
+    "reset": r"ended at [\d,]+ of 300,000 bytes \(exit status 56: curl: ",
+    "wrong": r"sha256 of the 300,000 bytes differs: [0-9a-f]{64}, not [0-9a-f]{64}",
+}
+
+
+def stall_s(fault: str) -> float:
+    return 0.3 if fault == "stall" else 20.0  # where no stall is meant, a busy machine shall not make one
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_it_recovers(server: FaultyServer, tmp_path: Path, fault: str) -> None:
+    cache = make_cache(tmp_path, stall_s=stall_s(fault), attempts=9 if fault == "stall" else 3)
+    server.fail("/x.tar", [fault, fault] if fault != "stall" else [fault])
+    path = cache.fetch(f"{server.url}/x.tar", sha256=sha256(CONTENT), size_bytes=len(CONTENT))
+    assert path.read_bytes() == CONTENT
+    assert names(cache) == [path.name]
+    assert cache.retries == server.requests["/x.tar"] - 1 >= 1
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_it_gives_up_and_says_why(server: FaultyServer, tmp_path: Path, fault: str) -> None:
+    server.files["/y.tar"] = CONTENT[::-2]
+    other = make_cache(tmp_path).fetch(f"{server.url}/y.tar", sha256=sha256(CONTENT[::-2]))
+    cache = make_cache(tmp_path, stall_s=stall_s(fault), attempts=2)
+    server.fail("/x.tar", itertools.repeat(fault))
+    url = f"{server.url}/x.tar?signature=secret"
+    with pytest.raises(UserError, match=FAULTS[fault]) as caught:
+        cache.fetch(url, sha256=sha256(CONTENT), size_bytes=len(CONTENT))
+    assert f"{server.url}/x.tar?***: could not be fetched in 2 tries (1: " in str(caught.value)
+    assert "; 2: " in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert names(cache) == [other.name]
+    assert other.read_bytes() == CONTENT[::-2]
+
+
+def test_a_file_that_is_longer_than_packed(server: FaultyServer, cache: Cache) -> None:
+    with pytest.raises(UserError, match=r"sends more than the 1,000 bytes expected"):
+        cache.fetch(f"{server.url}/x.tar", sha256=sha256(CONTENT), size_bytes=1000)
+    assert names(cache) == []
+
+
+def test_a_server_that_dies_and_comes_back(server: FaultyServer, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, attempts=20)
+    server.fail("/x.tar", ["die"])
+    result: list[Path] = []
+    fetching = threading.Thread(
+        target=lambda: result.append(cache.fetch(f"{server.url}/x.tar", sha256=sha256(CONTENT), size_bytes=300_000))
+    )
+    fetching.start()
+    assert server.dead.wait(60)
+    eventually(lambda: cache.retries >= 2)  # so that one try found nobody there
+    server.start()
+    fetching.join()
+    assert result[0].read_bytes() == CONTENT
+    assert names(cache) == [result[0].name]
+
+
+def test_small_files(server: FaultyServer, tmp_path: Path) -> None:
+    patient = make_cache(tmp_path, stall_s=0.5, attempts=12, back_off_s=0.001)
+    server.fail("/x.tar", ["503", "truncate", "reset", "stall"])
+    assert patient.read(f"{server.url}/x.tar") == CONTENT
+    assert patient.retries >= 4
+    cache = make_cache(tmp_path)
+    assert not cache.folder.exists()  # nothing is made for a run whose data are all on this machine
+    with pytest.raises(UserError, match="holds more than 1,000 bytes"):
+        cache.read(f"{server.url}/x.tar", limit_bytes=1000)
+    with pytest.raises(UserError, match="HTTP status 404; 2: "):
+        cache.read(f"{server.url}/typo.json")
+
+
+def test_each_try_that_fails_is_said_while_somebody_waits(
+    server: FaultyServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = make_cache(tmp_path, attempts=4)
+    server.fail("/x.tar", ["503", "wrong", "truncate"])
+    url = f"{server.url}/x.tar?signature=secret"
+    cache.fetch(url, sha256=sha256(CONTENT), size_bytes=len(CONTENT))
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for number, (line, reason) in enumerate(zip(lines, ["HTTP status 503", "sha256 of", "ended at"], strict=True), 1):
+        assert line.startswith(f"{server.url}/x.tar?***: try {number} of 4 failed ({reason}")
+        assert re.search(r"\); the next one comes in \d+\.\d s$", line)
+    server.fail("/x.tar", itertools.repeat("503"))
+    with pytest.raises(UserError, match="could not be fetched in 4 tries"):
+        cache.read(url)
+    assert len(capfd.readouterr().err.splitlines()) == 3  # the error says why the last one failed
+    with pytest.raises(UserError, match="could not be fetched in 3 tries"):
+        cache.read(f"{server.url}/y.tar")
+    assert [line.partition(" failed")[0][-6:] for line in capfd.readouterr().err.splitlines()] == ["1 of 3", "2 of 3"]
+
+
+def test_who_needs_a_file_does_not_wait_for_the_pauses_of_a_prefetch(
+    server: FaultyServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = make_cache(tmp_path, back_off_s=1000)
+    server.fail("/x.tar", ["503"])
+    prefetcher = Prefetcher(cache)
+    arguments = {"sha256": sha256(CONTENT), "size_bytes": len(CONTENT)}
+    prefetcher.want([(f"{server.url}/x.tar", *arguments.values())])
+    eventually(lambda: cache.retries == 1)
+    assert cache.fetch(f"{server.url}/x.tar", **arguments).read_bytes() == CONTENT
+    prefetcher.close()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"", "the answer is empty"),
+        (b"\n<!DOCTYPE html>\n<title>Sign in</title>", r"the answer is a web page, .* '\\n<!DOCTYPE html>"),
+        (b"<?xml version='1.0'?><Error/>", "the answer is a web page"),
+    ],
+)
+def test_an_answer_that_is_not_the_file_is_shown(
+    server: FaultyServer, tmp_path: Path, answer: bytes, said: str
+) -> None:
+    server.files["/d/dataset.json"] = answer
+    with pytest.raises(WrongContentError, match=f"in 3 tries .1: {said}"):
+        make_cache(tmp_path, attempts=9).read(f"{server.url}/d/dataset.json")
+
+
+def test_each_file_is_fetched_once_for_all_processes(server: FaultyServer, cache: Cache) -> None:
+    files = {f"/{i}.tar": CONTENT[i:] for i in range(3)}
+    server.files.update(files)
+
+    def work(first: int) -> None:
+        for i in range(3):
+            path, content = list(files.items())[(first + i) % 3]
+            got = cache.fetch(server.url + path, sha256=sha256(content), size_bytes=len(content))
+            assert got.read_bytes() == content
+
+    processes = [forked.Process(target=work, args=(i,)) for i in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 6
+    assert server.requests == dict.fromkeys(files, 1)
+    assert len(names(cache)) == 3
+
+
+def test_a_killed_download_is_taken_over(
+    server: FaultyServer, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # who is killed leaves what curl complained of
+    server.fail("/x.tar", ["stall"])
+    arguments = {"sha256": sha256(CONTENT), "size_bytes": len(CONTENT)}
+    process = forked.Process(target=cache.fetch, args=(f"{server.url}/x.tar",), kwargs=arguments)
+    process.start()
+    assert server.half_sent.wait(60)
+    result: list[Path] = []
+    waiting = threading.Thread(target=lambda: result.append(cache.fetch(f"{server.url}/x.tar", **arguments)))
+    waiting.start()
+    left = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    waiting.join()
+    assert result[0].read_bytes() == CONTENT
+    assert names(cache) == [result[0].name]
+    assert server.requests["/x.tar"] == 2
+    for orphan in left:  # it would end by itself: when data comes, or when curl finds that none does
+        with suppress(psutil.Error):
+            orphan.kill()
+
+
+def test_the_least_recently_used_make_room(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, limit_bytes=1000)
+    a, b, c, d = (put(tmp_path, name, 300) for name in "abcd")
+    paths = [cache.fetch(**file) for file in (a, b, c)]
+    cache.fetch(**a)
+    assert cache.hits == 1
+    new = cache.fetch(**d)
+    assert names(cache) == sorted(path.name for path in (paths[0], paths[2], new))
+    opened = cache.open(**c)
+    cache.fetch(**put(tmp_path, "e", 1000))
+    assert len(names(cache)) == 1
+    assert sha256(opened.read()) == c["sha256"]
+    opened.close()
+
+
+def test_another_process_reads_on_what_was_evicted(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, limit_bytes=100_000)
+    a = put(tmp_path, "a", 60_000)
+    with subprocess.Popen(
+        [sys.executable, "-c", "import sys; f = open(sys.argv[1], 'rb'); print(); input(); print(len(f.read()))",
+         cache.fetch(**a)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as reader:  # fmt: skip
+        assert reader.stdout.readline() == "\n"
+        cache.fetch(**put(tmp_path, "b", 60_000))
+        assert len(names(cache)) == 1
+        assert reader.communicate("\n")[0] == "60000\n"
+
+
+def test_open_fetches_again_what_was_evicted_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(tmp_path)
+    a = put(tmp_path, "a", 100)
+    fetch, evicted = cache.fetch, []
+
+    def evicted_at_once(*args: object, **options: object) -> Path:
+        path = fetch(*args, **options)
+        if not evicted:
+            evicted.append(path.unlink())
+        return path
+
+    monkeypatch.setattr(cache, "fetch", evicted_at_once)
+    with cache.open(**a) as file:
+        assert sha256(file.read()) == a["sha256"]
+    assert cache.files_fetched == 2
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_the_limit_holds_at_every_moment(tmp_path: Path, sized: bool) -> None:
+    cache = make_cache(tmp_path, limit_bytes=500_000, attempts=1 if sized else 20, back_off_s=0.0001)
+    files = [put(tmp_path, f"{i}.tar", 20_000 * i) for i in range(1, 12)]
+    seen: list[int] = []
+    errors: list[Exception] = []
+
+    def work(seed: int) -> None:
+        for file in random.Random(seed).sample(files, len(files)):
+            wanted = file if sized else {**file, "size_bytes": None}
+            try:
+                with cache.open(**wanted) as opened:
+                    assert sha256(opened.read()) == file["sha256"]
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        seen.append(cache.size_bytes())
+        time.sleep(0.001)
+    assert not errors
+    assert max(seen) <= 500_000
+    assert 0 < sum(path.stat().st_size for path in cache.folder.iterdir()) <= 500_000
+
+
+def test_a_file_larger_than_the_cache(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, limit_bytes=1000)
+    kept = cache.fetch(**put(tmp_path, "kept", 400))
+    large = put(tmp_path, "large.tar", 1001)
+    with pytest.raises(UserError, match=r"large\.tar: has 1,001 bytes, .* is allowed 1,000; raise data\.cache_gb"):
+        cache.fetch(**large)
+    assert names(cache) == [kept.name]
+    with pytest.raises(UserError, match=r"has more than 1,000 bytes"):
+        cache.fetch(large["url"], sha256=large["sha256"])
+    assert cache.retries == 0
+
+
+def test_what_killed_processes_left_is_evicted_first(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, limit_bytes=1000)
+    kept = cache.fetch(**put(tmp_path, "kept", 400))
+    (cache.folder / ("0" * 16 + "-x.tar.part")).write_bytes(bytes(500))
+    (cache.folder / "something-else").write_bytes(bytes(5000))
+    fetched = cache.fetch(**put(tmp_path, "new", 500))
+    assert names(cache) == sorted([kept.name, fetched.name, "something-else"])
+
+
+def test_a_copy_of_another_size_is_fetched_again(tmp_path: Path, cache: Cache) -> None:
+    file = put(tmp_path, "a", 100)
+    os.truncate(cache.fetch(**file), 50)
+    assert sha256(cache.fetch(**file).read_bytes()) == file["sha256"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_full_disk(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    older, old = (cache.fetch(**put(tmp_path, name, 300)) for name in ("older", "old"))
+    fsync, failures = os.fsync, iter([OSError(errno.ENOSPC, "No space left on device")] * times)
+
+    def full(descriptor: int) -> None:
+        for failure in failures:
+            raise failure
+        fsync(descriptor)
+
+    monkeypatch.setattr(remote.os, "fsync", full)
+    new = put(tmp_path, "new", 200)
+    if times == 1:
+        assert sha256(cache.fetch(**new).read_bytes()) == new["sha256"]
+    else:
+        with pytest.raises(
+            UserError, match=r"the disk is full: 200 bytes of \S+new cannot be stored, [\d,]+ bytes are"
+        ):
+            cache.fetch(**new)
+    assert (older.exists(), old.exists()) == (False, True)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, cache: Cache) -> None:
+    file = put(tmp_path, "a", 100)
+    with pytest.raises(UserError, match=r"the cache cannot be used \(.*point data\.cache_dir"):
+        Cache(Path("/dev/null/cache"), 1000).fetch(**file)
+    assert cache.fetch(**file).exists()  # made again
+    cache.discard(cache.fetch(**file))
+    cache.folder.rmdir()
+    cache.folder.write_bytes(b"")
+    with pytest.raises(UserError, match=r"the cache cannot be used \(.*point data\.cache_dir"):
+        cache.fetch(**file)
+
+
+def test_prefetch(server: FaultyServer, cache: Cache) -> None:
+    files = {f"/{i}.tar": CONTENT[i:] for i in range(4)}
+    server.files.update(files)
+    items = [(server.url + path, sha256(content), len(content)) for path, content in files.items()]
+    server.fail("/0.tar", ["503"] * 3)  # a prefetch gives up on it, without a word
+    prefetcher = Prefetcher(cache)
+    assert not prefetcher._threads
+    prefetcher.want(items + items)
+    eventually(lambda: cache.files_fetched == 3 and not prefetcher._wanted)
+    assert server.requests["/0.tar"] == 3
+    for url, digest, size_bytes in items:
+        assert sha256(cache.fetch(url, sha256=digest, size_bytes=size_bytes).read_bytes()) == digest
+    assert (cache.hits, cache.files_fetched) == (3, 4)
+    prefetcher.close()
+
+
+def test_a_prefetch_queue_is_in_order_and_bounded(tmp_path: Path, cache: Cache) -> None:
+    prefetcher = Prefetcher(cache, threads=1, queue_limit=2)
+    files = [put(tmp_path, str(i), 10) for i in range(5)]
+    prefetcher.want(tuple(file.values()) for file in files)
+    eventually(lambda: not prefetcher._wanted)
+    assert [
+        path.name.rpartition("-")[2] for path in sorted(cache.folder.iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    ] == ["0", "1"]
+    prefetcher.close()
+    prefetcher.want([tuple(files[4].values())])
+    assert not prefetcher._wanted
+
+
+def test_closing_a_prefetcher_ends_its_downloads(server: FaultyServer, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, stall_s=1000)
+    server.fail("/x.tar", ["stall"])
+    prefetcher = Prefetcher(cache)
+    url = f"{server.url}/x.tar"
+    prefetcher.want([(url, sha256(CONTENT), len(CONTENT)), ("pipe:sleep 1000; true", "0" * 64, None)])
+    assert server.half_sent.wait(60)
+    prefetcher.close()
+    assert not any(thread.is_alive() for thread in prefetcher._threads)
+    assert names(cache) == []
+    assert cache.fetch(url, sha256=sha256(CONTENT)).read_bytes() == CONTENT

@@ -1,0 +1,300 @@
+"""What is written is read back, by us and by webdataset; damage of every kind is found and named."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bfsys.data.packing.verify import verify_split
+from bfsys.data.storage.shards import (
+    DESCRIPTION,
+    SAMPLE,
+    Shard,
+    length_quantiles,
+    open_split,
+    split_names,
+    write_description,
+    write_split,
+)
+from bfsys.data.storage.tars import Member, atomic_file, read_shard, size_in_tar_bytes, write_shard
+from bfsys.errors import UserError
+
+CLASSES = ("cat", "dog", "éléphant")
+key_parts = st.text(
+    st.characters(exclude_categories=("C", "Zl", "Zp"), exclude_characters="./"), min_size=1, max_size=60
+)
+members = st.lists(
+    st.builds(
+        Member,
+        # WebDataset leaves out what lies in a folder named __like this__
+        st.tuples(key_parts.map("c{}".format), key_parts, key_parts).map("/".join),
+        st.sampled_from(["jpg", "bin", "wav"]),
+        st.binary(min_size=1, max_size=1500),
+        st.integers(0, 2),
+    ),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda member: member.key,
+)
+
+
+def make_dataset(path: Path, shards: int = 3, per_shard: int = 4) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    indexes = []
+    for number in range(shards):
+        content = [
+            Member(f"{CLASSES[i % 3]}/{number}-{i}", "jpg", bytes([number, i]) * (50 + 400 * i), i % 3)
+            for i in range(per_shard)
+        ]
+        indexes.append(write_shard(path / f"pets-train-{number:06d}.tar", content))
+    part = write_split(path, "pets", "train", CLASSES, indexes)
+    write_description(path, "pets", CLASSES, "as_stored", {"tool": "test"}, {"train": part})
+    return path
+
+
+@settings(max_examples=30, deadline=None)
+@given(members)
+def test_a_shard_reads_back_as_written(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("shard") / "x-train-000000.tar"
+    written = write_shard(path, content)
+    read = read_shard(path)
+    assert (read.shard, read.keys) == (written.shard, written.keys)
+    assert np.array_equal(read.samples, written.samples)
+    data = path.read_bytes()
+    for member, row in zip(content, written.samples, strict=True):
+        assert data[row["offset"] :][: row["length"]] == member.payload
+        assert row["checksum"] == xxhash.xxh3_64_intdigest(member.payload)
+        assert row["label"] == member.label
+    seen = [
+        (sample["__key__"], sample[content[i].extension], sample["cls"])
+        for i, sample in enumerate(webdataset.WebDataset(str(path), shardshuffle=False))
+    ]
+    assert seen == [(m.key, m.payload, str(m.label).encode()) for m in content]
+
+
+def test_tars_are_plain_and_anonymous(tmp_path):
+    path = tmp_path / "x-train-000000.tar"
+    shard = write_shard(path, [Member("cat/a", "jpg", b"x" * 700, 1)]).shard
+    with tarfile.open(path) as tar:
+        infos = tar.getmembers()
+    assert [info.name for info in infos] == ["cat/a.jpg", "cat/a.cls"]
+    assert {(i.mtime, i.uid, i.gid, i.uname, i.gname, i.mode) for i in infos} == {(0, 0, 0, "", "", 0o644)}
+    assert shard.bytes == path.stat().st_size == 10240
+    assert size_in_tar_bytes(700) == 512 + 1024 + 512 + 512
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError), atomic_file(path) as file:
+        file.write("not bytes")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_open_split(tmp_path):
+    split = open_split(make_dataset(tmp_path / "pets"), "train")
+    assert (len(split), split.name, split.split, split.classes) == (12, "pets", "train", CLASSES)
+    assert split.samples.dtype == SAMPLE
+    assert isinstance(split.samples, np.memmap)
+    assert [split.key(i) for i in (0, 4, 11)] == ["cat/0-0", "cat/1-0", "cat/2-3"]
+    assert split.shard_starts.tolist() == [0, 4, 8, 12]
+    assert split.shard_starts.dtype == np.int64
+    assert split.samples["shard"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert isinstance(split.shards[0], Shard)
+    assert split_names(tmp_path / "pets") == ["train"]
+    assert verify_split(split) == []
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path):
+    first, second = (open_split(make_dataset(tmp_path / name), "train") for name in ("a", "b"))
+    third = open_split(make_dataset(tmp_path / "c", per_shard=5), "train")
+    assert first.fingerprint == second.fingerprint != third.fingerprint
+
+
+def test_quantiles_are_lengths_that_occur():
+    quantiles = length_quantiles(np.array([5, 1, 9], np.uint64))
+    assert quantiles["min"] == 1
+    assert quantiles["50%"] == 5
+    assert quantiles["max"] == 9
+    assert list(quantiles) == ["min", "1%", "10%", "25%", "50%", "75%", "90%", "99%", "max"]
+
+
+# Each damages a dataset; what opening it must say
+def described(path):
+    return json.loads((path / DESCRIPTION).read_text())
+
+
+def change_description(path, **changes):
+    (path / DESCRIPTION).write_text(json.dumps({**described(path), **changes}))
+
+
+OPENING = {
+    "description missing": (lambda p: (p / DESCRIPTION).unlink(), "holds no dataset.json"),
+    "description broken": (lambda p: (p / DESCRIPTION).write_text('{"form'), "cannot be read"),
+    "not an object": (lambda p: (p / DESCRIPTION).write_text("[]"), "cannot be read"),
+    "format": (lambda p: change_description(p, format=9), "has format 9; this version reads format 2"),
+    "no splits": (lambda p: change_description(p, splits=None), "splits: Input should be an object"),
+    "part broken": (lambda p: change_description(p, splits={"train": {}}), "splits.train.samples: Field required"),
+    "split": (
+        lambda p: change_description(p, splits={"test": described(p)["splits"]["train"]}),
+        "no split 'train'; there are: test",
+    ),
+    "classes missing": (lambda p: change_description(p, classes=None), "classes: Input should be a valid array"),
+    "no classes": (lambda p: change_description(p, classes=[]), "classes: there are none"),
+    "class twice": (lambda p: change_description(p, classes=["cat", "cat", "dog"]), "classes: 'cat' is given twice"),
+    "other classes": (
+        lambda p: change_description(p, classes=["cow", "pig", "hen"]),
+        "splits.train.class_counts: its classes are not those of the dataset",
+    ),
+    "nested": (lambda p: (p / DESCRIPTION).write_text("[" * 100_000), "cannot be read as dataset.json"),
+    "notes": (lambda p: change_description(p, notes=5), "notes: Input should be a valid array"),
+    "header of the index": (
+        lambda p: (p / "pets-train.samples.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': [(        \n"),
+        "the index cannot be read",
+    ),
+    "index missing": (lambda p: (p / "pets-train.samples.npy").unlink(), "the index cannot be read"),
+    "index short": (
+        lambda p: (p / "pets-train.keys.npy").write_bytes((p / "pets-train.keys.npy").read_bytes()[:-1]),
+        "the index cannot be read",
+    ),
+    "index empty": (lambda p: (p / "pets-train.samples.npy").write_bytes(b""), "the index cannot be read"),
+    "count": (
+        lambda p: np.save(p / "pets-train.samples.npy", np.zeros(3, SAMPLE)),
+        "holds (3,) of",
+    ),
+    "type": (lambda p: np.save(p / "pets-train.samples.npy", np.zeros(12)), "holds (12,) of float64"),
+}
+
+
+@pytest.mark.parametrize("case", OPENING)
+def test_opening_something_broken_says_what_is_broken(tmp_path, case):
+    damage, message = OPENING[case]
+    damage(make_dataset(tmp_path))
+    with pytest.raises(UserError) as error:
+        open_split(tmp_path, "train")
+    assert message in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_opening_a_folder_that_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"there is no such folder; .* tools/pack\.py"):
+        open_split(tmp_path / "none", "train")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^none: .* in the current folder, which is {tmp_path}; "):
+        open_split("none", "train")
+    with pytest.raises(UserError, match=r"inspect_shards\.py .* --rebuild"):
+        open_split(tmp_path, "train")
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x55
+    path.write_bytes(data)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_any_flipped_byte_is_found(tmp_path_factory, data):
+    path = make_dataset(tmp_path_factory.mktemp("pets"), shards=2, per_shard=3)
+    split = open_split(path, "train")
+    tar = path / split.shards[1].file
+    position = data.draw(st.integers(0, tar.stat().st_size - 1))
+    flip(tar, position)
+    problems = verify_split(split)
+    assert f"{tar}: differs from the sha256" in problems[0]
+    hit = [
+        split.key(i)
+        for i, row in enumerate(split.samples)
+        if row["shard"] == 1 and row["offset"] <= position < row["offset"] + row["length"]
+    ]
+    named = [problem for problem in problems if "its bytes differ" in problem]
+    assert len(named) == len(hit)
+    assert all(repr(key) in problem for key, problem in zip(hit, named, strict=True))
+
+
+TAR_DAMAGE = {
+    "cut off": (lambda p: p.write_bytes(p.read_bytes()[:3000]), "has 3,000 bytes"),
+    "cut between members": (lambda p: p.write_bytes(p.read_bytes()[:2048]), "cut off"),
+    "empty": (lambda p: p.write_bytes(b""), "the shard is empty"),
+    "missing": (lambda p: p.unlink(), "the shard is missing, and with it 4 samples"),
+    "longer": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "has 20,481 bytes"),
+    "other": (
+        lambda p: write_shard(p, [Member("cat/z", "jpg", b"z", 0)]),
+        "holds 1 samples, the index says 4",
+    ),
+    "header in the middle": (lambda p: flip(p, 1536 + 512), "header at byte 2048 is broken"),
+    "class number": (lambda p: flip(p, 512 + 512 + 512), "has no class: cat/1-0.cls holds b'e'"),
+}
+
+
+@pytest.mark.parametrize("case", TAR_DAMAGE)
+def test_verify_names_the_damage(tmp_path, case):
+    damage, message = TAR_DAMAGE[case]
+    split = open_split(make_dataset(tmp_path), "train")
+    damage(tmp_path / split.shards[1].file)
+    problems = verify_split(split)
+    assert any(message in problem for problem in problems), problems
+    assert all(split.shards[1].file in problem for problem in problems)
+
+
+@pytest.mark.parametrize("field", ["shard", "label", "offset", "length", "checksum", "key_end"])
+def test_verify_compares_every_field_of_the_index(tmp_path, field):
+    make_dataset(tmp_path)
+    samples = np.load(tmp_path / "pets-train.samples.npy")
+    samples[field][5] += 1
+    np.save(tmp_path / "pets-train.samples.npy", samples)
+    problems = verify_split(open_split(tmp_path, "train"))
+    assert "pets-train.samples.npy: differs from the sha256" in problems[0]
+    assert any("pets-train-000001.tar: sample" in problem for problem in problems[1:]), problems
+
+
+def test_verify_checks_the_keys(tmp_path):
+    make_dataset(tmp_path)
+    flip(tmp_path / "pets-train.keys.npy", 130)
+    assert len(verify_split(open_split(tmp_path, "train"))) == 2
+
+
+def make_tar(path: Path, entries: dict[str, bytes]) -> Path:
+    with webdataset.TarWriter(str(path)) as writer:
+        for name, data in entries.items():
+            key, _, extension = name.partition(".")
+            writer.write({"__key__": key, extension: data})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"a.jpg": b"x"}, "sample 'a' has no class: there is no a.cls"),
+        ({"a.jpg": b"x", "a.cls": b"cat"}, "a.cls holds b'cat'; it must hold a number"),
+        ({"a.jpg": b"x", "a.cls": b""}, "a.cls holds b''"),
+        ({"a.cls": b"1"}, "sample 'a' has no payload"),
+        ({"a.jpg": b"x", "a.png": b"x", "a.cls": b"1"}, "has 2 payloads (.jpg, .png)"),
+        ({}, "holds no samples"),
+    ],
+)
+def test_tars_made_elsewhere_that_cannot_be_indexed(tmp_path, entries, message):
+    with pytest.raises(UserError) as error:
+        read_shard(make_tar(tmp_path / "x.tar", entries))
+    assert message in str(error.value)
+
+
+def test_a_tar_made_elsewhere(tmp_path):
+    path = make_tar(tmp_path / "x.tar", {"d/a.JPG": b"abc", "d/a.cls": b"7\n", "d/a.json": b"{}"})
+    index = read_shard(path)
+    assert index.keys == b"d/a"
+    assert index.samples[["label", "length"]].tolist() == [(7, 3)]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar" * 100, b"\0" * 100])
+def test_what_is_no_tar_is_refused(tmp_path, content):
+    (tmp_path / "x.tar").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.tar: "):
+        read_shard(tmp_path / "x.tar")

@@ -1,0 +1,155 @@
+"""From the plan to batches: the same for any ranks and workers, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from bfsys.config import load_config
+from bfsys.data.streaming.datasets import long_files, make_plan, open_evaluation, open_training
+from bfsys.data.streaming.loader import evaluation_rounds, training_batches
+from bfsys.data.streaming.plan import evaluation_batches
+from bfsys.data.streaming.quarantine import Quarantine
+from bfsys.data.streaming.run_data import open_run_data
+from bfsys.dist import Ranks
+from bfsys.errors import UserError
+
+
+def rank(number: int, of: int) -> Ranks:
+    return Ranks(number, of, number, of)
+
+
+def test_global_batches_do_not_depend_on_ranks_or_workers(config_file: Path) -> None:
+    config = load_config(config_file)
+    sources = open_training(config)
+
+    def steps(world_size: int, workers: int, first_step: int) -> list[list[tuple]]:
+        changed = load_config(config_file, [f"data.workers={workers}", "train.steps=6"])
+        plan = make_plan(changed, sources)
+        per_rank = [
+            list(training_batches(changed, sources, plan, rank(r, world_size), first_step=first_step))
+            for r in range(world_size)
+        ]
+        lanes = changed.data.lanes // world_size
+        return [
+            [
+                (b.sources.tolist(), b.samples.tolist(), b.data.tolist())
+                for batches in per_rank
+                for b in batches[lanes * step : lanes * (step + 1)]
+            ]
+            for step in range(6 - first_step)
+        ]
+
+    alone = steps(1, 0, 0)
+    assert steps(2, 0, 0) == alone
+    assert steps(4, 0, 0) == alone
+    assert steps(2, 2, 0) == alone
+    assert steps(1, 0, 4) == alone[4:]
+
+
+def test_a_request_to_stop_the_job_does_not_end_loader_processes(config_file: Path) -> None:
+    """It goes to all processes of a job, and training wants batches until it has saved."""
+    config = load_config(config_file, ["data.workers=2"])
+    sources = open_training(config)
+    batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
+    others = psutil.Process().children()
+    first = next(batches)
+    workers = [process for process in psutil.Process().children() if process not in others]
+    subprocess.run(["kill", *(str(worker.pid) for worker in workers)], check=True)
+    time.sleep(0.5)
+    assert len(first.labels) + sum(len(batch.labels) for batch in batches) == config.train.steps * 8
+    assert len(workers) == 2
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+class Aborting:
+    """An augmentation whose codec ends its process at one file."""
+
+    mixes, compresses, least_bytes = False, True, 1
+
+    def __init__(self, file: bytes) -> None:
+        self.file = file
+
+    def __call__(self, data: bytes, rng: np.random.Generator, second: None) -> tuple[bytes, float]:
+        if data == self.file:
+            os._exit(134)
+        return data, 0.0
+
+
+def test_a_loader_process_that_dies_names_the_file_that_it_was_at(config_file: Path, datasets: Path) -> None:
+    config = load_config(config_file, ["data.workers=2", "train.steps=100"])
+    sources = open_training(config)
+    key = sources.splits[0].key(5)
+    file = (datasets / "trees" / "a" / "train" / f"{key}.bin").read_bytes()
+    sources = replace(sources, augmentations=(Aborting(file), None))
+    batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
+    with pytest.raises(RuntimeError, match=rf"exited unexpectedly.*; it was at .*/a, a-train-0000.*: sample '{key}'"):
+        list(batches)
+
+
+def test_evaluation_gives_each_file_once_in_equal_rounds(config_file: Path) -> None:
+    config = load_config(config_file)
+    sources = open_evaluation(config, "val", ("a0", "a1", "a2", "b0", "b1"))
+    least_bytes = config.model.architecture().rounding_bytes
+    total = len(evaluation_batches(sources.splits, config.data.eval_batch_bytes, least_bytes))
+    assert total % 3, "the last round should be incomplete for this test to say something"
+    per_rank = [list(evaluation_rounds(config, sources, rank(r, 3), Quarantine(), 0)) for r in range(3)]
+    assert len({len(rounds) for rounds in per_rank}) == 1
+    seen = [
+        (s, i)
+        for rounds in per_rank
+        for batch, counts in rounds
+        if counts
+        for s, i in zip(batch.sources.tolist(), batch.samples.tolist(), strict=True)
+    ]
+    assert sorted(seen) == [(s, i) for s, split in enumerate(sources.splits) for i in range(len(split))]
+
+
+def test_classes_of_equal_name_are_one(config_file: Path, datasets: Path) -> None:
+    config = load_config(config_file)
+    assert open_training(config).classes == ("a0", "a1", "a2", "b0", "b1")
+    sources = open_evaluation(config, "train", ("b1", "a2", "a1", "a0", "b0"))
+    assert [m.tolist() for m in sources.label_maps] == [[3, 2, 1], [4, 0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["data.train_split=test"], "test"),
+        (["data.sources.0.path=/nowhere"], "/nowhere"),
+    ],
+)
+def test_unfit_data_is_refused(config_file: Path, change: list[str], message: str) -> None:
+    config = load_config(config_file, change)
+    with pytest.raises(UserError, match=message):
+        open_run_data(config, rank(0, 1))
+
+
+def test_files_with_more_tokens_than_positions_are_noted(config_file: Path) -> None:
+    config = load_config(config_file, ["model.max_tokens=2"])
+    notes = long_files(config, open_training(config))
+    assert re.search(
+        r"a: \d+ of 120 files in train are longer than the 8 bytes .* model.max_tokens=\d+ would", notes[0]
+    )
+    (wanted,) = re.findall(r"model.max_tokens=(\d+)", notes[0])
+    config = load_config(config_file, [f"model.max_tokens={wanted}"])
+    assert not [note for note in long_files(config, open_training(config)) if note.startswith(notes[0].split(":")[0])]
+
+
+def test_a_byte_budget_that_cannot_be_kept_names_the_lanes(config_file: Path) -> None:
+    config = load_config(config_file, ["data.micro_batch_bytes=60"])
+    with pytest.raises(UserError, match=r"over the budget of 60; \d+ or more lanes would fit"):
+        make_plan(config, open_training(config))
+
+
+def test_a_source_without_the_evaluation_split_is_left_out(config_file: Path) -> None:
+    config = load_config(config_file, ["data.eval_split=nothing"])
+    assert not open_run_data(config, rank(0, 1)).validation.splits

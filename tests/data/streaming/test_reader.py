@@ -1,0 +1,72 @@
+"""Reading micro-batches: the right bytes and classes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bfsys.data.storage.shards import Split, open_split
+from bfsys.data.streaming import reader as reader_module
+from bfsys.data.streaming.plan import MicroBatch
+from bfsys.data.streaming.reader import ShardReader
+from bfsys.errors import UserError
+
+
+def micro_batch(samples: list[int]) -> MicroBatch:
+    return MicroBatch(np.zeros(len(samples), np.int64), np.array(samples), np.zeros(len(samples), np.int64))
+
+
+@pytest.fixture
+def reader(datasets: Path) -> ShardReader:
+    return ShardReader([open_split(datasets / "a", "train")], [np.array([7, 8, 9])], ["a"])
+
+
+def test_bytes_are_those_of_the_files(datasets: Path, reader: ShardReader) -> None:
+    split = reader.splits[0]
+    batch = reader.read(micro_batch(list(range(len(split)))))
+    for i in range(len(split)):
+        folder, name = split.key(i).split("/")
+        expected = (datasets / "trees" / "a" / "train" / folder / f"{name}.bin").read_bytes()
+        assert batch.data[batch.offsets[i] : batch.offsets[i + 1]].tobytes() == expected
+        assert batch.labels[i] == 7 + int(folder[1])
+
+
+@pytest.mark.parametrize("limit", ["of the reader", "of the process"])
+def test_few_files_stay_open(limit: str, reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    if limit == "of the reader":
+        monkeypatch.setattr(reader_module, "OPEN_SHARDS", 2)
+    else:
+        monkeypatch.setattr(reader_module, "open_files_limit", lambda: 8)  # a third of them
+    split = reader.splits[0]
+    assert len(split.shards) > 2
+    one_by_one = [reader.read(micro_batch([i])).data.tolist() for i in range(len(split))]
+    assert len(reader._files) == 2
+    assert one_by_one == [reader.read(micro_batch([i])).data.tolist() for i in range(len(split))]
+
+
+def test_too_many_open_files_are_said_and_not_waited_for(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_shard(self, number: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Split, "open_shard", open_shard)
+    monkeypatch.setattr(reader_module, "RETRY_AFTER_S", (600.0,))
+    with pytest.raises(UserError, match=r"too many open files: .*raise the limit \(ulimit -n"):
+        reader.read(micro_batch([0]))
+
+
+def test_want_of_memory_makes_no_file_bad(reader: ShardReader) -> None:
+    """As when another process takes it: the same file is whole on another machine, or a minute later."""
+
+    class Hungry:
+        mixes = False
+
+        def __call__(self, *_: object) -> None:
+            raise MemoryError
+
+    reader.augmentations, reader.is_plain = (Hungry(),), False
+    with pytest.raises(MemoryError):
+        reader.read(micro_batch([0]))

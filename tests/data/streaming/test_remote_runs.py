@@ -1,0 +1,111 @@
+"""Whole runs on data from afar: a server that is gone for a while, and S3."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bfsys.data.storage.remote import Cache, WrongContentError
+from bfsys.data.streaming.datasets import make_plan, open_training
+from tests.data.conftest import config_of, files_of, read_by
+from tests.data.http_server import FaultyServer
+from tests.test_train import assert_success, lines, losses, train_plainly
+
+IMPATIENT_RUN = """
+import runpy
+from bfsys.data.storage.remote import Cache
+Cache.__init__.__kwdefaults__.update(back_off_s=0.01)
+runpy.run_path("bfsys/train.py", run_name="__main__")
+"""
+
+
+def comparable(run: Path) -> list[dict]:
+    """Lines of metrics.jsonl, without clocks and memory."""
+    not_data = {
+        "step_s",
+        "samples_per_s",
+        "bytes_per_s",
+        "tokens_per_s",
+        "model_tflop_per_s",
+        "mfu",
+        "data_wait_share",
+        "peak_memory_mib",
+        "goodput",
+        "seconds",
+    }
+    return [
+        {k: v for k, v in line.items() if k not in not_data} for kind in ("train", "eval") for line in lines(run, kind)
+    ]
+
+
+def test_a_run_that_loses_its_server_ends_and_goes_on(
+    served: FaultyServer, packed: Path, tmp_path: Path, run_ranks
+) -> None:
+    local = config_of(tmp_path, packed / "a", packed / "b", "data.shuffle_block=4", "data.batch_samples=8")
+    remote = config_of(tmp_path, f"{served.url}/a", f"{served.url}/b", name="remote")
+    plan = make_plan(local, open_training(local))
+    first_half, second_half = (read_by(plan, range(a, b), range(4)) for a, b in ((0, 5), (5, local.train.steps)))
+    assert second_half - first_half
+    for path in tars_of(served) - first_half:
+        served.fail(path, itertools.repeat("503"))
+    overrides = ["data.shuffle_block=4", "data.batch_samples=8"]
+    ended = run_ranks(2, ["-c", IMPATIENT_RUN, str(tmp_path / "remote.yaml"), *overrides])
+    output = "".join(rank.stderr for rank in ended)
+    assert {rank.returncode for rank in ended} == {1}, output  # launchers start it again: the server may come back
+    assert f"{served.url}/" in output
+    assert "could not be fetched in 3 tries (1: HTTP status 503; 2: " in output
+    assert "Traceback" not in output
+    assert not (remote.run_dir / "quarantine.tsv").exists()
+    assert 4 <= len(lines(remote.run_dir)) < local.train.steps
+    served.faults.clear()
+    both = [f"name={name} {' '.join(overrides)} data.sources.0.path={a} data.sources.1.path={b}" for name, a, b in (
+        ("local", packed / "a", packed / "b"), ("remote", f"{served.url}/a", f"{served.url}/b"))]  # fmt: skip
+    assert_success(run_ranks(2, ["tests/worker.py", str(tmp_path / "remote.yaml"), *both]))
+    assert comparable(remote.run_dir) == comparable(remote.run_dir.parent / "local")
+    assert not (remote.run_dir / "quarantine.tsv").exists()
+
+
+def tars_of(server: FaultyServer) -> set[str]:
+    return {path for path in server.files if path.endswith(".tar") and "-train-" in path}
+
+
+@pytest.fixture
+def bucket(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An S3 server that has a dataset, and the environment in which programs find it."""
+    moto = pytest.importorskip("moto.server", reason="needs moto[server]")
+    boto3 = pytest.importorskip("boto3")
+    if shutil.which("aws") is None or subprocess.run(["aws", "--version"], capture_output=True).returncode != 0:
+        pytest.skip("the AWS command line (aws) does not work here")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    s3 = boto3.client("s3")
+    s3.create_bucket(Bucket="bucket")
+    for file in files_of(packed / "a"):
+        s3.put_object(Bucket="bucket", Key=f"dir/a/{file}", Body=(packed / "a" / file).read_bytes())
+    yield "s3://bucket/dir/a"
+    server.stop()
+
+
+def test_a_run_on_s3(bucket: str, packed: Path, tmp_path: Path, run_ranks) -> None:
+    change = ["data.lanes=1", "data.batch_samples=8", "data.eval_split=none", "train.steps=2"]
+    local = config_of(tmp_path, packed / "a", None, *change)
+    remote = config_of(tmp_path, bucket, None, *change, name="s3")
+    assert_success(run_ranks(1, ["bfsys/train.py", str(tmp_path / "s3.yaml"), *change]))
+    assert losses(remote.run_dir) == pytest.approx(train_plainly(local)[0], rel=2e-6)
+    assert not (remote.run_dir / "quarantine.tsv").exists()
+
+
+def test_a_shard_that_s3_does_not_have_is_damage(bucket: str, tmp_path: Path) -> None:
+    """And no outage: the answer is as good as HTTP's 404."""
+    cache = Cache(tmp_path / "cache", 10**6, attempts=1)
+    with pytest.raises(WrongContentError, match="404"):
+        cache.fetch(f"{bucket}/none.tar", sha256="0" * 64)

@@ -1,0 +1,150 @@
+"""What a pickled job knows, and how it ends as a task of SLURM, without a cluster; training is played by a function."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+from unittest import mock
+
+import pytest
+
+from bfsys.launch import job as job_module
+from bfsys.launch.job import MASTER_PORTS, TrainJob, gloo_interface, slurm_variables
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = {  # of rank 3 of 4, on the second of two nodes
+    "SLURM_JOB_ID": "70123", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+}  # fmt: skip
+
+
+def make_job(folder: Path) -> TrainJob:
+    return TrainJob(Path("/runs/a config.yaml"), ("train.steps=3", "name=x"), ROOT, folder)
+
+
+def test_command_is_that_of_one_rank(tmp_path):
+    command = [sys.executable, str(ROOT / "bfsys/train.py"), "/runs/a config.yaml", "train.steps=3", "name=x"]
+    assert make_job(tmp_path).command() == command
+
+
+def test_a_pickle_is_opened_without_heavy_imports(tmp_path):
+    pickled = tmp_path / "job.pkl"
+    pickled.write_bytes(pickle.dumps(make_job(tmp_path)))
+    look = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).arguments(), 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", look, pickled], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "['/runs/a config.yaml', 'train.steps=3', 'name=x'] False"
+
+
+def test_slurm_variables():
+    leaked = {
+        "RANK": "9",
+        "WORLD_SIZE": "99",
+        "MASTER_ADDR": "elsewhere",
+        "MASTER_PORT": "1",
+        "SLURM_CPUS_PER_TASK": "5",
+    }
+    with mock.patch.object(job_module, "gloo_interface", lambda others: f"towards-{others}"):
+        variables = slurm_variables({**leaked, **TASK}, ["n1", "n2"])
+        assert "OMP_NUM_THREADS" not in slurm_variables({**leaked, **TASK, "OMP_NUM_THREADS": "2"}, ["n1", "n2"])
+        assert "GLOO_SOCKET_IFNAME" not in slurm_variables({**TASK, "GLOO_SOCKET_IFNAME": "ib0"}, ["n1", "n2"])
+    assert variables == {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "n1", "MASTER_PORT": "20123", "OMP_NUM_THREADS": "5", "GLOO_SOCKET_IFNAME": "towards-['n1']",
+    }  # fmt: skip
+
+
+def test_ports_differ_between_neighbouring_jobs_and_are_not_ephemeral():
+    tasks = ({**TASK, "SLURM_NODEID": "0", "SLURM_JOB_ID": str(n)} for n in range(5000, 5100))
+    ports = {slurm_variables(task, ["n1"])["MASTER_PORT"] for task in tasks}
+    assert len(ports) == 100
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    if first_ephemeral == 32_768:  # Linux's default; an administrator may have moved it
+        assert MASTER_PORTS.stop <= first_ephemeral
+        assert all(int(port) in MASTER_PORTS for port in ports)
+
+
+def test_gloo_is_told_an_interface_only_where_the_own_name_misleads(monkeypatch):
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    assert gloo_interface([]) is None
+    assert gloo_interface(["127.0.0.1"]) == "lo"  # the way to the other "node"
+    assert gloo_interface(["255.255.255.255"]) is None  # there is no way to it
+    monkeypatch.setattr(job_module, "_own_name_is_reachable", lambda: True)
+    assert gloo_interface(["127.0.0.1"]) is None
+
+
+@pytest.fixture
+def run_task(tmp_path, monkeypatch):
+    """`run_task(train, **changes)` runs a job, changed, as a SLURM task that trains by the function; its exit code."""
+
+    def leave(code: int) -> NoReturn:
+        raise Left(code)
+
+    def run(train, **changes: Path) -> int:
+        monkeypatch.setitem(sys.modules, "bfsys.train", types.SimpleNamespace(main=train))
+        monkeypatch.setattr(job_module.os, "_exit", leave)  # it would end the tests
+        monkeypatch.setattr(job_module, "_hosts", lambda: ["n1"])
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "a config.yaml").touch()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+        environment = {**TASK, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
+        try:
+            with mock.patch.dict(os.environ, environment), pytest.raises(Left) as end:
+                replace(make_job(tmp_path), **{"config": tmp_path / "a config.yaml", **changes})()
+            assert (
+                signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+            )  # the task keeps its code when srun ends the others
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return end.value.args[0]
+
+    return run
+
+
+class Left(BaseException):
+    """The process would be gone now."""
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 130])
+def test_a_task_leaves_with_the_code_of_training(run_task, tmp_path, code):
+    def train(arguments: list[str]) -> int:
+        assert arguments == [str(tmp_path / "a config.yaml"), "train.steps=3", "name=x"]
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"], Path.cwd()) == ("0", "4", tmp_path)
+        return code
+
+    assert run_task(train) == code
+
+
+def test_what_a_node_does_not_see_is_said(run_task, tmp_path, capsys):
+    assert run_task(lambda _: 0, config=tmp_path / "gone.yaml", code_dir=tmp_path) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [error.partition(": does not see ")[2].partition(",")[0] for error in errors] == [
+        f"{tmp_path}/gone.yaml",
+        f"{tmp_path}",  # the module that runs is not from there
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_before_training_is_ready_is_kept_for_it(run_task, number):
+    received = []
+
+    def train(_: list[str]) -> int:
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)  # imports, reading of data, …
+        previous = signal.signal(number, lambda *_: received.append(number))
+        until = time.monotonic() + 60
+        while not received and time.monotonic() < until:
+            time.sleep(0.05)
+        signal.signal(number, previous)
+        return 0
+
+    assert run_task(train) == 0
+    assert received == [number]

@@ -1,0 +1,150 @@
+"""status, logs and stop, with a SLURM of small scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bfsys.errors import UserError
+from bfsys.launch import jobs
+from bfsys.supervision.run_end import note_end
+
+
+@pytest.fixture
+def slurm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`slurm_says(scontrol, sacct)`: what they print of any job."""
+
+    def say(scontrol: str, sacct: str = "", complaint: str = "") -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        for name, text in (("scontrol", scontrol), ("sacct", sacct)):
+            end = f"echo '{complaint}' >&2; exit 1" if complaint else ""
+            (folder / name).write_text(f"#!/bin/sh\necho '{text}'\n{end}\n")
+            (folder / name).chmod(0o755)
+        (folder / "scancel").write_text(f"#!/bin/sh\necho $1 >> {tmp_path}/cancelled\n")
+        (folder / "scancel").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    return say
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with one job, 42, that has two ranks."""
+    run = tmp_path / "runs" / "x"
+    (run / "slurm").mkdir(parents=True)
+    for rank in range(2):
+        text = "".join(f"rank {rank} line {i}\n" for i in range(30))
+        (run / "slurm" / f"42_{rank}_log.out").write_text(text)
+    jobs.note_submission(run, jobs.Submitted("42", str(run / "slurm" / "42_0_log.out"), "2026-11-21 18:00:00", "again"))
+    return run
+
+
+RUNNING = "JobState=RUNNING Reason=None Restarts=2 RunTime=00:12:00 TimeLimit=01:00:00 NodeList=n[1-2]"
+PENDING = "JobState=PENDING Reason=Resources Restarts=0 StartTime=2026-11-21T19:00:00"
+
+
+def test_a_running_job(run: Path, slurm_says, capsys) -> None:
+    slurm_says(RUNNING)
+    lines = [{"kind": "train", "step": 1200}, {"kind": "eval", "step": 1200}]
+    (run / "metrics.jsonl").write_text("{}\n" + "".join(json.dumps(line) + "\n" for line in lines))
+    assert jobs.main(["status", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "job      42: RUNNING for 00:12:00 of 01:00:00 on n[1-2], started again 2 times, submitted 2026" in out
+    assert "step     1,200 of ?, 0 s ago; newest checkpoint 0" in out
+
+
+def test_a_waiting_job(run: Path, slurm_says, capsys) -> None:
+    slurm_says(PENDING)
+    assert jobs.main(["status", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "42: PENDING waits (Resources), expected to start 2026-11-21 19:00:00" in out
+    assert "training has not begun" in out
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "sacct", "shown"),
+    [
+        ("JobState=TIMEOUT EndTime=2026-11-21T18:30:00 Restarts=0", "", "TIMEOUT ended 2026-11-21 18:30:00"),
+        ("", "CANCELLED by 0|2026-11-21T18:30:00", "CANCELLED ended 2026-11-21 18:30:00"),
+        ("", "", "unknown to SLURM"),
+    ],
+)
+def test_a_job_that_is_over(run: Path, slurm_says, capsys, scontrol: str, sacct: str, shown: str) -> None:
+    slurm_says(scontrol, sacct)
+    assert jobs.main(["status", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert f"42: {shown}" in out
+    assert "training left no word of its end; its log says why" in out
+    (run / "slurm" / "42_0_log.out").unlink()
+    note_end(run, 65, "diverged at step 7")
+    assert jobs.main(["status", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert "ended    diverged at step 7 (code 65)" in out
+    assert out.endswith("         again\n")
+    note_end(run, 0, "finished")
+    assert jobs.main(["status", str(run)]) == 0
+
+
+def test_a_controller_that_is_away_is_no_end(run: Path, slurm_says, capsys) -> None:
+    slurm_says("", complaint="slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    assert jobs.main(["status", str(run)]) == 0
+    assert "42: SLURM does not answer" in capsys.readouterr().out
+    slurm_says("", complaint="slurm_load_jobs error: Invalid job id specified")
+    assert jobs.main(["status", str(run)]) == 1
+    assert "42: unknown to SLURM" in capsys.readouterr().out
+
+
+def test_what_is_followed_is_whole(run: Path, slurm_says, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm_says(RUNNING)
+    monkeypatch.setattr(jobs, "POLL_S", 0)
+    monkeypatch.setattr(jobs, "STATE_POLL_S", 0.2)
+    log, said = run / "slurm" / "42_0_log.out", 0
+
+    def state_of(job: str) -> jobs.State:
+        nonlocal said
+        said += 1
+        with open(log, "a") as file:
+            file.write(f"later {said}\n")
+        return jobs.State("RUNNING" if said < 5 else "COMPLETED")
+
+    monkeypatch.setattr(jobs, "state_of", state_of)
+    note_end(run, 65, "diverged")
+    assert jobs.follow(run) == 65
+    lines = capsys.readouterr().out.splitlines()
+    later = [line for line in lines if line.startswith("later")]
+    assert later == [f"later {i + 1}" for i in range(len(later))]
+    assert len(later) >= 5
+
+
+def test_logs(run: Path, slurm_says, capsys) -> None:
+    slurm_says("JobState=COMPLETED Restarts=0")
+    assert jobs.main(["logs", "--rank", "1", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"rank 1 line {i}" for i in range(10, 30)]
+    assert jobs.main(["logs", "--follow", str(run)]) == 0  # it is over already
+    assert capsys.readouterr().out.splitlines()[-1] == "rank 0 line 29"
+    with pytest.raises(UserError, match=r"42_7_log.out: not there \(yet\); the job: COMPLETED"):
+        jobs.main(["logs", "--rank", "7", str(run)])
+
+
+def test_stop(run: Path, slurm_says, tmp_path: Path, capsys) -> None:
+    slurm_says(RUNNING)
+    assert jobs.main(["stop", str(run)]) == 0
+    assert (tmp_path / "cancelled").read_text() == "42\n"
+    slurm_says("JobState=COMPLETED Restarts=0")
+    with pytest.raises(UserError, match="no job of this run waits or runs"):
+        jobs.main(["stop", str(run)])
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, slurm_says, capsys) -> None:
+    slurm_says("")
+    with pytest.raises(UserError, match="no such run directory"):
+        jobs.main(["status", str(tmp_path / "nowhere")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no job was submitted for this run"):
+        jobs.main(["logs", str(tmp_path / "empty")])
+    assert jobs.main(["status", str(tmp_path / "empty")]) == 0
+    assert "none was submitted from here" in capsys.readouterr().out

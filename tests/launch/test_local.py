@@ -1,0 +1,288 @@
+"""The local launcher with real processes: small scripts in the place of training, and training itself once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from bfsys.errors import EXIT_NO_PROGRESS, UserError
+from bfsys.launch import local
+from bfsys.launch.job import TrainJob
+from bfsys.supervision.goodput import read_seconds
+from bfsys.supervision.run_end import how_it_ended
+from tests.test_train import lines
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = ROOT / "launchers" / "local.py"
+
+# A rank that writes its process id, and those of a child, to a file, when it is ready.
+BEGIN = """
+import os, signal, subprocess, sys, time
+rank = os.environ["RANK"]
+def ready():
+    child = subprocess.Popen(["sleep", "100"])
+    with open(f"pids-{rank}.part", "w") as file:
+        file.write(f"{os.getpid()} {child.pid}")
+    os.rename(f"pids-{rank}.part", f"pids-{rank}")
+def wait_for_all():
+    while not all(os.path.exists(f"pids-{r}") for r in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def make_job(tmp_path) -> Iterator[Callable[[str], TrainJob]]:
+    """A job whose ranks run a script in tmp_path in the place of bfsys/train.py; what they leave is ended."""
+
+    def make(script: str) -> TrainJob:
+        (tmp_path / "bfsys").mkdir()
+        (tmp_path / "bfsys" / "train.py").write_text(BEGIN + script)
+        return TrainJob(tmp_path / "c.yaml", ("a=1",), tmp_path, tmp_path)
+
+    yield make
+    for pid in alive(tmp_path):  # `sleep`, unlike loader processes, does not watch its parent
+        os.kill(pid, signal.SIGKILL)
+
+
+def launch(job: TrainJob, ranks: int) -> subprocess.Popen:
+    """The group in a process of its own, which takes the test's signals; returns when all ranks are ready."""
+    start = (
+        "import sys; from pathlib import Path; from launchers import local\n"
+        "local.import_what_ranks_need = lambda: None\n"  # these do not
+        f"job = local.TrainJob({str(job.config)!r}, ('a=1',), Path({str(job.code_dir)!r}), {str(job.work_dir)!r})\n"
+        f"sys.exit(local.run_group(job, {ranks}, Path({str(job.work_dir)!r}) / 'log'))"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: all((job.work_dir / f"pids-{r}").exists() for r in range(ranks)), 300)
+    return launcher
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def alive(folder: Path) -> list[int]:
+    """Processes of the ranks that are still there; a zombie is not."""
+
+    def running(pid: str) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    return [int(pid) for file in folder.glob("pids-?") for pid in file.read_text().split() if running(pid)]
+
+
+def test_the_first_failing_rank_decides_and_nobody_stays(make_job, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(local, "GRACE_S", 0.5)
+    job = make_job("""
+if rank == "0":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as one that hangs in a collective
+ready(); wait_for_all()
+print("rank", rank, "is there", flush=True)
+if rank == "1":
+    sys.exit(7)
+time.sleep(100)
+""")
+    assert local.run_group(job, 3, tmp_path / "log") == 7
+    out, err = capfd.readouterr()
+    assert "rank 0 is there" in out  # on the console: rank 0 only
+    assert "rank 1" not in out
+    assert f"error: rank 1 ended with code 7, the others were stopped; see {tmp_path}/log/rank-1.log" in err
+    assert "  rank 1 is there" in err
+    ranks = [int((tmp_path / f"pids-{rank}").read_text().split()[0]) for rank in range(3)]
+    assert not set(ranks) & set(alive(tmp_path))
+
+
+def test_a_killed_rank_gives_the_shells_code_and_logs_are_appended(make_job, tmp_path, capfd):
+    job = make_job('os.kill(os.getpid(), signal.SIGKILL) if rank == "1" else time.sleep(100)')
+    assert local.run_group(job, 2, tmp_path / "log") == 137
+    assert local.run_group(job, 2, tmp_path / "log") == 137
+    lines = (tmp_path / "log" / "rank-0.log").read_text().splitlines()
+    assert [line[:5] for line in lines] == ["--- 2"] * 2
+    assert all(line.endswith(f"bfsys/train.py {tmp_path}/c.yaml a=1") for line in lines)
+
+
+def test_an_agreed_end_is_waited_for(make_job, tmp_path, capfd):
+    job = make_job('time.sleep(0.5 * int(rank)); print("closed", flush=True); sys.exit(2)')
+    assert local.run_group(job, 2, tmp_path / "log") == 2
+    assert "closed" in (tmp_path / "log" / "rank-1.log").read_text()
+    assert "error" not in capfd.readouterr().err  # rank 0 has said what is wrong
+
+
+def test_signals_reach_each_rank_once(make_job, tmp_path):
+    job = make_job("""
+received = []
+signal.signal(signal.SIGUSR2, lambda *_: received.append("USR2"))
+ready()
+while not received:
+    time.sleep(0.02)
+time.sleep(0.5)
+print(*received)
+sys.exit(75)
+""")
+    launcher = launch(job, 2)
+    for _ in range(3):  # as when a whole process group is signalled, and its members pass it on
+        launcher.send_signal(signal.SIGUSR2)
+        time.sleep(0.06)
+    assert launcher.wait(timeout=300) == 75
+    for rank in range(2):
+        assert (tmp_path / "log" / f"rank-{rank}.log").read_text().splitlines()[1:] == ["USR2"]
+
+
+def test_a_stop_while_a_rank_dies_is_a_stop(make_job, tmp_path):
+    """Otherwise the crash would have the run started again, and the request be lost."""
+    job = make_job("""
+if rank == "1":
+    ready(); wait_for_all(); time.sleep(0.5); sys.exit(1)
+signal.signal(signal.SIGTERM, lambda *_: time.sleep(1.5) or sys.exit(1))
+ready(); time.sleep(100)
+""")
+    launcher = launch(job, 2)
+    time.sleep(1.2)  # rank 1 is gone, rank 0 is being stopped
+    launcher.terminate()
+    assert launcher.wait(timeout=300) == 130
+
+
+def test_a_stop_before_training_has_begun_is_a_stop(make_job):
+    launcher = launch(make_job("ready(); time.sleep(100)"), 2)
+    launcher.terminate()
+    assert launcher.wait(timeout=300) == 130
+
+
+def test_a_killed_launcher_leaves_no_ranks(make_job, tmp_path):
+    launcher = launch(make_job("signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(100)"), 2)
+    ranks = {int((tmp_path / f"pids-{rank}").read_text().split()[0]) for rank in range(2)}
+    launcher.kill()
+    wait_until(lambda: not ranks & set(alive(tmp_path)), 10)
+
+
+def test_choice_of_ranks(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert [local.choose_ranks(lanes, None) for lanes in (1, 4, 9, 12, 64)] == [1, 4, 3, 6, 4]
+    assert local.choose_ranks(64, 32) == 32
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert local.choose_ranks(64, None) == 2
+    for asked, said in ((0, "at least 1"), (3, "world sizes that fit: 1, 2, 4"), (4, "this machine's 3 GPUs")):
+        with pytest.raises(UserError, match=said):
+            local.choose_ranks(4, asked)
+
+
+def test_dry_run_starts_nothing(config_file, tmp_path, capsys):
+    assert local.main(["--ranks", "2", str(config_file), "train.steps=5", "--dry-run"]) == 0
+    assert f"{LAUNCHER.parents[1]}/bfsys/train.py {config_file} train.steps=5, 2 times" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def starts(run: Path, *ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[float]]:
+    """The end of a run whose starts end with (code, newest step), and the pauses between them."""
+    remaining, pauses = list(ends), []
+
+    def start() -> int:
+        code, step = remaining.pop(0)
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
+        return code
+
+    monkeypatch.setattr(local.time, "sleep", lambda s: pauses.append(s))
+    code = local.run_until_done(start, run)
+    assert not remaining
+    return code, pauses
+
+
+def test_a_repeated_request_ends_at_once_only_if_a_person_makes_it(make_job, tmp_path, monkeypatch):
+    """A SLURM job's second SIGTERM comes when its grace time ends, while a checkpoint may still be written."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    job = make_job("""
+received = []
+signal.signal(signal.SIGTERM, lambda *_: received.append("TERM"))
+ready()
+while len(received) < 2:
+    time.sleep(0.02)
+time.sleep(1)
+sys.exit(130)
+""")
+    monkeypatch.setattr(local, "GRACE_S", 0.1)
+    monkeypatch.setattr(local, "REPEAT_S", 0.05)
+    group = local.Group(job, 1, prepared(tmp_path / "log"))
+    wait_until((tmp_path / "pids-0").exists, 300)
+    for at_s in (0.2, 0.5):
+        threading.Timer(at_s, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        assert group.wait(lambda: None) == 130
+    finally:
+        group.close()
+
+
+def prepared(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("code", [0, 2, 65, 74, 75, 130])
+def test_an_end_that_another_start_would_not_change_is_the_end(tmp_path, monkeypatch, code):
+    assert starts(tmp_path, (code, 4), monkeypatch=monkeypatch) == (code, [])
+
+
+def test_crashes_are_started_again_while_there_is_progress(tmp_path, monkeypatch):
+    code, pauses = starts(tmp_path, (137, 4), (70, 8), (1, 8), (1, 12), (0, 20), monkeypatch=monkeypatch)
+    assert (code, pauses) == (0, [0, 0, 10, 0])
+
+
+def test_three_starts_again_without_progress_are_enough(tmp_path, monkeypatch, capfd):
+    code, pauses = starts(tmp_path, (1, 4), (1, 4), (70, 4), (137, 4), monkeypatch=monkeypatch)
+    assert (code, pauses) == (EXIT_NO_PROGRESS, [0, 10, 60])
+    assert "without a new checkpoint" in how_it_ended(tmp_path)["reason"]
+    assert "3 starts again without a new checkpoint" in capfd.readouterr().err
+
+
+def test_training_survives_a_killed_rank_and_its_terminal_and_continues_to_its_end(config_file, tmp_path):
+    """A rank is killed, then nobody reads the console any more, then SIGHUP comes, as when a terminal goes away."""
+    run = tmp_path / "runs" / "tiny"
+    command = [sys.executable, LAUNCHER, "--ranks", "2", config_file, "train.steps=150", "train.save_every=5"]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said, killed = [], None
+    for line in launcher.stdout:
+        said.append(line)
+        if killed is None and "saved" in line:
+            processes = psutil.Process(launcher.pid).children()
+            (killed,) = [p for p in processes if p.name() == "bfsys rank 1"]
+            killed.kill()
+        elif killed and line.startswith("step  20/150"):
+            launcher.stdout.close()
+            break
+    wait_until(lambda: lines(run)[-1]["step"] >= 30, 300)
+    launcher.send_signal(signal.SIGHUP)
+    assert launcher.wait(timeout=300) == 130, "".join(said)
+    assert any(line.startswith("starting again in 0 s, from step ") for line in said)
+    log = (run / "log" / "rank-0.log").read_text()
+    stopped = int(log.partition("stopped on request after step ")[2].partition(";")[0])
+    assert 30 <= stopped < 150
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{stopped:08}\n"
+    assert how_it_ended(run)["exit_code"] == 130
+
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert f"continuing {run} after step {stopped}\n" in finished.stdout
+    assert "finished: 150 steps" in finished.stdout
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000150\n"
+    assert [line["step"] for line in lines(run)] == list(range(1, 151))
+    assert (run / "log" / "rank-1.log").read_text().count("--- 2") == 3
+    assert how_it_ended(run)["exit_code"] == 0
+    seconds = read_seconds(run)
+    assert seconds["restart"] > 0
+    assert seconds["lost"] > 0

@@ -1,0 +1,201 @@
+"""The script of a SLURM job, with a `scontrol` of our own and small commands in the place of srun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bfsys.errors import EXIT_NO_PROGRESS
+from bfsys.launch import requeue
+from bfsys.launch.restart_policy import FINAL_CODES
+from bfsys.supervision.run_end import how_it_ended
+from tests.conftest import REPOSITORY
+
+RUNNING = "JobId=42 JobState=RUNNING Reason=None PreemptTime=None"
+OUT_OF_TIME = "JobState=COMPLETING Reason=TimeLimit PreemptTime=None"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the file `facts`, of the job that `JOB` names, and `asked`, once it is to be requeued."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in "--oneliner show job $JOB") cat {tmp_path}/facts;; "show config") echo "KillWait = 9 sec";;\n'
+        f'*) if [ -n "$REFUSE" ]; then echo "$REFUSE" >&2; exit 1; fi; echo "$@" >> {tmp_path}/asked;; esac\n'
+    )
+    scontrol.chmod(0o755)
+    (tmp_path / "facts").write_text(RUNNING)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setenv("JOB", "42")
+    return tmp_path
+
+
+@pytest.fixture
+def ends(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, bool]]:
+    """`ends(code, facts)`: the script's code, and whether SLURM was asked to start the job again, without pauses."""
+    monkeypatch.setattr(requeue, "END_WAIT_S", 0)
+    monkeypatch.setattr(requeue, "PAUSES_S", (0, 0, 0))
+    monkeypatch.setattr(requeue, "TRY_PAUSE_S", 0)
+
+    def end(code: int, facts: str = RUNNING) -> tuple[int, bool]:
+        (slurm / "asked").unlink(missing_ok=True)
+        (slurm / "facts").write_text(facts)
+        ended = requeue.Script(slurm).after(code)
+        return ended, (slurm / "asked").exists() and (slurm / "asked").read_text() == f"requeue {os.environ['JOB']}\n"
+
+    return end
+
+
+def save(run: Path, step: int) -> None:
+    (run / "checkpoints").mkdir(exist_ok=True)
+    (run / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
+
+
+@pytest.mark.parametrize("code", FINAL_CODES)
+def test_an_end_that_another_start_would_not_change(ends, code: int) -> None:
+    assert ends(code) == (code, False)
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "NODE_FAIL"])
+@pytest.mark.parametrize("code", [1, 75, 130, 137])
+def test_a_job_that_slurm_is_ending_is_left_to_it(ends, state: str, code: int) -> None:
+    """It was cancelled and would come back, or comes back anyway."""
+    assert ends(code, f"JobState={state} Reason=None PreemptTime=None") == (code, False)
+
+
+@pytest.mark.parametrize("code", [1, 75, 130, 137, 143])
+def test_a_job_that_is_out_of_time_goes_on(ends, code: int) -> None:
+    assert ends(code, OUT_OF_TIME)[1]
+    assert not ends(0, OUT_OF_TIME)[1]
+
+
+def test_a_job_that_never_gets_to_training_in_its_time_is_given_up(ends, tmp_path: Path) -> None:
+    assert [ends(75)[1] for _ in range(4)] == [True, True, True, False]
+    assert "without a new checkpoint" in how_it_ended(tmp_path)["reason"]
+
+
+def test_preemptions_do_not_count(ends) -> None:
+    facts = "JobState=RUNNING Reason=None PreemptTime=2026-11-21T18:04:09"
+    assert all(ends(code, facts)[1] for code in (130, 75, 137) * 3)
+    assert not ends(0, facts)[1]
+    assert not ends(65, facts)[1]
+
+
+def test_of_an_array_one_job_is_started_again(ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SLURM_ARRAY_JOB_ID", "40"), ("SLURM_ARRAY_TASK_ID", "3"), ("JOB", "40_3")):
+        monkeypatch.setenv(name, value)
+    assert ends(1) == (1, True)
+
+
+def test_a_refused_requeue_is_said(ends, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    for reason in ("Requested operation is presently disabled", "Unable to contact slurm controller (connect failure)"):
+        monkeypatch.setenv("REFUSE", reason)
+        assert ends(1) == (1, False)
+        error = capsys.readouterr().err
+        assert f"job 42 could not be requeued: {reason}; " in error
+        assert "submit again" in error
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert ends(1) == (1, False)
+    assert "could not be requeued: [Errno 2] No such file or directory: 'scontrol'" in capsys.readouterr().err
+
+
+def test_three_starts_again_without_progress_are_enough(ends, tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    assert [ends(137) for _ in range(3)] == [(137, True)] * 3
+    save(tmp_path, 8)
+    assert [ends(code) for code in (1, 70, 137)] == [(1, True), (70, True), (137, True)]
+    assert ends(1) == (EXIT_NO_PROGRESS, False)
+    assert how_it_ended(tmp_path)["exit_code"] == EXIT_NO_PROGRESS
+    assert json.loads((tmp_path / requeue.FILE).read_text()) == {"step": 8, "without_progress": 3}
+    requeue.forget(tmp_path)  # a person has submitted it again
+    assert [ends(1)[1] for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_count_that_is_torn_is_none(ends, tmp_path: Path) -> None:
+    (tmp_path / requeue.FILE).write_text('{"st')
+    assert ends(1) == (1, True)
+
+
+def start(slurm: Path, tasks: str, *runs: str) -> subprocess.Popen:
+    """The script, with a shell command for its tasks; returns when that has written the file `began`."""
+    command = [sys.executable, "-m", "bfsys.launch.requeue", *(runs or [str(slurm)]), "--", "sh", "-c",
+               f"touch {slurm}/began; {tasks}"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=REPOSITORY)
+    wait_for(slurm / "began")
+    return process
+
+
+def wait_for(file: Path) -> None:
+    until = time.monotonic() + 300
+    while not file.exists():
+        assert time.monotonic() < until, file
+        time.sleep(0.05)
+
+
+def test_the_tasks_code_is_the_jobs(slurm: Path) -> None:
+    assert start(slurm, "exit 2").wait(timeout=300) == 2
+    assert not (slurm / "asked").exists()
+    crashed = start(slurm, "kill -9 $$")
+    wait_for(slurm / "asked")
+    crashed.kill()  # as SLURM does then
+    crashed.wait()
+
+
+def test_each_of_an_array_has_its_run(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [slurm / name for name in "abc"]
+    for run in runs:
+        run.mkdir()
+    for name, value in (("SLURM_ARRAY_JOB_ID", "40"), ("SLURM_ARRAY_TASK_ID", "1"), ("JOB", "40_1")):
+        monkeypatch.setenv(name, value)
+    process = start(slurm, "exit 1", *map(str, runs))
+    wait_for(slurm / "asked")
+    process.kill()
+    process.wait()
+    assert [(run / requeue.FILE).exists() for run in runs] == [False, True, False]
+
+
+def test_a_cancelled_job_waits_for_its_tasks_and_stays_away(slurm: Path) -> None:
+    process = start(slurm, f"trap '' TERM; while [ ! -e {slurm}/saved ]; do sleep 0.1; done; exit 130")
+    (slurm / "facts").write_text("JobState=COMPLETING Reason=None PreemptTime=None")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    (slurm / "saved").touch()
+    assert process.wait(timeout=300) == 130
+    assert not (slurm / "asked").exists()
+
+
+def test_tasks_that_outlast_the_time_limit_do_not_keep_the_job_away(slurm: Path) -> None:
+    """KillWait is 9 s here: it must ask before that."""
+    process = start(slurm, "trap '' TERM; sleep 30")
+    (slurm / "facts").write_text(OUT_OF_TIME)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    wait_for(slurm / "asked")
+    assert time.monotonic() - began < 8
+    process.kill()
+    process.wait()
+
+
+def test_a_pause_ends_when_the_time_does(slurm: Path) -> None:
+    (slurm / requeue.FILE).write_text('{"step": 0, "without_progress": 2}')
+    process = start(slurm, "exit 1")
+    time.sleep(1.5)
+    assert not (slurm / "asked").exists()  # 300 s
+    (slurm / "facts").write_text(OUT_OF_TIME)
+    process.send_signal(signal.SIGTERM)
+    wait_for(slurm / "asked")
+    process.kill()
+    process.wait()

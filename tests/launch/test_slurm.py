@@ -1,0 +1,223 @@
+"""The SLURM launcher: what it submits and refuses; and, where there is a cluster, that jobs stop and go on.
+
+The tests on a cluster (pytest -m slurm) need a folder that its nodes share: --basetemp=FOLDER, unless /tmp is one.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bfsys.config import load_config
+from bfsys.errors import UserError
+from bfsys.launch import jobs, slurm
+
+ON_CPUS = "--gpus-per-node=0"
+ROOT = Path(__file__).resolve().parents[2]
+REFUSING = "#!/bin/sh\necho 'sbatch: error: invalid partition specified: nope' >&2\nexit 1\n"
+ACCEPTING = "#!/bin/sh\necho Submitted batch job 42\n"
+
+
+def problems_of(*arguments: object) -> list[str]:
+    with pytest.raises(UserError) as error:
+        slurm.main([str(a) for a in arguments])
+    return list(error.value.problems)
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(tmp_path, monkeypatch) -> None:
+    """What this machine has of SLURM is not there, for the launcher."""
+    which = shutil.which
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: which(name, path=str(tmp_path / "bin")))
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> Callable[[str], None]:
+    """`sbatch(script)` puts a command of that name, alone, in front of PATH."""
+
+    def make(script: str) -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        for name, text in (("sbatch", script), *((n, "#!/bin/sh\n") for n in ("srun", "sinfo", "scontrol", "sacct"))):
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    return make
+
+
+def script_of(config_file: Path, capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    assert slurm.main([*arguments, "--dry-run", str(config_file)]) == 0
+    script = capsys.readouterr().out
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    return script
+
+
+def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, capsys):
+    options = "--nodes 2 --gpus-per-node 2 --cpus-per-task 6 --mem 200G --time 1-02:00:01 --partition p --account a"
+    script = script_of(
+        config_file, capsys, *options.split(), "--qos=q", "--constraint=h100", "--comment=two words", "--name=j",
+        "--setup", "module load x", "--env", "A=b 'c'", "--env", "D=",
+    )  # fmt: skip
+    lines_of_script = script.splitlines()
+    for line in (
+        "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=6", "--mem=200G", "--time=1561",
+        "--partition=p", "--account=a", "--qos=q", "--constraint=h100", "--comment='two words'", "--job-name=j",
+        "--wckey=''", "--signal=USR2@120", "--requeue", "--open-mode=append", f"--chdir={Path.cwd()}",
+        f"--output={tmp_path}/runs/tiny/slurm/%j_0_log.out",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}" in lines_of_script
+    setup = lines_of_script[lines_of_script.index("# setup") + 1 : lines_of_script.index("# command")]
+    exports = ["export A='b '\"'\"'c'\"'\"''", "export D=''"]
+    path = f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
+    assert setup == ["module load x", *exports, path, ""]
+    assert "\nexport DS_ACCELERATOR=cpu\n" in script_of(config_file, capsys, "--nodes=1", "--gpus-per-node=0")
+    command = lines_of_script[-2] if not lines_of_script[-1] else lines_of_script[-1]
+    assert command.startswith(
+        f"exec {sys.executable} -m bfsys.launch.requeue {tmp_path}/runs/tiny -- srun --unbuffered --output "
+    )
+    assert ' --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=6 bash -c \'trap "" USR2; exec ' in command
+    assert "--error" not in command
+    assert not (tmp_path / "runs").exists()
+
+
+def test_on_cpus_there_is_one_task_per_node_unless_told(config_file, capsys):
+    script = script_of(config_file, capsys, "--nodes=4", ON_CPUS)
+    assert "#SBATCH --ntasks-per-node=1\n" in script
+    assert "--gpus-per-node" not in script
+    assert "--cpus-per-task" not in script
+    assert "#SBATCH --ntasks-per-node=2\n" in script_of(config_file, capsys, "--nodes=2", "--tasks-per-node=2", ON_CPUS)
+
+
+def test_by_default_there_are_eight_gpus_and_tasks_on_a_node(config_file, capsys):
+    config_file.write_text(
+        config_file.read_text().replace("lanes: 4", "lanes: 16").replace("samples: 8", "samples: 32")
+    )
+    script = script_of(config_file, capsys, "--nodes=2")
+    assert "#SBATCH --ntasks-per-node=8\n" in script
+    assert "#SBATCH --gpus-per-node=8\n" in script
+
+
+def test_node_counts_that_fit_are_named(config_file):
+    assert problems_of("--nodes", 3, ON_CPUS, "--dry-run", config_file) == [
+        "data.lanes: 4 lanes cannot be shared evenly by 3 nodes with 1 ranks each; numbers of nodes that fit: 1, 2, 4"
+    ]
+    assert problems_of("--nodes", 1, "--gpus-per-node", 8, "--dry-run", config_file) == [
+        "data.lanes: 4 lanes cannot be shared evenly by 1 nodes with 8 ranks each; "
+        "no number of nodes fits; ranks on a node that do: 1, 2, 4"
+    ]
+
+
+def test_all_problems_are_reported_at_once(config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    counts = ("--nodes=0", "--gpus-per-node=2", "--tasks-per-node=3", "--cpus-per-task=0")
+    others = ("--time=1h", "--mem=lots", "--env=X", "data.sources.0.path=/no/where")
+    problems = problems_of(*counts, config_file, *others)
+    wrong = ["--nodes", "--cpus-per-task", "--tasks-per-node", "--time", "--mem", "--env", "sbatch", "/no/where"]
+    assert [p.partition(": ")[0] for p in problems] == wrong
+    assert "login node" in problems[6]
+    problems = problems_of("--nodes", 1, ON_CPUS, config_file, "train.stepz=1")
+    assert [p.partition(": ")[0] for p in problems] == ["sbatch", f"config {config_file}"]
+
+
+def test_a_job_that_would_be_refused_is_one_sentence_and_leaves_no_files(config_file, tmp_path, sbatch, capfd):
+    sbatch(REFUSING)
+    problems = problems_of("--nodes", 2, ON_CPUS, "--partition", "nope", config_file)
+    assert problems == ["sbatch --test-only: SLURM would refuse the job: invalid partition specified: nope"]
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_a_job_that_is_refused_after_all_leaves_nothing_of_it(config_file, tmp_path, sbatch, capfd):
+    sbatch(f'#!/bin/sh\n[ "$1" = --test-only ] && exit\n{REFUSING}')
+    problems = problems_of("--nodes", 2, ON_CPUS, "--partition", "nope", config_file)
+    assert problems == ["sbatch refused the job: invalid partition specified: nope"]
+    assert "Traceback" not in "".join(capfd.readouterr())
+    (left,) = (tmp_path / "runs" / "tiny" / "slurm").iterdir()
+    assert left.name.startswith("code-")
+
+
+def test_submission_tells_what_to_do_next_and_carries_the_job(config_file, tmp_path, sbatch, capsys, monkeypatch):
+    sbatch(ACCEPTING)
+    monkeypatch.chdir(tmp_path)
+    assert slurm.main(["--nodes", "2", ON_CPUS, "tiny.yaml", "train.steps=12"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    folder = tmp_path / "runs" / "tiny" / "slurm"
+    assert lines["log"] == f"{folder}/42_0_log.out"
+    for name, command in (("follow", "logs --follow"), ("status", "status"), ("stop", "stop")):
+        assert lines[name] == f"python launchers/slurm.py {command} {tmp_path}/runs/tiny"
+    (code,) = folder.glob("code-*")
+    job = pickle.loads((folder / "42_submitted.pkl").read_bytes()).function
+    assert job == slurm.TrainJob(code / "tiny.yaml", (), code, tmp_path)
+    assert load_config(job.config, ()) == load_config(config_file, ["train.steps=12"])
+    assert (code / "bfsys" / "train.py").read_bytes() == (ROOT / "bfsys" / "train.py").read_bytes()
+    (submitted,) = jobs.submissions(tmp_path / "runs" / "tiny")
+    assert (submitted.job, submitted.log) == ("42", lines["log"])
+    assert submitted.command == f"python launchers/slurm.py --nodes 2 {ON_CPUS} tiny.yaml train.steps=12"
+
+
+def test_equal_code_is_copied_once(config_file, tmp_path):
+    config = load_config(config_file)
+    before = slurm.snapshot(config)
+    assert slurm.snapshot(config) == before
+    other = slurm.snapshot(load_config(config_file, ["train.steps=12"]))
+    assert other.parent != before.parent
+    assert len(list((tmp_path / "runs" / "tiny" / "slurm").iterdir())) == 2
+
+
+def test_a_sweep_has_a_run_for_each_combination(config_file, tmp_path, sbatch, capsys):
+    sbatch(ACCEPTING)
+    sweep = ["--sweep", "optim.lr=1e-3,2e-3", "--sweep", "train.seed=0,1"]
+    assert slurm.main(["--nodes", "2", ON_CPUS, *sweep, str(config_file)]) == 0
+    names = [f"tiny-lr={rate}-seed={seed}" for rate in ("1e-3", "2e-3") for seed in (0, 1)]
+    for number, name in enumerate(names):
+        run = tmp_path / "runs" / name
+        (submitted,) = jobs.submissions(run)
+        assert submitted.job == f"42_{number}"
+        pickled = tmp_path / "runs" / "tiny" / "slurm" / f"42_{number}_submitted.pkl"
+        (job,) = pickle.loads(pickled.read_bytes()).args
+        config = load_config(job.config, job.overrides)
+        assert (config.name, str(config.train.seed)) == (name, name[-1])
+        assert run in job.config.parents
+    script = script_of(config_file, capsys, "--nodes=2", ON_CPUS, *sweep)
+    assert f"-m bfsys.launch.requeue {' '.join(f'{tmp_path}/runs/{name}' for name in names)} -- srun" in script
+    assert "#SBATCH --array=0-3%4\n" in script
+    problems = problems_of("--nodes", 2, ON_CPUS, "--sweep", "optim.lr=1,x", "--sweep", "train.seedz=1", config_file)
+    assert any("optim.lr" in problem for problem in problems)
+    assert any("seedz" in problem for problem in problems)
+    assert problems_of("--nodes", 2, ON_CPUS, "--sweep", "lr", config_file)[0].startswith("--sweep: got 'lr'")
+
+
+def test_containers(config_file, capsys):
+    script = script_of(config_file, capsys, "--nodes=2", "--gpus-per-node=2", "--container=/images/bfsys.sif")
+    assert "apptainer exec --nv --bind " in script
+    assert " /images/bfsys.sif python3 -u -m submitit.core._submit" in script
+    script = script_of(config_file, capsys, "--nodes=2", ON_CPUS, "--container=nvcr.io#nvidia/pytorch:25.10-py3")
+    assert "--container-image=nvcr.io#nvidia/pytorch:25.10-py3" in script
+    assert f"--container-mounts={config_file.parent}/runs/tiny/slurm,{config_file.parent}/runs/tiny," in script
+    assert " python3 -u -m submitit.core._submit" in script
+
+
+def test_a_submission_from_within_a_job_is_not_bound_by_it(config_file, tmp_path, sbatch, monkeypatch):
+    sbatch(f"#!/bin/sh\nenv > {tmp_path}/environment\n" + ACCEPTING)
+    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "1"), ("SLURM_CONF", "/etc/slurm.conf")):
+        monkeypatch.setenv(name, value)
+    slurm.main(["--nodes", "2", ON_CPUS, str(config_file)])
+    seen = (tmp_path / "environment").read_text().splitlines()
+    assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
+
+
+def test_too_few_cores_for_loader_processes_are_a_note(config_file, capsys):
+    for cores, said in (([], "not given"), (["--cpus-per-task=2"], "got 2"), (["--cpus-per-task=3"], "")):
+        assert (
+            slurm.main(["--nodes=1", "--gpus-per-node=1", *cores, "--dry-run", str(config_file), "data.workers=2"]) == 0
+        )
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: --cpus-per-task")]
+        assert len(notes) == bool(said)
+        assert all(said in note and note.endswith("wants 3 cores") for note in notes)

@@ -1,0 +1,231 @@
+"""Steps that are no numbers leave no trace; steps that stay bad are gone around."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bfsys.checkpoint.files import all_checkpoints, checkpoint_name, read_manifest, step_of
+from bfsys.config import Train, load_config
+from bfsys.data.streaming.datasets import make_plan, open_training
+from bfsys.errors import EXIT_DIVERGED, UserError
+from bfsys.supervision.guard import LEAST_STEPS, Guard, ranges_of, read_rollbacks
+from bfsys.supervision.run_end import how_it_ended
+from tests.chaos.ranks import Ranks, train_several
+from tests.conftest import tiny_config
+from tests.forked import start_ranks
+from tests.test_train import lines, losses, newest, tensors
+
+STATES = ("weight", "exp_avg", "exp_avg_sq", "ema")
+
+
+def samples_of_step(config_file: Path, step: int, lane: int = 0) -> list[tuple[int, int]]:
+    """(source, sample) of a micro-batch of the `step`-th step, from 1."""
+    config = load_config(config_file)
+    micro_batch = make_plan(config, open_training(config)).micro_batch(step - 1, lane)
+    return [(int(s), int(i)) for s, i in zip(micro_batch.source, micro_batch.sample, strict=True)]
+
+
+def run_poisoned(
+    config_file: Path, folder: Path, name: str, kind: str, samples: list, *more: str
+) -> tuple[Path, Ranks]:
+    overrides = [f"name={name}", "train.save_every=1", "train.keep_checkpoints=100", *more]
+    return config_file.parent / "runs" / name, Ranks(
+        2, config_file, overrides, folder, {"kind": kind, "samples": samples}
+    )
+
+
+COMBINATIONS = [
+    (stage, precision, kind)
+    for stage in (0, 1, 2, 3)
+    for precision, kinds in (("fp32", ("nan", "loss", "gradient")), ("bf16", ("nan", "gradient")))
+    for kind in kinds
+]
+STEPS, BAD_STEPS = 7, (5, 7)
+
+
+def name_of(stage: int, precision: str, kind: str) -> str:
+    return f"s{stage}-{precision}-{kind}"
+
+
+@pytest.fixture(scope="module")
+def poisoned_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(config file, folder of runs): every stage and precision on two ranks, each with two bad steps, one the last."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    config_file = folder / "tiny.yaml"
+    config_file.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
+    poison = [pair for step in BAD_STEPS for pair in samples_of_step(config_file, step)]
+    runs = []
+    for stage, precision, kind in COMBINATIONS:
+        overrides = [f"name={name_of(stage, precision, kind)}", f"train.zero_stage={stage}", f"train.steps={STEPS}",
+                     f"train.precision={precision}", "train.save_every=5", "train.keep_checkpoints=100"]  # fmt: skip
+        runs.append((overrides, {"kind": kind, "samples": poison}))
+    processes = start_ranks(2, train_several, (str(config_file), runs))
+    try:
+        for process in processes:
+            said = process.communicate(300)
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
+    return config_file, folder / "runs"
+
+
+@pytest.mark.parametrize(("stage", "precision", "kind"), COMBINATIONS)
+def test_a_step_that_is_no_number_changes_nothing(
+    stage: int, precision: str, kind: str, poisoned_runs: tuple[Path, Path]
+) -> None:
+    config_file, runs = poisoned_runs
+    run = runs / name_of(stage, precision, kind)
+    saved = {step: run / "checkpoints" / checkpoint_name(step) for step in range(STEPS + 1)}
+    # Nothing is saved while it goes badly, unless the run ends there.
+    assert [step for step, path in saved.items() if path.exists()] == [0, 6, 7]
+    assert [read_manifest(saved[step])["updates"] for step in (6, 7)] == [5, 5]
+    for state in STATES:
+        before, after = tensors(saved[6], state), tensors(saved[7], state)
+        assert before
+        assert all(torch.equal(before[name], after[name]) for name in before), state
+        assert all(tensor.isfinite().all() for tensor in after.values())
+    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 6]  # there is no loss to tell of the others
+    assert all(math.isfinite(loss) for loss in losses(run))
+    bad = lines(run, "bad_step")
+    assert [line["step"] for line in bad] == list(BAD_STEPS)
+    splits = open_training(load_config(config_file)).splits
+    for line in bad:
+        assert {f"{'ab'[s]}/{splits[s].key(i)}" for s, i in samples_of_step(config_file, line["step"])} <= set(
+            line["samples"]
+        )
+        assert len(line["samples"]) == (8 if kind == "gradient" else 2)  # the whole step, or a micro-batch
+
+
+def test_a_resume_after_a_skipped_step_equals_the_whole_run(config_file: Path, tmp_path: Path) -> None:
+    poison = samples_of_step(config_file, 3)
+    run, ranks = run_poisoned(config_file, tmp_path / "log", "poisoned", "nan", poison)
+    assert ranks.end() == [0, 0], ranks.said()
+    again = run.with_name("again")
+    shutil.copytree(run, again)
+    for path in all_checkpoints(again)[-4:]:
+        shutil.rmtree(path)
+    ranks = Ranks(2, config_file, ["name=again", "train.save_every=1", "train.keep_checkpoints=100"], tmp_path / "log2")
+    assert ranks.end() == [0, 0], ranks.said()
+    assert losses(again) == losses(run)
+    for state in STATES:
+        one, other = tensors(newest(run), state), tensors(newest(again), state)
+        assert all(torch.equal(one[name], other[name]) for name in one), state
+
+
+def test_bad_steps_in_a_row_are_gone_around(config_file: Path, tmp_path: Path) -> None:
+    poison = [pair for step in (5, 6, 7) for pair in samples_of_step(config_file, step)]
+    run, ranks = run_poisoned(config_file, tmp_path / "log", "around", "nan", poison, "train.save_every=2")
+    assert ranks.end() == [0, 0], ranks.said()
+    (rollback,) = read_rollbacks(run)
+    assert (rollback["from"], rollback["to"], rollback["steps"]) == (7, 4, [5, 6, 7])
+    assert all(bad["samples"] for bad in rollback["bad"])
+    assert "rolled back from step 7 to 4; skipping steps 5-7" in ranks.said()
+    assert "skipping steps 5-7 (rollbacks.json)" in ranks.said()  # the start that follows says so too
+    assert "grad nan" not in ranks.said().partition("rolled back")[2]
+    assert read_manifest(newest(run))["updates"] == 7
+    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 8, 9, 10]
+
+
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 2)), 3])
+def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_nothing(
+    config_file: Path, tmp_path: Path, stage: int
+) -> None:
+    """Three steps whose losses, and updates, are far too large; a second start must pass them over like the first."""
+    poison = [pair for step in (40, 41, 42) for pair in samples_of_step(config_file, step)]
+    more = ["train.steps=44", f"train.zero_stage={stage}"]
+    run, ranks = run_poisoned(config_file, tmp_path / "log", "spike", "spike", poison, *more)
+    assert ranks.end() == [0, 0], ranks.said()
+    (rollback,) = read_rollbacks(run)
+    assert (rollback["to"], rollback["steps"]) == (39, [40, 41, 42])
+    assert all("a spike" in bad["problem"] for bad in rollback["bad"])
+    assert [line["step"] for line in lines(run)][-3:] == [39, 43, 44]
+
+    again = run.with_name("again")  # as a kill just after the roll-back would have left it; its samples are good now
+    shutil.copytree(run, again)
+    for path in all_checkpoints(again):
+        if step_of(path) > 39:
+            shutil.rmtree(path)
+    ranks = Ranks(2, config_file, ["name=again", f"train.zero_stage={stage}", "train.steps=44"], tmp_path / "log2")
+    assert ranks.end() == [0, 0], ranks.said()
+    assert [line["step"] for line in lines(again)][-3:] == [39, 43, 44]
+    assert losses(again) == losses(run)
+    for state in STATES:
+        one, other = tensors(newest(run), state), tensors(newest(again), state)
+        assert all(torch.equal(one[name], other[name]) for name in one), state
+
+
+def test_a_run_that_stays_bad_ends_with_its_samples(config_file: Path, tmp_path: Path) -> None:
+    """From step 5 on every step is bad: back to 4 three times, passing over three steps each, and then it ends."""
+    good = {pair for step in range(1, 5) for lane in range(4) for pair in samples_of_step(config_file, step, lane)}
+    poison = [(source, i) for source, size in ((0, 120), (1, 80)) for i in range(size) if (source, i) not in good]
+    run, ranks = run_poisoned(config_file, tmp_path / "log", "bad", "nan", poison, "train.steps=20")
+    codes = ranks.end()
+    assert codes == [EXIT_DIVERGED] * 2, ranks.said()
+    assert len(read_rollbacks(run)) == 3
+    assert "Traceback" not in ranks.said()
+    reason = how_it_ended(run)["reason"]
+    assert "bad steps again after 3 roll-backs" in reason
+    assert lines(run, "bad_step")[-1]["samples"][0] in reason
+
+
+def test_steps_are_shown_as_ranges() -> None:
+    assert ranges_of([3, 4, 5, 9, 11, 12]) == "3-5, 9, 11-12"
+    assert ranges_of([7]) == "7"
+
+
+@pytest.mark.parametrize("content", ["{", "[{}]", '[{"to": 9, "steps": [5], "updates": 3}]', "7"])
+def test_a_file_of_rollbacks_that_contradicts_itself_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "rollbacks.json").write_text(content)
+    with pytest.raises(UserError, match=r"rollbacks\.json: cannot be read"):
+        read_rollbacks(tmp_path)
+
+
+def test_spikes_of_the_loss_are_bad_steps() -> None:
+    rng = random.Random(0)
+    guard = Guard(Train(), None, [])
+    for _ in range(200):
+        assert not guard.judge(2.0 * math.exp(rng.gauss(0, 0.1)), 1.0)
+    assert "spike" in guard.judge(10.0, 1.0)
+    assert not guard.judge(2.3, 1.0)
+    assert not Guard(Train(spike_zscore=0.0), guard.carry(), []).judge(1e9, 1.0)
+    for loss, norm in ((math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)):
+        assert guard.judge(loss, norm)
+
+
+def test_a_young_run_has_no_spikes() -> None:
+    guard = Guard(Train(), None, [])
+    assert not any(guard.judge(10.0**i, 1.0) for i in range(LEAST_STEPS))
+
+
+def test_no_false_alarm_on_losses_as_they_are() -> None:
+    """Falling, noisy, with heavy tails (log-normal of sigma 0.7 around a curve that falls hundredfold)."""
+    rng = random.Random(1)
+    guard = Guard(Train(), None, [])
+    verdicts = [guard.judge(3 * 100 ** (-i / 5000) * math.exp(rng.gauss(0, 0.7)), 1.0) for i in range(5000)]
+    assert not any(verdicts)
+
+
+def test_what_a_checkpoint_carries_gives_the_same_verdicts() -> None:
+    rng = random.Random(2)
+    whole, parts = Guard(Train(), None, []), Guard(Train(), None, [])
+    for i in range(300):
+        loss = math.exp(rng.gauss(0, 0.3)) * (40 if i % 50 == 49 else 1)
+        assert whole.judge(loss, 1.0) == parts.judge(loss, 1.0)
+        parts = Guard(Train(), json.loads(json.dumps(parts.carry())), [])
+
+
+def test_what_comes_after_a_checkpoint_is_not_in_it() -> None:
+    guard = Guard(Train(), None, [])
+    carried = guard.carry()  # written while training goes on
+    guard.note(7, "loss is nan", [])
+    assert carried["in_a_row"] == []
+    assert guard.carry()["in_a_row"][0]["step"] == 7

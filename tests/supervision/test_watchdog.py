@@ -1,0 +1,133 @@
+"""Hangs are found, named and ended; pauses, evaluations and saves are none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from bfsys.errors import EXIT_HUNG
+from bfsys.supervision.run_end import how_it_ended
+from bfsys.supervision.watchdog import LEAST_S, Watchdog
+from tests.chaos.ranks import Ranks
+from tests.forked import Forked, run_python
+from tests.test_train import ALONE, lines
+
+BEGIN = """
+import os, sys, time
+from pathlib import Path
+from bfsys.dist import Ranks
+from bfsys.supervision.watchdog import Watchdog
+rank = int(sys.argv[2])
+dog = Watchdog(Path(sys.argv[1]), Ranks(rank, 2), limit_s=1.0, patience_s=5.0)
+dog._incident = Path(sys.argv[1]) / "hangs" / "this"  # as ranks that can talk to each other agree on
+dog.beat("first")
+dog.times_are_known()
+"""
+
+
+def start(folder: Path, rank: int, script: str) -> Forked:
+    return Forked(run_python, ["-c", BEGIN + script, str(folder), str(rank)], {})
+
+
+def test_the_rank_that_is_behind_is_named_and_all_stacks_are_written(tmp_path: Path) -> None:
+    hang = "def stuck_here():\n    time.sleep(60)\nstuck_here()"
+    behind = start(tmp_path, 1, f'dog.beat("fetch")\n{hang}')
+    waiting = start(tmp_path, 0, 'dog.beat("fetch")\ndog.beat("forward")\ntime.sleep(60)')
+    for process in (behind, waiting):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == EXIT_HUNG, errors
+        assert "rank 1 is stuck at: fetch" in errors
+    stacks = {path.stem: path.read_text() for path in tmp_path.glob("hangs/*/rank-*.txt")}
+    assert stacks.keys() == {"rank-0", "rank-1"}
+    assert "in stuck_here" in stacks["rank-1"]
+    ended = how_it_ended(tmp_path)
+    assert ended["exit_code"] == EXIT_HUNG
+    assert "rank 1" in ended["reason"]
+
+
+def test_on_gpus_the_flight_record_lies_beside_the_stacks(tmp_path: Path) -> None:
+    """There all ranks come to the same place, since kernels are queued; the record tells which rank is behind."""
+    record = 'Ranks.device = property(lambda ranks: torch.device("cuda", 0))\nimport torch\n'
+    process = start(tmp_path, 0, f"{record}time.sleep(60)")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == EXIT_HUNG, errors
+    assert "version" in json.loads((tmp_path / "hangs" / "this" / "rank-0.nccl.json").read_text())
+
+
+def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    process = start(tmp_path, 1, "time.sleep(60)")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == EXIT_HUNG
+    assert "rank 0 does not answer" in errors
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        'with dog.patient("evaluation"): time.sleep(2.5)',
+        'for _ in range(6):\n    time.sleep(0.4)\n    dog.beat("step")',
+    ],
+    ids=["patient", "beats"],
+)
+def test_what_is_no_hang_is_left_alone(tmp_path: Path, script: str) -> None:
+    process = start(tmp_path, 0, f"{script}\ndog.close()\nprint('alive', file=sys.stderr)")
+    _, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors.strip()) == (0, "alive")
+
+
+def test_a_process_that_was_paused_itself_does_not_hang(tmp_path: Path) -> None:
+    process = start(tmp_path, 0, "(Path(sys.argv[1]) / 'ready').touch()\nfor _ in range(40):\n"
+                    "    time.sleep(0.1)\n    dog.beat('step')\ndog.close()")  # fmt: skip
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(7)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def test_the_limit_is_learned(tmp_path: Path) -> None:
+    dog = Watchdog(tmp_path, ALONE, limit_s=0, patience_s=600)
+    try:
+        assert dog.limit_s == 600
+        dog.beat("step 1")
+        dog.times_are_known()
+        assert dog.limit_s == LEAST_S
+        dog._last -= 30  # as if a step had taken 30 s
+        dog.beat("step 2")
+        assert 300 <= dog.limit_s < 310
+        with dog.patient("a save"):
+            assert dog.limit_s == 600
+            dog._last -= 100
+        assert 300 <= dog.limit_s < 310
+    finally:
+        dog.close()
+
+
+def test_a_stopped_rank_is_found_in_time(config_file: Path, tmp_path: Path) -> None:
+    limit_s = 3.0
+    overrides = ["train.steps=100000", "train.save_every=50", f"train.hang_timeout_s={limit_s}"]
+    ranks = Ranks(2, config_file, overrides, tmp_path / "log")
+    run = tmp_path / "runs" / "tiny"
+    try:
+        deadline = time.monotonic() + 300
+        while not (run / "metrics.jsonl").exists() or len(lines(run)) < 10:
+            assert time.monotonic() < deadline, ranks.said()
+            assert ranks.are_running, ranks.said()
+            time.sleep(0.05)
+        stopped = time.monotonic()
+        os.kill(ranks.processes[1].pid, signal.SIGSTOP)
+        ranks.processes[0].communicate(60)
+        took_s = time.monotonic() - stopped
+        assert ranks.processes[0].returncode == EXIT_HUNG, ranks.said()
+        assert "rank 1 does not answer" in ranks.said()
+        assert json.loads((run / "ended.json").read_text())["exit_code"] == EXIT_HUNG
+        assert took_s < limit_s + 5, took_s
+    finally:
+        ranks.kill()

@@ -1,0 +1,85 @@
+"""Accuracy by class and the confusion matrix."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bfsys.confusion import Report
+from bfsys.errors import UserError
+
+
+def answered(folder: Path, pairs: list[tuple[int, int]], classes: int = 4) -> Report:
+    """A report on files of (class, answer)."""
+    report = Report([f"c{i}" for i in range(classes)], folder)
+    for half in (pairs[::2], pairs[1::2]):
+        labels = torch.tensor([label for label, _ in half])
+        logits = torch.nn.functional.one_hot(torch.tensor([answer for _, answer in half]), classes).float()
+        report.add(labels, logits)
+    return report
+
+
+PAIRS = [(0, 0)] * 3 + [(0, 1)] + [(1, 0)] * 2 + [(1, 3)] * 3 + [(1, 1)] * 5 + [(3, 3)] * 2
+
+
+def test_files_and_summary(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "report"
+    said = answered(folder, PAIRS).write()
+    assert (folder / "classes.tsv").read_text().splitlines() == [
+        "class\tfiles\ttop1\tmost often taken for\tfiles taken so",
+        "c0\t4\t0.7500\tc1\t1",
+        "c1\t10\t0.5000\tc3\t3",
+        "c3\t2\t1.0000\t\t0",
+    ]
+    assert (folder / "confusion.tsv").read_text().splitlines() == [
+        "class\tanswer\tfiles", "c0\tc0\t3", "c0\tc1\t1", "c1\tc0\t2", "c1\tc1\t5", "c1\tc3\t3", "c3\tc3\t2",
+    ]  # fmt: skip
+    assert said[:3] == [
+        "lowest top-1 of a class: c1 50.0 % of 10 files",
+        "  c1 taken for c3: 3 of 10 files",
+        "  c1 taken for c0: 2 of 10 files",
+    ]
+    with Image.open(folder / "confusion.png") as image:
+        assert min(image.size) > 300
+
+
+def test_names_are_not_taken_for_formulas(tmp_path: Path) -> None:
+    report = Report(["$5_$10", "x^$y_$"], tmp_path)
+    report.add(torch.tensor([0, 1]), torch.eye(2))
+    assert f"picture: {tmp_path}/confusion.png" in report.write()[-1]
+
+
+def test_many_classes_need_no_matrix(tmp_path: Path) -> None:
+    pairs = [(i, (i * 7) % 100_000) for i in range(0, 100_000, 11)]
+    report = Report([str(i) for i in range(100_000)], tmp_path)
+    report.add(torch.tensor([a for a, _ in pairs]), _Answers(torch.tensor([b for _, b in pairs])))
+    assert "no picture of more than 2,000 classes" in report.write()[-1]
+    assert len((tmp_path / "confusion.tsv").read_text().splitlines()) == len(pairs) + 1
+
+
+class _Answers:
+    """Logits, of which only the largest is asked for."""
+
+    def __init__(self, answers: torch.Tensor) -> None:
+        self.answers = answers
+
+    def argmax(self, dim: int) -> torch.Tensor:
+        assert dim == 1
+        return self.answers
+
+
+def test_without_matplotlib_the_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in answered(tmp_path, PAIRS).write()[-1]
+    assert (tmp_path / "classes.tsv").exists()
+    assert not (tmp_path / "confusion.png").exists()
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--report .*file/report: cannot be made: Not a directory"):
+        Report(["a"], tmp_path / "file" / "report")

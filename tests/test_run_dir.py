@@ -1,0 +1,92 @@
+"""Start-up checks of a run directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bfsys import run_dir as run_module
+from bfsys.config import Config, load_config
+from bfsys.data.streaming.quarantine import Quarantine
+from bfsys.data.streaming.run_data import open_run_data
+from bfsys.dist import Ranks
+from bfsys.errors import UserError
+from bfsys.run_dir import prepare_run_dir, run_facts
+from bfsys.supervision.guard import read_rollbacks
+
+ALONE = Ranks()
+ROLLBACK = {"from": 7, "to": 4, "updates": 4, "steps": [5, 6, 7], "bad": []}
+
+
+@pytest.fixture
+def config(config_file: Path) -> Config:
+    return load_config(config_file, ["name=again", "train.seed=1"])
+
+
+def facts_of(config: Config) -> dict:
+    return run_facts(open_run_data(config, ALONE))
+
+
+def test_a_new_run_inherits_nothing_of_one_whose_checkpoints_were_deleted(config: Config) -> None:
+    """Its skipped steps and its bad samples are about other data, and its history is of another run."""
+    run_dir = config.run_dir
+    (run_dir / "tb").mkdir(parents=True)
+    (run_dir / "tb" / "events").write_bytes(b"x")
+    (run_dir / "rollbacks.json").write_text(json.dumps([ROLLBACK]))
+    (run_dir / "quarantine.tsv").write_text("0\ttrain\ta\t3\ta-train-000000.tar\ta0/3\tis empty\n")
+    (run_dir / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    directory = prepare_run_dir(config, facts_of(config), ALONE)
+    directory.hold.close()
+    assert directory.is_new
+    (note,) = directory.notes
+    assert "this is a new run: rollbacks.json, quarantine.tsv, metrics.jsonl, tb of an earlier one are in" in note
+    assert read_rollbacks(run_dir) == []
+    assert not Quarantine.load(run_dir, ALONE).count_until(100)
+    assert sorted(path.name for path in (run_dir / "earlier-1").iterdir()) == [
+        "metrics.jsonl", "quarantine.tsv", "rollbacks.json", "tb",
+    ]  # fmt: skip
+    (run_dir / "metrics.jsonl").write_text("{}\n")
+    directory = prepare_run_dir(config, facts_of(config), ALONE)
+    directory.hold.close()
+    assert "earlier-2" in directory.notes[0]
+
+
+def test_a_resumed_run_keeps_its_history(finished_run: Path, config: Config) -> None:
+    shutil.copytree(finished_run, config.run_dir)
+    same = load_config(config.run_dir / "config.yaml", [f"runs_dir={config.runs_dir}", "name=again"])
+    directory = prepare_run_dir(same, facts_of(same), ALONE)
+    directory.hold.close()
+    assert (directory.is_new, directory.notes) == (False, [])
+    assert (config.run_dir / "metrics.jsonl").exists()
+    assert not list(config.run_dir.glob("earlier-*"))
+
+
+def test_what_the_last_holder_of_a_directory_wrote_is_seen(
+    finished_run: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run makes its first checkpoint while this one waits for the lock."""
+    hold_directory = run_module.hold_directory
+
+    def hold_after_another_run(run_dir: Path):
+        shutil.copytree(finished_run / "checkpoints", run_dir / "checkpoints")
+        return hold_directory(run_dir)
+
+    monkeypatch.setattr(run_module, "hold_directory", hold_after_another_run)
+    with pytest.raises(UserError, match="seed was 0, is now 1"):
+        prepare_run_dir(config, facts_of(config), ALONE)
+    hold_directory(config.run_dir).close()  # a start that was refused does not keep others out
+
+
+def test_a_directory_that_another_process_keeps_is_waited_for_and_then_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(run_module, "LOCK_WAIT_S", 0.5)
+    config.run_dir.mkdir(parents=True)
+    with run_module.hold_directory(config.run_dir), pytest.raises(UserError, match="another process is training in it"):
+        prepare_run_dir(config, facts_of(config), ALONE)
+    assert capsys.readouterr().err.count("waiting for another process to release it") == 1
+    assert not (config.run_dir / "config.yaml").exists()

@@ -1,0 +1,78 @@
+"""What runs are compared with: each baseline sees what it is to see, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from bfsys.errors import UserError
+from tests.tools.packing_helpers import make_files, png_bytes
+from tools import pack
+from tools.bench import baselines
+from tools.bench.baselines import Table
+
+
+def table(lengths: list[int], values: list[int], labels: list[int]) -> Table:
+    counts = np.zeros((len(values), 256))
+    counts[np.arange(len(values)), values] = 1.0
+    return Table(np.array(lengths), counts, np.array(labels))
+
+
+def test_sizes_tell_classes_apart_only_if_they_differ() -> None:
+    train = table([10, 12, 1000, 1100, 90, 100], [0] * 6, [0, 0, 1, 1, 2, 2])
+    assert baselines.nearest_size(train, table([11, 950, 80], [0] * 3, [0, 1, 2])) == 1.0
+    assert baselines.nearest_size(train, table([11, 950, 80], [0] * 3, [1, 2, 0])) == 0.0
+    alike = table([50] * 4, [0] * 4, [0, 1, 0, 1])
+    assert baselines.nearest_size(alike, table([50] * 2, [0] * 2, [0, 1])) == 0.5
+
+
+def test_byte_counts_see_values_and_no_sizes() -> None:
+    train = table([5] * 8, [1, 2] * 4, [0, 1] * 4)
+    assert baselines.byte_counts(train, table([7, 7], [1, 2], [0, 1])) == 1.0
+    alike = table([5, 900] * 4, [1] * 8, [0, 1] * 4)
+    assert baselines.byte_counts(alike, table([5, 900], [1, 1], [0, 1])) == 0.5
+
+
+def test_the_largest_class() -> None:
+    assert baselines.largest_class(table([1] * 3, [0] * 3, [1, 1, 0]), table([1] * 4, [0] * 4, [1, 0, 1, 2])) == 0.5
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """A config on pictures of two colours, all of one size."""
+    rng = np.random.default_rng(0)
+    names = {
+        f"{split}/{name}/{i}.png": png_bytes(8, 8, value + int(rng.integers(40)))
+        for split, count in (("train", 24), ("val", 6))
+        for name, value in (("dark", 20), ("light", 160))
+        for i in range(count)
+    }
+    src = make_files(tmp_path / "colours", names)
+    pack.main([str(src), str(tmp_path / "packed"), "--name", "colours", "--workers", "1"])
+    config = {
+        "data": {"sources": [{"path": str(tmp_path / "packed" / "colours")}], "batch_samples": 8, "lanes": 2},
+        "model": {"size": "custom", "dim": 16, "layers": 1, "heads": 2, "merge_after": [], "max_tokens": 64},
+        "optim": {"warmup_steps": 2},
+        "train": {"steps": 60, "precision": "fp32"},
+    }
+    (tmp_path / "colours.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "colours.yaml"
+
+
+def test_the_table_of_a_run(colours: Path, capsys: pytest.CaptureFixture) -> None:
+    baselines.main([str(colours), "--decoded", "--side", "16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 classes, learned from 48 files, judged by 12"
+    percent = {line[2:16].strip(): float(line[16:].split()[0]) for line in lines[1:]}
+    assert percent["largest class"] == 50.0
+    assert percent["decoded"] >= 90.0
+
+
+def test_what_cannot_be_decoded_is_said(config_file: Path) -> None:
+    with pytest.raises(UserError, match="give one source at a time"):
+        baselines.main([str(config_file), "--decoded"])
+    with pytest.raises(UserError, match="neither pictures nor sounds"):
+        baselines.decoder(b"anything", 32)

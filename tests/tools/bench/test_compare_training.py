@@ -1,0 +1,58 @@
+"""bfsys against the published form: 200 steps of training, loss by loss."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bfsys.batch import ByteBatch, Sample
+from bfsys.config import load_config
+from bfsys.errors import UserError
+from tools.bench import compare_training
+
+MODEL = [
+    "model.dim=32", "model.layers=4", "model.merge_after=[0,1,3]", "model.window=16", "model.shift=8",
+    "optim.clip_norm=0", "optim.warmup_steps=20",
+]  # fmt: skip
+
+
+def test_200_steps_are_the_published_ones(config_file: Path, capsys: pytest.CaptureFixture) -> None:
+    assert compare_training.main([str(config_file), *MODEL, "train.steps=220", "train.zero_stage=2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first, last = (float(lines[i].split()[1]) for i in (1, -2))
+    assert last < 0.75 * first, "they agree on nothing: nothing was learned"
+    assert lines[-1].startswith("largest relative difference of 200 steps")
+
+
+def test_a_difference_is_seen(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The comparison would notice if bfsys used another optimizer."""
+    few = [*MODEL, "train.steps=30"]
+    other = list(compare_training.published_losses(load_config(config_file, [*few, "optim.beta2=0.99"])))
+    monkeypatch.setattr(compare_training, "bfsys_losses", lambda *arguments: other)
+    assert compare_training.main([str(config_file), *few, "--steps", "30", "--control"]) == 1
+    assert 0 < float(capsys.readouterr().out.split()[-1]) < 1e-4  # of the published form to itself, a bit beside
+
+
+def test_files_beyond_the_positions_are_refused(config_file: Path) -> None:
+    config = load_config(config_file, [*MODEL, "model.max_tokens=4", "train.steps=20"])
+    with pytest.raises(UserError, match="positions repeat there"):
+        next(itertools.islice(compare_training.published_losses(config), 1))
+
+
+def test_too_many_steps(config_file: Path) -> None:
+    with pytest.raises(UserError, match=r"--steps: got 200, the run has train\.steps 10"):
+        compare_training.main([str(config_file)])
+
+
+def test_mixed_sounds_have_mixed_targets() -> None:
+    batch = ByteBatch.from_samples([Sample("", np.zeros(3, np.uint8), label=n) for n in (0, 2)])
+    assert compare_training.targets_of(batch, 3).tolist() == [[1, 0, 0], [0, 0, 1]]
+    mixed = replace(batch, second_labels=torch.tensor([1, 2]), second_share=torch.tensor([0.25, 0.5]))
+    assert compare_training.targets_of(mixed, 3).tolist() == [[0.75, 0.25, 0], [0, 0, 1]]

@@ -1,0 +1,222 @@
+"""What a run's figures are to be compared with: the same files, by size, by byte counts, and decoded.
+
+    python tools/bench/baselines.py configs/small.yaml data.sources.0.path=data/shards/digits
+
+Takes the config of a run, and measures top-1 on its evaluation split:
+
+    largest class   of the training files
+    file size       the class whose files' mean log-length is nearest
+    byte counts     logistic regression (scikit-learn) on how often each byte value occurs in a file
+    decoded         a plain convolutional network on pixels, or on a log-mel spectrogram, that learns from the run's own
+                    batches (same files, augmentation, order and number of steps), decoded; one source only
+
+The first three learn from one epoch of the run's batches. A model of bytes that does not beat them has learned nothing
+that the files do not give away on their outside; the last is what may be had for decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bfsys.batch import ByteBatch
+from bfsys.config import Config, load_config
+from bfsys.data.media.encodings import resample, set_length
+from bfsys.data.media.modalities import decode_audio, decode_image
+from bfsys.data.streaming.datasets import Sources, make_plan, open_evaluation, open_training
+from bfsys.data.streaming.loader import evaluation_rounds, training_batches
+from bfsys.data.streaming.quarantine import Quarantine
+from bfsys.dist import Ranks
+from bfsys.errors import UserError, run_command, summary_of
+from bfsys.loss import TOP1, loss_and_sums
+from bfsys.optim import learning_rate
+
+SOUND_RATE_HZ, SOUND_S = 16_000, 1.0
+MEL_BANDS = 64
+WIDTHS = (32, 64, 128, 128)  # channels; each pair of convolutions halves the picture
+
+
+@dataclass
+class Table:
+    """Files as the simple models see them."""
+
+    lengths: np.ndarray  # int64 [files]
+    counts: np.ndarray  # float64 [files, 256]: share of each byte value
+    labels: np.ndarray  # int64 [files]
+
+    @classmethod
+    def of(cls, batches: Iterator[ByteBatch]) -> Table:
+        lengths, counts, labels = [], [], []
+        for batch in batches:
+            for i, content in enumerate(batch.files()):
+                lengths.append(len(content))
+                counts.append(np.bincount(content, minlength=256) / max(1, len(content)))
+                labels.append(int(batch.labels[i]))
+        return cls(np.array(lengths), np.array(counts), np.array(labels))
+
+
+def largest_class(train: Table, val: Table) -> float:
+    return float((val.labels == np.bincount(train.labels).argmax()).mean())
+
+
+def nearest_size(train: Table, val: Table) -> float:
+    classes = np.unique(train.labels)
+    means = np.array([np.log(train.lengths[train.labels == c]).mean() for c in classes])
+    nearest = np.abs(np.log(val.lengths)[:, None] - means).argmin(1)
+    return float((classes[nearest] == val.labels).mean())
+
+
+def byte_counts(train: Table, val: Table) -> float:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    model.fit(np.sqrt(train.counts), train.labels)  # square roots: shares spread over orders of magnitude
+    return float(model.score(np.sqrt(val.counts), val.labels))
+
+
+class PlainCNN(nn.Module):
+    """Pairs of 3 × 3 convolutions with batch norm, a mean, a linear head: [B, C, H, W] -> [B, classes]."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in WIDTHS:
+            for _ in range(2):
+                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def picture(content: bytes, side: int) -> Tensor:
+    """float32 [3, side, side], of any picture: squeezed to a square."""
+    from PIL import Image
+
+    pixels = Image.fromarray(decode_image(content))
+    if pixels.size != (side, side):
+        pixels = pixels.resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(pixels).copy()).permute(2, 0, 1) / 127.5 - 1
+
+
+def spectrogram() -> Callable[[bytes], Tensor]:
+    """A function to float32 [1, bands, frames], of any sound's first second."""
+    from torchaudio.transforms import MelSpectrogram
+
+    to_mel = MelSpectrogram(SOUND_RATE_HZ, n_fft=512, hop_length=160, n_mels=MEL_BANDS)
+
+    def apply(content: bytes) -> Tensor:
+        clip = decode_audio(content)
+        clip = set_length(clip if clip.rate_hz == SOUND_RATE_HZ else resample(clip, SOUND_RATE_HZ), SOUND_S)
+        return (to_mel(torch.from_numpy(clip.wave)) + 1e-6).log()[None] / 4
+
+    return apply
+
+
+def decoder(content: bytes, side: int) -> tuple[Callable[[bytes], Tensor], int]:
+    """What decodes files like this one, and the channels that come out."""
+    for decode, channels in ((lambda c: picture(c, side), 3), (spectrogram(), 1)):
+        try:
+            decode(content)
+        except Exception:  # decoders raise anything
+            continue
+        return decode, channels
+    raise UserError("the files are neither pictures nor sounds that can be decoded; leave out --decoded")
+
+
+def decode_all(decode: Callable[[bytes], Tensor], batch: ByteBatch) -> Tensor:
+    """float32 [B, C, H, W]."""
+    try:
+        return torch.stack([decode(content.tobytes()) for content in batch.files()])
+    except Exception as error:  # decoders raise anything
+        raise UserError(f"--decoded: one of the files {batch.samples.tolist()} cannot be decoded: {error}") from None
+
+
+def decoded(config: Config, training: Sources, validation: Sources, side: int) -> tuple[float, int, float]:
+    """Top-1 of the convolutional network after the run's steps, its parameters, and the seconds that it took."""
+    began = time.perf_counter()
+    torch.manual_seed(config.train.seed)
+    batches = batches_for_training(config, training, config.train.steps)
+    first = next(batches)
+    decode, channels = decoder(first.files()[0].tobytes(), side)
+    model = PlainCNN(channels, len(training.classes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+    for number, batch in enumerate(itertools.chain([first], batches)):
+        step, lane = divmod(number, config.data.lanes)
+        logits = model(decode_all(decode, batch))
+        loss, _ = loss_and_sums(logits, batch, 1, config.optim.label_smoothing)
+        (loss / config.data.batch_samples).backward()
+        if lane == config.data.lanes - 1:
+            optimizer.param_groups[0]["lr"] = learning_rate(step, config.train.steps, config.optim)
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval()
+    right, files_seen = 0.0, 0
+    with torch.no_grad():
+        for batch in batches_for_evaluation(config, validation):
+            logits = model(decode_all(decode, batch))
+            _, sums = loss_and_sums(logits, batch, 1)
+            right, files_seen = right + float(sums[:, TOP1].sum()), files_seen + len(batch.labels)
+    return right / files_seen, sum(p.numel() for p in model.parameters()), time.perf_counter() - began
+
+
+def unmixed(config: Config) -> Sources:
+    """The training files augmented as ever, but each of one class: the simple models know no shares of two."""
+    sources = [replace(s, augment=replace(s.augment, mixup=False)) if s.augment else s for s in config.data.sources]
+    return open_training(replace(config, data=replace(config.data, sources=tuple(sources))))
+
+
+def batches_for_training(config: Config, sources: Sources, steps: int) -> Iterator[ByteBatch]:
+    config = replace(config, train=replace(config.train, steps=steps))
+    return training_batches(config, sources, make_plan(config, sources), Ranks(), first_step=0)
+
+
+def batches_for_evaluation(config: Config, sources: Sources) -> Iterator[ByteBatch]:
+    return (batch for batch, counts in evaluation_rounds(config, sources, Ranks(), Quarantine(), 0) if counts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
+    parser.add_argument("config", help="of the run to compare with")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--decoded", action="store_true", help="train the convolutional network too")
+    parser.add_argument("--side", type=int, default=64, metavar="N", help="it sees pictures of N × N (default 64)")
+    args = parser.parse_intermixed_args(arguments)
+    config = load_config(args.config, args.overrides)
+    training = open_training(config)
+    validation = open_evaluation(config, config.data.eval_split, training.classes)
+    if not validation.splits:
+        raise UserError(f"no source of {args.config} has the split {config.data.eval_split}")
+    if args.decoded and len(config.data.sources) > 1:
+        raise UserError("--decoded: pictures and sounds do not go through one such network; give one source at a time")
+    epoch = -(-sum(len(split) for split in training.splits) // config.data.batch_samples)
+    train = Table.of(batches_for_training(config, unmixed(config), epoch))
+    val = Table.of(batches_for_evaluation(config, validation))
+    print(f"{len(training.classes)} classes, learned from {len(train.labels):,} files, judged by {len(val.labels):,}")
+    for name, judge in (("largest class", largest_class), ("file size", nearest_size), ("byte counts", byte_counts)):
+        print(f"  {name:<14} {100 * judge(train, val):6.2f} %", flush=True)
+    if args.decoded:
+        top1, parameters, seconds = decoded(config, training, validation, args.side)
+        print(f"  {'decoded':<14} {100 * top1:6.2f} %   {parameters:,} parameters, {seconds:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,403 @@
+"""Throughput of loaders side by side, in one run and on the same samples.
+
+    python tools/bench/bench_loader.py --json loaders.json --cold
+
+Each delivers shuffled batches of 32 files, undecoded, as one uint8 buffer, int64 offsets and labels; peers read their
+own formats, and build batches in their worker processes. `raw read` is a plain sequential read of the shards.
+A measurement is a process of its own: an uncounted epoch, in which every sample must come exactly once, then as many
+new loaders as there are repeats. MB/s (of payload) and samples/s run from the first batch to the last, and the start is
+told apart: epochs are short here, long in training. What is read ahead by then (a shuffle buffer, say) is a gift.
+
+Exit code 0: measured; 1: bfsys or the plain read failed or lost samples; 2: wrong arguments, or the like.
+Refused: figures of different runs in one table; on shared machines they differ by more than loaders do.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.shared_memory import SharedMemory
+from operator import itemgetter
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bfsys.data.storage.tars import Member, atomic_file, size_in_tar_bytes, write_shard
+from bfsys.errors import run_command, summary_of
+
+RAW_READ = "raw read"
+BATCH_SAMPLES = 32
+SHARD_BYTES = 64_000_000
+CLIP_BYTES = 32_044  # a second of 16-bit sound at 16 kHz, with its header
+LIMIT_S = 900  # of one measurement
+
+
+def sample_lengths(samples: int) -> np.ndarray:
+    """int64 [samples]: a quarter are clips, the others are as long as JPEG files (median 12 KB)."""
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.normal(np.log(12_000), 0.7, samples)).astype(np.int64).clip(64)
+    lengths[rng.permutation(samples)[: samples // 4]] = CLIP_BYTES
+    return lengths
+
+
+def sample(number: int, lengths: np.ndarray) -> tuple[bytes, int]:
+    """Payload and label. The payload is random but for its first eight bytes, which are the sample's number."""
+    payload = np.random.default_rng([1, number]).bytes(int(lengths[number]) - 8)
+    return number.to_bytes(8, "little") + payload, number % 10
+
+
+def write_tars(folder: Path, lengths: np.ndarray) -> None:
+    from bfsys.data.storage.shards import write_description, write_split
+
+    shard_of = np.cumsum([size_in_tar_bytes(length) for length in lengths.tolist()]) // SHARD_BYTES
+    shards = []
+    for shard in np.unique(shard_of):
+        members = (
+            Member(f"{i:08}", "wav" if lengths[i] == CLIP_BYTES else "jpg", *sample(i, lengths))
+            for i in np.flatnonzero(shard_of == shard).tolist()
+        )
+        shards.append(write_shard(folder / f"bench-train-{shard:06}.tar", members))
+    splits = {"train": write_split(folder, "bench", "train", "0123456789", shards)}
+    write_description(folder, "bench", "0123456789", "as_stored", {"tool": "tools/bench/bench_loader.py"}, splits)
+
+
+def write_mds(folder: Path, lengths: np.ndarray) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder), columns={"data": "bytes", "label": "int"}, size_limit=SHARD_BYTES) as writer:
+        for number in range(len(lengths)):
+            writer.write(dict(zip(("data", "label"), sample(number, lengths), strict=True)))
+
+
+def write_litdata(folder: Path, lengths: np.ndarray) -> None:
+    from litdata import optimize
+
+    fn, numbers = partial(sample, lengths=lengths), range(len(lengths))
+    optimize(fn, [*numbers], str(folder), chunk_bytes=SHARD_BYTES, num_workers=1, verbose=False)
+
+
+def bfsys_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
+    """An epoch of (data uint8 [bytes], offsets int64 [samples + 1], …), tensors or arrays; and so do the next ones."""
+    from bfsys.config import Config, Data, Model, Source, Train
+    from bfsys.data.streaming.loader import training_batches
+    from bfsys.data.streaming.run_data import open_run_data
+    from bfsys.dist import Ranks
+
+    knobs = Data(sources=(Source(str(folder)),), batch_samples=BATCH_SAMPLES, lanes=1, workers=workers)
+    config = Config(knobs, Model(max_tokens=1_000_000), train=Train(steps=steps))
+    data = open_run_data(config, Ranks())
+    for batch in training_batches(config, data.training, data.plan, Ranks(), first_step=0):
+        yield batch.data, batch.offsets
+
+
+def webdataset_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
+    from webdataset import WebDataset, WebLoader
+
+    urls = sorted(str(path) for path in folder.glob("*.tar"))
+    dataset = WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000)  # as in its documentation
+    dataset = dataset.map(lambda fields: (fields.get("jpg") or fields["wav"], int(fields["cls"])))
+    dataset = dataset.batched(BATCH_SAMPLES, collation_fn=flat_batch)
+    yield from WebLoader(dataset, batch_size=None, num_workers=workers, collate_fn=lambda batch: batch)
+
+
+def mosaicml_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+
+    dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH_SAMPLES)
+    pairs = partial(map, itemgetter("data", "label"))
+    yield from DataLoader(dataset, BATCH_SAMPLES, num_workers=workers, collate_fn=lambda s: flat_batch([*pairs(s)]))
+
+
+def litdata_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    dataset = StreamingDataset(str(folder), shuffle=True)
+    yield from StreamingDataLoader(dataset, batch_size=BATCH_SAMPLES, num_workers=workers, collate_fn=flat_batch)
+
+
+def flat_batch(samples: Sequence[tuple[bytes, int]]) -> tuple:
+    """The peers' batches. Arrays, since torch hands a tensor over from a worker at half to the same speed."""
+    offsets = np.zeros(len(samples) + 1, np.int64)
+    np.cumsum([len(payload) for payload, _ in samples], out=offsets[1:])
+    data = np.concatenate([np.frombuffer(payload, np.uint8) for payload, _ in samples])
+    return data, offsets, np.array([label for _, label in samples])
+
+
+# The form that each reads, and its batches.
+LOADERS: dict[str, tuple[str, Callable[[Path, int, int], Iterator[tuple]] | None]] = {
+    RAW_READ: ("tars", None),
+    "bfsys": ("tars", bfsys_batches),
+    "webdataset": ("tars", webdataset_batches),
+    "mosaicml-streaming": ("mds", mosaicml_batches),
+    "litdata": ("litdata", litdata_batches),
+}
+
+
+def run_job(job: dict) -> dict:
+    record_shared_memory(Path(job["ledger"]))
+    folder, lengths, checked = Path(job["folder"]), sample_lengths(job["samples"]), {}
+    if "write" in job:
+        if not folder.exists():  # it has its name only when it is whole
+            part = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            {"tars": write_tars, "mds": write_mds, "litdata": write_litdata}[job["write"]](part, lengths)
+            part.rename(folder)
+        return {}
+    _, batches = LOADERS[job["loader"]]
+    if batches is None:
+        timed = partial(timed_read, folder, lengths)
+        timed()  # uncounted
+    else:
+        start = partial(batches, folder, job["workers"], len(lengths) // BATCH_SAMPLES)
+        checked = check_epoch(start(), lengths)
+        timed = partial(timed_epoch, start, lengths, job["seconds"])
+    passes = []
+    for _ in range(job["repeats"]):
+        if job["cold"]:
+            forget_pages(folder)
+        passes.append(timed())
+    problems = [done.pop("problem", None) for done in (checked, *passes)]
+    medians = {key: median(done[key] for done in passes) for key in passes[0]}
+    return {**checked, **medians, "problem": next(filter(None, problems), None)}
+
+
+def check_epoch(batches: Iterator[tuple], lengths: np.ndarray) -> dict:
+    """Does each sample of an epoch come once, whole; and what share of its batches is padding?"""
+    numbers, sizes, buffers, padded = [], [], 0, 0
+    for data, offsets, *_ in batches:
+        data, offsets = np.asarray(data), np.asarray(offsets)
+        numbers.append(data[offsets[:-1, None] + np.arange(8)].view("<i8")[:, 0])
+        sizes.append(np.diff(offsets))
+        buffers += len(data)
+        padded += len(sizes[-1]) * int(sizes[-1].max())
+    number, size, wanted = np.concatenate(numbers), np.concatenate(sizes), np.arange(len(lengths))
+    payload, different, problem = int(size.sum()), len(np.intersect1d(number, wanted)), None
+    if not (np.array_equal(np.sort(number), wanted) and np.array_equal(size, lengths[number])):
+        problem = f"WRONG: {len(number):,} samples of {len(wanted):,}, {different:,} different ones, {payload:,} bytes"
+    return {"padding_share": 1 - payload / buffers, "padded_share": 1 - payload / padded, "problem": problem}
+
+
+def timed_epoch(start: Callable[[], Iterator[tuple]], lengths: np.ndarray, seconds: float | None) -> dict:
+    begin = time.perf_counter()
+    samples, size, first, problem = 0, 0, None, None
+    for _, offsets, *_ in start():
+        now = time.perf_counter()
+        samples += len(offsets) - 1
+        size += int(offsets[-1])
+        if first is None:
+            first = now, samples, size
+        elif seconds and now - first[0] > seconds:
+            break
+    else:
+        if (samples, size) != (len(lengths), lengths.sum()):
+            problem = f"WRONG: {samples:,} samples and {size:,} bytes, not {len(lengths):,} and {lengths.sum():,}"
+    assert first is not None, "the loader gave no batch"
+    seconds = now - first[0]
+    rates = {"mb_per_s": (size - first[2]) / seconds / 1e6, "samples_per_s": (samples - first[1]) / seconds}
+    return {**rates, "first_batch_s": first[0] - begin, "epoch_s": now - begin, "problem": problem}
+
+
+def timed_read(folder: Path, lengths: np.ndarray) -> dict:
+    """Every shard from end to end, into one buffer. The rate is that of the payload in them."""
+    buffer = bytearray(SHARD_BYTES)  # in memory, as batches are; one that stays in a core's cache fills 1.7 x as fast
+    begin = time.perf_counter()
+    for path in sorted(folder.glob("*.tar")):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    seconds = time.perf_counter() - begin
+    return {"mb_per_s": lengths.sum() / seconds / 1e6, "samples_per_s": len(lengths) / seconds, "epoch_s": seconds}
+
+
+def forget_pages(folder: Path) -> None:
+    """Have the next reader fetch the shards from the disk."""
+    for path in folder.glob("*.tar"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # pages that are not written yet would stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def record_shared_memory(ledger: Path) -> None:
+    """Write down the named shared memory that this process and its workers make: mosaicml-streaming may leave it."""
+    original = SharedMemory.__init__
+
+    def recorded(self: SharedMemory, name: str | None = None, create: bool = False, size: int = 0) -> None:
+        original(self, name, create, size)
+        if create:
+            with open(ledger, "a") as file:
+                file.write(f"{os.stat(f'/dev/shm/{self.name}').st_ino} /dev/shm/{self.name}\n")
+
+    mock.patch.object(SharedMemory, "__init__", recorded).start()
+
+
+def in_child(job: dict) -> dict:
+    """Do a job in a new process group and leave nothing of it behind. Returns its result, with any problem."""
+    with tempfile.TemporaryDirectory(prefix="bench_loader-") as scratch:
+        result, ledger, errors = (Path(scratch) / name for name in ("result", "ledger", "errors"))
+        job = {**job, "result": str(result), "ledger": str(ledger)}
+        env = {**os.environ, "TMPDIR": scratch, "LITDATA_DISABLE_VERSION_CHECK": "1"}
+        env["DS_ACCELERATOR"] = "cpu"  # bfsys would pin its batches for a GPU, and the peers would not
+        with open(errors, "wb") as output:
+            command = [sys.executable, __file__, "--child", json.dumps(job)]
+            child = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
+        try:
+            code = child.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return {"problem": f"no end after {LIMIT_S} s"}
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            remove_shared_memory(ledger)
+        if code == 0:
+            return json.loads(result.read_text())
+        lines = [line for line in errors.read_text(errors="replace").splitlines() if line.strip()]
+        return {"problem": lines[-1] if lines else f"ended with code {code}"}
+
+
+def remove_shared_memory(ledger: Path) -> None:
+    """Remove what is left of that in the ledger, but not what others have made by the same name since."""
+    for line in ledger.read_text().splitlines() if ledger.exists() else ():
+        inode, path = line.split(" ", 1)
+        if os.path.exists(path) and os.stat(path).st_ino == int(inode):
+            os.unlink(path)
+
+
+def measure_all(args: argparse.Namespace, folder: Path, loaders: Sequence[str]) -> list[dict]:
+    """The rows of the table, each from a process of its own, and their ratios to others as warm or cold."""
+    from bfsys.data.storage.shards import FORMAT
+
+    stored = f"{{}}-{args.samples}-format{FORMAT}"  # kept samples are not used once the format has changed
+    problems = {}
+    for form in dict.fromkeys(LOADERS[name][0] for name in loaders):
+        print(f"writing {form} …", file=sys.stderr)
+        job = {"write": form, "folder": str(folder / stored.format(form)), "samples": args.samples}
+        problems[form] = in_child(job).get("problem")
+    rows = []
+    asked = {key: getattr(args, key) for key in ("samples", "repeats", "seconds")}
+    cases = [(False, name) for name in loaders]
+    cases += [(True, name) for name in loaders if args.cold and name in (RAW_READ, "bfsys")]
+    for cold, loader in cases:
+        form = LOADERS[loader][0]
+        for workers in [0] if loader == RAW_READ else args.workers:
+            row = {"loader": loader, "workers": workers, "cold": cold}
+            print(f"measuring {loader}, {workers} workers{', cold' if cold else ''} …", file=sys.stderr)
+            job = {**row, **asked, "folder": str(folder / stored.format(form))}
+            failed = problems[form] and {"problem": f"writing its samples failed: {problems[form]}"}
+            rows.append({**row, **dict.fromkeys(COLUMNS), **(failed or in_child(job))})
+    rates = {(row["loader"], row["workers"], row["cold"]): row["mb_per_s"] for row in rows}
+    for row in rows:
+        for key, other in (("vs_raw_read", (RAW_READ, 0)), ("vs_webdataset", ("webdataset", row["workers"]))):
+            rate = rates.get((*other, row["cold"]))
+            row[key] = row["mb_per_s"] / rate if row["mb_per_s"] and rate else None
+    return rows
+
+
+COLUMNS = {
+    "mb_per_s": ("MB/s", "{:,.0f}"),
+    "samples_per_s": ("samples/s", "{:,.0f}"),
+    "first_batch_s": ("first batch, s", "{:.3f}"),
+    "epoch_s": ("epoch, s", "{:.3f}"),
+    "padding_share": ("padding", "{:.0%}"),
+    "padded_share": ("if padded", "{:.0%}"),
+    "vs_raw_read": ("to raw read", "{:.2f} x"),
+    "vs_webdataset": ("to webdataset", "{:.1f} x"),
+    "problem": ("problem", "{}"),
+}
+
+
+def show(rows: Sequence[dict]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 240)  # a log has no width, and would be cut to 80
+    table = Table("loader", "workers", box=box.SIMPLE if sys.stdout.isatty() else None)
+    for key, (title, _) in COLUMNS.items():
+        table.add_column(title, justify="left" if key == "problem" else "right", overflow="fold")
+    for row in rows:
+        values = ["" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()]
+        table.add_row(row["loader"] + (" (cold)" if row["cold"] else ""), str(row["workers"]), *map(Text, values))
+    console.print(table)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=summary_of(__doc__))
+    add = parser.add_argument
+    add("--json", type=Path, metavar="OUT", help="write the rows to this file too")
+    add("--samples", type=int, default=20_000, help="a multiple of 32, at least 64 (default: 20000, 500 MB)")
+    add("--data", type=Path, metavar="FOLDER", help="keep the samples here and use them again (default: a temporary)")
+    add("--loaders", default=",".join(LOADERS), metavar="A,B", help="default: %(default)s")
+    add("--workers", default="0,1,2", metavar="N,M", help="loader processes (default: %(default)s)")
+    add("--repeats", type=int, default=3, help="measured epochs, of which the median counts (default: 3)")
+    add("--seconds", type=float, help="end a measured epoch after this time (default: after its last batch)")
+    add("--cold", action="store_true", help="measure the plain read and bfsys from disk, too")
+    add("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    args.loaders, args.workers = args.loaders.split(","), args.workers.split(",")
+    wrong = [name for name in args.loaders if name not in LOADERS] + [n for n in args.workers if not n.isdecimal()]
+    if wrong:
+        parser.error(f"got {', '.join(wrong)}; loaders are {', '.join(LOADERS)}, and workers whole numbers such as 0,2")
+    if args.samples < 64 or args.samples % BATCH_SAMPLES or args.repeats < 1 or not (args.seconds or 1) > 0:
+        parser.error("--samples must be a multiple of 32, at least 64; --repeats and --seconds positive")
+    if args.data and args.data.exists() and not args.data.is_dir():
+        parser.error(f"--data: {args.data} is not a folder")
+    args.workers = [int(number) for number in args.workers]
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    if args.child:
+        Path(args.child["result"]).write_text(json.dumps(run_job(args.child)))
+        return 0
+    os.makedirs(args.json.parent if args.json else ".", exist_ok=True)
+    cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    machine = {
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": f"{platform.platform()}, load {os.getloadavg()[0]:.1f} before",
+    }
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "numpy", *LOADERS):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    loaders = [name for name in LOADERS if name in args.loaders]
+    for name in [name for name in loaders if name != RAW_READ and name not in versions]:
+        print(f"{name}: not installed, left out; to have it: pip install -e '.[bench]'")
+        loaders.remove(name)
+    with tempfile.TemporaryDirectory(prefix="bench_loader-") as folder:
+        rows = measure_all(args, args.data or Path(folder), loaders)
+    show(rows)
+    if args.json:
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        report = {"rows": rows, "samples": args.samples, "machine": machine, "versions": versions, "date": date}
+        with atomic_file(args.json) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
+    return int(any(row["problem"] for row in rows if row["loader"] in (RAW_READ, "bfsys")))
+
+
+if __name__ == "__main__":
+    if "--child" not in sys.argv:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and processes are cleaned up
+    run_command(main)
