@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, PASSING, UserError
+from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Ranks:
     local_world_size: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     @property
@@ -167,7 +167,8 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
     if not 0 < _number("MASTER_PORT", 0) < 2**16:
         raise UserError(f"MASTER_PORT is {os.environ['MASTER_PORT']}; a port is a number from 1 to 65535")
     host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
-    keeps_it = ranks.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun has one already
+    # torchrun has a store already.
+    keeps_it = ranks.is_rank_zero and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     said = f"rank {ranks.rank} has waited {SAY_AFTER_S:.0f} s for rank 0 to answer at {host}:{port}"
     waiting = threading.Timer(SAY_AFTER_S, _say, [said])
     waiting.daemon = True
@@ -197,7 +198,7 @@ def _meet(store: dist.Store, ranks: Ranks, identity: str, timeout_s: float) -> l
     """Wait until all ranks are there; everybody's `identity`, by rank. Rank 0 names those that are late."""
     names = [f"rank {rank}" for rank in range(ranks.world_size)]
     store.set(names[ranks.rank], identity)
-    if not ranks.is_first:
+    if not ranks.is_rank_zero:
         try:
             return json.loads(store.get("all ranks"))
         except RuntimeError as error:
@@ -256,7 +257,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def leave(exit_code: int) -> NoReturn:
+def hard_exit(exit_code: int) -> NoReturn:
     """End this process without tearing it down; to be called when all is written.
 
     Threads of process groups that DeepSpeed still holds abort the process while C++ is torn down, in 5 of 83
@@ -298,7 +299,7 @@ def agree_on_max(*values: int) -> tuple[int, ...]:
     return tuple(agreed.tolist())
 
 
-def from_first_rank(value: T) -> T:
+def broadcast_from_rank0(value: T) -> T:
     """Rank 0's value, on every rank. What is read from disk or clock is decided there."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
@@ -348,7 +349,7 @@ def same_errors_on_all(act: Callable[[], T]) -> T:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         problems = (f"{where}{error.strerror or error}",)
-        code = EXIT_CRASHED if error.errno in PASSING else EXIT_USER_ERROR
+        code = EXIT_CRASHED if error.errno in TRANSIENT_ERRNOS else EXIT_USER_ERROR
     everybodys = gather_to_all((problems, code))
     all_problems = dict.fromkeys(p for rank, _ in everybodys for p in rank)
     if all_problems:
@@ -358,5 +359,5 @@ def same_errors_on_all(act: Callable[[], T]) -> T:
 
 def on_rank0(act: Callable[[], T], ranks: Ranks) -> T:
     """`act()` on rank 0; its result on every rank. An error of rank 0 is raised on all, as by `same_errors_on_all`."""
-    mine = same_errors_on_all(lambda: [act()] if ranks.is_first else [])
-    return from_first_rank(mine)[0]
+    mine = same_errors_on_all(lambda: [act()] if ranks.is_rank_zero else [])
+    return broadcast_from_rank0(mine)[0]

@@ -23,8 +23,16 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop and to be started again
 EXIT_NO_PROGRESS = 76  # of a launcher: it crashed again and again
 EXIT_STOPPED = 130  # asked to stop
 
-# What may be over in a moment on a network file system. All else wants a person.
-PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EHOSTDOWN}
+# These are often transient on network file systems. Any other errno needs human action.
+TRANSIENT_ERRNOS = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+}
 
 
 class UserError(Exception):

@@ -26,7 +26,7 @@ from bfsys import dist, typed_yaml
 from bfsys.batch import ByteBatch
 from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
-from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, PASSING
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS
 from bfsys.json_lines import read_json_lines
 from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
 from bfsys.model.flops import flops_per_step, matrix_peak
@@ -78,7 +78,7 @@ class Metrics:
         self._steps_in_line = self._skipped = 0
         if carried:
             self._steps_in_line, self._skipped = carried["steps"], carried.get("skipped", 0)
-            if ranks.is_first:
+            if ranks.is_rank_zero:
                 self._sums += torch.tensor(carried["sums"], dtype=torch.float64)
                 counters = carried["counters"]
                 counters = counters if isinstance(counters, dict) else {}  # checkpoints once held a list
@@ -188,7 +188,7 @@ class Metrics:
 
     def say(self, line: str) -> None:
         """One line on the console, from rank 0."""
-        if self.ranks.is_first:
+        if self.ranks.is_rank_zero:
             print(line, flush=True)
 
     def carry(self) -> dict:
@@ -232,7 +232,7 @@ class Metrics:
             yield
         except OSError as error:
             self.problem = f"{self.run_dir}: metrics cannot be written: {error.strerror}; free disk space or repair it"
-            self.problem_code = EXIT_CRASHED if error.errno in PASSING else EXIT_STORAGE
+            self.problem_code = EXIT_CRASHED if error.errno in TRANSIENT_ERRNOS else EXIT_STORAGE
 
     def _console_line(self, line: dict) -> str:
         step, total = line["step"], self.total_steps

@@ -21,7 +21,7 @@ from bfsys.checkpoint.loading import check_same_run, newest_readable
 from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
-from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, PASSING, UserError
+from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError
 from bfsys.supervision.goodput import FILE as GOODPUT
 from bfsys.supervision.guard import FILE as ROLLBACKS
 from bfsys.supervision.run_end import forget_end
@@ -115,7 +115,7 @@ def _take_directory(config: Config, facts: dict) -> RunDirectory:
     except (OSError, UserError) as error:
         if hold:
             hold.close()
-        if isinstance(error, UserError) or error.errno in PASSING:
+        if isinstance(error, UserError) or error.errno in TRANSIENT_ERRNOS:
             raise
         code = EXIT_STORAGE if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
         where = f"{error.filename}: " if error.filename and error.filename != str(run_dir) else ""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bfsys import console, dist
 from bfsys.batch import ByteBatch
-from bfsys.checkpoint.files import Keep
+from bfsys.checkpoint.files import RetentionPolicy
 from bfsys.checkpoint.loading import resume, set_weights
 from bfsys.checkpoint.saving import Saver
 from bfsys.config import Config, load_config
@@ -54,7 +54,7 @@ from bfsys.supervision.signals import StopRequests
 from bfsys.supervision.watchdog import LEAST_S, Watchdog
 
 ROLLED_BACK = -1  # instead of an exit code: go on from the checkpoint that is now the newest
-UNKNOWN_STEPS = 3  # of a start, in which programs may still be compiled
+WARMUP_STEPS = 3  # of a start, in which programs may still be compiled
 COLLECT_EVERY_STEPS = 100  # garbage, on all ranks in the same step: ranks that do so at any time hold up each other
 
 
@@ -84,8 +84,8 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     # A shard may take its time to come from elsewhere, and its server may be away for a while.
     least_s = patience_s if data.is_remote else LEAST_S
     watchdog = Watchdog(config.run_dir, ranks, limit_s=of_train.hang_timeout_s, patience_s=patience_s, least_s=least_s)
-    ledger = dist.same_errors_on_all(lambda: Ledger(config.run_dir, ranks.is_first))
-    keep = Keep(of_train.keep_checkpoints, of_train.keep_every, of_train.keep_best, of_train.best_metric)
+    ledger = dist.same_errors_on_all(lambda: Ledger(config.run_dir, ranks.is_rank_zero))
+    keep = RetentionPolicy(of_train.keep_checkpoints, of_train.keep_every, of_train.keep_best, of_train.best_metric)
     saver = Saver(config.run_dir, ranks, keep)
     try:
         quarantine = Quarantine.load(config.run_dir, ranks)
@@ -99,7 +99,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             compiled=config.model.compiled and ranks.device.type == "cuda",
         )
         weights: dict[str, Tensor] = {}
-        notes = [*directory.notes, *(data.notes if ranks.is_first else ())]
+        notes = [*directory.notes, *(data.notes if ranks.is_rank_zero else ())]
         if directory.is_new:
             weights, taken_over = initial_weights(model, config, data.training.classes, ranks)
             notes += taken_over
@@ -124,7 +124,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             notes = []
         return exit_code
     except dist.AgreedError as error:
-        if ranks.is_first:
+        if ranks.is_rank_zero:
             note_end(config.run_dir, error.exit_code, str(error))
         raise
     except Exception as error:
@@ -183,7 +183,7 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
     run.ledger.begins()
     # A stop may have come between a checkpoint and its evaluation.
     evaluate_if_due(run, metrics, step)
-    run.saver.is_owed = False
+    run.saver.save_pending = False
     exit_code = updates = 0
     while step < total and not exit_code:
         outcome = train_step(run, batches, metrics, step, is_skipped=step + 1 in guard.passed_over)
@@ -200,7 +200,7 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
         save_if_due(run, metrics, guard, step, agreed)
         if not exit_code:
             evaluate_if_due(run, metrics, step)
-        if updates == UNKNOWN_STEPS:
+        if updates == WARMUP_STEPS:
             run.watchdog.times_are_known()
         if step % COLLECT_EVERY_STEPS == 0:
             gc.collect()
@@ -252,7 +252,7 @@ def agree(run: Run, metrics: Metrics, drawn: list[Drawn]) -> Agreed:
     everyones = dist.gather_numbers([loss, *flags])  # [ranks, 5]
     exit_code, has_bad_files, is_writing, problem_code = everyones[:, 1:].amax(0).int().tolist()
     if problem_code:
-        raise dist.AgreedError(dist.from_first_rank(metrics.problem), exit_code=problem_code)
+        raise dist.AgreedError(dist.broadcast_from_rank0(metrics.problem), exit_code=problem_code)
     mean_loss = everyones[:, 0].sum().item() / run.config.data.batch_samples
     return Agreed(mean_loss, exit_code, bool(has_bad_files), bool(is_writing))
 
@@ -282,14 +282,14 @@ def save_if_due(run: Run, metrics: Metrics, guard: Guard, step: int, agreed: Agr
     """Let a checkpoint count whose files are written, and start the next one where it is due; collective."""
     train, saver = run.config.train, run.saver
     is_over = bool(agreed.exit_code) or step == train.steps
-    saver.is_owed = saver.is_owed or step % train.save_every == 0
+    saver.save_pending = saver.save_pending or step % train.save_every == 0
     # Not while it goes badly: it may have to go back, and weights that spike are not worth keeping.
-    is_due = is_over or (saver.is_owed and not guard.in_a_row)
+    is_due = is_over or (saver.save_pending and not guard.in_a_row)
     if saver.under_way and (is_due or not agreed.is_writing):
         finish_save(run, metrics, step)
     if is_due:
         start_save(run, metrics, guard, step)
-        saver.is_owed = False
+        saver.save_pending = False
     if is_over:
         finish_save(run, metrics, step)
 
@@ -347,7 +347,7 @@ def report_bad_files(run: Run, sources: Sources, metrics: Metrics) -> None:
 
 
 def say(run: Run, text: str) -> None:
-    if run.ranks.is_first:
+    if run.ranks.is_rank_zero:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -368,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         ranks = dist.ranks_from_environment()
         config = dist.same_errors_on_all(lambda: load_config(args.config, args.overrides))
         if args.dry_run:
-            if ranks.is_first:
+            if ranks.is_rank_zero:
                 dry_run(config, ranks.world_size, with_data=not args.no_data)
             return 0
         console.go_on_without(config.run_dir / "log" / f"rank-{ranks.rank}.log")
@@ -376,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         dist.start(ranks, config.train.collective_timeout_s)
         exit_code = train(config, ranks)
-        if ranks.is_first:
+        if ranks.is_rank_zero:
             note_end(config.run_dir, exit_code, "stopped on request" if exit_code else "finished")
         dist.stop()
         return exit_code
@@ -407,4 +407,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    dist.leave(exit_code_of(main))
+    dist.hard_exit(exit_code_of(main))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bfsys.checkpoint import __main__ as command
 from bfsys.checkpoint import files, loading, saving
-from bfsys.checkpoint.files import Keep, step_of
+from bfsys.checkpoint.files import RetentionPolicy, step_of
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import EXIT_STORAGE, UserError
 
@@ -68,9 +68,9 @@ class Tensors:
         self.steps = step, updates
 
 
-def save(run: Path, step: int, source: Tensors | None = None, keep: Keep | None = None) -> Path:
+def save(run: Path, step: int, source: Tensors | None = None, keep: RetentionPolicy | None = None) -> Path:
     facts = {"step": step, "updates": step, **FACTS}
-    return saving.save(source or Tensors(step), run, facts, ranks=ALONE, keep=keep or Keep(100))
+    return saving.save(source or Tensors(step), run, facts, ranks=ALONE, keep=keep or RetentionPolicy(100))
 
 
 def same(one: Tensors, other: Tensors) -> bool:
@@ -100,7 +100,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 def test_training_may_go_on_while_it_is_written(tmp_path: Path) -> None:
     """What is written is the state at `start`, whatever becomes of it afterwards; memory is used again."""
-    saver, source = saving.Saver(tmp_path, ALONE, Keep(100)), Tensors(1)
+    saver, source = saving.Saver(tmp_path, ALONE, RetentionPolicy(100)), Tensors(1)
     for step in (1, 2):
         expected = Tensors(0)
         expected.values = {s: {n: t.clone() for n, t in source.values[s].items()} for s in source.values}
@@ -195,7 +195,7 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, moment: 
     def killed(*_, **__):
         raise Killed
 
-    saver = saving.Saver(tmp_path, ALONE, Keep(100))
+    saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(100))
     if moment == "manifest":
         monkeypatch.setattr(files, "write_durably", killed)
     elif moment == "renamed":
@@ -228,7 +228,7 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, moment: 
 
 def test_a_writer_that_dies_ends_the_run_as_a_crash(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    saver = saving.Saver(tmp_path, ALONE, Keep(100))
+    saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(100))
     saver.start(Tensors(2, size=3_000_000), {"step": 2, "updates": 2, **FACTS})
     saver._process.send_signal(signal.SIGKILL)
     with pytest.raises(RuntimeError, match="ended with code -9"):
@@ -238,7 +238,7 @@ def test_a_writer_that_dies_ends_the_run_as_a_crash(tmp_path: Path) -> None:
 
 def test_a_folder_that_vanishes_is_said_and_the_one_before_stays(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    saver = saving.Saver(tmp_path, ALONE, Keep(100))
+    saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(100))
     saver.start(Tensors(2, size=3_000_000), {"step": 2, "updates": 2, **FACTS})
     for work in (tmp_path / "checkpoints").glob(".step_00000002.*.part"):
         shutil.rmtree(work, ignore_errors=True)
@@ -293,7 +293,7 @@ def test_pieces_cover_a_state_or_do_not(shapes: dict[str, tuple[int, ...]], rng:
 )
 def test_what_is_kept(steps: set[int], last: int, every: int, best: int, scores: dict[int, float]) -> None:
     told = {step: {"top1": score, "loss": 1 - score} for step, score in scores.items()}
-    kept = files.steps_to_keep(sorted(steps), Keep(last, every, best, "top1"), told)
+    kept = files.steps_to_keep(sorted(steps), RetentionPolicy(last, every, best, "top1"), told)
     assert kept <= steps
     assert set(sorted(steps)[-last:]) <= kept
     assert not every or {step for step in steps if step and step % every == 0} <= kept
@@ -305,14 +305,14 @@ def test_what_is_kept(steps: set[int], last: int, every: int, best: int, scores:
 
 def test_the_best_of_losses_is_the_least() -> None:
     told = {step: {"loss": float(abs(step - 5))} for step in range(10)}
-    assert files.steps_to_keep(range(10), Keep(1, 0, 2, "loss"), told) == {9, 5, 6}
+    assert files.steps_to_keep(range(10), RetentionPolicy(1, 0, 2, "loss"), told) == {9, 5, 6}
 
 
 def test_a_run_keeps_what_it_was_told_to(tmp_path: Path) -> None:
     lines = [{"kind": "eval", "step": step, "top1": top1, "loss": 1.0} for step, top1 in ((2, 0.9), (4, 0.5), (6, 0.7))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for step in range(8):
-        save(tmp_path, step, keep=Keep(last=1, every=5, best=1))
+        save(tmp_path, step, keep=RetentionPolicy(last=1, every=5, best=1))
     assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [2, 5, 7]
 
 

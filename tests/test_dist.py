@@ -163,7 +163,7 @@ def main():
     for group in torch.distributed.distributed_c10d._world.pg_map:
         print(group._get_backend(torch.device("cpu")).options._timeout)
 
-dist.leave(exit_code_of(main))
+dist.hard_exit(exit_code_of(main))
 """
 
 
@@ -186,7 +186,7 @@ def test_the_reason_of_a_failed_set_up_is_said(run_ranks) -> None:
 
 def test_a_process_on_its_own_agrees_with_itself() -> None:
     assert dist.agree_on_max(3, 1) == (3, 1)
-    assert dist.from_first_rank("x") == "x"
+    assert dist.broadcast_from_rank0("x") == "x"
     assert dist.gather_to_all("x") == ["x"]
     assert dist.on_rank0(lambda: "x", dist.Ranks()) == "x"
 
@@ -231,7 +231,7 @@ def main():
 
     dist.on_rank0(fail, ranks)
 
-dist.leave(exit_code_of(main))
+dist.hard_exit(exit_code_of(main))
 """
 
 

@@ -273,7 +273,7 @@ def step(self, *arguments):
 
 Engine.step = step
 dist.stop = lambda: time.sleep(600)  # as NCCL does while others wait in a collective
-dist.leave(exit_code_of(lambda: train.main(sys.argv[1:])))
+dist.hard_exit(exit_code_of(lambda: train.main(sys.argv[1:])))
 """
 
 

@@ -34,4 +34,4 @@ if __name__ == "__main__":
         code = train.train(load_config(arguments[0], overrides.split()), ranks)
         assert code == 0, code
     dist.stop()
-    dist.leave(0)
+    dist.hard_exit(0)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bfsys import typed_yaml
-from bfsys.checkpoint.files import Keep, make_empty_folder
+from bfsys.checkpoint.files import RetentionPolicy, make_empty_folder
 from bfsys.checkpoint.saving import save
 from bfsys.config import Config, Data, Model, Optim
 from bfsys.data.streaming.byte_transforms import parse_transforms
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": {name: version(name) for name in ("bfsys", "torch")},
         "imported": {"file": args.weights.name, "part": nest, "sha256": sha256(args.weights)},
     }
-    path = save(Weights(to_bfsys(named)), args.out, facts, ranks=Ranks(), keep=Keep(1))
+    path = save(Weights(to_bfsys(named)), args.out, facts, ranks=Ranks(), keep=RetentionPolicy(1))
     (args.out / "config.yaml").write_text(typed_yaml.dump(config))
     describe(config, len(classes), nest, path)
     return 0

@@ -19,14 +19,14 @@ from pathlib import Path
 from bfsys import console
 from bfsys.checkpoint.files import (
     MANIFEST,
-    Keep,
+    RetentionPolicy,
     all_checkpoints,
     evaluations,
     problems_of,
     read_manifest,
     remove,
     step_of,
-    superfluous,
+    to_prune,
 )
 from bfsys.errors import UserError, run_command, summary_of
 
@@ -114,7 +114,7 @@ def show(args: argparse.Namespace) -> int:
 
 def remove_others(args: argparse.Namespace) -> int:
     train = read_manifest(paths_of(args.run)[-1])["config"]["train"]
-    keep = Keep(
+    keep = RetentionPolicy(
         last=train["keep_checkpoints"] if args.keep is None else args.keep,
         every=train.get("keep_every", 0) if args.keep_every is None else args.keep_every,
         best=train.get("keep_best", 0) if args.keep_best is None else args.keep_best,
@@ -131,7 +131,7 @@ def remove_others(args: argparse.Namespace) -> int:
         else:
             whole.append(path)
     console.go_on_without()  # removing is the work: a reader that ends, as in `… | head`, does not end it
-    for path in superfluous(args.run, whole, keep):
+    for path in to_prune(args.run, whole, keep):
         if not args.dry_run:
             try:
                 remove(path)

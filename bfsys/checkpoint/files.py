@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from bfsys.errors import EXIT_CRASHED, PASSING, UserError
+from bfsys.errors import EXIT_CRASHED, TRANSIENT_ERRNOS, UserError
 from bfsys.json_lines import NUMBER, Fields, parse_json_lines
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ GOING = ".removed"  # of a directory that was a checkpoint once, and is on its w
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """Which checkpoints stay: see `steps_to_keep`."""
 
     last: int
@@ -104,7 +104,7 @@ def cover(pieces: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> bool:
     return True
 
 
-def make_room(work: Path) -> None:
+def new_work_dir(work: Path) -> None:
     """An empty `work` directory, and none that killed saves left behind."""
     root = work.parent
     for left_over in (*root.glob(".step_*.part"), *root.glob(f".step_*{GOING}")):
@@ -137,7 +137,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)  # a file that somebody reads may not go on a network file system
 
 
-def set_aside(path: Path) -> Path:
+def move_aside(path: Path) -> Path:
     """Rename a damaged checkpoint, so that it is none any more, but still there to be looked at."""
     aside = path.with_name(f"damaged_{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -145,7 +145,7 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def steps_to_keep(steps: Sequence[int], keep: Keep, scores: Mapping[int, Mapping[str, float]]) -> set[int]:
+def steps_to_keep(steps: Sequence[int], keep: RetentionPolicy, scores: Mapping[int, Mapping[str, float]]) -> set[int]:
     """Of the steps of whole checkpoints: the `last` newest, each that `every` divides, and the `best` by the scores
     of their evaluations (the newer one of equals)."""
     kept = set(sorted(steps)[-keep.last :])
@@ -158,7 +158,7 @@ def steps_to_keep(steps: Sequence[int], keep: Keep, scores: Mapping[int, Mapping
     return kept
 
 
-def superfluous(run_dir: Path, paths: Sequence[Path], keep: Keep) -> list[Path]:
+def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> list[Path]:
     """Those of a run's checkpoints that `keep` does not name."""
     kept = steps_to_keep([step_of(path) for path in paths], keep, evaluations(run_dir))
     return [path for path in paths if step_of(path) not in kept]
@@ -207,25 +207,25 @@ def find_whole(run: Path) -> Path:
 
 def problems_of(path: Path) -> list[str]:
     """What makes a checkpoint unusable: nothing, if every file is there and has its sha256."""
-    manifest, problems = look_at(path)
+    manifest, problems = manifest_or_problems(path)
     for name, entry in manifest["files"].items() if manifest else ():
         try:
-            if patiently(describe, path / name) != entry:
-                problems.append(differs(path / name))
+            if with_retries(describe, path / name) != entry:
+                problems.append(checksum_mismatch(path / name))
         except OSError as error:
             problems.append(f"{path / name}: {error.strerror}")
     return problems
 
 
-def differs(file: Path) -> str:
-    return f"{file}: differs from what was written (sha256 or size)"
+def checksum_mismatch(file: Path) -> str:
+    return f"{file}: checksum mismatch, the file is corrupt"
 
 
 class Unreachable(UserError):
     """A file server does not give a file, of which nobody can tell, then, whether it is damaged."""
 
 
-def patiently(read: Callable[[Path], T], path: Path) -> T:
+def with_retries(read: Callable[[Path], T], path: Path) -> T:
     """`read(path)`, several times if need be. Raises Unreachable for what may pass on a network file system and did
     not, and OSError for all else."""
     pauses_s = iter(PAUSES_S)
@@ -233,7 +233,7 @@ def patiently(read: Callable[[Path], T], path: Path) -> T:
         try:
             return read(path)
         except OSError as error:
-            if error.errno not in PASSING:
+            if error.errno not in TRANSIENT_ERRNOS:
                 raise
             pause_s = next(pauses_s, None)
             if pause_s is None:
@@ -245,7 +245,7 @@ def patiently(read: Callable[[Path], T], path: Path) -> T:
         time.sleep(pause_s)
 
 
-def look_at(path: Path) -> tuple[dict | None, list[str]]:
+def manifest_or_problems(path: Path) -> tuple[dict | None, list[str]]:
     """The manifest of a checkpoint, and what is wrong with it. Raises Unreachable if nobody can tell."""
     try:
         return read_manifest(path), []
@@ -258,7 +258,7 @@ def look_at(path: Path) -> tuple[dict | None, list[str]]:
 def read_manifest(path: Path) -> dict:
     """The manifest of a checkpoint; raises UserError if there is none, or it is not as it was written."""
     try:
-        manifest = json.loads(patiently(Path.read_text, path / MANIFEST))
+        manifest = json.loads(with_retries(Path.read_text, path / MANIFEST))
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
         intact = manifest.pop("sha256") == fingerprint(manifest)
@@ -267,7 +267,7 @@ def read_manifest(path: Path) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise UserError(f"{path / MANIFEST}: differs from what was written")
+        raise UserError(f"{path / MANIFEST}: checksum mismatch, the file is corrupt")
     return manifest
 
 

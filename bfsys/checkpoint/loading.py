@@ -24,14 +24,14 @@ from bfsys.checkpoint.files import (
     METRICS,
     all_checkpoints,
     cover,
-    differs,
+    checksum_mismatch,
     find_whole,
-    look_at,
+    manifest_or_problems,
+    move_aside,
     parse_piece,
-    patiently,
     read_manifest,
     replace_durably,
-    set_aside,
+    with_retries,
 )
 from bfsys.config import Config, Model
 from bfsys.engine import WEIGHT, Engine
@@ -47,7 +47,7 @@ def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str]
     """
     damaged: list[Path] = []
     for path in dist.on_rank0(lambda: list(reversed(all_checkpoints(run_dir))), ranks):
-        manifest, problems = dist.on_rank0(partial(look_at, path), ranks)
+        manifest, problems = dist.on_rank0(partial(manifest_or_problems, path), ranks)
         if manifest is not None:
             problems = _load(engine, path, manifest, ranks)
             if not problems:
@@ -69,7 +69,7 @@ def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> Non
         if not live.exists() or not live.read_bytes().startswith(history):
             replace_durably(live, history.decode())
     for other in damaged:
-        set_aside(other)
+        move_aside(other)
 
 
 def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list[str]:
@@ -102,9 +102,9 @@ def _read_share(path: Path, manifest: dict, state: str, ranks: dist.Ranks) -> tu
         names += [n for n in manifest["files"] if not n.endswith(".safetensors")]
     for name in names[ranks.rank :: ranks.world_size]:
         try:
-            content = patiently(Path.read_bytes, path / name)
+            content = with_retries(Path.read_bytes, path / name)
             if {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} != manifest["files"][name]:
-                problems.append(differs(path / name))
+                problems.append(checksum_mismatch(path / name))
             elif name.endswith(".safetensors"):
                 tensors |= parse_safetensors(content)
         except OSError as error:
@@ -158,7 +158,7 @@ def newest_readable(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint with a manifest, be its files whole or not; and what is wrong with newer ones."""
     problems = []
     for path in reversed(all_checkpoints(run_dir)):
-        manifest, found = look_at(path)
+        manifest, found = manifest_or_problems(path)
         problems += found
         if manifest:
             return path, problems

@@ -34,18 +34,18 @@ from bfsys import dist
 from bfsys.checkpoint import writer
 from bfsys.checkpoint.files import (
     METRICS,
-    Keep,
+    RetentionPolicy,
     all_checkpoints,
     checkpoint_name,
     checkpoints_dir,
     commit,
     cover,
-    make_room,
+    new_work_dir,
     piece_name,
     remove,
-    superfluous,
+    to_prune,
 )
-from bfsys.errors import EXIT_STORAGE, PASSING
+from bfsys.errors import EXIT_STORAGE, TRANSIENT_ERRNOS
 
 POLL_S = 0.05
 
@@ -63,9 +63,9 @@ class StateSource(Protocol):
 class Saver:
     """The checkpoints of a run, one save at a time. Between `start` and `finish` one is `under_way`, on all ranks."""
 
-    def __init__(self, run_dir: Path, ranks: dist.Ranks, keep: Keep) -> None:
+    def __init__(self, run_dir: Path, ranks: dist.Ranks, keep: RetentionPolicy) -> None:
         self.run_dir, self.ranks, self.keep = run_dir, ranks, keep
-        self.is_owed = False
+        self.save_pending = False
         """A checkpoint is due, but was put off."""
         self._facts: dict | None = None
         self._work, self._written_bytes = run_dir, 0
@@ -92,12 +92,14 @@ class Saver:
         assert not self.under_way
         final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
         # No writer of another start that is slow to die knows this name.
-        work = final.with_name(dist.from_first_rank(f".{final.name}.{os.getpid()}-{time.time_ns()}.part"))
-        _on_rank0(lambda: make_room(work), final, self.ranks)
+        work = final.with_name(dist.broadcast_from_rank0(f".{final.name}.{os.getpid()}-{time.time_ns()}.part"))
+        _on_rank0(lambda: new_work_dir(work), final, self.ranks)
         files = self._copy(source)
         shapes = {name: list(shape) for name, shape in source.parameter_shapes().items()}
         history = self.run_dir / METRICS
-        copies = {METRICS: (str(history), history.stat().st_size)} if self.ranks.is_first and history.exists() else {}
+        copies = (
+            {METRICS: (str(history), history.stat().st_size)} if self.ranks.is_rank_zero and history.exists() else {}
+        )
         self._facts = {**facts, "shapes": shapes}
         self._work, self._files, self._written_bytes = work, (*files, *copies), 0
         self._states = source.state_names()
@@ -130,7 +132,7 @@ class Saver:
             commit(self._work, final, facts, files)
             is_bad = bool((facts.get("guard") or {}).get("in_a_row"))
             if not is_bad:  # or the run may have to go back further
-                for path in superfluous(self.run_dir, all_checkpoints(self.run_dir), self.keep):
+                for path in to_prune(self.run_dir, all_checkpoints(self.run_dir), self.keep):
                     remove(path)
 
         _on_rank0(let_it_count, final, self.ranks)  # nobody goes on before the checkpoint counts
@@ -195,7 +197,7 @@ class HostMemory:
         return torch.from_numpy(self._floats[first // 4 : first // 4 + elements])
 
 
-def save(source: StateSource, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep: Keep) -> Path:
+def save(source: StateSource, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep: RetentionPolicy) -> Path:
     """Write a checkpoint and wait for it; collective. Returns its directory."""
     saver = Saver(run_dir, ranks, keep)
     saver.start(source, facts)
@@ -253,7 +255,7 @@ def _raise_problems(answers: list[dict], final: Path) -> None:
         return
     text = "; ".join(dict.fromkeys(answer["problem"] for answer in failed))
     text = f"checkpoint {final}: cannot be written: {text}; earlier ones are untouched"
-    if all(answer["errno"] in PASSING for answer in failed):
+    if all(answer["errno"] in TRANSIENT_ERRNOS for answer in failed):
         raise RuntimeError(text)  # as a crash: a launcher starts the run again
     is_full = any(answer["errno"] in (errno.ENOSPC, errno.EDQUOT) for answer in failed)
     text += f"; {'free disk space' if is_full else 'repair that'}, and run the same command to resume"

@@ -62,7 +62,7 @@ class TrainJob:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # as dist.leave, which says why
+        os._exit(code)  # as dist.hard_exit, which says why
 
     def _train(self) -> int:
         if problems := [

@@ -39,7 +39,7 @@ SCONTROL_TIMEOUT_S = 60.0
 OUT_OF_TIME = 128 + signal.SIGTERM  # the code of tasks that did not end in time
 
 
-class Script:
+class JobSupervisor:
     """One start of a job."""
 
     def __init__(self, run_dir: Path) -> None:
@@ -172,7 +172,7 @@ def _scontrol(*arguments: str) -> str:
 def main(arguments: list[str]) -> int:
     divide = arguments.index("--")
     run_dir = Path(arguments[:divide][int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))])
-    return Script(run_dir).run(arguments[divide + 1 :])
+    return JobSupervisor(run_dir).run(arguments[divide + 1 :])
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ CAUSES = ("productive", "lost", "restart", "stall", "data_wait")
 
 
 @dataclass
-class _Life:
+class _Attempt:
     """A process, or a part of its life between roll-backs."""
 
     start: float
@@ -54,16 +54,16 @@ class _Life:
 class Ledger:
     """Kept by rank 0; on other ranks it only measures."""
 
-    def __init__(self, run_dir: Path, is_first: bool) -> None:
+    def __init__(self, run_dir: Path, is_rank_zero: bool) -> None:
         """Call once the run directory exists."""
         self.stall_s = self.wait_s = 0.0
         self._file: TextIO | None = None
-        self._lives: list[_Life] = []
+        self._attempts: list[_Attempt] = []
         self._closed = dict.fromkeys(CAUSES, 0.0)  # of all lives but the last
         self._clock_offset_s = time.time() - time.monotonic()
         # What a launcher imports for its ranks counts for the first start.
         self._start = float(os.environ.get(STARTED) or psutil.Process().create_time())
-        if is_first:
+        if is_rank_zero:
             path = run_dir / FILE
             torn = path.exists() and not path.read_bytes().endswith(b"\n")
             for event in _events(path):
@@ -103,8 +103,8 @@ class Ledger:
     def seconds(self) -> dict[str, float]:
         """Seconds by cause, until the latest event."""
         total = dict(self._closed)
-        if self._lives:
-            _account(total, self._lives[-2] if len(self._lives) > 1 else None, self._lives[-1], None)
+        if self._attempts:
+            _account(total, self._attempts[-2] if len(self._attempts) > 1 else None, self._attempts[-1], None)
         return total
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class Ledger:
 
     @property
     def _latest(self) -> float:
-        return max((life.end for life in self._lives), default=0.0)
+        return max((life.end for life in self._attempts), default=0.0)
 
     def _add(self, event: dict) -> None:
         if self._file:
@@ -130,19 +130,19 @@ class Ledger:
     def _take(self, event: dict) -> None:
         now = max(event["time"], self._latest)
         if event["event"] == "start":
-            if self._lives:
-                before = self._lives[-2] if len(self._lives) > 1 else None
-                _account(self._closed, before, self._lives[-1], event["step"])
-            self._lives = [*self._lives[-1:], _Life(now, event["step"])]
-        elif self._lives and event["event"] == "begin":
-            self._lives[-1].began = now
-        elif self._lives:
-            self._lives[-1].notes.append((now, event["step"], event["stall_s"], event["wait_s"]))
+            if self._attempts:
+                before = self._attempts[-2] if len(self._attempts) > 1 else None
+                _account(self._closed, before, self._attempts[-1], event["step"])
+            self._attempts = [*self._attempts[-1:], _Attempt(now, event["step"])]
+        elif self._attempts and event["event"] == "begin":
+            self._attempts[-1].began = now
+        elif self._attempts:
+            self._attempts[-1].notes.append((now, event["step"], event["stall_s"], event["wait_s"]))
 
 
 def read_seconds(run_dir: Path) -> dict[str, float]:
     """Seconds by cause of a run directory, until its latest event."""
-    ledger = Ledger(run_dir, is_first=False)
+    ledger = Ledger(run_dir, is_rank_zero=False)
     for event in _events(run_dir / FILE):
         ledger._take(event)
     return ledger.seconds()
@@ -153,7 +153,7 @@ def goodput(seconds: dict[str, float]) -> float:
     return seconds["productive"] / max(1e-9, sum(seconds.values()))
 
 
-def _account(total: dict[str, float], before: _Life | None, life: _Life, resumed_from: int | None) -> None:
+def _account(total: dict[str, float], before: _Attempt | None, life: _Attempt, resumed_from: int | None) -> None:
     """Add a life's seconds to the causes; `resumed_from` is where the next life begins, None if there is none."""
     began = life.end if life.began is None else life.began
     total["restart"] += began - (before.end if before else life.start)

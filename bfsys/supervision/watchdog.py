@@ -46,7 +46,7 @@ class Watchdog:
         nothing is known of how long things take."""
         self._run_dir, self._ranks = run_dir, ranks
         self._limit_s, self._patience_s, self._least_s = limit_s, patience_s, least_s
-        self._incident = run_dir / HANGS / dist.from_first_rank(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        self._incident = run_dir / HANGS / dist.broadcast_from_rank0(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         self._where, self._beats, self._longest_s = "start", 0, 0.0
         self._is_patient = True
         self._last = time.monotonic()

@@ -25,7 +25,7 @@ def train_watched(config: str, overrides: Sequence[str], folder: str, poison: di
     try:
         run_command(lambda: train.main([config, *overrides]))
     except SystemExit as end:
-        dist.leave(end.code)
+        dist.hard_exit(end.code)
 
 
 def train_several(config: str, runs: Sequence[tuple[Sequence[str], dict]]) -> None:
@@ -38,7 +38,7 @@ def train_several(config: str, runs: Sequence[tuple[Sequence[str], dict]]) -> No
     for overrides, poison in runs:
         train.loss_and_sums = poisoned(loss_and_sums, **poison)
         assert train.train(load_config(config, overrides), ranks) == 0
-    dist.leave(0)
+    dist.hard_exit(0)
 
 
 def audited(training_batches, path: str):

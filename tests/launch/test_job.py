@@ -84,12 +84,12 @@ def test_gloo_is_told_an_interface_only_where_the_own_name_misleads(monkeypatch)
 def run_task(tmp_path, monkeypatch):
     """`run_task(train, **changes)` runs a job, changed, as a SLURM task that trains by the function; its exit code."""
 
-    def leave(code: int) -> NoReturn:
+    def hard_exit(code: int) -> NoReturn:
         raise Left(code)
 
     def run(train, **changes: Path) -> int:
         monkeypatch.setitem(sys.modules, "bfsys.train", types.SimpleNamespace(main=train))
-        monkeypatch.setattr(job_module.os, "_exit", leave)  # it would end the tests
+        monkeypatch.setattr(job_module.os, "_exit", hard_exit)  # it would end the tests
         monkeypatch.setattr(job_module, "_hosts", lambda: ["n1"])
         monkeypatch.chdir(tmp_path)
         (tmp_path / "a config.yaml").touch()

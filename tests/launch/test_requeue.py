@@ -52,7 +52,7 @@ def ends(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[in
     def end(code: int, facts: str = RUNNING) -> tuple[int, bool]:
         (slurm / "asked").unlink(missing_ok=True)
         (slurm / "facts").write_text(facts)
-        ended = requeue.Script(slurm).after(code)
+        ended = requeue.JobSupervisor(slurm).after(code)
         return ended, (slurm / "asked").exists() and (slurm / "asked").read_text() == f"requeue {os.environ['JOB']}\n"
 
     return end

@@ -54,7 +54,7 @@ def test_a_start_goes_on_from_the_latest_event_although_the_clock_was_set_back(
 ) -> None:
     monkeypatch.setenv(STARTED, "1000")
     run = write(tmp_path, [{"event": "start", "time": 4e9, "step": 0}, {"event": "begin", "time": 4e9}, note(4e9, 2)])
-    ledger = Ledger(run, is_first=True)
+    ledger = Ledger(run, is_rank_zero=True)
     ledger.resumed(2)
     ledger.begins()
     time.sleep(0.05)

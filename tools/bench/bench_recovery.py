@@ -55,7 +55,7 @@ def train_and_save(how: str, folder: Path, kernel: int, file_bytes: int, files: 
 
     from bfsys import dist
     from bfsys.batch import ByteBatch, Sample
-    from bfsys.checkpoint.files import Keep
+    from bfsys.checkpoint.files import RetentionPolicy
     from bfsys.checkpoint.saving import Saver
     from bfsys.config import Config, Data, Model
     from bfsys.engine import Engine
@@ -71,7 +71,7 @@ def train_and_save(how: str, folder: Path, kernel: int, file_bytes: int, files: 
     batch = ByteBatch.from_samples(
         [Sample("", rng.integers(0, 256, file_bytes, dtype=np.uint8), label=0) for _ in range(files)]
     )
-    saver = Saver(folder, ranks, Keep(1))
+    saver = Saver(folder, ranks, RetentionPolicy(1))
     steps_s: list[float] = []
     beside_s: list[float] = []
     stalls_s = []
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             print(json.dumps(train_and_save(args.child, Path(name), args.kernel, args.file_bytes, args.files)))
         sys.stdout.flush()
-        os._exit(0)  # as dist.leave, which says why
+        os._exit(0)  # as dist.hard_exit, which says why
     result = bench_saving(args) if args.command == "saving" else bench_attacks(args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

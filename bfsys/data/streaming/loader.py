@@ -30,7 +30,7 @@ from bfsys.data.streaming.augment import Augmentation
 from bfsys.data.streaming.datasets import Sources, any_remote, make_cache
 from bfsys.data.streaming.plan import MicroBatch, Plan, evaluation_batches, lanes_of_rank
 from bfsys.data.streaming.quarantine import Quarantine
-from bfsys.data.streaming.reader import Fetched, ShardReader, new_buffer
+from bfsys.data.streaming.reader import RawBatch, ShardReader, new_buffer
 from bfsys.data.streaming.ring import Ring
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
@@ -182,7 +182,7 @@ class _Requests:
 
 def _read_by_workers(
     workers: int, requests: _Requests, reader: ShardReader, mean_bytes: float, pinned: bool
-) -> Iterator[Fetched]:
+) -> Iterator[RawBatch]:
     """Micro-batches in their order, read by worker processes."""
     per_request = max(1, int(REQUEST_BYTES / mean_bytes)) if reader.is_plain else 1
     # Two more than are under way: the consumer may have one and come for the next.
@@ -231,14 +231,16 @@ class _Reads(Dataset):
     def __init__(self, reader: ShardReader, ring: Ring) -> None:
         self.reader, self.ring = reader, ring
 
-    def __getitem__(self, request: tuple[int | None, list[MicroBatch]]) -> tuple[int | None, list[Fetched]] | UserError:
+    def __getitem__(
+        self, request: tuple[int | None, list[MicroBatch]]
+    ) -> tuple[int | None, list[RawBatch]] | UserError:
         slot, batches = request
         try:
             return slot, list(self._read(slot, batches))
         except UserError as error:  # raised in a worker process, it would arrive wrapped in a traceback
             return error
 
-    def _read(self, slot: int | None, batches: list[MicroBatch]) -> Iterator[Fetched]:
+    def _read(self, slot: int | None, batches: list[MicroBatch]) -> Iterator[RawBatch]:
         start = 0
         for wanted in batches:
             fetched = self.reader.read(wanted, partial(self._buffer, slot, start))
@@ -305,7 +307,7 @@ def _pinned_buffer(size_bytes: int) -> np.ndarray:
     return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
 
 
-def _byte_batch(fetched: Fetched) -> ByteBatch:
+def _byte_batch(fetched: RawBatch) -> ByteBatch:
     return ByteBatch(
         data=torch.from_numpy(fetched.data),
         offsets=torch.from_numpy(fetched.offsets),

@@ -46,7 +46,7 @@ _AUGMENTATION, _STAND_IN, _PARTNER = 2, 3, 4
 
 
 @dataclass
-class Fetched:
+class RawBatch:
     """A micro-batch as it was read; what `ByteBatch` holds, in NumPy.
 
     bad         what could not be read
@@ -71,7 +71,7 @@ def new_buffer(size_bytes: int) -> np.ndarray:
     return np.empty(size_bytes, np.uint8)
 
 
-class Made(NamedTuple):
+class Example(NamedTuple):
     """A sample as the model gets it."""
 
     content: np.ndarray  # uint8 [bytes]
@@ -116,11 +116,11 @@ class ShardReader:
         self.position = np.zeros(2, np.int64)
         """(source, sample) that is being read with care, for whoever shares this memory."""
 
-    def read(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray] = new_buffer) -> Fetched:
+    def read(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray] = new_buffer) -> RawBatch:
         """The bytes, classes and origins of a micro-batch, in a buffer from `allocate(bytes)`."""
         began = time.perf_counter()
         fetched = self._read_plainly(wanted, allocate) if self.is_plain else None
-        fetched = fetched or self._read_with_care(wanted, allocate)
+        fetched = fetched or self._read_slowly(wanted, allocate)
         usual_s = SLOW_S_PER_SAMPLE * len(wanted) + SLOW_S_PER_BYTE * len(fetched.data)
         fetched.slow = time.perf_counter() - began > usual_s
         return fetched
@@ -155,7 +155,7 @@ class ShardReader:
             rows[mine] = self._rows[source][wanted.sample[mine]]
         return rows
 
-    def _read_plainly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> Fetched | None:
+    def _read_plainly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> RawBatch | None:
         """Everything as it lies in the shards; None if a single thing is not as it should be."""
         sources = wanted.source.tolist()
         if any(self._bad_from):
@@ -178,7 +178,7 @@ class ShardReader:
         except (OSError, WrongContentError, IndexError):  # and not what an outage raises: it was tried often enough
             return None
         whole = bool(rows["length"].all())  # an empty file has nothing to classify
-        return Fetched(data, offsets, labels, wanted.source, wanted.sample) if whole else None
+        return RawBatch(data, offsets, labels, wanted.source, wanted.sample) if whole else None
 
     def _labels_of(self, source: np.ndarray, label: np.ndarray) -> np.ndarray:
         """int64 [samples], in the run's classes; IndexError for a label that its dataset does not have."""
@@ -189,7 +189,7 @@ class ShardReader:
             labels[source == s] = self.label_maps[s][label[source == s]]
         return labels
 
-    def _read_with_care(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> Fetched:
+    def _read_slowly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> RawBatch:
         """One by one: with stand-ins for bad samples, augmented and transformed as the run asks for."""
         bad: list[BadSample] = []
         parts, labels, origins, seconds, shares, replaced = [], [], [], [], [], 0
@@ -219,7 +219,7 @@ class ShardReader:
             np.concatenate(parts, out=data)
         origin = np.array(origins, np.int64).reshape(-1, 2)
         mixed = any(share > 0 for share in shares)
-        return Fetched(
+        return RawBatch(
             data,
             offsets,
             np.array(labels, np.int64),
@@ -238,14 +238,14 @@ class ShardReader:
             rng = self._rng(_STAND_IN, source, epoch, sample)
             yield from (int(rng.integers(len(self.splits[source]))) for _ in range(STAND_INS))
 
-    def _make(self, source: int, sample: int, epoch: int, step: int, bad: list[BadSample]) -> Made | None:
+    def _make(self, source: int, sample: int, epoch: int, step: int, bad: list[BadSample]) -> Example | None:
         """A sample as the model gets it; or None, with the reason in `bad` if it is new."""
         if self._is_bad(source, sample, step):
             return None
         self.position[:] = source, sample
         try:
             content, label = self._read_sample(source, sample)
-            made, rng = Made(content, label, label, 0.0), self._rng(_AUGMENTATION, source, epoch, sample)
+            made, rng = Example(content, label, label, 0.0), self._rng(_AUGMENTATION, source, epoch, sample)
             augmentation = self.augmentations[source]
             if augmentation:
                 made, rng = self._augmented(augmentation, made, source, sample, epoch, step, bad)
@@ -257,13 +257,13 @@ class ShardReader:
     def _augmented(
         self,
         augmentation: Augmentation,
-        made: Made,
+        made: Example,
         source: int,
         sample: int,
         epoch: int,
         step: int,
         bad: list[BadSample],
-    ) -> tuple[Made, np.random.Generator]:
+    ) -> tuple[Example, np.random.Generator]:
         """With mixup, a partner that cannot be decoded is set aside, and the next one taken, as a replay will do."""
         content = made.content.tobytes()
         for partner in self._partners(source, sample, epoch) if augmentation.mixes else (None,):
@@ -275,7 +275,7 @@ class ShardReader:
                     read, second_label = self._read_sample(source, partner)
                     second = read.tobytes()
                 encoded, share = augmentation(content, rng, second)
-                return Made(np.frombuffer(encoded, np.uint8), made.label, second_label, share), rng
+                return Example(np.frombuffer(encoded, np.uint8), made.label, second_label, share), rng
             except (UserError, MemoryError):
                 raise
             except Exception as error:  # decoders raise anything when they meet a damaged file
