@@ -61,9 +61,7 @@ class Metrics:
         *,
         ledger: Ledger,
         first_step: int,
-        carried: dict | None,
     ) -> None:
-        """`carried` is what `carry` gave to the checkpoint that the run resumes from."""
         self.ledger, self.run_dir = ledger, config.run_dir
         self.ranks, self.source_names, self.first_step = ranks, source_names, first_step
         self.architecture, self.mode = config.model.architecture(), config.model.mode
@@ -76,14 +74,6 @@ class Metrics:
         self._counters = torch.zeros(COUNTERS, dtype=torch.float64)
         self._step_sums = torch.zeros_like(self._sums)
         self._steps_in_line = self._skipped = 0
-        if carried:
-            self._steps_in_line, self._skipped = carried["steps"], carried.get("skipped", 0)
-            if ranks.is_rank_zero:
-                self._sums += torch.tensor(carried["sums"], dtype=torch.float64)
-                counters = carried["counters"]
-                counters = counters if isinstance(counters, dict) else {}  # checkpoints once held a list
-                self._counters += torch.tensor([counters.get(n, 0) for n in COUNTER_NAMES], dtype=torch.float64)
-                self._counters[SECONDS] *= ranks.world_size
         self.problem, self.problem_code = "", 0  # why rank 0 cannot write, and how the run is to end
         self._outputs: _Outputs | None = None
         self.last_evaluation = dist.on_rank0(lambda: self._open(config, first_step), ranks)
@@ -138,7 +128,7 @@ class Metrics:
         sums, counters = self._over_ranks()
         if not sums[:, SAMPLES].any():  # all were skipped
             return
-        self.ledger.note(step)
+        self.ledger.record_progress(step)
         seconds_by_cause = self.ledger.seconds()
         (peak_memory,) = dist.agree_on_max(peak_memory_bytes(self.ranks.device))
         flops_per_s = float(counters[FLOPS]) / max(1e-9, float(counters[BUSY_S]))  # of a rank, on average
@@ -191,7 +181,17 @@ class Metrics:
         if self.ranks.is_rank_zero:
             print(line, flush=True)
 
-    def carry(self) -> dict:
+    def load_state_dict(self, state: dict) -> None:
+        """Continue the line that was begun before the checkpoint."""
+        self._steps_in_line, self._skipped = state["steps"], state.get("skipped", 0)
+        if self.ranks.is_rank_zero:
+            self._sums += torch.tensor(state["sums"], dtype=torch.float64)
+            counters = state["counters"]
+            counters = counters if isinstance(counters, dict) else {}  # checkpoints once held a list
+            self._counters += torch.tensor([counters.get(n, 0) for n in COUNTER_NAMES], dtype=torch.float64)
+            self._counters[SECONDS] *= self.ranks.world_size
+
+    def state_dict(self) -> dict:
         """The sums since the last line, for a checkpoint; collective."""
         sums, counters = self._over_ranks()
         counters[SECONDS] /= self.ranks.world_size  # the run may go on with another number of ranks

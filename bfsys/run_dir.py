@@ -72,7 +72,15 @@ class RunDirectory:
     notes: list[str]
     """What was done to it."""
     hold: BinaryIO | None
-    """Rank 0's lock on it, to be closed at the end."""
+    """Rank 0's lock on it."""
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the lock."""
+        if self.hold:
+            self.hold.close()
 
 
 def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirectory:

@@ -24,6 +24,7 @@ LAYERS = [
     ["engine"],
     ["checkpoint", "supervision.signals", "supervision.run_end", "supervision.goodput"],
     ["supervision", "metrics", "confusion"],
+    ["supervision.supervisor"],
     ["evaluate", "init_from"],
     ["dryrun", "predict", "export", "plan_run", "rehearsal", "run_dir"],
     ["train"],

@@ -12,22 +12,25 @@ if __name__ == "__main__":
 
 from bfsys import dist, train
 from bfsys.config import load_config
+from bfsys.data.streaming.run_data import RunData
+from bfsys.engine import Engine
 from bfsys.rehearsal import rehearse
+from bfsys.supervision.supervisor import Supervisor
 
 
-def rehearse_first(run: train.Run, manifest: dict, notes: list[str]) -> int:
-    gradients = rehearse(run.engine, run.data, run.ranks)
-    assert run.engine.stage == 3 or any(g is not None and g.any() for g in gradients)
-    return make_steps(run, manifest, notes)
+def rehearse_first(data: RunData, engine: Engine, supervisor: Supervisor, step: int) -> int:
+    gradients = rehearse(engine, data, supervisor.ranks)
+    assert engine.stage == 3 or any(g is not None and g.any() for g in gradients)
+    return run_steps(data, engine, supervisor, step)
 
 
-make_steps = train.make_steps
+run_steps = train.run_steps
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     if arguments[0] == "--rehearse":
         arguments.pop(0)
-        train.make_steps = rehearse_first
+        train.run_steps = rehearse_first
     ranks = dist.ranks_from_environment()
     dist.start(ranks, timeout_s=60)
     for overrides in arguments[1:]:

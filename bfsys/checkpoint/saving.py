@@ -65,8 +65,6 @@ class Saver:
 
     def __init__(self, run_dir: Path, ranks: dist.Ranks, keep: RetentionPolicy) -> None:
         self.run_dir, self.ranks, self.keep = run_dir, ranks, keep
-        self.save_pending = False
-        """A checkpoint is due, but was put off."""
         self._facts: dict | None = None
         self._work, self._written_bytes = run_dir, 0
         self._files: tuple[str, ...] = ()

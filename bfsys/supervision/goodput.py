@@ -39,7 +39,7 @@ CAUSES = ("productive", "lost", "restart", "stall", "data_wait")
 
 @dataclass
 class _Attempt:
-    """A process, or a part of its life between roll-backs."""
+    """A process, or the part of it between two roll-backs."""
 
     start: float
     step: int  # that it resumes from
@@ -59,7 +59,7 @@ class Ledger:
         self.stall_s = self.wait_s = 0.0
         self._file: TextIO | None = None
         self._attempts: list[_Attempt] = []
-        self._closed = dict.fromkeys(CAUSES, 0.0)  # of all lives but the last
+        self._closed = dict.fromkeys(CAUSES, 0.0)  # of all attempts but the last
         self._clock_offset_s = time.time() - time.monotonic()
         # What a launcher imports for its ranks counts for the first start.
         self._start = float(os.environ.get(STARTED) or psutil.Process().create_time())
@@ -74,16 +74,16 @@ class Ledger:
                 self._file.write("\n")
 
     def resumed(self, step: int) -> None:
-        """The process goes on from `step`; or, in the middle of its life, is rolled back to it."""
+        """The process resumes from `step`, or rolls back to it."""
         self._add({"event": "start", "time": self._start, "step": step})
-        self._start = self._now()  # of the next life, should there be one in this process
+        self._start = self._now()  # of the next attempt, if this process rolls back
 
-    def begins(self) -> None:
+    def first_step_begins(self) -> None:
         """The first step begins."""
         self.stall_s = self.wait_s = 0.0
         self._add({"event": "begin", "time": self._now()})
 
-    def note(self, step: int) -> None:
+    def record_progress(self, step: int) -> None:
         """`step` steps are made. To be called for every checkpoint, before what it waits for."""
         self._start = self._now()
         self._add({"event": "note", "time": self._start, "step": step, "stall_s": self.stall_s, "wait_s": self.wait_s})
@@ -118,7 +118,7 @@ class Ledger:
 
     @property
     def _latest(self) -> float:
-        return max((life.end for life in self._attempts), default=0.0)
+        return max((attempt.end for attempt in self._attempts), default=0.0)
 
     def _add(self, event: dict) -> None:
         if self._file:
@@ -153,16 +153,16 @@ def goodput(seconds: dict[str, float]) -> float:
     return seconds["productive"] / max(1e-9, sum(seconds.values()))
 
 
-def _account(total: dict[str, float], before: _Attempt | None, life: _Attempt, resumed_from: int | None) -> None:
-    """Add a life's seconds to the causes; `resumed_from` is where the next life begins, None if there is none."""
-    began = life.end if life.began is None else life.began
-    total["restart"] += began - (before.end if before else life.start)
-    count = (n for n in reversed(life.notes) if resumed_from is None or n[1] <= resumed_from)
-    last = next(count, (began, life.step, 0.0, 0.0))
+def _account(total: dict[str, float], before: _Attempt | None, attempt: _Attempt, resumed_from: int | None) -> None:
+    """Add an attempt's seconds to the causes; the next attempt resumes from `resumed_from`, None if there is none."""
+    began = attempt.end if attempt.began is None else attempt.began
+    total["restart"] += began - (before.end if before else attempt.start)
+    count = (n for n in reversed(attempt.notes) if resumed_from is None or n[1] <= resumed_from)
+    last = next(count, (began, attempt.step, 0.0, 0.0))
     total["stall"] += last[2]
     total["data_wait"] += last[3]
     total["productive"] += last[0] - began - last[2] - last[3]
-    total["lost"] += life.end - last[0]
+    total["lost"] += attempt.end - last[0]
 
 
 def _events(path: Path) -> Iterator[dict]:

@@ -3,12 +3,12 @@
 A step is bad if its loss or gradient is not finite: its update is skipped, on all ranks (engine.py). Or if its
 loss spikes: a robust z-score of its logarithm, against median and median deviation of the last good losses. A single
 bad step is noted, with the samples that it drew, and does no harm that lasts. `max_bad_steps` in a row do: the run is
-rolled back to the last checkpoint before the first of them, and passes these steps over. If that happens more than
+rolled back to the last checkpoint before the first of them, and these steps are skipped. If that happens more than
 MAX_ROLLBACKS times from the same weights, it ends.
 
-    rollbacks.json in the run directory: from where to where, which steps are passed over, why, and their samples
+    rollbacks.json in the run directory: from where to where, which steps are skipped, why, and their samples
 
-A step that is passed over has its data drawn and dropped, so all others keep theirs. The file is written after the
+A skipped step has its data drawn and dropped, so all others keep theirs. The file is written after the
 checkpoints of bad steps are removed: a run that is killed in between makes these steps again, and judges them again.
 """
 
@@ -40,12 +40,19 @@ LEAST_DEVIATION = 0.07
 class Guard:
     """Judges every step; all ranks come to the same verdict, since they judge by the same agreed numbers."""
 
-    def __init__(self, train: Train, carried: dict | None, rollbacks: list[dict]) -> None:
-        """`carried` is what `carry` gave to the checkpoint that the run goes on from."""
+    def __init__(self, train: Train, rollbacks: list[dict]) -> None:
         self.max_bad_steps, self.spike_zscore = train.max_bad_steps, train.spike_zscore
-        self.passed_over = {step for rollback in rollbacks for step in rollback["steps"]}
-        self.in_a_row: list[dict] = carried["in_a_row"] if carried else []
-        self._losses = deque(carried["losses"] if carried else (), WINDOW_STEPS)
+        self.skipped_steps = {step for rollback in rollbacks for step in rollback["steps"]}
+        self.bad_in_a_row: list[dict] = []
+        self._losses: deque[float] = deque(maxlen=WINDOW_STEPS)
+
+    def state_dict(self) -> dict:
+        """The state for a checkpoint."""
+        return {"losses": list(self._losses), "in_a_row": list(self.bad_in_a_row)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.bad_in_a_row = list(state["in_a_row"])
+        self._losses = deque(state["losses"], WINDOW_STEPS)
 
     def judge(self, loss: float, grad_norm: float) -> str:
         """What is wrong with a step of this mean loss; "" if nothing is."""
@@ -57,19 +64,16 @@ class Guard:
         self._losses.append(loss)
         return ""
 
-    def note(self, step: int, problem: str, samples: list[str]) -> None:
-        """Keep a bad step in mind, or with no problem, forget those before it."""
+    def record(self, step: int, problem: str, samples: list[str]) -> None:
+        """Remember a bad step, or forget those before a good one, which has no problem."""
         if problem:
-            self.in_a_row.append({"step": step, "problem": problem, "samples": samples})
+            self.bad_in_a_row.append({"step": step, "problem": problem, "samples": samples})
         else:
-            self.in_a_row.clear()
+            self.bad_in_a_row.clear()
 
     @property
     def wants_rollback(self) -> bool:
-        return len(self.in_a_row) >= self.max_bad_steps
-
-    def carry(self) -> dict:
-        return {"losses": list(self._losses), "in_a_row": list(self.in_a_row)}
+        return len(self.bad_in_a_row) >= self.max_bad_steps
 
     def _zscore(self, loss: float) -> float:
         if len(self._losses) < LEAST_STEPS:
@@ -81,7 +85,7 @@ class Guard:
 
 
 def read_rollbacks(run_dir: Path) -> list[dict]:
-    """The roll-backs of a run, the oldest first; raises UserError if the file is not what `go_back` writes."""
+    """The roll-backs of a run, the oldest first. Raises UserError if the file is damaged."""
     path = run_dir / FILE
     try:
         rollbacks = json.loads(path.read_text())
@@ -96,7 +100,7 @@ def read_rollbacks(run_dir: Path) -> list[dict]:
         ) from None
 
 
-def go_back(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
+def return_to_good_checkpoint(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
     """Make the last checkpoint before the bad steps the newest, and write down that they are to be passed over; for
     rank 0. Returns what was done; raises UserError if that was tried often enough."""
     paths = all_checkpoints(run_dir)

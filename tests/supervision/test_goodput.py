@@ -56,9 +56,9 @@ def test_a_start_goes_on_from_the_latest_event_although_the_clock_was_set_back(
     run = write(tmp_path, [{"event": "start", "time": 4e9, "step": 0}, {"event": "begin", "time": 4e9}, note(4e9, 2)])
     ledger = Ledger(run, is_rank_zero=True)
     ledger.resumed(2)
-    ledger.begins()
+    ledger.first_step_begins()
     time.sleep(0.05)
-    ledger.note(3)
+    ledger.record_progress(3)
     ledger.close()
     assert 0.05 <= read_seconds(run)["productive"] < 60
 

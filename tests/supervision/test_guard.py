@@ -189,43 +189,50 @@ def test_a_file_of_rollbacks_that_contradicts_itself_is_refused(content: str, tm
         read_rollbacks(tmp_path)
 
 
+def restored(guard: Guard, train: Train) -> Guard:
+    """A new guard with the state that `guard` gives to a checkpoint."""
+    new = Guard(train, [])
+    new.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    return new
+
+
 def test_spikes_of_the_loss_are_bad_steps() -> None:
     rng = random.Random(0)
-    guard = Guard(Train(), None, [])
+    guard = Guard(Train(), [])
     for _ in range(200):
         assert not guard.judge(2.0 * math.exp(rng.gauss(0, 0.1)), 1.0)
     assert "spike" in guard.judge(10.0, 1.0)
     assert not guard.judge(2.3, 1.0)
-    assert not Guard(Train(spike_zscore=0.0), guard.carry(), []).judge(1e9, 1.0)
+    assert not restored(guard, Train(spike_zscore=0.0)).judge(1e9, 1.0)
     for loss, norm in ((math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)):
         assert guard.judge(loss, norm)
 
 
 def test_a_young_run_has_no_spikes() -> None:
-    guard = Guard(Train(), None, [])
+    guard = Guard(Train(), [])
     assert not any(guard.judge(10.0**i, 1.0) for i in range(LEAST_STEPS))
 
 
 def test_no_false_alarm_on_losses_as_they_are() -> None:
     """Falling, noisy, with heavy tails (log-normal of sigma 0.7 around a curve that falls hundredfold)."""
     rng = random.Random(1)
-    guard = Guard(Train(), None, [])
+    guard = Guard(Train(), [])
     verdicts = [guard.judge(3 * 100 ** (-i / 5000) * math.exp(rng.gauss(0, 0.7)), 1.0) for i in range(5000)]
     assert not any(verdicts)
 
 
 def test_what_a_checkpoint_carries_gives_the_same_verdicts() -> None:
     rng = random.Random(2)
-    whole, parts = Guard(Train(), None, []), Guard(Train(), None, [])
+    whole, parts = Guard(Train(), []), Guard(Train(), [])
     for i in range(300):
         loss = math.exp(rng.gauss(0, 0.3)) * (40 if i % 50 == 49 else 1)
         assert whole.judge(loss, 1.0) == parts.judge(loss, 1.0)
-        parts = Guard(Train(), json.loads(json.dumps(parts.carry())), [])
+        parts = restored(parts, Train())
 
 
 def test_what_comes_after_a_checkpoint_is_not_in_it() -> None:
-    guard = Guard(Train(), None, [])
-    carried = guard.carry()  # written while training goes on
-    guard.note(7, "loss is nan", [])
-    assert carried["in_a_row"] == []
-    assert guard.carry()["in_a_row"][0]["step"] == 7
+    guard = Guard(Train(), [])
+    state = guard.state_dict()  # written while training goes on
+    guard.record(7, "loss is nan", [])
+    assert state["in_a_row"] == []
+    assert guard.state_dict()["in_a_row"][0]["step"] == 7

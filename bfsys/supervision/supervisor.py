@@ -1,0 +1,242 @@
+"""The supervisor of a run: it does everything in training that is not the step itself.
+
+It holds what a run needs to survive: stop requests, watchdog, ledger, quarantine, guard, metrics and checkpoints. The
+training loop (train.py) calls it by name, once per step for each duty: `agree` exchanges the step's only control
+message, `judge` looks for bad steps and reports, `save_if_due` writes checkpoints, `roll_back` returns to a checkpoint
+before bad steps. Refused: callbacks, because the loop would no longer show what happens and in which order.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+from bfsys import dist
+from bfsys.batch import ByteBatch
+from bfsys.checkpoint.files import RetentionPolicy
+from bfsys.checkpoint.saving import Saver
+from bfsys.data.streaming.datasets import Sources
+from bfsys.data.streaming.quarantine import Quarantine
+from bfsys.data.streaming.run_data import RunData
+from bfsys.engine import Engine
+from bfsys.errors import EXIT_CRASHED
+from bfsys.metrics import Metrics
+from bfsys.supervision.goodput import Ledger
+from bfsys.supervision.guard import FILE as ROLLBACKS
+from bfsys.supervision.guard import Drawn, Guard, ranges_of, read_rollbacks, return_to_good_checkpoint, samples_of
+from bfsys.supervision.run_end import note_end
+from bfsys.supervision.signals import StopRequests
+from bfsys.supervision.watchdog import LEAST_S, Watchdog
+
+WARMUP_STEPS = 3  # of a start, in which programs may still be compiled
+COLLECT_EVERY_STEPS = 100  # on all ranks in the same step, because ranks that collect garbage hold up the others
+
+
+class StepOutcome(NamedTuple):
+    """What this rank computed in a step."""
+
+    drawn: list[Drawn]
+    """Its micro-batches; none of a step that is skipped."""
+    learning_rate: float
+    grad_norm: float
+    """The norm of the global gradient, before clipping."""
+    has_updated: bool
+    """The weights have changed, on all ranks."""
+
+
+class Agreed(NamedTuple):
+    """What all ranks know after a step."""
+
+    loss: float
+    """Mean over the global batch."""
+    exit_code: int
+    """What a rank was asked for (0: to go on)."""
+    has_bad_files: bool
+    is_writing: bool
+    """A rank still writes its files of a checkpoint."""
+
+
+class Supervisor:
+    """Supervises a run until its processes end. All ranks call the same methods in the same order."""
+
+    metrics: Metrics
+    guard: Guard
+
+    def __init__(self, data: RunData, facts: dict, ranks: dist.Ranks) -> None:
+        """`facts` go into every checkpoint. From now on, a signal asks the run to stop after a step."""
+        self.data, self.config, self.facts, self.ranks = data, data.config, facts, ranks
+        self.run_dir, train = self.config.run_dir, self.config.train
+        self.stop = StopRequests()
+        # A shard may take its time to arrive over a network, and its server may be away for a while.
+        patience_s = train.collective_timeout_s
+        least_s = patience_s if data.is_remote else LEAST_S
+        self.watchdog = Watchdog(
+            self.run_dir, ranks, limit_s=train.hang_timeout_s, patience_s=patience_s, least_s=least_s
+        )
+        self.ledger = dist.same_errors_on_all(lambda: Ledger(self.run_dir, ranks.is_rank_zero))
+        keep = RetentionPolicy(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric)
+        self.saver = Saver(self.run_dir, ranks, keep)
+        self.save_pending = False
+        """A checkpoint is due, but was put off."""
+        self.rollbacks: list[dict] = []
+        self.updates = 0
+        """Steps since the resume that were not skipped."""
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Note how the run ended, if an error ended it, and close everything."""
+        if isinstance(error, dist.AgreedError):
+            if self.ranks.is_rank_zero:
+                note_end(self.run_dir, error.exit_code, str(error))
+        # The rank whose connection was lost does not know the reason; the rank that failed notes it.
+        elif isinstance(error, Exception) and not (isinstance(error, RuntimeError) and dist.lost_connection(error)):
+            note_end(self.run_dir, EXIT_CRASHED, f"rank {self.ranks.rank}: {type(error).__name__}: {error}")
+        self.watchdog.close()
+        self.saver.close()
+        self.ledger.close()
+        self.stop.close()
+
+    def load_quarantine(self) -> None:
+        """Read which samples earlier starts found to be bad; collective. Raises AgreedError if they are too many."""
+        self.quarantine = Quarantine.load(self.run_dir, self.ranks)
+        self.quarantine.check(self.data.training.sizes, self.config.data.max_bad_share)
+
+    def resume(self, manifest: dict, notes: list[str]) -> None:
+        """Continue from a checkpoint that the engine has loaded, and print `notes`; collective."""
+        step = manifest["step"]
+        self.ledger.resumed(step)
+        training = self.data.training
+        self.metrics = Metrics(
+            self.config, self.ranks, training.names, len(training.classes), ledger=self.ledger, first_step=step
+        )
+        if manifest["metrics"]:
+            self.metrics.load_state_dict(manifest["metrics"])
+        self.rollbacks = dist.on_rank0(lambda: read_rollbacks(self.run_dir), self.ranks)
+        self.guard = Guard(self.config.train, self.rollbacks)
+        if manifest.get("guard"):
+            self.guard.load_state_dict(manifest["guard"])
+        self.save_pending, self.updates = False, 0
+        skipped = sorted(later for later in self.guard.skipped_steps if later > step)
+        for note in (
+            *([f"continuing {self.run_dir} after step {step}"] if step else []),
+            *([f"skipping steps {ranges_of(skipped)} ({ROLLBACKS})"] if skipped else []),
+            *notes,
+        ):
+            self.metrics.say(note)
+
+    def fetch(self, batches: Iterator[ByteBatch], step: int) -> ByteBatch:
+        """The next micro-batch of the step after `step` steps; the wait for it is counted."""
+        self.watchdog.beat(f"step {step + 1}: fetch")
+        with self.metrics.waiting_for_data():
+            return next(batches)
+
+    def agree(self, drawn: list[Drawn]) -> Agreed:
+        """Exchange the step's only control message: losses are added up in the order of the ranks, of flags the largest
+        counts; collective. Raises AgreedError if rank 0 cannot write metrics."""
+        loss = torch.stack([micro_batch.loss.double() for micro_batch in drawn]).sum().item() if drawn else 0.0
+        problem_code = self.metrics.problem_code
+        flags = self.stop.exit_code, self.quarantine.news > 0, self.saver.is_writing(), problem_code
+        everyones = dist.gather_numbers([loss, *flags])  # [ranks, 5]
+        exit_code, has_bad_files, is_writing, problem_code = everyones[:, 1:].amax(0).int().tolist()
+        if problem_code:
+            raise dist.AgreedError(dist.broadcast_from_rank0(self.metrics.problem), exit_code=problem_code)
+        mean_loss = everyones[:, 0].sum().item() / self.config.data.batch_samples
+        return Agreed(mean_loss, exit_code, bool(has_bad_files), bool(is_writing))
+
+    def judge(self, step: int, outcome: StepOutcome, agreed: Agreed) -> None:
+        """Decide whether the step was bad, and report it; collective."""
+        problem = self.guard.judge(agreed.loss, outcome.grad_norm) if outcome.drawn else ""
+        self.guard.record(step, problem, samples_of(outcome.drawn, self.data.training) if problem else [])
+        if agreed.has_bad_files:
+            self.report_bad_files(self.data.training)
+        self.metrics.end_step(
+            step, outcome.learning_rate, outcome.grad_norm, self.quarantine.count_until(step),
+            is_skipped=not outcome.has_updated,
+        )  # fmt: skip
+        if problem:
+            samples = self.guard.bad_in_a_row[-1]["samples"]
+            self.metrics.event("bad_step", step, {"problem": problem, "samples": samples})
+            what = "its update stays" if outcome.has_updated else "its update is skipped"
+            self.metrics.say(f"step {step} · bad: {problem}; {what}, its samples are in metrics.jsonl")
+
+    def report_bad_files(self, sources: Sources) -> None:
+        """Name the files that could not be read, and stop if they are too many; collective."""
+        for bad in self.quarantine.share(self.ranks, sources.sizes, self.config.data.max_bad_share):
+            self.metrics.say(f"bad file, see {self.quarantine.path}: {bad.describe()}")
+
+    def save_if_due(self, engine: Engine, step: int, agreed: Agreed) -> None:
+        """Commit a checkpoint whose files are written, and start the next one where it is due; collective."""
+        train = self.config.train
+        self.save_pending = self.save_pending or step % train.save_every == 0
+        is_over = bool(agreed.exit_code) or step == train.steps
+        # After a bad step the run may have to roll back, and weights after a spike are not worth keeping.
+        is_due = is_over or (self.save_pending and not self.guard.bad_in_a_row)
+        if self.saver.under_way and (is_due or not agreed.is_writing):
+            self.finish_save(step)
+        if is_due:
+            self._start_save(engine, step)
+            self.save_pending = False
+        if is_over:
+            self.finish_save(step)
+
+    def save_first(self, engine: Engine) -> None:
+        """Save step 0: there is always a checkpoint to roll back to, and the disk is known to take it; collective."""
+        self.saver.start(engine, {"step": 0, "updates": 0, "metrics": None, "guard": None, **self.facts})
+        self.saver.finish()
+
+    def _start_save(self, engine: Engine, step: int) -> None:
+        self.ledger.record_progress(step)
+        with self.watchdog.patient(f"step {step}: copy for the checkpoint"), self.ledger.stalled():
+            progress = {"step": step, "updates": engine.updates}
+            states = {"metrics": self.metrics.state_dict(), "guard": self.guard.state_dict()}
+            self.saver.start(engine, {**progress, **states, **self.facts})
+
+    def finish_save(self, step: int) -> None:
+        """Wait for the save that is under way, and commit it; collective."""
+        where = f"step {step}: waiting for the checkpoint's files"
+        with self.watchdog.patient(where), self.ledger.stalled():
+            path = self.saver.finish(wait=lambda: self.watchdog.beat(where))
+        self.metrics.say(f"saved {path}")
+
+    def roll_back(self, step: int) -> None:
+        """Make the checkpoint before the bad steps, the last of which is `step`, the newest; collective.
+
+        Raises AgreedError if that was tried often enough.
+        """
+        if self.saver.under_way:
+            self.finish_save(step)
+        self.metrics.close()
+        bad = self.guard.bad_in_a_row
+        self.metrics.say(
+            dist.on_rank0(lambda: return_to_good_checkpoint(self.run_dir, self.rollbacks, bad), self.ranks)
+        )
+        self.ledger.record_progress(step)
+
+    def end_step(self, step: int, outcome: StepOutcome) -> None:
+        """Do what is due between two steps."""
+        self.updates += bool(outcome.drawn)
+        if self.updates == WARMUP_STEPS:
+            self.watchdog.times_are_known()
+        if step % COLLECT_EVERY_STEPS == 0:
+            gc.collect()
+
+    def end_steps(self, step: int, exit_code: int) -> None:
+        """The loop has ended after `step` steps: finished (0), or stopped on request."""
+        if exit_code:
+            self.metrics.say(f"stopped on request after step {step}; the same command continues from there")
+        else:
+            self.metrics.say(f"finished: {step} steps; checkpoints, TensorBoard logs and metrics are in {self.run_dir}")
+        self.ledger.record_progress(step)
+        self.metrics.close()
+
+    def say(self, text: str) -> None:
+        """One line on standard error, from rank 0."""
+        if self.ranks.is_rank_zero:
+            print(text, file=sys.stderr, flush=True)
