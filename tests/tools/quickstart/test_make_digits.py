@@ -21,7 +21,7 @@ for package in ("espeakng_loader", "sklearn"):
     pytest.importorskip(package)
 
 ROOT = Path(__file__).parents[3]
-TOOL = ROOT / "tools" / "make_digits.py"
+TOOL = ROOT / "tools" / "quickstart" / "make_digits.py"
 SMALL = ("--speech-per-class", "20", "--val-speech-per-class", "10", "--image-versions", "2")
 HEADER_BYTES = {"tiff": 122, "png": 48, "wav": 44}  # what stands before the first pixel or sample
 FILE_BYTES = {"tiff": 378, "png": 340, "wav": 1794}
