@@ -57,7 +57,7 @@ def make_job(tmp_path) -> Iterator[Callable[[str], TrainJob]]:
 def launch(job: TrainJob, ranks: int) -> subprocess.Popen:
     """The group in a process of its own, which takes the test's signals; returns when all ranks are ready."""
     start = (
-        "import sys; from pathlib import Path; from launchers import local\n"
+        "import sys; from pathlib import Path; from bfsys.launch import local\n"
         "local.import_what_ranks_need = lambda: None\n"  # these do not
         f"job = local.TrainJob({str(job.config)!r}, ('a=1',), Path({str(job.code_dir)!r}), {str(job.work_dir)!r})\n"
         f"sys.exit(local.run_group(job, {ranks}, Path({str(job.work_dir)!r}) / 'log'))"
