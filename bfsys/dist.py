@@ -30,6 +30,8 @@ SAY_AFTER_S = 15.0
 MEET_POLL_S = 0.05
 # Events that NCCL keeps for the watchdog: what each rank called last, and how far it came.
 FLIGHT_RECORDER_EVENTS = "2000"
+# A GPU's rank computes indices only on the CPU, and shares the cores with other ranks and loader processes.
+THREADS_BESIDE_A_GPU = 4
 # How gloo and NCCL say that a peer has ended. Other errors of theirs are about the network, or are timeouts.
 LOST_CONNECTION = (
     "Connection closed by peer",
@@ -65,10 +67,16 @@ class Ranks:
     @property
     def device(self) -> torch.device:
         """One GPU per rank; the CPU where there is none, or where DS_ACCELERATOR asks for it."""
-        if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        gpus = gpu_count()
+        if not gpus:
             return torch.device("cpu")
         # A launcher may show each rank its own GPU only.
-        return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else self.local_rank)
+        return torch.device("cuda", 0 if gpus == 1 else self.local_rank)
+
+
+def gpu_count() -> int:
+    """The GPUs of this machine that ranks use; 0 where DS_ACCELERATOR asks for the CPU."""
+    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
 
 
 def ranks_from_environment() -> Ranks:
@@ -127,6 +135,9 @@ def start(ranks: Ranks, timeout_s: int) -> None:
                 f"per GPU is allowed, or DS_ACCELERATOR=cpu for CPU ranks"
             )
         torch.cuda.set_device(device)
+        # A weight's gradient is a sum over a million tokens, the parts of which cuBLAS would otherwise add in bfloat16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.set_num_threads(min(torch.get_num_threads(), THREADS_BESIDE_A_GPU))
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)  # read when NCCL starts
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))

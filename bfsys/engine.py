@@ -29,6 +29,7 @@ from bfsys.model.byteformer import Block, Merge
 from bfsys.optim import EMA, AdamW, parameter_groups
 
 WEIGHT = "weight"
+MOST_IN_A_BUCKET = 500_000_000  # numbers that are reduced over ranks together; DeepSpeed's default
 
 
 class StateValues(Protocol):
@@ -64,7 +65,7 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
-                config=deepspeed_config(config, ranks.world_size),
+                config=deepspeed_config(config, ranks.world_size, sum(p.numel() for p in model.parameters())),
                 dist_init_required=False,
             )
         self._names = {id(p): name for name, p in self._engine.module.named_parameters()}
@@ -246,8 +247,8 @@ def _whole_shape(p: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(p, "ds_shape", p.shape))
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict:
-    """DeepSpeed's JSON for a run."""
+def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict:
+    """DeepSpeed's JSON for a run of a model with so many `parameters`."""
     stage, bf16 = config.train.zero_stage, config.train.precision == "bf16"
     micro_batches = config.data.lanes // world_size
     result: dict = {
@@ -258,7 +259,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
         "gradient_clipping": config.optim.clip_norm if stage else 0.0,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,  # our AdamW is torch's, with one more state tensor
-        "zero_optimization": {"stage": stage},
+        # DeepSpeed holds buffers of this many numbers, 2 GB by default, however small the model is.
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(MOST_IN_A_BUCKET, parameters)},
+        # The timer's figures are not used, and it waits for the GPU twice in every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     if bf16 and stage == 0:
         # DeepSpeed's bf16 at stage 0 has no float32 weights; autocast keeps them.
@@ -277,9 +281,13 @@ def import_deepspeed() -> ModuleType:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
 
-    # An all-reduce for inference, which training never calls: building it takes 25 s and a compiler.
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        # DeepSpeed probes all of its operators when this table is imported. On a GPU that looks for nvcc and prints a
+        # warning for each operator, for nothing.
+        from deepspeed.ops import __compatible_ops__
+
+        # An all-reduce for inference, which training never calls: building it takes 25 s and a compiler.
+        __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings are about choices made here on purpose
     return deepspeed

@@ -130,7 +130,7 @@ class Metrics:
             return
         self.ledger.record_progress(step)
         seconds_by_cause = self.ledger.seconds()
-        (peak_memory,) = dist.agree_on_max(peak_memory_bytes(self.ranks.device))
+        memory = memory_figures(self.ranks.device)
         flops_per_s = float(counters[FLOPS]) / max(1e-9, float(counters[BUSY_S]))  # of a rank, on average
         seconds = max(1e-9, float(counters[BUSY_S]) / self.ranks.world_size)
         line = {
@@ -150,7 +150,7 @@ class Metrics:
             "bad_files": bad_files,
             "replaced_samples": int(counters[REPLACED]),
             "skipped_steps": self._skipped,
-            "peak_memory_mib": peak_memory / MIB,
+            **dict(zip(memory, dist.agree_on_max(*memory.values()), strict=True)),
             "goodput": goodput(seconds_by_cause),
             "seconds": seconds_by_cause,
         }
@@ -268,11 +268,16 @@ def describe_scores(result: dict) -> str:
     return f"loss {result['loss']:.3f} · top-1 {100 * result['top1']:.1f} %" + ("" if only else f" ({per_source})")
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process held so far: on its GPU, or in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_figures(device: torch.device) -> dict[str, int]:
+    """The most that this process held so far, on its GPU or in main memory. On a GPU also the most that PyTorch
+    reserved, and how often PyTorch had to free its cache to find a block."""
+    if device.type != "cuda":
+        return {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    return {
+        "peak_memory_mib": torch.cuda.max_memory_allocated(device) // MIB,
+        "reserved_memory_mib": torch.cuda.max_memory_reserved(device) // MIB,
+        "allocation_retries": torch.cuda.memory_stats(device)["num_alloc_retries"],
+    }
 
 
 def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float | None]]:
@@ -297,6 +302,8 @@ def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float | None]]:
     yield "data/replaced_samples", line["replaced_samples"]
     yield "memory/padding_share", line["padding_share"]
     yield "memory/peak_MiB", line["peak_memory_mib"]
+    yield "memory/reserved_MiB", line.get("reserved_memory_mib")
+    yield "memory/allocation_retries", line.get("allocation_retries")
     yield "goodput/share", line["goodput"]
     for cause, seconds in line["seconds"].items():
         yield f"goodput/{cause}_s", seconds

@@ -85,7 +85,7 @@ class AdamW(torch.optim.AdamW):
         result = super().step(closure)
         if self.keeps_average:
             for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self.state[p][EMA].lerp_(p, 1 - group["ema_decay"])
+                moved = [p for p in group["params"] if p.grad is not None]
+                if moved:
+                    torch._foreach_lerp_([self.state[p][EMA] for p in moved], moved, 1 - group["ema_decay"])
         return result

@@ -7,6 +7,7 @@ waits for a reader, and none holds another's pipe open.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -16,6 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRELOADED = ["torch._dynamo", "torch.utils.tensorboard", "deepspeed", "bfsys.train"]
@@ -87,11 +89,11 @@ def run_python(*arguments: str) -> None:
 
 
 def _context() -> multiprocessing.context.ForkServerContext:
-    # Read when libraries are loaded, which the server does.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    # Libraries read these variables when they are loaded, which the server does; tests in this process may use a GPU.
+    with patch.dict(os.environ, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}):
+        multiprocessing.forkserver.ensure_running()
     return context
 
 

@@ -43,10 +43,10 @@ from types import FrameType
 from typing import BinaryIO
 
 import psutil
-import torch
 
 from bfsys.config import load_config
 from bfsys.data.streaming.plan import lanes_of_rank
+from bfsys.dist import gpu_count
 from bfsys.dryrun import dry_run
 from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, UserError, summary_of
 from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
@@ -72,7 +72,7 @@ class Group:
         self._last_sent: dict[int, float] = {}
         self._previous = {number: signal.signal(number, self._receive) for number in stop_signals()}
         start: Callable[[TrainJob, int, dict[str, str], Path], subprocess.Popen | Forked] = start_program
-        if sys.platform.startswith("linux") and not torch.cuda.device_count():
+        if sys.platform.startswith("linux") and not gpu_count():
             import_what_ranks_need()
             start = Forked
         port = free_port()
@@ -306,7 +306,7 @@ def free_port() -> int:
 
 def choose_ranks(lanes: int, asked: int | None) -> int:
     """`asked`, if it can be; by default the most ranks that GPUs or cores allow and that divide the lanes."""
-    gpus = torch.cuda.device_count()
+    gpus = gpu_count()
     if asked is None:
         most = gpus or len(os.sched_getaffinity(0))
         return max(n for n in range(1, min(most, lanes) + 1) if lanes % n == 0)
@@ -346,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
         dry_run(config, ranks, with_data=True)
         print(f"command     {shlex.join(job.command())}, {ranks} times; logs in {log_dir}")
         return 0
-    gpus = torch.cuda.device_count()
+    gpus = gpu_count()
     os.environ[STARTED] = str(psutil.Process().create_time())
     print(f"ranks: {ranks} on {f'{gpus} GPUs' if gpus else 'the CPU'}; logs in {log_dir}", flush=True)
     return run_until_done(lambda: run_group(job, ranks, log_dir), config.run_dir)

@@ -45,7 +45,8 @@ class Block(nn.Module):
         if x.device.type == "cpu" and isinstance(where, Segments):
             return block_in_chunks(self, x, where, keep_little=checkpointing)
         if checkpointing:
-            return checkpoint(self.compute, x, where, use_reentrant=False)
+            # No random number is drawn in a block, so no generator's state must be saved.
+            return checkpoint(self.compute, x, where, use_reentrant=False, preserve_rng_state=False)
         return self.compute(x, where)
 
     def compute(self, x: Tensor, where: Segments | Windows) -> Tensor:

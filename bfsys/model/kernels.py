@@ -19,6 +19,11 @@ VALUES = tl.constexpr(257)
 BYTES = tl.constexpr(256)  # values that are bytes; the one after them is the padding
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# Index tensors are slices of one tensor (layout.py), so that their alignment changes from batch to batch. Triton would
+# compile each kernel once more for each combination.
+FILE_INDEX = ["first_byte", "end_byte", "first_token", "tokens"]
+SEGMENT_INDEX = ["start", "length"]
+
 BLOCK_D = 64  # channels per program: rows of 128 bytes in bfloat16, one cache line, and no waste in any named size
 WIDEST = 128  # tokens of a segment that one program can hold
 WIDEST_HEAD = 64  # channels, likewise
@@ -50,7 +55,7 @@ def _locate(n, rows, file, first_byte, end_byte, first_token, tokens, stride):
     return place, count, begin, tl.where(count > 0, tl.load(end_byte + f) - begin, 0)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=FILE_INDEX)
 def _stem_forward(
     table, positions, data, file, first_byte, end_byte, first_token, tokens, out, rows, position_rows, stride,
     K: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -100,7 +105,7 @@ def stem_forward(
     return out
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=FILE_INDEX)
 def _stem_bytes(
     data, file, first_byte, end_byte, first_token, tokens, out, rows, pitch, stride,
     K: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -197,7 +202,7 @@ def stem_backward(
     return out.flatten(0, 1)
 
 
-@triton.jit(do_not_specialize=["files"])
+@triton.jit(do_not_specialize=["files"], do_not_specialize_on_alignment=FILE_INDEX)
 def _positions_backward(
     grad, out, first_token, tokens, files, rows,
     D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -238,7 +243,7 @@ def positions_backward(grad: Tensor, first_token: Tensor, tokens: Tensor, rows: 
 # --- Attention ---------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SEGMENT_INDEX)
 def _attention_forward(
     qkv, out, start, length,
     D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -263,7 +268,7 @@ def _attention_forward(
         tl.store(out + m * D + e, o.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SEGMENT_INDEX)
 def _attention_backward(
     qkv, grad, out, start, length,
     D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -351,7 +356,7 @@ def attention_backward(
     # room. On sm_90 the compiler would take 147 registers; held to 128, it spills none, and two programs fit.
     block = min(tiles["TILE"], 16 if wide else 32)
     warps = tiles["TILE"] // 8 if wide or tiles["TILE"] < 64 else tiles["TILE"] // 16
-    tight = _generation(qkv.device) >= 9 and not wide and tiles["TILE"] == 128 and tiles["BLOCK_E"] <= 64
+    tight = _generation(qkv.device) == 9 and not wide and tiles["TILE"] == 128 and tiles["BLOCK_E"] <= 64
     with torch.cuda.device_of(qkv):
         _attention_backward[(len(start) * heads,)](
             qkv.contiguous(), grad.contiguous(), out, start, length, BLOCK_M=block, **tiles,

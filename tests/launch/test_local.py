@@ -172,6 +172,7 @@ def test_a_killed_launcher_leaves_no_ranks(make_job, tmp_path):
 
 def test_choice_of_ranks(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert [local.choose_ranks(lanes, None) for lanes in (1, 4, 9, 12, 64)] == [1, 4, 3, 6, 4]
     assert local.choose_ranks(64, 32) == 32
@@ -180,6 +181,8 @@ def test_choice_of_ranks(monkeypatch):
     for asked, said in ((0, "at least 1"), (3, "world sizes that fit: 1, 2, 4"), (4, "this machine's 3 GPUs")):
         with pytest.raises(UserError, match=said):
             local.choose_ranks(4, asked)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert local.choose_ranks(4, 4) == 4
 
 
 def test_dry_run_starts_nothing(config_file, tmp_path, capsys):

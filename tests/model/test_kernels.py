@@ -28,7 +28,9 @@ INTERPRETED = "interpreted_kernels"
 LONGEST = 2500 if ON_GPU else 250  # bytes; the interpreter is slow
 # Largest error over largest value. bfloat16 has 8 bits; probabilities and their gradients are rounded to it too.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
-SUM_TOLERANCE = 1e-6  # of gradients in any precision: products with ones are exact, their sums are float32
+# Of gradients in any precision: products with ones are exact, their sums are float32. Matrix units cut sums off where
+# others round, which costs float32 gradients a digit.
+SUM_TOLERANCE = 1e-5 if ON_GPU else 1e-6
 
 
 def tritons() -> list[str]:
@@ -307,7 +309,7 @@ def compile_for_hopper(function, args, options):
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = mangle_type(value)
-        if number % 16 == 0 and not parameter.do_not_specialize:
+        if number % 16 == 0 and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(function, signature, constexprs=constants, attrs=attributes)
     others = {name: value for name, value in options.items() if name not in function.arg_names}
@@ -338,4 +340,4 @@ def test_the_model_computes_the_same_by_kernels(kernels, monkeypatch, rows):
         results.append({"logits": logits.detach(), **{n: p.grad for n, p in model.named_parameters()}})
     assert called.count(kernels) >= 2 + 2 * a.layers
     for name, want in results[0].items():
-        close(results[1][name], want.double(), 1e-5)
+        close(results[1][name], want.double().cpu(), 1e-4 if ON_GPU else 1e-5)
