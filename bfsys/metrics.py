@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import threading
 import time
@@ -27,6 +26,7 @@ from bfsys.batch import ByteBatch
 from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS
+from bfsys.files import replace_file
 from bfsys.json_lines import read_json_lines
 from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
 from bfsys.model.flops import flops_per_step, matrix_peak
@@ -322,9 +322,7 @@ def _open_lines(path: Path, first_step: int) -> tuple[TextIO, int]:
     """
     kept = [line for line in read_json_lines(path, LINE) if line["step"] <= first_step]
     last_evaluation = max((line["step"] for line in kept if line["kind"] == "eval"), default=-1)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(part, path)
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept), durable=False)
     return open(path, "a"), last_evaluation
 
 

@@ -197,12 +197,12 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, moment: 
 
     saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(100))
     if moment == "manifest":
-        monkeypatch.setattr(files, "write_durably", killed)
+        monkeypatch.setattr(files, "replace_file", killed)
     elif moment == "renamed":
-        monkeypatch.setattr(files, "_sync_directory", lambda path: killed() if path.name == "checkpoints" else None)
+        monkeypatch.setattr(files, "sync_folder", lambda path: killed() if path.name == "checkpoints" else None)
     elif moment == "latest":
-        write = files.write_durably
-        monkeypatch.setattr(files, "write_durably", lambda p, t: killed() if p.name == "latest.part" else write(p, t))
+        replace_file = files.replace_file
+        monkeypatch.setattr(files, "replace_file", lambda p, t: killed() if p.name == "latest" else replace_file(p, t))
     if moment == "copied":
         monkeypatch.setattr(saving, "_start_writer", killed)
     try:

@@ -31,8 +31,9 @@ import xxhash
 from bfsys.data.storage.classes import notes_on_classes, some
 from bfsys.data.storage.description import check_description
 from bfsys.data.storage.remote import Cache, is_remote, url_of
-from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, atomic_file, join_shards
+from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, join_shards
 from bfsys.errors import UserError
+from bfsys.files import describe, replace_file, replacing
 
 FORMAT = 2
 DESCRIPTION = "dataset.json"
@@ -307,11 +308,10 @@ def write_split(path: Path, name: str, split: str, classes: Sequence[str], shard
     files = {}
     arrays = (samples, np.frombuffer(keys, np.uint8))
     for role, file_name, array in zip(("samples", "keys"), index_files(name, split), arrays, strict=True):
-        with atomic_file(path / file_name) as file:
+        with replacing(path / file_name) as file:
             np.save(file, array)
-        with open(path / file_name, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            files[role] = {"name": file_name, "sha256": sha256, "size_bytes": os.path.getsize(path / file_name)}
+        about = describe(path / file_name)
+        files[role] = {"name": file_name, "sha256": about["sha256"], "size_bytes": about["bytes"]}
     ends = np.cumsum([0, *(len(index.samples) for index in shards)]).tolist()
     counts = np.bincount(samples["label"], minlength=len(classes))
     return {
@@ -355,8 +355,7 @@ def write_description(
         **({"notes": list(notes)} if notes else {}),
     }
     text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-    with atomic_file(path / DESCRIPTION) as file:
-        file.write(text.encode())
+    replace_file(path / DESCRIPTION, text)
 
 
 def summarise(description: dict) -> str:
