@@ -28,10 +28,9 @@ import torch
 
 from bfsys.model.layout import MASKED, token_counts
 from bfsys.model.precision import product_dtype
-from bfsys.model.sizes import BYTE_VALUES, Architecture
+from bfsys.model.sizes import BYTE_VALUES, MLP_RATIO, Architecture
 
 BACKWARD = 2  # products of a backward, for each of the forward
-MLP_RATIO = 4
 
 
 @dataclass(frozen=True, slots=True)
