@@ -31,6 +31,7 @@ from bfsys.json_lines import read_json_lines
 from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
 from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
+from bfsys.model.peaks import data_sheet_peak
 from bfsys.supervision.goodput import Ledger, goodput
 
 # Columns of the counters that are summed over ranks and steps.
@@ -69,7 +70,8 @@ class Metrics:
         self.architecture, self.mode = config.model.architecture(), config.model.mode
         self.num_classes = num_classes
         precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.peak_flops_per_s = matrix_peak(ranks.device, precision)  # of this rank
+        self.peak_flops_per_s = data_sheet_peak(ranks.device, precision)  # of a rank
+        self.matmul_flops_per_s = matrix_peak(ranks.device, precision)  # of this rank
         self.total_steps, self.log_every = config.train.steps, config.train.log_every
         self._started = self._step_began = time.perf_counter()
         self._sums = torch.zeros(len(source_names), COLUMNS, dtype=torch.float64)
@@ -154,7 +156,8 @@ class Metrics:
             "bytes_per_s": float(counters[BYTES]) / seconds,
             "tokens_per_s": float(counters[TOKENS]) / seconds,
             "model_tflop_per_s": flops_per_s * self.ranks.world_size / 1e12,
-            "mfu": flops_per_s / self.peak_flops_per_s,
+            "mfu": flops_per_s / self.peak_flops_per_s if self.peak_flops_per_s else None,
+            "matmul_share": flops_per_s / self.matmul_flops_per_s,
             "padding_share": 1 - float(counters[TOKENS] / counters[ROUNDED_TOKENS]),
             "data_wait_share": float(counters[WAIT_S] / counters[BUSY_S]),
             "bad_files": bad_files,
@@ -291,6 +294,7 @@ def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float | None]]:
     yield "speed/tokens_per_s", line["tokens_per_s"]
     yield "speed/model_TFLOP_per_s", line["model_tflop_per_s"]
     yield "speed/mfu", line["mfu"]
+    yield "speed/matmul_share", line["matmul_share"]
     yield "time/step_s", line["step_s"]
     yield "time/data_wait_share", line["data_wait_share"]
     yield "data/bad_files", line["bad_files"]

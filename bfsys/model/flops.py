@@ -121,7 +121,7 @@ def published_flops(lengths: np.ndarray, architecture: Architecture, num_classes
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of the fastest of several large matrix products, measured here and now: what a utilisation refers to.
+    """FLOP/s of the fastest of several large matrix products, measured here and now. (peaks.py has the data sheets'.)
 
     Ranks that share a CPU measure at once, and so each gets the part that it has in training.
     """

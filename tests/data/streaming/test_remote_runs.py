@@ -33,6 +33,7 @@ def comparable(run: Path) -> list[dict]:
         "tokens_per_s",
         "model_tflop_per_s",
         "mfu",
+        "matmul_share",
         "data_wait_share",
         "peak_memory_mib",
         "goodput",
