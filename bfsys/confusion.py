@@ -11,14 +11,16 @@ classes as can be told apart on it.
 from __future__ import annotations
 
 import csv
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from bfsys.errors import UserError
+from bfsys.files import replace_file, replacing
 
 MOST_CLASSES_DRAWN = 2000
 MOST_CLASSES_NAMED = 60  # beside rows and columns
@@ -59,11 +61,9 @@ class Report:
             worst.setdefault(label, (answer, -minus_count))
         try:
             self._write_classes(files, right, worst)
-            with open(self.folder / "confusion.tsv", "w", newline="", encoding="utf-8") as file:
-                rows = csv.writer(file, delimiter="\t", lineterminator="\n")
-                rows.writerow(("class", "answer", "files"))
-                for label, answer, count in zip(labels, answers, counts, strict=True):
-                    rows.writerow((self.classes[label], self.classes[answer], count))
+            pairs = zip(labels, answers, counts, strict=True)
+            rows = ((self.classes[label], self.classes[answer], count) for label, answer, count in pairs)
+            _write_table(self.folder / "confusion.tsv", ("class", "answer", "files"), rows)
             note = self._draw(labels, answers, counts, files)
         except OSError as error:
             raise UserError(f"--report {self.folder}: cannot be written: {error.strerror}") from None
@@ -80,14 +80,13 @@ class Report:
         ]
 
     def _write_classes(self, files: np.ndarray, right: np.ndarray, worst: dict[int, tuple[int, int]]) -> None:
-        with open(self.folder / "classes.tsv", "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file, delimiter="\t", lineterminator="\n")
-            rows.writerow(("class", "files", "top1", "most often taken for", "files taken so"))
-            for number in np.flatnonzero(files):
-                answer, count = worst.get(int(number), (None, 0))
-                taken_for = "" if answer is None else self.classes[answer]
-                top1 = f"{right[number] / files[number]:.4f}"
-                rows.writerow((self.classes[number], files[number], top1, taken_for, count))
+        rows = []
+        for number in np.flatnonzero(files):
+            answer, count = worst.get(int(number), (None, 0))
+            taken_for = "" if answer is None else self.classes[answer]
+            rows.append((self.classes[number], files[number], f"{right[number] / files[number]:.4f}", taken_for, count))
+        columns = ("class", "files", "top1", "most often taken for", "files taken so")
+        _write_table(self.folder / "classes.tsv", columns, rows)
 
     def _draw(self, labels: np.ndarray, answers: np.ndarray, counts: np.ndarray, files: np.ndarray) -> str:
         """Draw the matrix of the classes that occur; says where it is, or why not."""
@@ -118,5 +117,15 @@ class Report:
                 count = f"{matrix[row, column]:.0f}"
                 axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=7)
         path = self.folder / "confusion.png"
-        figure.savefig(path, dpi=120 if len(shown) <= MOST_CLASSES_NAMED else math.ceil(len(shown) / side))
+        with replacing(path, durable=False) as file:
+            dpi = 120 if len(shown) <= MOST_CLASSES_NAMED else math.ceil(len(shown) / side)
+            figure.savefig(file, format="png", dpi=dpi)
         return f"picture: {path}"
+
+
+def _write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, delimiter="\t", lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    replace_file(path, table.getvalue(), durable=False)

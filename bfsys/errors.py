@@ -4,11 +4,12 @@ Alternative refused: a family of exception classes. Each message already says wh
 is allowed and what to do; launchers tell ends apart by the code. What is caught apart is a subclass where it is raised.
 """
 
+import difflib
 import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from bfsys import console, process
@@ -57,6 +58,12 @@ def collecting(problems: list[str]) -> Iterator[None]:
         yield
     except UserError as error:
         problems.extend(error.problems)
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """The hint " (did you mean 'x'?)" with the nearest allowed name, to be appended; empty if none is near."""
+    near = difflib.get_close_matches(name, list(allowed), 1, 0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def one_line(text: str) -> str:

@@ -17,7 +17,6 @@ ones would bring back what bfsys is there to avoid; a server runs files side by 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import io
 import json
@@ -36,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bfsys import typed_yaml
+from bfsys import files, typed_yaml
 from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.files import make_empty_folder
 from bfsys.checkpoint.loading import load_model
@@ -73,8 +72,8 @@ def export(model: ByteFormer, config: Config, manifest: dict, out: Path, formats
         if ONNX in formats:
             write_onnx(program, out / FORMATS[ONNX])
             check(ONNX, onnx_runner(out / FORMATS[ONNX]), model, facts)
-    facts["files"] = {p.name: _describe_file(p) for p in sorted(out.iterdir())}
-    (out / "model.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    facts["files"] = {p.name: files.describe(p) for p in sorted(out.iterdir())}
+    files.replace_file(out / "model.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return facts
 
 
@@ -164,11 +163,6 @@ def lengths_to_check(model: ByteFormer, least_bytes: int) -> list[int]:
 @torch.no_grad()
 def probabilities(model: ByteFormer, data: np.ndarray) -> Tensor:
     return model(ByteBatch.from_samples([Sample("", data)])).float().softmax(1)[0]
-
-
-def _describe_file(path: Path) -> dict:
-    with open(path, "rb") as f:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
 
 @contextmanager

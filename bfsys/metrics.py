@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import threading
 import time
@@ -27,10 +26,12 @@ from bfsys.batch import ByteBatch
 from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS
+from bfsys.files import replace_file
 from bfsys.json_lines import read_json_lines
 from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
 from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
+from bfsys.model.peaks import data_sheet_peak
 from bfsys.supervision.goodput import Ledger, goodput
 
 # Columns of the counters that are summed over ranks and steps.
@@ -67,7 +68,8 @@ class Metrics:
         self.architecture, self.mode = config.model.architecture(), config.model.mode
         self.num_classes = num_classes
         precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.peak_flops_per_s = matrix_peak(ranks.device, precision)  # of this rank
+        self.peak_flops_per_s = data_sheet_peak(ranks.device, precision)  # of a rank
+        self.matmul_flops_per_s = matrix_peak(ranks.device, precision)  # of this rank
         self.total_steps, self.log_every = config.train.steps, config.train.log_every
         self._started = self._step_began = time.perf_counter()
         self._sums = torch.zeros(len(source_names), COLUMNS, dtype=torch.float64)
@@ -144,7 +146,8 @@ class Metrics:
             "bytes_per_s": float(counters[BYTES]) / seconds,
             "tokens_per_s": float(counters[TOKENS]) / seconds,
             "model_tflop_per_s": flops_per_s * self.ranks.world_size / 1e12,
-            "mfu": flops_per_s / self.peak_flops_per_s,
+            "mfu": flops_per_s / self.peak_flops_per_s if self.peak_flops_per_s else None,
+            "matmul_share": flops_per_s / self.matmul_flops_per_s,
             "padding_share": 1 - float(counters[TOKENS] / counters[ROUNDED_TOKENS]),
             "data_wait_share": float(counters[WAIT_S] / counters[BUSY_S]),
             "bad_files": bad_files,
@@ -296,6 +299,7 @@ def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float | None]]:
     yield "speed/tokens_per_s", line["tokens_per_s"]
     yield "speed/model_TFLOP_per_s", line["model_tflop_per_s"]
     yield "speed/mfu", line["mfu"]
+    yield "speed/matmul_share", line["matmul_share"]
     yield "time/step_s", line["step_s"]
     yield "time/data_wait_share", line["data_wait_share"]
     yield "data/bad_files", line["bad_files"]
@@ -329,9 +333,7 @@ def _open_lines(path: Path, first_step: int) -> tuple[TextIO, int]:
     """
     kept = [line for line in read_json_lines(path, LINE) if line["step"] <= first_step]
     last_evaluation = max((line["step"] for line in kept if line["kind"] == "eval"), default=-1)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(part, path)
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept), durable=False)
     return open(path, "a"), last_evaluation
 
 

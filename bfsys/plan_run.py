@@ -33,13 +33,14 @@ from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, summary_of
 from bfsys.json_lines import NUMBER, Fields, read_json_lines
+from bfsys.model import peaks
 from bfsys.model.byteformer import parameter_count
 from bfsys.model.flops import flops_per_step
 from bfsys.model.layout import token_counts
 
 PLANNED_STEPS = 20
-# Dense matrix products in bfloat16, FLOP/s, as their makers state them.
-PEAKS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12, "l40s": 362e12, "mi300x": 1307e12}
+# FLOP/s in bfloat16, by the names that --gpu takes.
+PEAKS = {name.lower().replace(" ", "-"): 1e12 * peak.bf16 for name, peak in peaks.PEAKS.items() if peak.bf16}
 KEPT_PER_TOKEN = 16  # numbers, times dim, of each layer
 KEPT_PER_MERGED = 3  # of each pair that becomes one: the pair, and what the norm gets
 GB = 1e9

@@ -26,6 +26,7 @@ from bfsys.checkpoint.loading import load_model
 from bfsys.data.packing.listing import regular_files
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply, parse_transforms, with_key
 from bfsys.data.streaming.datasets import check_transforms
+from bfsys.data.streaming.plan import within_budget
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.model.byteformer import ByteFormer
 
@@ -71,17 +72,7 @@ def read_files(
 def batches_of(samples: Iterator[Sample], budget_bytes: int, least_bytes: int = 1) -> Iterator[list[Sample]]:
     """Samples in their order, in lists of at most `budget_bytes` (or of one larger sample); shorter ones than
     `least_bytes` count as so many."""
-    batch: list[Sample] = []
-    filled = 0
-    for sample in samples:
-        cost = max(len(sample.data), least_bytes)
-        if batch and filled + cost > budget_bytes:
-            yield batch
-            batch, filled = [], 0
-        batch.append(sample)
-        filled += cost
-    if batch:
-        yield batch
+    return within_budget(((max(len(sample.data), least_bytes), sample) for sample in samples), budget_bytes)
 
 
 def main() -> int:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bfsys import dist, typed_yaml
-from bfsys.checkpoint.files import METRICS, replace_durably
+from bfsys.checkpoint.files import METRICS
 from bfsys.checkpoint.loading import check_same_run, newest_readable
 from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError
+from bfsys.files import replace_file
 from bfsys.supervision.goodput import FILE as GOODPUT
 from bfsys.supervision.guard import FILE as ROLLBACKS
 from bfsys.supervision.run_end import forget_end
@@ -117,7 +118,7 @@ def _take_directory(config: Config, facts: dict) -> RunDirectory:
         notes = [] if path else set_aside_earlier_run(run_dir)
         # At the first hang, other nodes would not see a folder that they know not to exist (NFS caches that).
         (run_dir / HANGS).mkdir(exist_ok=True)
-        replace_durably(run_dir / "config.yaml", typed_yaml.dump(config))
+        replace_file(run_dir / "config.yaml", typed_yaml.dump(config))
         forget_end(run_dir)
         return RunDirectory(path is None, notes, hold)
     except (OSError, UserError) as error:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -28,7 +27,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from bfsys.errors import UserError, collecting
+from bfsys.errors import UserError, collecting, did_you_mean
 
 T = TypeVar("T")
 _adapter: Callable[[type], TypeAdapter] = functools.cache(TypeAdapter)
@@ -253,15 +252,13 @@ def _sentence(cls: type, detail: ErrorDetails) -> str:
     kind, got = detail["type"], _with_odd(detail["input"])
     if kind == "unexpected_keyword_argument":
         owner = _fields_at(cls, detail["loc"][:-1])
-        near = difflib.get_close_matches(location[-1], owner, 1, 0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{name}: no such key; {hint}Allowed here: {', '.join(owner)}"
+        return f"{name}: no such key{did_you_mean(location[-1], owner)}; allowed here: {', '.join(owner)}"
     if kind in ("missing", "missing_argument"):
         return f"{name}: missing; it has no default"
     if kind == "literal_error":
         allowed = detail["ctx"]["expected"]
-        near = difflib.get_close_matches(str(got), re.findall(r"'([^']*)'", allowed), 1, 0.5)
-        return f"{name}: got {got!r}; allowed: {allowed}" + (f" (did you mean {near[0]!r}?)" if near else "")
+        hint = did_you_mean(str(got), re.findall(r"'([^']*)'", allowed))
+        return f"{name}: got {got!r}; allowed: {allowed}{hint}"
     if kind == "value_error":  # of a validator of our own
         return f"{name}: {detail['ctx']['error']}"
     rule = detail["msg"].replace("Input should be", "it must be")

@@ -28,7 +28,7 @@ from bfsys.checkpoint import __main__ as command
 from bfsys.checkpoint import files, loading, saving
 from bfsys.checkpoint.files import RetentionPolicy, step_of
 from bfsys.dist import AgreedError, Ranks
-from bfsys.errors import EXIT_STORAGE, UserError
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, UserError
 
 ALONE = Ranks()
 FACTS = {"metrics": None, "guard": None, "classes": ["x"], "versions": {}, "config": {}, "plan": {}}
@@ -197,12 +197,12 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, moment: 
 
     saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(100))
     if moment == "manifest":
-        monkeypatch.setattr(files, "write_durably", killed)
+        monkeypatch.setattr(files, "replace_file", killed)
     elif moment == "renamed":
-        monkeypatch.setattr(files, "_sync_directory", lambda path: killed() if path.name == "checkpoints" else None)
+        monkeypatch.setattr(files, "sync_folder", lambda path: killed() if path.name == "checkpoints" else None)
     elif moment == "latest":
-        write = files.write_durably
-        monkeypatch.setattr(files, "write_durably", lambda p, t: killed() if p.name == "latest.part" else write(p, t))
+        replace_file = files.replace_file
+        monkeypatch.setattr(files, "replace_file", lambda p, t: killed() if p.name == "latest" else replace_file(p, t))
     if moment == "copied":
         monkeypatch.setattr(saving, "_start_writer", killed)
     try:
@@ -231,8 +231,9 @@ def test_a_writer_that_dies_ends_the_run_as_a_crash(tmp_path: Path) -> None:
     saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(100))
     saver.start(Tensors(2, size=3_000_000), {"step": 2, "updates": 2, **FACTS})
     saver._process.send_signal(signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="ended with code -9"):
+    with pytest.raises(AgreedError, match="ended with code -9") as error:
         saver.finish()
+    assert error.value.exit_code == EXIT_CRASHED  # a launcher starts the run again
     assert same(resume(tmp_path)[0], Tensors(1))
 
 

@@ -70,13 +70,13 @@ def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
     text = "\n".join(found)
     assert len(found) == 6
     for expected in (
-        "data.sources.0.wieght: no such key; did you mean 'weight'?",
-        "data.lanez: no such key; did you mean 'lanes'?",
+        "data.sources.0.wieght: no such key (did you mean 'weight'?)",
+        "data.lanez: no such key (did you mean 'lanes'?)",
         "data.workers: got 'on'; it must be a valid integer",
         "model.size: got 'tinny'",
         "did you mean 'tiny'?",
         "optim.final_lr: got 'fast'; it must be a valid number",
-        "trian: no such key; did you mean 'train'?",
+        "trian: no such key (did you mean 'train'?)",
     ):
         assert expected in text
 

@@ -150,7 +150,7 @@ def test_a_run_without_an_average_gives_its_last_weights(config: Config, finishe
     manifest = files.read_manifest(path)
     manifest["config"]["optim"]["ema_decay"] = 0.0
     manifest["sha256"] = files.fingerprint(manifest)
-    files.write_durably(path / "manifest.json", json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(manifest))
     weights, notes = start(replace(config, train=replace(config.train, init_from=str(tmp_path / "run"))))
     assert "starting from the weights of" in notes
     assert torch.equal(weights["head.weight"], tensors(path, "weight")["head.weight"])

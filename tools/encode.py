@@ -29,9 +29,9 @@ import numpy as np
 
 from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, library_version, reencode
 from bfsys.data.packing.listing import regular_files
-from bfsys.data.storage.tars import atomic_file
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply, parse_transforms
 from bfsys.errors import UserError, collecting, run_command, summary_of
+from bfsys.files import replacing
 from tools.pack import read_encoding
 
 NOTES = ".encoded.jsonl"
@@ -178,7 +178,7 @@ def make(
     made = apply(transforms, np.frombuffer(content, np.uint8), np.random.default_rng())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(target) as file:
+        with replacing(target) as file:
             file.write(made.tobytes())
             notes.add(target, made_from)
     except OSError as error:

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bfsys.errors import EXIT_CRASHED, TRANSIENT_ERRNOS, UserError
+from bfsys.files import describe, replace_file, sync_folder
 from bfsys.json_lines import NUMBER, Fields, parse_json_lines
 
 T = TypeVar("T")
@@ -120,13 +121,12 @@ def commit(work: Path, final: Path, facts: dict, files: Mapping[str, dict]) -> N
     root = final.parent
     manifest = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
     manifest["sha256"] = fingerprint(manifest)
-    write_durably(work / MANIFEST, json.dumps(manifest, indent=1))
-    _sync_directory(work)
+    replace_file(work / MANIFEST, json.dumps(manifest, indent=1))  # and with it the names of all other files
     if final.exists():  # a damaged one of the same step, or one that the run was rolled back before
         remove(final)
     os.rename(work, final)
-    _sync_directory(root)
-    replace_durably(root / LATEST, final.name + "\n")
+    sync_folder(root)
+    replace_file(root / LATEST, final.name + "\n")
 
 
 def remove(path: Path) -> None:
@@ -275,12 +275,6 @@ def fingerprint(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def describe(path: Path) -> dict:
-    """Size and sha256 of a file."""
-    with open(path, "rb") as f:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
-
-
 def make_empty_folder(path: Path) -> None:
     """Make `path`, or take it if it is an empty folder; raises UserError otherwise."""
     try:
@@ -291,26 +285,3 @@ def make_empty_folder(path: Path) -> None:
             raise UserError(f"{path}: cannot be written: no permission")
     except OSError as error:
         raise UserError(f"{path}: cannot be made: {error.strerror}") from None
-
-
-def write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def replace_durably(path: Path, text: str) -> None:
-    """Give `path` another content, so that at every moment it has the old or the new one."""
-    part = path.with_name(path.name + ".part")
-    write_durably(part, text)
-    os.rename(part, path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

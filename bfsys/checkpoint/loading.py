@@ -30,12 +30,12 @@ from bfsys.checkpoint.files import (
     move_aside,
     parse_piece,
     read_manifest,
-    replace_durably,
     with_retries,
 )
 from bfsys.config import Config, Model
 from bfsys.engine import WEIGHT, Engine
 from bfsys.errors import UserError
+from bfsys.files import replace_file
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import EMA
 
@@ -67,7 +67,7 @@ def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> Non
     if METRICS in manifest["files"]:
         history, live = (path / METRICS).read_bytes(), run_dir / METRICS
         if not live.exists() or not live.read_bytes().startswith(history):
-            replace_durably(live, history.decode())
+            replace_file(live, history)
     for other in damaged:
         move_aside(other)
 

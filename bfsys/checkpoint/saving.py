@@ -22,7 +22,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -45,7 +46,7 @@ from bfsys.checkpoint.files import (
     remove,
     to_prune,
 )
-from bfsys.errors import EXIT_STORAGE, TRANSIENT_ERRNOS
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError
 
 POLL_S = 0.05
 
@@ -89,9 +90,15 @@ class Saver:
         """
         assert not self.under_way
         final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
-        # No writer of another start that is slow to die knows this name.
-        work = final.with_name(dist.broadcast_from_rank0(f".{final.name}.{os.getpid()}-{time.time_ns()}.part"))
-        _on_rank0(lambda: new_work_dir(work), final, self.ranks)
+
+        @_errors_of_saving(final)
+        def make_work_dir() -> Path:
+            # No writer of another start that is slow to die knows this name.
+            work = final.with_name(f".{final.name}.{os.getpid()}-{time.time_ns()}.part")
+            new_work_dir(work)
+            return work
+
+        work = dist.on_rank0(make_work_dir, self.ranks)
         files = self._copy(source)
         shapes = {name: list(shape) for name, shape in source.parameter_shapes().items()}
         history = self.run_dir / METRICS
@@ -118,14 +125,14 @@ class Saver:
             time.sleep(POLL_S)
         self._facts = None
         final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
-        everyones = dist.gather_to_all(self._answer())
-        _raise_problems(everyones, final)
-        files = {name: entry for answer in everyones for name, entry in answer["files"].items()}
+        mine = dist.same_errors_on_all(partial(self._written_files, final))
+        files = {name: entry for of_rank in dist.gather_to_all(mine) for name, entry in of_rank.items()}
         pieces_of_ranks = dist.gather_to_all(self._pieces)
         for state in self._states:
             pieces = [piece for of_rank in pieces_of_ranks for piece in of_rank.get(state, ())]
             assert cover(pieces, facts["shapes"]), f"{state}: the ranks' pieces are not the whole state"
 
+        @_errors_of_saving(final)
         def let_it_count() -> None:
             commit(self._work, final, facts, files)
             is_bad = bool((facts.get("guard") or {}).get("in_a_row"))
@@ -133,7 +140,7 @@ class Saver:
                 for path in to_prune(self.run_dir, all_checkpoints(self.run_dir), self.keep):
                     remove(path)
 
-        _on_rank0(let_it_count, final, self.ranks)  # nobody goes on before the checkpoint counts
+        dist.on_rank0(let_it_count, self.ranks)  # nobody goes on before the checkpoint counts
         return final
 
     def close(self) -> None:
@@ -166,15 +173,19 @@ class Saver:
             file[piece] = (list(shapes[name]) if is_whole else [value.numel()], begin, end)
         return files
 
-    def _answer(self) -> dict:
+    def _written_files(self, final: Path) -> dict[str, dict]:
+        """Size and sha256 of this rank's files, when they are written. Raises UserError if they cannot be."""
         process, self._process = self._process, None
         if process is None:
-            return {"files": {}}
+            return {}
         output, _ = process.communicate()
         if process.returncode:
             problem = f"rank {self.ranks.rank}: the writing process ended with code {process.returncode}"
-            return {"problem": problem, "errno": errno.EINTR}
-        return json.loads(output)
+            raise _save_error(final, problem, errno.EINTR)
+        answer = json.loads(output)
+        if "problem" in answer:
+            raise _save_error(final, answer["problem"], answer["errno"])
+        return answer["files"]
 
 
 class HostMemory:
@@ -234,27 +245,19 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
     return process
 
 
-def _on_rank0(act: Callable[[], None], final: Path, ranks: dist.Ranks) -> None:
-    """`act()` on rank 0; what the disk refuses to it, all ranks raise in the words of a save."""
-
-    def answer() -> dict:
-        try:
-            act()
-        except OSError as error:
-            return {"problem": f"{error.filename or final}: {error.strerror}", "errno": error.errno}
-        return {}
-
-    _raise_problems([dist.on_rank0(answer, ranks)], final)
+@contextmanager
+def _errors_of_saving(final: Path) -> Iterator[None]:
+    """Raises what the disk refuses as a UserError about the checkpoint `final`."""
+    try:
+        yield
+    except OSError as error:
+        raise _save_error(final, f"{error.filename or final}: {error.strerror}", error.errno) from None
 
 
-def _raise_problems(answers: list[dict], final: Path) -> None:
-    failed = [answer for answer in answers if "problem" in answer]
-    if not failed:
-        return
-    text = "; ".join(dict.fromkeys(answer["problem"] for answer in failed))
-    text = f"checkpoint {final}: cannot be written: {text}; earlier ones are untouched"
-    if all(answer["errno"] in TRANSIENT_ERRNOS for answer in failed):
-        raise RuntimeError(text)  # as a crash: a launcher starts the run again
-    is_full = any(answer["errno"] in (errno.ENOSPC, errno.EDQUOT) for answer in failed)
-    text += f"; {'free disk space' if is_full else 'repair that'}, and run the same command to resume"
-    raise dist.AgreedError(text, exit_code=EXIT_STORAGE)
+def _save_error(final: Path, problem: str, number: int | None) -> UserError:
+    """Why a checkpoint cannot be written; `number` is the errno."""
+    text = f"checkpoint {final}: cannot be written: {problem}; earlier ones are untouched"
+    if number in TRANSIENT_ERRNOS:
+        return UserError(text, exit_code=EXIT_CRASHED)  # a launcher starts the run again
+    remedy = "free disk space" if number in (errno.ENOSPC, errno.EDQUOT) else "repair that"
+    return UserError(f"{text}; {remedy}, and run the same command to resume", exit_code=EXIT_STORAGE)

@@ -14,14 +14,14 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from bfsys import console
 from bfsys.checkpoint.files import METRICS
 from bfsys.config import load_config
 from bfsys.errors import UserError
-from bfsys.json_lines import parse_json_lines
+from bfsys.json_lines import parse_json_lines, read_json_lines
 from bfsys.launch.restart_policy import newest_step
 from bfsys.supervision.goodput import goodput, read_seconds
 from bfsys.supervision.run_end import how_it_ended
@@ -60,11 +60,9 @@ def note_submission(run_dir: Path, submitted: Submitted) -> None:
 
 def submissions(run_dir: Path) -> list[Submitted]:
     """The jobs of a run, the last one last."""
-    try:
-        lines = (slurm_folder(run_dir) / JOBS).read_text().splitlines()
-    except OSError:
-        return []
-    return [Submitted(**json.loads(line)) for line in lines]
+    names = [field.name for field in fields(Submitted)]
+    lines = read_json_lines(slurm_folder(run_dir) / JOBS, dict.fromkeys(names, str))
+    return [Submitted(**{name: line[name] for name in names}) for line in lines]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED
+from bfsys.files import replace_file
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 
 FILE = "restarts.json"
@@ -84,7 +85,7 @@ class JobSupervisor:
         if pause_s is None:
             return restarts.exit_code
         with suppress(OSError):  # better counted wrongly than not started again
-            path.write_text(json.dumps({"step": restarts.step, "without_progress": restarts.without_progress}) + "\n")
+            _write_count(path, restarts.step, restarts.without_progress)
         pause_s = 0.0 if code == EXIT_REQUEUE or self.is_being_ended else pause_s  # there is no time for one
         step = newest_step(self.run_dir)
         print(f"training ended with code {code}: starting again in {pause_s:.0f} s, from step {step}", flush=True)
@@ -102,10 +103,14 @@ class JobSupervisor:
 
 def forget(run_dir: Path) -> None:
     """A person submits the run: starts of before do not count."""
-    with suppress(FileNotFoundError):
-        (run_dir / FILE).unlink()
     if step := newest_step(run_dir):
-        (run_dir / FILE).write_text(json.dumps({"step": step, "without_progress": 0}) + "\n")
+        _write_count(run_dir / FILE, step, 0)
+    else:
+        (run_dir / FILE).unlink(missing_ok=True)
+
+
+def _write_count(path: Path, step: int, without_progress: int) -> None:
+    replace_file(path, json.dumps({"step": step, "without_progress": without_progress}) + "\n", durable=False)
 
 
 def is_out_of_time(job: dict[str, str]) -> bool:

@@ -20,10 +20,8 @@ from bfsys.errors import UserError
 from bfsys.model.attention import attend, segment_mean
 from bfsys.model.chunks import block_in_chunks, merge_in_chunks
 from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Segments, Windows, make_layout
-from bfsys.model.sizes import Architecture
+from bfsys.model.sizes import MLP_RATIO, Architecture
 from bfsys.model.stem import Stem
-
-MLP_RATIO = 4
 
 
 class Block(nn.Module):

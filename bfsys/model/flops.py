@@ -28,10 +28,9 @@ import torch
 
 from bfsys.model.layout import MASKED, token_counts
 from bfsys.model.precision import product_dtype
-from bfsys.model.sizes import BYTE_VALUES, Architecture
+from bfsys.model.sizes import BYTE_VALUES, MLP_RATIO, Architecture
 
 BACKWARD = 2  # products of a backward, for each of the forward
-MLP_RATIO = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,7 @@ def published_flops(lengths: np.ndarray, architecture: Architecture, num_classes
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of the fastest of several large matrix products, measured here and now: what a utilisation refers to.
+    """FLOP/s of the fastest of several large matrix products, measured here and now. (peaks.py has the data sheets'.)
 
     Ranks that share a CPU measure at once, and so each gets the part that it has in training.
     """

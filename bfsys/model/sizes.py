@@ -13,6 +13,7 @@ from bfsys.errors import UserError
 BYTE_VALUES = 256
 PAD_BYTE = 256  # row of the embedding that stands for "no byte": zero, and without gradient
 HEAD_DIM = 64
+MLP_RATIO = 4  # width of a block's MLP over dim
 PUBLISHED_MERGES = (0, 1, 3, 5, 7, 9)
 PUBLISHED_SHIFT = 64  # the released configurations keep it at window 32 too, where it shifts nothing
 

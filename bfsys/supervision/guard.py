@@ -24,10 +24,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bfsys import dist
-from bfsys.checkpoint.files import all_checkpoints, read_manifest, remove, replace_durably, step_of
+from bfsys.checkpoint.files import all_checkpoints, read_manifest, remove, step_of
 from bfsys.config import Train
 from bfsys.data.streaming.datasets import Sources
 from bfsys.errors import EXIT_DIVERGED, UserError
+from bfsys.files import replace_file
 
 FILE = "rollbacks.json"
 MAX_ROLLBACKS = 3
@@ -120,7 +121,7 @@ def return_to_good_checkpoint(run_dir: Path, rollbacks: list[dict], bad: list[di
     for path in reversed(paths[len(good) :]):
         remove(path)
     rollback = {"from": steps[-1], "to": to, "updates": updates, "steps": steps, "bad": bad}
-    replace_durably(run_dir / FILE, json.dumps([*rollbacks, rollback], indent=1) + "\n")
+    replace_file(run_dir / FILE, json.dumps([*rollbacks, rollback], indent=1) + "\n")
     return f"rolled back from step {steps[-1]} to {to}; skipping steps {ranges_of(steps)}"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from bfsys.files import replace_file
 
 FILE = "ended.json"
 
@@ -16,9 +17,7 @@ def note_end(run_dir: Path, exit_code: int, reason: str) -> None:
     note = {"exit_code": exit_code, "reason": reason, "time": time.strftime("%F %T %z")}
     if run_dir.is_dir():
         with suppress(OSError):
-            part = run_dir / f".{FILE}.{os.getpid()}"
-            part.write_text(json.dumps(note, indent=1) + "\n")
-            os.replace(part, run_dir / FILE)
+            replace_file(run_dir / FILE, json.dumps(note, indent=1) + "\n", durable=False)
 
 
 def forget_end(run_dir: Path) -> None:

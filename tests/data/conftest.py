@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from bfsys.config import Config, load_config
-from bfsys.data.storage.remote import Cache
+from bfsys.data.storage.remote import Cache, RemoteFile
 from bfsys.data.streaming.plan import Plan
 from tests.conftest import tiny_config
 from tests.data.http_server import FaultyServer
@@ -79,11 +79,11 @@ def names(cache: Cache) -> list[str]:
     return sorted(path.name for path in cache.folder.iterdir())
 
 
-def put(folder: Path, name: str, size_bytes: int) -> dict:
-    """A file to be fetched, as the arguments of `fetch`."""
+def put(folder: Path, name: str, size_bytes: int) -> RemoteFile:
+    """A file to be fetched."""
     content = random.Random(name).randbytes(size_bytes)
     (folder / name).write_bytes(content)
-    return {"url": str(folder / name), "sha256": sha256(content), "size_bytes": size_bytes}
+    return RemoteFile(str(folder / name), sha256(content), size_bytes)
 
 
 @pytest.fixture(scope="session")

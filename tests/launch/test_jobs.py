@@ -148,3 +148,10 @@ def test_what_is_no_run_is_refused(tmp_path: Path, slurm_says, capsys) -> None:
         jobs.main(["logs", str(tmp_path / "empty")])
     assert jobs.main(["status", str(tmp_path / "empty")]) == 0
     assert "none was submitted from here" in capsys.readouterr().out
+
+
+def test_a_submission_that_was_torn_is_passed_over(run: Path) -> None:
+    with open(run / "slurm" / jobs.JOBS, "a") as file:
+        file.write('{"job": "43", "lo')
+    assert [submitted.job for submitted in jobs.submissions(run)] == ["42"]
+    assert jobs.submissions(run / "other") == []

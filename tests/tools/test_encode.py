@@ -56,8 +56,8 @@ def test_everything_wrong_is_told_at_once_and_nothing_written(tmp_path: Path) ->
     src = make_files(tmp_path / "src", {"a.png": b"", "a.PNG": b""})
     with pytest.raises(UserError) as error:
         encode.main([str(src), str(tmp_path / "out"), "--encoding", "tif", "--transform", "permut"])
-    assert "did you mean tiff?" in str(error.value)
-    assert "did you mean permute?" in str(error.value)
+    assert "did you mean 'tiff'?" in str(error.value)
+    assert "did you mean 'permute'?" in str(error.value)
     with pytest.raises(UserError, match=r"a\.png: would become .*a-png\.tiff, as .*a\.PNG does; rename one of them"):
         encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff"])
     assert not (tmp_path / "out").exists()

@@ -26,7 +26,7 @@ def test_all_bad_files_at_once(tmp_path):
         f"error: {src}/dog/pipe: is not a regular file\n",
         f"error: {src}/dog/loop: cannot be read (Too many levels of symbolic links)\n",
         f"error: {src}/bird: the class folder has no files; fill it or remove it\n",
-        "error: --encoding: encoding 'pngg': there is no 'pngg' (did you mean png?)",
+        "error: --encoding: encoding 'pngg': there is no 'pngg' (did you mean 'png'?)",
         "error: 5 bad files: repair or remove, or leave out by --skip-bad\n",
     ):
         assert message in result.stderr

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.data.storage.tars import atomic_file
 from bfsys.errors import UserError, run_command, summary_of
+from bfsys.files import replace_file
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import SIZES, Architecture, architecture
 from tools.bench.bench_step import MIB, machine, peak_memory_bytes, random_files, start_of_memory, synchronize
@@ -124,8 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"measured {length:,} bytes", file=sys.stderr)
     show(rows)
     if args.json:
-        with atomic_file(args.json) as file:
-            file.write((json.dumps({"rows": rows, "machine": machine(args.device)}, indent=1) + "\n").encode())
+        replace_file(args.json, json.dumps({"rows": rows, "machine": machine(args.device)}, indent=1) + "\n")
     return 0
 
 

@@ -43,8 +43,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bfsys.data.storage.tars import Member, atomic_file, size_in_tar_bytes, write_shard
+from bfsys.data.storage.tars import Member, size_in_tar_bytes, write_shard
 from bfsys.errors import run_command, summary_of
+from bfsys.files import replace_file
 
 RAW_READ = "raw read"
 BATCH_SAMPLES = 32
@@ -392,8 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.json:
         date = datetime.now(UTC).isoformat(timespec="seconds")
         report = {"rows": rows, "samples": args.samples, "machine": machine, "versions": versions, "date": date}
-        with atomic_file(args.json) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+        replace_file(args.json, json.dumps(report, indent=1) + "\n")
     return int(any(row["problem"] for row in rows if row["loader"] in (RAW_READ, "bfsys")))
 
 

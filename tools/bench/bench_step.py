@@ -47,8 +47,8 @@ from rich.text import Text
 from torch import Tensor
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.data.storage.tars import atomic_file
 from bfsys.errors import run_command, summary_of
+from bfsys.files import replace_file
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.flops import flops_per_step, matrix_peak, published_flops
 from bfsys.model.sizes import SIZES, Architecture, architecture
@@ -382,8 +382,7 @@ def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] = i
         show(rows[-1:])  # what was measured stays, whatever becomes of the rest
         if args.json:
             date = datetime.now(UTC).isoformat(timespec="seconds")
-            with atomic_file(args.json) as file:
-                file.write((json.dumps({"rows": rows, **report, "date": date}, indent=1) + "\n").encode())
+            replace_file(args.json, json.dumps({"rows": rows, **report, "date": date}, indent=1) + "\n")
     if len(rows) > 1:
         show(rows)
     return int(any(row["problem"] for row in rows))

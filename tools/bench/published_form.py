@@ -23,10 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfsys.model.sizes import BYTE_VALUES, PAD_BYTE, Architecture
+from bfsys.model.sizes import BYTE_VALUES, MLP_RATIO, PAD_BYTE, Architecture
 
 PAD = -1
-MLP_RATIO = 4
 NEVER = float("-inf")
 
 

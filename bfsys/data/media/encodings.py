@@ -11,7 +11,6 @@ bytes may differ with LAME's version. At 32 kHz and above, libsndfile adds an in
 sox does not write.
 """
 
-import difflib
 import functools
 import io
 import math
@@ -24,7 +23,7 @@ import numpy as np
 from bfsys.data.media.modalities import Clip, decode_audio, decode_image
 from bfsys.data.media.pictures import MOST_PIXELS
 from bfsys.data.media.sounds import MOST_SAMPLES, check_finite
-from bfsys.errors import UserError
+from bfsys.errors import UserError, did_you_mean
 
 AS_STORED = "as_stored"
 
@@ -185,8 +184,7 @@ def parse_encoding(text: str) -> Encoding:
     if text == AS_STORED:
         return Encoding(AS_STORED)
     if name not in ENCODINGS:
-        near = difflib.get_close_matches(name.lower(), [AS_STORED, *ENCODINGS], n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(name.lower(), [AS_STORED, *ENCODINGS])
         allowed = ", ".join([AS_STORED, *map(_spelling, ENCODINGS)])
         raise UserError(f"encoding {text!r}: there is no {name!r}{hint}; allowed are {allowed}")
     row = ENCODINGS[name]

@@ -27,8 +27,9 @@ from bfsys.data.media.modalities import PECULIARITIES, peculiarities_of
 from bfsys.data.packing import staging
 from bfsys.data.packing.listing import BadFile, SourceFile
 from bfsys.data.storage.shards import DESCRIPTION, PACKED_BY, read_description, write_description, write_split
-from bfsys.data.storage.tars import Member, Shard, TarIndex, atomic_file, size_in_tar_bytes, write_shard
+from bfsys.data.storage.tars import Member, Shard, TarIndex, size_in_tar_bytes, write_shard
 from bfsys.errors import UserError, one_line
+from bfsys.files import replace_file, replacing
 
 VERSION = 2  # to be raised when the same input comes to give other bytes
 ADDRESS = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")  # of a Python object in a decoder's message
@@ -131,7 +132,7 @@ def write_job(job: Job, skip_bad: bool, fatal: Mapping[str, str], position: c_lo
             f"{path}: memory does not suffice to pack this file; run the same command again with fewer --workers, or "
             "leave large files out by --max-file-bytes: finished shards are kept"
         ) from None
-    with atomic_file(job.sidecar) as file:
+    with replacing(job.sidecar) as file:
         about = json.dumps([job.fingerprint, asdict(index.shard), outcome.bad, outcome.peculiar])
         np.savez(file, about=about, samples=index.samples, keys=np.frombuffer(index.keys, np.uint8))
     return outcome._replace(contents=index)
@@ -259,8 +260,7 @@ def finish(
     skipped = sorted([*skipped, *(bad for outcome in outcomes for bad in outcome.bad)])
     lines = "".join(f"{one_line(path)}\t{one_line(reason)}\n" for path, reason in skipped)
     for name, text in ((staging.SKIPPED_LIST, lines), (staging.NEW_INPUTS, fingerprint)):
-        with atomic_file(staged / name) as file:
-            file.write(text.encode(errors="backslashreplace"))
+        replace_file(staged / name, text.encode(errors="backslashreplace"))
     made_by = {"tool": PACKED_BY, "version": VERSION, "library": library_version(encoding), "arguments": arguments}
     total = sum(len(index.samples) for found in indexes.values() for index in found)
     write_description(staged, folder.name, classes, encoding.text, made_by, splits, _notes(outcomes, total))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from bfsys.data.storage.shards import DESCRIPTION, read_description
 from bfsys.errors import UserError
+from bfsys.files import sync_folder
 
 INPUTS, LOCK, SKIPPED_LIST = "inputs", "lock", "skipped.txt"
 NEW_INPUTS = "inputs.new"  # become INPUTS with the dataset
@@ -79,9 +80,9 @@ def put_into_place(folder: Path) -> None:
             os.replace(staged / name, folder / name)
         if (staged / NEW_INPUTS).exists():
             os.replace(staged / NEW_INPUTS, staged / INPUTS)
-        _sync(folder)
+        sync_folder(folder)
         os.replace(staged / DESCRIPTION, folder / DESCRIPTION)
-        _sync(folder)
+        sync_folder(folder)
 
 
 @contextmanager
@@ -122,11 +123,3 @@ def remove_temporary(folder: Path) -> None:
     """Remove the temporary files of processes that were killed while they wrote into the staging folder `folder`."""
     for path in folder.glob(".*.tmp"):
         path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

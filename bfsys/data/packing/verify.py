@@ -9,6 +9,7 @@ import xxhash
 from bfsys.data.storage.shards import DESCRIPTION, PACKED_BY, Split
 from bfsys.data.storage.tars import TarIndex, read_shard
 from bfsys.errors import UserError
+from bfsys.files import describe
 
 
 def verify_split(split: Split) -> list[str]:
@@ -24,9 +25,8 @@ def verify_index(split: Split) -> list[str]:
     files = split.dataset.description["splits"][split.split]["index"].values()
     problems = []
     for entry in files:
-        with open(split.path / entry["name"], "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                problems.append(f"{split.path / entry['name']}: differs from the sha256 in {DESCRIPTION}")
+        if describe(split.path / entry["name"])["sha256"] != entry["sha256"]:
+            problems.append(f"{split.path / entry['name']}: differs from the sha256 in {DESCRIPTION}")
     return problems + _wrong_classes(split)
 
 

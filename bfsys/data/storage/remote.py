@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -41,6 +42,15 @@ SAY_AFTER_S = 10.0  # that somebody waits for a file
 SMALL_FILE_BYTES = 64 << 20
 ROOM_POLL_S = 0.1  # how soon a wait for room notices that there is some
 GROWTH_PARTS = 64  # a file of unknown size reserves room in steps of this part of the cache
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file elsewhere, and the content that it must have."""
+
+    url: str
+    sha256: str
+    size_bytes: int | None = None
 
 
 class WrongContentError(UserError):
@@ -127,32 +137,32 @@ class Cache:
 
         return self._try_often(url, once, stop)
 
-    def fetch(self, url: str, *, sha256: str, size_bytes: int | None = None) -> Path:
+    def fetch(self, file: RemoteFile) -> Path:
         """A local file with that content. Another process may evict it at any time: see `open`."""
-        path, fresh = self._fetch(url, sha256, size_bytes, threading.Event(), wait=True)
+        path, fresh = self._fetch(file, threading.Event(), wait=True)
         if not fresh:
             self._count(hits=1)
         return path
 
-    def open(self, url: str, *, sha256: str, size_bytes: int | None = None) -> BinaryIO:
+    def open(self, file: RemoteFile) -> BinaryIO:
         """`fetch`, opened: stays readable when it is evicted, also if that is before it was opened."""
         while True:
             with suppress(FileNotFoundError):
-                return open(self.fetch(url, sha256=sha256, size_bytes=size_bytes), "rb")
+                return open(self.fetch(file), "rb")
 
-    def prefetch(self, url: str, *, sha256: str, size_bytes: int | None, stop: threading.Event) -> None:
+    def prefetch(self, file: RemoteFile, stop: threading.Event) -> None:
         """Fetch unless somebody is at it, without a word. Raises something when `stop` is set before the end.
 
         The file's lock is free between tries, so that who needs the file now takes over, and says why it has to wait.
         """
-        self._try_often(url, lambda: self._fetch(url, sha256, size_bytes, stop, wait=False), stop, is_awaited=False)
+        self._try_often(file.url, lambda: self._fetch(file, stop, wait=False), stop, is_awaited=False)
 
-    def path_of(self, url: str, sha256: str) -> Path:
-        """Where a file with that content lies, if it is cached."""
-        name = re.sub(r"[^\w.+-]", "_", base_name(url), flags=re.ASCII)[-100:]
+    def path_of(self, file: RemoteFile) -> Path:
+        """Where the file lies, if it is cached."""
+        name = re.sub(r"[^\w.+-]", "_", base_name(file.url), flags=re.ASCII)[-100:]
         if name.endswith((PART, LOCK)):
             name += "_"
-        return self.folder / f"{sha256[:16].lower()}-{name}"
+        return self.folder / f"{file.sha256[:16].lower()}-{name}"
 
     def discard(self, path: Path, seen: os.stat_result | None = None) -> None:
         """Drop a cached file that turned out damaged, so that the next fetch brings a new one.
@@ -174,25 +184,24 @@ class Cache:
         with _locked(self.folder / EVICT):
             return sum(size for _, size, _ in self._files())
 
-    def _fetch(
-        self, url: str, sha256: str, size_bytes: int | None, stop: threading.Event, wait: bool
-    ) -> tuple[Path, bool]:
-        path = self.path_of(url, sha256)
+    def _fetch(self, file: RemoteFile, stop: threading.Event, wait: bool) -> tuple[Path, bool]:
+        """The local file, and whether this call has brought it."""
+        path = self.path_of(file)
         try:
-            if self._mark_used(path, size_bytes):
+            if self._mark_used(path, file.size_bytes):
                 return path, False
-            if size_bytes is not None and size_bytes > self.limit_bytes:
-                raise self._too_large(url, f"{size_bytes:,}")
+            if file.size_bytes is not None and file.size_bytes > self.limit_bytes:
+                raise self._too_large(file.url, f"{file.size_bytes:,}")
             self.folder.mkdir(parents=True, exist_ok=True)  # again: some clean /tmp while we run
             with _locked(path, wait=wait) as mine:
-                if not mine or self._mark_used(path, size_bytes):
+                if not mine or self._mark_used(path, file.size_bytes):
                     return path, False
 
                 def once() -> None:
-                    self._download(url, path, sha256.lower(), size_bytes, stop)
+                    self._download(file, path, stop)
 
                 if wait:
-                    self._try_often(url, once, stop)
+                    self._try_often(file.url, once, stop)
                 else:
                     once()
         except OSError as error:
@@ -213,29 +222,29 @@ class Cache:
             return False
         return True
 
-    def _download(self, url: str, path: Path, sha256: str, size_bytes: int | None, stop: threading.Event) -> None:
+    def _download(self, file: RemoteFile, path: Path, stop: threading.Event) -> None:
         """One try of a file whose lock is held. On a full disk once more, with the file's size evicted first."""
         for again in (True, False):
             try:
-                return self._write(url, path, sha256, size_bytes, stop)
+                return self._write(file, path, stop)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 with _locked(self.folder / EVICT):
                     held = sum(size for _, size, _ in self._files())
                     if again:
-                        self._evict(held - (held if size_bytes is None else size_bytes))
+                        self._evict(held - (held if file.size_bytes is None else file.size_bytes))
                         continue
                 free = shutil.disk_usage(self.folder).free
-                needed = "a file" if size_bytes is None else f"{size_bytes:,} bytes"
+                needed = "a file" if file.size_bytes is None else f"{file.size_bytes:,} bytes"
                 raise UserError(
-                    f"{self.folder}: the disk is full: {needed} of {hide(url)} cannot be stored, {free:,} bytes are "
-                    f"free, the cache holds {held:,}. Free some, or set data.cache_dir to another disk"
+                    f"{self.folder}: the disk is full: {needed} of {hide(file.url)} cannot be stored, {free:,} bytes "
+                    f"are free, the cache holds {held:,}. Free some, or set data.cache_dir to another disk"
                 ) from error
 
-    def _write(self, url: str, path: Path, sha256: str, size_bytes: int | None, stop: threading.Event) -> None:
+    def _write(self, wanted: RemoteFile, path: Path, stop: threading.Event) -> None:
         """Write the file. The .part is as long as the file will be, so that what it reserves counts as taken."""
-        part = path.with_name(path.name + PART)
+        part, url, size_bytes = path.with_name(path.name + PART), wanted.url, wanted.size_bytes
         digest, written, reserved = hashlib.sha256(), 0, 0
         try:
             with open(part, "wb") as file, closing(stream(url, self.stall_s, stop, size_bytes)) as source:
@@ -252,8 +261,9 @@ class Cache:
                     digest.update(data)
                 if size_bytes is not None and written != size_bytes:
                     raise WrongContent(f"ended at {written:,} of {size_bytes:,} bytes")
-                if digest.hexdigest() != sha256:
-                    raise WrongContent(f"sha256 of the {written:,} bytes differs: {digest.hexdigest()}, not {sha256}")
+                got, expected = digest.hexdigest(), wanted.sha256.lower()
+                if got != expected:
+                    raise WrongContent(f"sha256 of the {written:,} bytes differs: {got}, not {expected}")
                 file.truncate(written)
                 os.fsync(file.fileno())  # a name that outlives a power cut must have its content, too
             with _locked(self.folder / EVICT):  # whoever adds up the sizes sees one name of it
@@ -365,21 +375,21 @@ class Prefetcher:
 
     def __init__(self, cache: Cache, threads: int = 2, queue_limit: int = 1000) -> None:
         self._cache, self._threads_wanted, self._queue_limit = cache, threads, queue_limit
-        self._queue: deque[tuple[str, str, int | None]] = deque()
+        self._queue: deque[RemoteFile] = deque()
         self._wanted: set[str] = set()  # sha256 of what is queued or under way
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    def want(self, items: Iterable[tuple[str, str, int | None]]) -> None:
-        """Queue (url, sha256, size_bytes) behind what is queued. What does not fit is fetched when it is needed."""
+    def want(self, files: Iterable[RemoteFile]) -> None:
+        """Queue the files behind what is queued. What does not fit is fetched when it is needed."""
         with self._changed:
-            for item in items:
+            for file in files:
                 if self._stop.is_set() or len(self._queue) >= self._queue_limit:
                     break
-                if item[1] not in self._wanted:
-                    self._wanted.add(item[1])
-                    self._queue.append(item)
+                if file.sha256 not in self._wanted:
+                    self._wanted.add(file.sha256)
+                    self._queue.append(file)
             self._changed.notify_all()
             while self._queue and len(self._threads) < self._threads_wanted:
                 thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
@@ -401,8 +411,8 @@ class Prefetcher:
                 self._changed.wait_for(lambda: self._queue or self._stop.is_set())
                 if self._stop.is_set():
                     return
-                url, sha256, size_bytes = self._queue.popleft()
+                file = self._queue.popleft()
             with suppress(Exception):
-                self._cache.prefetch(url, sha256=sha256, size_bytes=size_bytes, stop=self._stop)
+                self._cache.prefetch(file, self._stop)
             with self._changed:
-                self._wanted.discard(sha256)
+                self._wanted.discard(file.sha256)

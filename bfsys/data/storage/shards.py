@@ -30,9 +30,10 @@ import xxhash
 
 from bfsys.data.storage.classes import notes_on_classes, some
 from bfsys.data.storage.description import check_description
-from bfsys.data.storage.remote import Cache, is_remote, url_of
-from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, atomic_file, join_shards
+from bfsys.data.storage.remote import Cache, RemoteFile, is_remote, url_of
+from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, join_shards
 from bfsys.errors import UserError
+from bfsys.files import describe, replace_file, replacing
 
 FORMAT = 2
 DESCRIPTION = "dataset.json"
@@ -85,8 +86,7 @@ class Split:
         """A descriptor of a tar; a remote one is fetched if it is not cached. Raises OSError, or UserError."""
         if self.dataset.cache is None:
             return os.open(self.path / self.shards[number].file, os.O_RDONLY | os.O_CLOEXEC)
-        url, sha256, size_bytes = self.remote_shard(number)
-        with self.dataset.cache.open(url, sha256=sha256, size_bytes=size_bytes) as file:
+        with self.dataset.cache.open(self.remote_shard(number)) as file:
             return os.dup(file.fileno())
 
     def drop_shard(self, number: int, descriptor: int) -> bool:
@@ -94,14 +94,13 @@ class Split:
         cache = self.dataset.cache
         if cache is None:
             return False
-        url, sha256, _ = self.remote_shard(number)
-        cache.discard(cache.path_of(url, sha256), os.fstat(descriptor))
+        cache.discard(cache.path_of(self.remote_shard(number)), os.fstat(descriptor))
         return True
 
-    def remote_shard(self, number: int) -> tuple[str, str, int]:
-        """(URL, sha256, bytes) of a shard of a remote dataset, as `Prefetcher.want` takes it."""
+    def remote_shard(self, number: int) -> RemoteFile:
+        """A shard of a remote dataset."""
         shard = self.shards[number]
-        return url_of(self.dataset.location, shard.file), shard.sha256, shard.bytes
+        return self.dataset.remote_file(shard.file, shard.sha256, shard.bytes)
 
     def damaged_index(self, shards: Iterable[int]) -> list[str]:
         """Which of the shards' rows in the index are not those that were packed.
@@ -167,7 +166,11 @@ class Dataset:
         """A file of the dataset on this machine."""
         if isinstance(self.place, Path):
             return self.place / name
-        return self.place.fetch(url_of(self.location, name), sha256=sha256, size_bytes=size_bytes)
+        return self.place.fetch(self.remote_file(name, sha256, size_bytes))
+
+    def remote_file(self, name: str, sha256: str, size_bytes: int | None = None) -> RemoteFile:
+        """A file of a remote dataset; the arguments are those of an `index` entry in dataset.json."""
+        return RemoteFile(url_of(self.location, name), sha256, size_bytes)
 
     def open(self, split: str) -> Split:
         """Open one split. Checks that the parts fit together, and hashes nothing: see `Split.damaged_index`.
@@ -183,7 +186,7 @@ class Dataset:
         seen: dict[Path, os.stat_result] = {}
         with suppress(KeyError, TypeError):  # `_open` says what is wrong
             for entry in self.description["splits"][split]["index"].values():
-                path = cache.path_of(url_of(self.location, entry["name"]), entry["sha256"])
+                path = cache.path_of(self.remote_file(**entry))
                 with suppress(FileNotFoundError):
                     seen[path] = path.stat()
         if not seen:
@@ -307,11 +310,10 @@ def write_split(path: Path, name: str, split: str, classes: Sequence[str], shard
     files = {}
     arrays = (samples, np.frombuffer(keys, np.uint8))
     for role, file_name, array in zip(("samples", "keys"), index_files(name, split), arrays, strict=True):
-        with atomic_file(path / file_name) as file:
+        with replacing(path / file_name) as file:
             np.save(file, array)
-        with open(path / file_name, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            files[role] = {"name": file_name, "sha256": sha256, "size_bytes": os.path.getsize(path / file_name)}
+        about = describe(path / file_name)
+        files[role] = {"name": file_name, "sha256": about["sha256"], "size_bytes": about["bytes"]}
     ends = np.cumsum([0, *(len(index.samples) for index in shards)]).tolist()
     counts = np.bincount(samples["label"], minlength=len(classes))
     return {
@@ -355,8 +357,7 @@ def write_description(
         **({"notes": list(notes)} if notes else {}),
     }
     text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-    with atomic_file(path / DESCRIPTION) as file:
-        file.write(text.encode())
+    replace_file(path / DESCRIPTION, text)
 
 
 def summarise(description: dict) -> str:

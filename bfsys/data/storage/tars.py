@@ -9,20 +9,19 @@ where a payload came to lie. Headers still come from `tarfile`, and any tar read
 import codecs
 import hashlib
 import mmap
-import os
 import re
 import shlex
 import tarfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
 from bfsys.errors import UserError
+from bfsys.files import replacing
 
 SAMPLE = np.dtype(
     [
@@ -93,25 +92,6 @@ class TarIndex(NamedTuple):
         return [self.keys[a:b].decode("utf-8", "backslashreplace") for a, b in zip([0, *ends], ends, strict=False)]
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that comes to stand under its name only when it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself
-    finally:
-        os.close(folder)
-
-
 def size_in_tar_bytes(payload_bytes: int) -> int:
     """What a sample takes up in a shard: two headers, the payload and the class number in blocks."""
     return 3 * BLOCK_BYTES + payload_bytes + -payload_bytes % BLOCK_BYTES
@@ -122,7 +102,7 @@ def write_shard(path: Path, members: Iterable[Member]) -> TarIndex:
     sha256 = hashlib.sha256()
     rows: list[tuple] = []
     keys = bytearray()
-    with atomic_file(path) as file:
+    with replacing(path) as file:
 
         def write(data: bytes) -> None:
             file.write(data)

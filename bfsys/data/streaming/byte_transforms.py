@@ -12,7 +12,6 @@ A permutation of byte values is no encryption: it hides a file from the eye, not
 (docs/privacy.md)
 """
 
-import difflib
 import functools
 import hashlib
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bfsys.errors import UserError, collecting
+from bfsys.errors import UserError, collecting, did_you_mean
 
 RELEASED_SEED = 2147483647  # of every fixed permutation in the released code
 
@@ -266,8 +265,7 @@ def parse_transform(text: str) -> ByteTransform:
     """
     name, colon, option = text.partition(":")
     if name not in TRANSFORMS:
-        near = difflib.get_close_matches(name.lower(), TRANSFORMS, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(name.lower(), TRANSFORMS)
         allowed = ", ".join(row.spelling.split(",")[0] for row in TRANSFORMS.values())
         raise UserError(f"byte transform {text!r}: there is no {name!r}{hint}; allowed are {allowed}")
     row = TRANSFORMS[name]

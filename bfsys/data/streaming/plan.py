@@ -17,7 +17,7 @@ length cost no padding. Dealing a block by length keeps every step at `batch_sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ from bfsys.data.storage.shards import Split
 from bfsys.data.streaming.mix import Mixture
 from bfsys.errors import UserError
 
+T = TypeVar("T")
 Lanes = TypeVar("Lanes", int, np.ndarray)
 
 
@@ -259,12 +260,21 @@ def evaluation_batches(splits: Sequence[Split], budget_bytes: int, least_bytes: 
     sample = np.concatenate([np.arange(len(s)) for s in splits])
     length = np.concatenate([s.samples["length"] for s in splits]).astype(np.int64)
     order = np.argsort(-length, kind="stable")
-    batches, first, filled = [], 0, 0
-    for i, n in enumerate(np.maximum(length[order], least_bytes).tolist()):
-        if i > first and filled + n > budget_bytes:
-            batches.append(order[first:i])
-            first, filled = i, 0
-        filled += n
-    if len(order):
-        batches.append(order[first:])
+    costs = np.maximum(length[order], least_bytes)
+    batches = within_budget(zip(costs.tolist(), order.tolist(), strict=True), budget_bytes)
     return [MicroBatch(source[b], sample[b], np.zeros(len(b), np.int64)) for b in batches]
+
+
+def within_budget(items: Iterable[tuple[int, T]], budget: int) -> Iterator[list[T]]:
+    """(cost, item) in their order, in lists of items that cost `budget` or less together; one that costs more is a list
+    of its own."""
+    batch: list[T] = []
+    spent = 0
+    for cost, item in items:
+        if batch and spent + cost > budget:
+            yield batch
+            batch, spent = [], 0
+        batch.append(item)
+        spent += cost
+    if batch:
+        yield batch

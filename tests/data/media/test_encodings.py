@@ -281,10 +281,10 @@ def test_every_row_has_a_modality():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("jpg", "did you mean jpeg?"),
-        ("PNG", "did you mean png?"),
-        ("wave:int16", "did you mean wav?"),
-        ("stored", "did you mean as_stored?"),
+        ("jpg", "did you mean 'jpeg'?"),
+        ("PNG", "did you mean 'png'?"),
+        ("wave:int16", "did you mean 'wav'?"),
+        ("stored", "did you mean 'as_stored'?"),
         ("zzz", "allowed are as_stored, tiff, png, jpeg[:1…100], fhwc, fchw, wav:uint8|int16|int32|float32"),
         ("", "allowed are as_stored"),
         ("jpeg:0", "jpeg must be written as jpeg[:1…100]"),

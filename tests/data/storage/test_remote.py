@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from bfsys.data.storage import remote
-from bfsys.data.storage.remote import Cache, Prefetcher, WrongContentError, url_of
+from bfsys.data.storage.remote import Cache, Prefetcher, RemoteFile, WrongContentError, url_of
 from bfsys.errors import UserError
 from tests.data.conftest import CONTENT, eventually, make_cache, names, put, sha256
 from tests.data.http_server import FaultyServer
@@ -33,16 +33,16 @@ forked = multiprocessing.get_context("fork")  # the modules are there already, a
 
 def test_a_file_is_fetched_once(server: FaultyServer, cache: Cache) -> None:
     url = url_of(server.url + "?signature=1", "x.tar")
-    path = cache.fetch(url, sha256=sha256(CONTENT), size_bytes=len(CONTENT))
+    path = cache.fetch(RemoteFile(url, sha256(CONTENT), len(CONTENT)))
     assert path.read_bytes() == CONTENT
     assert names(cache) == [f"{sha256(CONTENT)[:16]}-x.tar"]
-    assert cache.fetch(url, sha256=sha256(CONTENT)) == path
+    assert cache.fetch(RemoteFile(url, sha256(CONTENT))) == path
     assert (cache.bytes_fetched, cache.files_fetched, cache.hits, cache.retries) == (len(CONTENT), 1, 1, 0)
     copy = pickle.loads(pickle.dumps(cache))
-    assert copy.fetch(url, sha256=sha256(CONTENT)) == path
+    assert copy.fetch(RemoteFile(url, sha256(CONTENT))) == path
     assert server.requests["/x.tar"] == 1
     cache.discard(path)
-    assert cache.fetch(url, sha256=sha256(CONTENT)).read_bytes() == CONTENT
+    assert cache.fetch(RemoteFile(url, sha256(CONTENT))).read_bytes() == CONTENT
     assert server.requests["/x.tar"] == 2
 
 
@@ -64,7 +64,7 @@ def stall_s(fault: str) -> float:
 def test_it_recovers(server: FaultyServer, tmp_path: Path, fault: str) -> None:
     cache = make_cache(tmp_path, stall_s=stall_s(fault), attempts=9 if fault == "stall" else 3)
     server.fail("/x.tar", [fault, fault] if fault != "stall" else [fault])
-    path = cache.fetch(f"{server.url}/x.tar", sha256=sha256(CONTENT), size_bytes=len(CONTENT))
+    path = cache.fetch(RemoteFile(f"{server.url}/x.tar", sha256(CONTENT), len(CONTENT)))
     assert path.read_bytes() == CONTENT
     assert names(cache) == [path.name]
     assert cache.retries == server.requests["/x.tar"] - 1 >= 1
@@ -73,12 +73,12 @@ def test_it_recovers(server: FaultyServer, tmp_path: Path, fault: str) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_it_gives_up_and_says_why(server: FaultyServer, tmp_path: Path, fault: str) -> None:
     server.files["/y.tar"] = CONTENT[::-2]
-    other = make_cache(tmp_path).fetch(f"{server.url}/y.tar", sha256=sha256(CONTENT[::-2]))
+    other = make_cache(tmp_path).fetch(RemoteFile(f"{server.url}/y.tar", sha256(CONTENT[::-2])))
     cache = make_cache(tmp_path, stall_s=stall_s(fault), attempts=2)
     server.fail("/x.tar", itertools.repeat(fault))
     url = f"{server.url}/x.tar?signature=secret"
     with pytest.raises(UserError, match=FAULTS[fault]) as caught:
-        cache.fetch(url, sha256=sha256(CONTENT), size_bytes=len(CONTENT))
+        cache.fetch(RemoteFile(url, sha256(CONTENT), len(CONTENT)))
     assert f"{server.url}/x.tar?***: could not be fetched in 2 tries (1: " in str(caught.value)
     assert "; 2: " in str(caught.value)
     assert "secret" not in str(caught.value)
@@ -88,7 +88,7 @@ def test_it_gives_up_and_says_why(server: FaultyServer, tmp_path: Path, fault: s
 
 def test_a_file_that_is_longer_than_packed(server: FaultyServer, cache: Cache) -> None:
     with pytest.raises(UserError, match=r"sends more than the 1,000 bytes expected"):
-        cache.fetch(f"{server.url}/x.tar", sha256=sha256(CONTENT), size_bytes=1000)
+        cache.fetch(RemoteFile(f"{server.url}/x.tar", sha256(CONTENT), 1000))
     assert names(cache) == []
 
 
@@ -97,7 +97,7 @@ def test_a_server_that_dies_and_comes_back(server: FaultyServer, tmp_path: Path)
     server.fail("/x.tar", ["die"])
     result: list[Path] = []
     fetching = threading.Thread(
-        target=lambda: result.append(cache.fetch(f"{server.url}/x.tar", sha256=sha256(CONTENT), size_bytes=300_000))
+        target=lambda: result.append(cache.fetch(RemoteFile(f"{server.url}/x.tar", sha256(CONTENT), 300_000)))
     )
     fetching.start()
     assert server.dead.wait(60)
@@ -127,7 +127,7 @@ def test_each_try_that_fails_is_said_while_somebody_waits(
     cache = make_cache(tmp_path, attempts=4)
     server.fail("/x.tar", ["503", "wrong", "truncate"])
     url = f"{server.url}/x.tar?signature=secret"
-    cache.fetch(url, sha256=sha256(CONTENT), size_bytes=len(CONTENT))
+    cache.fetch(RemoteFile(url, sha256(CONTENT), len(CONTENT)))
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 3
     for number, (line, reason) in enumerate(zip(lines, ["HTTP status 503", "sha256 of", "ended at"], strict=True), 1):
@@ -148,10 +148,10 @@ def test_who_needs_a_file_does_not_wait_for_the_pauses_of_a_prefetch(
     cache = make_cache(tmp_path, back_off_s=1000)
     server.fail("/x.tar", ["503"])
     prefetcher = Prefetcher(cache)
-    arguments = {"sha256": sha256(CONTENT), "size_bytes": len(CONTENT)}
-    prefetcher.want([(f"{server.url}/x.tar", *arguments.values())])
+    file = RemoteFile(f"{server.url}/x.tar", sha256(CONTENT), len(CONTENT))
+    prefetcher.want([file])
     eventually(lambda: cache.retries == 1)
-    assert cache.fetch(f"{server.url}/x.tar", **arguments).read_bytes() == CONTENT
+    assert cache.fetch(file).read_bytes() == CONTENT
     prefetcher.close()
     assert capfd.readouterr().err == ""
 
@@ -179,7 +179,7 @@ def test_each_file_is_fetched_once_for_all_processes(server: FaultyServer, cache
     def work(first: int) -> None:
         for i in range(3):
             path, content = list(files.items())[(first + i) % 3]
-            got = cache.fetch(server.url + path, sha256=sha256(content), size_bytes=len(content))
+            got = cache.fetch(RemoteFile(server.url + path, sha256(content), len(content)))
             assert got.read_bytes() == content
 
     processes = [forked.Process(target=work, args=(i,)) for i in range(6)]
@@ -197,12 +197,12 @@ def test_a_killed_download_is_taken_over(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # who is killed leaves what curl complained of
     server.fail("/x.tar", ["stall"])
-    arguments = {"sha256": sha256(CONTENT), "size_bytes": len(CONTENT)}
-    process = forked.Process(target=cache.fetch, args=(f"{server.url}/x.tar",), kwargs=arguments)
+    file = RemoteFile(f"{server.url}/x.tar", sha256(CONTENT), len(CONTENT))
+    process = forked.Process(target=cache.fetch, args=(file,))
     process.start()
     assert server.half_sent.wait(60)
     result: list[Path] = []
-    waiting = threading.Thread(target=lambda: result.append(cache.fetch(f"{server.url}/x.tar", **arguments)))
+    waiting = threading.Thread(target=lambda: result.append(cache.fetch(file)))
     waiting.start()
     left = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
@@ -219,15 +219,15 @@ def test_a_killed_download_is_taken_over(
 def test_the_least_recently_used_make_room(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, limit_bytes=1000)
     a, b, c, d = (put(tmp_path, name, 300) for name in "abcd")
-    paths = [cache.fetch(**file) for file in (a, b, c)]
-    cache.fetch(**a)
+    paths = [cache.fetch(file) for file in (a, b, c)]
+    cache.fetch(a)
     assert cache.hits == 1
-    new = cache.fetch(**d)
+    new = cache.fetch(d)
     assert names(cache) == sorted(path.name for path in (paths[0], paths[2], new))
-    opened = cache.open(**c)
-    cache.fetch(**put(tmp_path, "e", 1000))
+    opened = cache.open(c)
+    cache.fetch(put(tmp_path, "e", 1000))
     assert len(names(cache)) == 1
-    assert sha256(opened.read()) == c["sha256"]
+    assert sha256(opened.read()) == c.sha256
     opened.close()
 
 
@@ -236,11 +236,11 @@ def test_another_process_reads_on_what_was_evicted(tmp_path: Path) -> None:
     a = put(tmp_path, "a", 60_000)
     with subprocess.Popen(
         [sys.executable, "-c", "import sys; f = open(sys.argv[1], 'rb'); print(); input(); print(len(f.read()))",
-         cache.fetch(**a)],
+         cache.fetch(a)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as reader:  # fmt: skip
         assert reader.stdout.readline() == "\n"
-        cache.fetch(**put(tmp_path, "b", 60_000))
+        cache.fetch(put(tmp_path, "b", 60_000))
         assert len(names(cache)) == 1
         assert reader.communicate("\n")[0] == "60000\n"
 
@@ -257,8 +257,8 @@ def test_open_fetches_again_what_was_evicted_in_between(tmp_path: Path, monkeypa
         return path
 
     monkeypatch.setattr(cache, "fetch", evicted_at_once)
-    with cache.open(**a) as file:
-        assert sha256(file.read()) == a["sha256"]
+    with cache.open(a) as file:
+        assert sha256(file.read()) == a.sha256
     assert cache.files_fetched == 2
 
 
@@ -271,10 +271,10 @@ def test_the_limit_holds_at_every_moment(tmp_path: Path, sized: bool) -> None:
 
     def work(seed: int) -> None:
         for file in random.Random(seed).sample(files, len(files)):
-            wanted = file if sized else {**file, "size_bytes": None}
+            wanted = file if sized else RemoteFile(file.url, file.sha256)
             try:
-                with cache.open(**wanted) as opened:
-                    assert sha256(opened.read()) == file["sha256"]
+                with cache.open(wanted) as opened:
+                    assert sha256(opened.read()) == file.sha256
             except Exception as error:
                 errors.append(error)
 
@@ -291,34 +291,34 @@ def test_the_limit_holds_at_every_moment(tmp_path: Path, sized: bool) -> None:
 
 def test_a_file_larger_than_the_cache(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, limit_bytes=1000)
-    kept = cache.fetch(**put(tmp_path, "kept", 400))
+    kept = cache.fetch(put(tmp_path, "kept", 400))
     large = put(tmp_path, "large.tar", 1001)
     with pytest.raises(UserError, match=r"large\.tar: has 1,001 bytes, .* is allowed 1,000; raise data\.cache_gb"):
-        cache.fetch(**large)
+        cache.fetch(large)
     assert names(cache) == [kept.name]
     with pytest.raises(UserError, match=r"has more than 1,000 bytes"):
-        cache.fetch(large["url"], sha256=large["sha256"])
+        cache.fetch(RemoteFile(large.url, large.sha256))
     assert cache.retries == 0
 
 
 def test_what_killed_processes_left_is_evicted_first(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, limit_bytes=1000)
-    kept = cache.fetch(**put(tmp_path, "kept", 400))
+    kept = cache.fetch(put(tmp_path, "kept", 400))
     (cache.folder / ("0" * 16 + "-x.tar.part")).write_bytes(bytes(500))
     (cache.folder / "something-else").write_bytes(bytes(5000))
-    fetched = cache.fetch(**put(tmp_path, "new", 500))
+    fetched = cache.fetch(put(tmp_path, "new", 500))
     assert names(cache) == sorted([kept.name, fetched.name, "something-else"])
 
 
 def test_a_copy_of_another_size_is_fetched_again(tmp_path: Path, cache: Cache) -> None:
     file = put(tmp_path, "a", 100)
-    os.truncate(cache.fetch(**file), 50)
-    assert sha256(cache.fetch(**file).read_bytes()) == file["sha256"]
+    os.truncate(cache.fetch(file), 50)
+    assert sha256(cache.fetch(file).read_bytes()) == file.sha256
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_full_disk(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    older, old = (cache.fetch(**put(tmp_path, name, 300)) for name in ("older", "old"))
+    older, old = (cache.fetch(put(tmp_path, name, 300)) for name in ("older", "old"))
     fsync, failures = os.fsync, iter([OSError(errno.ENOSPC, "No space left on device")] * times)
 
     def full(descriptor: int) -> None:
@@ -329,39 +329,39 @@ def test_a_full_disk(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(remote.os, "fsync", full)
     new = put(tmp_path, "new", 200)
     if times == 1:
-        assert sha256(cache.fetch(**new).read_bytes()) == new["sha256"]
+        assert sha256(cache.fetch(new).read_bytes()) == new.sha256
     else:
         with pytest.raises(
             UserError, match=r"the disk is full: 200 bytes of \S+new cannot be stored, [\d,]+ bytes are"
         ):
-            cache.fetch(**new)
+            cache.fetch(new)
     assert (older.exists(), old.exists()) == (False, True)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, cache: Cache) -> None:
     file = put(tmp_path, "a", 100)
     with pytest.raises(UserError, match=r"the cache cannot be used \(.*point data\.cache_dir"):
-        Cache(Path("/dev/null/cache"), 1000).fetch(**file)
-    assert cache.fetch(**file).exists()  # made again
-    cache.discard(cache.fetch(**file))
+        Cache(Path("/dev/null/cache"), 1000).fetch(file)
+    assert cache.fetch(file).exists()  # made again
+    cache.discard(cache.fetch(file))
     cache.folder.rmdir()
     cache.folder.write_bytes(b"")
     with pytest.raises(UserError, match=r"the cache cannot be used \(.*point data\.cache_dir"):
-        cache.fetch(**file)
+        cache.fetch(file)
 
 
 def test_prefetch(server: FaultyServer, cache: Cache) -> None:
     files = {f"/{i}.tar": CONTENT[i:] for i in range(4)}
     server.files.update(files)
-    items = [(server.url + path, sha256(content), len(content)) for path, content in files.items()]
+    items = [RemoteFile(server.url + path, sha256(content), len(content)) for path, content in files.items()]
     server.fail("/0.tar", ["503"] * 3)  # a prefetch gives up on it, without a word
     prefetcher = Prefetcher(cache)
     assert not prefetcher._threads
     prefetcher.want(items + items)
     eventually(lambda: cache.files_fetched == 3 and not prefetcher._wanted)
     assert server.requests["/0.tar"] == 3
-    for url, digest, size_bytes in items:
-        assert sha256(cache.fetch(url, sha256=digest, size_bytes=size_bytes).read_bytes()) == digest
+    for file in items:
+        assert sha256(cache.fetch(file).read_bytes()) == file.sha256
     assert (cache.hits, cache.files_fetched) == (3, 4)
     prefetcher.close()
 
@@ -369,13 +369,13 @@ def test_prefetch(server: FaultyServer, cache: Cache) -> None:
 def test_a_prefetch_queue_is_in_order_and_bounded(tmp_path: Path, cache: Cache) -> None:
     prefetcher = Prefetcher(cache, threads=1, queue_limit=2)
     files = [put(tmp_path, str(i), 10) for i in range(5)]
-    prefetcher.want(tuple(file.values()) for file in files)
+    prefetcher.want(files)
     eventually(lambda: not prefetcher._wanted)
     assert [
         path.name.rpartition("-")[2] for path in sorted(cache.folder.iterdir(), key=lambda p: p.stat().st_mtime_ns)
     ] == ["0", "1"]
     prefetcher.close()
-    prefetcher.want([tuple(files[4].values())])
+    prefetcher.want([files[4]])
     assert not prefetcher._wanted
 
 
@@ -384,9 +384,9 @@ def test_closing_a_prefetcher_ends_its_downloads(server: FaultyServer, tmp_path:
     server.fail("/x.tar", ["stall"])
     prefetcher = Prefetcher(cache)
     url = f"{server.url}/x.tar"
-    prefetcher.want([(url, sha256(CONTENT), len(CONTENT)), ("pipe:sleep 1000; true", "0" * 64, None)])
+    prefetcher.want([RemoteFile(url, sha256(CONTENT), len(CONTENT)), RemoteFile("pipe:sleep 1000; true", "0" * 64)])
     assert server.half_sent.wait(60)
     prefetcher.close()
     assert not any(thread.is_alive() for thread in prefetcher._threads)
     assert names(cache) == []
-    assert cache.fetch(url, sha256=sha256(CONTENT)).read_bytes() == CONTENT
+    assert cache.fetch(RemoteFile(url, sha256(CONTENT))).read_bytes() == CONTENT

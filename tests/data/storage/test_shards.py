@@ -22,7 +22,7 @@ from bfsys.data.storage.shards import (
     write_description,
     write_split,
 )
-from bfsys.data.storage.tars import Member, atomic_file, read_shard, size_in_tar_bytes, write_shard
+from bfsys.data.storage.tars import Member, read_shard, size_in_tar_bytes, write_shard
 from bfsys.errors import UserError
 
 CLASSES = ("cat", "dog", "éléphant")
@@ -87,15 +87,6 @@ def test_tars_are_plain_and_anonymous(tmp_path):
     assert {(i.mtime, i.uid, i.gid, i.uname, i.gname, i.mode) for i in infos} == {(0, 0, 0, "", "", 0o644)}
     assert shard.bytes == path.stat().st_size == 10240
     assert size_in_tar_bytes(700) == 512 + 1024 + 512 + 512
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(TypeError), atomic_file(path) as file:
-        file.write("not bytes")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"old"
 
 
 def test_open_split(tmp_path):

@@ -9,11 +9,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bfsys.data.storage.remote import Cache, is_remote, url_of
+from bfsys.data.storage.remote import Cache, RemoteFile, is_remote, url_of
 from bfsys.data.storage.streams import base_name, hide
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
 from tests.data.conftest import CONTENT, make_cache, names, put, sha256
@@ -81,9 +82,9 @@ def test_secrets_are_hidden(url: str, shown: str, name: str) -> None:
 
 def test_local_files(tmp_path: Path, cache: Cache) -> None:
     file = put(tmp_path, "a b.tar", 1000)
-    assert cache.fetch(**file).read_bytes() == cache.read(file["url"])
-    assert names(cache) == [f"{file['sha256'][:16]}-a_b.tar"]
-    assert cache.read(f"file://{tmp_path}/a%20b.tar") == cache.read(file["url"])
+    assert cache.fetch(file).read_bytes() == cache.read(file.url)
+    assert names(cache) == [f"{file.sha256[:16]}-a_b.tar"]
+    assert cache.read(f"file://{tmp_path}/a%20b.tar") == cache.read(file.url)
     with pytest.raises(UserError, match="No such file or directory"):
         cache.read(str(tmp_path / "typo"))
 
@@ -91,8 +92,8 @@ def test_local_files(tmp_path: Path, cache: Cache) -> None:
 def test_commands(tmp_path: Path, cache: Cache) -> None:
     file = put(tmp_path, "x.tar", 100_000)
     location = f"pipe:cat {shlex.quote(str(tmp_path))}/{{file}} | cat  # a comment"
-    file["url"] = url_of(location, "x.tar")
-    assert sha256(cache.fetch(**file).read_bytes()) == file["sha256"]
+    file = replace(file, url=url_of(location, "x.tar"))
+    assert sha256(cache.fetch(file).read_bytes()) == file.sha256
     with pytest.raises(UserError, match=r"pipe:cat … typo\.tar: .*2: ended at 0 bytes \(exit status 1: cat: .*No such"):
         cache.read(url_of(f"pipe:cat {tmp_path}/{{file}}", "typo.tar"))
     with pytest.raises(UserError, match=r"ended at 3 bytes \(exit status 7\)"):
@@ -182,7 +183,7 @@ def bucket() -> Iterator[dict[str, str]]:
 def test_s3_by_a_command(bucket: dict[str, str], cache: Cache) -> None:
     code = "import boto3, sys; boto3.client('s3').download_fileobj('bucket', sys.argv[1], sys.stdout.buffer)"
     location = f"pipe:{sys.executable} -c {shlex.quote(code)} dir/{{file}}"
-    path = cache.fetch(url_of(location, "x.tar"), sha256=sha256(CONTENT), size_bytes=len(CONTENT))
+    path = cache.fetch(RemoteFile(url_of(location, "x.tar"), sha256(CONTENT), len(CONTENT)))
     assert path.read_bytes() == CONTENT
     assert names(cache) == [path.name]
 
@@ -191,7 +192,7 @@ def test_s3(bucket: dict[str, str], tmp_path: Path) -> None:
     if shutil.which("aws") is None or subprocess.run(["aws", "--version"], capture_output=True).returncode != 0:
         pytest.skip("the AWS command line (aws) does not work here")
     cache = make_cache(tmp_path, attempts=1)
-    path = cache.fetch(url_of("s3://bucket/dir", "x.tar"), sha256=sha256(CONTENT), size_bytes=len(CONTENT))
+    path = cache.fetch(RemoteFile(url_of("s3://bucket/dir", "x.tar"), sha256(CONTENT), len(CONTENT)))
     assert path.read_bytes() == CONTENT
     with pytest.raises(UserError, match=r"s3://bucket/typo: .*\(404\).* Not Found"):
         cache.read("s3://bucket/typo")

@@ -243,10 +243,10 @@ def test_a_missing_key_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("reversed", "did you mean reverse?"),
-        ("random-shuffle", "did you mean random_shuffle?"),
-        ("Keep:0.1", "did you mean keep?"),
-        ("permutation", "did you mean permute?"),
+        ("reversed", "did you mean 'reverse'?"),
+        ("random-shuffle", "did you mean 'random_shuffle'?"),
+        ("Keep:0.1", "did you mean 'keep'?"),
+        ("permutation", "did you mean 'permute'?"),
         ("zzz", "allowed are reverse, random_shuffle, cyclic_half_length, stride:STEP, window_shuffle:BYTES, keep:"),
         ("", "there is no ''; allowed are"),
         ("reverse:2", "reverse must be written as reverse"),

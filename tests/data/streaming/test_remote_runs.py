@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bfsys.data.storage.remote import Cache, WrongContentError
+from bfsys.data.storage.remote import Cache, RemoteFile, WrongContentError
 from bfsys.data.streaming.datasets import make_plan, open_training
 from tests.data.conftest import config_of, files_of, read_by
 from tests.data.http_server import FaultyServer
@@ -33,6 +33,7 @@ def comparable(run: Path) -> list[dict]:
         "tokens_per_s",
         "model_tflop_per_s",
         "mfu",
+        "matmul_share",
         "data_wait_share",
         "peak_memory_mib",
         "goodput",
@@ -108,4 +109,4 @@ def test_a_shard_that_s3_does_not_have_is_damage(bucket: str, tmp_path: Path) ->
     """And no outage: the answer is as good as HTTP's 404."""
     cache = Cache(tmp_path / "cache", 10**6, attempts=1)
     with pytest.raises(WrongContentError, match="404"):
-        cache.fetch(f"{bucket}/none.tar", sha256="0" * 64)
+        cache.fetch(RemoteFile(f"{bucket}/none.tar", "0" * 64))

@@ -1,0 +1,59 @@
+"""Files that are replaced whole, and what identifies one.
+
+At every moment a name stands for the old content or for the new one, also if the writer is killed.
+`durable` decides about a power cut: with it, content and name are on the disk when the call returns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends; an exception leaves `path` as it was.
+
+    Its name until then is `.NAME.PID.tmp`. A process that is killed leaves it behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)  # the name that the user knows
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Give `path` this content, text in UTF-8."""
+    with replacing(path, durable=durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def sync_folder(path: Path) -> None:
+    """Put the names in a folder on the disk: of files that were made, renamed or removed in it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(path: Path) -> dict:
+    """{"bytes": size of a file, "sha256": its hash in hexadecimal}"""
+    with open(path, "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

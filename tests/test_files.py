@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bfsys.files import describe, replace_file, replacing
+from tests.conftest import REPOSITORY
+
+DURABLE = pytest.mark.parametrize("durable", [True, False])
+
+
+@DURABLE
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError), replacing(path, durable=durable) as file:
+        file.write("not bytes")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+@DURABLE
+def test_the_file_is_replaced_at_the_end(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with replacing(path, durable=durable) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    replace_file(path, "text ü", durable=durable)
+    assert path.read_bytes() == "text ü".encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    code = (
+        "import os, signal, sys, pathlib\n"
+        "from bfsys.files import replacing\n"
+        "with replacing(pathlib.Path(sys.argv[1])) as file:\n"
+        "    file.write(b'new')\n"
+        "    file.flush()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert run(code, path).returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_disk_that_takes_no_more_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    code = (
+        "import resource, sys, pathlib\n"
+        "from bfsys.files import replace_file\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "replace_file(pathlib.Path(sys.argv[1]), 'new', durable=False)\n"
+    )
+    assert "File too large" in run(code, path).stderr
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "file"
+    with pytest.raises(FileNotFoundError) as error:
+        replace_file(path, "new")
+    assert error.value.filename == str(path)
+
+
+@DURABLE
+def test_what_is_durable_is_on_the_disk_in_the_right_order(
+    tmp_path: Path, durable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Content before name, and the name before the call returns."""
+    done: list[str] = []
+    fsync, rename = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "content")
+
+    def renamed(source: Path, target: Path) -> None:
+        rename(source, target)
+        done.append("name")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    replace_file(tmp_path / "file", "text", durable=durable)
+    assert done == (["content", "name", "folder"] if durable else ["name"])
+
+
+def test_a_file_is_described_by_size_and_hash(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    assert describe(tmp_path / "file") == {"bytes": 7, "sha256": hashlib.sha256(b"content").hexdigest()}
+
+
+def run(code: str, path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, path], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
