@@ -10,6 +10,8 @@ Shapes: N tokens of the whole batch, D dim, B files.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,10 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from bfsys.batch import ByteBatch
 from bfsys.errors import UserError
 from bfsys.model.attention import attend, segment_mean
-from bfsys.model.chunks import block_in_chunks, merge_in_chunks
 from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Segments, Windows, make_layout
+from bfsys.model.precision import LayerNorm, Linear
 from bfsys.model.sizes import MLP_RATIO, Architecture
 from bfsys.model.stem import Stem
+
+# Tokens at a time on a CPU. The hidden layer of the tiny model takes 25 MB for them in float32, which the C library
+# keeps for the next chunk; it returns what is larger than 32 MB to the system, and takes it page by page again.
+CHUNK_TOKENS = 8192
 
 
 class Block(nn.Module):
@@ -31,21 +37,24 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.mode = heads, mode
         self.activation_checkpointing = False
-        self.norm1 = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)  # rows: all queries, all keys, all values; head by head in each
-        self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
-        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+        self.norm1 = LayerNorm(dim)
+        self.qkv = Linear(dim, 3 * dim)  # rows: all queries, all keys, all values; head by head in each
+        self.proj = Linear(dim, dim)
+        self.norm2 = LayerNorm(dim)
+        self.fc1 = Linear(dim, MLP_RATIO * dim)
+        self.fc2 = Linear(MLP_RATIO * dim, dim)
 
     def forward(self, x: Tensor, where: Segments | Windows) -> Tensor:
-        checkpointing = self.activation_checkpointing and self.training
-        if x.device.type == "cpu" and isinstance(where, Segments):
-            return block_in_chunks(self, x, where, keep_little=checkpointing)
-        if checkpointing:
+        compute = self.compute
+        if self.activation_checkpointing and self.training:
             # No random number is drawn in a block, so no generator's state must be saved.
-            return checkpoint(self.compute, x, where, use_reentrant=False, preserve_rng_state=False)
-        return self.compute(x, where)
+            compute = partial(checkpoint, self.compute, use_reentrant=False, preserve_rng_state=False)
+        if x.device.type != "cpu" or isinstance(where, Windows):
+            return compute(x, where)
+        # Chunks of whole segments bound the memory of what lies inside of a block, however long the files are.
+        chunks = where.in_chunks(CHUNK_TOKENS)
+        rows = x.split([chunk.tokens for chunk in chunks])
+        return torch.cat([compute(part, chunk) for part, chunk in zip(rows, chunks, strict=True)])
 
     def compute(self, x: Tensor, where: Segments | Windows) -> Tensor:
         blank_qkv = None
@@ -66,32 +75,18 @@ class Block(nn.Module):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
 
 
-def norm_keeping_dtype(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """`norm(x)` in the dtype of `x`, [N, D] -> [N, D].
-
-    Autocast on GPUs, but not on CPUs, gives it in float32: the residual stream would be float32 from the first merging
-    on, and take twice the memory.
-    """
-    return norm(x).to(x.dtype)
-
-
 class Merge(nn.Module):
     """Pairs of tokens become one, [N, D] -> [N / 2, D]; the norm comes after the projection, as published."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.reduction = nn.Linear(2 * dim, dim, bias=False)
-        self.norm = nn.LayerNorm(dim)
+        self.reduction = Linear(2 * dim, dim, bias=False)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor, rounding: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            return merge_in_chunks(self, x, rounding)
-        return self.compute(x, rounding)
-
-    def compute(self, x: Tensor, rounding: Tensor) -> Tensor:
         if len(rounding):  # the partner of a last odd token must be zero
             x = x.index_fill(0, rounding, 0)
-        return norm_keeping_dtype(self.norm, self.reduction(x.view(len(x) // 2, -1)))
+        return self.norm(self.reduction(x.view(len(x) // 2, -1)))
 
 
 class ByteFormer(nn.Module):
@@ -118,7 +113,7 @@ class ByteFormer(nn.Module):
             block.activation_checkpointing = activation_checkpointing
             if compiled:
                 block.compile_parts()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -134,7 +129,7 @@ class ByteFormer(nn.Module):
             x = block(x, layout.layers[layer])
             if str(layer) in self.merges:
                 x = self.merges[str(layer)](x, next(rounding))
-        x = segment_mean(norm_keeping_dtype(self.norm, x), layout.tokens)  # [B, D]
+        x = segment_mean(self.norm(x), layout.tokens)  # [B, D]
         return self.head(x)
 
 

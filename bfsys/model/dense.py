@@ -87,7 +87,8 @@ class DenseByteFormer(nn.Module):
         if not self.masked:  # around the end of the sequence
             token = torch.where(slot + shift < end, slot + shift, slot + shift - end)
         real = (token >= 0) & (token < tokens)  # [W, width]
-        qkv = block.qkv(block.norm1(x))[torch.where(real, token, tokens)]  # [W, width, 3 D]; a blank slot is a zero row
+        # [W, width, 3 D]; a blank slot holds a row of zeros
+        qkv = block.before_attention(x)[torch.where(real, token, tokens)]
         q, k, v = qkv.unflatten(2, (3, block.heads, dim // block.heads)).permute(2, 0, 3, 1, 4).unbind(0)
         mask = None
         if self.masked:
@@ -98,8 +99,7 @@ class DenseByteFormer(nn.Module):
         slot = row + lead  # [N]
         if not self.masked:
             slot = torch.where(row >= shift, row - shift, row - shift + end)
-        x = x + block.proj(out[slot // width, slot % width])
-        return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
+        return block.after_attention(x, out[slot // width, slot % width])
 
 
 def _blanked(x: Tensor, tokens: int) -> Tensor:

@@ -33,25 +33,26 @@ Record = TypeVar("Record", bound="Files | Segments | Windows")
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Tokens [first, end) of a level sorted into windows of equal width, and back; rows count from `first`.
+    """Tokens of a level, or of a part of it, sorted into windows of equal width, and back.
 
     index    int64 [W * width]  token in each slot (any token where the slot is blank)
     blank    int64 [slots]      slots without a token
     inverse  int64 [N]          slot of each token (any slot for tokens outside all windows)
     outside  int64 [tokens]     tokens that no window holds: the rounding of the sequences
     mask     bool [W, width] or None: True where a slot may be attended to
-    plain    every slot i holds token i, and nothing is left: windows are a view of the tokens
     """
 
-    first: int
-    end: int
     width: int
     index: Tensor
     blank: Tensor
     inverse: Tensor
     outside: Tensor
     mask: Tensor | None
-    plain: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return len(self.inverse)
 
     @cached_property
     def added(self) -> Tensor | None:
@@ -87,7 +88,10 @@ class Segments:
         return _with_tensors(windows, (t.to(self.start.device) for t in _tensors(windows).values()))
 
     def in_chunks(self, chunk_tokens: int) -> tuple[Windows, ...]:
-        """All of them as windows, in runs of at least `chunk_tokens` tokens; made once."""
+        """All of them as windows, in parts of at least `chunk_tokens` tokens that cover the level; made once.
+
+        Rows of a part count from its first token.
+        """
         if chunk_tokens not in self._chunks:
             self._chunks[chunk_tokens] = tuple(self._make_chunks(chunk_tokens))
         return self._chunks[chunk_tokens]
@@ -101,7 +105,7 @@ class Segments:
         while i < len(start):
             j = int(np.searchsorted(start, first + chunk_tokens))
             end = int(start[j]) if j < len(start) else self.tokens
-            yield _windows_of(start[i:j] - first, length[i:j], _between(outside, first, end) - first, first, end)
+            yield _windows_of(start[i:j] - first, length[i:j], _between(outside, first, end) - first, end - first)
             first, i = end, j
 
 
@@ -254,13 +258,9 @@ def _segments(tokens: np.ndarray, aligned: np.ndarray, window: int, shift: int) 
     return Segments(start, length, outside, width=int(on_cpu[1].max()), tokens=int(aligned.sum()), on_cpu=on_cpu)
 
 
-def _windows_of(start: np.ndarray, length: np.ndarray, outside: np.ndarray, first: int, end: int) -> Windows:
-    """Segments as windows, a segment each."""
-    width, tokens = int(length.max()), end - first
-    if not len(outside) and tokens == len(start) * width:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        rows = torch.arange(tokens)
-        return Windows(first, end, width, rows, nothing, rows, nothing, mask=None, plain=True)
+def _windows_of(start: np.ndarray, length: np.ndarray, outside: np.ndarray, tokens: int) -> Windows:
+    """Segments of a buffer of `tokens` rows as windows, a segment each."""
+    width = int(length.max())
     segment, place = _ragged_range(length)
     token, slot = start[segment] + place, segment * width + place
     mask = np.zeros(len(start) * width, bool)
@@ -268,8 +268,6 @@ def _windows_of(start: np.ndarray, length: np.ndarray, outside: np.ndarray, firs
     mask[slot], index[slot], inverse[token] = True, token, slot
     full = bool(mask.all())
     return Windows(
-        first=first,
-        end=end,
         width=width,
         index=torch.from_numpy(index),
         blank=torch.from_numpy(np.flatnonzero(~mask)),
@@ -288,8 +286,6 @@ def _wrapped_windows(tokens: np.ndarray, aligned: np.ndarray, window: int, shift
     index, inverse = np.full(int(windows_per_file.sum()) * window, -1), np.zeros(int(aligned.sum()), np.int64)
     index[slot], inverse[token] = token, slot
     return Windows(
-        first=0,
-        end=len(inverse),
         width=window,
         index=torch.from_numpy(np.maximum(index, 0)),
         blank=torch.from_numpy(np.flatnonzero(index < 0)),

@@ -1,11 +1,12 @@
-"""In which precision the model stores activations, and in which it multiplies matrices."""
+"""In which precision the model stores activations, and in which it computes with them."""
 
 from __future__ import annotations
 
 from functools import cache
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def stored_dtype(weight: Tensor) -> torch.dtype:
@@ -25,3 +26,34 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
         return dtype
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return dtype if native else torch.float32
+
+
+class Linear(nn.Linear):
+    """A linear layer, [N, in] -> [N, out] in the dtype of its input; operands of the product are in `product_dtype`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _is_bfloat16_on_cpu(x):
+            return super().forward(x)
+        dtype = product_dtype(x.dtype, "cpu")
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer norm, [N, D] -> [N, D] in the dtype of its input, computed in float32 at least.
+
+    PyTorch computes it in bfloat16 on CPUs, and sums the gradients of its weights over all tokens in bfloat16: of
+    40,000 tokens they are wrong by half of their norm (torch 2.12.1). Autocast on GPUs returns float32; without the
+    conversion the residual stream would be float32 from the first merging on, and take twice the memory.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _is_bfloat16_on_cpu(x):
+            return super().forward(x).to(x.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+def _is_bfloat16_on_cpu(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"

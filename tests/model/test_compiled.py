@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.model.byteformer import Block, ByteFormer
+from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import architecture
 
 LENGTHS = ([40], [700, 3, 90], [333], [64, 65, 66, 67], [1200, 5])
@@ -19,21 +19,14 @@ def batch_of(lengths: list[int]) -> ByteBatch:
     return ByteBatch.from_samples([Sample("", rng.integers(0, 256, n, dtype=np.uint8)) for n in lengths])
 
 
-def as_on_a_gpu(model: ByteFormer) -> ByteFormer:
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.forward = module.compute
-    return model
-
-
 def test_lengths_and_blocks_share_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     a = architecture("custom", dim=16, layers=6, heads=2, kernel=4, window=16, shift=8, merge_after=(0, 1, 3))
     torch.manual_seed(0)
-    compiled = as_on_a_gpu(ByteFormer(a, 5, compiled=True))
-    plain = as_on_a_gpu(ByteFormer(a, 5))
+    compiled = ByteFormer(a, 5, compiled=True)
+    plain = ByteFormer(a, 5)
     plain.load_state_dict(compiled.state_dict())
     programs = []
     for lengths in LENGTHS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bfsys.batch import ByteBatch, Sample
@@ -36,3 +37,18 @@ def test_an_answer_is_made_on_one_device(mode: str, checkpointing: bool, monkeyp
         logits = model(batch.to("cuda"))
         loss, sums = loss_and_sums(logits, batch.to("cuda"), 1, 0.1)
     assert {t.device.type for t in (logits, loss, sums)} == {"cuda"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layout_moves_whole(mode: str) -> None:
+    a = architecture("custom", dim=32, layers=4, heads=2, kernel=8, window=16, shift=8, max_tokens=200)
+    layout = make_layout(torch.tensor([9, 700, 64]), a, mode)
+    assert layout.to(torch.device("cpu")) is layout
+    moved = layout.to(torch.device("meta"))
+    for there, here in ((moved.files, layout.files), *zip(moved.layers, layout.layers, strict=True)):
+        for name, value in vars(here).items():
+            if isinstance(value, Tensor):
+                assert getattr(there, name).device.type == "meta", name
+                assert getattr(there, name).shape == value.shape, name
+    assert [len(r) for r in moved.rounding] == [len(r) for r in layout.rounding]
+    assert len({id(layer) for layer in moved.layers}) == len({id(layer) for layer in layout.layers})

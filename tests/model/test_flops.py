@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.model.byteformer import Block, ByteFormer, Merge
+from bfsys.model.byteformer import ByteFormer
 from bfsys.model.flops import flops_per_step, published_flops
 from bfsys.model.sizes import Architecture, architecture
 from tools.bench.published_form import PublishedForm, pad
@@ -27,10 +27,7 @@ def batch_of(lengths: list[int]) -> ByteBatch:
 
 
 def counted(model: torch.nn.Module, x: ByteBatch | torch.Tensor, backward: bool) -> int:
-    """By PyTorch, of the model as autograd sees it: what chunks.py computes twice is no part of the formulas."""
-    for module in model.modules():
-        if isinstance(module, (Block, Merge)):
-            module.forward = module.compute
+    """By PyTorch."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         logits = model(x)
         if backward:
