@@ -260,7 +260,7 @@ def bound_all_groups(timeout_s: int) -> None:
     """Give every process group the timeout of `start`: those that libraries make have PyTorch's default, which is 30
     minutes."""
     for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+        group.set_timeout(timedelta(seconds=timeout_s))
 
 
 def stop() -> None:

@@ -14,6 +14,7 @@ import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from types import ModuleType
@@ -280,6 +281,9 @@ def import_deepspeed() -> ModuleType:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls them by names that PyTorch 2.14 warns about, at stage 3 several times per step.
+    old_names = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
+    warnings.filterwarnings("ignore", old_names, FutureWarning)
     import deepspeed
 
     if os.environ.get("DS_ACCELERATOR") == "cpu":

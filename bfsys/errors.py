@@ -112,6 +112,8 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     process.prepare()
     try:
         _check_current_folder()
+        if outdated := process.outdated_packages():
+            raise UserError(*outdated)
         code = main() or 0
         sys.stdout.flush()
         return code

@@ -1,11 +1,17 @@
-"""The process of a command: limits and environment that libraries expect, wherever it runs."""
+"""The process of a command: limits, environment and releases of libraries that it needs, wherever it runs."""
 
 from __future__ import annotations
 
 import os
 import pwd
+import re
 import resource
 from contextlib import suppress
+from importlib import metadata
+
+# The oldest releases that work, as in setup.cfg. pip checks them when it installs bfsys, but a container may have been
+# made for something else, and installing another package may replace them.
+OLDEST = {"torch": "2.11", "pydantic": "2.6", "deepspeed": "0.19.8"}
 
 
 def prepare() -> None:
@@ -27,3 +33,25 @@ def prepare() -> None:
 def open_files_limit() -> int:
     """How many files this process may have open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def outdated_packages() -> list[str]:
+    """A problem for each installed package that is older than OLDEST allows. Imports none of them.
+
+    A pre-release counts as its release: NVIDIA's containers have such builds of PyTorch ("2.11.0a0+a6d1dd2").
+    """
+    problems = []
+    for name, oldest in OLDEST.items():
+        with suppress(metadata.PackageNotFoundError):  # only some commands need DeepSpeed
+            found = metadata.version(name)
+            if found and _release(found) < _release(oldest):  # None of a package whose metadata are broken
+                problems.append(
+                    f"{name} {found} is installed, but bfsys needs {name} {oldest} or newer; upgrade it in this "
+                    f"environment (pip install '{name}>={oldest}'), or use another environment"
+                )
+    return problems
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers at the beginning: (2, 12, 1) of "2.12.1+cu130"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import configparser
 import os
 import pwd
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from bfsys import process
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -39,3 +44,36 @@ def test_a_user_without_an_entry_gets_a_name(
     process.prepare()
     assert os.environ.get("USER") == name
     os.environ.pop("USER", None)
+
+
+def test_the_oldest_releases_are_those_of_setup_cfg() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    asked = f"{setup['options']['install_requires']}\n{setup['options.extras_require']['train']}".splitlines()
+    for name, oldest in process.OLDEST.items():
+        assert any(line.startswith(f"{name}>={oldest}") for line in asked), name
+
+
+def run_with(folder: Path, **versions: str) -> subprocess.CompletedProcess:
+    """A command in an environment where packages claim to be of these versions."""
+    for name, version in versions.items():
+        (folder / f"{name}-{version}.dist-info").mkdir()
+        content = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(content)
+    program = "from bfsys.errors import run_command; run_command(lambda: print('ran'))"
+    env = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_a_command_does_not_start_with_packages_that_are_too_old(tmp_path: Path) -> None:
+    done = run_with(tmp_path, torch="2.9.1+cu128", pydantic="1.10.26", deepspeed="0.19.10")
+    assert (done.returncode, done.stdout) == (2, "")
+    torch, pydantic = done.stderr.splitlines()
+    assert "torch 2.9.1+cu128 is installed, but bfsys needs torch 2.11 or newer" in torch
+    assert "pip install 'pydantic>=2.6'" in pydantic
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.11.0a0+a6d1dd2", "2.15.1rc2", "3.0"])
+def test_a_command_starts_with_packages_that_are_new_enough(version: str, tmp_path: Path) -> None:
+    done = run_with(tmp_path, torch=version)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ran\n", "")
