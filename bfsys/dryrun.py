@@ -18,8 +18,6 @@ from bfsys.init_from import initial_weights
 from bfsys.model.byteformer import ByteFormer, parameter_count
 from bfsys.model.layout import token_counts
 
-# Steps whose micro-batches are planned to show their sizes.
-PLANNED_STEPS = 20
 # Times that a remote file is asked for. A person waits for the answer, and asks again if its server was away.
 DRY_RUN_TRIES = 2
 
@@ -78,19 +76,18 @@ def _show_sources(split: str, sources: Sources) -> None:
 
 def _show_plan(data: RunData) -> None:
     config, plan = data.config, data.plan
-    architecture, steps = config.model.architecture(), min(PLANNED_STEPS, config.train.steps)
+    architecture, steps = config.model.architecture(), data.first_steps()
     for name, share, split in zip(data.training.names, plan.mixture.shares, plan.splits, strict=True):
         epochs = config.train.steps * plan.batch_samples * share / len(split)
         print(
             f"mixture     {name}: {100 * share:.1f} % of each step, {epochs:.1f} epochs in {config.train.steps:,} steps"
         )
-    batches = [[plan.micro_batch(step, lane) for lane in range(plan.lanes)] for step in range(steps)]
-    sizes = np.array([[plan.bytes_of(batch) for batch in row] for row in batches], np.float64)
-    lengths = np.concatenate([data.lengths_of(step, lane) for step in range(steps) for lane in range(plan.lanes)])
+    sizes = np.array([[batch.stored_bytes for batch in lanes] for lanes in steps], np.float64)
+    lengths = np.concatenate([batch.lengths for lanes in steps for batch in lanes])
     tokens = token_counts(lengths, architecture, config.model.mode)
     rounded = -(-tokens // architecture.alignment) * architecture.alignment
     print(
         f"micro-batch {sizes.mean() / 1e3:,.1f} kB on average, {sizes.max() / 1e3:,.1f} at most; "
         f"busiest lane of a step {np.mean(sizes.max(1) / sizes.mean(1)):.3f} x the mean; "
-        f"{tokens.sum() / steps:,.0f} tokens a step, {100 * (1 - tokens.sum() / rounded.sum()):.1f} % rounding"
+        f"{tokens.sum() / len(steps):,.0f} tokens a step, {100 * (1 - tokens.sum() / rounded.sum()):.1f} % rounding"
     )

@@ -38,7 +38,6 @@ from bfsys.model.byteformer import parameter_count
 from bfsys.model.flops import flops_per_step
 from bfsys.model.layout import token_counts
 
-PLANNED_STEPS = 20
 # FLOP/s in bfloat16, by the names that --gpu takes.
 PEAKS = {name.lower().replace(" ", "-"): 1e12 * peak.bf16 for name, peak in peaks.PEAKS.items() if peak.bf16}
 KEPT_PER_TOKEN = 16  # numbers, times dim, of each layer
@@ -84,19 +83,17 @@ class Estimate:
 
 def estimate(data: RunData, ranks: int) -> Estimate:
     """Raises UserError if the ranks do not divide the lanes."""
-    config, plan = data.config, data.plan
+    config = data.config
     lanes_of_rank(config.data.lanes, 0, ranks)
     architecture, classes = config.model.architecture(), len(data.training.classes)
     parameters = parameter_count(architecture, classes)
     flops, largest, read = [], 0, []
-    for step in range(min(PLANNED_STEPS, config.train.steps)):
-        of_lanes = []
-        for lane in range(plan.lanes):
-            lengths = data.lengths_of(step, lane)
-            of_lanes.append(flops_per_step(lengths, architecture, classes).total)
-            largest = max(largest, int(token_counts(lengths, architecture, config.model.mode).sum()))
-        read.append(sum(plan.bytes_of(plan.micro_batch(step, lane)) for lane in range(plan.lanes)))
-        flops.append([sum(of_lanes[lane] for lane in lanes_of_rank(plan.lanes, rank, ranks)) for rank in range(ranks)])
+    for lanes in data.first_steps():
+        of_lanes = [flops_per_step(batch.lengths, architecture, classes).total for batch in lanes]
+        tokens = [int(token_counts(batch.lengths, architecture, config.model.mode).sum()) for batch in lanes]
+        largest = max(largest, *tokens)
+        read.append(sum(batch.stored_bytes for batch in lanes))
+        flops.append([sum(of_lanes[lane] for lane in lanes_of_rank(len(lanes), rank, ranks)) for rank in range(ranks)])
     of_ranks = np.array(flops, np.float64)  # [steps, ranks]
     return Estimate(
         ranks=ranks,

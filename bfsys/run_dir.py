@@ -6,10 +6,8 @@ import errno
 import fcntl
 import itertools
 import os
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +21,12 @@ from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError
 from bfsys.files import replace_file
+from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
 from bfsys.supervision.guard import FILE as ROLLBACKS
 from bfsys.supervision.run_end import forget_end
 from bfsys.supervision.watchdog import HANGS
 
-GIT_STATE = "git-state.txt"  # in a copy of the code that a launcher made
 LOCK_WAIT_S = 20.0  # a start that was killed may have loader processes that take a moment to notice
 # After a node was lost, a file server keeps its lock for a while (NFSv4: 90 s). In a job nobody is kept waiting, and
 # ending would be for good. Less than the other ranks wait (train.collective_timeout_s).
@@ -43,25 +41,6 @@ def run_facts(data: RunData) -> dict:
         "config": typed_yaml.to_tree(data.config),
         "versions": {name: version(name) for name in ("bfsys", "torch", "deepspeed")} | {"git": git_state()},
     }
-
-
-def git_state() -> str | None:
-    """The commit of this code, with a + if files were changed since; None if it is no repository."""
-    here = Path(__file__).resolve().parents[1]
-    with suppress(OSError):
-        return (here / GIT_STATE).read_text() or None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
-            return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 @dataclass(frozen=True)

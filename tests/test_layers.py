@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 # From the bottom up; `a.b` is the module b of the package a, `a` stands for its other modules. A module may import
 # modules of lower rows, and in a package those of its own folder in the same row.
 LAYERS = [
-    ["console", "process", "files"],
+    ["console", "process", "files", "git_state"],
     ["errors", "json_lines"],
     ["typed_yaml", "batch"],
     ["model"],

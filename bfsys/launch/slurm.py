@@ -40,10 +40,11 @@ from bfsys import console, typed_yaml
 from bfsys.config import Config, load_config
 from bfsys.data.storage.remote import is_remote
 from bfsys.errors import UserError, collecting, summary_of
+from bfsys.git_state import FILE as GIT_STATE
+from bfsys.git_state import git_state
 from bfsys.launch import jobs, preflight, requeue
 from bfsys.launch.job import TrainJob
 from bfsys.launch.preflight import parse_minutes
-from bfsys.run_dir import GIT_STATE, git_state
 from bfsys.supervision.run_end import forget_end
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
 from bfsys.data.storage.remote import Prefetcher
-from bfsys.data.streaming.augment import Augmentation
 from bfsys.data.streaming.datasets import Sources, any_remote, make_cache
 from bfsys.data.streaming.plan import MicroBatch, Plan, evaluation_batches, lanes_of_rank
 from bfsys.data.streaming.quarantine import Quarantine
@@ -61,7 +60,7 @@ def training_batches(
     """
     quarantine = quarantine if quarantine is not None else Quarantine()
     bad_from = [quarantine.bad_from(s.split, name) for s, name in zip(sources.splits, sources.origins, strict=True)]
-    reader = _reader(config, sources, augmentations=sources.augmentations, bad_from=bad_from)
+    reader = ShardReader(sources, seed=config.train.seed, bad_from=bad_from)
     lanes = lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size)
     pinned = ranks.device.type == "cuda"
     prefetcher = Prefetcher(make_cache(config)) if any_remote(sources) else None
@@ -96,7 +95,7 @@ def evaluation_rounds(
     """
     least_bytes = config.model.architecture().rounding_bytes
     batches = evaluation_batches(sources.splits, config.data.eval_batch_bytes, least_bytes)
-    reader = _reader(config, sources, replace_bad=False)
+    reader = ShardReader(sources, seed=config.train.seed, replace_bad=False)
     nothing = ByteBatch.of_zeros(config.model.kernel)
     try:
         for first in range(0, len(batches), ranks.world_size):
@@ -110,26 +109,6 @@ def evaluation_rounds(
             yield (_byte_batch(fetched), True) if len(fetched.labels) else (nothing, False)
     finally:
         reader.close()
-
-
-def _reader(
-    config: Config,
-    sources: Sources,
-    *,
-    augmentations: Sequence[Augmentation | None] = (),
-    bad_from: Sequence[dict[int, int]] = (),
-    replace_bad: bool = True,
-) -> ShardReader:
-    return ShardReader(
-        sources.splits,
-        sources.label_maps,
-        sources.origins,
-        seed=config.train.seed,
-        augmentations=augmentations,
-        transforms=sources.transforms,
-        bad_from=bad_from,
-        replace_bad=replace_bad,
-    )
 
 
 class _Requests:

@@ -21,9 +21,9 @@ import numpy as np
 import xxhash
 
 from bfsys.data.storage.remote import WrongContentError
-from bfsys.data.storage.shards import Split
 from bfsys.data.streaming.augment import Augmentation
-from bfsys.data.streaming.byte_transforms import ByteTransform, apply
+from bfsys.data.streaming.byte_transforms import apply
+from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.plan import MicroBatch
 from bfsys.data.streaming.quarantine import BadSample
 from bfsys.errors import UserError
@@ -85,28 +85,18 @@ class BadFileError(Exception):
 
 
 class ShardReader:
-    """Reads micro-batches of one or more splits."""
+    """Reads micro-batches of one or more sources."""
 
     def __init__(
-        self,
-        splits: Sequence[Split],
-        label_maps: Sequence[np.ndarray],
-        names: Sequence[str],
-        *,
-        seed: int = 0,
-        augmentations: Sequence[Augmentation | None] = (),
-        transforms: Sequence[ByteTransform] = (),
-        bad_from: Sequence[dict[int, int]] = (),
-        replace_bad: bool = True,
+        self, sources: Sources, *, seed: int = 0, bad_from: Sequence[dict[int, int]] = (), replace_bad: bool = True
     ) -> None:
-        """`label_maps[s][label]` is the run's class number of a label of split s, `bad_from[s]` what its quarantine
-        says: {sample: first step that it is bad at}. Without `replace_bad`, bad samples are left out.
-        """
-        self.splits, self.label_maps, self.names = tuple(splits), tuple(label_maps), tuple(names)
-        self.seed, self.transforms, self.replace_bad = seed, tuple(transforms), replace_bad
-        self.augmentations = tuple(augmentations) or (None,) * len(splits)
-        self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in splits]
-        self._rows = [np.asarray(split.samples) for split in splits]
+        """`bad_from[s]` is what the quarantine says of source s: {sample: first step that it is bad at}. Without
+        `replace_bad`, bad samples are left out."""
+        self.splits, self.label_maps, self.names = sources.splits, sources.label_maps, sources.origins
+        self.seed, self.transforms, self.replace_bad = seed, sources.transforms, replace_bad
+        self.augmentations = sources.augmentations
+        self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in self.splits]
+        self._rows = [np.asarray(split.samples) for split in self.splits]
         self._files: dict[tuple[int, int], int] = {}  # the one opened first is closed first
         # Shards that cannot be had, and why, and those of which a sample could not be read in all its tries: to find
         # out takes long, and each has thousands of samples.

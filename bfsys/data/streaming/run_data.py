@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,9 +21,20 @@ from bfsys.data.streaming.datasets import (
     open_evaluation,
     open_training,
 )
-from bfsys.data.streaming.plan import Plan, lanes_of_rank
+from bfsys.data.streaming.plan import MicroBatch, Plan, lanes_of_rank
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
+
+FIRST_STEPS = 20  # the plan deals lengths evenly, so later steps are hardly different
+
+
+class Planned(NamedTuple):
+    """A micro-batch, before it is read."""
+
+    stored_bytes: int
+    """Of all its files, as they are read."""
+    lengths: np.ndarray
+    """Bytes of each file as the model gets it, int64 [B]; see `RunData.lengths_of`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,17 @@ class RunData:
     def lengths_of(self, step: int, lane: int) -> np.ndarray:
         """Bytes of each file of a micro-batch as the model gets it, int64 [B]; of files that are encoded again and
         compressed, as stored."""
-        batch = self.plan.micro_batch(step, lane)
+        return self._lengths(self.plan.micro_batch(step, lane))
+
+    def first_steps(self) -> list[list[Planned]]:
+        """The micro-batches of the run's first steps, FIRST_STEPS at most, by step and lane."""
+        batches = (
+            [self.plan.micro_batch(step, lane) for lane in range(self.plan.lanes)]
+            for step in range(min(FIRST_STEPS, self.config.train.steps))
+        )
+        return [[Planned(self.plan.bytes_of(batch), self._lengths(batch)) for batch in step] for step in batches]
+
+    def _lengths(self, batch: MicroBatch) -> np.ndarray:
         lengths = []
         for number, (split, augmentation) in enumerate(zip(self.plan.splits, self.training.augmentations, strict=True)):
             stored = split.samples["length"][batch.sample[batch.source == number]].astype(np.int64)

@@ -11,6 +11,7 @@ import pytest
 
 from bfsys.data.storage.shards import Split, open_split
 from bfsys.data.streaming import reader as reader_module
+from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.plan import MicroBatch
 from bfsys.data.streaming.reader import ShardReader
 from bfsys.errors import UserError
@@ -22,7 +23,17 @@ def micro_batch(samples: list[int]) -> MicroBatch:
 
 @pytest.fixture
 def reader(datasets: Path) -> ShardReader:
-    return ShardReader([open_split(datasets / "a", "train")], [np.array([7, 8, 9])], ["a"])
+    return ShardReader(
+        Sources(
+            classes=tuple("0123456789"),
+            splits=(open_split(datasets / "a", "train"),),
+            numbers=(0,),
+            names=("a",),
+            label_maps=(np.array([7, 8, 9]),),
+            origins=("a",),
+            augmentations=(None,),
+        )
+    )
 
 
 def test_bytes_are_those_of_the_files(datasets: Path, reader: ShardReader) -> None:

@@ -310,7 +310,7 @@ def test_a_cached_shard_that_is_damaged_is_fetched_anew(
     def batch_of(sample: int) -> MicroBatch:
         return MicroBatch(np.zeros(1, np.int64), np.array([sample]), np.zeros(1, np.int64))
 
-    readers = [ShardReader(sources.splits, sources.label_maps, sources.names) for _ in range(3)]
+    readers = [ShardReader(sources) for _ in range(3)]
     for one in readers:
         one.read(batch_of(first))
     damage_cached(tmp_path / "cache", file, int(split.samples["offset"][second]))

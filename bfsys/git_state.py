@@ -1,0 +1,28 @@
+"""Which commit of bfsys runs."""
+
+from __future__ import annotations
+
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+FILE = "git-state.txt"  # in a copy of the code that a launcher made
+
+
+def git_state() -> str | None:
+    """The commit of this code, with a + if files were changed since; None if it is no repository."""
+    here = Path(__file__).resolve().parents[1]
+    with suppress(OSError):
+        return (here / FILE).read_text() or None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
