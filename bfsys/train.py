@@ -46,6 +46,7 @@ from bfsys.guard import Drawn, Guard, go_back, ranges_of, read_rollbacks, sample
 from bfsys.initial import initial_weights
 from bfsys.loss import loss_and_sums
 from bfsys.metrics import Metrics
+from bfsys.micro_batches import agree_on_micro_batches
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import ema_decay, learning_rate
 from bfsys.rehearsal import rehearse
@@ -98,11 +99,12 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             compiled=config.model.compiled and ranks.device.type == "cuda",
         )
         weights: dict[str, Tensor] = {}
-        notes = [*directory.notes, *(data.notes if ranks.is_first else ())]
+        micro_batches, note = agree_on_micro_batches(data, ranks)
+        notes = [*directory.notes, *(data.notes if ranks.is_first else ()), note]
         if directory.is_new:
             weights, taken_over = initial_weights(model, config, data.training.classes, ranks)
             notes += taken_over
-        engine = Engine(model, config, ranks)
+        engine = Engine(model, config, ranks, micro_batches)
         dist.bound_all_groups(of_train.collective_timeout_s)
         run = Run(config, ranks, data, facts, engine, quarantine, saver, stop, watchdog, ledger)
         if ranks.device.type == "cuda":
@@ -177,8 +179,9 @@ def make_steps(run: Run, manifest: dict, notes: list[str]) -> int:
     for note in (*notes_on_resuming(run, guard, step), *notes):
         metrics.say(note)
     batches = training_batches(
-        run.config, run.data.training, run.data.plan, run.ranks, first_step=step, quarantine=run.quarantine
-    )
+        run.config, run.data.training, run.data.plan, run.ranks,
+        first_step=step, micro_batches=run.engine.micro_batches, quarantine=run.quarantine,
+    )  # fmt: skip
     run.ledger.begins()
     # A stop may have come between a checkpoint and its evaluation.
     evaluate_if_due(run, metrics, step)

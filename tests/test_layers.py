@@ -18,7 +18,7 @@ LAYERS = [
     ["model"],
     ["config", "dist"],
     ["data"],
-    ["loss", "optim"],
+    ["loss", "optim", "micro_batches"],
     ["engine"],
     ["checkpoint", "faults", "goodput"],
     ["guard", "watchdog", "metrics", "report"],

@@ -32,16 +32,16 @@ import numpy as np
 
 from bfsys.checkpoint.loading import newest_readable
 from bfsys.config import Config, load_config
-from bfsys.data.plan import lanes_of_rank
+from bfsys.data.plan import lane_groups, lanes_of_rank
 from bfsys.data.run_data import RunData, open_run_data
-from bfsys.dist import Ranks
+from bfsys.dist import Ranks, gpu_count
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.json_lines import NUMBER, Fields, read_json_lines
+from bfsys.micro_batches import STEPS, largest_micro_batch, micro_batches_of
 from bfsys.model.byteformer import parameter_count
 from bfsys.model.flops import flops_per_step
 from bfsys.model.layout import token_counts
 
-PLANNED_STEPS = 20
 # Dense matrix products in bfloat16, FLOP/s, as their makers state them.
 PEAKS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12, "l40s": 362e12, "mi300x": 1307e12}
 KEPT_PER_TOKEN = 16  # numbers, times dim, of each layer
@@ -54,6 +54,8 @@ class Estimate:
     """Of one rank, unless it says otherwise. Memory in bytes, times in seconds."""
 
     ranks: int
+    micro_batches: int
+    """That a step has on each of them."""
     parameters: int
     state_bytes: int
     """Weights, gradients, moments, average."""
@@ -80,29 +82,33 @@ class Estimate:
         return (
             f"{self.parameters:,} parameters; each of {self.ranks} ranks needs {self.memory_bytes / GB:.2f} GB "
             f"({self.state_bytes / GB:.2f} state, {self.activation_bytes / GB:.2f} activations at most); "
-            f"a step is {self.step_flops / 1e12:.2f} TFLOP and {self.step_bytes / 1e6:.1f} MB of files; "
+            f"a step is {self.micro_batches} micro-batches of each rank, {self.step_flops / 1e12:.2f} TFLOP and "
+            f"{self.step_bytes / 1e6:.1f} MB of files; "
             f"a checkpoint {self.checkpoint_bytes / GB:.2f} GB"
         )
 
 
-def estimate(data: RunData, ranks: int) -> Estimate:
+def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
     """Raises UserError if the ranks do not divide the lanes."""
     config, plan = data.config, data.plan
-    lanes_of_rank(config.data.lanes, 0, ranks)
+    lanes = len(lanes_of_rank(config.data.lanes, 0, ranks))
     architecture, classes = config.model.architecture(), len(data.training.classes)
     parameters = parameter_count(architecture, classes)
+    _, lane_tokens = largest_micro_batch(data, Ranks(), plan.lanes)
+    micro_batches = micro_batches_of(lanes, lane_tokens, config, on_gpu=on_gpu)
+    groups = [lane_groups(lanes_of_rank(plan.lanes, rank, ranks), micro_batches) for rank in range(ranks)]
     flops, largest, read = [], 0, []
-    for step in range(min(PLANNED_STEPS, config.train.steps)):
-        of_lanes = []
-        for lane in range(plan.lanes):
-            lengths = data.lengths_of(step, lane)
-            of_lanes.append(flops_per_step(lengths, architecture, classes).total)
-            largest = max(largest, int(token_counts(lengths, architecture, config.model.mode).sum()))
-        read.append(sum(plan.bytes_of(plan.micro_batch(step, lane)) for lane in range(plan.lanes)))
-        flops.append([sum(of_lanes[lane] for lane in lanes_of_rank(plan.lanes, rank, ranks)) for rank in range(ranks)])
+    for step in range(min(STEPS, config.train.steps)):
+        lengths = [[data.lengths_of(step, *group) for group in of_rank] for of_rank in groups]
+        for of_rank in lengths:
+            tokens = (token_counts(batch, architecture, config.model.mode).sum() for batch in of_rank)
+            largest = max(largest, *map(int, tokens))
+        flops.append([sum(flops_per_step(b, architecture, classes).total for b in of_rank) for of_rank in lengths])
+        read.append(plan.bytes_of(plan.micro_batch_of(step, range(plan.lanes))))
     of_ranks = np.array(flops, np.float64)  # [steps, ranks]
     return Estimate(
         ranks=ranks,
+        micro_batches=micro_batches,
         parameters=parameters,
         state_bytes=_state_bytes(config, parameters, ranks),
         activation_bytes=_activation_bytes(config, largest),
@@ -166,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.ranks < 1 or not 0 < args.utilisation <= 1:
         raise UserError("--ranks: at least 1 is needed; --utilisation: more than 0 and at most 1")
     config = load_config(args.config, args.overrides)
-    plan = estimate(open_run_data(config, Ranks()), args.ranks)
+    plan = estimate(open_run_data(config, Ranks()), args.ranks, on_gpu=bool(args.gpu) or gpu_count() > 0)
     rate, share, meant = None, 1.0, ""
     if args.like:
         (rate, share), meant = measured_rate(args.like), f"as measured in {args.like}"

@@ -54,10 +54,10 @@ class RunData:
             *long_files(self.config, self.validation),
         ]
 
-    def lengths_of(self, step: int, lane: int) -> np.ndarray:
-        """Bytes of each file of a micro-batch as the model gets it, int64 [B]; of files that are encoded again and
-        compressed, as stored."""
-        batch = self.plan.micro_batch(step, lane)
+    def lengths_of(self, step: int, *lanes: int) -> np.ndarray:
+        """Bytes of each file of one or several lanes as the model gets it, int64 [B]; of files that are encoded again
+        and compressed, as stored."""
+        batch = self.plan.micro_batch_of(step, lanes)
         lengths = []
         for number, (split, augmentation) in enumerate(zip(self.plan.splits, self.training.augmentations, strict=True)):
             stored = split.samples["length"][batch.sample[batch.source == number]].astype(np.int64)
