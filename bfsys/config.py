@@ -125,11 +125,11 @@ class Data:
     batch_samples: Width = 768
     """Samples of one step, over all ranks."""
     lanes: Width = 64
-    """Equal parts of the global batch, fixed for the life of a run. A world size must divide it; each lane is
-    one micro-batch, so a rank makes lanes / world size of them per step."""
+    """Equal parts of the global batch, fixed for the life of a run. A world size must divide it; a rank carries
+    lanes / world size of them. How many are computed together is train.micro_batch_tokens."""
     micro_batch_bytes: Count | None = None
-    """Byte budget of a micro-batch: a start is refused when the mean micro-batch would exceed it (the plan
-    keeps each one near the mean)."""
+    """Byte budget of the smallest micro-batch, a lane's samples of a step: a start is refused when their mean would
+    exceed it (the plan keeps each one near the mean)."""
     shuffle_block: Count = 4096
     """Samples of a lane's slice that are shuffled, and dealt to steps by length, together."""
     eval_batch_bytes: Count = 1_000_000
@@ -247,6 +247,10 @@ class Train:
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 gradients, 3 parameters divided among the ranks."""
+    micro_batch_tokens: Whole = 0
+    """Tokens up to which a rank's lanes of a step are computed together, as one micro-batch; a single lane may have
+    more. 0: on GPUs 2^27 / dim tokens, which keep a GPU busy and whose activations take about 11 GB in bf16; on CPUs a
+    lane each. It may change when a run continues: the gradient stays the same sum, but for rounding."""
     log_every: Count = 20
     """Steps between lines in metrics.jsonl, TensorBoard and the console."""
     eval_every: Whole = 5000

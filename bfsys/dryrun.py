@@ -15,6 +15,7 @@ from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, collecting
 from bfsys.init_from import initial_weights
+from bfsys.micro_batches import largest_micro_batch, micro_batches_of
 from bfsys.model.byteformer import ByteFormer, parameter_count
 from bfsys.model.layout import token_counts
 
@@ -50,8 +51,11 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
         for note in opened.notes:
             print(f"note        {note}")
     with collecting(problems):
-        lanes = lanes_of_rank(data.lanes, 0, world_size)
-        print(f"ranks       {world_size}, each {len(lanes)} micro-batches a step")
+        lanes = len(lanes_of_rank(data.lanes, 0, world_size))
+        _, largest = largest_micro_batch(opened, Ranks(), data.lanes)
+        on_gpu, on_cpu = (micro_batches_of(lanes, largest, config, on_gpu=gpu) for gpu in (True, False))
+        counts = f"{on_cpu}" if on_cpu == on_gpu else f"{on_gpu} on GPUs, {on_cpu} on CPUs"
+        print(f"ranks       {world_size}, each {lanes} lanes; micro-batches a step: {counts}")
     if problems:
         raise UserError(*problems)
 
@@ -87,7 +91,7 @@ def _show_plan(data: RunData) -> None:
     tokens = token_counts(lengths, architecture, config.model.mode)
     rounded = -(-tokens // architecture.alignment) * architecture.alignment
     print(
-        f"micro-batch {sizes.mean() / 1e3:,.1f} kB on average, {sizes.max() / 1e3:,.1f} at most; "
+        f"lane        {sizes.mean() / 1e3:,.1f} kB a step on average, {sizes.max() / 1e3:,.1f} at most; "
         f"busiest lane of a step {np.mean(sizes.max(1) / sizes.mean(1)):.3f} x the mean; "
         f"{tokens.sum() / len(steps):,.0f} tokens a step, {100 * (1 - tokens.sum() / rounded.sum()):.1f} % rounding"
     )

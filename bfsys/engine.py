@@ -48,10 +48,11 @@ class Partitioned(Protocol):
 class Engine:
     """A model in training. `micro_batches` forward/backward pairs, then one step."""
 
-    def __init__(self, model: nn.Module, config: Config, ranks: Ranks) -> None:
-        """Every rank must pass the same model. It is moved to the rank's device and, below fp32, cast."""
+    def __init__(self, model: nn.Module, config: Config, ranks: Ranks, micro_batches: int | None = None) -> None:
+        """Every rank must pass the same model and number of `micro_batches` per step (default: one for each of its
+        lanes). The model is moved to the rank's device and, below fp32, cast."""
         deepspeed = import_deepspeed()
-        self.micro_batches = config.data.lanes // ranks.world_size
+        self.micro_batches = micro_batches or config.data.lanes // ranks.world_size
         self.stage, self.device = config.train.zero_stage, ranks.device
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.uses_autocast = self.stage == 0 and config.train.precision == "bf16"
@@ -66,7 +67,9 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
-                config=deepspeed_config(config, ranks.world_size, sum(p.numel() for p in model.parameters())),
+                config=deepspeed_config(
+                    config, ranks.world_size, self.micro_batches, sum(p.numel() for p in model.parameters())
+                ),
                 dist_init_required=False,
             )
         self._names = {id(p): name for name, p in self._engine.module.named_parameters()}
@@ -248,10 +251,9 @@ def _whole_shape(p: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(p, "ds_shape", p.shape))
 
 
-def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict:
-    """DeepSpeed's JSON for a run of a model with so many `parameters`."""
+def deepspeed_config(config: Config, world_size: int, micro_batches: int, parameters: int) -> dict:
+    """DeepSpeed's JSON for a run with so many `micro_batches` per step, of a model with so many `parameters`."""
     stage, bf16 = config.train.zero_stage, config.train.precision == "bf16"
-    micro_batches = config.data.lanes // world_size
     result: dict = {
         # DeepSpeed counts batches, not samples: ragged micro-batches have no fixed size.
         "train_micro_batch_size_per_gpu": 1,

@@ -28,11 +28,12 @@ import numpy as np
 
 from bfsys.checkpoint.loading import newest_readable
 from bfsys.config import Config, load_config
-from bfsys.data.streaming.plan import lanes_of_rank
+from bfsys.data.streaming.plan import lane_groups, lanes_of_rank
 from bfsys.data.streaming.run_data import RunData, open_run_data
-from bfsys.dist import Ranks
+from bfsys.dist import Ranks, gpu_count
 from bfsys.errors import UserError, summary_of
 from bfsys.json_lines import NUMBER, Fields, read_json_lines
+from bfsys.micro_batches import micro_batches_of
 from bfsys.model import peaks
 from bfsys.model.byteformer import parameter_count
 from bfsys.model.flops import flops_per_step
@@ -50,6 +51,8 @@ class Estimate:
     """Of one rank, unless it says otherwise. Memory in bytes, times in seconds."""
 
     ranks: int
+    micro_batches: int
+    """That a step has on each of them."""
     parameters: int
     state_bytes: int
     """Weights, gradients, moments, average."""
@@ -76,27 +79,31 @@ class Estimate:
         return (
             f"{self.parameters:,} parameters; each of {self.ranks} ranks needs {self.memory_bytes / GB:.2f} GB "
             f"({self.state_bytes / GB:.2f} state, {self.activation_bytes / GB:.2f} activations at most); "
-            f"a step is {self.step_flops / 1e12:.2f} TFLOP and {self.step_bytes / 1e6:.1f} MB of files; "
+            f"a step is {self.micro_batches} micro-batches of each rank, {self.step_flops / 1e12:.2f} TFLOP and "
+            f"{self.step_bytes / 1e6:.1f} MB of files; "
             f"a checkpoint {self.checkpoint_bytes / GB:.2f} GB"
         )
 
 
-def estimate(data: RunData, ranks: int) -> Estimate:
+def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
     """Raises UserError if the ranks do not divide the lanes."""
     config = data.config
-    lanes_of_rank(config.data.lanes, 0, ranks)
+    lanes_of_ranks = [lanes_of_rank(config.data.lanes, rank, ranks) for rank in range(ranks)]
     architecture, classes = config.model.architecture(), len(data.training.classes)
     parameters = parameter_count(architecture, classes)
-    flops, largest, read = [], 0, []
+    flops, tokens, read = [], [], []
     for lanes in data.first_steps():
         of_lanes = [flops_per_step(batch.lengths, architecture, classes).total for batch in lanes]
-        tokens = [int(token_counts(batch.lengths, architecture, config.model.mode).sum()) for batch in lanes]
-        largest = max(largest, *tokens)
+        tokens.append([int(token_counts(batch.lengths, architecture, config.model.mode).sum()) for batch in lanes])
         read.append(sum(batch.stored_bytes for batch in lanes))
-        flops.append([sum(of_lanes[lane] for lane in lanes_of_rank(len(lanes), rank, ranks)) for rank in range(ranks)])
+        flops.append([sum(of_lanes[lane] for lane in mine) for mine in lanes_of_ranks])
+    micro_batches = micro_batches_of(len(lanes_of_ranks[0]), max(map(max, tokens)), config, on_gpu=on_gpu)
+    groups = [group for mine in lanes_of_ranks for group in lane_groups(mine, micro_batches)]
+    largest = max(sum(of_step[lane] for lane in group) for of_step in tokens for group in groups)
     of_ranks = np.array(flops, np.float64)  # [steps, ranks]
     return Estimate(
         ranks=ranks,
+        micro_batches=micro_batches,
         parameters=parameters,
         state_bytes=_state_bytes(config, parameters, ranks),
         activation_bytes=_activation_bytes(config, largest),
@@ -160,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.ranks < 1 or not 0 < args.utilisation <= 1:
         raise UserError("--ranks: at least 1 is needed; --utilisation: more than 0 and at most 1")
     config = load_config(args.config, args.overrides)
-    plan = estimate(open_run_data(config, Ranks()), args.ranks)
+    plan = estimate(open_run_data(config, Ranks()), args.ranks, on_gpu=bool(args.gpu) or gpu_count() > 0)
     rate, share, meant = None, 1.0, ""
     if args.like:
         (rate, share), meant = measured_rate(args.like), f"as measured in {args.like}"

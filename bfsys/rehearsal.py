@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.data.streaming.plan import lanes_of_rank
 from bfsys.data.streaming.run_data import RunData
 from bfsys.dist import Ranks
 from bfsys.engine import Engine
 from bfsys.errors import UserError
 from bfsys.loss import loss_and_sums
-from bfsys.model.layout import token_counts
-
-STEPS = 20  # the plan deals lengths evenly, so the micro-batches of other steps are hardly larger
+from bfsys.micro_batches import largest_micro_batch
 
 
 def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
@@ -29,7 +26,7 @@ def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
     at stage 3. Raises UserError if it does not fit into memory."""
     if engine.stage == 3:
         return []
-    lengths, tokens = largest_micro_batch(data, ranks)
+    lengths, tokens = largest_micro_batch(data, ranks, engine.micro_batches)
     batch = ByteBatch.from_samples([Sample("", np.zeros(n, np.uint8), label=0) for n in lengths.tolist()])
     try:
         batch = batch.to(ranks.device)
@@ -41,18 +38,6 @@ def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
         raise UserError(
             f"rank {ranks.rank}: a micro-batch of {len(lengths)} files, {lengths.sum():,} bytes and {tokens:,} tokens "
             f"does not fit into the memory of {ranks.device}: {str(error).splitlines()[0]} Set "
-            f"model.activation_checkpointing=true or a higher train.zero_stage, or start a new run with more data.lanes"
+            f"a lower train.micro_batch_tokens, model.activation_checkpointing=true or a higher train.zero_stage, or "
+            f"start a new run with more data.lanes"
         ) from None
-
-
-def largest_micro_batch(data: RunData, ranks: Ranks) -> tuple[np.ndarray, int]:
-    """(int64 [B] lengths in bytes, tokens) of the one with the most tokens among the first STEPS steps of a rank."""
-    config, architecture = data.config, data.config.model.architecture()
-    best, most = np.zeros(0, np.int64), -1
-    for step in range(min(STEPS, config.train.steps)):
-        for lane in lanes_of_rank(data.plan.lanes, ranks.rank, ranks.world_size):
-            lengths = data.lengths_of(step, lane)
-            tokens = int(token_counts(lengths, architecture, config.model.mode).sum())
-            if tokens > most:
-                best, most = lengths, tokens
-    return best, most

@@ -36,6 +36,7 @@ from bfsys.errors import EXIT_CRASHED, UserError, exit_code_of, summary_of
 from bfsys.evaluate import evaluate
 from bfsys.init_from import initial_weights
 from bfsys.loss import loss_and_sums
+from bfsys.micro_batches import agree_on_micro_batches
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import ema_decay, learning_rate
 from bfsys.rehearsal import rehearse
@@ -54,7 +55,8 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     # Before the supervisor exists, a signal ends the process: there is nothing to save, and waits may be long.
     with prepare_run_dir(config, facts, ranks) as directory, Supervisor(data, facts, ranks) as supervisor:
         supervisor.load_quarantine()
-        notes = [*directory.notes, *(data.notes if ranks.is_rank_zero else ())]
+        micro_batches, note = agree_on_micro_batches(data, ranks)
+        notes = [*directory.notes, *(data.notes if ranks.is_rank_zero else ()), note]
         torch.manual_seed(config.train.seed)
         model = ByteFormer(
             config.model.architecture(),
@@ -67,7 +69,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
         if directory.is_new:
             weights, taken_over = initial_weights(model, config, data.training.classes, ranks)
             notes += taken_over
-        engine = Engine(model, config, ranks)
+        engine = Engine(model, config, ranks, micro_batches)
         dist.bound_all_groups(config.train.collective_timeout_s)
         if ranks.device.type == "cuda":
             dist.same_errors_on_all(lambda: rehearse(engine, data, ranks))
@@ -90,8 +92,9 @@ def run_steps(data: RunData, engine: Engine, supervisor: Supervisor, step: int) 
     """Train on after `step` steps, to the end (0), to a stop (its exit code) or to a roll-back (ROLLED_BACK)."""
     config, ranks = data.config, supervisor.ranks
     batches = training_batches(
-        config, data.training, data.plan, ranks, first_step=step, quarantine=supervisor.quarantine
-    )
+        config, data.training, data.plan, ranks,
+        first_step=step, micro_batches=engine.micro_batches, quarantine=supervisor.quarantine,
+    )  # fmt: skip
     supervisor.ledger.first_step_begins()
     evaluate_if_due(data, engine, supervisor, step)  # a stop may have come between a checkpoint and its evaluation
     exit_code = 0

@@ -20,7 +20,7 @@ LAYERS = [
     ["config", "dist"],
     ["data.storage", "data.media"],
     ["data.packing", "data.streaming"],
-    ["loss", "optim"],
+    ["loss", "optim", "micro_batches"],
     ["engine"],
     ["checkpoint", "supervision.signals", "supervision.run_end", "supervision.goodput"],
     ["supervision", "metrics", "confusion"],

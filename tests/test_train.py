@@ -30,6 +30,7 @@ from bfsys.supervision.run_end import how_it_ended
 from tests.forked import run_python, start_ranks
 
 STAGES = (0, 1, 2, 3)
+TOGETHER = "train.micro_batch_tokens=1000"
 ALONE = Ranks()
 
 
@@ -94,7 +95,8 @@ def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """(config file, folder of runs): every stage and precision on two ranks, then every stage resumed.
 
     `s1-fp32` is a whole run; `s1-fp32-resumed` continues from its checkpoint of step 4, tries its largest micro-batch
-    first, as on a GPU, and evaluates every three steps; `3-from-1` continues that of stage 1 at stage 3.
+    first, as on a GPU, and evaluates every three steps; `3-from-1` continues that of stage 1 at stage 3. The ranks of
+    `s1-together` compute their two lanes of a step as one micro-batch, and so does `s1-then-together` from step 4 on.
     """
     import yaml
 
@@ -104,6 +106,7 @@ def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
     runs = [f"name=s{s}-{p} train.zero_stage={s} train.precision={p}" for s in STAGES for p in ("fp32", "bf16")]
+    runs += [f"name=s{s}-together train.zero_stage={s} {TOGETHER}" for s in STAGES]
     assert_success(_run_ranks(2, ["tests/worker.py", str(config), *runs]))
     resumed = []
     again = [(f"s{s}-{p}-resumed", s, p, f"s{s}-{p}") for s in STAGES for p in ("fp32", "bf16")]
@@ -114,6 +117,14 @@ def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     ]:
         cut_short(folder / "runs" / source, folder / "runs" / name, step=4)
         resumed.append(f"name={name} train.zero_stage={stage} train.precision={precision} train.eval_every=3")
+    for stage in STAGES:
+        for name, source, option in (
+            (f"s{stage}-together-resumed", f"s{stage}-together", TOGETHER),
+            (f"s{stage}-then-together", f"s{stage}-fp32", TOGETHER),
+            (f"s{stage}-no-longer-together", f"s{stage}-together", "train.micro_batch_tokens=1"),
+        ):
+            cut_short(folder / "runs" / source, folder / "runs" / name, step=4)
+            resumed.append(f"name={name} train.zero_stage={stage} {option}")
     assert_success(_run_ranks(2, ["tests/worker.py", "--rehearse", str(config), *resumed]))
     return config, folder / "runs"
 
@@ -169,6 +180,26 @@ def test_resumed_equals_uninterrupted(stage: int, precision: str, stage_runs: tu
         one, other = tensors(newest(whole), state), tensors(newest(resumed), state)
         assert one
         assert one.keys() == other.keys()
+        assert all(torch.equal(one[n], other[n]) for n in one), state
+
+
+@pytest.mark.parametrize("how", ["together", "then-together", "no-longer-together"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_lanes_computed_together_make_the_same_steps(stage: int, how: str, stage_runs: tuple[Path, Path]) -> None:
+    _, runs = stage_runs
+    apart, together = runs / f"s{stage}-fp32", runs / f"s{stage}-{how}"
+    assert losses(together) == pytest.approx(losses(apart), rel=2e-6)
+    norms = ([line["grad_norm"] for line in lines(run)] for run in (together, apart))
+    assert next(norms) == pytest.approx(next(norms), rel=1e-4)
+    assert losses(together) != losses(apart), "no rounding differs, so the micro-batches were the same"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_lanes_computed_together_resume_to_the_bit(stage: int, stage_runs: tuple[Path, Path]) -> None:
+    whole, resumed = (stage_runs[1] / f"s{stage}-{name}" for name in ("together", "together-resumed"))
+    assert losses(resumed) == losses(whole)
+    for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        one, other = tensors(newest(whole), state), tensors(newest(resumed), state)
         assert all(torch.equal(one[n], other[n]) for n in one), state
 
 

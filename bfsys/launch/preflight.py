@@ -39,7 +39,7 @@ class Checked:
     notes: list[str]
 
 
-def check_run(config: Config, ranks: int) -> Checked:
+def check_run(config: Config, ranks: int, *, on_gpu: bool) -> Checked:
     """Data and run directory: everything that would end the job in its first minute; and what a rank will need."""
     problems, notes = list(_writable(config.run_dir)), []
     with collecting(problems):
@@ -53,7 +53,7 @@ def check_run(config: Config, ranks: int) -> Checked:
         else:
             notes += notes_on_start(data)
         if config.data.lanes % ranks == 0:  # others are told how many fit
-            notes.append(f"{config.name}: {plan_run.estimate(data, ranks).describe()}")
+            notes.append(f"{config.name}: {plan_run.estimate(data, ranks, on_gpu=on_gpu).describe()}")
     return Checked(problems, notes)
 
 

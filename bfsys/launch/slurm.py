@@ -189,7 +189,8 @@ def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
             with collecting(problems):
                 configs.append(load_config(args.config, overrides))
     for config in configs:
-        run = preflight.check_run(config, max(1, args.nodes * ranks_per_node(args)))
+        ranks = max(1, args.nodes * ranks_per_node(args))
+        run = preflight.check_run(config, ranks, on_gpu=bool(args.gpus_per_node))
         problems, notes = problems + run.problems, notes + run.notes
         if with_slurm and not args.dependency:
             problems += [

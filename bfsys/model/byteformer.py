@@ -21,6 +21,7 @@ from bfsys.batch import ByteBatch
 from bfsys.errors import UserError
 from bfsys.model.attention import attend, segment_mean
 from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Segments, Windows, make_layout
+from bfsys.model.norm import add_norm
 from bfsys.model.precision import LayerNorm, Linear
 from bfsys.model.sizes import MLP_RATIO, Architecture
 from bfsys.model.stem import Stem
@@ -60,14 +61,16 @@ class Block(nn.Module):
         blank_qkv = None
         if self.mode == AS_RELEASED:  # a blank slot enters the block as a zero row, normed like any other
             blank_qkv = self.qkv(self.norm1(x.new_zeros(1, x.shape[1])))[0]
-        return self.after_attention(x, attend(self.before_attention(x), where, self.heads, blank_qkv))
+        x, qkv = self.before_attention(x)
+        return self.after_attention(x, attend(qkv, where, self.heads, blank_qkv))
 
-    def before_attention(self, x: Tensor) -> Tensor:
-        return self.qkv(self.norm1(x))
+    def before_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, normed = add_norm(self.norm1, x)
+        return x, self.qkv(normed)
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.proj(attended)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x, normed = add_norm(self.norm2, x, self.proj(attended))
+        return x + self.fc2(F.gelu(self.fc1(normed)))
 
     def compile_parts(self) -> None:
         """What lies around attention, for any number of tokens; blocks of equal shapes share what is compiled."""
@@ -86,7 +89,7 @@ class Merge(nn.Module):
     def forward(self, x: Tensor, rounding: Tensor) -> Tensor:
         if len(rounding):  # the partner of a last odd token must be zero
             x = x.index_fill(0, rounding, 0)
-        return self.norm(self.reduction(x.view(len(x) // 2, -1)))
+        return add_norm(self.norm, self.reduction(x.view(len(x) // 2, -1)))[1]
 
 
 class ByteFormer(nn.Module):

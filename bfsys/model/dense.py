@@ -88,7 +88,8 @@ class DenseByteFormer(nn.Module):
             token = torch.where(slot + shift < end, slot + shift, slot + shift - end)
         real = (token >= 0) & (token < tokens)  # [W, width]
         # [W, width, 3 D]; a blank slot holds a row of zeros
-        qkv = block.before_attention(x)[torch.where(real, token, tokens)]
+        x, qkv = block.before_attention(x)
+        qkv = qkv[torch.where(real, token, tokens)]
         q, k, v = qkv.unflatten(2, (3, block.heads, dim // block.heads)).permute(2, 0, 3, 1, 4).unbind(0)
         mask = None
         if self.masked:

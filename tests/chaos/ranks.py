@@ -42,9 +42,9 @@ def train_several(config: str, runs: Sequence[tuple[Sequence[str], dict]]) -> No
 
 
 def audited(training_batches, path: str):
-    def batches(config, sources, plan, ranks, *, first_step, quarantine):
+    def batches(config, sources, plan, ranks, *, first_step, **others):
         lanes = plan.lanes // ranks.world_size
-        drawn = training_batches(config, sources, plan, ranks, first_step=first_step, quarantine=quarantine)
+        drawn = training_batches(config, sources, plan, ranks, first_step=first_step, **others)
         with open(path, "a") as file:
             for i, batch in enumerate(drawn):
                 pairs = sorted(zip(batch.sources.tolist(), batch.samples.tolist(), strict=True))

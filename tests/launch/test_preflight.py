@@ -26,10 +26,10 @@ def test_time_limits(text: str, minutes: int | None) -> None:
 
 
 def test_a_good_run_has_no_problems(config_file: Path) -> None:
-    checked = preflight.check_run(load_config(config_file), 2)
+    checked = preflight.check_run(load_config(config_file), 2, on_gpu=False)
     assert not checked.problems
     assert "each of 2 ranks needs" in checked.notes[-1]
-    assert not preflight.check_run(load_config(config_file), 3).notes  # which do not fit
+    assert not preflight.check_run(load_config(config_file), 3, on_gpu=False).notes  # which do not fit
 
 
 def test_missing_and_cut_shards_are_named(config_file: Path, datasets: Path, tmp_path: Path) -> None:
@@ -38,32 +38,32 @@ def test_missing_and_cut_shards_are_named(config_file: Path, datasets: Path, tmp
     gone, cut, *_ = sorted(copy.glob("a-train-*.tar"))
     gone.unlink()
     os.truncate(cut, cut.stat().st_size - 512)
-    problems = preflight.check_run(load_config(config_file, [f"data.sources.0.path={copy}"]), 1).problems
+    problems = preflight.check_run(load_config(config_file, [f"data.sources.0.path={copy}"]), 1, on_gpu=False).problems
     assert problems[0].startswith(f"{gone}: the shard is missing")
     assert problems[1].startswith(f"{cut}: has {cut.stat().st_size:,} bytes, dataset.json says")
 
 
 def test_another_run_in_the_directory_is_found_before_it_waits(finished_run: Path) -> None:
     config = load_config(finished_run / "config.yaml")
-    assert not preflight.check_run(config, 1).problems
+    assert not preflight.check_run(config, 1, on_gpu=False).problems
     changed = load_config(finished_run / "config.yaml", ["model.dim=32"])
-    problems = preflight.check_run(changed, 1).problems
+    problems = preflight.check_run(changed, 1, on_gpu=False).problems
     assert f"{newest(finished_run)}: model: dim was 16, is now 32" in problems
 
 
 def test_weights_to_start_from_are_looked_at(config_file: Path, finished_run: Path) -> None:
     start = f"train.init_from={finished_run}"
     assert f"starting from the averaged weights of {newest(finished_run)}" in "\n".join(
-        preflight.check_run(load_config(config_file, [start]), 1).notes
+        preflight.check_run(load_config(config_file, [start]), 1, on_gpu=False).notes
     )
-    problems = preflight.check_run(load_config(config_file, [start, "model.dim=32"]), 1).problems
+    problems = preflight.check_run(load_config(config_file, [start, "model.dim=32"]), 1, on_gpu=False).problems
     assert "dim is 16 there and 32 here" in problems[0]
 
 
 def test_a_run_directory_that_cannot_be(config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     config = load_config(config_file, [f"runs_dir={tmp_path}/file/runs"])
-    assert preflight.check_run(config, 1).problems == [
+    assert preflight.check_run(config, 1, on_gpu=False).problems == [
         f"run directory {tmp_path}/file/runs/tiny: {tmp_path}/file is no directory",
     ]
 

@@ -1,14 +1,7 @@
-"""The GPU kernels against plain PyTorch in float64: on a GPU where there is one, by Triton's interpreter otherwise.
+"""The GPU kernels against plain PyTorch in float64: on a GPU where there is one, by Triton's interpreter otherwise."""
 
-Without a GPU, the interpreted kernels live in a copy of Triton of their own: Triton decides once, when it is imported,
-whether its functions are compiled or interpreted, and other tests may need them compiled.
-"""
-
-import importlib.util
 import math
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -16,15 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import bfsys.model
 from bfsys.batch import ByteBatch, Sample
-from bfsys.model import attention, stem
+from bfsys.model import attention, norm, stem
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import architecture
+from tests.model.triton_kernels import DEVICE, ON_GPU, close, compiled_for_nvidia, loaded
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-INTERPRETED = "interpreted_kernels"
 LONGEST = 2500 if ON_GPU else 250  # bytes; the interpreter is slow
 # Largest error over largest value. bfloat16 has 8 bits; probabilities and their gradients are rounded to it too.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
@@ -33,61 +23,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 SUM_TOLERANCE = 1e-5 if ON_GPU else 1e-6
 
 
-def tritons() -> list[str]:
-    """Names in sys.modules that belong to Triton, but for its library, which a process can load only once."""
-    return [n for n in sys.modules if n == INTERPRETED or (n.split(".")[0] == "triton" and "._C" not in n)]
-
-
-@pytest.fixture(scope="module")
-def interpreted_modules() -> dict[str, ModuleType]:
-    return {}
+@pytest.fixture
+def kernels_and_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModuleType]]:
+    yield from loaded(monkeypatch, "kernels", "norm_kernels")
 
 
 @pytest.fixture
-def kernels(interpreted_modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    pytest.importorskip("triton")
-    if ON_GPU:
-        yield importlib.import_module("bfsys.model.kernels")
-        return
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    compiled = {name: sys.modules.pop(name) for name in tritons()}
-    sys.modules.update(interpreted_modules)
-    try:
-        if INTERPRETED not in sys.modules:
-            spec = importlib.util.spec_from_file_location(INTERPRETED, Path(bfsys.model.__path__[0], "kernels.py"))
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            sys.modules[INTERPRETED] = module
-            teach_bfloat16(sys.modules["triton.runtime.interpreter"])
-        yield sys.modules[INTERPRETED]
-    finally:
-        interpreted_modules.update({name: sys.modules.pop(name) for name in tritons()})
-        sys.modules.update(compiled)
-
-
-def teach_bfloat16(interpreter: ModuleType) -> None:
-    """Triton 3.7's interpreter keeps bfloat16 as uint16, multiplies matrices of those integers, and lets a rounding
-    that carries into the exponent go wrong."""
-    convert, dot, bf16 = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot, interpreter.tl.bfloat16
-    f32, handle = interpreter.tl.float32, interpreter.TensorHandle
-
-    def convert_float(data, source, target, rounding):
-        if (source, target) == (f32, bf16):
-            return torch.from_numpy(np.array(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        return convert(data, source, target, rounding)
-
-    def create_dot(self, a, b, *rest):
-        if a.dtype.scalar == bf16:
-            a, b = (handle((x.data.astype(np.uint32) << 16).view(np.float32), f32) for x in (a, b))
-        return dot(self, a, b, *rest)
-
-    interpreter._convert_float, interpreter.InterpreterBuilder.create_dot = convert_float, create_dot
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert actual.shape == expected.shape
-    error = (actual.double().cpu() - expected).abs().max().item()
-    assert error <= tolerance * max(expected.abs().max().item(), 1e-3), error
+def kernels(kernels_and_norms: list[ModuleType]) -> ModuleType:
+    return kernels_and_norms[0]
 
 
 # --- Stem --------------------------------------------------------------------------------------------------------
@@ -266,17 +209,10 @@ def test_attention_names_what_it_cannot_do(kernels):
 )
 def test_kernels_compile_for_hopper(dtype, dim, kernel, monkeypatch, tmp_path):
     pytest.importorskip("triton")
-    from triton.runtime.jit import JITFunction
-
     from bfsys.model import kernels
 
-    compiled = {}
-
-    def compile_launch(self, *args, grid, warmup, **options):
-        compiled[self.__name__] = compile_for_hopper(self, args, options)
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(JITFunction, "run", compile_launch)
+    compiled = compiled_for_nvidia(90, monkeypatch)
     monkeypatch.setattr(kernels, "_generation", lambda device: 9)
     files, heads = ragged(kernel, 64, seed=0), dim // 64
     index = {name: tensor.cpu() for name, tensor in files.index.items()}
@@ -294,32 +230,10 @@ def test_kernels_compile_for_hopper(dtype, dim, kernel, monkeypatch, tmp_path):
         assert program.metadata.shared <= 227 * 1024, name
 
 
-def compile_for_hopper(function, args, options):
-    """What a launch with these arguments would compile on an H100 or H200."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import mangle_type
-
-    given = {**dict(zip(function.arg_names, args, strict=False)), **options}
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(function.params):
-        name, value = parameter.name, given[parameter.name]
-        number = value.data_ptr() if isinstance(value, Tensor) else value
-        if parameter.is_constexpr or (number == 1 and not parameter.do_not_specialize):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        signature[name] = mangle_type(value)
-        if number % 16 == 0 and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(function, signature, constexprs=constants, attrs=attributes)
-    others = {name: value for name, value in options.items() if name not in function.arg_names}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=others)
-
-
 @pytest.mark.parametrize("rows", [600, 20])
-def test_the_model_computes_the_same_by_kernels(kernels, monkeypatch, rows):
-    """Answers and gradients of a model whose stem and attention are the kernels', and of one by PyTorch alone; with
-    positions for every token, and for a part of them."""
+def test_the_model_computes_the_same_by_kernels(kernels_and_norms, monkeypatch, rows):
+    """Answers and gradients of a model whose stem, norms and attention are the kernels', and of one by PyTorch alone;
+    with positions for every token, and for a part of them."""
     a = architecture(
         "custom", dim=32, layers=3, heads=2, kernel=8, window=16, shift=8, max_tokens=rows, merge_after=(0,)
     )
@@ -331,13 +245,15 @@ def test_the_model_computes_the_same_by_kernels(kernels, monkeypatch, rows):
     for block_or_merge in (*model.blocks, *model.merges.values()):
         block_or_merge.forward = block_or_merge.compute  # as on a GPU
     results, called = [], []
-    for found in (None, kernels):
+    for found, norms in ((None, None), kernels_and_norms):
         for module in (attention, stem):
             monkeypatch.setattr(module, "kernels_for", lambda *_, found=found: called.append(found) or found)
+        monkeypatch.setattr(norm, "norm_kernels_for", lambda *_, found=norms: called.append(found) or found)
         model.zero_grad()
         logits = model(batch)
         logits.square().sum().backward()
         results.append({"logits": logits.detach(), **{n: p.grad for n, p in model.named_parameters()}})
-    assert called.count(kernels) >= 2 + 2 * a.layers
+    assert called.count(kernels_and_norms[0]) >= 2 + 2 * a.layers
+    assert called.count(kernels_and_norms[1]) == 2 * a.layers + len(a.merge_after)
     for name, want in results[0].items():
         close(results[1][name], want.double().cpu(), 1e-4 if ON_GPU else 1e-5)

@@ -64,14 +64,14 @@ def test_state_is_shared_by_stage(stage: int, precision: str, bytes_each: float)
 def test_an_estimate_counts_what_training_plans(config_file: Path) -> None:
     config = load_config(config_file)
     data = open_run_data(config, Ranks())
-    one, four = (plan_run.estimate(data, ranks) for ranks in (1, 4))
+    one, four = (plan_run.estimate(data, ranks, on_gpu=False) for ranks in (1, 4))
     assert one.parameters == parameter_count(config.model.architecture(), 5)
     assert one.step_flops == four.step_flops > 0
     assert (one.busiest, four.step_bytes) == (1.0, one.step_bytes)
     assert four.busiest > 1
     assert four.step_s(1e9) == pytest.approx(one.step_s(1e9) / 4)
     with pytest.raises(UserError, match="world sizes that fit"):
-        plan_run.estimate(data, 3)
+        plan_run.estimate(data, 3, on_gpu=False)
 
 
 def test_the_rate_of_a_run_is_used(config_file: Path, finished_run: Path, capsys: pytest.CaptureFixture) -> None:

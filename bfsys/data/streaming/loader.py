@@ -27,7 +27,7 @@ from bfsys.batch import ByteBatch
 from bfsys.config import Config
 from bfsys.data.storage.remote import Prefetcher
 from bfsys.data.streaming.datasets import Sources, any_remote, make_cache
-from bfsys.data.streaming.plan import MicroBatch, Plan, evaluation_batches, lanes_of_rank
+from bfsys.data.streaming.plan import MicroBatch, Plan, evaluation_batches, lane_groups, lanes_of_rank
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.reader import RawBatch, ShardReader, new_buffer
 from bfsys.data.streaming.ring import Ring
@@ -52,11 +52,19 @@ _POSITION = np.dtype([("process", "<i8"), ("position", "<i8", 2)])
 
 
 def training_batches(
-    config: Config, sources: Sources, plan: Plan, ranks: Ranks, *, first_step: int, quarantine: Quarantine | None = None
+    config: Config,
+    sources: Sources,
+    plan: Plan,
+    ranks: Ranks,
+    *,
+    first_step: int,
+    micro_batches: int | None = None,
+    quarantine: Quarantine | None = None,
 ) -> Generator[ByteBatch, None, None]:
     """The rank's micro-batches from `first_step` to the end of the run, lane by lane within a step.
 
-    `quarantine` is told of samples that could not be read.
+    Its lanes of a step make so many `micro_batches`; by default, each lane makes one. `quarantine` is told of samples
+    that could not be read.
     """
     quarantine = quarantine if quarantine is not None else Quarantine()
     bad_from = [quarantine.bad_from(s.split, name) for s, name in zip(sources.splits, sources.origins, strict=True)]
@@ -64,10 +72,12 @@ def training_batches(
     lanes = lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size)
     pinned = ranks.device.type == "cuda"
     prefetcher = Prefetcher(make_cache(config)) if any_remote(sources) else None
-    requests = _Requests(plan, lanes, range(first_step, config.train.steps), reader, prefetcher)
+    groups = lane_groups(lanes, micro_batches or len(lanes))
+    requests = _Requests(plan, groups, range(first_step, config.train.steps), reader, prefetcher)
     try:
         if config.data.workers:
-            batches = _read_by_workers(config.data.workers, requests, reader, plan.mean_micro_batch_bytes, pinned)
+            mean_bytes = plan.mean_micro_batch_bytes * len(lanes) / len(groups)
+            batches = _read_by_workers(config.data.workers, requests, reader, mean_bytes, pinned)
         else:
             allocate = _pinned_buffer if pinned else new_buffer
             batches = (reader.read(wanted, allocate) for wanted in requests.announced())
@@ -115,9 +125,10 @@ class _Requests:
     """The rank's micro-batches. What will be read soon is announced to the system or the prefetcher."""
 
     def __init__(
-        self, plan: Plan, lanes: range, steps: range, reader: ShardReader, prefetcher: Prefetcher | None
+        self, plan: Plan, groups: list[range], steps: range, reader: ShardReader, prefetcher: Prefetcher | None
     ) -> None:
-        self.plan, self.lanes, self.steps = plan, lanes, steps
+        """`groups` of lanes: each makes a micro-batch of every step."""
+        self.plan, self.groups, self.steps = plan, groups, steps
         self.reader, self.prefetcher = reader, prefetcher
         self.to_announce = ANNOUNCED_AFTER_SLOW
 
@@ -125,7 +136,7 @@ class _Requests:
         return self._fetched_ahead(self.prefetcher) if self.prefetcher else self._read_ahead()
 
     def _planned(self) -> Iterator[MicroBatch]:
-        return (self.plan.micro_batch(step, lane) for step in self.steps for lane in self.lanes)
+        return (self.plan.micro_batch_of(step, lanes) for step in self.steps for lanes in self.groups)
 
     def _read_ahead(self) -> Iterator[MicroBatch]:
         """Announces a micro-batch some READ_AHEAD_SAMPLES before it is asked for."""
@@ -144,14 +155,16 @@ class _Requests:
 
     def _fetched_ahead(self, prefetcher: Prefetcher) -> Iterator[MicroBatch]:
         """Has the shards of a lane's block and of the next one fetched when the lane comes to the block."""
-        announced = {lane: self.plan.shards_ahead(self.steps.start, lane) for lane in self.lanes}
+        lanes = itertools.chain(*self.groups)
+        announced = {lane: self.plan.shards_ahead(self.steps.start, lane) for lane in lanes}
         for of_each_lane in itertools.zip_longest(*announced.values()):  # all lanes begin at once
             self._want(prefetcher, (shard for shard in of_each_lane if shard))
-        for wanted, lane in zip(self._planned(), itertools.cycle(self.lanes), strict=False):
-            shards = self.plan.shards_ahead(wanted.step, lane)
-            if announced[lane] != shards:
-                announced[lane] = shards
-                self._want(prefetcher, shards)
+        for wanted, group in zip(self._planned(), itertools.cycle(self.groups), strict=False):
+            for lane in group:
+                shards = self.plan.shards_ahead(wanted.step, lane)
+                if announced[lane] != shards:
+                    announced[lane] = shards
+                    self._want(prefetcher, shards)
             yield wanted
 
     def _want(self, prefetcher: Prefetcher, shards: Iterable[tuple[int, int]]) -> None:

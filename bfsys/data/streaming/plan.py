@@ -17,6 +17,7 @@ length cost no padding. Dealing a block by length keeps every step at `batch_sam
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,7 +34,7 @@ Lanes = TypeVar("Lanes", int, np.ndarray)
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a lane contributes to a step: int64 [samples] each.
+    """What one or several lanes contribute to a step: int64 [samples] each.
 
     source  position in the list of sources
     sample  number in that source's index
@@ -151,6 +152,14 @@ class Plan:
             return MicroBatch(nothing, nothing, nothing, step)
         return MicroBatch(np.concatenate(sources), np.concatenate(samples), np.concatenate(epochs), step)
 
+    def micro_batch_of(self, step: int, lanes: Sequence[int]) -> MicroBatch:
+        """The samples of several lanes of a step, lane by lane."""
+        parts = [self.micro_batch(step, lane) for lane in lanes]
+        source, sample, epoch = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("source", "sample", "epoch")
+        )
+        return MicroBatch(source, sample, epoch, step)
+
     def shards_ahead(self, step: int, lane: int) -> list[tuple[int, int]]:
         """(source, shard) that the lane reads in its present block and in the next one, sooner ones first."""
         found: dict[tuple[int, int], None] = {}
@@ -248,6 +257,12 @@ def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
         )
     per_rank = lanes // world_size
     return range(rank * per_rank, (rank + 1) * per_rank)
+
+
+def lane_groups(lanes: range, groups: int) -> list[range]:
+    """The lanes in so many groups of neighbours, whose sizes differ by one at most."""
+    ends = [len(lanes) * i // groups for i in range(groups + 1)]
+    return [lanes[first:end] for first, end in itertools.pairwise(ends)]
 
 
 def evaluation_batches(splits: Sequence[Split], budget_bytes: int, least_bytes: int = 1) -> list[MicroBatch]:

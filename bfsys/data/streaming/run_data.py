@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -66,10 +67,10 @@ class RunData:
             *long_files(self.config, self.validation),
         ]
 
-    def lengths_of(self, step: int, lane: int) -> np.ndarray:
-        """Bytes of each file of a micro-batch as the model gets it, int64 [B]; of files that are encoded again and
+    def lengths_of(self, step: int, lanes: Sequence[int]) -> np.ndarray:
+        """Bytes of each file of some lanes as the model gets it, int64 [B]; of files that are encoded again and
         compressed, as stored."""
-        return self._lengths(self.plan.micro_batch(step, lane))
+        return self._lengths(self.plan.micro_batch_of(step, lanes))
 
     def first_steps(self) -> list[list[Planned]]:
         """The micro-batches of the run's first steps, FIRST_STEPS at most, by step and lane."""

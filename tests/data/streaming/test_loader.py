@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from bfsys.config import load_config
 from bfsys.data.streaming.datasets import long_files, make_plan, open_evaluation, open_training
@@ -53,6 +54,24 @@ def test_global_batches_do_not_depend_on_ranks_or_workers(config_file: Path) -> 
     assert steps(4, 0, 0) == alone
     assert steps(2, 2, 0) == alone
     assert steps(1, 0, 4) == alone[4:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_lanes_are_laid_together_in_their_order(micro_batches: int, workers: int, config_file: Path) -> None:
+    config = load_config(config_file, [f"data.workers={workers}", "train.steps=5"])
+    sources = open_training(config)
+    apart, together = (
+        list(training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=2, micro_batches=n))
+        for n in (4, micro_batches)
+    )
+    assert [len(apart), len(together)] == [3 * 4, 3 * micro_batches]
+    groups = [[0, 1, 2, 3]] if micro_batches == 1 else [[0], [1], [2, 3]]
+    for step in range(3):
+        for group, batch in zip(groups, together[step * micro_batches :], strict=False):
+            lanes = [apart[4 * step + lane] for lane in group]
+            for name in ("data", "labels", "sources", "samples", "lengths"):
+                assert torch.equal(getattr(batch, name), torch.cat([getattr(lane, name) for lane in lanes])), name
 
 
 def test_a_request_to_stop_the_job_does_not_end_loader_processes(config_file: Path) -> None:

@@ -1,0 +1,154 @@
+"""The residual addition and the LayerNorm after it, by kernels of ours, against float64."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bfsys.model import norm
+from bfsys.model.norm import add_norm
+from tests.model.triton_kernels import DEVICE, ON_GPU, close, compiled_for_nvidia, loaded
+
+EPS = 1e-5
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SUM_TOLERANCE = 2e-6  # of the gradients of weight and bias, which are float32 sums
+ROWS = (1, 7, 70_001 if ON_GPU else 61)  # the interpreter is slow
+PROCESSORS = 3  # so that programs of the backward have several blocks of rows each
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    for (module,) in loaded(monkeypatch, "norm_kernels"):
+        yield module
+
+
+def drawn(rows: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rows with means far from zero, as a residual stream has them."""
+    generator = torch.Generator().manual_seed(rows + dim)
+    x, added, grad, total_grad = torch.randn(4, rows, dim, generator=generator)
+    weight, bias = 1 + 0.3 * torch.randn(2, dim, generator=generator)
+    rows_of = {"x": 3 * x + 2, "added": added, "grad": grad, "total_grad": total_grad}
+    return {
+        **{name: value.to(dtype) for name, value in rows_of.items()},
+        "weight": weight.to(weight_dtype), "bias": bias.to(weight_dtype),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dim", [24, 192, 384, 768, 1280])
+def test_forward_and_backward_against_float64(kernels, dim, dtype, adds):
+    for rows in ROWS:
+        weight_dtype = torch.float32 if rows == 7 else dtype  # as at ZeRO 0, whose weights stay in float32
+        given = drawn(rows, dim, dtype, weight_dtype)
+        t = {name: value.to(DEVICE) for name, value in given.items()}
+        added, total_grad = (t["added"], t["total_grad"]) if adds else (None, None)
+        total, out = kernels.norm_forward(t["x"], added, t["weight"], t["bias"], EPS)
+        assert torch.equal(total, t["x"] + t["added"] if adds else t["x"])
+        wide = {name: value.double().requires_grad_() for name, value in given.items()}
+        rows_normed = total.cpu().double().requires_grad_()
+        expected = F.layer_norm(rows_normed, (dim,), wide["weight"], wide["bias"], EPS)
+        close(out, expected.detach(), TOLERANCE[dtype])
+
+        results = [kernels.norm_backward(total, t["grad"], total_grad, t["weight"], EPS, PROCESSORS) for _ in range(2)]
+        expected.backward(wide["grad"].detach())
+        x_grad = rows_normed.grad + (wide["total_grad"].detach() if adds else 0)
+        close(results[0][0], x_grad, TOLERANCE[dtype])
+        assert results[0][0].dtype == dtype
+        for sums, name in zip(results[0][1:], ("weight", "bias"), strict=True):
+            assert sums.dtype == torch.float32
+            close(sums, wide[name].grad, SUM_TOLERANCE)
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True)), "other bits"
+
+
+def test_nothing_outside_the_rows_is_touched(kernels):
+    """Rows are slices of larger tensors, whose other rows are NaN and must stay so."""
+    dim, rows = 192, 13
+    given = drawn(rows + 2, dim, torch.float32, torch.float32)
+    t = {name: value.to(DEVICE) for name, value in given.items()}
+    for name in ("x", "added", "grad", "total_grad"):
+        t[name][0], t[name][-1] = float("nan"), float("nan")
+    x, added, grad, total_grad = (t[name][1:-1] for name in ("x", "added", "grad", "total_grad"))
+    total, out = kernels.norm_forward(x, added, t["weight"], t["bias"], EPS)
+    results = kernels.norm_backward(total, grad, total_grad, t["weight"], EPS, PROCESSORS)
+    assert all(value.isfinite().all() for value in (total, out, *results))
+
+
+def test_autograd_sees_the_same_with_and_without_kernels(kernels, monkeypatch):
+    """As a block uses it: x goes on beside its norm; the sum may be used alone, and the norm alone."""
+    dim, rows = 48, 37
+    layer = nn.LayerNorm(dim).to(DEVICE)
+    given = {name: value.to(DEVICE) for name, value in drawn(rows, dim, torch.float32, torch.float32).items()}
+    results = []
+    for found in (None, kernels):
+        monkeypatch.setattr(norm, "norm_kernels_for", lambda *_, found=found: found)
+        x, added = given["x"].clone().requires_grad_(), given["added"].clone().requires_grad_()
+        layer.zero_grad()
+        y, normed = add_norm(layer, x)
+        z, again = add_norm(layer, y + normed.sin(), added)
+        unused, only = add_norm(layer, z * 2)
+        alone, _ = add_norm(layer, x, added)
+        (again * given["grad"] + z * given["total_grad"] + only + alone.square()).sum().backward()
+        results.append((x.grad, added.grad, layer.weight.grad, layer.bias.grad, unused))
+    for one, other in zip(*results, strict=True):
+        close(other, one.double().cpu(), 1e-5)
+
+
+def test_compiled_models_and_cpus_use_pytorch(monkeypatch):
+    x = torch.zeros(3, 24)
+    assert norm.norm_kernels_for(x, None) is None
+    monkeypatch.setattr(norm, "kernels_for", lambda *_: "some")
+    assert norm.norm_kernels_for(x, x).__name__ == "bfsys.model.norm_kernels"
+    assert norm.norm_kernels_for(x, x.bfloat16()) is None
+    assert norm.norm_kernels_for(torch.zeros(3, 4096), None) is None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert norm.norm_kernels_for(x, x) is None
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [
+        (torch.bfloat16, 192),
+        *(pytest.param(torch.bfloat16, dim, marks=pytest.mark.slow) for dim in (384, 768, 1280, 2048)),
+        *(pytest.param(torch.float32, dim, marks=pytest.mark.slow) for dim in (192, 1280)),
+    ],
+)
+def test_no_register_is_spilled(capability, dtype, dim, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    from bfsys.model import norm_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = compiled_for_nvidia(capability, monkeypatch)
+    t = drawn(1000, dim, dtype, dtype)
+    norm_kernels.norm_forward(t["x"], t["added"], t["weight"], t["bias"], EPS)
+    norm_kernels.norm_backward(t["x"], t["grad"], t["total_grad"], t["weight"], EPS, 132)
+    assert sorted(compiled) == ["_norm_backward", "_norm_forward"]
+    for name, program in compiled.items():
+        registers, spilled = resources(program, tmp_path)
+        print(f"sm_{capability} {dtype} {dim} {name}: {registers} registers")
+        assert spilled == 0, name
+        assert registers <= 128, name  # four programs of four warps on a multiprocessor
+
+
+def resources(program, folder: Path) -> tuple[int, int]:
+    """(registers of a thread, bytes that it spills) of a compiled program, by the assembler that Triton brings."""
+    from triton.backends.nvidia import compiler
+
+    (folder / "program.ptx").write_text(program.asm["ptx"])
+    assembler = compiler.get_ptxas(90).path if hasattr(compiler, "get_ptxas") else shutil.which("ptxas")
+    architecture = re.search(r"\.target (\w+)", program.asm["ptx"])[1]
+    told = subprocess.run(
+        [assembler, "-v", f"--gpu-name={architecture}", str(folder / "program.ptx"), "-o", str(folder / "program.o")],
+        capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    return int(re.search(r"Used (\d+) registers", told)[1]), int(re.search(r"(\d+) bytes spill stores", told)[1])

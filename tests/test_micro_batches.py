@@ -1,0 +1,67 @@
+"""How many micro-batches a step has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bfsys.data.plan import lane_groups
+from bfsys.data.run_data import open_run_data
+
+from bfsys.config import Config, Data, Model, Train, load_config
+from bfsys.dist import Ranks
+from bfsys.micro_batches import agree_on_micro_batches, largest_micro_batch, micro_batches_of
+from bfsys.model.layout import token_counts
+
+TIFF_TOKENS = 9_417
+
+
+@pytest.mark.parametrize(
+    ("lanes", "lane_tokens", "budget", "count"),
+    [
+        (8, 100, 1, 8),  # a lane may have more than the budget
+        (8, 100, 199, 8),
+        (8, 100, 200, 4),
+        (8, 100, 399, 3),  # of 2, 3 and 3 lanes
+        (8, 100, 10**6, 1),
+        (1, 100, 10**6, 1),
+    ],
+)
+def test_as_many_lanes_as_the_budget_allows(lanes: int, lane_tokens: int, budget: int, count: int) -> None:
+    config = Config(data=Data(sources=()), train=Train(micro_batch_tokens=budget))
+    for on_gpu in (True, False):
+        assert micro_batches_of(lanes, lane_tokens, config, on_gpu=on_gpu) == count
+    groups = lane_groups(range(lanes, 2 * lanes), count)
+    assert [lane for group in groups for lane in group] == list(range(lanes, 2 * lanes))
+    assert max(map(len, groups)) == -(-lanes // count)
+    assert min(map(len, groups)) == lanes // count
+    assert max(map(len, groups)) * lane_tokens <= max(budget, lane_tokens)
+
+
+@pytest.mark.parametrize(("size", "on_gpus"), [("tiny", 2), ("small", 3), ("base", 8)])
+def test_by_default_gpus_take_several_lanes_and_cpus_one(size: str, on_gpus: int) -> None:
+    """The published ImageNet recipe on 8 GPUs: 8 lanes of 12 TIFFs on each."""
+    config = Config(data=Data(sources=()), model=Model(size=size))
+    assert micro_batches_of(8, 12 * TIFF_TOKENS, config, on_gpu=True) == on_gpus
+    assert micro_batches_of(8, 12 * TIFF_TOKENS, config, on_gpu=False) == 8
+
+
+def test_the_largest_micro_batch_is_of_all_its_lanes(config_file: Path) -> None:
+    data = open_run_data(load_config(config_file), Ranks())
+    architecture = data.config.model.architecture()
+    for rank, lanes in ((0, (0, 1)), (1, (2, 3))):
+        lengths, tokens = largest_micro_batch(data, Ranks(rank, 2), 1)
+        of_steps = [token_counts(data.lengths_of(step, *lanes), architecture, "masked").sum() for step in range(10)]
+        assert tokens == max(of_steps) == token_counts(lengths, architecture, "masked").sum()
+
+
+def test_ranks_are_told_how_many_there_are(config_file: Path) -> None:
+    data = open_run_data(load_config(config_file), Ranks())
+    count, note = agree_on_micro_batches(data, Ranks())
+    assert count == 4
+    assert "each step has 4 micro-batches of up to" in note
+    train = replace(data.config.train, micro_batch_tokens=10**6)
+    count, note = agree_on_micro_batches(replace(data, config=replace(data.config, train=train)), Ranks())
+    assert count == 1
+    assert note.endswith("from 4 lanes")
