@@ -70,7 +70,7 @@ def poisoned_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     processes = start_ranks(2, train_several, (str(config_file), runs))
     try:
         for process in processes:
-            said = process.communicate(300)
+            said = process.communicate(600)
             assert process.returncode == 0, said
     finally:
         for process in processes:
