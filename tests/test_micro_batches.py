@@ -52,7 +52,7 @@ def test_the_largest_micro_batch_is_of_all_its_lanes(config_file: Path) -> None:
     architecture = data.config.model.architecture()
     for rank, lanes in ((0, (0, 1)), (1, (2, 3))):
         lengths, tokens = largest_micro_batch(data, Ranks(rank, 2), 1)
-        of_steps = [token_counts(data.lengths_of(step, *lanes), architecture, "masked").sum() for step in range(10)]
+        of_steps = [token_counts(data.lengths_of(step, lanes), architecture, "masked").sum() for step in range(10)]
         assert tokens == max(of_steps) == token_counts(lengths, architecture, "masked").sum()
 
 
