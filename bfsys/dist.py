@@ -1,19 +1,17 @@
 """Ranks and their agreement: thin wrappers over torch.distributed that also work for a single process.
 
-Rank, world size and rendezvous come from the environment, as the deepspeed launcher, torchrun and srun set it.
+The rendezvous comes from the environment, as the launchers set it; who this process is, says ranks.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError
+from bfsys.ranks import Ranks, env_number
 
 T = TypeVar("T")
 
@@ -41,84 +40,9 @@ LOST_CONNECTION = (
     "Socket closed",
 )
 
-_BOTH_OR_NEITHER = (
-    "launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT together; to train without a launcher, "
-    "unset them"
-)
-
 
 class AgreedError(UserError):
     """A UserError that every rank raises, so that one of them can say it for all."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Who this process is; by default a process on its own."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-
-    @property
-    def is_rank_zero(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def device(self) -> torch.device:
-        """One GPU per rank; the CPU where there is none, or where DS_ACCELERATOR asks for it."""
-        gpus = gpu_count()
-        if not gpus:
-            return torch.device("cpu")
-        # A launcher may show each rank its own GPU only.
-        return torch.device("cuda", 0 if gpus == 1 else self.local_rank)
-
-
-def gpu_count() -> int:
-    """The GPUs of this machine that ranks use; 0 where DS_ACCELERATOR asks for the CPU."""
-    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
-
-
-def ranks_from_environment() -> Ranks:
-    """Read the launcher's variables; without a launcher this is rank 0 of 1.
-
-    Raises UserError for variables that are missing, are not numbers, or do not fit together.
-    """
-    env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and _number("SLURM_NTASKS", 1) > 1:
-        return _ranks_from_slurm()
-    if "RANK" not in env and _number("WORLD_SIZE", 1) > 1:
-        raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set; {_BOTH_OR_NEITHER}")
-    if "RANK" in env and "WORLD_SIZE" not in env:
-        raise UserError(f"RANK is {env['RANK']!r}, but WORLD_SIZE is not set; {_BOTH_OR_NEITHER}")
-    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    local_world_size = _number("LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", world_size)
-    return _checked(Ranks(rank, world_size, _number("LOCAL_RANK", rank), local_world_size))
-
-
-def _ranks_from_slurm() -> Ranks:
-    per_node = re.match(r"\d+", os.environ.get("SLURM_TASKS_PER_NODE", ""))
-    rank, world_size = _number("SLURM_PROCID", 0), _number("SLURM_NTASKS", 1)
-    local_world_size = int(per_node[0]) if per_node else world_size
-    return _checked(Ranks(rank, world_size, _number("SLURM_LOCALID", rank % local_world_size), local_world_size))
-
-
-def _number(variable: str, default: int) -> int:
-    text = os.environ.get(variable) or str(default)
-    if not text.strip().isdecimal():
-        raise UserError(f"{variable} is {text!r}, which is not a number; {_BOTH_OR_NEITHER}")
-    return int(text)
-
-
-def _checked(ranks: Ranks) -> Ranks:
-    if not 0 <= ranks.rank < ranks.world_size:
-        raise UserError(
-            f"RANK is {ranks.rank}, but there are {ranks.world_size} ranks (WORLD_SIZE), numbered from 0; "
-            f"{_BOTH_OR_NEITHER}"
-        )
-    if ranks.local_world_size < 1:
-        raise UserError(f"LOCAL_WORLD_SIZE is {ranks.local_world_size}; a machine has at least 1 rank")
-    return ranks
 
 
 def start(ranks: Ranks, timeout_s: int) -> None:
@@ -175,9 +99,9 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
             f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set, so {ranks.world_size} ranks "
             "cannot meet; launchers set them, or export the first host's name and a free port"
         )
-    if not 0 < _number("MASTER_PORT", 0) < 2**16:
+    if not 0 < env_number("MASTER_PORT", 0) < 2**16:
         raise UserError(f"MASTER_PORT is {os.environ['MASTER_PORT']}; a port is a number from 1 to 65535")
-    host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    host, port = os.environ["MASTER_ADDR"], env_number("MASTER_PORT", 0)
     # torchrun has a store already.
     keeps_it = ranks.is_rank_zero and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     said = f"rank {ranks.rank} has waited {SAY_AFTER_S:.0f} s for rank 0 to answer at {host}:{port}"
@@ -196,7 +120,7 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
         if "EADDRINUSE" in str(error):
             problem = (
                 f"MASTER_PORT: port {port} of this machine is in use, perhaps by another run; "
-                "give another one (deepspeed --master_port N, torchrun --master-port N), or use launchers/local.py"
+                "give another one (deepspeed --master_port N, torchrun --master-port N), or use bfsys launch"
             )
         else:
             problem = f"rank {ranks.rank}: the ranks cannot meet at {host}:{port}: {_first_line(error)}"

@@ -1,8 +1,6 @@
 """A trained model for use elsewhere: plain weights, and programs that need nothing of bfsys.
 
-    python -m bfsys.export RUN OUT [--weights ema|last] [--format safetensors|torch|onnx …]
-
-OUT then holds model.json (what the model is, its classes in order, the sha256 of each file) and, as asked for,
+A folder then holds model.json (what the model is, its classes in order, the sha256 of each file) and, as asked for,
   model.safetensors  weights by bfsys' names, float32
   model.pt2          torch.export program:  torch.export.load(path).module()(bytes)
   model.onnx         the same for ONNX Runtime: input `bytes`, output `probabilities`
@@ -16,12 +14,14 @@ ones would bring back what bfsys is there to avoid; a server runs files side by 
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
+if __name__ == "__main__":  # `python -m bfsys.export`
+    from bfsys.cli import run_as
+
+    run_as("export", "python -m bfsys.export")
+
 import io
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -31,16 +31,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bfsys import files, typed_yaml
 from bfsys.batch import ByteBatch, Sample
-from bfsys.checkpoint.files import make_empty_folder
-from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config
-from bfsys.errors import UserError, run_command, summary_of
+from bfsys.errors import UserError
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.dense import DenseByteFormer
 
@@ -49,7 +46,6 @@ FORMATS = {SAFETENSORS: "model.safetensors", TORCH: "model.pt2", ONNX: "model.on
 FORMAT = 1  # of model.json
 MOST_BYTES = 2**31 - 1  # of a file that a program takes
 MOST_BYTES_CHECKED = 100_000
-NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = {TORCH: 1e-5, ONNX: 1e-4}  # largest difference of a probability
 ONNX_LIMIT_BYTES = 1_900_000_000  # of one protocol buffer: 2 GiB; above, weights go into a file beside it
 
@@ -176,36 +172,3 @@ def _quiet():
             yield
     finally:
         logging.disable(level)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bfsys.export", description=summary_of(__doc__))
-    parser.add_argument("run", type=Path, help="run directory (runs/NAME), one of its checkpoints, or imported weights")
-    parser.add_argument("out", type=Path, help="folder that is empty or does not exist")
-    parser.add_argument("--weights", choices=("ema", "last"), default="ema", help="averaged weights, or the last")
-    parser.add_argument(
-        "--format", nargs="+", choices=tuple(FORMATS), default=[SAFETENSORS, TORCH], help="default: safetensors torch"
-    )
-    args = parser.parse_args()
-    if ONNX in args.format:
-        missing = [name for name in NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
-        if missing:
-            raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install -e '.[export]'")
-    model, config, manifest = load_model(args.run, average=args.weights == "ema")
-    make_empty_folder(args.out)
-    try:
-        facts = export(model, config, manifest, args.out, args.format, args.weights)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{args.out}: cannot be written: {error}; what is there is not whole") from None
-    for name, entry in facts["files"].items():
-        print(f"{args.out / name}: {entry['bytes']:,} bytes, sha256 {entry['sha256']}")
-    if facts["byte_transforms"]:
-        print(
-            f"the programs take bytes as they are after data.byte_transforms: {', '.join(facts['byte_transforms'])}",
-            file=sys.stderr,
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main, output_is_optional=True)

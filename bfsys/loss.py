@@ -1,4 +1,5 @@
-"""Cross entropy as sums, so that the mean over the global batch is exact however samples fall on ranks."""
+"""Cross entropy as sums, so that the mean over the global batch is exact however samples fall on ranks; and the scores
+that follow from such sums."""
 
 from __future__ import annotations
 
@@ -39,3 +40,26 @@ def loss_and_sums(
         of_source = batch.sources == torch.arange(num_sources, device=logits.device)[:, None]  # [sources, B]
         sums = torch.where(of_source[:, :, None], columns, 0.0).sum(1)
     return losses.sum(), sums
+
+
+def scores(sums: Tensor, source_names: tuple[str, ...]) -> dict:
+    """Loss, top-1 and top-5 jointly and per source, from float64 [sources, COLUMNS] sums."""
+
+    def means(row: Tensor) -> dict:
+        n = float(row[SAMPLES])
+        return {
+            "loss": float(row[LOSS]) / n,
+            "top1": float(row[TOP1]) / n,
+            "top5": float(row[TOP5]) / n,
+            "samples": int(n),
+        }
+
+    per_source = {name: means(row) for name, row in zip(source_names, sums, strict=True) if row[SAMPLES] > 0}
+    return {**means(sums.sum(0)), "sources": per_source}
+
+
+def describe_scores(result: dict) -> str:
+    """loss 0.123 · top-1 95.1 % (image 97.0, speech 93.1)"""
+    per_source = ", ".join(f"{name} {100 * s['top1']:.1f}" for name, s in result["sources"].items())
+    only = len(result["sources"]) < 2
+    return f"loss {result['loss']:.3f} · top-1 {100 * result['top1']:.1f} %" + ("" if only else f" ({per_source})")

@@ -28,7 +28,7 @@ from bfsys.config import Config
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS
 from bfsys.files import replace_file
 from bfsys.json_lines import read_json_lines
-from bfsys.loss import COLUMNS, LOSS, SAMPLES, TOP1, TOP5
+from bfsys.loss import COLUMNS, SAMPLES, describe_scores, scores
 from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
 from bfsys.model.peaks import data_sheet_peak
@@ -246,29 +246,6 @@ class Metrics:
             f"grad {grad_norm:.2f} · {line['samples_per_s']:,.0f} samples/s · "
             f"{line['bytes_per_s'] / 1e6:.2f} MB/s · {_clock(left_s)} left"
         )
-
-
-def scores(sums: Tensor, source_names: tuple[str, ...]) -> dict:
-    """Loss, top-1 and top-5 jointly and per source, from float64 [sources, COLUMNS] sums."""
-
-    def means(row: Tensor) -> dict:
-        n = float(row[SAMPLES])
-        return {
-            "loss": float(row[LOSS]) / n,
-            "top1": float(row[TOP1]) / n,
-            "top5": float(row[TOP5]) / n,
-            "samples": int(n),
-        }
-
-    per_source = {name: means(row) for name, row in zip(source_names, sums, strict=True) if row[SAMPLES] > 0}
-    return {**means(sums.sum(0)), "sources": per_source}
-
-
-def describe_scores(result: dict) -> str:
-    """loss 0.123 · top-1 95.1 % (image 97.0, speech 93.1)"""
-    per_source = ", ".join(f"{name} {100 * s['top1']:.1f}" for name, s in result["sources"].items())
-    only = len(result["sources"]) < 2
-    return f"loss {result['loss']:.3f} · top-1 {100 * result['top1']:.1f} %" + ("" if only else f" ({per_source})")
 
 
 def memory_figures(device: torch.device) -> dict[str, int]:

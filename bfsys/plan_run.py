@@ -1,8 +1,5 @@
 """What a run will need: memory of a rank, time, checkpoints, disk; before anything is asked for.
 
-    python tools/plan_run.py configs/joint.yaml --ranks 64 --gpu h200
-    python tools/plan_run.py configs/joint.yaml --ranks 64 --like runs/a_short_one
-
 Operations are counted exactly (bfsys/model/flops.py) for the micro-batches of the first steps, which are planned as
 training will plan them. Time is these operations over a rate: that of a run that was measured (`--like`; waiting for
 data and for the busiest rank is in its rate, saving and restarting in its goodput), or a share of a GPU's peak that you
@@ -19,28 +16,22 @@ It leaves out what CUDA, NCCL and the allocator take for themselves.
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from bfsys.checkpoint.loading import newest_readable
-from bfsys.config import Config, load_config
+from bfsys.config import Config
 from bfsys.data.streaming.plan import lane_groups, lanes_of_rank
-from bfsys.data.streaming.run_data import RunData, open_run_data
-from bfsys.dist import Ranks, gpu_count
-from bfsys.errors import UserError, summary_of
+from bfsys.data.streaming.run_data import RunData
+from bfsys.errors import UserError
 from bfsys.json_lines import NUMBER, Fields, read_json_lines
 from bfsys.micro_batches import micro_batches_of
-from bfsys.model import peaks
 from bfsys.model.byteformer import parameter_count
 from bfsys.model.flops import flops_per_step
 from bfsys.model.layout import token_counts
 
-# FLOP/s in bfloat16, by the names that --gpu takes.
-PEAKS = {name.lower().replace(" ", "-"): 1e12 * peak.bf16 for name, peak in peaks.PEAKS.items() if peak.bf16}
 KEPT_PER_TOKEN = 16  # numbers, times dim, of each layer
 KEPT_PER_MERGED = 3  # of each pair that becomes one: the pair, and what the norm gets
 GB = 1e9
@@ -151,37 +142,3 @@ def measured_rate(run: Path) -> tuple[float, float]:
         raise UserError(f"{run}: no measurements, or no checkpoint, of a run yet")
     ranks = max(int(file.stem.rpartition("-of-")[2]) for file in path.glob("weight-*-of-*.safetensors"))
     return float(np.median([line["model_tflop_per_s"] for line in lines])) * 1e12 / ranks, lines[-1]["goodput"]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools/plan_run.py", description=summary_of(__doc__))
-    parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="GPUs, or CPU processes (default: 1)")
-    parser.add_argument("--gpu", choices=PEAKS, help="whose peak is meant")
-    parser.add_argument("--utilisation", type=float, metavar="SHARE", default=0.3,
-                        help="of that peak: an assumption (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--like", type=Path, metavar="RUN", help="a run whose rate per rank was measured")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    args = parser.parse_intermixed_args(arguments)
-    if args.ranks < 1 or not 0 < args.utilisation <= 1:
-        raise UserError("--ranks: at least 1 is needed; --utilisation: more than 0 and at most 1")
-    config = load_config(args.config, args.overrides)
-    plan = estimate(open_run_data(config, Ranks()), args.ranks, on_gpu=bool(args.gpu) or gpu_count() > 0)
-    rate, share, meant = None, 1.0, ""
-    if args.like:
-        (rate, share), meant = measured_rate(args.like), f"as measured in {args.like}"
-    elif args.gpu:
-        rate = PEAKS[args.gpu] * args.utilisation / plan.busiest  # the others wait for it
-        meant = f"if {args.utilisation:.0%} of the peak of an {args.gpu} is reached"
-    if args.json:
-        print(json.dumps(asdict(plan) | {"step_s": plan.step_s(rate) if rate else None}, indent=1))
-        return 0
-    print(plan.describe().replace("; ", "\n"))
-    print(f"busiest rank of a step: {plan.busiest:.3f} x the mean")
-    if rate:
-        step_s = plan.step_s(rate)
-        print(f"{step_s:.3f} s a step, {step_s / share * plan.steps / 3600:,.1f} h for {plan.steps:,} steps, {meant}")
-    else:
-        print("time: give --gpu, or better --like a run that was measured")
-    return 0

@@ -1,9 +1,7 @@
 """The training loop: plan, fetch, forward, step, save, evaluate.
 
-    deepspeed bfsys/train.py CONFIG [section.key=value …]      one process per GPU (or --num_accelerators 2)
-    python bfsys/train.py CONFIG --dry-run                     check everything, train nothing
-
-A second start with the same command goes on from the newest whole checkpoint of the run directory.
+`deepspeed bfsys/train.py CONFIG` starts one process per GPU, each of which hands over to the command `train`. A second
+start goes on from the newest whole checkpoint of the run directory.
 """
 
 from __future__ import annotations
@@ -14,7 +12,10 @@ from pathlib import Path
 if __name__ == "__main__":  # launchers put this file's folder first, where its modules would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
+    from bfsys.cli import run_as
+
+    run_as("train", "bfsys/train.py")
+
 import gc
 import os
 import time
@@ -27,12 +28,11 @@ from torch import Tensor
 from bfsys import console, dist
 from bfsys.batch import ByteBatch
 from bfsys.checkpoint.loading import resume, set_weights
-from bfsys.config import Config, load_config
+from bfsys.config import Config
 from bfsys.data.streaming.loader import training_batches
 from bfsys.data.streaming.run_data import RunData, open_run_data
-from bfsys.dryrun import dry_run
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_CRASHED, UserError, exit_code_of, summary_of
+from bfsys.errors import EXIT_CRASHED, UserError
 from bfsys.evaluate import evaluate
 from bfsys.init_from import initial_weights
 from bfsys.loss import loss_and_sums
@@ -180,27 +180,13 @@ def collecting_garbage_by_hand() -> Iterator[None]:
         gc.enable()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bfsys/train.py", description=summary_of(__doc__))
-    parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
-    parser.add_argument("--dry-run", action="store_true", help="check config and data, show the arithmetic, stop")
-    parser.add_argument("--no-data", action="store_true", help="with --dry-run: leave the data alone")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    args = parser.parse_intermixed_args(arguments)
-    if args.no_data and not args.dry_run:
-        parser.error("--no-data goes with --dry-run")
-    if not args.dry_run:
-        console.go_on_without()
-    ranks = dist.Ranks()
+def train_rank(config: Config, ranks: dist.Ranks) -> int:
+    """The process of one rank, from its config to its end; the exit code.
+
+    Raises AgreedError on the first rank of each node alone, which is enough to say what all ranks know.
+    """
+    console.go_on_without(config.run_dir / "log" / f"rank-{ranks.rank}.log")
     try:
-        ranks = dist.ranks_from_environment()
-        config = dist.same_errors_on_all(lambda: load_config(args.config, args.overrides))
-        if args.dry_run:
-            if ranks.is_rank_zero:
-                dry_run(config, ranks.world_size, with_data=not args.no_data)
-            return 0
-        console.go_on_without(config.run_dir / "log" / f"rank-{ranks.rank}.log")
         if not config.model.compiled:  # otherwise DeepSpeed has its Muon compiled while it starts, which takes 2 s
             os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         # Every ragged batch wants blocks of other sizes, and fixed blocks would leave gaps that none of them fits.
@@ -235,7 +221,3 @@ def main(arguments: list[str] | None = None) -> int:
         # While other ranks wait for this one, NCCL cannot be taken down: that would wait for them.
         if ranks.world_size == 1:
             dist.stop()
-
-
-if __name__ == "__main__":
-    dist.hard_exit(exit_code_of(main))

@@ -1,4 +1,4 @@
-"""Train on this machine: `python launchers/local.py CONFIG`. The code is in bfsys/launch/local.py."""
+"""Train on this machine: `python launchers/local.py CONFIG`, as `bfsys launch`."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from bfsys.errors import run_command
-    from bfsys.launch.local import main
+    from bfsys.cli import run_as
 
-    run_command(main, output_is_optional=True)
+    run_as("launch", "launchers/local.py")

@@ -1,4 +1,4 @@
-"""Train on a SLURM cluster: `python launchers/slurm.py --nodes 8 CONFIG`. The code is in bfsys/launch/slurm.py."""
+"""Train on a SLURM cluster: `python launchers/slurm.py --nodes 8 CONFIG`, as `bfsys slurm`."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from bfsys.errors import run_command
-    from bfsys.launch.slurm import main
+    from bfsys.cli import run_as
 
-    run_command(main)
+    run_as("slurm", "launchers/slurm.py")

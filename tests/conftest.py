@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +13,9 @@ import torch
 import yaml
 from hypothesis import settings
 
+from bfsys.cli import call
 from tests.data.make import write_tree
 from tests.forked import run_python, start_ranks
-from tools import pack
 
 settings.register_profile("bfsys", deadline=None)  # other processes may hold the cores for a while
 settings.load_profile("bfsys")
@@ -39,7 +37,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, classes, longest in (("a", ("a0", "a1", "a2"), 60), ("b", ("b0", "b1"), 150)):
         for split, files in (("train", 40), ("val", 7)):
             write_tree(root / "trees" / name / split, classes, files, longest, rng)
-        pack.main([str(root / "trees" / name), str(root), "--name", name, "--shard-bytes", "2000", "--workers", "1"])
+        call("pack", [str(root / "trees" / name), str(root), "--name", name, "--shard-bytes", "2000", "--workers", "1"])
     return root
 
 
@@ -86,20 +84,19 @@ def finished_run(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def evaluate_run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """`evaluate_run(arguments…)`: what `python -m bfsys.evaluate` prints; exceptions come through."""
-    return lambda *arguments: _command("evaluate", arguments, capsys, monkeypatch)
+def evaluate_run(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """`evaluate_run(arguments…)`: what `bfsys evaluate` prints; exceptions come through."""
+    return lambda *arguments: _command("evaluate", arguments, capsys)
 
 
 @pytest.fixture
-def predict_files(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """`predict_files(arguments…)`: what `python -m bfsys.predict` prints; exceptions come through."""
-    return lambda *arguments: _command("predict", arguments, capsys, monkeypatch)
+def predict_files(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """`predict_files(arguments…)`: what `bfsys predict` prints; exceptions come through."""
+    return lambda *arguments: _command("predict", arguments, capsys)
 
 
-def _command(name: str, arguments: tuple, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    importlib.import_module(f"bfsys.{name}").main()
+def _command(name: str, arguments: tuple, capsys: pytest.CaptureFixture) -> str:
+    call(name, [*map(str, arguments)])
     return capsys.readouterr().out
 
 

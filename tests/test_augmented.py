@@ -12,9 +12,9 @@ import torch
 import yaml
 from PIL import Image
 
+from bfsys.cli import call
 from tests.conftest import _run_ranks, tiny_config
 from tests.test_train import assert_success, cut_short, lines, newest, tensors
-from tools import pack
 
 CLASSES = 2
 
@@ -26,9 +26,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_files(folder / "files")
     for kind, encoding in (("image", "fhwc"), ("audio", "wav:uint8")):
         common = ["--subdir", kind, "--workers", "1"]
-        pack.main([str(folder / "files"), str(folder), *common, "--name", kind])
+        call("pack", [str(folder / "files"), str(folder), *common, "--name", kind])
         fitted = ["--encoding", encoding, *(["--image-size", "8"] if kind == "image" else ["--seconds", "0.06"])]
-        pack.main([str(folder / "files"), str(folder), *common, "--name", f"{kind}-eval", *fitted])
+        call("pack", [str(folder / "files"), str(folder), *common, "--name", f"{kind}-eval", *fitted])
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(augmented_config(folder)))
     assert_success(_run_ranks(2, ["tests/worker.py", str(config), "name=whole data.workers=1"]))

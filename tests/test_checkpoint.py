@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bfsys.checkpoint import __main__ as command
 from bfsys.checkpoint import files, loading, saving
 from bfsys.checkpoint.files import RetentionPolicy, step_of
+from bfsys.cli import call
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, UserError
 
@@ -320,27 +320,27 @@ def test_a_run_keeps_what_it_was_told_to(tmp_path: Path) -> None:
 def test_the_command_lists_verifies_and_shows(finished_run: Path, tmp_path: Path, capsys) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished_run, copy)
-    assert command.main(["list", str(copy)]) == 0
+    assert call("checkpoint", ["list", str(copy)]) == 0
     listed = capsys.readouterr().out
     assert "       60  " in listed
     assert "loss" in listed.splitlines()[-1]
-    assert command.main(["verify", str(copy)]) == 0
+    assert call("checkpoint", ["verify", str(copy)]) == 0
     assert capsys.readouterr().out.count(": whole") == 3
-    assert command.main(["show", str(copy)]) == 0
+    assert call("checkpoint", ["show", str(copy)]) == 0
     assert "exp_avg_sq" in capsys.readouterr().out
 
     file = copy / "checkpoints" / "step_00000060" / "exp_avg-0-of-1.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert command.main(["verify", str(copy)]) == 1
+    assert call("checkpoint", ["verify", str(copy)]) == 1
     captured = capsys.readouterr()
     assert "step_00000060: damaged" in captured.out
     assert "step_00000120: whole" in captured.out
     assert str(file) in captured.err
-    assert command.main(["verify", str(copy / "checkpoints" / "step_00000120")]) == 0
+    assert call("checkpoint", ["verify", str(copy / "checkpoints" / "step_00000120")]) == 0
     with pytest.raises(UserError, match="no such directory"):
-        command.main(["list", str(tmp_path / "nowhere")])
+        call("checkpoint", ["list", str(tmp_path / "nowhere")])
 
 
 def test_the_command_removes_what_is_not_to_be_kept(tmp_path: Path, capsys) -> None:
@@ -348,10 +348,10 @@ def test_the_command_removes_what_is_not_to_be_kept(tmp_path: Path, capsys) -> N
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / "step_00000004" / "weight-0-of-1.safetensors").unlink()
-    assert command.main(["prune", str(tmp_path), "--dry-run"]) == 0
+    assert call("checkpoint", ["prune", str(tmp_path), "--dry-run"]) == 0
     assert "would be removed" in capsys.readouterr().out
     assert len(files.all_checkpoints(tmp_path)) == 4
-    assert command.main(["prune", str(tmp_path), "--keep", "1"]) == 0
+    assert call("checkpoint", ["prune", str(tmp_path), "--keep", "1"]) == 0
     # A damaged one does not push a whole one out, and is left to be looked at.
     assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [3, 4]
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bfsys.cli import call
 from bfsys.config import load_config
 from bfsys.data.streaming.datasets import open_evaluation, open_training
 from bfsys.dryrun import dry_run
+from tests.commands.packing_helpers import wav_bytes
 from tests.conftest import REPOSITORY
-from tests.tools.packing_helpers import wav_bytes
-from tools import pack
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 PUBLISHED = [path for path in CONFIGS if path.parent.name in ("imagenet", "speech_commands")]
@@ -82,7 +82,7 @@ def test_a_dry_run_accepts_it_on_the_data_of_its_commands(
     assert packs, "no command that packs its data"
     for words in packs:
         arguments = [str(Path(word).expanduser()) if word.startswith("~") else word for word in words[2:]]
-        pack.main([*arguments, "--workers", "1"])
+        call("pack", [*arguments, "--workers", "1"])
     lanes = min(8, load_config(path).data.lanes)  # each of 64 is planned for as long, and tells nothing more
     config = load_config(path, [f"data.lanes={lanes}"])
     dry_run(config, lanes, with_data=True)

@@ -12,6 +12,7 @@ import torch
 
 from bfsys import dist
 from bfsys.errors import UserError
+from bfsys.ranks import ranks_from_environment
 
 LAUNCHER_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS",
@@ -51,7 +52,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 )
 def test_ranks_come_from_the_launcher(variables: dict[str, str], ranks: dist.Ranks, launcher) -> None:
     launcher(**variables)
-    assert dist.ranks_from_environment() == ranks
+    assert ranks_from_environment() == ranks
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_ranks_come_from_the_launcher(variables: dict[str, str], ranks: dist.Ran
 def test_a_half_set_environment_is_named(variables: dict[str, str], problem: str, launcher) -> None:
     launcher(**variables)
     with pytest.raises(UserError, match=problem):
-        dist.ranks_from_environment()
+        ranks_from_environment()
 
 
 @pytest.mark.parametrize(
@@ -214,9 +215,10 @@ def test_what_may_pass_has_the_code_of_a_crash() -> None:
 ON_RANK_0 = """
 from bfsys import dist
 from bfsys.errors import UserError, exit_code_of
+from bfsys.ranks import ranks_from_environment
 
 def main():
-    ranks = dist.ranks_from_environment()
+    ranks = ranks_from_environment()
     dist.start(ranks, timeout_s=60)
     asked = []
 

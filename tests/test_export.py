@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ from safetensors.torch import load_file
 
 from bfsys import export
 from bfsys.checkpoint.loading import load_model
+from bfsys.cli import call
+from bfsys.commands import export as command
 from bfsys.errors import UserError
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.dense import DenseByteFormer
@@ -24,9 +25,8 @@ from tests.model.reference import ReferenceConfig, random_weights
 from tests.model.test_byteformer import TINY, architecture_of, build, configs
 
 
-def run_export(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
-    export.main()
+def run_export(*arguments: object) -> None:
+    call("export", [*map(str, arguments)])
 
 
 def file_of(length: int) -> np.ndarray:
@@ -57,8 +57,7 @@ def test_the_dense_form_is_the_model(config: ReferenceConfig, mode: str, length:
 @pytest.fixture(scope="module")
 def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "model"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        run_export(monkeypatch, finished_run, out)
+    run_export(finished_run, out)
     return out
 
 
@@ -117,8 +116,8 @@ def test_what_is_written_says_what_it_is(exported: Path, finished_run: Path) -> 
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_the_last_weights_can_be_had(finished_run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    run_export(monkeypatch, finished_run, tmp_path / "last", "--weights", "last", "--format", "safetensors")
+def test_the_last_weights_can_be_had(finished_run: Path, tmp_path: Path, capsys) -> None:
+    run_export(finished_run, tmp_path / "last", "--weights", "last", "--format", "safetensors")
     assert "model.safetensors: " in capsys.readouterr().out
     assert [p.name for p in sorted((tmp_path / "last").iterdir())] == ["model.json", "model.safetensors"]
     want = load_model(finished_run, average=False)[0].state_dict()
@@ -145,17 +144,17 @@ def test_a_wrong_program_is_refused() -> None:
         export.check("torch", lambda data: np.full(5, 0.2, np.float32), model, {"least_bytes": 1})
 
 
-def test_a_folder_in_use_is_left_alone(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_in_use_is_left_alone(finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
     with pytest.raises(UserError, match="not empty"):
-        run_export(monkeypatch, finished_run, tmp_path)
+        run_export(finished_run, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
 def test_missing_packages_for_onnx_are_named(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(export, "NEEDED_FOR_ONNX", ("onnx_of_nowhere",))
+    monkeypatch.setattr(command, "NEEDED_FOR_ONNX", ("onnx_of_nowhere",))
     with pytest.raises(UserError, match=r"onnx_of_nowhere missing; pip install -e '\.\[export\]'"):
-        run_export(monkeypatch, finished_run, tmp_path / "out", "--format", "onnx")
+        run_export(finished_run, tmp_path / "out", "--format", "onnx")
     assert not (tmp_path / "out").exists()
 
 

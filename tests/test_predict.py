@@ -14,10 +14,10 @@ import pytest
 
 from bfsys import predict
 from bfsys.batch import Sample
+from bfsys.cli import call
 from bfsys.data.streaming.byte_transforms import write_key
 from bfsys.errors import UserError
 from tests.conftest import REPOSITORY
-from tools import encode
 
 
 def test_prediction_agrees_with_evaluation(finished_run: Path, datasets: Path, evaluate_run, predict_files) -> None:
@@ -36,18 +36,14 @@ def test_prediction_reads_standard_input(finished_run: Path, monkeypatch, predic
     assert predict_files(finished_run, "-", "--top", 1).startswith("-: ")
 
 
-def test_bad_files_are_named_and_the_others_answered(finished_run: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_bad_files_are_named_and_the_others_answered(finished_run: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "long").write_bytes(bytes(10_000))
     (tmp_path / "good").write_bytes(bytes([41] * 20))
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["predict", str(finished_run), *(str(tmp_path / n) for n in ("empty", "long", "none", "good", "folder"))],
-    )
+    files = (str(tmp_path / n) for n in ("empty", "long", "none", "good", "folder"))
     with pytest.raises(UserError) as error:
-        predict.main()
+        call("predict", [str(finished_run), *files])
     text = str(error.value)
     for expected in ("empty: empty", "none: cannot be read", "folder: a folder without files"):
         assert expected in text
@@ -86,9 +82,9 @@ def test_small_files_are_not_too_many_at_once() -> None:
 
 def test_a_models_answers_need_no_deepspeed(finished_run: Path, datasets: Path) -> None:
     file = next((datasets / "trees" / "a" / "val").rglob("*.bin"))
-    code = "import sys; sys.modules['deepspeed'] = None; from bfsys import predict; predict.main()"
+    code = "import sys; sys.modules['deepspeed'] = None; from bfsys.cli import main; main()"
     result = subprocess.run(
-        [sys.executable, "-c", code, str(finished_run), str(file)],
+        [sys.executable, "-c", code, "predict", str(finished_run), str(file)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -132,7 +128,7 @@ def test_a_key_elsewhere_and_files_that_were_transformed_before(
     with pytest.raises(UserError, match="restore the key"):
         predict_files(run, files, "--permute", other)
     hidden = tmp_path / "hidden"
-    encode.main([str(files), str(hidden), "--transform", "reverse", "--transform", f"permute:{elsewhere}"])
+    call("encode", [str(files), str(hidden), "--transform", "reverse", "--transform", f"permute:{elsewhere}"])
     assert capsys.readouterr().out == f"{hidden}: 21 files\n"
     assert predict_files(run, hidden, "--transformed") == answers.replace(str(files), str(hidden))
 

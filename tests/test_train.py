@@ -295,7 +295,9 @@ RANK_1_FAILS = """
 import os, sys, time
 from bfsys import dist, train
 from bfsys.engine import Engine
+from bfsys.config import load_config
 from bfsys.errors import exit_code_of
+from bfsys.ranks import ranks_from_environment
 
 really_step = Engine.step
 
@@ -306,7 +308,7 @@ def step(self, *arguments):
 
 Engine.step = step
 dist.stop = lambda: time.sleep(600)  # as NCCL does while others wait in a collective
-dist.hard_exit(exit_code_of(lambda: train.main(sys.argv[1:])))
+dist.hard_exit(exit_code_of(lambda: train.train_rank(load_config(sys.argv[1], sys.argv[2:]), ranks_from_environment())))
 """
 
 

@@ -14,6 +14,7 @@ from bfsys import dist, train
 from bfsys.config import load_config
 from bfsys.data.streaming.run_data import RunData
 from bfsys.engine import Engine
+from bfsys.ranks import ranks_from_environment
 from bfsys.rehearsal import rehearse
 from bfsys.supervision.supervisor import Supervisor
 
@@ -31,7 +32,7 @@ if __name__ == "__main__":
     if arguments[0] == "--rehearse":
         arguments.pop(0)
         train.run_steps = rehearse_first
-    ranks = dist.ranks_from_environment()
+    ranks = ranks_from_environment()
     dist.start(ranks, timeout_s=60)
     for overrides in arguments[1:]:
         code = train.train(load_config(arguments[0], overrides.split()), ranks)

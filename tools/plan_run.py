@@ -1,4 +1,4 @@
-"""What a run will do: `python tools/plan_run.py CONFIG`. The code is in bfsys/plan_run.py."""
+"""What a run will need: `python tools/plan_run.py CONFIG`, as `bfsys plan`."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from bfsys.errors import run_command
-    from bfsys.plan_run import main
+    from bfsys.cli import run_as
 
-    run_command(main)
+    run_as("plan", "tools/plan_run.py")

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from bfsys.errors import UserError, exit_code_of
+from bfsys.ranks import ranks_from_environment
 
 # Outside Linux's range of ephemeral ports (32768-60999), where any outgoing connection may sit on a port.
 MASTER_PORTS = range(10_000, 30_000)
@@ -44,13 +45,9 @@ class TrainJob:
     work_dir: Path
     """Absolute; what relative paths in the config refer to."""
 
-    def arguments(self) -> list[str]:
-        """Of bfsys/train.py."""
-        return [str(self.config), *self.overrides]
-
     def command(self) -> list[str]:
         """Of one rank's process, to be run in `work_dir`."""
-        return [sys.executable, str(self.code_dir / "bfsys" / "train.py"), *self.arguments()]
+        return [sys.executable, str(self.code_dir / "bfsys" / "train.py"), str(self.config), *self.overrides]
 
     def __call__(self) -> None:
         """Run as one task of a SLURM job. Exits with training's code and does not return, so that submitit writes
@@ -78,9 +75,12 @@ class TrainJob:
             raise UserError(*problems)
         os.chdir(self.work_dir)
         os.environ.update(slurm_variables(os.environ, _hosts()))
-        from bfsys.train import main
+        from bfsys.config import load_config
 
-        return main(self.arguments())
+        config, ranks = load_config(self.config, self.overrides), ranks_from_environment()
+        from bfsys.train import train_rank
+
+        return train_rank(config, ranks)
 
 
 def rank_variables(

@@ -6,7 +6,6 @@ is done for it, and comes back.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -174,7 +173,7 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> int:
         for text in _added_to(log, job.job) if follow else (_shown(_last_lines(log, SHOWN_LINES)),):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
-        print(f"\nthe job goes on; launchers/slurm.py stop {run_dir} ends it", file=sys.stderr)
+        print(f"\nthe job goes on; bfsys slurm stop {run_dir} ends it", file=sys.stderr)
     return 0
 
 
@@ -226,22 +225,5 @@ def stop(run_dir: Path) -> int:
         answer = subprocess.run(["scancel", submitted.job], capture_output=True, text=True, check=False)
         if answer.returncode:
             raise UserError(f"scancel {submitted.job}: {answer.stderr.strip()}")
-        print(f"job {submitted.job}: asked to save and to end; see launchers/slurm.py status {run_dir}")
+        print(f"job {submitted.job}: asked to save and to end; see bfsys slurm status {run_dir}")
     return 0
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="launchers/slurm.py", description="Jobs that were submitted.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("status", "how a run and its jobs are"), ("logs", "what a rank prints"), ("stop", "end it")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("run", type=Path, help="its directory, for example runs/joint")
-        if name == "logs":
-            command.add_argument("--rank", type=int, default=0)
-            command.add_argument("--follow", "-f", action="store_true", help="until the job is over")
-    args = parser.parse_args(arguments)
-    if not args.run.is_dir():
-        raise UserError(f"{args.run}: no such run directory")
-    if args.command == "logs":
-        return show_log(args.run, args.rank, args.follow)
-    return show_status(args.run) if args.command == "status" else stop(args.run)

@@ -1,8 +1,5 @@
 """Train on this machine: one process per GPU, or several on the CPU.
 
-    python launchers/local.py configs/quickstart.yaml
-    python launchers/local.py --ranks 2 configs/quickstart.yaml train.steps=100
-
 Ctrl-C, SIGTERM, or SIGHUP from a terminal that has gone, saves a checkpoint and stops; the same command resumes from
 there. A second Ctrl-C, a few seconds later, ends the run at once.
 
@@ -23,7 +20,6 @@ a process that was forked after CUDA was touched.
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import ctypes
 import importlib
@@ -36,7 +32,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -44,13 +40,13 @@ from typing import BinaryIO
 
 import psutil
 
-from bfsys.config import load_config
+from bfsys.config import Config
 from bfsys.data.streaming.plan import lanes_of_rank
-from bfsys.dist import gpu_count
 from bfsys.dryrun import dry_run
-from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, UserError, summary_of
+from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, UserError
 from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
+from bfsys.ranks import gpu_count
 from bfsys.supervision.goodput import STARTED
 from bfsys.supervision.signals import EXIT_CODES, REPEAT_S, ends_at_once, stop_signals
 
@@ -324,25 +320,20 @@ def choose_ranks(lanes: int, asked: int | None) -> int:
     return asked
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="launchers/local.py", description=summary_of(__doc__))
-    parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
-    parser.add_argument(
-        "--ranks", type=int, metavar="N", help="processes; default: one per GPU or core, as data.lanes allows"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check config and data, show the command, start nothing")
-    args = parser.parse_intermixed_args(arguments)
-    config = load_config(args.config, args.overrides)
-    ranks = choose_ranks(config.data.lanes, args.ranks)
+def launch(config: Config, config_file: Path, overrides: Sequence[str], asked: int | None, *, is_dry_run: bool) -> int:
+    """Train on `asked` ranks, or as many as there can be, until another start would not change the end; the exit code.
+
+    `config` is what `config_file` and `overrides` give.
+    """
+    ranks = choose_ranks(config.data.lanes, asked)
     job = TrainJob(
-        config=Path(args.config).absolute(),
-        overrides=tuple(args.overrides),
+        config=config_file.absolute(),
+        overrides=tuple(overrides),
         code_dir=Path(__file__).resolve().parents[2],
         work_dir=Path.cwd(),
     )
     log_dir = config.run_dir.absolute() / "log"
-    if args.dry_run:
+    if is_dry_run:
         dry_run(config, ranks, with_data=True)
         print(f"command     {shlex.join(job.command())}, {ranks} times; logs in {log_dir}")
         return 0

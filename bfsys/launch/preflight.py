@@ -23,6 +23,7 @@ from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.dryrun import notes_on_start
 from bfsys.errors import collecting
+from bfsys.launch.slurm_options import parse_minutes
 from bfsys.run_dir import run_facts
 
 # By the kind of file system that the kernel names. Others, such as ext4, may still be exported to the nodes.
@@ -188,24 +189,3 @@ def _partitions() -> dict[str, Partition]:
             away=before.away + int(number) * is_away,
         )
     return partitions
-
-
-def parse_minutes(text: str) -> int | None:
-    """A time limit, as sbatch takes it, in whole minutes, rounded up; None if it is none.
-
-    minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS.
-    """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if not match:
-        return None
-    days, *rest = match.groups()
-    numbers = [int(part) for part in rest if part is not None]
-    if days is not None:
-        hours, minutes, seconds = (*numbers, 0, 0)[:3]
-    elif len(numbers) < 3:
-        hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
-    else:
-        hours, minutes, seconds = numbers
-    if (len(numbers) > 1 and seconds > 59) or (minutes > 59 and (days is not None or len(numbers) == 3)):
-        return None
-    return (-(-seconds // 60) + minutes + 60 * (hours + 24 * int(days or 0))) or None

@@ -1,12 +1,4 @@
 """Train on a SLURM cluster: checks the run, then submits it as one job with one task per GPU, or CPU tasks.
-
-    python launchers/slurm.py --nodes 8 --time 24:00:00 CONFIG
-    python launchers/slurm.py --nodes 2 --gpus-per-node 4 --cpus-per-task 8 --mem 200G --time 24:00:00 CONFIG
-    python launchers/slurm.py --nodes 2 --gpus-per-node 0 --tasks-per-node 4 --time 60 CONFIG train.steps=100
-    python launchers/slurm.py --nodes 1 --sweep optim.lr=3e-4,1e-3 --sweep train.seed=0,1 CONFIG
-
-    python launchers/slurm.py status|logs|stop RUN
-
 A job that runs out of time, loses a node, is pre-empted, or whose rank crashes goes on by itself in the same run
 directory until its steps are done, unless another start would change nothing (requeue.py). `scancel` saves and ends it
 for good. The same command continues a run that has ended, on other --nodes too.
@@ -22,14 +14,13 @@ import argparse
 import contextlib
 import hashlib
 import io
-import itertools
 import os
 import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import submitit
@@ -39,12 +30,12 @@ from submitit.slurm.slurm import _make_sbatch_string
 from bfsys import console, typed_yaml
 from bfsys.config import Config, load_config
 from bfsys.data.storage.remote import is_remote
-from bfsys.errors import UserError, collecting, summary_of
+from bfsys.errors import UserError
 from bfsys.git_state import FILE as GIT_STATE
 from bfsys.git_state import git_state
 from bfsys.launch import jobs, preflight, requeue
 from bfsys.launch.job import TrainJob
-from bfsys.launch.preflight import parse_minutes
+from bfsys.launch.slurm_options import minutes_of, option_problems, parse_minutes, ranks_per_node
 from bfsys.supervision.run_end import forget_end
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,10 +47,6 @@ STOP_NOTICE_S = 120
 # Python ignores USR2 until submitit takes it: by default it would die of it. (`env --ignore-signal` would read
 # better, and is missing from the coreutils of RHEL 8.)
 PYTHON = """bash -c 'trap "" USR2; exec "$0" "$@"' """
-
-EPILOG = """The job runs a copy of bfsys and of the resolved config, made now in RUN/slurm: later edits do not touch it.
-Relative paths in CONFIG are relative to the current folder. Data, runs_dir, the current folder and Python must be on a
-file system that the nodes share. launchers/slurm.py status|logs|stop RUN looks after the jobs of a run."""
 
 
 class Executor(submitit.SlurmExecutor):
@@ -87,64 +74,6 @@ class Executor(submitit.SlurmExecutor):
         return _make_sbatch_string(self._submitit_command_str, self.folder, map_count=count, **self.parameters)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launchers/slurm.py", description=summary_of(__doc__), epilog=EPILOG)
-    add = parser.add_argument
-    add("config", metavar="CONFIG", help="YAML file, see configs/")
-    add("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
-    add("--nodes", type=int, required=True, metavar="N")
-    add("--gpus-per-node", type=int, default=8, metavar="G", help="default 8; 0: train on CPUs")
-    add("--tasks-per-node", type=int, metavar="T", help="ranks on a node; default: one per GPU, or 1 on CPUs")
-    add("--cpus-per-task", type=int, metavar="C", help="default: the cluster's")
-    add("--mem", metavar="SIZE", help="of a node, for example 200G; default: the cluster's")
-    add("--time", metavar="LIMIT", default="60", help="HH:MM:SS, D-HH:MM:SS or minutes, of one start; default 60")
-    for name in ("partition", "account", "qos", "constraint", "reservation", "exclude", "dependency", "comment"):
-        add(f"--{name}", help="as of sbatch")
-    add("--name", help="of the job; default: the run's name")
-    add("--sweep", "--array", action="append", default=[], metavar="KEY=A,B,C",
-        help="a run for each value, as one array of jobs; repeatable: for each combination")  # fmt: skip
-    add("--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable of the job; repeatable")
-    add("--setup", action="append", default=[], metavar="CMD", help="shell command before training; repeatable")
-    add("--container", metavar="IMAGE", help="run in it: a .sif file through apptainer, others through pyxis; "
-        "its python3 needs what setup.cfg names")  # fmt: skip
-    add(
-        "--follow",
-        action="store_true",
-        help="show rank 0's log until the job is over, and end with training's code; Ctrl-C ends only that",
-    )
-    add("--dry-run", action="store_true", help="check everything, print the sbatch script, submit nothing")
-    return parser
-
-
-def ranks_per_node(args: argparse.Namespace) -> int:
-    return args.tasks_per_node or args.gpus_per_node or 1
-
-
-def option_problems(args: argparse.Namespace) -> Iterator[str]:
-    """What is wrong with the command line itself."""
-    for name in ("nodes", "tasks_per_node", "cpus_per_task"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            yield f"--{name.replace('_', '-')}: got {value}; at least 1 is needed"
-    if args.gpus_per_node < 0:
-        yield f"--gpus-per-node: got {args.gpus_per_node}; 0 (CPUs) or more is allowed"
-    if args.gpus_per_node > 0 and args.tasks_per_node not in (None, args.gpus_per_node):
-        yield (
-            f"--tasks-per-node: got {args.tasks_per_node} with {args.gpus_per_node} GPUs on a node; "
-            f"each GPU has one task: leave it out"
-        )
-    if parse_minutes(args.time) is None:
-        yield f"--time: got {args.time!r}; minutes, HH:MM:SS or D-HH:MM:SS are allowed, more than zero"
-    if args.mem and not re.fullmatch(r"\d+[KMGT]?", args.mem):
-        yield f"--mem: got {args.mem!r}; a number with K, M, G or T is allowed, for example 200G; 0: all of a node's"
-    for text in args.sweep:
-        if not re.fullmatch(r"[\w.]+=.+", text):
-            yield f"--sweep: got {text!r}; KEY=A,B,… is expected, for example optim.lr=3e-4,1e-3"
-    for assignment in args.env:
-        if not re.fullmatch(r"[A-Za-z_]\w*=.*", assignment, re.DOTALL):
-            yield f"--env: got {assignment!r}; NAME=VALUE is expected"
-
-
 def lanes_problem(lanes: int, nodes: int, per_node: int) -> str | None:
     """Why the lanes cannot be shared by that many nodes, and how many could share them."""
     if lanes % (nodes * per_node) == 0:
@@ -158,43 +87,19 @@ def lanes_problem(lanes: int, nodes: int, per_node: int) -> str | None:
     return f"data.lanes: {lanes} lanes cannot be shared evenly by {nodes} nodes with {per_node} ranks each; {advice}"
 
 
-def sweep_overrides(args: argparse.Namespace) -> list[tuple[str, ...]]:
-    """The overrides of every run: one, or one for each combination of --sweep, with a name of its own."""
-    axes = []
-    for text in args.sweep:
-        key, is_whole, values = text.partition("=")
-        axes += [[f"{key}={value}" for value in values.split(",")]] if is_whole else []  # option_problems has said it
-    if not axes:
-        return [tuple(args.overrides)]
-    base = load_config(args.config, args.overrides).name
-    of_runs = []
-    for chosen in itertools.product(*axes):
-        pairs = [c.partition("=") for c in chosen]
-        name = "-".join([base, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, _, value in pairs)])
-        of_runs.append((*args.overrides, *chosen, f"name={name}"))
-    return of_runs
-
-
-def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
-    """The config of every run, when nothing is found wrong with them and with the command line; and notes."""
-    problems, configs = list(option_problems(args)), []
+def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[str]) -> list[str]:
+    """Notes on the runs and their job. Raises UserError with `problems`, which are known, and all that are found."""
+    problems = list(problems)
+    is_sound = not any(option_problems(args))
     notes: list[str] = []
     with_slurm = bool(shutil.which("sbatch"))
-    if not args.dry_run and not with_slurm:
-        problems.append(
-            "sbatch: not found; run this on a login node of the cluster, or launchers/local.py to train on this machine"
-        )
-    with collecting(problems):
-        for overrides in sweep_overrides(args):
-            with collecting(problems):
-                configs.append(load_config(args.config, overrides))
     for config in configs:
         ranks = max(1, args.nodes * ranks_per_node(args))
         run = preflight.check_run(config, ranks, on_gpu=bool(args.gpus_per_node))
         problems, notes = problems + run.problems, notes + run.notes
         if with_slurm and not args.dependency:
             problems += [
-                f"run {config.run_dir}: job {job.job} waits or runs already; launchers/slurm.py stop {config.run_dir} "
+                f"run {config.run_dir}: job {job.job} waits or runs already; bfsys slurm stop {config.run_dir} "
                 f"ends it, --dependency singleton queues behind it, name=… makes another run"
                 for job in jobs.active(config.run_dir)
             ]
@@ -209,18 +114,15 @@ def check(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
         if args.nodes > 0 and ranks_per_node(args) > 0:
             problem = lanes_problem(config.data.lanes, args.nodes, ranks_per_node(args))
             problems += [problem] if problem else []
-    if len({config.run_dir for config in configs}) < len(configs):
-        problems.append("--sweep: two of its runs have the same name; a value is given twice, or two keys end alike")
-    if configs:
-        seen = preflight.check_places(seen_by_nodes(configs))
-        problems, notes = problems + seen.problems, notes + seen.notes
-    if configs and with_slurm and not any(option_problems(args)):
+    seen = preflight.check_places(seen_by_nodes(configs))
+    problems, notes = problems + seen.problems, notes + seen.notes
+    if with_slurm and is_sound:
         script = make_executor(args, configs, ROOT).script()
         answer = preflight.check_slurm(script, args.partition, args.nodes, minutes_of(args), args.qos)
         problems, notes = problems + answer.problems, notes + answer.notes
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    return configs, notes
+    return notes
 
 
 def seen_by_nodes(configs: Sequence[Config]) -> dict[str, Path]:
@@ -254,12 +156,6 @@ def snapshot(config: Config) -> Path:
             (part / path).write_bytes(text)
         part.rename(folder)
     return folder / f"{config.name}.yaml"
-
-
-def minutes_of(args: argparse.Namespace) -> int:
-    minutes = parse_minutes(args.time)
-    assert minutes is not None, "option_problems has looked at it"
-    return minutes
 
 
 def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir: Path) -> Executor:
@@ -341,12 +237,9 @@ def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
         raise UserError(f"sbatch's answer is not understood, see squeue for what it did: {error}") from None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in ("status", "logs", "stop"):
-        return jobs.main(arguments)
-    args = make_parser().parse_intermixed_args(arguments)
-    configs, notes = check(args)
+def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: list[str]) -> int:
+    """Check the runs and hand them to SLURM as one job; the exit code. Raises UserError if there are `problems`."""
+    notes = check(args, configs, problems)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if args.dry_run:
@@ -361,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     code_dir = paths[0].parent
     tasks = [TrainJob(config=path, overrides=(), code_dir=code_dir, work_dir=Path.cwd()) for path in paths]
     executor = make_executor(args, configs, code_dir)
-    command, now = shlex.join(["python", "launchers/slurm.py", *arguments]), time.strftime("%F %T")
+    command, now = shlex.join(["bfsys", "slurm", *args.arguments]), time.strftime("%F %T")
     for config in configs:
         requeue.forget(config.run_dir)
     submitted = [
@@ -383,8 +276,8 @@ def tell(args: argparse.Namespace, configs: Sequence[Config], submitted: Sequenc
             f"job {job.job}: {args.nodes} nodes with {ranks_per_node(args)} ranks each, {device}, "
             f"{parse_minutes(args.time)} minutes at a time\n"
             f"log     {job.log}\n"
-            f"status  python launchers/slurm.py status {run}\n"
-            f"follow  python launchers/slurm.py logs --follow {run}\n"
-            f"stop    python launchers/slurm.py stop {run}\n"
+            f"status  bfsys slurm status {run}\n"
+            f"follow  bfsys slurm logs --follow {run}\n"
+            f"stop    bfsys slurm stop {run}\n"
             f"resume  the same command again, after it has ended"
         )

@@ -7,9 +7,10 @@ table, a part of a GPU (MIG, vGPU) and a variant of another speed ("Laptop GPU",
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class Peak(NamedTuple):
@@ -61,11 +62,15 @@ OTHER_WORDS = re.compile(r"NVIDIA|AMD|TESLA|GEFORCE|INSTINCT|SXM\d*|PCIE|HBM\d\w
 
 def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s of a device in bfloat16 or float32; None where the table has none."""
+    import torch
+
     return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
 def peak_of(name: str, dtype: torch.dtype) -> float | None:
     """FLOP/s of the GPU of that name in bfloat16 or float32; None where the table has none."""
+    import torch
+
     words = set(name.upper().replace("-", " ").split())
     for known, peak in PEAKS.items():
         others = words - set(known.split())

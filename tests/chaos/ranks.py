@@ -16,24 +16,25 @@ from tests.forked import start_ranks
 def train_watched(config: str, overrides: Sequence[str], folder: str, poison: dict | None) -> None:
     """bfsys/train.py, with what it draws written down, and with faults."""
     from bfsys import dist, train
-    from bfsys.errors import run_command
+    from bfsys.config import load_config
+    from bfsys.errors import exit_code_of
+    from bfsys.ranks import ranks_from_environment
 
     path = f"{folder}/rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.audit"
     train.training_batches = audited(train.training_batches, path)
     if poison:
         train.loss_and_sums = poisoned(train.loss_and_sums, **poison)
-    try:
-        run_command(lambda: train.main([config, *overrides]))
-    except SystemExit as end:
-        dist.hard_exit(end.code)
+    ranks = ranks_from_environment()
+    dist.hard_exit(exit_code_of(lambda: train.train_rank(load_config(config, overrides), ranks)))
 
 
 def train_several(config: str, runs: Sequence[tuple[Sequence[str], dict]]) -> None:
     """Several runs one after the other, each with (overrides, poison)."""
     from bfsys import dist, train
     from bfsys.config import load_config
+    from bfsys.ranks import ranks_from_environment
 
-    ranks, loss_and_sums = dist.ranks_from_environment(), train.loss_and_sums
+    ranks, loss_and_sums = ranks_from_environment(), train.loss_and_sums
     dist.start(ranks, timeout_s=60)
     for overrides, poison in runs:
         train.loss_and_sums = poisoned(loss_and_sums, **poison)

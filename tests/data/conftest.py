@@ -15,12 +15,12 @@ import psutil
 import pytest
 import yaml
 
+from bfsys.cli import call
 from bfsys.config import Config, load_config
 from bfsys.data.storage.remote import Cache, RemoteFile
 from bfsys.data.streaming.plan import Plan
 from tests.conftest import tiny_config
 from tests.data.http_server import FaultyServer
-from tools import pack
 
 CONTENT = random.Random(0).randbytes(300_000)  # more than a pipe holds
 PR_SET_CHILD_SUBREAPER = 36
@@ -92,7 +92,7 @@ def packed(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("packed")
     for name in ("a", "b"):
         tree = str(datasets / "trees" / name)
-        pack.main([tree, str(root), "--name", name, "--shard-bytes", "20000", "--workers", "1"])
+        call("pack", [tree, str(root), "--name", name, "--shard-bytes", "20000", "--workers", "1"])
     return root
 
 

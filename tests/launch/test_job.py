@@ -17,8 +17,10 @@ from unittest import mock
 
 import pytest
 
+from bfsys.config import Config
 from bfsys.launch import job as job_module
 from bfsys.launch.job import MASTER_PORTS, TrainJob, gloo_interface, slurm_variables
+from bfsys.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = {  # of rank 3 of 4, on the second of two nodes
@@ -38,9 +40,9 @@ def test_command_is_that_of_one_rank(tmp_path):
 def test_a_pickle_is_opened_without_heavy_imports(tmp_path):
     pickled = tmp_path / "job.pkl"
     pickled.write_bytes(pickle.dumps(make_job(tmp_path)))
-    look = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).arguments(), 'torch' in sys.modules)"
+    look = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).overrides, 'torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", look, pickled], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['/runs/a config.yaml', 'train.steps=3', 'name=x'] False"
+    assert run.stdout.strip() == "('train.steps=3', 'name=x') False"
 
 
 def test_slurm_variables():
@@ -88,11 +90,11 @@ def run_task(tmp_path, monkeypatch):
         raise Left(code)
 
     def run(train, **changes: Path) -> int:
-        monkeypatch.setitem(sys.modules, "bfsys.train", types.SimpleNamespace(main=train))
+        monkeypatch.setitem(sys.modules, "bfsys.train", types.SimpleNamespace(train_rank=train))
         monkeypatch.setattr(job_module.os, "_exit", hard_exit)  # it would end the tests
         monkeypatch.setattr(job_module, "_hosts", lambda: ["n1"])
         monkeypatch.chdir(tmp_path)
-        (tmp_path / "a config.yaml").touch()
+        (tmp_path / "a config.yaml").write_text("data: {sources: [{path: shards}]}\noptim: {warmup_steps: 0}\n")
         handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
         environment = {**TASK, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
         try:
@@ -115,8 +117,8 @@ class Left(BaseException):
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75, 130])
 def test_a_task_leaves_with_the_code_of_training(run_task, tmp_path, code):
-    def train(arguments: list[str]) -> int:
-        assert arguments == [str(tmp_path / "a config.yaml"), "train.steps=3", "name=x"]
+    def train(config: Config, ranks: Ranks) -> int:
+        assert (config.name, config.train.steps, ranks) == ("x", 3, Ranks(0, 4, 1, 4))
         assert (os.environ["RANK"], os.environ["WORLD_SIZE"], Path.cwd()) == ("0", "4", tmp_path)
         return code
 
@@ -124,7 +126,7 @@ def test_a_task_leaves_with_the_code_of_training(run_task, tmp_path, code):
 
 
 def test_what_a_node_does_not_see_is_said(run_task, tmp_path, capsys):
-    assert run_task(lambda _: 0, config=tmp_path / "gone.yaml", code_dir=tmp_path) == 2
+    assert run_task(lambda *_: 0, config=tmp_path / "gone.yaml", code_dir=tmp_path) == 2
     errors = capsys.readouterr().err.splitlines()
     assert [error.partition(": does not see ")[2].partition(",")[0] for error in errors] == [
         f"{tmp_path}/gone.yaml",
@@ -136,7 +138,7 @@ def test_what_a_node_does_not_see_is_said(run_task, tmp_path, capsys):
 def test_a_signal_before_training_is_ready_is_kept_for_it(run_task, number):
     received = []
 
-    def train(_: list[str]) -> int:
+    def train(config: Config, ranks: Ranks) -> int:
         os.kill(os.getpid(), number)
         time.sleep(0.2)  # imports, reading of data, …
         previous = signal.signal(number, lambda *_: received.append(number))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bfsys.cli import call
 from bfsys.errors import UserError
 from bfsys.launch import jobs
 from bfsys.supervision.run_end import note_end
@@ -51,7 +52,7 @@ def test_a_running_job(run: Path, slurm_says, capsys) -> None:
     slurm_says(RUNNING)
     lines = [{"kind": "train", "step": 1200}, {"kind": "eval", "step": 1200}]
     (run / "metrics.jsonl").write_text("{}\n" + "".join(json.dumps(line) + "\n" for line in lines))
-    assert jobs.main(["status", str(run)]) == 0
+    assert call("slurm", ["status", str(run)]) == 0
     out = capsys.readouterr().out
     assert "job      42: RUNNING for 00:12:00 of 01:00:00 on n[1-2], started again 2 times, submitted 2026" in out
     assert "step     1,200 of ?, 0 s ago; newest checkpoint 0" in out
@@ -59,7 +60,7 @@ def test_a_running_job(run: Path, slurm_says, capsys) -> None:
 
 def test_a_waiting_job(run: Path, slurm_says, capsys) -> None:
     slurm_says(PENDING)
-    assert jobs.main(["status", str(run)]) == 0
+    assert call("slurm", ["status", str(run)]) == 0
     out = capsys.readouterr().out
     assert "42: PENDING waits (Resources), expected to start 2026-11-21 19:00:00" in out
     assert "training has not begun" in out
@@ -75,26 +76,26 @@ def test_a_waiting_job(run: Path, slurm_says, capsys) -> None:
 )
 def test_a_job_that_is_over(run: Path, slurm_says, capsys, scontrol: str, sacct: str, shown: str) -> None:
     slurm_says(scontrol, sacct)
-    assert jobs.main(["status", str(run)]) == 1
+    assert call("slurm", ["status", str(run)]) == 1
     out = capsys.readouterr().out
     assert f"42: {shown}" in out
     assert "training left no word of its end; its log says why" in out
     (run / "slurm" / "42_0_log.out").unlink()
     note_end(run, 65, "diverged at step 7")
-    assert jobs.main(["status", str(run)]) == 1
+    assert call("slurm", ["status", str(run)]) == 1
     out = capsys.readouterr().out
     assert "ended    diverged at step 7 (code 65)" in out
     assert out.endswith("         again\n")
     note_end(run, 0, "finished")
-    assert jobs.main(["status", str(run)]) == 0
+    assert call("slurm", ["status", str(run)]) == 0
 
 
 def test_a_controller_that_is_away_is_no_end(run: Path, slurm_says, capsys) -> None:
     slurm_says("", complaint="slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
-    assert jobs.main(["status", str(run)]) == 0
+    assert call("slurm", ["status", str(run)]) == 0
     assert "42: SLURM does not answer" in capsys.readouterr().out
     slurm_says("", complaint="slurm_load_jobs error: Invalid job id specified")
-    assert jobs.main(["status", str(run)]) == 1
+    assert call("slurm", ["status", str(run)]) == 1
     assert "42: unknown to SLURM" in capsys.readouterr().out
 
 
@@ -122,31 +123,31 @@ def test_what_is_followed_is_whole(run: Path, slurm_says, capsys, monkeypatch: p
 
 def test_logs(run: Path, slurm_says, capsys) -> None:
     slurm_says("JobState=COMPLETED Restarts=0")
-    assert jobs.main(["logs", "--rank", "1", str(run)]) == 0
+    assert call("slurm", ["logs", "--rank", "1", str(run)]) == 0
     assert capsys.readouterr().out.splitlines() == [f"rank 1 line {i}" for i in range(10, 30)]
-    assert jobs.main(["logs", "--follow", str(run)]) == 0  # it is over already
+    assert call("slurm", ["logs", "--follow", str(run)]) == 0  # it is over already
     assert capsys.readouterr().out.splitlines()[-1] == "rank 0 line 29"
     with pytest.raises(UserError, match=r"42_7_log.out: not there \(yet\); the job: COMPLETED"):
-        jobs.main(["logs", "--rank", "7", str(run)])
+        call("slurm", ["logs", "--rank", "7", str(run)])
 
 
 def test_stop(run: Path, slurm_says, tmp_path: Path, capsys) -> None:
     slurm_says(RUNNING)
-    assert jobs.main(["stop", str(run)]) == 0
+    assert call("slurm", ["stop", str(run)]) == 0
     assert (tmp_path / "cancelled").read_text() == "42\n"
     slurm_says("JobState=COMPLETED Restarts=0")
     with pytest.raises(UserError, match="no job of this run waits or runs"):
-        jobs.main(["stop", str(run)])
+        call("slurm", ["stop", str(run)])
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, slurm_says, capsys) -> None:
     slurm_says("")
     with pytest.raises(UserError, match="no such run directory"):
-        jobs.main(["status", str(tmp_path / "nowhere")])
+        call("slurm", ["status", str(tmp_path / "nowhere")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no job was submitted for this run"):
-        jobs.main(["logs", str(tmp_path / "empty")])
-    assert jobs.main(["status", str(tmp_path / "empty")]) == 0
+        call("slurm", ["logs", str(tmp_path / "empty")])
+    assert call("slurm", ["status", str(tmp_path / "empty")]) == 0
     assert "none was submitted from here" in capsys.readouterr().out
 
 

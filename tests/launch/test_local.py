@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from bfsys.cli import call
 from bfsys.errors import EXIT_NO_PROGRESS, UserError
 from bfsys.launch import local
 from bfsys.launch.job import TrainJob
@@ -186,7 +187,7 @@ def test_choice_of_ranks(monkeypatch):
 
 
 def test_dry_run_starts_nothing(config_file, tmp_path, capsys):
-    assert local.main(["--ranks", "2", str(config_file), "train.steps=5", "--dry-run"]) == 0
+    assert call("launch", ["--ranks", "2", str(config_file), "train.steps=5", "--dry-run"]) == 0
     assert f"{LAUNCHER.parents[1]}/bfsys/train.py {config_file} train.steps=5, 2 times" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bfsys.cli import call
 from bfsys.config import load_config
 from bfsys.errors import UserError
 from bfsys.launch import jobs, slurm
@@ -26,7 +27,7 @@ ACCEPTING = "#!/bin/sh\necho Submitted batch job 42\n"
 
 def problems_of(*arguments: object) -> list[str]:
     with pytest.raises(UserError) as error:
-        slurm.main([str(a) for a in arguments])
+        call("slurm", [str(a) for a in arguments])
     return list(error.value.problems)
 
 
@@ -53,7 +54,7 @@ def sbatch(tmp_path, monkeypatch) -> Callable[[str], None]:
 
 
 def script_of(config_file: Path, capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    assert slurm.main([*arguments, "--dry-run", str(config_file)]) == 0
+    assert call("slurm", [*arguments, "--dry-run", str(config_file)]) == 0
     script = capsys.readouterr().out
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     return script
@@ -146,12 +147,12 @@ def test_a_job_that_is_refused_after_all_leaves_nothing_of_it(config_file, tmp_p
 def test_submission_tells_what_to_do_next_and_carries_the_job(config_file, tmp_path, sbatch, capsys, monkeypatch):
     sbatch(ACCEPTING)
     monkeypatch.chdir(tmp_path)
-    assert slurm.main(["--nodes", "2", ON_CPUS, "tiny.yaml", "train.steps=12"]) == 0
+    assert call("slurm", ["--nodes", "2", ON_CPUS, "tiny.yaml", "train.steps=12"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     folder = tmp_path / "runs" / "tiny" / "slurm"
     assert lines["log"] == f"{folder}/42_0_log.out"
     for name, command in (("follow", "logs --follow"), ("status", "status"), ("stop", "stop")):
-        assert lines[name] == f"python launchers/slurm.py {command} {tmp_path}/runs/tiny"
+        assert lines[name] == f"bfsys slurm {command} {tmp_path}/runs/tiny"
     (code,) = folder.glob("code-*")
     job = pickle.loads((folder / "42_submitted.pkl").read_bytes()).function
     assert job == slurm.TrainJob(code / "tiny.yaml", (), code, tmp_path)
@@ -159,7 +160,7 @@ def test_submission_tells_what_to_do_next_and_carries_the_job(config_file, tmp_p
     assert (code / "bfsys" / "train.py").read_bytes() == (ROOT / "bfsys" / "train.py").read_bytes()
     (submitted,) = jobs.submissions(tmp_path / "runs" / "tiny")
     assert (submitted.job, submitted.log) == ("42", lines["log"])
-    assert submitted.command == f"python launchers/slurm.py --nodes 2 {ON_CPUS} tiny.yaml train.steps=12"
+    assert submitted.command == f"bfsys slurm --nodes 2 {ON_CPUS} tiny.yaml train.steps=12"
 
 
 def test_equal_code_is_copied_once(config_file, tmp_path):
@@ -174,7 +175,7 @@ def test_equal_code_is_copied_once(config_file, tmp_path):
 def test_a_sweep_has_a_run_for_each_combination(config_file, tmp_path, sbatch, capsys):
     sbatch(ACCEPTING)
     sweep = ["--sweep", "optim.lr=1e-3,2e-3", "--sweep", "train.seed=0,1"]
-    assert slurm.main(["--nodes", "2", ON_CPUS, *sweep, str(config_file)]) == 0
+    assert call("slurm", ["--nodes", "2", ON_CPUS, *sweep, str(config_file)]) == 0
     names = [f"tiny-lr={rate}-seed={seed}" for rate in ("1e-3", "2e-3") for seed in (0, 1)]
     for number, name in enumerate(names):
         run = tmp_path / "runs" / name
@@ -208,7 +209,7 @@ def test_a_submission_from_within_a_job_is_not_bound_by_it(config_file, tmp_path
     sbatch(f"#!/bin/sh\nenv > {tmp_path}/environment\n" + ACCEPTING)
     for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "1"), ("SLURM_CONF", "/etc/slurm.conf")):
         monkeypatch.setenv(name, value)
-    slurm.main(["--nodes", "2", ON_CPUS, str(config_file)])
+    call("slurm", ["--nodes", "2", ON_CPUS, str(config_file)])
     seen = (tmp_path / "environment").read_text().splitlines()
     assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
 
@@ -216,7 +217,8 @@ def test_a_submission_from_within_a_job_is_not_bound_by_it(config_file, tmp_path
 def test_too_few_cores_for_loader_processes_are_a_note(config_file, capsys):
     for cores, said in (([], "not given"), (["--cpus-per-task=2"], "got 2"), (["--cpus-per-task=3"], "")):
         assert (
-            slurm.main(["--nodes=1", "--gpus-per-node=1", *cores, "--dry-run", str(config_file), "data.workers=2"]) == 0
+            call("slurm", ["--nodes=1", "--gpus-per-node=1", *cores, "--dry-run", str(config_file), "data.workers=2"])
+            == 0
         )
         notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: --cpus-per-task")]
         assert len(notes) == bool(said)

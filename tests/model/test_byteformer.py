@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.errors import UserError
+from bfsys.import_corenet import to_bfsys
 from bfsys.model import byteformer
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import Architecture, architecture
 from tests.model import vectors
 from tests.model.reference import PAD, PAD_ROW, ReferenceConfig, pad, random_weights, reference_logits
 from tests.model.vectors import CASES, FILES, load_corenet, needs_vectors
-from tools.import_corenet import to_bfsys
 
 # What the two modes are called here and in the published numbers.
 PUBLISHED_MODE = {"masked": "intended", "as_released": "released"}

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bfsys.import_corenet import to_bfsys
 from tests.model.reference import PAD, ReferenceConfig
-from tools.import_corenet import to_bfsys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("BFSYS_CORENET_VECTORS") or REPOSITORY.parent / "shared" / "corenet_vectors")

@@ -165,7 +165,7 @@ def bench_saving(args: argparse.Namespace) -> dict:
 
 def make_run(folder: Path) -> Path:
     """A config of an endless run on random bytes."""
-    from tools import pack
+    from bfsys.cli import call
 
     rng = np.random.default_rng(0)
     for split, files in (("train", 400), ("val", 20)):
@@ -174,7 +174,7 @@ def make_run(folder: Path) -> Path:
             place.mkdir(parents=True)
             for i in range(files):
                 (place / f"{i}.bin").write_bytes(rng.integers(0, 256, 3000, dtype=np.uint8).tobytes())
-    pack.main([str(folder / "tree"), str(folder / "shards"), "--name", "random"])
+    call("pack", [str(folder / "tree"), str(folder / "shards"), "--name", "random"])
     config = {
         "data": {"sources": [{"path": str(folder / "shards" / "random")}], "batch_samples": 32, "lanes": 4},
         "model": {"size": "custom", "dim": 64, "layers": 4, "heads": 2, "kernel": 8, "window": 32, "shift": 16,

@@ -155,7 +155,7 @@ def _check_last_sample(file) -> None:
 
 def _too_long(samples: str) -> ValueError:
     return ValueError(
-        f"has {samples} samples; allowed are {MOST_SAMPLES:,}, or a part of them (--seconds of tools/pack.py)"
+        f"has {samples} samples; allowed are {MOST_SAMPLES:,}, or a part of them (--seconds of bfsys pack)"
     )
 
 

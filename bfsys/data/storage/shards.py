@@ -119,7 +119,7 @@ class Split:
         return [
             f"{self.dataset.location}: the index of {self.split!r} is damaged, or of other shards: its rows are not "
             f"as {DESCRIPTION} says for {len(bad):,} of {len(self.shards):,} shards, the first is {bad[0]}; copy or "
-            f"pack the dataset again, or delete {DESCRIPTION} and run tools/inspect_shards.py --rebuild"
+            f"pack the dataset again, or delete {DESCRIPTION} and run bfsys inspect --rebuild"
         ]
 
 
@@ -250,12 +250,12 @@ def split_names(path: str | Path) -> list[str]:
 def read_description(path: Path) -> dict:
     """dataset.json of the folder at `path`."""
     if not os.path.isdir(path):
-        raise UserError(f"{path}: there is no such folder{seen_from(path)}; a packed dataset is made by tools/pack.py")
+        raise UserError(f"{path}: there is no such folder{seen_from(path)}; a packed dataset is made by bfsys pack")
     file = path / DESCRIPTION
     if not file.exists():
         raise UserError(
             f"{path}: holds no {DESCRIPTION}. If packing was not finished, run the same command "
-            f"again; for tars made elsewhere, run: python tools/inspect_shards.py {path} --rebuild"
+            f"again; for tars made elsewhere, run: bfsys inspect {path} --rebuild"
         )
     try:
         content = file.read_bytes()
@@ -289,13 +289,13 @@ def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
     except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # of a damaged header
         raise UserError(
             f"{file}: the index cannot be read ({error}); pack the dataset again, "
-            f"or delete {DESCRIPTION} and run tools/inspect_shards.py --rebuild"
+            f"or delete {DESCRIPTION} and run bfsys inspect --rebuild"
         ) from error
     if array.dtype != dtype or array.shape != (length,):
         raise UserError(
             f"{file}: the index holds {array.shape} of {array.dtype}, {DESCRIPTION} speaks of ({length},) of "
             f"{dtype}: they are not of one dataset; pack it again, "
-            f"or delete {DESCRIPTION} and run tools/inspect_shards.py --rebuild"
+            f"or delete {DESCRIPTION} and run bfsys inspect --rebuild"
         )
     return array
 

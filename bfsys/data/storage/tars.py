@@ -161,7 +161,7 @@ def how_to_decompress(path: Path) -> str:
             if not path.name.lower().endswith(suffixes):
                 name = f"{path}{suffixes[0]}"
                 rename = f"mv {shlex.quote(str(path))} {shlex.quote(name)} && "
-            then = " and pack the files with tools/pack.py" if kind == "zip" else ""
+            then = " and pack the files with bfsys pack" if kind == "zip" else ""
             return f"is compressed ({kind}), shards must not be: {rename}{command} {shlex.quote(name)}{then}"
     return ""
 

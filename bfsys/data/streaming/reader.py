@@ -200,7 +200,7 @@ class ShardReader:
                     where = self.splits[source].dataset.location
                     raise UserError(
                         f"{where}: neither sample {sample} nor any of {STAND_INS} others that could stand in for it "
-                        "can be read; tools/inspect_shards.py --verify shows all damage"
+                        "can be read; `bfsys inspect --verify` shows all damage"
                     )
         offsets = np.zeros(len(parts) + 1, np.int64)
         np.cumsum([len(part) for part in parts], out=offsets[1:])

@@ -9,7 +9,7 @@ import pytest
 
 from bfsys.data.packing import shard_jobs, staging
 from bfsys.errors import UserError
-from tests.tools.packing_helpers import all_bytes, contents, make_tree, pack, problems_of
+from tests.commands.packing_helpers import all_bytes, contents, make_tree, pack, problems_of
 
 SMALL = ("--shard-bytes", "9K")
 

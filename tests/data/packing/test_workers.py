@@ -10,7 +10,7 @@ import pytest
 from bfsys.data.media.encodings import reencode
 from bfsys.data.packing import shard_jobs, workers
 from bfsys.errors import UserError
-from tests.tools.packing_helpers import contents, make_files, pack, png_bytes, problems_of
+from tests.commands.packing_helpers import contents, make_files, pack, png_bytes, problems_of
 
 PNG = ("--split", "train", "--encoding", "png", "--shard-bytes", "1K")
 

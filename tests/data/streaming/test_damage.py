@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from bfsys.checkpoint.files import read_manifest
+from bfsys.cli import call
 from bfsys.config import Config, load_config
 from bfsys.data.packing.verify import verify_split
 from bfsys.data.storage.shards import DESCRIPTION, Split, open_split
@@ -29,7 +30,6 @@ from bfsys.errors import UserError
 from bfsys.evaluate import evaluate
 from tests.conftest import _run_ranks, tiny_config
 from tests.test_train import assert_success, cut_short, lines, newest, tensors
-from tools import inspect_shards
 
 DAMAGED = 5  # the sample that is hit
 ALONE = Ranks()
@@ -216,7 +216,7 @@ def test_what_training_does_not_read_does_not_harm_it_and_is_named_by_verify(
     whole, _ = drawn(config)
     damage(dataset)
     assert drawn(config) == (whole, [])
-    assert inspect_shards.main([str(dataset), "--verify"]) == 1
+    assert call("inspect", [str(dataset), "--verify"]) == 1
     assert verified in capsys.readouterr().err
 
 
@@ -253,7 +253,7 @@ def test_an_empty_file_of_foreign_tars_is_left_out(tmp_path: Path, datasets: Pat
     content = [b"" if i == DAMAGED else bytes([i]) * 9 for i in range(40)]
     members = [part for i, c in enumerate(content) for part in ((f"{i:03}.bin", c), (f"{i:03}.cls", b"%d" % (i % 2)))]
     foreign_tar(folder / "theirs-train-000000.tar", members)
-    inspect_shards.main([str(folder), "--rebuild"])
+    call("inspect", [str(folder), "--rebuild"])
     config = load_config(write_config(tmp_path, datasets, folder), ["train.steps=30"])
     got, bad = drawn(config)
     assert [(row.source, row.sample, row.reason) for row in bad] == [("theirs", DAMAGED, "is empty")]
@@ -266,7 +266,7 @@ def test_a_key_that_comes_twice_is_refused(tmp_path: Path, shards: int) -> None:
         members = [("x.bin", b"1"), ("x.cls", b"0")] * (3 - shards)
         foreign_tar(tmp_path / f"t-train-{number:06}.tar", members)
     with pytest.raises(UserError, match="'x'"):
-        inspect_shards.main([str(tmp_path), "--rebuild"])
+        call("inspect", [str(tmp_path), "--rebuild"])
     assert not (tmp_path / DESCRIPTION).exists()
 
 
@@ -410,7 +410,7 @@ def test_the_culprit_of_a_mixture_is_found(tmp_path: Path, datasets: Path) -> No
         soundfile.write(content, wave, 8000, format="WAV", subtype="PCM_16")
         members += [(f"{i:03}.wav", content.getvalue()), (f"{i:03}.cls", b"%d" % (i % 2))]
     foreign_tar(folder / "sounds-train-000000.tar", members)
-    inspect_shards.main([str(folder), "--rebuild"])
+    call("inspect", [str(folder), "--rebuild"])
     augment = "data.sources.0.augment={encoding: 'wav:uint8', sample_rate_hz: 1000, seconds: 0.01}"
     config = load_config(write_config(tmp_path, datasets, folder), ["train.steps=30", augment])
     got, bad = drawn(config)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import yaml
 
+from bfsys.cli import call
 from bfsys.errors import UserError
-from tests.tools.packing_helpers import make_files, png_bytes
-from tools import pack
+from tests.commands.packing_helpers import make_files, png_bytes
 from tools.bench import baselines
 from tools.bench.baselines import Table
 
@@ -51,7 +51,7 @@ def colours(tmp_path: Path) -> Path:
         for i in range(count)
     }
     src = make_files(tmp_path / "colours", names)
-    pack.main([str(src), str(tmp_path / "packed"), "--name", "colours", "--workers", "1"])
+    call("pack", [str(src), str(tmp_path / "packed"), "--name", "colours", "--workers", "1"])
     config = {
         "data": {"sources": [{"path": str(tmp_path / "packed" / "colours")}], "batch_samples": 8, "lanes": 2},
         "model": {"size": "custom", "dim": 16, "layers": 1, "heads": 2, "merge_after": [], "max_tokens": 64},

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from bfsys.checkpoint import files, loading
+from bfsys.cli import call
 from bfsys.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.model import vectors
 from tests.model.reference import ReferenceConfig, pad, random_weights, reference_logits
 from tests.model.test_byteformer import batch_of, random_files
 from tests.model.vectors import CASES, FILES, needs_vectors
-from tools.import_corenet import main
 
 PUBLISHED_MERGES = (True, True, False, True, False, True, False, True, False, True, False, False)
 SMALL = ReferenceConfig(
@@ -35,7 +35,7 @@ def _weights() -> dict[str, Tensor]:
 def imported(folder: Path, weights: object, *arguments: str) -> Path:
     """The directory made of weights that torch.save writes."""
     torch.save(weights, folder / "weights.pt")
-    main([str(folder / "weights.pt"), str(folder / "imported"), *arguments])
+    call("import-corenet", [str(folder / "weights.pt"), str(folder / "imported"), *arguments])
     return folder / "imported"
 
 
@@ -102,7 +102,7 @@ def test_it_is_taken_like_a_run(tmp_path: Path, weights, predict_files, evaluate
     manifest = files.read_manifest(run / "checkpoints" / "step_00000000")
     assert manifest["classes"] == ["b0", "b1", "b2"]
     assert manifest["imported"]["file"] == "weights.pt"
-    assert f"bfsys.predict {run} FILE" in capsys.readouterr().out
+    assert f"bfsys predict {run} FILE" in capsys.readouterr().out
     (tmp_path / "file").write_bytes(b"seven b")
     (answer,) = json.loads(predict_files(run, tmp_path / "file", "--json"))
     want = logits(run, [b"seven b"])[0].softmax(0)
@@ -226,7 +226,7 @@ def test_what_torch_did_not_write_is_said(damage: str, tmp_path: Path, weights) 
             {"text": b"no weights\n", "empty": b"", "cut": whole[:1000], "zip": b"PK\3\4" + bytes(99)}[damage]
         )
     with pytest.raises(UserError, match=r"weights\.pt: (not a file that torch\.save wrote, or damaged|cannot be read)"):
-        main([str(path), str(tmp_path / "imported")])
+        call("import-corenet", [str(path), str(tmp_path / "imported")])
 
 
 def test_other_objects_are_refused_and_nothing_is_run(tmp_path: Path) -> None:
@@ -254,4 +254,4 @@ def test_a_folder_in_use_is_left_alone_and_the_command_ends_with_code_2(tmp_path
     assert result.stderr == f"error: {tmp_path / 'out'}: not empty; give a folder that is empty or does not exist\n"
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
     with pytest.raises(UserError, match=r"weights\.pt/x: cannot be made: Not a directory"):
-        main([str(tmp_path / "weights.pt"), str(tmp_path / "weights.pt" / "x"), *SMALL_WINDOWS])
+        call("import-corenet", [str(tmp_path / "weights.pt"), str(tmp_path / "weights.pt" / "x"), *SMALL_WINDOWS])

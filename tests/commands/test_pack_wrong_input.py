@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bfsys.data.packing import shard_jobs
-from tests.tools.packing_helpers import contents, make_files, make_tree, pack, problems_of, run_pack
+from tests.commands.packing_helpers import contents, make_files, make_tree, pack, problems_of, run_pack
 
 
 def test_all_bad_files_at_once(tmp_path):

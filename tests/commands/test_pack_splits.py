@@ -5,7 +5,7 @@ import os
 import pytest
 
 from bfsys.data.storage.shards import open_split, split_names
-from tests.tools.packing_helpers import contents, make_files, make_tree, pack
+from tests.commands.packing_helpers import contents, make_files, make_tree, pack
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import pytest
 import soundfile
 from PIL import Image
 
+from bfsys.cli import call
 from bfsys.data.packing.verify import verify_split
 from bfsys.data.storage.shards import open_split, split_names
 from bfsys.errors import UserError
-from tools.pack import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,7 @@ def make_tree(folder: Path, count: int = 30, size_bytes: int = 300) -> Path:
 
 
 def pack(src: Path, out: Path, *options: str, name: str = "pets") -> Path:
-    main([str(src), str(out), "--name", name, "--workers", "1", *options])
+    call("pack", [str(src), str(out), "--name", name, "--workers", "1", *options])
     for split in split_names(out / name):
         assert verify_split(open_split(out / name, split)) == []
     return out / name
@@ -41,7 +41,7 @@ def pack(src: Path, out: Path, *options: str, name: str = "pets") -> Path:
 def problems_of(src: Path, out: Path, *options: str, name: str = "pets") -> str:
     """The message of a command that must fail."""
     with pytest.raises(UserError) as error:
-        main([str(src), str(out), "--name", name, "--workers", "1", *options])
+        call("pack", [str(src), str(out), "--name", name, "--workers", "1", *options])
     return str(error.value)
 
 

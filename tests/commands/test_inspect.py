@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import webdataset
 
+from bfsys.cli import call
 from bfsys.data.packing.verify import verify_split
 from bfsys.data.storage.shards import open_split, read_description, split_names
 from bfsys.errors import UserError
-from tools.inspect_shards import main
-from tools.pack import main as pack
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +24,7 @@ def _dataset(tmp_path) -> Path:
         path = tmp_path / "src" / ("cat" if i % 2 else "dog") / f"{i:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes([i]) * (100 + i))
-    pack([str(tmp_path / "src"), str(tmp_path), "--name", "pets", "--workers", "1", "--shard-bytes", "20K"])
+    call("pack", [str(tmp_path / "src"), str(tmp_path), "--name", "pets", "--workers", "1", "--shard-bytes", "20K"])
     return tmp_path / "pets"
 
 
@@ -37,7 +36,7 @@ def make_tar(path: Path, labels: dict[str, int]) -> None:
 
 def test_it_shows_what_there_is(dataset, capsys):
     capsys.readouterr()
-    assert main([str(dataset)]) == 0
+    assert call("inspect", [str(dataset)]) == 0
     printed = capsys.readouterr().out
     assert "pets: 2 classes (cat, dog), encoding as_stored" in printed
     assert "  val: " in printed
@@ -46,7 +45,7 @@ def test_it_shows_what_there_is(dataset, capsys):
 
 def test_it_lists_samples_of_one_split(dataset, capsys):
     capsys.readouterr()
-    assert main([str(dataset), "--split", "train", "--list", "3"]) == 0
+    assert call("inspect", [str(dataset), "--split", "train", "--list", "3"]) == 0
     printed = capsys.readouterr().out
     assert "val" not in printed
     listed = [line.split("\t") for line in printed.splitlines() if "\t" in line]
@@ -54,11 +53,11 @@ def test_it_lists_samples_of_one_split(dataset, capsys):
     assert [line[0] for line in listed] == [split.key(i) for i in range(3)]
     row = split.samples[0]
     assert listed[0][2:] == [str(row["length"]), "pets-train-000000.tar", str(row["offset"])]
-    main([str(dataset), "--list", "999"])
+    call("inspect", [str(dataset), "--list", "999"])
 
 
 def test_verify_exits_0_if_whole_and_1_if_damaged(dataset, capsys):
-    assert main([str(dataset), "--verify"]) == 0
+    assert call("inspect", [str(dataset), "--verify"]) == 0
     assert "whole: all 40 samples are as they were packed" in capsys.readouterr().out
     split = open_split(dataset, "train")
     for number in (0, 1):
@@ -66,12 +65,12 @@ def test_verify_exits_0_if_whole_and_1_if_damaged(dataset, capsys):
         data = bytearray(tar.read_bytes())
         data[split.samples["offset"][split.shard_starts[number]]] ^= 1
         tar.write_bytes(data)
-    assert main([str(dataset), "--verify"]) == 1
+    assert call("inspect", [str(dataset), "--verify"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 * 2  # of each shard: its hash, and the sample's bytes
     assert all(line.startswith("damage: ") for line in errors)
     assert sum(repr(split.key(0)) in line for line in errors) >= 1
-    assert main([str(dataset), "--verify", "--split", "val"]) == 0
+    assert call("inspect", [str(dataset), "--verify", "--split", "val"]) == 0
 
 
 @pytest.mark.parametrize("classes", [["dog", "cat"], ["cow", "dog"]])
@@ -81,7 +80,7 @@ def test_verify_finds_classes_that_were_renamed(dataset, classes, capsys):
     for part in description["splits"].values():
         part["class_counts"] = dict(zip(classes, part["class_counts"].values(), strict=True))
     file.write_text(json.dumps({**description, "classes": classes}))
-    assert main([str(dataset), "--verify"]) == 1
+    assert call("inspect", [str(dataset), "--verify"]) == 1
     assert f"class {classes[0]!r}: its samples are called otherwise, such as 'cat/" in capsys.readouterr().err
 
 
@@ -90,7 +89,7 @@ def test_verify_counts_the_samples_of_each_class(dataset, capsys):
     description = json.loads(file.read_text())
     description["splits"]["train"]["class_counts"]["cat"] += 1
     file.write_text(json.dumps(description))
-    assert main([str(dataset), "--verify"]) == 1
+    assert call("inspect", [str(dataset), "--verify"]) == 1
     assert "class 'cat': 19 samples of train are stated, and 18 are there" in capsys.readouterr().err
 
 
@@ -98,7 +97,7 @@ def test_verify_counts_the_samples_of_each_class(dataset, capsys):
 def test_rebuild_refuses_classes_that_are_alike(tmp_path, names):
     make_tar(tmp_path / "x-train-000000.tar", {f"{name}/{label}": label for label, name in enumerate(names)})
     with pytest.raises(UserError, match="two classes differ only in"):
-        main([str(tmp_path), "--rebuild"])
+        call("inspect", [str(tmp_path), "--rebuild"])
 
 
 def test_exit_code_2_without_a_dataset(tmp_path):
@@ -113,7 +112,7 @@ def test_rebuild_makes_the_same_index(dataset):
     before = {split: open_split(dataset, split) for split in split_names(dataset)}
     for path in [*dataset.glob("*.npy"), dataset / "dataset.json"]:
         path.unlink()
-    assert main([str(dataset), "--rebuild", "--verify"]) == 0
+    assert call("inspect", [str(dataset), "--rebuild", "--verify"]) == 0
     for name, old in before.items():
         new = open_split(dataset, name)
         assert np.array_equal(new.samples, old.samples)
@@ -125,7 +124,7 @@ def test_rebuild_of_tars_made_elsewhere(tmp_path):
     make_tar(tmp_path / "imagenet-train-000000.tar", {"00": 0, "01": 11})
     make_tar(tmp_path / "imagenet-train-000001.tar", {"02": 3})
     make_tar(tmp_path / "validation-0.tar", {"00": 2})
-    assert main([str(tmp_path), "--rebuild"]) == 0
+    assert call("inspect", [str(tmp_path), "--rebuild"]) == 0
     assert split_names(tmp_path) == ["train", "val"]
     train = open_split(tmp_path, "train")
     assert train.samples["label"].tolist() == [0, 11, 3]
@@ -137,14 +136,14 @@ def test_rebuild_of_tars_made_elsewhere(tmp_path):
 def test_rebuild_with_the_split_given(tmp_path):
     make_tar(tmp_path / "shard-0.tar", {"a/1": 1, "b/1": 0})
     with pytest.raises(UserError, match=r"no split in the name of shard-0\.tar; .* or say --split"):
-        main([str(tmp_path), "--rebuild"])
-    assert main([str(tmp_path), "--rebuild", "--split", "test"]) == 0
+        call("inspect", [str(tmp_path), "--rebuild"])
+    assert call("inspect", [str(tmp_path), "--rebuild", "--split", "test"]) == 0
     assert open_split(tmp_path, "test").classes == ("b", "a")
 
 
 def test_class_names_that_do_not_match_the_numbers_are_not_used(tmp_path):
     make_tar(tmp_path / "x-train-0.tar", {"a/1": 1, "a/2": 0})
-    main([str(tmp_path), "--rebuild"])
+    call("inspect", [str(tmp_path), "--rebuild"])
     assert open_split(tmp_path, "train").classes == ("0", "1")
 
 
@@ -153,14 +152,14 @@ def test_rebuild_finds_splits_in_any_capitals_and_by_synonyms(tmp_path):
     for number, name in enumerate(names):
         make_tar(tmp_path / name, {f"{number}": 0})
     make_tar(tmp_path / "._x-train-0.tar", {"left by an operating system": 0})
-    assert main([str(tmp_path), "--rebuild"]) == 0
+    assert call("inspect", [str(tmp_path), "--rebuild"]) == 0
     shards = {split: [shard.file for shard in open_split(tmp_path, split).shards] for split in split_names(tmp_path)}
     assert shards == {"train": sorted(names[:2]), "val": [names[2]], "test": [names[3]]}
 
 
 def test_names_that_begin_with_a_dot_and_a_slash_give_class_names(tmp_path):
     make_tar(tmp_path / "x-train-0.tar", {"./cat/1": 1, "./dog/1": 0})
-    assert main([str(tmp_path), "--rebuild", "--verify"]) == 0
+    assert call("inspect", [str(tmp_path), "--rebuild", "--verify"]) == 0
     assert open_split(tmp_path, "train").classes == ("dog", "cat")
 
 
@@ -168,20 +167,20 @@ def test_one_sample_under_two_spellings_in_two_shards(tmp_path):
     make_tar(tmp_path / "x-train-0.tar", {"./cat/1": 0})
     make_tar(tmp_path / "x-train-1.tar", {"cat/1": 0})
     with pytest.raises(UserError, match=r"sample 'cat/1' is in x-train-0\.tar and in x-train-1\.tar"):
-        main([str(tmp_path), "--rebuild"])
+        call("inspect", [str(tmp_path), "--rebuild"])
 
 
 def test_class_numbers_that_are_absurd_are_refused_by_name(tmp_path):
     make_tar(tmp_path / "x-train-0.tar", {"0": 9_999, "1": 123_456_789, "2": 50_000})
     make_tar(tmp_path / "x-train-1.tar", {"3": 10_000})
     with pytest.raises(UserError) as error:
-        main([str(tmp_path), "--rebuild"])
+        call("inspect", [str(tmp_path), "--rebuild"])
     first, second = error.value.problems
     assert f"{tmp_path / 'x-train-0.tar'}: member 1.cls holds 123456789, the largest of 2 class numbers" in first
     assert "member 3.cls holds 10000, the largest of 1 class numbers of 10,000 and more" in second
     make_tar(tmp_path / "x-train-0.tar", {"0": 9_999})
     make_tar(tmp_path / "x-train-1.tar", {"3": 9_998})
-    assert main([str(tmp_path), "--rebuild"]) == 0
+    assert call("inspect", [str(tmp_path), "--rebuild"]) == 0
 
 
 def test_tars_that_are_compressed_are_not_passed_over(tmp_path):
@@ -189,7 +188,7 @@ def test_tars_that_are_compressed_are_not_passed_over(tmp_path):
     for name in ("x-train-0.tar.gz", "x-train-1.tar.gz", "x-train-2.tgz"):
         (tmp_path / name).write_bytes(gzip.compress((tmp_path / "x-train-0.tar").read_bytes()))
     with pytest.raises(UserError) as error:  # the first one has its decompressed copy beside it
-        main([str(tmp_path), "--rebuild"])
+        call("inspect", [str(tmp_path), "--rebuild"])
     assert [problem.rpartition(": ")[2] for problem in error.value.problems] == [
         f"gunzip {tmp_path / name}" for name in ("x-train-1.tar.gz", "x-train-2.tgz")
     ]
@@ -198,7 +197,7 @@ def test_tars_that_are_compressed_are_not_passed_over(tmp_path):
 def test_an_archive_of_another_name_beside_no_tar_is_named(tmp_path):
     (tmp_path / "photos.zip").write_bytes(b"PK\x03\x04" + bytes(99))
     with pytest.raises(UserError, match=r"photos\.zip: is compressed \(zip\)"):
-        main([str(tmp_path), "--rebuild"])
+        call("inspect", [str(tmp_path), "--rebuild"])
 
 
 def test_rebuild_where_nothing_can_be_written(dataset):
@@ -209,18 +208,18 @@ def test_rebuild_where_nothing_can_be_written(dataset):
     index.mkdir()
     (index / "file").touch()
     with pytest.raises(UserError, match=r"Is a directory|Directory not empty"):  # not 1, which says damage
-        main([str(dataset), "--rebuild"])
+        call("inspect", [str(dataset), "--rebuild"])
 
 
 def test_rebuild_that_cannot_be(dataset, tmp_path):
     with pytest.raises(UserError, match=r"has a dataset\.json already; .* delete that file first"):
-        main([str(dataset), "--rebuild"])
+        call("inspect", [str(dataset), "--rebuild"])
     with pytest.raises(UserError, match=r"holds no \.tar files"):
-        main([str(tmp_path / "src"), "--rebuild"])
+        call("inspect", [str(tmp_path / "src"), "--rebuild"])
     with pytest.raises(UserError, match="there is no such folder"):
-        main([str(tmp_path / "none"), "--rebuild"])
+        call("inspect", [str(tmp_path / "none"), "--rebuild"])
     (tmp_path / "src" / "x-train-0.tar").write_bytes(b"x" * 600)
     (tmp_path / "src" / "x-train-1.tar").write_bytes(b"")
     with pytest.raises(UserError) as error:
-        main([str(tmp_path / "src"), "--rebuild"])
+        call("inspect", [str(tmp_path / "src"), "--rebuild"])
     assert len(error.value.problems) == 2

@@ -11,6 +11,7 @@ import torch
 
 from bfsys import plan_run
 from bfsys.batch import ByteBatch, Sample
+from bfsys.cli import call
 from bfsys.config import Config, Data, Model, Train, load_config
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
@@ -80,9 +81,9 @@ def test_the_rate_of_a_run_is_used(config_file: Path, finished_run: Path, capsys
     rate, share = plan_run.measured_rate(finished_run)
     assert rate == pytest.approx(1e12 * np.median(rates))
     assert 0 < share < 1
-    assert plan_run.main([str(config_file), "--ranks", "2", "--like", str(finished_run)]) == 0
+    assert call("plan", [str(config_file), "--ranks", "2", "--like", str(finished_run)]) == 0
     assert f"as measured in {finished_run}" in capsys.readouterr().out
-    assert plan_run.main([str(config_file), "--gpu", "h200", "--json"]) == 0
+    assert call("plan", [str(config_file), "--gpu", "h200", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step_s"] > 0
     with pytest.raises(UserError, match="no measurements"):
         plan_run.measured_rate(config_file.parent)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bfsys import encode
+from bfsys.cli import call
 from bfsys.data.media.encodings import Fitting, parse_encoding
 from bfsys.data.streaming.byte_transforms import parse_transforms, read_key
 from bfsys.errors import UserError
-from tests.tools.packing_helpers import make_files, png_bytes, wav_bytes
-from tools import encode, make_key
+from tests.commands.packing_helpers import make_files, png_bytes, wav_bytes
 
 
 def made_in(folder: Path) -> list[str]:
@@ -24,7 +25,7 @@ def made_in(folder: Path) -> list[str]:
 
 def test_a_folder_keeps_its_tree(tmp_path: Path) -> None:
     src = make_files(tmp_path / "src", {"red/a.png": png_bytes(40, 30, 250), "blue/deep/b.png": png_bytes(30, 40, 3)})
-    encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff", "--image-size", "16"])
+    call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tiff", "--image-size", "16"])
     assert made_in(tmp_path / "out") == ["blue/deep/b.tiff", "red/a.tiff"]
     with Image.open(tmp_path / "out" / "red" / "a.tiff") as image:
         assert image.format == "TIFF"
@@ -34,41 +35,41 @@ def test_a_folder_keeps_its_tree(tmp_path: Path) -> None:
 
 def test_transforms_of_files_as_they_are_and_encoded(tmp_path: Path) -> None:
     key = tmp_path / "my.key"
-    make_key.main([str(key)])
+    call("make-key", [str(key)])
     content = bytes(range(200)) * 3
     make_files(tmp_path, {"any.bin": content, "photo.png": png_bytes(50, 50, 9)})
-    encode.main([str(tmp_path / "any.bin"), str(tmp_path / "out"), "--transform", f"permute:{key}"])
+    call("encode", [str(tmp_path / "any.bin"), str(tmp_path / "out"), "--transform", f"permute:{key}"])
     hidden = np.frombuffer((tmp_path / "out" / "any.bin").read_bytes(), np.uint8)
     assert np.array_equal(hidden, read_key(key)[np.frombuffer(content, np.uint8)])
     camera = ["--encoding", "fhwc", "--image-size", "32", "--transform", "keep:0.1", "--transform", "reverse"]
-    encode.main([str(tmp_path / "photo.png"), str(tmp_path / "out"), *camera])
+    call("encode", [str(tmp_path / "photo.png"), str(tmp_path / "out"), *camera])
     assert (tmp_path / "out" / "photo.fhwc").stat().st_size == int(0.1 * 32 * 32 * 3)
 
 
 def test_noise_is_another_one_each_time(tmp_path: Path) -> None:
     make_files(tmp_path, {"any.bin": bytes(1000)})
     for name in ("one", "two"):
-        encode.main([str(tmp_path / "any.bin"), str(tmp_path / name), "--transform", "noise:-9:9"])
+        call("encode", [str(tmp_path / "any.bin"), str(tmp_path / name), "--transform", "noise:-9:9"])
     assert (tmp_path / "one" / "any.bin").read_bytes() != (tmp_path / "two" / "any.bin").read_bytes()
 
 
 def test_everything_wrong_is_told_at_once_and_nothing_written(tmp_path: Path) -> None:
     src = make_files(tmp_path / "src", {"a.png": b"", "a.PNG": b""})
     with pytest.raises(UserError) as error:
-        encode.main([str(src), str(tmp_path / "out"), "--encoding", "tif", "--transform", "permut"])
+        call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tif", "--transform", "permut"])
     assert "did you mean 'tiff'?" in str(error.value)
     assert "did you mean 'permute'?" in str(error.value)
     with pytest.raises(UserError, match=r"a\.png: would become .*a-png\.tiff, as .*a\.PNG does; rename one of them"):
-        encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff"])
+        call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tiff"])
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="there is no such file or folder"):
-        encode.main([str(tmp_path / "none"), str(tmp_path / "out")])
+        call("encode", [str(tmp_path / "none"), str(tmp_path / "out")])
 
 
 def test_files_that_differ_in_the_extension_alone_all_become_files(tmp_path: Path) -> None:
     names = ("a/x.jpg", "a/x.png", "b/x.png", "a/x.y.png", "a/x")
     src = make_files(tmp_path / "src", {name: png_bytes(9, 9, i) for i, name in enumerate(names)})
-    encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff"])
+    call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tiff"])
     assert made_in(tmp_path / "out") == ["a/x-jpg.tiff", "a/x-png.tiff", "a/x.tiff", "a/x.y.tiff", "b/x.tiff"]
     with Image.open(tmp_path / "out" / "a" / "x-png.tiff") as image:
         assert image.getpixel((0, 0)) == (1, 0, 0)
@@ -78,7 +79,7 @@ def test_files_that_cannot_be_decoded_are_named_and_the_others_made(tmp_path: Pa
     whole = wav_bytes(0.5, 16_000)
     src = make_files(tmp_path / "src", {"a.wav": b"RIFFxxxx", "b.wav": whole, "c.wav": whole[:-9]})
     with pytest.raises(UserError) as error:
-        encode.main([str(src), str(tmp_path / "out"), "--encoding", "wav:uint8", "--seconds", "1"])
+        call("encode", [str(src), str(tmp_path / "out"), "--encoding", "wav:uint8", "--seconds", "1"])
     first, second, total = error.value.problems
     assert first.startswith(f"{src}/a.wav: cannot be decoded as audio: is not a sound that libsndfile can read")
     assert second.startswith(f"{src}/c.wav: cannot be decoded as audio: is cut")
@@ -93,7 +94,7 @@ def test_want_of_memory_is_not_blamed_on_a_file(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(encode, "reencode", fail)
     src = make_files(tmp_path / "src", {"a.png": png_bytes(9, 9, 1)})
     with pytest.raises(UserError, match=r"a\.png: memory does not suffice for this file"):
-        encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff"])
+        call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tiff"])
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     with monkeypatch.context() as patch:
         patch.setattr(encode, "reencode", stop)
         with pytest.raises(KeyboardInterrupt):
-            encode.main(command)
+            call("encode", command)
     assert made_in(tmp_path / "out") == ["a.fhwc"]
     return command
 
@@ -120,7 +121,7 @@ def test_the_same_command_continues_after_a_stop(
     stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     first = (tmp_path / "out" / "a.fhwc").read_bytes()
-    encode.main(stopped)
+    call("encode", stopped)
     assert capsys.readouterr().out == f"{tmp_path}/out: 2 files, and 1 that were there\n"
     assert made_in(tmp_path / "out") == ["a.fhwc", "b.fhwc", "c.fhwc"]
     assert (tmp_path / "out" / "a.fhwc").read_bytes() == first  # other noise, had it been made again
@@ -128,15 +129,15 @@ def test_the_same_command_continues_after_a_stop(
 
 def test_a_file_that_is_noted_and_missing_is_made(stopped: list[str], tmp_path: Path) -> None:
     (tmp_path / "out" / "a.fhwc").unlink()
-    encode.main(stopped)
+    call("encode", stopped)
     assert made_in(tmp_path / "out") == ["a.fhwc", "b.fhwc", "c.fhwc"]
 
 
 def test_notes_that_a_crash_has_cut_are_passed_over(stopped: list[str], tmp_path: Path) -> None:
     notes = tmp_path / "out" / encode.NOTES
     notes.write_bytes(notes.read_bytes() + b'["b.fhwc", "12')
-    encode.main(stopped)
-    encode.main(stopped)
+    call("encode", stopped)
+    call("encode", stopped)
     assert made_in(tmp_path / "out") == ["a.fhwc", "b.fhwc", "c.fhwc"]
 
 
@@ -145,35 +146,35 @@ def test_what_was_made_otherwise_is_not_overwritten(stopped: list[str], tmp_path
     other_source = make_files(tmp_path / "other", {"a.png": png_bytes(9, 9, 7)})
     for command in ([str(other_source), *stopped[1:]], [*stopped[:-1], "noise:-8:8"], [*stopped, "--image-size", "9"]):
         with pytest.raises(UserError, match=message):
-            encode.main(command)
+            call("encode", command)
     (tmp_path / "src" / "a.png").write_bytes(png_bytes(10, 9, 0))
     with pytest.raises(UserError, match=message):
-        encode.main(stopped)
+        call("encode", stopped)
     (tmp_path / "out" / encode.NOTES).unlink()
     with pytest.raises(UserError, match="exists and is not overwritten"):
-        encode.main(stopped)
+        call("encode", stopped)
     assert made_in(tmp_path / "out") == ["a.fhwc"]
 
 
 def test_notes_tell_neither_paths_nor_keys(tmp_path: Path) -> None:
-    make_key.main([str(tmp_path / "my.key")])
+    call("make-key", [str(tmp_path / "my.key")])
     make_files(tmp_path / "private", {"any.bin": b"1"})
     command = [str(tmp_path / "private"), str(tmp_path / "out"), "--transform", f"permute:{tmp_path}/my.key"]
-    encode.main(command)
+    call("encode", command)
     notes = (tmp_path / "out" / encode.NOTES).read_text()
     assert "any.bin" in notes
     assert not any(word in notes for word in ("private", "my.key", "permute", str(tmp_path)))
     (tmp_path / "my.key").unlink()
-    make_key.main([str(tmp_path / "my.key")])
+    call("make-key", [str(tmp_path / "my.key")])
     with pytest.raises(UserError, match=r"any\.bin: exists and is not overwritten"):
-        encode.main(command)
+        call("encode", command)
 
 
 def test_what_cannot_be_written_is_told_with_what_could_not_be_decoded(tmp_path: Path) -> None:
     src = make_files(tmp_path / "src", {"a.png": b"none", "b/c.png": png_bytes(9, 9, 1), "d.png": png_bytes(9, 9, 1)})
     make_files(tmp_path / "out", {"b": b"a file in the place of a folder"})
     with pytest.raises(UserError) as error:
-        encode.main([str(src), str(tmp_path / "out"), "--encoding", "tiff"])
+        call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tiff"])
     first, second, total = error.value.problems
     assert "a.png: cannot be decoded" in first
     assert second.startswith(f"{tmp_path}/out/b/c.tiff: cannot be written: ")
@@ -184,14 +185,14 @@ def test_a_folder_is_not_encoded_into_itself(tmp_path: Path) -> None:
     src = make_files(tmp_path / "src", {"a.png": png_bytes(9, 9, 1)})
     for out in (src, src / "deep" / "out"):
         with pytest.raises(UserError, match=r"lies in .*src, whose files would grow .*; choose an OUT outside"):
-            encode.main([str(src), str(out), "--encoding", "tiff"])
+            call("encode", [str(src), str(out), "--encoding", "tiff"])
     assert made_in(src) == ["a.png"]
 
 
 def test_a_key_is_not_overwritten(tmp_path: Path) -> None:
-    make_key.main([str(tmp_path / "key")])
+    call("make-key", [str(tmp_path / "key")])
     with pytest.raises(UserError, match="exists and is not overwritten"):
-        make_key.main([str(tmp_path / "key")])
+        call("make-key", [str(tmp_path / "key")])
 
 
 def test_who_knows_one_file_knows_the_key_of_its_values() -> None:

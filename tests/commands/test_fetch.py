@@ -15,9 +15,10 @@ import torch
 import torchvision.datasets.imagenet
 from PIL import Image
 
+from bfsys import fetch
+from bfsys.cli import call
 from bfsys.errors import UserError
-from tests.tools.packing_helpers import wav_bytes
-from tools import fetch, pack
+from tests.commands.packing_helpers import wav_bytes
 
 WORDS = ("yes", "no", "cat", "dog", "bed")  # two of the ten, and three others
 PER_SPLIT = {"train": 20, "val": 10, "test": 10}  # files of each word
@@ -55,7 +56,7 @@ def made(folder: Path) -> dict[str, bytes]:
 
 
 def test_twelve_classes(archive: Path, capsys: pytest.CaptureFixture) -> None:
-    fetch.main(["speech_commands", str(archive)])
+    call("fetch", ["speech_commands", str(archive)])
     files = made(archive / "twelve")
     counts = Counter(tuple(name.split("/")[:2]) for name in files)
     assert counts == {
@@ -68,12 +69,12 @@ def test_twelve_classes(archive: Path, capsys: pytest.CaptureFixture) -> None:
     for name in files:  # nothing changes its split
         if "_silence_" not in name:
             assert f"{name.split('/')[0]}" in Path(name).name
-    assert "next: python tools/pack.py" in capsys.readouterr().out
-    pack.main([str(archive / "twelve"), str(archive / "packed"), "--name", "twelve", "--workers", "1"])
+    assert "next: bfsys pack" in capsys.readouterr().out
+    call("pack", [str(archive / "twelve"), str(archive / "packed"), "--name", "twelve", "--workers", "1"])
 
 
 def test_silence_of_the_splits_and_training_noise_do_not_overlap(archive: Path) -> None:
-    fetch.main(["speech_commands", str(archive)])
+    call("fetch", ["speech_commands", str(archive)])
     places: dict[str, list[tuple[int, int]]] = {"background": []}
     for path in (archive / "background").glob("*.wav"):
         wave, _ = soundfile.read(path, dtype="int16")
@@ -89,12 +90,12 @@ def test_silence_of_the_splits_and_training_noise_do_not_overlap(archive: Path) 
 
 
 def test_it_is_the_same_everywhere_and_made_once(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    fetch.main(["speech_commands", str(archive)])
+    call("fetch", ["speech_commands", str(archive)])
     first = made(archive / "twelve")
-    fetch.main(["speech_commands", str(archive)])
+    call("fetch", ["speech_commands", str(archive)])
     assert "are there already" in capsys.readouterr().out
     (archive / "twelve").rename(tmp_path / "earlier")
-    fetch.main(["speech_commands", str(archive)])
+    call("fetch", ["speech_commands", str(archive)])
     assert made(archive / "twelve") == first
 
 
@@ -103,7 +104,7 @@ def test_a_copy_that_lacks_something_is_not_used(archive: Path) -> None:
     (folder / "cat" / "train00_nohash_0.wav").unlink()
     (folder / "dog" / "train00_nohash_0.wav").write_bytes(b"")
     with pytest.raises(UserError) as error:
-        fetch.main(["speech_commands", str(archive)])
+        call("fetch", ["speech_commands", str(archive)])
     text = str(error.value)
     assert "has 99 files for train, not 100" in text
     assert "dog/train00_nohash_0.wav is empty" in text
@@ -116,7 +117,7 @@ def test_an_archive_that_was_fetched_by_other_means_is_unpacked(archive: Path) -
     with tarfile.open(archive / f"{fetch.SPEECH_COMMANDS}.tar.gz", "w:gz") as tar:
         tar.add(folder, ".")
     folder.rename(archive / "away")
-    fetch.main(["speech_commands", str(archive)])
+    call("fetch", ["speech_commands", str(archive)])
     assert (archive / "twelve" / "val" / "yes").is_dir()
 
 
@@ -126,7 +127,7 @@ def test_no_network_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("torchaudio.datasets.speechcommands.download_url_to_file", fail)
     with pytest.raises(UserError, match=r"cannot be had \(no route to host\); get it by other means, put it into"):
-        fetch.main(["speech_commands", str(tmp_path / "new")])
+        call("fetch", ["speech_commands", str(tmp_path / "new")])
 
 
 # ------------------------------------------------------------------------------------------------- ImageNet
@@ -169,20 +170,20 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_imagenet_is_unpacked_counted_and_can_be_packed(archives: Path, capsys: pytest.CaptureFixture) -> None:
-    fetch.main(["imagenet", str(archives)])
+    call("fetch", ["imagenet", str(archives)])
     assert "2 classes, 6 for train, 4 for val" in capsys.readouterr().out
     assert len(list((archives / "val" / IDS[1]).iterdir())) == 2
     packed = archives.parent / f"{archives.name}-packed"
-    pack.main([str(archives), str(packed), "--name", "imagenet", "--from", "imagefolder", "--workers", "1"])
-    fetch.main(["imagenet", str(archives)])  # a folder is only checked
+    call("pack", [str(archives), str(packed), "--name", "imagenet", "--from", "imagefolder", "--workers", "1"])
+    call("fetch", ["imagenet", str(archives)])  # a folder is only checked
 
 
 def test_an_imagenet_that_lacks_something_is_not_used(archives: Path) -> None:
-    fetch.main(["imagenet", str(archives)])
+    call("fetch", ["imagenet", str(archives)])
     (archives / "train" / IDS[0] / f"{IDS[0]}_0.JPEG").unlink()
     (archives / "val" / IDS[0] / "ILSVRC2012_val_00000000.JPEG").write_bytes(b"")
     with pytest.raises(UserError) as error:
-        fetch.main(["imagenet", str(archives)])
+        call("fetch", ["imagenet", str(archives)])
     assert "has 5 files for train, not 6" in str(error.value)
     assert "ILSVRC2012_val_00000000.JPEG is empty" in str(error.value)
 
@@ -190,6 +191,6 @@ def test_an_imagenet_that_lacks_something_is_not_used(archives: Path) -> None:
 def test_a_damaged_or_missing_archive_is_named(archives: Path, tmp_path: Path) -> None:
     (archives / "ILSVRC2012_img_train.tar").write_bytes(b"half")
     with pytest.raises(UserError, match=r"ILSVRC2012_img_train\.tar is not present in the root directory or is corrup"):
-        fetch.main(["imagenet", str(archives)])
+        call("fetch", ["imagenet", str(archives)])
     with pytest.raises(UserError, match="there is no such folder; make it, and put the archives"):
-        fetch.main(["imagenet", str(tmp_path / "nowhere")])
+        call("fetch", ["imagenet", str(tmp_path / "nowhere")])

@@ -13,12 +13,13 @@ import webdataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from bfsys.cli import call
 from bfsys.data.packing import shard_jobs, staging
 from bfsys.data.packing.left_out import why_left_out
 from bfsys.data.packing.listing import sample_name
 from bfsys.data.storage.shards import open_split, read_description
 from bfsys.errors import UserError
-from tests.tools.packing_helpers import (
+from tests.commands.packing_helpers import (
     ROOT,
     all_bytes,
     contents,
@@ -30,7 +31,6 @@ from tests.tools.packing_helpers import (
     run_pack,
     wav_bytes,
 )
-from tools.pack import main
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -205,7 +205,7 @@ def test_packed_already(tmp_path, capsys, monkeypatch):
     before = all_bytes(pack(src, tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(staging, "start", None)  # nothing may begin
-        main([str(src), str(tmp_path), "--name", "pets"])
+        call("pack", [str(src), str(tmp_path), "--name", "pets"])
     assert "already packed" in capsys.readouterr().out
     (tmp_path / "pets" / "pets-val-000000.tar").write_bytes(b"cut")
     assert all_bytes(pack(src, tmp_path)) == before
@@ -307,5 +307,5 @@ def test_a_console_that_takes_nothing_costs_no_work(tmp_path):
 
 
 def test_packing_does_not_wait_for_torch():
-    code = "import sys, tools.pack, tools.inspect_shards; sys.exit('torch' in sys.modules)"
+    code = "import sys, bfsys.data.packing.pack, bfsys.data.packing.rebuild; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == 0

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from bfsys.data.storage.shards import open_split, read_description
-from tests.tools.packing_helpers import contents, make_files, make_tree, pack, png_bytes, problems_of
+from tests.commands.packing_helpers import contents, make_files, make_tree, pack, png_bytes, problems_of
 
 OF_SYSTEM = [
     *("Thumbs.db", "THUMBS.DB", "ehthumbs.db", "Desktop.ini", "Icon\r", ".DS_Store", "._a", "~$a.docx"),

@@ -1,0 +1,142 @@
+"""The console command `bfsys`, and what all ways to call one of its commands have in common.
+
+    bfsys pack photos data/shards --name mine
+    bfsys train configs/own_files.yaml optim.lr=3e-4
+
+Each command is a module of bfsys/commands/ with `add_arguments(parser)` and `run(args)`. Only the one that is asked for
+is imported, and `run` imports PyTorch and the like after it has checked what can be checked without them, so help and
+a typo cost a fraction of a second. `python tools/pack.py`, `python -m bfsys.predict`, `deepspeed bfsys/train.py` and
+others call the same commands under their own names.
+
+Refused: argparse's subparsers, which need the arguments of all commands for any of them, and do not take options among
+overrides (`CONFIG --ranks 2 optim.lr=3e-4`); click and typer, which would be another way to say the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from bfsys.errors import UserError, run_command, summary_of
+
+COMMANDS = {
+    "pack": "pack files into shards with an index",
+    "inspect": "show, check or rebuild the index of a packed dataset",
+    "plan": "what a run will need: memory, time, disk",
+    "train": "train one rank, or start all by deepspeed or torchrun",
+    "launch": "train on all GPUs or cores of this machine; start again after a crash",
+    "slurm": "train on a SLURM cluster; look after the jobs: status, logs, stop",
+    "checkpoint": "list, verify, show or prune the checkpoints of a run",
+    "evaluate": "loss and accuracy of a run on a whole split",
+    "predict": "classes of files, from their bytes",
+    "export": "a trained model as safetensors, torch.export program or ONNX",
+    "encode": "files as a model is given them: encoded, transformed",
+    "fetch": "get or check the published datasets",
+    "make-key": "make a key file for the byte transform permute:KEYFILE",
+    "import-corenet": "turn ByteFormer weights of CoreNet into a run's directory",
+}
+TAKE_OVERRIDES = ("plan", "train", "launch", "slurm")
+OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other arguments of `slurm` submit a job
+SHELLS = ("bash", "zsh", "tcsh")
+FILES = ("config", "files", "permute")  # arguments that are completed by file names, besides those of type Path
+
+
+def main() -> None:
+    """Entry point of the console command; exits."""
+    run_command(lambda: dispatch(sys.argv[1:]))
+
+
+def run_as(name: str, prog: str) -> None:
+    """Run a command for a file that was called as `prog`, with the arguments of this process; exits."""
+    run_command(lambda: call(name, sys.argv[1:], prog))
+
+
+def dispatch(arguments: Sequence[str]) -> int | None:
+    """`bfsys ARGUMENT…`: the exit code."""
+    if arguments and arguments[0] in COMMANDS:
+        return call(arguments[0], arguments[1:])
+    parser = argparse.ArgumentParser(prog="bfsys", usage="bfsys COMMAND [ARGUMENT …]", add_help=False)
+    parser.add_argument("command", nargs="?")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("--print-completion", choices=SHELLS)
+    args = parser.parse_args(arguments)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"bfsys {version('bfsys')}")
+    elif args.print_completion:
+        print(completion(args.print_completion))
+    elif args.command and not args.help:
+        near = difflib.get_close_matches(args.command, COMMANDS, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"{args.command!r}: no such command; {hint}`bfsys --help` lists all")
+    else:
+        print(overview())
+    return 0
+
+
+def overview() -> str:
+    """What `bfsys --help` prints."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        (
+            "usage: bfsys COMMAND [ARGUMENT …]\n",
+            "Train classifiers on raw file bytes, from a laptop to a SLURM cluster.\n",
+            *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
+            "\n`bfsys COMMAND --help` explains a command; `bfsys --version` tells the version;",
+            f"`bfsys --print-completion {'|'.join(SHELLS)}` prints a script for the shell's TAB key.",
+        )
+    )
+
+
+def call(name: str, arguments: Sequence[str], prog: str | None = None) -> int | None:
+    """Parse the arguments of a command and run it: its exit code. Exceptions come through.
+
+    `prog` is what the command is called in its usage.
+    """
+    module = module_of("slurm_jobs" if name == "slurm" and arguments[:1] and arguments[0] in OF_SLURM_JOBS else name)
+    parser = parser_of(module, prog or f"bfsys {name}")
+    parse = parser.parse_intermixed_args if name in TAKE_OVERRIDES else parser.parse_args
+    args = parse(arguments)
+    args.arguments = list(arguments)
+    return module.run(args)
+
+
+def module_of(name: str) -> ModuleType:
+    return importlib.import_module(f"bfsys.commands.{name.replace('-', '_')}")
+
+
+def parser_of(module: ModuleType, prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=summary_of(module.__doc__), formatter_class=_Formatter)
+    module.add_arguments(parser)
+    return parser
+
+
+def completion(shell: str) -> str:
+    """A script that completes commands, options and file names in a shell. Raises UserError if shtab is missing."""
+    try:
+        import shtab
+    except ImportError:
+        raise UserError("--print-completion needs shtab: pip install shtab") from None
+    root = argparse.ArgumentParser(prog="bfsys")
+    subparsers = root.add_subparsers(metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        parser = subparsers.add_parser(name, help=summary)
+        module_of(name).add_arguments(parser)
+        for action in parser._actions:
+            if action.type is Path or action.dest in FILES:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return shtab.complete(root, shell)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help in two columns, of which the first is as wide as most options need."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)

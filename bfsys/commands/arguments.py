@@ -1,0 +1,57 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+from bfsys.errors import UserError
+
+if TYPE_CHECKING:
+    from bfsys.data.media.encodings import Encoding, Fitting
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """CONFIG and its overrides."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file; bfsys/config.py explains every key")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", choices=("ema", "last"), default="ema", help="averaged weights (default), or the last"
+    )
+
+
+def add_encoding(parser: argparse.ArgumentParser) -> None:
+    """What is done to files before they are stored."""
+    add = parser.add_argument
+    add("--encoding", default="as_stored", metavar="E", help="decode files and encode them as E (default: as_stored)")
+    add("--image-size", type=int, metavar="N", help="first resize and crop to N × N pixels")
+    add("--sample-rate", type=int, metavar="HZ", help="first resample")
+    add("--seconds", type=float, metavar="S", help="first cut or fill up to S seconds")
+
+
+def read_encoding(args: argparse.Namespace, problems: list[str]) -> tuple[Encoding, Fitting]:
+    """The encoding that was asked for, and what is to be done before it; what is wrong is added to `problems`."""
+    from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, parse_encoding
+    from bfsys.data.media.sounds import HIGHEST_RATE_HZ, LOWEST_RATE_HZ
+
+    try:
+        encoding = parse_encoding(args.encoding)
+    except UserError as error:
+        problems += [f"--encoding: {problem}" for problem in error.problems]
+        return Encoding(AS_STORED), Fitting()
+    for option, value, modality in (
+        ("--image-size", args.image_size, "image"),
+        ("--sample-rate", args.sample_rate, "audio"),
+        ("--seconds", args.seconds, "audio"),
+    ):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            problems.append(f"{option} {value}: must be a number above 0")
+        if value is not None and encoding.modality != modality:
+            problems.append(f"{option} {value}: needs an encoding for {modality}, got {encoding.text}")
+    if args.sample_rate and not LOWEST_RATE_HZ <= args.sample_rate <= HIGHEST_RATE_HZ:
+        problems.append(f"--sample-rate {args.sample_rate}: must be {LOWEST_RATE_HZ:,} to {HIGHEST_RATE_HZ:,} Hz")
+    return encoding, Fitting(args.image_size, args.sample_rate, args.seconds)

@@ -1,0 +1,59 @@
+"""Files as a model is given them: decoded and encoded again, and their bytes transformed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bfsys import console
+from bfsys.commands.arguments import add_encoding, read_encoding
+from bfsys.errors import UserError, collecting
+
+NOTES = """\
+E and T are those of the packed dataset and of data.byte_transforms. The same
+command continues after a stop. A run that was trained on such files predicts
+OUT as it is, one with the same data.byte_transforms with --transformed. Noise
+differs for every file and call. docs/privacy.md says what transforms protect.
+
+  bfsys encode photo.jpg out --encoding tiff --image-size 224
+  bfsys encode photos out --encoding fhwc --image-size 224 --transform keep:0.1
+  bfsys encode photos out --transform permute:my.key"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "%(prog)s SRC OUT [OPTION …]", NOTES
+    add = parser.add_argument
+    add("src", metavar="SRC", type=Path, help="a file, or a folder whose tree is kept in OUT")
+    add("out", metavar="OUT", type=Path, help="folder")
+    add_encoding(parser)
+    add("--transform", action="append", default=[], metavar="T", help="such as permute:my.key; repeatable")
+
+
+def run(args: argparse.Namespace) -> None:
+    console.go_on_without()  # the files are the work
+    from bfsys.data.streaming.byte_transforms import ByteTransform, parse_transforms
+    from bfsys.encode import Notes, kept_of, make, targets_of
+
+    problems: list[str] = []
+    encoding, fitting = read_encoding(args, problems)
+    transforms: tuple[ByteTransform, ...] = ()
+    with collecting(problems):
+        transforms = parse_transforms(args.transform)
+    targets = targets_of(args.src, args.out, encoding, problems)
+    with collecting(problems):
+        notes = Notes(args.out, encoding, fitting, transforms)
+        kept = kept_of(targets, notes, problems)
+    if problems:
+        raise UserError(*problems)
+    written = 0
+    failed: list[str] = []
+    with collecting(failed):  # what cannot be written ends the loop
+        for source, target in targets.items():
+            if target not in kept:
+                problem = make(source, target, encoding, fitting, transforms, notes)
+                failed += [problem] if problem else []
+                written += not problem
+    print(f"{args.out}: {written:,} files" + (f", and {len(kept):,} that were there" if kept else ""))
+    if failed:
+        missing = len(targets) - len(kept) - written
+        raise UserError(*failed, f"{missing:,} of {len(targets):,} files were not made; the same command continues")

@@ -1,0 +1,65 @@
+"""A trained model for use elsewhere: plain weights, and programs that need nothing of bfsys."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from bfsys import console
+from bfsys.commands.arguments import add_weights
+from bfsys.errors import UserError
+
+FORMATS = ("safetensors", "torch", "onnx")
+NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
+NOTES = """\
+OUT then holds model.json (what the model is, its classes, the files' sha256) and
+  model.safetensors  weights, float32
+  model.pt2          torch.export.load(path).module()(bytes)
+  model.onnx         for ONNX Runtime: input `bytes`, output `probabilities`
+Both programs take the bytes of one file, uint8 [n], and give float32 [classes]."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "%(prog)s RUN OUT [OPTION …]", NOTES
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run directory, one of its checkpoints, or imported weights")
+    add("out", type=Path, metavar="OUT", help="folder that is empty or does not exist")
+    add_weights(parser)
+    add(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=["safetensors", "torch"],
+        metavar="F",
+        help="of safetensors, torch, onnx (default: safetensors torch)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    console.go_on_without()  # the files are the work
+    if "onnx" in args.format:
+        missing = [name for name in NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install 'bfsys[export]'")
+    from safetensors import SafetensorError
+
+    from bfsys.checkpoint.files import make_empty_folder
+    from bfsys.checkpoint.loading import load_model
+    from bfsys.export import export
+
+    model, config, manifest = load_model(args.run, average=args.weights == "ema")
+    make_empty_folder(args.out)
+    try:
+        facts = export(model, config, manifest, args.out, args.format, args.weights)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{args.out}: cannot be written: {error}; what is there is not whole") from None
+    for name, entry in facts["files"].items():
+        print(f"{args.out / name}: {entry['bytes']:,} bytes, sha256 {entry['sha256']}")
+    if facts["byte_transforms"]:
+        print(
+            f"the programs take bytes as they are after data.byte_transforms: {', '.join(facts['byte_transforms'])}",
+            file=sys.stderr,
+        )
+    return 0

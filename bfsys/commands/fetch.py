@@ -1,0 +1,39 @@
+"""Get the published datasets, or check the copy that you have."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bfsys import console
+from bfsys.errors import UserError
+
+NOTES = """\
+speech_commands is downloaded (2.4 GB) into OUT/SpeechCommands, unless its
+archive is in OUT. From it OUT/twelve/{train,val,test} is made, the published
+classes: ten words, _unknown_ and _silence_; and OUT/background, the recordings
+of noise less what became _silence_ of val and test.
+
+imagenet wants an account at image-net.org: put ILSVRC2012_img_train.tar,
+ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into OUT; they are
+proven and unpacked. Folders train/ and val/ that are there are checked only."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = NOTES
+    parser.add_argument("dataset", choices=("speech_commands", "imagenet"))
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder of the dataset")
+
+
+def run(args: argparse.Namespace) -> None:
+    console.go_on_without()  # the files are the work
+    from bfsys.fetch import imagenet, speech_commands
+
+    out = args.out.expanduser()
+    try:
+        if args.dataset == "speech_commands":
+            speech_commands(out)
+        else:
+            imagenet(out)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror or error}") from error

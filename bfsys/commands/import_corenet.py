@@ -1,0 +1,51 @@
+"""Turn ByteFormer weights that Apple published (CoreNet) into a directory that bfsys takes like a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bfsys import console
+from bfsys.model.sizes import HEAD_DIM, PUBLISHED_SHIFT
+
+NOTES = """\
+Nothing in the file is executed. Everything but window and shift is read off the
+tensors' names and shapes.
+
+  bfsys import-corenet imagenet_jpeg_q60_k4_w128.pt imported --classes names.txt
+  bfsys import-corenet speech_commands.pt imported/speech --window 32
+  bfsys predict imported photo.jpg
+  bfsys evaluate imported --data packed/imagenet-jpeg60"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "%(prog)s WEIGHTS.pt OUT [OPTION …]", NOTES
+    add = parser.add_argument
+    add("weights", metavar="WEIGHTS.pt", type=Path, help="state dict as CoreNet saves it")
+    add("out", metavar="OUT", type=Path, help="folder that is empty or does not exist")
+    add("--classes", type=Path, metavar="FILE", help="a class name per line (default: numbers)")
+    add("--window", type=int, default=128, metavar="N", help="tokens that attend to each other (default: 128)")
+    add("--shift", type=int, default=PUBLISHED_SHIFT, metavar="N", help="of every second layer (default: 64)")
+    add("--heads", type=int, metavar="N", help=f"attention heads (default: one per {HEAD_DIM} channels)")
+    add(
+        "--byte-transform",
+        action="append",
+        default=[],
+        metavar="T",
+        help="what the weights were trained to see, such as reverse or keep:0.05; repeatable, see bfsys/config.py",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    console.go_on_without()  # the directory is the work
+    from bfsys.import_corenet import import_weights
+
+    import_weights(
+        args.weights,
+        args.out,
+        classes_file=args.classes,
+        window=args.window,
+        shift=args.shift,
+        heads=args.heads,
+        byte_transforms=args.byte_transform,
+    )

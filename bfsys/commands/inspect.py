@@ -1,0 +1,96 @@
+"""Show, check or rebuild the index of a packed dataset.
+
+Refused: a quick check of samples picked at random. It would pass over most damage, and reading it all is fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bfsys.errors import UserError
+
+if TYPE_CHECKING:
+    from bfsys.data.storage.shards import Split
+
+EXIT_DAMAGED = 1
+NOTES = """\
+Exit code 0: all is well; 1: --verify found damage; 2: there is no such dataset,
+or the like."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = NOTES
+    add = parser.add_argument
+    add("dataset", metavar="DATASET", type=Path, help="folder of a packed dataset")
+    add("--split", help="this split only; with --rebuild, the split that all tars belong to")
+    add("--list", type=int, default=0, metavar="N", help="show the first N samples of each split")
+    add("--verify", action="store_true", help="read everything and name all damage")
+    add("--rebuild", action="store_true", help="index WebDataset tars that were made elsewhere")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        return inspect(args)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # 1 would say that the data are damaged
+        raise UserError(f"{error.filename or args.dataset}: {error.strerror or error}") from None
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from bfsys.data.storage.shards import open_split, read_description, split_names, summarise
+
+    if args.rebuild:
+        from bfsys.data.packing.rebuild import rebuild
+
+        rebuild(args.dataset, args.split)
+    names = [args.split] if args.split else split_names(args.dataset)
+    splits = [open_split(args.dataset, name) for name in names]
+    description = read_description(args.dataset)
+    print(summarise({**description, "splits": {name: description["splits"][name] for name in names}}))
+    problems = [problem for split in splits if args.verify for problem in verify(split)]
+    if problems:
+        for problem in problems:
+            print(f"damage: {problem}", file=sys.stderr)
+        return EXIT_DAMAGED
+    for split in splits:
+        if args.list:
+            list_samples(split, args.list)
+        else:
+            list_shards(split)
+    if args.verify:
+        print(f"whole: all {sum(map(len, splits)):,} samples are as they were packed")
+    return 0
+
+
+def list_shards(split: Split) -> None:
+    for shard in split.shards:
+        print(f"    {shard.file}: {shard.samples:,} samples, {shard.bytes:,} bytes")
+
+
+def list_samples(split: Split, count: int) -> None:
+    print(f"{split.split}: key, class, bytes, shard, offset")
+    for i in range(min(count, len(split))):
+        row = split.samples[i]
+        place = f"{split.shards[row['shard']].file}\t{row['offset']}"
+        print(f"{split.key(i)}\t{split.classes[row['label']]}\t{row['length']}\t{place}")
+
+
+def verify(split: Split) -> list[str]:
+    from rich.console import Console
+    from rich.progress import track
+
+    from bfsys.data.packing.verify import verify_index, verify_shard
+
+    problems = verify_index(split)
+    numbers: Iterable[int] = range(len(split.shards))
+    console = Console(stderr=True)
+    if console.is_terminal:
+        numbers = track(numbers, f"verifying {split.split}", console=console, transient=True)
+    for number in numbers:
+        problems += verify_shard(split, number)
+    return problems

@@ -1,0 +1,24 @@
+"""Make a key file for the byte transform permute:KEYFILE: a random order of the 256 byte values.
+
+Only its owner can read it, and an existing file is never overwritten. What it protects from: docs/privacy.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bfsys import console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Only its owner can read the file; an existing one is never overwritten."
+    parser.add_argument("file", metavar="KEYFILE", type=Path)
+
+
+def run(args: argparse.Namespace) -> None:
+    console.go_on_without()  # the key is the work
+    from bfsys.data.streaming.byte_transforms import write_key
+
+    write_key(args.file)
+    print(f"{args.file}: a new key; keep a copy, since no file made with it can be read without it")

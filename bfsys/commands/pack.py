@@ -1,0 +1,124 @@
+"""Pack files into WebDataset shards with an index, ready for training."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bfsys import console
+from bfsys.commands.arguments import add_encoding, read_encoding
+
+if TYPE_CHECKING:
+    from bfsys.data.packing.pack import Packing
+
+SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+NOTES = """\
+SIZE is in bytes, or 500K, 100M, 2G. E is as_stored, tiff, png, jpeg[:QUALITY],
+fhwc, fchw, wav:uint8|int16|int32|float32, mp3 or flac. The same command
+continues after a stop. Next: bfsys train, with data.sources: [{path: OUT/NAME}]"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "%(prog)s SRC OUT --name NAME [OPTION …]", NOTES
+    add = parser.add_argument
+    add("src", metavar="SRC", type=Path, help="folder of files by class, or a list of files")
+    add("out", metavar="OUT", type=Path, help="the dataset becomes the folder OUT/NAME")
+    add("--name", required=True)
+    add(
+        "--from",
+        dest="layout",
+        choices=("tree", "imagefolder", "filelist", "speech_commands"),
+        default="tree",
+        metavar="LAYOUT",
+        help="tree: SRC/[SPLIT/]CLASS/… (default); imagefolder: SRC/SPLIT/CLASS/…, other folders are left "
+        "out; filelist: SRC has lines of path<TAB>class[<TAB>split]; speech_commands: the extracted archive",
+    )
+    add("--subdir", default="", help="class folders lie in SRC/[SPLIT/]SUBDIR")
+    add("--split", help="put all files into this split")
+    add("--splits", metavar="LIST", help="pack only these splits of SRC, such as val,test")
+    add("--val-share", type=float, metavar="X", help="share of the files for val (default 0.1)")
+    add_encoding(parser)
+    add("--shard-bytes", default="100M", metavar="SIZE", help="of source files per shard (default 100M)")
+    add("--max-file-bytes", metavar="SIZE", help="larger files are bad")
+    add("--skip-bad", action="store_true", help="leave bad files out; list them in skipped.txt")
+    add("--workers", type=int, metavar="N", help="processes (default: one per CPU core)")
+    add("--seed", type=int, default=0, help="of the order of the samples (default 0)")
+
+
+def run(args: argparse.Namespace) -> None:
+    console.go_on_without()  # the dataset is the work
+    started_s = time.monotonic()
+    from bfsys.data.packing.pack import Packing, pack
+    from bfsys.data.packing.splits import split_of_name
+
+    problems: list[str] = []
+    encoding, fitting = read_encoding(args, problems)
+    packing = Packing(
+        src=args.src,
+        folder=args.out / args.name,
+        layout=args.layout,
+        subdir=args.subdir,
+        split=(split_of_name(args.split) or args.split) if args.split else None,
+        splits=args.splits,
+        val_share=args.val_share,
+        encoding=encoding,
+        fitting=fitting,
+        shard_bytes=read_size("--shard-bytes", args.shard_bytes, problems),
+        max_file_bytes=None
+        if args.max_file_bytes is None
+        else read_size("--max-file-bytes", args.max_file_bytes, problems),
+        skip_bad=args.skip_bad,
+        workers=args.workers or len(os.sched_getaffinity(0)),
+        seed=args.seed,
+    )
+    problems += option_problems(args, packing)
+    is_new, left_out = pack(packing, problems)
+    took = f"packed in {time.monotonic() - started_s:.1f} s" if is_new else "already packed"
+    print(f"{packing.folder}: {took}")
+    print_summary(packing.folder, left_out)
+
+
+def read_size(option: str, text: str, problems: list[str]) -> int:
+    found = re.fullmatch(r"([0-9]+)([KMG]?)", text)
+    size_bytes = int(found[1]) * SIZE_UNITS[found[2]] if found else 0
+    if size_bytes == 0:
+        problems.append(f"{option} {text}: must be a number of bytes above 0, such as 500000, 500K, 100M or 2G")
+    return size_bytes
+
+
+def option_problems(args: argparse.Namespace, packing: Packing) -> list[str]:
+    """Options that are wrong in themselves or have no effect together."""
+    problems = []
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", args.name):
+        problems.append(f"--name {args.name!r}: may hold letters, digits, _ - . only")
+    if packing.split is not None and not re.fullmatch(r"[A-Za-z0-9_]+", packing.split):
+        problems.append(f"--split {args.split!r}: may hold letters, digits and _ only")
+    if not 0 <= packing.share_for_val < 1:
+        problems.append(f"--val-share {args.val_share}: must be 0 or more, and below 1")
+    if args.split and args.layout in ("imagefolder", "speech_commands"):
+        problems.append(f"--split: has no effect with --from {args.layout}, which has its own splits; drop it")
+    if args.subdir and args.layout in ("filelist", "speech_commands"):
+        problems.append(f"--subdir: has no effect with --from {args.layout}; drop it")
+    if args.workers is not None and args.workers < 1:
+        problems.append(f"--workers {args.workers}: must be 1 or more")
+    if Path(os.path.realpath(packing.folder)).is_relative_to(os.path.realpath(args.src)):
+        problems.append(f"{packing.folder}: lies in SRC, and would be packed next time; choose another OUT")
+    return problems
+
+
+def print_summary(folder: Path, left_out: str) -> None:
+    from bfsys.data.packing import staging
+    from bfsys.data.storage.shards import read_description, summarise
+
+    print(summarise(read_description(folder)))
+    if left_out:
+        print(f"  {left_out}")
+    if (folder / staging.SKIPPED_LIST).exists():
+        skipped = (folder / staging.SKIPPED_LIST).read_text(encoding="utf-8").count("\n")
+        files = "file" if skipped == 1 else "files"
+        print(f"  left out: {skipped:,} bad {files}, named in {folder / staging.SKIPPED_LIST}")
+    print(f"use it by:\ndata:\n  sources:\n    - path: {folder}")

@@ -1,0 +1,51 @@
+"""Train on a SLURM cluster: check the run, then submit it as one job with one task per GPU, or CPU tasks."""
+
+from __future__ import annotations
+
+import argparse
+
+from bfsys.commands.arguments import add_config
+
+AS_OF_SBATCH = ("partition", "account", "qos", "constraint", "reservation", "exclude", "dependency", "comment")
+NOTES = f"""\
+As of sbatch: {", ".join(f"--{name}" for name in AS_OF_SBATCH[:4])},
+  {", ".join(f"--{name}" for name in AS_OF_SBATCH[4:])}.
+The job runs a copy of bfsys and of the resolved config, made now in RUN/slurm.
+Data, runs_dir, the current folder and Python must be where the nodes see them.
+
+  %(prog)s --nodes 2 --gpus-per-node 4 --cpus-per-task 8 --time 24:00:00 CONFIG
+  %(prog)s --nodes 1 --sweep optim.lr=3e-4,1e-3 --sweep train.seed=0,1 CONFIG"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "%(prog)s --nodes N [OPTION …] CONFIG [section.key=value …]\n       %(prog)s status|logs|stop RUN [OPTION …]"
+    )
+    parser.epilog = NOTES
+    add_config(parser)
+    add = parser.add_argument
+    add("--nodes", type=int, required=True, metavar="N")
+    add("--gpus-per-node", type=int, default=8, metavar="G", help="default 8; 0: train on CPUs")
+    add("--tasks-per-node", type=int, metavar="T", help="default: one per GPU, or 1 on CPUs")
+    add("--cpus-per-task", type=int, metavar="C", help="default: the cluster's")
+    add("--mem", metavar="SIZE", help="of a node, for example 200G; default: the cluster's")
+    add("--time", metavar="LIMIT", default="60", help="[D-]HH:MM:SS or minutes, of one start (default: 60)")
+    for name in AS_OF_SBATCH:
+        add(f"--{name}", help=argparse.SUPPRESS)
+    add("--name", help="of the job (default: the run's)")
+    add("--sweep", "--array", action="append", default=[], metavar="KEY=A,B",
+        help="a run for each value; repeatable: each combination")  # fmt: skip
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the job; repeatable")
+    add("--setup", action="append", default=[], metavar="CMD", help="shell command before training; repeatable")
+    add("--container", metavar="IMAGE", help=".sif file for apptainer, or other for pyxis")
+    add("--follow", action="store_true", help="show rank 0's log; Ctrl-C ends only that")
+    add("--dry-run", action="store_true", help="check all, print the sbatch script, submit nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    from bfsys.launch.slurm_options import configs_of
+
+    configs, problems = configs_of(args)
+    from bfsys.launch.slurm import submit_runs
+
+    return submit_runs(args, configs, problems)

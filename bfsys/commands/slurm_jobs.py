@@ -1,0 +1,34 @@
+"""Look after the jobs of a run that were submitted by `bfsys slurm`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bfsys.errors import UserError
+
+NOTES = """\
+status  how the run and its jobs are, and what the next step is
+logs    what a rank prints
+stop    save, and end the jobs for good"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "%(prog)s status|logs|stop RUN [OPTION …]", NOTES
+    parser.add_argument("action", choices=("status", "logs", "stop"), metavar="ACTION", help="see below")
+    parser.add_argument("run", metavar="RUN", type=Path, help="its directory, for example runs/joint")
+    logs = parser.add_argument_group("options of logs")
+    logs.add_argument("--rank", type=int, metavar="N", help="whose log (default: 0)")
+    logs.add_argument("--follow", "-f", action="store_true", help="until the job is over")
+
+
+def run(args: argparse.Namespace) -> int:
+    from bfsys.launch import jobs
+
+    if args.action != "logs" and (args.follow or args.rank is not None):
+        raise UserError(f"--rank, --follow: only logs takes these, got {args.action}")
+    if not args.run.is_dir():
+        raise UserError(f"{args.run}: no such run directory")
+    if args.action == "logs":
+        return jobs.show_log(args.run, args.rank or 0, args.follow)
+    return jobs.show_status(args.run) if args.action == "status" else jobs.stop(args.run)

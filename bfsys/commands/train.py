@@ -1,0 +1,53 @@
+"""Train: the process of one rank, as the deepspeed launcher, torchrun and srun start it."""
+
+from __future__ import annotations
+
+import argparse
+
+from bfsys import console
+from bfsys.commands.arguments import add_config
+from bfsys.errors import UserError, exit_code_of
+
+NOTES = """\
+The same command goes on from the newest intact checkpoint of the run directory.
+Without a launcher one rank trains. All GPUs of a machine train by
+
+  bfsys launch CONFIG
+  deepspeed bfsys/train.py CONFIG      (on a CPU with --num_accelerators 2)"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "%(prog)s CONFIG [section.key=value …] [OPTION …]", NOTES
+    add_config(parser)
+    add = parser.add_argument
+    add("--dry-run", action="store_true", help="check config and data, show the arithmetic, stop")
+    add("--no-data", action="store_true", help="with --dry-run: leave the data alone")
+    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+
+def run(args: argparse.Namespace) -> int:
+    from bfsys.config import load_config
+    from bfsys.ranks import Ranks, ranks_from_environment
+
+    if args.no_data and not args.dry_run:
+        raise UserError("--no-data: goes with --dry-run")
+    if not args.dry_run:
+        console.go_on_without()  # training is the work
+    ranks = Ranks()
+    try:
+        ranks = ranks_from_environment()
+        config = load_config(args.config, args.overrides)
+    except UserError as error:  # all ranks find it, and once per node is enough
+        if ranks.local_rank:
+            return error.exit_code
+        raise
+    if args.dry_run:
+        from bfsys.dryrun import dry_run
+
+        if ranks.is_rank_zero:
+            dry_run(config, ranks.world_size, with_data=not args.no_data)
+        return 0
+    from bfsys.dist import hard_exit
+    from bfsys.train import train_rank
+
+    hard_exit(exit_code_of(lambda: train_rank(config, ranks)))

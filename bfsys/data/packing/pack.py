@@ -1,0 +1,195 @@
+"""Packing a source into a dataset: all of it is listed and checked before anything is written.
+
+Packing is done once and offline: what it costs here, no training run pays again. The same command continues after a
+stop or a kill. Refused: guessing at anything that the input leaves open (mixed folders, bad files, name clashes); all
+of it is named at once.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from bfsys.data.media.encodings import Encoding, Fitting
+from bfsys.data.packing import shard_jobs, staging
+from bfsys.data.packing.left_out import left_out_note
+from bfsys.data.packing.listing import (
+    BadFile,
+    Listing,
+    check_files,
+    list_filelist,
+    list_speech_commands,
+    list_tree,
+)
+from bfsys.data.packing.splits import split_of_name
+from bfsys.data.packing.workers import write_jobs
+from bfsys.data.storage.shards import seen_from
+from bfsys.errors import UserError
+
+DEFAULT_VAL_SHARE = 0.1
+SECONDS_BETWEEN_LINES = 15  # of progress, where there is no terminal to draw a bar on
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What is to be packed, and how."""
+
+    src: Path
+    folder: Path
+    """Of the dataset that is made."""
+    layout: str
+    """tree, imagefolder, filelist or speech_commands: how SRC says classes and splits."""
+    subdir: str
+    split: str | None
+    """That all files belong to."""
+    splits: str | None
+    """The only ones that are packed, separated by commas."""
+    val_share: float | None
+    encoding: Encoding
+    fitting: Fitting
+    shard_bytes: int
+    max_file_bytes: int | None
+    skip_bad: bool
+    workers: int
+    seed: int
+
+    @property
+    def share_for_val(self) -> float:
+        return DEFAULT_VAL_SHARE if self.val_share is None else self.val_share
+
+
+def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
+    """Write the dataset, unless it is there already: whether it was written, and what of the source was left out.
+
+    Raises UserError with `problems`, which the caller knows of, and with all that are found.
+    """
+    folder, problems = packing.folder, list(problems)
+    staging.recover(folder)
+    listing = list_source(packing)
+    if packing.splits:
+        keep_splits(listing, packing.splits.split(","))
+    check_files(listing, packing.max_file_bytes, packing.encoding, packing.share_for_val)
+    left_out = left_out_note(listing.left_out)
+    if left_out:
+        print(f"{packing.src}: {left_out}", file=sys.stderr)
+    problems += listing.problems
+    if packing.val_share is not None and listing.files and not listing.divided:
+        problems.append("--val-share: has no effect here, since the splits are given otherwise; drop it")
+    splits = set() if listing.problems else {file.split for file in listing.files}
+    problems += shard_jobs.target_problems(folder, splits)
+    if not packing.skip_bad:
+        problems += name_bad_files(listing.bad)
+    if problems:
+        raise UserError(*problems)
+    jobs = shard_jobs.plan_jobs(
+        folder, listing.files, listing.classes, packing.encoding, packing.fitting, packing.shard_bytes, packing.seed
+    )
+    try:
+        with staging.locked(folder):
+            is_new = write(packing, jobs, listing)
+    except OSError as error:  # of writing: files that cannot be read have been sorted out
+        raise UserError(
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); put that right and run "
+            f"the same command again: finished shards are kept"
+        ) from error
+    return is_new, left_out
+
+
+def write(packing: Packing, jobs: Sequence[shard_jobs.Job], listing: Listing) -> bool:
+    """Write the dataset, unless it is there already; whether it was written. The folder is locked."""
+    folder = packing.folder
+    problems = shard_jobs.target_problems(folder, {job.split for job in jobs})  # another may have packed meanwhile
+    if problems:
+        raise UserError(*problems)
+    given = {
+        "from": packing.layout,
+        "subdir": packing.subdir,
+        "split": packing.split,
+        "val_share": packing.share_for_val if listing.divided else None,
+        **({"splits": packing.splits} if packing.splits else {}),
+        **asdict(packing.fitting),
+        "shard_bytes": packing.shard_bytes,
+        "max_file_bytes": packing.max_file_bytes,
+        "skip_bad": packing.skip_bad,
+        "seed": packing.seed,
+    }
+    fingerprint = shard_jobs.inputs_fingerprint(jobs, given, listing.bad)
+    is_new = not shard_jobs.is_packed(folder, fingerprint)
+    if is_new:
+        staging.start(folder)
+        outcomes = write_all(jobs, packing.workers, packing.skip_bad)
+        shard_jobs.finish(folder, listing.classes, packing.encoding, given, outcomes, listing.bad, fingerprint)
+    staging.tidy(folder)
+    return is_new
+
+
+def list_source(packing: Packing) -> Listing:
+    if not packing.src.exists():
+        return Listing(problems=[f"{packing.src}: there is no such file or folder{seen_from(packing.src)}"])
+    if packing.layout == "filelist":
+        return list_filelist(packing.src, packing.split)
+    if not packing.src.is_dir():
+        return Listing(problems=[f"{packing.src}: is not a folder; for a list of files say --from filelist"])
+    if packing.layout == "speech_commands":
+        return list_speech_commands(packing.src)
+    return list_tree(packing.src, packing.subdir, packing.split, split_folders=packing.layout == "imagefolder")
+
+
+def keep_splits(listing: Listing, wanted: Sequence[str]) -> None:
+    """Leave out the files of other splits; the classes stay."""
+    present = {file.split for file in listing.files}
+    wanted = [split_of_name(split) or split for split in wanted]
+    if listing.files and listing.divided:
+        listing.problems.append("--splits: SRC has no splits to choose from; --split puts all files into one")
+    elif listing.files:
+        listing.problems += [
+            f"--splits: got {split!r}, SRC has {', '.join(sorted(present))}" for split in wanted if split not in present
+        ]
+    listing.files = [file for file in listing.files if file.split in wanted]
+
+
+def name_bad_files(bad: Sequence[BadFile]) -> list[str]:
+    if not bad:
+        return []
+    return [
+        *(f"{path}: {reason}" for path, reason in bad),
+        f"{len(bad):,} bad file{'s' * (len(bad) > 1)}: repair or remove, or leave out by --skip-bad",
+    ]
+
+
+def write_all(jobs: Sequence[shard_jobs.Job], workers: int, skip_bad: bool) -> list[shard_jobs.Outcome]:
+    outcomes = []
+    with progress(sum(file.size_bytes for job in jobs for file in job.files)) as advance:
+        for outcome in write_jobs(jobs, workers, skip_bad):
+            advance(sum(file.size_bytes for file in outcome.job.files))
+            outcomes.append(outcome)
+    if not skip_bad:
+        bad = name_bad_files(sorted(bad for outcome in outcomes for bad in outcome.bad))
+        if bad:
+            raise UserError(*bad)
+    return outcomes
+
+
+@contextmanager
+def progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, and now and then a line elsewhere; both on stderr."""
+    if sys.stderr.isatty():
+        with Progress(console=Console(stderr=True), transient=True) as shown:
+            task = shown.add_task("packing", total=total_bytes)
+            yield lambda more_bytes: shown.update(task, advance=more_bytes)
+        return
+    done_bytes, last_line_s = 0, time.monotonic()
+
+    def advance(more_bytes: int) -> None:
+        nonlocal done_bytes, last_line_s
+        done_bytes += more_bytes
+        if time.monotonic() - last_line_s > SECONDS_BETWEEN_LINES:
+            print(f"packed {done_bytes / total_bytes:.0%} of {total_bytes:,} bytes", file=sys.stderr)
+            last_line_s = time.monotonic()
+
+    yield advance

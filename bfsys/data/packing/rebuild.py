@@ -1,0 +1,133 @@
+"""Indexing WebDataset tars that were made elsewhere."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bfsys.data.media.encodings import AS_STORED
+from bfsys.data.packing.splits import SPLIT_FOLDERS, split_of_name
+from bfsys.data.storage.classes import Spelling, stored_name, too_alike
+from bfsys.data.storage.shards import DESCRIPTION, write_description, write_split
+from bfsys.data.storage.tars import TarIndex, how_to_decompress, join_shards, read_shard
+from bfsys.errors import UserError, collecting
+
+REBUILT = "tools/inspect_shards.py --rebuild"  # in dataset.json
+# A foreign tar may have this many classes, or so many for each of its samples, whichever is more.
+LEAST_CLASS_LIMIT, CLASSES_PER_SAMPLE = 10_000, 10
+COMPRESSED_TAR = re.compile(r"(.+)\.(?:tar\.\w+|t[gx]z|tbz2?|tzst)", re.IGNORECASE)
+
+
+def rebuild(folder: Path, split: str | None) -> None:
+    """Index the tars in a folder. What only the maker knew (encoding, class names) is put in as far as seen."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    if (folder / DESCRIPTION).exists():
+        raise UserError(f"{folder}: has a {DESCRIPTION} already; to make a new index, delete that file first")
+    shards_of: dict[str, list[TarIndex]] = {}
+    problems: list[str] = []
+    for split_name, paths in tars_by_split(folder, split).items():
+        for path in paths:
+            with collecting(problems):
+                shards_of.setdefault(split_name, []).append(read_shard(path))
+    for shards in shards_of.values():
+        problems += keys_in_two_shards(shards)
+    all_shards = [index for shards in shards_of.values() for index in shards]
+    problems = problems or absurd_class_numbers(folder, all_shards)
+    if problems:
+        raise UserError(*problems)
+    classes = class_names(all_shards)
+    name = folder.resolve().name
+    parts = {
+        split_name: write_split(folder, name, split_name, classes, shards)
+        for split_name, shards in sorted(shards_of.items())
+    }
+    made_by = {"tool": REBUILT}
+    write_description(folder, name, classes, AS_STORED, made_by, parts)
+
+
+def keys_in_two_shards(shards: Sequence[TarIndex]) -> list[str]:
+    first_in: dict[str, TarIndex] = {}
+    problems = []
+    for index in shards:
+        for key in index.key_list():
+            if first_in.setdefault(key, index) is not index:
+                problems.append(
+                    f"sample {key!r} is in {first_in[key].shard.file} and in {index.shard.file}; remove one of them"
+                )
+    return problems
+
+
+def absurd_class_numbers(folder: Path, shards: Sequence[TarIndex]) -> list[str]:
+    """Class numbers that no classifier of so few samples has. Each number below the largest is a class of its own."""
+    limit = max(LEAST_CLASS_LIMIT, CLASSES_PER_SAMPLE * sum(len(index.samples) for index in shards))
+    problems = []
+    for index in shards:
+        labels = index.samples["label"]
+        if labels.max() >= limit:
+            largest = labels.argmax()
+            problems.append(
+                f"{folder / index.shard.file}: member {index.key_list()[largest]}.cls holds {labels[largest]}, the "
+                f"largest of {np.count_nonzero(labels >= limit):,} class numbers of {limit:,} and more: that is taken "
+                "for a mistake in a dataset of this size. Number the classes 0, 1, 2, … without gaps"
+            )
+    return problems
+
+
+def tars_by_split(folder: Path, split: str | None) -> dict[str, list[Path]]:
+    """The tars of each split, by the split in their names or all of the one given."""
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    tars = [path for path in files if path.suffix.lower() == ".tar"]
+    decompressed = {path.stem.lower() for path in tars}
+    compressed = []
+    for path in files:
+        named = COMPRESSED_TAR.fullmatch(path.name)
+        is_missing = named[1].lower() not in decompressed if named else not tars
+        if is_missing and (remedy := how_to_decompress(path)):
+            compressed.append(f"{path}: {remedy}")
+    if compressed:
+        raise UserError(*compressed)
+    if not tars:
+        raise UserError(f"{folder}: holds no .tar files")
+    if split:
+        return {split: tars}
+    by_split: dict[str, list[Path]] = {}
+    unclear = []
+    for path in tars:
+        found = re.fullmatch(r"(?:.*-)?([^-]+)-\d+", path.stem)
+        name = split_of_name(found[1]) if found else None
+        if name:
+            by_split.setdefault(name, []).append(path)
+        else:
+            unclear.append(path.name)
+    if unclear:
+        raise UserError(
+            f"{folder}: no split in the name of {', '.join(unclear[:3])}{' …' if len(unclear) > 3 else ''}; "
+            f"expected NAME-SPLIT-NUMBER.tar with SPLIT one of {', '.join(SPLIT_FOLDERS)}, or say --split"
+        )
+    return by_split
+
+
+def class_names(shards: Sequence[TarIndex]) -> list[str]:
+    """The names of the key's first folder, if they match the class numbers one to one; else the numbers."""
+    samples, keys = join_shards(shards)
+    labels = samples["label"].tolist()
+    ends = samples["key_end"].tolist()
+    starts = [0, *ends[:-1]]
+    folders = [
+        keys[start:end].decode("utf-8", "backslashreplace").partition("/")[::2]
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    pairs = {(label, folder) for label, (folder, rest) in zip(labels, folders, strict=True) if rest}
+    count = max(labels) + 1
+    if all(rest for _, rest in folders) and len({folder for _, folder in pairs}) == len(pairs) == count:
+        names = [folder for _, folder in sorted(pairs)]
+        problems = [
+            f"class {name!r}: has characters that cannot be printed" for name in names if not name.isprintable()
+        ]
+        problems += too_alike({name: Spelling([f"class number {label}"]) for label, name in enumerate(names)})
+        if problems:
+            raise UserError(*problems)
+        return [stored_name(name) for name in names]
+    return [f"{label:0{len(str(count - 1))}}" for label in range(count)]

@@ -1,0 +1,132 @@
+"""Making files as a model is given them: decoded and encoded again, and their bytes transformed.
+
+OUT/.encoded.jsonl notes for every file, by a hash, what it was made from and how. So a second start keeps what the
+first has made, and a file that was not made from its source as it is now is not overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bfsys.data.media.encodings import Encoding, Fitting, library_version, reencode
+from bfsys.data.packing.listing import regular_files
+from bfsys.data.streaming.byte_transforms import ByteTransform, apply
+from bfsys.errors import UserError
+from bfsys.files import replacing
+
+NOTES = ".encoded.jsonl"
+
+
+class Notes:
+    """What the files in OUT were made from, and how: a line for each, of which a later one counts more."""
+
+    def __init__(self, out: Path, encoding: Encoding, fitting: Fitting, transforms: Sequence[ByteTransform]) -> None:
+        """Raises UserError if notes are there and cannot be read."""
+        self._out, self._path = out, out / NOTES
+        self._how = [encoding.text, library_version(encoding), repr(fitting), *(t.identity for t in transforms)]
+        self._noted: dict[str, str] = {}
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except (FileNotFoundError, NotADirectoryError):
+            lines = []
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be read: {error.strerror}") from None
+        for line in lines:
+            try:
+                name, made_from = json.loads(line)
+                self._noted[name] = made_from
+            except (ValueError, TypeError):  # the end of a line that a full disk or a crash has cut, or other JSON
+                continue
+
+    def has(self, source: Path, target: Path) -> bool:
+        """Whether a target that exists was made from the source as it is now, in the way that is asked for."""
+        return self._noted.get(self._name(target)) == self.hash_of(source)
+
+    def add(self, target: Path, made_from: str) -> None:
+        """To be called before the target stands under its name: a stop in between must leave no file without a note."""
+        with open(self._path, "ab") as file:
+            # It begins with a line break, since the line before may have been cut
+            file.write(b"\n" + json.dumps([self._name(target), made_from]).encode() + b"\n")
+
+    def _name(self, target: Path) -> str:
+        return str(target.relative_to(self._out))
+
+    def hash_of(self, source: Path) -> str:
+        """Hash of the source as it is now and of what is asked for. It tells neither to those who receive OUT."""
+        status = source.stat()
+        identity = [*self._how, str(source.resolve()), status.st_size, status.st_mtime_ns]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+
+def targets_of(src: Path, out: Path, encoding: Encoding, problems: list[str]) -> dict[Path, Path]:
+    """Which file becomes which. Files that differ in the extension alone get it appended to the name."""
+    if not src.exists():
+        problems.append(f"{src}: there is no such file or folder")
+        return {}
+    root, sources = src.parent, [src]
+    if src.is_dir():
+        if out.resolve().is_relative_to(src.resolve()):
+            problems.append(f"{out}: lies in {src}, whose files would grow by what is made; choose an OUT outside")
+            return {}
+        root, sources = src, [Path(path) for path in regular_files(str(src), problems)]
+    if not encoding.extension:
+        return {source: out / source.relative_to(root) for source in sources}
+    alike = Counter(source.with_suffix("") for source in sources)
+    targets: dict[Path, Path] = {}
+    first: dict[Path, Path] = {}
+    for source in sources:
+        extension = source.suffix[1:].lower()
+        name = f"{source.stem}-{extension}" if alike[source.with_suffix("")] > 1 and extension else source.stem
+        target = out / source.relative_to(root).with_name(f"{name}.{encoding.extension}")
+        if first.setdefault(target, source) is not source:
+            problems.append(f"{source}: would become {target}, as {first[target]} does; rename one of them")
+        targets[source] = target
+    return targets
+
+
+def kept_of(targets: dict[Path, Path], notes: Notes, problems: list[str]) -> set[Path]:
+    """The targets that an earlier start has made; others that exist are problems."""
+    existing = {source: target for source, target in targets.items() if target.exists()}
+    kept = {target for source, target in existing.items() if notes.has(source, target)}
+    problems += [
+        f"{target}: exists and is not overwritten, since it was not made from {source} as it is now by these "
+        "arguments; choose another OUT, or remove it"
+        for source, target in existing.items()
+        if target not in kept
+    ]
+    return kept
+
+
+def make(
+    source: Path,
+    target: Path,
+    encoding: Encoding,
+    fitting: Fitting,
+    transforms: Sequence[ByteTransform],
+    notes: Notes,
+) -> str | None:
+    """Make one file: None, or why it cannot be made from its source. UserError if nothing can be written."""
+    try:
+        made_from, content = notes.hash_of(source), source.read_bytes()
+        content = content if encoding.encode is None else reencode(content, encoding, fitting)
+    except MemoryError:
+        raise UserError(f"{source}: memory does not suffice for this file") from None
+    except OSError as error:
+        return f"{source}: cannot be read: {error.strerror}"
+    except Exception as error:  # decoders raise anything
+        return f"{source}: cannot be decoded as {encoding.modality}: {error}"
+    made = apply(transforms, np.frombuffer(content, np.uint8), np.random.default_rng())
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as file:
+            file.write(made.tobytes())
+            notes.add(target, made_from)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+    return None

@@ -1,0 +1,106 @@
+"""What the command line of a SLURM job asks for, and what is wrong with it in itself. Importing this is quick."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import shutil
+from collections.abc import Iterator
+
+from bfsys.config import Config, load_config
+from bfsys.errors import UserError, collecting
+
+
+def ranks_per_node(args: argparse.Namespace) -> int:
+    return args.tasks_per_node or args.gpus_per_node or 1
+
+
+def option_problems(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the command line itself."""
+    for name in ("nodes", "tasks_per_node", "cpus_per_task"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            yield f"--{name.replace('_', '-')}: got {value}; at least 1 is needed"
+    if args.gpus_per_node < 0:
+        yield f"--gpus-per-node: got {args.gpus_per_node}; 0 (CPUs) or more is allowed"
+    if args.gpus_per_node > 0 and args.tasks_per_node not in (None, args.gpus_per_node):
+        yield (
+            f"--tasks-per-node: got {args.tasks_per_node} with {args.gpus_per_node} GPUs on a node; "
+            f"each GPU has one task: leave it out"
+        )
+    if parse_minutes(args.time) is None:
+        yield f"--time: got {args.time!r}; minutes, HH:MM:SS or D-HH:MM:SS are allowed, more than zero"
+    if args.mem and not re.fullmatch(r"\d+[KMGT]?", args.mem):
+        yield f"--mem: got {args.mem!r}; a number with K, M, G or T is allowed, for example 200G; 0: all of a node's"
+    for text in args.sweep:
+        if not re.fullmatch(r"[\w.]+=.+", text):
+            yield f"--sweep: got {text!r}; KEY=A,B,… is expected, for example optim.lr=3e-4,1e-3"
+    for assignment in args.env:
+        if not re.fullmatch(r"[A-Za-z_]\w*=.*", assignment, re.DOTALL):
+            yield f"--env: got {assignment!r}; NAME=VALUE is expected"
+
+
+def minutes_of(args: argparse.Namespace) -> int:
+    minutes = parse_minutes(args.time)
+    assert minutes is not None, "option_problems has looked at it"
+    return minutes
+
+
+def parse_minutes(text: str) -> int | None:
+    """A time limit, as sbatch takes it, in whole minutes, rounded up; None if it is none.
+
+    minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        return None
+    days, *rest = match.groups()
+    numbers = [int(part) for part in rest if part is not None]
+    if days is not None:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    elif len(numbers) < 3:
+        hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
+    else:
+        hours, minutes, seconds = numbers
+    if (len(numbers) > 1 and seconds > 59) or (minutes > 59 and (days is not None or len(numbers) == 3)):
+        return None
+    return (-(-seconds // 60) + minutes + 60 * (hours + 24 * int(days or 0))) or None
+
+
+def sweep_overrides(args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """The overrides of every run: one, or one for each combination of --sweep, with a name of its own."""
+    axes = []
+    for text in args.sweep:
+        key, is_whole, values = text.partition("=")
+        axes += [[f"{key}={value}" for value in values.split(",")]] if is_whole else []  # option_problems has said it
+    if not axes:
+        return [tuple(args.overrides)]
+    base = load_config(args.config, args.overrides).name
+    of_runs = []
+    for chosen in itertools.product(*axes):
+        pairs = [c.partition("=") for c in chosen]
+        name = "-".join([base, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, _, value in pairs)])
+        of_runs.append((*args.overrides, *chosen, f"name={name}"))
+    return of_runs
+
+
+def configs_of(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
+    """The configs of all runs that can be read, and what is wrong with the others and with the options.
+
+    Raises UserError with the latter if there is no config: then nothing else can be checked.
+    """
+    problems, configs = list(option_problems(args)), []
+    if not args.dry_run and not shutil.which("sbatch"):
+        problems.append(
+            "sbatch: not found; run this on a login node of the cluster, or `bfsys launch` to train on this machine"
+        )
+    with collecting(problems):
+        for overrides in sweep_overrides(args):
+            with collecting(problems):
+                configs.append(load_config(args.config, overrides))
+    if not configs:
+        raise UserError(*dict.fromkeys(problems))
+    if len({config.run_dir for config in configs}) < len(configs):
+        problems.append("--sweep: two of its runs have the same name; a value is given twice, or two keys end alike")
+    return configs, problems

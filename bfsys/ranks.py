@@ -1,0 +1,96 @@
+"""Who this process is among the ranks of a run: from the variables that deepspeed, torchrun and srun set.
+
+Importing this module is quick: a rank reads its config before it imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bfsys.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_BOTH_OR_NEITHER = (
+    "launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT together; to train without a launcher, "
+    "unset them"
+)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is; by default a process on its own."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """One GPU per rank; the CPU where there is none, or where DS_ACCELERATOR asks for it."""
+        import torch
+
+        gpus = gpu_count()
+        if not gpus:
+            return torch.device("cpu")
+        # A launcher may show each rank its own GPU only.
+        return torch.device("cuda", 0 if gpus == 1 else self.local_rank)
+
+
+def gpu_count() -> int:
+    """The GPUs of this machine that ranks use; 0 where DS_ACCELERATOR asks for the CPU."""
+    import torch
+
+    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+
+
+def ranks_from_environment() -> Ranks:
+    """Read the launcher's variables; without a launcher this is rank 0 of 1.
+
+    Raises UserError for variables that are missing, are not numbers, or do not fit together.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and env_number("SLURM_NTASKS", 1) > 1:
+        return _ranks_from_slurm()
+    if "RANK" not in env and env_number("WORLD_SIZE", 1) > 1:
+        raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set; {_BOTH_OR_NEITHER}")
+    if "RANK" in env and "WORLD_SIZE" not in env:
+        raise UserError(f"RANK is {env['RANK']!r}, but WORLD_SIZE is not set; {_BOTH_OR_NEITHER}")
+    rank, world_size = env_number("RANK", 0), env_number("WORLD_SIZE", 1)
+    local_world_size = env_number("LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", world_size)
+    return _checked(Ranks(rank, world_size, env_number("LOCAL_RANK", rank), local_world_size))
+
+
+def _ranks_from_slurm() -> Ranks:
+    per_node = re.match(r"\d+", os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    rank, world_size = env_number("SLURM_PROCID", 0), env_number("SLURM_NTASKS", 1)
+    local_world_size = int(per_node[0]) if per_node else world_size
+    return _checked(Ranks(rank, world_size, env_number("SLURM_LOCALID", rank % local_world_size), local_world_size))
+
+
+def env_number(variable: str, default: int) -> int:
+    """A variable that a launcher sets; the default where it is not set. Raises UserError if it is not a number."""
+    text = os.environ.get(variable) or str(default)
+    if not text.strip().isdecimal():
+        raise UserError(f"{variable} is {text!r}, which is not a number; {_BOTH_OR_NEITHER}")
+    return int(text)
+
+
+def _checked(ranks: Ranks) -> Ranks:
+    if not 0 <= ranks.rank < ranks.world_size:
+        raise UserError(
+            f"RANK is {ranks.rank}, but there are {ranks.world_size} ranks (WORLD_SIZE), numbered from 0; "
+            f"{_BOTH_OR_NEITHER}"
+        )
+    if ranks.local_world_size < 1:
+        raise UserError(f"LOCAL_WORLD_SIZE is {ranks.local_world_size}; a machine has at least 1 rank")
+    return ranks
