@@ -15,7 +15,6 @@ overrides (`CONFIG --ranks 2 optim.lr=3e-4`); click and typer, which would be an
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import sys
 import textwrap
@@ -23,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from bfsys.errors import UserError, run_command, summary_of
+from bfsys.errors import UserError, did_you_mean, run_command, summary_of
 
 COMMANDS = {
     "pack": "pack files into shards with an index",
@@ -63,9 +62,8 @@ def dispatch(arguments: Sequence[str]) -> int | None:
     if arguments and arguments[0] in COMMANDS:
         return call(arguments[0], arguments[1:])
     if arguments and not arguments[0].startswith("-"):
-        near = difflib.get_close_matches(arguments[0], COMMANDS, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{arguments[0]!r}: no such command; {hint}`bfsys --help` lists all")
+        hint = did_you_mean(arguments[0], COMMANDS)
+        raise UserError(f"{arguments[0]!r}: no such command{hint}; `bfsys --help` lists all")
     parser = argparse.ArgumentParser(prog="bfsys", usage="bfsys COMMAND [ARGUMENT …]", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
@@ -122,11 +120,9 @@ def parser_of(module: ModuleType, prog: str) -> argparse.ArgumentParser:
 
 
 def completion(shell: str) -> str:
-    """A script that completes commands, options and file names in a shell. Raises UserError if shtab is missing."""
-    try:
-        import shtab
-    except ImportError:
-        raise UserError("--print-completion needs shtab: pip install shtab") from None
+    """A script that completes commands, options and file names in a shell."""
+    import shtab
+
     root = argparse.ArgumentParser(prog="bfsys")
     subparsers = root.add_subparsers(metavar="COMMAND")
     for name, summary in COMMANDS.items():

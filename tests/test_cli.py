@@ -101,7 +101,7 @@ def test_a_command_is_called_as_the_user_called_it(command: list[str], prog: str
 
 
 def test_a_command_that_does_not_exist_is_named(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(UserError, match=r"'evalute': no such command; did you mean 'evaluate'\?"):
+    with pytest.raises(UserError, match=r"'evalute': no such command \(did you mean 'evaluate'\?\)"):
         cli.dispatch(["evalute", "runs/x"])
     with pytest.raises(UserError, match=r"'x': no such command; `bfsys --help` lists all"):
         cli.dispatch(["x"])
