@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if "onnx" in args.format:
         missing = [name for name in NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
         if missing:
-            raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install 'bfsys[export]'")
+            raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install {' '.join(missing)}")
     from safetensors import SafetensorError
 
     from bfsys.checkpoint.files import make_empty_folder

@@ -180,7 +180,7 @@ def test_opening_a_folder_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"^none: .* in the current folder, which is {tmp_path}; "):
         open_split("none", "train")
-    with pytest.raises(UserError, match=r"inspect_shards\.py .* --rebuild"):
+    with pytest.raises(UserError, match=r"bfsys inspect .* --rebuild"):
         open_split(tmp_path, "train")
 
 
