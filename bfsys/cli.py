@@ -15,22 +15,22 @@ overrides (`CONFIG --ranks 2 optim.lr=3e-4`); click and typer, which would be an
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from bfsys.errors import UserError, run_command, summary_of
+from bfsys.errors import UserError, did_you_mean, run_command, summary_of
 
 COMMANDS = {
     "pack": "pack files into shards with an index",
     "inspect": "show, check or rebuild the index of a packed dataset",
     "plan": "what a run will need: memory, time, disk",
-    "train": "train one rank, or start all by deepspeed or torchrun",
-    "launch": "train on all GPUs or cores of this machine; start again after a crash",
-    "slurm": "train on a SLURM cluster; look after the jobs: status, logs, stop",
+    "train": "train: one process, or each that deepspeed or torchrun starts",
+    "launch": "train on this machine, by GPU or core; restart after a crash",
+    "slurm": "train on a SLURM cluster; jobs: slurm status, logs, stop",
     "checkpoint": "list, verify, show or prune the checkpoints of a run",
     "evaluate": "loss and accuracy of a run on a whole split",
     "predict": "classes of files, from their bytes",
@@ -42,6 +42,7 @@ COMMANDS = {
 }
 TAKE_OVERRIDES = ("plan", "train", "launch", "slurm")
 OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other arguments of `slurm` submit a job
+WIDTH = 78  # of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
 FILES = ("config", "files", "permute")  # arguments that are completed by file names, besides those of type Path
 
@@ -60,8 +61,10 @@ def dispatch(arguments: Sequence[str]) -> int | None:
     """`bfsys ARGUMENT…`: the exit code."""
     if arguments and arguments[0] in COMMANDS:
         return call(arguments[0], arguments[1:])
+    if arguments and not arguments[0].startswith("-"):
+        hint = did_you_mean(arguments[0], COMMANDS)
+        raise UserError(f"{arguments[0]!r}: no such command{hint}; `bfsys --help` lists all")
     parser = argparse.ArgumentParser(prog="bfsys", usage="bfsys COMMAND [ARGUMENT …]", add_help=False)
-    parser.add_argument("command", nargs="?")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--print-completion", choices=SHELLS)
@@ -72,10 +75,6 @@ def dispatch(arguments: Sequence[str]) -> int | None:
         print(f"bfsys {version('bfsys')}")
     elif args.print_completion:
         print(completion(args.print_completion))
-    elif args.command and not args.help:
-        near = difflib.get_close_matches(args.command, COMMANDS, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{args.command!r}: no such command; {hint}`bfsys --help` lists all")
     else:
         print(overview())
     return 0
@@ -89,8 +88,8 @@ def overview() -> str:
             "usage: bfsys COMMAND [ARGUMENT …]\n",
             "Train classifiers on raw file bytes, from a laptop to a SLURM cluster.\n",
             *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
-            "\n`bfsys COMMAND --help` explains a command; `bfsys --version` tells the version;",
-            f"`bfsys --print-completion {'|'.join(SHELLS)}` prints a script for the shell's TAB key.",
+            "\n`bfsys COMMAND --help` explains a command.",
+            f"`bfsys --print-completion {'|'.join(SHELLS)}` makes the TAB key complete them.",
         )
     )
 
@@ -113,17 +112,17 @@ def module_of(name: str) -> ModuleType:
 
 
 def parser_of(module: ModuleType, prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=summary_of(module.__doc__), formatter_class=_Formatter)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=textwrap.fill(summary_of(module.__doc__), WIDTH), formatter_class=_Formatter
+    )
     module.add_arguments(parser)
     return parser
 
 
 def completion(shell: str) -> str:
-    """A script that completes commands, options and file names in a shell. Raises UserError if shtab is missing."""
-    try:
-        import shtab
-    except ImportError:
-        raise UserError("--print-completion needs shtab: pip install shtab") from None
+    """A script that completes commands, options and file names in a shell."""
+    import shtab
+
     root = argparse.ArgumentParser(prog="bfsys")
     subparsers = root.add_subparsers(metavar="COMMAND")
     for name, summary in COMMANDS.items():

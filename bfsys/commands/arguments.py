@@ -27,7 +27,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 def add_encoding(parser: argparse.ArgumentParser) -> None:
     """What is done to files before they are stored."""
     add = parser.add_argument
-    add("--encoding", default="as_stored", metavar="E", help="decode files and encode them as E (default: as_stored)")
+    add("--encoding", default="as_stored", metavar="E", help="decode files and encode them as E")
     add("--image-size", type=int, metavar="N", help="first resize and crop to N × N pixels")
     add("--sample-rate", type=int, metavar="HZ", help="first resample")
     add("--seconds", type=float, metavar="S", help="first cut or fill up to S seconds")

@@ -25,7 +25,7 @@ from bfsys.errors import UserError
 MB = 1e6
 NOTES = """\
 list    step, time, size, score, whether all files are there
-verify  read every byte of every checkpoint; exit code 1 if something is damaged
+verify  read every byte of every checkpoint; exit code 1 if one is damaged
 show    what the newest one (or RUN/checkpoints/step_…) holds
 prune   remove intact ones that are not to be kept, by --keep and the like"""
 

@@ -1,4 +1,4 @@
-"""Files as a model is given them: decoded and encoded again, and their bytes transformed."""
+"""Make files as a model is given them: encoded again, and their bytes transformed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from bfsys.commands.arguments import add_encoding, read_encoding
 from bfsys.errors import UserError, collecting
 
 NOTES = """\
-E and T are those of the packed dataset and of data.byte_transforms. The same
-command continues after a stop. A run that was trained on such files predicts
-OUT as it is, one with the same data.byte_transforms with --transformed. Noise
-differs for every file and call. docs/privacy.md says what transforms protect.
+E: see `bfsys pack --help`; T: as data.byte_transforms. The same command
+continues after a stop. A run with such data.byte_transforms predicts OUT with
+--transformed. docs/privacy.md says what transforms protect.
 
   bfsys encode photo.jpg out --encoding tiff --image-size 224
   bfsys encode photos out --encoding fhwc --image-size 224 --transform keep:0.1

@@ -14,11 +14,11 @@ from bfsys.errors import UserError
 FORMATS = ("safetensors", "torch", "onnx")
 NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
 NOTES = """\
-OUT then holds model.json (what the model is, its classes, the files' sha256) and
+OUT then holds model.json (the architecture, the classes, checksums) and
   model.safetensors  weights, float32
   model.pt2          torch.export.load(path).module()(bytes)
   model.onnx         for ONNX Runtime: input `bytes`, output `probabilities`
-Both programs take the bytes of one file, uint8 [n], and give float32 [classes]."""
+Both programs take the bytes of a file, uint8 [n], and give float32 [classes]."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if "onnx" in args.format:
         missing = [name for name in NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
         if missing:
-            raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install 'bfsys[export]'")
+            raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install {' '.join(missing)}")
     from safetensors import SafetensorError
 
     from bfsys.checkpoint.files import make_empty_folder

@@ -1,4 +1,4 @@
-"""Turn ByteFormer weights that Apple published (CoreNet) into a directory that bfsys takes like a run."""
+"""Make a directory like that of a run from ByteFormer weights of CoreNet."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from bfsys import console
 from bfsys.model.sizes import HEAD_DIM, PUBLISHED_SHIFT
 
 NOTES = """\
-Nothing in the file is executed. Everything but window and shift is read off the
+Nothing in the file is executed. All but window and shift is read off the
 tensors' names and shapes.
 
-  bfsys import-corenet imagenet_jpeg_q60_k4_w128.pt imported --classes names.txt
+  bfsys import-corenet imagenet_k4_w128.pt imported --classes names.txt
   bfsys import-corenet speech_commands.pt imported/speech --window 32
   bfsys predict imported photo.jpg
   bfsys evaluate imported --data packed/imagenet-jpeg60"""

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 EXIT_DAMAGED = 1
 NOTES = """\
-Exit code 0: all is well; 1: --verify found damage; 2: there is no such dataset,
-or the like."""
+Exit code 0: all is well; 1: --verify found damage; 2: wrong input."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,11 @@ from bfsys import console
 from bfsys.commands.arguments import add_config
 
 NOTES = """\
-Ctrl-C, SIGTERM, or SIGHUP from a terminal that has gone, saves a checkpoint and
-stops; the same command resumes from there. A second Ctrl-C, a few seconds later,
-ends the run at once. A run that crashes or hangs is started again from its newest
-intact checkpoint, unless only a person can help; RUN/ended.json says why.
+Ctrl-C, SIGTERM, or SIGHUP from a terminal that has gone, saves a checkpoint
+and stops; the same command resumes from there. A second Ctrl-C, a few seconds
+later, ends the run at once. A run that crashes or hangs is started again from
+its newest intact checkpoint, unless only a person can help; RUN/ended.json
+says why.
 
   bfsys launch --ranks 2 configs/quickstart.yaml train.steps=100"""
 

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 NOTES = """\
-SIZE is in bytes, or 500K, 100M, 2G. E is as_stored, tiff, png, jpeg[:QUALITY],
-fhwc, fchw, wav:uint8|int16|int32|float32, mp3 or flac. The same command
-continues after a stop. Next: bfsys train, with data.sources: [{path: OUT/NAME}]"""
+LAYOUT  tree: SRC/[SPLIT/]CLASS/… (default); imagefolder: SRC/SPLIT/CLASS/…,
+        other folders are left out; filelist: SRC has lines of
+        path<TAB>class[<TAB>split]; speech_commands: the extracted archive
+SIZE    bytes, or 500K, 100M, 2G
+E       tiff, png, jpeg[:QUALITY], fhwc, fchw, wav:uint8|int16|int32|float32,
+        mp3, flac, or as_stored (default)
+The same command continues after a stop."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("tree", "imagefolder", "filelist", "speech_commands"),
         default="tree",
         metavar="LAYOUT",
-        help="tree: SRC/[SPLIT/]CLASS/… (default); imagefolder: SRC/SPLIT/CLASS/…, other folders are left "
-        "out; filelist: SRC has lines of path<TAB>class[<TAB>split]; speech_commands: the extracted archive",
+        help="how SRC says classes and splits",
     )
     add("--subdir", default="", help="class folders lie in SRC/[SPLIT/]SUBDIR")
     add("--split", help="put all files into this split")

@@ -1,4 +1,4 @@
-"""What a run will need: memory of a rank, time, checkpoints, disk; before anything is asked for."""
+"""What a run will need: memory of a rank, time, checkpoints, disk."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bfsys.model import peaks
 # FLOP/s in bfloat16, by the names that --gpu takes.
 PEAKS = {name.lower().replace(" ", "-"): 1e12 * peak.bf16 for name, peak in peaks.PEAKS.items() if peak.bf16}
 NOTES = """\
-Operations and memory are counted for the first steps as training will plan them;
-what CUDA, NCCL and the allocator take for themselves is left out. Time needs the
-rate of a run that was measured (--like), or a GPU's peak and a share of it.
+Operations and memory are counted for the first steps as training will plan
+them; what CUDA, NCCL and the allocator take for themselves is left out. Time
+needs the rate of a run that was measured (--like), or a share of a GPU's peak.
 
   bfsys plan configs/joint.yaml --ranks 64 --gpu h200
   bfsys plan configs/joint.yaml --ranks 64 --like runs/a_short_one"""

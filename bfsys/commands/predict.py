@@ -10,11 +10,11 @@ from bfsys.commands.arguments import add_weights
 from bfsys.errors import UserError
 
 NOTES = """\
-Files that cannot be classified are named after the others' answers, with exit
-code 2. data.byte_transforms of the run are applied here too, with the key from
---permute; with --transformed whoever sent the files has done so, and no key is
-needed. A model whose files were packed with --encoding, or augmented, wants files
-in that encoding, such as `bfsys encode` makes."""
+Files that cannot be classified are named at the end, with exit code 2.
+data.byte_transforms of the run are applied here too, with the key of --permute;
+with --transformed the sender of the files has done so, and no key is needed.
+A model whose files were packed with --encoding, or augmented, wants files in
+that encoding: `bfsys encode` makes them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

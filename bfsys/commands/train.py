@@ -9,8 +9,8 @@ from bfsys.commands.arguments import add_config
 from bfsys.errors import UserError, exit_code_of
 
 NOTES = """\
-The same command goes on from the newest intact checkpoint of the run directory.
-Without a launcher one rank trains. All GPUs of a machine train by
+The same command resumes from the newest intact checkpoint of its run. Without
+a launcher, one process trains. All GPUs of a machine train by
 
   bfsys launch CONFIG
   deepspeed bfsys/train.py CONFIG      (on a CPU with --num_accelerators 2)"""

@@ -1,4 +1,5 @@
 """Train on a SLURM cluster: checks the run, then submits it as one job with one task per GPU, or CPU tasks.
+
 A job that runs out of time, loses a node, is pre-empted, or whose rank crashes goes on by itself in the same run
 directory until its steps are done, unless another start would change nothing (requeue.py). `scancel` saves and ends it
 for good. The same command continues a run that has ended, on other --nodes too.

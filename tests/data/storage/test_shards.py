@@ -175,12 +175,12 @@ def test_opening_something_broken_says_what_is_broken(tmp_path, case):
 
 
 def test_opening_a_folder_that_is_not_there(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"there is no such folder; .* tools/pack\.py"):
+    with pytest.raises(UserError, match=r"there is no such folder; .* bfsys pack"):
         open_split(tmp_path / "none", "train")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"^none: .* in the current folder, which is {tmp_path}; "):
         open_split("none", "train")
-    with pytest.raises(UserError, match=r"inspect_shards\.py .* --rebuild"):
+    with pytest.raises(UserError, match=r"bfsys inspect .* --rebuild"):
         open_split(tmp_path, "train")
 
 

@@ -221,7 +221,7 @@ def zipped(data: bytes) -> bytes:
         (bz2.compress, "(bzip2), shards must not be: mv {0} {0}.bz2 && bunzip2 {0}.bz2"),
         (lzma.compress, "(xz), shards must not be: mv {0} {0}.xz && unxz {0}.xz"),
         (b"\x28\xb5\x2f\xfd".__add__, "(zstd), shards must not be: mv {0} {0}.zst && unzstd {0}.zst"),
-        (zipped, "(zip), shards must not be: unzip {0} and pack the files with tools/pack.py"),
+        (zipped, "(zip), shards must not be: unzip {0} and pack the files with bfsys pack"),
     ],
 )
 def test_a_compressed_archive_is_known_by_its_first_bytes(tmp_path: Path, compress, remedy: str) -> None:
