@@ -10,11 +10,13 @@ Shapes: N tokens of the whole batch, D dim, B files.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import custom_bwd, custom_fwd
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from bfsys.batch import ByteBatch
@@ -26,9 +28,7 @@ from bfsys.model.precision import LayerNorm, Linear
 from bfsys.model.sizes import MLP_RATIO, Architecture
 from bfsys.model.stem import Stem
 
-# Tokens at a time on a CPU. The hidden layer of the tiny model takes 25 MB for them in float32, which the C library
-# keeps for the next chunk; it returns what is larger than 32 MB to the system, and takes it page by page again.
-CHUNK_TOKENS = 8192
+CHUNK_TOKENS = 2048  # at a time on a CPU, where activations are not kept
 
 
 class Block(nn.Module):
@@ -46,16 +46,15 @@ class Block(nn.Module):
         self.fc2 = Linear(MLP_RATIO * dim, dim)
 
     def forward(self, x: Tensor, where: Segments | Windows) -> Tensor:
-        compute = self.compute
-        if self.activation_checkpointing and self.training:
+        checkpointing = self.activation_checkpointing and self.training
+        keeps_nothing = checkpointing or not torch.is_grad_enabled()
+        if x.device.type == "cpu" and isinstance(where, Segments) and keeps_nothing:
+            trainable = [p for p in self.parameters() if p.requires_grad]
+            return _InChunks.apply(x, self, where.in_chunks(CHUNK_TOKENS), *trainable)
+        if checkpointing:
             # No random number is drawn in a block, so no generator's state must be saved.
-            compute = partial(checkpoint, self.compute, use_reentrant=False, preserve_rng_state=False)
-        if x.device.type != "cpu" or isinstance(where, Windows):
-            return compute(x, where)
-        # Chunks of whole segments bound the memory of what lies inside of a block, however long the files are.
-        chunks = where.in_chunks(CHUNK_TOKENS)
-        rows = x.split([chunk.tokens for chunk in chunks])
-        return torch.cat([compute(part, chunk) for part, chunk in zip(rows, chunks, strict=True)])
+            return checkpoint(self.compute, x, where, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(x, where)
 
     def compute(self, x: Tensor, where: Segments | Windows) -> Tensor:
         blank_qkv = None
@@ -76,6 +75,48 @@ class Block(nn.Module):
         """What lies around attention, for any number of tokens; blocks of equal shapes share what is compiled."""
         for name in ("before_attention", "after_attention"):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
+
+
+class _InChunks(torch.autograd.Function):
+    """`Block.compute` on one chunk of tokens after the other; the backward computes each chunk once more.
+
+    So what lies inside of a block takes the memory of a chunk, however long the files are. Gradients of weights are
+    summed in float32 at least. Refused: PyTorch's checkpoint on each chunk. Its answers would be pieces between freed
+    blocks of the C library, which then grew to several times the memory.
+    """
+
+    @staticmethod
+    @custom_fwd(device_type="cpu")
+    def forward(ctx, x: Tensor, block: Block, chunks: tuple[Windows, ...], *trainable: nn.Parameter) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.block, ctx.chunks, ctx.trainable = block, chunks, trainable
+        out = torch.empty_like(x)
+        for rows, chunk in _rows_of(chunks):
+            out[rows] = block.compute(x[rows], chunk)
+        return out
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        x_grad, trainable = torch.empty_like(x), ctx.trainable
+        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trainable]
+        for rows, chunk in _rows_of(ctx.chunks):
+            part = x[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                out = ctx.block.compute(part, chunk)
+            x_grad[rows], *grads = torch.autograd.grad(out, (part, *trainable), grad[rows])
+            for total, of_chunk in zip(sums, grads, strict=True):
+                total += of_chunk
+        return x_grad, None, None, *(total.to(p.dtype) for total, p in zip(sums, trainable, strict=True))
+
+
+def _rows_of(chunks: tuple[Windows, ...]) -> Iterator[tuple[slice, Windows]]:
+    first = 0
+    for chunk in chunks:
+        yield slice(first, first + chunk.tokens), chunk
+        first += chunk.tokens
 
 
 class Merge(nn.Module):

@@ -10,6 +10,10 @@ from torch import Tensor
 from bfsys.model.attention import kernels_for
 from bfsys.model.precision import LayerNorm
 
+# Rows times channels from which our kernels pay: below, PyTorch's operations take less time on an H200, and a function
+# of our own costs the host more (docs/performance.md).
+LEAST_NUMBERS = 2**24
+
 
 class AddNorm(torch.autograd.Function):
     """(x + added, its norm). Only the sum is kept. The backward takes both gradients at once, so that autograd makes no
@@ -51,8 +55,8 @@ def add_norm(norm: LayerNorm, x: Tensor, added: Tensor | None = None) -> tuple[T
 
 
 def norm_kernels_for(x: Tensor, added: Tensor | None) -> ModuleType | None:
-    """Our kernels, where there are some for these rows. A compiled model fuses norms by itself."""
-    if torch.compiler.is_compiling() or kernels_for(x.device, x.dtype) is None:
+    """Our kernels, where they are faster for these rows. A compiled model fuses norms by itself."""
+    if torch.compiler.is_compiling() or x.numel() < LEAST_NUMBERS or kernels_for(x.device, x.dtype) is None:
         return None
     from bfsys.model import norm_kernels
 

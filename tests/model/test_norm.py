@@ -103,13 +103,14 @@ def test_autograd_sees_the_same_with_and_without_kernels(kernels, monkeypatch):
         close(other, one.double().cpu(), 1e-5)
 
 
-def test_compiled_models_and_cpus_use_pytorch(monkeypatch):
-    x = torch.zeros(3, 24)
+def test_cpus_compiled_models_and_few_rows_use_pytorch(monkeypatch):
+    x = torch.zeros(2**20, 24, device="meta")
     assert norm.norm_kernels_for(x, None) is None
     monkeypatch.setattr(norm, "kernels_for", lambda *_: "some")
     assert norm.norm_kernels_for(x, x).__name__ == "bfsys.model.norm_kernels"
     assert norm.norm_kernels_for(x, x.bfloat16()) is None
-    assert norm.norm_kernels_for(torch.zeros(3, 4096), None) is None
+    assert norm.norm_kernels_for(torch.zeros(2**14, 4096, device="meta"), None) is None
+    assert norm.norm_kernels_for(x[: 2**19], None) is None
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert norm.norm_kernels_for(x, x) is None
 
