@@ -6,8 +6,8 @@ import pytest
 
 from bfsys.checkpoint.files import evaluations
 from bfsys.json_lines import NUMBER, read_json_lines
-from bfsys.metrics import _open_lines
 from bfsys.supervision.goodput import read_seconds
+from bfsys.supervision.metrics import _open_lines
 
 DAMAGE = [
     b"",

@@ -23,7 +23,7 @@ LAYERS = [
     ["loss", "optim", "micro_batches"],
     ["engine"],
     ["checkpoint", "supervision.signals", "supervision.run_end", "supervision.goodput"],
-    ["supervision", "metrics", "confusion"],
+    ["supervision", "confusion"],
     ["supervision.supervisor"],
     ["evaluate", "init_from"],
     ["dryrun", "predict", "export", "plan_run", "rehearsal", "run_dir", "encode", "fetch", "import_corenet"],

@@ -25,10 +25,10 @@ from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import RunData
 from bfsys.engine import Engine
 from bfsys.errors import EXIT_CRASHED
-from bfsys.metrics import Metrics
 from bfsys.supervision.goodput import Ledger
 from bfsys.supervision.guard import FILE as ROLLBACKS
 from bfsys.supervision.guard import Drawn, Guard, ranges_of, read_rollbacks, return_to_good_checkpoint, samples_of
+from bfsys.supervision.metrics import Metrics
 from bfsys.supervision.run_end import note_end
 from bfsys.supervision.signals import StopRequests
 from bfsys.supervision.watchdog import LEAST_S, Watchdog

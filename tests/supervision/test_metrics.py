@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bfsys.metrics import _open_lines
+from bfsys.supervision.metrics import _open_lines
 
 
 def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
