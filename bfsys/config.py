@@ -243,7 +243,7 @@ class Train:
     """Decides the initial weights and the data order."""
     init_from: Location | None = None
     """Run, or imported weights, that step 0 starts from: their average where they keep one. The architecture must be
-    the same; see initial.py for heads and positions that differ. A run that continues takes no notice."""
+    the same; see init_from.py for heads and positions that differ. A run that continues takes no notice."""
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 gradients, 3 parameters divided among the ranks."""

@@ -1,6 +1,6 @@
 """Packing: cutting files into shards, writing one shard, and finishing the dataset.
 
-Each shard is a job of its own (packers.py runs the jobs), whose fingerprint covers all that decides its bytes. It is
+Each shard is a job of its own (workers.py runs the jobs), whose fingerprint covers all that decides its bytes. It is
 written into the folder .pack, and beside it a sidecar with that fingerprint and the shard's part of the index. So a
 killed run continues where it was, by asking of every shard whether it is there already, and the number
 of workers cannot matter. Only when all is whole does staging.py put it into place: until then the dataset that
