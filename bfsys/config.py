@@ -183,7 +183,7 @@ class Model:
     """Recompute each block in the backward pass: less memory, about a fifth more time."""
     compiled: bool = False
     """Fuse what lies between matrix products, by torch.compile: for GPUs, at the price of some minutes at each start.
-    On a CPU it has no effect, since blocks are computed in chunks that stay in the cache."""
+    It has no effect on a CPU."""
 
     def architecture(self) -> sizes.Architecture:
         return sizes.architecture(
