@@ -14,8 +14,9 @@ from bfsys.batch import ByteBatch
 from bfsys.config import load_config
 from bfsys.engine import Engine
 from bfsys.model.byteformer import ByteFormer
+from bfsys.ranks import ranks_from_environment
 
-ranks = dist.ranks_from_environment()
+ranks = ranks_from_environment()
 dist.start(ranks, timeout_s=60)
 config = load_config(sys.argv[1], sys.argv[2:])
 engine = Engine(ByteFormer(config.model.architecture(), 5), config, ranks)
@@ -27,7 +28,7 @@ for _ in range(4):
         engine.backward(engine.forward(ByteBatch.of_zeros(40)).float().square().sum())
     assert engine.step(1e-3, 0.9) > 0
 print("waits:", len(waits), "of", engine.micro_batches, "micro-batches a step")
-dist.leave(0)
+dist.hard_exit(0)
 """
 
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bfsys.data.plan import lane_groups
-from bfsys.data.run_data import open_run_data
 
 from bfsys.config import Config, Data, Model, Train, load_config
-from bfsys.dist import Ranks
+from bfsys.data.streaming.plan import lane_groups
+from bfsys.data.streaming.run_data import open_run_data
 from bfsys.micro_batches import agree_on_micro_batches, largest_micro_batch, micro_batches_of
 from bfsys.model.layout import token_counts
+from bfsys.ranks import Ranks
 
 TIFF_TOKENS = 9_417
 
