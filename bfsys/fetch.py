@@ -27,7 +27,7 @@ UNKNOWN, SILENCE = "_unknown_", "_silence_"
 OF_EACH_PER_WORD_FILE = 0.1
 SILENCE_S = 1.0
 PARTS = {"train": (0.0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1.0)}
-"""Of each recording of noise: what a split's silence is cut from."""
+"""The part of each recording of noise from which a split's silence is cut."""
 
 SPEECH_COMMANDS = "speech_commands_v0.02"
 SPEECH_COMMANDS_URL = f"http://download.tensorflow.org/data/{SPEECH_COMMANDS}.tar.gz"

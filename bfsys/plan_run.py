@@ -39,7 +39,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one rank, unless it says otherwise. Memory in bytes, times in seconds."""
+    """The figures are those of one rank unless they say otherwise; memory is in bytes, times are in seconds."""
 
     ranks: int
     micro_batches: int
@@ -49,7 +49,7 @@ class Estimate:
     """Weights, gradients, moments, average."""
     activation_bytes: int
     step_flops: float
-    """Of all ranks together, mean of the first steps."""
+    """The mean over the first steps, of all ranks together."""
     busiest: float
     """Operations of the busiest rank of a step over the mean rank's."""
     step_bytes: float

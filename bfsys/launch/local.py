@@ -94,7 +94,7 @@ class Group:
             if ended and kill_at == float("inf"):
                 stop_at = min(stop_at, now + TOGETHER_S)
             if first_code == 0 and any(ended.values()):
-                # Of ranks found in the same look, one that died of a signal is likelier to be the cause.
+                # Among ranks that are found at the same time, one that died of a signal is likelier to be the cause.
                 code, first_rank = min((code, rank) for rank, code in ended.items() if code)
                 first_code = self._exit_code(code)
                 if first_code == EXIT_HUNG:  # who hangs does not hear either

@@ -18,8 +18,8 @@ from tests.model.triton_kernels import DEVICE, ON_GPU, close, compiled_for_nvidi
 LONGEST = 2500 if ON_GPU else 250  # bytes; the interpreter is slow
 # Largest error over largest value. bfloat16 has 8 bits; probabilities and their gradients are rounded to it too.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
-# Of gradients in any precision: products with ones are exact, their sums are float32. Matrix units cut sums off where
-# others round, which costs float32 gradients a digit.
+# This holds for gradients in any precision: products with ones are exact, and their sums are float32. Matrix units cut
+# sums off where others round, which costs float32 gradients a digit.
 SUM_TOLERANCE = 1e-5 if ON_GPU else 1e-6
 
 

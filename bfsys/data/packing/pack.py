@@ -41,7 +41,7 @@ class Packing:
 
     src: Path
     folder: Path
-    """Of the dataset that is made."""
+    """The name of the dataset that is made."""
     layout: str
     """tree, imagefolder, filelist or speech_commands: how SRC says classes and splits."""
     subdir: str

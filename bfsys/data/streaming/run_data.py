@@ -33,7 +33,7 @@ class Planned(NamedTuple):
     """A micro-batch, before it is read."""
 
     stored_bytes: int
-    """Of all its files, as they are read."""
+    """The size of all its files as they are read."""
     lengths: np.ndarray
     """Bytes of each file as the model gets it, int64 [B]; see `RunData.lengths_of`."""
 
