@@ -88,7 +88,7 @@ def attend(qkv: Tensor, where: Segments | Windows, heads: int, blank_qkv: Tensor
 def attend_by_sdpa(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor | None = None) -> Tensor:
     """The same with PyTorch's own attention; on a CPU in float32 at least.
 
-    In bfloat16 the backward for a CPU takes four times as long at 32 channels per head and windows of 64.
+    With attention in bfloat16, a step of the quickstart's model takes 1.8 times as long (Xeon with AMX, 2026-11-26).
     """
     dim = qkv.shape[1] // 3
     w = windows
