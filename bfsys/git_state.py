@@ -17,7 +17,7 @@ def git_state() -> str | None:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "--no-optional-locks", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
 
     try:
