@@ -17,7 +17,12 @@ def git_state() -> str | None:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True
+            # A killed process would leave the lock that `git status` takes to refresh its index.
+            ["git", "--no-optional-locks", "-C", str(here), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         ).stdout.strip()
 
     try:
