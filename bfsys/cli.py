@@ -6,7 +6,7 @@
 Each command is a module of bfsys/commands/ with `add_arguments(parser)` and `run(args)`. Only the one that is asked for
 is imported, and `run` imports PyTorch and the like after it has checked what can be checked without them, so help and
 a typo cost a fraction of a second. `python tools/pack.py`, `python -m bfsys.predict`, `deepspeed bfsys/train.py` and
-others call the same commands under their own names.
+others call the same commands, and each prints its own name.
 
 Refused: argparse's subparsers, which need the arguments of all commands for any of them, and do not take options among
 overrides (`CONFIG --ranks 2 optim.lr=3e-4`); click and typer, which would be another way to say the same.

@@ -201,7 +201,7 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
         stderr_to_stdout=True,  # one log per rank, in the order of events
         use_srun=False,  # the command has it already
         setup=[
-            *([] if args.gpus_per_node else ["export DS_ACCELERATOR=cpu"]),  # a node may show its GPUs all the same
+            *([] if args.gpus_per_node else ["export DS_ACCELERATOR=cpu"]),  # a node may show its GPUs even then
             *args.setup,
             *exports,
             # The job's code before all other, and no module from the current folder.

@@ -62,7 +62,7 @@ class Agreed(NamedTuple):
 
 
 class Supervisor:
-    """Supervises a run until its processes end. All ranks call the same methods in the same order."""
+    """The supervisor of one run on one rank. All ranks call the same methods in the same order."""
 
     metrics: Metrics
     guard: Guard
