@@ -179,6 +179,9 @@ class Model:
     mode: Literal["masked", "as_released"] = "masked"
     """masked: padding and neighbours never change an answer. as_released: the arithmetic of Apple's released code, for
     weights that were trained with it (tools/import_corenet.py); files then need at least `kernel` bytes."""
+    init: Literal["published", "smooth"] = "published"
+    """Weights of step 0. smooth: bytes of near values begin alike, and positions begin as sines. Muon learns faster
+    from it, and AdamW more slowly: see model/stem.py."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a fifth more time."""
     compiled: bool = False
@@ -206,11 +209,18 @@ class Model:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW under a cosine, as published."""
+    """AdamW under a cosine, as published; or Muon beside it."""
 
     __pydantic_config__ = _STRICT
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of blocks and mergings and the stem's kernel are updated by Muon, everything else by AdamW:
+    see optim.py."""
     lr: Positive = 1e-3
+    """Highest learning rate of AdamW."""
+    muon_lr: Positive = 5e-3
+    """Highest learning rate of Muon; it has the shape of AdamW's over the steps."""
+    muon_momentum: Share = 0.95
     final_lr: NotNegative = 2e-5
     """Learning rate at the last step."""
     warmup_lr: NotNegative = 1e-6

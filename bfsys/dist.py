@@ -269,6 +269,16 @@ def broadcast(value: Tensor, source: int) -> Tensor:
     return value
 
 
+def all_to_all(values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """Send `sent[r]` numbers of a flat tensor to rank r, in the order of ranks; collective.
+
+    Returns what all ranks send here, in the order of ranks: `received[r]` numbers from rank r.
+    """
+    result = values.new_empty(sum(received))
+    dist.all_to_all_single(result, values, list(received), list(sent))
+    return result
+
+
 def same_errors_on_all(act: Callable[[], T]) -> T:
     """`act()`; if a rank fails with UserError or OSError, all raise AgreedError with everybody's problems.
 

@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
 from bfsys.dist import Ranks
-from bfsys.model.byteformer import Block, Merge
-from bfsys.optim import EMA, AdamW, parameter_groups
+from bfsys.model.byteformer import Block, ByteFormer, Merge
+from bfsys.model.precision import product_dtype
+from bfsys.muon import Span
+from bfsys.optim import EMA, Held, Optimizer
 
 WEIGHT = "weight"
 MOST_IN_A_BUCKET = 500_000_000  # numbers that are reduced over ranks together; DeepSpeed's default
@@ -39,27 +41,21 @@ class StateValues(Protocol):
     def __getitem__(self, name: str) -> Tensor: ...
 
 
-class Partitioned(Protocol):
-    """A parameter at stage 3, to which DeepSpeed has added this rank's part."""
-
-    ds_tensor: Tensor
-
-
 class Engine:
     """A model in training. `micro_batches` forward/backward pairs, then one step."""
 
-    def __init__(self, model: nn.Module, config: Config, ranks: Ranks, micro_batches: int | None = None) -> None:
+    def __init__(self, model: ByteFormer, config: Config, ranks: Ranks, micro_batches: int | None = None) -> None:
         """Every rank must pass the same model and number of `micro_batches` per step (default: one for each of its
         lanes). The model is moved to the rank's device and, below fp32, cast."""
         deepspeed = import_deepspeed()
         self.micro_batches = micro_batches or config.data.lanes // ranks.world_size
         self.stage, self.device = config.train.zero_stage, ranks.device
-        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.ranks = ranks
         self.uses_autocast = self.stage == 0 and config.train.precision == "bf16"
         self.updates = 0  # steps that changed the weights
         self._loss_scale = ranks.world_size * self.micro_batches / config.data.batch_samples
         self._clip_norm = config.optim.clip_norm
-        self.optimizer = AdamW(parameter_groups(model, config.optim.weight_decay), config.optim)
+        self.optimizer = Optimizer(model, config.optim)
         if self.stage == 3:  # a block's parts are not called one by one, so its parameters must come together
             deepspeed.utils.set_z3_leaf_modules(model, [Block, Merge])
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo")
@@ -72,8 +68,13 @@ class Engine:
                 ),
                 dist_init_required=False,
             )
-        self._names = {id(p): name for name, p in self._engine.module.named_parameters()}
-        self._init_optimizer_state()
+        self._shapes = {name: _whole_shape(p) for name, p in self._engine.module.named_parameters()}
+        asked = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        products = product_dtype(asked, self.device.type)
+        self.optimizer.init_state(self._updated_together(), list(self._held()), ranks, products)
+        if self.stage in (1, 2):
+            # DeepSpeed links its by-name access to the state after the first step; a resume needs it before.
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
     def module(self) -> nn.Module:
@@ -104,62 +105,48 @@ class Engine:
         self.updates += math.isfinite(norm)
         return norm
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Whole shapes by parameter name, also where stage 3 holds a share only."""
-        return {self._names[id(p)]: _whole_shape(p) for p in self._engine.module.parameters()}
-
     def state_names(self) -> tuple[str, ...]:
-        """What belongs to each parameter: the float32 weight and the optimizer's tensors."""
+        """What belongs to parameters: the float32 weight and the optimizer's tensors."""
         return (WEIGHT, *self.optimizer.state_names)
+
+    def parameter_shapes(self, state: str) -> dict[str, tuple[int, ...]]:
+        """Whole shapes by name of the parameters that have a state, also where stage 3 holds a share only."""
+        has = self.optimizer.has_state
+        return {name: shape for name, shape in self._shapes.items() if state == WEIGHT or has(name, state)}
 
     def read_pieces(self, state: str) -> Iterator[tuple[str, int, Tensor]]:
         """(parameter name, number of the first element, float32 [elements]) of what this rank holds of a state.
 
         Nothing is sent. The pieces of all ranks are the whole state, each element once.
         """
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        for p in self._engine.module.parameters():
-            first, elements = 0, math.prod(_whole_shape(p))
-            if self.stage == 0:  # every rank has everything
-                value = (p.detach() if state == WEIGHT else self.optimizer.state[p][state]).flatten()
-                first, end = (elements * rank // self.world_size for rank in (self.rank, self.rank + 1))
-                value = value[first:end]
-            elif self.stage == 3:
-                first = self.rank * p.ds_tensor.numel()  # the last ranks' parts are filled up with zeros
-                part = safe_get_local_fp32_param(p) if state == WEIGHT else safe_get_local_optimizer_state(p, state)
-                value = part.flatten()[: max(0, elements - first)]
-            elif p._hp_mapping is None:  # none of it is here
+        names = self.parameter_shapes(state)
+        for held in self.optimizer.held:
+            name, first, end = held.span
+            if name not in names:
                 continue
-            else:  # DeepSpeed has words for this at stage 3 only; its own ones for whole tensors do the same
-                first = p._hp_mapping.lp_fragment_address.start
-                value = p._hp_mapping.get_hp_fragment(None if state == WEIGHT else state)
+            value = held.of(self._values(held.tensor, state))
+            if self.stage == 0:  # every rank has everything, and gives a share
+                first, end = (end * rank // self.ranks.world_size for rank in (self.ranks.rank, self.ranks.rank + 1))
+                value = value[first:end]
             if value.numel():
-                yield self._names[id(p)], first, value.detach()
+                yield name, first, value
 
     def write_state(self, state: str, values: StateValues) -> None:
         """Set whole tensors, `values[parameter name]`, on every rank; each is asked for once."""
-        from deepspeed import utils
-
         if self.stage == 3:
             self._drop_gathered()
-        for p in self._engine.module.parameters():
-            value = values[self._names[id(p)]].to(self.device)
-            if self.stage == 0:
-                (p.data if state == WEIGHT else self.optimizer.state[p][state]).copy_(value)
-            elif self.stage == 3:  # not the "full" form: it fails where ranks do not divide a parameter evenly
-                share = self._share(p, value)
-                if state == WEIGHT:
-                    utils.safe_set_local_fp32_param(p, share)
-                else:
-                    utils.safe_set_local_optimizer_state(p, share, state)
-            elif state == WEIGHT:
-                utils.safe_set_full_fp32_param(p, value)
-            else:
-                utils.safe_set_full_optimizer_state(p, value, state)
+        held: dict[str, Held] = {part.span.name: part for part in self.optimizer.held}
+        for name in self.parameter_shapes(state):
+            value = values[name]  # on all ranks, for it may come from one of them
+            if part := held.get(name):
+                span = value.flatten()[part.span.first : part.span.end]
+                part.of(self._values(part.tensor, state)).copy_(span)
         if state == WEIGHT and self.stage > 0:
             self._copy_masters_to_model()
         self._finish_copies()
+
+    def _values(self, tensor: Tensor, state: str) -> Tensor:
+        return tensor if state == WEIGHT else self.optimizer.state[tensor][state]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -212,27 +199,43 @@ class Engine:
     def set_step(self, step: int, updates: int) -> None:
         """Continue after `step` steps; its bias the optimizer corrects by those that were `updates`, not skipped."""
         for state in self.optimizer.state.values():
-            state["step"].fill_(updates)
+            if "step" in state:
+                state["step"].fill_(updates)
         self._engine.global_steps, self.updates = step, updates
 
-    def _flat_parameters(self) -> list[Tensor]:
-        """The tensors that the optimizer updates on this rank: shards of the float32 weights, or the weights."""
+    def _updated_together(self) -> list[tuple[bool, list[Tensor]]]:
+        """The tensors that one call of the optimizer's step updates, and whether by Muon: the weights, or this rank's
+        parts of them in float32."""
+        groups, zero = self.optimizer.param_groups, self._engine.optimizer
         if self.stage == 3:
-            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+            of_groups = [groups[i] for i in zero.sub_group_to_group_id.values()]
+            tensors = zero.fp32_partitioned_groups_flat
+            return [(group["is_muon"], [flat]) for group, flat in zip(of_groups, tensors, strict=True)]
+        return [(group["is_muon"], group["params"]) for group in groups]
 
-    def _share(self, p: Partitioned, value: Tensor) -> Tensor:
-        """This rank's part of a whole tensor at stage 3: equal parts, the last ones filled up with zeros."""
-        length = p.ds_tensor.numel()
-        padded = value.new_zeros(self.world_size * length)
-        padded[: value.numel()] = value.flatten()
-        return padded[self.rank * length : (self.rank + 1) * length]
-
-    def _init_optimizer_state(self) -> None:
-        self.optimizer.init_state(self._flat_parameters())
-        if self.stage in (1, 2):
-            # DeepSpeed links its by-name access to the state after the first step; a resume needs it before.
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+    def _held(self) -> Iterator[Held]:
+        """What this rank updates of each parameter, and where DeepSpeed keeps it."""
+        parameters = dict(self._engine.module.named_parameters())
+        names, zero = {p: name for name, p in parameters.items()}, self._engine.optimizer
+        groups = self.optimizer.param_groups
+        if self.stage == 0:
+            for name, p in parameters.items():
+                yield Held(Span(name, 0, p.numel()), p, 0)
+        elif self.stage == 3:  # each parameter is divided into equal parts, the last of which are padded with zeros
+            for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+                offset = 0
+                for p in group:
+                    length, elements = p.partition_numel(), math.prod(_whole_shape(p))
+                    first = self.ranks.rank * length
+                    if first < elements:
+                        yield Held(Span(names[p], first, min(first + length, elements)), flat, offset)
+                    offset += length
+        else:  # all parameters of a group lie one after the other, and the ranks hold equal parts of that
+            for name, p in parameters.items():
+                if mapping := p._hp_mapping:
+                    span, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    (flat,) = groups[mapping.param_group_index]["params"]
+                    yield Held(Span(name, span.start, span.start + span.numel), flat, place.start)
 
     def _copy_masters_to_model(self) -> None:
         """Round the float32 weights to the model's precision, as DeepSpeed does after a step."""

@@ -59,7 +59,7 @@ class Weights:
     def state_names(self) -> tuple[str, ...]:
         return (WEIGHT,)
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(self, state: str) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def read_pieces(self, state: str) -> Iterator[tuple[str, int, Tensor]]:

@@ -1,21 +1,30 @@
-"""AdamW with an averaged copy of the weights, its parameter groups and its learning rate.
+"""AdamW, or Muon for matrices beside AdamW for the rest, with an averaged copy of the weights, and its learning rate.
 
-The average (EMA) is a state of the optimizer beside its two moments, so that ZeRO shards it, and a checkpoint
-saves and restores it, exactly as it does the moments. Refused: a second model on every rank, which ZeRO would
-not shard and which would average bfloat16 copies instead of the float32 weights.
+The average (EMA) is a state of the optimizer beside its moments, so that ZeRO shards it, and a checkpoint saves and
+restores it, exactly as it does the moments. Refused: a second model on every rank, which ZeRO would not shard and which
+would average bfloat16 copies instead of the float32 weights.
+
+Muon replaces the gradient's running mean, a matrix, by the nearest matrix with orthonormal rows or columns, so that all
+directions of a layer learn at one pace. It keeps one moment where AdamW keeps two. See muon.py for how that is computed
+where ZeRO has divided the matrices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bfsys import dist
 from bfsys.config import Optim
+from bfsys.model.byteformer import ByteFormer
+from bfsys.muon import Orthogonalizer, Span, Stack, step_scale
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+MOMENTUM = "momentum_buffer"  # of Muon
 EMA = "ema"
 
 
@@ -40,21 +49,48 @@ def ema_decay(step: int, optim: Optim) -> float:
     return min(optim.ema_decay, (1 + step) / (10 + step))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay on parameters of two or more dimensions only, as published (positions included)."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+def parameter_groups(model: ByteFormer, optim: Optim) -> list[dict]:
+    """Parameters that are updated alike. Those of two or more dimensions have weight decay, as published (positions
+    included)."""
+    stacks = model.stacks() if optim.name == "muon" else {}
+    matrices = [p for name, p in model.named_parameters() if name in stacks]
+    rest = [p for name, p in model.named_parameters() if name not in stacks]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": optim.weight_decay, "is_muon": False},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "is_muon": False},
     ]
+    if matrices:
+        groups.append({"params": matrices, "weight_decay": optim.weight_decay, "is_muon": True})
+    return groups
 
 
-class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW that also keeps `state[p]["ema"]`, the exponential moving average of p."""
+@dataclass(frozen=True)
+class Held:
+    """A span of a parameter that this rank updates: it lies at `offset` in `tensor`, which the optimizer knows."""
 
-    def __init__(self, groups: Iterable[dict], optim: Optim) -> None:
+    span: Span
+    tensor: Tensor
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The span's elements of a tensor that is like `tensor`: the weights, a moment or a gradient; a view."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.span.end - self.span.first]
+
+
+class Optimizer(torch.optim.AdamW):
+    """torch.optim.AdamW, and Muon for the groups that say so.
+
+    It keeps `state[p]["ema"]`, the exponential moving average of p, beside the moments.
+    """
+
+    def __init__(self, model: ByteFormer, optim: Optim) -> None:
         self.keeps_average = optim.ema_decay > 0
-        betas = (optim.beta1, optim.beta2)
+        self.stacks = {n: Stack(*shape) for n, shape in model.stacks().items()} if optim.name == "muon" else {}
+        self.scales = {name: step_scale(model.get_parameter(name).shape) for name in self.stacks}
+        self.momentum, self.relative_rate = optim.muon_momentum, optim.muon_lr / optim.lr
+        self.held: list[Held] = []
+        self._orthogonalizers: dict[Tensor, tuple[list[Held], Orthogonalizer]] = {}
+        groups, betas = parameter_groups(model, optim), (optim.beta1, optim.beta2)
         super().__init__(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
         self.prepare(optim.lr, optim.ema_decay)
 
@@ -62,30 +98,71 @@ class AdamW(torch.optim.AdamW):
         """Set what changes from step to step. `skips`: the next step changes nothing."""
         self.skips = skips
         for group in self.param_groups:
-            group["lr"], group["ema_decay"] = learning_rate, ema_decay
+            group["lr"] = learning_rate * (self.relative_rate if group["is_muon"] else 1)
+            group["ema_decay"] = ema_decay
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        return (*MOMENTS, EMA) if self.keeps_average else MOMENTS
+        names = (*MOMENTS, MOMENTUM) if self.stacks else MOMENTS
+        return (*names, EMA) if self.keeps_average else names
 
-    def init_state(self, parameters: Iterable[Tensor]) -> None:
-        """Make the state of step 0 now rather than in the first step, so that a checkpoint can fill it."""
-        for p in parameters:
-            self.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                **{name: torch.zeros_like(p, requires_grad=False) for name in MOMENTS},
-            }
-            if self.keeps_average:
-                self.state[p][EMA] = p.detach().clone()
+    def has_state(self, parameter: str, state: str) -> bool:
+        """Whether the parameter of that name has such a state."""
+        return state == EMA or (state == MOMENTUM) == (parameter in self.stacks)
+
+    def init_state(
+        self,
+        together: Sequence[tuple[bool, list[Tensor]]],
+        held: list[Held],
+        ranks: dist.Ranks,
+        products: torch.dtype,
+    ) -> None:
+        """Make the state of step 0 now rather than in the first step, so that a checkpoint can fill it; collective.
+
+        `together` are the tensors that are updated in one call of `step`, and whether by Muon, in the same order on all
+        ranks; `held` says where parameters lie in them. Muon's products are computed in the dtype `products`.
+        """
+        self.held = held
+        for is_muon, tensors in together:
+            for p in tensors:
+                names = (MOMENTUM,) if is_muon else MOMENTS
+                self.state[p] = {name: torch.zeros_like(p, requires_grad=False) for name in names}
+                if not is_muon:
+                    self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                if self.keeps_average:
+                    self.state[p][EMA] = p.detach().clone()
+            if is_muon:
+                mine = [part for part in held if any(part.tensor is p for p in tensors)]
+                spans = [part.span for part in mine]
+                self._orthogonalizers[tensors[0]] = mine, Orthogonalizer(self.stacks, spans, ranks, products)
 
     @torch.no_grad()
     def step(self, closure=None):
+        """One update of the groups that DeepSpeed has put into `param_groups`; collective where Muon is one of them."""
         if self.skips:
             return None
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["is_muon"]]
         result = super().step(closure)
-        if self.keeps_average:
-            for group in self.param_groups:
+        self.param_groups = groups
+        for group in groups:
+            if group["is_muon"] and group["params"]:
+                self._update_matrices(group)
+            if self.keeps_average:
                 moved = [p for p in group["params"] if p.grad is not None]
                 if moved:
                     torch._foreach_lerp_([self.state[p][EMA] for p in moved], moved, 1 - group["ema_decay"])
         return result
+
+    def _update_matrices(self, group: dict) -> None:
+        """Nesterov momentum, orthogonalised, with decoupled weight decay."""
+        tensors, rate = group["params"], group["lr"]
+        for p in tensors:
+            momentum = self.state[p][MOMENTUM]
+            momentum.lerp_(p.grad, 1 - self.momentum)
+            p.grad.lerp_(momentum, self.momentum)
+            p.mul_(1 - rate * group["weight_decay"])
+        mine, orthogonalizer = self._orthogonalizers[tensors[0]]
+        gradients = [part.of(part.tensor.grad) for part in mine if part.tensor.grad is not None]
+        for part, direction in zip(mine, orthogonalizer(gradients), strict=True):
+            part.of(part.tensor).add_(direction, alpha=-rate * self.scales[part.span.name])

@@ -64,6 +64,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             config.model.mode,
             config.model.activation_checkpointing,
             compiled=config.model.compiled and ranks.device.type == "cuda",
+            init=config.model.init,
         )
         weights: dict[str, Tensor] = {}
         if directory.is_new:

@@ -54,8 +54,8 @@ class Tensors:
     def state_names(self) -> tuple[str, ...]:
         return tuple(self.values)
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.values["weight"].items()}
+    def parameter_shapes(self, state: str) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.values[state].items()}
 
     def read_pieces(self, state: str) -> Iterator[tuple[str, int, Tensor]]:
         return ((name, 0, tensor) for name, tensor in self.values[state].items())

@@ -18,7 +18,7 @@ LAYERS = [
     ["typed_yaml", "batch", "ranks"],
     ["model"],
     ["config", "dist"],
-    ["data.storage", "data.media"],
+    ["data.storage", "data.media", "muon"],
     ["data.packing", "data.streaming"],
     ["loss", "optim", "micro_batches"],
     ["engine"],

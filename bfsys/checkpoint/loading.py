@@ -75,7 +75,6 @@ def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> Non
 def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list[str]:
     """Restore weights, moments and average; collective. Returns what is damaged. The engine is then to be loaded from
     another checkpoint. Raises AgreedError if a file server does not give files that may well be whole."""
-    expected = engine.parameter_shapes()
     stored = {name.partition("-")[0] for name in manifest["files"]}
     for state in engine.state_names():
         # A run that kept no average so far starts it at the weights.
@@ -84,8 +83,10 @@ def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list
         everybodys = dist.gather_to_all(problems)
         if any(everybodys):
             return [p for rank in everybodys for p in rank]
-        _check_shapes(expected, {name: tuple(shape) for name, shape in manifest["shapes"].items()}, path)
+        found = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
+        _check_shapes(engine.parameter_shapes(WEIGHT), found, path)
         pieces = [piece for of_rank in dist.gather_to_all(list(mine)) for piece in of_rank]
+        expected = engine.parameter_shapes(state)
         if not cover(pieces, expected):
             return [f"{path}: its {origin} files are not the whole state"]
         engine.write_state(state, _FromOwners(mine, expected, engine.device, ranks))

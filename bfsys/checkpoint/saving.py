@@ -56,7 +56,9 @@ class StateSource(Protocol):
 
     def state_names(self) -> tuple[str, ...]: ...
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def parameter_shapes(self, state: str) -> dict[str, tuple[int, ...]]:
+        """Whole shapes by name of the parameters that have the state."""
+        ...
 
     def read_pieces(self, state: str) -> Iterator[tuple[str, int, Tensor]]: ...
 
@@ -69,7 +71,7 @@ class Saver:
         self._facts: dict | None = None
         self._work, self._written_bytes = run_dir, 0
         self._files: tuple[str, ...] = ()
-        self._states: tuple[str, ...] = ()
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # of the whole tensors, by state
         self._pieces: dict[str, list[str]] = {}  # names of this rank's tensors, by state
         self._process: subprocess.Popen | None = None
         self._memory: HostMemory | None = None
@@ -99,15 +101,15 @@ class Saver:
             return work
 
         work = dist.on_rank0(make_work_dir, self.ranks)
+        self._shapes = {state: source.parameter_shapes(state) for state in source.state_names()}
         files = self._copy(source)
-        shapes = {name: list(shape) for name, shape in source.parameter_shapes().items()}
+        shapes = {name: list(shape) for of_state in self._shapes.values() for name, shape in of_state.items()}
         history = self.run_dir / METRICS
         copies = (
             {METRICS: (str(history), history.stat().st_size)} if self.ranks.is_rank_zero and history.exists() else {}
         )
         self._facts = {**facts, "shapes": shapes}
         self._work, self._files, self._written_bytes = work, (*files, *copies), 0
-        self._states = source.state_names()
         self._pieces = {file.partition("-")[0]: list(entries) for file, entries in files.items()}
         self._process = _start_writer(work, self._memory, files, copies) if files or copies else None
 
@@ -128,9 +130,9 @@ class Saver:
         mine = dist.same_errors_on_all(partial(self._written_files, final))
         files = {name: entry for of_rank in dist.gather_to_all(mine) for name, entry in of_rank.items()}
         pieces_of_ranks = dist.gather_to_all(self._pieces)
-        for state in self._states:
+        for state, shapes in self._shapes.items():
             pieces = [piece for of_rank in pieces_of_ranks for piece in of_rank.get(state, ())]
-            assert cover(pieces, facts["shapes"]), f"{state}: the ranks' pieces are not the whole state"
+            assert cover(pieces, shapes), f"{state}: the ranks' pieces are not the whole state"
 
         @_errors_of_saving(final)
         def let_it_count() -> None:
@@ -157,8 +159,7 @@ class Saver:
 
     def _copy(self, source: StateSource) -> dict[str, dict]:
         """Copy this rank's pieces; {file name: {piece: (shape, first byte, end)}}."""
-        shapes, states = source.parameter_shapes(), source.state_names()
-        pieces = [(state, *piece) for state in states for piece in source.read_pieces(state)]
+        pieces = [(state, *piece) for state in self._shapes for piece in source.read_pieces(state)]
         files: dict[str, dict] = {}
         if not pieces:
             return files
@@ -167,10 +168,11 @@ class Saver:
         for state, name, first, value in pieces:
             begin, end = end, end + 4 * value.numel()
             memory.tensor(begin, value.numel()).copy_(value.flatten())
-            is_whole = value.numel() == math.prod(shapes[name])
+            shape = self._shapes[state][name]
+            is_whole = value.numel() == math.prod(shape)
             piece = name if is_whole else piece_name(name, first, first + value.numel())
             file = files.setdefault(f"{state}-{self.ranks.rank}-of-{self.ranks.world_size}.safetensors", {})
-            file[piece] = (list(shapes[name]) if is_whole else [value.numel()], begin, end)
+            file[piece] = (list(shape) if is_whole else [value.numel()], begin, end)
         return files
 
     def _written_files(self, final: Path) -> dict[str, dict]:

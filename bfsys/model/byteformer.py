@@ -143,13 +143,14 @@ class ByteFormer(nn.Module):
         mode: str = MASKED,
         activation_checkpointing: bool = False,
         compiled: bool = False,
+        init: str = "published",
     ) -> None:
         super().__init__()
         if mode not in MODES:
             raise UserError(f"mode: got {mode!r}; allowed: {', '.join(MODES)}")
         self.architecture, self.mode = architecture, mode
         dim = architecture.dim
-        self.stem = Stem(architecture)
+        self.stem = Stem(architecture, init)
         blocks = [Block(dim, architecture.heads, mode) for _ in range(architecture.layers)]
         self.blocks = nn.ModuleList(blocks)
         self.merges = nn.ModuleDict({str(layer): Merge(dim) for layer in architecture.merge_after})
@@ -164,6 +165,19 @@ class ByteFormer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def stacks(self) -> dict[str, tuple[int, int, int]]:
+        """The parameters that Muon updates, by name, each as a stack of matrices: (how many, rows, columns).
+
+        They are those between channels of tokens: queries, keys and values have a matrix each, and the stem's kernel is
+        one matrix, from all bytes of a token to its channels.
+        """
+        stacks = {"stem.kernel": (1, len(self.stem.kernel), self.stem.kernel[0].numel())}
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                matrices = 3 if name.endswith(".qkv") else 1
+                stacks[f"{name}.weight"] = (matrices, module.out_features // matrices, module.in_features)
+        return stacks
 
     def forward(self, batch: ByteBatch) -> Tensor:
         layout = make_layout(batch.lengths, self.architecture, self.mode).to(batch.data.device)

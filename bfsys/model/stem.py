@@ -30,6 +30,8 @@ from bfsys.model.sizes import BYTE_VALUES, PAD_BYTE, Architecture
 
 # Tokens at a time on a CPU, whose rows of the table and of the gradient lie in the cache.
 CHUNK_TOKENS = 8192
+# Of byte values that begin alike, and of what is drawn for each value by itself (docs/experiments.md).
+SMOOTH_LENGTH, WHITE_SHARE = 16, 0.1
 
 
 class Tokens(torch.autograd.Function):
@@ -127,20 +129,24 @@ def position_runs(tokens: int, rows: int) -> Iterator[tuple[int, int, int]]:
 class Stem(nn.Module):
     """Bytes [total] and where the files lie -> tokens [N, D] with positions (published: after the convolution)."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, init: str) -> None:
         super().__init__()
         dim = architecture.dim
         self.embedding = nn.Parameter(torch.empty(BYTE_VALUES + 1, dim))
         self.kernel = nn.Parameter(torch.empty(dim, dim, architecture.kernel))  # [out, in, K]
         self.positions = nn.Parameter(torch.empty(architecture.max_tokens, dim))
-        self.reset_parameters()
+        self.reset_parameters(init)
 
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, init: str) -> None:
+        """See `smooth_embedding` and `sine_positions` for `init` "smooth", which changes neither shapes nor scales."""
         dim, _, kernel = self.kernel.shape
         nn.init.trunc_normal_(self.embedding, std=dim**-0.5)
         nn.init.trunc_normal_(self.positions, std=dim**-0.5)
         nn.init.uniform_(self.kernel, -((dim * kernel) ** -0.5), (dim * kernel) ** -0.5)
         with torch.no_grad():
+            if init == "smooth":
+                self.embedding[:PAD_BYTE] = smooth_embedding(dim)
+                self.positions.copy_(sine_positions(*self.positions.shape))
             self.embedding[PAD_BYTE].zero_()
 
     def forward(self, data: Tensor, files: Files) -> Tensor:
@@ -154,3 +160,24 @@ class Stem(nn.Module):
             embedding, kernel = self.embedding[:PAD_BYTE].to(dtype), self.kernel.to(dtype)
             table = torch.einsum("vi,oik->kvo", embedding, kernel).to(stored)
         return F.pad(table, (0, 0, 0, 1)).flatten(0, 1)
+
+
+def smooth_embedding(dim: int) -> Tensor:
+    """[256, dim]: each channel is a random smooth function of the byte's value, with a standard deviation of dim^-0.5.
+
+    Values lie on a circle, since 255 is next to 0 where bytes are signed, and the last bit of most numbers is in a byte
+    that runs over. The functions are draws from a Gaussian process with an RBF kernel of SMOOTH_LENGTH and a share of
+    white noise, which keeps neighbours apart.
+    """
+    distance = (torch.arange(BYTE_VALUES)[:, None] - torch.arange(BYTE_VALUES)).abs()
+    distance = torch.minimum(distance, BYTE_VALUES - distance)
+    covariance = (1 - WHITE_SHARE) * torch.exp(-0.5 * (distance / SMOOTH_LENGTH) ** 2)
+    covariance += (WHITE_SHARE + 1e-5) * torch.eye(BYTE_VALUES)  # 1e-5: roundings must not make it indefinite
+    return torch.linalg.cholesky(covariance) @ torch.randn(BYTE_VALUES, dim) * dim**-0.5
+
+
+def sine_positions(rows: int, dim: int) -> Tensor:
+    """[rows, dim]: sines and cosines of wavelengths from 2 pi to 20,000 pi tokens (Vaswani et al. 2017), in the scale
+    of published positions."""
+    angle = torch.arange(rows)[:, None] * 10_000.0 ** (-torch.arange(0, dim, 2) / dim)
+    return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :dim] * dim**-0.5
