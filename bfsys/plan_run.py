@@ -5,7 +5,8 @@ training will plan them. Time is these operations over a rate: that of a run tha
 data and for the busiest rank is in its rate, saving and restarting in its goodput), or a share of a GPU's peak that you
 believe in. Memory is counted too:
 
-    weights, gradients, moments and their average, by ZeRO stage, with the moments in float32
+    weights, gradients, moments and the average, by ZeRO stage, with the moments in float32; Muon has one moment for its
+    matrices, where AdamW has two
     activations of the largest micro-batch: 16 dim numbers for each token of each layer (what the norms, qkv, attention,
     and the MLP's two products keep for their backward), or dim of each layer and 16 dim of the widest one with
     activation checkpointing; 1.5 dim for each token that is merged; and half as much again as the widest layer keeps,
@@ -28,7 +29,7 @@ from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import UserError
 from bfsys.json_lines import NUMBER, Fields, read_json_lines
 from bfsys.micro_batches import micro_batches_of
-from bfsys.model.byteformer import parameter_count
+from bfsys.model.byteformer import muon_count, parameter_count
 from bfsys.model.flops import flops_per_step
 from bfsys.model.layout import token_counts
 
@@ -82,6 +83,7 @@ def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
     lanes_of_ranks = [lanes_of_rank(config.data.lanes, rank, ranks) for rank in range(ranks)]
     architecture, classes = config.model.architecture(), len(data.training.classes)
     parameters = parameter_count(architecture, classes)
+    moments = parameters + (parameters - muon_count(architecture) if config.optim.name == "muon" else parameters)
     flops, tokens, read = [], [], []
     for lanes in data.first_steps():
         of_lanes = [flops_per_step(batch.lengths, architecture, classes).total for batch in lanes]
@@ -96,26 +98,27 @@ def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
         ranks=ranks,
         micro_batches=micro_batches,
         parameters=parameters,
-        state_bytes=_state_bytes(config, parameters, ranks),
+        state_bytes=_state_bytes(config, parameters, moments, ranks),
         activation_bytes=_activation_bytes(config, largest),
         step_flops=float(of_ranks.sum(1).mean()),
         busiest=float(np.mean(of_ranks.max(1) / of_ranks.mean(1))),
         step_bytes=float(np.mean(read)),
-        checkpoint_bytes=16 * parameters,
+        checkpoint_bytes=4 * (2 * parameters + moments),
         steps=config.train.steps,
     )
 
 
-def _state_bytes(config: Config, parameters: int, ranks: int) -> int:
-    """See `bfsys.engine.deepspeed_config`: float32 weights, two moments and the average belong to the optimizer."""
+def _state_bytes(config: Config, parameters: int, moments: int, ranks: int) -> int:
+    """See `bfsys.engine.deepspeed_config`: float32 weights, `moments` numbers of moments, and the average belong to the
+    optimizer."""
     stage, is_small = config.train.zero_stage, config.train.precision == "bf16" and config.train.zero_stage > 0
     weights = 2 if is_small else 4
-    optimizer = 12 + (4 if is_small else 0)
+    optimizer = 4 * moments + (8 if is_small else 4) * parameters
     share = [1, 1, 1, 1]  # of weights, gradients, gradients that are added up in float32, optimizer
     for part in {0: (), 1: (3,), 2: (1, 2, 3), 3: (0, 1, 2, 3)}[stage]:
         share[part] = ranks
-    each = (weights, weights, 4 if is_small else 0, optimizer)
-    return sum(-(-size * parameters // of) for size, of in zip(each, share, strict=True))
+    each = (weights * parameters, weights * parameters, 4 * parameters if is_small else 0, optimizer)
+    return sum(-(-size // of) for size, of in zip(each, share, strict=True))
 
 
 def _activation_bytes(config: Config, tokens: int) -> int:

@@ -18,7 +18,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -91,11 +91,14 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
-def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+def load(
+    cls: type[T], path: str | Path, overrides: Sequence[str] = (), presets: Mapping[str, Mapping[str, dict]] = {}
+) -> T:
     """Read `path` (UTF-8, or UTF-16 with a byte order mark) into dataclass `cls`, then apply overrides
     `section.key=value`.
 
-    Raises UserError with one message per problem.
+    `presets` are trees of values by a key of the top level and its value: {"recipe": {"fast": {"optim": {…}}}}. They
+    stand for what is not given. Raises UserError with one message per problem.
     """
     try:
         content = Path(path).read_bytes()
@@ -118,6 +121,9 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
             _apply(cls, tree, override)
     if problems:
         raise UserError(*problems)
+    for key, trees in presets.items():
+        if isinstance(value := tree.get(key), str):
+            _fill_up(tree, trees.get(value, {}))
     return from_tree(cls, tree, f"config {path}", is_typed=True)
 
 
@@ -160,6 +166,15 @@ def _with_odd(value: Any) -> Any:
             value, **{f.name: _with_odd(getattr(value, f.name)) for f in dataclasses.fields(value)}
         )
     return value
+
+
+def _fill_up(tree: dict, preset: Mapping) -> None:
+    """Add what `tree` lacks of `preset`, in place."""
+    for key, value in preset.items():
+        if not isinstance(value, dict):
+            tree.setdefault(key, value)
+        elif isinstance(under := tree.setdefault(key, {}), dict):
+            _fill_up(under, value)
 
 
 def _parse(text: str, where: str) -> Any:

@@ -55,6 +55,22 @@ def test_overrides(tmp_path: Path) -> None:
     assert config.name == "x"
 
 
+def test_a_recipe_stands_for_what_is_not_given(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "optim: {lr: 2e-3}\n")
+    for overrides, expected in (
+        ([], ("published", "adamw", "published", 0.0)),
+        (["recipe=recommended"], ("recommended", "muon", "smooth", 1.0)),
+        (["recipe=recommended", "optim.name=adamw", "optim.clip_norm=0"], ("recommended", "adamw", "smooth", 0.0)),
+    ):
+        config = load_config(path, overrides)
+        assert (config.recipe, config.optim.name, config.model.init, config.optim.clip_norm) == expected
+        assert config.optim.lr == 2e-3
+    with pytest.raises(UserError, match=r"recipe: got 'recomended'; allowed: .*did you mean 'recommended'"):
+        load_config(path, ["recipe=recomended"])
+    with pytest.raises(UserError, match="optim: got 3"):
+        load_config(path, ["recipe=recommended", "optim=3"])
+
+
 def test_dump_and_load_agree(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL), ["model.merge_after=[0]", "data.micro_batch_bytes=100"])
     assert load_config(write(tmp_path, dump(config))) == config

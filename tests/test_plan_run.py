@@ -59,7 +59,7 @@ def test_activations_are_what_autograd_keeps(checkpointing: bool) -> None:
 )  # fmt: skip
 def test_state_is_shared_by_stage(stage: int, precision: str, bytes_each: float) -> None:
     config = config_of(zero_stage=stage, precision=precision)
-    assert plan_run._state_bytes(config, 10**6, 4) == pytest.approx(bytes_each * 10**6)
+    assert plan_run._state_bytes(config, 10**6, 2 * 10**6, 4) == pytest.approx(bytes_each * 10**6)
 
 
 def test_an_estimate_counts_what_training_plans(config_file: Path) -> None:
@@ -73,6 +73,16 @@ def test_an_estimate_counts_what_training_plans(config_file: Path) -> None:
     assert four.step_s(1e9) == pytest.approx(one.step_s(1e9) / 4)
     with pytest.raises(UserError, match="world sizes that fit"):
         plan_run.estimate(data, 3, on_gpu=False)
+
+
+def test_muon_keeps_one_moment_of_its_matrices(config_file: Path) -> None:
+    adamw, muon = (
+        plan_run.estimate(open_run_data(load_config(config_file, [f"optim.name={name}"]), Ranks()), 1, on_gpu=False)
+        for name in ("adamw", "muon")
+    )
+    stacks = ByteFormer(load_config(config_file).model.architecture(), 5).stacks()
+    spared = 4 * sum(int(np.prod(stack)) for stack in stacks.values())
+    assert adamw.state_bytes - muon.state_bytes == adamw.checkpoint_bytes - muon.checkpoint_bytes == spared
 
 
 def test_the_rate_of_a_run_is_used(config_file: Path, finished_run: Path, capsys: pytest.CaptureFixture) -> None:

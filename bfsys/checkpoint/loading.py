@@ -32,7 +32,7 @@ from bfsys.checkpoint.files import (
     read_manifest,
     with_retries,
 )
-from bfsys.config import Config, Model
+from bfsys.config import Config, Model, Optim
 from bfsys.engine import WEIGHT, Engine
 from bfsys.errors import UserError
 from bfsys.files import replace_file
@@ -175,8 +175,12 @@ def check_same_run(path: Path, facts: dict) -> None:
             f"train.init_from={path.parent.parent}"
         )
     # Knobs that came later than the checkpoint had their default then.
-    theirs, ours = typed_yaml.to_tree(Model()) | manifest["config"]["model"], facts["config"]["model"]
-    for part, old, new in (("model", theirs, ours), ("data plan", manifest["plan"], facts["plan"])):
+    theirs, ours = (
+        {"model": typed_yaml.to_tree(Model()) | c["model"], "optim": {"name": c["optim"].get("name", Optim.name)}}
+        for c in (manifest["config"], facts["config"])
+    )
+    parts = [(part, theirs[part], ours[part]) for part in theirs]
+    for part, old, new in (*parts, ("data plan", manifest["plan"], facts["plan"])):
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key) and key not in ("activation_checkpointing", "compiled"):
                 problems.append(f"{part}: {key} was {old.get(key)!r}, is now {new.get(key)!r}")

@@ -10,6 +10,7 @@ Shapes: N tokens of the whole batch, D dim, B files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -196,3 +197,9 @@ def parameter_count(architecture: Architecture, num_classes: int) -> int:
     with torch.device("meta"):
         model = ByteFormer(architecture, num_classes)
     return sum(p.numel() for p in model.parameters())
+
+
+def muon_count(architecture: Architecture) -> int:
+    """How many of them Muon updates, where it does."""
+    with torch.device("meta"):
+        return sum(math.prod(stack) for stack in ByteFormer(architecture, 1).stacks().values())

@@ -25,7 +25,7 @@ from bfsys.errors import UserError
 from bfsys.import_corenet import to_bfsys
 from bfsys.model import byteformer
 from bfsys.model.byteformer import ByteFormer
-from bfsys.model.sizes import Architecture, architecture
+from bfsys.model.sizes import PAD_BYTE, Architecture, architecture
 from tests.model import vectors
 from tests.model.reference import PAD, PAD_ROW, ReferenceConfig, pad, random_weights, reference_logits
 from tests.model.vectors import CASES, FILES, load_corenet, needs_vectors
@@ -446,6 +446,24 @@ def test_initialisation_is_the_published_one() -> None:
             assert not weight.any(), name
         elif weight.ndim == 1:  # the scale of a LayerNorm
             assert (weight == 1).all(), name
+
+
+def test_smooth_weights_have_the_published_scale_and_near_values_are_alike() -> None:
+    torch.manual_seed(0)
+    small = architecture("custom", kernel=8, window=8, max_tokens=500, shift=4, dim=64, layers=1, heads=2)
+    smooth, published = (ByteFormer(small, 3, init=init).stem for init in ("smooth", "published"))
+    for name in ("embedding", "kernel", "positions"):
+        ours, theirs = getattr(smooth, name), getattr(published, name)
+        assert ours.shape == theirs.shape
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.35)
+    values = smooth.embedding[:PAD_BYTE]
+    assert not smooth.embedding[PAD_BYTE].any()
+    distance = [(values - values.roll(by, 0)).norm().item() for by in (1, 8, 32, 128)]
+    assert distance == sorted(distance)
+    assert distance[0] < 0.5 * distance[-1]
+    assert (values[0] - values[255]).norm() < 0.5 * (values[0] - values[128]).norm(), "they lie on a circle"
+    places = smooth.positions @ smooth.positions.T
+    assert (places[200, 199] > places[200, 190]) & (places[200, 190] > places[200, 100])
 
 
 def test_the_mean_over_tokens_is_exact_in_bfloat16() -> None:

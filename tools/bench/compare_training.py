@@ -1,6 +1,6 @@
 """Does bfsys learn as the published form does? Both trained from the same weights on the same batches, loss by loss.
 
-    python tools/bench/compare_training.py configs/small.yaml data.sources.0.path=data/shards/digits --steps 200
+    python tools/bench/compare_training.py configs/small.yaml recipe=published data.sources.0.path=data/shards/digits
 
 bfsys trains as ever, in a process of its own, in float32, and is stopped after so many steps. The published form
 (published_form.py: padded batches, masks, embedding and convolution, whole score matrices) is trained by the plainest
@@ -75,7 +75,7 @@ def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]
         raise UserError(*notes)
     torch.manual_seed(config.train.seed)
     architecture, num_classes = config.model.architecture(), len(sources.classes)
-    initial = ByteFormer(architecture, num_classes).state_dict()
+    initial = ByteFormer(architecture, num_classes, init=config.model.init).state_dict()
     if nudged:
         initial = {name: weight * (1 + torch.finfo(weight.dtype).eps) for name, weight in initial.items()}
     model = PublishedForm(architecture, num_classes)
@@ -123,6 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
     config = load_config(args.config, args.overrides)
     if config.train.init_from:
         raise UserError("train.init_from: both forms start from fresh weights here; leave it out")
+    if config.optim.name != "adamw":
+        raise UserError("optim.name: got muon; the published form is trained by AdamW: add recipe=published")
     if not 1 <= args.steps <= config.train.steps:
         raise UserError(f"--steps: got {args.steps}, the run has train.steps {config.train.steps}")
     with tempfile.TemporaryDirectory() as folder:

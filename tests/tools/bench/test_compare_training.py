@@ -46,6 +46,11 @@ def test_files_beyond_the_positions_are_refused(config_file: Path) -> None:
         next(itertools.islice(compare_training.published_losses(config), 1))
 
 
+def test_another_optimizer_is_refused(config_file: Path) -> None:
+    with pytest.raises(UserError, match="add recipe=published"):
+        compare_training.main([str(config_file), "optim.name=muon"])
+
+
 def test_too_many_steps(config_file: Path) -> None:
     with pytest.raises(UserError, match=r"--steps: got 200, the run has train\.steps 10"):
         compare_training.main([str(config_file)])

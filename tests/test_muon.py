@@ -1,0 +1,182 @@
+"""Muon: its direction, how ranks share the work, and whole runs at every ZeRO stage against plain PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bfsys.config import load_config
+from bfsys.muon import Stack, assign, orthogonalise, step_scale
+from tests.conftest import _run_ranks, tiny_config
+from tests.test_train import STAGES, assert_success, cut_short, losses, newest, tensors, train_plainly
+
+MUON = "optim.name=muon model.init=smooth"
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 24, 60), (2, 60, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_directions_are_those_of_the_matrix_with_singular_values_near_one(shape: tuple, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape) * torch.tensor([1e-6, 1.0, 1e4])[: shape[0], None, None]
+    result = orthogonalise(matrices.to(dtype)).float()
+    for matrix, direction in zip(matrices, result, strict=True):
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        inside = u.T @ direction @ v.T  # a diagonal matrix, if the singular vectors are the same
+        kept = torch.diagonal(inside)[s > 0.1 * s[0]]
+        assert ((kept > 0.6) & (kept < 1.3)).all()
+        assert (inside - torch.diag(torch.diagonal(inside))).abs().max() < (1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_a_matrix_without_a_gradient_stays() -> None:
+    assert not orthogonalise(torch.zeros(2, 8, 8)).any()
+
+
+def test_the_step_is_longer_for_tall_matrices() -> None:
+    assert [step_scale(shape) for shape in ((16, 16), (64, 16), (48, 16), (16, 64), (16, 16, 4))] == [
+        1, 2, pytest.approx(3**0.5), 1, 1,
+    ]  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 64), st.integers(1, 64)), max_size=20), st.integers(1, 9))
+def test_no_rank_has_much_more_to_do_than_the_others(shapes: list[tuple[int, int, int]], ranks: int) -> None:
+    stacks = {str(i): Stack(*shape) for i, shape in enumerate(shapes)}
+    owners = assign(stacks, ranks)
+    assert owners.keys() == stacks.keys()
+    load = [sum(stacks[name].flops for name, owner in owners.items() if owner == rank) for rank in range(ranks)]
+    largest = max((stack.flops for stack in stacks.values()), default=0)
+    assert max(load) <= sum(load) / ranks + largest
+
+
+PIECES = """
+import random, torch
+from bfsys import dist
+from bfsys.muon import Orthogonalizer, Span, Stack, orthogonalise
+from bfsys.ranks import ranks_from_environment
+
+ranks = ranks_from_environment()
+dist.start(ranks, timeout_s=60)
+stacks = {"a": Stack(3, 8, 8), "b": Stack(1, 8, 20), "c": Stack(1, 20, 8), "d": Stack(1, 6, 5), "e": Stack(2, 1, 1)}
+torch.manual_seed(0)
+whole = {name: torch.randn(stack.elements) for name, stack in stacks.items()}
+for trial in range(40):
+    rng = random.Random(trial)
+    spans = []  # of this rank: every parameter is cut at random, some ranks get nothing, or all have everything
+    for name, stack in stacks.items():
+        cuts = sorted(rng.choices(range(stack.elements + 1), k=ranks.world_size - 1))
+        if trial % 4 == 0:
+            cuts = [0] * (ranks.world_size - 1)
+        first, end = ([0, *cuts][ranks.rank], [*cuts, stack.elements][ranks.rank])
+        if trial % 4 == 1:
+            first, end = 0, stack.elements
+        if end > first:
+            spans.append(Span(name, first, end))
+    for dtype in (torch.float32, torch.bfloat16):
+        orthogonalizer = Orthogonalizer(stacks, spans, ranks, dtype)
+        results = orthogonalizer([whole[s.name][s.first : s.end] for s in spans])
+        for span, result in zip(spans, results, strict=True):
+            stack = stacks[span.name]
+            expected = orthogonalise(whole[span.name].to(dtype).view(stack)).flatten()[span.first : span.end]
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5 if dtype == torch.float32 else 0.05)
+print("all equal")
+dist.stop()
+"""
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_pieces_on_any_ranks_make_the_same_directions(world_size: int, run_ranks) -> None:
+    for rank in run_ranks(world_size, ["-c", PIECES]):
+        assert rank.stdout == "all equal\n", rank.stdout + rank.stderr
+
+
+@pytest.fixture(scope="module")
+def muon_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(config file, folder of runs): every stage and precision on two ranks, and each resumed from step 4; `3-from-1`
+    and `1-from-3` change the stage there."""
+    folder = tmp_path_factory.mktemp("muon")
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
+    kinds = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
+    runs = [f"{MUON} name=s{s}-{p} train.zero_stage={s} train.precision={p}" for s, p in kinds]
+    assert_success(_run_ranks(2, ["tests/worker.py", str(config), *runs]))
+    resumed = []
+    again = [(f"s{s}-{p}-resumed", s, p, f"s{s}-{p}") for s, p in kinds]
+    changed = [("3-from-1", 3, "fp32", "s1-fp32"), ("1-from-3", 1, "fp32", "s3-fp32")]
+    for name, stage, precision, source in (*again, *changed):
+        cut_short(folder / "runs" / source, folder / "runs" / name, step=4)
+        resumed.append(f"{MUON} name={name} train.zero_stage={stage} train.precision={precision}")
+    assert_success(_run_ranks(2, ["tests/worker.py", str(config), *resumed]))
+    return config, folder / "runs"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_trains_as_plain_pytorch(stage: int, muon_runs: tuple[Path, Path]) -> None:
+    config_file, runs = muon_runs
+    expected_losses, _, weights, average = train_plainly(load_config(config_file, MUON.split()))
+    run = runs / f"s{stage}-fp32"
+    assert losses(run) == pytest.approx(expected_losses, rel=1e-5)
+    for state, expected in (("weight", weights), ("ema", average)):
+        stored = tensors(newest(run), state)
+        assert stored.keys() == expected.keys()
+        for name, value in expected.items():
+            here, there = stored[name].clone(), value.clone()
+            if name.endswith("qkv.bias"):  # keys' biases have no gradient but rounding errors, which Adam enlarges
+                here.view(3, -1)[1] = there.view(3, -1)[1] = 0
+            torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert max(expected_losses) - min(expected_losses) > 0.1, "nothing was learned: the comparison says little"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_stays_near_fp32(stage: int, muon_runs: tuple[Path, Path]) -> None:
+    _, runs = muon_runs
+    assert losses(runs / f"s{stage}-bf16") == pytest.approx(losses(runs / f"s{stage}-fp32"), rel=5e-2)
+    assert losses(runs / f"s{stage}-bf16") != losses(runs / f"s{stage}-fp32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_equals_uninterrupted(stage: int, precision: str, muon_runs: tuple[Path, Path]) -> None:
+    _, runs = muon_runs
+    whole, resumed = runs / f"s{stage}-{precision}", runs / f"s{stage}-{precision}-resumed"
+    assert losses(resumed) == losses(whole)
+    for state in ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer", "ema"):
+        one, other = tensors(newest(whole), state), tensors(newest(resumed), state)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[n], other[n]) for n in one), state
+    of_muon, of_adamw = (tensors(newest(whole), state) for state in ("momentum_buffer", "exp_avg"))
+    assert of_muon
+    assert of_muon.keys() | of_adamw.keys() == tensors(newest(whole), "weight").keys()
+    assert not of_muon.keys() & of_adamw.keys()
+
+
+@pytest.mark.parametrize(("name", "source"), [("3-from-1", 1), ("1-from-3", 3)])
+def test_a_checkpoint_resumes_at_another_stage(name: str, source: int, muon_runs: tuple[Path, Path]) -> None:
+    _, runs = muon_runs
+    assert losses(runs / name) == pytest.approx(losses(runs / f"s{source}-fp32"), rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 1), (3, 4)])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(
+    stage: int, world_size: int, muon_runs: tuple[Path, Path], run_ranks
+) -> None:
+    config_file, runs = muon_runs
+    name = f"s{stage}-on-{world_size}"
+    cut_short(runs / f"s{stage}-fp32", runs / name, step=4)
+    options = f"{MUON} name={name} train.zero_stage={stage}".split()
+    assert_success(run_ranks(world_size, ["bfsys/train.py", str(config_file), *options]))
+    assert losses(runs / name) == pytest.approx(losses(runs / f"s{stage}-fp32"), rel=1e-5)
+
+
+def test_another_optimizer_in_the_same_directory_is_refused(muon_runs: tuple[Path, Path], run_ranks) -> None:
+    config_file, runs = muon_runs
+    shutil.copytree(runs / "s1-fp32", runs / "other")
+    options = ["name=other", "train.steps=12", "model.init=smooth"]
+    (result,) = run_ranks(1, ["bfsys/train.py", str(config_file), *options])
+    assert result.returncode == 2
+    assert "optim: name was 'muon', is now 'adamw'" in result.stderr
+    assert "Traceback" not in result.stderr
