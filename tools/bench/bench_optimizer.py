@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 if __name__ == "__main__":
@@ -39,7 +40,7 @@ from bfsys.loss import loss_and_sums
 from bfsys.model.byteformer import ByteFormer
 from bfsys.ranks import Ranks, ranks_from_environment
 
-NAMES = ("adamw", "muon")
+NAMES: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
 CLASSES = 20
 
 
