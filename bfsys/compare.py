@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bfsys import typed_yaml
-from bfsys.checkpoint.files import METRICS, all_checkpoints, evaluations, manifest_or_problems
+from bfsys.checkpoint.files import METRICS, all_checkpoints, evaluations, manifest_or_problems, step_of
 from bfsys.config import Config, load_config
 from bfsys.errors import UserError, collecting
 from bfsys.json_lines import parse_json_lines
@@ -116,7 +116,9 @@ def read_run(run_dir: Path) -> Run:
         path=run_dir,
         settings=settings,
         seed=seed,
-        step=max([line["step"] for line in (trained, newest) if line], default=0),
+        step=max(
+            [0, *(line["step"] for line in (trained, newest) if line), *map(step_of, all_checkpoints(run_dir)[-1:])]
+        ),
         scores=newest,
         minutes=sum(seconds) / 60 if seconds else None,
         parameters=_parameters(run_dir),
@@ -188,9 +190,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
-    unfinished = [run for row in rows for run in row.runs if not run.is_finished]
+    unfinished = sum(not run.is_finished for row in rows for run in row.runs)
     if unfinished:
-        yield f"{len(unfinished)} unfinished, each on a line of its own with its latest evaluation"
+        runs = sum(len(row.runs) for row in rows)
+        yield f"not finished: {unfinished} of {runs} runs, each in a row of its own with its latest evaluation"
     for row in rows:
         seeds: dict[int, list[str]] = {}
         for run in row.runs:

@@ -15,10 +15,9 @@ Ctrl-C, SIGTERM, or SIGHUP from a terminal that has gone, saves a checkpoint
 and stops; the same command resumes from there. A second Ctrl-C, a few seconds
 later, ends the run at once. A run that crashes or hangs is started again from
 its newest intact checkpoint, unless only a person can help; RUN/ended.json
-says why. A sweep ends with a table of its runs (bfsys compare).
+says why. A sweep ends with a table of its runs.
 
-  bfsys launch --ranks 2 configs/quickstart.yaml train.steps=100
-  bfsys launch --sweep optim.lr=3e-4,1e-3 --sweep train.seed=0,1 CONFIG"""
+  bfsys launch --sweep optim.lr=3e-4,1e-3 configs/small.yaml train.steps=100"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

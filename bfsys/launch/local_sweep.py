@@ -40,6 +40,7 @@ def check_sweep(configs: Sequence[Config], ranks: int | None, at_once: int) -> N
         with collecting(problems):
             chosen = choose_ranks(config.data.lanes, ranks, at_once)
             problems += check_run(config, chosen, on_gpu=gpu_count() > 0).problems
+        with collecting(problems):
             problems += _other_settings(config)
     if problems:
         raise UserError(*dict.fromkeys(problems))
