@@ -81,8 +81,8 @@ def train_sweep(configs: Sequence[Config], ranks: int | None, at_once: int) -> i
     """
     waiting = [config for config in configs if not is_finished(config)]
     print(f"sweep: {len(configs)} runs, {len(configs) - len(waiting)} of them finished already", flush=True)
-    if waiting and not gpu_count():
-        import_what_ranks_need()
+    for config in waiting if at_once > 1 else ():
+        (config.run_dir / CONSOLE).parent.mkdir(parents=True, exist_ok=True)
     codes, stop_code = _train_all(waiting, ranks, at_once)
     failed = [str(run_dir) for run_dir, code in codes.items() if code not in (0, stop_code)]
     if failed:
@@ -100,17 +100,19 @@ def _train_all(waiting: list[Config], ranks: int | None, at_once: int) -> tuple[
     codes: dict[Path, int] = {}
     stop_code = 0
     try:
+        if waiting and not gpu_count():
+            import_what_ranks_need()
         while running or (waiting and not stop_code):
-            for slot in set(range(at_once)) - running.keys() if not stop_code else ():
-                if waiting:
-                    config = waiting.pop(0)
-                    running[slot] = config, _start(config, ranks, slot, at_once)
-            time.sleep(POLL_S)
             while received:
                 number = received.pop(0)
                 stop_code = stop_code or EXIT_CODES[number]
                 for _, process in running.values():
                     process.send_signal(number)
+            for slot in range(at_once):
+                if waiting and not stop_code and slot not in running:
+                    config = waiting.pop(0)
+                    running[slot] = config, _start(config, ranks, slot, at_once)
+            time.sleep(POLL_S)
             for slot, (config, process) in list(running.items()):
                 code = process.poll()
                 if code is not None:
@@ -130,7 +132,6 @@ def _train_all(waiting: list[Config], ranks: int | None, at_once: int) -> tuple[
 def _start(config: Config, ranks: int | None, slot: int, at_once: int) -> Forked:
     log = config.run_dir / CONSOLE if at_once > 1 else None
     print(f"{config.run_dir}: starts" + (f"; its output goes to {log}" if log else ""), flush=True)
-    (config.run_dir / CONSOLE).parent.mkdir(parents=True, exist_ok=True)
     return Forked(lambda: _train(config, ranks, slot, at_once), "bfsys launch", log)
 
 
