@@ -16,12 +16,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from bfsys import console, typed_yaml
+from bfsys import typed_yaml
 from bfsys.compare import CONFIG, influential_settings
 from bfsys.config import Config, load_config
-from bfsys.errors import EXIT_CRASHED, UserError, collecting, exit_code_of
+from bfsys.errors import EXIT_CRASHED, UserError, collecting, run_command
 from bfsys.files import replace_file
 from bfsys.launch.local import POLL_S, Forked, choose_ranks, import_what_ranks_need, launch, share_of
 from bfsys.launch.preflight import check_run
@@ -135,8 +134,8 @@ def _start(config: Config, ranks: int | None, slot: int, at_once: int) -> Forked
     return Forked(lambda: _train(config, ranks, slot, at_once), "bfsys launch", log)
 
 
-def _train(config: Config, ranks: int | None, slot: int, at_once: int) -> NoReturn:
-    """The process of one run."""
+def _train(config: Config, ranks: int | None, slot: int, at_once: int) -> None:
+    """The process of one run; exits."""
     if at_once > 1:
         if gpus := gpu_count():
             names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
@@ -145,11 +144,11 @@ def _train(config: Config, ranks: int | None, slot: int, at_once: int) -> NoRetu
             os.sched_setaffinity(0, share_of(sorted(os.sched_getaffinity(0)), slot, at_once))
 
     def act() -> int:
-        console.go_on_without()  # training is the work
+        config.run_dir.mkdir(parents=True, exist_ok=True)
         replace_file(config.run_dir / CONFIG, typed_yaml.dump(config))
         return launch(config, config.run_dir / CONFIG, (), ranks, is_dry_run=False)
 
-    sys.exit(exit_code_of(act))
+    run_command(act, output_is_optional=True)
 
 
 def _report(config: Config, code: int) -> None:

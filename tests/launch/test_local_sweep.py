@@ -23,7 +23,8 @@ from tests.test_train import lines
 
 def start(*arguments: object) -> subprocess.Popen:
     command = [sys.executable, LAUNCHER, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def problems_of(*arguments: object) -> tuple[str, ...]:
