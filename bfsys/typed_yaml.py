@@ -150,6 +150,17 @@ def to_tree(config: Any) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config), ensure_ascii=False))
 
 
+def flatten(tree: Any, key: str = "") -> dict[str, Any]:
+    """The values of a tree by the keys that overrides use, such as `data.sources.0.path`. A list of plain values is one
+    value."""
+    if isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
+        return {key: tree}
+    parts = (flatten(value, f"{key}.{name}" if key else str(name)) for name, value in tree.items())
+    return {name: value for part in parts for name, value in part.items()}
+
+
 def dump(config: Any) -> str:
     """The resolved config as YAML."""
     return yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)

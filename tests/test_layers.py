@@ -26,7 +26,7 @@ LAYERS = [
     ["supervision", "confusion"],
     ["supervision.supervisor"],
     ["evaluate", "init_from"],
-    ["dryrun", "predict", "export", "plan_run", "rehearsal", "run_dir", "encode", "fetch", "import_corenet"],
+    ["dryrun", "predict", "export", "plan_run", "compare", "rehearsal", "run_dir", "encode", "fetch", "import_corenet"],
     ["train"],
     ["launch"],
     ["commands"],

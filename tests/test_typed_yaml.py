@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bfsys.config import Augment, Config, Data, Model, Optim, Source, Train, load_config
 from bfsys.errors import UserError
-from bfsys.typed_yaml import dump, from_tree, load, to_tree
+from bfsys.typed_yaml import dump, flatten, from_tree, load, to_tree
 
 MINIMAL = "data: {sources: [{path: a}], lanes: 4, batch_samples: 8}\n"
 ODD_TEXTS = [
@@ -275,3 +275,10 @@ def test_a_tag_that_the_value_does_not_fit_is_one_line(home: Path, value: str) -
     with pytest.raises(UserError) as error:
         load(Config, config_file)
     assert len(error.value.problems) == 1
+
+
+def test_a_flat_tree_has_the_keys_of_overrides() -> None:
+    tree = {"name": "x", "data": {"sources": [{"path": "a"}, {"path": "b"}], "speeds": [1, 2]}, "model": {"dim": None}}
+    assert flatten(tree) == {
+        "name": "x", "data.sources.0.path": "a", "data.sources.1.path": "b", "data.speeds": [1, 2], "model.dim": None,
+    }  # fmt: skip

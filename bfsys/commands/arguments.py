@@ -18,6 +18,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
 
 
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sweep", "--array", action="append", default=[], metavar="KEY=A,B",
+                        help="a run for each value; repeatable: each combination")  # fmt: skip
+
+
 def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("ema", "last"), default="ema", help="averaged weights (default), or the last"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from bfsys import console
-from bfsys.commands.arguments import add_config
+from bfsys.commands.arguments import add_config, add_sweep
+from bfsys.errors import UserError
 
 NOTES = """\
 Ctrl-C, SIGTERM, or SIGHUP from a terminal that has gone, saves a checkpoint
 and stops; the same command resumes from there. A second Ctrl-C, a few seconds
 later, ends the run at once. A run that crashes or hangs is started again from
 its newest intact checkpoint, unless only a person can help; RUN/ended.json
-says why.
+says why. A sweep ends with a table of its runs.
 
-  bfsys launch --ranks 2 configs/quickstart.yaml train.steps=100"""
+  bfsys launch --sweep optim.lr=3e-4,1e-3 configs/small.yaml train.steps=100"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,14 +25,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add = parser.add_argument
     add("--ranks", type=int, metavar="N", help="processes (default: one per GPU or core, as data.lanes allows)")
+    add_sweep(parser)
+    add("--at-once", type=int, metavar="N", help="runs of a sweep that train at once (default: 1)")
     add("--dry-run", action="store_true", help="check config and data, show the command, stop")
 
 
 def run(args: argparse.Namespace) -> int:
     console.go_on_without()  # training is the work
+    if args.sweep:
+        return run_sweep(args)
+    if args.at_once is not None:
+        raise UserError("--at-once: only a sweep has several runs; give --sweep KEY=A,B, or leave it out")
     from bfsys.config import load_config
 
     config = load_config(args.config, args.overrides)
     from bfsys.launch.local import launch
 
     return launch(config, Path(args.config), args.overrides, args.ranks, is_dry_run=args.dry_run)
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    from bfsys.launch.sweep import sweep_configs
+
+    problems: list[str] = []
+    at_once = 1 if args.at_once is None else args.at_once
+    if at_once < 1:
+        problems.append(f"--at-once: got {at_once}; at least 1 is needed")
+    configs = sweep_configs(args.config, args.overrides, args.sweep, problems)
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    from bfsys.compare import find_runs, rows_of, table
+    from bfsys.launch.local_sweep import check_sweep, state_of, train_sweep
+    from bfsys.supervision.signals import EXIT_CODES
+
+    check_sweep(configs, args.ranks, at_once)
+    if args.dry_run:
+        print("\n".join(f"{config.run_dir}: {state_of(config)}" for config in configs))
+        return 0
+    code = train_sweep(configs, args.ranks, at_once)
+    if code in EXIT_CODES.values():  # it was stopped
+        return code
+    with suppress(UserError):  # no run was evaluated, and the lines above say why
+        print(table(rows_of(find_runs([config.run_dir for config in configs]))))
+    return code

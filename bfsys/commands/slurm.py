@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bfsys.commands.arguments import add_config
+from bfsys.commands.arguments import add_config, add_sweep
 
 AS_OF_SBATCH = ("partition", "account", "qos", "constraint", "reservation", "exclude", "dependency", "comment")
 NOTES = f"""\
@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in AS_OF_SBATCH:
         add(f"--{name}", help=argparse.SUPPRESS)
     add("--name", help="of the job (default: the run's)")
-    add("--sweep", "--array", action="append", default=[], metavar="KEY=A,B",
-        help="a run for each value; repeatable: each combination")  # fmt: skip
+    add_sweep(parser)
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the job; repeatable")
     add("--setup", action="append", default=[], metavar="CMD", help="shell command before training; repeatable")
     add("--container", metavar="IMAGE", help=".sif file for apptainer, or other for pyxis")

@@ -36,7 +36,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import psutil
 
@@ -49,6 +49,8 @@ from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 from bfsys.ranks import gpu_count
 from bfsys.supervision.goodput import STARTED
 from bfsys.supervision.signals import EXIT_CODES, REPEAT_S, ends_at_once, stop_signals
+
+T = TypeVar("T")
 
 AGREED_CODES = (*FINAL_CODES, EXIT_REQUEUE)  # all ranks end with them, nearly together
 POLL_S = 0.05
@@ -70,7 +72,7 @@ class Group:
         start: Callable[[TrainJob, int, dict[str, str], Path], subprocess.Popen | Forked] = start_program
         if sys.platform.startswith("linux") and not gpu_count():
             import_what_ranks_need()
-            start = Forked
+            start = fork_rank
         port = free_port()
         for rank, log in enumerate(self.logs):
             variables = rank_variables(rank, world_size, rank, world_size, master_addr="127.0.0.1", master_port=port)
@@ -204,16 +206,17 @@ def show_new(log: BinaryIO, decoder: codecs.IncrementalDecoder) -> None:
         sys.stdout.flush()
 
 
-# Both ways to start a rank put it into a process group of its own, so that a terminal's Ctrl-C reaches it once, through
-# this process, and have it killed when this process ends.
+# All ways to start a process put it into a process group of its own, so that a terminal's Ctrl-C reaches it once,
+# through this process, and have it killed when this process ends.
 
 
 class Forked:
-    """A forked process that runs a Python script, with the words of subprocess.Popen."""
+    """A forked process that calls `act()`, with the words of subprocess.Popen."""
 
-    def __init__(self, job: TrainJob, rank: int, env: dict[str, str], log: Path) -> None:
+    def __init__(self, act: Callable[[], None], name: str, log: Path | None) -> None:
+        """`name` is what `ps -o comm` shows. Its output goes to `log`, or to this process' console."""
         self._process = multiprocessing.get_context("fork").Process(
-            target=self._begin, args=(job, f"bfsys rank {rank}".encode(), env, log, os.getpid())
+            target=self._begin, args=(act, name.encode(), log, os.getpid())
         )
         # In the child they wait until they no longer come to this process' handlers.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
@@ -233,22 +236,31 @@ class Forked:
             os.kill(self.pid, number)
 
     @staticmethod
-    def _begin(job: TrainJob, name: bytes, env: dict[str, str], log: Path, parent: int) -> None:
+    def _begin(act: Callable[[], None], name: bytes, log: Path | None, parent: int) -> None:
         os.setpgid(0, 0)
         die_with(parent)
-        _libc.prctl(PR_SET_NAME, name)
-        os.environ.update(env)
-        os.chdir(job.work_dir)
-        with open(log, "ab") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        if sys.platform.startswith("linux"):
+            _libc.prctl(PR_SET_NAME, name)
+        if log:
+            with open(log, "ab") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         for number in stop_signals():
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
+        act()
+
+
+def fork_rank(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> Forked:
+    def act() -> None:
+        os.environ.update(env)
+        os.chdir(job.work_dir)
         _, sys.argv[0], *sys.argv[1:] = job.command()
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+    return Forked(act, f"bfsys rank {rank}", log)
 
 
 def import_what_ranks_need() -> None:
@@ -300,12 +312,19 @@ def free_port() -> int:
     raise UserError(f"no free port from {MASTER_PORTS.start} to {MASTER_PORTS.stop - 1} on this machine")
 
 
-def choose_ranks(lanes: int, asked: int | None) -> int:
-    """`asked`, if it can be; by default the most ranks that GPUs or cores allow and that divide the lanes."""
+def share_of(things: Sequence[T], slot: int, at_once: int) -> list[T]:
+    """What one of several runs at once has of the GPUs or cores: as many as each other run, and at least one."""
+    each = max(1, len(things) // at_once)
+    return [things[(slot * each + i) % len(things)] for i in range(each)]
+
+
+def choose_ranks(lanes: int, asked: int | None, at_once: int = 1) -> int:
+    """`asked`, if it can be; by default the most ranks that GPUs or cores allow and that divide the lanes. Each of
+    several runs `at_once` has an equal share of them."""
     gpus = gpu_count()
+    each = len(share_of(range(gpus or len(os.sched_getaffinity(0))), 0, at_once))
     if asked is None:
-        most = gpus or len(os.sched_getaffinity(0))
-        return max(n for n in range(1, min(most, lanes) + 1) if lanes % n == 0)
+        return max(n for n in range(1, min(each, lanes) + 1) if lanes % n == 0)
     problems: list[str] = []
     if asked < 1:
         raise UserError(f"--ranks: got {asked}; at least 1 is needed")
@@ -313,8 +332,9 @@ def choose_ranks(lanes: int, asked: int | None) -> int:
         lanes_of_rank(lanes, 0, asked)
     except UserError as error:
         problems.extend(error.problems)
-    if gpus and asked > gpus:
-        problems.append(f"--ranks: got {asked}, more than this machine's {gpus} GPUs; one rank per GPU is allowed")
+    if gpus and asked > each:
+        whose = f"this machine's {gpus} GPUs" if at_once == 1 else f"the {each} GPUs that each of {at_once} runs has"
+        problems.append(f"--ranks: got {asked}, more than {whose}; one rank per GPU is allowed")
     if problems:
         raise UserError(*problems)
     return asked

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import shutil
 from collections.abc import Iterator
 
-from bfsys.config import Config, load_config
-from bfsys.errors import UserError, collecting
+from bfsys.config import Config
+from bfsys.errors import UserError
+from bfsys.launch.sweep import sweep_configs
 
 
 def ranks_per_node(args: argparse.Namespace) -> int:
@@ -33,9 +33,6 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--time: got {args.time!r}; minutes, HH:MM:SS or D-HH:MM:SS are allowed, more than zero"
     if args.mem and not re.fullmatch(r"\d+[KMGT]?", args.mem):
         yield f"--mem: got {args.mem!r}; a number with K, M, G or T is allowed, for example 200G; 0: all of a node's"
-    for text in args.sweep:
-        if not re.fullmatch(r"[\w.]+=.+", text):
-            yield f"--sweep: got {text!r}; KEY=A,B,… is expected, for example optim.lr=3e-4,1e-3"
     for assignment in args.env:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", assignment, re.DOTALL):
             yield f"--env: got {assignment!r}; NAME=VALUE is expected"
@@ -68,39 +65,17 @@ def parse_minutes(text: str) -> int | None:
     return (-(-seconds // 60) + minutes + 60 * (hours + 24 * int(days or 0))) or None
 
 
-def sweep_overrides(args: argparse.Namespace) -> list[tuple[str, ...]]:
-    """The overrides of every run: one, or one for each combination of --sweep, with a name of its own."""
-    axes = []
-    for text in args.sweep:
-        key, is_whole, values = text.partition("=")
-        axes += [[f"{key}={value}" for value in values.split(",")]] if is_whole else []  # option_problems has said it
-    if not axes:
-        return [tuple(args.overrides)]
-    base = load_config(args.config, args.overrides).name
-    of_runs = []
-    for chosen in itertools.product(*axes):
-        pairs = [c.partition("=") for c in chosen]
-        name = "-".join([base, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, _, value in pairs)])
-        of_runs.append((*args.overrides, *chosen, f"name={name}"))
-    return of_runs
-
-
 def configs_of(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
     """The configs of all runs that can be read, and what is wrong with the others and with the options.
 
     Raises UserError with the latter if there is no config: then nothing else can be checked.
     """
-    problems, configs = list(option_problems(args)), []
+    problems = list(option_problems(args))
     if not args.dry_run and not shutil.which("sbatch"):
         problems.append(
             "sbatch: not found; run this on a login node of the cluster, or `bfsys launch` to train on this machine"
         )
-    with collecting(problems):
-        for overrides in sweep_overrides(args):
-            with collecting(problems):
-                configs.append(load_config(args.config, overrides))
+    configs = sweep_configs(args.config, args.overrides, args.sweep, problems)
     if not configs:
         raise UserError(*dict.fromkeys(problems))
-    if len({config.run_dir for config in configs}) < len(configs):
-        problems.append("--sweep: two of its runs have the same name; a value is given twice, or two keys end alike")
     return configs, problems

@@ -20,6 +20,7 @@ from typing import NamedTuple, TextIO
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from bfsys import dist, typed_yaml
 from bfsys.batch import ByteBatch
@@ -86,6 +87,8 @@ class Metrics:
         lines, last_evaluation = _open_lines(self.run_dir / METRICS, first_step)
         tensorboard = SummaryWriter(str(self.run_dir / "tb"), purge_step=first_step + 1)
         tensorboard.add_custom_scalars(_overview(self.source_names))
+        for summary in hparams(hyperparameters(config), dict.fromkeys(("top1/val", "loss/val"), 0.0)):
+            tensorboard._get_file_writer().add_summary(summary)
         tensorboard.add_text("config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
         self._outputs = _Outputs(lines, tensorboard)
         return last_evaluation
@@ -246,6 +249,17 @@ class Metrics:
             f"grad {grad_norm:.2f} · {line['samples_per_s']:,.0f} samples/s · "
             f"{line['bytes_per_s'] / 1e6:.2f} MB/s · {_clock(left_s)} left"
         )
+
+
+def hyperparameters(config: Config) -> dict[str, int | float | str]:
+    """What the HParams tab of TensorBoard shows of a run: the scalars of its config, by their dotted keys."""
+    settings = typed_yaml.flatten(typed_yaml.to_tree(config))
+    parts = ("data.", "model.", "optim.", "train.")
+    return {
+        key: str(value) if isinstance(value, bool) else value
+        for key, value in settings.items()
+        if key.startswith(parts) and isinstance(value, int | float | str)
+    }
 
 
 def memory_figures(device: torch.device) -> dict[str, int]:

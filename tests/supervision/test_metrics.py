@@ -1,10 +1,23 @@
-"""What metrics.jsonl holds after a resume (runs on real ranks: test_resume.py)."""
+"""What metrics.jsonl and TensorBoard's files hold after a resume (runs on real ranks: test_resume.py)."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
-from bfsys.supervision.metrics import _open_lines
+import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler
+
+from bfsys.config import load_config
+from bfsys.ranks import Ranks
+from bfsys.supervision.goodput import Ledger
+from bfsys.supervision.metrics import Metrics, _open_lines
 
 
 def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
@@ -15,3 +28,46 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     file.close()
     assert path.read_text() == kept
     assert last_evaluation == 1
+
+
+def test_tensorboard_compares_runs_by_hyperparameters_and_scores(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run is one session with the scores of its latest evaluation, also after a resume."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # which Metrics replaces
+    for name, rate, evaluations in (("one", 0.5, {0: 0.1, 4: 0.25, 8: 0.75}), ("two", 0.125, {0: 0.5})):
+        config = load_config(config_file, [f"name={name}", f"optim.lr={rate}"])
+        config.run_dir.mkdir(parents=True)
+        for first_step, top1 in evaluations.items():  # of the starts of a run, each evaluated a step later
+            ledger = Ledger(config.run_dir, is_rank_zero=True)
+            metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=first_step)
+            scores = {"loss": 1 - top1, "top1": top1, "top5": 1.0, "samples": 4}
+            metrics.evaluation(first_step + 1, {**scores, "sources": {"a": scores, "b": scores}}, 1.0)
+            metrics.close()
+            ledger.close()
+    assert sessions(tmp_path / "runs") == {
+        "one/tb": (0.5, {"top1/val": 0.75, "loss/val": 0.25}),
+        "two/tb": (0.125, {"top1/val": 0.5, "loss/val": 0.5}),
+    }
+
+
+def sessions(folder: Path) -> dict[str, tuple[float, dict[str, float]]]:
+    """What the HParams tab shows: (learning rate, scores) by session."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(folder))
+    context = Context(TBContext(logdir=str(folder), multiplexer=multiplexer, data_provider=provider))
+    request = api_pb2.ListSessionGroupsRequest(
+        slice_size=10, allowed_statuses=[api_pb2.STATUS_SUCCESS], aggregation_type=api_pb2.AGGREGATION_AVG,
+        include_metrics=True,
+    )  # fmt: skip
+    answer = Handler(RequestContext(), context, "", request).run()
+    found = [session for group in answer.session_groups for session in group.sessions]
+    assert len(found) == len(answer.session_groups), "sessions of equal hyperparameters"
+    return {
+        group.sessions[0].name: (
+            group.hparams["optim.lr"].number_value,
+            {value.name.tag: value.value for value in group.metric_values},
+        )
+        for group in answer.session_groups
+    }

@@ -1,0 +1,26 @@
+"""Compare runs: a row for each config, with mean and deviation over its seeds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+NOTES = """\
+Columns: the config keys that differ; top-1 and loss of the last evaluation as
+mean ± sample standard deviation over seeds; minutes of training (restarts left
+out, mean). Runs that are not finished stay on lines of their own.
+
+  bfsys compare runs/small-lr=*
+  bfsys compare runs"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = NOTES
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, or a folder of them")
+
+
+def run(args: argparse.Namespace) -> int:
+    from bfsys.compare import find_runs, rows_of, table
+
+    print(table(rows_of(find_runs(args.runs))))
+    return 0

@@ -1,0 +1,229 @@
+"""Runs side by side: what differs between their configs, and what they reached.
+
+Runs whose configs differ only in their seed, or in keys that have no influence on results, are repetitions: they form
+one row, with means and standard deviations. A run that has not been evaluated after its last step is a row of its own,
+because the mean of a half-trained and a trained model means nothing.
+
+Only config.yaml, metrics.jsonl and the manifest of a checkpoint are read, so this needs neither PyTorch nor the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bfsys import typed_yaml
+from bfsys.checkpoint.files import METRICS, all_checkpoints, evaluations, manifest_or_problems, step_of
+from bfsys.config import Config, load_config
+from bfsys.errors import UserError, collecting
+from bfsys.json_lines import parse_json_lines
+
+CONFIG = "config.yaml"
+WITHOUT_INFLUENCE = frozenset((
+    "name", "runs_dir",
+    "data.eval_batch_bytes", "data.max_bad_share", "data.workers", "data.cache_dir", "data.fetch_tries",
+    "data.cache_gb",
+    "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.keep_every",
+    "train.keep_best", "train.best_metric", "train.hang_timeout_s", "train.collective_timeout_s",
+))  # fmt: skip
+SEED, STEPS = "train.seed", "train.steps"
+TRAINING = ("productive", "stall", "data_wait")  # causes of the ledger, without restarts and steps that were lost
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory tells."""
+
+    path: Path
+    settings: dict[str, Any]
+    """All config keys that influence results, without the seed, by their dotted names."""
+    seed: int
+    step: int
+    """Steps made so far."""
+    scores: dict | None
+    """The latest evaluation: step, loss, top1, and the same of each source in `sources`."""
+    minutes: float | None
+    """Of training, waiting for data and saving; without restarts and the steps that they repeat."""
+    parameters: int | None
+    """None before the first checkpoint."""
+
+    @property
+    def steps(self) -> int:
+        return self.settings[STEPS]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.scores is not None and self.scores["step"] >= self.steps
+
+
+@dataclass(frozen=True)
+class Row:
+    """Repetitions of one config that are finished, or one run that is not."""
+
+    settings: dict[str, Any]
+    """The keys that differ between rows. A run without such a key, as of a source that it lacks, leaves it out."""
+    runs: list[Run]
+
+    def values(self, score: str, source: str | None = None) -> list[float]:
+        """A score of each run that has it."""
+        parts = [run.scores["sources"].get(source, {}) if source else run.scores for run in self.runs if run.scores]
+        return [part[score] for part in parts if score in part]
+
+
+def influential_settings(config: Config) -> dict[str, Any]:
+    """All keys that influence results, by their dotted names; the seed is one of them."""
+    settings = typed_yaml.flatten(typed_yaml.to_tree(config))
+    return {key: value for key, value in settings.items() if key not in WITHOUT_INFLUENCE}
+
+
+def find_runs(paths: Sequence[Path]) -> list[Run]:
+    """The runs of run directories, and of folders that hold run directories.
+
+    Raises UserError if a path holds no run, a run cannot be read, or no run was evaluated yet.
+    """
+    problems: list[str] = []
+    runs: dict[Path, Run] = {}
+    for path in paths:
+        found = [path] if (path / CONFIG).is_file() else sorted(config.parent for config in path.glob(f"*/{CONFIG}"))
+        if not found:
+            known = "not a run, and no folder of runs" if path.is_dir() else "no such directory"
+            problems.append(f"{path}: {known}; give run directories (runs/NAME) or a folder of them (runs)")
+        for run_dir in found:
+            with collecting(problems):
+                runs.setdefault(run_dir.resolve(), read_run(run_dir))
+    if runs and not any(run.scores for run in runs.values()):
+        problems += [f"{run.path}: no evaluation yet, after {run.step} of {run.steps} steps" for run in runs.values()]
+    if problems:
+        raise UserError(*problems)
+    return list(runs.values())
+
+
+def read_run(run_dir: Path) -> Run:
+    """Raises UserError if its config cannot be read."""
+    settings = influential_settings(load_config(run_dir / CONFIG))
+    seed = settings.pop(SEED)
+    scores = evaluations(run_dir)
+    newest = {"sources": {}, **scores[max(scores)]} if scores else None
+    trained = _last_train_line(run_dir / METRICS)
+    seconds = [trained["seconds"].get(cause, 0.0) for cause in TRAINING] if trained else []
+    return Run(
+        path=run_dir,
+        settings=settings,
+        seed=seed,
+        step=max(
+            [0, *(line["step"] for line in (trained, newest) if line), *map(step_of, all_checkpoints(run_dir)[-1:])]
+        ),
+        scores=newest,
+        minutes=sum(seconds) / 60 if seconds else None,
+        parameters=_parameters(run_dir),
+    )
+
+
+def _last_train_line(path: Path) -> dict | None:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    found = parse_json_lines(lines[::-1], {"kind": str, "step": int, "seconds": dict})
+    return next((line for line in found if line["kind"] == "train"), None)
+
+
+def _parameters(run_dir: Path) -> int | None:
+    for path in reversed(all_checkpoints(run_dir)):
+        manifest, _ = manifest_or_problems(path)
+        if manifest:
+            return sum(map(math.prod, manifest["shapes"].values()))
+    return None
+
+
+def rows_of(runs: Sequence[Run]) -> list[Row]:
+    """The best first, by top-1; runs that are not finished come last."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    differing = [key for key in keys if key != STEPS and len({_text_of(run, key) for run in runs}) > 1]
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        same = "" if run.is_finished else str(run.path)
+        groups.setdefault(json.dumps([same, run.settings], sort_keys=True), []).append(run)
+    rows = [
+        Row({key: group[0].settings[key] for key in differing if key in group[0].settings}, group)
+        for group in groups.values()
+    ]
+    return sorted(rows, key=lambda row: (not row.runs[0].is_finished, -statistics.mean(row.values("top1") or [0.0])))
+
+
+def _text_of(run: Run, key: str) -> str:
+    return json.dumps(run.settings[key]) if key in run.settings else ""
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Plain text, a line per row, with notes under it."""
+    runs = [run for row in rows for run in row.runs]
+    sources = dict.fromkeys(name for run in runs if run.scores for name in run.scores["sources"])
+    several = any(len(run.scores["sources"]) > 1 for run in runs if run.scores)
+    columns = _short_names(list(dict.fromkeys(key for row in rows for key in row.settings)))
+    head = [*columns.values(), "seeds", "top-1 %", *(f"top-1 % {name}" for name in sources if several), "loss", "steps",
+            "min", "parameters", "run"]  # fmt: skip
+    lines = [head]
+    for row in rows:
+        first = row.runs[0]
+        minutes = [run.minutes for run in row.runs if run.minutes is not None]
+        lines.append([
+            *(_value(row.settings[key]) if key in row.settings else "-" for key in columns),
+            str(len(row.runs)),
+            _mean(row.values("top1"), 100, 2),
+            *(_mean(row.values("top1", name), 100, 2) for name in sources if several),
+            _mean(row.values("loss"), 1, 3),
+            f"{first.steps}" if first.is_finished else f"{first.step} of {first.steps}",
+            f"{statistics.mean(minutes):.1f}" if minutes else "-",
+            f"{first.parameters:,}" if first.parameters else "-",
+            _common_name(row.runs),
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    shown = [
+        "  ".join([*(f"{cell:>{width}}" for cell, width in zip(line[:-1], widths, strict=False)), line[-1]])
+        for line in lines
+    ]
+    return "\n".join([*shown, *_notes(rows)])
+
+
+def _notes(rows: Sequence[Row]) -> Iterator[str]:
+    unfinished = sum(not run.is_finished for row in rows for run in row.runs)
+    if unfinished:
+        runs = sum(len(row.runs) for row in rows)
+        yield f"not finished: {unfinished} of {runs} runs, each in a row of its own with its latest evaluation"
+    for row in rows:
+        seeds: dict[int, list[str]] = {}
+        for run in row.runs:
+            seeds.setdefault(run.seed, []).append(str(run.path))
+        yield from (
+            f"note: {' = '.join(same)}: the same settings and the same seed" for same in seeds.values() if len(same) > 1
+        )
+
+
+def _short_names(keys: list[str]) -> dict[str, str]:
+    """The last part of each dotted key, or the whole key where several end alike."""
+    ends = [key.rpartition(".")[2] for key in keys]
+    return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _mean(values: Sequence[float], scale: float, digits: int) -> str:
+    """mean ± sample standard deviation"""
+    if not values:
+        return "-"
+    mean = f"{scale * statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _common_name(runs: Sequence[Run]) -> str:
+    """The path of a run, or a pattern that its repetitions match."""
+    paths = [str(run.path) for run in runs]
+    return paths[0] if len(paths) == 1 else f"{os.path.commonprefix(paths)}*"  # noqa: RUF071 (also a part of a name)

@@ -1,0 +1,160 @@
+"""A sweep on this machine: its runs train one after the other, or several at once.
+
+Each run is trained by a process of its own, which does what `bfsys launch` does: it starts the run again after a crash
+and stops it with a checkpoint on a signal. These processes are forked from this one, which has imported everything, so
+a start takes a moment. Runs that train at once have equal shares of the GPUs, or of the cores.
+
+The configs are read once, when the sweep starts, and each run is trained from the copy in its own directory. An edit of
+the config file does not change runs that start later.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bfsys import typed_yaml
+from bfsys.compare import CONFIG, influential_settings
+from bfsys.config import Config, load_config
+from bfsys.errors import EXIT_CRASHED, UserError, collecting, run_command
+from bfsys.files import replace_file
+from bfsys.launch.local import POLL_S, Forked, choose_ranks, import_what_ranks_need, launch, share_of
+from bfsys.launch.preflight import check_run
+from bfsys.launch.restart_policy import newest_step
+from bfsys.ranks import gpu_count
+from bfsys.supervision.run_end import how_it_ended
+from bfsys.supervision.signals import EXIT_CODES, stop_signals
+
+CONSOLE = Path("log", "console.log")  # of a run that trains beside others
+
+
+def check_sweep(configs: Sequence[Config], ranks: int | None, at_once: int) -> None:
+    """Raise UserError with everything that would end a run in its first minute, or continue another run."""
+    problems: list[str] = []
+    for config in configs:
+        with collecting(problems):
+            chosen = choose_ranks(config.data.lanes, ranks, at_once)
+            problems += check_run(config, chosen, on_gpu=gpu_count() > 0).problems
+        with collecting(problems):
+            problems += _other_settings(config)
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+
+
+def _other_settings(config: Config) -> list[str]:
+    """What differs between a run that has begun and this one of the same name."""
+    path = config.run_dir / CONFIG
+    if not newest_step(config.run_dir) or not path.exists():
+        return []
+    old, new = influential_settings(load_config(path)), influential_settings(config)
+    changes = [f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
+               for key in {**old, **new} if old.get(key) != new.get(key)]  # fmt: skip
+    if not changes:
+        return []
+    return [f"run directory {config.run_dir}: was trained with other settings: {'; '.join(changes)}; "
+            "give the sweep another name (name=…), or restore them"]  # fmt: skip
+
+
+def is_finished(config: Config) -> bool:
+    ended = how_it_ended(config.run_dir)
+    return bool(ended and ended["exit_code"] == 0 and newest_step(config.run_dir) >= config.train.steps)
+
+
+def state_of(config: Config) -> str:
+    """What the sweep will do with a run."""
+    step = newest_step(config.run_dir)
+    if is_finished(config):
+        return "is finished"
+    return f"resumes after step {step} of {config.train.steps}" if step else f"trains {config.train.steps} steps"
+
+
+def train_sweep(configs: Sequence[Config], ranks: int | None, at_once: int) -> int:
+    """Train the runs that are not finished yet, `at_once` at a time, each on `ranks` ranks; the exit code.
+
+    A run that fails does not stop the others. The code is 1 if a run failed, and that of the signal (EXIT_CODES) if one
+    stopped the sweep.
+    """
+    waiting = [config for config in configs if not is_finished(config)]
+    print(f"sweep: {len(configs)} runs, {len(configs) - len(waiting)} of them finished already", flush=True)
+    for config in waiting if at_once > 1 else ():
+        (config.run_dir / CONSOLE).parent.mkdir(parents=True, exist_ok=True)
+    codes, stop_code = _train_all(waiting, ranks, at_once)
+    failed = [str(run_dir) for run_dir, code in codes.items() if code not in (0, stop_code)]
+    if failed:
+        print(f"error: {len(failed)} of {len(configs)} runs failed: {', '.join(failed)}", file=sys.stderr)
+    if stop_code:
+        print("the sweep was stopped; the same command resumes it", file=sys.stderr)
+    return stop_code or (EXIT_CRASHED if failed else 0)
+
+
+def _train_all(waiting: list[Config], ranks: int | None, at_once: int) -> tuple[dict[Path, int], int]:
+    """Exit codes by run directory, and the code of the signal that stopped the sweep, or 0."""
+    received: list[int] = []
+    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in stop_signals()}
+    running: dict[int, tuple[Config, Forked]] = {}  # by slot, which decides about GPUs and cores
+    codes: dict[Path, int] = {}
+    stop_code = 0
+    try:
+        if waiting and not gpu_count():
+            import_what_ranks_need()
+        while running or (waiting and not stop_code):
+            while received:
+                number = received.pop(0)
+                stop_code = stop_code or EXIT_CODES[number]
+                for _, process in running.values():
+                    process.send_signal(number)
+            for slot in range(at_once):
+                if waiting and not stop_code and slot not in running:
+                    config = waiting.pop(0)
+                    running[slot] = config, _start(config, ranks, slot, at_once)
+            time.sleep(POLL_S)
+            for slot, (config, process) in list(running.items()):
+                code = process.poll()
+                if code is not None:
+                    del running[slot]
+                    # Before a run has handlers of its own, a signal ends it at once, with nothing to save.
+                    codes[config.run_dir] = code if code >= 0 else EXIT_CODES.get(-code, 128 - code)
+                    _report(config, codes[config.run_dir])
+    finally:
+        for _, process in running.values():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return codes, stop_code
+
+
+def _start(config: Config, ranks: int | None, slot: int, at_once: int) -> Forked:
+    log = config.run_dir / CONSOLE if at_once > 1 else None
+    print(f"{config.run_dir}: starts" + (f"; its output goes to {log}" if log else ""), flush=True)
+    return Forked(lambda: _train(config, ranks, slot, at_once), "bfsys launch", log)
+
+
+def _train(config: Config, ranks: int | None, slot: int, at_once: int) -> None:
+    """The process of one run; exits."""
+    if at_once > 1:
+        if gpus := gpu_count():
+            names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(share_of(names, slot, at_once))
+        else:
+            os.sched_setaffinity(0, share_of(sorted(os.sched_getaffinity(0)), slot, at_once))
+
+    def act() -> int:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        replace_file(config.run_dir / CONFIG, typed_yaml.dump(config))
+        return launch(config, config.run_dir / CONFIG, (), ranks, is_dry_run=False)
+
+    run_command(act, output_is_optional=True)
+
+
+def _report(config: Config, code: int) -> None:
+    if code == 0:
+        print(f"{config.run_dir}: finished", flush=True)
+        return
+    ended = how_it_ended(config.run_dir)
+    reason = f": {ended['reason'].splitlines()[0]}" if ended and ended["exit_code"] == code else ""
+    print(f"{config.run_dir}: ended with code {code}{reason}", file=sys.stderr, flush=True)

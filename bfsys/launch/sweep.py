@@ -1,0 +1,48 @@
+"""A sweep: a run for each combination of values, with a name of its own. Both launchers train the same runs.
+
+Importing this is quick, so that a wrong value is reported at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+
+from bfsys.config import Config, load_config
+from bfsys.errors import collecting
+
+_AXIS = re.compile(r"([\w.]+)=(.+)")
+
+
+def sweep_overrides(config_file: str, overrides: Sequence[str], sweep: Sequence[str]) -> list[tuple[str, ...]]:
+    """The overrides of every run: one for each combination of the axes `KEY=A,B,…`, or a single run without axes."""
+    matches = [match for text in sweep if (match := _AXIS.fullmatch(text))]
+    if not matches:
+        return [tuple(overrides)]
+    axes = [[(match[1], value) for value in match[2].split(",")] for match in matches]
+    base = load_config(config_file, tuple(overrides)).name
+    of_runs = []
+    for chosen in itertools.product(*axes):
+        name = "-".join([base, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, value in chosen)])
+        of_runs.append((*overrides, *(f"{key}={value}" for key, value in chosen), f"name={name}"))
+    return of_runs
+
+
+def sweep_configs(
+    config_file: str, overrides: Sequence[str], sweep: Sequence[str], problems: list[str]
+) -> list[Config]:
+    """The configs of all runs that can be read; what is wrong with the others is added to `problems`."""
+    configs: list[Config] = []
+    problems += [
+        f"--sweep: got {text!r}; KEY=A,B,… is expected, for example optim.lr=3e-4,1e-3"
+        for text in sweep
+        if not _AXIS.fullmatch(text)
+    ]
+    with collecting(problems):
+        for of_run in sweep_overrides(config_file, overrides, sweep):
+            with collecting(problems):
+                configs.append(load_config(config_file, of_run))
+    if len({config.run_dir for config in configs}) < len(configs):
+        problems.append("--sweep: two of its runs have the same name; a value is given twice, or two keys end alike")
+    return configs

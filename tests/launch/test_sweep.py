@@ -1,0 +1,32 @@
+"""The runs of a sweep: names, overrides, and what is wrong with its axes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bfsys.launch.sweep import sweep_configs
+
+
+def test_a_run_for_each_combination(config_file: Path) -> None:
+    problems: list[str] = []
+    sweep = ["optim.lr=1e-3,2e-3", "train.init_from=runs/a,runs/b"]
+    configs = sweep_configs(str(config_file), ["train.seed=7", "name=mine"], sweep, problems)
+    assert not problems
+    assert [config.name for config in configs] == [
+        f"mine-lr={rate}-init_from=runs_{run}" for rate in ("1e-3", "2e-3") for run in "ab"
+    ]
+    assert [config.optim.lr for config in configs] == [1e-3, 1e-3, 2e-3, 2e-3]
+    assert [config.train.init_from for config in configs] == ["runs/a", "runs/b"] * 2
+    assert {config.train.seed for config in configs} == {7}
+    assert [config.name for config in sweep_configs(str(config_file), [], [], problems)] == ["tiny"]
+
+
+def test_all_problems_are_named_at_once(config_file: Path) -> None:
+    problems: list[str] = []
+    sweep = ["lr", "optim.lr=1,x", "train.seedz=1", "train.steps=20,20"]
+    assert sweep_configs(str(config_file), [], sweep, problems) == []
+    for part in ("--sweep: got 'lr'; KEY=A,B,… is expected", "optim.lr: got 'x'", "seedz: no such key"):
+        assert any(part in problem for problem in problems), part
+    problems = []
+    assert len(sweep_configs(str(config_file), [], ["train.steps=20,20"], problems)) == 2
+    assert problems == ["--sweep: two of its runs have the same name; a value is given twice, or two keys end alike"]

@@ -1,0 +1,123 @@
+"""What `bfsys compare` reads from run directories and how it shows them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bfsys import compare, typed_yaml
+from bfsys.cli import call
+from bfsys.config import Config, Data, load_config
+from bfsys.errors import UserError
+from tests.conftest import REPOSITORY
+
+Scores = dict[int, float | tuple[float, ...]]
+
+
+@pytest.fixture
+def make_run(config_file: Path, tmp_path: Path):
+    """`make_run(name, {step: top-1, or one for each source}, overrides…)`: a run directory as training leaves it, of
+    10 steps if it is not said otherwise."""
+
+    def make(name: str, evaluations: Scores, *overrides: str) -> Path:
+        config = load_config(config_file, [f"name={name}", *overrides])
+        config.run_dir.mkdir(parents=True)
+        (config.run_dir / "config.yaml").write_text(typed_yaml.dump(config))
+        with open(config.run_dir / "metrics.jsonl", "w") as file:
+            for step, top1 in evaluations.items():
+                seconds = {"productive": 50.0, "lost": 500.0, "restart": 5000.0, "stall": 6.0, "data_wait": 4.0}
+                file.write(json.dumps({"kind": "train", "step": step, "seconds": seconds}) + "\n")
+                of_sources = top1 if isinstance(top1, tuple) else (top1,)
+                sources = {name: {"top1": share} for name, share in zip("ab", of_sources, strict=False)}
+                mean = sum(of_sources) / len(of_sources)
+                line = {"kind": "eval", "step": step, "loss": 2 - mean, "top1": mean, "sources": sources}
+                file.write(json.dumps(line) + "\n")
+        return config.run_dir
+
+    return make
+
+
+def cells(capsys: pytest.CaptureFixture, *paths: Path) -> list[list[str]]:
+    """The words of each line that the command prints, cells in one piece."""
+    assert call("compare", [*map(str, paths)]) == 0
+    return [line.split("  ") for line in _narrow(capsys.readouterr().out).splitlines()]
+
+
+def _narrow(text: str) -> str:
+    while "   " in text:
+        text = text.replace("   ", "  ")
+    return "\n".join(line.strip() for line in text.splitlines())
+
+
+def test_seeds_form_a_row_and_unfinished_runs_stay_apart(make_run, tmp_path, capsys):
+    for seed, top1 in enumerate((0.5, 0.6, 0.7)):
+        make_run(f"x-lr=3e-4-seed={seed}", {5: 0.1, 10: top1}, "optim.lr=3e-4", f"train.seed={seed}")
+    make_run("x-lr=3e-4-seed=3", {5: 0.9}, "optim.lr=3e-4", "train.seed=3", "train.log_every=7", "data.workers=2")
+    make_run("y", {10: 0.65}, "train.eval_every=5")
+    runs = tmp_path / "runs"
+    (runs / "no_run").mkdir()
+    assert cells(capsys, runs, runs / "y") == [
+        ["lr", "seeds", "top-1 %", "loss", "steps", "min", "parameters", "run"],
+        ["0.003", "1", "65.00", "1.350", "10", "1.0", "-", f"{runs}/y"],
+        ["0.0003", "3", "60.00 ± 10.00", "1.400 ± 0.100", "10", "1.0", "-", f"{runs}/x-lr=3e-4-seed=*"],
+        ["0.0003", "1", "90.00", "1.100", "5 of 10", "1.0", "-", f"{runs}/x-lr=3e-4-seed=3"],
+        ["not finished: 1 of 5 runs, each in a row of its own with its latest evaluation"],
+    ]
+
+
+def test_sources_and_keys_that_end_alike_have_columns(make_run, tmp_path, capsys):
+    runs = [
+        make_run("one", {10: (0.25, 0.75)}, "data.byte_transforms=[reverse]"),
+        make_run("two", {20: (0.5, 1.0)}, "train.steps=20", "data.sources.0.weight=2"),
+        make_run("three", {}, "data.sources.1.weight=3", "model.dim=32"),
+    ]
+    weights = ["data.sources.0.weight", "data.sources.1.weight"]
+    scores = ["seeds", "top-1 %", "top-1 % a", "top-1 % b", "loss", "steps", "min", "parameters", "run"]
+    head, *rows = cells(capsys, *runs)
+    assert head == [*weights, "byte_transforms", "dim", *scores]
+    assert rows[0] == ["2", "1", "[]", "16", "1", "75.00", "50.00", "100.00", "1.250", "20", "1.0", "-", str(runs[1])]
+    assert rows[1][:8] == ["1", "1", '["reverse"]', "16", "1", "50.00", "25.00", "75.00"]
+    assert rows[2] == ["1", "3", "[]", "32", "1", "-", "-", "-", "-", "0 of 10", "-", "-", str(runs[2])]
+
+
+def test_the_same_seed_twice_is_noted(make_run, capsys):
+    runs = [make_run(name, {10: 0.5}) for name in ("one", "two")]
+    assert cells(capsys, *runs, runs[0])[-1] == [f"note: {runs[0]} = {runs[1]}: the same settings and the same seed"]
+
+
+def test_a_run_that_was_trained(finished_run: Path) -> None:
+    """Without importing PyTorch, and as plain text in a pipe."""
+    script = f"import sys; from bfsys import cli; cli.dispatch(['compare', {str(finished_run)!r}])"
+    script += "; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    head, row = _narrow(done.stdout).splitlines()
+    assert head == "seeds  top-1 %  top-1 % a  top-1 % b  loss  steps  min  parameters  run"
+    _, *_, steps, _, parameters, run = row.split("  ")
+    assert (steps, parameters, run) == ("120", "18,229", str(finished_run))
+
+
+def test_all_problems_are_named_at_once(make_run, tmp_path):
+    run = make_run("young", {})
+    with pytest.raises(UserError) as error:
+        call("compare", [str(path) for path in (run, tmp_path / "nothing", tmp_path)])
+    assert error.value.exit_code == 2
+    hint = "give run directories (runs/NAME) or a folder of them (runs)"
+    assert error.value.problems == (
+        f"{tmp_path / 'nothing'}: no such directory; {hint}",
+        f"{tmp_path}: not a run, and no folder of runs; {hint}",
+        f"{run}: no evaluation yet, after 0 of 10 steps",
+    )
+    (run / "config.yaml").write_text("data: {sources: []}\nmodle: {}\n")
+    with pytest.raises(UserError, match="modle: no such key"):
+        call("compare", [str(run)])
+
+
+def test_keys_without_influence_exist() -> None:
+    keys = typed_yaml.flatten(typed_yaml.to_tree(Config(data=Data(sources=()))))
+    assert keys.keys() >= compare.WITHOUT_INFLUENCE
+    assert keys.keys() >= {compare.SEED, compare.STEPS}
