@@ -11,9 +11,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bfsys.checkpoint.files import checkpoint_name, read_manifest
 from bfsys.config import load_config
 from bfsys.muon import Stack, assign, orthogonalise, step_scale
+from tests.chaos.ranks import train_several
 from tests.conftest import _run_ranks, tiny_config
+from tests.forked import start_ranks
+from tests.supervision.test_guard import samples_of_step
 from tests.test_train import STAGES, assert_success, cut_short, losses, newest, tensors, train_plainly
 
 MUON = "optim.name=muon model.init=smooth"
@@ -180,3 +184,25 @@ def test_another_optimizer_in_the_same_directory_is_refused(muon_runs: tuple[Pat
     assert result.returncode == 2
     assert "optim: name was 'muon', is now 'adamw'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_step_with_gradients_that_are_not_finite_changes_nothing(datasets: Path, tmp_path: Path) -> None:
+    config_file = tmp_path / "tiny.yaml"
+    config_file.write_text(yaml.safe_dump(tiny_config(datasets, tmp_path)))
+    poison = {"kind": "gradient", "samples": [pair for step in (5, 7) for pair in samples_of_step(config_file, step)]}
+    runs = [
+        ([*MUON.split(), f"name=s{stage}", f"train.zero_stage={stage}", "train.steps=7", "train.save_every=5",
+          "train.keep_checkpoints=100"], poison)
+        for stage in STAGES
+    ]  # fmt: skip
+    for process in start_ranks(2, train_several, (str(config_file), runs)):
+        said = process.communicate(600)
+        assert process.returncode == 0, said
+    for stage in STAGES:
+        before, after = (tmp_path / "runs" / f"s{stage}" / "checkpoints" / checkpoint_name(step) for step in (6, 7))
+        assert [read_manifest(path)["updates"] for path in (before, after)] == [5, 5]
+        for state in ("weight", "exp_avg", "momentum_buffer", "ema"):
+            one, other = tensors(before, state), tensors(after, state)
+            assert one
+            assert all(torch.equal(one[name], other[name]) for name in one), state
+            assert all(tensor.isfinite().all() for tensor in other.values())

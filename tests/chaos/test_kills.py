@@ -12,7 +12,8 @@ import torch
 from tests.chaos.ranks import Ranks, draws, kill_again_and_again
 from tests.test_train import lines, newest, tensors
 
-STATES = ("weight", "exp_avg", "exp_avg_sq", "ema")
+ADAMW = ("weight", "exp_avg", "exp_avg_sq", "ema")
+MUON = (*ADAMW, "momentum_buffer")  # whose run has AdamW for the rest
 
 
 def undisturbed(config: Path, folder: Path, overrides: list[str]) -> Path:
@@ -21,10 +22,10 @@ def undisturbed(config: Path, folder: Path, overrides: list[str]) -> Path:
     return config.parent / "runs" / "whole"
 
 
-def assert_equal_runs(one: Path, other: Path) -> None:
+def assert_equal_runs(one: Path, other: Path, states: tuple[str, ...]) -> None:
     for key in ("step", "loss", "grad_norm", "top1", "samples"):
         assert [line[key] for line in lines(one)] == [line[key] for line in lines(other)]
-    for state in STATES:
+    for state in states:
         ours, theirs = tensors(newest(one), state), tensors(newest(other), state)
         assert ours.keys() == theirs.keys()
         assert ours
@@ -46,14 +47,15 @@ def assert_each_sample_once(drawn: dict, run: Path) -> None:
         assert max(of_source) - min(of_source) <= 1
 
 
-def check_kills(config: Path, folder: Path, stage: int, kills: int, steps: int) -> dict[str, int]:
-    overrides = [f"train.zero_stage={stage}", f"train.steps={steps}", "train.save_every=5", "train.keep_best=0"]
+def check_kills(config: Path, folder: Path, stage: int, optimizer: str, kills: int, steps: int) -> dict[str, int]:
+    overrides = [f"optim.name={optimizer}", f"train.zero_stage={stage}", f"train.steps={steps}", "train.save_every=5",
+                 "train.keep_best=0"]  # fmt: skip
     whole = undisturbed(config, folder, overrides)
     run = config.parent / "runs" / "killed"
     moments = kill_again_and_again(
         config, run, folder / "killed", [*overrides, "name=killed"], kills, stage, itertools.repeat(2)
     )
-    assert_equal_runs(whole, run)
+    assert_equal_runs(whole, run, MUON if optimizer == "muon" else ADAMW)
     drawn = draws(folder / "killed")
     assert drawn == draws(folder / "whole")
     assert_each_sample_once(drawn, run)
@@ -61,15 +63,16 @@ def check_kills(config: Path, folder: Path, stage: int, kills: int, steps: int) 
 
 
 def test_a_few_kills_change_nothing(config_file: Path, tmp_path: Path) -> None:
-    check_kills(config_file, tmp_path / "log", stage=2, kills=3, steps=45)
+    check_kills(config_file, tmp_path / "log", stage=2, optimizer="muon", kills=3, steps=45)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_25_kills_at_each_stage_change_nothing(config_file: Path, tmp_path: Path, stage: int) -> None:
-    moments = check_kills(config_file, tmp_path / "log", stage=stage, kills=25, steps=500)
-    print(f"stage {stage}: {moments}")
+def test_25_kills_at_each_stage_change_nothing(config_file: Path, tmp_path: Path, stage: int, optimizer: str) -> None:
+    moments = check_kills(config_file, tmp_path / "log", stage, optimizer, kills=25, steps=500)
+    print(f"stage {stage}, {optimizer}: {moments}")
     assert min(moments.values()) >= 5
 
 
