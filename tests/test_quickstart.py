@@ -33,10 +33,10 @@ def test_the_quickstart_learns_both_kinds_of_digits(tmp_path: Path) -> None:
     sources = json.loads(result.stdout)["sources"]
     assert sources["image"]["samples"] == 718
     assert sources["speech"]["samples"] == 1000
-    assert sources["image"]["top1"] >= 0.95
-    assert sources["speech"]["top1"] >= 0.90
+    assert sources["image"]["top1"] >= 0.965
+    assert sources["speech"]["top1"] >= 0.94
 
     again = subprocess.run(["make", "quickstart"], cwd=copy, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
-    for text in ("already there", "already packed", "continuing runs/quickstart after step 1200"):
+    for text in ("already there", "already packed", "continuing runs/quickstart after step 400"):
         assert text in again.stdout
