@@ -26,7 +26,7 @@ from bfsys.json_lines import parse_json_lines
 
 CONFIG = "config.yaml"
 WITHOUT_INFLUENCE = frozenset((
-    "name", "runs_dir",
+    "name", "runs_dir", "recipe",
     "data.eval_batch_bytes", "data.max_bad_share", "data.workers", "data.cache_dir", "data.fetch_tries",
     "data.cache_gb",
     "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.keep_every",
@@ -38,7 +38,7 @@ TRAINING = ("productive", "stall", "data_wait")  # causes of the ledger, without
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory tells."""
+    """What was read from a run directory."""
 
     path: Path
     settings: dict[str, Any]
@@ -67,7 +67,7 @@ class Row:
     """Repetitions of one config that are finished, or one run that is not."""
 
     settings: dict[str, Any]
-    """The keys that differ between rows. A run without such a key, as of a source that it lacks, leaves it out."""
+    """The keys that differ between rows. A key that a run lacks, such as one of a second source, is absent."""
     runs: list[Run]
 
     def values(self, score: str, source: str | None = None) -> list[float]:
@@ -82,26 +82,29 @@ def influential_settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in WITHOUT_INFLUENCE}
 
 
-def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs of run directories, and of folders that hold run directories.
+def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs of run directories and of folders that hold run directories, and what cannot be read of a folder's.
 
-    Raises UserError if a path holds no run, a run cannot be read, or no run was evaluated yet.
+    Raises UserError if a path holds no run, a run that is named cannot be read, or no run was evaluated yet.
     """
     problems: list[str] = []
+    unreadable: list[str] = []
     runs: dict[Path, Run] = {}
     for path in paths:
-        found = [path] if (path / CONFIG).is_file() else sorted(config.parent for config in path.glob(f"*/{CONFIG}"))
+        is_run = (path / CONFIG).is_file()
+        found = [path] if is_run else sorted(config.parent for config in path.glob(f"*/{CONFIG}"))
         if not found:
-            known = "not a run, and no folder of runs" if path.is_dir() else "no such directory"
+            known = "not a run, and no folder of runs" if path.exists() else "no such directory"
             problems.append(f"{path}: {known}; give run directories (runs/NAME) or a folder of them (runs)")
         for run_dir in found:
-            with collecting(problems):
+            with collecting(problems if is_run else unreadable):
                 runs.setdefault(run_dir.resolve(), read_run(run_dir))
-    if runs and not any(run.scores for run in runs.values()):
+    if not any(run.scores for run in runs.values()):
+        problems += unreadable
         problems += [f"{run.path}: no evaluation yet, after {run.step} of {run.steps} steps" for run in runs.values()]
     if problems:
         raise UserError(*problems)
-    return list(runs.values())
+    return list(runs.values()), unreadable
 
 
 def read_run(run_dir: Path) -> Run:
@@ -111,7 +114,7 @@ def read_run(run_dir: Path) -> Run:
     scores = evaluations(run_dir)
     newest = {"sources": {}, **scores[max(scores)]} if scores else None
     trained = _last_train_line(run_dir / METRICS)
-    seconds = [trained["seconds"].get(cause, 0.0) for cause in TRAINING] if trained else []
+    seconds = [float(trained["seconds"].get(cause, 0)) for cause in TRAINING] if trained else []
     return Run(
         path=run_dir,
         settings=settings,
@@ -219,8 +222,12 @@ def _mean(values: Sequence[float], scale: float, digits: int) -> str:
     """mean ± sample standard deviation"""
     if not values:
         return "-"
-    mean = f"{scale * statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    mean = math.fsum(values) / len(values)  # statistics.stdev raises an AttributeError where a loss is NaN
+    text = f"{scale * mean:.{digits}f}"
+    if len(values) == 1:
+        return text
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return f"{text} ± {scale * math.sqrt(variance):.{digits}f}"
 
 
 def _common_name(runs: Sequence[Run]) -> str:

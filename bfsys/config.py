@@ -221,7 +221,7 @@ class Optim:
     muon_lr: Positive = 5e-3
     """Highest learning rate of Muon; it has the shape of AdamW's over the steps."""
     muon_momentum: Share = 0.95
-    """Of the running mean of gradients that Muon makes orthogonal."""
+    """Momentum of the running mean of gradients, which Muon orthogonalises."""
     final_lr: NotNegative = 2e-5
     """Learning rate at the last step."""
     warmup_lr: NotNegative = 1e-6
@@ -308,7 +308,8 @@ class Config:
     train: Train = field(default_factory=Train)
     recipe: Literal["published", "recommended"] = "published"
     """Which defaults model and optim have. published: those that are documented here. recommended: model.init is
-    smooth, optim.name muon and optim.clip_norm 1, which learns faster from people's own files."""
+    smooth, optim.name muon and optim.clip_norm 1, which learns faster from people's own files. A run's own config.yaml
+    gives every value, so it changes nothing there."""
     name: str = ""
     """Of the run's directory; default: the config file's name."""
     runs_dir: Location = "runs"

@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from bfsys import dist
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
 from bfsys.dist import Ranks
@@ -70,7 +71,9 @@ class Engine:
             )
         self._shapes = {name: _whole_shape(p) for name, p in self._engine.module.named_parameters()}
         asked = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        products = product_dtype(asked, self.device.type)
+        # Nodes may have other processors, and ranks exchange what they compute with.
+        (is_wide,) = dist.agree_on_max(product_dtype(asked, self.device.type) == torch.float32)
+        products = torch.float32 if is_wide else asked
         self.optimizer.init_state(self._updated_together(), list(self._held()), ranks, products)
         if self.stage in (1, 2):
             # DeepSpeed links its by-name access to the state after the first step; a resume needs it before.
@@ -221,7 +224,7 @@ class Engine:
         if self.stage == 0:
             for name, p in parameters.items():
                 yield Held(Span(name, 0, p.numel()), p, 0)
-        elif self.stage == 3:  # each parameter is divided into equal parts, the last of which are padded with zeros
+        elif self.stage == 3:  # each parameter is divided into equal parts, the last of which are padded
             for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
                 offset = 0
                 for p in group:
@@ -264,7 +267,7 @@ def deepspeed_config(config: Config, world_size: int, micro_batches: int, parame
         "train_batch_size": world_size * micro_batches,
         "gradient_clipping": config.optim.clip_norm if stage else 0.0,
         "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,  # our AdamW is torch's, with one more state tensor
+        "zero_allow_untested_optimizer": True,  # it is our own
         # DeepSpeed holds buffers of this many numbers, 2 GB by default, however small the model is.
         "zero_optimization": {"stage": stage, "reduce_bucket_size": min(MOST_IN_A_BUCKET, parameters)},
         # The timer's figures are not used, and it waits for the GPU twice in every micro-batch.

@@ -3,12 +3,12 @@ hidden layers in neural networks").
 
 A matrix must be whole where it is orthogonalised. Each matrix therefore has an owner among the ranks: the other ranks
 send it their pieces, it orthogonalises the matrix, and it sends the pieces back. The owners share the work: the most
-expensive matrix goes first to the rank that has least to do. A rank sends and receives about twice the share of the
-matrices that it holds, in the precision of the products, whatever the number of ranks; at ZeRO stage 0, where every
-rank holds all gradients, only results are sent. The result does not depend on the stage, but for rounding.
+expensive matrix goes first to the rank that has least to do. A rank sends its share of all matrices to their owners,
+and what it owns to the holders, in the precision of the products. At ZeRO stage 0, where every rank holds all
+gradients, an owner broadcasts its results. All stages give the same result up to rounding.
 
-Refused: DeepSpeed's Muon, which did not orthogonalise at stage 0 nor in bf16 with float32 accumulation and said
-nothing (0.19.8), and gathers all matrices on all ranks; torch.optim.Muon, which takes whole 2-D parameters only.
+Refused: DeepSpeed's Muon, which in earlier versions did not orthogonalise at stage 0, nor in bf16 with float32
+accumulation, and gave no error; torch.optim.Muon, which takes whole 2-D parameters only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Span(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """How a parameter is a stack of matrices, each of which is orthogonalised by itself."""
+    """The shape of a parameter as a stack of matrices; each matrix is orthogonalised separately."""
 
     matrices: int
     rows: int
@@ -49,7 +49,7 @@ class Stack(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Of one orthogonalisation of the stack."""
+        """Floating-point operations to orthogonalise the stack once."""
         short, long = sorted((self.rows, self.columns))
         return self.matrices * ITERATIONS * (4 * short * short * long + 2 * short**3)
 
@@ -71,7 +71,7 @@ def orthogonalise(x: Tensor) -> Tensor:
     return x
 
 
-class Orthogonalizer:
+class Orthogonaliser:
     """Orthogonalises matrices that lie in pieces on all ranks. Making one is collective, and so is calling it."""
 
     def __init__(self, stacks: dict[str, Stack], mine: Sequence[Span], ranks: dist.Ranks, dtype: torch.dtype) -> None:
@@ -82,14 +82,15 @@ class Orthogonalizer:
         names = {span.name for of_rank in self.spans for span in of_rank}
         self.owners = assign({name: stack for name, stack in stacks.items() if name in names}, ranks.world_size)
         self.owned = {name: stacks[name] for name, owner in self.owners.items() if owner == self.rank}
-        whole = {
-            span.name
-            for rank, of_rank in enumerate(self.spans)
-            for span in of_rank
-            if rank == self.owners[span.name] and span.end - span.first == stacks[span.name].elements
-        }
-        # What its owner has already is not sent.
-        self.sent = [[span for span in of_rank if span.name not in whole] for of_rank in self.spans]
+        complete = [
+            {span.name for span in of_rank if span.end - span.first == stacks[span.name].elements}
+            for of_rank in self.spans
+        ]
+        self.is_replicated = all(of_rank == names for of_rank in complete)
+        # A matrix that its owner holds completely is not sent to it.
+        self.sent = [
+            [span for span in of_rank if span.name not in complete[self.owners[span.name]]] for of_rank in self.spans
+        ]
 
     def __call__(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """This rank's flat pieces, in the order of `mine` -> the same pieces of the orthogonalised matrices."""
@@ -100,7 +101,7 @@ class Orthogonalizer:
         done = self._orthogonalise(whole)
         if len(self.spans) == 1:
             return [done[span.name] for span in mine]
-        return self._hand_out(done)
+        return self._broadcast(done) if self.is_replicated else self._hand_out(done)
 
     def _collect(self, mine: dict[Span, Tensor]) -> dict[str, Tensor]:
         """The matrices that this rank owns and that lie in pieces, flat."""
@@ -137,11 +138,24 @@ class Orthogonalizer:
         received = dict(self._exchange(send, self._by_owner(mine)))
         return [received[span] for span in mine]
 
+    def _broadcast(self, done: dict[str, Tensor]) -> list[Tensor]:
+        """All results, on every rank, in the order of its spans."""
+        mine = self.spans[self.rank]
+        results: dict[Span, Tensor] = {}
+        for rank, spans in enumerate(self._by_owner(mine)):
+            sizes = [span.end for span in spans]
+            flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+            if rank == self.rank and spans:
+                torch.cat([done[span.name] for span in spans], out=flat)
+            parts = dist.broadcast(flat, rank).split(sizes) if spans else ()
+            results.update(zip(spans, parts, strict=True))
+        return [results[span] for span in mine]
+
     def _by_owner(self, spans: list[Span]) -> list[list[Span]]:
         return [[span for span in spans if self.owners[span.name] == rank] for rank in range(len(self.spans))]
 
     def _exchange(self, send: list[list[Tensor]], receive: list[list[Span]]) -> Iterator[tuple[Span, Tensor]]:
-        """Send flat tensors to each rank, and take apart what each of them sends."""
+        """Send flat tensors to each rank, and split what each rank sends into spans."""
         nothing = torch.empty(0, dtype=self.dtype, device=self.device)
         flat = torch.cat([nothing, *(part for parts in send for part in parts)])
         sent = [sum(len(part) for part in parts) for parts in send]

@@ -21,7 +21,7 @@ from torch import Tensor
 from bfsys import dist
 from bfsys.config import Optim
 from bfsys.model.byteformer import ByteFormer
-from bfsys.muon import Orthogonalizer, Span, Stack, step_scale
+from bfsys.muon import Orthogonaliser, Span, Stack, step_scale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 MOMENTUM = "momentum_buffer"  # of Muon
@@ -89,7 +89,7 @@ class Optimizer(torch.optim.AdamW):
         self.scales = {name: step_scale(model.get_parameter(name).shape) for name in self.stacks}
         self.momentum, self.relative_rate = optim.muon_momentum, optim.muon_lr / optim.lr
         self.held: list[Held] = []
-        self._orthogonalizers: dict[Tensor, tuple[list[Held], Orthogonalizer]] = {}
+        self._orthogonalisers: dict[Tensor, tuple[list[Held], Orthogonaliser]] = {}
         groups, betas = parameter_groups(model, optim), (optim.beta1, optim.beta2)
         super().__init__(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
         self.prepare(optim.lr, optim.ema_decay)
@@ -134,7 +134,7 @@ class Optimizer(torch.optim.AdamW):
             if is_muon:
                 mine = [part for part in held if any(part.tensor is p for p in tensors)]
                 spans = [part.span for part in mine]
-                self._orthogonalizers[tensors[0]] = mine, Orthogonalizer(self.stacks, spans, ranks, products)
+                self._orthogonalisers[tensors[0]] = mine, Orthogonaliser(self.stacks, spans, ranks, products)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -162,7 +162,8 @@ class Optimizer(torch.optim.AdamW):
             momentum.lerp_(p.grad, 1 - self.momentum)
             p.grad.lerp_(momentum, self.momentum)
             p.mul_(1 - rate * group["weight_decay"])
-        mine, orthogonalizer = self._orthogonalizers[tensors[0]]
-        gradients = [part.of(part.tensor.grad) for part in mine if part.tensor.grad is not None]
-        for part, direction in zip(mine, orthogonalizer(gradients), strict=True):
+        mine, orthogonalise = self._orthogonalisers[tensors[0]]
+        gradients = {p: p.grad for p in tensors}
+        directions = orthogonalise([part.of(gradients[part.tensor]) for part in mine])
+        for part, direction in zip(mine, directions, strict=True):
             part.of(part.tensor).add_(direction, alpha=-rate * self.scales[part.span.name])

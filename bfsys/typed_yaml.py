@@ -97,8 +97,10 @@ def load(
     """Read `path` (UTF-8, or UTF-16 with a byte order mark) into dataclass `cls`, then apply overrides
     `section.key=value`.
 
-    `presets` are trees of values by a key of the top level and its value: {"recipe": {"fast": {"optim": {…}}}}. They
-    stand for what is not given. Raises UserError with one message per problem.
+    `presets` are trees of values by a key of the top level and its value: {"recipe": {"fast": {"optim": {…}}}}. A
+    preset value applies where neither the file nor an override gives one.
+
+    Raises UserError with one message per problem.
     """
     try:
         content = Path(path).read_bytes()

@@ -121,3 +121,28 @@ def test_keys_without_influence_exist() -> None:
     keys = typed_yaml.flatten(typed_yaml.to_tree(Config(data=Data(sources=()))))
     assert keys.keys() >= compare.WITHOUT_INFLUENCE
     assert keys.keys() >= {compare.SEED, compare.STEPS}
+
+
+def test_a_loss_that_is_not_finite_is_shown(make_run, capsys) -> None:
+    runs = [make_run(f"x-{seed}", {10: float("nan") if seed else 0.5}, f"train.seed={seed}") for seed in (0, 1)]
+    assert call("compare", [*map(str, runs)]) == 0
+    assert "nan ± nan" in capsys.readouterr().out
+
+
+def test_a_run_of_a_folder_that_cannot_be_read_is_named_and_the_others_are_shown(make_run, tmp_path, capsys) -> None:
+    good, bad = make_run("good", {10: 0.5}), make_run("bad", {10: 0.6})
+    with open(bad / "config.yaml", "a") as file:
+        file.write("from_another_version: 1\n")
+    assert call("compare", [str(good.parent)]) == 0
+    out = capsys.readouterr().out
+    assert "50.00" in out
+    assert "not read: " in out
+    assert "from_another_version: no such key" in out
+    with pytest.raises(UserError, match="from_another_version: no such key"):
+        call("compare", [str(good), str(bad)])
+
+
+def test_a_recipe_is_only_a_name_for_values(make_run, capsys) -> None:
+    values = ("optim.name=muon", "model.init=smooth", "optim.clip_norm=1")
+    runs = [make_run("a", {10: 0.5}, *values), make_run("b", {10: 0.6}, *values, "recipe=recommended", "train.seed=1")]
+    assert len(compare.rows_of(compare.find_runs(runs)[0])) == 1

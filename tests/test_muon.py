@@ -59,8 +59,8 @@ def test_no_rank_has_much_more_to_do_than_the_others(shapes: list[tuple[int, int
 
 PIECES = """
 import random, torch
-from bfsys import dist
-from bfsys.muon import Orthogonalizer, Span, Stack, orthogonalise
+from bfsys import dist, muon
+from bfsys.muon import Orthogonaliser, Span, Stack
 from bfsys.ranks import ranks_from_environment
 
 ranks = ranks_from_environment()
@@ -68,25 +68,32 @@ dist.start(ranks, timeout_s=60)
 stacks = {"a": Stack(3, 8, 8), "b": Stack(1, 8, 20), "c": Stack(1, 20, 8), "d": Stack(1, 6, 5), "e": Stack(2, 1, 1)}
 torch.manual_seed(0)
 whole = {name: torch.randn(stack.elements) for name, stack in stacks.items()}
+orthogonalise, counted, exchanged = muon.orthogonalise, [], []
+muon.orthogonalise = lambda x: counted.append(x.numel()) or orthogonalise(x)
+all_to_all = dist.all_to_all
+dist.all_to_all = lambda values, *counts: exchanged.append(len(values)) or all_to_all(values, *counts)
 for trial in range(40):
     rng = random.Random(trial)
-    spans = []  # of this rank: every parameter is cut at random, some ranks get nothing, or all have everything
+    spans = []  # of this rank
     for name, stack in stacks.items():
         cuts = sorted(rng.choices(range(stack.elements + 1), k=ranks.world_size - 1))
-        if trial % 4 == 0:
+        if trial % 4 == 0:  # only the last rank has something
             cuts = [0] * (ranks.world_size - 1)
         first, end = ([0, *cuts][ranks.rank], [*cuts, stack.elements][ranks.rank])
-        if trial % 4 == 1:
+        if trial % 4 == 1:  # all ranks have everything
             first, end = 0, stack.elements
         if end > first:
             spans.append(Span(name, first, end))
     for dtype in (torch.float32, torch.bfloat16):
-        orthogonalizer = Orthogonalizer(stacks, spans, ranks, dtype)
-        results = orthogonalizer([whole[s.name][s.first : s.end] for s in spans])
+        counted.clear(), exchanged.clear()
+        results = Orthogonaliser(stacks, spans, ranks, dtype)([whole[s.name][s.first : s.end] for s in spans])
+        everyones = int(dist.gather_numbers([sum(counted)]).sum())
         for span, result in zip(spans, results, strict=True):
             stack = stacks[span.name]
             expected = orthogonalise(whole[span.name].to(dtype).view(stack)).flatten()[span.first : span.end]
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5 if dtype == torch.float32 else 0.05)
+        assert everyones == sum(stack.elements for stack in stacks.values()), "a matrix was orthogonalised twice"
+        assert trial % 4 != 1 or not exchanged, "all ranks had all pieces"
 print("all equal")
 dist.stop()
 """
@@ -190,19 +197,64 @@ def test_a_step_with_gradients_that_are_not_finite_changes_nothing(datasets: Pat
     config_file = tmp_path / "tiny.yaml"
     config_file.write_text(yaml.safe_dump(tiny_config(datasets, tmp_path)))
     poison = {"kind": "gradient", "samples": [pair for step in (5, 7) for pair in samples_of_step(config_file, step)]}
+    kinds = [*((stage, "fp32") for stage in STAGES), (1, "bf16")]  # DeepSpeed has another optimizer for the last one
     runs = [
-        ([*MUON.split(), f"name=s{stage}", f"train.zero_stage={stage}", "train.steps=7", "train.save_every=5",
-          "train.keep_checkpoints=100"], poison)
-        for stage in STAGES
+        ([*MUON.split(), f"name=s{stage}-{precision}", f"train.zero_stage={stage}", f"train.precision={precision}",
+          "train.steps=7", "train.save_every=5", "train.keep_checkpoints=100"], poison)
+        for stage, precision in kinds
     ]  # fmt: skip
     for process in start_ranks(2, train_several, (str(config_file), runs)):
         said = process.communicate(600)
         assert process.returncode == 0, said
-    for stage in STAGES:
-        before, after = (tmp_path / "runs" / f"s{stage}" / "checkpoints" / checkpoint_name(step) for step in (6, 7))
+    for stage, precision in kinds:
+        run = tmp_path / "runs" / f"s{stage}-{precision}"
+        before, after = (run / "checkpoints" / checkpoint_name(step) for step in (6, 7))
         assert [read_manifest(path)["updates"] for path in (before, after)] == [5, 5]
         for state in ("weight", "exp_avg", "momentum_buffer", "ema"):
             one, other = tensors(before, state), tensors(after, state)
             assert one
             assert all(torch.equal(one[name], other[name]) for name in one), state
             assert all(tensor.isfinite().all() for tensor in other.values())
+
+
+SUB_GROUPS = """
+import sys
+import torch
+from bfsys import dist, engine
+from bfsys.batch import ByteBatch
+from bfsys.config import load_config
+from bfsys.model.byteformer import ByteFormer
+from bfsys.ranks import ranks_from_environment
+
+ranks = ranks_from_environment()
+dist.start(ranks, timeout_s=60)
+config = load_config(sys.argv[1], sys.argv[2:])
+make_json, weights, groups = engine.deepspeed_config, [], []
+for size in (10**9, 1500):
+    def smaller(*arguments):
+        result = make_json(*arguments)
+        result["zero_optimization"]["sub_group_size"] = size
+        return result
+    engine.deepspeed_config = smaller
+    torch.manual_seed(0)
+    trained = engine.Engine(ByteFormer(config.model.architecture(), 5), config, ranks)
+    for step in range(3):
+        for _ in range(trained.micro_batches):
+            trained.backward(trained.forward(ByteBatch.of_zeros(40 + step)).float().square().sum())
+        trained.step(1e-3, 0.9)
+    weights.append({name: (first, piece.clone()) for name, first, piece in trained.read_pieces("weight")})
+    groups.append(len(trained.optimizer._orthogonalisers))
+assert groups[0] == 1 and groups[1] > 1, groups
+assert weights[0].keys() == weights[1].keys()
+for name, (first, piece) in weights[0].items():
+    torch.testing.assert_close(weights[1][name][1], piece, rtol=1e-4, atol=1e-6)
+print("all equal")
+dist.hard_exit(0)
+"""
+
+
+def test_parts_of_a_group_that_are_updated_apart_make_the_same_step(config_file: Path, run_ranks) -> None:
+    """At stage 3, DeepSpeed divides a group of more than 1e9 numbers."""
+    options = [*MUON.split(), "train.zero_stage=3", "train.precision=fp32"]
+    for rank in run_ranks(2, ["-c", SUB_GROUPS, str(config_file), *options]):
+        assert rank.stdout.endswith("all equal\n"), rank.stdout + rank.stderr

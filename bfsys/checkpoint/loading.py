@@ -186,6 +186,11 @@ def check_same_run(path: Path, facts: dict) -> None:
                 problems.append(f"{part}: {key} was {old.get(key)!r}, is now {new.get(key)!r}")
     if manifest["classes"] != facts["classes"]:
         problems.append(f"classes: {len(manifest['classes'])} then, {len(facts['classes'])} now, or other names")
+    if theirs["optim"] != ours["optim"] or theirs["model"].get("init") != ours["model"].get("init"):
+        problems.append(
+            "a config's `recipe` decides optim.name and model.init; a run that was trained with the published one and "
+            "with clipping resumes with recipe=published optim.clip_norm=1"
+        )
     if problems:
         raise UserError(
             *(f"{path}: {p}" for p in problems),

@@ -22,5 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from bfsys.compare import find_runs, rows_of, table
 
-    print(table(rows_of(find_runs(args.runs))))
+    runs, unreadable = find_runs(args.runs)
+    print("\n".join([table(rows_of(runs)), *(f"not read: {problem}" for problem in unreadable)]))
     return 0

@@ -58,13 +58,15 @@ def run_sweep(args: argparse.Namespace) -> int:
     from bfsys.launch.local_sweep import check_sweep, state_of, train_sweep
     from bfsys.supervision.signals import EXIT_CODES
 
-    check_sweep(configs, args.ranks, at_once)
+    at_once = min(at_once, len(configs))
+    notes = check_sweep(configs, args.ranks, at_once)
     if args.dry_run:
-        print("\n".join(f"{config.run_dir}: {state_of(config)}" for config in configs))
+        print("\n".join([*notes, *(f"{config.run_dir}: {state_of(config)}" for config in configs)]))
         return 0
     code = train_sweep(configs, args.ranks, at_once)
     if code in EXIT_CODES.values():  # it was stopped
         return code
     with suppress(UserError):  # no run was evaluated, and the lines above say why
-        print(table(rows_of(find_runs([config.run_dir for config in configs]))))
+        runs, _ = find_runs([config.run_dir for config in configs])
+        print(table(rows_of(runs)))
     return code

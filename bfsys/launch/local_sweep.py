@@ -4,8 +4,9 @@ Each run is trained by a process of its own, which does what `bfsys launch` does
 and stops it with a checkpoint on a signal. These processes are forked from this one, which has imported everything, so
 a start takes a moment. Runs that train at once have equal shares of the GPUs, or of the cores.
 
-The configs are read once, when the sweep starts, and each run is trained from the copy in its own directory. An edit of
-the config file does not change runs that start later.
+The configs are read once, when the sweep starts, and each run is trained from a copy in its own directory. An edit of
+the config file does not change runs that start later. The copy is not the run's config.yaml, which only the run itself
+writes, once it knows that no other process trains it.
 """
 
 from __future__ import annotations
@@ -30,19 +31,27 @@ from bfsys.supervision.run_end import how_it_ended
 from bfsys.supervision.signals import EXIT_CODES, stop_signals
 
 CONSOLE = Path("log", "console.log")  # of a run that trains beside others
+COPY = Path("log", "sweep.yaml")  # the config that the sweep trains a run from
 
 
-def check_sweep(configs: Sequence[Config], ranks: int | None, at_once: int) -> None:
-    """Raise UserError with everything that would end a run in its first minute, or continue another run."""
+def check_sweep(configs: Sequence[Config], ranks: int | None, at_once: int) -> list[str]:
+    """Notes about the runs.
+
+    Raises UserError with everything that would end one in its first minute, or continue another run.
+    """
     problems: list[str] = []
+    notes: list[str] = []
     for config in configs:
         with collecting(problems):
             chosen = choose_ranks(config.data.lanes, ranks, at_once)
-            problems += check_run(config, chosen, on_gpu=gpu_count() > 0).problems
+            checked = check_run(config, chosen, on_gpu=gpu_count() > 0)
+            problems += checked.problems
+            notes += checked.notes
         with collecting(problems):
             problems += _other_settings(config)
     if problems:
         raise UserError(*dict.fromkeys(problems))
+    return list(dict.fromkeys(notes))
 
 
 def _other_settings(config: Config) -> list[str]:
@@ -144,9 +153,10 @@ def _train(config: Config, ranks: int | None, slot: int, at_once: int) -> None:
             os.sched_setaffinity(0, share_of(sorted(os.sched_getaffinity(0)), slot, at_once))
 
     def act() -> int:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(config.run_dir / CONFIG, typed_yaml.dump(config))
-        return launch(config, config.run_dir / CONFIG, (), ranks, is_dry_run=False)
+        copy = config.run_dir / COPY
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(copy, typed_yaml.dump(config))
+        return launch(config, copy, (), ranks, is_dry_run=False)
 
     run_command(act, output_is_optional=True)
 
@@ -156,5 +166,5 @@ def _report(config: Config, code: int) -> None:
         print(f"{config.run_dir}: finished", flush=True)
         return
     ended = how_it_ended(config.run_dir)
-    reason = f": {ended['reason'].splitlines()[0]}" if ended and ended["exit_code"] == code else ""
+    reason = f": {ended['reason'].partition(chr(10))[0]}" if ended and ended["exit_code"] == code else ""
     print(f"{config.run_dir}: ended with code {code}{reason}", file=sys.stderr, flush=True)

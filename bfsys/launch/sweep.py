@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from bfsys.config import Config, load_config
 from bfsys.errors import collecting
@@ -29,16 +29,34 @@ def sweep_overrides(config_file: str, overrides: Sequence[str], sweep: Sequence[
     return of_runs
 
 
+def _wrong_axes(sweep: Sequence[str]) -> Iterator[str]:
+    keys: set[str] = set()
+    for text in sweep:
+        match = _AXIS.fullmatch(text)
+        if not match:
+            yield f"--sweep: got {text!r}; KEY=A,B,… is expected, for example optim.lr=3e-4,1e-3"
+            continue
+        key, values = match.groups()
+        if key in keys:
+            yield f"--sweep: {key} is given twice; give all of its values at once, {key}=A,B,…"
+        if key in ("name", "runs_dir"):
+            yield f"--sweep: {key} decides no result; each run gets a name of its own"
+        if "" in values.split(","):
+            yield f"--sweep: got {text!r}, which has an empty value between commas or at an end"
+        if "[" in values or "{" in values:
+            yield f"--sweep: got {text!r}; lists and mappings cannot be swept, since a comma separates the values"
+        keys.add(key)
+
+
 def sweep_configs(
     config_file: str, overrides: Sequence[str], sweep: Sequence[str], problems: list[str]
 ) -> list[Config]:
     """The configs of all runs that can be read; what is wrong with the others is added to `problems`."""
     configs: list[Config] = []
-    problems += [
-        f"--sweep: got {text!r}; KEY=A,B,… is expected, for example optim.lr=3e-4,1e-3"
-        for text in sweep
-        if not _AXIS.fullmatch(text)
-    ]
+    wrong = list(_wrong_axes(sweep))
+    problems += wrong
+    if any(_AXIS.fullmatch(text) for text in sweep) and wrong:
+        return configs
     with collecting(problems):
         for of_run in sweep_overrides(config_file, overrides, sweep):
             with collecting(problems):

@@ -30,7 +30,8 @@ from bfsys.model.sizes import BYTE_VALUES, PAD_BYTE, Architecture
 
 # Tokens at a time on a CPU, whose rows of the table and of the gradient lie in the cache.
 CHUNK_TOKENS = 8192
-# Of byte values that begin alike, and of what is drawn for each value by itself (docs/experiments.md).
+# Length of the RBF kernel in byte values, and share of the variance that is independent for each value
+# (docs/experiments.md).
 SMOOTH_LENGTH, WHITE_SHARE = 16, 0.1
 
 
@@ -138,7 +139,7 @@ class Stem(nn.Module):
         self.reset_parameters(init)
 
     def reset_parameters(self, init: str) -> None:
-        """See `smooth_embedding` and `sine_positions` for `init` "smooth", which changes neither shapes nor scales."""
+        """See `smooth_embedding` and `sine_positions` for `init` "smooth"; the kernel is drawn as published."""
         dim, _, kernel = self.kernel.shape
         nn.init.trunc_normal_(self.embedding, std=dim**-0.5)
         nn.init.trunc_normal_(self.positions, std=dim**-0.5)
@@ -165,19 +166,21 @@ class Stem(nn.Module):
 def smooth_embedding(dim: int) -> Tensor:
     """[256, dim]: each channel is a random smooth function of the byte's value, with a standard deviation of dim^-0.5.
 
-    Values lie on a circle, since 255 is next to 0 where bytes are signed, and the last bit of most numbers is in a byte
-    that runs over. The functions are draws from a Gaussian process with an RBF kernel of SMOOTH_LENGTH and a share of
-    white noise, which keeps neighbours apart.
+    Values lie on a circle, since 255 and 0 are neighbours in two's complement, and the low byte of a longer integer
+    wraps around. The functions are draws from a Gaussian process with an RBF kernel and white noise, which keeps
+    neighbours apart.
     """
     distance = (torch.arange(BYTE_VALUES)[:, None] - torch.arange(BYTE_VALUES)).abs()
     distance = torch.minimum(distance, BYTE_VALUES - distance)
     covariance = (1 - WHITE_SHARE) * torch.exp(-0.5 * (distance / SMOOTH_LENGTH) ** 2)
-    covariance += (WHITE_SHARE + 1e-5) * torch.eye(BYTE_VALUES)  # 1e-5: roundings must not make it indefinite
+    covariance += WHITE_SHARE * torch.eye(BYTE_VALUES)
     return torch.linalg.cholesky(covariance) @ torch.randn(BYTE_VALUES, dim) * dim**-0.5
 
 
 def sine_positions(rows: int, dim: int) -> Tensor:
-    """[rows, dim]: sines and cosines of wavelengths from 2 pi to 20,000 pi tokens (Vaswani et al. 2017), in the scale
-    of published positions."""
+    """[rows, dim]: sines and cosines of wavelengths from 2 pi to 20,000 pi tokens (Vaswani et al. 2017).
+
+    Their root mean square is (2 dim)^-0.5; that of published positions is dim^-0.5.
+    """
     angle = torch.arange(rows)[:, None] * 10_000.0 ** (-torch.arange(0, dim, 2) / dim)
     return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, :dim] * dim**-0.5

@@ -23,10 +23,17 @@ def test_a_run_for_each_combination(config_file: Path) -> None:
 
 def test_all_problems_are_named_at_once(config_file: Path) -> None:
     problems: list[str] = []
-    sweep = ["lr", "optim.lr=1,x", "train.seedz=1", "train.steps=20,20"]
+    sweep = ["optim.lr=1,x", "train.seedz=1", "train.steps=20,20"]
     assert sweep_configs(str(config_file), [], sweep, problems) == []
-    for part in ("--sweep: got 'lr'; KEY=A,B,… is expected", "optim.lr: got 'x'", "seedz: no such key"):
+    for part in ("optim.lr: got 'x'", "seedz: no such key"):
         assert any(part in problem for problem in problems), part
+    problems = []
+    sweep = ["lr", "optim.lr=1,", "train.seed=0,1", "train.seed=2", "name=a,b", "model.merge_after=[0,1]"]
+    assert sweep_configs(str(config_file), [], sweep, problems) == []
+    assert len(problems) == 5
+    for part in ("got 'lr'; KEY=A,B,… is expected", "an empty value", "train.seed is given twice",
+                 "name decides no result", "lists and mappings cannot be swept"):  # fmt: skip
+        assert any(problem.startswith("--sweep: ") and part in problem for problem in problems), part
     problems = []
     assert len(sweep_configs(str(config_file), [], ["train.steps=20,20"], problems)) == 2
     assert problems == ["--sweep: two of its runs have the same name; a value is given twice, or two keys end alike"]

@@ -3,10 +3,10 @@
     python tools/bench/bench_optimizer.py configs/quickstart.yaml --files 32 --file-bytes 1700
     torchrun --standalone --nproc-per-node 2 tools/bench/bench_optimizer.py configs/quickstart.yaml --stages 0 1 2 3
 
-Both optimizers train the config's model on the same random files, `--files` on each rank, one step of either in turns.
-The figures are the fastest of `--repeats` steps on the slowest rank. CPU time leaves out waiting for other ranks. Bytes
-are what a rank sends to others so that matrices are whole, by the rank that sends most; what ZeRO itself sends is the
-same for both.
+Both optimizers train the config's model on the same random files, `--files` on each rank, with alternating steps. The
+figures are the fastest of `--repeats` steps on the slowest rank. CPU time leaves out waiting for other ranks. Bytes are
+what a rank sends to others by all_to_all to assemble the matrices and to return results, of the rank that sends most.
+At stage 0 results are broadcast, which is not counted. What ZeRO itself sends is the same for both.
 """
 
 from __future__ import annotations
