@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Callable
@@ -23,7 +24,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # A shell without job control has its background commands ignore Ctrl-C, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)  # two threads on two cores that other processes use too are slower than one
+# Two threads on two cores that other processes use too are much slower than one, here and in the programs started.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PRELOADED = ["torch._dynamo", "torch.utils.tensorboard", "deepspeed", "bfsys.train"]
 
 
 class Forked:
@@ -90,9 +89,11 @@ def run_python(*arguments: str) -> None:
 
 def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["tests.preloaded"])
     # Libraries read these variables when they are loaded, which the server does; tests in this process may use a GPU.
-    with patch.dict(os.environ, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}):
+    # Training does without the compiler, whose import takes seconds, unless a config asks for it.
+    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+    with patch.dict(os.environ, variables):
         multiprocessing.forkserver.ensure_running()
     return context
 

@@ -127,7 +127,7 @@ def test_a_full_disk_ends_the_run_with_its_own_code(config_file: Path, tmp_path:
     """Whether a checkpoint, metrics or TensorBoard's files meet it first."""
     small = tmp_path / "runs"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", small], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=450k", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("a file system of its own cannot be mounted here")
     try:
         change = ["train.steps=5000", "train.save_every=2000", "train.keep_checkpoints=1"]

@@ -30,6 +30,7 @@ from bfsys.supervision.run_end import how_it_ended
 from tests.forked import run_python, start_ranks
 
 STAGES = (0, 1, 2, 3)
+STEPS = 8
 TOGETHER = "train.micro_batch_tokens=1000"
 ALONE = Ranks()
 
@@ -148,7 +149,9 @@ def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
     folder = tmp_path_factory.mktemp("stages")
     config = folder / "tiny.yaml"
-    config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
+    content = tiny_config(datasets, folder)
+    content["train"]["steps"] = STEPS
+    config.write_text(yaml.safe_dump(content))
     runs = [f"name=s{s}-{p} train.zero_stage={s} train.precision={p}" for s in STAGES for p in ("fp32", "bf16")]
     runs += [f"name=s{s}-together train.zero_stage={s} {TOGETHER}" for s in STAGES]
     assert_success(_run_ranks(2, ["tests/worker.py", str(config), *runs]))
@@ -218,8 +221,8 @@ def test_resumed_equals_uninterrupted(stage: int, precision: str, stage_runs: tu
     _, runs = stage_runs
     whole, resumed = runs / f"s{stage}-{precision}", runs / f"s{stage}-{precision}-resumed"
     assert losses(resumed) == losses(whole)
-    assert [line["step"] for line in lines(resumed, "eval")] == [6, 9, 10]
-    assert [line["step"] for line in lines(resumed)] == list(range(1, 11))
+    assert [line["step"] for line in lines(resumed, "eval")] == [6, STEPS]
+    assert [line["step"] for line in lines(resumed)] == list(range(1, STEPS + 1))
     for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         one, other = tensors(newest(whole), state), tensors(newest(resumed), state)
         assert one
@@ -271,7 +274,7 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(stage_runs: tuple[Path,
     assert_success(run_ranks(1, ["bfsys/train.py", str(config_file), "name=alone"]))
     assert losses(runs / "alone") == pytest.approx(losses(runs / "s1-fp32"), rel=2e-6)
     manifest = json.loads((newest(runs / "alone") / "manifest.json").read_text())
-    assert manifest["step"] == 10
+    assert manifest["step"] == STEPS
     assert all(name.endswith("-0-of-1.safetensors") for name in manifest["files"] if name != "metrics.jsonl")
 
 
@@ -280,7 +283,7 @@ def test_the_run_directory_holds_what_readme_says(stage_runs: tuple[Path, Path])
     run = runs / "s1-fp32"
     assert {p.name for p in run.iterdir()} >= {"config.yaml", "checkpoints", "tb", "metrics.jsonl"}
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
-        "latest", "step_00000004", "step_00000008", "step_00000010",
+        "latest", "step_00000000", "step_00000004", "step_00000008",
     ]  # fmt: skip
     last = lines(run)[-1]
     for key in ("top1", "samples_per_s", "bytes_per_s", "tokens_per_s", "matmul_share", "model_tflop_per_s",

@@ -21,6 +21,7 @@ from bfsys.launch import local
 from bfsys.launch.job import TrainJob
 from bfsys.supervision.goodput import read_seconds
 from bfsys.supervision.run_end import how_it_ended
+from tests.forked import Forked
 from tests.test_train import lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,17 +56,20 @@ def make_job(tmp_path) -> Iterator[Callable[[str], TrainJob]]:
         os.kill(pid, signal.SIGKILL)
 
 
-def launch(job: TrainJob, ranks: int) -> subprocess.Popen:
+def launch(job: TrainJob, ranks: int) -> Forked:
     """The group in a process of its own, which takes the test's signals; returns when all ranks are ready."""
-    start = (
-        "import sys; from pathlib import Path; from bfsys.launch import local\n"
-        "local.import_what_ranks_need = lambda: None\n"  # these do not
-        f"job = local.TrainJob({str(job.config)!r}, ('a=1',), Path({str(job.code_dir)!r}), {str(job.work_dir)!r})\n"
-        f"sys.exit(local.run_group(job, {ranks}, Path({str(job.work_dir)!r}) / 'log'))"
-    )
-    launcher = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    launcher = Forked(run_group, (job, ranks), {})
     wait_until(lambda: all((job.work_dir / f"pids-{r}").exists() for r in range(ranks)), 300)
     return launcher
+
+
+def run_group(job: TrainJob, ranks: int) -> None:
+    sys.exit(local.run_group(job, ranks, job.work_dir / "log"))
+
+
+def end_of(launcher: Forked) -> int | None:
+    launcher.communicate(300)
+    return launcher.returncode
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
@@ -139,7 +143,7 @@ sys.exit(75)
     for _ in range(3):  # as when a whole process group is signalled, and its members pass it on
         launcher.send_signal(signal.SIGUSR2)
         time.sleep(0.06)
-    assert launcher.wait(timeout=300) == 75
+    assert end_of(launcher) == 75
     for rank in range(2):
         assert (tmp_path / "log" / f"rank-{rank}.log").read_text().splitlines()[1:] == ["USR2"]
 
@@ -154,14 +158,14 @@ ready(); time.sleep(100)
 """)
     launcher = launch(job, 2)
     time.sleep(1.2)  # rank 1 is gone, rank 0 is being stopped
-    launcher.terminate()
-    assert launcher.wait(timeout=300) == 130
+    launcher.send_signal(signal.SIGTERM)
+    assert end_of(launcher) == 130
 
 
 def test_a_stop_before_training_has_begun_is_a_stop(make_job):
     launcher = launch(make_job("ready(); time.sleep(100)"), 2)
-    launcher.terminate()
-    assert launcher.wait(timeout=300) == 130
+    launcher.send_signal(signal.SIGTERM)
+    assert end_of(launcher) == 130
 
 
 def test_a_killed_launcher_leaves_no_ranks(make_job, tmp_path):
@@ -279,12 +283,13 @@ def test_training_survives_a_killed_rank_and_its_terminal_and_continues_to_its_e
     assert (run / "checkpoints" / "latest").read_text() == f"step_{stopped:08}\n"
     assert how_it_ended(run)["exit_code"] == 130
 
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    last = min(stopped + 10, 150)  # the run is not that long, once it goes on
+    finished = subprocess.run([*command, f"train.steps={last}"], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert f"continuing {run} after step {stopped}\n" in finished.stdout
-    assert "finished: 150 steps" in finished.stdout
-    assert (run / "checkpoints" / "latest").read_text() == "step_00000150\n"
-    assert [line["step"] for line in lines(run)] == list(range(1, 151))
+    assert f"finished: {last} steps" in finished.stdout
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{last:08}\n"
+    assert [line["step"] for line in lines(run)] == list(range(1, last + 1))
     assert (run / "log" / "rank-1.log").read_text().count("--- 2") == 3
     assert how_it_ended(run)["exit_code"] == 0
     seconds = read_seconds(run)

@@ -47,7 +47,7 @@ def drawn(rows: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("dim", [24, 192, 384, 768, 1280])
 def test_forward_and_backward_against_float64(kernels, dim, dtype, adds):
-    for rows in ROWS:
+    for rows in ROWS if ON_GPU or dim < 1024 else (1, 7, 29):  # of which each is a block of its own there
         weight_dtype = torch.float32 if rows == 7 else dtype  # as at ZeRO 0, whose weights stay in float32
         given = drawn(rows, dim, dtype, weight_dtype)
         t = {name: value.to(DEVICE) for name, value in given.items()}

@@ -141,7 +141,7 @@ def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_no
 ) -> None:
     """Three steps whose losses, and updates, are far too large; a second start must pass them over like the first."""
     poison = [pair for step in (40, 41, 42) for pair in samples_of_step(config_file, step)]
-    more = ["train.steps=44", f"train.zero_stage={stage}"]
+    more = ["train.steps=44", f"train.zero_stage={stage}", "train.save_every=13"]
     run, ranks = run_poisoned(config_file, tmp_path / "log", "spike", "spike", poison, *more)
     assert ranks.end() == [0, 0], ranks.said()
     (rollback,) = read_rollbacks(run)

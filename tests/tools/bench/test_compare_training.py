@@ -17,7 +17,7 @@ from tools.bench import compare_training
 
 MODEL = [
     "model.dim=32", "model.layers=4", "model.merge_after=[0,1,3]", "model.window=16", "model.shift=8",
-    "optim.clip_norm=0", "optim.warmup_steps=20",
+    "optim.clip_norm=0", "optim.warmup_steps=20", "data.lanes=2", "train.save_every=1000",
 ]  # fmt: skip
 
 
