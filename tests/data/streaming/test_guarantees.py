@@ -46,7 +46,7 @@ def with_workers(config: Config, workers: int) -> Config:
 # Once
 
 
-@settings(max_examples=25)
+@settings(max_examples=50)
 @given(cases(), st.data())
 def test_once_every_sample_once_per_epoch_through_any_resumes(case: Case, data: st.DataObject) -> None:
     """After D draws of a source of N samples, each was drawn D / N times, rounded up or down."""
@@ -86,7 +86,7 @@ def test_once_with_workers(case: Case, workers: int, cut: int) -> None:
 # Elastic
 
 
-@settings(max_examples=25)
+@settings(max_examples=50)
 @given(cases(), st.integers(0, 6), st.data())
 def test_elastic_the_same_batches_for_any_ranks_before_and_after_a_resume(
     case: Case, cut: int, data: st.DataObject
