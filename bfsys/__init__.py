@@ -1,1 +1,44 @@
-"""bfsys trains classifiers on raw file bytes, from a laptop to a SLURM cluster."""
+"""bfsys trains classifiers on raw file bytes, from a laptop to a SLURM cluster.
+
+    import bfsys
+
+    model = bfsys.load("runs/quickstart")
+    model.predict("photo.jpg")                       # the likeliest classes of one file
+    model.predict(bfsys.files_in("photos"), top=1)   # of many
+    model.probabilities([b"…", b"…"])                # [2, classes]
+
+The docstrings of `load` and `Model` have the rest. Bad input raises `UserError`. All other names are internal and may
+change.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bfsys.errors import UserError
+    from bfsys.inputs import files_in
+    from bfsys.predict import Model, Prediction, load
+
+__all__ = ["Model", "Prediction", "UserError", "files_in", "load"]
+
+# PyTorch is imported when a name is asked for, and not for `bfsys --help`.
+_MODULES = {
+    "Model": "bfsys.predict",
+    "Prediction": "bfsys.predict",
+    "UserError": "bfsys.errors",
+    "files_in": "bfsys.inputs",
+    "load": "bfsys.predict",
+}
+
+
+if not TYPE_CHECKING:  # a type checker would take any name for one that exists
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'bfsys' has no attribute {name!r}")
+        from importlib import import_module
+
+        return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

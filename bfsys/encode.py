@@ -103,6 +103,22 @@ def kept_of(targets: dict[Path, Path], notes: Notes, problems: list[str]) -> set
     return kept
 
 
+class CannotDecode(UserError):
+    """A file is no picture or sound, or a damaged one."""
+
+
+def encoded(name: str, content: bytes, encoding: Encoding, fitting: Fitting) -> bytes:
+    """The bytes of a file as a model is given them. Raises CannotDecode, and UserError for want of memory."""
+    if encoding.encode is None:
+        return content
+    try:
+        return reencode(content, encoding, fitting)
+    except MemoryError:
+        raise UserError(f"{name}: memory does not suffice for this file") from None
+    except Exception as error:  # decoders raise anything
+        raise CannotDecode(f"{name}: cannot be decoded as {encoding.modality}: {error}") from None
+
+
 def make(
     source: Path,
     target: Path,
@@ -114,13 +130,14 @@ def make(
     """Make one file: None, or why it cannot be made from its source. UserError if nothing can be written."""
     try:
         made_from, content = notes.hash_of(source), source.read_bytes()
-        content = content if encoding.encode is None else reencode(content, encoding, fitting)
     except MemoryError:
         raise UserError(f"{source}: memory does not suffice for this file") from None
     except OSError as error:
         return f"{source}: cannot be read: {error.strerror}"
-    except Exception as error:  # decoders raise anything
-        return f"{source}: cannot be decoded as {encoding.modality}: {error}"
+    try:
+        content = encoded(str(source), content, encoding, fitting)
+    except CannotDecode as error:
+        return str(error)
     made = apply(transforms, np.frombuffer(content, np.uint8), np.random.default_rng())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

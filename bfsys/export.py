@@ -31,12 +31,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bfsys import files, typed_yaml
 from bfsys.batch import ByteBatch, Sample
+from bfsys.checkpoint.files import checksum_mismatch
 from bfsys.config import Config
+from bfsys.data.streaming.datasets import trained_transforms
 from bfsys.errors import UserError
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.dense import DenseByteFormer
@@ -44,6 +47,7 @@ from bfsys.model.dense import DenseByteFormer
 SAFETENSORS, TORCH, ONNX = "safetensors", "torch", "onnx"
 FORMATS = {SAFETENSORS: "model.safetensors", TORCH: "model.pt2", ONNX: "model.onnx"}
 FORMAT = 1  # of model.json
+DESCRIPTION = "model.json"
 MOST_BYTES = 2**31 - 1  # of a file that a program takes
 MOST_BYTES_CHECKED = 100_000
 TOLERANCE = {TORCH: 1e-5, ONNX: 1e-4}  # largest difference of a probability
@@ -69,7 +73,7 @@ def export(model: ByteFormer, config: Config, manifest: dict, out: Path, formats
             write_onnx(program, out / FORMATS[ONNX])
             check(ONNX, onnx_runner(out / FORMATS[ONNX]), model, facts)
     facts["files"] = {p.name: files.describe(p) for p in sorted(out.iterdir())}
-    files.replace_file(out / "model.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    files.replace_file(out / DESCRIPTION, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return facts
 
 
@@ -80,6 +84,8 @@ def describe(model: ByteFormer, config: Config, manifest: dict, weights: str) ->
         "mode": model.mode,
         "least_bytes": config.model.least_bytes,
         "byte_transforms": list(config.data.byte_transforms),
+        "transform_identities": trained_transforms(manifest),
+        "input_formats": manifest.get("input_formats", []),
         "classes": manifest["classes"],
         "run": config.name,
         "step": manifest["step"],
@@ -87,6 +93,38 @@ def describe(model: ByteFormer, config: Config, manifest: dict, weights: str) ->
         "config": typed_yaml.to_tree(config),
         "versions": {name: version(name) for name in ("bfsys", "torch")},
     }
+
+
+def read_exported(folder: Path) -> tuple[ByteFormer, Config, dict]:
+    """(model in eval mode on the CPU, config, what model.json says) of a folder that `export` wrote with safetensors.
+
+    The dictionary has the keys of a checkpoint's manifest that prediction needs. Raises UserError for what is damaged
+    or missing.
+    """
+    path, weights = folder / DESCRIPTION, folder / FORMATS[SAFETENSORS]
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise UserError(f"{path}: format {facts['format']!r}; this version reads {FORMAT}")
+        classes, entry = facts["classes"], facts["files"].get(weights.name)
+        if entry is None:
+            raise UserError(f"{folder}: holds no {weights.name}; export the run again with --format {SAFETENSORS}")
+        if files.describe(weights) != entry:
+            raise UserError(checksum_mismatch(weights))
+        config = typed_yaml.from_tree(Config, facts["config"], f"{path}: config")
+        model = ByteFormer(config.model.architecture(), len(classes), config.model.mode)
+        model.load_state_dict(load_file(weights))
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+    except SafetensorError as error:
+        raise UserError(f"{weights}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # RuntimeError: weights of another shape
+        raise UserError(
+            f"{path}: is damaged, or no description that bfsys export wrote; export the run again"
+        ) from None
+    # Exports of earlier versions do not say by which key their run permuted bytes.
+    facts["plan"] = {"byte_transforms": facts["transform_identities"]} if "transform_identities" in facts else None
+    return model.eval(), config, facts
 
 
 def as_program(model: ByteFormer, least_bytes: int) -> torch.export.ExportedProgram:

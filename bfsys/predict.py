@@ -1,4 +1,9 @@
-"""Prediction: the classes of any files, from their bytes alone."""
+"""Trained models from Python: the classes of any files, from their bytes alone.
+
+A call reads its inputs in their order, lays as many side by side as the run's byte budget allows
+(data.eval_batch_bytes), and changes nothing in the model, so that threads may share one. Refused: padded batches, and a
+batch size in files, since the memory that a file takes depends on its length.
+"""
 
 from __future__ import annotations
 
@@ -8,56 +13,257 @@ if __name__ == "__main__":  # `python -m bfsys.predict`
     run_as("predict", "python -m bfsys.predict")
 
 import os
-import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args, overload
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.data.packing.listing import regular_files
-from bfsys.data.streaming.byte_transforms import ByteTransform, apply
+from bfsys.checkpoint.loading import load_model
+from bfsys.config import Config
+from bfsys.data.media.input_formats import input_format
+from bfsys.data.streaming.byte_transforms import ByteTransform, parse_transforms, with_key
+from bfsys.data.streaming.datasets import check_transforms
 from bfsys.data.streaming.plan import within_budget
+from bfsys.errors import UserError
+from bfsys.export import DESCRIPTION, read_exported
+from bfsys.inputs import Input, Reader, is_one, named
 from bfsys.model.byteformer import ByteFormer
 
-STDIN = "-"
+Weights = Literal["ema", "last"]
 
 
-@torch.no_grad()
-def predict(model: ByteFormer, samples: list[Sample]) -> torch.Tensor:
-    """Probabilities [files, classes], float32 on the CPU; `model` must be in eval mode."""
-    device = next(model.parameters()).device
-    return model(ByteBatch.from_samples(samples).to(device)).float().softmax(1).cpu()
+@dataclass(frozen=True)
+class Prediction:
+    """One class that a file may be of."""
+
+    class_name: str
+    index: int
+    """Of the class in `Model.classes`."""
+    probability: float
 
 
-def read_files(
-    paths: list[str],
-    problems: list[str],
-    transforms: Sequence[ByteTransform] = (),
-    least_bytes: int = 1,
-) -> Iterator[Sample]:
-    """Files of `paths` one by one, transformed; what cannot be used is described in `problems`."""
-    for path in paths:
-        names = [path]
-        if path != STDIN and os.path.isdir(path):
-            names = regular_files(path, problems)
-        for name in names:
-            try:
-                content = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
-            except MemoryError:
-                problems.append(f"{name}: memory does not suffice to read it")
-                continue
-            except OSError as error:
-                problems.append(f"{name}: cannot be read: {error.strerror}")
-                continue
-            data = apply(transforms, np.frombuffer(content, np.uint8), np.random.default_rng(0))
-            if not len(data):
-                problems.append(f"{name}: empty; there is nothing to classify")
-            elif len(data) < least_bytes:
-                problems.append(f"{name}: {len(data)} bytes; this model needs at least {least_bytes} (model.mode)")
-            else:
-                yield Sample(name, data)
+class Model:
+    """A trained model, as `load` returns it. Threads may use it at the same time.
+
+    Its methods take one input or several. An input is a path, the content of a file as bytes, bytearray or memoryview,
+    a NumPy array uint8 [n], or a file that is open in binary mode, which is read from where it stands. One input has
+    one answer; a list, tuple or other iterable of n inputs has n answers in their order. `files_in` lists the files of
+    a folder.
+
+    Inputs are read one after the other, and only those that are computed together are in memory. One UserError names
+    all problems of a call, which then has no answer.
+
+    >>> model = load("runs/tiny")
+    >>> model.classes
+    ('a0', 'a1', 'a2', 'b0', 'b1')
+    >>> model.predict(bytes([40] * 30), top=1)[0].class_name in model.classes
+    True
+    >>> [len(classes) for classes in model.predict([b"one file", b"another one"])]
+    [3, 3]
+    >>> model.predict([b"", b"a good one", "missing.jpg"])
+    Traceback (most recent call last):
+        ...
+    bfsys.errors.UserError: inputs[0]: empty; there is nothing to classify
+    missing.jpg: cannot be read: No such file or directory; if this is content and no path, pass bytes
+    """
+
+    def __init__(self, network: ByteFormer, config: Config, facts: dict, reader: Reader) -> None:
+        """For `load`. `network` is in eval mode and on its device; `facts` are a checkpoint's or an export's."""
+        self._network, self._reader = network, reader
+        self.config: Config = config
+        """Every setting of the run."""
+        self.classes: tuple[str, ...] = tuple(facts["classes"])
+        """Names of the classes, by index."""
+        self.step: int = facts["step"]
+        """Step of the run whose weights these are."""
+        self.least_bytes: int = reader.least_bytes
+        """Length of the shortest file that the model takes, after data.byte_transforms."""
+        self.max_bytes: int = network.architecture.max_bytes
+        """Length of a file up to which each token has a position of its own. Longer files are taken too."""
+        self.input_formats: tuple[str, ...] = tuple(f.describe() for f in reader.formats)
+        """Formats that pictures and sounds had in training, such as `wav:uint8 of 1 s at 16,000 Hz`; empty where files
+        went in as they are, or the checkpoint does not say."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._network.head.weight.device
+
+    def __repr__(self) -> str:
+        return (
+            f"<bfsys.Model {self._reader.origin}, step {self.step}: reads {' or '.join(self.input_formats) or 'files'} "
+            f"of up to {self.max_bytes:,} bytes; {len(self.classes)} classes; on {self.device}>"
+        )
+
+    @overload
+    def predict(self, inputs: Input, top: int = 3, *, encode: bool = False) -> list[Prediction]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def predict(self, inputs: Iterable[Input], top: int = 3, *, encode: bool = False) -> list[list[Prediction]]: ...
+
+    def predict(
+        self, inputs: Input | Iterable[Input], top: int = 3, *, encode: bool = False
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """The `top` likeliest classes of each input (all, if there are fewer), the likeliest first.
+
+        `encode` puts pictures and sounds that are in no format of the training files into one, in memory, as `bfsys
+        encode` does. Without it, a warning names the first of them. Raises UserError for inputs that cannot be used.
+
+        >>> model = load("runs/tiny")
+        >>> first, second = model.predict(b"one file", top=2)
+        >>> first.probability >= second.probability
+        True
+        >>> model.classes[first.index] == first.class_name
+        True
+        """
+        if top < 1:
+            raise UserError(f"top: got {top}; at least 1 is needed")
+        answers = self._ranked(self._compute(inputs, self._probabilities_of, encode), top)
+        return answers[0] if is_one(inputs) else answers
+
+    def probabilities(self, inputs: Input | Iterable[Input], *, encode: bool = False) -> np.ndarray:
+        """float32 [classes] of one input, [n, classes] of n; each row sums to 1. `encode` and errors as for `predict`.
+
+        >>> load("runs/tiny").probabilities([b"one file", b"another one"]).shape
+        (2, 5)
+        """
+        values = self._compute(inputs, self._probabilities_of, encode).numpy()
+        return values[0] if is_one(inputs) else values
+
+    def embed(self, inputs: Input | Iterable[Input], *, encode: bool = False) -> np.ndarray:
+        """float32 [dim] of one input, [n, dim] of n: the mean over a file's tokens after the last norm, from which the
+        head computes the classes. `encode` and errors as for `predict`.
+
+        >>> model = load("runs/tiny")
+        >>> model.embed([b"one file", b"another one"]).shape == (2, model.config.model.dim)
+        True
+        """
+        values = self._compute(inputs, self._network.features, encode).numpy()
+        return values[0] if is_one(inputs) else values
+
+    def answers(
+        self,
+        inputs: Iterable[tuple[str, Input]],
+        problems: list[str],
+        say: Callable[[str], None],
+        *,
+        top: int = 3,
+        encode: bool = False,
+    ) -> Iterator[tuple[str, list[Prediction]]]:
+        """(name, classes) of each named input that can be used, as soon as they are computed: for `bfsys predict`.
+
+        What is wrong with other inputs goes to `problems`, and what `predict` warns of to `say`.
+        """
+        for batch in self._batches(inputs, problems, say, encode):
+            ranked = self._ranked(self._forward(self._probabilities_of, batch), top)
+            yield from ((sample.key, classes) for sample, classes in zip(batch, ranked, strict=True))
+
+    def _compute(
+        self, inputs: Input | Iterable[Input], function: Callable[[ByteBatch], Tensor], encode: bool
+    ) -> Tensor:
+        """float32 [n, …] on the CPU: `function` of all inputs. After a problem the others are only read, to find what
+        is wrong with them."""
+        problems: list[str] = []
+        notes: list[str] = []
+        parts: list[Tensor] = []
+        for batch in self._batches(named(inputs), problems, notes.append, encode):
+            if not problems:
+                parts.append(self._forward(function, batch))
+        if problems:
+            raise UserError(*problems)
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
+        if not parts:  # no inputs: the shape is that of other answers
+            return self._forward(function, [Sample("", np.zeros(self.least_bytes, np.uint8))])[:0]
+        return torch.cat(parts)
+
+    def _batches(
+        self, inputs: Iterable[tuple[str, Input]], problems: list[str], say: Callable[[str], None], encode: bool
+    ) -> Iterator[list[Sample]]:
+        samples = self._reader.samples(inputs, problems, say, encode=encode)
+        return batches_of(samples, self.config.data.eval_batch_bytes, self._network.architecture.rounding_bytes)
+
+    @torch.no_grad()
+    def _forward(self, function: Callable[[ByteBatch], Tensor], samples: list[Sample]) -> Tensor:
+        return function(ByteBatch.from_samples(samples).to(self.device)).float().cpu()
+
+    def _probabilities_of(self, batch: ByteBatch) -> Tensor:
+        return self._network(batch).float().softmax(1)
+
+    def _ranked(self, probabilities: Tensor, top: int) -> list[list[Prediction]]:
+        found = probabilities.topk(min(top, len(self.classes)))
+        return [
+            [Prediction(self.classes[i], i, p) for p, i in zip(values, indices, strict=True)]
+            for values, indices in zip(found.values.tolist(), found.indices.tolist(), strict=True)
+        ]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    weights: Weights = "ema",
+    device: str | torch.device | None = None,
+    permute: str | os.PathLike[str] | None = None,
+    transformed: bool = False,
+) -> Model:
+    """The model of a run directory (of its newest whole checkpoint), of one checkpoint directory, of weights that
+    `bfsys import-corenet` took over, or of a folder that `bfsys export` wrote with safetensors.
+
+    weights      "ema": averaged, where the run keeps an average; "last": those of the last step
+    device       such as "cpu" or "cuda:1"; by default the GPU that PyTorch takes first, or else the CPU
+    permute      key file of the run's byte transform `permute`, if it does not lie where training had it
+    transformed  inputs went through the run's data.byte_transforms before, so no key is needed
+
+    Raises UserError for a path that holds no whole model, a wrong key, and arguments that do not fit.
+
+    >>> load("runs/tiny", device="cpu")
+    <bfsys.Model runs/tiny, step 120: reads files of up to 256 bytes; 5 classes; on cpu>
+    """
+    if weights not in get_args(Weights):
+        raise UserError(f"weights: got {weights!r}; allowed: {', '.join(get_args(Weights))}")
+    target, folder = _device(device), Path(path)
+    if (folder / DESCRIPTION).exists():
+        network, config, facts = read_exported(folder)
+        if weights == "last" and facts.get("weights") == "ema":
+            raise UserError(f"{path}: holds averaged weights; export the run with --weights last, or leave that out")
+    else:
+        network, config, facts = load_model(folder, average=weights == "ema")
+    transforms: tuple[ByteTransform, ...] = ()
+    if not transformed:
+        transforms = parse_transforms(with_key(config.data.byte_transforms, None if permute is None else Path(permute)))
+        if facts["plan"] is not None:  # imported weights and exports of earlier versions have no note of a key
+            check_transforms(transforms, facts)
+    elif not config.data.byte_transforms:
+        raise UserError(f"--transformed: {path} was trained on files as they are; leave the option out")
+    formats = [input_format(tree["encoding"], tree) for tree in facts.get("input_formats", ())]
+    reader = Reader(
+        os.fspath(path),
+        () if transformed else tuple(dict.fromkeys(f for f in formats if f.is_known)),
+        reads_any_format=not all(f.is_known for f in formats),
+        transforms=transforms,
+        least_bytes=config.model.least_bytes,
+    )
+    return Model(network.to(target), config, facts, reader)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"device: got {str(device)!r}, which cannot be used ({reason}); leave it out, or try 'cpu'"
+        ) from None
+    return found
 
 
 def batches_of(samples: Iterator[Sample], budget_bytes: int, least_bytes: int = 1) -> Iterator[list[Sample]]:

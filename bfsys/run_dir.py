@@ -38,6 +38,7 @@ def run_facts(data: RunData) -> dict:
     return {
         "classes": list(data.training.classes),
         "plan": data.facts,
+        "input_formats": [format.to_tree() for format in data.input_formats],
         "config": typed_yaml.to_tree(data.config),
         "versions": {name: version(name) for name in ("bfsys", "torch", "deepspeed")} | {"git": git_state()},
     }

@@ -26,7 +26,9 @@ LAYERS = [
     ["supervision", "confusion"],
     ["supervision.supervisor"],
     ["evaluate", "init_from"],
-    ["dryrun", "predict", "export", "plan_run", "compare", "rehearsal", "run_dir", "encode", "fetch", "import_corenet"],
+    ["dryrun", "export", "plan_run", "compare", "rehearsal", "run_dir", "encode", "fetch", "import_corenet"],
+    ["inputs"],
+    ["predict"],
     ["train"],
     ["launch"],
     ["commands"],
@@ -65,8 +67,8 @@ def _is_main_block(node: ast.stmt) -> bool:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(REPOSITORY)))
 def test_imports_go_downwards(path: Path) -> None:
     module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
-    if path.name == "__init__.py":
-        assert not imports_of(path)
+    if path.name == "__init__.py":  # that of bfsys names what it imports when it is asked for: see test_predict.py
+        assert not imports_of(path) or path.parent.name == "bfsys"
         return
     level, name = layer_of(module)
     for imported in imports_of(path):

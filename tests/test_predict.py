@@ -1,22 +1,28 @@
-"""`python -m bfsys.predict` on a finished run; without DeepSpeed."""
+"""A finished run's answers, from Python and by `bfsys predict`; without DeepSpeed."""
 
 from __future__ import annotations
 
+import doctest
 import io
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from bfsys import predict
+import bfsys
+from bfsys import inputs, predict
 from bfsys.batch import Sample
+from bfsys.checkpoint.loading import load_model
 from bfsys.cli import call
 from bfsys.data.streaming.byte_transforms import write_key
 from bfsys.errors import UserError
+from tests.commands.packing_helpers import make_files
 from tests.conftest import REPOSITORY
 
 
@@ -127,6 +133,15 @@ def test_a_key_elsewhere_and_files_that_were_transformed_before(
     assert evaluate_run(run, "--permute", elsewhere) == scores
     with pytest.raises(UserError, match="restore the key"):
         predict_files(run, files, "--permute", other)
+    call("export", [str(run), str(tmp_path / "out"), "--format", "safetensors"])
+    for trained in (run, tmp_path / "out"):
+        model = bfsys.load(trained, permute=elsewhere)
+        first = bfsys.files_in(files)[0]
+        assert answers.startswith(f"{first}: {model.predict(first)[0].class_name} ")
+        with pytest.raises(UserError, match="restore the key"):
+            bfsys.load(trained, permute=other)
+        assert bfsys.load(trained, transformed=True).predict(b"hidden before")
+    capsys.readouterr()
     hidden = tmp_path / "hidden"
     call("encode", [str(files), str(hidden), "--transform", "reverse", "--transform", f"permute:{elsewhere}"])
     assert capsys.readouterr().out == f"{hidden}: 21 files\n"
@@ -138,3 +153,128 @@ def test_options_that_a_run_has_no_use_for(finished_run: Path, tmp_path: Path, p
         predict_files(finished_run, tmp_path, "--permute", tmp_path / "key")
     with pytest.raises(UserError, match="was trained on files as they are"):
         predict_files(finished_run, tmp_path, "--transformed")
+
+
+def test_names_come_without_pytorch_until_they_are_asked_for() -> None:
+    code = """
+import sys, bfsys
+assert sorted(m for m in sys.modules if m.startswith("bfsys")) == ["bfsys"]
+assert not {"torch", "numpy"} & set(sys.modules)
+assert {"Model", "Prediction", "UserError", "files_in", "load"} == {*bfsys.__all__} <= {*dir(bfsys)}
+assert issubclass(bfsys.UserError, Exception) and "torch" not in sys.modules
+assert all(getattr(bfsys, name).__name__ == name for name in bfsys.__all__)
+try:
+    bfsys.laod
+except AttributeError as error:
+    assert "laod" in str(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_examples_in_docstrings(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").symlink_to(finished_run.parent)
+    make_files(tmp_path, {"photos/cat/001.jpg": b"cat", "photos/dog/001.jpg": b"dog"})
+    monkeypatch.chdir(tmp_path)
+    for module in (predict, inputs):
+        found = doctest.testmod(module)
+        assert (found.failed, found.attempted > 0) == (0, True), module
+
+
+@pytest.fixture(scope="module")
+def model(finished_run: Path) -> bfsys.Model:
+    return bfsys.load(finished_run)
+
+
+@pytest.fixture(scope="module")
+def paths(datasets: Path) -> list[str]:
+    return bfsys.files_in(datasets / "trees" / "b" / "val")
+
+
+def test_python_and_the_command_agree(model: bfsys.Model, finished_run: Path, paths: list[str], predict_files) -> None:
+    answers = json.loads(predict_files(finished_run, *paths, "--json"))
+    assert [a["path"] for a in answers] == paths
+    want = [[(c["class"], c["index"], c["probability"]) for c in a["top"]] for a in answers]
+    got = model.predict(paths)
+    assert [[(c.class_name, c.index, c.probability) for c in classes] for classes in got] == want
+
+
+def test_one_input_has_one_answer_and_many_have_many(model: bfsys.Model, paths: list[str]) -> None:
+    many = model.probabilities(Path(path) for path in paths)
+    assert (many.shape, many.dtype) == ((len(paths), 5), np.float32)
+    np.testing.assert_allclose(many.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(model.probabilities(paths[3]), many[3], atol=1e-6)
+    assert model.probabilities(paths[:1]).shape == (1, 5)
+    assert [len(model.predict(paths[0], top=top)) for top in (1, 2, 9)] == [1, 2, 5]
+    ranked = model.predict(paths, top=5)
+    assert [[c.probability for c in classes] for classes in ranked] == np.sort(many)[:, ::-1].tolist()
+    assert all(model.classes[c.index] == c.class_name and many[i, c.index] == c.probability
+               for i, classes in enumerate(ranked) for c in classes)  # fmt: skip
+    assert (model.predict([]), model.probabilities([]).shape, model.embed([]).shape) == ([], (0, 5), (0, 16))
+    with pytest.raises(UserError, match="top: got 0; at least 1 is needed"):
+        model.predict(paths, top=0)
+
+
+def test_the_head_takes_what_embed_gives(model: bfsys.Model, finished_run: Path, paths: list[str]) -> None:
+    network, _, _ = load_model(finished_run)
+    features = model.embed(paths)
+    assert (features.shape, features.dtype) == ((len(paths), 16), np.float32)
+    with torch.no_grad():
+        got = network.head(torch.from_numpy(features)).softmax(1)
+    np.testing.assert_allclose(got.numpy(), model.probabilities(paths), atol=1e-6)
+
+
+def test_all_problems_of_a_call_are_told_at_once(model: bfsys.Model, tmp_path: Path) -> None:
+    wrong = [b"good", b"", tmp_path, tmp_path / "none", np.zeros(3), "no path", 7]
+    with pytest.raises(bfsys.UserError) as error:
+        model.predict(wrong)  # type: ignore[arg-type]
+    told = [problem.partition(": ")[0] for problem in error.value.problems]
+    assert told == ["inputs[1]", str(tmp_path), str(tmp_path / "none"), "inputs[4]", "no path", "inputs[6]"]
+
+
+def test_threads_share_a_model(model: bfsys.Model, paths: list[str]) -> None:
+    want = model.probabilities(paths)
+    kept = {name: value.clone() for name, value in model._network.state_dict().items()}
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: model.probabilities(paths), range(12)))
+    assert all(np.array_equal(answer, want) for answer in answers)
+    assert all(torch.equal(kept[name], value) for name, value in model._network.state_dict().items())
+    assert torch.is_grad_enabled()
+
+
+def test_an_export_is_the_model(model: bfsys.Model, finished_run: Path, paths: list[str], tmp_path: Path) -> None:
+    call("export", [str(finished_run), str(tmp_path / "out"), "--format", "safetensors"])
+    exported = bfsys.load(tmp_path / "out")
+    assert np.array_equal(exported.probabilities(paths), model.probabilities(paths))
+    assert (exported.classes, exported.step, exported.config) == (model.classes, 120, model.config)
+    with pytest.raises(UserError, match="holds averaged weights; export the run with --weights last"):
+        bfsys.load(tmp_path / "out", weights="last")
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match=r"model\.safetensors: checksum mismatch"):
+        bfsys.load(tmp_path / "out")
+    (tmp_path / "out" / "model.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model\.json: is damaged, or no description"):
+        bfsys.load(tmp_path / "out")
+
+
+def test_an_export_of_programs_alone_holds_no_weights(finished_run: Path, tmp_path: Path) -> None:
+    call("export", [str(finished_run), str(tmp_path / "out"), "--format", "torch"])
+    with pytest.raises(UserError, match=r"holds no model\.safetensors; export the run again with --format safetensors"):
+        bfsys.load(tmp_path / "out")
+
+
+def test_checkpoints_and_both_kinds_of_weights(model: bfsys.Model, finished_run: Path, paths: list[str]) -> None:
+    last, earlier = bfsys.load(str(finished_run), weights="last"), finished_run / "checkpoints" / "step_00000060"
+    assert not np.array_equal(last.probabilities(paths), model.probabilities(paths))
+    assert (model.step, bfsys.load(earlier).step) == (120, 60)
+    with pytest.raises(UserError, match="weights: got 'mean'; allowed: ema, last"):
+        bfsys.load(finished_run, weights="mean")  # type: ignore[arg-type]
+    for device in ("gpu", "cuda:99", "meta:x"):
+        with pytest.raises(UserError, match=f"device: got '{device}', which cannot be used"):
+            bfsys.load(finished_run, device=device)
+    with pytest.raises(UserError, match="no such run directory"):
+        bfsys.load(finished_run / "none")
+    with pytest.raises(UserError, match="this run does not permute byte values"):
+        bfsys.load(finished_run, permute="my.key")
+    with pytest.raises(UserError, match="was trained on files as they are"):
+        bfsys.load(finished_run, transformed=True)

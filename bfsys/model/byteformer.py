@@ -181,6 +181,10 @@ class ByteFormer(nn.Module):
         return stacks
 
     def forward(self, batch: ByteBatch) -> Tensor:
+        return self.head(self.features(batch))
+
+    def features(self, batch: ByteBatch) -> Tensor:
+        """[B, D]: the mean over a file's tokens after the last norm, which the head takes."""
         layout = make_layout(batch.lengths, self.architecture, self.mode).to(batch.data.device)
         rounding = iter(layout.rounding)
         x = self.stem(batch.data, layout.files)  # [N, D]
@@ -188,8 +192,7 @@ class ByteFormer(nn.Module):
             x = block(x, layout.layers[layer])
             if str(layer) in self.merges:
                 x = self.merges[str(layer)](x, next(rounding))
-        x = segment_mean(self.norm(x), layout.tokens)  # [B, D]
-        return self.head(x)
+        return segment_mean(self.norm(x), layout.tokens)
 
 
 def parameter_count(architecture: Architecture, num_classes: int) -> int:

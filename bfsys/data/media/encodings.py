@@ -16,7 +16,7 @@ import io
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -54,12 +54,18 @@ WAV_TYPES = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """An encoding as asked for. `as_stored` has neither modality nor extension nor function."""
+    """An encoding as asked for. Two of the same text are equal. `as_stored` has neither modality nor extension nor
+    function."""
 
     text: str  # in full: jpeg:100, not jpeg
     modality: str | None = None
     extension: str | None = None
-    encode: Callable[[np.ndarray | Clip], bytes] | None = None
+    encode: Callable[[np.ndarray | Clip], bytes] | None = field(default=None, compare=False)
+
+    @property
+    def compresses(self) -> bool:
+        """The length of a file depends on its content, and not on its size in pixels or samples alone."""
+        return self.text.partition(":")[0] in ("jpeg", "flac")
 
     def file_of(self, content: np.ndarray | Clip) -> bytes:
         """The bytes of a file of this encoding. Not for `as_stored`."""

@@ -77,7 +77,7 @@ class Augmentation:
         """Tells one folder of recordings from another, wherever it lies."""
         self.least_bytes = self._encoded_bytes(image_size)
         """Length of a file without content: that of every file, unless the encoding `compresses`."""
-        self.compresses = encoding.text.partition(":")[0] in ("jpeg", "flac")
+        self.compresses = encoding.compresses
 
     def __call__(self, data: bytes, rng: np.random.Generator, second: bytes | None = None) -> tuple[bytes, float]:
         """The bytes of the augmented file, and the share (0 … 1) of the second file's class; 0 without a second.

@@ -173,9 +173,14 @@ def make_augmentation(config: Config, source: int) -> Augmentation | None:
     )
 
 
+def trained_transforms(manifest: dict) -> list[str]:
+    """The identities of the byte transforms that a checkpoint was trained with."""
+    return (manifest["plan"] or {}).get("byte_transforms", [])
+
+
 def check_transforms(transforms: Sequence[ByteTransform], manifest: dict) -> None:
     """Raise UserError if a key file is no longer the one that a checkpoint was trained with."""
-    trained = (manifest["plan"] or {}).get("byte_transforms", [])
+    trained = trained_transforms(manifest)
     ours = [transform.identity for transform in transforms]
     if ours != trained:
         raise UserError(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from bfsys.config import Config
+from bfsys.data.media.encodings import AS_STORED
+from bfsys.data.media.input_formats import InputFormat, input_format
 from bfsys.data.streaming.byte_transforms import lengths_after
 from bfsys.data.streaming.datasets import (
     Sources,
@@ -58,6 +60,20 @@ class RunData:
         """What decides the data of every step: equal facts, equal bytes in equal order."""
         return {**self.plan.facts, **content_facts(self.config, self.training)}
 
+    @property
+    def input_formats(self) -> list[InputFormat]:
+        """The format in which the model reads the files of each training source: the one that augmentation makes, or
+        else the one that its files were packed in, those for evaluation first."""
+        evaluated = dict(zip(self.validation.numbers, self.validation.splits, strict=True))
+        formats = []
+        for number, split in zip(self.training.numbers, self.training.splits, strict=True):
+            if augment := self.config.data.sources[number].augment:
+                formats.append(input_format(augment.encoding, asdict(augment)))
+                continue
+            packed = [_packed_format(s.dataset.description) for s in (evaluated.get(number), split) if s]
+            formats.append(next((f for f in packed if f.is_known), packed[-1]))
+        return formats
+
     @cached_property
     def notes(self) -> list[str]:
         """What is odd about the data, and allowed: a line each."""
@@ -88,6 +104,11 @@ class RunData:
                 stored = np.full_like(stored, augmentation.least_bytes)
             lengths.append(lengths_after(self.training.transforms, stored))
         return np.concatenate(lengths)
+
+
+def _packed_format(description: dict) -> InputFormat:
+    arguments = description.get("made_by", {}).get("arguments")
+    return input_format(description.get("encoding", AS_STORED), arguments if isinstance(arguments, dict) else {})
 
 
 def open_run_data(config: Config, ranks: Ranks) -> RunData:

@@ -1,0 +1,194 @@
+"""The formats in which a model reads pictures and sounds, and whether a file is in one of them.
+
+A format is an encoding and the size that files are brought to. What all files of a format have in common is seen on
+examples that are made here: the bytes of their headers that never differ and, where the encoding does not compress
+and the size is known, their length. So a JPEG of another quality, a WAV of another sample type and a TIFF of another
+size are told apart without a parser for each encoding. Alternative refused: asking Pillow and libsndfile, which decode
+what they are given and say nothing of how it was written.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, parse_encoding
+from bfsys.data.media.modalities import Clip
+from bfsys.errors import UserError
+
+# Sizes of examples where the format leaves them open; together they differ in every byte of a header that may differ.
+PICTURE_SIZES = ((24, 40), (300, 700))  # height and width, in pixels
+SOUND_SIZES = ((8_000, 500), (16_000, 70_000), (44_100, 2_000), (192_000, 5_000))  # Hz, samples
+# Of examples in the size of the format; larger files are compared by what does not depend on their size.
+LARGEST_PICTURE = 1_024  # pixels, of a square
+LONGEST_SOUND = 2**22  # samples
+
+
+class FileKind(NamedTuple):
+    """What a file is by its first bytes."""
+
+    name: str  # with an article
+    modality: str
+    magic: re.Pattern[bytes]
+
+
+KINDS = tuple(
+    FileKind(name, modality, re.compile(magic, re.DOTALL))
+    for name, modality, magic in (
+        ("a JPEG", "image", rb"\xff\xd8\xff"),
+        ("a PNG", "image", rb"\x89PNG\r\n\x1a\n"),
+        ("a TIFF", "image", rb"II\*\0|MM\0\*"),
+        ("a GIF", "image", rb"GIF8[79]a"),
+        ("a BMP", "image", rb"BM.{4}\0{4}"),
+        ("a WebP", "image", rb"RIFF.{4}WEBP"),
+        ("a WAV", "audio", rb"(?:RIFF|RIFX|RF64).{4}WAVE"),
+        ("an AIFF", "audio", rb"FORM.{4}AIF[FC]"),
+        ("a FLAC", "audio", rb"fLaC"),
+        ("an Ogg", "audio", rb"OggS"),
+        ("an AU", "audio", rb"\.snd"),
+        ("an MP3", "audio", rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]"),
+    )
+)
+LONGEST_MAGIC = 12
+FLAC_HEADER_BYTES = 26  # up to the checksum of the samples; sizes of frames, which vary, come before the rate
+
+
+def kind_of(data: np.ndarray) -> FileKind | None:
+    """The kind of picture or sound that a file (uint8 [n]) begins as; None for any other file."""
+    start = data[:LONGEST_MAGIC].tobytes()
+    return next((kind for kind in KINDS if kind.magic.match(start)), None)
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """An encoding, and what is done to a file before it. `as_stored` stands for files of any format."""
+
+    encoding: Encoding
+    fitting: Fitting
+
+    @property
+    def is_known(self) -> bool:
+        return self.encoding.modality is not None
+
+    def describe(self) -> str:
+        """For example `wav:uint8 of 1 s at 16,000 Hz`."""
+        size, rate, seconds = self.fitting.image_size, self.fitting.sample_rate_hz, self.fitting.seconds
+        text = self.encoding.text
+        text += f" of {size} × {size} pixels" if size else ""
+        text += f" of {seconds:g} s" if seconds else ""
+        return text + (f" at {rate:,} Hz" if rate else "")
+
+    def to_tree(self) -> dict:
+        """As a checkpoint's manifest holds it."""
+        return {"encoding": self.encoding.text, **asdict(self.fitting)}
+
+    def matches(self, data: np.ndarray) -> bool:
+        """Whether a file (uint8 [n]) looks as if it had been made in this format, which must be known."""
+        common = _common_to_all(self.encoding.text, self.fitting)
+        if common.length is not None:
+            if len(data) != common.length:
+                return False
+        elif not len(common.places):  # nothing but pixels, of any number
+            return kind_of(data) is None
+        if len(common.places) and common.places[-1] >= len(data):
+            return False
+        return bool(np.array_equal(data[common.places], common.values))
+
+
+def input_format(encoding: str, sizes: Mapping[str, object]) -> InputFormat:
+    """The format that a manifest, a dataset.json or a config describes. `sizes` has the names of a Fitting, and others.
+
+    An encoding that this version does not know counts as `as_stored`: people and other programs write it, too.
+    """
+    try:
+        parsed = parse_encoding(encoding)
+    except UserError:
+        parsed = parse_encoding(AS_STORED)
+    image_size, sample_rate_hz, seconds = (
+        _size(sizes.get(name)) for name in ("image_size", "sample_rate_hz", "seconds")
+    )
+    if parsed.modality == "image":
+        return InputFormat(parsed, Fitting(image_size=int(image_size) if image_size else None))
+    if parsed.modality == "audio":
+        return InputFormat(
+            parsed, Fitting(sample_rate_hz=int(sample_rate_hz) if sample_rate_hz else None, seconds=seconds)
+        )
+    return InputFormat(parsed, Fitting())
+
+
+def _size(value: object) -> float | None:
+    return value if isinstance(value, int | float) and 0 < value < math.inf else None
+
+
+class _Common(NamedTuple):
+    """What all files of a format have in common."""
+
+    places: np.ndarray  # int64 [n], ascending, in the header
+    values: np.ndarray  # uint8 [n]
+    length: int | None  # bytes; None: it varies
+
+
+@functools.lru_cache(maxsize=64)
+def _common_to_all(encoding_text: str, fitting: Fitting) -> _Common:
+    encoding = parse_encoding(encoding_text)
+    of_sizes = list(_examples(encoding, fitting)) or list(_examples(encoding, Fitting()))  # a rate that it lacks
+    files = [file for of_size in of_sizes for file in of_size]
+    header = FLAC_HEADER_BYTES if encoding.text == "flac" else min(map(_common_start, of_sizes))
+    stacked = _stacked(files, header)
+    places = np.flatnonzero((stacked == stacked[0]).all(axis=0))
+    fixed = len(of_sizes) == 1 and not encoding.compresses
+    return _Common(places, stacked[0][places], len(files[0]) if fixed else None)
+
+
+def _common_start(files: list[bytes]) -> int:
+    """The number of bytes before the first one in which the files differ."""
+    stacked = _stacked(files, min(map(len, files)))
+    differs = (stacked != stacked[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else stacked.shape[1]
+
+
+def _stacked(files: list[bytes], length: int) -> np.ndarray:
+    """uint8 [files, length]: their first bytes."""
+    return np.stack([np.frombuffer(file, np.uint8, length) for file in files])
+
+
+def _examples(encoding: Encoding, fitting: Fitting) -> Iterator[list[bytes]]:
+    """Lists of files of one size and different content."""
+    if encoding.modality == "image":
+        size = fitting.image_size or 0
+        for height, width in ((size, size),) if 0 < size <= LARGEST_PICTURE else PICTURE_SIZES:
+            yield [encoding.file_of(pixels) for pixels in _pictures(height, width)]
+        return
+    rate = fitting.sample_rate_hz
+    for rate_hz, samples in SOUND_SIZES:
+        rate_hz = rate or rate_hz
+        fitted = max(1, round((fitting.seconds or 0) * rate_hz))
+        is_fitted = fitting.seconds is not None and fitted <= LONGEST_SOUND
+        try:
+            yield [encoding.file_of(Clip(wave, rate_hz)) for wave in _waves(fitted if is_fitted else samples)]
+        except ValueError:  # a format that lacks this rate
+            continue
+        if rate and is_fitted:
+            return
+
+
+def _pictures(height: int, width: int) -> Iterator[np.ndarray]:
+    """uint8 [height, width, 3]: dark and bright, noisy and smooth."""
+    rng = np.random.default_rng(0)
+    across = np.linspace(40, 200, width)[None, :, None] + np.zeros((height, 1, 3))
+    for pixels in (across * 0, across * 0 + 255, across, across + rng.normal(0, 30, across.shape)):
+        yield pixels.clip(0, 255).astype(np.uint8)
+
+
+def _waves(samples: int) -> Iterator[np.ndarray]:
+    """float32 [samples]: silence, a tone, noise."""
+    rng = np.random.default_rng(0)
+    yield np.zeros(samples, np.float32)
+    yield (0.4 * np.sin(0.3 * np.arange(1, samples + 1))).astype(np.float32)
+    yield rng.uniform(-0.9, 0.9, samples).astype(np.float32)

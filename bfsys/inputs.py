@@ -1,0 +1,232 @@
+"""What a model can be asked about: files by path, bytes, arrays of bytes, open files; and how it reads each of them.
+
+The answer to a file that is in no format of the training files may mean little, so the reader says so, or encodes the
+file. Where some training files went in as they were, their formats are not known, and it says nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+
+from bfsys.batch import Sample
+from bfsys.data.media.input_formats import FileKind, InputFormat, kind_of
+from bfsys.data.packing.listing import regular_files
+from bfsys.data.streaming.byte_transforms import ByteTransform, apply
+from bfsys.encode import CannotDecode, encoded
+from bfsys.errors import UserError, collecting
+
+Input: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | BinaryIO
+"""A path, the content of a file, a uint8 array [n], or a file that is open for reading in binary mode."""
+
+ALLOWED = "a path, bytes, a NumPy array uint8 [n], or a file opened in binary mode"
+TEXT_SHOWN = 200  # characters of what may be no path
+# While they work, decoders change what all threads share: the filters of warnings, the number of PyTorch's threads.
+_DECODING = threading.Lock()
+
+
+def files_in(folder: str | os.PathLike[str]) -> list[str]:
+    """The paths of the files in a folder and in the folders below it, sorted, as `bfsys predict FOLDER` takes them.
+
+    Hidden files and those of the operating system are left out, and named on standard error. Raises UserError if it is
+    not a folder, holds no file, or holds something that is not a regular file.
+
+    >>> files_in("photos")
+    ['photos/cat/001.jpg', 'photos/dog/001.jpg']
+    """
+    problems: list[str] = []
+    name = os.fspath(folder)
+    if not os.path.isdir(name):
+        raise UserError(f"{name}: is not a folder")
+    paths = regular_files(name, problems)
+    if problems:
+        raise UserError(*problems)
+    return paths
+
+
+def is_one(inputs: Input | Iterable[Input]) -> bool:
+    """Whether this is one input, rather than several. Arrays of other libraries are one too, which is refused later."""
+    return (
+        isinstance(inputs, str | os.PathLike | bytes | bytearray | memoryview)
+        or hasattr(inputs, "__array__")
+        or hasattr(inputs, "read")
+        or not isinstance(inputs, Iterable)
+    )
+
+
+def named(inputs: Input | Iterable[Input]) -> Iterator[tuple[str, Input]]:
+    """Each input with the name that messages give it: a path, or its place among the inputs."""
+    if is_one(inputs):
+        yield _name_of(inputs, "the input"), inputs  # type: ignore[misc]
+        return
+    for place, one in enumerate(inputs):  # type: ignore[arg-type]
+        yield _name_of(one, f"inputs[{place}]"), one  # type: ignore[misc]
+
+
+def _name_of(one: object, otherwise: str) -> str:
+    if isinstance(one, str | os.PathLike):
+        return os.fsdecode(one)
+    name = getattr(one, "name", None)
+    return f"{otherwise} ({name})" if isinstance(name, str) else otherwise
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads inputs as a model was trained to read files. Holds no state."""
+
+    origin: str
+    """What messages call the model: the path that it was loaded from."""
+    formats: tuple[InputFormat, ...]
+    """The known formats of the training files."""
+    reads_any_format: bool
+    """Some training files went in as they were, and their formats are not known."""
+    transforms: tuple[ByteTransform, ...]
+    least_bytes: int
+    """Length of the shortest file that the model takes, after the transforms."""
+
+    def samples(
+        self, inputs: Iterable[tuple[str, Input]], problems: list[str], say: Callable[[str], None], *, encode: bool
+    ) -> Iterator[Sample]:
+        """Named inputs one by one; what is wrong with those that cannot be used goes to `problems`.
+
+        `encode` puts pictures and sounds into a format of the training files. Without it, `say` is told of the first
+        input that is in none of them. Raises UserError if no format is known.
+        """
+        if encode and not self.formats:
+            raise UserError(
+                f"{self.origin}: no format is known to encode files in: its training files went in as they are, or "
+                "were transformed before, or its checkpoint is older than the notes on formats; leave out --encode "
+                "(encode=True in Python)"
+            )
+        said = False
+        for name, one in inputs:
+            sample = None
+            with collecting(problems):
+                data = read_input(name, one)
+                if len(data) and not any(f.matches(data) for f in self.formats):
+                    if encode:
+                        data = self._encoded(name, data)
+                    elif self.formats and not self.reads_any_format and not said:
+                        say(self._note(name, data))
+                        said = True
+                sample = self._sample(name, apply(self.transforms, data, np.random.default_rng(0)))
+            if sample:
+                yield sample
+
+    def _sample(self, name: str, data: np.ndarray) -> Sample:
+        if not len(data):
+            raise UserError(f"{name}: empty; there is nothing to classify")
+        if len(data) < self.least_bytes:
+            raise UserError(f"{name}: {len(data)} bytes; this model needs at least {self.least_bytes} (model.mode)")
+        return Sample(name, data)
+
+    def _encoded(self, name: str, data: np.ndarray) -> np.ndarray:
+        """The file in the first format of its modality. A file of no known kind is tried as a picture and as a sound.
+
+        A file for which no format is known stays as it is, if the model reads files of any format.
+        """
+        kind = kind_of(data)
+        formats = self._formats_for(kind)
+        if self.reads_any_format and not (kind and formats):
+            return data
+        if not formats:
+            raise UserError(f"{name}: {self._what(kind)}, and {self.origin} was trained on {self._trained_on()}")
+        reasons = []
+        for to in formats:
+            try:
+                with _DECODING:
+                    return np.frombuffer(encoded(name, data.tobytes(), to.encoding, to.fitting), np.uint8)
+            except CannotDecode as error:
+                reasons.append(str(error).removeprefix(f"{name}: "))
+        raise UserError(f"{name}: {'; '.join(reasons)}")
+
+    def _formats_for(self, kind: FileKind | None) -> list[InputFormat]:
+        """The first format of each modality, or of that of `kind` alone."""
+        first: dict[str | None, InputFormat] = {}
+        for one in self.formats:
+            if kind is None or one.encoding.modality == kind.modality:
+                first.setdefault(one.encoding.modality, one)
+        return list(first.values())
+
+    def _note(self, name: str, data: np.ndarray) -> str:
+        kind = kind_of(data)
+        remedy = "; add --encode (encode=True in Python)" if self._formats_for(kind) else ""
+        return (
+            f"{self.origin} was trained on {self._trained_on()}; {name} {self._what(kind)}: its answer may mean little"
+            + remedy
+        )
+
+    def _trained_on(self) -> str:
+        return " and ".join(f.describe() for f in self.formats)
+
+    def _what(self, kind: FileKind | None) -> str:
+        if kind is None:
+            return "is no picture or sound of a known format"
+        names = {f.encoding.text.partition(":")[0] for f in self.formats}
+        return f"is {kind.name}" + (" of another size or make" if kind.name.split()[-1].lower() in names else "")
+
+
+def read_input(name: str, one: Input) -> np.ndarray:
+    """The bytes of an input, uint8 [n]; an open file is read from where it stands to its end.
+
+    Raises UserError, with `name`, for what cannot be read or is of another type.
+    """
+    try:
+        if isinstance(one, str | os.PathLike):
+            return np.frombuffer(_read_path(name, one), np.uint8)
+        if isinstance(one, bytes | bytearray):
+            return np.frombuffer(one, np.uint8)
+        if isinstance(one, memoryview):
+            return _bytes_of_view(name, one)
+        if isinstance(one, np.ndarray):
+            if one.dtype != np.uint8 or one.ndim != 1:
+                raise UserError(f"{name}: got an array {one.dtype} {list(one.shape)}; allowed is uint8 [n]")
+            return one
+        if hasattr(one, "read"):
+            return np.frombuffer(_read_open_file(name, one), np.uint8)
+    except MemoryError:
+        raise UserError(f"{name}: memory does not suffice to read it") from None
+    kind = f"{type(one).__module__}.{type(one).__qualname__}".removeprefix("builtins.")
+    raise UserError(f"{name}: got {kind}; allowed is {ALLOWED}")
+
+
+def _read_path(name: str, path: str | os.PathLike[str]) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except IsADirectoryError:
+        raise UserError(f"{name}: is a folder; pass its files: bfsys.files_in({name!r})") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", str(error))
+        if isinstance(path, str) and number in (None, errno.ENOENT, errno.ENAMETOOLONG):
+            shown = name if len(name) <= TEXT_SHOWN else f"{name[:TEXT_SHOWN]}…"
+            reason = f"{reason}; if this is content and no path, pass bytes"
+            raise UserError(f"{shown}: cannot be read: {reason}") from None
+        raise UserError(f"{name}: cannot be read: {reason}") from None
+
+
+def _bytes_of_view(name: str, view: memoryview) -> np.ndarray:
+    if view.itemsize != 1 or view.ndim != 1:
+        shape = list(view.shape or ())
+        raise UserError(f"{name}: got a memoryview of {view.format!r} {shape}; allowed is one of bytes: .cast('B')")
+    return np.asarray(view).view(np.uint8)
+
+
+def _read_open_file(name: str, file: BinaryIO) -> bytes:
+    if getattr(file, "closed", False):
+        raise UserError(f"{name}: is a closed file; pass it while it is open, or pass its path")
+    try:
+        content = file.read()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        content = ""  # type: ignore[assignment]
+    if not isinstance(content, bytes | bytearray):
+        raise UserError(f"{name}: its read() gives {type(content).__name__}; open it in binary mode: open(path, 'rb')")
+    return bytes(content)

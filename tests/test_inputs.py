@@ -1,0 +1,133 @@
+"""Every kind of input gives the same bytes, and what cannot be read is named."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bfsys.data.media.input_formats import input_format
+from bfsys.errors import UserError
+from bfsys.inputs import Input, Reader, files_in, is_one, named, read_input
+from tests.commands.packing_helpers import wav_bytes
+
+CONTENT = bytes(range(50))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "file.bin").write_bytes(CONTENT)
+    return tmp_path / "file.bin"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        str,
+        lambda path: path,
+        lambda path: CONTENT,
+        lambda path: bytearray(CONTENT),
+        lambda path: memoryview(CONTENT),
+        lambda path: memoryview(b"".join(bytes([b, 0]) for b in CONTENT))[::2],
+        lambda path: np.frombuffer(CONTENT, np.uint8),
+        lambda path: np.repeat(np.frombuffer(CONTENT, np.uint8), 2)[::2],
+        lambda path: io.BytesIO(CONTENT),
+        lambda path: open(path, "rb"),  # noqa: SIM115
+        lambda path: open(path, "rb", buffering=0),  # noqa: SIM115
+    ],
+)
+def test_all_kinds_of_input_are_their_bytes(kind: Callable[[Path], Input], path: Path) -> None:
+    one = kind(path)
+    assert is_one(one)
+    ((name, found),) = named(one)
+    data = read_input(name, found)
+    assert (data.dtype, data.ndim, data.tobytes()) == (np.uint8, 1, CONTENT)
+
+
+def test_an_open_file_is_read_from_where_it_stands(path: Path) -> None:
+    with open(path, "rb") as file:
+        file.seek(10)
+        assert read_input("x", file).tobytes() == CONTENT[10:]
+        assert read_input("x", file).tobytes() == b""
+
+
+def test_several_inputs_are_named_by_path_or_place(path: Path) -> None:
+    with open(path, "rb") as file:
+        many = (one for one in (path, str(path), CONTENT, file))
+        assert not is_one(many)
+        assert [name for name, _ in named(many)] == [str(path), str(path), "inputs[2]", f"inputs[3] ({path})"]
+    assert list(named([])) == []
+    assert next(named(b"one"))[0] == "the input"
+
+
+def closed_file(path: Path) -> io.BufferedReader:
+    with open(path, "rb") as file:
+        return file
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda path: "some text", "some text: cannot be read: No such file or directory; if this is content and no"),
+        (lambda path: "long " * 100, "^(long ){40}…: cannot be read: File name too long; if this is content and no"),
+        (lambda path: "nul\0", "nul\0: cannot be read: embedded null byte; if this is content and no path, pass bytes"),
+        (lambda path: path.parent / "none", r"none: cannot be read: No such file or directory$"),
+        (lambda path: path.parent, r"is a folder; pass its files: bfsys\.files_in\('.*'\)$"),
+        (lambda path: np.zeros(3), r"the input: got an array float64 \[3\]; allowed is uint8 \[n\]$"),
+        (lambda path: np.zeros((3, 2), np.uint8), r"got an array uint8 \[3, 2\]; allowed is uint8 \[n\]$"),
+        (lambda path: np.array("text"), r"got an array <U4 \[\]"),
+        (lambda path: memoryview(np.zeros(3, np.int32)), r"got a memoryview of 'i' \[3\]; allowed is one of bytes"),
+        (lambda path: torch.zeros(3), "got torch.Tensor; allowed is a path, bytes, a NumPy array uint8"),
+        (lambda path: 7, "the input: got int; allowed is a path"),
+        (lambda path: None, "the input: got NoneType; allowed is a path"),
+        (closed_file, r"the input \(.*file\.bin\): is a closed file; pass it while it is open, or pass its path$"),
+        (lambda path: open(path), r"its read\(\) gives str; open it in binary mode: open\(path, 'rb'\)$"),  # noqa: SIM115
+        (lambda path: open(path, "ab"), "cannot be read: "),  # noqa: SIM115
+        (lambda path: io.StringIO("text"), r"its read\(\) gives str; open it in binary mode"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_named(wrong: Callable[[Path], Input], told: str, path: Path) -> None:
+    ((name, one),) = named(wrong(path))
+    with pytest.raises(UserError, match=told) as error:
+        read_input(name, one)
+    assert len(error.value.problems) == 1
+    assert len(str(error.value)) < 400
+
+
+def test_text_that_is_no_utf_8_is_no_binary_file(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe\xff")
+    with open(path, encoding="utf-8") as file, pytest.raises(UserError, match="open it in binary mode"):
+        read_input("x", file)  # type: ignore[arg-type]
+
+
+def test_the_files_of_a_folder(tmp_path: Path, path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a").write_bytes(b"a")
+    (tmp_path / ".hidden").write_bytes(b"a")
+    assert files_in(tmp_path) == [str(tmp_path / "deep" / "a"), str(path)]
+    assert ".hidden" in capsys.readouterr().err
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
+    with pytest.raises(UserError, match="nowhere: is not a regular file"):
+        files_in(tmp_path)
+    with pytest.raises(UserError, match=r"file\.bin: is not a folder"):
+        files_in(path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: a folder without files"):
+        files_in(tmp_path / "empty")
+
+
+def test_a_sound_for_a_model_of_pictures() -> None:
+    formats = (input_format("tiff", {"image_size": 8}), input_format("png", {}))
+    reader = Reader("runs/x", formats, reads_any_format=False, transforms=(), least_bytes=1)
+    problems: list[str] = []
+    notes: list[str] = []
+    (sample,) = reader.samples([("a.wav", wav_bytes(0.1, 8_000))], problems, notes.append, encode=False)
+    assert sample.data.tobytes() == wav_bytes(0.1, 8_000)
+    told = "runs/x was trained on tiff of 8 × 8 pixels and png; a.wav is a WAV: its answer may mean little"
+    assert (notes, problems) == ([told], [])
+    assert list(reader.samples([("a.wav", wav_bytes(0.1, 8_000))], problems, notes.append, encode=True)) == []
+    assert problems == ["a.wav: is a WAV, and runs/x was trained on tiff of 8 × 8 pixels and png"]
