@@ -49,7 +49,7 @@ class Run:
     scores: dict | None
     """The latest evaluation: step, loss, top1, and the same of each source in `sources`."""
     minutes: float | None
-    """Of training, waiting for data and saving; without restarts and the steps that they repeat."""
+    """Training time with waiting for data and saving, without restarts and the steps that they repeat."""
     parameters: int | None
     """None before the first checkpoint."""
 

@@ -44,7 +44,7 @@ class Prediction:
 
     class_name: str
     index: int
-    """Of the class in `Model.classes`."""
+    """Position of the class in `Model.classes`."""
     probability: float
 
 

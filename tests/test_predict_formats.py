@@ -151,7 +151,7 @@ def test_an_export_knows_them_too(folder: Path, tmp_path: Path) -> None:
 def test_where_formats_are_not_known_nothing_is_said(
     age: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Of a checkpoint before formats were noted, of one with an encoding that came later, and where some of the
+    """A checkpoint from before formats were noted, one with an encoding that came later, and where some of the
     training files went in as they were."""
     path, _ = newest_readable(folder / "runs" / "tiny")
     assert path is not None

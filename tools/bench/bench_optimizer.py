@@ -46,7 +46,7 @@ CLASSES = 20
 
 @dataclass
 class Times:
-    """Of the steps of one optimizer on this rank, in seconds."""
+    """What the steps of one optimizer took on this rank."""
 
     step_s: list[float] = field(default_factory=list)
     update_s: list[float] = field(default_factory=list)

@@ -25,7 +25,8 @@ from bfsys.errors import UserError
 # Sizes of examples where the format leaves them open; together they differ in every byte of a header that may differ.
 PICTURE_SIZES = ((24, 40), (300, 700))  # height and width, in pixels
 SOUND_SIZES = ((8_000, 500), (16_000, 70_000), (44_100, 2_000), (192_000, 5_000))  # Hz, samples
-# Of examples in the size of the format; larger files are compared by what does not depend on their size.
+# The largest examples that are made in the size of the format; larger files are compared by what does not depend on
+# their size.
 LARGEST_PICTURE = 1_024  # pixels, of a square
 LONGEST_SOUND = 2**22  # samples
 
