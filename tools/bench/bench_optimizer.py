@@ -134,6 +134,7 @@ def main() -> None:
     if ranks.is_rank_zero:
         Console(width=None if sys.stdout.isatty() else 120).print(table)
     dist.stop()
+    dist.hard_exit(0)  # gloo may abort a process that ends while another still closes its connections
 
 
 if __name__ == "__main__":
