@@ -22,7 +22,7 @@ def undisturbed(config: Path, folder: Path, overrides: list[str]) -> Path:
     return config.parent / "runs" / "whole"
 
 
-def assert_equal_runs(one: Path, other: Path, states: tuple[str, ...]) -> None:
+def assert_equal_runs(one: Path, other: Path, states: tuple[str, ...] = ADAMW) -> None:
     for key in ("step", "loss", "grad_norm", "top1", "samples"):
         assert [line[key] for line in lines(one)] == [line[key] for line in lines(other)]
     for state in states:
