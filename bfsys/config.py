@@ -217,7 +217,7 @@ class Optim:
     """muon: the matrices of blocks and mergings and the stem's kernel are updated by Muon, everything else by AdamW:
     see optim.py."""
     lr: Positive = 1e-3
-    """Highest learning rate of AdamW."""
+    """Highest learning rate of AdamW; with `name: muon` that of embedding, positions, head, norms and biases only."""
     muon_lr: Positive = 5e-3
     """Highest learning rate of Muon; it has the shape of AdamW's over the steps."""
     muon_momentum: Share = 0.95

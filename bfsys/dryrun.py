@@ -39,6 +39,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
         lanes_of_rank(data.lanes, 0, world_size)
         return
     problems: list[str] = []
+    opened = None
     with collecting(problems):
         opened = open_run_data(config, Ranks())
         classes = len(opened.training.classes)
@@ -52,10 +53,11 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
             print(f"note        {note}")
     with collecting(problems):
         lanes = len(lanes_of_rank(data.lanes, 0, world_size))
-        _, largest = largest_micro_batch(opened, Ranks(), data.lanes)
-        on_gpu, on_cpu = (micro_batches_of(lanes, largest, config, on_gpu=gpu) for gpu in (True, False))
-        counts = f"{on_cpu}" if on_cpu == on_gpu else f"{on_gpu} on GPUs, {on_cpu} on CPUs"
-        print(f"ranks       {world_size}, each {lanes} lanes; micro-batches a step: {counts}")
+        if opened:
+            _, largest = largest_micro_batch(opened, Ranks(), data.lanes)
+            on_gpu, on_cpu = (micro_batches_of(lanes, largest, config, on_gpu=gpu) for gpu in (True, False))
+            counts = f"{on_cpu}" if on_cpu == on_gpu else f"{on_gpu} on GPUs, {on_cpu} on CPUs"
+            print(f"ranks       {world_size}, each {lanes} lanes; micro-batches a step: {counts}")
     if problems:
         raise UserError(*problems)
 

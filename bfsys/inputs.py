@@ -7,6 +7,7 @@ file. Where some training files went in as they were, their formats are not know
 from __future__ import annotations
 
 import errno
+import io
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +42,8 @@ def files_in(folder: str | os.PathLike[str]) -> list[str]:
     ['photos/cat/001.jpg', 'photos/dog/001.jpg']
     """
     problems: list[str] = []
+    if not isinstance(folder, str | os.PathLike):
+        raise UserError(f"the folder: got {type(folder).__name__}; a path is allowed")
     name = os.fspath(folder)
     if not os.path.isdir(name):
         raise UserError(f"{name}: is not a folder")
@@ -223,6 +226,8 @@ def _read_open_file(name: str, file: BinaryIO) -> bytes:
         raise UserError(f"{name}: is a closed file; pass it while it is open, or pass its path")
     try:
         content = file.read()
+    except io.UnsupportedOperation:
+        raise UserError(f"{name}: is open for writing only; open it with open(path, 'rb')") from None
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:

@@ -122,8 +122,8 @@ class Model:
         >>> model.classes[first.index] == first.class_name
         True
         """
-        if top < 1:
-            raise UserError(f"top: got {top}; at least 1 is needed")
+        if not isinstance(top, int) or top < 1:
+            raise UserError(f"top: got {top!r}; a whole number of at least 1 is needed")
         answers = self._ranked(self._compute(inputs, self._probabilities_of, encode), top)
         return answers[0] if is_one(inputs) else answers
 
@@ -227,6 +227,8 @@ def load(
     """
     if weights not in get_args(Weights):
         raise UserError(f"weights: got {weights!r}; allowed: {', '.join(get_args(Weights))}")
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"the run: got {type(path).__name__}; a path is allowed")
     target, folder = _device(device), Path(path)
     if (folder / DESCRIPTION).exists():
         network, config, facts = read_exported(folder)
@@ -259,9 +261,10 @@ def _device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition("Expected one of")[0].strip()
         raise UserError(
-            f"device: got {str(device)!r}, which cannot be used ({reason}); leave it out, or try 'cpu'"
+            f"device: got {str(device)!r}, which cannot be used{f' ({reason})' if reason else ''}; allowed are 'cpu', "
+            "'cuda' and 'cuda:N', or leave it out"
         ) from None
     return found
 

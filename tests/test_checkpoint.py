@@ -397,9 +397,15 @@ def test_the_averaged_weights_are_the_default(finished_run: Path) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(averaged.parameters(), last.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("what", ["missing", "empty"])
-def test_what_is_no_run_is_said(tmp_path: Path, what: str) -> None:
-    if what == "empty":
-        (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no such run directory" if what == "missing" else "no checkpoint yet"):
-        loading.load_model(tmp_path / what)
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name, told in (
+        ("missing", "no such run directory; runs lie in runs/NAME"),
+        ("empty", "holds no checkpoint; is it a run directory"),
+        ("runs", f"holds no checkpoint; give a run in it, for example {tmp_path}/runs/mine"),
+        ("file", "a file; give a run directory"),
+    ):
+        with pytest.raises(UserError, match=told):
+            loading.load_model(tmp_path / name)

@@ -86,7 +86,7 @@ def closed_file(path: Path) -> io.BufferedReader:
         (lambda path: None, "the input: got NoneType; allowed is a path"),
         (closed_file, r"the input \(.*file\.bin\): is a closed file; pass it while it is open, or pass its path$"),
         (lambda path: open(path), r"its read\(\) gives str; open it in binary mode: open\(path, 'rb'\)$"),  # noqa: SIM115
-        (lambda path: open(path, "ab"), "cannot be read: "),  # noqa: SIM115
+        (lambda path: open(path, "ab"), r"is open for writing only; open it with open\(path, 'rb'\)$"),  # noqa: SIM115
         (lambda path: io.StringIO("text"), r"its read\(\) gives str; open it in binary mode"),
     ],
 )  # fmt: skip

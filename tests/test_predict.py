@@ -211,8 +211,9 @@ def test_one_input_has_one_answer_and_many_have_many(model: bfsys.Model, paths: 
     assert all(model.classes[c.index] == c.class_name and many[i, c.index] == c.probability
                for i, classes in enumerate(ranked) for c in classes)  # fmt: skip
     assert (model.predict([]), model.probabilities([]).shape, model.embed([]).shape) == ([], (0, 5), (0, 16))
-    with pytest.raises(UserError, match="top: got 0; at least 1 is needed"):
-        model.predict(paths, top=0)
+    for top in (0, 1.5, "3"):
+        with pytest.raises(UserError, match=f"top: got {top!r}; a whole number of at least 1 is needed"):
+            model.predict(paths, top=top)  # type: ignore[call-overload]
 
 
 def test_the_head_takes_what_embed_gives(model: bfsys.Model, finished_run: Path, paths: list[str]) -> None:
@@ -270,8 +271,16 @@ def test_checkpoints_and_both_kinds_of_weights(model: bfsys.Model, finished_run:
     with pytest.raises(UserError, match="weights: got 'mean'; allowed: ema, last"):
         bfsys.load(finished_run, weights="mean")  # type: ignore[arg-type]
     for device in ("gpu", "cuda:99", "meta:x"):
-        with pytest.raises(UserError, match=f"device: got '{device}', which cannot be used"):
+        with pytest.raises(
+            UserError, match=f"device: got '{device}', which cannot be used.*; allowed are 'cpu'"
+        ) as error:
             bfsys.load(finished_run, device=device)
+        assert len(str(error.value)) < 300
+    for no_path in (3, None):
+        with pytest.raises(UserError, match=f"the run: got {type(no_path).__name__}; a path is allowed"):
+            bfsys.load(no_path)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=f"the folder: got {type(no_path).__name__}; a path is allowed"):
+            bfsys.files_in(no_path)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no such run directory"):
         bfsys.load(finished_run / "none")
     with pytest.raises(UserError, match="this run does not permute byte values"):

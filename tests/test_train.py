@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bfsys.checkpoint.loading import load_model
+from bfsys.cli import call
 from bfsys.config import Config, Optim, load_config
 from bfsys.data.streaming.datasets import make_plan, open_evaluation, open_training
 from bfsys.data.streaming.loader import training_batches
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
+from bfsys.errors import UserError
 from bfsys.evaluate import evaluate
 from bfsys.loss import loss_and_sums
 from bfsys.model.byteformer import ByteFormer
@@ -419,3 +421,8 @@ def test_dry_run_shows_config_arithmetic_and_data(config_file: Path) -> None:
     for text in ("batch_samples: 8", "parameters", "with 5 classes", "micro-batch", "a: 120 files", "b: 14 files"):
         assert text in result.stdout
     assert not (config_file.parent / "runs").exists()
+
+
+def test_a_dry_run_without_data_says_what_is_missing(config_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such folder"):
+        call("train", [str(config_file), "--dry-run", f"data.sources.0.path={tmp_path / 'nothing'}"])

@@ -192,7 +192,8 @@ def find_whole(run: Path) -> Path:
     Newer ones that are damaged are named on standard error. Raises UserError if there is no whole one.
     """
     if not run.is_dir():
-        raise UserError(f"{run}: no such run directory; runs lie in runs/NAME")
+        what = "a file; give a run directory (runs/NAME) or one of its checkpoints" if run.exists() else ""
+        raise UserError(f"{run}: {what or 'no such run directory; runs lie in runs/NAME'}")
     path: Path | None
     if (run / MANIFEST).exists():
         path, problems = run, problems_of(run)
@@ -201,7 +202,9 @@ def find_whole(run: Path) -> Path:
     for problem in problems if path != run else ():
         print(f"skipped a damaged checkpoint: {problem}", file=sys.stderr)
     if path is None or (path == run and problems):
-        raise UserError(*problems or [f"{run}: holds no checkpoint yet; is it a run directory (runs/NAME)?"])
+        runs = sorted(folder.parent for folder in run.glob("*/checkpoints"))
+        remedy = f"give a run in it, for example {runs[0]}" if runs else "is it a run directory (runs/NAME)?"
+        raise UserError(*problems or [f"{run}: holds no checkpoint; {remedy}"])
     return path
 
 

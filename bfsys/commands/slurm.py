@@ -14,7 +14,7 @@ The job runs a copy of bfsys and of the resolved config, made now in RUN/slurm.
 Data, runs_dir, the current folder and Python must be where the nodes see them.
 
   %(prog)s --nodes 2 --gpus-per-node 4 --time 24:00:00 CONFIG
-  %(prog)s --nodes 1 --sweep optim.lr=3e-4,1e-3 CONFIG"""
+  %(prog)s --nodes 1 --sweep train.seed=0,1,2 CONFIG"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

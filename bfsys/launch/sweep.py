@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from bfsys.config import Config, load_config
 from bfsys.errors import collecting
@@ -20,11 +21,13 @@ def sweep_overrides(config_file: str, overrides: Sequence[str], sweep: Sequence[
     matches = [match for text in sweep if (match := _AXIS.fullmatch(text))]
     if not matches:
         return [tuple(overrides)]
-    axes = [[(match[1], value) for value in match[2].split(",")] for match in matches]
+    axes = [[(match[1], value.strip()) for value in match[2].split(",")] for match in matches]
+    ends = [match[1].rpartition(".")[2] for match in matches]
+    shown = {m[1]: m[1] if end == "name" or ends.count(end) > 1 else end for m, end in zip(matches, ends, strict=True)}
     base = load_config(config_file, tuple(overrides)).name
     of_runs = []
     for chosen in itertools.product(*axes):
-        name = "-".join([base, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, value in chosen)])
+        name = "-".join([base, *(f"{shown[key]}={value.replace('/', '_')}" for key, value in chosen)])
         of_runs.append((*overrides, *(f"{key}={value}" for key, value in chosen), f"name={name}"))
     return of_runs
 
@@ -34,14 +37,14 @@ def _wrong_axes(sweep: Sequence[str]) -> Iterator[str]:
     for text in sweep:
         match = _AXIS.fullmatch(text)
         if not match:
-            yield f"--sweep: got {text!r}; KEY=A,B,… is expected, for example optim.lr=3e-4,1e-3"
+            yield f"--sweep: got {text!r}; KEY=A,B,… is expected, for example train.seed=0,1"
             continue
         key, values = match.groups()
         if key in keys:
             yield f"--sweep: {key} is given twice; give all of its values at once, {key}=A,B,…"
         if key in ("name", "runs_dir"):
             yield f"--sweep: {key} decides no result; each run gets a name of its own"
-        if "" in values.split(","):
+        if "" in map(str.strip, values.split(",")):
             yield f"--sweep: got {text!r}, which has an empty value between commas or at an end"
         if "[" in values or "{" in values:
             yield f"--sweep: got {text!r}; lists and mappings cannot be swept, since a comma separates the values"
@@ -61,6 +64,12 @@ def sweep_configs(
         for of_run in sweep_overrides(config_file, overrides, sweep):
             with collecting(problems):
                 configs.append(load_config(config_file, of_run))
-    if len({config.run_dir for config in configs}) < len(configs):
-        problems.append("--sweep: two of its runs have the same name; a value is given twice, or two keys end alike")
+    seen: dict[Config, str] = {}
+    for config in configs:
+        values = replace(config, name="")
+        if values in seen:
+            problems.append(f"--sweep: {seen[values]} and {config.name} have the same values; give each value once")
+        elif config.name in seen.values():
+            problems.append(f"--sweep: two of its runs would both be named {config.name}; give other values")
+        seen.setdefault(values, config.name)
     return configs

@@ -36,4 +36,11 @@ def test_all_problems_are_named_at_once(config_file: Path) -> None:
         assert any(problem.startswith("--sweep: ") and part in problem for problem in problems), part
     problems = []
     assert len(sweep_configs(str(config_file), [], ["train.steps=20,20"], problems)) == 2
-    assert problems == ["--sweep: two of its runs have the same name; a value is given twice, or two keys end alike"]
+    assert problems == ["--sweep: tiny-steps=20 and tiny-steps=20 have the same values; give each value once"]
+    problems = []
+    sweep_configs(str(config_file), [], ["optim.lr=1e-3, 0.001", "optim.name=adamw,muon"], problems)
+    assert problems == [
+        f"--sweep: tiny-lr=1e-3-optim.name={name} and tiny-lr=0.001-optim.name={name} have the same values; "
+        "give each value once"
+        for name in ("adamw", "muon")
+    ]
