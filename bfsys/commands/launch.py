@@ -17,7 +17,7 @@ later, ends the run at once. A run that crashes or hangs is started again from
 its newest intact checkpoint, unless only a person can help; RUN/ended.json
 says why. A sweep ends with a table of its runs.
 
-  bfsys launch --sweep optim.muon_lr=2e-3,5e-3 configs/small.yaml train.steps=300"""
+  bfsys launch --sweep optim.muon_lr=2e-3,5e-3 configs/small.yaml"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
