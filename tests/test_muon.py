@@ -18,7 +18,7 @@ from tests.chaos.ranks import train_several
 from tests.conftest import _run_ranks, tiny_config
 from tests.forked import start_ranks
 from tests.supervision.test_guard import samples_of_step
-from tests.test_train import STAGES, assert_success, cut_short, losses, newest, tensors, train_plainly
+from tests.test_train import STAGES, assert_near, assert_success, cut_short, losses, newest, tensors, train_plainly
 
 MUON = "optim.name=muon model.init=smooth"
 
@@ -131,14 +131,7 @@ def test_every_stage_trains_as_plain_pytorch(stage: int, muon_runs: tuple[Path, 
     expected_losses, _, weights, average = train_plainly(load_config(config_file, MUON.split()))
     run = runs / f"s{stage}-fp32"
     assert losses(run) == pytest.approx(expected_losses, rel=1e-5)
-    for state, expected in (("weight", weights), ("ema", average)):
-        stored = tensors(newest(run), state)
-        assert stored.keys() == expected.keys()
-        for name, value in expected.items():
-            here, there = stored[name].clone(), value.clone()
-            if name.endswith("qkv.bias"):  # keys' biases have no gradient but rounding errors, which Adam enlarges
-                here.view(3, -1)[1] = there.view(3, -1)[1] = 0
-            torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert_near(run, weights, average, rtol=1e-3, atol=1e-4)
     assert max(expected_losses) - min(expected_losses) > 0.1, "nothing was learned: the comparison says little"
 
 

@@ -199,6 +199,12 @@ def test_every_stage_trains_as_plain_pytorch(stage: int, stage_runs: tuple[Path,
     run = runs / f"s{stage}-fp32"
     assert losses(run) == pytest.approx(expected_losses, rel=2e-6)
     assert [line["grad_norm"] for line in lines(run)] == pytest.approx(expected_norms, rel=1e-4)
+    assert_near(run, weights, average, rtol=1e-4, atol=5e-5)
+    assert max(expected_losses) - min(expected_losses) > 0.1, "nothing was learned: the comparison says little"
+
+
+def assert_near(run: Path, weights: dict[str, Tensor], average: dict[str, Tensor], *, rtol: float, atol: float) -> None:
+    """The weights of a run's newest checkpoint, and their average, are these up to rounding."""
     for state, expected in (("weight", weights), ("ema", average)):
         stored = tensors(newest(run), state)
         assert stored.keys() == expected.keys()
@@ -206,8 +212,7 @@ def test_every_stage_trains_as_plain_pytorch(stage: int, stage_runs: tuple[Path,
             here, there = stored[name].clone(), value.clone()
             if name.endswith("qkv.bias"):  # keys' biases have no gradient but rounding errors, which Adam enlarges
                 here.view(3, -1)[1] = there.view(3, -1)[1] = 0
-            torch.testing.assert_close(here, there, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
-    assert max(expected_losses) - min(expected_losses) > 0.1, "nothing was learned: the comparison says little"
+            torch.testing.assert_close(here, there, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("stage", STAGES)
