@@ -25,6 +25,7 @@ from types import ModuleType
 from bfsys.errors import UserError, did_you_mean, run_command, summary_of
 
 COMMANDS = {
+    "fit": "from a folder of files to a trained and evaluated model",
     "pack": "pack files into shards with an index",
     "inspect": "show, check or rebuild the index of a packed dataset",
     "plan": "what a run will need: memory, time, disk",

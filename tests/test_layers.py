@@ -23,7 +23,7 @@ LAYERS = [
     ["loss", "optim", "micro_batches"],
     ["engine"],
     ["checkpoint", "supervision.signals", "supervision.run_end", "supervision.goodput"],
-    ["supervision", "confusion"],
+    ["supervision", "confusion", "curves", "baselines"],
     ["supervision.supervisor"],
     ["evaluate", "init_from"],
     ["dryrun", "export", "plan_run", "compare", "rehearsal", "run_dir", "encode", "fetch", "import_corenet"],
@@ -31,6 +31,7 @@ LAYERS = [
     ["predict"],
     ["train"],
     ["launch"],
+    ["fitting"],
     ["commands"],
     ["cli", "__main__"],
 ]

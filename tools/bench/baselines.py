@@ -20,8 +20,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -31,14 +30,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bfsys.baselines import (
+    batches_for_evaluation,
+    batches_for_training,
+    byte_counts,
+    largest_class,
+    nearest_size,
+    tables_of,
+)
 from bfsys.batch import ByteBatch
 from bfsys.config import Config, load_config
 from bfsys.data.media.encodings import resample, set_length
 from bfsys.data.media.modalities import decode_audio, decode_image
-from bfsys.data.streaming.datasets import Sources, make_plan, open_evaluation, open_training
-from bfsys.data.streaming.loader import evaluation_rounds, training_batches
-from bfsys.data.streaming.quarantine import Quarantine
-from bfsys.dist import Ranks
+from bfsys.data.streaming.datasets import Sources, open_evaluation, open_training
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.loss import TOP1, loss_and_sums
 from bfsys.optim import learning_rate
@@ -46,46 +50,6 @@ from bfsys.optim import learning_rate
 SOUND_RATE_HZ, SOUND_S = 16_000, 1.0
 MEL_BANDS = 64
 WIDTHS = (32, 64, 128, 128)  # channels; each pair of convolutions halves the picture
-
-
-@dataclass
-class Table:
-    """Files as the simple models see them."""
-
-    lengths: np.ndarray  # int64 [files]
-    counts: np.ndarray  # float64 [files, 256]: share of each byte value
-    labels: np.ndarray  # int64 [files]
-
-    @classmethod
-    def of(cls, batches: Iterator[ByteBatch]) -> Table:
-        lengths, counts, labels = [], [], []
-        for batch in batches:
-            for i, content in enumerate(batch.files()):
-                lengths.append(len(content))
-                counts.append(np.bincount(content, minlength=256) / max(1, len(content)))
-                labels.append(int(batch.labels[i]))
-        return cls(np.array(lengths), np.array(counts), np.array(labels))
-
-
-def largest_class(train: Table, val: Table) -> float:
-    return float((val.labels == np.bincount(train.labels).argmax()).mean())
-
-
-def nearest_size(train: Table, val: Table) -> float:
-    classes = np.unique(train.labels)
-    means = np.array([np.log(train.lengths[train.labels == c]).mean() for c in classes])
-    nearest = np.abs(np.log(val.lengths)[:, None] - means).argmin(1)
-    return float((classes[nearest] == val.labels).mean())
-
-
-def byte_counts(train: Table, val: Table) -> float:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    model.fit(np.sqrt(train.counts), train.labels)  # square roots: shares spread over orders of magnitude
-    return float(model.score(np.sqrt(val.counts), val.labels))
 
 
 class PlainCNN(nn.Module):
@@ -177,21 +141,6 @@ def decoded(config: Config, training: Sources, validation: Sources, side: int) -
     return right / files_seen, sum(p.numel() for p in model.parameters()), time.perf_counter() - began
 
 
-def unmixed(config: Config) -> Sources:
-    """The training files augmented as ever, but each of one class: the simple models know no shares of two."""
-    sources = [replace(s, augment=replace(s.augment, mixup=False)) if s.augment else s for s in config.data.sources]
-    return open_training(replace(config, data=replace(config.data, sources=tuple(sources))))
-
-
-def batches_for_training(config: Config, sources: Sources, steps: int) -> Iterator[ByteBatch]:
-    config = replace(config, train=replace(config.train, steps=steps))
-    return training_batches(config, sources, make_plan(config, sources), Ranks(), first_step=0)
-
-
-def batches_for_evaluation(config: Config, sources: Sources) -> Iterator[ByteBatch]:
-    return (batch for batch, counts in evaluation_rounds(config, sources, Ranks(), Quarantine(), 0) if counts)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     parser.add_argument("config", help="of the run to compare with")
@@ -206,9 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"no source of {args.config} has the split {config.data.eval_split}")
     if args.decoded and len(config.data.sources) > 1:
         raise UserError("--decoded: pictures and sounds do not go through one such network; give one source at a time")
-    epoch = -(-sum(len(split) for split in training.splits) // config.data.batch_samples)
-    train = Table.of(batches_for_training(config, unmixed(config), epoch))
-    val = Table.of(batches_for_evaluation(config, validation))
+    train, val = tables_of(config, training, validation)
     print(f"{len(training.classes)} classes, learned from {len(train.labels):,} files, judged by {len(val.labels):,}")
     for name, judge in (("largest class", largest_class), ("file size", nearest_size), ("byte counts", byte_counts)):
         print(f"  {name:<14} {100 * judge(train, val):6.2f} %", flush=True)

@@ -2,14 +2,12 @@
 
     python tools/bench/plot_runs.py curves.png runs/joint runs/image_alone --score top1
 
-A panel for each run: training as a line (smoothed over a twentieth of the run), evaluations as dots; runs of
-several sources have a colour for each.
+See bfsys/curves.py for what is drawn.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +15,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import numpy as np
-
+from bfsys.curves import draw, read
 from bfsys.errors import UserError, run_command, summary_of
-
-PANELS_PER_ROW = 4
-SMOOTHED = 20  # the window is this part of the lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,62 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(*problems)
     draw(curves, args.score, args.out)
     print(args.out)
-
-
-def read(run: Path, score: str, problems: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """{source or "all": {"train" and "eval": float64 [lines, 2] of step and score}}."""
-    try:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        problems.append(f"{run}: no metrics.jsonl that can be read ({error}); give the directory of a run")
-        return {}
-    found: dict[str, dict[str, list]] = {}
-    lines = [line for line in lines if line["kind"] in ("train", "eval")]
-    several = len({name for line in lines for name in line["sources"]}) > 1
-    for line in lines:
-        parts = line["sources"] if several else {"all": line}
-        for name, values in parts.items():
-            of_source = found.setdefault(name, {"train": [], "eval": []})
-            of_source[line["kind"]].append((line["step"], values[score]))
-    if not found:
-        problems.append(f"{run}: has no measurement yet")
-    return {
-        name: {kind: np.array(points, np.float64).reshape(-1, 2) for kind, points in kinds.items()}
-        for name, kinds in found.items()
-    }
-
-
-def draw(curves: dict[Path, dict], score: str, out: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install matplotlib") from None
-    columns = min(PANELS_PER_ROW, len(curves))
-    rows = -(-len(curves) // columns)
-    figure = Figure((3.4 * columns, 2.8 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel, (run, sources) in zip(panels, curves.items(), strict=False):
-        for number, (name, kinds) in enumerate(sources.items()):
-            colour, label = f"C{number}", "" if name == "all" else f"{name} "
-            train, val = kinds["train"], kinds["eval"]
-            if len(train):  # an evaluation may come before the first line of training
-                width = max(1, len(train) // SMOOTHED)
-                means = np.convolve(train[:, 1], np.ones(width) / width, "valid")
-                panel.plot(train[width - 1 :, 0], means, color=colour, linewidth=1, label=f"{label}training")
-            panel.plot(val[:, 0], val[:, 1], "o-", color=colour, markersize=3, alpha=0.5, label=f"{label}validation")
-        panel.set_title(run.name, fontsize=10)
-        panel.set_xlabel("step")
-        panel.set_ylabel(score)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-        if score != "loss":
-            panel.set_ylim(0, 1)
-    for panel in panels[len(curves) :]:
-        panel.remove()
-    try:
-        figure.savefig(out, dpi=110)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import yaml
 
+from bfsys.baselines import Table
 from bfsys.cli import call
 from bfsys.errors import UserError
 from tests.commands.packing_helpers import make_files, png_bytes
 from tools.bench import baselines
-from tools.bench.baselines import Table
 
 
 def table(lengths: list[int], values: list[int], labels: list[int]) -> Table:

@@ -1,0 +1,67 @@
+"""From a folder of files to a trained and evaluated model."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import time
+from pathlib import Path
+
+from bfsys import console
+from bfsys.errors import UserError
+
+NOTES = """\
+FOLDER has a folder of files per class, or split folders (train, val) with
+them; or it is a list of files, as for `bfsys pack --from filelist`.
+The command says what it sees, packs the files, chooses encoding, model and
+steps for this machine and the time, writes them with reasons to
+RUNS/NAME.yaml, trains, evaluates on files that were held out, and compares
+with what byte counts alone give away. Compressed pictures and long sounds are
+encoded again (docs/fit.md says when); --as-stored leaves them as they are.
+The same command goes on after a stop."""
+LONGEST_MINUTES = 60 * 24 * 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "%(prog)s FOLDER [OPTION …]", NOTES
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=Path, help="files by class")
+    add("--name", help="of the run (default: the folder's)")
+    add("--minutes", type=float, default=10.0, metavar="M", help="time for all of it (default 10)")
+    add("--as-stored", action="store_true", help="never decode and encode the files")
+    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default runs)")
+    add("--shards", type=Path, default=Path("data/shards"), metavar="DIR",
+        help="folder of packed data (default data/shards)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    began_s = time.monotonic()
+    problems = []
+    if not (0 < args.minutes <= LONGEST_MINUTES and math.isfinite(args.minutes)):
+        problems.append(f"--minutes: got {args.minutes:g}; more than 0 and at most {LONGEST_MINUTES:,} are allowed")
+    if args.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", args.name):
+        problems.append(f"--name: got {args.name!r}; letters, digits, _ - . are allowed")
+    if not args.folder.exists():
+        problems.append(f"{args.folder}: there is no such file or folder")
+    if problems:
+        raise UserError(*problems)
+    console.go_on_without()  # training is the work
+    from bfsys.fitting.fit import Request, name_for, next_commands, prepare, report, train
+
+    request = Request(
+        folder=args.folder,
+        name=args.name or name_for(args.folder),
+        minutes=args.minutes,
+        as_stored=args.as_stored,
+        shards=args.shards,
+        runs=args.runs,
+    )
+    config = prepare(request, began_s)
+    code = config if isinstance(config, int) else train(request, config)
+    if isinstance(config, int) or code:
+        print("stopped; the same command goes on")
+        return code
+    print("\n".join(["", *report(request), "", f"took {(time.monotonic() - began_s) / 60:.1f} minutes; try next:"]))
+    print("\n".join(f"  {line}" for line in next_commands(request, config)))
+    return 0

@@ -1,0 +1,254 @@
+"""What is trained on a folder: encoding, model, batch and steps, each with its reason.
+
+The rules are few and come from measurements (docs/results.md, docs/experiments.md): uncompressed bytes are learned
+from much faster than compressed ones; the kernel grows with the length of a file; the model of `configs/small.yaml` is
+the one that was tried most; 400 to 1,500 steps suffice for some thousand files. How many steps the time allows is
+measured on this machine, by training for some steps (fit.py).
+
+Refused: a search over models, which would spend the time that one good run needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import yaml
+
+from bfsys.fitting.survey import Survey
+from bfsys.model.flops import flops_per_step
+from bfsys.model.sizes import Architecture, architecture
+
+SMALL = {"dim": 96, "layers": 6, "heads": 3, "merge_after": [0, 1, 3], "window": 64, "shift": 32}  # configs/small.yaml
+# Until it is measured: of one core in float32 with the small model, and of one GPU in bfloat16 with the tiny one
+FLOPS_PER_S = {"cpu": 2e10, "gpu": 5e13}
+ENOUGH_STEPS = 600
+LEAST_STEPS = 60
+MOST_PASSES = 60  # over the training files
+LONGEST_WARMUP = 200
+PICTURE_SIDES = (224, 160, 128, 96, 64, 48, 32, 16)
+SAMPLE_RATES_HZ = (16_000, 8_000)
+WAV_HEADER_BYTES = 44
+# Files of up to so many bytes (median) take which kernel
+KERNELS = ((1_000, 4), (12_000, 16))
+LARGEST_KERNEL = 32
+MOST_POSITIONS = 35_000
+LONGEST_SOUND_S = 10.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What trains."""
+
+    device: str  # cpu or gpu
+    ranks: int
+
+    def describe(self) -> str:
+        return f"{self.ranks} {'GPU' if self.device == 'gpu' else 'CPU core'}{'s' * (self.ranks > 1)}"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files reach the model."""
+
+    encoding: str = "as_stored"
+    image_size: int | None = None
+    sample_rate_hz: int | None = None
+    seconds: float | None = None
+    augmented: bool = False
+    reason: str = "the files go in as they are"
+
+    def lengths(self, survey: Survey) -> np.ndarray:
+        """int64 [training files]: bytes of each file in this format."""
+        if self.image_size:
+            return np.full(len(survey.train_bytes), 3 * self.image_size**2 + 140)
+        if self.sample_rate_hz and self.seconds:
+            return np.full(len(survey.train_bytes), round(self.sample_rate_hz * self.seconds) + WAV_HEADER_BYTES)
+        return survey.train_bytes
+
+    def smaller(self) -> Format | None:
+        """The next format that costs less."""
+        if self.image_size and self.image_size > PICTURE_SIDES[-1]:
+            return replace(self, image_size=max(side for side in PICTURE_SIDES if side < self.image_size))
+        if self.sample_rate_hz and self.sample_rate_hz > SAMPLE_RATES_HZ[-1]:
+            return replace(self, sample_rate_hz=SAMPLE_RATES_HZ[-1])
+        return None
+
+    def describe(self) -> str:
+        sizes = (
+            f"{self.image_size} × {self.image_size} pixels" if self.image_size else "",
+            f"{self.seconds:g} s at {self.sample_rate_hz:,} Hz" if self.seconds else "",
+        )
+        return " of ".join(part for part in (self.encoding, *sizes) if part)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All that a config needs, but for the number of steps."""
+
+    format: Format
+    machine: Machine
+    kernel: int
+    max_tokens: int
+    batch_samples: int
+    lanes: int
+    eval_split: str
+    lengths: np.ndarray
+    """int64 [training files]: bytes as the model is given them."""
+
+    @property
+    def architecture(self) -> Architecture:
+        if self.machine.device == "gpu":
+            return architecture("tiny", kernel=self.kernel, max_tokens=self.max_tokens)
+        return architecture(
+            "custom",
+            kernel=self.kernel,
+            max_tokens=self.max_tokens,
+            **{**SMALL, "merge_after": tuple(SMALL["merge_after"])},  # type: ignore[arg-type]
+        )
+
+    def most_steps(self) -> int:
+        """More would only go over the training files again."""
+        return max(200, MOST_PASSES * len(self.lengths) // self.batch_samples)
+
+    def estimated_step_s(self, classes: int) -> float:
+        typical = self.lengths[np.linspace(0, len(self.lengths) - 1, 64).astype(int)]
+        flops = flops_per_step(typical, self.architecture, classes).total * self.batch_samples / len(typical)
+        return flops / (FLOPS_PER_S[self.machine.device] * self.machine.ranks)
+
+
+def first_format(survey: Survey, *, as_stored: bool) -> Format:
+    """The largest format that these files are good for."""
+    if as_stored or survey.modality is None:
+        return Format(reason="the files go in as they are")
+    if survey.modality == "image" and survey.is_compressed:
+        side = max((s for s in PICTURE_SIDES if s <= survey.typical_size), default=PICTURE_SIDES[-1])
+        augmented = survey.is_photographs and side >= 64
+        return Format(
+            "tiff", image_size=side, augmented=augmented, reason="compressed pictures are learned slowly from"
+        )
+    if survey.modality == "audio" and (survey.is_compressed or survey.typical_size > 2 or survey.rate_hz > 16_000):
+        seconds = round(min(LONGEST_SOUND_S, max(0.25, survey.typical_size)), 2)
+        rate_hz = max((r for r in SAMPLE_RATES_HZ if r <= survey.rate_hz), default=SAMPLE_RATES_HZ[-1])
+        why = "compressed sounds are learned slowly from" if survey.is_compressed else "long sounds cost much time"
+        return Format("wav:uint8", sample_rate_hz=rate_hz, seconds=seconds, augmented=True, reason=why)
+    return Format()
+
+
+def choose(survey: Survey, machine: Machine, train_s: float, *, as_stored: bool) -> Choice:
+    """The largest format of which the time is estimated to allow ENOUGH_STEPS."""
+    form = first_format(survey, as_stored=as_stored)
+    while True:
+        choice = choice_of(survey, machine, form)
+        wanted = min(ENOUGH_STEPS, choice.most_steps())
+        smaller = form.smaller()
+        if smaller is None or wanted * choice.estimated_step_s(len(survey.classes)) <= train_s:
+            return choice
+        form = smaller
+
+
+def choice_of(survey: Survey, machine: Machine, form: Format) -> Choice:
+    lengths = form.lengths(survey)
+    median = float(np.median(lengths))
+    kernel = next((kernel for limit, kernel in KERNELS if median <= limit), LARGEST_KERNEL)
+    longest = max(int(lengths.max()), survey.longest if form.encoding == "as_stored" else 0)
+    positions = min(MOST_POSITIONS, -(-2 * longest // kernel))
+    lanes = 8 if machine.device == "gpu" else max(n for n in (1, 2, 4, 8) if n <= machine.ranks)
+    batch = 64 if median <= 4_000 or machine.device == "gpu" else 32
+    while batch > max(lanes, len(lengths) // 2):
+        batch //= 2
+    return Choice(
+        format=form,
+        machine=machine,
+        kernel=kernel,
+        max_tokens=max(64, -(-positions // 64) * 64),
+        batch_samples=max(batch, lanes),
+        lanes=lanes,
+        eval_split="val" if "val" in survey.files else "test",
+        lengths=lengths,
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key of a config, its value and why."""
+
+    section: str
+    key: str
+    value: object
+    reason: str = ""
+
+
+def settings_of(choice: Choice, data: str, eval_data: str, steps: int, minutes: float) -> list[Setting]:
+    """What differs from the defaults."""
+    return [
+        *_of_data(choice, data, eval_data),
+        *_of_model(choice),
+        *_of_training(choice, steps, minutes),
+    ]
+
+
+def _of_data(choice: Choice, data: str, eval_data: str) -> Iterator[Setting]:
+    form, median = choice.format, float(np.median(choice.lengths))
+    source: dict[str, object] = {"path": data}
+    if form.augmented:
+        of_form: dict[str, object] = {"encoding": form.encoding}
+        if form.image_size:
+            of_form |= {"image_size": form.image_size}
+        else:
+            of_form |= {"sample_rate_hz": form.sample_rate_hz, "seconds": form.seconds, "mixup": False}
+            of_form |= {"speeds": [0.9, 0.95, 1.0, 1.05, 1.1]}
+        source |= {"eval_path": eval_data, "augment": of_form}
+    yield Setting("data", "sources", [source], f"{form.describe()}: {form.reason}")
+    if choice.eval_split != "val":
+        yield Setting("data", "eval_split", choice.eval_split, "there is no validation split")
+    yield Setting(
+        "data", "batch_samples", choice.batch_samples, f"{len(choice.lengths):,} files of {median:,.0f} bytes"
+    )
+    yield Setting("data", "lanes", choice.lanes, "numbers of ranks that divide it are possible")
+    if form.augmented and choice.machine.device == "gpu":
+        yield Setting("data", "workers", 4, "files are decoded and augmented while the GPU computes")
+
+
+def _of_model(choice: Choice) -> Iterator[Setting]:
+    if choice.machine.device == "gpu":
+        yield Setting("model", "size", "tiny", "the smallest published size; a GPU trains it fast")
+    else:
+        yield Setting("model", "size", "custom", "the model of configs/small.yaml, which a CPU trains in minutes")
+        for key, value in SMALL.items():
+            yield Setting("model", key, value)
+    yield Setting("model", "kernel", choice.kernel, "bytes of a token, by the median length of a file")
+    yield Setting("model", "max_tokens", choice.max_tokens, f"files of up to {choice.architecture.max_bytes:,} bytes")
+
+
+def _of_training(choice: Choice, steps: int, minutes: float) -> Iterator[Setting]:
+    passes = steps * choice.batch_samples / len(choice.lengths)
+    every = max(1, -(-steps // 4))
+    yield Setting("optim", "warmup_steps", min(LONGEST_WARMUP, steps // 8), "an eighth of the steps")
+    yield Setting("optim", "ema_decay", 0.999 if steps >= 3000 else 0.99 if steps >= 300 else 0.95, "by the steps")
+    limited = (
+        "as often as it helps" if steps == choice.most_steps() else f"measured: as many as {minutes:g} minutes allow"
+    )
+    yield Setting("train", "steps", steps, f"{limited}; {passes:.1f} passes over the training files")
+    precision = "bf16" if choice.machine.device == "gpu" else "fp32"
+    yield Setting("train", "precision", precision, f"trained on {choice.machine.describe()}")
+    yield Setting("train", "log_every", max(1, steps // 40))
+    yield Setting("train", "eval_every", every, "a quarter of the steps")
+    yield Setting("train", "save_every", every)
+
+
+def to_yaml(settings: list[Setting], header: list[str]) -> str:
+    """A config with the reasons as comments."""
+    lines = [f"# {line}" for line in header] + ["recipe: recommended   # docs/learning.md"]
+    section = ""
+    for one in settings:
+        if one.section != section:
+            section = one.section
+            lines.append(f"{section}:")
+        lines += [f"  # {one.reason}"] if one.reason else []
+        block = yaml.safe_dump(
+            {one.key: one.value}, default_flow_style=None, sort_keys=False, allow_unicode=True, width=10**6
+        )
+        lines += [f"  {line}" for line in block.rstrip().split("\n")]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,290 @@
+"""From a folder of files to a trained and evaluated model: look, pack, choose, measure, train, evaluate.
+
+What was chosen is written to RUNS/NAME.yaml once, before training. The same command goes on from there after a stop,
+and a person may change the file. The number of steps follows from a short training on the machine itself, whose bytes
+per second already count optimizer, loader and decoding.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tempfile
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bfsys.baselines import byte_counts, largest_class, nearest_size, tables_of
+from bfsys.checkpoint.files import METRICS
+from bfsys.checkpoint.loading import load_model
+from bfsys.config import Config, load_config
+from bfsys.confusion import Report
+from bfsys.curves import draw, read
+from bfsys.data.media.encodings import AS_STORED, Fitting, parse_encoding
+from bfsys.data.packing.listing import Listing, check_files
+from bfsys.data.packing.pack import Packing, list_source, name_bad_files, pack
+from bfsys.data.storage.shards import read_description
+from bfsys.data.streaming.datasets import open_evaluation, open_training
+from bfsys.data.streaming.quarantine import Quarantine
+from bfsys.errors import UserError
+from bfsys.evaluate import evaluate
+from bfsys.files import replace_file
+from bfsys.fitting.choice import LEAST_STEPS, Choice, Format, Machine, choice_of, choose, settings_of, to_yaml
+from bfsys.fitting.survey import Survey, survey_of
+from bfsys.json_lines import read_json_lines
+from bfsys.launch.job import TrainJob
+from bfsys.launch.local import choose_ranks, launch, run_group
+from bfsys.launch.restart_policy import newest_step
+from bfsys.ranks import Ranks, gpu_count
+from bfsys.supervision.signals import EXIT_CODES
+
+RECORD = "# bfsys fit: "  # before what was asked for, as JSON, in the config
+TRIAL_STEPS = 6
+PASSED_OVER_STEPS = 2  # the first ones, which prepare memory
+EVALUATIONS = 5  # four during the run, one for the report
+SHARE_OF_TIME = 0.9  # of what is left, for training; machines are not always as fast as in the trial
+REPORT_S = 15.0  # loading the model, the baseline, pictures
+SHARD_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for."""
+
+    folder: Path
+    name: str
+    minutes: float
+    as_stored: bool
+    shards: Path
+    runs: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.runs / f"{self.name}.yaml"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.runs / self.name
+
+    def record(self) -> dict:
+        return {"folder": str(self.folder.absolute()), "minutes": self.minutes, "as_stored": self.as_stored}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What some steps of training on this machine took."""
+
+    bytes_per_s: float
+    start_s: float
+    evaluation_s: float
+
+    def steps_in(self, seconds: float, mean_step_bytes: float) -> int:
+        left_s = seconds - self.start_s - EVALUATIONS * self.evaluation_s - REPORT_S
+        return max(0, int(SHARE_OF_TIME * left_s * self.bytes_per_s / mean_step_bytes))
+
+
+def name_for(folder: Path) -> str:
+    """A name for a run, from that of its folder."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.absolute().name).strip("._-") or "fit"
+
+
+def prepare(request: Request, began_s: float) -> Config | int:
+    """The config of the request: that of an earlier start, or a new one. An exit code if a signal ended the trial."""
+    if request.config_file.exists():
+        check_record(request)
+        print(f"{request.config_file}: goes on with the config that was chosen before", flush=True)
+        return load_config(request.config_file, overrides_of(request))
+    survey = look(request)
+    machine = Machine("gpu" if gpu_count() else "cpu", gpu_count() or choose_ranks(8, None))
+    choice = choose(survey, machine, 60 * request.minutes * SHARE_OF_TIME, as_stored=request.as_stored)
+    while True:
+        data, eval_data = pack_all(request, choice)
+        trial = try_out(request, choice, data, eval_data)
+        if isinstance(trial, int):
+            return trial
+        left_s = 60 * request.minutes - (time.monotonic() - began_s)
+        steps = trial.steps_in(left_s, choice.batch_samples * float(choice.lengths.mean()))
+        smaller = choice.format.smaller()
+        if steps >= min(LEAST_STEPS, choice.most_steps()) or smaller is None:
+            break
+        print(f"{choice.format.describe()}: only {steps} steps in the time that is left; trying a smaller size")
+        choice = choice_of(survey, machine, smaller)
+    if steps < min(LEAST_STEPS, choice.most_steps()):
+        needed_s = (LEAST_STEPS - steps) * choice.batch_samples * float(choice.lengths.mean()) / trial.bytes_per_s
+        raise UserError(
+            f"--minutes: got {request.minutes:g}, in which this machine trains {steps} steps; at least {LEAST_STEPS} "
+            f"are needed, so allow about {np.ceil(request.minutes + needed_s / 60 / SHARE_OF_TIME + 1):.0f} minutes"
+        )
+    write_config(request, choice, data, eval_data, min(steps, choice.most_steps()))
+    return load_config(request.config_file, overrides_of(request))
+
+
+def overrides_of(request: Request) -> tuple[str, ...]:
+    return (f"name={request.name}", f"runs_dir={request.runs}")
+
+
+def check_record(request: Request) -> None:
+    """Raise UserError if the config was not chosen for this request."""
+    path = request.config_file
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        record = next((json.loads(line.removeprefix(RECORD)) for line in lines if line.startswith(RECORD)), None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it, or give another --name") from None
+    if record is None:
+        raise UserError(f"{path}: is a config that `bfsys fit` did not write; give another --name")
+    for key, asked in request.record().items():
+        if record.get(key) != asked:
+            raise UserError(
+                f"{path}: was chosen for {key} {record.get(key)!r}, and this command asks for {asked!r}; to begin "
+                f"again give another --name, or remove this file and {request.run_dir}"
+            )
+
+
+def look(request: Request) -> Survey:
+    """List the folder and say what is in it. Raises UserError for all that keeps it from being packed."""
+    listing = listed(request)
+    splits = {file.split for file in listing.files}
+    if "train" not in splits or not splits - {"train"}:
+        found = ", ".join(sorted(splits))
+        raise UserError(
+            f"{request.folder}: has the split {found} alone; a train split and a val or test split are needed. Put the "
+            "class folders into the folder itself, and a tenth of the files is set aside for validation"
+        )
+    survey = survey_of(listing.files, listing.classes)
+    if len(survey.classes) < 2:
+        raise UserError(f"{request.folder}: has one class, {survey.classes[0]!r}; at least 2 are needed to tell apart")
+    print("\n".join([f"{request.folder}:", *(f"  {line}" for line in survey.describe())]), flush=True)
+    return survey
+
+
+def listed(request: Request) -> Listing:
+    """The files with their sizes, each in its split."""
+    packing = packing_of(request, Format())
+    listing = list_source(packing)
+    check_files(listing, None, packing.encoding, packing.share_for_val)
+    if problems := listing.problems + name_bad_files(listing.bad):
+        raise UserError(*problems)
+    return listing
+
+
+def pack_all(request: Request, choice: Choice) -> tuple[str, str]:
+    """The packed training files and the packed evaluation files: one dataset, unless training files are augmented."""
+    as_stored, encoded = packing_of(request, Format()), packing_of(request, choice.format)
+    for packing in (as_stored, encoded) if choice.format.augmented else (encoded,):
+        pack(packing)
+        print(f"packed      {packing.folder} ({packing.encoding.text})", flush=True)
+    return str((as_stored if choice.format.augmented else encoded).folder), str(encoded.folder)
+
+
+def packing_of(request: Request, form: Format) -> Packing:
+    size = form.image_size or form.sample_rate_hz
+    return Packing(
+        src=request.folder,
+        folder=request.shards / (f"{request.name}-{size}" if size else request.name),
+        layout="tree" if request.folder.is_dir() else "filelist",
+        subdir="",
+        split=None,
+        splits=None,
+        val_share=None,
+        encoding=parse_encoding(form.encoding),
+        fitting=Fitting(form.image_size, form.sample_rate_hz, form.seconds),
+        shard_bytes=SHARD_BYTES,
+        max_file_bytes=None,
+        skip_bad=False,
+        workers=len(os.sched_getaffinity(0)),
+        seed=0,
+    )
+
+
+def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Trial | int:
+    """Train for some steps into a temporary run. An exit code if a signal ended it."""
+    began_s = time.monotonic()
+    print(f"measuring   {TRIAL_STEPS} steps on {choice.machine.describe()}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="bfsys-fit-") as folder:
+        file = Path(folder) / "trial.yaml"
+        settings = settings_of(choice, str(Path(data).absolute()), str(Path(eval_data).absolute()), TRIAL_STEPS, 0)
+        file.write_text(to_yaml(settings, []))
+        overrides = (f"runs_dir={folder}", "train.log_every=1", "train.eval_every=0", f"train.save_every={TRIAL_STEPS}")
+        config = load_config(file, overrides)
+        job = TrainJob(file, overrides, Path(__file__).resolve().parents[2], Path.cwd())
+        said = io.StringIO()
+        with redirect_stdout(said):
+            code = run_group(job, choose_ranks(config.data.lanes, None), config.run_dir / "log")
+        if code in EXIT_CODES.values():
+            return code
+        lines = list(read_json_lines(config.run_dir / METRICS, {"kind": str, "step": int}))
+        steps = [line for line in lines if line["kind"] == "train"][PASSED_OVER_STEPS:]
+        evaluated = [line for line in lines if line["kind"] == "eval"]
+        if code or not steps or not evaluated:
+            raise UserError(
+                f"{request.folder}: the trial training ended with code {code}; its output:\n{said.getvalue()}"
+            )
+        seconds = sum(line["step_s"] for line in steps)
+        evaluation_s = evaluated[-1]["seconds"]
+        return Trial(
+            bytes_per_s=sum(line["bytes_per_s"] * line["step_s"] for line in steps) / seconds,
+            start_s=max(0.0, time.monotonic() - began_s - evaluation_s - seconds * TRIAL_STEPS / len(steps)),
+            evaluation_s=evaluation_s,
+        )
+
+
+def write_config(request: Request, choice: Choice, data: str, eval_data: str, steps: int) -> None:
+    record = f"{RECORD}{json.dumps(request.record())}"
+    header = [
+        f"Chosen by `bfsys fit` for {request.folder}; each value has its reason.",
+        "The same command goes on with this file, also after you changed it.",
+        record.removeprefix("# "),
+    ]
+    text = to_yaml(settings_of(choice, data, eval_data, steps, request.minutes), header)
+    try:
+        request.runs.mkdir(parents=True, exist_ok=True)
+        replace_file(request.config_file, text)
+    except OSError as error:
+        raise UserError(f"{request.config_file}: cannot be written: {error.strerror}") from None
+    print(f"config      {request.config_file}:\n\n{text}", flush=True)
+
+
+def train(request: Request, config: Config) -> int:
+    """Train, or go on with training, to the end: the exit code."""
+    if newest_step(request.run_dir) >= config.train.steps:
+        print(f"{request.run_dir}: is trained already ({config.train.steps} steps)", flush=True)
+        return 0
+    return launch(config, request.config_file, overrides_of(request), None, is_dry_run=False)
+
+
+def report(request: Request) -> list[str]:
+    """Evaluate the averaged weights, compare with byte counts, draw the pictures: lines for people."""
+    model, config, manifest = load_model(request.run_dir, average=True)
+    ranks, folder = Ranks(), request.run_dir / "report"
+    training = open_training(config)
+    sources = open_evaluation(config, config.data.eval_split, manifest["classes"])
+    answers = Report(sources.classes, folder)
+    result = evaluate(model.to(ranks.device), config, sources, ranks, Quarantine(), manifest["step"], report=answers)
+    train, held_out = tables_of(config, training, sources)
+    problems: list[str] = []
+    lines = [
+        f"held-out files ({config.data.eval_split})      {result['samples']:>8,}",
+        f"top-1 of this model         {100 * result['top1']:8.2f} %",
+        f"top-1 from byte counts      {100 * byte_counts(train, held_out):8.2f} %   (logistic regression)",
+        f"top-1 from file sizes       {100 * nearest_size(train, held_out):8.2f} %",
+        f"top-1 of the largest class  {100 * largest_class(train, held_out):8.2f} %",
+        *answers.write(),
+    ]
+    draw({request.run_dir: read(request.run_dir, "top1", problems)}, "top1", folder / "learning_curve.png")
+    return [*lines, f"learning curve: {folder / 'learning_curve.png'}"]
+
+
+def next_commands(request: Request, config: Config) -> list[str]:
+    is_encoded = any(s.augment or read_description(Path(s.path))["encoding"] != AS_STORED for s in config.data.sources)
+    encode = " --encode" if is_encoded else ""
+    return [
+        f"bfsys predict {request.run_dir} FILE{encode}",
+        f"bfsys serve {request.run_dir}",
+        f"tensorboard --logdir {request.runs}",
+    ]

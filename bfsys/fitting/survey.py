@@ -1,0 +1,119 @@
+"""What a folder of files holds: classes, splits, lengths, and whether all of it is pictures or all of it sound.
+
+Kinds and sizes are read from the headers of some files, spread evenly over the folder. Packing looks at every file
+later; a survey only has to be right about what is typical.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from bfsys.data.media.input_formats import FileKind, kind_of
+from bfsys.data.packing.listing import SourceFile
+
+LOOKED_AT = 200  # files whose headers are read
+HEADER_BYTES = 1 << 20  # of a file, for its size in pixels or seconds
+COMPRESSED = ("a JPEG", "a PNG", "a GIF", "a WebP", "a FLAC", "an Ogg", "an MP3")
+PHOTOGRAPHS = ("a JPEG", "a WebP")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found."""
+
+    classes: tuple[str, ...]
+    files: dict[str, int]
+    """Number of files of each split."""
+    train_bytes: np.ndarray
+    """int64 [training files]: their lengths."""
+    longest: int
+    """Bytes of the longest file of all splits."""
+    kinds: dict[str, int]
+    """How many of the files that were looked at are of which kind, such as `a JPEG`; `other` for unknown kinds."""
+    modality: str | None
+    """`image` or `audio` if every file that was looked at is one that can be decoded; else None."""
+    typical_size: float
+    """Median of the shorter side in pixels, or 95th percentile of the duration in seconds; 0 without a modality."""
+    rate_hz: int
+    """Median sample rate of sounds; else 0."""
+
+    @property
+    def is_compressed(self) -> bool:
+        """Most files that were looked at are pictures or sounds whose bytes are compressed."""
+        return sum(self.kinds.get(kind, 0) for kind in COMPRESSED) * 2 > sum(self.kinds.values())
+
+    @property
+    def is_photographs(self) -> bool:
+        return sum(self.kinds.get(kind, 0) for kind in PHOTOGRAPHS) * 2 > sum(self.kinds.values())
+
+    def describe(self) -> list[str]:
+        """Lines for people."""
+        low, middle, high = np.quantile(self.train_bytes, (0.05, 0.5, 0.95))
+        names = ", ".join(self.classes[:8]) + (", …" if len(self.classes) > 8 else "")
+        kinds = ", ".join(f"{100 * n / sum(self.kinds.values()):.0f} % {kind}" for kind, n in self.kinds.items())
+        lines = [
+            f"classes     {len(self.classes):,}: {names}",
+            "files       " + ", ".join(f"{n:,} {split}" for split, n in self.files.items()),
+            f"lengths     median {middle:,.0f} bytes, 90 % of them {low:,.0f} to {high:,.0f}, longest {self.longest:,}",
+            f"kinds       {kinds}",
+        ]
+        if self.modality == "image":
+            lines.append(f"pictures    median of the shorter side: {self.typical_size:.0f} pixels")
+        elif self.modality == "audio":
+            lines.append(f"sounds      95 % are not longer than {self.typical_size:.2f} s; {self.rate_hz:,} Hz")
+        return lines
+
+
+def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
+    """Look at files that are listed, sized and divided. There must be training files."""
+    splits = Counter(file.split for file in files)
+    chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, LOOKED_AT).astype(int))]
+    kinds: Counter[str] = Counter()
+    modalities: set[str | None] = set()
+    sizes: list[float] = []
+    rates: list[int] = []
+    for file in chosen:
+        head = _beginning(file.path)
+        kind = kind_of(np.frombuffer(head, np.uint8))
+        kinds[kind.name if kind else "other"] += 1
+        measured = _size_of(file.path, head, kind) if kind else None
+        modalities.add(kind.modality if kind and measured else None)
+        if measured:
+            sizes.append(measured[0])
+            rates.append(measured[1])
+    modality = next(iter(modalities)) if len(modalities) == 1 else None
+    return Survey(
+        classes=tuple(classes),
+        files={split: splits[split] for split in sorted(splits, key=("train", "val", "test").index)},
+        train_bytes=np.array([file.size_bytes for file in files if file.split == "train"], np.int64),
+        longest=max(file.size_bytes for file in files),
+        kinds=dict(kinds.most_common()),
+        modality=modality,
+        typical_size=float(np.quantile(sizes, 0.5 if modality == "image" else 0.95)) if modality else 0.0,
+        rate_hz=int(np.median(rates)) if modality == "audio" else 0,
+    )
+
+
+def _beginning(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEADER_BYTES)
+
+
+def _size_of(path: str, head: bytes, kind: FileKind) -> tuple[float, int] | None:
+    """(shorter side in pixels, 0) or (seconds, sample rate in Hz); None if the file's header cannot be decoded."""
+    try:
+        if kind.modality == "image":
+            from PIL import Image
+
+            with Image.open(io.BytesIO(head)) as image:
+                return float(min(image.size)), 0
+        import soundfile
+
+        info = soundfile.info(path)
+        return info.frames / info.samplerate, info.samplerate
+    except Exception:  # decoders raise anything
+        return None
