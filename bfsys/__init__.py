@@ -2,23 +2,25 @@
 
     import bfsys
 
+    run = bfsys.fit("photos", minutes=10)            # a folder of files per class: trained and evaluated
     model = bfsys.load("runs/quickstart")
     model.predict("photo.jpg")                       # the likeliest classes of one file
     model.predict(bfsys.files_in("photos"), top=1)   # of many
     model.probabilities([b"…", b"…"])                # [2, classes]
 
-The docstrings of `load` and `Model` have the rest. Bad input raises `UserError`. All other names are internal and may
-change.
+The docstrings of `fit`, `load` and `Model` have the rest. Bad input raises `UserError`. All other names are internal
+and may change.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bfsys.errors import UserError
+    from bfsys.fitting.from_python import fit
     from bfsys.inputs import files_in
     from bfsys.predict import Model, Prediction, load
 
-__all__ = ["Model", "Prediction", "UserError", "files_in", "load"]
+__all__ = ["Model", "Prediction", "UserError", "files_in", "fit", "load"]
 
 # PyTorch is imported when a name is asked for, and not for `bfsys --help`.
 _MODULES = {
@@ -26,6 +28,7 @@ _MODULES = {
     "Prediction": "bfsys.predict",
     "UserError": "bfsys.errors",
     "files_in": "bfsys.inputs",
+    "fit": "bfsys.fitting.from_python",
     "load": "bfsys.predict",
 }
 

@@ -22,8 +22,8 @@ from bfsys.model.sizes import Architecture, architecture
 
 SMALL = {"dim": 96, "layers": 6, "heads": 3, "merge_after": [0, 1, 3], "window": 64, "shift": 32}  # configs/small.yaml
 # Until it is measured: of one core in float32 with the small model, and of one GPU in bfloat16 with the tiny one
-FLOPS_PER_S = {"cpu": 2e10, "gpu": 5e13}
-ENOUGH_STEPS = 600
+FLOPS_PER_S = {"cpu": 3e10, "gpu": 5e13}
+ENOUGH_STEPS = 400
 LEAST_STEPS = 60
 MOST_PASSES = 60  # over the training files
 LONGEST_WARMUP = 200
@@ -58,6 +58,7 @@ class Format:
     seconds: float | None = None
     augmented: bool = False
     reason: str = "the files go in as they are"
+    """A sentence, or its beginning, which the format's name ends."""
 
     def lengths(self, survey: Survey) -> np.ndarray:
         """int64 [training files]: bytes of each file in this format."""
@@ -74,6 +75,9 @@ class Format:
         if self.sample_rate_hz and self.sample_rate_hz > SAMPLE_RATES_HZ[-1]:
             return replace(self, sample_rate_hz=SAMPLE_RATES_HZ[-1])
         return None
+
+    def why(self) -> str:
+        return self.reason if self.encoding == "as_stored" else f"{self.reason} {self.describe()}"
 
     def describe(self) -> str:
         sizes = (
@@ -121,7 +125,7 @@ class Choice:
 def first_format(survey: Survey, *, as_stored: bool) -> Format:
     """The largest format that these files are good for."""
     if as_stored or survey.modality is None:
-        return Format(reason="the files go in as they are")
+        return Format()
     if survey.modality == "image" and survey.is_compressed:
         side = max((s for s in PICTURE_SIDES if s <= survey.typical_size), default=PICTURE_SIDES[-1])
         augmented = survey.is_photographs and side >= 64
@@ -131,7 +135,8 @@ def first_format(survey: Survey, *, as_stored: bool) -> Format:
     if survey.modality == "audio" and (survey.is_compressed or survey.typical_size > 2 or survey.rate_hz > 16_000):
         seconds = round(min(LONGEST_SOUND_S, max(0.25, survey.typical_size)), 2)
         rate_hz = max((r for r in SAMPLE_RATES_HZ if r <= survey.rate_hz), default=SAMPLE_RATES_HZ[-1])
-        why = "compressed sounds are learned slowly from" if survey.is_compressed else "long sounds cost much time"
+        cause = "compressed sounds are learned from slowly" if survey.is_compressed else "long sounds take much time"
+        why = f"{cause}, so files are decoded and encoded as"
         return Format("wav:uint8", sample_rate_hz=rate_hz, seconds=seconds, augmented=True, reason=why)
     return Format()
 
@@ -155,7 +160,7 @@ def choice_of(survey: Survey, machine: Machine, form: Format) -> Choice:
     longest = max(int(lengths.max()), survey.longest if form.encoding == "as_stored" else 0)
     positions = min(MOST_POSITIONS, -(-2 * longest // kernel))
     lanes = 8 if machine.device == "gpu" else max(n for n in (1, 2, 4, 8) if n <= machine.ranks)
-    batch = 64 if median <= 4_000 or machine.device == "gpu" else 32
+    batch = 64 if median <= 3_000 or machine.device == "gpu" else 32
     while batch > max(lanes, len(lengths) // 2):
         batch //= 2
     return Choice(
@@ -200,7 +205,7 @@ def _of_data(choice: Choice, data: str, eval_data: str) -> Iterator[Setting]:
             of_form |= {"sample_rate_hz": form.sample_rate_hz, "seconds": form.seconds, "mixup": False}
             of_form |= {"speeds": [0.9, 0.95, 1.0, 1.05, 1.1]}
         source |= {"eval_path": eval_data, "augment": of_form}
-    yield Setting("data", "sources", [source], f"{form.describe()}: {form.reason}")
+    yield Setting("data", "sources", [source], form.why())
     if choice.eval_split != "val":
         yield Setting("data", "eval_split", choice.eval_split, "there is no validation split")
     yield Setting(
@@ -246,9 +251,15 @@ def to_yaml(settings: list[Setting], header: list[str]) -> str:
         if one.section != section:
             section = one.section
             lines.append(f"{section}:")
+        if isinstance(one.value, str | int | float):
+            line = f"  {one.key}: {yaml.safe_dump(one.value).splitlines()[0]}"
+            lines.append(f"{line:<24}  # {one.reason}" if one.reason else line)
+            continue
+        flow = None if one.key == "sources" else True  # the list of sources has a line each
+        block = yaml.safe_dump(one.value, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=10**6)
         lines += [f"  # {one.reason}"] if one.reason else []
-        block = yaml.safe_dump(
-            {one.key: one.value}, default_flow_style=None, sort_keys=False, allow_unicode=True, width=10**6
-        )
-        lines += [f"  {line}" for line in block.rstrip().split("\n")]
+        if flow:
+            lines.append(f"  {one.key}: {block.strip()}")
+        else:
+            lines += [f"  {one.key}:", *(f"    {line}" for line in block.rstrip().split("\n"))]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,91 @@
+"""The rules by which format, model and steps are chosen, and the config that comes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bfsys.config import load_config
+from bfsys.fitting.choice import (
+    ENOUGH_STEPS,
+    LEAST_STEPS,
+    PICTURE_SIDES,
+    Choice,
+    Format,
+    Machine,
+    choose,
+    first_format,
+    settings_of,
+    to_yaml,
+)
+from bfsys.fitting.survey import Survey
+
+CPU, GPU = Machine("cpu", 2), Machine("gpu", 1)
+
+
+def survey(
+    kind: str, modality: str | None, length: int = 5000, size: float = 0.0, rate_hz: int = 0, files: int = 900
+) -> Survey:
+    lengths = np.full(files, length)
+    return Survey(("a", "b"), {"train": files, "val": 100}, lengths, 2 * length, {kind: 200}, modality, size, rate_hz)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (survey("other", None), Format()),
+        (survey("a TIFF", "image", size=64), Format()),
+        (survey("a WAV", "audio", size=1.0, rate_hz=16_000), Format()),
+        (survey("a PNG", "image", size=28), ("tiff", 16, None, None, False)),
+        (survey("a JPEG", "image", size=240), ("tiff", 224, None, None, True)),
+        (survey("an MP3", "audio", size=1.0, rate_hz=44_100), ("wav:uint8", None, 16_000, 1.0, True)),
+        (survey("a WAV", "audio", size=3600.0, rate_hz=8_000), ("wav:uint8", None, 8_000, 10.0, True)),
+    ],
+)
+def test_compressed_and_long_files_are_encoded(found: Survey, expected: Format | tuple) -> None:
+    got = first_format(found, as_stored=False)
+    if isinstance(expected, Format):
+        assert got == expected
+    else:
+        assert (got.encoding, got.image_size, got.sample_rate_hz, got.seconds, got.augmented) == expected
+    assert first_format(found, as_stored=True) == Format()
+
+
+def test_pictures_are_as_large_as_the_time_allows() -> None:
+    photographs = survey("a JPEG", "image", 40_000, size=500)
+    sides = [choose(photographs, CPU, seconds, as_stored=False).format.image_size for seconds in (60, 600, 6000, 10**6)]
+    assert sides == sorted(sides)
+    assert sides[0] < sides[-1] == PICTURE_SIDES[0]
+    for seconds, side in zip((60, 600, 6000), sides[:3], strict=True):
+        choice = choose(photographs, CPU, seconds, as_stored=False)
+        allowed = choice.estimated_step_s(2) * min(ENOUGH_STEPS, choice.most_steps()) <= seconds
+        assert allowed or side == PICTURE_SIDES[-1]
+
+
+@pytest.mark.parametrize("files", [2, 5, 40, 3000])
+@pytest.mark.parametrize("length", [1, 300, 9_000, 300_000, 50_000_000])
+@pytest.mark.parametrize("machine", [CPU, GPU])
+def test_the_config_can_be_loaded(files: int, length: int, machine: Machine, tmp_path: Path) -> None:
+    choice = choose(survey("other", None, length, files=files), machine, 600, as_stored=False)
+    file = tmp_path / "chosen.yaml"
+    file.write_text(to_yaml(settings_of(choice, "data/a: 'b'", "data/c", LEAST_STEPS, 10), ["header: #"]))
+    config = load_config(file)
+    assert config.data.sources[0].path == "data/a: 'b'"
+    assert config.data.batch_samples <= max(choice.lanes, files)
+    assert config.model.architecture() == choice.architecture
+    assert (config.optim.name, config.model.init) == ("muon", "smooth")
+
+
+def test_each_choice_has_its_reason() -> None:
+    choice = choose(survey("a JPEG", "image", 40_000, size=500), CPU, 600, as_stored=False)
+    text = to_yaml(settings_of(choice, "data/a", "data/b", 100, 10), [])
+    for key in ("sources", "batch_samples", "kernel", "max_tokens", "steps", "precision"):
+        line = next(i for i, line in enumerate(text.split("\n")) if line.strip().startswith(f"{key}:"))
+        assert "#" in text.split("\n")[line] + text.split("\n")[line - 1], key
+
+
+def test_few_files_are_not_repeated_for_ever() -> None:
+    few: Choice = choose(survey("other", None, 500, files=100), CPU, 36_000, as_stored=False)
+    assert few.most_steps() * few.batch_samples <= max(200 * few.batch_samples, 60 * 100)

@@ -1,0 +1,125 @@
+"""From a folder to a trained and evaluated model by one command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bfsys
+from bfsys.cli import call
+from bfsys.errors import UserError
+from bfsys.fitting.fit import RECORD, Request, listed, name_for
+from bfsys.fitting.survey import survey_of
+from tests.commands.packing_helpers import make_files, png_bytes, wav_bytes
+
+
+def folder_of(folder: Path, files: int, content: dict[str, int] | None = None) -> Path:
+    """Files whose class is the order of two bytes somewhere in them: byte counts say nothing."""
+    rng = np.random.default_rng(0)
+    names = {}
+    for name, first in (content or {"rising": 10, "falling": 200}).items():
+        for i in range(files):
+            data = rng.integers(100, 110, 60, dtype=np.uint8)
+            place = int(rng.integers(0, 50))
+            data[place : place + 6] = np.linspace(first, 210 - first, 6)
+            names[f"{name}/{i}.bin"] = data.tobytes()
+    return make_files(folder, names)
+
+
+def test_a_folder_becomes_a_model_that_beats_byte_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = folder_of(tmp_path / "slopes", 150)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(bfsys.__file__).parents[1]))
+    run = bfsys.fit(src, minutes=3)
+    said = capsys.readouterr().out
+    assert run == Path("runs/slopes")
+    percent = {
+        line[:27].strip(): float(line[27:].split()[0]) for line in said.splitlines() if line.startswith("top-1 ")
+    }
+    assert percent["top-1 of this model"] >= 90 > percent["top-1 from byte counts"]
+    assert {"confusion.png", "learning_curve.png", "classes.tsv"} <= {p.name for p in (run / "report").iterdir()}
+    model = bfsys.load(run)
+    assert model.classes == ("falling", "rising")
+    for command in ("bfsys predict runs/slopes FILE\n", "tensorboard --logdir runs\n"):
+        assert command in said
+
+    bfsys.fit(src, minutes=3)  # does not train again
+    again = capsys.readouterr().out
+    assert "runs/slopes: is trained already" in again
+    assert said.partition("held-out")[2].partition("took")[0] == again.partition("held-out")[2].partition("took")[0]
+    with pytest.raises(UserError, match=r"slopes\.yaml: was chosen for minutes 3\.0, and this command asks for 4"):
+        bfsys.fit(src, minutes=4)
+
+
+def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
+    def seen(names: dict[str, bytes]) -> tuple:
+        folder = make_files(tmp_path / str(len(list(tmp_path.iterdir()))), names)
+        listing = listed(Request(folder, "x", 1.0, False, tmp_path / "s", tmp_path / "r"))
+        found = survey_of(listing.files, listing.classes)
+        assert found.describe()
+        return found.modality, found.kinds, found.typical_size, found.rate_hz
+
+    pictures = {f"{c}/{i}.png": png_bytes(20 + i, 30, 9) for c in "ab" for i in range(3)}
+    sounds = {f"{c}/{i}.wav": wav_bytes(0.5, 8000) for c in "ab" for i in range(3)}
+    assert seen(pictures) == ("image", {"a PNG": 6}, 21.0, 0)
+    assert seen(sounds) == ("audio", {"a WAV": 6}, 0.5, 8000)
+    assert seen(pictures | sounds)[0] is None
+    assert seen(pictures | {"a/cut.png": b"\x89PNG\r\n\x1a\n"})[0] is None
+    assert seen({"a/1.txt": b"x", "a/2.txt": b"y", "b/1": b"z", "b/2": b"z"})[:2] == (None, {"other": 4})
+
+
+def test_names_of_runs() -> None:
+    assert name_for(Path("/data/My photos (2)")) == "My_photos_2"
+    assert name_for(Path("/")) == "fit"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"one/1.bin": b"a", "one/2.bin": b"b"}, "has one class, 'one'; at least 2"),
+        ({"train/a/1.bin": b"a", "train/b/2.bin": b"b"}, "has the split train alone"),
+        ({"a/1.bin": b"a", "a/2.bin": b"", "b/1.bin": b"c"}, "2.bin: is empty"),
+        ({"a.bin": b"a"}, "has no class folders"),
+    ],
+)
+def test_a_folder_that_cannot_be_fitted(names: dict[str, bytes], message: str, tmp_path: Path) -> None:
+    src = make_files(tmp_path / "src", names)
+    with pytest.raises(UserError) as error:
+        call("fit", [str(src), "--runs", str(tmp_path / "runs"), "--shards", str(tmp_path / "shards")])
+    assert message in str(error.value)
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes: got 0; more than 0"),
+        (["--minutes", "nan"], "--minutes: got nan"),
+        (["--name", "a/b"], "--name: got 'a/b'"),
+        (["--minutes", "0.01"], "in which this machine trains 0 steps"),
+    ],
+)
+def test_wrong_options(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        call(
+            "fit", [str(folder_of(tmp_path / "src", 4)), "--runs", str(tmp_path), "--shards", str(tmp_path), *arguments]
+        )
+    assert message in str(error.value)
+
+
+def test_configs_of_others_are_left_alone(tmp_path: Path) -> None:
+    src = folder_of(tmp_path / "src", 4)
+    options = ["--runs", str(tmp_path / "runs"), "--shards", str(tmp_path / "shards")]
+    (tmp_path / "runs").mkdir()
+    config = tmp_path / "runs" / "src.yaml"
+    config.write_text("recipe: recommended\n")
+    with pytest.raises(UserError, match="is a config that `bfsys fit` did not write"):
+        call("fit", [str(src), *options])
+    config.write_text(RECORD + json.dumps({"folder": "/elsewhere", "minutes": 10.0, "as_stored": False}))
+    with pytest.raises(UserError, match="was chosen for folder '/elsewhere'"):
+        call("fit", [str(src), *options])
