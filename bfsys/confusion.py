@@ -15,10 +15,13 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from bfsys.batch import ByteBatch
+from bfsys.dist import gather_to_all
 from bfsys.errors import UserError
 from bfsys.files import replace_file, replacing
 
@@ -26,28 +29,67 @@ MOST_CLASSES_DRAWN = 2000
 MOST_CLASSES_NAMED = 60  # beside rows and columns
 MOST_CLASSES_COUNTED = 30  # with the number of files in each cell
 WORST_PAIRS = 5
+WORST_FILES = 10
+
+
+class Judged(NamedTuple):
+    """A file and what was answered."""
+
+    probability: float  # that was given to its own class
+    label: int
+    answer: int
+    source: int  # position among the run's sources
+    sample: int  # position in its source's split
+
+
+class Answers:
+    """The answers of an evaluation: how often each class got each answer, and the files that were judged worst."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.worst: list[Judged] = []
+        """The WORST_FILES of which the right class got the lowest probability, the lowest first."""
+        self._pairs: list[np.ndarray] = [np.zeros(0, np.int64)]  # [files], class · number of classes + answer
+
+    def add(self, batch: ByteBatch, logits: Tensor) -> None:
+        """logits [B, classes]."""
+        labels, answers = batch.labels.cpu(), logits.argmax(1).cpu()
+        self._pairs.append((labels * self.num_classes + answers).numpy())
+        own = logits.float().log_softmax(1).gather(1, batch.labels[:, None])[:, 0].exp().cpu()
+        lowest = own.argsort()[:WORST_FILES]
+        rows = (own[lowest], labels[lowest], answers[lowest], batch.sources.cpu()[lowest], batch.samples[lowest])
+        found = [Judged(*row) for row in zip(*(values.tolist() for values in rows), strict=True)]
+        self.worst = sorted([*self.worst, *found])[:WORST_FILES]
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64 [pairs] each: class, answer, files, of the pairs that occur."""
+        values, counts = np.unique(np.concatenate(self._pairs), return_counts=True)
+        labels, answers = np.divmod(values, self.num_classes)
+        return labels, answers, counts
+
+    def over_ranks(self) -> Answers:
+        """Those of all ranks; collective."""
+        everyones = Answers(self.num_classes)
+        for labels, answers, counts, worst in gather_to_all((*self.counts(), self.worst)):
+            everyones._pairs.append(np.repeat(labels * self.num_classes + answers, counts))
+            everyones.worst += worst
+        everyones.worst = sorted(everyones.worst)[:WORST_FILES]
+        return everyones
 
 
 class Report:
-    """Collects the answers of one process."""
+    """Files about the answers of an evaluation."""
 
     def __init__(self, classes: Sequence[str], folder: Path) -> None:
         self.classes, self.folder = tuple(classes), folder
-        self._pairs: list[np.ndarray] = []  # int64 [files], class · number of classes + answer
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--report {folder}: cannot be made: {error.strerror}") from None
 
-    def add(self, labels: Tensor, logits: Tensor) -> None:
-        """labels [B], logits [B, classes]."""
-        answers = logits.argmax(1)
-        self._pairs.append((labels * len(self.classes) + answers).cpu().numpy())
-
-    def write(self) -> list[str]:
+    def write(self, all_answers: Answers) -> list[str]:
         """Write the files; lines that sum them up."""
-        values, counts = np.unique(np.concatenate(self._pairs), return_counts=True)
-        labels, answers = np.divmod(values, len(self.classes))
+        labels, answers, counts = all_answers.counts()
         files = np.bincount(labels, counts, minlength=len(self.classes)).astype(np.int64)
         right = np.zeros(len(self.classes), np.int64)
         right[labels[labels == answers]] = counts[labels == answers]

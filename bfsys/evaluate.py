@@ -17,7 +17,7 @@ from torch import Tensor
 from bfsys import dist
 from bfsys.batch import ByteBatch
 from bfsys.config import Config, Source
-from bfsys.confusion import Report
+from bfsys.confusion import Answers
 from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.loader import evaluation_rounds
 from bfsys.data.streaming.quarantine import Quarantine
@@ -37,12 +37,12 @@ def evaluate(
     quarantine: Quarantine,
     step: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    report: Report | None = None,
+    answers: Answers | None = None,
 ) -> dict:
     """Scores as `scores` gives them, over all ranks; collective. `forward` must be in eval mode.
 
-    Files that cannot be read are left out, and told to `quarantine` as found at `step`. `report` is told this rank's
-    answers.
+    Files that cannot be read are left out, and told to `quarantine` as found at `step`. `answers` is told
+    those of this rank.
     """
     sums = torch.zeros(len(sources.splits), COLUMNS, dtype=torch.float64)
     total = sum(len(split) for split in sources.splits)
@@ -52,8 +52,8 @@ def evaluate(
         _, batch_sums = loss_and_sums(logits, batch, len(sources.splits))
         if counts:
             sums += batch_sums.cpu()
-        if counts and report:
-            report.add(batch.labels, logits)
+        if counts and answers:
+            answers.add(batch, logits)
         progress(int(sums[:, SAMPLES].sum()) * ranks.world_size, total)
     dist.sum_over_ranks(sums)
     if not sums[:, SAMPLES].any():

@@ -29,6 +29,7 @@ from bfsys import console, dist
 from bfsys.batch import ByteBatch
 from bfsys.checkpoint.loading import resume, set_weights
 from bfsys.config import Config
+from bfsys.confusion import Answers
 from bfsys.data.streaming.loader import training_batches
 from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.engine import Engine
@@ -158,15 +159,18 @@ def evaluate_if_due(data: RunData, engine: Engine, supervisor: Supervisor, step:
         supervisor.finish_save(step)
     where = f"step {step}: evaluation"
     began = time.perf_counter()
+    answers = Answers(len(data.training.classes))
     with supervisor.watchdog.patient(where):
         engine.module.eval()
         with engine.averaged():  # what predict uses, and what `keep_best` judges
             result = evaluate(
                 engine.forward, config, data.validation, ranks, supervisor.quarantine, step,
-                progress=lambda *_: supervisor.watchdog.beat(where),
+                progress=lambda *_: supervisor.watchdog.beat(where), answers=answers,
             )  # fmt: skip
+            embedding = engine.module.get_parameter("stem.embedding").detach().clone()
         engine.module.train()
     metrics.evaluation(step, result, time.perf_counter() - began)
+    metrics.show_answers(step, data.training.classes, answers, data.validation.key_of, embedding)
     supervisor.report_bad_files(data.validation)
 
 

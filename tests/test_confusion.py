@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bfsys.confusion import Report
+from bfsys.batch import ByteBatch, Sample
+from bfsys.confusion import WORST_FILES, Answers, Report
 from bfsys.errors import UserError
 
 
-def answered(folder: Path, pairs: list[tuple[int, int]], classes: int = 4) -> Report:
-    """A report on files of (class, answer)."""
-    report = Report([f"c{i}" for i in range(classes)], folder)
+def answered(folder: Path, pairs: list[tuple[int, int]], classes: int = 4) -> list[str]:
+    """What a report says on files of (class, answer)."""
+    report, answers = Report([f"c{i}" for i in range(classes)], folder), Answers(classes)
     for half in (pairs[::2], pairs[1::2]):
         labels = torch.tensor([label for label, _ in half])
         logits = torch.nn.functional.one_hot(torch.tensor([answer for _, answer in half]), classes).float()
-        report.add(labels, logits)
-    return report
+        answers.add(batch_of(labels), logits)
+    return report.write(answers)
+
+
+def batch_of(labels: torch.Tensor) -> ByteBatch:
+    return ByteBatch.from_samples([Sample("", np.zeros(1, np.uint8), int(label)) for label in labels])
 
 
 PAIRS = [(0, 0)] * 3 + [(0, 1)] + [(1, 0)] * 2 + [(1, 3)] * 3 + [(1, 1)] * 5 + [(3, 3)] * 2
@@ -28,7 +35,7 @@ PAIRS = [(0, 0)] * 3 + [(0, 1)] + [(1, 0)] * 2 + [(1, 3)] * 3 + [(1, 1)] * 5 + [
 
 def test_files_and_summary(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "report"
-    said = answered(folder, PAIRS).write()
+    said = answered(folder, PAIRS)
     assert (folder / "classes.tsv").read_text().splitlines() == [
         "class\tfiles\ttop1\tmost often taken for\tfiles taken so",
         "c0\t4\t0.7500\tc1\t1",
@@ -48,33 +55,35 @@ def test_files_and_summary(tmp_path: Path) -> None:
 
 
 def test_names_are_not_taken_for_formulas(tmp_path: Path) -> None:
-    report = Report(["$5_$10", "x^$y_$"], tmp_path)
-    report.add(torch.tensor([0, 1]), torch.eye(2))
-    assert f"picture: {tmp_path}/confusion.png" in report.write()[-1]
+    answers = Answers(2)
+    answers.add(batch_of(torch.tensor([0, 1])), torch.eye(2))
+    assert f"picture: {tmp_path}/confusion.png" in Report(["$5_$10", "x^$y_$"], tmp_path).write(answers)[-1]
 
 
 def test_many_classes_need_no_matrix(tmp_path: Path) -> None:
-    pairs = [(i, (i * 7) % 100_000) for i in range(0, 100_000, 11)]
-    report = Report([str(i) for i in range(100_000)], tmp_path)
-    report.add(torch.tensor([a for a, _ in pairs]), _Answers(torch.tensor([b for _, b in pairs])))
-    assert "no picture of more than 2,000 classes" in report.write()[-1]
+    pairs = [(i, (i * 7) % 3000) for i in range(0, 3000)]
+    assert "no picture of more than 2,000 classes" in answered(tmp_path, pairs, 3000)[-1]
     assert len((tmp_path / "confusion.tsv").read_text().splitlines()) == len(pairs) + 1
 
 
-class _Answers:
-    """Logits, of which only the largest is asked for."""
-
-    def __init__(self, answers: torch.Tensor) -> None:
-        self.answers = answers
-
-    def argmax(self, dim: int) -> torch.Tensor:
-        assert dim == 1
-        return self.answers
+def test_the_files_that_were_judged_worst() -> None:
+    answers, rng = Answers(3), torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 3, generator=rng)
+    labels = torch.randint(0, 3, (40,), generator=rng)
+    for part in (slice(0, 25), slice(25, 40)):
+        batch = replace(batch_of(labels[part]), samples=torch.arange(40)[part])
+        answers.add(batch, logits[part])
+    own = logits.softmax(1)[torch.arange(40), labels]
+    assert [file.sample for file in answers.worst] == own.argsort()[:WORST_FILES].tolist()
+    assert answers.worst[0].probability == pytest.approx(float(own.min()))
+    everyones = answers.over_ranks()
+    assert everyones.worst == answers.worst
+    assert all((a == b).all() for a, b in zip(everyones.counts(), answers.counts(), strict=True))
 
 
 def test_without_matplotlib_the_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install matplotlib" in answered(tmp_path, PAIRS).write()[-1]
+    assert "pip install matplotlib" in answered(tmp_path, PAIRS)[-1]
     assert (tmp_path / "classes.tsv").exists()
     assert not (tmp_path / "confusion.png").exists()
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bfsys.checkpoint.loading import load_model
-    from bfsys.confusion import Report
+    from bfsys.confusion import Answers, Report
     from bfsys.data.streaming.byte_transforms import parse_transforms, with_key
     from bfsys.data.streaming.datasets import check_transforms, index_problems, open_evaluation
     from bfsys.data.streaming.quarantine import Quarantine
@@ -61,15 +61,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"left out: {damage}, after which files are too short for this model", file=sys.stderr)
         del damaged[damage]
     bad_files, report = Quarantine(), Report(sources.classes, args.report) if args.report else None
+    answers = Answers(len(sources.classes)) if report else None
     model.to(ranks.device)
-    result = evaluate(model, config, sources, ranks, bad_files, manifest["step"], _show_progress, report)
+    result = evaluate(model, config, sources, ranks, bad_files, manifest["step"], _show_progress, answers)
     for bad in bad_files.share(ranks, sources.sizes, config.data.max_bad_share):
         print(f"left out: {bad.describe()}", file=sys.stderr)
     robustness = {
         damage: evaluate(model, config, files, ranks, Quarantine(), manifest["step"], _show_progress)
         for damage, files in damaged.items()
     }
-    written = report.write() if report else []
+    written = report.write(answers) if report and answers else []
     if args.json:
         more = {"robustness": robustness} if robustness else {}
         print(json.dumps({"run": str(args.run), "step": manifest["step"], **result, **more}, indent=1))

@@ -23,7 +23,7 @@ from bfsys.baselines import byte_counts, largest_class, nearest_size, tables_of
 from bfsys.checkpoint.files import METRICS
 from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config, load_config
-from bfsys.confusion import Report
+from bfsys.confusion import Answers, Report
 from bfsys.curves import draw, read
 from bfsys.data.media.encodings import AS_STORED, Fitting, parse_encoding
 from bfsys.data.packing.listing import Listing, check_files
@@ -264,8 +264,8 @@ def report(request: Request) -> list[str]:
     ranks, folder = Ranks(), request.run_dir / "report"
     training = open_training(config)
     sources = open_evaluation(config, config.data.eval_split, manifest["classes"])
-    answers = Report(sources.classes, folder)
-    result = evaluate(model.to(ranks.device), config, sources, ranks, Quarantine(), manifest["step"], report=answers)
+    confusion, answers = Report(sources.classes, folder), Answers(len(sources.classes))
+    result = evaluate(model.to(ranks.device), config, sources, ranks, Quarantine(), manifest["step"], answers=answers)
     train, held_out = tables_of(config, training, sources)
     problems: list[str] = []
     lines = [
@@ -274,7 +274,7 @@ def report(request: Request) -> list[str]:
         f"top-1 from byte counts      {100 * byte_counts(train, held_out):8.2f} %   (logistic regression)",
         f"top-1 from file sizes       {100 * nearest_size(train, held_out):8.2f} %",
         f"top-1 of the largest class  {100 * largest_class(train, held_out):8.2f} %",
-        *answers.write(),
+        *confusion.write(answers),
     ]
     draw({request.run_dir: read(request.run_dir, "top1", problems)}, "top1", folder / "learning_curve.png")
     return [*lines, f"learning curve: {folder / 'learning_curve.png'}"]

@@ -12,11 +12,12 @@ import math
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -26,6 +27,7 @@ from bfsys import dist, typed_yaml
 from bfsys.batch import ByteBatch
 from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
+from bfsys.confusion import Answers
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS
 from bfsys.files import replace_file
 from bfsys.json_lines import read_json_lines
@@ -33,6 +35,7 @@ from bfsys.loss import COLUMNS, SAMPLES, describe_scores, scores
 from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
 from bfsys.model.peaks import data_sheet_peak
+from bfsys.supervision.cockpit import show_embedding, show_evaluation, show_event, show_lengths
 from bfsys.supervision.goodput import Ledger, goodput
 
 # Columns of the counters that are summed over ranks and steps.
@@ -41,6 +44,8 @@ COUNTER_NAMES = ("bytes", "tokens", "rounded_tokens", "flops", "replaced", "wait
 COUNTERS = len(COUNTER_NAMES)
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
+# TensorBoard sorts by name: what matters first is above what the system does.
+SCORE_TAGS = {"loss": "loss", "top1": "accuracy", "top5": "accuracy_top5"}
 LINE = {"kind": str, "step": int}  # fields that every line of metrics.jsonl has
 
 
@@ -87,9 +92,9 @@ class Metrics:
         lines, last_evaluation = _open_lines(self.run_dir / METRICS, first_step)
         tensorboard = SummaryWriter(str(self.run_dir / "tb"), purge_step=first_step + 1)
         tensorboard.add_custom_scalars(_overview(self.source_names))
-        for summary in hparams(hyperparameters(config), dict.fromkeys(("top1/val", "loss/val"), 0.0)):
+        for summary in hparams(hyperparameters(config), dict.fromkeys(("accuracy/val", "loss/val"), 0.0)):
             tensorboard._get_file_writer().add_summary(summary)
-        tensorboard.add_text("config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
+        tensorboard.add_text("run/config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
         self._outputs = _Outputs(lines, tensorboard)
         return last_evaluation
 
@@ -170,6 +175,31 @@ class Metrics:
             with self._noting_problems():
                 self._outputs.lines.write(json.dumps({"kind": kind, "step": step, **facts}) + "\n")
                 self._outputs.lines.flush()
+                show_event(self._outputs.tensorboard, step, kind, facts)
+
+    def show(self, kind: str, step: int, text: str) -> None:
+        """An event for TensorBoard alone, such as a resume."""
+        if self._outputs:
+            with self._noting_problems():
+                show_event(self._outputs.tensorboard, step, kind, {"what": text})
+
+    def show_lengths(self, lengths: Mapping[str, np.ndarray]) -> None:
+        """Bytes of the training files of each source, as they are stored."""
+        for source, values in lengths.items() if self._outputs else ():
+            with self._noting_problems():
+                show_lengths(self._outputs.tensorboard, self.first_step, source, values)  # type: ignore[union-attr]
+
+    def show_answers(
+        self, step: int, classes: Sequence[str], answers: Answers, key_of: Callable[[int, int], str], embedding: Tensor
+    ) -> None:
+        """Pictures and tables of an evaluation; collective. `embedding` may be empty: stage 3 divides it."""
+        everyones = answers.over_ranks()
+        if self._outputs:
+            with self._noting_problems():
+                show_evaluation(self._outputs.tensorboard, step, classes, everyones, key_of)
+                if len(embedding):
+                    show_embedding(self._outputs.tensorboard, step, embedding)
+                self._outputs.tensorboard.flush()
 
     def _begin_line(self) -> None:
         self._sums.zero_()
@@ -276,44 +306,43 @@ def memory_figures(device: torch.device) -> dict[str, int]:
 
 def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float | None]]:
     part = "train" if line["kind"] == "train" else "val"
-    for name in ("loss", "top1", "top5"):
-        yield f"{name}/{part}", line[name]
+    for name, tag in SCORE_TAGS.items():
+        yield f"{tag}/{part}", line[name]
         for source, values in line["sources"].items() if len(line["sources"]) > 1 else ():
-            yield f"{name}/{part}_{source}", values[name]
+            yield f"{tag}/{part}_{source}", values[name]
     if part == "val":
-        yield "time/evaluation_s", line["seconds"]
+        yield "system_time/evaluation_s", line["seconds"]
         return
     yield "optimizer/learning_rate", line["learning_rate"]
     yield "optimizer/grad_norm", line["grad_norm"]
-    yield "speed/samples_per_s", line["samples_per_s"]
-    yield "speed/MB_per_s", line["bytes_per_s"] / 1e6
-    yield "speed/tokens_per_s", line["tokens_per_s"]
-    yield "speed/model_TFLOP_per_s", line["model_tflop_per_s"]
-    yield "speed/mfu", line["mfu"]
-    yield "speed/matmul_share", line["matmul_share"]
-    yield "time/step_s", line["step_s"]
-    yield "time/data_wait_share", line["data_wait_share"]
-    yield "data/bad_files", line["bad_files"]
-    yield "data/replaced_samples", line["replaced_samples"]
-    yield "memory/padding_share", line["padding_share"]
-    yield "memory/peak_MiB", line["peak_memory_mib"]
-    yield "memory/reserved_MiB", line.get("reserved_memory_mib")
-    yield "memory/allocation_retries", line.get("allocation_retries")
-    yield "goodput/share", line["goodput"]
+    yield "system_speed/samples_per_s", line["samples_per_s"]
+    yield "system_speed/MB_per_s", line["bytes_per_s"] / 1e6
+    yield "system_speed/tokens_per_s", line["tokens_per_s"]
+    yield "system_speed/model_TFLOP_per_s", line["model_tflop_per_s"]
+    yield "system_speed/mfu", line["mfu"]
+    yield "system_speed/matmul_share", line["matmul_share"]
+    yield "system_time/step_s", line["step_s"]
+    yield "system_time/data_wait_share", line["data_wait_share"]
+    yield "system_data/bad_files", line["bad_files"]
+    yield "system_data/replaced_samples", line["replaced_samples"]
+    yield "system_memory/padding_share", line["padding_share"]
+    yield "system_memory/peak_MiB", line["peak_memory_mib"]
+    yield "system_memory/reserved_MiB", line.get("reserved_memory_mib")
+    yield "system_memory/allocation_retries", line.get("allocation_retries")
+    yield "system_goodput/share", line["goodput"]
     for cause, seconds in line["seconds"].items():
-        yield f"goodput/{cause}_s", seconds
-    yield "goodput/skipped_steps", line["skipped_steps"]
+        yield f"system_goodput/{cause}_s", seconds
+    yield "system_goodput/skipped_steps", line["skipped_steps"]
 
 
 def _overview(source_names: tuple[str, ...]) -> dict:
     """TensorBoard's custom scalars: training beside validation in one chart, jointly and for each source."""
     parts = {"all": "", **{name: f"_{name}" for name in source_names if len(source_names) > 1}}
     return {
-        score: {
-            title: ["Multiline", [f"^{score}/train{suffix}$", f"^{score}/val{suffix}$"]]
-            for title, suffix in parts.items()
+        tag: {
+            title: ["Multiline", [f"^{tag}/train{suffix}$", f"^{tag}/val{suffix}$"]] for title, suffix in parts.items()
         }
-        for score in ("loss", "top1")
+        for tag in ("accuracy", "loss")
     }
 
 

@@ -130,6 +130,10 @@ class Supervisor:
             *notes,
         ):
             self.metrics.say(note)
+            self.metrics.show("start", step, note)
+        self.metrics.show_lengths(
+            {name: split.samples["length"] for name, split in zip(training.names, training.splits, strict=True)}
+        )
 
     def fetch(self, batches: Iterator[ByteBatch], step: int) -> ByteBatch:
         """The next micro-batch of the step after `step` steps; the wait for it is counted."""
@@ -170,6 +174,7 @@ class Supervisor:
         """Name the files that could not be read, and stop if they are too many; collective."""
         for bad in self.quarantine.share(self.ranks, sources.sizes, self.config.data.max_bad_share):
             self.metrics.say(f"bad file, see {self.quarantine.path}: {bad.describe()}")
+            self.metrics.show("bad_file", bad.step, bad.describe())
 
     def save_if_due(self, engine: Engine, step: int, agreed: Agreed) -> None:
         """Commit a checkpoint whose files are written, and start the next one where it is due; collective."""
@@ -212,8 +217,9 @@ class Supervisor:
         """
         if self.saver.under_way:
             self.finish_save(step)
-        self.metrics.close()
         bad = self.guard.bad_in_a_row
+        self.metrics.show("rollback", step, "; ".join(f"step {one['step']}: {one['problem']}" for one in bad))
+        self.metrics.close()
         self.metrics.say(
             dist.on_rank0(lambda: return_to_good_checkpoint(self.run_dir, self.rollbacks, bad), self.ranks)
         )
@@ -230,6 +236,7 @@ class Supervisor:
     def end_steps(self, step: int, exit_code: int) -> None:
         """The loop has ended after `step` steps: finished (0), or stopped on request."""
         if exit_code:
+            self.metrics.show("stop", step, "stopped on request")
             self.metrics.say(f"stopped on request after step {step}; the same command continues from there")
         else:
             self.metrics.say(f"finished: {step} steps; checkpoints, TensorBoard logs and metrics are in {self.run_dir}")

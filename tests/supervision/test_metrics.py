@@ -46,8 +46,8 @@ def test_tensorboard_compares_runs_by_hyperparameters_and_scores(
             metrics.close()
             ledger.close()
     assert sessions(tmp_path / "runs") == {
-        "one/tb": (0.5, {"top1/val": 0.75, "loss/val": 0.25}),
-        "two/tb": (0.125, {"top1/val": 0.5, "loss/val": 0.5}),
+        "one/tb": (0.5, {"accuracy/val": 0.75, "loss/val": 0.25}),
+        "two/tb": (0.125, {"accuracy/val": 0.5, "loss/val": 0.5}),
     }
 
 

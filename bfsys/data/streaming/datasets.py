@@ -51,6 +51,10 @@ class Sources:
         """Samples by (split, source), as `Quarantine.share` wants them."""
         return {(split.split, origin): len(split) for origin, split in zip(self.origins, self.splits, strict=True)}
 
+    def key_of(self, source: int, sample: int) -> str:
+        """A name of the sample for people: its source and its key there."""
+        return f"{self.names[source]}/{self.splits[source].key(sample)}"
+
 
 def make_cache(config: Config) -> Cache:
     folder = config.data.cache_dir or Path(tempfile.gettempdir()) / f"bfsys-cache-{os.getuid()}"

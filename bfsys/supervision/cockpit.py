@@ -1,0 +1,105 @@
+"""What TensorBoard shows of a run besides curves: confusion matrix, accuracy by class, the worst files, the embedding,
+lengths of files, and events.
+
+Pictures are drawn with Pillow: a run would pay a second for each evaluation with Matplotlib, and import it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from bfsys.confusion import Answers
+from bfsys.model.sizes import PAD_BYTE
+
+MOST_CLASSES_DRAWN = 100
+MOST_CLASSES_WITH_CURVES = 50
+CELL, MARGIN, NAME_CHARACTERS = 26, 110, 16  # pixels of a cell and beside the matrix; characters of a class name
+WHITE, BLUE = np.array([255.0, 255, 255]), np.array([8.0, 48, 107])
+
+
+def show_evaluation(
+    board: SummaryWriter, step: int, classes: Sequence[str], answers: Answers, key_of: Callable[[int, int], str]
+) -> None:
+    """Confusion matrix, accuracy by class and the files that were judged worst. `key_of` names (source, sample)."""
+    labels, given, counts = answers.counts()
+    files = np.bincount(labels, counts, minlength=len(classes))
+    right = np.bincount(labels[labels == given], counts[labels == given], minlength=len(classes))
+    seen = np.flatnonzero(files)
+    if len(classes) <= MOST_CLASSES_DRAWN:
+        matrix = np.zeros((len(classes), len(classes)))
+        matrix[labels, given] = counts
+        board.add_image("evaluation/confusion", confusion_picture(classes, matrix), step, dataformats="HWC")
+    if len(classes) <= MOST_CLASSES_WITH_CURVES:
+        for number in seen.tolist():
+            board.add_scalar(f"accuracy_by_class/{classes[number]}", right[number] / files[number], step)
+    lowest = sorted(seen.tolist(), key=lambda number: right[number] / files[number])[:MOST_CLASSES_WITH_CURVES]
+    rows = [(classes[n], f"{100 * right[n] / files[n]:.1f} %", f"{files[n]:.0f}") for n in lowest]
+    board.add_text("evaluation/lowest_accuracy", table(("class", "top-1", "files"), rows), step)
+    worst = [
+        (key_of(file.source, file.sample), classes[file.label], classes[file.answer], f"{file.probability:.2g}")
+        for file in answers.worst
+    ]
+    columns = ("file", "its class", "answer", "probability of its class")
+    board.add_text("evaluation/worst_files", table(columns, worst), step)
+
+
+def show_embedding(board: SummaryWriter, step: int, embedding: Tensor) -> None:
+    """Cosine similarity of the vectors of all byte values, [values, D]: black is -1, white is 1."""
+    vectors = embedding[:PAD_BYTE].float()
+    vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    similarity = (vectors @ vectors.T + 1) / 2
+    board.add_image("model/byte_similarity", similarity.cpu().numpy(), step, dataformats="HW")
+
+
+def show_lengths(board: SummaryWriter, step: int, source: str, lengths: np.ndarray) -> None:
+    """Histogram of the decimal logarithm of training files' lengths in bytes."""
+    board.add_histogram(f"system_data/log10_file_bytes_{source}", np.log10(np.maximum(1, lengths)), step)
+
+
+def show_event(board: SummaryWriter, step: int, kind: str, facts: dict) -> None:
+    rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in facts.items()]
+    board.add_text(f"events/{kind}", table(("", f"step {step}"), rows), step)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown, in which names are shown as they are."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(map(_literal, row)) + " |" for row in rows)])
+
+
+def _literal(text: str) -> str:
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+-.!|~$" else c for c in text)
+
+
+def confusion_picture(classes: Sequence[str], matrix: np.ndarray) -> np.ndarray:
+    """uint8 [height, width, 3]: rows are classes, columns are answers, a darker cell is a larger share of the row."""
+    share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    cells = WHITE + share[:, :, None] * (BLUE - WHITE)
+    side = CELL * len(classes)
+    image = Image.new("RGB", (MARGIN + side + 1, MARGIN + side + 1), "white")
+    image.paste(Image.fromarray(cells.astype(np.uint8).repeat(CELL, 0).repeat(CELL, 1)), (MARGIN, MARGIN))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    across = Image.new("RGB", (MARGIN, side), "white")  # names of answers, turned by a quarter below
+    turned = ImageDraw.Draw(across)
+    for number, name in enumerate(classes):
+        shown = name if len(name) <= NAME_CHARACTERS else f"{name[: NAME_CHARACTERS - 1]}…"
+        middle = number * CELL + CELL // 2
+        draw.text((MARGIN - 6, MARGIN + middle), shown, fill="black", font=font, anchor="rm")
+        turned.text((6, middle), shown, fill="black", font=font, anchor="lm")
+    image.paste(across.rotate(90, expand=True), (MARGIN, 0))
+    for row, column in np.argwhere(matrix):
+        colour = "white" if share[row, column] > 0.5 else "black"
+        place = (MARGIN + column * CELL + CELL // 2, MARGIN + row * CELL + CELL // 2)
+        draw.text(place, _short(matrix[row, column]), fill=colour, font=font, anchor="mm")
+    draw.text((6, 6), "class: rows\nanswer: columns", fill="gray", font=font)
+    return np.asarray(image)
+
+
+def _short(count: float) -> str:
+    return f"{count:.0f}" if count < 1000 else f"{count / 1000:.0f}k"

@@ -1,0 +1,75 @@
+"""What TensorBoard is given besides curves, read back by its own reader."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from bfsys.batch import ByteBatch, Sample
+from bfsys.confusion import Answers
+from bfsys.supervision.cockpit import BLUE, CELL, MARGIN, show_embedding, show_evaluation, show_event, show_lengths
+
+CLASSES = ("cat_1", "dog|x", "emu")
+
+
+def read_back(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    return events
+
+
+def text_of(events: EventAccumulator, tag: str) -> str:
+    return events.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
+
+
+def picture_of(events: EventAccumulator, tag: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)))
+
+
+def test_an_evaluation_shows_what_is_taken_for_what(tmp_path: Path) -> None:
+    labels, given = [0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]
+    batch = ByteBatch.from_samples([Sample("", np.zeros(1, np.uint8), label) for label in labels])
+    answers = Answers(3)
+    answers.add(batch, 5 * torch.nn.functional.one_hot(torch.tensor(given), 3).float())
+    with SummaryWriter(str(tmp_path)) as board:
+        show_evaluation(board, 7, CLASSES, answers, lambda source, sample: f"{source}_{sample}")
+    events = read_back(tmp_path)
+    matrix = picture_of(events, "evaluation/confusion")
+    corners = matrix[MARGIN + 1 :: CELL, MARGIN + 1 :: CELL][:3, :3]  # of each cell, beside its number
+    assert (corners[1, 1] == BLUE).all()
+    assert (corners[2] == 255).all()  # a class without files
+    assert corners[0, 1].mean() > corners[0, 0].mean() > corners[1, 1].mean()
+    curves = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    assert curves == {"accuracy_by_class/cat_1": 0.75, "accuracy_by_class/dog|x": 1.0}
+    assert text_of(events, "evaluation/lowest_accuracy").splitlines()[2:] == [
+        r"| cat\_1 | 75\.0 % | 4 |", r"| dog\|x | 100\.0 % | 2 |",
+    ]  # fmt: skip
+    worst = text_of(events, "evaluation/worst_files").splitlines()[2]
+    assert worst == r"| 0\_\-1 | cat\_1 | dog\|x | 0\.0066 |"
+
+
+def test_the_embedding_is_compared_value_by_value(tmp_path: Path) -> None:
+    embedding = torch.ones(257, 4)
+    embedding[100] = -1
+    with SummaryWriter(str(tmp_path)) as board:
+        show_embedding(board, 1, embedding)
+    picture = picture_of(read_back(tmp_path), "model/byte_similarity")
+    assert picture.shape[:2] == (256, 256)
+    assert picture[0, 0].min() == 255
+    assert picture[0, 100].max() == 0
+    assert picture[100, 100].min() == 255
+
+
+def test_lengths_and_events(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as board:
+        show_lengths(board, 0, "a", np.array([0, 10, 1000]))
+        show_event(board, 3, "bad_step", {"problem": "loss is nan", "samples": ["a/b*c*"]})
+    events = read_back(tmp_path)
+    assert events.Histograms("system_data/log10_file_bytes_a")[0].histogram_value.max == 3
+    assert r"a/b\*c\*" in text_of(events, "events/bad_step")
