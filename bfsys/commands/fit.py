@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from bfsys import console
@@ -21,6 +22,7 @@ with what byte counts alone give away. Compressed pictures and long sounds are
 encoded again (docs/fit.md says when); --as-stored leaves them as they are.
 The same command goes on after a stop."""
 LONGEST_MINUTES = 60 * 24 * 30
+NEEDED = {"deepspeed": "deepspeed", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}  # by the name of the module
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +46,9 @@ def run(args: argparse.Namespace) -> int:
         problems.append(f"--name: got {args.name!r}; letters, digits, _ - . are allowed")
     if not args.folder.exists():
         problems.append(f"{args.folder}: there is no such file or folder")
+    missing = [name for module, name in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        problems.append(f"bfsys fit needs {', '.join(missing)}: pip install 'bfsys[train,fit]', or '.[train,fit]'")
     if problems:
         raise UserError(*problems)
     console.go_on_without()  # training is the work
