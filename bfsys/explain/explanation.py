@@ -18,6 +18,7 @@ from bfsys.explain.structure import structure
 TOP = 5  # classes
 NAMED = 3  # parts in a summary
 WORTH_NAMING = 0.05  # share of the evidence
+LEAST_DROP = 0.02  # of the log-probability, up to which a window does not matter by itself
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def explain(
         parts=parts,
         without=_without(classifier, classes, data, references, index, parts),
         reference=reference,
-        notes=tuple(_notes(transforms, data, classifier, reference)),
+        notes=tuple(_notes(transforms, data, classifier, reference, float(evidence.max()))),
     )
 
 
@@ -226,7 +227,9 @@ def _ranked(probabilities: np.ndarray, classes: Sequence[str]) -> list[Predictio
     return ranked(torch.from_numpy(probabilities)[None], classes, TOP)[0]
 
 
-def _notes(transforms: Sequence[ByteTransform], data: np.ndarray, classifier: Classifier, reference: str) -> list[str]:
+def _notes(
+    transforms: Sequence[ByteTransform], data: np.ndarray, classifier: Classifier, reference: str, largest: float
+) -> list[str]:
     notes = []
     if moving := [one.text.partition(":")[0] for one in transforms if not one.keeps_places]:
         notes.append(
@@ -240,6 +243,11 @@ def _notes(transforms: Sequence[ByteTransform], data: np.ndarray, classifier: Cl
         )
     if len(data) > classifier.network.architecture.max_bytes:
         notes.append("The file has more tokens than the model has positions, so positions repeat.")
+    if largest < LEAST_DROP:
+        notes.append(
+            f"No window matters by itself (the largest drop of the log-probability is {largest:.2g}): the answer rests on "
+            "many places, or on none, and the shares of parts are uncertain."
+        )
     if reference.startswith("the bytes of the file itself"):
         notes.append("No validation files of other classes were at hand, so evidence is less exact.")
     return notes

@@ -74,7 +74,7 @@ def _picture(e: Explanation, picture: Picture) -> str:
     size = f"{picture.width:,} × {picture.height:,} pixels"
     figures = f'<figure><div class="stack">{plain}</div><figcaption>{size}</figcaption></figure>'
     if picture.evidence is None:
-        figures += '<p class="faint">This format is compressed: no byte belongs to one pixel.</p>'
+        figures += '<p class="faint">The picture is compressed: no single byte is a pixel.</p>'
     else:
         dimmed = f'<img class="dim{small}" src="{picture.uri}" alt="">'
         over = f'<img class="{small}" src="{overlay_uri(_colours(picture.evidence))}" alt="evidence by pixel">'
@@ -145,7 +145,8 @@ def _along(e: Explanation) -> str:
         f'aria-label="evidence along the file">{"".join(bars)}</svg>'
         f'<p class="faint ends"><span>byte 0</span><span>byte {length - 1:,}</span></p>'
         f'<p class="faint">Above: how much the answer suffers when other files’ bytes take the place of a window '
-        f"({_key('for')} it suffers, {_key('against')} it gains). Below: the structure: {kinds}.</p>{_parts(e)}"
+        f"({_key('for')} it suffers, {_key('against')} it gains); the largest "
+        f"bar is a change of {most:.2g} in the log-probability. Below: the structure: {kinds}.</p>{_parts(e)}"
     )
 
 

@@ -19,8 +19,8 @@ def table(report: Shortcuts) -> str:
     rows = list(_rows(report))
     width = max(len(name) for name, _ in rows)
     lines = [
-        f"{report.split}, {report.all.files} files: top-1 as it is, and with headers and metadata, content, or all bytes",
-        "from files of other classes; then where the evidence lies (in percent)",
+        f"{report.split}, {report.all.files} files: top-1, and what is left with headers and metadata, content, or all",
+        "bytes from files of other classes; then where the evidence lies (in percent)",
         " " * (width + 2) + "".join(f"{name:>10}" for name in COLUMNS),
         *(
             f"  {name:<{width}}{row.files:>10}" + "".join(f"{100 * v:10.1f}" for v in _values(row))

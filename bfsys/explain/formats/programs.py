@@ -106,13 +106,13 @@ def _section(name: bytes) -> tuple[str, Kind]:
 
 def pdf(content: bytes) -> Iterator[Found]:
     """Streams are content, those of XMP metadata; everything between them is the objects that describe them."""
-    at = 0
-    while found := PDF_STREAM.search(content, at):
+    at = searched = 0
+    while found := PDF_STREAM.search(content, searched):
         first = found.end()
         end = content.find(b"endstream", first)
         end = len(content) if end < 0 else end
         yield at, first, "objects", "header"
         is_metadata = b"/Metadata" in content[max(at, found.start() - 300) : first]
         yield first, end, "XMP" if is_metadata else "stream", "metadata" if is_metadata else "content"
-        at = end + len(b"endstream")
+        at, searched = end, end + len(b"endstream")
     yield at, len(content), "objects", "header"
