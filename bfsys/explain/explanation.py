@@ -245,8 +245,8 @@ def _notes(
         notes.append("The file has more tokens than the model has positions, so positions repeat.")
     if largest < LEAST_DROP:
         notes.append(
-            f"No window matters by itself (the largest drop of the log-probability is {largest:.2g}): the answer rests on "
-            "many places, or on none, and the shares of parts are uncertain."
+            f"No window matters by itself (the largest drop of the log-probability is {largest:.2g}): the answer "
+            "rests on many places, or on none, and the shares of parts are uncertain."
         )
     if reference.startswith("the bytes of the file itself"):
         notes.append("No validation files of other classes were at hand, so evidence is less exact.")

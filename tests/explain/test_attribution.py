@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_windows_cover_a_file(length: int) -> None:
     windows = windows_of(length, 8)
     assert windows[0][0] == 0
     assert windows[-1][1] == length
-    assert all(a[1] == b[0] and (a[1] - a[0]) % 8 == 0 for a, b in zip(windows, windows[1:], strict=False))
+    assert all(a[1] == b[0] and (a[1] - a[0]) % 8 == 0 for a, b in itertools.pairwise(windows))
     assert len(windows) <= WINDOWS
 
 

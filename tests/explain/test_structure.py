@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import struct
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ FILES = {
     "MP3": b"ID3\4\0\0\0\0\0\5hello" + sound("MP3") + b"TAG" + bytes(125),
     "ZIP": zipped(),
     "gzip": gzip.compress(bytes(1000)),
-    "ELF": open(os.path.realpath(sys.executable), "rb").read(3000),
+    "ELF": Path(sys.executable).resolve().read_bytes()[:3000],
     "PE": portable_executable(),
     "PDF": b"%PDF-1.4\n1 0 obj\n<</Length 9>>\nstream\n123456789\nendstream\nendobj\nxref\ntrailer\n%%EOF",
     "text": "Grüße aus der Datei\n".encode(),
@@ -103,12 +103,14 @@ NAMES = {
 AMONG = {
     "TIFF": {("ImageDescription", "metadata"), ("strips", "content"), ("IFD", "header"), ("TIFF header", "header")},
     "JPEG": {("SOI", "header"), ("APP1 EXIF", "metadata"), ("COM", "metadata"), ("DQT", "header"), ("SOF0", "header"),
-             ("DHT", "header"), ("SOS", "header"), ("scan", "content"), ("EOI", "header"), ("after the end", "metadata")},
+             ("DHT", "header"), ("SOS", "header"), ("scan", "content"), ("EOI", "header"),
+             ("after the end", "metadata")},
     "GIF": {("screen", "header"), ("comment", "metadata"), ("image", "content"), ("trailer", "header")},
     "FLAC": {("STREAMINFO", "header"), ("VORBIS_COMMENT", "metadata"), ("frames", "content")},
     "Ogg": {("codec header", "header"), ("comments", "metadata"), ("page header", "header"), ("audio", "content")},
     "MP3": {("ID3v2", "metadata"), ("frames", "content"), ("ID3v1", "metadata")},
-    "ZIP": {("local header", "header"), ("entry", "content"), ("central directory", "header"), ("end record", "header")},
+    "ZIP": {("local header", "header"), ("entry", "content"), ("central directory", "header"),
+            ("end record", "header")},
     "gzip": {("header", "header"), ("compressed data", "content"), ("checksum and length", "header")},
     "ELF": {("ELF header", "header"), ("program headers", "header")},
     "WebP": {("RIFF", "header"), ("VP8", "content")},
