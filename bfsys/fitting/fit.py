@@ -285,6 +285,6 @@ def next_commands(request: Request, config: Config) -> list[str]:
     encode = " --encode" if is_encoded else ""
     return [
         f"bfsys predict {request.run_dir} FILE{encode}",
-        f"bfsys serve {request.run_dir}",
+        f"bfsys explain {request.run_dir} FILE{encode}",
         f"tensorboard --logdir {request.runs}",
     ]
