@@ -35,6 +35,7 @@ COMMANDS = {
     "checkpoint": "list, verify, show or prune the checkpoints of a run",
     "evaluate": "loss and accuracy of a run on a whole split",
     "predict": "classes of files, from their bytes",
+    "serve": "a trained model as a web service, and a page to drop files on",
     "export": "a trained model as safetensors, torch.export program or ONNX",
     "encode": "files as a model is given them: encoded, transformed",
     "fetch": "get or check the published datasets",

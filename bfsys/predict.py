@@ -86,9 +86,16 @@ class Model:
         """Length of the shortest file that the model takes, after data.byte_transforms."""
         self.max_bytes: int = network.architecture.max_bytes
         """Length of a file up to which each token has a position of its own. Longer files are taken too."""
+        self.rounding_bytes: int = network.architecture.rounding_bytes
+        """What a shorter file costs all the same."""
         self.input_formats: tuple[str, ...] = tuple(f.describe() for f in reader.formats)
         """Formats that pictures and sounds had in training, such as `wav:uint8 of 1 s at 16,000 Hz`; empty where files
         went in as they are, or the checkpoint does not say."""
+
+    @property
+    def reader(self) -> Reader:
+        """Reads files as the model was trained to."""
+        return self._reader
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +131,7 @@ class Model:
         """
         if not isinstance(top, int) or top < 1:
             raise UserError(f"top: got {top!r}; a whole number of at least 1 is needed")
-        answers = self._ranked(self._compute(inputs, self._probabilities_of, encode), top)
+        answers = self.ranked(self._compute(inputs, self._probabilities_of, encode), top)
         return answers[0] if is_one(inputs) else answers
 
     def probabilities(self, inputs: Input | Iterable[Input], *, encode: bool = False) -> np.ndarray:
@@ -161,8 +168,12 @@ class Model:
         What is wrong with other inputs goes to `problems`, and what `predict` warns of to `say`.
         """
         for batch in self._batches(inputs, problems, say, encode):
-            ranked = self._ranked(self._forward(self._probabilities_of, batch), top)
+            ranked = self.ranked(self._forward(self._probabilities_of, batch), top)
             yield from ((sample.key, classes) for sample, classes in zip(batch, ranked, strict=True))
+
+    def probabilities_of(self, samples: list[Sample]) -> Tensor:
+        """float32 [n, classes] on the CPU, of samples that `reader` prepared, computed together: for `bfsys serve`."""
+        return self._forward(self._probabilities_of, samples)
 
     def _compute(
         self, inputs: Input | Iterable[Input], function: Callable[[ByteBatch], Tensor], encode: bool
@@ -187,7 +198,7 @@ class Model:
         self, inputs: Iterable[tuple[str, Input]], problems: list[str], say: Callable[[str], None], encode: bool
     ) -> Iterator[list[Sample]]:
         samples = self._reader.samples(inputs, problems, say, encode=encode)
-        return batches_of(samples, self.config.data.eval_batch_bytes, self._network.architecture.rounding_bytes)
+        return batches_of(samples, self.config.data.eval_batch_bytes, self.rounding_bytes)
 
     @torch.no_grad()
     def _forward(self, function: Callable[[ByteBatch], Tensor], samples: list[Sample]) -> Tensor:
@@ -196,7 +207,8 @@ class Model:
     def _probabilities_of(self, batch: ByteBatch) -> Tensor:
         return self._network(batch).float().softmax(1)
 
-    def _ranked(self, probabilities: Tensor, top: int) -> list[list[Prediction]]:
+    def ranked(self, probabilities: Tensor, top: int) -> list[list[Prediction]]:
+        """The `top` likeliest classes of each row of `probabilities` [n, classes], the likeliest first."""
         found = probabilities.topk(min(top, len(self.classes)))
         return [
             [Prediction(self.classes[i], i, p) for p, i in zip(values, indices, strict=True)]

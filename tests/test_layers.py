@@ -29,6 +29,7 @@ LAYERS = [
     ["dryrun", "export", "plan_run", "compare", "rehearsal", "run_dir", "encode", "fetch", "import_corenet"],
     ["inputs"],
     ["predict"],
+    ["serve"],
     ["train"],
     ["launch"],
     ["commands"],
