@@ -18,28 +18,31 @@ PACKAGES = {
     "python_multipart": "python-multipart",
     "prometheus_client": "prometheus-client",
 }
+LIMITS = {
+    "--max-file-bytes": ("file_bytes", "of one file"),
+    "--max-model-bytes": ("model_bytes", "of one file as the model reads it"),
+    "--max-request-bytes": ("request_bytes", "of one request"),
+    "--max-files": ("files", "in one request"),
+    "--max-requests": ("requests", "in progress; others are refused"),
+    "--timeout": ("seconds", "seconds for a request"),
+}
 HIGHEST_PORT = 65_535
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s RUN [OPTION …]", "docs/serve.md explains the service."
     add = parser.add_argument
-    add("run", type=Path, help="run directory (runs/NAME), one of its checkpoints, or an export")
+    add("run", type=Path, help="run directory, one of its checkpoints, or an export")
     add("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
     add_weights(parser)
-    add("--device", help="such as cpu or cuda:1 (default: a GPU, or else the CPU)")
+    add("--device", help="such as cpu or cuda:1")
     add("--permute", metavar="KEYFILE", help="where the key lies that the run was trained with")
-    for option, name, kind, text in (
-        ("--max-file-bytes", "file_bytes", int, "of one file"),
-        ("--max-request-bytes", "request_bytes", int, "of one request"),
-        ("--max-files", "files", int, "in one request"),
-        ("--max-requests", "requests", int, "in progress; others are refused"),
-        ("--timeout", "seconds", float, "seconds for a request"),
-    ):
+    for option, (name, text) in LIMITS.items():
         default = getattr(Limits, name)
-        add(option, dest=name, type=kind, default=default, metavar="N", help=f"{text} (default: {default:,g})"
-            if kind is float else f"{text} (default: {default:,})")  # fmt: skip
+        shown = "the run's budget" if default is None else f"{default:,g}" if name == "seconds" else f"{default:,}"
+        kind = float if name == "seconds" else int
+        add(option, dest=name, type=kind, default=default, metavar="N", help=f"{text} (default: {shown})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,15 +68,10 @@ def _limits(args: argparse.Namespace) -> Limits:
     problems = []
     if not 0 <= args.port <= HIGHEST_PORT:
         problems.append(f"--port: got {args.port}; 0 to {HIGHEST_PORT:,} are allowed")
-    for option, value in (
-        ("--max-file-bytes", args.file_bytes),
-        ("--max-request-bytes", args.request_bytes),
-        ("--max-files", args.files),
-        ("--max-requests", args.requests),
-        ("--timeout", args.seconds),
-    ):
-        if not (value > 0 and math.isfinite(value)):
-            problems.append(f"{option}: got {value}; a number above 0 is needed")
+    values = {name: getattr(args, name) for name, _ in LIMITS.values()}
+    for option, (name, _) in LIMITS.items():
+        if values[name] is not None and not (values[name] > 0 and math.isfinite(values[name])):
+            problems.append(f"{option}: got {values[name]}; a number above 0 is needed")
     if problems:
         raise UserError(*problems)
-    return Limits(args.file_bytes, args.request_bytes, args.files, args.requests, args.seconds)
+    return Limits(**values)

@@ -115,11 +115,13 @@ class Service:
 
     def __init__(self, model: Model, limits: Limits, *, batch_bytes: int | None = None) -> None:
         """`batch_bytes`: of files that are computed together; data.eval_batch_bytes of the run by default."""
-        self.model, self.limits, self.metrics = model, limits, Metrics()
+        budget = model.config.data.eval_batch_bytes if batch_bytes is None else batch_bytes
+        most = limits.model_bytes or max(model.config.data.eval_batch_bytes, model.max_bytes)
+        self.model, self.limits, self.metrics = model, replace(limits, model_bytes=most), Metrics()
+        self._most_bytes = most
         self.in_progress = 0
         # Messages of the model go to clients: they hold no paths of this machine, and name the service's own option.
         self._reader = replace(model.reader, origin="the model", encode_option="encode=true")
-        budget = model.config.data.eval_batch_bytes if batch_bytes is None else batch_bytes
         self._computing: Worker[Sample, Tensor] = Worker(self._compute, self._cost, budget)
         # Decoders take long and share a lock: they have a thread of their own, and files that need none do not wait.
         self._decoding: Worker[Upload, Prepared] = Worker(
@@ -187,6 +189,9 @@ class Service:
         inputs = [(upload.name, upload.content)]
         sample = next(self._reader.samples(inputs, problems, notes.append, encode=encode), None)
         error = "; ".join(problem.removeprefix(f"{upload.name}: ") for problem in problems)
+        if sample and len(sample.data) > self._most_bytes:
+            error = f"the model would read {len(sample.data):,} bytes of it; {self._most_bytes:,} are allowed"
+            return Prepared(upload.name, error=error)
         return Prepared(upload.name, sample, error or None, notes[0] if notes else None)
 
     def _compute(self, samples: list[Sample]) -> list[Tensor]:

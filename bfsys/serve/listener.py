@@ -13,9 +13,8 @@ BACKLOG = 1024
 def bind(host: str, port: int) -> socket.socket:
     """A socket at the address, which does not listen yet. Raises UserError for an address that cannot be used."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not a valid name"
         raise UserError(f"--host: {host!r} cannot be resolved: {reason}; use an address of this machine") from None
