@@ -5,6 +5,7 @@
     model = bfsys.load("runs/quickstart")
     model.predict("photo.jpg")                       # the likeliest classes of one file
     model.predict(bfsys.files_in("photos"), top=1)   # of many
+    model.explain("photo.jpg").summary()             # which bytes decide its class
     model.probabilities([b"…", b"…"])                # [2, classes]
 
 The docstrings of `load` and `Model` have the rest. Bad input raises `UserError`. All other names are internal and may
@@ -14,16 +15,19 @@ change.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bfsys.answers import Prediction
     from bfsys.errors import UserError
+    from bfsys.explain.explanation import Explanation
     from bfsys.inputs import files_in
-    from bfsys.predict import Model, Prediction, load
+    from bfsys.predict import Model, load
 
-__all__ = ["Model", "Prediction", "UserError", "files_in", "load"]
+__all__ = ["Explanation", "Model", "Prediction", "UserError", "files_in", "load"]
 
 # PyTorch is imported when a name is asked for, and not for `bfsys --help`.
 _MODULES = {
+    "Explanation": "bfsys.explain.explanation",
     "Model": "bfsys.predict",
-    "Prediction": "bfsys.predict",
+    "Prediction": "bfsys.answers",
     "UserError": "bfsys.errors",
     "files_in": "bfsys.inputs",
     "load": "bfsys.predict",

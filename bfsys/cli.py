@@ -35,6 +35,7 @@ COMMANDS = {
     "checkpoint": "list, verify, show or prune the checkpoints of a run",
     "evaluate": "loss and accuracy of a run on a whole split",
     "predict": "classes of files, from their bytes",
+    "explain": "which bytes of a file decide its class; shortcuts of a model",
     "serve": "a trained model as a web service, and a page to drop files on",
     "export": "a trained model as safetensors, torch.export program or ONNX",
     "encode": "files as a model is given them: encoded, transformed",
@@ -43,6 +44,7 @@ COMMANDS = {
     "import-corenet": "turn ByteFormer weights of CoreNet into a run's directory",
 }
 TAKE_OVERRIDES = ("plan", "train", "launch", "slurm")
+INTERMIXED = (*TAKE_OVERRIDES, "explain")  # positional arguments may stand among options, and there may be none
 OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other arguments of `slurm` submit a job
 WIDTH = 78  # of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
@@ -103,7 +105,7 @@ def call(name: str, arguments: Sequence[str], prog: str | None = None) -> int | 
     """
     module = module_of("slurm_jobs" if name == "slurm" and arguments[:1] and arguments[0] in OF_SLURM_JOBS else name)
     parser = parser_of(module, prog or f"bfsys {name}")
-    parse = parser.parse_intermixed_args if name in TAKE_OVERRIDES else parser.parse_args
+    parse = parser.parse_intermixed_args if name in INTERMIXED else parser.parse_args
     args = parse(arguments)
     args.arguments = list(arguments)
     return module.run(args)

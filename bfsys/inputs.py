@@ -120,11 +120,13 @@ class Reader:
                     elif self.formats and not self.reads_any_format and not said:
                         say(self._note(name, data))
                         said = True
-                sample = self._sample(name, apply(self.transforms, data, np.random.default_rng(0)))
+                sample = self.transformed(name, data)
             if sample:
                 yield sample
 
-    def _sample(self, name: str, data: np.ndarray) -> Sample:
+    def transformed(self, name: str, data: np.ndarray) -> Sample:
+        """A file (uint8 [n]) after the run's transforms. Raises UserError if nothing or too little is left of it."""
+        data = apply(self.transforms, data, np.random.default_rng(0))
         if not len(data):
             raise UserError(f"{name}: empty; there is nothing to classify")
         if len(data) < self.least_bytes:

@@ -12,10 +12,11 @@ if __name__ == "__main__":  # `python -m bfsys.predict`
 
     run_as("predict", "python -m bfsys.predict")
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args, overload
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bfsys.answers import Prediction, ranked
 from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config
@@ -30,22 +32,16 @@ from bfsys.data.media.input_formats import input_format
 from bfsys.data.streaming.byte_transforms import ByteTransform, parse_transforms, with_key
 from bfsys.data.streaming.datasets import check_transforms
 from bfsys.data.streaming.plan import within_budget
-from bfsys.errors import UserError
+from bfsys.errors import UserError, did_you_mean
+from bfsys.explain.attribution import Classifier
+from bfsys.explain.explanation import Explanation, explain
+from bfsys.explain.references import candidates
+from bfsys.explain.shortcuts import Shortcuts, shortcuts
 from bfsys.export import DESCRIPTION, read_exported
 from bfsys.inputs import Input, Reader, is_one, named
-from bfsys.model.byteformer import ByteFormer
+from bfsys.model.byteformer import Block, ByteFormer
 
 Weights = Literal["ema", "last"]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One class that a file may be of."""
-
-    class_name: str
-    index: int
-    """Position of the class in `Model.classes`."""
-    probability: float
 
 
 class Model:
@@ -97,6 +93,12 @@ class Model:
         """Reads files as the model was trained to."""
         return self._reader
 
+    def with_messages(self, origin: str, encode_option: str) -> Model:
+        """The same model, whose messages call it `origin` and its option to encode files `encode_option`."""
+        other = copy.copy(self)
+        other._reader = replace(self._reader, origin=origin, encode_option=encode_option)
+        return other
+
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
@@ -131,7 +133,7 @@ class Model:
         """
         if not isinstance(top, int) or top < 1:
             raise UserError(f"top: got {top!r}; a whole number of at least 1 is needed")
-        answers = self.ranked(self._compute(inputs, self._probabilities_of, encode), top)
+        answers = ranked(self._compute(inputs, self._probabilities_of, encode), self.classes, top)
         return answers[0] if is_one(inputs) else answers
 
     def probabilities(self, inputs: Input | Iterable[Input], *, encode: bool = False) -> np.ndarray:
@@ -154,6 +156,68 @@ class Model:
         values = self._compute(inputs, self._network.features, encode).numpy()
         return values[0] if is_one(inputs) else values
 
+    def explain(
+        self, input: Input, class_name: str | None = None, seed: int = 0, *, encode: bool = False
+    ) -> Explanation:
+        """Which bytes of one input speak for a class: for its likeliest one, or for `class_name`.
+
+        Bytes are replaced by those of files of other classes from the run's evaluation split, which the seed draws, and
+        by those of the input itself, in another order, where that split is not on this machine. `encode` as for
+        `predict`. Raises UserError for an input that cannot be used and a class that the model does not have.
+
+        >>> explanation = load("runs/tiny").explain(bytes([40] * 30))
+        >>> explanation.summary()
+        '100 % of the evidence lies in text'
+        >>> explanation.gradients.shape, sum(window.end - window.first for window in explanation.windows)
+        ((30,), 30)
+        """
+        if not is_one(input):
+            raise UserError("explain takes one input at a time")
+        index = None if class_name is None else self.class_index(class_name)
+        problems: list[str] = []
+        notes: list[str] = []
+        plain = replace(self._reader, transforms=(), least_bytes=1)
+        stored = next(plain.samples(named(input), problems, notes.append, encode=encode), None)
+        if stored is None:
+            raise UserError(*problems)
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        return explain(
+            self._classifier,
+            self.classes,
+            stored.key,
+            stored.data,
+            self._reader.transformed(stored.key, stored.data).data,
+            self._reader.transforms,
+            candidates(self.config, self.classes, self._reader.transforms, seed),
+            index,
+            seed,
+        )
+
+    def class_index(self, name: str) -> int:
+        """Position of a class in `classes`. Raises UserError if the model does not have it."""
+        if name not in self.classes:
+            hint = did_you_mean(str(name), self.classes)
+            raise UserError(f"class: the model has no class {name!r}{hint}; it has {len(self.classes)} classes")
+        return self.classes.index(name)
+
+    def shortcuts(self, split: str | None = None, limit: int = 200, seed: int = 0) -> Shortcuts:
+        """Whether the model reads headers, metadata or lengths in place of content: over `limit` files of a split
+        (by default the run's data.eval_split) of the run's data. Raises UserError if these cannot be read.
+        """
+        if not isinstance(limit, int) or limit < 2:
+            raise UserError(f"limit: got {limit!r}; a whole number of at least 2 is needed")
+        if len(self._reader.transforms) != len(self.config.data.byte_transforms):
+            raise UserError(
+                f"{self._reader.origin}: shortcuts are looked for with the run's key, and not --transformed"
+            )
+        split = split or self.config.data.eval_split
+        return shortcuts(self._classifier, self.config, self.classes, self._reader.transforms, split, limit, seed)
+
+    @property
+    def _classifier(self) -> Classifier:
+        return Classifier(self._network, self.config.data.eval_batch_bytes)
+
     def answers(
         self,
         inputs: Iterable[tuple[str, Input]],
@@ -168,8 +232,8 @@ class Model:
         What is wrong with other inputs goes to `problems`, and what `predict` warns of to `say`.
         """
         for batch in self._batches(inputs, problems, say, encode):
-            ranked = self.ranked(self._forward(self._probabilities_of, batch), top)
-            yield from ((sample.key, classes) for sample, classes in zip(batch, ranked, strict=True))
+            answers = ranked(self._forward(self._probabilities_of, batch), self.classes, top)
+            yield from ((sample.key, classes) for sample, classes in zip(batch, answers, strict=True))
 
     def probabilities_of(self, samples: list[Sample]) -> Tensor:
         """float32 [n, classes] on the CPU, of samples that `reader` prepared, computed together: for `bfsys serve`."""
@@ -206,14 +270,6 @@ class Model:
 
     def _probabilities_of(self, batch: ByteBatch) -> Tensor:
         return self._network(batch).float().softmax(1)
-
-    def ranked(self, probabilities: Tensor, top: int) -> list[list[Prediction]]:
-        """The `top` likeliest classes of each row of `probabilities` [n, classes], the likeliest first."""
-        found = probabilities.topk(min(top, len(self.classes)))
-        return [
-            [Prediction(self.classes[i], i, p) for p, i in zip(values, indices, strict=True)]
-            for values, indices in zip(found.values.tolist(), found.indices.tolist(), strict=True)
-        ]
 
 
 def load(
@@ -263,6 +319,11 @@ def load(
         transforms=transforms,
         least_bytes=config.model.least_bytes,
     )
+    # Explanations need gradients of tokens, never of weights, and recompute each block for the sake of memory.
+    network.requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.activation_checkpointing = True
     return Model(network.to(target), config, facts, reader)
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from bfsys.batch import ByteBatch
 from bfsys.errors import UserError
 from bfsys.model.attention import attend, segment_mean
-from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Segments, Windows, make_layout
+from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Layout, Segments, Windows, make_layout
 from bfsys.model.norm import add_norm
 from bfsys.model.precision import LayerNorm, Linear
 from bfsys.model.sizes import MLP_RATIO, Architecture
@@ -47,7 +47,7 @@ class Block(nn.Module):
         self.fc2 = Linear(MLP_RATIO * dim, dim)
 
     def forward(self, x: Tensor, where: Segments | Windows) -> Tensor:
-        checkpointing = self.activation_checkpointing and self.training
+        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         keeps_nothing = checkpointing or not torch.is_grad_enabled()
         if x.device.type == "cpu" and isinstance(where, Segments) and keeps_nothing:
             trainable = [p for p in self.parameters() if p.requires_grad]
@@ -186,8 +186,11 @@ class ByteFormer(nn.Module):
     def features(self, batch: ByteBatch) -> Tensor:
         """[B, D]: the mean over a file's tokens after the last norm, which the head takes."""
         layout = make_layout(batch.lengths, self.architecture, self.mode).to(batch.data.device)
+        return self.features_of_tokens(self.stem(batch.data, layout.files), layout)
+
+    def features_of_tokens(self, x: Tensor, layout: Layout) -> Tensor:
+        """[B, D], from the stem's tokens [N, D] of files that lie as `layout` says."""
         rounding = iter(layout.rounding)
-        x = self.stem(batch.data, layout.files)  # [N, D]
         for layer, block in enumerate(self.blocks):
             x = block(x, layout.layers[layer])
             if str(layer) in self.merges:

@@ -13,7 +13,7 @@ import base64
 import hashlib
 import math
 import re
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -26,8 +26,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
+from bfsys.answers import ranked
 from bfsys.batch import Sample
 from bfsys.errors import UserError
+from bfsys.explain.page import html
 from bfsys.predict import Model
 from bfsys.serve.batching import Worker
 from bfsys.serve.guard import CLIENT_GONE, Guard, log
@@ -35,7 +37,8 @@ from bfsys.serve.limits import Limits
 from bfsys.serve.metrics import Metrics
 from bfsys.serve.uploads import FIELD, FORM, Upload, read_uploads
 
-PATHS = ("/", "/predict", "/model", "/health", "/metrics", "/openapi.json")
+PATHS = ("/", "/predict", "/explain", "/model", "/health", "/metrics", "/openapi.json")
+OF_EXPLANATIONS = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 RETRY_AFTER_S = 2
 T = TypeVar("T")
 
@@ -110,6 +113,17 @@ class Prepared:
     note: str | None = None
 
 
+@dataclass(frozen=True)
+class Question:
+    """Which bytes of a file speak for a class."""
+
+    upload: Upload
+    class_name: str | None
+    seed: int
+    encode: bool
+    as_html: bool
+
+
 class Service:
     """A model, the threads that work for it, and what they have done."""
 
@@ -117,22 +131,32 @@ class Service:
         """`batch_bytes`: of files that are computed together; data.eval_batch_bytes of the run by default."""
         budget = model.config.data.eval_batch_bytes if batch_bytes is None else batch_bytes
         most = limits.model_bytes or max(model.config.data.eval_batch_bytes, model.max_bytes)
-        self.model, self.limits, self.metrics = model, replace(limits, model_bytes=most), Metrics()
+        self.limits, self.metrics = replace(limits, model_bytes=most), Metrics()
+        # Messages of the model go to clients: they hold no paths of this machine, and name the service's own option.
+        self.model = model.with_messages("the model", "encode=true")
         self._most_bytes = most
         self.in_progress = 0
-        # Messages of the model go to clients: they hold no paths of this machine, and name the service's own option.
-        self._reader = replace(model.reader, origin="the model", encode_option="encode=true")
         self._computing: Worker[Sample, Tensor] = Worker(self._compute, self._cost, budget)
         # Decoders take long and share a lock: they have a thread of their own, and files that need none do not wait.
         self._decoding: Worker[Upload, Prepared] = Worker(
             lambda uploads: [self._prepared(upload, encode=True) for upload in uploads], lambda _: 1, 1
         )
-        self.metrics.queue.set_function(lambda: self._computing.waiting + self._decoding.waiting)
+        # An explanation is hundreds of predictions, so it has a thread of its own too.
+        self._explaining: Worker[Question, dict | str] = Worker(
+            lambda questions: [self._explained(question) for question in questions], lambda _: 1, 1
+        )
+        workers = (self._computing, self._decoding, self._explaining)
+        self.metrics.queue.set_function(lambda: sum(worker.waiting for worker in workers))
 
     def close(self, timeout_s: float) -> None:
         """Drop what waits, and let the threads end."""
         self._decoding.close(0)
+        self._explaining.close(0)
         self._computing.close(timeout_s)
+
+    def check_encode(self, encode: bool) -> None:
+        if encode and not self.model.input_formats:
+            raise HTTPException(422, "encode: the formats of this model's training files are not known; leave it out")
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
@@ -147,6 +171,17 @@ class Service:
             self.in_progress -= 1
             self.metrics.in_progress.dec()
 
+    async def handle(self, request: Request, work: Callable[[list[Upload]], Coroutine[Any, Any, T]]) -> T:
+        """The result of `work` on the files of a request, within the limits."""
+        async with self.place():
+            deadline = asyncio.get_running_loop().time() + self.limits.seconds
+            uploads = await self.receive(request, deadline)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await while_connected(request, work(uploads))
+            except TimeoutError:
+                raise Busy(f"no answer within {self.limits.seconds:g} s; send fewer files, or try again") from None
+
     async def receive(self, request: Request, deadline: float) -> list[Upload]:
         try:
             async with asyncio.timeout_at(deadline):
@@ -158,10 +193,19 @@ class Service:
         self.metrics.bytes.inc(sum(len(upload.content) for upload in uploads))
         return uploads
 
+    async def explanation(self, question: Question) -> dict | str:
+        """What Explanation.as_dict gives, or a page. Raises HTTPException for a file or class that cannot be used."""
+        (answer,) = await self._explaining.answers([question])
+        if isinstance(answer, UserError):
+            raise HTTPException(422, str(answer))
+        if isinstance(answer, BaseException):
+            log(answer)
+            raise HTTPException(500, "the explanation of this file failed")
+        return answer
+
     async def answers(self, uploads: list[Upload], top: int, encode: bool) -> tuple[list[dict], int]:
         """(what each file's FileAnswer holds, status of the whole)."""
-        if encode and not self.model.input_formats:
-            raise HTTPException(422, "encode: the formats of this model's training files are not known; leave it out")
+        self.check_encode(encode)
         if encode:
             prepared = [
                 _or_error(one, u) for one, u in zip(await self._decoding.answers(uploads), uploads, strict=True)
@@ -187,12 +231,20 @@ class Service:
         problems: list[str] = []
         notes: list[str] = []
         inputs = [(upload.name, upload.content)]
-        sample = next(self._reader.samples(inputs, problems, notes.append, encode=encode), None)
+        sample = next(self.model.reader.samples(inputs, problems, notes.append, encode=encode), None)
         error = "; ".join(problem.removeprefix(f"{upload.name}: ") for problem in problems)
         if sample and len(sample.data) > self._most_bytes:
             error = f"the model would read {len(sample.data):,} bytes of it; {self._most_bytes:,} are allowed"
             return Prepared(upload.name, error=error)
         return Prepared(upload.name, sample, error or None, notes[0] if notes else None)
+
+    def _explained(self, question: Question) -> dict | str:
+        upload = question.upload
+        if error := self._prepared(upload, encode=question.encode).error:
+            raise UserError(error)
+        found = self.model.explain(upload.content, question.class_name, question.seed, encode=question.encode)
+        found = replace(found, name=upload.name)
+        return html(found) if question.as_html else found.as_dict()
 
     def _compute(self, samples: list[Sample]) -> list[Tensor]:
         self.metrics.batch_files.observe(len(samples))
@@ -207,8 +259,8 @@ class Service:
         if row is None:
             answer["error"] = one.error
         else:
-            (ranked,) = self.model.ranked(row[None], top)
-            answer["top"] = [{"class": c.class_name, "index": c.index, "probability": c.probability} for c in ranked]
+            (best,) = ranked(row[None], self.model.classes, top)
+            answer["top"] = [{"class": c.class_name, "index": c.index, "probability": c.probability} for c in best]
         return answer | ({"note": one.note} if one.note else {})
 
 
@@ -267,16 +319,33 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
         top: Annotated[int, Query(ge=1, le=1_000_000, description="Classes for each file")] = 3,
         encode: Annotated[bool, Query(description="Put pictures and sounds into the model's format first")] = False,
     ) -> JSONResponse:
-        async with service.place():
-            deadline = asyncio.get_running_loop().time() + limits.seconds
-            uploads = await service.receive(request, deadline)
-            try:
-                async with asyncio.timeout_at(deadline):
-                    answers, status = await while_connected(request, service.answers(uploads, top, encode))
-            except TimeoutError:
-                raise Busy(f"no answer within {limits.seconds:g} s; send fewer files, or try again") from None
+        answers, status = await service.handle(request, lambda uploads: service.answers(uploads, top, encode))
         detail = {} if status == 200 else {"detail": "no file of the request can be classified"}
         return JSONResponse(detail | {"answers": answers}, status)
+
+    @app.post(
+        "/explain", summary="Which bytes of a file speak for a class", response_model=dict[str, Any],
+        responses=REFUSALS | {200: {"content": {"text/html": {}}}}, openapi_extra={"requestBody": BODY},
+        description="Of one file, and of its likeliest class unless another is named. A page for `Accept: text/html`.",
+    )  # fmt: skip
+    async def explain(
+        request: Request,
+        class_name: Annotated[str | None, Query(alias="class", description="One of the model's classes")] = None,
+        seed: Annotated[int, Query(ge=0, le=2**31 - 1, description="Draws what takes the place of bytes")] = 0,
+        encode: Annotated[bool, Query(description="Put a picture or sound into the model's format first")] = False,
+    ) -> Response:
+        as_html = "text/html" in request.headers.get("accept", "")
+
+        async def work(uploads: list[Upload]) -> dict | str:
+            if len(uploads) > 1:
+                raise HTTPException(422, f"got {len(uploads):,} files; one at a time can be explained")
+            service.check_encode(encode)
+            return await service.explanation(Question(uploads[0], class_name, seed, encode, as_html))
+
+        answer = await service.handle(request, work)
+        if isinstance(answer, str):
+            return HTMLResponse(answer, headers={"content-security-policy": OF_EXPLANATIONS})
+        return JSONResponse(answer)
 
     app.add_exception_handler(RequestValidationError, _on_wrong_argument)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)

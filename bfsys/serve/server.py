@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -21,6 +22,7 @@ def serve(service: Service, listener: socket.socket, host: str) -> None:
 
     Raises UserError if another process took the port in the meantime.
     """
+    warnings.simplefilter("ignore")  # those of the model name files; answers hold them as notes
     port = listener.getsockname()[1]
     hosts = ["localhost", "127.0.0.1", "[::1]", "::1", host] if is_loopback(listener) else None
     with closing(listener):

@@ -51,6 +51,11 @@ class ByteTransform:
     """Tells one key from another without giving it away."""
 
     @property
+    def keeps_places(self) -> bool:
+        """Each byte depends on the one in its place alone."""
+        return self.text.partition(":")[0] in ("noise", "permute", "flip")
+
+    @property
     def identity(self) -> str:
         """What it does, wherever its key file lies."""
         return f"permute by the key of sha256 {self.key_sha256[:16]}" if self.key_sha256 else self.text

@@ -1,0 +1,27 @@
+"""What a model says of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class that a file may be of."""
+
+    class_name: str
+    index: int
+    """Position of the class in `Model.classes`."""
+    probability: float
+
+
+def ranked(probabilities: Tensor, classes: Sequence[str], top: int) -> list[list[Prediction]]:
+    """The `top` likeliest classes (all, if there are fewer) of each row of [n, classes], the likeliest first."""
+    found = probabilities.topk(min(top, len(classes)))
+    return [
+        [Prediction(classes[i], i, p) for p, i in zip(values, indices, strict=True)]
+        for values, indices in zip(found.values.tolist(), found.indices.tolist(), strict=True)
+    ]

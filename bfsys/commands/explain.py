@@ -1,0 +1,138 @@
+"""Which bytes of a file decide its class; with --split, whether headers or lengths do in place of content."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bfsys.commands.arguments import add_weights
+from bfsys.commands.predict import STDIN, named_inputs
+from bfsys.errors import UserError, collecting
+from bfsys.explain.style import GENERATOR
+from bfsys.files import replace_file
+
+if TYPE_CHECKING:
+    from bfsys.predict import Model
+
+FOLDER = Path("explain")
+LIMIT = 200
+MARKED = 300  # bytes at the start of a page, in which it says what made it
+NOTES = """\
+Each FILE gets a page FOLDER/FILE.html, which needs no network. Evidence is
+measured against files of the run's validation split (docs/explain.md)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage, parser.epilog = "%(prog)s RUN FILE… | RUN --split SPLIT [OPTION …]", NOTES
+    add = parser.add_argument
+    add("run", type=Path, help="run directory, one of its checkpoints, or an export")
+    add("files", nargs="*", metavar="FILE", help="files, folders, or - for standard input")
+    add("--split", help="report on shortcuts over a split of the run's data")
+    add("--limit", type=int, metavar="N", help=f"files of the split (default: {LIMIT})")
+    add("--out", type=Path, metavar="FOLDER", help=f"where pages go (default: {FOLDER}; none of --split)")
+    add("--class", dest="class_name", metavar="NAME", help="class to explain (default: the likeliest)")
+    add_weights(parser)
+    add("--encode", action="store_true", help="put pictures and sounds into the model's format")
+    add("--permute", metavar="KEYFILE", help="where the key lies that the run was trained with")
+    add("--seed", type=int, default=0, metavar="N", help="draws other files to compare with (default: 0)")
+    add("--json", action="store_true", help="print the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    if bool(args.files) == bool(args.split):
+        raise UserError("give files to explain, or --split for a report on a split; not both")
+    if args.split and (args.class_name or args.encode):
+        raise UserError("--class and --encode are for files, and not for --split")
+    if args.limit is not None and not args.split:
+        raise UserError("--limit: is for --split; leave it out")
+    if args.seed < 0:
+        raise UserError(f"--seed: got {args.seed}; at least 0 is needed")
+    from bfsys.predict import load
+
+    model = load(args.run, weights=args.weights, permute=args.permute)
+    return _split(model, args) if args.split else _files(model, args)
+
+
+def _files(model: Model, args: argparse.Namespace) -> int:
+    from bfsys.explain.page import html
+
+    if args.class_name is not None:
+        model.class_index(args.class_name)
+    folder = _folder(args.out or FOLDER)
+    problems: list[str] = []
+    results: list[dict] = []
+    used: set[str] = set()
+    for name, source in named_inputs(args.files, problems):
+        explanation = None
+        with collecting(problems), warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            explanation = model.explain(source, args.class_name, args.seed, encode=args.encode)
+        for note in notes:
+            print(note.message, file=sys.stderr, flush=True)
+        if explanation is None:
+            continue
+        page = folder / _page_name(name, used)
+        _write(page, html(explanation))
+        results.append({**explanation.as_dict(), "page": str(page)})
+        if not args.json:
+            one = explanation.explained
+            print(f"{name}: {one.class_name} {100 * one.probability:.1f} %; {explanation.summary()}")
+            print(f"  {page}", flush=True)
+    if args.json:
+        print(json.dumps(results, indent=1))
+    if problems:
+        raise UserError(*problems)
+    return 0
+
+
+def _split(model: Model, args: argparse.Namespace) -> int:
+    from bfsys.explain.shortcuts_page import html, table
+
+    folder = _folder(args.out) if args.out else None
+    report = model.shortcuts(args.split, LIMIT if args.limit is None else args.limit, args.seed)
+    facts = {"generator": GENERATOR, "run": str(args.run), "step": model.step, **report.as_dict()}
+    text = json.dumps(facts, indent=1)
+    print(text if args.json else table(report))
+    if folder:
+        pages = {folder / "shortcuts.html": html(report), folder / "shortcuts.json": text + "\n"}
+        for page, content in pages.items():
+            _write(page, content)
+        if not args.json:
+            print("   ".join(map(str, pages)))
+    return 0
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be made: {error.strerror}") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"--out {path}: cannot be written; choose another folder")
+    return path
+
+
+def _page_name(name: str, used: set[str]) -> str:
+    """The name of a file's page, which `used` is told of; files of one name in several folders are numbered."""
+    stem = "standard-input" if name == STDIN else Path(name).name
+    page, number = f"{stem}.html", 1
+    while page in used:
+        number += 1
+        page = f"{stem}-{number}.html"
+    used.add(page)
+    return page
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a page, or write it again; a file that is not a page of this command stays as it is."""
+    try:
+        if path.exists() and GENERATOR.encode() not in path.read_bytes()[:MARKED]:
+            raise UserError(f"{path}: is not a page of `{GENERATOR}`, and stays as it is; choose another --out")
+        replace_file(path, text, durable=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

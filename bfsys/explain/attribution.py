@@ -1,0 +1,167 @@
+"""Which bytes of a file decide its class, by two methods that know nothing of each other.
+
+Occlusion replaces a window of the file by the bytes that reference files have at the same offsets, and asks again: the
+evidence of a window is the mean drop of the log-probability of the class. It is causal, and coarse.
+
+Integrated gradients (Sundararajan et al. 2017) go in a straight line from the tokens of a reference to those of the
+file. A token is a sum of table rows (model/stem.py), so the change of a token divides exactly among the bytes that it
+sees, and the attributions of all bytes sum to the difference between the two log-odds of the class. They are fine, and
+follow the path's gradient only. Refused: gradients with respect to one-hot bytes, which take 257 numbers per byte;
+attention weights, which do not say what a token's change would do.
+
+References that are as long as the file keep its length out of both methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bfsys.batch import ByteBatch, Sample
+from bfsys.data.streaming.plan import within_budget
+from bfsys.model.byteformer import ByteFormer
+from bfsys.model.layout import make_layout
+from bfsys.model.stem import table_rows
+
+WINDOWS = 64  # per file, about
+DRAWS = 4  # references per file
+# Nodes of the Gauss-Legendre rule along the path. The midpoint rule needs several times as many for the same error.
+NODES = 12
+CHUNK_TOKENS = 1024  # whose table rows are looked up at a time
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network, and how many bytes of files it may compute at once. Changes nothing in the network."""
+
+    network: ByteFormer
+    budget_bytes: int
+
+    def log_probabilities(self, files: Iterable[np.ndarray]) -> np.ndarray:
+        """float64 [files, classes] of uint8 arrays; only those that are computed together need be in memory."""
+        least = self.network.architecture.rounding_bytes
+        batches = within_budget(((max(len(data), least), data) for data in files), self.budget_bytes)
+        return np.concatenate([self._of_batch(batch) for batch in batches])
+
+    @torch.no_grad()
+    def _of_batch(self, files: list[np.ndarray]) -> np.ndarray:
+        device = self.network.head.weight.device
+        logits = self.network(ByteBatch.from_samples([Sample("", data) for data in files]).to(device))
+        return logits.double().log_softmax(1).cpu().numpy()
+
+
+def windows_of(length: int, stride: int) -> list[tuple[int, int]]:
+    """(first byte, end) of at most WINDOWS windows of equal length, a multiple of the stride; the last may be shorter.
+
+    >>> windows_of(1000, 8)[:2], len(windows_of(1000, 8))
+    ([(0, 16), (16, 32)], 63)
+    """
+    size = stride * -(-length // (WINDOWS * stride))
+    return [(first, min(first + size, length)) for first in range(0, length, size)]
+
+
+def occlusion(
+    classifier: Classifier,
+    data: np.ndarray,
+    references: Sequence[np.ndarray],
+    index: int,
+    windows: list[tuple[int, int]],
+) -> np.ndarray:
+    """float64 [windows]: by how much the log-probability of class `index` drops, on average over the references.
+
+    data and each reference: uint8 [n]
+    """
+
+    def files() -> Iterator[np.ndarray]:
+        yield data
+        for first, end in windows:
+            for reference in references:
+                changed = data.copy()
+                changed[first:end] = reference[first:end]
+                yield changed
+
+    scores = classifier.log_probabilities(files())[:, index]
+    return (scores[0] - scores[1:]).reshape(len(windows), len(references)).mean(1)
+
+
+def integrated_gradients(
+    classifier: Classifier, data: np.ndarray, references: Sequence[np.ndarray], index: int
+) -> np.ndarray:
+    """float64 [n]: what each byte adds to the log-odds of class `index`, on average over the references.
+
+    data and each reference: uint8 [n]. The sum is the log-odds of the file less the mean log-odds of the references,
+    up to the error of the rule along the path.
+    """
+    network = classifier.network
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    path = list(zip((nodes + 1) / 2, weights / 2, strict=True))
+    rounded = max(len(data), network.architecture.rounding_bytes)
+    at_once = max(1, classifier.budget_bytes // rounded)
+    with torch.no_grad():
+        table = network.stem.table()
+        tokens = _tokens(network, data)
+    total = np.zeros(len(data))
+    for reference in references:
+        with torch.no_grad():
+            start = _tokens(network, reference)
+        gradient = torch.zeros_like(tokens, dtype=torch.promote_types(tokens.dtype, torch.float32))
+        for first in range(0, len(path), at_once):
+            part = path[first : first + at_once]
+            places = torch.tensor([place for place, _ in part], device=tokens.device, dtype=tokens.dtype)
+            along = torch.lerp(start[None], tokens[None], places[:, None, None])
+            found = _gradient(network, along, len(data), index)
+            for (_, weight), one in zip(part, found, strict=True):
+                gradient += weight * one
+        total += _shared_out(network, table, gradient, data, reference)
+    return total / len(references)
+
+
+def log_odds(logits: Tensor, index: int) -> Tensor:
+    """[B] of [B, classes]: log(p / (1 - p)); zero where there is one class."""
+    others = torch.cat([logits[:, :index], logits[:, index + 1 :]], 1)
+    return logits[:, index] - (others.logsumexp(1) if others.shape[1] else logits[:, index])
+
+
+def _tokens(network: ByteFormer, data: np.ndarray) -> Tensor:
+    """[N, D] of one file, with positions, which are equal all along the path."""
+    device = network.head.weight.device
+    batch = ByteBatch.from_samples([Sample("", data)]).to(device)
+    return network.stem(batch.data, make_layout(batch.lengths, network.architecture, network.mode).to(device).files)
+
+
+def _gradient(network: ByteFormer, tokens: Tensor, length: int, index: int) -> Tensor:
+    """[B, N, D]: of the log-odds with respect to the tokens [B, N, D] of files of `length` bytes."""
+    lengths = torch.full((len(tokens),), length)
+    layout = make_layout(lengths, network.architecture, network.mode).to(tokens.device)
+    flat = tokens.flatten(0, 1).requires_grad_()
+    with torch.enable_grad():
+        odds = log_odds(network.head(network.features_of_tokens(flat, layout)).float(), index)
+        (gradient,) = torch.autograd.grad(odds.sum(), flat)
+    return gradient.view_as(tokens)
+
+
+@torch.no_grad()
+def _shared_out(
+    network: ByteFormer, table: Tensor, gradient: Tensor, data: np.ndarray, reference: np.ndarray
+) -> np.ndarray:
+    """float64 [n]: the change of each token times its gradient [N, D], by the bytes that the change comes from."""
+    kernel, stride = network.architecture.kernel, network.architecture.stride
+    device = table.device
+    files = make_layout(torch.tensor([len(data)]), network.architecture, network.mode).to(device).files
+    both = [torch.from_numpy(np.ascontiguousarray(one)).to(device) for one in (data, reference)]
+    values = torch.zeros(len(data) + kernel, dtype=torch.float64, device=device)
+    ours, theirs = (table_rows(one, files, kernel) for one in both)
+    for (chunk, rows), (_, other_rows) in zip(ours, theirs, strict=True):
+        for begin in range(0, len(rows), CHUNK_TOKENS):
+            part = slice(begin, begin + CHUNK_TOKENS)
+            change = table[rows[part].long()] - table[other_rows[part].long()]  # [C, K, D]
+            shares = torch.einsum("ckd,cd->ck", change.to(gradient.dtype), gradient[chunk][part]).double()
+            token = torch.arange(chunk.start + begin, chunk.start + begin + len(shares), device=device)
+            byte = token[:, None] * stride + torch.arange(kernel, device=device)
+            # Rows past the end of the file are those of no byte on both sides: their share is zero.
+            values.index_add_(0, byte.clamp_(max=len(values) - 1).flatten(), shares.flatten())
+    return values[: len(data)].cpu().numpy()

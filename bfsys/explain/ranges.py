@@ -1,0 +1,71 @@
+"""Named ranges of bytes, and how they are made to cover a file from the first byte to the last.
+
+The parsers of the formats (formats/*.py) only say what they find, in any order. What they say may be wrong, since files
+are truncated, damaged or hostile: `covering` cuts it to the file, lets the range that begins first have the bytes that
+two claim, and names what no range covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Kind = Literal["header", "metadata", "content"]
+KINDS: tuple[Kind, ...] = ("header", "metadata", "content")
+Found: TypeAlias = tuple[int, int, str, Kind]
+"""First byte, end, name, kind."""
+Parser: TypeAlias = Callable[[bytes], Iterator[Found]]
+LONGEST_NAME = 40
+UNNAMED = "other bytes"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes of a file that belong together."""
+
+    first: int
+    end: int
+    name: str
+    """For example `IDAT`."""
+    kind: Kind
+    """header: what a reader of the format needs; metadata: what it may ignore; content: pixels, samples, text."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The format of a file, and its ranges in their order."""
+
+    format: str
+    """For example `PNG`; `text` or `unknown` where no parser knows the file."""
+    ranges: tuple[Range, ...]
+
+
+def covering(found: Iterable[Found], length: int) -> list[Range]:
+    """Ranges that cover 0 … length exactly; neighbours of one name and kind become one."""
+    ranges: list[Range] = []
+
+    def add(first: int, end: int, name: str, kind: Kind) -> None:
+        last = ranges[-1] if ranges else None
+        if last and (last.name, last.kind) == (name, kind):
+            ranges[-1] = Range(last.first, end, name, kind)
+        else:
+            ranges.append(Range(first, end, name, kind))
+
+    at = 0
+    for first, end, name, kind in sorted(found, key=lambda one: one[0]):
+        first, end = max(first, at), min(end, length)
+        if first >= end:
+            continue
+        if first > at:
+            add(at, first, UNNAMED, "content")
+        add(first, end, printable(name), kind)
+        at = end
+    if at < length:
+        add(at, length, UNNAMED, "content")
+    return ranges
+
+
+def printable(name: str) -> str:
+    """A name from a file, for people to read."""
+    return "".join(c if c.isprintable() else "?" for c in name[:LONGEST_NAME]).strip() or "?"
