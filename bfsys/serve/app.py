@@ -13,6 +13,7 @@ import base64
 import hashlib
 import math
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
@@ -145,14 +146,13 @@ class Service:
         self._explaining: Worker[Question, dict | str] = Worker(
             lambda questions: [self._explained(question) for question in questions], lambda _: 1, 1
         )
-        workers = (self._computing, self._decoding, self._explaining)
-        self.metrics.queue.set_function(lambda: sum(worker.waiting for worker in workers))
+        self._workers = (self._computing, self._decoding, self._explaining)
+        self.metrics.queue.set_function(lambda: sum(worker.waiting for worker in self._workers))
 
-    def close(self, timeout_s: float) -> None:
-        """Drop what waits, and let the threads end."""
-        self._decoding.close(0)
-        self._explaining.close(0)
-        self._computing.close(timeout_s)
+    def close(self, timeout_s: float) -> bool:
+        """Drop what waits, and wait up to `timeout_s` for what is computed now; whether all threads have ended."""
+        until = time.monotonic() + timeout_s
+        return all([worker.close(max(0, until - time.monotonic())) for worker in self._workers])
 
     def check_encode(self, encode: bool) -> None:
         if encode and not self.model.input_formats:

@@ -49,13 +49,14 @@ class Worker(Generic[Item, Answer]):
             self._changed.notify()
         return await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
 
-    def close(self, timeout_s: float) -> None:
-        """Drop what waits, and let the thread end after what it computes now, for which `timeout_s` is waited."""
+    def close(self, timeout_s: float) -> bool:
+        """Drop what waits, and wait up to `timeout_s` for what is computed now; whether the thread has ended."""
         with self._changed:
             self._is_closed = True
             self._queue.clear()
             self._changed.notify()
         self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while batch := self._next_batch():

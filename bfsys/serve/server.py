@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -29,13 +31,16 @@ def serve(service: Service, listener: socket.socket, host: str) -> None:
         listen(listener, host)
         # h11: the implementation that every installation of uvicorn has.
         config = uvicorn.Config(
-            application(service, hosts), http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
+            application(service, hosts), http="h11", ws="none", lifespan="off", log_config=None, access_log=False, log_level="error",
             server_header=False, proxy_headers=False, backlog=BACKLOG,
             timeout_graceful_shutdown=int(service.limits.seconds) + 1,
         )  # fmt: skip
         shown = f"[{host}]" if ":" in host else host
         asyncio.run(_run(_Server(config), listener, f"http://{shown}:{port}"))
-    service.close(SECONDS_TO_FINISH)
+    if not service.close(SECONDS_TO_FINISH):
+        # A computation cannot be interrupted, and Python aborts a process that ends with a thread inside PyTorch.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 class _Server(uvicorn.Server):
