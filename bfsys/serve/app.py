@@ -152,7 +152,8 @@ class Service:
     def close(self, timeout_s: float) -> bool:
         """Drop what waits, and wait up to `timeout_s` for what is computed now; whether all threads have ended."""
         until = time.monotonic() + timeout_s
-        return all([worker.close(max(0, until - time.monotonic())) for worker in self._workers])
+        ended = [worker.close(max(0, until - time.monotonic())) for worker in self._workers]  # each is closed
+        return all(ended)
 
     def check_encode(self, encode: bool) -> None:
         if encode and not self.model.input_formats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -24,14 +25,17 @@ def serve(service: Service, listener: socket.socket, host: str) -> None:
 
     Raises UserError if another process took the port in the meantime.
     """
-    warnings.simplefilter("ignore")  # those of the model name files; answers hold them as notes
+    # Warnings of the model name files, which answers do as notes, and the parser's quote the body.
+    warnings.simplefilter("ignore")
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     port = listener.getsockname()[1]
     hosts = ["localhost", "127.0.0.1", "[::1]", "::1", host] if is_loopback(listener) else None
     with closing(listener):
         listen(listener, host)
         # h11: the implementation that every installation of uvicorn has.
         config = uvicorn.Config(
-            application(service, hosts), http="h11", ws="none", lifespan="off", log_config=None, access_log=False, log_level="error",
+            application(service, hosts), http="h11", ws="none", lifespan="off",
+            log_config=None, access_log=False, log_level="error",
             server_header=False, proxy_headers=False, backlog=BACKLOG,
             timeout_graceful_shutdown=int(service.limits.seconds) + 1,
         )  # fmt: skip

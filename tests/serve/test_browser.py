@@ -18,7 +18,8 @@ ROWS = "[...document.querySelectorAll('#answers li')].map(item => item.innerText
 DROP = """
 const data = new DataTransfer();
 data.items.add(new File([new Uint8Array(30).fill(40)], "<b>dropped</b>"));
-document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+const options = {dataTransfer: data, bubbles: true, cancelable: true};
+document.getElementById("drop").dispatchEvent(new DragEvent("drop", options));
 """
 
 
@@ -37,10 +38,11 @@ def test_files_are_classified(server: Server, browser: Browser, finished_run: Pa
     large.write_bytes(bytes(11_000_000))
     browser.choose("#files", good, empty, large)
     browser.wait("document.body.dataset.done === '1'")
-    first, second, third = (text.splitlines() for text in browser.value(ROWS))
+    first, second, third = ([*filter(None, text.splitlines())] for text in browser.value(ROWS))
     best = bfsys.load(finished_run).predict(good)[0]
     assert first[0] == "good"
-    assert f"{best.class_name}\t\t{100 * best.probability:.1f} %" in first
+    row = browser.value("document.querySelector('#answers tr').textContent")
+    assert row == f"{best.class_name}{100 * best.probability:.1f} %"
     assert second == ["empty", "empty; there is nothing to classify"]
     assert third == ["large", "11 MB; up to 500 bytes are allowed"]
     assert browser.value("document.getElementById('status').textContent") == "1 of 3 files are classified."

@@ -55,7 +55,7 @@ def test_too_much(url: str) -> None:
     assert status(2001) == 413
     assert status(1, 1, 1, 1) == 413
     assert status(2000, 2000, 2000) == 422  # within what may be sent; above what the model may read
-    assert "more than 3 files" in refused(url, 413, PART * 10_000 + END, FORM | {"transfer-encoding": "chunked"})
+    assert "more than 3 files" in refused(url, 413, PART * 20 + END)
     assert "larger than 8,000 bytes" in refused(url, 413, PART * 10_000 + END)
 
 
@@ -103,9 +103,8 @@ def test_random_bodies(url: str) -> None:
             body = good.copy()
             places = rng.integers(0, len(body), 4)
             body[places] = rng.choice(np.frombuffer(b'\r\n-:;="\0\xff a', np.uint8), 4)
-            answered = client.post(
-                f"{url}/predict", content=body[: rng.integers(1, len(body) + 1)].tobytes(), headers=FORM
-            )
+            cut = body[: rng.integers(1, len(body) + 1)].tobytes()
+            answered = client.post(f"{url}/predict", content=cut, headers=FORM)
             assert answered.status_code in (200, 422), answered.text
 
 
@@ -126,9 +125,8 @@ def test_names_that_are_hostile(url: str) -> None:
         page = httpx.post(f"{url}/explain", files=[("files", (name, b"abcdefgh"))], headers={"accept": "text/html"})
         assert page.status_code in (200, 503)
         assert "<script" not in page.text
-        assert page.status_code == 503 or page.headers["content-security-policy"].startswith(
-            "sandbox; default-src 'none'"
-        )
+        if page.status_code == 200:
+            assert page.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
 
 
 def raw(url: str) -> socket.socket:
@@ -137,13 +135,8 @@ def raw(url: str) -> socket.socket:
 
 
 def head(length: int) -> bytes:
-    lines = (
-        "POST /predict HTTP/1.1",
-        "Host: localhost",
-        f"Content-Type: {FORM['content-type']}",
-        f"Content-Length: {length}",
-    )
-    return "\r\n".join((*lines, "", "")).encode()
+    headers = (f"{name}: {value}" for name, value in (FORM | {"Host": "localhost", "Content-Length": length}).items())
+    return "\r\n".join(("POST /predict HTTP/1.1", *headers, "", "")).encode()
 
 
 def test_a_slow_client_keeps_its_place_for_so_long(url: str) -> None:

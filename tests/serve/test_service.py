@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import bfsys
+from bfsys.serve.listener import bind
 from tests.conftest import REPOSITORY
 from tests.serve.conftest import Server
 
@@ -110,6 +112,11 @@ def test_no_file_is_written(finished_run: Path, start: Callable[..., Server]) ->
     opened = [os.readlink(entry) for entry in Path(f"/proc/{server.process.pid}/fd").iterdir()]
     assert not [name for name in opened if "(deleted)" in name]
     assert server.stop() == (0, "")
+
+
+def test_connections_do_not_wait_to_send() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # asyncio's condition for TCP_NODELAY
 
 
 def fails(*arguments: str | Path, **variables: str) -> str:
