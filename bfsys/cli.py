@@ -37,6 +37,7 @@ COMMANDS = {
     "evaluate": "loss and accuracy of a run on a whole split",
     "predict": "classes of files, from their bytes",
     "explain": "which bytes of a file decide its class; shortcuts of a model",
+    "serve": "a trained model as a web service, and a page to drop files on",
     "export": "a trained model as safetensors, torch.export program or ONNX",
     "encode": "files as a model is given them: encoded, transformed",
     "fetch": "get or check the published datasets",

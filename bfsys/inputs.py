@@ -92,6 +92,8 @@ class Reader:
     transforms: tuple[ByteTransform, ...]
     least_bytes: int
     """Length of the shortest file that the model takes, after the transforms."""
+    encode_option: str = "--encode (encode=True in Python)"
+    """What messages call the option to encode files."""
 
     def samples(
         self, inputs: Iterable[tuple[str, Input]], problems: list[str], say: Callable[[str], None], *, encode: bool
@@ -104,8 +106,8 @@ class Reader:
         if encode and not self.formats:
             raise UserError(
                 f"{self.origin}: no format is known to encode files in: its training files went in as they are, or "
-                "were transformed before, or its checkpoint is older than the notes on formats; leave out --encode "
-                "(encode=True in Python)"
+                "were transformed before, or its checkpoint is older than the notes on formats; leave out "
+                f"{self.encode_option}"
             )
         said = False
         for name, one in inputs:
@@ -161,7 +163,7 @@ class Reader:
 
     def _note(self, name: str, data: np.ndarray) -> str:
         kind = kind_of(data)
-        remedy = "; add --encode (encode=True in Python)" if self._formats_for(kind) else ""
+        remedy = f"; add {self.encode_option}" if self._formats_for(kind) else ""
         return (
             f"{self.origin} was trained on {self._trained_on()}; {name} {self._what(kind)}: its answer may mean little"
             + remedy

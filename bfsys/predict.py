@@ -12,6 +12,7 @@ if __name__ == "__main__":  # `python -m bfsys.predict`
 
     run_as("predict", "python -m bfsys.predict")
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -81,9 +82,22 @@ class Model:
         """Length of the shortest file that the model takes, after data.byte_transforms."""
         self.max_bytes: int = network.architecture.max_bytes
         """Length of a file up to which each token has a position of its own. Longer files are taken too."""
+        self.rounding_bytes: int = network.architecture.rounding_bytes
+        """What a shorter file costs all the same."""
         self.input_formats: tuple[str, ...] = tuple(f.describe() for f in reader.formats)
         """Formats that pictures and sounds had in training, such as `wav:uint8 of 1 s at 16,000 Hz`; empty where files
         went in as they are, or the checkpoint does not say."""
+
+    @property
+    def reader(self) -> Reader:
+        """Reads files as the model was trained to."""
+        return self._reader
+
+    def with_messages(self, origin: str, encode_option: str) -> Model:
+        """The same model, whose messages call it `origin` and its option to encode files `encode_option`."""
+        other = copy.copy(self)
+        other._reader = replace(self._reader, origin=origin, encode_option=encode_option)
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -221,6 +235,10 @@ class Model:
             answers = ranked(self._forward(self._probabilities_of, batch), self.classes, top)
             yield from ((sample.key, classes) for sample, classes in zip(batch, answers, strict=True))
 
+    def probabilities_of(self, samples: list[Sample]) -> Tensor:
+        """float32 [n, classes] on the CPU, of samples that `reader` prepared, computed together: for `bfsys serve`."""
+        return self._forward(self._probabilities_of, samples)
+
     def _compute(
         self, inputs: Input | Iterable[Input], function: Callable[[ByteBatch], Tensor], encode: bool
     ) -> Tensor:
@@ -244,7 +262,7 @@ class Model:
         self, inputs: Iterable[tuple[str, Input]], problems: list[str], say: Callable[[str], None], encode: bool
     ) -> Iterator[list[Sample]]:
         samples = self._reader.samples(inputs, problems, say, encode=encode)
-        return batches_of(samples, self.config.data.eval_batch_bytes, self._network.architecture.rounding_bytes)
+        return batches_of(samples, self.config.data.eval_batch_bytes, self.rounding_bytes)
 
     @torch.no_grad()
     def _forward(self, function: Callable[[ByteBatch], Tensor], samples: list[Sample]) -> Tensor:

@@ -32,6 +32,7 @@ LAYERS = [
     ["explain.formats"],
     ["explain"],
     ["predict"],
+    ["serve"],
     ["train"],
     ["launch"],
     ["fitting"],

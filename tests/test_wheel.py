@@ -65,7 +65,7 @@ def test_the_wheel_holds_all_modules_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "bfsys").rglob("*.py")}
-    assert names == {*modules, "bfsys/py.typed"}
+    assert names == {*modules, "bfsys/py.typed", "bfsys/serve/page/index.html"}
 
 
 def test_the_installed_command_is_that_of_the_wheel(bfsys: Command, site: Path) -> None:

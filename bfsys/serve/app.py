@@ -1,0 +1,390 @@
+"""The web application: a page, answers as JSON, health and metrics.
+
+A request is read (bfsys/serve/uploads.py), its files are prepared as the model was trained to read files, and wait for
+the worker that computes (bfsys/serve/batching.py). Each file has its own answer or its own error.
+
+Refused: FastAPI's own pages of documentation, which load scripts from elsewhere; /openapi.json describes the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from typing import Annotated, Any, TypeVar
+
+from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import ClientDisconnect
+from torch import Tensor
+
+from bfsys.answers import ranked
+from bfsys.batch import Sample
+from bfsys.errors import UserError
+from bfsys.explain.page import html
+from bfsys.predict import Model
+from bfsys.serve.batching import Worker
+from bfsys.serve.guard import CLIENT_GONE, Guard, log
+from bfsys.serve.limits import Limits
+from bfsys.serve.metrics import Metrics
+from bfsys.serve.uploads import FIELD, FORM, Upload, read_uploads
+
+PATHS = ("/", "/predict", "/explain", "/model", "/health", "/metrics", "/openapi.json")
+OF_EXPLANATIONS = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+RETRY_AFTER_S = 2
+T = TypeVar("T")
+
+
+class ClassProbability(BaseModel):
+    model_config = ConfigDict(populate_by_name=True)
+    class_name: str = Field(alias="class")
+    index: int
+    probability: float
+
+
+class FileAnswer(BaseModel):
+    """Of one file: `top`, or `error`."""
+
+    name: str
+    top: list[ClassProbability] | None = Field(None, description="The likeliest classes, the likeliest first")
+    error: str | None = Field(None, description="Why the file has no answer")
+    note: str | None = Field(None, description="Why the answer may mean little")
+
+
+class Answers(BaseModel):
+    answers: list[FileAnswer] = Field(description="In the order of the files")
+
+
+class NoAnswers(BaseModel):
+    detail: str
+    answers: list[FileAnswer] | None = None
+
+
+class Problem(BaseModel):
+    detail: str
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "The body is not valid HTTP, or the Host header is of another service"},
+    403: {"model": Problem, "description": "The request comes from a page of another site"},
+    408: {"model": Problem, "description": "The body did not arrive in time"},
+    413: {"model": Problem, "description": "A file or the request is too large, or holds too many files"},
+    415: {"model": Problem, "description": f"The body is not {FORM}"},
+    422: {"model": NoAnswers, "description": "An argument is wrong, or no file of the request can be classified"},
+    500: {"model": NoAnswers, "description": "The model fails on every file of the request"},
+    503: {"model": Problem, "description": "Too many requests, or no answer in time; Retry-After says when to retry"},
+}
+BODY = {
+    "required": True,
+    "content": {
+        FORM: {
+            "schema": {
+                "type": "object",
+                "required": [FIELD],
+                "properties": {
+                    FIELD: {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+                },
+            }
+        }
+    },
+}
+
+
+class Busy(HTTPException):
+    def __init__(self, detail: str) -> None:
+        super().__init__(503, detail, {"retry-after": str(RETRY_AFTER_S)})
+
+
+@dataclass
+class Prepared:
+    """A file on its way to its answer."""
+
+    name: str
+    sample: Sample | None = None
+    error: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which bytes of a file speak for a class."""
+
+    upload: Upload
+    class_name: str | None
+    seed: int
+    encode: bool
+    as_html: bool
+
+
+class Service:
+    """A model, the threads that work for it, and what they have done."""
+
+    def __init__(self, model: Model, limits: Limits, *, batch_bytes: int | None = None) -> None:
+        """`batch_bytes`: of files that are computed together; data.eval_batch_bytes of the run by default."""
+        budget = model.config.data.eval_batch_bytes if batch_bytes is None else batch_bytes
+        most = limits.model_bytes or max(model.config.data.eval_batch_bytes, model.max_bytes)
+        self.limits, self.metrics = replace(limits, model_bytes=most), Metrics()
+        # Messages of the model go to clients: they hold no paths of this machine, and name the service's own option.
+        self.model = model.with_messages("the model", "encode=true")
+        self._most_bytes = most
+        self.in_progress = 0
+        self._computing: Worker[Sample, Tensor] = Worker(self._compute, self._cost, budget)
+        # Decoders take long and share a lock: they have a thread of their own, and files that need none do not wait.
+        self._decoding: Worker[Upload, Prepared] = Worker(
+            lambda uploads: [self._prepared(upload, encode=True) for upload in uploads], lambda _: 1, 1
+        )
+        # An explanation is hundreds of predictions, so it has a thread of its own too.
+        self._explaining: Worker[Question, dict | str] = Worker(
+            lambda questions: [self._explained(question) for question in questions], lambda _: 1, 1
+        )
+        self._workers = (self._computing, self._decoding, self._explaining)
+        self.metrics.queue.set_function(lambda: sum(worker.waiting for worker in self._workers))
+
+    def close(self, timeout_s: float) -> bool:
+        """Drop what waits, and wait up to `timeout_s` for what is computed now; whether all threads have ended."""
+        until = time.monotonic() + timeout_s
+        ended = [worker.close(max(0, until - time.monotonic())) for worker in self._workers]  # each is closed
+        return all(ended)
+
+    def check_encode(self, encode: bool) -> None:
+        if encode and not self.model.input_formats:
+            raise HTTPException(422, "encode: the formats of this model's training files are not known; leave it out")
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """A place among the requests in progress. Raises HTTPException if there is none."""
+        if self.in_progress >= self.limits.requests:
+            raise Busy(f"{self.in_progress:,} requests are in progress, as many as are allowed; try again")
+        self.in_progress += 1
+        self.metrics.in_progress.inc()
+        try:
+            yield
+        finally:
+            self.in_progress -= 1
+            self.metrics.in_progress.dec()
+
+    async def handle(self, request: Request, work: Callable[[list[Upload]], Coroutine[Any, Any, T]]) -> T:
+        """The result of `work` on the files of a request, within the limits."""
+        async with self.place():
+            deadline = asyncio.get_running_loop().time() + self.limits.seconds
+            uploads = await self.receive(request, deadline)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await while_connected(request, work(uploads))
+            except TimeoutError:
+                raise Busy(f"no answer within {self.limits.seconds:g} s; send fewer files, or try again") from None
+
+    async def receive(self, request: Request, deadline: float) -> list[Upload]:
+        try:
+            async with asyncio.timeout_at(deadline):
+                uploads = await read_uploads(request, self.limits)
+        except TimeoutError:
+            detail = f"the request did not arrive within {self.limits.seconds:g} s"
+            raise HTTPException(408, detail, {"connection": "close"}) from None
+        self.metrics.files.inc(len(uploads))
+        self.metrics.bytes.inc(sum(len(upload.content) for upload in uploads))
+        return uploads
+
+    async def explanation(self, question: Question) -> dict | str:
+        """What Explanation.as_dict gives, or a page. Raises HTTPException for a file or class that cannot be used."""
+        (answer,) = await self._explaining.answers([question])
+        if isinstance(answer, UserError):
+            raise HTTPException(422, str(answer))
+        if isinstance(answer, BaseException):
+            log(answer)
+            raise HTTPException(500, "the explanation of this file failed")
+        return answer
+
+    async def answers(self, uploads: list[Upload], top: int, encode: bool) -> tuple[list[dict], int]:
+        """(what each file's FileAnswer holds, status of the whole)."""
+        self.check_encode(encode)
+        if encode:
+            prepared = [
+                _or_error(one, u) for one, u in zip(await self._decoding.answers(uploads), uploads, strict=True)
+            ]
+        else:
+            prepared = [self._prepared(upload, encode=False) for upload in uploads]
+        waiting = [one for one in prepared if one.sample is not None]
+        rows = await self._computing.answers([one.sample for one in waiting if one.sample is not None])
+        status = 422
+        answered = {}
+        for one, row in zip(waiting, rows, strict=True):
+            if isinstance(row, BaseException) or not math.isfinite(float(row.sum())):
+                status = 500
+                if isinstance(row, BaseException):
+                    log(row)
+                one.error = "the model fails on this file; its answer is not finite, or memory does not suffice"
+            else:
+                answered[id(one)] = row
+        self.metrics.refused_files.inc(len(prepared) - len(answered))
+        return [self._answer(one, answered.get(id(one)), top) for one in prepared], 200 if answered else status
+
+    def _prepared(self, upload: Upload, *, encode: bool) -> Prepared:
+        problems: list[str] = []
+        notes: list[str] = []
+        inputs = [(upload.name, upload.content)]
+        sample = next(self.model.reader.samples(inputs, problems, notes.append, encode=encode), None)
+        error = "; ".join(problem.removeprefix(f"{upload.name}: ") for problem in problems)
+        if sample and len(sample.data) > self._most_bytes:
+            error = f"the model would read {len(sample.data):,} bytes of it; {self._most_bytes:,} are allowed"
+            return Prepared(upload.name, error=error)
+        return Prepared(upload.name, sample, error or None, notes[0] if notes else None)
+
+    def _explained(self, question: Question) -> dict | str:
+        upload = question.upload
+        if error := self._prepared(upload, encode=question.encode).error:
+            raise UserError(error)
+        found = self.model.explain(upload.content, question.class_name, question.seed, encode=question.encode)
+        found = replace(found, name=upload.name)
+        return html(found) if question.as_html else found.as_dict()
+
+    def _compute(self, samples: list[Sample]) -> list[Tensor]:
+        self.metrics.batch_files.observe(len(samples))
+        self.metrics.batch_bytes.observe(sum(len(sample.data) for sample in samples))
+        return list(self.model.probabilities_of(samples))
+
+    def _cost(self, sample: Sample) -> int:
+        return max(len(sample.data), self.model.rounding_bytes)
+
+    def _answer(self, one: Prepared, row: Tensor | None, top: int) -> dict:
+        answer: dict[str, Any] = {"name": one.name}
+        if row is None:
+            answer["error"] = one.error
+        else:
+            (best,) = ranked(row[None], self.model.classes, top)
+            answer["top"] = [{"class": c.class_name, "index": c.index, "probability": c.probability} for c in best]
+        return answer | ({"note": one.note} if one.note else {})
+
+
+def _or_error(one: Prepared | BaseException, upload: Upload) -> Prepared:
+    if isinstance(one, UserError):
+        return Prepared(upload.name, error=str(one))
+    if isinstance(one, BaseException):
+        log(one)
+        return Prepared(upload.name, error="cannot be decoded")
+    return one
+
+
+def application(service: Service, hosts: list[str] | None) -> Guard:
+    """The ASGI application. `hosts`: names under which it may be called; None: any."""
+    model, limits = service.model, service.limits
+    app = FastAPI(
+        title="bfsys", version="1", docs_url=None, redoc_url=None,
+        description="Classes of files, from their bytes. Nothing that is sent is stored or logged.",
+    )  # fmt: skip
+    page = files("bfsys.serve").joinpath("page", "index.html").read_text(encoding="utf-8")
+    policy = content_security_policy(page)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page, headers={"content-security-policy": policy})
+
+    @app.get("/model", summary="Classes, formats and limits")
+    async def describe() -> JSONResponse:
+        return JSONResponse(
+            {
+                "classes": model.classes,
+                "input_formats": model.input_formats,
+                "step": model.step,
+                "least_bytes": model.least_bytes,
+                "max_bytes": model.max_bytes,
+                "limits": asdict(limits),
+            }
+        )
+
+    @app.get("/health", summary="Whether the model is loaded")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ready", "step": model.step, "device": str(model.device)})
+
+    @app.get("/metrics", summary="Counters for Prometheus", response_class=Response)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.post(
+        "/predict", summary="Classes of files", response_model=Answers, responses=REFUSALS,
+        openapi_extra={"requestBody": BODY},
+        description="A file that cannot be classified has an `error` in its answer, and the others are answered all "
+        "the same. Only if no file can be classified is the status 422.",
+    )  # fmt: skip
+    async def predict(
+        request: Request,
+        top: Annotated[int, Query(ge=1, le=1_000_000, description="Classes for each file")] = 3,
+        encode: Annotated[bool, Query(description="Put pictures and sounds into the model's format first")] = False,
+    ) -> JSONResponse:
+        answers, status = await service.handle(request, lambda uploads: service.answers(uploads, top, encode))
+        detail = {} if status == 200 else {"detail": "no file of the request can be classified"}
+        return JSONResponse(detail | {"answers": answers}, status)
+
+    @app.post(
+        "/explain", summary="Which bytes of a file speak for a class", response_model=dict[str, Any],
+        responses=REFUSALS | {200: {"content": {"text/html": {}}}}, openapi_extra={"requestBody": BODY},
+        description="Of one file, and of its likeliest class unless another is named. A page for `Accept: text/html`.",
+    )  # fmt: skip
+    async def explain(
+        request: Request,
+        class_name: Annotated[str | None, Query(alias="class", description="One of the model's classes")] = None,
+        seed: Annotated[int, Query(ge=0, le=2**31 - 1, description="Draws what takes the place of bytes")] = 0,
+        encode: Annotated[bool, Query(description="Put a picture or sound into the model's format first")] = False,
+    ) -> Response:
+        as_html = "text/html" in request.headers.get("accept", "")
+
+        async def work(uploads: list[Upload]) -> dict | str:
+            if len(uploads) > 1:
+                raise HTTPException(422, f"got {len(uploads):,} files; one at a time can be explained")
+            service.check_encode(encode)
+            return await service.explanation(Question(uploads[0], class_name, seed, encode, as_html))
+
+        answer = await service.handle(request, work)
+        if isinstance(answer, str):
+            return HTMLResponse(answer, headers={"content-security-policy": OF_EXPLANATIONS})
+        return JSONResponse(answer)
+
+    app.add_exception_handler(RequestValidationError, _on_wrong_argument)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    return Guard(app, service.metrics, PATHS, hosts)
+
+
+async def _on_wrong_argument(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    text = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
+    return JSONResponse({"detail": text}, 422)
+
+
+async def _on_disconnect(_: Request, __: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)  # for the counters; nobody reads it
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client closes the connection. The body must have been read.
+
+    Raises ClientDisconnect in that case.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+def content_security_policy(page: str) -> str:
+    """Allows the page its own script, by its hash, and nothing from elsewhere."""
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

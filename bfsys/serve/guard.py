@@ -1,0 +1,83 @@
+"""What holds for every request: who may ask, headers of every answer, counting, and errors without their messages.
+
+A service on a loopback address trusts the programs of its machine, and a browser there runs pages of anybody. Such
+pages may send forms to it (CSRF) or, under a name that resolves to 127.0.0.1, read its answers (DNS rebinding). So
+requests that come from another site are refused by the headers that browsers set and pages cannot, and requests under
+another name by their Host header. Programs send neither header, and are not affected.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bfsys.serve.metrics import Metrics
+
+CLIENT_GONE = 499  # nginx' status of a request whose client closed the connection
+OWN_SITE = ("same-origin", "none")  # none: typed into the address bar
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+
+
+class Guard:
+    """ASGI application around another one. `paths` are those that are counted by name."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Iterable[str], hosts: list[str] | None) -> None:
+        """`hosts`: names under which the service may be called; None: any."""
+        self._app = app if hosts is None else TrustedHostMiddleware(app, hosts, www_redirect=False)
+        self._metrics, self._paths = metrics, frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        started, status = time.monotonic(), CLIENT_GONE
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            if scope["method"] not in ("GET", "HEAD") and _is_of_another_site(Headers(scope=scope)):
+                refusal = JSONResponse({"detail": "requests from pages of other sites are refused"}, 403)
+                await refusal(scope, receive, send_on)
+            else:
+                await self._app(scope, receive, send_on)
+        except Exception as error:
+            log(error)
+            if status == CLIENT_GONE:
+                await JSONResponse({"detail": "internal error"}, 500)(scope, receive, send_on)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path, status).inc()
+            self._metrics.seconds.labels(path).observe(time.monotonic() - started)
+
+
+def _is_of_another_site(headers: Headers) -> bool:
+    """Browsers send Sec-Fetch-Site to loopback addresses and over HTTPS, and otherwise Origin alone."""
+    if site := headers.get("sec-fetch-site"):
+        return site not in OWN_SITE
+    origin = headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != headers.get("host")
+
+
+def log(error: BaseException) -> None:
+    """Where and of what type an error is, on standard error; not its message, which may quote a file."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    print(f"internal error: {type(error).__name__}\n{frames}", end="", file=sys.stderr, flush=True)

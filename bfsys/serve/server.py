@@ -1,0 +1,66 @@
+"""The process of the service: its socket, its start, and its end on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import uvicorn
+
+from bfsys.serve.app import Service, application
+from bfsys.serve.listener import BACKLOG, is_loopback, listen
+
+SECONDS_TO_FINISH = 5.0  # of the batch that is being computed, after all requests have ended
+
+
+def serve(service: Service, listener: socket.socket, host: str) -> None:
+    """Answer requests until SIGINT or SIGTERM; requests in progress are answered first, within the limit of a request.
+
+    Raises UserError if another process took the port in the meantime.
+    """
+    # Warnings of the model name files, which answers do as notes, and the parser's quote the body.
+    warnings.simplefilter("ignore")
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+    port = listener.getsockname()[1]
+    hosts = ["localhost", "127.0.0.1", "[::1]", "::1", host] if is_loopback(listener) else None
+    with closing(listener):
+        listen(listener, host)
+        # h11: the implementation that every installation of uvicorn has.
+        config = uvicorn.Config(
+            application(service, hosts), http="h11", ws="none", lifespan="off",
+            log_config=None, access_log=False, log_level="error",
+            server_header=False, proxy_headers=False, backlog=BACKLOG,
+            timeout_graceful_shutdown=int(service.limits.seconds) + 1,
+        )  # fmt: skip
+        shown = f"[{host}]" if ":" in host else host
+        asyncio.run(_run(_Server(config), listener, f"http://{shown}:{port}"))
+    if not service.close(SECONDS_TO_FINISH):
+        # A computation cannot be interrupted, and Python aborts a process that ends with a thread inside PyTorch.
+        sys.stdout.flush()
+        os._exit(0)
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Does nothing: uvicorn would end the process by the signal, and not with exit code 0."""
+        yield
+
+
+async def _run(server: uvicorn.Server, listener: socket.socket, url: str) -> None:
+    def stop() -> None:
+        server.force_exit = server.should_exit  # a second signal
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    print(f"{url}  ready; Ctrl-C stops", flush=True)
+    await server.serve(sockets=[listener])

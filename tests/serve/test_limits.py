@@ -1,0 +1,171 @@
+"""Requests that are too large, too many, too slow, malformed or hostile; the server answers each, and goes on."""
+
+from __future__ import annotations
+
+import io
+import socket
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.serve.conftest import Server
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
+
+BOUNDARY = b"frontier"
+FORM = {"content-type": f"multipart/form-data; boundary={BOUNDARY.decode()}"}
+PART = b'--frontier\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nabc\r\n'
+END = b"--frontier--\r\n"
+
+
+@pytest.fixture(scope="module")
+def small(finished_run: Path) -> Iterator[Server]:
+    limits = ("--max-file-bytes", "2000", "--max-request-bytes", "8000", "--max-files", "3", "--max-requests", "1")
+    started = Server(finished_run, "--port", "0", "--timeout", "1.5", *limits)
+    yield started
+    assert started.stop() == (0, "")
+
+
+@pytest.fixture
+def url(small: Server) -> Iterator[str]:
+    yield small.url
+    answered = httpx.post(f"{small.url}/predict", files=[("files", b"still there")])
+    assert answered.status_code == 200
+    assert "bfsys_requests_in_progress 0.0" in httpx.get(f"{small.url}/metrics").text
+
+
+def refused(url: str, status: int, content: bytes, headers: dict = FORM) -> str:
+    answered = httpx.post(f"{url}/predict", content=content, headers=headers, timeout=60)
+    assert answered.status_code == status, answered.text
+    return answered.json()["detail"]
+
+
+def test_too_much(url: str) -> None:
+    def status(*lengths: int) -> int:
+        files = [("files", (f"{n}", bytes(length))) for n, length in enumerate(lengths)]
+        return httpx.post(f"{url}/predict", files=files).status_code
+
+    assert status(400, 400, 400) == 200
+    assert status(2001) == 413
+    assert status(1, 1, 1, 1) == 413
+    assert status(2000, 2000, 2000) == 422  # within what may be sent; above what the model may read
+    assert "more than 3 files" in refused(url, 413, PART * 20 + END)
+    assert "larger than 8,000 bytes" in refused(url, 413, PART * 10_000 + END)
+
+
+def test_a_body_without_a_length_is_refused_while_it_arrives(small: Server, url: str) -> None:
+    """An endless file: what is refused never is in memory."""
+    process = psutil.Process(small.process.pid)
+    before = process.memory_info().rss
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        yield PART[:-5]
+        while sent < 200_000_000:
+            sent += 100_000
+            yield bytes(100_000)
+
+    try:
+        answered = httpx.post(f"{url}/predict", content=endless(), headers=FORM, timeout=60)
+        assert answered.status_code == 413
+    except httpx.TransportError:
+        pass  # the server may close the connection, rather than read on
+    assert process.memory_info().rss - before < 50_000_000
+
+
+def test_bodies_of_another_kind(url: str) -> None:
+    assert "must be multipart/form-data" in refused(url, 415, b"{}", {"content-type": "application/json"})
+    assert "must be multipart/form-data" in refused(url, 415, b"abc", {})
+    assert "Content-Encoding" in refused(url, 415, PART + END, FORM | {"content-encoding": "gzip"})
+    assert "needs a boundary" in refused(url, 422, PART + END, {"content-type": "multipart/form-data"})
+    assert "not a valid" in refused(url, 422, PART, {"content-type": f"multipart/form-data; boundary={'x' * 300}"})
+    assert "cut short" in refused(url, 422, PART)
+    assert "cut short" in refused(url, 422, b"")
+    assert "not a valid" in refused(url, 422, b"\0" * 100)
+    assert "no file" in refused(url, 422, END)
+    assert "field named 'file'" in refused(url, 422, PART.replace(b'"files"', b'"file"') + END)
+    assert "field named ''" in refused(url, 422, b"--frontier\r\n\r\nabc\r\n" + END)
+
+
+def test_random_bodies(url: str) -> None:
+    """Damage of a good body: an answer, or a refusal, and never a crash."""
+    rng = np.random.default_rng(0)
+    good = np.frombuffer(PART + PART + END, np.uint8)
+    with httpx.Client() as client:
+        for _ in range(150):
+            body = good.copy()
+            places = rng.integers(0, len(body), 4)
+            body[places] = rng.choice(np.frombuffer(b'\r\n-:;="\0\xff a', np.uint8), 4)
+            cut = body[: rng.integers(1, len(body) + 1)].tobytes()
+            answered = client.post(f"{url}/predict", content=cut, headers=FORM)
+            assert answered.status_code in (200, 422), answered.text
+
+
+def test_archives_stay_bytes(url: str) -> None:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(300_000))
+    assert len(held.getvalue()) < 500
+    assert httpx.post(f"{url}/predict", files=[("files", held.getvalue())]).status_code == 200
+
+
+def test_names_that_are_hostile(url: str) -> None:
+    """They come back as data, and nothing else is done with them."""
+    for name in ("../../etc/passwd", "<script>alert(1)</script>", "ü\u202e", "x" * 1000):
+        answered = httpx.post(f"{url}/predict", files=[("files", (name, b"abc"))])
+        assert answered.json()["answers"][0]["name"] == name
+        assert answered.headers["content-type"] == "application/json"
+        page = httpx.post(f"{url}/explain", files=[("files", (name, b"abcdefgh"))], headers={"accept": "text/html"})
+        assert page.status_code in (200, 503)
+        assert "<script" not in page.text
+        if page.status_code == 200:
+            assert page.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
+
+
+def raw(url: str) -> socket.socket:
+    host, _, port = url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), 60)
+
+
+def head(length: int) -> bytes:
+    headers = (f"{name}: {value}" for name, value in (FORM | {"Host": "localhost", "Content-Length": length}).items())
+    return "\r\n".join(("POST /predict HTTP/1.1", *headers, "", "")).encode()
+
+
+def test_a_slow_client_keeps_its_place_for_so_long(url: str) -> None:
+    with raw(url) as slow:
+        slow.sendall(head(1000) + PART)
+        while "bfsys_requests_in_progress 1.0" not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.005)
+        busy = httpx.post(f"{url}/predict", files=[("files", b"abc")])
+        assert (busy.status_code, busy.headers["retry-after"]) == (503, "2")
+        assert slow.recv(10_000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_leaves_gives_its_place_back(url: str) -> None:
+    with raw(url) as leaving:
+        leaving.sendall(head(1000) + PART)
+        while "bfsys_requests_in_progress 1.0" not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.005)
+    while "bfsys_requests_in_progress 1.0" in httpx.get(f"{url}/metrics").text:
+        time.sleep(0.005)
+    assert 'path="/predict",status="499"' in httpx.get(f"{url}/metrics").text
+
+
+def test_wrong_lengths_and_no_http(url: str) -> None:
+    for sent, expected in (
+        (head(len(PART) - 4) + PART + END, b"HTTP/1.1 422 "),  # the body ends before the form does
+        (head(-1) + PART, b"HTTP/1.1 400 "),
+        (b"\x16\x03\x01 no HTTP\r\n\r\n", b"HTTP/1.1 400 "),
+        (b"GET /" + b"x" * 100_000, b"HTTP/1.1 400 "),
+    ):
+        with raw(url) as client:
+            client.sendall(sent)
+            assert client.recv(10_000).startswith(expected)
