@@ -14,7 +14,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	@echo "== Installing into $(VENV) (about 6 GB, most of it PyTorch)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --upgrade pip setuptools wheel
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -e '.[train,report,digits,export,test]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -e '.[train,fit,serve,report,digits,export,test]'
 	@touch $@
 
 quickstart: install

@@ -160,7 +160,8 @@ def test_names_come_without_pytorch_until_they_are_asked_for() -> None:
 import sys, bfsys
 assert sorted(m for m in sys.modules if m.startswith("bfsys")) == ["bfsys"]
 assert not {"torch", "numpy"} & set(sys.modules)
-assert {"Explanation", "Model", "Prediction", "UserError", "files_in", "fit", "load"} == {*bfsys.__all__} <= {*dir(bfsys)}
+assert {*bfsys.__all__} == {"Explanation", "Model", "Prediction", "UserError", "files_in", "fit", "load"}
+assert {*bfsys.__all__} <= {*dir(bfsys)}
 assert issubclass(bfsys.UserError, Exception) and "torch" not in sys.modules
 assert all(getattr(bfsys, name).__name__ == name for name in bfsys.__all__)
 try:

@@ -286,5 +286,5 @@ def next_commands(request: Request, config: Config) -> list[str]:
     return [
         f"bfsys predict {request.run_dir} FILE{encode}",
         f"bfsys explain {request.run_dir} FILE{encode}",
-        f"tensorboard --logdir {request.runs}",
+        f"bfsys serve {request.run_dir}",
     ]

@@ -45,7 +45,11 @@ def test_a_folder_becomes_a_model_that_beats_byte_counts(
     assert {"confusion.png", "learning_curve.png", "classes.tsv"} <= {p.name for p in (run / "report").iterdir()}
     model = bfsys.load(run)
     assert model.classes == ("falling", "rising")
-    for command in ("bfsys predict runs/slopes FILE\n", "tensorboard --logdir runs\n"):
+    for command in (
+        "bfsys predict runs/slopes FILE\n",
+        "bfsys explain runs/slopes FILE\n",
+        "bfsys serve runs/slopes\n",
+    ):
         assert command in said
 
     bfsys.fit(src, minutes=3)  # does not train again
