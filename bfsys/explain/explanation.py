@@ -18,6 +18,7 @@ from bfsys.explain.structure import structure
 TOP = 5  # classes
 NAMED = 3  # parts in a summary
 WORTH_NAMING = 0.05  # share of the evidence
+WORST_ERROR = 0.1  # of the sum of integrated gradients, up to which nothing is said
 LEAST_DROP = 0.02  # of the log-probability, up to which a window does not matter by itself
 
 
@@ -152,7 +153,7 @@ def explain(
     references, reference = choose(files, data, layout.format, index, DRAWS, seed)
     windows = windows_of(len(data), classifier.network.architecture.stride)
     evidence = occlusion(classifier, data, references, index, windows)
-    gradients = integrated_gradients(classifier, data, references, index)
+    gradients, error = integrated_gradients(classifier, data, references, index)
     shares = _shares(evidence, gradients, windows, layout.ranges)
     parts = tuple(Part(one, share) for one, share in zip(layout.ranges, shares, strict=True))
     return Explanation(
@@ -167,7 +168,7 @@ def explain(
         parts=parts,
         without=_without(classifier, classes, data, references, index, parts),
         reference=reference,
-        notes=tuple(_notes(transforms, data, classifier, reference, float(evidence.max()))),
+        notes=tuple(_notes(transforms, data, classifier, reference, float(evidence.max()), error)),
     )
 
 
@@ -228,7 +229,12 @@ def _ranked(probabilities: np.ndarray, classes: Sequence[str]) -> list[Predictio
 
 
 def _notes(
-    transforms: Sequence[ByteTransform], data: np.ndarray, classifier: Classifier, reference: str, largest: float
+    transforms: Sequence[ByteTransform],
+    data: np.ndarray,
+    classifier: Classifier,
+    reference: str,
+    largest: float,
+    error: float,
 ) -> list[str]:
     notes = []
     if moving := [one.text.partition(":")[0] for one in transforms if not one.keeps_places]:
@@ -243,6 +249,11 @@ def _notes(
         )
     if len(data) > classifier.network.architecture.max_bytes:
         notes.append("The file has more tokens than the model has positions, so positions repeat.")
+    if error > WORST_ERROR:
+        notes.append(
+            f"The integrated gradients of single bytes are inexact: their sum is off by {100 * error:.0f} % of what it "
+            "should be."
+        )
     if largest < LEAST_DROP:
         notes.append(
             f"No window matters by itself (the largest drop of the log-probability is {largest:.2g}): the answer "

@@ -12,7 +12,6 @@ import torch
 from bfsys.batch import ByteBatch, Sample
 from bfsys.explain import attribution
 from bfsys.explain.attribution import (
-    DRAWS,
     WINDOWS,
     Classifier,
     integrated_gradients,
@@ -61,11 +60,12 @@ def test_both_methods_find_planted_evidence(classifier: Classifier) -> None:
     answers = classifier.log_probabilities(files).argmax(1)
     assert (answers == labels).mean() > 0.95
     shares = []
-    for i in range(10):
-        references = [data for data, label in zip(files, labels, strict=True) if label != labels[i]][:DRAWS]
+    for i in range(5):
+        references = [data for data, label in zip(files, labels, strict=True) if label != labels[i]][:2]
         windows = windows_of(LENGTH, 4)
         evidence = occlusion(classifier, files[i], references, labels[i], windows)
-        gradients = integrated_gradients(classifier, files[i], references, labels[i])
+        gradients, error = integrated_gradients(classifier, files[i], references, labels[i])
+        assert error < 0.05
         first, end = windows[int(evidence.argmax())]
         assert first < PLACE.stop
         assert end > PLACE.start
@@ -88,19 +88,31 @@ def test_attributions_sum_to_the_difference_of_log_odds(
     network = ByteFormer(shape, 4, mode, activation_checkpointing=True).eval()
     rng = np.random.default_rng(0)
     data, *references = (rng.integers(0, 256, length, dtype=np.uint8) for _ in range(3))
-    gradients = integrated_gradients(Classifier(network, 300), data, references, 2)
+    gradients, error = integrated_gradients(Classifier(network, 300), data, references, 2)
+    assert error < 1e-3
     with torch.no_grad():
         odds = log_odds(network(ByteBatch.from_samples([Sample("", one) for one in (data, *references)])), 2).numpy()
     assert gradients.sum() == pytest.approx(odds[0] - odds[1:].mean(), abs=2e-4)
     assert all(p.grad is None for p in network.parameters())
-    same = integrated_gradients(Classifier(network, 300), data, [data], 2)
+    same, _ = integrated_gradients(Classifier(network, 300), data, [data], 2)
     assert not same.any()
+
+
+def test_a_sudden_turn_along_the_path_is_not_missed(classifier: Classifier) -> None:
+    files, labels = planted(40, 5)
+    data, reference = files[labels.index(0)], files[labels.index(1)]
+    gradients, _ = integrated_gradients(classifier, data, [reference], 0)
+    with torch.no_grad():
+        batch = ByteBatch.from_samples([Sample("", one) for one in (data, reference)])
+        ours, theirs = log_odds(classifier.network(batch), 0).tolist()
+    assert ours - theirs > 5
+    assert gradients.sum() == pytest.approx(ours - theirs, rel=0.03)
 
 
 def test_a_byte_that_no_reference_changes_has_no_evidence(classifier: Classifier) -> None:
     (data, other), _ = planted(2, 3)
     other[:40] = data[:40]
-    assert not integrated_gradients(classifier, data, [other], 0)[:40].any()
+    assert not integrated_gradients(classifier, data, [other], 0)[0][:40].any()
     assert occlusion(classifier, data, [other], 0, [(0, 40)]) == pytest.approx(0, abs=1e-5)
 
 
