@@ -93,8 +93,7 @@ def overview() -> str:
             "usage: bfsys COMMAND [ARGUMENT …]\n",
             "Train classifiers on raw file bytes, from a laptop to a SLURM cluster.\n",
             *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
-            "\n`bfsys COMMAND --help` explains a command.",
-            f"`bfsys --print-completion {'|'.join(SHELLS)}` makes the TAB key complete them.",
+            f"\n`bfsys COMMAND --help` explains one. TAB: `bfsys --print-completion {'|'.join(SHELLS)}`",
         )
     )
 

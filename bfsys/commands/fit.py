@@ -14,7 +14,7 @@ from bfsys.errors import UserError
 
 NOTES = """\
 FOLDER has a folder of files per class, or split folders (train, val) with
-them; or it is a list of files, as for `bfsys pack --from filelist`.
+them; or it is a list of files (bfsys pack --from filelist), or packed data.
 The command says what it sees, packs the files, chooses encoding, model and
 steps for this machine and the time, writes them with reasons to
 RUNS/NAME.yaml, trains, evaluates on files that were held out, and compares
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", help="of the run (default: the folder's)")
     add("--minutes", type=float, default=10.0, metavar="M", help="time for all of it (default 10)")
     add("--as-stored", action="store_true", help="never decode and encode the files")
+    add("--skip-bad", action="store_true", help="leave out files that cannot be used")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default runs)")
     add("--shards", type=Path, default=Path("data/shards"), metavar="DIR",
         help="folder of packed data (default data/shards)")  # fmt: skip
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         name=args.name or name_for(args.folder),
         minutes=args.minutes,
         as_stored=args.as_stored,
+        skip_bad=args.skip_bad,
         shards=args.shards,
         runs=args.runs,
     )

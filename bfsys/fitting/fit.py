@@ -28,7 +28,7 @@ from bfsys.curves import draw, read
 from bfsys.data.media.encodings import AS_STORED, Fitting, parse_encoding
 from bfsys.data.packing.listing import Listing, check_files
 from bfsys.data.packing.pack import Packing, list_source, name_bad_files, pack
-from bfsys.data.storage.shards import read_description
+from bfsys.data.storage.shards import DESCRIPTION, open_split, read_description
 from bfsys.data.streaming.datasets import open_evaluation, open_training
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.errors import UserError
@@ -60,6 +60,7 @@ class Request:
     name: str
     minutes: float
     as_stored: bool
+    skip_bad: bool
     shards: Path
     runs: Path
 
@@ -147,20 +148,48 @@ def check_record(request: Request) -> None:
 
 
 def look(request: Request) -> Survey:
-    """List the folder and say what is in it. Raises UserError for all that keeps it from being packed."""
-    listing = listed(request)
-    splits = {file.split for file in listing.files}
-    if "train" not in splits or not splits - {"train"}:
-        found = ", ".join(sorted(splits))
-        raise UserError(
-            f"{request.folder}: has the split {found} alone; a train split and a val or test split are needed. Put the "
-            "class folders into the folder itself, and a tenth of the files is set aside for validation"
-        )
-    survey = survey_of(listing.files, listing.classes)
+    """Say what is in the folder. Raises UserError for all that keeps it from being packed, or trained on."""
+    if is_packed(request.folder):
+        survey = survey_of_packed(request.folder)
+    else:
+        listing = listed(request)
+        splits = {file.split for file in listing.files}
+        check_splits(request.folder, splits)
+        survey = survey_of(listing.files, listing.classes)
     if len(survey.classes) < 2:
         raise UserError(f"{request.folder}: has one class, {survey.classes[0]!r}; at least 2 are needed to tell apart")
     print("\n".join([f"{request.folder}:", *(f"  {line}" for line in survey.describe())]), flush=True)
     return survey
+
+
+def is_packed(folder: Path) -> bool:
+    return (folder / DESCRIPTION).exists()
+
+
+def survey_of_packed(folder: Path) -> Survey:
+    """What a packed dataset holds, whose files stay as they are."""
+    description = read_description(folder)
+    check_splits(folder, set(description["splits"]))
+    lengths = {split: open_split(folder, split).samples["length"].astype(np.int64) for split in description["splits"]}
+    return Survey(
+        classes=tuple(description["classes"]),
+        files={split: len(of_split) for split, of_split in lengths.items()},
+        train_bytes=lengths["train"],
+        longest=max(int(of_split.max()) for of_split in lengths.values() if len(of_split)),
+        kinds={f"packed {description['encoding']}": len(lengths["train"])},
+        modality=None,
+        typical_size=0.0,
+        rate_hz=0,
+    )
+
+
+def check_splits(folder: Path, splits: set[str]) -> None:
+    """Raise UserError unless there is something to train on and something to evaluate."""
+    if "train" not in splits or not splits & {"val", "test"}:
+        raise UserError(
+            f"{folder}: has the split {', '.join(sorted(splits))} alone; a train split and a val or test split are "
+            "needed. Put the class folders into the folder itself, and a tenth of the files is set aside for validation"
+        )
 
 
 def listed(request: Request) -> Listing:
@@ -168,13 +197,15 @@ def listed(request: Request) -> Listing:
     packing = packing_of(request, Format())
     listing = list_source(packing)
     check_files(listing, None, packing.encoding, packing.share_for_val)
-    if problems := listing.problems + name_bad_files(listing.bad):
+    if problems := listing.problems + ([] if request.skip_bad else name_bad_files(listing.bad)):
         raise UserError(*problems)
     return listing
 
 
 def pack_all(request: Request, choice: Choice) -> tuple[str, str]:
     """The packed training files and the packed evaluation files: one dataset, unless training files are augmented."""
+    if is_packed(request.folder):
+        return str(request.folder), str(request.folder)
     as_stored, encoded = packing_of(request, Format()), packing_of(request, choice.format)
     for packing in (as_stored, encoded) if choice.format.augmented else (encoded,):
         pack(packing)
@@ -196,7 +227,7 @@ def packing_of(request: Request, form: Format) -> Packing:
         fitting=Fitting(form.image_size, form.sample_rate_hz, form.seconds),
         shard_bytes=SHARD_BYTES,
         max_file_bytes=None,
-        skip_bad=False,
+        skip_bad=request.skip_bad,
         workers=len(os.sched_getaffinity(0)),
         seed=0,
     )

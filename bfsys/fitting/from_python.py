@@ -17,6 +17,7 @@ def fit(
     name: str | None = None,
     minutes: float = 10.0,
     as_stored: bool = False,
+    skip_bad: bool = False,
     runs: str | os.PathLike[str] = "runs",
     shards: str | os.PathLike[str] = "data/shards",
 ) -> Path:
@@ -28,6 +29,7 @@ def fit(
     name       of the run; by default that of the folder
     minutes    time for all of it
     as_stored  never decode and encode the files
+    skip_bad   leave out files that cannot be used, instead of naming them in an error
     runs       folder of runs, in which NAME.yaml and NAME are written
     shards     folder of packed data
 
@@ -36,6 +38,7 @@ def fit(
     arguments = ["--minutes", str(minutes), "--runs", os.fspath(runs), "--shards", os.fspath(shards)]
     arguments += ["--name", name] if name is not None else []
     arguments += ["--as-stored"] if as_stored else []
+    arguments += ["--skip-bad"] if skip_bad else []
     command = [sys.executable, "-m", "bfsys", "fit", os.fspath(folder), *arguments]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)

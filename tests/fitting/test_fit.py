@@ -11,7 +11,8 @@ import pytest
 import bfsys
 from bfsys.cli import call
 from bfsys.errors import UserError
-from bfsys.fitting.fit import RECORD, Request, listed, name_for
+from bfsys.fitting.choice import Machine, choose
+from bfsys.fitting.fit import RECORD, Request, listed, look, name_for, pack_all
 from bfsys.fitting.survey import survey_of
 from tests.commands.packing_helpers import make_files, png_bytes, wav_bytes
 
@@ -32,7 +33,7 @@ def folder_of(folder: Path, files: int, content: dict[str, int] | None = None) -
 def test_a_folder_becomes_a_model_that_beats_byte_counts(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    src = folder_of(tmp_path / "slopes", 150)
+    src = folder_of(tmp_path / "slopes", 70)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(bfsys.__file__).parents[1]))
     run = bfsys.fit(src, minutes=3)
@@ -63,7 +64,7 @@ def test_a_folder_becomes_a_model_that_beats_byte_counts(
 def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
     def seen(names: dict[str, bytes]) -> tuple:
         folder = make_files(tmp_path / str(len(list(tmp_path.iterdir()))), names)
-        listing = listed(Request(folder, "x", 1.0, False, tmp_path / "s", tmp_path / "r"))
+        listing = listed(Request(folder, "x", 1.0, False, False, tmp_path / "s", tmp_path / "r"))
         found = survey_of(listing.files, listing.classes)
         assert found.describe()
         return found.modality, found.kinds, found.typical_size, found.rate_hz
@@ -75,6 +76,20 @@ def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
     assert seen(pictures | sounds)[0] is None
     assert seen(pictures | {"a/cut.png": b"\x89PNG\r\n\x1a\n"})[0] is None
     assert seen({"a/1.txt": b"x", "a/2.txt": b"y", "b/1": b"z", "b/2": b"z"})[:2] == (None, {"other": 4})
+
+
+def test_packed_data_stay_as_they_are(datasets: Path, tmp_path: Path) -> None:
+    request = Request(datasets / "b", "x", 1.0, False, False, tmp_path / "s", tmp_path / "r")
+    found = look(request)
+    assert (found.classes, found.files, found.modality) == (("b0", "b1"), {"train": 80, "val": 14}, None)
+    choice = choose(found, Machine("cpu", 2), 60, as_stored=False)
+    assert pack_all(request, choice) == (str(datasets / "b"), str(datasets / "b"))
+
+
+def test_bad_files_are_left_out_on_request(tmp_path: Path) -> None:
+    folder = make_files(tmp_path / "src", {"a/1": b"x", "a/2": b"", "a/3": b"y", "b/1": b"z", "b/2": b"z"})
+    request = Request(folder, "x", 1.0, False, True, tmp_path / "s", tmp_path / "r")
+    assert len(listed(request).files) == 4
 
 
 def test_names_of_runs() -> None:
