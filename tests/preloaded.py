@@ -6,7 +6,7 @@ import functools
 
 import deepspeed.ops
 import deepspeed.utils.numa
-import numpy.ma
+import numpy.ma  # noqa: F401
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
@@ -15,7 +15,7 @@ import torch.utils.tensorboard
 from deepspeed.module_inject import auto_ep_layer  # noqa: F401
 from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
 
-import bfsys.train
+import bfsys.train  # noqa: F401
 from bfsys.git_state import git_state
 from bfsys.supervision import metrics
 

@@ -42,13 +42,20 @@ def run_poisoned(
     )
 
 
-COMBINATIONS = [
-    (stage, precision, kind)
-    for stage in (0, 1, 2, 3)
-    for precision, kinds in (("fp32", ("nan", "loss", "gradient")), ("bf16", ("nan", "gradient")))
-    for kind in kinds
-]
-STEPS, BAD_STEPS = 7, (5, 7)
+# Each run has a bad step of each kind, at steps that are apart; the state is compared to the bit around the last one.
+BAD_STEPS = (2, 4, 6)
+STEPS = BAD_STEPS[-1]
+KINDS = {"fp32": ("nan", "loss", "gradient"), "bf16": ("nan", "gradient")}
+COMBINATIONS = [(stage, precision, kind) for stage in (0, 1, 2, 3) for precision in KINDS for kind in KINDS[precision]]
+# Every stage with every precision, and both with every kind; the others are slow.
+FAST = [c for c in COMBINATIONS if c[2] == KINDS[c[1]][(c[0] + (c[1] == "bf16")) % len(KINDS[c[1]])]]
+
+
+def bad_steps(precision: str, last: str) -> dict[int, str]:
+    """The kinds of the bad steps of a run, by step."""
+    kinds = KINDS[precision]
+    order = [kinds[(kinds.index(last) + 1 + i) % len(kinds)] for i in range(len(kinds))]
+    return dict(zip(BAD_STEPS[-len(kinds) :], order, strict=True))
 
 
 def name_of(stage: int, precision: str, kind: str) -> str:
@@ -56,17 +63,21 @@ def name_of(stage: int, precision: str, kind: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def poisoned_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(config file, folder of runs): every stage and precision on two ranks, each with two bad steps, one the last."""
+def poisoned_runs(
+    request: pytest.FixtureRequest, datasets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """(config file, folder of runs): these combinations on two ranks."""
     folder = tmp_path_factory.mktemp("poisoned")
     config_file = folder / "tiny.yaml"
     config_file.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
-    poison = [pair for step in BAD_STEPS for pair in samples_of_step(config_file, step)]
     runs = []
-    for stage, precision, kind in COMBINATIONS:
-        overrides = [f"name={name_of(stage, precision, kind)}", f"train.zero_stage={stage}", f"train.steps={STEPS}",
-                     f"train.precision={precision}", "train.save_every=5", "train.keep_checkpoints=100"]  # fmt: skip
-        runs.append((overrides, {"kind": kind, "samples": poison}))
+    for stage, precision, last in request.param:
+        overrides = [f"name={name_of(stage, precision, last)}", f"train.zero_stage={stage}", f"train.steps={STEPS}",
+                     f"train.precision={precision}", "train.save_every=4", "train.keep_checkpoints=100"]  # fmt: skip
+        runs.append((overrides, [
+            {"kind": kind, "samples": samples_of_step(config_file, step)}
+            for step, kind in bad_steps(precision, last).items()
+        ]))  # fmt: skip
     processes = start_ranks(2, train_several, (str(config_file), runs))
     try:
         for process in processes:
@@ -78,31 +89,41 @@ def poisoned_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return config_file, folder / "runs"
 
 
-@pytest.mark.parametrize(("stage", "precision", "kind"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("poisoned_runs", "combination"),
+    [
+        pytest.param(together, c, id=name_of(*c), marks=marks)
+        for together, marks in ((FAST, ()), ([c for c in COMBINATIONS if c not in FAST], pytest.mark.slow))
+        for c in together
+    ],
+    indirect=["poisoned_runs"],
+)
 def test_a_step_that_is_no_number_changes_nothing(
-    stage: int, precision: str, kind: str, poisoned_runs: tuple[Path, Path]
+    poisoned_runs: tuple[Path, Path], combination: tuple[int, str, str]
 ) -> None:
     config_file, runs = poisoned_runs
-    run = runs / name_of(stage, precision, kind)
+    run, kinds = runs / name_of(*combination), bad_steps(*combination[1:])
+    good = [step for step in range(1, STEPS + 1) if step not in kinds]
     saved = {step: run / "checkpoints" / checkpoint_name(step) for step in range(STEPS + 1)}
     # Nothing is saved while it goes badly, unless the run ends there.
-    assert [step for step, path in saved.items() if path.exists()] == [0, 6, 7]
-    assert [read_manifest(saved[step])["updates"] for step in (6, 7)] == [5, 5]
+    assert [step for step, path in saved.items() if path.exists()] == [0, STEPS - 1, STEPS]
+    assert [read_manifest(saved[step])["updates"] for step in (STEPS - 1, STEPS)] == [len(good)] * 2
     for state in STATES:
-        before, after = tensors(saved[6], state), tensors(saved[7], state)
+        before, after = tensors(saved[STEPS - 1], state), tensors(saved[STEPS], state)
         assert before
         assert all(torch.equal(before[name], after[name]) for name in before), state
         assert all(tensor.isfinite().all() for tensor in after.values())
-    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 6]  # there is no loss to tell of the others
+    assert [line["step"] for line in lines(run)] == good  # there is no loss to tell of the others
     assert all(math.isfinite(loss) for loss in losses(run))
     bad = lines(run, "bad_step")
-    assert [line["step"] for line in bad] == list(BAD_STEPS)
+    assert [line["step"] for line in bad] == list(kinds)
     splits = open_training(load_config(config_file)).splits
     for line in bad:
         assert {f"{'ab'[s]}/{splits[s].key(i)}" for s, i in samples_of_step(config_file, line["step"])} <= set(
             line["samples"]
         )
-        assert len(line["samples"]) == (8 if kind == "gradient" else 2)  # the whole step, or a micro-batch
+        # the whole step, or a micro-batch
+        assert len(line["samples"]) == (8 if kinds[line["step"]] == "gradient" else 2)
 
 
 def test_a_resume_after_a_skipped_step_equals_the_whole_run(config_file: Path, tmp_path: Path) -> None:
