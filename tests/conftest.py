@@ -90,6 +90,12 @@ def finished_run(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder / "runs" / "tiny"
 
 
+def parameters_of_tests_with(fixture: str, request: pytest.FixtureRequest) -> list[dict]:
+    """Of all tests that were selected: for a fixture that makes what these need alone."""
+    items = [item for item in request.session.items if fixture in getattr(item, "fixturenames", ())]
+    return [item.callspec.params if hasattr(item, "callspec") else {} for item in items]
+
+
 @pytest.fixture
 def evaluate_run(capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """`evaluate_run(arguments…)`: what `bfsys evaluate` prints; exceptions come through."""

@@ -19,7 +19,7 @@ from bfsys.errors import EXIT_DIVERGED, UserError
 from bfsys.supervision.guard import LEAST_STEPS, Guard, ranges_of, read_rollbacks
 from bfsys.supervision.run_end import how_it_ended
 from tests.chaos.ranks import Ranks, train_several
-from tests.conftest import tiny_config
+from tests.conftest import parameters_of_tests_with, tiny_config
 from tests.forked import start_ranks
 from tests.test_train import lines, losses, newest, tensors
 
@@ -66,12 +66,13 @@ def name_of(stage: int, precision: str, kind: str) -> str:
 def poisoned_runs(
     request: pytest.FixtureRequest, datasets: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """(config file, folder of runs): these combinations on two ranks."""
+    """(config file, folder of runs): the combinations whose tests were selected, on two ranks."""
     folder = tmp_path_factory.mktemp("poisoned")
     config_file = folder / "tiny.yaml"
     config_file.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
     runs = []
-    for stage, precision, last in request.param:
+    for parameters in parameters_of_tests_with("poisoned_runs", request):
+        stage, precision, last = parameters["combination"]
         overrides = [f"name={name_of(stage, precision, last)}", f"train.zero_stage={stage}", f"train.steps={STEPS}",
                      f"train.precision={precision}", "train.save_every=4", "train.keep_checkpoints=100"]  # fmt: skip
         runs.append((overrides, [
@@ -90,16 +91,11 @@ def poisoned_runs(
 
 
 @pytest.mark.parametrize(
-    ("poisoned_runs", "combination"),
-    [
-        pytest.param(together, c, id=name_of(*c), marks=marks)
-        for together, marks in ((FAST, ()), ([c for c in COMBINATIONS if c not in FAST], pytest.mark.slow))
-        for c in together
-    ],
-    indirect=["poisoned_runs"],
+    "combination",
+    [pytest.param(c, id=name_of(*c), marks=() if c in FAST else pytest.mark.slow) for c in COMBINATIONS],
 )
 def test_a_step_that_is_no_number_changes_nothing(
-    poisoned_runs: tuple[Path, Path], combination: tuple[int, str, str]
+    combination: tuple[int, str, str], poisoned_runs: tuple[Path, Path]
 ) -> None:
     config_file, runs = poisoned_runs
     run, kinds = runs / name_of(*combination), bad_steps(*combination[1:])
@@ -161,23 +157,24 @@ def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_no
     config_file: Path, tmp_path: Path, stage: int
 ) -> None:
     """Three steps whose losses, and updates, are far too large; a second start must pass them over like the first."""
-    poison = [pair for step in (40, 41, 42) for pair in samples_of_step(config_file, step)]
-    more = ["train.steps=44", f"train.zero_stage={stage}", "train.save_every=13"]
+    good = LEAST_STEPS + 1
+    poison = [pair for step in range(good + 1, good + 4) for pair in samples_of_step(config_file, step)]
+    more = [f"train.steps={good + 5}", f"train.zero_stage={stage}", f"train.save_every={good // 3}"]
     run, ranks = run_poisoned(config_file, tmp_path / "log", "spike", "spike", poison, *more)
     assert ranks.end() == [0, 0], ranks.said()
     (rollback,) = read_rollbacks(run)
-    assert (rollback["to"], rollback["steps"]) == (39, [40, 41, 42])
+    assert (rollback["to"], rollback["steps"]) == (good, [good + 1, good + 2, good + 3])
     assert all("a spike" in bad["problem"] for bad in rollback["bad"])
-    assert [line["step"] for line in lines(run)][-3:] == [39, 43, 44]
+    assert [line["step"] for line in lines(run)][-3:] == [good, good + 4, good + 5]
 
     again = run.with_name("again")  # as a kill just after the roll-back would have left it; its samples are good now
     shutil.copytree(run, again)
     for path in all_checkpoints(again):
-        if step_of(path) > 39:
+        if step_of(path) > good:
             shutil.rmtree(path)
-    ranks = Ranks(2, config_file, ["name=again", f"train.zero_stage={stage}", "train.steps=44"], tmp_path / "log2")
+    ranks = Ranks(2, config_file, ["name=again", *more[:2]], tmp_path / "log2")
     assert ranks.end() == [0, 0], ranks.said()
-    assert [line["step"] for line in lines(again)][-3:] == [39, 43, 44]
+    assert [line["step"] for line in lines(again)][-3:] == [good, good + 4, good + 5]
     assert losses(again) == losses(run)
     for state in STATES:
         one, other = tensors(newest(run), state), tensors(newest(again), state)
