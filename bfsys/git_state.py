@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 FILE = "git-state.txt"  # in a copy of the code that a launcher made
 
 
+@cache  # three processes of git take as long as a small checkpoint
 def git_state() -> str | None:
-    """The commit of this code, with a + if files were changed since; None if it is no repository."""
+    """The commit of this code at the first call, with a + if files were changed since; None if it is no repository."""
     here = Path(__file__).resolve().parents[1]
     with suppress(OSError):
         return (here / FILE).read_text() or None

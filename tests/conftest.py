@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two threads on two cores that other processes use too are much slower than one, here and in the programs started.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Where nothing is to be cached, as in many containers, each process started would compile all modules itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +88,12 @@ def finished_run(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     (result,) = _run_ranks(1, ["bfsys/train.py", str(config), *overrides])
     assert result.returncode == 0, result.stderr
     return folder / "runs" / "tiny"
+
+
+def parameters_of_tests_with(fixture: str, request: pytest.FixtureRequest) -> list[dict]:
+    """Of all tests that were selected: for a fixture that makes what these need alone."""
+    items = [item for item in request.session.items if fixture in getattr(item, "fixturenames", ())]
+    return [item.callspec.params if hasattr(item, "callspec") else {} for item in items]
 
 
 @pytest.fixture

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import functools
 
-import deepspeed
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed imports it when it sets up an optimizer
+import deepspeed.ops
+import deepspeed.utils.numa
+import numpy.ma  # noqa: F401
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
 
+# DeepSpeed imports these when it starts to train.
+from deepspeed.module_inject import auto_ep_layer  # noqa: F401
+from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+
 import bfsys.train  # noqa: F401
+from bfsys.git_state import git_state
 from bfsys.supervision import metrics
 
 # Every start of training measures this for 0.2 s of a core, which is a quarter of what a small run takes.
 metrics.matrix_peak = functools.cache(metrics.matrix_peak)
 for dtype in (torch.float32, torch.bfloat16):
     metrics.matrix_peak(torch.device("cpu"), dtype)
+
+git_state()
+deepspeed.ops.__compatible_ops__  # noqa: B018  runs the C compiler when it is first read
+# Stage 3 runs `numactl` twice per step to count devices.
+deepspeed.utils.numa.get_numa_cores = functools.cache(deepspeed.utils.numa.get_numa_cores)

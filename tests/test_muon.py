@@ -15,10 +15,20 @@ from bfsys.checkpoint.files import checkpoint_name, read_manifest
 from bfsys.config import load_config
 from bfsys.muon import Stack, assign, orthogonalise, step_scale
 from tests.chaos.ranks import train_several
-from tests.conftest import _run_ranks, tiny_config
+from tests.conftest import _run_ranks, parameters_of_tests_with, tiny_config
 from tests.forked import start_ranks
 from tests.supervision.test_guard import samples_of_step
-from tests.test_train import STAGES, assert_near, assert_success, cut_short, losses, newest, tensors, train_plainly
+from tests.test_train import (
+    STAGES,
+    STEPS,
+    assert_near,
+    assert_success,
+    cut_short,
+    losses,
+    newest,
+    tensors,
+    train_plainly,
+)
 
 MUON = "optim.name=muon model.init=smooth"
 
@@ -106,17 +116,24 @@ def test_pieces_on_any_ranks_make_the_same_directions(world_size: int, run_ranks
 
 
 @pytest.fixture(scope="module")
-def muon_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(config file, folder of runs): every stage and precision on two ranks, and each resumed from step 4; `3-from-1`
-    and `1-from-3` change the stage there."""
+def muon_runs(
+    request: pytest.FixtureRequest, datasets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """(config file, folder of runs): every stage and precision on two ranks, and those that the tests want resumed
+    from step 4; `3-from-1` and `1-from-3` change the stage there."""
     folder = tmp_path_factory.mktemp("muon")
     config = folder / "tiny.yaml"
-    config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
+    content = tiny_config(datasets, folder)
+    content["train"]["steps"] = STEPS
+    config.write_text(yaml.safe_dump(content))
     kinds = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
     runs = [f"{MUON} name=s{s}-{p} train.zero_stage={s} train.precision={p}" for s, p in kinds]
     assert_success(_run_ranks(2, ["tests/worker.py", str(config), *runs]))
     resumed = []
-    again = [(f"s{s}-{p}-resumed", s, p, f"s{s}-{p}") for s, p in kinds]
+    wanted = [(p["stage"], p["precision"]) for p in parameters_of_tests_with("muon_runs", request) if "precision" in p]
+    # In bf16 at stage 3, DeepSpeed's gradient norm may differ in its last bit with what its process trained before.
+    resumed_kinds = kinds if (3, "bf16") in wanted else [kind for kind in kinds if kind in wanted]
+    again = [(f"s{s}-{p}-resumed", s, p, f"s{s}-{p}") for s, p in resumed_kinds]
     changed = [("3-from-1", 3, "fp32", "s1-fp32"), ("1-from-3", 1, "fp32", "s3-fp32")]
     for name, stage, precision, source in (*again, *changed):
         cut_short(folder / "runs" / source, folder / "runs" / name, step=4)
@@ -142,8 +159,13 @@ def test_bf16_stays_near_fp32(stage: int, muon_runs: tuple[Path, Path]) -> None:
     assert losses(runs / f"s{stage}-bf16") != losses(runs / f"s{stage}-fp32")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        *((0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")),
+        *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16"))),
+    ],
+)
 def test_resumed_equals_uninterrupted(stage: int, precision: str, muon_runs: tuple[Path, Path]) -> None:
     _, runs = muon_runs
     whole, resumed = runs / f"s{stage}-{precision}", runs / f"s{stage}-{precision}-resumed"
@@ -179,7 +201,7 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(
 def test_another_optimizer_in_the_same_directory_is_refused(muon_runs: tuple[Path, Path], run_ranks) -> None:
     config_file, runs = muon_runs
     shutil.copytree(runs / "s1-fp32", runs / "other")
-    options = ["name=other", "train.steps=12", "model.init=smooth"]
+    options = ["name=other", f"train.steps={STEPS + 2}", "model.init=smooth"]
     (result,) = run_ranks(1, ["bfsys/train.py", str(config_file), *options])
     assert result.returncode == 2
     assert "optim: name was 'muon', is now 'adamw'" in result.stderr
@@ -189,11 +211,11 @@ def test_another_optimizer_in_the_same_directory_is_refused(muon_runs: tuple[Pat
 def test_a_step_with_gradients_that_are_not_finite_changes_nothing(datasets: Path, tmp_path: Path) -> None:
     config_file = tmp_path / "tiny.yaml"
     config_file.write_text(yaml.safe_dump(tiny_config(datasets, tmp_path)))
-    poison = {"kind": "gradient", "samples": [pair for step in (5, 7) for pair in samples_of_step(config_file, step)]}
+    poison = {"kind": "gradient", "samples": [pair for step in (2, 4) for pair in samples_of_step(config_file, step)]}
     kinds = [*((stage, "fp32") for stage in STAGES), (1, "bf16")]  # DeepSpeed has another optimizer for the last one
     runs = [
         ([*MUON.split(), f"name=s{stage}-{precision}", f"train.zero_stage={stage}", f"train.precision={precision}",
-          "train.steps=7", "train.save_every=5", "train.keep_checkpoints=100"], poison)
+          "train.steps=4", "train.save_every=2", "train.keep_checkpoints=100"], [poison])
         for stage, precision in kinds
     ]  # fmt: skip
     for process in start_ranks(2, train_several, (str(config_file), runs)):
@@ -201,8 +223,8 @@ def test_a_step_with_gradients_that_are_not_finite_changes_nothing(datasets: Pat
         assert process.returncode == 0, said
     for stage, precision in kinds:
         run = tmp_path / "runs" / f"s{stage}-{precision}"
-        before, after = (run / "checkpoints" / checkpoint_name(step) for step in (6, 7))
-        assert [read_manifest(path)["updates"] for path in (before, after)] == [5, 5]
+        before, after = (run / "checkpoints" / checkpoint_name(step) for step in (3, 4))
+        assert [read_manifest(path)["updates"] for path in (before, after)] == [2, 2]
         for state in ("weight", "exp_avg", "momentum_buffer", "ema"):
             one, other = tensors(before, state), tensors(after, state)
             assert one

@@ -138,16 +138,19 @@ def train_plainly(config: Config) -> tuple[list[float], list[float], dict[str, T
 
 
 @pytest.fixture(scope="module")
-def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def stage_runs(
+    request: pytest.FixtureRequest, datasets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """(config file, folder of runs): every stage and precision on two ranks, then every stage resumed.
 
     `s1-fp32` is a whole run; `s1-fp32-resumed` continues from its checkpoint of step 4, tries its largest micro-batch
     first, as on a GPU, and evaluates every three steps; `3-from-1` continues that of stage 1 at stage 3. The ranks of
-    `s1-together` compute their two lanes of a step as one micro-batch, and so does `s1-then-together` from step 4 on.
+    `s1-together` compute their two lanes of a step as one micro-batch, and so does `s1-then-together` from step 4 on;
+    of the latter kind, only those are trained that the tests ask for.
     """
     import yaml
 
-    from tests.conftest import _run_ranks, tiny_config
+    from tests.conftest import _run_ranks, parameters_of_tests_with, tiny_config
 
     folder = tmp_path_factory.mktemp("stages")
     config = folder / "tiny.yaml"
@@ -166,13 +169,16 @@ def stage_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     ]:
         cut_short(folder / "runs" / source, folder / "runs" / name, step=4)
         resumed.append(f"name={name} train.zero_stage={stage} train.precision={precision} train.eval_every=3")
-    for stage in STAGES:
-        for name, source, option in (
-            (f"s{stage}-together-resumed", f"s{stage}-together", TOGETHER),
-            (f"s{stage}-then-together", f"s{stage}-fp32", TOGETHER),
-            (f"s{stage}-no-longer-together", f"s{stage}-together", "train.micro_batch_tokens=1"),
-        ):
-            cut_short(folder / "runs" / source, folder / "runs" / name, step=4)
+    ways = {
+        "together-resumed": ("together", TOGETHER),
+        "then-together": ("fp32", TOGETHER),
+        "no-longer-together": ("together", "train.micro_batch_tokens=1"),
+    }
+    for parameters in parameters_of_tests_with("stage_runs", request):
+        if parameters.get("how") in ways:
+            stage, (source, option) = parameters["stage"], ways[parameters["how"]]
+            name = f"s{stage}-{parameters['how']}"
+            cut_short(folder / "runs" / f"s{stage}-{source}", folder / "runs" / name, step=4)
             resumed.append(f"name={name} train.zero_stage={stage} {option}")
     assert_success(_run_ranks(2, ["tests/worker.py", "--rehearse", str(config), *resumed]))
     return config, folder / "runs"
@@ -237,8 +243,19 @@ def test_resumed_equals_uninterrupted(stage: int, precision: str, stage_runs: tu
         assert all(torch.equal(one[n], other[n]) for n in one), state
 
 
-@pytest.mark.parametrize("how", ["together", "then-together", "no-longer-together"])
-@pytest.mark.parametrize("stage", STAGES)
+def slow_unless(how: str, stages: tuple[int, ...]) -> list:
+    """(stage, how) for all stages."""
+    return [pytest.param(stage, how, marks=() if stage in stages else pytest.mark.slow) for stage in STAGES]
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [
+        *slow_unless("together", STAGES),
+        *slow_unless("then-together", (0, 3)),
+        *slow_unless("no-longer-together", (1, 2)),
+    ],
+)
 def test_lanes_computed_together_make_the_same_steps(stage: int, how: str, stage_runs: tuple[Path, Path]) -> None:
     _, runs = stage_runs
     apart, together = runs / f"s{stage}-fp32", runs / f"s{stage}-{how}"
@@ -248,9 +265,9 @@ def test_lanes_computed_together_make_the_same_steps(stage: int, how: str, stage
     assert losses(together) != losses(apart), "no rounding differs, so the micro-batches were the same"
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_lanes_computed_together_resume_to_the_bit(stage: int, stage_runs: tuple[Path, Path]) -> None:
-    whole, resumed = (stage_runs[1] / f"s{stage}-{name}" for name in ("together", "together-resumed"))
+@pytest.mark.parametrize(("stage", "how"), slow_unless("together-resumed", (1, 3)))
+def test_lanes_computed_together_resume_to_the_bit(stage: int, how: str, stage_runs: tuple[Path, Path]) -> None:
+    whole, resumed = (stage_runs[1] / f"s{stage}-{name}" for name in ("together", how))
     assert losses(resumed) == losses(whole)
     for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         one, other = tensors(newest(whole), state), tensors(newest(resumed), state)

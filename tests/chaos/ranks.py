@@ -28,16 +28,18 @@ def train_watched(config: str, overrides: Sequence[str], folder: str, poison: di
     dist.hard_exit(exit_code_of(lambda: train.train_rank(load_config(config, overrides), ranks)))
 
 
-def train_several(config: str, runs: Sequence[tuple[Sequence[str], dict]]) -> None:
-    """Several runs one after the other, each with (overrides, poison)."""
+def train_several(config: str, runs: Sequence[tuple[Sequence[str], Sequence[dict]]]) -> None:
+    """Several runs one after the other, each with (overrides, poisons)."""
     from bfsys import dist, train
     from bfsys.config import load_config
     from bfsys.ranks import ranks_from_environment
 
     ranks, loss_and_sums = ranks_from_environment(), train.loss_and_sums
     dist.start(ranks, timeout_s=60)
-    for overrides, poison in runs:
-        train.loss_and_sums = poisoned(loss_and_sums, **poison)
+    for overrides, poisons in runs:
+        train.loss_and_sums = loss_and_sums
+        for poison in poisons:
+            train.loss_and_sums = poisoned(train.loss_and_sums, **poison)
         assert train.train(load_config(config, overrides), ranks) == 0
     dist.hard_exit(0)
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import torchvision.datasets.imagenet
 from PIL import Image
 
 from bfsys import fetch
@@ -154,14 +153,16 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 @pytest.fixture
 def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with archives like those of ILSVRC2012: 2 classes of 3 files, 4 files for validation."""
+    from torchvision.datasets import imagenet  # importing it takes two seconds, and every process collects this file
+
     train = tar_of({f"{i}.tar": tar_of({f"{i}_{n}.JPEG": jpeg(n) for n in range(3)}) for i in IDS})
     val = tar_of({f"ILSVRC2012_val_{n:08}.JPEG": jpeg(n) for n in range(4)})
-    known = dict(torchvision.datasets.imagenet.ARCHIVE_META)
+    known = dict(imagenet.ARCHIVE_META)
     for split, content in (("train", train), ("val", val)):
         name = known[split][0]
         (tmp_path / name).write_bytes(content)
         known[split] = (name, hashlib.md5(content).hexdigest())
-    monkeypatch.setattr(torchvision.datasets.imagenet, "ARCHIVE_META", known)
+    monkeypatch.setattr(imagenet, "ARCHIVE_META", known)
     # What torchvision makes of the development kit
     torch.save(({i: (i,) for i in IDS}, [IDS[0], IDS[1], IDS[1], IDS[0]]), tmp_path / "meta.bin")
     monkeypatch.setattr(fetch, "IMAGENET_CLASSES", 2)

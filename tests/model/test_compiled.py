@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.model.byteformer import ByteFormer
@@ -20,6 +19,8 @@ def batch_of(lengths: list[int]) -> ByteBatch:
 
 
 def test_lengths_and_blocks_share_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend  # imports the compiler, which takes two seconds
+
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))

@@ -19,7 +19,7 @@ from bfsys.errors import EXIT_DIVERGED, UserError
 from bfsys.supervision.guard import LEAST_STEPS, Guard, ranges_of, read_rollbacks
 from bfsys.supervision.run_end import how_it_ended
 from tests.chaos.ranks import Ranks, train_several
-from tests.conftest import tiny_config
+from tests.conftest import parameters_of_tests_with, tiny_config
 from tests.forked import start_ranks
 from tests.test_train import lines, losses, newest, tensors
 
@@ -42,13 +42,20 @@ def run_poisoned(
     )
 
 
-COMBINATIONS = [
-    (stage, precision, kind)
-    for stage in (0, 1, 2, 3)
-    for precision, kinds in (("fp32", ("nan", "loss", "gradient")), ("bf16", ("nan", "gradient")))
-    for kind in kinds
-]
-STEPS, BAD_STEPS = 7, (5, 7)
+# Each run has a bad step of each kind, at steps that are apart; the state is compared to the bit around the last one.
+BAD_STEPS = (2, 4, 6)
+STEPS = BAD_STEPS[-1]
+KINDS = {"fp32": ("nan", "loss", "gradient"), "bf16": ("nan", "gradient")}
+COMBINATIONS = [(stage, precision, kind) for stage in (0, 1, 2, 3) for precision in KINDS for kind in KINDS[precision]]
+# Every stage with every precision, and both with every kind; the others are slow.
+FAST = [c for c in COMBINATIONS if c[2] == KINDS[c[1]][(c[0] + (c[1] == "bf16")) % len(KINDS[c[1]])]]
+
+
+def bad_steps(precision: str, last: str) -> dict[int, str]:
+    """The kinds of the bad steps of a run, by step."""
+    kinds = KINDS[precision]
+    order = [kinds[(kinds.index(last) + 1 + i) % len(kinds)] for i in range(len(kinds))]
+    return dict(zip(BAD_STEPS[-len(kinds) :], order, strict=True))
 
 
 def name_of(stage: int, precision: str, kind: str) -> str:
@@ -56,17 +63,22 @@ def name_of(stage: int, precision: str, kind: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def poisoned_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(config file, folder of runs): every stage and precision on two ranks, each with two bad steps, one the last."""
+def poisoned_runs(
+    request: pytest.FixtureRequest, datasets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """(config file, folder of runs): the combinations whose tests were selected, on two ranks."""
     folder = tmp_path_factory.mktemp("poisoned")
     config_file = folder / "tiny.yaml"
     config_file.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
-    poison = [pair for step in BAD_STEPS for pair in samples_of_step(config_file, step)]
     runs = []
-    for stage, precision, kind in COMBINATIONS:
-        overrides = [f"name={name_of(stage, precision, kind)}", f"train.zero_stage={stage}", f"train.steps={STEPS}",
-                     f"train.precision={precision}", "train.save_every=5", "train.keep_checkpoints=100"]  # fmt: skip
-        runs.append((overrides, {"kind": kind, "samples": poison}))
+    for parameters in parameters_of_tests_with("poisoned_runs", request):
+        stage, precision, last = parameters["combination"]
+        overrides = [f"name={name_of(stage, precision, last)}", f"train.zero_stage={stage}", f"train.steps={STEPS}",
+                     f"train.precision={precision}", "train.save_every=4", "train.keep_checkpoints=100"]  # fmt: skip
+        runs.append((overrides, [
+            {"kind": kind, "samples": samples_of_step(config_file, step)}
+            for step, kind in bad_steps(precision, last).items()
+        ]))  # fmt: skip
     processes = start_ranks(2, train_several, (str(config_file), runs))
     try:
         for process in processes:
@@ -78,31 +90,36 @@ def poisoned_runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return config_file, folder / "runs"
 
 
-@pytest.mark.parametrize(("stage", "precision", "kind"), COMBINATIONS)
+@pytest.mark.parametrize(
+    "combination",
+    [pytest.param(c, id=name_of(*c), marks=() if c in FAST else pytest.mark.slow) for c in COMBINATIONS],
+)
 def test_a_step_that_is_no_number_changes_nothing(
-    stage: int, precision: str, kind: str, poisoned_runs: tuple[Path, Path]
+    combination: tuple[int, str, str], poisoned_runs: tuple[Path, Path]
 ) -> None:
     config_file, runs = poisoned_runs
-    run = runs / name_of(stage, precision, kind)
+    run, kinds = runs / name_of(*combination), bad_steps(*combination[1:])
+    good = [step for step in range(1, STEPS + 1) if step not in kinds]
     saved = {step: run / "checkpoints" / checkpoint_name(step) for step in range(STEPS + 1)}
     # Nothing is saved while it goes badly, unless the run ends there.
-    assert [step for step, path in saved.items() if path.exists()] == [0, 6, 7]
-    assert [read_manifest(saved[step])["updates"] for step in (6, 7)] == [5, 5]
+    assert [step for step, path in saved.items() if path.exists()] == [0, STEPS - 1, STEPS]
+    assert [read_manifest(saved[step])["updates"] for step in (STEPS - 1, STEPS)] == [len(good)] * 2
     for state in STATES:
-        before, after = tensors(saved[6], state), tensors(saved[7], state)
+        before, after = tensors(saved[STEPS - 1], state), tensors(saved[STEPS], state)
         assert before
         assert all(torch.equal(before[name], after[name]) for name in before), state
         assert all(tensor.isfinite().all() for tensor in after.values())
-    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 6]  # there is no loss to tell of the others
+    assert [line["step"] for line in lines(run)] == good  # there is no loss to tell of the others
     assert all(math.isfinite(loss) for loss in losses(run))
     bad = lines(run, "bad_step")
-    assert [line["step"] for line in bad] == list(BAD_STEPS)
+    assert [line["step"] for line in bad] == list(kinds)
     splits = open_training(load_config(config_file)).splits
     for line in bad:
         assert {f"{'ab'[s]}/{splits[s].key(i)}" for s, i in samples_of_step(config_file, line["step"])} <= set(
             line["samples"]
         )
-        assert len(line["samples"]) == (8 if kind == "gradient" else 2)  # the whole step, or a micro-batch
+        # the whole step, or a micro-batch
+        assert len(line["samples"]) == (8 if kinds[line["step"]] == "gradient" else 2)
 
 
 def test_a_resume_after_a_skipped_step_equals_the_whole_run(config_file: Path, tmp_path: Path) -> None:
@@ -140,23 +157,24 @@ def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_no
     config_file: Path, tmp_path: Path, stage: int
 ) -> None:
     """Three steps whose losses, and updates, are far too large; a second start must pass them over like the first."""
-    poison = [pair for step in (40, 41, 42) for pair in samples_of_step(config_file, step)]
-    more = ["train.steps=44", f"train.zero_stage={stage}", "train.save_every=13"]
+    good = LEAST_STEPS + 1
+    poison = [pair for step in range(good + 1, good + 4) for pair in samples_of_step(config_file, step)]
+    more = [f"train.steps={good + 5}", f"train.zero_stage={stage}", f"train.save_every={good // 3}"]
     run, ranks = run_poisoned(config_file, tmp_path / "log", "spike", "spike", poison, *more)
     assert ranks.end() == [0, 0], ranks.said()
     (rollback,) = read_rollbacks(run)
-    assert (rollback["to"], rollback["steps"]) == (39, [40, 41, 42])
+    assert (rollback["to"], rollback["steps"]) == (good, [good + 1, good + 2, good + 3])
     assert all("a spike" in bad["problem"] for bad in rollback["bad"])
-    assert [line["step"] for line in lines(run)][-3:] == [39, 43, 44]
+    assert [line["step"] for line in lines(run)][-3:] == [good, good + 4, good + 5]
 
     again = run.with_name("again")  # as a kill just after the roll-back would have left it; its samples are good now
     shutil.copytree(run, again)
     for path in all_checkpoints(again):
-        if step_of(path) > 39:
+        if step_of(path) > good:
             shutil.rmtree(path)
-    ranks = Ranks(2, config_file, ["name=again", f"train.zero_stage={stage}", "train.steps=44"], tmp_path / "log2")
+    ranks = Ranks(2, config_file, ["name=again", *more[:2]], tmp_path / "log2")
     assert ranks.end() == [0, 0], ranks.said()
-    assert [line["step"] for line in lines(again)][-3:] == [39, 43, 44]
+    assert [line["step"] for line in lines(again)][-3:] == [good, good + 4, good + 5]
     assert losses(again) == losses(run)
     for state in STATES:
         one, other = tensors(newest(run), state), tensors(newest(again), state)

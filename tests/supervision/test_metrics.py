@@ -6,8 +6,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
-from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2
@@ -53,6 +51,9 @@ def test_tensorboard_compares_runs_by_hyperparameters_and_scores(
 
 def sessions(folder: Path) -> dict[str, tuple[float, dict[str, float]]]:
     """What the HParams tab shows: (learning rate, scores) by session."""
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+
     multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder))
     multiplexer.Reload()
     provider = MultiplexerDataProvider(multiplexer, str(folder))
