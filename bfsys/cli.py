@@ -93,7 +93,7 @@ def overview() -> str:
             "usage: bfsys COMMAND [ARGUMENT …]\n",
             "Train classifiers on raw file bytes, from a laptop to a SLURM cluster.\n",
             *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
-            f"\n`bfsys COMMAND --help` explains one. TAB: `bfsys --print-completion {'|'.join(SHELLS)}`",
+            "\n`bfsys COMMAND --help` explains one. TAB key: `bfsys --print-completion bash`.",
         )
     )
 

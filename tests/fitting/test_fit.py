@@ -53,7 +53,7 @@ def test_a_folder_becomes_a_model_that_beats_byte_counts(
     ):
         assert command in said
 
-    bfsys.fit(src, minutes=3)  # does not train again
+    call("fit", [str(src), "--minutes", "3"])  # does not train again
     again = capsys.readouterr().out
     assert "runs/slopes: is trained already" in again
     assert said.partition("held-out")[2].partition("took")[0] == again.partition("held-out")[2].partition("took")[0]
