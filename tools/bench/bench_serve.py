@@ -4,7 +4,8 @@
 
 Two servers of the same run differ in their batch budget alone: data.eval_batch_bytes of the run, or one file. They
 are measured in turn, in the same run of this program, and the best of all rounds counts. A client sends a file of
-random bytes over one connection, and the next one after its answer. The clients are one process, which shares the machine.
+random bytes over one connection, and the next one after its answer. The clients are one process, which shares the
+machine.
 """
 
 import argparse
