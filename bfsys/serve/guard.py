@@ -8,6 +8,7 @@ another name by their Host header. Programs send neither header, and are not aff
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 import traceback
@@ -59,6 +60,9 @@ class Guard:
                 await refusal(scope, receive, send_on)
             else:
                 await self._app(scope, receive, send_on)
+        except asyncio.CancelledError:  # a stop that does not wait for requests
+            if status == CLIENT_GONE:
+                await JSONResponse({"detail": "the service has stopped"}, 503)(scope, receive, send_on)
         except Exception as error:
             log(error)
             if status == CLIENT_GONE:

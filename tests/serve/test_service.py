@@ -101,6 +101,18 @@ def test_it_answers_before_it_stops(finished_run: Path, start: Callable[..., Ser
         httpx.get(f"{server.url}/health")
 
 
+def test_a_second_signal_does_not_wait(finished_run: Path, start: Callable[..., Server]) -> None:
+    server = start(finished_run, "--port", "0", "--max-model-bytes", "100000")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(post, server.url, [bytes(90_000)] * 90)
+        while "bfsys_file_bytes_total 8.1e+06" not in httpx.get(f"{server.url}/metrics").text:
+            time.sleep(0.005)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)  # signals that come together are one
+        assert server.stop() == (0, "")
+        assert waiting.result().status_code == 503
+
+
 def test_no_file_is_written(finished_run: Path, start: Callable[..., Server]) -> None:
     """The kernel refuses it every write to a file; multipart libraries put files above 1 MB on the disk."""
     server = start(finished_run, "--port", "0")
