@@ -42,6 +42,7 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'hypothesis and not slow' --hypothesis-profile thorough
 
 check: install
 	$(BIN)/ruff check .
