@@ -37,6 +37,18 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 
+# The files that take longest. With --no-loadscope-reorder they begin first, so that no worker is alone with one at last.
+HEAVIEST = (
+    "test_train.py", "test_muon.py", "test_guard.py", "test_local.py", "test_export.py", "test_local_sweep.py",
+    "test_predict.py", "test_kills.py", "test_remote_runs.py", "test_watchdog.py", "test_make_digits.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(HEAVIEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the first of all workers that wants it makes, by `make(folder)`."""
     root = tmp_path_factory.getbasetemp()
@@ -57,7 +69,8 @@ def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two packed datasets, `a` (3 classes) and `b` (2 classes), with splits train and val.
 
-    The class is in the bytes, and easily learned: each class draws its bytes around a mean of its own. Not to be changed.
+    The class is in the bytes, and easily learned: each class draws its bytes around a mean of its own. Not to be
+    changed.
     """
     return made_once("datasets", make_datasets, tmp_path_factory)
 
@@ -107,14 +120,8 @@ def finished_run(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     def make(folder: Path) -> None:
         config = folder / "tiny.yaml"
         config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
-        options = [
-            "train.steps=120",
-            "train.log_every=40",
-            "train.save_every=60",
-            "optim.lr=1e-2",
-            "train.zero_stage=0",
-        ]
-        (result,) = _run_ranks(1, ["bfsys/train.py", str(config), *options])
+        options = "train.steps=120 train.log_every=40 train.save_every=60 optim.lr=1e-2 train.zero_stage=0"
+        (result,) = _run_ranks(1, ["bfsys/train.py", str(config), *options.split()])
         assert result.returncode == 0, result.stderr
 
     return made_once("finished", make, tmp_path_factory) / "runs" / "tiny"

@@ -51,7 +51,7 @@ SLOW = () if ON_GPU else TRIPLES[1::4] + TRIPLES[2::4]
 
 @pytest.mark.parametrize(
     ("dim", "dtype", "adds"),
-    [pytest.param(*triple, marks=pytest.mark.slow if triple in SLOW else ()) for triple in TRIPLES],
+    [pytest.param(*t, id=f"{t[0]}-{t[1]}-{t[2]}", marks=pytest.mark.slow if t in SLOW else ()) for t in TRIPLES],
 )
 def test_forward_and_backward_against_float64(kernels, dim, dtype, adds):
     for rows in ROWS if ON_GPU or dim < 1024 else (1, 7, 29):  # of which each is a block of its own there
