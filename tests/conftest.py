@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,9 @@ from bfsys.cli import call
 from tests.data.make import write_tree
 from tests.forked import run_python, start_ranks
 
-settings.register_profile("bfsys", deadline=None)  # other processes may hold the cores for a while
+# No deadline: other processes may hold the cores for a while.
+settings.register_profile("bfsys", deadline=None, max_examples=40)
+settings.register_profile("thorough", deadline=None, max_examples=100)  # make test-slow
 settings.load_profile("bfsys")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -33,19 +37,50 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 
+# The files that take longest. With --no-loadscope-reorder they begin first, so that no worker is alone with one at last.
+HEAVIEST = (
+    "test_train.py", "test_muon.py", "test_guard.py", "test_local.py", "test_export.py", "test_local_sweep.py",
+    "test_predict.py", "test_kills.py", "test_remote_runs.py", "test_watchdog.py", "test_make_digits.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(HEAVIEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the first of all workers that wants it makes, by `make(folder)`."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, is_whole = root / name, root / f"{name}-is-whole"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not is_whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            is_whole.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two packed datasets, `a` (3 classes) and `b` (2 classes), with splits train and val.
 
-    The class is in the bytes, and easily learned: each class draws its bytes around a mean of its own.
+    The class is in the bytes, and easily learned: each class draws its bytes around a mean of its own. Not to be
+    changed.
     """
-    root = tmp_path_factory.mktemp("datasets")
+    return made_once("datasets", make_datasets, tmp_path_factory)
+
+
+def make_datasets(root: Path) -> None:
     rng = np.random.default_rng(0)
     for name, classes, longest in (("a", ("a0", "a1", "a2"), 60), ("b", ("b0", "b1"), 150)):
         for split, files in (("train", 40), ("val", 7)):
             write_tree(root / "trees" / name / split, classes, files, longest, rng)
         call("pack", [str(root / "trees" / name), str(root), "--name", name, "--shard-bytes", "2000", "--workers", "1"])
-    return root
 
 
 @pytest.fixture
@@ -81,13 +116,15 @@ def tiny_config(datasets: Path, folder: Path) -> dict:
 @pytest.fixture(scope="session")
 def finished_run(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that has learned something, with checkpoints of steps 60 and 120. Not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = folder / "tiny.yaml"
-    config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
-    overrides = ["train.steps=120", "train.log_every=40", "train.save_every=60", "optim.lr=1e-2", "train.zero_stage=0"]
-    (result,) = _run_ranks(1, ["bfsys/train.py", str(config), *overrides])
-    assert result.returncode == 0, result.stderr
-    return folder / "runs" / "tiny"
+
+    def make(folder: Path) -> None:
+        config = folder / "tiny.yaml"
+        config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
+        options = "train.steps=120 train.log_every=40 train.save_every=60 optim.lr=1e-2 train.zero_stage=0"
+        (result,) = _run_ranks(1, ["bfsys/train.py", str(config), *options.split()])
+        assert result.returncode == 0, result.stderr
+
+    return made_once("finished", make, tmp_path_factory) / "runs" / "tiny"
 
 
 def parameters_of_tests_with(fixture: str, request: pytest.FixtureRequest) -> list[dict]:

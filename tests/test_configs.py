@@ -83,7 +83,7 @@ def test_a_dry_run_accepts_it_on_the_data_of_its_commands(
     for words in packs:
         arguments = [str(Path(word).expanduser()) if word.startswith("~") else word for word in words[2:]]
         call("pack", [*arguments, "--workers", "1"])
-    lanes = min(8, load_config(path).data.lanes)  # each of 64 is planned for as long, and tells nothing more
+    lanes = min(2, load_config(path).data.lanes)  # each of 64 is planned for as long, and tells nothing more
     config = load_config(path, [f"data.lanes={lanes}"])
     dry_run(config, lanes, with_data=True)
     said = capsys.readouterr().out

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import bfsys
 from bfsys import export
 from bfsys.checkpoint.loading import load_model
 from bfsys.cli import call
@@ -114,6 +115,14 @@ def test_what_is_written_says_what_it_is(exported: Path, finished_run: Path) -> 
     again = ByteFormer(Architecture(**as_tuples), len(facts["classes"]), facts["mode"])
     again.load_state_dict(load_file(exported / "model.safetensors"))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_programs_alone_hold_no_weights(exported: Path, tmp_path: Path) -> None:
+    facts = json.loads((exported / "model.json").read_text())
+    del facts["files"]["model.safetensors"]  # as --format torch writes it
+    (tmp_path / "model.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"holds no model\.safetensors; export the run again with --format safetensors"):
+        bfsys.load(tmp_path)
 
 
 def test_the_last_weights_can_be_had(finished_run: Path, tmp_path: Path, capsys) -> None:

@@ -259,12 +259,6 @@ def test_an_export_is_the_model(model: bfsys.Model, finished_run: Path, paths: l
         bfsys.load(tmp_path / "out")
 
 
-def test_an_export_of_programs_alone_holds_no_weights(finished_run: Path, tmp_path: Path) -> None:
-    call("export", [str(finished_run), str(tmp_path / "out"), "--format", "torch"])
-    with pytest.raises(UserError, match=r"holds no model\.safetensors; export the run again with --format safetensors"):
-        bfsys.load(tmp_path / "out")
-
-
 def test_checkpoints_and_both_kinds_of_weights(model: bfsys.Model, finished_run: Path, paths: list[str]) -> None:
     last, earlier = bfsys.load(str(finished_run), weights="last"), finished_run / "checkpoints" / "step_00000060"
     assert not np.array_equal(last.probabilities(paths), model.probabilities(paths))

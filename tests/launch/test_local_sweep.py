@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,14 +15,14 @@ from bfsys.errors import UserError
 from bfsys.launch import local
 from bfsys.launch.restart_policy import newest_step
 from bfsys.supervision.run_end import how_it_ended
+from tests.forked import Forked, run_python
 from tests.launch.test_local import LAUNCHER, wait_until
 from tests.test_train import lines
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, LAUNCHER, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*arguments: object) -> Forked:
+    """The launcher's script in a process that need not import PyTorch; test_local.py starts it as a program."""
+    return Forked(run_python, (str(LAUNCHER), *map(str, arguments)), {"DS_ACCELERATOR": "cpu"})
 
 
 def problems_of(*arguments: object) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -43,9 +44,15 @@ def drawn(rows: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype) ->
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("adds", [True, False])
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("dim", [24, 192, 384, 768, 1280])
+# All pairs of a dimension, a type and `adds`; on a CPU, the other half of the triples is slow.
+TRIPLES = list(itertools.product([24, 192, 384, 768, 1280], TOLERANCE, [True, False]))
+SLOW = () if ON_GPU else TRIPLES[1::4] + TRIPLES[2::4]
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "adds"),
+    [pytest.param(*t, id=f"{t[0]}-{t[1]}-{t[2]}", marks=pytest.mark.slow if t in SLOW else ()) for t in TRIPLES],
+)
 def test_forward_and_backward_against_float64(kernels, dim, dtype, adds):
     for rows in ROWS if ON_GPU or dim < 1024 else (1, 7, 29):  # of which each is a block of its own there
         weight_dtype = torch.float32 if rows == 7 else dtype  # as at ZeRO 0, whose weights stay in float32

@@ -36,7 +36,8 @@ from tests.data.packed import (
     rules,
 )
 
-few = settings(max_examples=4)  # with worker processes, of which each start takes a tenth of a second
+EXAMPLES = settings.default.max_examples  # of the profile in use
+few = settings(max_examples=EXAMPLES // 10)  # with worker processes, of which each start takes a tenth of a second
 
 
 def with_workers(config: Config, workers: int) -> Config:
@@ -46,7 +47,6 @@ def with_workers(config: Config, workers: int) -> Config:
 # Once
 
 
-@settings(max_examples=50)
 @given(cases(), st.data())
 def test_once_every_sample_once_per_epoch_through_any_resumes(case: Case, data: st.DataObject) -> None:
     """After D draws of a source of N samples, each was drawn D / N times, rounded up or down."""
@@ -86,7 +86,6 @@ def test_once_with_workers(case: Case, workers: int, cut: int) -> None:
 # Elastic
 
 
-@settings(max_examples=50)
 @given(cases(), st.integers(0, 6), st.data())
 def test_elastic_the_same_batches_for_any_ranks_before_and_after_a_resume(
     case: Case, cut: int, data: st.DataObject
@@ -167,7 +166,7 @@ def test_o1_a_start_anywhere_looks_at_two_blocks_of_a_source_at_most(epochs: flo
 # Balance
 
 
-@settings(max_examples=6)
+@few
 @given(st.sampled_from([8, 16, 32]), st.sampled_from([8, 12, 16, 20]), st.integers(0, 99))
 def test_balance_lanes_of_a_step_cost_alike(lanes: int, per_lane: int, seed: int) -> None:
     """Over three epochs, in bytes and in tokens, for lanes with 1,500 files or more of each source, and a whole number
@@ -178,7 +177,7 @@ def test_balance_lanes_of_a_step_cost_alike(lanes: int, per_lane: int, seed: int
         assert np.median(ratios) <= 1.05, unit
 
 
-@settings(max_examples=6)
+@few
 @given(st.sampled_from([8, 16]), st.integers(8, 24), st.integers(0, 99))
 def test_balance_is_off_by_a_sample_of_each_source_where_lanes_cannot_have_equally_many(
     lanes: int, per_lane: int, seed: int
@@ -239,7 +238,6 @@ def test_balance_rounding_sequences_up_adds_little(seed: int) -> None:
 # Mixture
 
 
-@settings(max_examples=50)
 @given(st.lists(st.tuples(st.floats(0.05, 1), st.integers(1000, 1_000_000)), min_size=1, max_size=24), rules)
 def test_mixture_shares_within_a_tenth_of_a_percent_of_any_ten_thousand(sources: list, rule: str | float) -> None:
     weights = mixture_weights(rule, *zip(*sources, strict=True))
@@ -260,7 +258,7 @@ def check_shares(shares: np.ndarray, counts: np.ndarray) -> None:
     assert strayed.max() <= 2 + len(counts) * len(shares) / PERIOD  # shares are rounded to 1 / PERIOD
 
 
-@settings(max_examples=4)
+@settings(max_examples=EXAMPLES // 20)
 @given(cases(max_lanes=4), st.integers(5, 100))
 def test_mixture_also_where_ten_thousand_samples_span_a_resume(case: Case, cut: int) -> None:
     data = replace(case.data, batch_samples=200)

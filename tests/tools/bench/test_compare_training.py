@@ -21,12 +21,14 @@ MODEL = [
 ]  # fmt: skip
 
 
-def test_200_steps_are_the_published_ones(config_file: Path, capsys: pytest.CaptureFixture) -> None:
-    assert compare_training.main([str(config_file), *MODEL, "train.steps=220", "train.zero_stage=2"]) == 0
+@pytest.mark.parametrize("steps", [80, pytest.param(200, marks=pytest.mark.slow)])
+def test_all_steps_are_the_published_ones(steps: int, config_file: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--steps", str(steps), f"train.steps={steps + 20}", "train.zero_stage=2"]
+    assert compare_training.main([str(config_file), *MODEL, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     first, last = (float(lines[i].split()[1]) for i in (1, -2))
     assert last < 0.75 * first, "they agree on nothing: nothing was learned"
-    assert lines[-1].startswith("largest relative difference of 200 steps")
+    assert lines[-1].startswith(f"largest relative difference of {steps} steps")
 
 
 def test_a_difference_is_seen(
