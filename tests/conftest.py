@@ -37,7 +37,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 
-# The files that take longest. With --no-loadscope-reorder they begin first, so that no worker is alone with one at last.
+# The files that take longest. With --no-loadscope-reorder they begin first, so that no worker has one alone at the end.
 HEAVIEST = (
     "test_train.py", "test_muon.py", "test_guard.py", "test_local.py", "test_export.py", "test_local_sweep.py",
     "test_predict.py", "test_kills.py", "test_remote_runs.py", "test_watchdog.py", "test_make_digits.py",
