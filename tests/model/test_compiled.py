@@ -21,6 +21,8 @@ def batch_of(lengths: list[int]) -> ByteBatch:
 def test_lengths_and_blocks_share_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend  # imports the compiler, which takes two seconds
 
+    # Training on CPUs in this process may have turned the compiler off before it was imported.
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
