@@ -39,6 +39,7 @@ sys.dont_write_bytecode = False
 
 # The files that take longest. With --no-loadscope-reorder they begin first, so that no worker has one alone at the end.
 HEAVIEST = (
+    "test_fit.py",
     "test_train.py", "test_muon.py", "test_guard.py", "test_local.py", "test_export.py", "test_local_sweep.py",
     "test_predict.py", "test_kills.py", "test_remote_runs.py", "test_watchdog.py", "test_make_digits.py",
 )  # fmt: skip
