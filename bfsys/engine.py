@@ -59,6 +59,9 @@ class Engine:
         self.optimizer = Optimizer(model, config.optim)
         if self.stage == 3:  # a block's parts are not called one by one, so its parameters must come together
             deepspeed.utils.set_z3_leaf_modules(model, [Block, Merge])
+        # A bf16 engine of stage 0 sets it for its whole process. A later engine of stage 3 would then reduce gradients
+        # in another way than in a process of its own.
+        deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo")
         with redirect_stdout(io.StringIO()):  # pages of memory figures that it prints whatever its log level
             self._engine, *_ = deepspeed.initialize(

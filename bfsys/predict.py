@@ -35,7 +35,7 @@ from bfsys.data.streaming.plan import within_budget
 from bfsys.errors import UserError, did_you_mean
 from bfsys.explain.attribution import Classifier
 from bfsys.explain.explanation import Explanation, explain
-from bfsys.explain.references import candidates
+from bfsys.explain.references import LabelledFile, candidates
 from bfsys.explain.shortcuts import Shortcuts, shortcuts
 from bfsys.export import DESCRIPTION, read_exported
 from bfsys.inputs import Input, Reader, is_one, named
@@ -72,6 +72,7 @@ class Model:
     def __init__(self, network: ByteFormer, config: Config, facts: dict, reader: Reader) -> None:
         """For `load`. `network` is in eval mode and on its device; `facts` are a checkpoint's or an export's."""
         self._network, self._reader = network, reader
+        self._references: tuple[int, list[LabelledFile]] | None = None  # the seed that drew them, and the files
         self.config: Config = config
         """Every setting of the run."""
         self.classes: tuple[str, ...] = tuple(facts["classes"])
@@ -83,7 +84,7 @@ class Model:
         self.max_bytes: int = network.architecture.max_bytes
         """Length of a file up to which each token has a position of its own. Longer files are taken too."""
         self.rounding_bytes: int = network.architecture.rounding_bytes
-        """What a shorter file costs all the same."""
+        """A shorter file takes as much memory and time as one of this length."""
         self.input_formats: tuple[str, ...] = tuple(f.describe() for f in reader.formats)
         """Formats that pictures and sounds had in training, such as `wav:uint8 of 1 s at 16,000 Hz`; empty where files
         went in as they are, or the checkpoint does not say."""
@@ -189,10 +190,17 @@ class Model:
             stored.data,
             self._reader.transformed(stored.key, stored.data).data,
             self._reader.transforms,
-            candidates(self.config, self.classes, self._reader.transforms, seed),
+            self._references_of(seed),
             index,
             seed,
         )
+
+    def _references_of(self, seed: int) -> list[LabelledFile]:
+        """The files that a seed draws for explanations, read once for all inputs that are explained with it."""
+        known = self._references  # one read: threads may replace it
+        if known is None or known[0] != seed:
+            known = self._references = (seed, candidates(self.config, self.classes, self._reader.transforms, seed))
+        return known[1]
 
     def class_index(self, name: str) -> int:
         """Position of a class in `classes`. Raises UserError if the model does not have it."""

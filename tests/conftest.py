@@ -129,7 +129,7 @@ def finished_run(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def parameters_of_tests_with(fixture: str, request: pytest.FixtureRequest) -> list[dict]:
-    """Of all tests that were selected: for a fixture that makes what these need alone."""
+    """The parameters of all selected tests that use a fixture. A fixture can then make only what these tests need."""
     items = [item for item in request.session.items if fixture in getattr(item, "fixturenames", ())]
     return [item.callspec.params if hasattr(item, "callspec") else {} for item in items]
 

@@ -131,9 +131,7 @@ def muon_runs(
     assert_success(_run_ranks(2, ["tests/worker.py", str(config), *runs]))
     resumed = []
     wanted = [(p["stage"], p["precision"]) for p in parameters_of_tests_with("muon_runs", request) if "precision" in p]
-    # In bf16 at stage 3 a run depends on what its process trained before; the cause is not known. So the order is kept.
-    resumed_kinds = kinds if (3, "bf16") in wanted else [kind for kind in kinds if kind in wanted]
-    again = [(f"s{s}-{p}-resumed", s, p, f"s{s}-{p}") for s, p in resumed_kinds]
+    again = [(f"s{s}-{p}-resumed", s, p, f"s{s}-{p}") for s, p in kinds if (s, p) in wanted]
     changed = [("3-from-1", 3, "fp32", "s1-fp32"), ("1-from-3", 1, "fp32", "s3-fp32")]
     for name, stage, precision, source in (*again, *changed):
         cut_short(folder / "runs" / source, folder / "runs" / name, step=4)
@@ -162,8 +160,10 @@ def test_bf16_stays_near_fp32(stage: int, muon_runs: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [
-        *((0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")),
-        *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16"))),
+        # Stage 0 in bf16 is trained before stage 3 in bf16, and not resumed before it: DeepSpeed keeps state of the
+        # first in the process, which must not reach the second.
+        *((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")),
+        *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"))),
     ],
 )
 def test_resumed_equals_uninterrupted(stage: int, precision: str, muon_runs: tuple[Path, Path]) -> None:

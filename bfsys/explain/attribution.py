@@ -100,8 +100,9 @@ def integrated_gradients(
     error is the largest that is left, relative to the difference (of 1 at least).
     """
     total, worst = np.zeros(len(data)), 0.0
+    of_file = _log_odds_of(classifier, data, index)
     for reference in references:
-        difference = _log_odds_of(classifier, data, index) - _log_odds_of(classifier, reference, index)
+        difference = of_file - _log_odds_of(classifier, reference, index)
         nodes = LEAST_NODES
         while True:
             found = _along_path(classifier, data, reference, index, nodes)

@@ -12,7 +12,7 @@ from bfsys.answers import Prediction, ranked
 from bfsys.data.streaming.byte_transforms import ByteTransform
 from bfsys.explain.attribution import DRAWS, Classifier, integrated_gradients, occlusion, windows_of
 from bfsys.explain.ranges import Range, Structure
-from bfsys.explain.references import LabelledFile, choose
+from bfsys.explain.references import SHUFFLED, LabelledFile, choose
 from bfsys.explain.structure import structure
 
 TOP = 5  # classes
@@ -48,7 +48,7 @@ class Without:
     predictions: tuple[Prediction, ...]
     """The likeliest classes, by their mean probability over the references."""
     probability: float
-    """Of the class that was explained, likewise."""
+    """The probability that is left for the explained class, as a mean over the references."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Explanation:
     """Which bytes of a file speak for a class, as `Model.explain` returns it."""
 
     name: str
-    """Of the file."""
+    """The name of the file."""
     stored: np.ndarray
     """uint8: the file."""
     data: np.ndarray
@@ -259,6 +259,6 @@ def _notes(
             f"No window matters by itself (the largest drop of the log-probability is {largest:.2g}): the answer "
             "rests on many places, or on none, and the shares of parts are uncertain."
         )
-    if reference.startswith("the bytes of the file itself"):
+    if reference == SHUFFLED:
         notes.append("No validation files of other classes were at hand, so evidence is less exact.")
     return notes

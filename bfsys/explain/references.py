@@ -21,6 +21,7 @@ from bfsys.errors import UserError
 from bfsys.explain.ranges import Structure
 from bfsys.explain.structure import structure
 
+SHUFFLED = "the bytes of the file itself in another order"
 READ = 64  # files of the split, of which the references are chosen
 
 
@@ -89,6 +90,6 @@ def choose(
     alike = [one for one in others if one.structure.format == format]
     pool, kind = (alike, f"{format} files") if alike else (others, "files")
     if not pool:
-        return [rng.permutation(data) for _ in range(count)], "the bytes of the file itself in another order"
+        return [rng.permutation(data) for _ in range(count)], SHUFFLED
     chosen = [pool[i] for i in rng.permutation(len(pool))[:count]]
     return [np.resize(one.data, len(data)) for one in chosen], f"{len(chosen)} validation {kind} of other classes"

@@ -27,10 +27,10 @@ from bfsys.explain.ranges import KINDS, UNNAMED, Range
 from bfsys.explain.references import LabelledFile, open_split, read_files
 
 DONORS = 2  # per file
-# Of the accuracy beyond chance: a warning comes from this share on.
-LOST_WITHOUT_HEADERS = 0.25  # is lost when headers and metadata are replaced
-LEFT_WITHOUT_CONTENT = 0.5  # is left when content is replaced
-LEFT_FROM_LENGTH = 0.25  # is left when everything is replaced
+# Thresholds of the warnings, as shares of the accuracy beyond chance.
+LOST_WITHOUT_HEADERS = 0.25  # that is lost when headers and metadata are replaced
+LEFT_WITHOUT_CONTENT = 0.5  # that is left when content is replaced
+LEFT_FROM_LENGTH = 0.25  # that is left when everything is replaced
 ERRORS = 2  # standard errors that a difference must exceed as well
 # What is replaced, by the name of the result.
 REPLACED: dict[str, tuple[str, ...]] = {
@@ -55,7 +55,7 @@ class Row:
     from_length: float
     """Accuracy that is left when everything but the length is replaced."""
     header_share: float
-    """Of the positive evidence; the three shares sum to 1, or are all 0."""
+    """Share of the positive evidence that lies in headers. The three shares sum to 1, or are all 0."""
     metadata_share: float
     content_share: float
 

@@ -52,7 +52,7 @@ class ClassProbability(BaseModel):
 
 
 class FileAnswer(BaseModel):
-    """Of one file: `top`, or `error`."""
+    """The answer to one file. It has `top` or `error`."""
 
     name: str
     top: list[ClassProbability] | None = Field(None, description="The likeliest classes, the likeliest first")

@@ -124,13 +124,14 @@ class Supervisor:
             self.guard.load_state_dict(manifest["guard"])
         self.save_pending, self.updates = False, 0
         skipped = sorted(later for later in self.guard.skipped_steps if later > step)
-        for note in (
+        said = [
             *([f"continuing {self.run_dir} after step {step}"] if step else []),
             *([f"skipping steps {ranges_of(skipped)} ({ROLLBACKS})"] if skipped else []),
             *notes,
-        ):
+        ]
+        for note in said:
             self.metrics.say(note)
-            self.metrics.show("start", step, note)
+        self.metrics.show("start", step, "; ".join(said))
         self.metrics.show_lengths(
             {name: split.samples["length"] for name, split in zip(training.names, training.splits, strict=True)}
         )
