@@ -253,9 +253,9 @@ def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Tria
         steps = [line for line in lines if line["kind"] == "train"][PASSED_OVER_STEPS:]
         evaluated = [line for line in lines if line["kind"] == "eval"]
         if code or not steps or not evaluated:
-            raise UserError(
-                f"{request.folder}: the trial training ended with code {code}; its output:\n{said.getvalue()}"
-            )
+            output = said.getvalue().splitlines()
+            reasons = [line.partition("error: ")[2] for line in output if "error: " in line] or output[-1:]
+            raise UserError(*(f"{request.folder}: the trial training ended with code {code}: {r}" for r in reasons))
         seconds = sum(line["step_s"] for line in steps)
         evaluation_s = evaluated[-1]["seconds"]
         return Trial(
