@@ -86,6 +86,7 @@ def describe(model: ByteFormer, config: Config, manifest: dict, weights: str) ->
         "byte_transforms": list(config.data.byte_transforms),
         "transform_identities": trained_transforms(manifest),
         "input_formats": manifest.get("input_formats", []),
+        "reference_files": manifest.get("reference_files"),
         "classes": manifest["classes"],
         "run": config.name,
         "step": manifest["step"],

@@ -22,6 +22,7 @@ from bfsys.data.packing.listing import regular_files
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
 from bfsys.encode import CannotDecode, encoded
 from bfsys.errors import UserError, collecting
+from bfsys.out_of_distribution import ReferenceFiles
 
 Input: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | BinaryIO
 """A path, the content of a file, a uint8 array [n], or a file that is open for reading in binary mode."""
@@ -92,6 +93,8 @@ class Reader:
     transforms: tuple[ByteTransform, ...]
     least_bytes: int
     """Length of the shortest file that the model takes, after the transforms."""
+    references: ReferenceFiles | None = None
+    """Files that the run was evaluated on; None where the checkpoint does not hold them."""
     encode_option: str = "--encode (encode=True in Python)"
     """What messages call the option to encode files."""
 
@@ -101,7 +104,8 @@ class Reader:
         """Named inputs one by one; what is wrong with those that cannot be used goes to `problems`.
 
         `encode` puts pictures and sounds into a format of the training files. Without it, `say` is told of the first
-        input that is in none of them. Raises UserError if no format is known.
+        input that is in none of them, or whose out-of-distribution score is above 1. Raises UserError if no format is
+        known.
         """
         if encode and not self.formats:
             raise UserError(
@@ -121,6 +125,9 @@ class Reader:
                         say(self._note(name, data))
                         said = True
                 sample = self.transformed(name, data)
+            if sample and self.references and not said and (score := self.references.score(sample.data)) > 1:
+                say(self._unlike(name, score))
+                said = True
             if sample:
                 yield sample
 
@@ -167,6 +174,12 @@ class Reader:
         return (
             f"{self.origin} was trained on {self._trained_on()}; {name} {self._what(kind)}: its answer may mean little"
             + remedy
+        )
+
+    def _unlike(self, name: str, score: float) -> str:
+        return (
+            f"{name} looks like none of the files that {self.origin} was trained on (out-of-distribution score "
+            f"{score:.1f}; above 1 is unusual): its answer may mean little"
         )
 
     def _trained_on(self) -> str:

@@ -40,6 +40,7 @@ from bfsys.explain.shortcuts import Shortcuts, shortcuts
 from bfsys.export import DESCRIPTION, read_exported
 from bfsys.inputs import Input, Reader, is_one, named
 from bfsys.model.byteformer import Block, ByteFormer
+from bfsys.out_of_distribution import from_tree
 
 Weights = Literal["ema", "last"]
 
@@ -157,6 +158,28 @@ class Model:
         values = self._compute(inputs, self._network.features, encode).numpy()
         return values[0] if is_one(inputs) else values
 
+    def out_of_distribution(self, inputs: Input | Iterable[Input], *, encode: bool = False) -> np.ndarray:
+        """float32 [] of one input, [n] of n: how unlike the files that the run is evaluated on each input is. Above 1,
+        it looks like none of them, and its answer may mean little; see `bfsys.out_of_distribution`.
+
+        `encode` as for `predict`. Raises UserError for inputs that cannot be used, and where the checkpoint holds no
+        reference files: imported weights, runs of fewer than 20 files, and checkpoints of earlier versions have none.
+
+        >>> load("runs/tiny").out_of_distribution([b"a text", bytes(1000)]).shape
+        (2,)
+        """
+        if self._reader.references is None:
+            raise UserError(
+                f"{self._reader.origin}: its checkpoint holds no reference files, to which inputs could be compared; "
+                "runs that were trained by this version on 20 files or more have them"
+            )
+        problems: list[str] = []
+        samples = self._reader.samples(named(inputs), problems, lambda _: None, encode=encode)
+        scores = np.array([self._reader.references.score(sample.data) for sample in samples], np.float32)
+        if problems:
+            raise UserError(*problems)
+        return scores[0] if is_one(inputs) else scores
+
     def explain(
         self, input: Input, class_name: str | None = None, seed: int = 0, *, encode: bool = False
     ) -> Explanation:
@@ -234,14 +257,17 @@ class Model:
         *,
         top: int = 3,
         encode: bool = False,
-    ) -> Iterator[tuple[str, list[Prediction]]]:
-        """(name, classes) of each named input that can be used, as soon as they are computed: for `bfsys predict`.
+    ) -> Iterator[tuple[str, list[Prediction], float | None]]:
+        """(name, classes, out-of-distribution score where the run has reference files) of each named input that can be
+        used, as soon as they are computed: for `bfsys predict`.
 
         What is wrong with other inputs goes to `problems`, and what `predict` warns of to `say`.
         """
+        references = self._reader.references
         for batch in self._batches(inputs, problems, say, encode):
             answers = ranked(self._forward(self._probabilities_of, batch), self.classes, top)
-            yield from ((sample.key, classes) for sample, classes in zip(batch, answers, strict=True))
+            for sample, classes in zip(batch, answers, strict=True):
+                yield sample.key, classes, references.score(sample.data) if references else None
 
     def probabilities_of(self, samples: list[Sample]) -> Tensor:
         """float32 [n, classes] on the CPU, of samples that `reader` prepared, computed together: for `bfsys serve`."""
@@ -326,6 +352,7 @@ def load(
         reads_any_format=not all(f.is_known for f in formats),
         transforms=transforms,
         least_bytes=config.model.least_bytes,
+        references=from_tree(facts.get("reference_files")),
     )
     # Explanations need gradients of tokens, never of weights, and recompute each block for the sake of memory.
     network.requires_grad_(False)

@@ -53,6 +53,8 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     """Train to the last step, or until a stop is requested; returns the exit code. Called on every rank."""
     data = dist.same_errors_on_all(lambda: open_run_data(config, ranks))
     facts = run_facts(data)
+    references = dist.on_rank0(data.read_reference_files, ranks)
+    facts["reference_files"] = references.to_tree() if references else None
     # Before the supervisor exists, a signal ends the process: there is nothing to save, and waits may be long.
     with prepare_run_dir(config, facts, ranks) as directory, Supervisor(data, facts, ranks) as supervisor:
         supervisor.load_quarantine()

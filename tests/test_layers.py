@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 LAYERS = [
     ["console", "process", "files", "git_state"],
     ["errors", "json_lines"],
-    ["typed_yaml", "batch", "ranks"],
+    ["typed_yaml", "batch", "ranks", "out_of_distribution"],
     ["model"],
     ["config", "dist"],
     ["data.storage", "data.media", "muon"],

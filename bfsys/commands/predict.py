@@ -21,8 +21,10 @@ NOTES = """\
 Files that cannot be classified are named at the end, with exit code 2. A file
 that is in no format of the training files (their --encoding, or that of their
 augmentation) is named too, and with --encode put into one, as `bfsys encode`
-does. data.byte_transforms of the run are applied, with the key of --permute;
-with --transformed the sender of the files has done so, and needs no key."""
+does. A file whose bytes are unlike those of the run's files is marked with its
+out-of-distribution score, which is above 1 then. data.byte_transforms of the
+run are applied, with the key of --permute; with --transformed the sender of
+the files has done so, and needs no key."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +54,13 @@ def run(args: argparse.Namespace) -> int:
     problems: list[str] = []
     answers = []
     inputs = named_inputs(args.files, problems)
-    for path, classes in model.answers(inputs, problems, _note, top=args.top, encode=args.encode):
+    for path, classes, score in model.answers(inputs, problems, _note, top=args.top, encode=args.encode):
         ranked = [{"class": c.class_name, "index": c.index, "probability": c.probability} for c in classes]
-        answers.append({"path": path, "top": ranked})
+        answers.append({"path": path, "top": ranked} | ({} if score is None else {"out_of_distribution": score}))
         if not args.json:
             shown = "   ".join(f"{c.class_name} {100 * c.probability:.1f} %" for c in classes)
-            print(f"{path}: {shown}", flush=True)
+            unlike = f"   (unlike the run's files: {score:.1f})" if score is not None and score > 1 else ""
+            print(f"{path}: {shown}{unlike}", flush=True)
     if args.json:
         print(json.dumps(answers, indent=1))
     if problems:

@@ -58,6 +58,9 @@ class FileAnswer(BaseModel):
     top: list[ClassProbability] | None = Field(None, description="The likeliest classes, the likeliest first")
     error: str | None = Field(None, description="Why the file has no answer")
     note: str | None = Field(None, description="Why the answer may mean little")
+    out_of_distribution: float | None = Field(
+        None, description="How unlike the files of the run it is: above 1, it looks like none of them"
+    )
 
 
 class Answers(BaseModel):
@@ -261,6 +264,8 @@ class Service:
             answer["error"] = one.error
         else:
             (best,) = ranked(row[None], self.model.classes, top)
+            if one.sample and (references := self.model.reader.references):
+                answer["out_of_distribution"] = references.score(one.sample.data)
             answer["top"] = [{"class": c.class_name, "index": c.index, "probability": c.probability} for c in best]
         return answer | ({"note": one.note} if one.note else {})
 

@@ -25,8 +25,10 @@ from bfsys.data.streaming.datasets import (
     open_training,
 )
 from bfsys.data.streaming.plan import MicroBatch, Plan, lanes_of_rank
+from bfsys.data.streaming.reader import ShardReader
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
+from bfsys.out_of_distribution import FILES, ReferenceFiles, reference_files
 
 FIRST_STEPS = 20  # the plan deals lengths evenly, so later steps are hardly different
 
@@ -73,6 +75,21 @@ class RunData:
             packed = [_packed_format(s.dataset.description) for s in (evaluated.get(number), split) if s]
             formats.append(next((f for f in packed if f.is_known), packed[-1]))
         return formats
+
+    def read_reference_files(self) -> ReferenceFiles | None:
+        """The first files of each source as the model reads them: of its evaluation split, or, without one, of its
+        training split. None if too few can be read. Packing has drawn their order by hash, so they are a fair sample.
+        """
+        sources = self.validation if self.validation.splits else self.training
+        most = -(-FILES // len(sources.splits))
+        counts = [min(most, len(split)) for split in sources.splits]
+        wanted = [(source, sample) for source, count in enumerate(counts) for sample in range(count)]
+        reader = ShardReader(sources, seed=self.config.train.seed, replace_bad=False)
+        try:  # one at a time, since files may be large
+            contents = (reader.read(MicroBatch(*np.array([*one, 0])[:, None])).data for one in wanted)
+            return reference_files(content for content in contents if len(content))
+        finally:
+            reader.close()
 
     @cached_property
     def notes(self) -> list[str]:

@@ -1,0 +1,89 @@
+"""An out-of-distribution score: how unlike a run's files a file is, from its bytes alone and without the model.
+
+The distance between two files is the share of their first 16 bytes that differ, plus 1 minus the Bhattacharyya
+coefficient of their byte counts. It is 0 for equal headers and counts, and 2 for files with nothing in common. The
+score of a file is its distance to the nearest reference file of the run, divided by the distance within which 98 % of
+the reference files have another one. A file with a score above 1 is unusual.
+
+Alternative refused: scores from the model (energy of the logits, largest probability, distances between features). They
+missed most of the random bytes, texts and programs that this score finds; docs/explain.md has the figures.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+FILES = 128  # references that a run keeps
+FEWEST = 20  # references, below which no share of them can be called usual
+HEADER_BYTES = 16
+USUAL_SHARE = 0.98
+LEAST_USUAL = 0.02  # files that are all equal have a distance of zero
+PAST_THE_END = -1
+
+
+@dataclass(frozen=True)
+class ReferenceFiles:
+    """What is kept of the files that a run is evaluated on, as the model reads them."""
+
+    headers: np.ndarray  # int16 [files, HEADER_BYTES]; PAST_THE_END where a file has no more bytes
+    roots: np.ndarray  # uint8 [files, 256]: square roots of the shares of the byte values, 255 for 1
+    usual: float
+    """The distance to the nearest other reference file that USUAL_SHARE of them stay within."""
+
+    def score(self, data: np.ndarray) -> float:
+        """The score of a file, uint8 [n], as the model reads it: above 1, it looks like none of the references."""
+        return float(_distances(*_descriptors([data]), self.headers, self.roots).min()) / self.usual
+
+    def to_tree(self) -> dict:
+        """For a checkpoint's manifest and `model.json`."""
+        packed = zlib.compress(self.headers.astype("<i2").tobytes() + self.roots.tobytes(), 9)
+        return {"files": len(self.headers), "usual": self.usual, "descriptors": base64.b64encode(packed).decode()}
+
+
+def reference_files(contents: Iterable[np.ndarray]) -> ReferenceFiles | None:
+    """Of files uint8 [n], none of them empty; None if there are fewer than FEWEST."""
+    headers, roots = _descriptors(contents)
+    if len(headers) < FEWEST:
+        return None
+    distances = _distances(headers, roots, headers, roots)
+    np.fill_diagonal(distances, np.inf)
+    usual = float(np.quantile(distances.min(1), USUAL_SHARE))
+    return ReferenceFiles(headers, roots, max(usual, LEAST_USUAL))
+
+
+def from_tree(tree: dict | None) -> ReferenceFiles | None:
+    """What `to_tree` gave; None for None, which earlier versions and imported weights have."""
+    if tree is None:
+        return None
+    content = zlib.decompress(base64.b64decode(tree["descriptors"]))
+    split = tree["files"] * HEADER_BYTES * 2
+    headers = np.frombuffer(content[:split], "<i2").reshape(-1, HEADER_BYTES)
+    return ReferenceFiles(headers, np.frombuffer(content[split:], np.uint8).reshape(-1, 256), tree["usual"])
+
+
+def _descriptors(contents: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The headers and roots of files, as `ReferenceFiles` has them."""
+    headers, roots = [], []
+    for data in contents:
+        header = np.full(HEADER_BYTES, PAST_THE_END, np.int16)
+        header[: len(data)] = data[:HEADER_BYTES]
+        headers.append(header)
+        roots.append(np.rint(255 * np.sqrt(np.bincount(data, minlength=256) / len(data))).astype(np.uint8))
+    return np.array(headers).reshape(-1, HEADER_BYTES), np.array(roots).reshape(-1, 256)
+
+
+def _distances(headers: np.ndarray, roots: np.ndarray, to_headers: np.ndarray, to_roots: np.ndarray) -> np.ndarray:
+    """float64 [n, m]: from each of n files to each of m."""
+    differ = (headers[:, None] != to_headers[None]).mean(2)
+    return differ + 1 - _unit(roots) @ _unit(to_roots).T
+
+
+def _unit(roots: np.ndarray) -> np.ndarray:
+    """float64 [n, 256] of length 1, from which rounding has moved them a little."""
+    lengths = np.linalg.norm(roots.astype(np.float64), axis=1, keepdims=True)
+    return roots / lengths

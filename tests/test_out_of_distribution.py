@@ -1,0 +1,133 @@
+"""Files that look like none of a run's: the score, what a checkpoint keeps for it, and who says it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bfsys
+from bfsys.cli import call
+from bfsys.config import Config, Data, Source
+from bfsys.data.streaming.run_data import open_run_data
+from bfsys.errors import UserError
+from bfsys.out_of_distribution import FEWEST, FILES, from_tree, reference_files
+from bfsys.ranks import Ranks
+from tests.data.packed import pack
+
+
+def sounds(count: int, seed: int, spread: float = 20) -> list[np.ndarray]:
+    """Files of one format: a header with a length in it, then samples around the middle."""
+    rng = np.random.default_rng(seed)
+    files = []
+    for length in rng.integers(300, 900, count).tolist():
+        samples = np.clip(128 + spread * rng.standard_normal(length), 0, 255).astype(np.uint8)
+        files.append(
+            np.concatenate([np.frombuffer(b"RIFF" + length.to_bytes(4, "little") + b"WAVEfmt ", "u1"), samples])
+        )
+    return files
+
+
+def of(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, np.uint8)
+
+
+def test_other_files_of_the_kind_are_usual_and_foreign_ones_are_not() -> None:
+    references = reference_files(sounds(128, 0))
+    usual = [references.score(file) for file in sounds(200, 1)]
+    assert np.mean(np.array(usual) <= 1) > 0.93  # 0.98 is meant, of 128 files
+    rng = np.random.default_rng(2)
+    foreign = {
+        "noise": of(rng.bytes(600)),
+        "text": of(b"def train(config: Config) -> int:\n" * 20),
+        "zeros": np.zeros(600, np.uint8),
+        "one byte": of(b"R"),
+        "no header": sounds(1, 1)[0][16:],
+        "other header": np.concatenate([of(b"fLaC" + bytes(12)), sounds(1, 1)[0][16:]]),
+        "louder": sounds(1, 1, spread=100)[0],
+    }
+    for name, file in foreign.items():
+        assert references.score(file) > 1, name
+
+
+def test_a_mixture_of_kinds_knows_each_of_them() -> None:
+    text = [of(f"title: page {i}\n".encode() + b"the words of a page " * (10 + i)) for i in range(128)]
+    references = reference_files([*sounds(64, 0), *text[::2]])
+    for file in (*sounds(20, 1), *text[1::6]):
+        assert references.score(file) < 1.5
+    assert references.score(of(np.random.default_rng(0).bytes(600))) > 3
+
+
+def test_what_a_manifest_keeps_gives_equal_scores() -> None:
+    references = reference_files(sounds(FILES, 0))
+    tree = json.loads(json.dumps(references.to_tree()))
+    assert len(json.dumps(tree)) < 60_000
+    for file in (*sounds(5, 3), of(b"x"), of(bytes(100))):
+        assert from_tree(tree).score(file) == references.score(file)
+    assert from_tree(None) is None
+
+
+def test_few_files_and_equal_files() -> None:
+    assert reference_files([]) is None
+    assert reference_files(sounds(FEWEST - 1, 0)) is None
+    equal = reference_files([of(b"all the same")] * FEWEST)
+    assert equal.score(of(b"all the same")) < 1 < equal.score(of(b"all the sane things"))
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("train",)])
+def test_they_are_read_from_the_evaluation_split_or_else_from_the_training_split(
+    tmp_path: Path, splits: tuple[str, ...]
+) -> None:
+    shards = {split: [[(0, bytes(file)) for file in sounds(70, seed)]] * 2 for seed, split in enumerate(splits)}
+    dataset = pack(tmp_path, "data", shards)
+    shard = min(dataset.glob(f"*{splits[-1]}*.tar"))
+    content = bytearray(shard.read_bytes())
+    place = content.index(bytes(sounds(70, len(splits) - 1)[0][16:60]))
+    content[place] ^= 1  # the first file is damaged, and left out
+    shard.write_bytes(content)
+    data = open_run_data(Config(data=Data(sources=(Source(str(dataset)),), lanes=1), name="x"), Ranks())
+    found = data.read_reference_files()
+    assert len(found.headers) == FILES - 1
+    expected = (sounds(70, len(splits) - 1) * 2)[1:FILES]
+    np.testing.assert_array_equal(found.headers, reference_files(expected).headers)
+
+
+def test_a_run_and_its_export_say_it(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(bytes(range(256)) * 4)
+    call("export", [str(finished_run), str(tmp_path / "out"), "--format", "safetensors"])
+    scores = []
+    for path in (finished_run, tmp_path / "out"):
+        model = bfsys.load(path, device="cpu")
+        with pytest.warns(UserWarning, match=r"foreign looks like none of the files that .* was trained on \(out-of-"):
+            model.predict(foreign)
+        scores.append(model.out_of_distribution(foreign))
+        assert model.out_of_distribution([foreign, foreign]).tolist() == [scores[-1]] * 2
+    assert scores[0] == scores[1] > 1
+    capsys.readouterr()
+    assert call("predict", [str(finished_run), str(foreign)]) == 0
+    printed = capsys.readouterr()
+    assert f"(unlike the run's files: {scores[0]:.1f})" in printed.out
+    assert "out-of-distribution score" in printed.err
+    assert call("predict", [str(finished_run), str(foreign), "--json"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert answer["out_of_distribution"] == pytest.approx(float(scores[0]))
+
+
+def test_a_checkpoint_of_an_earlier_version_says_nothing(finished_run: Path, tmp_path: Path) -> None:
+    call("export", [str(finished_run), str(tmp_path / "old"), "--format", "safetensors"])
+    description = tmp_path / "old" / "model.json"
+    facts = json.loads(description.read_text())
+    del facts["reference_files"]
+    description.write_text(json.dumps(facts))
+    model = bfsys.load(tmp_path / "old", device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.predict(bytes(range(256)) * 4)
+    with pytest.raises(UserError, match="holds no reference files"):
+        model.out_of_distribution(b"x")
+    shutil.rmtree(tmp_path / "old")
