@@ -1,0 +1,66 @@
+"""The documentation names files that exist, and links that lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PAGES = sorted(
+    [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / ".github").rglob("*.md")]
+)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+# A path of the repository, with its folder: `data/shards` and `runs/NAME` are the user's.
+NAMED = re.compile(
+    r"(?<![\w./-])((?:bfsys|launchers|tools|configs|tests|docs)/[\w./*-]+|(?:model|serve|supervision)/\w+\.py)"
+)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(page: Path) -> list[str]:
+    """The links of a page to files or headings that do not exist."""
+    found = []
+    for link in LINK.findall(page.read_text()):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, heading = link.partition("#")
+        target = (page.parent / path) if path else page
+        if not target.exists() or (heading and heading not in anchors(target)):
+            found.append(link)
+    return found
+
+
+def missing_files(page: Path) -> list[str]:
+    """The files of the repository that a page names and that do not exist."""
+    found = []
+    for code in CODE.findall(page.read_text()):
+        for name in NAMED.findall(code):
+            name = name.rstrip("./")
+            if not any(list(folder.glob(name)) for folder in (REPOSITORY, REPOSITORY / "bfsys")):
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_and_files_exist(page: Path) -> None:
+    assert broken_links(page) == []
+    assert missing_files(page) == []
+
+
+def test_a_broken_link_and_a_missing_file_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One heading\n[a](#one-heading) [b](#other) [c](gone.md) [d](https://example.com)\n`tools/gone.py`\n"
+    )
+    assert broken_links(page) == ["#other", "gone.md"]
+    assert missing_files(page) == ["tools/gone.py"]
