@@ -51,8 +51,8 @@ from bfsys.errors import run_command, summary_of
 from bfsys.files import replace_file
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.flops import flops_per_step, matrix_peak, published_flops
+from bfsys.model.published_form import PublishedForm, pad
 from bfsys.model.sizes import SIZES, Architecture, architecture
-from tools.bench.published_form import PublishedForm, pad
 
 MIB = 2**20
 LIMIT_S = 900  # of one measurement

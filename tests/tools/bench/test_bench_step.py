@@ -12,10 +12,10 @@ import torch
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.model.byteformer import ByteFormer
+from bfsys.model.published_form import PublishedForm, load_bfsys_weights, pad
 from bfsys.model.sizes import PAD_BYTE, architecture
 from tools.bench import bench_step
 from tools.bench.bench_step import SIDES, Workload
-from tools.bench.published_form import PublishedForm, load_bfsys_weights, pad
 
 NUMBERS = ("baseline", "sdpa", "bfsys", "bfsys_checkpointing")
 CPU = torch.device("cpu")
