@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -55,7 +56,7 @@ def _tritons() -> list[str]:
     return [n for n in sys.modules if n.startswith(INTERPRETED) or (n.split(".")[0] == "triton" and "._C" not in n)]
 
 
-def _teach_bfloat16(interpreter: ModuleType) -> None:
+def _teach_bfloat16(interpreter: Any) -> None:
     """Triton 3.7's interpreter keeps bfloat16 as uint16, multiplies matrices of those integers, and lets a rounding
     that carries into the exponent go wrong."""
     convert, dot, bf16 = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot, interpreter.tl.bfloat16
