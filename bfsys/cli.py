@@ -32,7 +32,7 @@ COMMANDS = {
     "train": "train: one process, or each that deepspeed or torchrun starts",
     "launch": "train on this machine, by GPU or core; restart after a crash",
     "slurm": "train on a SLURM cluster; jobs: slurm status, logs, stop",
-    "check-gpu": "whether a GPU or cluster computes right, and as fast as it should",
+    "check-gpu": "whether a GPU or a cluster computes right, and fast",
     "compare": "a table of runs: what differs, and what they reached",
     "checkpoint": "list, verify, show or prune the checkpoints of a run",
     "evaluate": "loss and accuracy of a run on a whole split",

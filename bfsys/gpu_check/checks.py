@@ -24,7 +24,7 @@ class Check:
 CHECKS = {
     "environment": Check("environment", 0.05, 120),
     "all-reduce": Check("all_reduce", 0.1, 180, is_collective=True),
-    "kernels": Check("kernels", 0.3, 600),
+    "kernels": Check("kernels", 0.35, 600),
     "engine": Check("engine_waits", 0.1, 300),
     "step": Check("step", 0.2, 300),
     "training": Check("short_training", 0.2, 600),

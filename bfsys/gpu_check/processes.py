@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import bfsys
 from bfsys.gpu_check.checks import CHECKS
 from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.ranks import Ranks, ranks_from_environment
@@ -62,7 +61,9 @@ def variables_of_one(env: Mapping[str, str], ranks: Ranks) -> dict[str, str]:
 
 def start(name: str, seconds: float, folder: Path, variables: Mapping[str, str]) -> subprocess.Popen:
     """Begin a check, which writes its findings and its output to `folder`."""
-    path = os.pathsep.join(filter(None, (str(Path(bfsys.__path__[0]).parent), variables.get("PYTHONPATH"))))
+    # DeepSpeed would have its Muon compiled while it starts, which takes seconds.
+    variables = {"TORCH_COMPILE_DISABLE": "1", **variables}
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), variables.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "bfsys.gpu_check.processes", name, str(seconds), str(folder / "findings.json")]
     with open(folder / "output", "wb") as output:
         return subprocess.Popen(

@@ -13,9 +13,9 @@ CPU it is resident memory, freed blocks that the C library keeps included; MALLO
 environment leaves them out, and shows what checkpointing saves. `of peak` is what real tokens need
 (bfsys/model/flops.py) over what a large matrix product in the same precision and process reaches.
 
-Under each row it prints how many of PyTorch's operations a micro-batch's forward and backward and an update are, and how
-many of them launch something on a GPU: views and allocations do not. A kernel of our own launches without being one of
-these operations; on a GPU the profiler counts all kernels and copies.
+Above each row it prints how many of PyTorch's operations a micro-batch's forward and backward and an update are, and
+how many of them launch something on a GPU: views and allocations do not. A kernel of our own is not one of these
+operations; on a GPU the profiler counts all kernels and copies.
 
 Exit code 0: measured; 1: a measurement failed; 2: wrong arguments, or the like.
 Refused: figures of different runs in one table; on shared machines they differ by more than programs do.
@@ -322,7 +322,7 @@ def show(rows: Sequence[dict]) -> None:
 
 
 def show_parts(row: dict) -> None:
-    """Operations and launches of each side's forward, backward and update, and their times where they were asked for."""
+    """Operations and launches of each side's forward, backward and update, and their times with --times."""
     for side in SIDES:
         if parts := row[f"{side}_parts"]:
             print(f"  {row['workload']}, {side}: " + "; ".join(f"{name} {describe(p)}" for name, p in parts.items()))

@@ -78,7 +78,7 @@ def test_child_measures(side: str) -> None:
     done = bench_step.in_child({**job, "device": "cpu", "precision": "fp32"})
     parts = done.pop("parts")
     assert parts.keys() == {"forward", "backward", "update"}
-    assert all(part["operations"] > part["launches"] > 0 < part["ms"] for part in parts.values())
+    assert all(part["operations"] >= part["launches"] > 0 < part["ms"] for part in parts.values())
     assert parts["backward"]["launches"] > parts["forward"]["launches"]
     assert done.keys() == {"ms", "cpu_ms", "mib"} | ({"peak_flops_per_s"} if side == "bfsys" else set())
     assert all(value > 0 for value in done.values())
