@@ -32,6 +32,7 @@ COMMANDS = {
     "train": "train: one process, or each that deepspeed or torchrun starts",
     "launch": "train on this machine, by GPU or core; restart after a crash",
     "slurm": "train on a SLURM cluster; jobs: slurm status, logs, stop",
+    "check-gpu": "whether a GPU or a cluster computes right, and fast",
     "compare": "a table of runs: what differs, and what they reached",
     "checkpoint": "list, verify, show or prune the checkpoints of a run",
     "evaluate": "loss and accuracy of a run on a whole split",
@@ -90,7 +91,7 @@ def overview() -> str:
     width = max(map(len, COMMANDS))
     return "\n".join(
         (
-            "usage: bfsys COMMAND [ARGUMENT …]\n",
+            "usage: bfsys COMMAND [ARGUMENT …]",
             "Train classifiers on raw file bytes, from a laptop to a SLURM cluster.\n",
             *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
             "\n`bfsys COMMAND --help` explains one. TAB key: `bfsys --print-completion bash`.",

@@ -122,7 +122,7 @@ def test_a_shell_completes_commands_options_and_files(tmp_path: Path) -> None:
     complete = """
         source completion.sh
         complete_words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_bfsys; echo "${COMPREPLY[@]}"; }
-        complete_words bfsys ch
+        complete_words bfsys checkp
         complete_words bfsys evaluate --rob
         complete_words bfsys train joi
     """

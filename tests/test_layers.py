@@ -35,7 +35,7 @@ LAYERS = [
     ["serve"],
     ["train"],
     ["launch"],
-    ["fitting"],
+    ["fitting", "gpu_check"],
     ["commands"],
     ["cli", "__main__"],
 ]

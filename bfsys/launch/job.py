@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from bfsys.errors import UserError, exit_code_of
-from bfsys.ranks import ranks_from_environment
+from bfsys.ranks import env_number, ranks_from_environment
 
 # Outside Linux's range of ephemeral ports (32768-60999), where any outgoing connection may sit on a port.
 MASTER_PORTS = range(10_000, 30_000)
@@ -120,6 +120,12 @@ def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, s
         if interface:
             variables["GLOO_SOCKET_IFNAME"] = interface
     return variables
+
+
+def set_slurm_variables() -> None:
+    """Make this process a rank, where plain srun has started it as one of several tasks."""
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and env_number("SLURM_NTASKS", 1) > 1:
+        os.environ.update(slurm_variables(os.environ, _hosts()))
 
 
 def gloo_interface(other_hosts: Sequence[str]) -> str | None:

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bfsys.batch import ByteBatch, Sample
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.flops import flops_per_step, published_flops
+from bfsys.model.published_form import PublishedForm, pad
 from bfsys.model.sizes import Architecture, architecture
-from tools.bench.published_form import PublishedForm, pad
 
 CLASSES = 10
 

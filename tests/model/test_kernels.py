@@ -1,31 +1,25 @@
 """The GPU kernels against plain PyTorch in float64: on a GPU where there is one, by Triton's interpreter otherwise."""
 
-import math
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from bfsys.batch import ByteBatch, Sample
+from bfsys.gpu_check.kernel_cases import TOLERANCE, attention_case, positions_case, ragged_files, stem_case
 from bfsys.model import attention, norm, stem
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import architecture
-from tests.model.triton_kernels import DEVICE, ON_GPU, close, compiled_for_nvidia, loaded
+from tests.model.triton_kernels import DEVICE, ON_GPU, all_right, close, compiled_for_nvidia, loaded
 
 LONGEST = 2500 if ON_GPU else 250  # bytes; the interpreter is slow
-# Largest error over largest value. bfloat16 has 8 bits; probabilities and their gradients are rounded to it too.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
-# This holds for gradients in any precision: products with ones are exact, and their sums are float32. Matrix units cut
-# sums off where others round, which costs float32 gradients a digit.
-SUM_TOLERANCE = 1e-5 if ON_GPU else 1e-6
 
 
 @pytest.fixture
-def kernels_and_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModuleType]]:
-    yield from loaded(monkeypatch, "kernels", "norm_kernels")
+def kernels_and_norms() -> Iterator[list[ModuleType]]:
+    yield from loaded("kernels", "norm_kernels")
 
 
 @pytest.fixture
@@ -34,38 +28,6 @@ def kernels(kernels_and_norms: list[ModuleType]) -> ModuleType:
 
 
 # --- Stem --------------------------------------------------------------------------------------------------------
-
-
-def ragged(kernel: int, alignment: int, seed: int, tail: bool = True) -> SimpleNamespace:
-    """Some files and their index tensors. `tail`: a file's last token begins before its end; else it is whole."""
-    rng = np.random.default_rng(seed)
-    stride = kernel // 2
-    lengths = np.concatenate([[1 if tail else kernel, LONGEST], rng.integers(kernel, LONGEST, 3)])
-    tokens = -(-lengths // stride) if tail else (lengths - kernel) // stride + 1
-    aligned = -(-tokens // alignment) * alignment
-    ends = np.cumsum(lengths) + 3  # the buffer's first bytes are nobody's
-    index = {
-        "data": torch.from_numpy(rng.integers(0, 256, ends[-1], dtype=np.uint8)),
-        "file": torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), aligned)),
-        "first_byte": torch.from_numpy(ends - lengths),
-        "end_byte": torch.from_numpy(ends),
-        "first_token": torch.from_numpy(np.cumsum(aligned) - aligned),
-        "tokens": torch.from_numpy(tokens.astype(np.int32)),
-    }
-    return SimpleNamespace(
-        index={k: v.to(DEVICE) for k, v in index.items()}, rows=int(aligned.sum()), stride=stride, **index
-    )
-
-
-def one_hot(files: SimpleNamespace, kernel: int) -> Tensor:
-    """[N, K * 257] in float64: the lookups as a matrix."""
-    matrix = torch.zeros(files.rows, kernel, 257, dtype=torch.float64)
-    for i, count in enumerate(files.tokens.tolist()):
-        for place in range(count):
-            begin = int(files.first_byte[i]) + place * files.stride
-            for j in range(min(kernel, int(files.end_byte[i]) - begin)):
-                matrix[int(files.first_token[i]) + place, j, int(files.data[begin + j])] = 1
-    return matrix.view(files.rows, -1)
 
 
 STEMS = [  # kernel, dim, alignment, whole windows only
@@ -78,52 +40,18 @@ STEMS = [  # kernel, dim, alignment, whole windows only
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kernel", "dim", "alignment", "whole"), STEMS)
-def test_stem_forward_sums_table_rows(kernels, kernel, dim, alignment, whole, dtype):
-    files = ragged(kernel, alignment, seed=kernel, tail=not whole)
-    generator = torch.Generator().manual_seed(kernel)
-    table = torch.randn(kernel, 257, dim, generator=generator)
-    table[:, 256] = 0
-    table = table.flatten(0, 1).to(dtype)
-    rows = int(files.tokens.sort().values[-2])  # the longest file has too many tokens for them, the next just not
-    positions = torch.randn(rows, dim, generator=generator)
-
-    expected = one_hot(files, kernel) @ table.double()
-    for first, count in zip(files.first_token.tolist(), files.tokens.tolist(), strict=True):
-        if count <= len(positions):
-            expected[first : first + count] += positions[:count]
-    out = kernels.stem_forward(table.to(DEVICE), positions.to(DEVICE), stride=files.stride, **files.index)
-    assert out.dtype == dtype
-    close(out, expected, TOLERANCE[dtype])
-    place = torch.arange(files.rows) - files.first_token[files.file.long()]
-    assert not out.cpu()[place >= files.tokens[files.file.long()]].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kernel", "dim", "alignment", "whole"), STEMS)
-def test_stem_backward_is_the_transpose(kernels, kernel, dim, alignment, whole, dtype, monkeypatch):
+def test_stem_sums_table_rows_and_its_gradient_is_the_transpose(
+    kernels, kernel, dim, alignment, whole, dtype, monkeypatch
+):
     monkeypatch.setattr(kernels, "_processors", lambda device: 3 * kernel)  # two to six splits
-    files = ragged(kernel, alignment, seed=kernel, tail=not whole)
-    grad = torch.randn(files.rows, dim, generator=torch.Generator().manual_seed(kernel)).to(dtype)
-    out = kernels.stem_backward(grad.to(DEVICE), stride=files.stride, kernel=kernel, **files.index)
-    assert out.dtype == torch.float32
-    close(out, one_hot(files, kernel).T @ grad.double(), SUM_TOLERANCE)
-    assert not out.view(kernel, 257, dim)[:, 256].any()
+    sizes = {"kernel": kernel, "dim": dim, "alignment": alignment, "longest": LONGEST}
+    all_right(stem_case(kernels, DEVICE, dtype=dtype, tail=not whole, **sizes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("dim", "rows"), [(24, 40), (48, 100), (192, 7)])
 def test_positions_backward_sums_over_files(kernels, dim, rows, dtype):
-    tokens = torch.tensor([1, 40, 7, 33, 38, 100, 101])  # some have too many for the positions
-    aligned = -(-tokens // 4) * 4
-    first = aligned.cumsum(0) - aligned
-    grad = torch.randn(int(aligned.sum()), dim, generator=torch.Generator().manual_seed(dim)).to(dtype)
-    expected = torch.zeros(rows, dim, dtype=torch.float64)
-    for start, count in zip(first.tolist(), tokens.tolist(), strict=True):
-        if count <= rows:
-            expected[:count] += grad[start : start + count]
-    out = kernels.positions_backward(grad.to(DEVICE), first.to(DEVICE), tokens.to(DEVICE), rows)
-    assert out.dtype == torch.float32
-    close(out, expected, SUM_TOLERANCE)
+    all_right(positions_case(kernels, DEVICE, dtype=dtype, dim=dim, rows=rows))
 
 
 @pytest.mark.parametrize(
@@ -143,49 +71,11 @@ def test_splits_fill_the_gpu(kernels, tiles, blocks, megabytes, expected):
 # --- Attention ---------------------------------------------------------------------------------------------------
 
 
-def reference_attention(qkv: Tensor, start: Tensor, length: Tensor, heads: int) -> Tensor:
-    """[N, 3D] -> [N, D], zero outside all segments"""
-    dim = qkv.shape[1] // 3
-    out = torch.zeros(len(qkv), dim, dtype=qkv.dtype)
-    for first, count in zip(start.tolist(), length.tolist(), strict=True):
-        segment = slice(first, first + count)
-        q, k, v = qkv[segment].view(count, 3, heads, -1).permute(1, 2, 0, 3)
-        p = (q @ k.mT / math.sqrt(dim // heads)).softmax(-1)
-        out[segment] = (p @ v).transpose(0, 1).reshape(count, dim)
-    return out
-
-
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("width", "dim", "heads"), [(5, 24, 3), (16, 32, 1), (40, 48, 2), (100, 48, 1), (128, 192, 3)])
 def test_attention_in_segments(kernels, width, dim, heads, dtype):
     assert kernels.supports_attention(dtype, width, dim, heads)
-    rng = np.random.default_rng(width)
-    length = np.concatenate([[1, width], rng.integers(1, width + 1, 2)])
-    gap = np.array([0, 3, 0, 2])  # rows of no segment after each
-    start = np.cumsum(length + gap) - length - gap
-    rows = int((length + gap).sum())
-    inside = np.concatenate([np.arange(s, s + n) for s, n in zip(start, length, strict=True)])
-    start, length = torch.from_numpy(start), torch.from_numpy(length)
-    outside = torch.from_numpy(np.setdiff1d(np.arange(rows), inside))
-
-    generator = torch.Generator().manual_seed(width)
-    qkv = (2 * torch.randn(rows, 3 * dim, generator=generator)).to(dtype)
-    grad = torch.randn(rows, dim, generator=generator).to(dtype)
-    leaf = qkv.double().requires_grad_()
-    expected = reference_attention(leaf, start, length, heads)
-    expected.backward(grad.double())
-
-    where = {"width": width, "heads": heads, "outside": outside.to(DEVICE)}
-    segments = start.to(DEVICE), length.to(DEVICE)
-    qkv[outside], grad[outside] = math.nan, math.nan  # must not be read
-    out = kernels.attention_forward(qkv.to(DEVICE), *segments, **where)
-    qkv_grad = kernels.attention_backward(qkv.to(DEVICE), grad.to(DEVICE), *segments, **where)
-    assert out.dtype == qkv_grad.dtype == dtype
-    close(out, expected.detach(), TOLERANCE[dtype])
-    for part, wanted in zip(qkv_grad.chunk(3, 1), leaf.grad.chunk(3, 1), strict=True):
-        close(part, wanted, TOLERANCE[dtype])
-    assert not out[outside].any()
-    assert not qkv_grad[outside].any()
+    all_right(attention_case(kernels, DEVICE, dtype=dtype, width=width, dim=dim, heads=heads))
 
 
 def test_attention_names_what_it_cannot_do(kernels):
@@ -214,8 +104,8 @@ def test_kernels_compile_for_hopper(dtype, dim, kernel, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled = compiled_for_nvidia(90, monkeypatch)
     monkeypatch.setattr(kernels, "_generation", lambda device: 9)
-    files, heads = ragged(kernel, 64, seed=0), dim // 64
-    index = {name: tensor.cpu() for name, tensor in files.index.items()}
+    files, heads = ragged_files(kernel, 64, LONGEST, seed=0), dim // 64
+    index = files.index
     qkv, outside = torch.zeros(files.rows, 3 * dim, dtype=dtype), torch.zeros(0, dtype=torch.int64)
     segments = index["first_token"], index["tokens"], 128, heads, outside
     table, positions = torch.zeros(kernel * 257, dim, dtype=dtype), torch.zeros(1000, dim)

@@ -12,40 +12,24 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from bfsys.gpu_check.kernel_cases import EPS, NORM_TOLERANCE, PROCESSORS, norm_case, norm_inputs
 from bfsys.model import norm
 from bfsys.model.norm import add_norm
-from tests.model.triton_kernels import DEVICE, ON_GPU, close, compiled_for_nvidia, loaded
+from tests.model.triton_kernels import DEVICE, ON_GPU, all_right, close, compiled_for_nvidia, loaded
 
-EPS = 1e-5
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-SUM_TOLERANCE = 2e-6  # of the gradients of weight and bias, which are float32 sums
 ROWS = (1, 7, 70_001 if ON_GPU else 61)  # the interpreter is slow
-PROCESSORS = 3  # so that programs of the backward have several blocks of rows each
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    for (module,) in loaded(monkeypatch, "norm_kernels"):
+def kernels() -> Iterator[ModuleType]:
+    for (module,) in loaded("norm_kernels"):
         yield module
 
 
-def drawn(rows: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, Tensor]:
-    """Rows with means far from zero, as a residual stream has them."""
-    generator = torch.Generator().manual_seed(rows + dim)
-    x, added, grad, total_grad = torch.randn(4, rows, dim, generator=generator)
-    weight, bias = 1 + 0.3 * torch.randn(2, dim, generator=generator)
-    rows_of = {"x": 3 * x + 2, "added": added, "grad": grad, "total_grad": total_grad}
-    return {
-        **{name: value.to(dtype) for name, value in rows_of.items()},
-        "weight": weight.to(weight_dtype), "bias": bias.to(weight_dtype),
-    }  # fmt: skip
-
-
 # All pairs of a dimension, a type and `adds`; on a CPU, the other half of the triples is slow.
-TRIPLES = list(itertools.product([24, 192, 384, 768, 1280], TOLERANCE, [True, False]))
+TRIPLES = list(itertools.product([24, 192, 384, 768, 1280], NORM_TOLERANCE, [True, False]))
 SLOW = () if ON_GPU else TRIPLES[1::4] + TRIPLES[2::4]
 
 
@@ -56,31 +40,14 @@ SLOW = () if ON_GPU else TRIPLES[1::4] + TRIPLES[2::4]
 def test_forward_and_backward_against_float64(kernels, dim, dtype, adds):
     for rows in ROWS if ON_GPU or dim < 1024 else (1, 7, 29):  # of which each is a block of its own there
         weight_dtype = torch.float32 if rows == 7 else dtype  # as at ZeRO 0, whose weights stay in float32
-        given = drawn(rows, dim, dtype, weight_dtype)
-        t = {name: value.to(DEVICE) for name, value in given.items()}
-        added, total_grad = (t["added"], t["total_grad"]) if adds else (None, None)
-        total, out = kernels.norm_forward(t["x"], added, t["weight"], t["bias"], EPS)
-        assert torch.equal(total, t["x"] + t["added"] if adds else t["x"])
-        wide = {name: value.double().requires_grad_() for name, value in given.items()}
-        rows_normed = total.cpu().double().requires_grad_()
-        expected = F.layer_norm(rows_normed, (dim,), wide["weight"], wide["bias"], EPS)
-        close(out, expected.detach(), TOLERANCE[dtype])
-
-        results = [kernels.norm_backward(total, t["grad"], total_grad, t["weight"], EPS, PROCESSORS) for _ in range(2)]
-        expected.backward(wide["grad"].detach())
-        x_grad = rows_normed.grad + (wide["total_grad"].detach() if adds else 0)
-        close(results[0][0], x_grad, TOLERANCE[dtype])
-        assert results[0][0].dtype == dtype
-        for sums, name in zip(results[0][1:], ("weight", "bias"), strict=True):
-            assert sums.dtype == torch.float32
-            close(sums, wide[name].grad, SUM_TOLERANCE)
-        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True)), "other bits"
+        sizes = {"weight_dtype": weight_dtype, "dim": dim, "rows": rows}
+        all_right(norm_case(kernels, DEVICE, dtype=dtype, adds=adds, **sizes))
 
 
 def test_nothing_outside_the_rows_is_touched(kernels):
     """Rows are slices of larger tensors, whose other rows are NaN and must stay so."""
     dim, rows = 192, 13
-    given = drawn(rows + 2, dim, torch.float32, torch.float32)
+    given = norm_inputs(rows + 2, dim, torch.float32, torch.float32)
     t = {name: value.to(DEVICE) for name, value in given.items()}
     for name in ("x", "added", "grad", "total_grad"):
         t[name][0], t[name][-1] = float("nan"), float("nan")
@@ -94,7 +61,7 @@ def test_autograd_sees_the_same_with_and_without_kernels(kernels, monkeypatch):
     """As a block uses it: x goes on beside its norm; the sum may be used alone, and the norm alone."""
     dim, rows = 48, 37
     layer = nn.LayerNorm(dim).to(DEVICE)
-    given = {name: value.to(DEVICE) for name, value in drawn(rows, dim, torch.float32, torch.float32).items()}
+    given = {name: value.to(DEVICE) for name, value in norm_inputs(rows, dim, torch.float32, torch.float32).items()}
     results = []
     for found in (None, kernels):
         monkeypatch.setattr(norm, "norm_kernels_for", lambda *_, found=found: found)
@@ -137,7 +104,7 @@ def test_no_register_is_spilled(capability, dtype, dim, monkeypatch, tmp_path):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled = compiled_for_nvidia(capability, monkeypatch)
-    t = drawn(1000, dim, dtype, dtype)
+    t = norm_inputs(1000, dim, dtype, dtype)
     norm_kernels.norm_forward(t["x"], t["added"], t["weight"], t["bias"], EPS)
     norm_kernels.norm_backward(t["x"], t["grad"], t["total_grad"], t["weight"], EPS, 132)
     assert sorted(compiled) == ["_norm_backward", "_norm_forward"]

@@ -27,9 +27,10 @@ from rich.table import Table
 from bfsys.batch import ByteBatch, Sample
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.files import replace_file
+from bfsys.gpu_check.training_steps import random_files, synchronize
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import SIZES, Architecture, architecture
-from tools.bench.bench_step import MIB, machine, peak_memory_bytes, random_files, start_of_memory, synchronize
+from tools.bench.bench_step import MIB, machine, peak_memory_bytes, start_of_memory
 
 UNITS = {"k": 1000, "m": 1_000_000}
 LIMIT_S = 900

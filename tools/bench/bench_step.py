@@ -13,6 +13,10 @@ CPU it is resident memory, freed blocks that the C library keeps included; MALLO
 environment leaves them out, and shows what checkpointing saves. `of peak` is what real tokens need
 (bfsys/model/flops.py) over what a large matrix product in the same precision and process reaches.
 
+Above each row it prints how many of PyTorch's operations a micro-batch's forward and backward and an update are, and
+how many of them launch something on a GPU: views and allocations do not. A kernel of our own is not one of these
+operations; on a GPU the profiler counts all kernels and copies.
+
 Exit code 0: measured; 1: a measurement failed; 2: wrong arguments, or the like.
 Refused: figures of different runs in one table; on shared machines they differ by more than programs do.
 """
@@ -30,8 +34,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -39,23 +44,30 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from bfsys.batch import ByteBatch, Sample
+from bfsys import dist
 from bfsys.errors import run_command, summary_of
 from bfsys.files import replace_file
-from bfsys.model.byteformer import ByteFormer
+from bfsys.gpu_check.operations import CountedOperations, count_kernels
+from bfsys.gpu_check.training_steps import (
+    Step,
+    bfsys_step,
+    engine_step,
+    published_step,
+    random_files,
+    synchronize,
+)
 from bfsys.model.flops import flops_per_step, matrix_peak, published_flops
 from bfsys.model.sizes import SIZES, Architecture, architecture
-from tools.bench.published_form import PublishedForm, pad
+from bfsys.ranks import Ranks
 
 MIB = 2**20
 LIMIT_S = 900  # of one measurement
+MEET_S = 60  # for the engine, a rank on its own
 # Main memory that the published form wants for each token and each byte of a padded batch, by dim (tiny, float32).
 PADDED_TOKEN_BYTES_PER_DIM, PADDED_BYTE_BYTES_PER_DIM = 240, 16
 SHARE_OF_MEMORY = 0.7  # of what is free, that a measurement on the CPU may want
@@ -94,84 +106,33 @@ def make_architecture(size: str, workload: Workload) -> Architecture:
     return architecture(size, kernel=workload.kernel, max_tokens=tokens)
 
 
-def random_files(lengths: Sequence[int]) -> list[np.ndarray]:
-    rng = np.random.default_rng(1)
-    return [rng.integers(0, 256, length, dtype=np.uint8) for length in lengths]
-
-
 # ---------------------------------------------------------------------------------------------- in a child process
 
 
-def published_step(
-    files: list[np.ndarray], a: Architecture, classes: int, device: torch.device, bf16: bool, fused_attention: bool
-) -> Callable[[], None]:
-    model = PublishedForm(a, classes, fused_attention).to(device)
-    x, labels = pad(files, a).to(device), labels_of(files, classes, device)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = F.cross_entropy(model(x).float(), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def bfsys_step(
-    files: list[np.ndarray], a: Architecture, classes: int, device: torch.device, bf16: bool, checkpointing: bool
-) -> Callable[[], None]:
-    model = ByteFormer(a, classes, activation_checkpointing=checkpointing).to(device)
-    batch = ByteBatch.from_samples([Sample("", file) for file in files]).to(device)
-    labels = labels_of(files, classes, device)
-    masters: list[Tensor] = list(model.parameters())
-    if bf16:  # as DeepSpeed keeps them: float32 weights and gradients, from which and to which bfloat16 is rounded
-        masters = [p.detach().clone() for p in model.parameters()]
-        model.to(torch.bfloat16)
-    optimizer = torch.optim.AdamW(masters, weight_decay=0.05, fused=True)
-    weights: list[Tensor] = list(model.parameters())
-
-    def step() -> None:
-        F.cross_entropy(model(batch).float(), labels).backward()
-        if bf16:
-            gradients = [torch.empty_like(master) for master in masters]
-            torch._foreach_copy_(gradients, [p.grad for p in weights if p.grad is not None])
-            for master, gradient in zip(masters, gradients, strict=True):
-                master.grad = gradient
-            model.zero_grad()
-        optimizer.step()
-        optimizer.zero_grad()
-        if bf16:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, masters)
-
-    return step
-
-
-def labels_of(files: list[np.ndarray], classes: int, device: torch.device) -> Tensor:
-    return torch.arange(len(files), device=device) % classes
-
-
-SIDES = {
-    "baseline": (published_step, False),
-    "sdpa": (published_step, True),
-    "bfsys": (bfsys_step, False),
-    "bfsys_checkpointing": (bfsys_step, True),
+SIDES: dict[str, Callable[..., Step]] = {
+    "baseline": partial(published_step, fused_attention=False),
+    "sdpa": partial(published_step, fused_attention=True),
+    "bfsys": bfsys_step,
+    "bfsys_checkpointing": partial(bfsys_step, checkpointing=True),
+    "bfsys_compiled": partial(bfsys_step, compiled=True),
+    "bfsys_engine": engine_step,
 }
+ON_REQUEST = ("checkpointing", "compiled", "engine")  # sides of bfsys that have an option
 
 
 def measure(job: dict) -> dict:
-    """{"ms", "cpu_ms", "mib"} of a side's steps, and for bfsys "peak_flops_per_s"."""
+    """{"ms", "cpu_ms", "mib", "parts"} of a side's steps, and for bfsys "peak_flops_per_s"."""
     device, bf16 = torch.device(job["device"]), job["precision"] == "bf16"
-    make, option = SIDES[job["side"]]
+    make = SIDES[job["side"]]
     workload = Workload(**job["workload"])
+    if job["side"] == "bfsys_engine":
+        dist.start(Ranks(), MEET_S)
     small = architecture("custom", kernel=4, window=8, shift=4, dim=64, layers=2, heads=1, max_tokens=50)
-    make(random_files([100, 90]), small, 2, device, bf16, option)()
+    make(random_files([100, 90]), small, 2, device, bf16)()
     synchronize(device)
     before = start_of_memory(device)
     files = random_files(workload.lengths)
-    step = make(files, make_architecture(job["size"], workload), workload.classes, device, bf16, option)
+    step = make(files, make_architecture(job["size"], workload), workload.classes, device, bf16)
     for _ in range(3 if device.type == "cuda" else 1):
         step()
     passes = []
@@ -184,14 +145,37 @@ def measure(job: dict) -> dict:
     wall, cpu = zip(*passes, strict=True)
     result = {"ms": 1000 * min(wall), "cpu_ms": 1000 * min(cpu)}
     result["mib"] = (peak_memory_bytes(device) - before) / MIB
+    result["parts"] = measure_parts(step, device, job["repeats"] if job["times"] else 0)
     if job["side"] == "bfsys":
         result["peak_flops_per_s"] = matrix_peak(device, torch.bfloat16 if bf16 else torch.float32, seconds=1)
     return result
 
 
-def synchronize(device: torch.device) -> None:
+def measure_parts(step: Step, device: torch.device, repeats: int) -> dict[str, dict]:
+    """Of forward, backward and update: PyTorch's operations, those of them that launch something, on a GPU the kernels
+    and copies that it was given, and the fastest of `repeats` times, between which the device is waited for."""
+    loss: list = [None]
+
+    def forward() -> None:
+        loss[0] = step.forward()
+
+    parts = {"forward": forward, "backward": lambda: step.backward(loss[0]), "update": step.update}
+    found: dict[str, dict] = {}
+    for name, run in parts.items():
+        with CountedOperations() as counted:
+            run()
+        found[name] = {"operations": counted.all.total(), "launches": counted.launching.total()}
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        for name, run in parts.items():
+            found[name]["kernels"] = count_kernels(run)
+    for _ in range(repeats):
+        for name, run in parts.items():
+            synchronize(device)
+            began = time.perf_counter()
+            run()
+            synchronize(device)
+            found[name]["ms"] = min(found[name].get("ms", float("inf")), 1000 * (time.perf_counter() - began))
+    return found
 
 
 def start_of_memory(device: torch.device) -> int:
@@ -241,10 +225,16 @@ def in_child(job: dict) -> dict:
         return {"problem": lines[-1] if lines else f"ended with code {code}"}
 
 
-def that_fits(workload: Workload, a: Architecture, files: int | None) -> Workload:
-    """The workload with `files` of its files at most, and so few that their padded form fits into main memory."""
+def with_files(workload: Workload, files: int | None) -> Workload:
+    """The first `files` of its files, again from the first one where it has fewer; all of them by default."""
+    lengths = workload.lengths
+    return replace(workload, lengths=tuple(lengths[i % len(lengths)] for i in range(files or len(lengths))))
+
+
+def that_fits(workload: Workload, a: Architecture) -> Workload:
+    """The workload with so few files that their padded form fits into main memory."""
     available = available_bytes()
-    for count in range(min(len(workload.lengths), files or len(workload.lengths)), 0, -1):
+    for count in range(len(workload.lengths), 0, -1):
         lengths = workload.lengths[:count]
         tokens = count * max(lengths) / a.stride
         bytes_per_dim = PADDED_TOKEN_BYTES_PER_DIM + PADDED_BYTE_BYTES_PER_DIM * a.stride
@@ -260,8 +250,9 @@ def available_bytes() -> int:
 
 def measure_workload(name: str, workload: Workload, args: argparse.Namespace, run: Callable[[dict], dict]) -> dict:
     """A row. `run` does a job: `in_child`, or in a test something quicker."""
+    workload = with_files(workload, args.files)
     if args.device == "cpu":
-        workload = that_fits(workload, make_architecture(args.size, workload), args.files)
+        workload = that_fits(workload, make_architecture(args.size, workload))
     a = make_architecture(args.size, workload)
     lengths = np.array(workload.lengths)
     flops, published = (f(lengths, a, workload.classes).total for f in (flops_per_step, published_flops))
@@ -271,11 +262,12 @@ def measure_workload(name: str, workload: Workload, args: argparse.Namespace, ru
     row["padding"] = 1 - row["bytes"] / (len(lengths) * int(lengths.max()))
     for side in SIDES:
         done = {}
-        if side != "bfsys_checkpointing" or args.checkpointing:
+        if side.removeprefix("bfsys_") not in ON_REQUEST or getattr(args, side.removeprefix("bfsys_")):
             print(f"measuring {name}, {len(lengths)} files, {side} …", file=sys.stderr)
             job = {"side": side, "workload": asdict(workload), "size": args.size, "repeats": args.repeats}
+            job["times"] = args.times
             done = run({**job, "device": args.device, "precision": args.precision})
-        row |= {f"{side}_{key}": done.get(key) for key in ("ms", "cpu_ms", "mib")}
+        row |= {f"{side}_{key}": done.get(key) for key in ("ms", "cpu_ms", "mib", "parts")}
         if "problem" in done:
             row["problem"] = f"{side}: {done['problem']}"
         if side == "bfsys":
@@ -302,6 +294,8 @@ COLUMNS = {
     "sdpa_ms": ("+ sdpa, ms", "{:,.1f}"),
     "bfsys_ms": ("bfsys, ms", "{:,.1f}"),
     "bfsys_checkpointing_ms": ("checkp., ms", "{:,.1f}"),
+    "bfsys_compiled_ms": ("compiled, ms", "{:,.1f}"),
+    "bfsys_engine_ms": ("engine, ms", "{:,.1f}"),
     "ratio": ("faster", "{:.2f} x"),
     "sdpa_ratio": ("than sdpa", "{:.2f} x"),
     "baseline_mib": ("published, MiB", "{:,.0f}"),
@@ -327,16 +321,36 @@ def show(rows: Sequence[dict]) -> None:
     console.print(table)
 
 
+def show_parts(row: dict) -> None:
+    """Operations and launches of each side's forward, backward and update, and their times with --times."""
+    for side in SIDES:
+        if parts := row[f"{side}_parts"]:
+            print(f"  {row['workload']}, {side}: " + "; ".join(f"{name} {describe(p)}" for name, p in parts.items()))
+
+
+def describe(part: dict) -> str:
+    kernels = f", {part['kernels']:,} kernels" if "kernels" in part else ""
+    ms = f", {part['ms']:,.1f} ms" if "ms" in part else ""
+    return f"{part['operations']:,} operations ({part['launches']:,} launch{kernels}){ms}"
+
+
 def machine(device: str) -> dict:
     cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "cpu": cpu[1] if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
+        "bf16_instructions": bf16_instructions(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "system": f"{platform.platform()}, load {os.getloadavg()[0]:.1f} before",
     }
+
+
+def bf16_instructions() -> str:
+    """Those of the processor that multiply bfloat16."""
+    known = {"AVX512_BF16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
+    return ", ".join(name for name, is_there in known.items() if is_there) or "none (products in float32)"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -347,8 +361,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--size", choices=tuple(SIZES), default="tiny", help="default: %(default)s")
     add("--workloads", default=",".join(workloads()), metavar="A,B", help="default: %(default)s")
     add("--repeats", type=int, help="measured steps, of which the fastest counts (default: 3; on a GPU 20)")
-    add("--files", type=int, metavar="N", help="on the CPU, at most so many files (default: as many as memory holds)")
+    add(
+        "--files",
+        type=int,
+        metavar="N",
+        help="files per step (default: 4 to 16; on the CPU, fewer where memory is short)",
+    )
     add("--checkpointing", action="store_true", help="measure bfsys with activation checkpointing, too")
+    add("--compiled", action="store_true", help="measure bfsys with torch.compile, too; on a GPU")
+    add("--engine", action="store_true", help="measure bfsys through DeepSpeed's engine, too")
+    add("--times", action="store_true", help="measure forward, backward and update each, too")
     add("--json", type=Path, metavar="OUT", help="write the rows to this file too")
     add("--trial", action="store_true", help=argparse.SUPPRESS)  # a small model on small files
     add("--child", type=json.loads, help=argparse.SUPPRESS)
@@ -362,6 +384,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--repeats and --files must be positive")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
+    if args.compiled and args.device == "cpu":
+        parser.error("--compiled: models are compiled on GPUs only; leave it out, or give --device cuda")
     if args.trial:
         args.size = "custom"
     return args
@@ -373,12 +397,19 @@ def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] = i
         Path(args.child["result"]).write_text(json.dumps(measure(args.child)))
         return 0
     os.makedirs(args.json.parent if args.json else ".", exist_ok=True)
-    report = {"device": args.device, "precision": args.precision, "size": args.size, "machine": machine(args.device)}
+    report: dict = {
+        "device": args.device,
+        "precision": args.precision,
+        "size": args.size,
+        "machine": machine(args.device),
+    }
+    print(f"{report['machine']['cpu']}, instructions for bfloat16: {bf16_instructions()}", file=sys.stderr)
     report["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     all_workloads = trial_workloads() if args.trial else workloads()
     rows: list[dict] = []
     for name in args.workloads:
         rows.append(measure_workload(name, all_workloads[name], args, run))
+        show_parts(rows[-1])
         show(rows[-1:])  # what was measured stays, whatever becomes of the rest
         if args.json:
             date = datetime.now(UTC).isoformat(timespec="seconds")

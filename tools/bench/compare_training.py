@@ -36,8 +36,8 @@ from bfsys.data.streaming.loader import training_batches
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.model.byteformer import ByteFormer
+from bfsys.model.published_form import PublishedForm, load_bfsys_weights, pad
 from bfsys.optim import learning_rate
-from tools.bench.published_form import PublishedForm, load_bfsys_weights, pad
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = 10  # lines

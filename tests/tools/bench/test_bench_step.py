@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bfsys.batch import ByteBatch, Sample
+from bfsys.gpu_check.training_steps import random_files
 from bfsys.model.byteformer import ByteFormer
+from bfsys.model.published_form import PublishedForm, load_bfsys_weights, pad
 from bfsys.model.sizes import PAD_BYTE, architecture
 from tools.bench import bench_step
 from tools.bench.bench_step import SIDES, Workload
-from tools.bench.published_form import PublishedForm, load_bfsys_weights, pad
 
 NUMBERS = ("baseline", "sdpa", "bfsys", "bfsys_checkpointing")
 CPU = torch.device("cpu")
@@ -34,18 +36,18 @@ def test_baseline_gives_the_logits_of_bfsys(fused_attention: bool, window: int, 
         model.stem.embedding[PAD_BYTE] = 0
     baseline = PublishedForm(a, 5, fused_attention).double()
     load_bfsys_weights(baseline, model.state_dict())
-    files = bench_step.random_files([1, 300, 7, 64, 129, 599])
+    files = random_files([1, 300, 7, 64, 129, 599])
     expected = model(ByteBatch.from_samples([Sample("", file) for file in files]))
     assert expected.std(0).min() > 0.1
     torch.testing.assert_close(baseline(pad(files, a)), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", [side for side in SIDES if side not in ("bfsys_compiled", "bfsys_engine")])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_step_trains(side: str, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step's loss is below the one before; and in bfloat16 too the optimizer has float32 weights."""
     losses, optimizers = [], []
-    entropy, adamw = bench_step.F.cross_entropy, torch.optim.AdamW
+    entropy, adamw = F.cross_entropy, torch.optim.AdamW
 
     def recorded_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         assert logits.dtype == torch.float32
@@ -57,11 +59,10 @@ def test_step_trains(side: str, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> 
         return optimizers[-1]
 
     torch.manual_seed(0)
-    monkeypatch.setattr(bench_step.F, "cross_entropy", recorded_entropy)
+    monkeypatch.setattr(F, "cross_entropy", recorded_entropy)
     monkeypatch.setattr(torch.optim, "AdamW", recorded_adamw)
     a = architecture("custom", kernel=4, window=8, shift=4, dim=64, layers=3, heads=1, max_tokens=60)
-    make, option = SIDES[side]
-    step = make(bench_step.random_files([100, 30, 77]), a, 3, CPU, bf16, option)
+    step = SIDES[side](random_files([100, 30, 77]), a, 3, CPU, bf16)
     for _ in range(6):
         step()
     assert losses[5] < losses[1] < losses[0]
@@ -70,11 +71,16 @@ def test_step_trains(side: str, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> 
     assert {p.dtype for p in parameters} == {torch.float32}
 
 
-def test_child_measures() -> None:
+@pytest.mark.parametrize("side", ["bfsys", "bfsys_engine"])
+def test_child_measures(side: str) -> None:
     workload = bench_step.trial_workloads()["wav"]
-    job = {"side": "bfsys", "workload": asdict(workload), "size": "custom", "repeats": 1}
+    job = {"side": side, "workload": asdict(workload), "size": "custom", "repeats": 1, "times": True}
     done = bench_step.in_child({**job, "device": "cpu", "precision": "fp32"})
-    assert done.keys() == {"ms", "cpu_ms", "mib", "peak_flops_per_s"}
+    parts = done.pop("parts")
+    assert parts.keys() == {"forward", "backward", "update"}
+    assert all(part["operations"] >= part["launches"] > 0 < part["ms"] for part in parts.values())
+    assert parts["backward"]["launches"] > parts["forward"]["launches"]
+    assert done.keys() == {"ms", "cpu_ms", "mib"} | ({"peak_flops_per_s"} if side == "bfsys" else set())
     assert all(value > 0 for value in done.values())
 
 
@@ -96,14 +102,16 @@ def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < row["flops"] < row["published_flops"]
     printed = capsys.readouterr().out
     assert "…" not in printed
-    assert printed.count("wav") == 1
+    assert printed.count("wav, k 16") == 1
+    assert "wav, bfsys: forward " in printed
+    assert report["machine"]["bf16_instructions"]
 
 
 def test_all_workloads_and_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(job: dict) -> dict:
         if (job["side"], job["workload"]["kernel"]) == ("sdpa", 8):
             return {"problem": "out of memory"}
-        return {"ms": 10.0, "cpu_ms": 9.0, "mib": 20.0, "peak_flops_per_s": 1e12}
+        return {"ms": 10.0, "cpu_ms": 9.0, "mib": 20.0, "peak_flops_per_s": 1e12, "parts": {}}
 
     arguments = ["--trial", "--device", "cpu", "--checkpointing", "--json", str(tmp_path / "out.json")]
     assert bench_step.main(arguments, run) == 1
@@ -131,12 +139,13 @@ def test_fewer_files_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> N
     workload = bench_step.workloads()["tiff"]
     a = bench_step.make_architecture("tiny", workload)
     monkeypatch.setattr(bench_step, "available_bytes", lambda: 4 * 2**30)
-    assert 1 < len(bench_step.that_fits(workload, a, None).lengths) < 8
+    assert 1 < len(bench_step.that_fits(workload, a).lengths) < 8
     monkeypatch.setattr(bench_step, "available_bytes", lambda: 2**40)
-    assert bench_step.that_fits(workload, a, None) == workload
-    assert bench_step.that_fits(workload, a, 3).lengths == workload.lengths[:3]
+    assert bench_step.that_fits(workload, a) == workload
+    assert bench_step.with_files(workload, 3).lengths == workload.lengths[:3]
+    assert bench_step.with_files(workload, 9).lengths == workload.lengths * 2 + workload.lengths[:1]
     monkeypatch.setattr(bench_step, "available_bytes", lambda: 0)
-    assert bench_step.that_fits(workload, a, None).lengths == workload.lengths[:1]
+    assert bench_step.that_fits(workload, a).lengths == workload.lengths[:1]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +156,7 @@ def test_fewer_files_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> N
         (["--files", "0"], "positive"),
         (["--precision", "fp16"], "fp16"),
         (["--size", "giant"], "giant"),
+        (["--device", "cpu", "--compiled"], "on GPUs only"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "no GPU")]),
     ],
 )

@@ -1,4 +1,4 @@
-"""ByteFormer in its published form: what bench_step.py measures bfsys against.
+"""ByteFormer in its published form: what bench_step.py and check-gpu measure bfsys against.
 
 The computation of the released code written plainly: a batch padded to its longest file, an embedding, a strided
 convolution, whole sequences rolled and cut into windows, score matrices with a float32 softmax, masks added to them,

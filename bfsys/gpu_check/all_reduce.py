@@ -1,0 +1,92 @@
+"""Sums over ranks: right, and how fast. NCCL among GPUs, gloo among CPU ranks.
+
+Under srun or torchrun, the ranks are those of the launcher, on all nodes. Without a launcher, this check starts a rank
+for each GPU of the machine, or two on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from bfsys import dist
+from bfsys.gpu_check.findings import Finding, Verdict
+from bfsys.gpu_check.processes import finish, start
+from bfsys.launch.job import rank_variables
+from bfsys.launch.local import free_port
+from bfsys.ranks import Ranks, gpu_count, ranks_from_environment
+
+NUMBERS = {"cuda": 2**26, "cpu": 2**20}  # of float32 that are summed: 268 MB and 4 MB
+REPEATS = 5
+MEET_S = 60
+LIMIT_S = 150
+LEAST_GB_PER_S = 3.0  # a little less than Ethernet of 25 Gbit/s
+
+
+def check(device: torch.device, seconds: float) -> list[Finding]:
+    ranks = ranks_from_environment()
+    local = gpu_count() or 2
+    if ranks.world_size > 1 or local == 1:
+        return measure(ranks)
+    port, children = free_port(), []
+    with TemporaryDirectory(prefix="bfsys-ranks-") as name:
+        for rank in range(local):
+            folder = Path(name, str(rank))
+            folder.mkdir()
+            variables = rank_variables(rank, local, rank, local, master_addr="127.0.0.1", master_port=port)
+            children.append((start("all-reduce", seconds, folder, {**os.environ, **variables}), folder))
+        found = [finish("all-reduce", child, folder, LIMIT_S) for child, folder in children]
+    # Rank 0 speaks for all, unless another one has more to complain of.
+    return next((f for f in found if any(each.verdict == Verdict.WRONG for each in f)), found[0])
+
+
+def measure(ranks: Ranks) -> list[Finding]:
+    """Called on every rank."""
+    device, n = ranks.device, ranks.world_size
+    backend = "NCCL" if device.type == "cuda" else "gloo"
+    dist.start(ranks, MEET_S)
+    own = values_of(ranks.rank, NUMBERS[device.type]).to(device)
+    got = own.clone()
+    torch.distributed.all_reduce(got)
+    is_right = torch.equal(got.cpu(), expected_sum(n, len(own)))
+    times = []
+    for _ in range(REPEATS):
+        torch.distributed.barrier()
+        began = time.perf_counter()
+        torch.distributed.all_reduce(got.copy_(own))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    (slowest_us,) = dist.agree_on_max(int(1e6 * min(times)))
+    dist.stop()
+    what = f"{backend} among {n} ranks" if n > 1 else f"{backend} with one rank"
+    if not is_right:
+        advice = f"data arrives changed on rank {ranks.rank}: try NCCL_P2P_DISABLE=1, and have the machine looked at"
+        return [Finding(what, Verdict.WRONG, "the sum is not exact", advice)]
+    megabytes = 4e-6 * len(own)
+    if n == 1:
+        return [Finding(what, Verdict.OK, "it starts; there is no other GPU to send to")]
+    rate = 2 * (n - 1) / n * 4 * len(own) / slowest_us / 1e3  # GB/s that a ring sends through each rank
+    detail = f"exact; {megabytes:.0f} MB in {slowest_us / 1e3:.1f} ms, {rate:.1f} GB/s per rank"
+    if device.type == "cuda" and rate < LEAST_GB_PER_S:
+        advice = "NCCL_DEBUG=INFO names the path that it takes; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose another"
+        return [Finding(what, Verdict.SLOW, detail, advice)]
+    return [Finding(what, Verdict.OK, detail)]
+
+
+def values_of(rank: int, count: int) -> Tensor:
+    """Whole numbers below 2^12 that differ between ranks, so that sums over up to 4,096 ranks are exact in float32."""
+    return ((torch.arange(count) + 17 * rank) % 4096).float()
+
+
+def expected_sum(ranks: int, count: int) -> Tensor:
+    total = torch.zeros(count)
+    for rank in range(ranks):
+        total += values_of(rank, count)
+    return total

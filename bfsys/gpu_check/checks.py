@@ -1,0 +1,31 @@
+"""The checks of `bfsys check-gpu`, in their order.
+
+Each is a module of this folder with `check(device, seconds) -> list[Finding]`, where `seconds` is about how long it may
+go on with work that can be cut short. Importing this table is quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Check:
+    module: str
+    """In this folder."""
+    share: float
+    """Of the command's seconds, for what can be cut short."""
+    limit_s: float
+    """A check that takes longer than this hangs."""
+    is_collective: bool = False
+    """All ranks of a launcher take part together. They do the other checks each on its own GPU."""
+
+
+CHECKS = {
+    "environment": Check("environment", 0.05, 120),
+    "all-reduce": Check("all_reduce", 0.1, 180, is_collective=True),
+    "kernels": Check("kernels", 0.35, 600),
+    "engine": Check("engine_waits", 0.1, 300),
+    "step": Check("step", 0.2, 300),
+    "training": Check("short_training", 0.2, 600),
+}

@@ -1,0 +1,29 @@
+"""What a check found, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    SLOW = "slow"
+    WRONG = "wrong"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    verdict: Verdict
+    detail: str
+    """Figures, or the reason."""
+    advice: str = ""
+    """What to do."""
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    """1 if something is wrong; what is slow or skipped does not count."""
+    return int(any(finding.verdict == Verdict.WRONG for finding in findings))

@@ -1,0 +1,108 @@
+"""Checks as processes of their own: what a check does to the GPU, or a crash or hang of it, leaves the others alone.
+
+Refused: forked processes, which cannot use CUDA once their parent has asked for its devices.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bfsys.gpu_check.checks import CHECKS
+from bfsys.gpu_check.findings import Finding, Verdict
+from bfsys.ranks import Ranks, ranks_from_environment
+
+LEAST_S = 10  # a check that has less time is left out: Python, PyTorch and CUDA take that to start
+OF_LAUNCHERS = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID",
+    "SLURM_NTASKS", "SLURM_LOCALID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT",
+)  # fmt: skip
+
+
+def run_checks(
+    names: Sequence[str], seconds: float, ranks: Ranks, say: Callable[[str, list[Finding]], None]
+) -> dict[str, list[Finding]]:
+    """Run checks one after the other, `seconds` in total; `say` is told each result at once."""
+    until = time.monotonic() + seconds
+    results: dict[str, list[Finding]] = {}
+    for name in names:
+        check, left = CHECKS[name], until - time.monotonic()
+        if left < LEAST_S:
+            more = "give more --seconds, or this check alone with --only"
+            results[name] = [Finding("all of it", Verdict.SKIPPED, "no time was left", more)]
+        else:
+            variables = dict(os.environ) if check.is_collective else variables_of_one(os.environ, ranks)
+            with TemporaryDirectory(prefix="bfsys-check-") as folder:
+                child = start(name, check.share * seconds, Path(folder), variables)
+                results[name] = finish(name, child, Path(folder), min(left, check.limit_s))
+        say(name, results[name])
+    return results
+
+
+def variables_of_one(env: Mapping[str, str], ranks: Ranks) -> dict[str, str]:
+    """The environment of a check that a rank does on its own, with its own GPU."""
+    variables = {name: value for name, value in env.items() if name not in OF_LAUNCHERS}
+    if ranks.world_size > 1 and ranks.device.type == "cuda":
+        visible = [device for device in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+        index = ranks.device.index or 0
+        variables["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
+    return variables
+
+
+def start(name: str, seconds: float, folder: Path, variables: Mapping[str, str]) -> subprocess.Popen:
+    """Begin a check, which writes its findings and its output to `folder`."""
+    # DeepSpeed would have its Muon compiled while it starts, which takes seconds.
+    variables = {"TORCH_COMPILE_DISABLE": "1", **variables}
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), variables.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "bfsys.gpu_check.processes", name, str(seconds), str(folder / "findings.json")]
+    with open(folder / "output", "wb") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=output, env={**variables, "PYTHONPATH": path}, start_new_session=True
+        )
+
+
+def finish(name: str, child: subprocess.Popen, folder: Path, limit_s: float) -> list[Finding]:
+    """The findings of a check that was started, after `limit_s` at most."""
+    try:
+        code = child.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        if limit_s < CHECKS[name].limit_s:
+            said = f"it had not ended when the time was up, after {limit_s:.0f} s"
+            return [Finding("all of it", Verdict.SKIPPED, said, "give more --seconds")]
+        return [Finding("all of it", Verdict.WRONG, f"it hung: no end after {limit_s:.0f} s", _hint(name))]
+    finally:  # with what it started
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    if code == 0:
+        findings = json.loads((folder / "findings.json").read_text())
+        return [Finding(**{**finding, "verdict": Verdict(finding["verdict"])}) for finding in findings]
+    lines = (folder / "output").read_text(errors="replace").splitlines()
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+    how = f"code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    return [Finding("all of it", Verdict.WRONG, f"it ended with {how}: {last}", _hint(name))]
+
+
+def _hint(name: str) -> str:
+    return "NCCL_DEBUG=INFO in the environment says more" if name == "all-reduce" else f"run it alone: --only {name}"
+
+
+def main(name: str, seconds: str, out: str) -> None:
+    """The process of a check."""
+    module = importlib.import_module(f"bfsys.gpu_check.{CHECKS[name].module}")
+    findings = module.check(ranks_from_environment().device, float(seconds))
+    Path(out).write_text(json.dumps([asdict(finding) for finding in findings]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
