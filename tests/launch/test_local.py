@@ -180,14 +180,14 @@ def test_choice_of_ranks(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert [local.choose_ranks(lanes, None) for lanes in (1, 4, 9, 12, 64)] == [1, 4, 3, 6, 4]
-    assert local.choose_ranks(64, 32) == 32
+    assert local.choose_ranks(64, range(32, 33)) == 32
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert local.choose_ranks(64, None) == 2
-    for asked, said in ((0, "at least 1"), (3, "world sizes that fit: 1, 2, 4"), (4, "this machine's 3 GPUs")):
+    for asked, said in ((3, "world sizes that fit: 1, 2, 4"), (4, "this machine's 3 GPUs")):
         with pytest.raises(UserError, match=said):
-            local.choose_ranks(4, asked)
+            local.choose_ranks(4, range(asked, asked + 1))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert local.choose_ranks(4, 4) == 4
+    assert local.choose_ranks(4, range(4, 5)) == 4
 
 
 def test_dry_run_starts_nothing(config_file, tmp_path, capsys):
