@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s CONFIG [section.key=value …] [OPTION …]", NOTES
     add_config(parser)
     add = parser.add_argument
-    add("--ranks", type=int, metavar="N", help="processes (default: one per GPU or core, as data.lanes allows)")
+    add("--ranks", metavar="N", help="processes (default: one per GPU or core, as data.lanes allows); MIN-MAX: as many "
+        "of these as there can be, and fewer after one was killed")  # fmt: skip
     add_sweep(parser)
     add("--at-once", type=int, metavar="N", help="runs of a sweep that train at once (default: 1)")
     add("--dry-run", action="store_true", help="check config and data, show the command, stop")
@@ -39,9 +40,9 @@ def run(args: argparse.Namespace) -> int:
     from bfsys.config import load_config
 
     config = load_config(args.config, args.overrides)
-    from bfsys.launch.local import launch
+    from bfsys.launch.local import launch, parse_ranks
 
-    return launch(config, Path(args.config), args.overrides, args.ranks, is_dry_run=args.dry_run)
+    return launch(config, Path(args.config), args.overrides, parse_ranks(args.ranks), is_dry_run=args.dry_run)
 
 
 def run_sweep(args: argparse.Namespace) -> int:
@@ -55,15 +56,17 @@ def run_sweep(args: argparse.Namespace) -> int:
     if problems:
         raise UserError(*dict.fromkeys(problems))
     from bfsys.compare import find_runs, rows_of, table
+    from bfsys.launch.local import parse_ranks
     from bfsys.launch.local_sweep import check_sweep, state_of, train_sweep
     from bfsys.supervision.signals import EXIT_CODES
 
     at_once = min(at_once, len(configs))
-    notes = check_sweep(configs, args.ranks, at_once)
+    ranks = parse_ranks(args.ranks)
+    notes = check_sweep(configs, ranks, at_once)
     if args.dry_run:
         print("\n".join([*notes, *(f"{config.run_dir}: {state_of(config)}" for config in configs)]))
         return 0
-    code = train_sweep(configs, args.ranks, at_once)
+    code = train_sweep(configs, ranks, at_once)
     if code in EXIT_CODES.values():  # it was stopped
         return code
     with suppress(UserError):  # no run was evaluated, and the lines above say why

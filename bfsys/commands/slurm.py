@@ -14,6 +14,7 @@ The job runs a copy of bfsys and of the resolved config, made now in RUN/slurm.
 Data, runs_dir, the current folder and Python must be where the nodes see them.
 
   %(prog)s --nodes 2 --gpus-per-node 4 --time 24:00:00 CONFIG
+  %(prog)s --nodes 2-4 --grow CONFIG
   %(prog)s --nodes 1 --sweep train.seed=0,1,2 CONFIG"""
 
 
@@ -24,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = NOTES
     add_config(parser)
     add = parser.add_argument
-    add("--nodes", type=int, required=True, metavar="N")
+    add("--nodes", required=True, metavar="N", help="or MIN-MAX: elastic, on as many as SLURM gives and lanes allow")
+    add("--grow", action="store_const", const=10.0, help="requeue within MIN-MAX when nodes are free, every 10 minutes")
+    add("--grow-every", dest="grow", type=float, metavar="M", help="the same, M minutes after a start at the earliest")
     add("--gpus-per-node", type=int, default=8, metavar="G", help="default 8; 0: train on CPUs")
     add("--tasks-per-node", type=int, metavar="T", help="default: one per GPU, or 1 on CPUs")
     add("--cpus-per-task", type=int, metavar="C", help="default: the cluster's")

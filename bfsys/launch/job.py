@@ -98,7 +98,7 @@ def rank_variables(
 
 
 def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
-    """The same from the variables of a SLURM task; `hosts` are the job's nodes in SLURM's order.
+    """The same from the variables of a SLURM task; `hosts` are the step's nodes in SLURM's order.
 
     They replace what the environment holds already: SLURM hands the submitting shell's variables on to the job.
     """
@@ -165,9 +165,10 @@ def _address_of(interface: str) -> str | None:
 
 
 def _hosts() -> Sequence[str]:
-    import submitit
+    """The nodes of this task's step: an elastic job may have others."""
+    from submitit.slurm.slurm import _parse_node_list
 
-    return submitit.JobEnvironment().hostnames
+    return _parse_node_list(os.environ["SLURM_STEP_NODELIST"])
 
 
 def _ask_again(number: int, frame: FrameType | None) -> None:

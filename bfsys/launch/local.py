@@ -44,6 +44,7 @@ from bfsys.config import Config
 from bfsys.data.streaming.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
 from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, UserError
+from bfsys.launch.elastic import describe, fitting, parse_range
 from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 from bfsys.ranks import gpu_count
@@ -53,6 +54,7 @@ from bfsys.supervision.signals import EXIT_CODES, REPEAT_S, ends_at_once, stop_s
 T = TypeVar("T")
 
 AGREED_CODES = (*FINAL_CODES, EXIT_REQUEUE)  # all ranks end with them, nearly together
+KILLED = 128 + signal.SIGKILL  # the code of a rank that was
 POLL_S = 0.05
 TOGETHER_S = 30.0  # between the first and the last rank of an agreed end
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
@@ -318,32 +320,49 @@ def share_of(things: Sequence[T], slot: int, at_once: int) -> list[T]:
     return [things[(slot * each + i) % len(things)] for i in range(each)]
 
 
-def choose_ranks(lanes: int, asked: int | None, at_once: int = 1) -> int:
-    """`asked`, if it can be; by default the most ranks that GPUs or cores allow and that divide the lanes. Each of
-    several runs `at_once` has an equal share of them."""
+def choose_ranks(lanes: int, asked: range | None, at_once: int = 1) -> int:
+    """The number asked for, if it can be. Of several, and by default, the most ranks that GPUs or cores allow and that
+    divide the lanes. Each of several runs `at_once` has an equal share of them."""
     gpus = gpu_count()
     each = len(share_of(range(gpus or len(os.sched_getaffinity(0))), 0, at_once))
     if asked is None:
-        return max(n for n in range(1, min(each, lanes) + 1) if lanes % n == 0)
+        return fitting(lanes, range(1, each + 1))[-1]
+    if len(asked) > 1:
+        if fit := fitting(lanes, range(asked.start, min(asked.stop, each + 1))):
+            return fit[-1]
+        raise UserError(
+            f"--ranks: got {describe(asked)}; {lanes} lanes (data.lanes) and {each} {'GPUs' if gpus else 'cores'} "
+            f"allow {', '.join(map(str, fitting(lanes, range(1, each + 1))))}"
+        )
+    (number,) = asked
     problems: list[str] = []
-    if asked < 1:
-        raise UserError(f"--ranks: got {asked}; at least 1 is needed")
     try:
-        lanes_of_rank(lanes, 0, asked)
+        lanes_of_rank(lanes, 0, number)
     except UserError as error:
         problems.extend(error.problems)
-    if gpus and asked > each:
+    if gpus and number > each:
         whose = f"this machine's {gpus} GPUs" if at_once == 1 else f"the {each} GPUs that each of {at_once} runs has"
-        problems.append(f"--ranks: got {asked}, more than {whose}; one rank per GPU is allowed")
+        problems.append(f"--ranks: got {number}, more than {whose}; one rank per GPU is allowed")
     if problems:
         raise UserError(*problems)
+    return number
+
+
+def parse_ranks(text: str | None) -> range | None:
+    if text is None:
+        return None
+    if (asked := parse_range(text)) is None:
+        raise UserError(f"--ranks: got {text!r}; N or MIN-MAX is allowed, for example 4 or 1-4, from 1 on, MIN first")
     return asked
 
 
-def launch(config: Config, config_file: Path, overrides: Sequence[str], asked: int | None, *, is_dry_run: bool) -> int:
+def launch(
+    config: Config, config_file: Path, overrides: Sequence[str], asked: range | None, *, is_dry_run: bool
+) -> int:
     """Train on `asked` ranks, or as many as there can be, until another start would not change the end; the exit code.
 
-    `config` is what `config_file` and `overrides` give.
+    `config` is what `config_file` and `overrides` give. Of a range of numbers, a start after a rank was killed takes a
+    smaller one: the kernel kills a rank when memory is short, and would do so again.
     """
     ranks = choose_ranks(config.data.lanes, asked)
     job = TrainJob(
@@ -357,7 +376,18 @@ def launch(config: Config, config_file: Path, overrides: Sequence[str], asked: i
         dry_run(config, ranks, with_data=True)
         print(f"command     {shlex.join(job.command())}, {ranks} times; logs in {log_dir}")
         return 0
-    gpus = gpu_count()
     os.environ[STARTED] = str(psutil.Process().create_time())
-    print(f"ranks: {ranks} on {f'{gpus} GPUs' if gpus else 'the CPU'}; logs in {log_dir}", flush=True)
-    return run_until_done(lambda: run_group(job, ranks, log_dir), config.run_dir)
+
+    def start() -> int:
+        nonlocal ranks, asked
+        if asked and len(asked) > 1:
+            ranks = choose_ranks(config.data.lanes, asked)
+        gpus = gpu_count()
+        print(f"ranks: {ranks} on {f'{gpus} GPUs' if gpus else 'the CPU'}; logs in {log_dir}", flush=True)
+        code = run_group(job, ranks, log_dir)
+        if code == KILLED and asked and (fewer := fitting(config.data.lanes, range(asked.start, ranks))):
+            asked = range(asked.start, fewer[-1] + 1)
+            ranks = fewer[-1]
+        return code
+
+    return run_until_done(start, config.run_dir)

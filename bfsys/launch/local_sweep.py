@@ -34,7 +34,7 @@ CONSOLE = Path("log", "console.log")  # of a run that trains beside others
 COPY = Path("log", "sweep.yaml")  # the config that the sweep trains a run from
 
 
-def check_sweep(configs: Sequence[Config], ranks: int | None, at_once: int) -> list[str]:
+def check_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) -> list[str]:
     """Notes about the runs.
 
     Raises UserError with everything that would end one in its first minute, or continue another run.
@@ -81,7 +81,7 @@ def state_of(config: Config) -> str:
     return f"resumes after step {step} of {config.train.steps}" if step else f"trains {config.train.steps} steps"
 
 
-def train_sweep(configs: Sequence[Config], ranks: int | None, at_once: int) -> int:
+def train_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) -> int:
     """Train the runs that are not finished yet, `at_once` at a time, each on `ranks` ranks; the exit code.
 
     A run that fails does not stop the others. The code is 1 if a run failed, and that of the signal (EXIT_CODES) if one
@@ -100,7 +100,7 @@ def train_sweep(configs: Sequence[Config], ranks: int | None, at_once: int) -> i
     return stop_code or (EXIT_CRASHED if failed else 0)
 
 
-def _train_all(waiting: list[Config], ranks: int | None, at_once: int) -> tuple[dict[Path, int], int]:
+def _train_all(waiting: list[Config], ranks: range | None, at_once: int) -> tuple[dict[Path, int], int]:
     """Exit codes by run directory, and the code of the signal that stopped the sweep, or 0."""
     received: list[int] = []
     previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in stop_signals()}
@@ -137,13 +137,13 @@ def _train_all(waiting: list[Config], ranks: int | None, at_once: int) -> tuple[
     return codes, stop_code
 
 
-def _start(config: Config, ranks: int | None, slot: int, at_once: int) -> Forked:
+def _start(config: Config, ranks: range | None, slot: int, at_once: int) -> Forked:
     log = config.run_dir / CONSOLE if at_once > 1 else None
     print(f"{config.run_dir}: starts" + (f"; its output goes to {log}" if log else ""), flush=True)
     return Forked(lambda: _train(config, ranks, slot, at_once), "bfsys launch", log)
 
 
-def _train(config: Config, ranks: int | None, slot: int, at_once: int) -> None:
+def _train(config: Config, ranks: range | None, slot: int, at_once: int) -> None:
     """The process of one run; exits."""
     if at_once > 1:
         if gpus := gpu_count():

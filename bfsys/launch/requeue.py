@@ -2,6 +2,9 @@
 
     python -m bfsys.launch.requeue RUN [RUN …] -- srun …     a run directory for each member of an array
 
+`--fit 2,4` before these makes the job elastic: the tasks run on the largest of these numbers of nodes that it has, and
+with `--grow-every-s S` it has itself requeued when a larger one is free (elastic.py).
+
 SLURM itself starts jobs again whose node failed, or that it ended for another one. But one whose time is up, or whose
 rank died (srun then ends the others), or that saved and left while it had a grace time, would be over for good: so
 this process asks, as the only one that is left, and that knows how it ended (restarts.py). Never for a job that SLURM
@@ -13,6 +16,7 @@ job is out of time in the middle of a long step or of a start, and is requeued a
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -25,6 +29,7 @@ from pathlib import Path
 
 from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED
 from bfsys.files import replace_file
+from bfsys.launch import elastic
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 
 FILE = "restarts.json"
@@ -43,8 +48,9 @@ OUT_OF_TIME = 128 + signal.SIGTERM  # the code of tasks that did not end in time
 class JobSupervisor:
     """One start of a job."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, growth: elastic.Growth | None = None) -> None:
         self.run_dir = run_dir
+        self.growth = growth
         self.is_being_ended = False
         """SLURM has sent SIGTERM."""
 
@@ -65,6 +71,10 @@ class JobSupervisor:
                 ask_at = time.monotonic() + seconds
             if ask_at is not None and time.monotonic() > ask_at:
                 return OUT_OF_TIME
+            if self.growth and not self.is_being_ended and self.growth.is_due(job_facts):
+                more, self.growth = self.growth.missing, None
+                print(f"nodes: {more} more are free; the run saves and starts again with them", flush=True)
+                stop_tasks()
             time.sleep(POLL_S)
         return code if code >= 0 else 128 - code
 
@@ -168,6 +178,12 @@ def requeue() -> bool:
     return False
 
 
+def stop_tasks() -> None:
+    """Have all ranks finish the step, save and leave, to be started again."""
+    with suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(["scancel", "--signal=USR2", job_id()], check=True, timeout=SCONTROL_TIMEOUT_S)
+
+
 def _scontrol(*arguments: str) -> str:
     return subprocess.run(
         ["scontrol", *arguments], check=True, capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S
@@ -176,8 +192,18 @@ def _scontrol(*arguments: str) -> str:
 
 def main(arguments: list[str]) -> int:
     divide = arguments.index("--")
-    run_dir = Path(arguments[:divide][int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))])
-    return JobSupervisor(run_dir).run(arguments[divide + 1 :])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fit", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--grow-every-s", type=float)
+    parser.add_argument("runs", nargs="+", type=Path)
+    args, command = parser.parse_args(arguments[:divide]), arguments[divide + 1 :]
+    run_dir, growth = args.runs[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))], None
+    if args.fit:
+        used = elastic.use_nodes(args.fit)
+        command.insert(1, f"--nodes={used}")
+        if args.grow_every_s and used < max(args.fit):
+            growth = elastic.Growth(run_dir, min(n for n in args.fit if n > used) - used, args.grow_every_s)
+    return JobSupervisor(run_dir, growth).run(command)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import math
 import os
 import re
 import shlex
@@ -31,12 +32,14 @@ from submitit.slurm.slurm import _make_sbatch_string
 from bfsys import console, typed_yaml
 from bfsys.config import Config, load_config
 from bfsys.data.storage.remote import is_remote
+from bfsys.data.streaming.plan import fitting_world_sizes
 from bfsys.errors import UserError
 from bfsys.git_state import FILE as GIT_STATE
 from bfsys.git_state import git_state
 from bfsys.launch import jobs, preflight, requeue
+from bfsys.launch.elastic import describe, fitting, parse_range
 from bfsys.launch.job import TrainJob
-from bfsys.launch.slurm_options import minutes_of, option_problems, parse_minutes, ranks_per_node
+from bfsys.launch.slurm_options import minutes_of, nodes_of, option_problems, parse_minutes, ranks_per_node
 from bfsys.supervision.run_end import forget_end
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +59,8 @@ class Executor(submitit.SlurmExecutor):
     srun: Sequence[str] = ()
     """Options."""
     run_dirs: Sequence[Path] = ()
+    elastic: Sequence[str] = ()
+    """Options of requeue.py."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -66,26 +71,34 @@ class Executor(submitit.SlurmExecutor):
         log = str(JobPaths(folder=self.folder).stdout)
         if len(self.run_dirs) > 1:
             log = log.replace("%j", "%A_%a")
-        supervise = [sys.executable, "-m", "bfsys.launch.requeue", *map(str, self.run_dirs), "--"]
+        supervise = [sys.executable, "-m", "bfsys.launch.requeue", *self.elastic, *map(str, self.run_dirs), "--"]
         srun = ["srun", "--unbuffered", "--output", log, "--kill-on-bad-exit=1", "--open-mode=append", *self.srun]
         return f"exec {shlex.join([*supervise, *srun])} {super()._submitit_command_str}"
+
+    def _num_tasks(self) -> int:
+        return 1 if self.elastic else super()._num_tasks()  # SLURM decides; submitit would multiply a range
 
     def script(self) -> str:
         count = len(self.run_dirs) if len(self.run_dirs) > 1 else None
         return _make_sbatch_string(self._submitit_command_str, self.folder, map_count=count, **self.parameters)
 
 
-def lanes_problem(lanes: int, nodes: int, per_node: int) -> str | None:
-    """Why the lanes cannot be shared by that many nodes, and how many could share them."""
-    if lanes % (nodes * per_node) == 0:
+def lanes_problem(lanes: int, nodes: range, per_node: int) -> str | None:
+    """Why the lanes cannot be shared by any of these numbers of nodes, and how many could share them."""
+    if fitting(lanes, nodes, per_node):
         return None
-    fitting = [n for n in range(1, lanes + 1) if lanes % (n * per_node) == 0]
-    if fitting:
-        advice = f"numbers of nodes that fit: {', '.join(map(str, fitting))}"
+    if fit := fitting(lanes, range(1, lanes + 1), per_node):
+        advice = f"numbers of nodes that fit: {', '.join(map(str, fit))}"
     else:
-        fitting = [n for n in range(1, lanes + 1) if lanes % n == 0]
-        advice = f"no number of nodes fits; ranks on a node that do: {', '.join(map(str, fitting))}"
-    return f"data.lanes: {lanes} lanes cannot be shared evenly by {nodes} nodes with {per_node} ranks each; {advice}"
+        advice = f"no number of nodes fits; ranks on a node that do: {fitting_world_sizes(lanes)}"
+    shown = describe(nodes)
+    return f"data.lanes: {lanes} lanes cannot be shared evenly by {shown} nodes with {per_node} ranks each; {advice}"
+
+
+def job_nodes(args: argparse.Namespace, configs: Sequence[Config]) -> list[int]:
+    """The numbers of nodes, of those asked for, that share the lanes of every run evenly; as asked, where none does."""
+    lanes = math.gcd(*(config.data.lanes for config in configs))
+    return fitting(lanes, nodes_of(args), ranks_per_node(args)) or list(nodes_of(args))
 
 
 def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[str]) -> list[str]:
@@ -94,8 +107,10 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
     is_sound = not any(option_problems(args))
     notes: list[str] = []
     with_slurm = bool(shutil.which("sbatch"))
+    has_sound_nodes = parse_range(args.nodes) is not None and ranks_per_node(args) > 0
+    nodes = job_nodes(args, configs) if has_sound_nodes else [1]
     for config in configs:
-        ranks = max(1, args.nodes * ranks_per_node(args))
+        ranks = max(1, nodes[0] * ranks_per_node(args))  # the fewest: each of them needs most
         run = preflight.check_run(config, ranks, on_gpu=bool(args.gpus_per_node))
         problems, notes = problems + run.problems, notes + run.notes
         if with_slurm and not args.dependency:
@@ -112,14 +127,19 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
                 f"--cpus-per-task: {given}; {config.name} has {config.data.workers} loader processes for each rank "
                 f"(data.workers) and wants {config.data.workers + 1} cores"
             )
-        if args.nodes > 0 and ranks_per_node(args) > 0:
-            problem = lanes_problem(config.data.lanes, args.nodes, ranks_per_node(args))
+        if has_sound_nodes:
+            problem = lanes_problem(config.data.lanes, nodes_of(args), ranks_per_node(args))
             problems += [problem] if problem else []
+    if has_sound_nodes and len(nodes) < len(nodes_of(args)):
+        notes.append(
+            f"--nodes: got {args.nodes}; the lanes can be shared by {', '.join(map(str, nodes))} nodes, "
+            f"and nodes beyond such a number are given back when the job starts"
+        )
     seen = preflight.check_places(seen_by_nodes(configs))
     problems, notes = problems + seen.problems, notes + seen.notes
     if with_slurm and is_sound:
         script = make_executor(args, configs, ROOT).script()
-        answer = preflight.check_slurm(script, args.partition, args.nodes, minutes_of(args), args.qos)
+        answer = preflight.check_slurm(script, args.partition, nodes[0], minutes_of(args), args.qos)
         problems, notes = problems + answer.problems, notes + answer.notes
     if problems:
         raise UserError(*dict.fromkeys(problems))
@@ -179,15 +199,23 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
     exports = [f"export {name}={shlex.quote(value)}" for name, _, value in (e.partition("=") for e in args.env)]
     if args.cpus_per_task:  # srun no longer takes it over from sbatch
         srun_args.append(f"--cpus-per-task={args.cpus_per_task}")
+    others: dict[str, object] = {"reservation": args.reservation} if args.reservation else {}
+    nodes, per_node = job_nodes(args, configs), ranks_per_node(args)
+    tasks: dict[str, object] = {"ntasks_per_node": per_node, "cpus_per_task": args.cpus_per_task}
+    if len(nodes) > 1:
+        # Told of tasks, SLURM 22.05 gives a job without GPUs the fewest nodes of a range: it is told of cores instead.
+        tasks = {"ntasks_per_node": None}
+        others["mincpus"] = per_node * (args.cpus_per_task or 1)
+        srun_args.append(f"--ntasks-per-node={per_node}")
+        executor.elastic = [f"--fit={','.join(map(str, nodes))}"]
+        executor.elastic += [f"--grow-every-s={60 * args.grow:g}"] if args.grow else []
     executor.srun = srun_args
     minutes = minutes_of(args)
-    others = {"reservation": args.reservation} if args.reservation else {}
     executor.update_parameters(
         job_name=args.name or base.name,
-        nodes=args.nodes,
-        ntasks_per_node=ranks_per_node(args),
+        nodes=nodes[0] if len(nodes) == 1 else f"{nodes[0]}-{nodes[-1]}",
+        **tasks,
         gpus_per_node=args.gpus_per_node or None,
-        cpus_per_task=args.cpus_per_task,
         mem=args.mem,
         time=minutes,
         partition=args.partition,
@@ -274,7 +302,7 @@ def tell(args: argparse.Namespace, configs: Sequence[Config], submitted: Sequenc
     for config, job in zip(configs, submitted, strict=True):
         run = shlex.quote(str(config.run_dir))
         print(
-            f"job {job.job}: {args.nodes} nodes with {ranks_per_node(args)} ranks each, {device}, "
+            f"job {job.job}: {describe(nodes_of(args))} nodes with {ranks_per_node(args)} ranks each, {device}, "
             f"{parse_minutes(args.time)} minutes at a time\n"
             f"log     {job.log}\n"
             f"status  bfsys slurm status {run}\n"

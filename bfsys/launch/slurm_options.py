@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 from collections.abc import Iterator
 
 from bfsys.config import Config
 from bfsys.errors import UserError
+from bfsys.launch.elastic import parse_range
 from bfsys.launch.sweep import sweep_configs
 
 
@@ -18,7 +20,14 @@ def ranks_per_node(args: argparse.Namespace) -> int:
 
 def option_problems(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the command line itself."""
-    for name in ("nodes", "tasks_per_node", "cpus_per_task"):
+    nodes = parse_range(args.nodes)
+    if nodes is None:
+        yield f"--nodes: got {args.nodes!r}; N or MIN-MAX is allowed, for example 8 or 4-8, from 1 on, MIN first"
+    elif args.grow is not None and len(nodes) == 1:
+        yield f"--grow: got --nodes {args.nodes}; a job grows within a range: give --nodes MIN-MAX"
+    if args.grow is not None and not (0 < args.grow < math.inf):
+        yield f"--grow-every: got {args.grow:g} minutes; more than zero is needed"
+    for name in ("tasks_per_node", "cpus_per_task"):
         value = getattr(args, name)
         if value is not None and value < 1:
             yield f"--{name.replace('_', '-')}: got {value}; at least 1 is needed"
@@ -36,6 +45,13 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
     for assignment in args.env:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", assignment, re.DOTALL):
             yield f"--env: got {assignment!r}; NAME=VALUE is expected"
+
+
+def nodes_of(args: argparse.Namespace) -> range:
+    """The numbers of nodes that were asked for."""
+    nodes = parse_range(args.nodes)
+    assert nodes is not None, "option_problems has looked at it"
+    return nodes
 
 
 def minutes_of(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bfsys.cli import call
+from bfsys.config import load_config
 from bfsys.errors import EXIT_NO_PROGRESS, UserError
 from bfsys.launch import local
 from bfsys.launch.job import TrainJob
@@ -180,14 +181,37 @@ def test_choice_of_ranks(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert [local.choose_ranks(lanes, None) for lanes in (1, 4, 9, 12, 64)] == [1, 4, 3, 6, 4]
-    assert local.choose_ranks(64, 32) == 32
+    assert local.choose_ranks(64, range(32, 33)) == 32
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert local.choose_ranks(64, None) == 2
-    for asked, said in ((0, "at least 1"), (3, "world sizes that fit: 1, 2, 4"), (4, "this machine's 3 GPUs")):
+    for asked, said in ((3, "world sizes that fit: 1, 2, 4"), (4, "this machine's 3 GPUs")):
         with pytest.raises(UserError, match=said):
-            local.choose_ranks(4, asked)
+            local.choose_ranks(4, range(asked, asked + 1))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert local.choose_ranks(4, 4) == 4
+    assert local.choose_ranks(4, range(4, 5)) == 4
+
+
+def test_of_a_range_a_start_after_a_killed_rank_takes_fewer(config_file, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(local.time, "sleep", lambda s: None)
+    codes, started = [], []
+
+    def run_group(job: TrainJob, ranks: int, log_dir: Path) -> int:
+        started.append(ranks)
+        return codes.pop(0)
+
+    monkeypatch.setattr(local, "run_group", run_group)
+    for asked, ends, ranks in (
+        ("1-6", [137, 1, 137, 0], [4, 2, 2, 1]),  # a crash is no lost rank
+        ("2-6", [137, 137, 0], [4, 2, 2]),
+        ("4", [137, 0], [4, 4]),
+        (None, [137, 0], [4, 4]),
+    ):
+        codes[:] = ends
+        started.clear()
+        assert local.launch(load_config(config_file), config_file, (), local.parse_ranks(asked), is_dry_run=False) == 0
+        assert started == ranks
+    assert "ranks: 2 on the CPU" in capfd.readouterr().out
 
 
 def test_dry_run_starts_nothing(config_file, tmp_path, capsys):

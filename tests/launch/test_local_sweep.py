@@ -120,4 +120,4 @@ def test_runs_at_once_share_gpus_or_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [local.choose_ranks(64, None, at_once) for at_once in (1, 2, 8)] == [4, 2, 1]
     with pytest.raises(UserError, match="more than the 2 GPUs that each of 2 runs has"):
-        local.choose_ranks(64, 4, 2)
+        local.choose_ranks(64, range(4, 5), 2)

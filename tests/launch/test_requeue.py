@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -199,3 +200,34 @@ def test_a_pause_ends_when_the_time_does(slurm: Path) -> None:
     wait_for(slurm / "asked")
     process.kill()
     process.wait()
+
+
+def test_an_elastic_job_has_its_tasks_stopped_when_it_can_grow(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains on 2 of its 3 nodes. The tasks end when they get the signal, and the script asks for another start."""
+    scripts = {
+        "srun": f"echo $* > {slurm}/began; while [ ! -e {slurm}/cancelled ]; do sleep 0.1; done; exit 75",
+        "sbatch": f"echo to start at {datetime.datetime.now().isoformat(timespec='seconds')} using 2 processors",
+        "squeue": "",
+        "scancel": f'echo "$*" > {slurm}/cancelled',
+    }
+    for name, script in scripts.items():
+        (slurm / name).write_text(f"#!/bin/sh\n{script}\n")
+        (slurm / name).chmod(0o755)
+    (slurm / "facts").write_text(f"{RUNNING} Partition=batch Command=/job.sh")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    options = ["--fit=2,4", "--grow-every-s=0.1", str(slurm), "--", "srun", "train"]
+    process = subprocess.Popen([sys.executable, "-m", "bfsys.launch.requeue", *options], cwd=REPOSITORY)
+    try:
+        wait_for(slurm / "began")
+        assert (slurm / "began").read_text() == "--nodes=2 train\n"
+        assert (slurm / "asked").read_text() == "update JobId=42 NumNodes=2\n"
+        (slurm / "asked").unlink()
+        time.sleep(1)
+        assert not (slurm / "cancelled").exists()  # nothing was saved
+        save(slurm, 4)
+        wait_for(slurm / "asked")
+        assert (slurm / "cancelled").read_text() == "--signal=USR2 42\n"
+        assert (slurm / "asked").read_text() == "requeue 42\n"
+    finally:
+        process.kill()
+        process.wait()

@@ -223,3 +223,43 @@ def test_too_few_cores_for_loader_processes_are_a_note(config_file, capsys):
         notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: --cpus-per-task")]
         assert len(notes) == bool(said)
         assert all(said in note and note.endswith("wants 3 cores") for note in notes)
+
+
+def test_an_elastic_job_asks_for_the_numbers_of_nodes_that_fit(config_file, tmp_path, capsys):
+    options = ["--nodes=1-7", "--tasks-per-node=2", "--cpus-per-task=3", ON_CPUS, "--grow"]
+    assert call("slurm", [*options, "--dry-run", str(config_file)]) == 0
+    script, notes = capsys.readouterr()
+    assert "#SBATCH --nodes=1-2\n" in script
+    assert "#SBATCH --mincpus=6\n" in script
+    assert "#SBATCH --ntasks-per-node" not in script
+    assert f"bfsys.launch.requeue --fit=1,2 --grow-every-s=600 {tmp_path}/runs/tiny -- srun " in script
+    assert " --cpus-per-task=3 --ntasks-per-node=2 " in script
+    assert "note: --nodes: got 1-7; the lanes can be shared by 1, 2 nodes" in notes
+    fixed = script_of(config_file, capsys, "--nodes=3-5", ON_CPUS)  # four lanes allow one number
+    assert "#SBATCH --nodes=4\n" in fixed
+    assert "--fit" not in fixed
+
+
+def test_ranges_that_cannot_be_are_refused(config_file):
+    assert problems_of("--nodes=5-7", ON_CPUS, "--dry-run", config_file) == [
+        "data.lanes: 4 lanes cannot be shared evenly by 5 to 7 nodes with 1 ranks each; "
+        "numbers of nodes that fit: 1, 2, 4"
+    ]
+    (problem,) = problems_of("--nodes=2", ON_CPUS, "--grow", "--dry-run", config_file)
+    assert problem.startswith("--grow: got --nodes 2; ")
+    (problem,) = problems_of("--nodes=1-2", ON_CPUS, "--grow-every=0", "--dry-run", config_file)
+    assert problem.startswith("--grow-every: got 0 minutes; ")
+
+
+def test_a_site_that_forbids_ranges_or_requeueing_says_so(config_file, sbatch):
+    reason = "Batch job submission failed: requeue and node ranges are disabled by policy"
+    sbatch(f"#!/bin/sh\necho 'sbatch: error: {reason}' >&2\nexit 1\n")
+    assert problems_of("--nodes", "1-2", ON_CPUS, config_file) == [
+        f"sbatch --test-only: SLURM would refuse the job: {reason}"
+    ]
+
+
+def test_a_submitted_elastic_job_is_told_in_words(config_file, sbatch, capsys):
+    sbatch(ACCEPTING)
+    assert call("slurm", ["--nodes", "1-4", ON_CPUS, str(config_file)]) == 0
+    assert capsys.readouterr().out.startswith("job 42: 1 to 4 nodes with 1 ranks each, on CPUs, ")

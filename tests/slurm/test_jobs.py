@@ -27,6 +27,7 @@ import pytest
 
 from bfsys.errors import EXIT_DIVERGED, EXIT_STOPPED
 from bfsys.launch import jobs
+from bfsys.supervision.goodput import read_seconds
 from bfsys.supervision.run_end import how_it_ended
 from tests.chaos.test_kills import assert_equal_runs
 from tests.conftest import REPOSITORY, _run_ranks
@@ -208,9 +209,13 @@ def test_a_job_that_an_operator_requeues_and_that_is_preempted_goes_on(submit, u
 
 
 def first_node(job: str) -> str:
-    """The first node of a job that runs."""
+    return nodes_of(job)[0]
+
+
+def nodes_of(job: str) -> list[str]:
+    """The nodes of a job that runs."""
     hosts = subprocess.check_output(["squeue", "--noheader", "--jobs", job, "--format=%N"], text=True).strip()
-    return subprocess.check_output(["scontrol", "show", "hostnames", hosts], text=True).split()[0]
+    return subprocess.check_output(["scontrol", "show", "hostnames", hosts], text=True).split()
 
 
 def test_a_job_whose_rank_is_killed_goes_on(submit, undisturbed):
@@ -230,14 +235,36 @@ def test_a_job_that_loses_a_node_goes_on(submit, undisturbed, which):
         pytest.skip("BFSYS_KILL_NODE and BFSYS_RESTORE_NODE are not set")
     job = submit("")
     job.wait_for_step(30)
-    hosts = subprocess.check_output(["squeue", "--noheader", "--jobs", job.id, "--format=%N"], text=True).strip()
-    node = subprocess.check_output(["scontrol", "show", "hostnames", hosts], text=True).split()[which]
+    node = nodes_of(job.id)[which]
     subprocess.run([*shlex.split(kill), node], check=True)
     try:
         assert_finished(job, undisturbed)
     finally:
         subprocess.run([*shlex.split(restore), node], check=True)
     assert job.starts >= 2
+
+
+def test_an_elastic_job_goes_on_with_fewer_nodes_and_grows_when_they_are_back(submit, undisturbed):
+    kill, restore = (os.environ.get(f"BFSYS_{name}_NODE") for name in ("KILL", "RESTORE"))
+    if not kill or not restore:
+        pytest.skip("BFSYS_KILL_NODE and BFSYS_RESTORE_NODE are not set")
+    job = submit("--nodes 2-4 --grow-every 0.1")
+    job.wait_for_step(30)
+    if "the job has 4, training takes 4" not in job.said():
+        pytest.skip("SLURM has not given the job four nodes")
+    node = nodes_of(job.id)[-1]
+    subprocess.run([*shlex.split(kill), node], check=True)
+    try:
+        job.wait_for(lambda: re.search(r"the job has [23], training takes 2 ", job.said()) is not None)
+    finally:
+        subprocess.run([*shlex.split(restore), node], check=True)
+    job.wait_for(lambda: "nodes: 2 more are free; the run saves and starts again" in job.said())
+    job.wait_for(lambda: job.said().count("the job has 4, training takes 4 ") == 2)
+    job.wait_for_end()
+    assert "finished: " in job.said(), job.said()
+    assert job.said().count("continuing ") == 2
+    assert losses(job.run) == pytest.approx(losses(undisturbed), rel=2e-4)
+    assert read_seconds(job.run)["restart"] > 0
 
 
 def test_a_stopped_job_saves_and_stays_away_until_it_is_submitted_again_on_other_nodes(submit, undisturbed):

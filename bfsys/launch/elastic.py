@@ -1,0 +1,118 @@
+"""Elastic runs: the numbers of nodes or ranks, of a range, on which a run can train, and when a job can grow.
+
+The lanes of a run are shared evenly, so a number of ranks fits if it divides them. A start takes the largest number
+that fits and that is there. Nothing else depends on it: samples and global batch stay the same (plan.py).
+
+A job grows by being requeued, since SLURM cannot add nodes to a job that runs. Refused: a second job for the added
+nodes, which would wait, be cancelled and run out of time by itself.
+
+Importing this is quick.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bfsys.launch.restart_policy import newest_step
+
+GROW_EVERY_MINUTES = 10.0
+ASK_EVERY_S = 60.0  # many users ask SLURM
+ANSWER_S = 60.0
+SOON_S = 30.0  # a start that SLURM expects within it needs no other job to end
+
+
+def parse_range(text: str) -> range | None:
+    """The numbers of "N" or "MIN-MAX"; None if it is neither, or if one is below 1 or MIN above MAX."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text, re.ASCII)
+    if not match:
+        return None
+    numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers if numbers and numbers.start else None
+
+
+def describe(numbers: range) -> str:
+    return str(numbers.start) if len(numbers) == 1 else f"{numbers.start} to {numbers.stop - 1}"
+
+
+def fitting(lanes: int, numbers: range, ranks_each: int = 1) -> list[int]:
+    """Those of the numbers of nodes, with so many ranks each, whose ranks share the lanes evenly; ascending."""
+    return [
+        n for n in range(numbers.start, min(numbers.stop, lanes // ranks_each + 1)) if lanes % (n * ranks_each) == 0
+    ]
+
+
+@dataclass
+class Growth:
+    """Whether a job that runs should be requeued because SLURM has the nodes for a larger number that fits."""
+
+    run_dir: Path
+    missing: int
+    """Nodes that the next larger number needs."""
+    every_s: float
+    """Between two starts."""
+    began: float = field(default_factory=time.monotonic)
+    asked: float = float("-inf")
+    first_step: int = -1
+    """Of the newest checkpoint at the start."""
+
+    def __post_init__(self) -> None:
+        self.first_step = newest_step(self.run_dir)
+
+    def is_due(self, facts: Callable[[], dict[str, str]]) -> bool:
+        """Asks SLURM once a minute at most; `facts()` are those of the job. A start that has saved nothing yet does not
+        grow, so that each one makes progress."""
+        now = time.monotonic()
+        if now - self.began < self.every_s or now - self.asked < min(ASK_EVERY_S, self.every_s):
+            return False
+        if newest_step(self.run_dir) == self.first_step:
+            return False
+        self.asked = now
+        return can_start(self.missing, facts())
+
+
+def can_start(nodes: int, job: dict[str, str]) -> bool:
+    """Whether SLURM would start a job like this one on so many nodes at once, and no other job waits for nodes of its
+    partition. SLURM itself looks at constraints, GPUs, reservations and exclusions."""
+    if not (job.get("Command") and job.get("Partition")):
+        return False
+    waiting = _ask("squeue", "--noheader", "--states=PENDING", f"--partition={job['Partition']}", "--format=%r")
+    if waiting is None or {"Resources", "Priority"} & set(waiting.split()):
+        return False
+    said = _ask("sbatch", "--test-only", "--dependency=", f"--nodes={nodes}", job["Command"]) or ""
+    starts = re.search(r"to start at (\S+)", said)
+    if not starts:
+        return False
+    return (datetime.datetime.fromisoformat(starts[1]) - datetime.datetime.now()).total_seconds() < SOON_S
+
+
+def _ask(*command: str) -> str | None:
+    """What it prints to both outputs; None if it fails."""
+    # sbatch would take this job's number of tasks for that of the job that it is asked about.
+    env = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith("SLURM_")}
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True, env=env)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout + answer.stderr
+
+
+def use_nodes(fit: Sequence[int]) -> int:
+    """The largest number that fits and that this job has; the nodes beyond it go back to SLURM, or stay idle where it
+    does not take them."""
+    got = int(os.environ["SLURM_JOB_NUM_NODES"])
+    used = max(n for n in fit if n <= got)
+    line = (
+        f"nodes: the job has {got}, training takes {used} (of {', '.join(map(str, fit))}, which share the lanes evenly)"
+    )
+    if used < got:
+        released = _ask("scontrol", "update", f"JobId={os.environ['SLURM_JOB_ID']}", f"NumNodes={used}") is not None
+        line += f"; {got - used} {'given back' if released else 'left idle: SLURM does not take them back'}"
+    print(line, flush=True)
+    return used

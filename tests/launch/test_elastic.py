@@ -1,0 +1,141 @@
+"""The choice of the number of nodes or ranks, and when a job grows; SLURM is played by small scripts."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bfsys.cli import call
+from bfsys.data.streaming.plan import lanes_of_rank
+from bfsys.errors import UserError
+from bfsys.launch import elastic, local
+from tests.launch.test_requeue import save
+
+LANES = st.integers(1, 256)
+JOB = {"Command": "/job.sh", "Partition": "batch"}
+
+
+@given(LANES, st.integers(1, 40), st.integers(0, 40), st.integers(1, 8))
+def test_what_fits_is_every_number_that_shares_the_lanes(lanes: int, low: int, more: int, each: int) -> None:
+    numbers = range(low, low + more + 1)
+    found = elastic.fitting(lanes, numbers, each)
+    assert found == sorted(set(found))
+    for number in numbers:
+        if number in found:
+            shares = [lanes_of_rank(lanes, rank, number * each) for rank in range(number * each)]
+            assert [lane for share in shares for lane in share] == list(range(lanes))
+        else:
+            with pytest.raises(UserError):
+                lanes_of_rank(lanes, 0, number * each)
+
+
+@given(LANES, st.integers(1, 12), st.integers(1, 12), st.integers(1, 16))
+def test_ranks_are_the_most_that_fit_and_are_there(lanes: int, low: int, more: int, cores: int) -> None:
+    asked = range(low, low + more + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+        possible = [n for n in asked if n <= cores and lanes % n == 0]
+        if possible:
+            assert local.choose_ranks(lanes, asked) == max(possible)
+        else:
+            with pytest.raises(UserError, match=f"--ranks: got {low} to {low + more}; {lanes} lanes"):
+                local.choose_ranks(lanes, asked)
+
+
+@given(st.integers(1, 999), st.integers(1, 999))
+def test_ranges_are_read_as_sbatch_reads_them(low: int, high: int) -> None:
+    numbers = elastic.parse_range(f"{low}-{high}")
+    assert numbers == (range(low, high + 1) if low <= high else None)
+    assert elastic.parse_range(str(low)) == range(low, low + 1)
+
+
+@pytest.mark.parametrize("text", ["", "0", "0-2", "-2", "2-", "2-4-8", "two", "2.5", "\u0662", "4-2"])
+def test_what_is_no_range(text: str, config_file: Path) -> None:
+    assert elastic.parse_range(text) is None
+    for command, option in (("slurm", "nodes"), ("launch", "ranks")):
+        with pytest.raises(UserError) as error:
+            call(command, [f"--{option}={text}", "--dry-run", str(config_file)])
+        assert f"--{option}: got {text!r}; N or MIN-MAX is allowed" in error.value.problems[0]
+
+
+@pytest.fixture
+def slurm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`slurm_says(sbatch=…, squeue=…)`: shell commands that play them."""
+
+    def say(**scripts: str) -> None:
+        for name, script in scripts.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    return say
+
+
+def starts_in(seconds: float) -> str:
+    at = (datetime.datetime.now() + datetime.timedelta(seconds=seconds)).isoformat(timespec="seconds")
+    return f"echo 'sbatch: Job 9 to start at {at} using 4 processors on nodes n3 in partition batch' >&2"
+
+
+def test_nodes_are_there_if_slurm_would_start_a_job_on_them_and_nobody_waits(slurm_says) -> None:
+    slurm_says(sbatch=f'[ "$*" = "--test-only --dependency= --nodes=3 /job.sh" ] && {starts_in(0)}', squeue="")
+    assert elastic.can_start(3, JOB)
+    assert not elastic.can_start(2, JOB)  # the script above refuses it
+    assert not elastic.can_start(3, {})  # SLURM does not answer
+    slurm_says(squeue="echo Dependency; echo BeginTime")
+    assert elastic.can_start(3, JOB)
+    for reason in ("Resources", "Priority"):
+        slurm_says(squeue=f"echo {reason}")
+        assert not elastic.can_start(3, JOB)
+    slurm_says(squeue="", sbatch=starts_in(3600))
+    assert not elastic.can_start(3, JOB)
+    slurm_says(squeue="exit 1", sbatch=starts_in(0))
+    assert not elastic.can_start(3, JOB)
+
+
+def test_sbatch_is_not_told_of_the_job_that_asks(slurm_says, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "9")
+    slurm_says(sbatch=f'[ -z "$SLURM_NTASKS" ] && {starts_in(0)}', squeue="")
+    assert elastic.can_start(1, JOB)
+
+
+def test_a_job_grows_after_its_interval_once_it_has_saved(slurm_says, tmp_path: Path, monkeypatch) -> None:
+    slurm_says(sbatch=starts_in(0), squeue="")
+    save(tmp_path, 4)
+    growth = elastic.Growth(tmp_path, missing=2, every_s=100)
+    now = growth.began
+    monkeypatch.setattr(elastic.time, "monotonic", lambda: now)
+
+    def is_due(seconds: float) -> bool:
+        nonlocal now
+        now = growth.began + seconds
+        return growth.is_due(lambda: JOB)
+
+    assert not is_due(101)  # nothing was saved
+    save(tmp_path, 8)
+    assert not is_due(99)
+    slurm_says(squeue="echo Priority")
+    assert not is_due(102)
+    slurm_says(squeue="")
+    assert not is_due(150)  # it has asked a moment ago
+    assert is_due(170)
+
+
+def test_a_job_takes_the_largest_number_that_it_has_and_gives_back_the_rest(
+    slurm_says, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    slurm_says(scontrol=f'echo "$*" >> {tmp_path}/asked; exit "${{REFUSED:-0}}"')
+    for got, used, said in (("2", 2, "takes 2 "), ("4", 4, "takes 4 "), ("7", 4, "; 3 given back")):
+        monkeypatch.setenv("SLURM_JOB_NUM_NODES", got)
+        assert elastic.use_nodes([2, 4, 8]) == used
+        assert said in capsys.readouterr().out
+    assert (tmp_path / "asked").read_text() == "update JobId=42 NumNodes=4\n"
+    monkeypatch.setenv("REFUSED", "1")
+    assert elastic.use_nodes([2, 4, 8]) == 4
+    assert "3 left idle" in capsys.readouterr().out
