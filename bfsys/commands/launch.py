@@ -11,13 +11,10 @@ from bfsys.commands.arguments import add_config, add_sweep
 from bfsys.errors import UserError
 
 NOTES = """\
-Ctrl-C, SIGTERM, or SIGHUP from a terminal that has gone, saves a checkpoint
-and stops; the same command resumes from there. A second Ctrl-C, a few seconds
-later, ends the run at once. A run that crashes or hangs is started again from
-its newest intact checkpoint, unless only a person can help; RUN/ended.json
-says why. A sweep ends with a table of its runs.
-
-  bfsys launch --sweep optim.muon_lr=2e-3,5e-3 configs/small.yaml"""
+Ctrl-C, SIGTERM and SIGHUP save a checkpoint and stop; the same command resumes.
+A second Ctrl-C a few seconds later ends the run at once. A run that crashes or
+hangs resumes from its newest intact checkpoint, unless only a person can help;
+RUN/ended.json says why. A sweep ends with a table of its runs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add = parser.add_argument
     add("--ranks", metavar="N", help="processes (default: one per GPU or core, as data.lanes allows); MIN-MAX: as many "
-        "of these as there can be, and fewer after one was killed")  # fmt: skip
+        "as possible, fewer after one was killed")  # fmt: skip
     add_sweep(parser)
     add("--at-once", type=int, metavar="N", help="runs of a sweep that train at once (default: 1)")
     add("--dry-run", action="store_true", help="check config and data, show the command, stop")

@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 NOTES = """\
-Files that cannot be classified are named at the end, with exit code 2. A file
-that is in no format of the training files (their --encoding, or that of their
-augmentation) is named too, and with --encode put into one, as `bfsys encode`
-does. A file whose bytes are unlike those of the run's files is marked with its
-out-of-distribution score, which is above 1 then. data.byte_transforms of the
-run are applied, with the key of --permute; with --transformed the sender of
-the files has done so, and needs no key."""
+Files that cannot be classified are named at the end, with exit code 2. A note
+names a file in no format of the training files (--encode converts it) and one
+whose bytes are unlike the run's files (out-of-distribution score above 1).
+The run's data.byte_transforms are applied, with the key of --permute."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("files", nargs="+", metavar="FILE", help="files, folders, or - for standard input")
     add("--top", type=int, default=3, metavar="K", help="classes to show per file")
     add_weights(parser)
-    add("--encode", action="store_true", help="put pictures and sounds into the model's format")
+    add("--encode", action="store_true", help="convert pictures and sounds to the model's format")
     key = parser.add_mutually_exclusive_group()
     key.add_argument("--permute", metavar="KEYFILE", help="where the key lies that the run was trained with")
     key.add_argument(
