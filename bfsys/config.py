@@ -330,7 +330,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not data.sources:
         problems.append("data.sources: the list is empty; give at least one `- path: FOLDER`")
     if set("/\0") & set(config.name) or config.name.startswith("."):
-        problems.append(f"name: got {config.name!r}; a plain folder name is expected, runs_dir says where")
+        problems.append(
+            f"name: got {config.name!r}; must be a folder name without '/'; set the parent folder with runs_dir"
+        )
     for key, text in (("name", config.name), ("runs_dir", config.runs_dir)):
         if any("\ud800" <= character <= "\udfff" for character in text):
             problems.append(f"{key}: got {text!r}, which is not text in UTF-8; TensorBoard and safetensors want that")

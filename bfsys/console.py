@@ -127,7 +127,7 @@ def prepare() -> None:
 
 
 def go_on_without(log: Path | None = None) -> None:
-    """From here on nothing that happens to the console is an error; lines that it does not take go to `log`."""
+    """From now on no failure of the console is an error; lines that cannot be printed go to `log`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Console):
             stream.fails, stream.log = False, log

@@ -159,7 +159,7 @@ def _missing(store: dist.Store, names: list[str]) -> str:
 
 
 def _device_identity(device: torch.device) -> str:
-    """Tells a GPU from all others; nothing for a CPU, which ranks may share."""
+    """An identifier of the rank's GPU; empty for a CPU, which ranks may share."""
     if device.type != "cuda":
         return ""
     return f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
@@ -226,7 +226,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def agree_on_max(*values: int) -> tuple[int, ...]:
-    """For each of the values, the largest of all ranks, on every rank."""
+    """The elementwise maximum of the values over all ranks, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     agreed = torch.tensor(values)  # on the CPU: control messages do not wait for the GPU's queue

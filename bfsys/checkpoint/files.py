@@ -49,7 +49,7 @@ GOING = ".removed"  # of a directory that was a checkpoint once, and is on its w
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """Which checkpoints stay: see `steps_to_keep`."""
+    """The checkpoints to keep: see `steps_to_keep`."""
 
     last: int
     every: int = 0
@@ -146,8 +146,8 @@ def move_aside(path: Path) -> Path:
 
 
 def steps_to_keep(steps: Sequence[int], keep: RetentionPolicy, scores: Mapping[int, Mapping[str, float]]) -> set[int]:
-    """Of the steps of whole checkpoints: the `last` newest, each that `every` divides, and the `best` by the scores
-    of their evaluations (the newer one of equals)."""
+    """The steps of intact checkpoints to keep: the `last` newest, each that `every` divides, and the `best` by the
+    scores of their evaluations (the newer one of equals)."""
     kept = set(sorted(steps)[-keep.last :])
     if keep.every:
         kept |= {step for step in steps if step and step % keep.every == 0}
@@ -209,7 +209,7 @@ def find_whole(run: Path) -> Path:
 
 
 def problems_of(path: Path) -> list[str]:
-    """What makes a checkpoint unusable: nothing, if every file is there and has its sha256."""
+    """The problems of a checkpoint; none if every file exists and has its sha256."""
     manifest, problems = manifest_or_problems(path)
     for name, entry in manifest["files"].items() if manifest else ():
         try:
@@ -242,7 +242,7 @@ def with_retries(read: Callable[[Path], T], path: Path) -> T:
             if pause_s is None:
                 text = (
                     f"{path}: cannot be read at the moment: {error.strerror}; start again when its server is back. "
-                    f"If it is the disk that is broken, remove {path.parent}, and the run goes on from the one before"
+                    f"If the disk is broken, remove {path.parent}; the run then resumes from the one before"
                 )
                 raise Unreachable(text, exit_code=EXIT_CRASHED) from None
         time.sleep(pause_s)

@@ -1,4 +1,4 @@
-"""Which bytes of a file decide its class, by two methods that know nothing of each other.
+"""The bytes that decide a file's class, by two independent methods.
 
 Occlusion replaces a window of the file by the bytes that reference files have at the same offsets, and asks again: the
 evidence of a window is the mean drop of the log-probability of the class. It is causal, and coarse.

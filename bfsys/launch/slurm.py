@@ -269,7 +269,7 @@ def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: l
 
 
 def tell(args: argparse.Namespace, configs: Sequence[Config], submitted: Sequence[jobs.Submitted]) -> None:
-    """What was submitted, and the commands to look after it."""
+    """A summary of the submitted jobs, and the commands to manage them."""
     device = "one per GPU" if args.gpus_per_node else "on CPUs"
     for config, job in zip(configs, submitted, strict=True):
         run = shlex.quote(str(config.run_dir))

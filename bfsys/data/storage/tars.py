@@ -72,7 +72,7 @@ class Shard:
 
 
 class Member(NamedTuple):
-    """What becomes the two tar entries KEY.extension and KEY.cls."""
+    """A sample, stored as the two tar entries KEY.extension and KEY.cls."""
 
     key: str
     extension: str
@@ -81,7 +81,7 @@ class Member(NamedTuple):
 
 
 class TarIndex(NamedTuple):
-    """What one shard holds. Shard numbers are 0 and key ends count from 0 until shards are joined."""
+    """The index of one shard. Shard numbers are 0 and key ends count from 0 until shards are joined."""
 
     shard: Shard
     samples: np.ndarray  # SAMPLE [samples]
@@ -93,7 +93,7 @@ class TarIndex(NamedTuple):
 
 
 def size_in_tar_bytes(payload_bytes: int) -> int:
-    """What a sample takes up in a shard: two headers, the payload and the class number in blocks."""
+    """The size of a sample in a shard: two headers, the payload and the class number in blocks."""
     return 3 * BLOCK_BYTES + payload_bytes + -payload_bytes % BLOCK_BYTES
 
 

@@ -48,16 +48,16 @@ class ByteTransform:
     randomised: bool = False
     """Draws from the generator; otherwise equal bytes become equal bytes."""
     key_sha256: str = field(default="", repr=False, compare=False)
-    """Tells one key from another without giving it away."""
+    """A fingerprint of the key, which does not reveal it."""
 
     @property
     def keeps_places(self) -> bool:
-        """Each byte depends on the one in its place alone."""
+        """Each output byte depends only on the input byte at the same position."""
         return self.text.partition(":")[0] in ("noise", "permute", "flip")
 
     @property
     def identity(self) -> str:
-        """What it does, wherever its key file lies."""
+        """A description of the transform, independent of the path of its key file."""
         return f"permute by the key of sha256 {self.key_sha256[:16]}" if self.key_sha256 else self.text
 
 

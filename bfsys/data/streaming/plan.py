@@ -1,4 +1,4 @@
-"""Which samples make up step t on lane l: arithmetic on the index, without reading data and without state.
+"""The samples of step t on lane l, computed from the index without reading data and without state.
 
 A step draws `batch_samples` samples; `Mixture` says how many of each source. The draws of a source are
 numbered r = 0, 1, 2, …: draw r belongs to epoch r // N of its N samples and to lane r % lanes. In each epoch
@@ -34,7 +34,7 @@ Lanes = TypeVar("Lanes", int, np.ndarray)
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one or several lanes contribute to a step: int64 [samples] each.
+    """The samples that one or several lanes contribute to a step: int64 [samples] each.
 
     source  position in the list of sources
     sample  number in that source's index

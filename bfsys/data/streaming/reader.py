@@ -81,7 +81,7 @@ class Example(NamedTuple):
 
 
 class BadFileError(Exception):
-    """A file that cannot be had whole; the argument says why."""
+    """A file that cannot be read intact; the argument is the reason."""
 
 
 class ShardReader:
@@ -199,7 +199,7 @@ class ShardReader:
                 if self.replace_bad:
                     where = self.splits[source].dataset.location
                     raise UserError(
-                        f"{where}: neither sample {sample} nor any of {STAND_INS} others that could stand in for it "
+                        f"{where}: neither sample {sample} nor any of {STAND_INS} replacement candidates "
                         "can be read; `bfsys inspect --verify` shows all damage"
                     )
         offsets = np.zeros(len(parts) + 1, np.int64)
@@ -311,7 +311,7 @@ class ShardReader:
             except FileNotFoundError:
                 raise BadFileError("its shard is missing") from None
             except WrongContentError as error:
-                raise BadFileError(f"its shard cannot be had as it was packed: {error}") from None
+                raise BadFileError(f"its shard could not be fetched intact: {error}") from None
             except OSError as error:
                 problem = f"cannot be read: {error.strerror}"
                 if wait_s == RETRY_AFTER_S[-1]:
