@@ -137,7 +137,7 @@ def show_status(run_dir: Path) -> int:
         failed = True
         log = Path(submitted[-1].log)
         why = "its log says why" if log.exists() else "it left no log: do the nodes see its folder?"
-        print(f"ended    training left no word of its end; {why}")
+        print(f"ended    training exited without recording why; {why}")
     if failed and not waiting:
         print("next     fix the reason, then give its command again; it resumes from the newest checkpoint:")
         print(f"         {submitted[-1].command}" if submitted else "")

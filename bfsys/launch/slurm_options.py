@@ -17,7 +17,7 @@ def ranks_per_node(args: argparse.Namespace) -> int:
 
 
 def option_problems(args: argparse.Namespace) -> Iterator[str]:
-    """The problems of the command line itself."""
+    """What is wrong with the command line itself."""
     for name in ("nodes", "tasks_per_node", "cpus_per_task"):
         value = getattr(args, name)
         if value is not None and value < 1:
