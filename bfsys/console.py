@@ -40,7 +40,7 @@ class Console(io.TextIOBase):
     encoding = ""  # in the place of the base class's, which cannot be set
 
     def __init__(self, descriptor: int, name: str, encoding: str, *, fails: bool) -> None:
-        """With `fails`, errors are raised (OutputError), and a console that is stopped is waited for. Without it, lines
+        """If `fails` is true, errors are raised (OutputError) and a stopped console is waited for. Otherwise lines
         that cannot be written go to the file `log`, once it is set. A `descriptor` of -1 means a closed console."""
         self.log: Path | None = None
         self.fails = fails

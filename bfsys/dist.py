@@ -24,7 +24,7 @@ from bfsys.ranks import Ranks, env_number
 
 T = TypeVar("T")
 
-# Ranks that do not meet within this time are named, while the others go on waiting.
+# Ranks that do not meet within this time are named, while the others keep waiting.
 SAY_AFTER_S = 15.0
 MEET_POLL_S = 0.05
 # Events that NCCL keeps for the watchdog: what each rank called last, and how far it came.
@@ -205,7 +205,7 @@ def hard_exit(exit_code: int) -> NoReturn:
 
 
 def lost_connection(error: RuntimeError) -> str:
-    """How a collective failed because another rank is gone; "" if that is not why it failed."""
+    """The error of a collective that failed because another rank was lost; "" if it failed for another reason."""
     text = str(error)
     return _first_line(error) if any(sign in text for sign in LOST_CONNECTION) else ""
 

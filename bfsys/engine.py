@@ -261,7 +261,7 @@ def _whole_shape(p: nn.Parameter) -> tuple[int, ...]:
 
 
 def deepspeed_config(config: Config, world_size: int, micro_batches: int, parameters: int) -> dict:
-    """DeepSpeed's JSON for a run with so many `micro_batches` per step, of a model with so many `parameters`."""
+    """DeepSpeed's JSON for a run with `micro_batches` per step, of a model with this number of `parameters`."""
     stage, bf16 = config.train.zero_stage, config.train.precision == "bf16"
     result: dict = {
         # DeepSpeed counts batches, not samples: ragged micro-batches have no fixed size.

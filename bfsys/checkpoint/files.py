@@ -66,7 +66,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
-    """Directories that bear a checkpoint's name, whole or not, the oldest first."""
+    """Directories with a checkpoint's name, intact or not, the oldest first."""
     names = (re.fullmatch(r"step_(\d{8,})", p.name) for p in checkpoints_dir(run_dir).glob("step_*") if p.is_dir())
     return [checkpoints_dir(run_dir) / checkpoint_name(step) for step in sorted(int(n[1]) for n in names if n)]
 
@@ -138,7 +138,7 @@ def remove(path: Path) -> None:
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is none any more, but still there to be looked at."""
+    """Rename a damaged checkpoint, so that it is no longer used but can still be inspected."""
     aside = path.with_name(f"damaged_{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(path, aside)
@@ -176,7 +176,7 @@ def evaluations(run_dir: Path) -> dict[int, dict]:
 
 
 def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, or None; and what is wrong with newer ones. Reads all of it."""
+    """The newest intact checkpoint of a run, or None, and the problems of newer ones. Reads every byte."""
     problems: list[str] = []
     for path in reversed(all_checkpoints(run_dir)):
         found = problems_of(path)
@@ -187,7 +187,7 @@ def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_whole(run: Path) -> Path:
-    """The newest whole checkpoint of a run directory, or `run` itself if it is a checkpoint.
+    """The newest intact checkpoint of a run directory, or `run` itself if it is a checkpoint.
 
     Newer ones that are damaged are named on standard error. Raises UserError if there is no whole one.
     """

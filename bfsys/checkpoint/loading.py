@@ -41,7 +41,7 @@ from bfsys.optim import EMA
 
 
 def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str], None]) -> tuple[Path, dict]:
-    """Restore the newest whole checkpoint of a run into the engine; collective. Returns it and its manifest.
+    """Restore the newest intact checkpoint of a run into the engine; collective. Returns it and its manifest.
 
     Says what is wrong with newer ones, and sets them aside. Raises AgreedError if none is whole.
     """
@@ -157,7 +157,7 @@ def set_weights(engine: Engine, weights: Mapping[str, Tensor]) -> None:
 
 
 def newest_readable(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint with a manifest, be its files whole or not; and what is wrong with newer ones."""
+    """The newest checkpoint with a manifest, whether or not its files are intact, and the problems of newer ones."""
     problems = []
     for path in reversed(all_checkpoints(run_dir)):
         manifest, found = manifest_or_problems(path)
@@ -211,7 +211,7 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
 
 
 def read_weights(path: Path, *, average: bool = True) -> tuple[dict[str, Tensor], Config, dict]:
-    """(float32 weights by parameter name, config, manifest) of a checkpoint that is known to be whole."""
+    """(float32 weights by parameter name, config, manifest) of a checkpoint that is known to be intact."""
     manifest = read_manifest(path)
     config = typed_yaml.from_tree(Config, manifest["config"], f"{path / MANIFEST}: config")
     state = EMA if average and config.optim.ema_decay else WEIGHT

@@ -1,6 +1,6 @@
 """From a folder of files to a trained and evaluated model: look, pack, choose, measure, train, evaluate.
 
-What was chosen is written to RUNS/NAME.yaml once, before training. The same command goes on from there after a stop,
+What was chosen is written to RUNS/NAME.yaml once, before training. The same command resumes from there after a stop,
 and a person may change the file. The number of steps follows from a short training on the machine itself, whose bytes
 per second already count optimizer, loader and decoding.
 """

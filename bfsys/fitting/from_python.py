@@ -24,7 +24,7 @@ def fit(
     """Train and evaluate a model on a folder with a folder of files per class: the directory of the run, for `load`.
 
     It is the command `bfsys fit`, in a process of its own, whose output is printed: training forks, and this process
-    may hold threads and a GPU. The same call goes on after a stop, and does not train again what is trained.
+    may hold threads and a GPU. The same call resumes after a stop, and does not train again what is trained.
 
     name       of the run; by default that of the folder
     minutes    time for all of it

@@ -35,7 +35,7 @@ _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A run to be started any number of times."""
+    """A run that can be started any number of times."""
 
     config: Path
     """Absolute."""

@@ -69,7 +69,7 @@ class JobSupervisor:
         return code if code >= 0 else 128 - code
 
     def after(self, code: int) -> int:
-        """The tasks have ended with `code`: have the job started again, or not."""
+        """After the tasks have ended with `code`, have the job requeued if it should be."""
         job = job_facts()
         if not may_come_back(job):
             return code  # it was cancelled, or SLURM itself starts it again

@@ -1,6 +1,6 @@
 """The restart policy of both launchers (launchers/local.py, requeue.py).
 
-A crash, a hang and a lost node are started again from the newest whole checkpoint. An end that another start would not
+A crash, a hang and a lost node are restarted from the newest intact checkpoint. An end that another start would not
 change is none of these: finished, bad input, diverged, nothing can be saved, asked to stop. Nor is a run started again
 after three starts in a row that made no new checkpoint.
 """

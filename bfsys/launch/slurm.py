@@ -160,7 +160,7 @@ def snapshot(config: Config) -> Path:
 
 
 def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir: Path) -> Executor:
-    """submitit's executor with everything that sbatch and srun are to be told."""
+    """submitit's executor with all options for sbatch and srun."""
     run_dirs = [config.run_dir.absolute() for config in configs]
     base = run_dirs[0] if len(configs) == 1 else run_dirs[0].with_name(load_config(args.config, args.overrides).name)
     python, srun_args = shlex.quote(sys.executable), []

@@ -350,7 +350,7 @@ class Cache:
         raise UserError(problem, exit_code=EXIT_CRASHED)  # launchers start the run again: the server may come back
 
     def _pause_s(self, url: str, failed: int) -> float:
-        """How long to wait after so many tries: twice as long each time; spread, and no random state is touched."""
+        """Seconds to wait after the given number of tries: doubled each time, with jitter that uses no random state."""
         digest = hashlib.sha256(f"{url} {failed}".encode()).digest()
         jitter = 0.75 + 0.5 * int.from_bytes(digest[:4]) / 2**32
         return self.back_off_s * 2 ** (failed - 1) * jitter

@@ -1,4 +1,4 @@
-"""One shard: a WebDataset tar, written and read together with the index of what lies where in it.
+"""One shard: a WebDataset tar, written and read together with an index of its members.
 
 Writing and reading give the same `TarIndex`, so packing, checking and rebuilding an index are one
 thing: join the `TarIndex` of all shards. The tar is laid out here rather than by
@@ -98,7 +98,7 @@ def size_in_tar_bytes(payload_bytes: int) -> int:
 
 
 def write_shard(path: Path, members: Iterable[Member]) -> TarIndex:
-    """Write one tar under a temporary name, rename it when whole, and say what lies where in it."""
+    """Write one tar under a temporary name, rename it when it is complete, and return its index."""
     sha256 = hashlib.sha256()
     rows: list[tuple] = []
     keys = bytearray()

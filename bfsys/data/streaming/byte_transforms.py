@@ -113,7 +113,7 @@ def _stride(step: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray
 def _window_shuffle(window: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One permutation for every full window; the bytes after the last full one stay.
 
-    The released code draws the permutation anew for every batch. No two batches then agree on the order
+    The released code draws a new permutation for every batch. No two batches then agree on the order
     within a window, and evaluation agrees with none: noise that cannot be learned. What is meant, and done
     here, is one fixed permutation per window size.
     """

@@ -244,7 +244,7 @@ def deal_evenly(costs: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
 
 
 def fitting_world_sizes(lanes: int) -> str:
-    """The numbers of ranks that share the lanes evenly, as a list to be read."""
+    """The numbers of ranks that share the lanes evenly, as readable text."""
     return ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
 
 
@@ -260,7 +260,7 @@ def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
 
 
 def lane_groups(lanes: range, groups: int) -> list[range]:
-    """The lanes in so many groups of neighbours, whose sizes differ by one at most."""
+    """The lanes in the given number of groups of neighbours, whose sizes differ by one at most."""
     ends = [len(lanes) * i // groups for i in range(groups + 1)]
     return [lanes[first:end] for first, end in itertools.pairwise(ends)]
 

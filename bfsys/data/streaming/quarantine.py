@@ -122,7 +122,7 @@ class Quarantine:
 
 
 def _read(path: Path) -> list[BadSample]:
-    """The rows of the file. What is no row is named on standard error and passed over: its samples are found again."""
+    """The rows of the file. Invalid rows are reported on standard error and ignored; their samples are found again."""
     *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
     rows, unreadable = [], []
     for number, line in enumerate([*lines, torn] if torn and not lines else lines, start=1):
