@@ -1,4 +1,4 @@
-"""What a model says of a file."""
+"""A model's prediction for a file."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def dispatch(arguments: Sequence[str]) -> int | None:
 
 
 def overview() -> str:
-    """What `bfsys --help` prints."""
+    """The text of `bfsys --help`."""
     width = max(map(len, COMMANDS))
     return "\n".join(
         (

@@ -38,7 +38,7 @@ TRAINING = ("productive", "stall", "data_wait")  # causes of the ledger, without
 
 @dataclass(frozen=True)
 class Run:
-    """What was read from a run directory."""
+    """The content of a run directory."""
 
     path: Path
     settings: dict[str, Any]

@@ -40,7 +40,7 @@ class Console(io.TextIOBase):
     encoding = ""  # in the place of the base class's, which cannot be set
 
     def __init__(self, descriptor: int, name: str, encoding: str, *, fails: bool) -> None:
-        """With `fails`, errors are raised (OutputError), and a console that is stopped is waited for. Without it, lines
+        """If `fails` is true, errors are raised (OutputError) and a stopped console is waited for. Otherwise lines
         that cannot be written go to the file `log`, once it is set. A `descriptor` of -1 means a closed console."""
         self.log: Path | None = None
         self.fails = fails
@@ -127,7 +127,7 @@ def prepare() -> None:
 
 
 def go_on_without(log: Path | None = None) -> None:
-    """From here on nothing that happens to the console is an error; lines that it does not take go to `log`."""
+    """From now on no failure of the console is an error; lines that cannot be printed go to `log`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Console):
             stream.fails, stream.log = False, log

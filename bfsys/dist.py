@@ -24,7 +24,7 @@ from bfsys.ranks import Ranks, env_number
 
 T = TypeVar("T")
 
-# Ranks that do not meet within this time are named, while the others go on waiting.
+# Ranks that do not meet within this time are named, while the others keep waiting.
 SAY_AFTER_S = 15.0
 MEET_POLL_S = 0.05
 # Events that NCCL keeps for the watchdog: what each rank called last, and how far it came.
@@ -159,7 +159,7 @@ def _missing(store: dist.Store, names: list[str]) -> str:
 
 
 def _device_identity(device: torch.device) -> str:
-    """Tells a GPU from all others; nothing for a CPU, which ranks may share."""
+    """An identifier of the rank's GPU; empty for a CPU, which ranks may share."""
     if device.type != "cuda":
         return ""
     return f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
@@ -205,7 +205,7 @@ def hard_exit(exit_code: int) -> NoReturn:
 
 
 def lost_connection(error: RuntimeError) -> str:
-    """How a collective failed because another rank is gone; "" if that is not why it failed."""
+    """The error of a collective that failed because another rank was lost; "" if it failed for another reason."""
     text = str(error)
     return _first_line(error) if any(sign in text for sign in LOST_CONNECTION) else ""
 
@@ -226,7 +226,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def agree_on_max(*values: int) -> tuple[int, ...]:
-    """For each of the values, the largest of all ranks, on every rank."""
+    """The elementwise maximum of the values over all ranks, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
     agreed = torch.tensor(values)  # on the CPU: control messages do not wait for the GPU's queue

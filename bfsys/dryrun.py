@@ -63,7 +63,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
 
 
 def notes_on_start(data: RunData) -> list[str]:
-    """What train.init_from would take over; raises UserError if it cannot."""
+    """The weights that train.init_from would copy; raises UserError if that is impossible."""
     classes = data.training.classes
     with torch.device("meta"):
         model = ByteFormer(data.config.model.architecture(), len(classes))

@@ -112,7 +112,7 @@ class Engine:
         return norm
 
     def state_names(self) -> tuple[str, ...]:
-        """What belongs to parameters: the float32 weight and the optimizer's tensors."""
+        """The state of parameters: the float32 weight and the optimizer's tensors."""
         return (WEIGHT, *self.optimizer.state_names)
 
     def parameter_shapes(self, state: str) -> dict[str, tuple[int, ...]]:
@@ -220,7 +220,7 @@ class Engine:
         return [(group["is_muon"], group["params"]) for group in groups]
 
     def _held(self) -> Iterator[Held]:
-        """What this rank updates of each parameter, and where DeepSpeed keeps it."""
+        """The pieces of each parameter that this rank updates, and where DeepSpeed stores them."""
         parameters = dict(self._engine.module.named_parameters())
         names, zero = {p: name for name, p in parameters.items()}, self._engine.optimizer
         groups = self.optimizer.param_groups
@@ -261,7 +261,7 @@ def _whole_shape(p: nn.Parameter) -> tuple[int, ...]:
 
 
 def deepspeed_config(config: Config, world_size: int, micro_batches: int, parameters: int) -> dict:
-    """DeepSpeed's JSON for a run with so many `micro_batches` per step, of a model with so many `parameters`."""
+    """DeepSpeed's JSON for a run with `micro_batches` per step, of a model with this number of `parameters`."""
     stage, bf16 = config.train.zero_stage, config.train.precision == "bf16"
     result: dict = {
         # DeepSpeed counts batches, not samples: ragged micro-batches have no fixed size.

@@ -79,7 +79,7 @@ def summary_of(docstring: str | None) -> str:
 def run_command(main: Callable[[], int | None], *, output_is_optional: bool = False) -> None:
     """Run a command's `main` and exit with its code, as `exit_code_of` says; an OSError is one line and code 2.
 
-    `output_is_optional`: the command's work is not its output, so it goes on when nobody can read it.
+    `output_is_optional`: the command's work is not its output, so it continues when the output cannot be written.
     """
 
     def act() -> int | None:

@@ -59,13 +59,13 @@ def download_speech_commands(out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     folder = out / "SpeechCommands" / SPEECH_COMMANDS
     if not folder.is_dir():
-        print(f"downloading {SPEECH_COMMANDS_URL}, or unpacking what lies in {out}", flush=True)
+        print(f"downloading {SPEECH_COMMANDS_URL}, or unpacking the copy in {out}", flush=True)
     try:
         SPEECHCOMMANDS(out, url=SPEECH_COMMANDS, download=True)
     except (OSError, RuntimeError, tarfile.TarError, EOFError) as error:
         raise UserError(
-            f"{SPEECH_COMMANDS_URL}: cannot be had ({error}); get it by other means, put it into {out}, remove "
-            f"{folder} if it is there, and run this again"
+            f"{SPEECH_COMMANDS_URL}: could not be downloaded ({error}); get it by other means, put it into {out}, "
+            f"remove {folder} if it is there, and run this again"
         ) from None
     return folder
 
@@ -73,7 +73,7 @@ def download_speech_commands(out: Path) -> Path:
 def wrong_counts(
     files: Counter, expected_files: dict[str, int], classes: int, expected_classes: int, empty: Sequence[str]
 ) -> list[str]:
-    """What a dataset lacks, or has too much."""
+    """The problems of a dataset whose numbers of files or classes are wrong."""
     problems = [] if classes == expected_classes else [f"has {classes:,} classes, not {expected_classes:,}"]
     problems += [
         f"has {files[split]:,} files for {split}, not {expected:,}"

@@ -1,4 +1,4 @@
-"""Which commit of bfsys runs."""
+"""The commit of bfsys that is running."""
 
 from __future__ import annotations
 

@@ -51,14 +51,16 @@ def _take_over(
         notes.append(f"  the head is taken over: the {len(classes)} classes are the same")
     else:
         notes.append(
-            f"  the head starts anew: {len(classes)} classes here, {len(manifest['classes'])} there"
+            f"  the head starts from new weights: {len(classes)} classes here, {len(manifest['classes'])} there"
             + (", of other names or in another order" if len(classes) == len(manifest["classes"]) else "")
         )
         theirs = {name: value for name, value in theirs.items() if name not in HEAD}
     ours_rows, their_rows = len(weights[POSITIONS]), len(theirs[POSITIONS])
     if ours_rows != their_rows:
         both = min(ours_rows, their_rows)
-        rest = f"the other {ours_rows - both:,} start anew" if ours_rows > both else "the others are left out"
+        rest = (
+            f"the other {ours_rows - both:,} start from new weights" if ours_rows > both else "the others are left out"
+        )
         notes.append(f"  {both:,} of {their_rows:,} positions are taken over; {rest}")
         weights[POSITIONS][:both] = theirs.pop(POSITIONS)[:both]
     if their_config.model.mode != config.model.mode:

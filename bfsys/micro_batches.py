@@ -34,7 +34,7 @@ def agree_on_micro_batches(data: RunData, ranks: dist.Ranks) -> tuple[int, str]:
 
 
 def micro_batches_of(lanes: int, lane_tokens: int, config: Config, *, on_gpu: bool) -> int:
-    """How many micro-batches so many lanes of a rank make, the largest of which has `lane_tokens` tokens."""
+    """The number of micro-batches that the lanes of a rank make; the largest lane has `lane_tokens` tokens."""
     automatic = GPU_NUMBERS // config.model.architecture().dim if on_gpu else 0
     together = max(1, (config.train.micro_batch_tokens or automatic) // max(1, lane_tokens))
     return -(-lanes // together)

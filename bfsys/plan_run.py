@@ -44,7 +44,7 @@ class Estimate:
 
     ranks: int
     micro_batches: int
-    """That a step has on each of them."""
+    """Number of micro-batches that a step has on each rank."""
     parameters: int
     state_bytes: int
     """Weights, gradients, moments, average."""
@@ -67,7 +67,7 @@ class Estimate:
         return self.step_flops / self.ranks / flops_per_s
 
     def describe(self) -> str:
-        """In one line, for people."""
+        """A readable summary in one line."""
         return (
             f"{self.parameters:,} parameters; each of {self.ranks} ranks needs {self.memory_bytes / GB:.2f} GB "
             f"({self.state_bytes / GB:.2f} state, {self.activation_bytes / GB:.2f} activations at most); "

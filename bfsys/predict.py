@@ -103,7 +103,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device on which the model runs."""
         return self._network.head.weight.device
 
     def __repr__(self) -> str:
@@ -314,7 +314,7 @@ def load(
     permute: str | os.PathLike[str] | None = None,
     transformed: bool = False,
 ) -> Model:
-    """The model of a run directory (of its newest whole checkpoint), of one checkpoint directory, of weights that
+    """The model of a run directory (of its newest intact checkpoint), of one checkpoint directory, of weights that
     `bfsys import-corenet` took over, or of a folder that `bfsys export` wrote with safetensors.
 
     weights      "ema": averaged, where the run keeps an average; "last": those of the last step

@@ -1,4 +1,4 @@
-"""The run directory: what must hold before a run may use it, and what its checkpoints say of it."""
+"""The run directory: checks before a run may use it, and the facts that its checkpoints record."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOCK_WAIT_IN_JOB_S = 300.0
 
 
 def run_facts(data: RunData) -> dict:
-    """What makes a checkpoint self-contained, and what a resume must agree with."""
+    """The facts that make a checkpoint self-contained, and that a resume must agree with."""
     return {
         "classes": list(data.training.classes),
         "plan": data.facts,
@@ -51,7 +51,7 @@ class RunDirectory:
     is_new: bool
     """It holds no checkpoint."""
     notes: list[str]
-    """What was done to it."""
+    """The changes that were made to it."""
     hold: BinaryIO | None
     """Rank 0's lock on it."""
 

@@ -147,7 +147,7 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path, how: str) -> N
 
 def test_without_a_whole_checkpoint_nothing_is_resumed(tmp_path: Path) -> None:
     (save(tmp_path, 1) / "weight-0-of-1.safetensors").unlink()
-    with pytest.raises(AgreedError, match="no checkpoint is whole"):
+    with pytest.raises(AgreedError, match="no intact checkpoint"):
         resume(tmp_path)
 
 

@@ -115,7 +115,7 @@ def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
         ("data.lanes=9", "9 lanes of 1 sources need batch_samples of 9 or more, got 8"),
         ("data.sources=[]", "the list is empty"),
         ("optim.warmup_steps=9999999", "more than the run's train.steps"),
-        ("name=a/b", "a plain folder name"),
+        ("name=a/b", "must be a folder name"),
         ("optim", "expected section.key=value"),
         ("data.sources.3.path=x", "the list has entries 0 to 0"),
         ("name.deep=3", "name is a string"),

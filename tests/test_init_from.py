@@ -94,7 +94,7 @@ def test_it_is_said_once_and_a_run_that_continues_takes_no_notice(
 def test_other_classes_have_a_new_head(config: Config, finished_run: Path) -> None:
     theirs = loading.load_model(finished_run)[0].state_dict()
     for classes, said in (
-        (("a0", "a1", "x"), "the head starts anew: 3 classes here, 5 there"),
+        (("a0", "a1", "x"), "the head starts from new weights: 3 classes here, 5 there"),
         (CLASSES[::-1], "5 classes here, 5 there, of other names or in another order"),
     ):
         weights, notes = start(config, classes)
@@ -106,7 +106,7 @@ def test_other_classes_have_a_new_head(config: Config, finished_run: Path) -> No
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (80, "64 of 64 positions are taken over; the other 16 start anew"),
+        (80, "64 of 64 positions are taken over; the other 16 start from new weights"),
         (50, "50 of 64 positions are taken over; the others are left out"),
     ],
 )
@@ -159,7 +159,7 @@ def test_a_run_without_an_average_gives_its_last_weights(config: Config, finishe
 def test_the_dry_run_says_what_would_be_taken_over(config: Config, capsys) -> None:
     dry_run(with_model(config, max_tokens=70), 1, with_data=True)
     printed = capsys.readouterr().out
-    assert "64 of 64 positions are taken over; the other 6 start anew" in printed
+    assert "64 of 64 positions are taken over; the other 6 start from new weights" in printed
     assert "the head is taken over" in printed
     with pytest.raises(UserError, match="dim is 16 there and 32 here"):
         dry_run(with_model(config, dim=32), 1, with_data=True)

@@ -49,7 +49,7 @@ GOING = ".removed"  # of a directory that was a checkpoint once, and is on its w
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """Which checkpoints stay: see `steps_to_keep`."""
+    """The checkpoints to keep: see `steps_to_keep`."""
 
     last: int
     every: int = 0
@@ -66,7 +66,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
-    """Directories that bear a checkpoint's name, whole or not, the oldest first."""
+    """Directories with a checkpoint's name, intact or not, the oldest first."""
     names = (re.fullmatch(r"step_(\d{8,})", p.name) for p in checkpoints_dir(run_dir).glob("step_*") if p.is_dir())
     return [checkpoints_dir(run_dir) / checkpoint_name(step) for step in sorted(int(n[1]) for n in names if n)]
 
@@ -138,7 +138,7 @@ def remove(path: Path) -> None:
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is none any more, but still there to be looked at."""
+    """Rename a damaged checkpoint, so that it is no longer used but can still be inspected."""
     aside = path.with_name(f"damaged_{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(path, aside)
@@ -146,8 +146,8 @@ def move_aside(path: Path) -> Path:
 
 
 def steps_to_keep(steps: Sequence[int], keep: RetentionPolicy, scores: Mapping[int, Mapping[str, float]]) -> set[int]:
-    """Of the steps of whole checkpoints: the `last` newest, each that `every` divides, and the `best` by the scores
-    of their evaluations (the newer one of equals)."""
+    """The steps of intact checkpoints to keep: the `last` newest, each that `every` divides, and the `best` by the
+    scores of their evaluations (the newer one of equals)."""
     kept = set(sorted(steps)[-keep.last :])
     if keep.every:
         kept |= {step for step in steps if step and step % keep.every == 0}
@@ -176,7 +176,7 @@ def evaluations(run_dir: Path) -> dict[int, dict]:
 
 
 def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, or None; and what is wrong with newer ones. Reads all of it."""
+    """The newest intact checkpoint of a run, or None, and the problems of newer ones. Reads every byte."""
     problems: list[str] = []
     for path in reversed(all_checkpoints(run_dir)):
         found = problems_of(path)
@@ -187,7 +187,7 @@ def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def find_whole(run: Path) -> Path:
-    """The newest whole checkpoint of a run directory, or `run` itself if it is a checkpoint.
+    """The newest intact checkpoint of a run directory, or `run` itself if it is a checkpoint.
 
     Newer ones that are damaged are named on standard error. Raises UserError if there is no whole one.
     """
@@ -209,7 +209,7 @@ def find_whole(run: Path) -> Path:
 
 
 def problems_of(path: Path) -> list[str]:
-    """What makes a checkpoint unusable: nothing, if every file is there and has its sha256."""
+    """The problems of a checkpoint; none if every file exists and has its sha256."""
     manifest, problems = manifest_or_problems(path)
     for name, entry in manifest["files"].items() if manifest else ():
         try:
@@ -242,7 +242,7 @@ def with_retries(read: Callable[[Path], T], path: Path) -> T:
             if pause_s is None:
                 text = (
                     f"{path}: cannot be read at the moment: {error.strerror}; start again when its server is back. "
-                    f"If it is the disk that is broken, remove {path.parent}, and the run goes on from the one before"
+                    f"If the disk is broken, remove {path.parent}; the run then resumes from the one before"
                 )
                 raise Unreachable(text, exit_code=EXIT_CRASHED) from None
         time.sleep(pause_s)

@@ -41,7 +41,7 @@ from bfsys.optim import EMA
 
 
 def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str], None]) -> tuple[Path, dict]:
-    """Restore the newest whole checkpoint of a run into the engine; collective. Returns it and its manifest.
+    """Restore the newest intact checkpoint of a run into the engine; collective. Returns it and its manifest.
 
     Says what is wrong with newer ones, and sets them aside. Raises AgreedError if none is whole.
     """
@@ -57,7 +57,8 @@ def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str]
         for problem in problems:
             say(f"skipped a damaged checkpoint: {problem}")
     raise dist.AgreedError(
-        f"{run_dir}: no checkpoint is whole, see above; to begin anew, give another name=… or move the directory away"
+        f"{run_dir}: no intact checkpoint, see above; to start from scratch, set another name=… "
+        "or move the directory away"
     )
 
 
@@ -88,7 +89,7 @@ def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list
         pieces = [piece for of_rank in dist.gather_to_all(list(mine)) for piece in of_rank]
         expected = engine.parameter_shapes(state)
         if not cover(pieces, expected):
-            return [f"{path}: its {origin} files are not the whole state"]
+            return [f"{path}: its {origin} files do not hold the whole state"]
         engine.write_state(state, _FromOwners(mine, expected, engine.device, ranks))
     engine.set_step(manifest["step"], manifest.get("updates", manifest["step"]))
     return []
@@ -156,7 +157,7 @@ def set_weights(engine: Engine, weights: Mapping[str, Tensor]) -> None:
 
 
 def newest_readable(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint with a manifest, be its files whole or not; and what is wrong with newer ones."""
+    """The newest checkpoint with a manifest, whether or not its files are intact, and the problems of newer ones."""
     problems = []
     for path in reversed(all_checkpoints(run_dir)):
         manifest, found = manifest_or_problems(path)
@@ -171,7 +172,7 @@ def check_same_run(path: Path, facts: dict) -> None:
     manifest, problems = read_manifest(path), []
     if "imported" in manifest:
         raise UserError(
-            f"{path}: imported weights, not a run to go on with; give this run a name of its own (name=…) and "
+            f"{path}: imported weights, not a run that can be resumed; give this run a name of its own (name=…) and "
             f"train.init_from={path.parent.parent}"
         )
     # Knobs that came later than the checkpoint had their default then.
@@ -210,7 +211,7 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
 
 
 def read_weights(path: Path, *, average: bool = True) -> tuple[dict[str, Tensor], Config, dict]:
-    """(float32 weights by parameter name, config, manifest) of a checkpoint that is known to be whole."""
+    """(float32 weights by parameter name, config, manifest) of a checkpoint that is known to be intact."""
     manifest = read_manifest(path)
     config = typed_yaml.from_tree(Config, manifest["config"], f"{path / MANIFEST}: config")
     state = EMA if average and config.optim.ema_decay else WEIGHT
@@ -224,5 +225,5 @@ def read_weights(path: Path, *, average: bool = True) -> tuple[dict[str, Tensor]
                     name, first, end = parse_piece(piece)
                     weights[name].view(-1)[first:end] = file.get_tensor(piece).flatten()
     if not cover(pieces, manifest["shapes"]):
-        raise UserError(f"{path}: its {state} files are not the whole state")
+        raise UserError(f"{path}: its {state} files do not hold the whole state")
     return weights, config, manifest

@@ -52,7 +52,7 @@ POLL_S = 0.05
 
 
 class StateSource(Protocol):
-    """What a checkpoint is written from: an Engine, or weights that come from elsewhere."""
+    """The source of a checkpoint: an Engine, or imported weights."""
 
     def state_names(self) -> tuple[str, ...]: ...
 

@@ -1,4 +1,4 @@
-"""The process that writes a rank's share of a checkpoint, while training goes on.
+"""The process that writes a rank's share of a checkpoint, while training continues.
 
 Started by saving.py for each save, as a program of its own: it reads what to write as JSON from standard input, and
 writes to standard output as JSON what it wrote, or why it could not. Tensors come through shared memory without a

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     datasets = "packed dataset, instead of the run's; repeatable"
     add("--data", action="append", default=[], metavar="DATASET", help=datasets)
     add_weights(parser)
-    add("--permute", metavar="KEYFILE", help="where the key lies that the run was trained with")
+    add("--permute", metavar="KEYFILE", help="path of the key file used in training")
     add("--report", type=Path, metavar="FOLDER", help="write accuracy by class and the confusion matrix")
     add("--robustness", action="store_true", help="evaluate damaged files too")
     add("--json", action="store_true", help="print the scores as JSON")

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--class", dest="class_name", metavar="NAME", help="class to explain (default: the likeliest)")
     add_weights(parser)
     add("--encode", action="store_true", help="put pictures and sounds into the model's format")
-    add("--permute", metavar="KEYFILE", help="where the key lies that the run was trained with")
+    add("--permute", metavar="KEYFILE", help="path of the key file used in training")
     add("--seed", type=int, default=0, metavar="N", help="draws other files to compare with (default: 0)")
     add("--json", action="store_true", help="print the results as JSON")
 

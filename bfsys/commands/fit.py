@@ -15,12 +15,12 @@ from bfsys.errors import UserError
 NOTES = """\
 FOLDER has a folder of files per class, or split folders (train, val) with
 them; or it is a list of files (bfsys pack --from filelist), or packed data.
-The command says what it sees, packs the files, chooses encoding, model and
-steps for this machine and the time, writes them with reasons to
-RUNS/NAME.yaml, trains, evaluates on files that were held out, and compares
-with what byte counts alone give away. Compressed pictures and long sounds are
-encoded again (docs/fit.md says when); --as-stored leaves them as they are.
-The same command goes on after a stop."""
+The command surveys and packs the files, chooses encoding, model and steps for
+this machine and the time, writes them with reasons to RUNS/NAME.yaml, trains,
+evaluates on held-out files, and compares with a baseline that sees only byte
+counts. Compressed pictures and long sounds are re-encoded (docs/fit.md says
+when); --as-stored leaves them unchanged. The same command resumes after a
+stop."""
 LONGEST_MINUTES = 60 * 24 * 30
 NEEDED = {"deepspeed": "deepspeed", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}  # by the name of the module
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     config = prepare(request, began_s)
     code = config if isinstance(config, int) else train(request, config)
     if isinstance(config, int) or code:
-        print("stopped; the same command goes on")
+        print("stopped; the same command resumes")
         return code
     print("\n".join(["", *report(request), "", f"took {(time.monotonic() - began_s) / 60:.1f} minutes; try next:"]))
     print("\n".join(f"  {line}" for line in next_commands(request, config)))

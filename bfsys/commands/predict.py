@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_weights(parser)
     add("--encode", action="store_true", help="convert pictures and sounds to the model's format")
     key = parser.add_mutually_exclusive_group()
-    key.add_argument("--permute", metavar="KEYFILE", help="where the key lies that the run was trained with")
+    key.add_argument("--permute", metavar="KEYFILE", help="path of the key file used in training")
     key.add_argument(
         "--transformed", action="store_true", help="the files went through the run's byte_transforms before"
     )

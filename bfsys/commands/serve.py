@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
     add_weights(parser)
     add("--device", help="such as cpu or cuda:1")
-    add("--permute", metavar="KEYFILE", help="where the key lies that the run was trained with")
+    add("--permute", metavar="KEYFILE", help="path of the key file used in training")
     for option, (name, text) in LIMITS.items():
         default = getattr(Limits, name)
         shown = "the run's budget" if default is None else f"{default:,g}" if name == "seconds" else f"{default:,}"

@@ -1,4 +1,4 @@
-"""Which bytes of a file decide its class, by two methods that know nothing of each other.
+"""The bytes that decide a file's class, by two independent methods.
 
 Occlusion replaces a window of the file by the bytes that reference files have at the same offsets, and asks again: the
 evidence of a window is the mean drop of the log-probability of the class. It is causal, and coarse.
@@ -116,7 +116,7 @@ def integrated_gradients(
 
 
 def _along_path(classifier: Classifier, data: np.ndarray, reference: np.ndarray, index: int, nodes: int) -> np.ndarray:
-    """float64 [n]: integrated gradients from one reference, by a rule of so many nodes."""
+    """Integrated gradients from one reference, float64 [n], by a quadrature rule with the given number of nodes."""
     network = classifier.network
     at_once = max(1, classifier.budget_bytes // max(len(data), network.architecture.rounding_bytes))
     places, weights = np.polynomial.legendre.leggauss(nodes)

@@ -42,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Without:
-    """What the model says when other files' bytes take the place of the parts of one name."""
+    """The model's answer when bytes of other files replace the parts of one name."""
 
     name: str
     predictions: tuple[Prediction, ...]
@@ -53,7 +53,7 @@ class Without:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Which bytes of a file speak for a class, as `Model.explain` returns it."""
+    """The evidence of a file's bytes for a class, as `Model.explain` returns it."""
 
     name: str
     """The name of the file."""
@@ -74,11 +74,11 @@ class Explanation:
     parts: tuple[Part, ...]
     """The structure of the file. The shares sum to 1, or are all 0 where nothing speaks for the class."""
     without: Without
-    """What is left of the answer without the most important part."""
+    """The answer without the most important part."""
     reference: str
-    """What took the place of the file's bytes."""
+    """The bytes that replaced those of the file."""
     notes: tuple[str, ...]
-    """What the reader should know."""
+    """Remarks for the reader."""
 
     def shares(self) -> dict[str, float]:
         """Share of the evidence by name of the part, the largest first."""
@@ -98,7 +98,7 @@ class Explanation:
         )
 
     def as_dict(self) -> dict:
-        """For JSON; it has windows, and nothing for each byte."""
+        """The explanation as a tree for JSON; it has windows, but no values for single bytes."""
         return {
             "name": self.name,
             "bytes": len(self.data),

@@ -67,5 +67,5 @@ def covering(found: Iterable[Found], length: int) -> list[Range]:
 
 
 def printable(name: str) -> str:
-    """A name from a file, for people to read."""
+    """A name from a file, made printable."""
     return "".join(c if c.isprintable() else "?" for c in name[:LONGEST_NAME]).strip() or "?"

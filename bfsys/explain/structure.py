@@ -58,7 +58,7 @@ def structure(data: np.ndarray) -> Structure:
 
 
 def _found(parser: Parser, content: bytes) -> list[Found]:
-    """What the parser finds until it meets what it cannot read."""
+    """The ranges that the parser finds before the first one that it cannot read."""
     found: list[Found] = []
     with suppress(struct.error, IndexError):  # the file ends, or lies about where it does
         for one in itertools.islice(parser(content), MOST_FOUND):

@@ -1,4 +1,4 @@
-"""What is trained on a folder: encoding, model, batch and steps, each with its reason.
+"""Choose encoding, model, batch and steps for a folder, each with its reason.
 
 The rules are few and come from measurements (docs/results.md, docs/experiments.md): uncompressed bytes are learned
 from much faster than compressed ones; the kernel grows with the length of a file; the model of `configs/small.yaml` is
@@ -186,7 +186,7 @@ class Setting:
 
 
 def settings_of(choice: Choice, data: str, eval_data: str, steps: int, minutes: float) -> list[Setting]:
-    """What differs from the defaults."""
+    """The settings that differ from the defaults."""
     return [
         *_of_data(choice, data, eval_data),
         *_of_model(choice),

@@ -1,6 +1,6 @@
 """From a folder of files to a trained and evaluated model: look, pack, choose, measure, train, evaluate.
 
-What was chosen is written to RUNS/NAME.yaml once, before training. The same command goes on from there after a stop,
+What was chosen is written to RUNS/NAME.yaml once, before training. The same command resumes from there after a stop,
 and a person may change the file. The number of steps follows from a short training on the machine itself, whose bytes
 per second already count optimizer, loader and decoding.
 """
@@ -54,7 +54,7 @@ SHARD_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for."""
+    """The arguments of `bfsys fit`."""
 
     folder: Path
     name: str
@@ -78,7 +78,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Trial:
-    """What some steps of training on this machine took."""
+    """The speed of a short trial training on this machine, with the times of its start and evaluation."""
 
     bytes_per_s: float
     start_s: float
@@ -98,7 +98,7 @@ def prepare(request: Request, began_s: float) -> Config | int:
     """The config of the request: that of an earlier start, or a new one. An exit code if a signal ended the trial."""
     if request.config_file.exists():
         check_record(request)
-        print(f"{request.config_file}: goes on with the config that was chosen before", flush=True)
+        print(f"{request.config_file}: using the config that was chosen before", flush=True)
         return load_config(request.config_file, overrides_of(request))
     survey = look(request)
     machine = Machine("gpu" if gpu_count() else "cpu", gpu_count() or choose_ranks(8, None))
@@ -269,7 +269,7 @@ def write_config(request: Request, choice: Choice, data: str, eval_data: str, st
     record = f"{RECORD}{json.dumps(request.record())}"
     header = [
         f"Chosen by `bfsys fit` for {request.folder}; each value has its reason.",
-        "The same command goes on with this file, also after you changed it.",
+        "The same command resumes with this file, even if you have changed it.",
         record.removeprefix("# "),
     ]
     text = to_yaml(settings_of(choice, data, eval_data, steps, request.minutes), header)

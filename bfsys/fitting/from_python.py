@@ -24,7 +24,7 @@ def fit(
     """Train and evaluate a model on a folder with a folder of files per class: the directory of the run, for `load`.
 
     It is the command `bfsys fit`, in a process of its own, whose output is printed: training forks, and this process
-    may hold threads and a GPU. The same call goes on after a stop, and does not train again what is trained.
+    may hold threads and a GPU. The same call resumes after a stop, and does not train again what is trained.
 
     name       of the run; by default that of the folder
     minutes    time for all of it
@@ -56,7 +56,7 @@ def fit(
         raise UserError(*said)
     print("\n".join(said), end="\n" if said else "", file=sys.stderr)
     if code:
-        raise UserError(f"training ended with code {code}, see above; the same call goes on from its last checkpoint")
+        raise UserError(f"training ended with code {code}, see above; the same call resumes from its last checkpoint")
     from bfsys.fitting.fit import name_for
 
     return Path(runs) / (name or name_for(Path(folder)))

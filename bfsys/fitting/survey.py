@@ -1,4 +1,4 @@
-"""What a folder of files holds: classes, splits, lengths, and whether all of it is pictures or all of it sound.
+"""Survey a folder of files: classes, splits, lengths, and whether all files are pictures or all are sounds.
 
 Kinds and sizes are read from the headers of some files, spread evenly over the folder. Packing looks at every file
 later; a survey only has to be right about what is typical.
@@ -23,7 +23,7 @@ PHOTOGRAPHS = ("a JPEG", "a WebP")
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found."""
+    """The result of a survey."""
 
     classes: tuple[str, ...]
     files: dict[str, int]

@@ -35,7 +35,7 @@ _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A run to be started any number of times."""
+    """A run that can be started any number of times."""
 
     config: Path
     """Absolute."""
@@ -46,7 +46,7 @@ class TrainJob:
     """Absolute; what relative paths in the config refer to."""
 
     def command(self) -> list[str]:
-        """Of one rank's process, to be run in `work_dir`."""
+        """The command of one rank's process, to be run in `work_dir`."""
         return [sys.executable, str(self.code_dir / "bfsys" / "train.py"), str(self.config), *self.overrides]
 
     def __call__(self) -> None:

@@ -40,7 +40,7 @@ class Submitted:
     job: str
     """Its number; NUMBER_TASK in an array."""
     log: str
-    """Of rank 0."""
+    """The log of rank 0."""
     time: str
     command: str
 
@@ -66,7 +66,7 @@ def submissions(run_dir: Path) -> list[Submitted]:
 
 @dataclass(frozen=True)
 class State:
-    """What SLURM says of a job."""
+    """The state of a job according to SLURM."""
 
     name: str
     facts: str = ""
@@ -81,7 +81,7 @@ NO_ANSWER = State("SLURM does not answer")
 
 
 def state_of(job: str) -> State:
-    """Of the queue; of the accounts, where there are any, once it has left it."""
+    """The state of a job in the queue or, after it has left the queue, in SLURM's accounting if the site has it."""
     said, complaint = _ask("scontrol", "--oneliner", "show", "job", job)
     facts = dict(word.split("=", 1) for word in said.split() if "=" in word)
     if name := facts.get("JobState"):
@@ -137,9 +137,9 @@ def show_status(run_dir: Path) -> int:
         failed = True
         log = Path(submitted[-1].log)
         why = "its log says why" if log.exists() else "it left no log: do the nodes see its folder?"
-        print(f"ended    training left no word of its end; {why}")
+        print(f"ended    training exited without recording why; {why}")
     if failed and not waiting:
-        print("next     give its command again, when the reason is gone; it goes on from the newest checkpoint:")
+        print("next     fix the reason, then give its command again; it resumes from the newest checkpoint:")
         print(f"         {submitted[-1].command}" if submitted else "")
     return int(failed and not waiting)
 
@@ -173,7 +173,7 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> int:
         for text in _added_to(log, job.job) if follow else (_shown(_last_lines(log, SHOWN_LINES)),):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
-        print(f"\nthe job goes on; bfsys slurm stop {run_dir} ends it", file=sys.stderr)
+        print(f"\nthe job continues; bfsys slurm stop {run_dir} ends it", file=sys.stderr)
     return 0
 
 

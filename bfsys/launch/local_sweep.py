@@ -55,7 +55,7 @@ def check_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) ->
 
 
 def _other_settings(config: Config) -> list[str]:
-    """What differs between a run that has begun and this one of the same name."""
+    """The settings in which an existing run differs from this one of the same name."""
     path = config.run_dir / CONFIG
     if not newest_step(config.run_dir) or not path.exists():
         return []
@@ -74,7 +74,7 @@ def is_finished(config: Config) -> bool:
 
 
 def state_of(config: Config) -> str:
-    """What the sweep will do with a run."""
+    """The sweep's plan for a run."""
     step = newest_step(config.run_dir)
     if is_finished(config):
         return "is finished"

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a job before it waits in a queue: data, run directory, file systems, SLURM.
+"""Pre-flight checks of a job before it is queued: data, run directory, file systems, SLURM.
 
 Seconds, on a login node, without a GPU. Each check yields its problems; none stops the others.
 """
@@ -159,10 +159,10 @@ def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qo
 class Partition:
     is_default: bool = False
     minutes: int | None = None
-    """Of a job; None: no limit."""
+    """The time limit of a job in minutes; None means no limit."""
     nodes: int = 0
     away: int = 0
-    """Of these, down or drained."""
+    """The number of these nodes that are down or drained."""
 
 
 def _partitions() -> dict[str, Partition]:

@@ -1,4 +1,4 @@
-"""What a SLURM job's script is: it runs the tasks, and sees to it that the job comes back when it should.
+"""The script of a SLURM job: it runs the tasks, and decides whether the job is requeued.
 
     python -m bfsys.launch.requeue RUN [RUN …] -- srun …     a run directory for each member of an array
 
@@ -79,7 +79,7 @@ class JobSupervisor:
         return code if code >= 0 else 128 - code
 
     def after(self, code: int) -> int:
-        """The tasks have ended with `code`: have the job started again, or not."""
+        """After the tasks have ended with `code`, have the job requeued if it should be."""
         job = job_facts()
         if not may_come_back(job):
             return code  # it was cancelled, or SLURM itself starts it again
@@ -133,7 +133,7 @@ def may_come_back(job: dict[str, str]) -> bool:
 
 
 def job_id() -> str:
-    """Of the job that this process is in, as scontrol understands it: the number alone may mean a whole array."""
+    """The id of this process's job for scontrol: the number alone may mean a whole array."""
     env = os.environ
     if "SLURM_ARRAY_TASK_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
@@ -141,7 +141,7 @@ def job_id() -> str:
 
 
 def job_facts() -> dict[str, str]:
-    """What SLURM says of this job: JobState, Reason, PreemptTime, …; nothing if it does not answer."""
+    """SLURM's fields of this job: JobState, Reason, PreemptTime, …; empty if SLURM does not answer."""
     try:
         said = _scontrol("--oneliner", "show", "job", job_id())
     except (OSError, subprocess.SubprocessError):

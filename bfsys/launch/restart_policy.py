@@ -1,6 +1,6 @@
-"""When a run that has ended is started again: the policy of both launchers (launchers/local.py, requeue.py).
+"""The restart policy of both launchers (launchers/local.py, requeue.py).
 
-A crash, a hang and a lost node are started again from the newest whole checkpoint. An end that another start would not
+A crash, a hang and a lost node are restarted from the newest intact checkpoint. An end that another start would not
 change is none of these: finished, bad input, diverged, nothing can be saved, asked to stop. Nor is a run started again
 after three starts in a row that made no new checkpoint.
 """
@@ -33,15 +33,15 @@ class Restarts:
 
     run_dir: Path
     step: int = 0
-    """Of the newest checkpoint, before the present start."""
+    """Step of the newest checkpoint before the present start."""
     without_progress: int = 0
     """Starts again since the last progress."""
     pauses_s: tuple[float, ...] = PAUSES_S
     exit_code: int = 0
-    """Of the run, once there is to be no other start."""
+    """Exit code of the run, once it is not restarted any more."""
 
     def pause_s(self, code: int) -> float | None:
-        """How long to wait before the next start after one that ended with `code`; None: there is to be none."""
+        """Seconds to wait before the next start after one that ended with `code`; None if there is no other start."""
         self.exit_code = code
         if code in FINAL_CODES:
             return None
@@ -59,7 +59,7 @@ class Restarts:
 
 
 def newest_step(run_dir: Path) -> int:
-    """Of the checkpoint that was saved last; 0 if there is none."""
+    """The step of the newest checkpoint; 0 if there is none."""
     try:
         return int((checkpoints_dir(run_dir) / LATEST).read_text().removeprefix("step_"))
     except (OSError, ValueError):

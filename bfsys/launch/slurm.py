@@ -180,7 +180,7 @@ def snapshot(config: Config) -> Path:
 
 
 def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir: Path) -> Executor:
-    """submitit's executor with everything that sbatch and srun are to be told."""
+    """submitit's executor with all options for sbatch and srun."""
     run_dirs = [config.run_dir.absolute() for config in configs]
     base = run_dirs[0] if len(configs) == 1 else run_dirs[0].with_name(load_config(args.config, args.overrides).name)
     python, srun_args = shlex.quote(sys.executable), []
@@ -297,7 +297,7 @@ def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: l
 
 
 def tell(args: argparse.Namespace, configs: Sequence[Config], submitted: Sequence[jobs.Submitted]) -> None:
-    """What was submitted, and the commands to look after it."""
+    """A summary of the submitted jobs, and the commands to manage them."""
     device = "one per GPU" if args.gpus_per_node else "on CPUs"
     for config, job in zip(configs, submitted, strict=True):
         run = shlex.quote(str(config.run_dir))

@@ -74,7 +74,7 @@ class Flops:
 
 
 def flops_per_step(lengths: np.ndarray, architecture: Architecture, num_classes: int, backward: bool = True) -> Flops:
-    """Of one micro-batch of files of `lengths` bytes (int64 [B]) through bfsys' model (masked), real tokens only.
+    """Operations of one micro-batch of files of `lengths` bytes (int64 [B]) in bfsys' model (masked), real tokens only.
 
     Takes 30 us for 16 files, and so may be called for every micro-batch.
     """
@@ -101,7 +101,7 @@ def flops_per_step(lengths: np.ndarray, architecture: Architecture, num_classes:
 
 
 def published_flops(lengths: np.ndarray, architecture: Architecture, num_classes: int, backward: bool = True) -> Flops:
-    """Of the same micro-batch through the published form, with all padding that it computes on."""
+    """Operations of the same micro-batch in the published form, with all padding that it computes on."""
     a = architecture
     files, longest = len(lengths), int(np.max(lengths))
     levels, _, merge_levels = _layers(a)

@@ -45,8 +45,8 @@ def _generation(device: torch.device) -> int:
 
 @triton.jit
 def _locate(n, rows, file, first_byte, end_byte, first_token, tokens, stride):
-    """Of rows n (int64): place in their file, the file's tokens (0 for rows that are no token), first byte in `data`,
-    and bytes from there to the file's end (at most 0 where there is none)."""
+    """For rows n (int64): position in their file, the file's tokens (0 for rows that are not tokens), first byte in
+    `data`, and bytes from there to the file's end (0 or less if there are none)."""
     f = tl.load(file + n, mask=n < rows, other=0)
     place = n - tl.load(first_token + f)
     count = tl.load(tokens + f)

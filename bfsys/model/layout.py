@@ -1,4 +1,4 @@
-"""Where every token of a ragged batch lies: one index computation per batch, on the CPU.
+"""The positions of the tokens of a ragged batch: one index computation per batch, on the CPU.
 
 Each file's token sequence is rounded up once to a multiple of 2^mergings, so that all mergings are plain views of the
 token buffer. Attention runs over segments, runs of tokens; a shifted layer has other segment borders, nothing else.
@@ -56,7 +56,7 @@ class Windows:
 
     @cached_property
     def added(self) -> Tensor | None:
-        """What is added to scores, 0 or -inf: [W, 1, 1, width] in float32."""
+        """The mask that is added to scores, 0 or -inf: [W, 1, 1, width] in float32."""
         if self.mask is None:
             return None
         return torch.zeros(self.mask.shape, device=self.mask.device).masked_fill_(~self.mask, -math.inf)[:, None, None]
@@ -111,7 +111,7 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Where the files of a batch lie.
+    """The positions of a batch's files.
 
     first_byte, end_byte  int64 [B], in the byte buffer
     first_token, tokens   int64 [B], in the token buffer of level 0

@@ -1,4 +1,4 @@
-"""What data sheets promise: operations per second of dense matrix products, by the name of the GPU.
+"""Peak speeds from data sheets: operations per second of dense matrix products, by the name of the GPU.
 
 A utilisation (MFU) refers to this peak, so that runs on one type of GPU can be compared. A device that is not in the
 table, a part of a GPU (MIG, vGPU) and a variant of another speed ("Laptop GPU", "Ti") have none.

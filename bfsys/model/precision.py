@@ -1,4 +1,4 @@
-"""In which precision the model stores activations, and in which it computes with them."""
+"""The precision in which the model stores activations, and the one in which it computes with them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 
 def stored_dtype(weight: Tensor) -> torch.dtype:
-    """Of activations: that of the weights, or under autocast (bf16 at ZeRO stage 0) the one that it asks for."""
+    """The dtype of activations: that of the weights, or under autocast (bf16 at ZeRO stage 0) autocast's."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 @cache
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """Of the operands of matrix products, where activations are stored as `dtype`; the same in each process.
+    """The dtype of the operands of matrix products if activations are stored as `dtype`; the same in each process.
 
     A CPU without instructions for bfloat16 converts operands inside of each product, which takes four times as long
     as a product in float32 (Cascade Lake, 2026-11-21). There they are converted beforehand.

@@ -28,7 +28,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What decides the parameters' shapes and the order of computation.
+    """The values that determine the parameters' shapes and the order of computation.
 
     kernel       bytes that one token sees; its stride is half of that
     window       tokens that attend to each other
@@ -86,7 +86,7 @@ class Architecture:
 
     @property
     def rounding_bytes(self) -> int:
-        """What a shorter file costs all the same."""
+        """The smallest number of bytes that a file costs, even if it is shorter."""
         return self.alignment * self.stride
 
     @property

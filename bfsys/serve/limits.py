@@ -1,4 +1,4 @@
-"""What one client may ask of the service. All bounds hold while a request arrives, before its bytes are kept."""
+"""Limits of one request. They are enforced while a request arrives, before its bytes are stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run besides curves: confusion matrix, accuracy by class, the worst files, the embedding,
+"""TensorBoard's views of a run besides curves: confusion matrix, accuracy by class, the worst files, the embedding,
 lengths of files, and events.
 
 Pictures are drawn with Pillow: a run would pay a second for each evaluation with Matplotlib, and import it.

@@ -56,7 +56,7 @@ class Guard:
         self._losses = deque(state["losses"], WINDOW_STEPS)
 
     def judge(self, loss: float, grad_norm: float) -> str:
-        """What is wrong with a step of this mean loss; "" if nothing is."""
+        """The problem of a step with this mean loss; "" if there is none."""
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return f"loss {loss:g}, norm of the gradient {grad_norm:g}"
         score = self._zscore(loss)
@@ -102,7 +102,7 @@ def read_rollbacks(run_dir: Path) -> list[dict]:
 
 
 def return_to_good_checkpoint(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
-    """Make the last checkpoint before the bad steps the newest, and write down that they are to be passed over; for
+    """Make the last checkpoint before the bad steps the newest, and record that they are skipped; for
     rank 0. Returns what was done; raises UserError if that was tried often enough."""
     paths = all_checkpoints(run_dir)
     good = [path for path in paths if step_of(path) < bad[0]["step"]]
@@ -126,7 +126,7 @@ def return_to_good_checkpoint(run_dir: Path, rollbacks: list[dict], bad: list[di
 
 
 def ranges_of(steps: list[int]) -> str:
-    """Ascending steps for people to read: 3-5, 9"""
+    """Ascending steps as readable text: 3-5, 9"""
     parts: list[list[int]] = []
     for step in steps:
         if parts and step == parts[-1][-1] + 1:
@@ -137,7 +137,7 @@ def ranges_of(steps: list[int]) -> str:
 
 
 class Drawn(NamedTuple):
-    """What is kept of a micro-batch until its step is judged (not its bytes: memory is waiting for them)."""
+    """The part of a micro-batch that is kept until its step is judged (not its bytes, which would hold memory)."""
 
     sources: Tensor  # int64 [B]
     samples: Tensor  # int64 [B]
@@ -146,7 +146,7 @@ class Drawn(NamedTuple):
 
 def samples_of(drawn: list[Drawn], sources: Sources) -> list[str]:
     """SOURCE/KEY of the samples behind a bad step, over all ranks; collective. Those of the micro-batches whose loss
-    is no number; or, if all are numbers, of the whole step."""
+    is not finite; or, if all are finite, of the whole step."""
     mine = []
     for of_source, samples, loss in drawn:
         pairs = zip(of_source.tolist(), samples.tolist(), strict=True)

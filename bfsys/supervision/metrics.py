@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, metrics.jsonl and a console line, from one set of sums.
+"""The figures of a run: TensorBoard, metrics.jsonl and a console line, from one set of sums.
 
 Sums are collected on each rank without waiting for the device, and added up over the ranks every `log_every`
 steps. A checkpoint carries the sums since the last line, so that the lines of a resumed run are those of a run
@@ -50,7 +50,7 @@ LINE = {"kind": str, "step": int}  # fields that every line of metrics.jsonl has
 
 
 class _Outputs(NamedTuple):
-    """What rank 0 writes."""
+    """The outputs that rank 0 writes."""
 
     lines: TextIO
     tensorboard: SummaryWriter
@@ -263,7 +263,7 @@ class Metrics:
 
     @contextmanager
     def _noting_problems(self) -> Iterator[None]:
-        """What the disk refuses is told to the training loop, which ends the run on all ranks."""
+        """Report a write error to the training loop, which ends the run on all ranks."""
         try:
             yield
         except OSError as error:

@@ -1,4 +1,4 @@
-"""How a run ended, for people and launchers: ended.json in its directory."""
+"""The end of a run, recorded for people and launchers in ended.json in its directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def note_end(run_dir: Path, exit_code: int, reason: str) -> None:
 
 
 def forget_end(run_dir: Path) -> None:
-    """The run goes on."""
+    """Delete the record, because the run resumes."""
     (run_dir / FILE).unlink(missing_ok=True)
 
 

@@ -38,7 +38,7 @@ COLLECT_EVERY_STEPS = 100  # on all ranks in the same step, because ranks that c
 
 
 class StepOutcome(NamedTuple):
-    """What this rank computed in a step."""
+    """The results of a step on this rank."""
 
     drawn: list[Drawn]
     """Its micro-batches; none of a step that is skipped."""
@@ -50,12 +50,12 @@ class StepOutcome(NamedTuple):
 
 
 class Agreed(NamedTuple):
-    """What all ranks know after a step."""
+    """The results of a step that all ranks share."""
 
     loss: float
     """Mean over the global batch."""
     exit_code: int
-    """What a rank was asked for (0: to go on)."""
+    """The exit code that a rank was asked for (0: continue)."""
     has_bad_files: bool
     is_writing: bool
     """A rank still writes its files of a checkpoint."""

@@ -68,13 +68,13 @@ class Watchdog:
         self.beat(where)
 
     def times_are_known(self) -> None:
-        """From here on it is learned how long things take."""
+        """Start to learn how long steps take."""
         self._last = time.monotonic()
         self._is_patient = False
 
     @contextmanager
     def patient(self, where: str) -> Iterator[None]:
-        """What happens within may take long, and nothing is learned from it: evaluations, saves."""
+        """Allow a long operation (an evaluation, a save), from which no limit is learned."""
         before, self._is_patient = self._is_patient, True
         self.beat(where)
         try:
@@ -162,7 +162,7 @@ class Watchdog:
         missing = sorted(set(range(self._ranks.world_size)) - reports.keys())
         if missing:
             return (
-                f"{what}: rank {', '.join(map(str, missing))} does not answer: stopped, stuck, or its machine is gone"
+                f"{what}: rank {', '.join(map(str, missing))} does not answer: stopped, stuck, or its machine was lost"
             )
         least = min(beats for beats, _ in reports.values())
         behind = sorted(rank for rank, (beats, _) in reports.items() if beats == least)

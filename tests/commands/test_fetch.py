@@ -125,7 +125,9 @@ def test_no_network_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchaudio.datasets.speechcommands.download_url_to_file", fail)
-    with pytest.raises(UserError, match=r"cannot be had \(no route to host\); get it by other means, put it into"):
+    with pytest.raises(
+        UserError, match=r"could not be downloaded \(no route to host\); get it by other means, put it into"
+    ):
         call("fetch", ["speech_commands", str(tmp_path / "new")])
 
 

@@ -79,7 +79,7 @@ def test_a_job_that_is_over(run: Path, slurm_says, capsys, scontrol: str, sacct:
     assert call("slurm", ["status", str(run)]) == 1
     out = capsys.readouterr().out
     assert f"42: {shown}" in out
-    assert "training left no word of its end; its log says why" in out
+    assert "training exited without recording why; its log says why" in out
     (run / "slurm" / "42_0_log.out").unlink()
     note_end(run, 65, "diverged at step 7")
     assert call("slurm", ["status", str(run)]) == 1

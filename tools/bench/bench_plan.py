@@ -179,7 +179,7 @@ def measure(run: dict, steps: int) -> dict:
 
 
 def first_batch_ms(run: dict, share: float) -> float:
-    """From an open split to the first micro-batch after that share of an epoch."""
+    """Time from an open split to the first micro-batch after that share of an epoch."""
     plan = _plan(run)
     step = int(share * len(plan.splits[0]) / run["batch"])
     began = time.perf_counter()

@@ -123,7 +123,7 @@ def throttled(disk_mb_s: float | None, folder: Path) -> bool:
 
 
 def write_speed_mb_s(folder: Path) -> float:
-    """Of 64 MB that are synced."""
+    """The speed at which 64 MB are written and synced."""
     path, content = folder / "speed", os.urandom(64_000_000)
     began = time.perf_counter()
     with open(path, "wb") as file:

@@ -44,7 +44,7 @@ SHOWN = 10  # lines
 
 
 def bfsys_losses(config: str | Path, overrides: Sequence[str], folder: Path, steps: int) -> list[float]:
-    """Of the first steps of a run in `folder`."""
+    """The losses of the first steps of a run in `folder`."""
     changes = [*overrides, f"runs_dir={folder}", "name=compared", "train.log_every=1", "train.precision=fp32"]
     command = [sys.executable, ROOT / "bfsys" / "train.py", config, *changes]
     metrics = folder / "compared" / "metrics.jsonl"

@@ -32,7 +32,7 @@ LONGEST_SOUND = 2**22  # samples
 
 
 class FileKind(NamedTuple):
-    """What a file is by its first bytes."""
+    """The kind of a file, judged by its first bytes."""
 
     name: str  # with an article
     modality: str
@@ -86,7 +86,7 @@ class InputFormat:
         return text + (f" at {rate:,} Hz" if rate else "")
 
     def to_tree(self) -> dict:
-        """As a checkpoint's manifest holds it."""
+        """The format as a tree for a checkpoint's manifest."""
         return {"encoding": self.encoding.text, **asdict(self.fitting)}
 
     def matches(self, data: np.ndarray) -> bool:
@@ -128,7 +128,7 @@ def _size(value: object) -> float | None:
 
 
 class _Common(NamedTuple):
-    """What all files of a format have in common."""
+    """The header bytes, and the length if it is fixed, that all files of a format share."""
 
     places: np.ndarray  # int64 [n], ascending, in the header
     values: np.ndarray  # uint8 [n]

@@ -1,4 +1,4 @@
-"""What kinds of files can be decoded: a modality is a row in this table.
+"""The kinds of files that can be decoded: a modality is a row in this table.
 
 The model never decodes and is never told the modality. Decoding serves packing into another encoding
 and augmentation in the decoded domain only. Alternative refused: decoding through torchvision and
@@ -25,5 +25,5 @@ MODALITIES = {
 
 
 def peculiarities_of(data: bytes, modality: str | None) -> tuple[str, ...]:
-    """Which keys of PECULIARITIES a file of this modality has: what decoding leaves out of it."""
+    """The keys of PECULIARITIES that apply to a file of this modality: what decoding drops."""
     return peculiarities_of_image(data) if modality == "image" else ()

@@ -62,7 +62,7 @@ LAYOUTS = {
 
 
 class Announced(NamedTuple):
-    """What a header says of the bytes that follow it."""
+    """What a header states about the bytes after it."""
 
     start: int  # offset of the first byte
     size: int  # bytes
@@ -160,7 +160,7 @@ def _too_long(samples: str) -> ValueError:
 
 
 def _announced(data: bytes) -> Announced | None:
-    """Where a file's samples must be, as far as its header tells. None where it does not."""
+    """The position of a file's samples according to its header; None if the header does not state it."""
     magic = data[:4]
     if magic in LAYOUTS:
         return _announced_in_chunk(data, LAYOUTS[magic])

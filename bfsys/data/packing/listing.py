@@ -1,4 +1,4 @@
-"""Which files are to be packed: listing folder trees and lists, naming the samples, dividing them.
+"""List the files to be packed, from folder trees or lists; name the samples and divide them into splits.
 
 Everything that can be wrong with the input is found here, before anything is written, and returned rather
 than raised, so that one run names it all. Two kinds are kept apart: `problems` of the input as a whole,

@@ -37,7 +37,7 @@ SECONDS_BETWEEN_LINES = 15  # of progress, where there is no terminal to draw a 
 
 @dataclass(frozen=True)
 class Packing:
-    """What is to be packed, and how."""
+    """The files to pack, and how to pack them."""
 
     src: Path
     folder: Path
@@ -46,7 +46,7 @@ class Packing:
     """tree, imagefolder, filelist or speech_commands: how SRC says classes and splits."""
     subdir: str
     split: str | None
-    """That all files belong to."""
+    """The split of all files."""
     splits: str | None
     """The only ones that are packed, separated by commas."""
     val_share: float | None

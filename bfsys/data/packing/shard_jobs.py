@@ -167,7 +167,7 @@ def _members(outcome: Outcome, skip_bad: bool, fatal: Mapping[str, str], positio
 def _packed_bytes(
     file: SourceFile, job: Job, encoding: Encoding, fatal: Mapping[str, str], outcome: Outcome
 ) -> bytes | str:
-    """What is written of a file, or why it is a bad one."""
+    """The bytes to store for a file, or the reason why it is bad."""
     if file.path in fatal:
         return fatal[file.path]
     try:
@@ -213,7 +213,7 @@ def target_problems(folder: Path, splits: set[str]) -> list[str]:
 
 
 def inputs_fingerprint(jobs: Sequence[Job], arguments: dict, skipped: Sequence[BadFile]) -> str:
-    """Of everything that went into a dataset. Holds times of files, so it is not part of dataset.json."""
+    """A fingerprint of everything that went into a dataset. It covers file times, so it is not part of dataset.json."""
     identity = json.dumps([VERSION, [job.fingerprint for job in jobs], arguments, skipped])
     return hashlib.sha256(identity.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""What splits are called, and which files of a class go to train and which to val.
+"""Names of splits, and the division of a class's files into train and val.
 
 A name counts in any capitals, by its usual synonyms, and with such as "set" behind it: Train, TRAINING, test_set.
 

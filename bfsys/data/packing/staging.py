@@ -1,4 +1,4 @@
-"""Where a dataset is packed until it is whole: the folder .pack inside the dataset's folder.
+"""The staging folder of a dataset that is being packed: the folder .pack inside the dataset's folder.
 
     NAME-SPLIT-000000.tar, .npz …   finished shards, and what `packing.write_job` knows of each
     dataset.json                    written last: all is whole and can be put into place
@@ -66,7 +66,7 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def start(folder: Path) -> None:
-    """From here on shards in the staging folder may be replaced by others."""
+    """Record that shards in the staging folder may be replaced from now on."""
     (folder_of(folder) / DESCRIPTION).unlink(missing_ok=True)
 
 

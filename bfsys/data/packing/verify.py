@@ -89,7 +89,7 @@ def verify_shard(split: Split, number: int) -> list[str]:
 
 
 def _differences(split: Split, number: int, found: TarIndex) -> list[str]:
-    """What the index says of the samples of one shard, and what the tar says."""
+    """The samples of one shard according to the index and according to the tar."""
     path = split.path / split.shards[number].file
     first, end = split.shard_starts[number : number + 2].tolist()
     if len(found.samples) != end - first:

@@ -51,7 +51,7 @@ class Worker:
             self.connection.send((job, fatal))
 
     def outcome(self) -> Outcome | OSError | UserError | None:
-        """What came of the job; None if the process died of it."""
+        """The result of the job; None if the process crashed."""
         try:
             return self.connection.recv()
         except (EOFError, ConnectionError):

@@ -13,7 +13,7 @@ SHOWN = 5  # names in a message, before "…"
 
 @dataclass
 class Spelling:
-    """Where one spelling of a class was met, and the splits in which it has files."""
+    """The places where a spelling of a class was found, and the splits in which it has files."""
 
     places: list[str] = field(default_factory=list)
     splits: set[str] = field(default_factory=set)

@@ -1,4 +1,4 @@
-"""What a dataset.json must hold: its types, checked when it is read, since people and other programs write it too."""
+"""The content of a dataset.json: its types are checked on reading, since people and other programs write it too."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _ADAPTER = TypeAdapter(Description)
 
 
 def check_description(content: bytes) -> list[str]:
-    """What is wrong with the content of a dataset.json."""
+    """The problems in the content of a dataset.json."""
     try:
         description = _ADAPTER.validate_json(content, strict=True)
     except ValidationError as error:

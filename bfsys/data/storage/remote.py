@@ -121,7 +121,7 @@ class Cache:
         self.__dict__.update(state, _counting=threading.Lock())
 
     def read(self, url: str, *, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
-        """What a small file holds that no hash is known of, such as dataset.json. Not cached."""
+        """The content of a small file whose hash is not known, such as dataset.json. Not cached."""
         stop = threading.Event()
 
         def once() -> bytes:
@@ -158,7 +158,7 @@ class Cache:
         self._try_often(file.url, lambda: self._fetch(file, stop, wait=False), stop, is_awaited=False)
 
     def path_of(self, file: RemoteFile) -> Path:
-        """Where the file lies, if it is cached."""
+        """The path of the file in the cache, or None."""
         name = re.sub(r"[^\w.+-]", "_", base_name(file.url), flags=re.ASCII)[-100:]
         if name.endswith((PART, LOCK)):
             name += "_"
@@ -180,7 +180,7 @@ class Cache:
         return self.attempts * self.stall_s + self.back_off_s * (2 ** (self.attempts - 1) - 1)
 
     def size_bytes(self) -> int:
-        """What the cache takes up, with what downloads under way have reserved."""
+        """The size of the cache, including the space reserved for running downloads."""
         with _locked(self.folder / EVICT):
             return sum(size for _, size, _ in self._files())
 
@@ -350,7 +350,7 @@ class Cache:
         raise UserError(problem, exit_code=EXIT_CRASHED)  # launchers start the run again: the server may come back
 
     def _pause_s(self, url: str, failed: int) -> float:
-        """How long to wait after so many tries: twice as long each time; spread, and no random state is touched."""
+        """Seconds to wait after the given number of tries: doubled each time, with jitter that uses no random state."""
         digest = hashlib.sha256(f"{url} {failed}".encode()).digest()
         jitter = 0.75 + 0.5 * int.from_bytes(digest[:4]) / 2**32
         return self.back_off_s * 2 ** (failed - 1) * jitter

@@ -361,7 +361,7 @@ def write_description(
 
 
 def summarise(description: dict) -> str:
-    """What a dataset holds, for people to read."""
+    """A readable summary of a dataset."""
     classes = description["classes"]
     count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
     lines = [f"{description['name']}: {count} ({some(classes)}), encoding {description['encoding']}"]

@@ -1,4 +1,4 @@
-"""What a URL holds, as a stream of bytes that ends well or says why not.
+"""The content of a URL as a stream of bytes, which ends completely or raises the reason.
 
 Opening is webdataset's `gopen`, so that the schemes, credentials and proxies that people have keep working.
 Refused: its `Pipe` for reading, which waits for ever on a server that falls silent; and an HTTP library, which
@@ -72,7 +72,7 @@ def url_of(location: str, file: str) -> str:
 
 
 def base_name(url: str) -> str:
-    """For people to read: what the file is called where it comes from."""
+    """The file's name at its origin, for messages."""
     if url.startswith(PIPE):  # the last word of the command that ends like a path to a file
         names = re.findall(r"[^/\s'\"]/([^/\s'\"?]+\.[^/\s'\"?]+)(?=[\s'\"?]|$)", url)
         return names[-1] if names else "file"
@@ -150,7 +150,7 @@ def _end_tree(process: subprocess.Popen) -> None:
 def stream(
     url: str, stall_s: float, stop: threading.Event, size_bytes: int | None = None
 ) -> Generator[bytes, None, None]:
-    """What a URL holds, as it comes. Leaves no process behind.
+    """The content of a URL, in chunks as they arrive. Leaves no process behind.
 
     Raises TryFailed where it stalls or ends badly or a server's page comes instead, and UserError where another try
     would do no better.
@@ -181,7 +181,7 @@ def stream(
 
 
 def _failure(url: str, status: int, complaint: str, received: str) -> Exception:
-    """What the end of a command with that exit status and complaint means, after so many bytes."""
+    """The meaning of a command's exit status and error output, given how many bytes it delivered."""
     why = f"exit status {status}" + (f": {complaint}" if complaint else "")
     if status in CANNOT_RUN:
         return UserError(f"{hide(url)}: the command cannot be run ({why}); install it, or correct the command")

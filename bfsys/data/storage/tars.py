@@ -1,4 +1,4 @@
-"""One shard: a WebDataset tar, written and read together with the index of what lies where in it.
+"""One shard: a WebDataset tar, written and read together with an index of its members.
 
 Writing and reading give the same `TarIndex`, so packing, checking and rebuilding an index are one
 thing: join the `TarIndex` of all shards. The tar is laid out here rather than by
@@ -72,7 +72,7 @@ class Shard:
 
 
 class Member(NamedTuple):
-    """What becomes the two tar entries KEY.extension and KEY.cls."""
+    """A sample, stored as the two tar entries KEY.extension and KEY.cls."""
 
     key: str
     extension: str
@@ -81,7 +81,7 @@ class Member(NamedTuple):
 
 
 class TarIndex(NamedTuple):
-    """What one shard holds. Shard numbers are 0 and key ends count from 0 until shards are joined."""
+    """The index of one shard. Shard numbers are 0 and key ends count from 0 until shards are joined."""
 
     shard: Shard
     samples: np.ndarray  # SAMPLE [samples]
@@ -93,12 +93,12 @@ class TarIndex(NamedTuple):
 
 
 def size_in_tar_bytes(payload_bytes: int) -> int:
-    """What a sample takes up in a shard: two headers, the payload and the class number in blocks."""
+    """The size of a sample in a shard: two headers, the payload and the class number in blocks."""
     return 3 * BLOCK_BYTES + payload_bytes + -payload_bytes % BLOCK_BYTES
 
 
 def write_shard(path: Path, members: Iterable[Member]) -> TarIndex:
-    """Write one tar under a temporary name, rename it when whole, and say what lies where in it."""
+    """Write one tar under a temporary name, rename it when it is complete, and return its index."""
     sha256 = hashlib.sha256()
     rows: list[tuple] = []
     keys = bytearray()

@@ -40,7 +40,7 @@ SLOWEST, FASTEST = 0.5, 2.0
 
 
 class Augmentation:
-    """What happens to each training file of a source. Can be pickled and forked.
+    """The augmentation of a source's training files. Can be pickled and forked.
 
     encoding         what comes out; decides whether pictures or sounds go in
     image_size       pixels, of a square
@@ -74,7 +74,7 @@ class Augmentation:
         self._speeds = tuple(speeds)
         self._recordings = _Recordings(background, sample_rate_hz) if background else None
         self.background = self._recordings.fingerprint if self._recordings else None
-        """Tells one folder of recordings from another, wherever it lies."""
+        """A fingerprint of a folder of recordings, independent of its path."""
         self.least_bytes = self._encoded_bytes(image_size)
         """Length of a file without content: that of every file, unless the encoding `compresses`."""
         self.compresses = encoding.compresses

@@ -48,16 +48,16 @@ class ByteTransform:
     randomised: bool = False
     """Draws from the generator; otherwise equal bytes become equal bytes."""
     key_sha256: str = field(default="", repr=False, compare=False)
-    """Tells one key from another without giving it away."""
+    """A fingerprint of the key, which does not reveal it."""
 
     @property
     def keeps_places(self) -> bool:
-        """Each byte depends on the one in its place alone."""
+        """Each output byte depends only on the input byte at the same position."""
         return self.text.partition(":")[0] in ("noise", "permute", "flip")
 
     @property
     def identity(self) -> str:
-        """What it does, wherever its key file lies."""
+        """A description of the transform, independent of the path of its key file."""
         return f"permute by the key of sha256 {self.key_sha256[:16]}" if self.key_sha256 else self.text
 
 
@@ -113,7 +113,7 @@ def _stride(step: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray
 def _window_shuffle(window: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One permutation for every full window; the bytes after the last full one stay.
 
-    The released code draws the permutation anew for every batch. No two batches then agree on the order
+    The released code draws a new permutation for every batch. No two batches then agree on the order
     within a window, and evaluation agrees with none: noise that cannot be learned. What is meant, and done
     here, is one fixed permutation per window size.
     """

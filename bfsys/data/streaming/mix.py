@@ -1,4 +1,4 @@
-"""In which order the sources of a mixture take turns.
+"""The order in which the sources of a mixture take turns.
 
 The two smallest sources are merged into one, again and again, until one is left (a Huffman tree). Going back down,
 the draws of a pair are divided between its two in exact proportion. So after any number of draws each source is within

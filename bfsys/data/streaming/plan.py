@@ -1,4 +1,4 @@
-"""Which samples make up step t on lane l: arithmetic on the index, without reading data and without state.
+"""The samples of step t on lane l, computed from the index without reading data and without state.
 
 A step draws `batch_samples` samples; `Mixture` says how many of each source. The draws of a source are
 numbered r = 0, 1, 2, …: draw r belongs to epoch r // N of its N samples and to lane r % lanes. In each epoch
@@ -34,7 +34,7 @@ Lanes = TypeVar("Lanes", int, np.ndarray)
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one or several lanes contribute to a step: int64 [samples] each.
+    """The samples that one or several lanes contribute to a step: int64 [samples] each.
 
     source  position in the list of sources
     sample  number in that source's index
@@ -244,7 +244,7 @@ def deal_evenly(costs: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
 
 
 def fitting_world_sizes(lanes: int) -> str:
-    """The numbers of ranks that share the lanes evenly, as a list to be read."""
+    """The numbers of ranks that share the lanes evenly, as readable text."""
     return ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
 
 
@@ -260,7 +260,7 @@ def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
 
 
 def lane_groups(lanes: range, groups: int) -> list[range]:
-    """The lanes in so many groups of neighbours, whose sizes differ by one at most."""
+    """The lanes in the given number of groups of neighbours, whose sizes differ by one at most."""
     ends = [len(lanes) * i // groups for i in range(groups + 1)]
     return [lanes[first:end] for first, end in itertools.pairwise(ends)]
 

@@ -1,4 +1,4 @@
-"""Which samples of a run could not be read whole: named for people, and the same for every rank and every replay.
+"""The samples of a run that could not be read intact, the same on every rank and in every replay.
 
     quarantine.tsv in the run directory: step, split, source, sample, shard, key, reason
 
@@ -57,7 +57,7 @@ class Quarantine:
 
     @classmethod
     def load(cls, run_dir: Path, ranks: dist.Ranks) -> Quarantine:
-        """What earlier starts of the run found; collective."""
+        """Load the bad samples that earlier starts of the run found; collective."""
         quarantine = cls(run_dir)
         quarantine._take(dist.on_rank0(lambda: _read(run_dir / FILE), ranks))
         return quarantine
@@ -72,7 +72,7 @@ class Quarantine:
 
     @property
     def news(self) -> int:
-        """What this rank found and did not `share` yet."""
+        """The bad samples that this rank found and has not yet passed to `share`."""
         return len(self._found)
 
     def found(self, rows: Iterable[BadSample]) -> None:
@@ -99,9 +99,9 @@ class Quarantine:
             if size is not None and count > max_bad_share * size:
                 bad = [row for row in self._rows.values() if (row.split, row.source) == (split, source)]
                 raise dist.AgreedError(
-                    f"{source}: {count:,} of {size:,} samples of {split} cannot be read whole, more than "
+                    f"{source}: {count:,} of {size:,} samples of {split} cannot be read intact, more than "
                     f"data.max_bad_share {max_bad_share:g} allows. All are in {self.path or FILE}. Repair the "
-                    "dataset and remove that file, or raise data.max_bad_share; the same command then goes on. The "
+                    "dataset and remove that file, or raise data.max_bad_share; the same command then resumes. The "
                     "first are",
                     *(row.describe() for row in bad[:LISTED]),
                 )
@@ -122,7 +122,7 @@ class Quarantine:
 
 
 def _read(path: Path) -> list[BadSample]:
-    """The rows of the file. What is no row is named on standard error and passed over: its samples are found again."""
+    """The rows of the file. Invalid rows are reported on standard error and ignored; their samples are found again."""
     *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
     rows, unreadable = [], []
     for number, line in enumerate([*lines, torn] if torn and not lines else lines, start=1):
@@ -134,7 +134,7 @@ def _read(path: Path) -> list[BadSample]:
             unreadable.append(str(number))
     if unreadable:
         where = ", ".join(unreadable[:LISTED]) + (", …" if len(unreadable) > LISTED else "")
-        text = f"{path}: passed over what is no row (line {where}); its samples are read again"
+        text = f"{path}: ignored invalid rows (line {where}); its samples are read again"
         print(text, file=sys.stderr, flush=True)
     return rows
 

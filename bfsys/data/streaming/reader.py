@@ -81,7 +81,7 @@ class Example(NamedTuple):
 
 
 class BadFileError(Exception):
-    """A file that cannot be had whole; the argument says why."""
+    """A file that cannot be read intact; the argument is the reason."""
 
 
 class ShardReader:
@@ -125,7 +125,7 @@ class ShardReader:
                 return  # reading will say why
 
     def name_of(self, source: int, sample: int) -> str:
-        """A sample for people to find: dataset, shard and key."""
+        """The name of a sample for messages: dataset, shard and key."""
         split = self.splits[source]
         shard = split.shards[self._rows[source]["shard"][sample]].file
         return f"{split.dataset.location}, {shard}: sample {split.key(sample)!r}"
@@ -146,7 +146,7 @@ class ShardReader:
         return rows
 
     def _read_plainly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> RawBatch | None:
-        """Everything as it lies in the shards; None if a single thing is not as it should be."""
+        """All bytes as they are stored in the shards; None if anything is damaged."""
         sources = wanted.source.tolist()
         if any(self._bad_from):
             bad = zip(sources, wanted.sample.tolist(), strict=True)
@@ -199,7 +199,7 @@ class ShardReader:
                 if self.replace_bad:
                     where = self.splits[source].dataset.location
                     raise UserError(
-                        f"{where}: neither sample {sample} nor any of {STAND_INS} others that could stand in for it "
+                        f"{where}: neither sample {sample} nor any of {STAND_INS} replacement candidates "
                         "can be read; `bfsys inspect --verify` shows all damage"
                     )
         offsets = np.zeros(len(parts) + 1, np.int64)
@@ -222,7 +222,7 @@ class ShardReader:
         )
 
     def _candidates(self, source: int, sample: int, epoch: int) -> Iterator[int]:
-        """The sample, then those that may stand in for it, in the order of trying."""
+        """The sample, then its replacement candidates, in the order in which they are tried."""
         yield sample
         if self.replace_bad:
             rng = self._rng(_STAND_IN, source, epoch, sample)
@@ -311,7 +311,7 @@ class ShardReader:
             except FileNotFoundError:
                 raise BadFileError("its shard is missing") from None
             except WrongContentError as error:
-                raise BadFileError(f"its shard cannot be had as it was packed: {error}") from None
+                raise BadFileError(f"its shard could not be fetched intact: {error}") from None
             except OSError as error:
                 problem = f"cannot be read: {error.strerror}"
                 if wait_s == RETRY_AFTER_S[-1]:
@@ -360,7 +360,7 @@ class ShardReader:
             os.close(descriptor)
 
     def _refetch(self, source: int, shard: int) -> bool:
-        """Drop a damaged copy of a remote shard, so that the next try fetches it anew. False where there is none."""
+        """Delete a damaged copy of a remote shard, so that the next try fetches it again. False if there is none."""
         descriptor = self._files.get((source, shard))
         dropped = descriptor is not None and self.splits[source].drop_shard(shard, descriptor)
         self._forget(source, shard)

@@ -44,7 +44,7 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains on and is evaluated on, and in which order."""
+    """The training and evaluation data of a run, and their order."""
 
     config: Config
     training: Sources
@@ -54,12 +54,12 @@ class RunData:
 
     @property
     def is_remote(self) -> bool:
-        """Shards of a training source are fetched while the run goes on."""
+        """Shards of a training source are fetched during the run."""
         return any_remote(self.training)
 
     @property
     def facts(self) -> dict:
-        """What decides the data of every step: equal facts, equal bytes in equal order."""
+        """Everything that determines the data of every step: equal facts mean equal bytes in equal order."""
         return {**self.plan.facts, **content_facts(self.config, self.training)}
 
     @property
@@ -93,7 +93,7 @@ class RunData:
 
     @cached_property
     def notes(self) -> list[str]:
-        """What is odd about the data, and allowed: a line each."""
+        """Warnings about the data, one line each."""
         return [
             *notes_on_data(self.training),
             *long_files(self.config, self.training),

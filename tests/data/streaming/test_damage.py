@@ -383,7 +383,7 @@ def test_rows_that_cannot_be_read_are_named(damage: bytes, tmp_path: Path, capsy
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole + damage + (b"" if damage.endswith(b"\n") else b"\n"))
     assert Quarantine.load(tmp_path, ALONE).bad_from("train", "a") == {7: 3}
-    assert "quarantine.tsv: passed over what is no row (line 3)" in capsys.readouterr().err
+    assert "quarantine.tsv: ignored invalid rows (line 3)" in capsys.readouterr().err
     (tmp_path / FILE).write_bytes(damage)
     assert Quarantine.load(tmp_path, ALONE).bad_from("train", "a") == {}
     assert "(line 1)" in capsys.readouterr().err

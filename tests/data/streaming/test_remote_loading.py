@@ -271,7 +271,7 @@ def test_a_shard_that_is_damaged_where_it_comes_from(
     assert training(remote, quarantine=alone) == expected
     assert found(alone) == found(expected_bad) != set()
     reason = {"wrong": "sha256 of the", "404": "HTTP status 404"}[damage]
-    assert all("its shard cannot be had" in row.reason and reason in row.reason for row in alone._found)
+    assert all("its shard could not be fetched intact" in row.reason and reason in row.reason for row in alone._found)
     # Tried by the reader once, and ahead of it when a lane comes near; not for every sample.
     assert served.requests[f"/a/{lost}"] <= ATTEMPTS * 5
     shared = [Quarantine() for _ in range(2)]
