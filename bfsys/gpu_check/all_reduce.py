@@ -40,8 +40,9 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
             folder = Path(name, str(rank))
             folder.mkdir()
             variables = rank_variables(rank, local, rank, local, master_addr="127.0.0.1", master_port=port)
-            children.append((start("all-reduce", seconds, folder, {**os.environ, **variables}), folder))
-        found = [finish("all-reduce", child, folder, LIMIT_S) for child, folder in children]
+            children.append((start("all-reduce", seconds, folder, {**os.environ, **variables}, is_part=True), folder))
+        until = time.monotonic() + LIMIT_S
+        found = [finish("all-reduce", child, folder, until - time.monotonic()) for child, folder in children]
     # Rank 0 speaks for all, unless another one has more to complain of.
     return next((f for f in found if any(each.verdict == Verdict.WRONG for each in f)), found[0])
 

@@ -44,7 +44,9 @@ def run_checks(
             variables = dict(os.environ) if check.is_collective else variables_of_one(os.environ, ranks)
             with TemporaryDirectory(prefix="bfsys-check-") as folder:
                 child = start(name, check.share * seconds, Path(folder), variables)
-                results[name] = finish(name, child, Path(folder), min(left, check.limit_s))
+                results[name] = finish(
+                    name, child, Path(folder), min(left, check.limit_s), is_cut_short=left < check.limit_s
+                )
         say(name, results[name])
     return results
 
@@ -59,30 +61,37 @@ def variables_of_one(env: Mapping[str, str], ranks: Ranks) -> dict[str, str]:
     return variables
 
 
-def start(name: str, seconds: float, folder: Path, variables: Mapping[str, str]) -> subprocess.Popen:
-    """Begin a check, which writes its findings and its output to `folder`."""
+def start(
+    name: str, seconds: float, folder: Path, variables: Mapping[str, str], *, is_part: bool = False
+) -> subprocess.Popen:
+    """Begin a check, which writes its findings and its output to `folder`. `is_part`: of the check that this process
+    is, with which it is ended."""
     # DeepSpeed would have its Muon compiled while it starts, which takes seconds.
     variables = {"TORCH_COMPILE_DISABLE": "1", **variables}
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), variables.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "bfsys.gpu_check.processes", name, str(seconds), str(folder / "findings.json")]
     with open(folder / "output", "wb") as output:
         return subprocess.Popen(
-            command, stdout=output, stderr=output, env={**variables, "PYTHONPATH": path}, start_new_session=True
+            command, stdout=output, stderr=output, env={**variables, "PYTHONPATH": path}, start_new_session=not is_part
         )
 
 
-def finish(name: str, child: subprocess.Popen, folder: Path, limit_s: float) -> list[Finding]:
-    """The findings of a check that was started, after `limit_s` at most."""
+def finish(
+    name: str, child: subprocess.Popen, folder: Path, limit_s: float, *, is_cut_short: bool = False
+) -> list[Finding]:
+    """The findings of a check that was started, after `limit_s` at most. If it has not ended then, it hangs, unless
+    that `is_cut_short`: less than it may take."""
     try:
         code = child.wait(limit_s)
     except subprocess.TimeoutExpired:
-        if limit_s < CHECKS[name].limit_s:
+        if is_cut_short:
             said = f"it had not ended when the time was up, after {limit_s:.0f} s"
             return [Finding("all of it", Verdict.SKIPPED, said, "give more --seconds")]
         return [Finding("all of it", Verdict.WRONG, f"it hung: no end after {limit_s:.0f} s", _hint(name))]
     finally:  # with what it started
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # a part of a check has no group of its own
             os.killpg(child.pid, signal.SIGKILL)
+        child.kill()
         child.wait()
     if code == 0:
         findings = json.loads((folder / "findings.json").read_text())

@@ -16,8 +16,10 @@ import fcntl
 import os
 import signal
 import socket
+import stat
 import struct
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,6 +116,8 @@ def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, s
     )
     if "OMP_NUM_THREADS" not in env and "SLURM_CPUS_PER_TASK" in env:
         variables["OMP_NUM_THREADS"] = env["SLURM_CPUS_PER_TASK"]
+    if "TRITON_CACHE_DIR" not in env and (cache := kernel_cache()):
+        variables["TRITON_CACHE_DIR"] = str(cache)
     if "GLOO_SOCKET_IFNAME" not in env:
         others = [host for i, host in enumerate(hosts) if i != int(env["SLURM_NODEID"])]
         interface = gloo_interface(others)
@@ -126,6 +130,19 @@ def set_slurm_variables() -> None:
     """Make this process a rank, where plain srun has started it as one of several tasks."""
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and env_number("SLURM_NTASKS", 1) > 1:
         os.environ.update(slurm_variables(os.environ, _hosts()))
+
+
+def kernel_cache() -> Path | None:
+    """A folder of this user on the node's own disk for compiled kernels: by default all ranks of all nodes would write
+    theirs to one home directory. None where it cannot be made, or where others could put programs into it."""
+    folder = Path(tempfile.gettempdir()) / f"bfsys-triton-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return None
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return folder if is_own else None
 
 
 def gloo_interface(other_hosts: Sequence[str]) -> str | None:

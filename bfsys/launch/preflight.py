@@ -32,6 +32,7 @@ SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", 
           "smb3", "9p", "virtiofs"}  # fmt: skip
 NOT_NOW = "Requested node configuration is not available"
 ANSWER_S = 60
+CHECK_FIRST = "on a cluster that is new to you, let `bfsys check-gpu` prove GPUs and network first (docs/slurm.md)"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def check_run(config: Config, ranks: int, *, on_gpu: bool) -> Checked:
             problems += unreadable
         else:
             notes += notes_on_start(data)
+            if on_gpu:
+                notes.append(CHECK_FIRST)
         if config.data.lanes % ranks == 0:  # others are told how many fit
             notes.append(f"{config.name}: {plan_run.estimate(data, ranks, on_gpu=on_gpu).describe()}")
     return Checked(problems, notes)

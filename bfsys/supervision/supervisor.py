@@ -72,9 +72,11 @@ class Supervisor:
         self.data, self.config, self.facts, self.ranks = data, data.config, facts, ranks
         self.run_dir, train = self.config.run_dir, self.config.train
         self.stop = StopRequests()
-        # A shard may take its time to arrive over a network, and its server may be away for a while.
+        # A shard may take its time to arrive over a network, and its server may be away for a while. A compiled model
+        # is compiled again, for minutes, when a batch has sizes of another kind.
         patience_s = train.collective_timeout_s
-        least_s = patience_s if data.is_remote else LEAST_S
+        is_compiled = self.config.model.compiled and ranks.device.type == "cuda"
+        least_s = patience_s if data.is_remote or is_compiled else LEAST_S
         self.watchdog = Watchdog(
             self.run_dir, ranks, limit_s=train.hang_timeout_s, patience_s=patience_s, least_s=least_s
         )

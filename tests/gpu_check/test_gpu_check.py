@@ -70,11 +70,15 @@ def perturbed(module: object, name: str) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(("kernel", "function"), [(k, f) for k, functions in WRONG.items() for f in functions])
-def test_a_wrong_kernel_is_called_wrong(kernel: str, function: str) -> None:
+def test_a_wrong_kernel_is_called_wrong(kernel: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    all_cases = kernels.cases
+    monkeypatch.setattr(kernels, "cases", lambda *on: (case for case in all_cases(*on) if case[0] == kernel))
     with interpreted("kernels", "norm_kernels") as modules:
         given = [perturbed(module, function) if hasattr(module, function) else module for module in modules]
         found = {finding.what: finding for finding in kernels.compare_all(*given, CPU, seconds=0)}
+        right = kernels.compare_all(*modules, CPU, seconds=0)
+    assert [finding.verdict for finding in right] == [Verdict.OK, Verdict.SKIPPED]
     wrong = [name for name, finding in found.items() if finding.verdict == Verdict.WRONG]
     assert wrong == [f"{kernel} (interpreted)"]
     assert found[wrong[0]].advice
@@ -219,19 +223,17 @@ def test_a_training_that_fails_is_wrong_and_says_why(tmp_path: Path) -> None:
 # --- Processes, command ------------------------------------------------------------------------------------------
 
 
-def processes_result(name: str, limit_s: float = 120) -> list[Finding]:
+def processes_result(name: str, limit_s: float = 120, is_cut_short: bool = False) -> list[Finding]:
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:
         child = processes.start(name, 1, Path(folder), {**os.environ, "DS_ACCELERATOR": "cpu"})
-        return processes.finish(name, child, Path(folder), limit_s)
+        return processes.finish(name, child, Path(folder), limit_s, is_cut_short=is_cut_short)
 
 
-def test_a_check_that_ends_badly_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "CHECKS", {"engine": CHECKS["engine"], "x": CHECKS["engine"]})
-    (skipped,) = processes_result("engine", 0.01)
+def test_a_check_that_ends_badly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    (skipped,) = processes_result("engine", 0.01, is_cut_short=True)
     assert (skipped.verdict, "--seconds" in skipped.advice) == (Verdict.SKIPPED, True)
-    monkeypatch.setattr(processes, "CHECKS", {"engine": replace(CHECKS["engine"], limit_s=0.01)})
     (hung,) = processes_result("engine", 0.01)
     assert (hung.verdict, "hung" in hung.detail) == (Verdict.WRONG, True)
     monkeypatch.setattr(processes, "CHECKS", {"nonsense": CHECKS["engine"]})
@@ -259,7 +261,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch:
     assert list(report["checks"]) == ["environment"]
     assert report["checks"]["environment"][0]["verdict"] == "ok"
     wrong = [Finding("stem", Verdict.WRONG, "1 of 2", "look")]
-    monkeypatch.setattr(processes, "finish", lambda name, child, *_: child.kill() or (child.wait() and wrong))
+    monkeypatch.setattr(processes, "finish", lambda name, child, *_, **__: child.kill() or (child.wait() and wrong))
     assert call("check-gpu", ["--only", "kernels"]) == 1
     assert call("check-gpu", ["--only", "kernels", "--seconds", "1"]) == 0
     assert capsys.readouterr().out.splitlines() == [

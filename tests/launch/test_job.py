@@ -45,7 +45,7 @@ def test_a_pickle_is_opened_without_heavy_imports(tmp_path):
     assert run.stdout.strip() == "('train.steps=3', 'name=x') False"
 
 
-def test_slurm_variables():
+def test_slurm_variables(monkeypatch):
     leaked = {
         "RANK": "9",
         "WORLD_SIZE": "99",
@@ -53,14 +53,45 @@ def test_slurm_variables():
         "MASTER_PORT": "1",
         "SLURM_CPUS_PER_TASK": "5",
     }
+    monkeypatch.setattr(job_module, "kernel_cache", lambda: Path("/local"))
     with mock.patch.object(job_module, "gloo_interface", lambda others: f"towards-{others}"):
+        assert "TRITON_CACHE_DIR" not in slurm_variables({**TASK, "TRITON_CACHE_DIR": "/own"}, ["n1", "n2"])
         variables = slurm_variables({**leaked, **TASK}, ["n1", "n2"])
         assert "OMP_NUM_THREADS" not in slurm_variables({**leaked, **TASK, "OMP_NUM_THREADS": "2"}, ["n1", "n2"])
         assert "GLOO_SOCKET_IFNAME" not in slurm_variables({**TASK, "GLOO_SOCKET_IFNAME": "ib0"}, ["n1", "n2"])
     assert variables == {
         "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "n1", "MASTER_PORT": "20123", "OMP_NUM_THREADS": "5", "GLOO_SOCKET_IFNAME": "towards-['n1']",
+        "TRITON_CACHE_DIR": "/local",
     }  # fmt: skip
+
+
+def test_kernels_are_cached_in_a_folder_that_only_this_user_can_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = job_module.kernel_cache()
+    assert folder == tmp_path / f"bfsys-triton-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert job_module.kernel_cache() is None
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert job_module.kernel_cache() is None
+    monkeypatch.setattr(job_module.tempfile, "gettempdir", lambda: str(tmp_path / "nowhere"))
+    assert job_module.kernel_cache() is None
+
+
+def test_plain_srun_makes_ranks(monkeypatch):
+    monkeypatch.setattr(job_module, "_hosts", lambda: ["n1", "n2"])
+    monkeypatch.setattr(job_module, "gloo_interface", lambda others: None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with mock.patch.dict(os.environ):
+        job_module.set_slurm_variables()
+        assert "RANK" not in os.environ  # not in a job
+        os.environ.update(TASK)
+        job_module.set_slurm_variables()
+        assert (os.environ["RANK"], os.environ["MASTER_ADDR"]) == ("3", "n1")
 
 
 def test_ports_differ_between_neighbouring_jobs_and_are_not_ephemeral():

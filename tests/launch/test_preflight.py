@@ -29,6 +29,8 @@ def test_a_good_run_has_no_problems(config_file: Path) -> None:
     checked = preflight.check_run(load_config(config_file), 2, on_gpu=False)
     assert not checked.problems
     assert "each of 2 ranks needs" in checked.notes[-1]
+    assert preflight.CHECK_FIRST not in checked.notes
+    assert preflight.CHECK_FIRST in preflight.check_run(load_config(config_file), 2, on_gpu=True).notes
     assert not preflight.check_run(load_config(config_file), 3, on_gpu=False).notes  # which do not fit
 
 
