@@ -113,6 +113,7 @@ def test_what_a_run_does_to_bytes_is_done_before_prediction_too(
     assert right > 0.6  # the noise differs, so they need not agree to the file
 
 
+@pytest.mark.filterwarnings("ignore:.*out-of-distribution score")
 def test_a_key_elsewhere_and_files_that_were_transformed_before(
     config_file: Path, datasets: Path, tmp_path: Path, run_ranks, evaluate_run, predict_files, capsys
 ) -> None:
@@ -173,6 +174,7 @@ except AttributeError as error:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:.*out-of-distribution score")
 def test_examples_in_docstrings(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runs").symlink_to(finished_run.parent)
     make_files(tmp_path, {"photos/cat/001.jpg": b"cat", "photos/dog/001.jpg": b"dog"})

@@ -138,6 +138,7 @@ def test_without_validation_data_the_file_itself_is_shuffled(finished_run: Path)
     assert any("less exact" in note for note in found.notes)
 
 
+@pytest.mark.filterwarnings("ignore:.*out-of-distribution score")
 @pytest.mark.parametrize(("transform", "keeps"), [("noise:3:3", True), ("reverse", False)])
 def test_structure_is_shown_where_bytes_keep_their_places(finished_run: Path, transform: str, keeps: bool) -> None:
     model = bfsys.load(finished_run)

@@ -150,7 +150,7 @@ def test_an_average_is_taken_before_the_last_weights(tmp_path: Path, weights, ca
 
 def test_it_is_no_run_to_continue(tmp_path: Path, weights) -> None:
     run = imported(tmp_path, weights, *SMALL_WINDOWS)
-    with pytest.raises(UserError, match="imported weights, not a run to go on with"):
+    with pytest.raises(UserError, match="imported weights, not a run that can be resumed"):
         loading.check_same_run(run / "checkpoints" / "step_00000000", {"config": {"model": {}}, "plan": {}})
 
 

@@ -30,6 +30,7 @@ def post(url: str, contents: list[bytes], **query: str | int) -> httpx.Response:
     return httpx.post(f"{url}/predict", params=query, files=files, timeout=120)
 
 
+@pytest.mark.filterwarnings("ignore:.*out-of-distribution score")
 def test_concurrent_answers_are_those_of_the_model(server: Server, finished_run: Path) -> None:
     rng = np.random.default_rng(0)
     requests = [[rng.bytes(int(n)) for n in rng.integers(1, 400, 1 + k % 4)] for k in range(40)]
