@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bfsys.config import Config
+from bfsys.config import Config, is_remote
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
-from bfsys.data.streaming.datasets import Sources, any_remote, open_evaluation
+from bfsys.data.streaming.datasets import Sources, open_evaluation
 from bfsys.data.streaming.plan import MicroBatch
 from bfsys.data.streaming.reader import ShardReader
 from bfsys.errors import UserError
@@ -72,9 +72,12 @@ def candidates(
     files."""
     if len(transforms) != len(config.data.byte_transforms):  # files were transformed by a key that is not here
         return []
+    # Remote sources are not even opened: to explain a file with another's run must not run its `pipe:` command.
+    if any(is_remote(source.eval_path or source.path) for source in config.data.sources):
+        return []
     try:
         sources = open_split(config, config.data.eval_split, classes)
-        if not sources.splits or any_remote(sources):
+        if not sources.splits:
             return []
         return read_files(sources, transforms, READ, seed)[0]
     except (UserError, OSError):
