@@ -46,7 +46,7 @@ class ReferenceFiles:
 
 
 def reference_files(contents: Iterable[np.ndarray]) -> ReferenceFiles | None:
-    """Of files uint8 [n], none of them empty; None if there are fewer than FEWEST."""
+    """The references made of files, uint8 [n] each and none of them empty; None if there are fewer than FEWEST."""
     headers, roots = _descriptors(contents)
     if len(headers) < FEWEST:
         return None

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Check:
     module: str
-    """In this folder."""
+    """Its file in this folder."""
     share: float
-    """Of the command's seconds, for what can be cut short."""
+    """The share of --seconds for the part of the check that can be shortened."""
     limit_s: float
     """A check that takes longer than this hangs."""
     is_collective: bool = False

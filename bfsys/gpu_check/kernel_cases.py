@@ -59,8 +59,8 @@ def same_bits(what: str, run: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[
 
 
 def sum_tolerance(device: torch.device) -> float:
-    """Of gradients in any precision: products with ones are exact, and their sums are float32. Matrix units cut sums
-    off where others round, which costs float32 gradients a digit."""
+    """The relative error allowed for gradients in any precision. Products with ones are exact, and their sums are
+    float32. Matrix units truncate sums where others round, which costs float32 gradients a digit."""
     return 1e-5 if device.type == "cuda" else 1e-6
 
 

@@ -60,7 +60,7 @@ class Growth:
     began: float = field(default_factory=time.monotonic)
     asked: float = float("-inf")
     first_step: int = -1
-    """Of the newest checkpoint at the start."""
+    """The step of the newest checkpoint at the start."""
 
     def __post_init__(self) -> None:
         self.first_step = newest_step(self.run_dir)

@@ -152,8 +152,8 @@ def measure(job: dict) -> dict:
 
 
 def measure_parts(step: Step, device: torch.device, repeats: int) -> dict[str, dict]:
-    """Of forward, backward and update: PyTorch's operations, those of them that launch something, on a GPU the kernels
-    and copies that it was given, and the fastest of `repeats` times, between which the device is waited for."""
+    """For forward, backward and update: the number of PyTorch's operations, of those that launch something, and (on a
+    GPU) of kernels and copies; and the fastest of `repeats` times, with a synchronisation after each."""
     loss: list = [None]
 
     def forward() -> None:
@@ -244,7 +244,7 @@ def that_fits(workload: Workload, a: Architecture) -> Workload:
 
 
 def available_bytes() -> int:
-    """Of main memory. (A GPU is large enough for the workloads.)"""
+    """Free main memory. (A GPU is large enough for the workloads.)"""
     return bytes_in_proc("meminfo", "MemAvailable")
 
 

@@ -68,7 +68,7 @@ def losses_in(metrics: Path) -> list[float]:
 
 
 def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]:
-    """Of every step, from the weights that a run of this config starts with; nudged: from ones that differ in a bit."""
+    """The loss of every step, from the initial weights of this config; `nudged`: with their last bit changed."""
     sources, optim = open_training(config), config.optim
     plan = make_plan(config, sources)
     if notes := long_files(config, sources):  # beyond its positions the published form computes nothing
