@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bfsys.errors import UserError
+
 FILES = 128  # references that a run keeps
 FEWEST = 20  # references, below which no share of them can be called usual
 HEADER_BYTES = 16
@@ -57,13 +59,21 @@ def reference_files(contents: Iterable[np.ndarray]) -> ReferenceFiles | None:
 
 
 def from_tree(tree: dict | None) -> ReferenceFiles | None:
-    """What `to_tree` gave; None for None, which earlier versions and imported weights have."""
+    """The references of which `to_tree` made `tree`; None for None, as in checkpoints of earlier versions and imported
+    weights. Raises UserError for a damaged tree."""
     if tree is None:
         return None
-    content = zlib.decompress(base64.b64decode(tree["descriptors"]))
-    split = tree["files"] * HEADER_BYTES * 2
+    try:
+        files, usual = int(tree["files"]), float(tree["usual"])
+        split, size = files * HEADER_BYTES * 2, files * (HEADER_BYTES * 2 + 256)
+        # The limit keeps a foreign checkpoint from taking up all memory.
+        content = zlib.decompressobj().decompress(base64.b64decode(tree["descriptors"]), size + 1)
+        if files < 1 or len(content) != size or not usual > 0:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, zlib.error):
+        raise UserError("reference_files: damaged in the checkpoint or model.json; export the run again") from None
     headers = np.frombuffer(content[:split], "<i2").reshape(-1, HEADER_BYTES)
-    return ReferenceFiles(headers, np.frombuffer(content[split:], np.uint8).reshape(-1, 256), tree["usual"])
+    return ReferenceFiles(headers, np.frombuffer(content[split:], np.uint8).reshape(-1, 256), usual)
 
 
 def _descriptors(contents: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

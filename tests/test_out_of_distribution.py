@@ -71,11 +71,28 @@ def test_what_a_manifest_keeps_gives_equal_scores() -> None:
     assert from_tree(None) is None
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"descriptors": "AAAA"},
+        {"descriptors": 3},
+        {"files": 10**6},
+        {"files": 1},
+        {"files": 0},
+        {"usual": "x"},
+        {"usual": 0},
+    ],
+)
+def test_damaged_references_are_one_line(change: dict) -> None:
+    with pytest.raises(UserError, match="reference_files: damaged"):
+        from_tree(reference_files(sounds(FILES, 0)).to_tree() | change)
+
+
 def test_few_files_and_equal_files() -> None:
     assert reference_files([]) is None
     assert reference_files(sounds(FEWEST - 1, 0)) is None
-    equal = reference_files([of(b"all the same")] * FEWEST)
-    assert equal.score(of(b"all the same")) < 1 < equal.score(of(b"all the sane things"))
+    equal = reference_files([of(b"equal bytes")] * FEWEST)
+    assert equal.score(of(b"equal bytes")) < 1 < equal.score(of(b"other bytes"))
 
 
 @pytest.mark.parametrize("splits", [("train", "val"), ("train",)])
