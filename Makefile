@@ -6,7 +6,7 @@ RUN := runs/quickstart
 # The quickstart trains on two CPU ranks everywhere, so that its result is the same on every machine.
 CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 
-.PHONY: install quickstart test test-slow check format
+.PHONY: install quickstart test test-slow check format docs
 
 install: $(VENV)/installed
 
@@ -52,3 +52,11 @@ check: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "The site is in build/site; to read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[docs]'
+	@touch $@
