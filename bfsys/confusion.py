@@ -67,6 +67,12 @@ class Answers:
         labels, answers = np.divmod(values, self.num_classes)
         return labels, answers, counts
 
+    def totals(self) -> np.ndarray:
+        """float64 [2, classes]: files of each class, and how many of them were classified correctly."""
+        labels, answers, counts = self.counts()
+        right = np.where(labels == answers, counts, 0)
+        return np.stack([np.bincount(labels, weights, minlength=self.num_classes) for weights in (counts, right)])
+
     def over_ranks(self) -> Answers:
         """Those of all ranks; collective."""
         everyones = Answers(self.num_classes)
@@ -90,9 +96,7 @@ class Report:
     def write(self, all_answers: Answers) -> list[str]:
         """Write the files; lines that sum them up."""
         labels, answers, counts = all_answers.counts()
-        files = np.bincount(labels, counts, minlength=len(self.classes)).astype(np.int64)
-        right = np.zeros(len(self.classes), np.int64)
-        right[labels[labels == answers]] = counts[labels == answers]
+        files, right = all_answers.totals().astype(np.int64)
         mistakes = sorted(
             (-int(count), int(label), int(answer))
             for label, answer, count in zip(labels, answers, counts, strict=True)

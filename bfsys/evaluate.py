@@ -24,6 +24,7 @@ from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.errors import UserError
 from bfsys.loss import COLUMNS, SAMPLES, loss_and_sums, scores
 
+MOST_CLASSES_SCORED = 1000  # one by one; a line of metrics.jsonl holds them all
 # What befalls files: bytes change, the end or the start is missing
 DAMAGE = ("flip:0.0001", "flip:0.001", "flip:0.01", "flip:0.1", "truncate:0.9", "truncate:0.5", "skip:16", "skip:256")
 
@@ -42,7 +43,7 @@ def evaluate(
     """Scores as `scores` gives them, over all ranks; collective. `forward` must be in eval mode.
 
     Files that cannot be read are left out, and told to `quarantine` as found at `step`. `answers` is told
-    those of this rank.
+    those of this rank. The scores then also hold `classes`: by name, the files of a class and their top-1.
     """
     sums = torch.zeros(len(sources.splits), COLUMNS, dtype=torch.float64)
     total = sum(len(split) for split in sources.splits)
@@ -59,7 +60,13 @@ def evaluate(
     if not sums[:, SAMPLES].any():
         quarantine.share(ranks, sources.sizes, config.data.max_bad_share)  # says why, if too many are bad
         raise dist.AgreedError(f"not one file of {', '.join(s.dataset.location for s in sources.splits)} can be read")
-    return scores(sums, sources.names)
+    result = scores(sums, sources.names)
+    if answers and answers.num_classes <= MOST_CLASSES_SCORED:
+        totals = torch.from_numpy(answers.totals())
+        dist.sum_over_ranks(totals)
+        rows = zip(sources.classes, *totals.tolist(), strict=True)
+        result["classes"] = {name: {"samples": int(n), "top1": right / n} for name, n, right in rows if n}
+    return result
 
 
 def with_datasets(config: Config, datasets: Sequence[str], run: Path) -> Config:

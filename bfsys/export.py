@@ -1,6 +1,7 @@
 """A trained model for use elsewhere: plain weights, and programs that need nothing of bfsys.
 
-A folder then holds model.json (what the model is, its classes in order, the sha256 of each file) and, as asked for,
+A folder then holds model.json (what the model is, its classes in order, the sha256 of each file), a model card for
+people (README.md, see model_card.py) and, as asked for,
   model.safetensors  weights by bfsys' names, float32
   model.pt2          torch.export program:  torch.export.load(path).module()(bytes)
   model.onnx         the same for ONNX Runtime: input `bytes`, output `probabilities`
@@ -35,7 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bfsys import files, typed_yaml
+from bfsys import files, model_card, typed_yaml
 from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.files import checksum_mismatch
 from bfsys.config import Config
@@ -54,10 +55,20 @@ TOLERANCE = {TORCH: 1e-5, ONNX: 1e-4}  # largest difference of a probability
 ONNX_LIMIT_BYTES = 1_900_000_000  # of one protocol buffer: 2 GiB; above, weights go into a file beside it
 
 
-def export(model: ByteFormer, config: Config, manifest: dict, out: Path, formats: list[str], weights: str) -> dict:
-    """Write the files of `formats` and model.json into the empty folder `out`; returns what model.json says.
+def export(
+    model: ByteFormer,
+    config: Config,
+    manifest: dict,
+    out: Path,
+    formats: list[str],
+    weights: str,
+    scores: dict | None = None,
+) -> dict:
+    """Write the files of `formats`, model.json and the model card into the empty folder `out`; returns what model.json
+    says.
 
-    `model` is in eval mode on the CPU. Raises UserError if a program's answers are not the model's.
+    `model` is in eval mode on the CPU. `scores` are those of the run's evaluation after the manifest's step, if there
+    was one. Raises UserError if a program's answers are not the model's.
     """
     facts = describe(model, config, manifest, weights)
     if SAFETENSORS in formats:
@@ -74,6 +85,8 @@ def export(model: ByteFormer, config: Config, manifest: dict, out: Path, formats
             check(ONNX, onnx_runner(out / FORMATS[ONNX]), model, facts)
     facts["files"] = {p.name: files.describe(p) for p in sorted(out.iterdir())}
     files.replace_file(out / DESCRIPTION, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    parameters = sum(p.numel() for p in model.parameters())
+    files.replace_file(out / model_card.NAME, model_card.model_card(facts, manifest, config, parameters, scores))
     return facts
 
 

@@ -103,7 +103,7 @@ def test_a_program_as_released_is_the_model(tmp_path: Path) -> None:
 def test_what_is_written_says_what_it_is(exported: Path, finished_run: Path) -> None:
     facts = json.loads((exported / "model.json").read_text())
     model, config, _ = load_model(finished_run)
-    assert sorted(p.name for p in exported.iterdir()) == ["model.json", "model.pt2", "model.safetensors"]
+    assert sorted(p.name for p in exported.iterdir()) == ["README.md", "model.json", "model.pt2", "model.safetensors"]
     for name, entry in facts["files"].items():
         content = (exported / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -128,7 +128,7 @@ def test_programs_alone_hold_no_weights(exported: Path, tmp_path: Path) -> None:
 def test_the_last_weights_can_be_had(finished_run: Path, tmp_path: Path, capsys) -> None:
     run_export(finished_run, tmp_path / "last", "--weights", "last", "--format", "safetensors")
     assert "model.safetensors: " in capsys.readouterr().out
-    assert [p.name for p in sorted((tmp_path / "last").iterdir())] == ["model.json", "model.safetensors"]
+    assert [p.name for p in sorted((tmp_path / "last").iterdir())] == ["README.md", "model.json", "model.safetensors"]
     want = load_model(finished_run, average=False)[0].state_dict()
     got = load_file(tmp_path / "last" / "model.safetensors")
     assert all(torch.equal(got[name], value) for name, value in want.items())

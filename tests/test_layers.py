@@ -26,7 +26,7 @@ LAYERS = [
     ["confusion", "curves", "baselines"],
     ["supervision"],
     ["supervision.supervisor"],
-    ["evaluate", "init_from"],
+    ["evaluate", "init_from", "model_card"],
     ["dryrun", "export", "plan_run", "compare", "rehearsal", "run_dir", "encode", "fetch", "import_corenet"],
     ["inputs", "answers", "explain.ranges"],
     ["explain.formats"],

@@ -14,7 +14,8 @@ from bfsys.errors import UserError
 FORMATS = ("safetensors", "torch", "onnx")
 NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
 NOTES = """\
-OUT then holds model.json (the architecture, the classes, checksums) and
+OUT then holds a model card (README.md), model.json (the architecture, the
+classes, checksums) and
   model.safetensors  weights, float32
   model.pt2          torch.export.load(path).module()(bytes)
   model.onnx         for ONNX Runtime: input `bytes`, output `probabilities`
@@ -45,18 +46,22 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install {' '.join(missing)}")
     from safetensors import SafetensorError
 
-    from bfsys.checkpoint.files import make_empty_folder
+    from bfsys.checkpoint.files import MANIFEST, evaluations, make_empty_folder
     from bfsys.checkpoint.loading import load_model
     from bfsys.export import export
+    from bfsys.model_card import NAME
 
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
+    run_dir = args.run.resolve().parent.parent if (args.run / MANIFEST).exists() else args.run
+    scores = evaluations(run_dir).get(manifest["step"])  # a checkpoint is older than the evaluation of its step
     make_empty_folder(args.out)
     try:
-        facts = export(model, config, manifest, args.out, args.format, args.weights)
+        facts = export(model, config, manifest, args.out, args.format, args.weights, scores)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{args.out}: cannot be written: {error}; what is there is not whole") from None
     for name, entry in facts["files"].items():
         print(f"{args.out / name}: {entry['bytes']:,} bytes, sha256 {entry['sha256']}")
+    print(f"{args.out / NAME}: the model card")
     if facts["byte_transforms"]:
         print(
             f"the programs take bytes as they are after data.byte_transforms: {', '.join(facts['byte_transforms'])}",
