@@ -1,0 +1,35 @@
+"""Classify files with an exported model and ONNX Runtime, without bfsys and without PyTorch.
+
+    bfsys export RUN EXPORT --format onnx            # writes EXPORT/model.onnx and EXPORT/model.json
+    python examples/load_onnx.py EXPORT FILE…
+
+The program takes the bytes of one file, uint8 [n], and gives the probabilities of the classes, float32 [classes].
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+
+def main(export: Path, files: list[Path]) -> None:
+    about = json.loads((export / "model.json").read_text(encoding="utf-8"))
+    if about["byte_transforms"]:
+        sys.exit(f"this model reads bytes after {', '.join(about['byte_transforms'])}; apply them to the files first")
+    session = onnxruntime.InferenceSession(export / "model.onnx", providers=["CPUExecutionProvider"])
+    for file in files:
+        content = np.fromfile(file, np.uint8)
+        if len(content) < about["least_bytes"]:
+            print(f"{file}: has {len(content)} bytes; this model needs at least {about['least_bytes']}")
+            continue
+        (probabilities,) = session.run(["probabilities"], {"bytes": content})
+        likeliest = int(probabilities.argmax())
+        print(f"{file}: {about['classes'][likeliest]} {100 * probabilities[likeliest]:.1f} %")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])

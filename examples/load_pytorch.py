@@ -1,0 +1,35 @@
+"""Classify files with an exported model and PyTorch, without bfsys.
+
+    bfsys export RUN EXPORT                          # writes EXPORT/model.pt2 and EXPORT/model.json
+    python examples/load_pytorch.py EXPORT FILE…
+
+The program takes the bytes of one file, uint8 [n], and gives the probabilities of the classes, float32 [classes].
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+
+def main(export: Path, files: list[Path]) -> None:
+    about = json.loads((export / "model.json").read_text(encoding="utf-8"))
+    if about["byte_transforms"]:
+        sys.exit(f"this model reads bytes after {', '.join(about['byte_transforms'])}; apply them to the files first")
+    program = torch.export.load(export / "model.pt2").module()
+    for file in files:
+        content = bytearray(file.read_bytes())
+        if len(content) < about["least_bytes"]:
+            print(f"{file}: has {len(content)} bytes; this model needs at least {about['least_bytes']}")
+            continue
+        with torch.no_grad():
+            probabilities = program(torch.frombuffer(content, dtype=torch.uint8))
+        likeliest = int(probabilities.argmax())
+        print(f"{file}: {about['classes'][likeliest]} {100 * probabilities[likeliest]:.1f} %")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])

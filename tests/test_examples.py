@@ -1,0 +1,105 @@
+"""The programs in examples/ classify files with an export as the model does, and without bfsys."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import bfsys
+from bfsys.cli import call
+from tests.conftest import REPOSITORY
+from tests.serve.browser import Browser, find
+
+EXAMPLES = REPOSITORY / "examples"
+WITHOUT_BFSYS = "import sys; sys.modules['bfsys'] = None; sys.argv = sys.argv[1:]; import runpy; "
+
+
+@pytest.fixture(scope="module")
+def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    out = tmp_path_factory.mktemp("exported") / "model"
+    call("export", [str(finished_run), str(out), "--format", "safetensors", "torch", "onnx"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def some_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("files")
+    files = [folder / f"{value}.bin" for value in (20, 90, 160)]
+    for file in files:
+        file.write_bytes(bytes([int(file.stem)] * 50))
+    return files
+
+
+def expected(exported: Path, files: list[Path]) -> list[tuple[str, float]]:
+    """The likeliest class of each file and its percentage, as bfsys gives them."""
+    answers = bfsys.load(exported, device="cpu").predict(files, top=1)
+    return [(classes[0].class_name, 100 * classes[0].probability) for classes in answers]
+
+
+def run_example(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", f"{WITHOUT_BFSYS} runpy.run_path(sys.argv[0], run_name='__main__')"]
+    command += [str(EXAMPLES / name), *map(str, arguments)]
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize("name", ["load_pytorch.py", "load_onnx.py"])
+def test_an_example_classifies_as_the_model_does(name: str, exported: Path, some_files: list[Path]) -> None:
+    done = run_example(name, exported, *some_files)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(some_files)
+    for line, file, (class_name, percent) in zip(lines, some_files, expected(exported, some_files), strict=True):
+        assert line.startswith(f"{file}: {class_name} ")
+        assert float(re.findall(r"([\d.]+) %", line)[0]) == pytest.approx(percent, abs=0.11)
+
+
+@pytest.mark.parametrize("name", ["load_pytorch.py", "load_onnx.py"])
+def test_an_example_refuses_a_model_whose_bytes_are_transformed(name: str, exported: Path, tmp_path: Path) -> None:
+    about = json.loads((exported / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(about | {"byte_transforms": ["reverse"]}))
+    done = run_example(name, tmp_path, "file")
+    assert done.returncode == 1
+    assert "this model reads bytes after reverse" in done.stderr
+
+
+@pytest.fixture
+def page(exported: Path, tmp_path: Path) -> Iterator[str]:
+    """The URL of examples/browser, served as its text says."""
+    packages = EXAMPLES / "browser" / "node_modules"
+    if not packages.exists() or find() is None:
+        pytest.skip("needs chromium, and npm install in examples/browser")
+    site = tmp_path / "browser"
+    shutil.copytree(EXAMPLES / "browser", site, ignore=shutil.ignore_patterns("node_modules", "model"))
+    (site / "node_modules").symlink_to(packages.resolve())
+    (site / "model").symlink_to(exported)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/index.html"
+        server.shutdown()
+
+
+def test_the_page_classifies_in_a_browser(page: str, exported: Path, some_files: list[Path], tmp_path: Path) -> None:
+    origin = page.removesuffix("index.html")
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page)
+        browser.wait("document.getElementById('model').textContent === 'tiny: 5 classes'")
+        browser.choose("#files", *some_files)
+        browser.wait(f"document.querySelectorAll('#answers li').length === {len(some_files)}")
+        answers = browser.value("[...document.querySelectorAll('#answers li')].map(item => item.innerText)")
+        assert {address.partition(":")[0] for address in browser.requested if not address.startswith(origin)} <= {"about"}
+    for answer, file, (class_name, percent) in zip(answers, some_files, expected(exported, some_files), strict=True):
+        assert answer.startswith(f"{file.name}: {class_name} ")
+        assert float(re.findall(r"([\d.]+) %", answer)[0]) == pytest.approx(percent, abs=0.11)
