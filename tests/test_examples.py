@@ -99,7 +99,9 @@ def test_the_page_classifies_in_a_browser(page: str, exported: Path, some_files:
         browser.choose("#files", *some_files)
         browser.wait(f"document.querySelectorAll('#answers li').length === {len(some_files)}")
         answers = browser.value("[...document.querySelectorAll('#answers li')].map(item => item.innerText)")
-        assert {address.partition(":")[0] for address in browser.requested if not address.startswith(origin)} <= {"about"}
+        assert {address.partition(":")[0] for address in browser.requested if not address.startswith(origin)} <= {
+            "about"
+        }
     for answer, file, (class_name, percent) in zip(answers, some_files, expected(exported, some_files), strict=True):
         assert answer.startswith(f"{file.name}: {class_name} ")
         assert float(re.findall(r"([\d.]+) %", answer)[0]) == pytest.approx(percent, abs=0.11)
