@@ -31,6 +31,8 @@ PAGES = [
     *sorted((REPOSITORY / "docs" / "tutorials").glob("*.md")),
     REPOSITORY / "docs" / "export.md",
 ]
+EXPLANATIONS = sorted((REPOSITORY / "docs" / "explanation").glob("*.md"))
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 INSTALLS, CLUSTER, SERVER = "it installs packages", "it needs a SLURM cluster", "it is a server, which does not end"
@@ -204,6 +206,13 @@ def put_in_place(call: tuple[str, list[str]], finished_run: Path) -> None:
     name = args.folder.name if call[0] == "fit" else load_config(args.config, args.overrides).name
     if not Path("runs", name).exists():
         shutil.copytree(finished_run, Path("runs", name))
+
+
+@pytest.mark.parametrize("page", EXPLANATIONS, ids=lambda page: page.name)
+def test_code_in_explanations_prints_what_it_says(page: Path, capsys: pytest.CaptureFixture) -> None:
+    code = "".join(PYTHON.findall(page.read_text()))
+    exec(code, {})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
 
 
 @pytest.mark.slow

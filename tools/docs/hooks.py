@@ -33,6 +33,7 @@ GENERATED = {
     "reference/commands.md": reference.command_reference,
     "reference/python.md": reference.python_reference,
 }
+CONFIG_SOURCE = "bfsys/config.py"  # links to it lead to the reference
 SOURCE = "source"  # the folder of the site with files of the repository
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
@@ -79,6 +80,8 @@ def _resolved(path: str, origin: str) -> str:
 
 def _place(path: str) -> str:
     """Where a file of the repository is on the site."""
+    if path == CONFIG_SOURCE:
+        return "reference/config.md"
     for place, outside in OUTSIDE.items():
         if path == outside:
             return place

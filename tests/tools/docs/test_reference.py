@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -54,7 +55,8 @@ def test_every_command_and_option_has_a_row() -> None:
     page = reference.command_reference()
     for name in cli.COMMANDS:
         part = page.partition(f"\n## bfsys {name}\n")[2].partition("\n## ")[0]
-        options = [o for action in cli.parser_of(cli.module_of(name), "")._actions for o in action.option_strings]
+        actions = cli.parser_of(cli.module_of(name), "")._actions
+        options = [o for a in actions if a.help != argparse.SUPPRESS for o in a.option_strings]
         for option in set(options) - {"-h", "--help"}:
             assert re.search(rf"^\| .*`{option}[ `]", part, re.MULTILINE), (name, option)
     assert "## bfsys slurm status, logs, stop" in page
@@ -73,7 +75,8 @@ def test_every_public_name_and_method_is_described() -> None:
 
 
 def test_a_docstring_becomes_markdown() -> None:
-    text = 'What it does.\n\nname   of the <run>\nother  a "x",\n       or nothing\n\n>>> f(1)\n2\n\n    a = 1\n\n    b = 2'
+    text = 'What it does.\n\nname   of the <run>\nother  a "x",\n       or nothing\n\n>>> f(1)\n2'
+    text += "\n\n    a = 1\n\n    b = 2"
     assert reference.docstring_markdown(text).split("\n\n") == [
         "What it does.",
         '- `name`: of the \\<run>\n- `other`: a "x", or nothing',
