@@ -1,9 +1,9 @@
 """Pictures and sounds that are decoded, changed, and written again in the format of their own file.
 
 A model of bytes sees how a file was written, so as much as possible of the stored file is kept: the mode and palette of
-a picture, the quantisation tables of a JPEG, all chunks of a PNG besides its pixels, the sample type and rate of a
-sound. Files that cannot be written so are refused, and their users leave them as they are: lossy sounds, animations,
-interlaced or deep pictures, formats that Pillow and libsndfile do not write.
+a picture, the quantisation tables of a JPEG, all chunks of a PNG besides its pixels, the rate and sample type of a
+sound, all chunks of a WAV besides its samples. Files that cannot be written so are refused, and the callers leave them
+as they are: lossy sounds, animations, interlaced or deep pictures, formats that Pillow and libsndfile do not write.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bfsys.data.media.pictures import opened
-from bfsys.data.media.sounds import Clip
+from bfsys.data.media.sounds import Clip, announced_samples
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,9 +79,9 @@ def _options(image, data: bytes) -> dict:
 def _compression_level(data: bytes) -> int:
     """Of a PNG, as far as its zlib stream tells: 1, 6 (zlib's default) or 9; 0 where the pixels are not compressed."""
     start = data.find(b"IDAT") + 4
-    if not data[start + 2] >> 1 & 3:  # type of the first deflate block: stored
-        return 0
-    return (1, 1, 6, 9)[data[start + 1] >> 6]
+    level = (1, 1, 6, 9)[data[start + 1] >> 6]
+    is_stored = not data[start + 2] >> 1 & 3  # type of the first block of deflate
+    return 0 if level == 1 and is_stored else level
 
 
 def _with_chunks_of(stored: bytes, written: bytes) -> bytes:
@@ -115,7 +115,9 @@ def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
 
     with soundfile.SoundFile(io.BytesIO(data)) as file:
         rate_hz, kind = file.samplerate, {"format": file.format, "subtype": file.subtype, "endian": file.endian}
-        if file.format not in SOUND_FORMATS or file.subtype not in SOUND_TYPES:
+        # libsndfile writes the time of day into floating-point AIFF files
+        has_time = file.format == "AIFF" and file.subtype in ("FLOAT", "DOUBLE")
+        if file.format not in SOUND_FORMATS or file.subtype not in SOUND_TYPES or has_time:
             raise NotRewritableError(f"{file.format} of {file.subtype}")
         if not 0 < file.frames <= LONGEST_S * rate_hz:
             raise NotRewritableError(f"{file.frames:,} samples")
@@ -123,4 +125,24 @@ def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
     changed = np.stack([change(Clip(wave, rate_hz)).wave for wave in waves.T], axis=1)
     written = io.BytesIO()
     soundfile.write(written, np.clip(changed, -1, 1), rate_hz, **kind)
+    if data[:4] in (b"RIFF", b"RIFX"):
+        return _with_chunks_of_wav(data, written.getvalue(), len(changed))
     return written.getvalue()
+
+
+def _with_chunks_of_wav(stored: bytes, written: bytes, samples: int) -> bytes:
+    """The stored WAV with the samples of the written one, and the three sizes that depend on them."""
+    before, after = announced_samples(stored), announced_samples(written)
+    if not before or not 0 < before.size <= len(stored) - before.start:
+        raise NotRewritableError("WAV that does not say how long it is")
+    assert after
+    content = written[after.start : after.start + after.size]
+    end = before.start + before.size
+    file = bytearray(stored[: before.start] + content + bytes(len(content) % 2) + stored[end + end % 2 :])
+    size = struct.Struct("<I" if stored[:4] == b"RIFF" else ">I")
+    size.pack_into(file, 4, len(file) - 8)
+    size.pack_into(file, before.start - 4, len(content))
+    fact = stored.find(b"fact", 12, before.start)
+    if fact > 0:
+        size.pack_into(file, fact + 8, samples)
+    return bytes(file)
