@@ -91,6 +91,31 @@ class Augment:
 
 
 @dataclass(frozen=True)
+class Jitter:
+    """Small random changes to a source's training files, each written again in its own format: see
+    data/streaming/jitter.py. Files other than pictures and lossless sounds are not changed. Evaluation files are not
+    changed either."""
+
+    __pydantic_config__ = _STRICT
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the files that are changed each time they are read."""
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
+    """Largest angle by which a picture is turned, to either side."""
+    zoom: Share = 0.1
+    """Largest share by which a picture's width and its height, each on its own, grow or shrink."""
+    shift: Share = 0.1
+    """Largest share of its width and height by which a picture is moved, and of its length that a sound loses or gets
+    as silence at its beginning and at its end."""
+    mirror: bool = False
+    """Mirror half of the pictures, left to right."""
+    speed: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Largest share by which a sound becomes faster and higher, or slower and lower."""
+    gain_db: Annotated[float, Field(ge=0, le=60)] = 6.0
+    """Largest change of a sound's loudness, in decibels. Peaks above full scale are clipped."""
+
+
+@dataclass(frozen=True)
 class Source:
     """One packed dataset."""
 
@@ -106,6 +131,8 @@ class Source:
     pack the evaluation files in the encoding that the model reads."""
     augment: Augment | None = None
     """Decode, augment and re-encode files during training."""
+    jitter: Jitter | None = None
+    """Change files a little during training and keep their formats; `jitter: {}` does it with the defaults."""
 
 
 @dataclass(frozen=True)
@@ -345,6 +372,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         problems.append(f"optim.warmup_steps: got {optim.warmup_steps}, more than the run's train.steps {train.steps}")
     if optim.final_lr > optim.lr:
         problems.append(f"optim.final_lr: got {optim.final_lr}, more than optim.lr {optim.lr}, which it ends")
+    problems += [
+        f"data.sources.{i}: augment and jitter are both given; give one of them: augment encodes all files alike, "
+        "jitter keeps each file's own format"
+        for i, source in enumerate(data.sources)
+        if source.augment and source.jitter
+    ]
     problems += _sources_given_twice(data.sources)
     with collecting(problems):
         config.model.architecture()

@@ -40,6 +40,7 @@ from bfsys.explain.shortcuts import Shortcuts, shortcuts
 from bfsys.export import DESCRIPTION, read_exported
 from bfsys.inputs import Input, Reader, is_one, named
 from bfsys.model.byteformer import Block, ByteFormer
+from bfsys.model.precision import Precision, set_precision
 from bfsys.out_of_distribution import from_tree
 
 Weights = Literal["ema", "last"]
@@ -311,6 +312,7 @@ def load(
     *,
     weights: Weights = "ema",
     device: str | torch.device | None = None,
+    precision: Precision = "fp32",
     permute: str | os.PathLike[str] | None = None,
     transformed: bool = False,
 ) -> Model:
@@ -319,6 +321,7 @@ def load(
 
     weights      "ema": averaged, where the run keeps an average; "last": those of the last step
     device       such as "cpu" or "cuda:1"; by default the GPU that PyTorch takes first, or else the CPU
+    precision    "fp32", or faster and less exact: "tf32" on GPUs, "bf16" (bfsys/model/precision.py)
     permute      key file of the run's byte transform `permute`, if it does not lie where training had it
     transformed  inputs went through the run's data.byte_transforms before, so no key is needed
 
@@ -329,6 +332,8 @@ def load(
     """
     if weights not in get_args(Weights):
         raise UserError(f"weights: got {weights!r}; allowed: {', '.join(get_args(Weights))}")
+    if precision not in get_args(Precision):
+        raise UserError(f"precision: got {precision!r}; allowed: {', '.join(get_args(Precision))}")
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"the run: got {type(path).__name__}; a path is allowed")
     target, folder = _device(device), Path(path)
@@ -356,6 +361,7 @@ def load(
     )
     # Explanations need gradients of tokens, never of weights, and recompute each block for the sake of memory.
     network.requires_grad_(False)
+    set_precision(network, precision)
     for module in network.modules():
         if isinstance(module, Block):
             module.activation_checkpointing = True

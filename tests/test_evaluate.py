@@ -30,6 +30,16 @@ def test_evaluation_agrees_with_the_training_runs_own(finished_run: Path, evalua
         assert again[key] == pytest.approx(own[key], rel=1e-6)
 
 
+def test_precisions_agree_about_the_scores(finished_run: Path, evaluate_run) -> None:
+    exact, tf32, bf16 = (
+        json.loads(evaluate_run(finished_run, "--json", "--precision", p)) for p in ("fp32", "tf32", "bf16")
+    )
+    assert tf32["loss"] == exact["loss"]  # on a CPU
+    assert bf16["loss"] != exact["loss"]
+    assert bf16["loss"] == pytest.approx(exact["loss"], abs=0.03)
+    assert bf16["top1"] == pytest.approx(exact["top1"], abs=2 / 35)
+
+
 def test_a_split_that_no_source_has_is_said(finished_run: Path, evaluate_run) -> None:
     with pytest.raises(UserError, match="has a split 'test'"):
         evaluate_run(finished_run, "--split", "test")

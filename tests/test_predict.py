@@ -228,6 +228,17 @@ def test_the_head_takes_what_embed_gives(model: bfsys.Model, finished_run: Path,
     np.testing.assert_allclose(got.numpy(), model.probabilities(paths), atol=1e-6)
 
 
+def test_a_model_answers_in_bfloat16(model: bfsys.Model, finished_run: Path, paths: list[str]) -> None:
+    rough = bfsys.load(finished_run, device="cpu", precision="bf16")
+    exact, near = (m.predict(paths, top=5) for m in (model, rough))
+    for ours, theirs in zip(exact, near, strict=True):
+        known = {one.class_name: one.probability for one in ours}
+        assert [one.probability for one in ours] != [one.probability for one in theirs]
+        assert all(abs(known[one.class_name] - one.probability) < 0.03 for one in theirs)
+    with pytest.raises(UserError, match=r"precision: got 'half'; allowed: fp32, tf32, bf16"):
+        bfsys.load(finished_run, precision="half")  # type: ignore[arg-type]
+
+
 def test_all_problems_of_a_call_are_told_at_once(model: bfsys.Model, tmp_path: Path) -> None:
     wrong = [b"good", b"", tmp_path, tmp_path / "none", np.zeros(3), "no path", 7]
     with pytest.raises(bfsys.UserError) as error:

@@ -29,6 +29,13 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    choices = ("fp32", "tf32", "bf16")
+    parser.add_argument(
+        "--precision", choices=choices, default="fp32", metavar="P", help="fp32 (default), or faster: tf32, bf16"
+    )
+
+
 def add_encoding(parser: argparse.ArgumentParser) -> None:
     """What is done to files before they are stored."""
     add = parser.add_argument

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from bfsys.commands.arguments import add_weights
+from bfsys.commands.arguments import add_precision, add_weights
 from bfsys.errors import UserError
 
 NOTES = """\
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     datasets = "packed dataset, instead of the run's; repeatable"
     add("--data", action="append", default=[], metavar="DATASET", help=datasets)
     add_weights(parser)
+    add_precision(parser)
     add("--permute", metavar="KEYFILE", help="path of the key file used in training")
     add("--report", type=Path, metavar="FOLDER", help="write accuracy by class and the confusion matrix")
     add("--robustness", action="store_true", help="evaluate damaged files too")
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from bfsys.data.streaming.run_data import short_files
     from bfsys.evaluate import DAMAGE, evaluate, with_datasets
     from bfsys.loss import describe_scores
+    from bfsys.model.precision import set_precision
     from bfsys.ranks import Ranks
 
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     bad_files, report = Quarantine(), Report(sources.classes, args.report) if args.report else None
     answers = Answers(len(sources.classes)) if report else None
     model.to(ranks.device)
+    set_precision(model, args.precision)
     result = evaluate(model, config, sources, ranks, bad_files, manifest["step"], _show_progress, answers)
     for bad in bad_files.share(ranks, sources.sizes, config.data.max_bad_share):
         print(f"left out: {bad.describe()}", file=sys.stderr)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bfsys.commands.arguments import add_weights
+from bfsys.commands.arguments import add_precision, add_weights
 from bfsys.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("files", nargs="+", metavar="FILE", help="files, folders, or - for standard input")
     add("--top", type=int, default=3, metavar="K", help="classes to show per file")
     add_weights(parser)
+    add_precision(parser)
     add("--encode", action="store_true", help="convert pictures and sounds to the model's format")
     key = parser.add_mutually_exclusive_group()
     key.add_argument("--permute", metavar="KEYFILE", help="path of the key file used in training")
@@ -47,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--encode: files that were transformed before cannot be decoded; leave out one of the options")
     from bfsys.predict import load
 
-    model = load(args.run, weights=args.weights, permute=args.permute, transformed=args.transformed)
+    model = load(
+        args.run, weights=args.weights, precision=args.precision, permute=args.permute, transformed=args.transformed
+    )
     problems: list[str] = []
     answers = []
     inputs = named_inputs(args.files, problems)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bfsys.errors import UserError
 from bfsys.model.layout import Segments, Windows
 
 
@@ -63,13 +64,21 @@ def _kernels_of(qkv: Tensor) -> ModuleType:
 
 @cache
 def _kernels(device: torch.device) -> ModuleType | None:
-    """None for GPUs that they are not made for, and where PyTorch comes without Triton."""
+    """None for GPUs that they are not made for, and where PyTorch comes without Triton. UserError where Triton cannot
+    compile."""
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
         from bfsys.model import kernels
     except ImportError:
         return None
+    try:
+        kernels.try_compiler(device)
+    except Exception as error:  # Triton raises what its compiler, its driver and the linker raise
+        raise UserError(
+            f"the GPU kernels cannot be compiled ({error}): Triton needs a C compiler and the headers of Python; "
+            "install gcc and python3-dev, or load your cluster's modules with them; `bfsys check-gpu` tests them"
+        ) from None
     return kernels
 
 

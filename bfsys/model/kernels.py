@@ -40,6 +40,16 @@ def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
+@triton.jit
+def _write_one(out):
+    tl.store(out, 1)
+
+
+def try_compiler(device: torch.device) -> None:
+    """Compile and launch the smallest kernel. Raises whatever Triton raises where it lacks what it compiles with."""
+    _write_one[1,](torch.empty(1, dtype=torch.int32, device=device))
+
+
 # --- Stem --------------------------------------------------------------------------------------------------------
 
 

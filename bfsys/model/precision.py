@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+def set_precision(model: nn.Module, precision: Precision) -> None:
+    """Choose the precision in which a trained model computes answers.
+
+    fp32  as stored
+    tf32  products of float32 numbers with 10 bits of mantissa on GPUs, of the whole process; as fp32 on CPUs
+    bf16  weights and activations in bfloat16
+    """
+    if precision == "bf16":
+        model.to(torch.bfloat16)
+    elif precision == "tf32":
+        torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def stored_dtype(weight: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bfsys.batch import ByteBatch, Sample
+from bfsys.errors import UserError
 from bfsys.loss import loss_and_sums
 from bfsys.model import attention, byteformer
 from bfsys.model.byteformer import ByteFormer
@@ -52,3 +53,11 @@ def test_a_layout_moves_whole(mode: str) -> None:
                 assert getattr(there, name).shape == value.shape, name
     assert [len(r) for r in moved.rounding] == [len(r) for r in layout.rounding]
     assert len({id(layer) for layer in moved.layers}) == len({id(layer) for layer in layout.layers})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton finds a driver")
+def test_a_triton_that_cannot_compile_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(UserError, match=r"cannot be compiled \(.*driver.*\): Triton needs a C compiler"):
+        attention._kernels.__wrapped__(torch.device("cpu"))

@@ -89,6 +89,10 @@ def test_attention_names_what_it_cannot_do(kernels):
 # --- Compiling, which needs no GPU ---------------------------------------------------------------------------------
 
 
+def test_the_smallest_kernel_runs(kernels):
+    kernels.try_compiler(DEVICE)
+
+
 @pytest.mark.parametrize(
     ("dtype", "dim", "kernel"),
     [

@@ -39,7 +39,7 @@ def decode_image(data: bytes) -> np.ndarray:
     other              (32 bits, signed, float): whole numbers that all lie in 0 … 255 stay; else the picture's own
                        least value becomes 0 and its greatest 255
     """
-    with _opened(data) as image:
+    with opened(data) as image:
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             return _three_channels(_upper_byte(image))
         if image.mode in ("I", "F"):
@@ -62,7 +62,7 @@ def peculiarities_of_image(data: bytes) -> tuple[str, ...]:
     from PIL import Image
 
     try:
-        with _opened(data) as image:
+        with opened(data) as image:
             has_frames = getattr(image, "is_animated", False)
             # Not image.getexif, which decodes a whole PNG to look behind the pixels
             turned = image.format != "TIFF" and Image.Image.getexif(image).get(ORIENTATION, 1) in range(2, 9)
@@ -75,7 +75,7 @@ def peculiarities_of_image(data: bytes) -> tuple[str, ...]:
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator:
+def opened(data: bytes) -> Iterator:
     """A Pillow image; its warnings are not shown, since they do not name the file."""
     from PIL import Image, UnidentifiedImageError  # slow to import, and unused by runs on files as stored
 

@@ -82,7 +82,7 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
     """
     import soundfile  # slow to import, and unused by runs on files as stored
 
-    announced = _announced(data)
+    announced = announced_samples(data)
     if announced and announced.size < UNKNOWN_BYTES and announced.start + announced.size > len(data):
         raise ValueError(
             f"is cut: {announced.size:,} bytes are announced at byte {announced.start:,}, "
@@ -159,7 +159,7 @@ def _too_long(samples: str) -> ValueError:
     )
 
 
-def _announced(data: bytes) -> Announced | None:
+def announced_samples(data: bytes) -> Announced | None:
     """The position of a file's samples according to its header; None if the header does not state it."""
     magic = data[:4]
     if magic in LAYOUTS:

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from bfsys.data.storage.shards import Dataset, Split, open_dataset
 from bfsys.data.storage.streams import PIPE
 from bfsys.data.streaming.augment import Augmentation
 from bfsys.data.streaming.byte_transforms import ByteTransform, lengths_after, parse_transforms
+from bfsys.data.streaming.jitter import Jitter
 from bfsys.data.streaming.mix import mixture_weights
 from bfsys.data.streaming.plan import Plan
 from bfsys.errors import UserError, collecting
@@ -44,7 +45,8 @@ class Sources:
     label_maps: tuple[np.ndarray, ...]
     origins: tuple[str, ...]  # names for the quarantine: a dataset of its own for evaluation has one of its own
     transforms: tuple[ByteTransform, ...] = ()
-    augmentations: tuple[Augmentation | None, ...] = field(default=())
+    augmentations: tuple[Augmentation | None, ...] = ()
+    jitters: tuple[Jitter | None, ...] = ()
 
     @property
     def sizes(self) -> dict[tuple[str, str], int]:
@@ -99,6 +101,7 @@ def _open_sources(
     number_of = {name: i for i, name in enumerate(classes)}
     opened: list[tuple[int, Split]] = []
     augmentations: list[Augmentation | None] = []
+    jitters: list[Jitter | None] = []
     problems: list[str] = []
     transforms: tuple[ByteTransform, ...] = ()
     with collecting(problems):
@@ -120,6 +123,7 @@ def _open_sources(
             part = dataset.open(split)
             opened.append((number, part))
             augmentations.append(augmentation)
+            jitters.append(make_jitter(config, number) if training else None)
     if problems:
         raise UserError(*problems)
     names = source_names(config)
@@ -133,6 +137,7 @@ def _open_sources(
         label_maps=tuple(np.array([number_of[name] for name in part.classes]) for _, part in opened),
         transforms=transforms,
         augmentations=tuple(augmentations),
+        jitters=tuple(jitters),
     )
 
 
@@ -177,6 +182,11 @@ def make_augmentation(config: Config, source: int) -> Augmentation | None:
     )
 
 
+def make_jitter(config: Config, source: int) -> Jitter | None:
+    options = config.data.sources[source].jitter
+    return Jitter(**asdict(options), least_bytes=config.model.least_bytes) if options else None
+
+
 def trained_transforms(manifest: dict) -> list[str]:
     """The identities of the byte transforms that a checkpoint was trained with."""
     return (manifest["plan"] or {}).get("byte_transforms", [])
@@ -203,6 +213,9 @@ def content_facts(config: Config, sources: Sources) -> dict:
             options = asdict(augment)
             options |= {"speeds": list(options["speeds"]), "background": augmentation.background}
             facts.update({f"source {i} augment.{name}": value for name, value in options.items()})
+        jitter = config.data.sources[number].jitter
+        if jitter:
+            facts.update({f"source {i} jitter.{name}": value for name, value in asdict(jitter).items()})
     return facts
 
 

@@ -94,7 +94,7 @@ class ShardReader:
         `replace_bad`, bad samples are left out."""
         self.splits, self.label_maps, self.names = sources.splits, sources.label_maps, sources.origins
         self.seed, self.transforms, self.replace_bad = seed, sources.transforms, replace_bad
-        self.augmentations = sources.augmentations
+        self.augmentations, self.jitters = sources.augmentations, sources.jitters
         self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in self.splits]
         self._rows = [np.asarray(split.samples) for split in self.splits]
         self._files: dict[tuple[int, int], int] = {}  # the one opened first is closed first
@@ -102,7 +102,7 @@ class ShardReader:
         # out takes long, and each has thousands of samples.
         self._lost: dict[tuple[int, int], str] = {}
         self._failing: set[tuple[int, int]] = set()
-        self.is_plain = not self.transforms and not any(self.augmentations)
+        self.is_plain = not self.transforms and not any(self.augmentations) and not any(self.jitters)
         self.position = np.zeros(2, np.int64)
         """(source, sample) that is being read with care, for whoever shares this memory."""
 
@@ -236,7 +236,9 @@ class ShardReader:
         try:
             content, label = self._read_sample(source, sample)
             made, rng = Example(content, label, label, 0.0), self._rng(_AUGMENTATION, source, epoch, sample)
-            augmentation = self.augmentations[source]
+            augmentation, jitter = self.augmentations[source], self.jitters[source]
+            if jitter:
+                made = made._replace(content=np.frombuffer(jitter(content.tobytes(), rng), np.uint8))
             if augmentation:
                 made, rng = self._augmented(augmentation, made, source, sample, epoch, step, bad)
             return made._replace(content=apply(self.transforms, made.content, rng))

@@ -32,6 +32,7 @@ def reader(datasets: Path) -> ShardReader:
             label_maps=(np.array([7, 8, 9]),),
             origins=("a",),
             augmentations=(None,),
+            jitters=(None,),
         )
     )
 

@@ -1,0 +1,148 @@
+"""Pictures and sounds that are decoded, changed, and written again in the format of their own file.
+
+A model of bytes sees how a file was written, so as much as possible of the stored file is kept: the mode and palette of
+a picture, the quantisation tables of a JPEG, all chunks of a PNG besides its pixels, the rate and sample type of a
+sound, all chunks of a WAV besides its samples. Files that cannot be written so are refused, and the callers leave them
+as they are: lossy sounds, animations, interlaced or deep pictures, formats that Pillow and libsndfile do not write.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bfsys.data.media.pictures import opened
+from bfsys.data.media.sounds import Clip, announced_samples
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF")
+PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+# Lossless formats of libsndfile, and what distinguishes their sample types
+SOUND_FORMATS = ("AIFF", "AU", "FLAC", "WAV", "WAVEX")
+SOUND_TYPES = ("ALAW", "DOUBLE", "FLOAT", "PCM_16", "PCM_24", "PCM_32", "PCM_S8", "PCM_U8", "ULAW")
+LONGEST_S = 120.0  # Longer sounds are not changed; each would be decoded and written in every epoch
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+COLOUR_AND_DEPTH, INTERLACED = slice(24, 26), 28  # bytes of a PNG
+
+
+class NotRewritableError(ValueError):
+    """A file that cannot be written again in its own format."""
+
+
+def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) -> bytes:
+    """A picture of the same size and mode, changed and written as its file was.
+
+    Raises NotRewritableError, or whatever Pillow raises for a damaged file.
+    """
+    with opened(data) as image:
+        kind, mode = image.format, image.mode
+        if kind not in PICTURE_FORMATS or mode not in PICTURE_MODES or getattr(image, "is_animated", False):
+            raise NotRewritableError(f"{kind} of mode {mode}")
+        if kind == "PNG" and data[INTERLACED]:
+            raise NotRewritableError("interlaced PNG")
+        options = _options(image, data)
+        changed = change(image)
+        if mode == "P":
+            changed.putpalette(image.getpalette(image.palette.mode), image.palette.mode)
+    file = io.BytesIO()
+    changed.save(file, kind, **options)
+    written = file.getvalue()
+    return _with_chunks_of(data, written) if kind == "PNG" else written
+
+
+def _options(image, data: bytes) -> dict:
+    """Arguments of Pillow's `save` with which a picture is written as its file was, as far as Pillow tells."""
+    if image.format == "JPEG":
+        from PIL import JpegImagePlugin
+
+        sampling = JpegImagePlugin.get_sampling(image)
+        kept = {name: image.info[name] for name in ("exif", "icc_profile", "dpi") if name in image.info}
+        return {
+            "qtables": image.quantization,
+            "subsampling": sampling if sampling >= 0 else 0,
+            "progressive": bool(image.info.get("progressive")),
+            **kept,
+        }
+    if image.format == "TIFF":
+        return {"compression": image.info.get("compression", "raw")}
+    if image.format == "PNG":
+        return {"compress_level": _compression_level(data)}
+    return {}
+
+
+def _compression_level(data: bytes) -> int:
+    """Of a PNG, as far as its zlib stream tells: 1, 6 (zlib's default) or 9; 0 where the pixels are not compressed."""
+    start = data.find(b"IDAT") + 4
+    level = (1, 1, 6, 9)[data[start + 1] >> 6]
+    is_stored = not data[start + 2] >> 1 & 3  # type of the first block of deflate
+    return 0 if level == 1 and is_stored else level
+
+
+def _with_chunks_of(stored: bytes, written: bytes) -> bytes:
+    """The stored PNG with the pixels of the written one."""
+    if stored[COLOUR_AND_DEPTH] != written[COLOUR_AND_DEPTH]:
+        raise NotRewritableError("PNG of a depth that Pillow does not write")
+    first, last = _pixels_of(stored)
+    pixels = slice(*_pixels_of(written))
+    return stored[:first] + written[pixels] + stored[last:]
+
+
+def _pixels_of(png: bytes) -> tuple[int, int]:
+    """Where the chunks IDAT begin and end."""
+    place, first = len(PNG_SIGNATURE), 0
+    while True:
+        length, name = struct.unpack_from(">I4s", png, place)
+        if name == b"IDAT":
+            first = first or place
+        elif first:
+            return first, place
+        place += 12 + length
+
+
+def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
+    """A sound of the same rate and sample type, changed channel by channel and written as its file was.
+
+    All channels must come out in the same length. Raises NotRewritableError, or soundfile.LibsndfileError for a damaged
+    file.
+    """
+    import soundfile
+
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        rate_hz, kind = file.samplerate, {"format": file.format, "subtype": file.subtype, "endian": file.endian}
+        # libsndfile writes the time of day into floating-point AIFF files
+        has_time = file.format == "AIFF" and file.subtype in ("FLOAT", "DOUBLE")
+        if file.format not in SOUND_FORMATS or file.subtype not in SOUND_TYPES or has_time:
+            raise NotRewritableError(f"{file.format} of {file.subtype}")
+        if not 0 < file.frames <= LONGEST_S * rate_hz:
+            raise NotRewritableError(f"{file.frames:,} samples")
+        waves = file.read(dtype="float32", always_2d=True)
+    changed = np.stack([change(Clip(wave, rate_hz)).wave for wave in waves.T], axis=1)
+    written = io.BytesIO()
+    soundfile.write(written, np.clip(changed, -1, 1), rate_hz, **kind)
+    if data[:4] in (b"RIFF", b"RIFX"):
+        return _with_chunks_of_wav(data, written.getvalue(), len(changed))
+    return written.getvalue()
+
+
+def _with_chunks_of_wav(stored: bytes, written: bytes, samples: int) -> bytes:
+    """The stored WAV with the samples of the written one, and the three sizes that depend on them."""
+    before, after = announced_samples(stored), announced_samples(written)
+    if not before or not 0 < before.size <= len(stored) - before.start:
+        raise NotRewritableError("WAV that does not say how long it is")
+    assert after
+    content = written[after.start : after.start + after.size]
+    end = before.start + before.size
+    file = bytearray(stored[: before.start] + content + bytes(len(content) % 2) + stored[end + end % 2 :])
+    size = struct.Struct("<I" if stored[:4] == b"RIFF" else ">I")
+    size.pack_into(file, 4, len(file) - 8)
+    size.pack_into(file, before.start - 4, len(content))
+    fact = stored.find(b"fact", 12, before.start)
+    if fact > 0:
+        size.pack_into(file, fact + 8, samples)
+    return bytes(file)

@@ -1,0 +1,86 @@
+"""Small random changes to training files, each written again in its own format.
+
+A model that sees the same few files again and again memorises them. A picture is turned, stretched and moved a little.
+A sound becomes a little faster or slower, louder or quieter, and begins earlier or later. The file keeps its format
+(data/media/same_format.py), so evaluation files go in as they are stored, and nothing must be packed for them. Files
+that cannot be written again in their own format go in as they are.
+
+Pixels are taken from their nearest neighbours: interpolation makes values and edges that no stored file has, which a
+model of compressed bytes mistakes for a property of the training files (docs/experiments.md). JPEG is the exception,
+whose files become larger with nearest neighbours and keep their size with bicubic interpolation.
+
+All randomness comes from the caller's generator, as in data/streaming/augment.py, which holds the published
+augmentation; that one changes pictures and sounds far more, and encodes all files alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bfsys.data.media.input_formats import kind_of
+from bfsys.data.media.same_format import change_picture, change_sound
+from bfsys.data.media.sounds import Clip
+from bfsys.data.streaming.augment import SPEED_STEPS, change_speed
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """The jitter of a source's training files; its numbers are those of `bfsys.config.Jitter`."""
+
+    share: float
+    rotation_degrees: float
+    zoom: float
+    shift: float
+    mirror: bool
+    speed: float
+    gain_db: float
+    least_bytes: int
+    """A file that would become shorter goes in as it is."""
+
+    def __call__(self, data: bytes, rng: np.random.Generator) -> bytes:
+        """The bytes of the changed file, or the same bytes."""
+        kind = kind_of(np.frombuffer(data, np.uint8))
+        if kind is None or rng.random() >= self.share:
+            return data
+        try:
+            if kind.modality == "image":
+                changed = change_picture(data, lambda image: self._picture(image, rng))
+            else:
+                seed = int(rng.integers(2**63))  # for each channel the same
+                changed = change_sound(data, lambda clip: self._sound(clip, np.random.default_rng(seed)))
+        except MemoryError:
+            raise
+        except Exception:  # decoders raise anything; the model takes bytes, whether or not they can be decoded
+            return data
+        return changed if len(changed) >= self.least_bytes else data
+
+    def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        from PIL import Image
+
+        angle = np.deg2rad(rng.uniform(-self.rotation_degrees, self.rotation_degrees))
+        scale = rng.uniform(1 - self.zoom, 1 + self.zoom, 2)
+        moved = np.rint(rng.uniform(-self.shift, self.shift, 2) * image.size)
+        mirrored = -1 if self.mirror and rng.random() < 0.5 else 1
+        turned = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        # From a place in the changed picture to one in the stored picture, around the middle
+        matrix = turned @ np.diag(1 / scale) @ np.diag([mirrored, 1])
+        middle = np.array(image.size) / 2
+        offset = middle - matrix @ (middle + moved)
+        coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
+        by = Image.Resampling.BICUBIC if image.format == "JPEG" else Image.Resampling.NEAREST
+        # What comes in from outside has the colour of the first pixel
+        corner = image.getpixel((0, 0))
+        return image.transform(image.size, Image.Transform.AFFINE, coefficients, by, fillcolor=corner)
+
+    def _sound(self, clip: Clip, rng: np.random.Generator) -> Clip:
+        faster = round(rng.uniform(1 - self.speed, 1 + self.speed) * SPEED_STEPS) / SPEED_STEPS
+        wave = change_speed(clip, faster).wave
+        start, end = np.rint(rng.uniform(-self.shift, self.shift, 2) * len(wave)).astype(int).tolist()
+        wave = np.pad(wave, (max(0, -start), max(0, end)))[max(0, start) : min(0, end) or None]
+        return Clip(wave * np.float32(10 ** (rng.uniform(-self.gain_db, self.gain_db) / 20)), clip.rate_hz)

@@ -1,0 +1,153 @@
+"""Files that are changed and written again keep their format, as far as a model of bytes can see it."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image, JpegImagePlugin
+from PIL.PngImagePlugin import PngInfo
+
+from bfsys.data.media.input_formats import kind_of
+from bfsys.data.media.modalities import Clip
+from bfsys.data.media.same_format import NotRewritableError, change_picture, change_sound
+
+RNG = np.random.default_rng(0)
+COLOURS = Image.fromarray(np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((4, 4, 1))).astype(np.uint8))
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def mirrored(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+TEXT = PngInfo()
+TEXT.add_text("Title", "kept")
+LOSSLESS = {
+    "png": saved(COLOURS, "PNG"),
+    "png, grey": saved(COLOURS.convert("L"), "PNG"),
+    "png, palette": saved(COLOURS.quantize(11), "PNG"),
+    "png, transparent": saved(COLOURS.convert("RGBA"), "PNG"),
+    "png, one bit": saved(COLOURS.convert("1"), "PNG"),
+    "png, not compressed": saved(COLOURS, "PNG", compress_level=0),
+    "png, best": saved(COLOURS, "PNG", compress_level=9),
+    "png, with text and gamma": saved(COLOURS, "PNG", pnginfo=TEXT, dpi=(72, 72)),
+    "tiff": saved(COLOURS, "TIFF"),
+    "tiff, deflate": saved(COLOURS, "TIFF", compression="tiff_adobe_deflate"),
+    "tiff, grey, lzw": saved(COLOURS.convert("L"), "TIFF", compression="tiff_lzw"),
+    "bmp": saved(COLOURS, "BMP"),
+    "ppm": saved(COLOURS, "PPM"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_a_picture_that_is_not_changed_keeps_its_bytes(name: str) -> None:
+    assert change_picture(LOSSLESS[name], lambda image: image.copy()) == LOSSLESS[name]
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_a_changed_picture_keeps_size_mode_and_kind(name: str) -> None:
+    stored, changed = LOSSLESS[name], change_picture(LOSSLESS[name], mirrored)
+    before, after = picture(stored), picture(changed)
+    assert (after.format, after.mode, after.size) == (before.format, before.mode, before.size)
+    assert changed[:33] == stored[:33] or before.format != "PNG"  # signature and IHDR
+    assert np.array_equal(np.asarray(after.convert("RGBA")), np.asarray(mirrored(before.convert("RGBA"))))
+
+
+def test_a_png_keeps_its_other_chunks() -> None:
+    changed = picture(change_picture(LOSSLESS["png, with text and gamma"], mirrored))
+    assert isinstance(changed.info["dpi"], tuple)
+    assert changed.info["Title"] == "kept"
+
+
+@pytest.mark.parametrize("options", [{}, {"quality": 95, "subsampling": 0}, {"progressive": True, "quality": 30}])
+def test_a_jpeg_keeps_its_tables(options: dict) -> None:
+    for mode in ("RGB", "L"):
+        stored = saved(COLOURS.convert(mode), "JPEG", **options)
+        before, after = picture(stored), picture(change_picture(stored, mirrored))
+        assert isinstance(before, JpegImagePlugin.JpegImageFile)
+        assert isinstance(after, JpegImagePlugin.JpegImageFile)
+        assert after.quantization == before.quantization
+        assert (after.mode, after.info.get("progressive")) == (mode, before.info.get("progressive"))
+        assert JpegImagePlugin.get_sampling(after) == JpegImagePlugin.get_sampling(before)
+
+
+def interlaced() -> bytes:
+    header = LOSSLESS["png"][12:28] + b"\1"  # the pixels do not matter here
+    return LOSSLESS["png"][:12] + header + zlib.crc32(header).to_bytes(4, "big") + LOSSLESS["png"][33:]
+
+
+REFUSED = {
+    "animation": lambda: saved(COLOURS, "PNG", save_all=True, append_images=[mirrored(COLOURS)]),
+    "deep": lambda: saved(Image.fromarray(np.full((4, 4), 60_000, np.uint16)), "PNG"),
+    "webp": lambda: saved(COLOURS, "WEBP"),
+    "gif": lambda: saved(COLOURS.quantize(9), "GIF"),
+    "cmyk": lambda: saved(COLOURS.convert("CMYK"), "JPEG"),
+    "interlaced": interlaced,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_written_in_its_own_format_is_refused(name: str) -> None:
+    with pytest.raises(NotRewritableError):
+        change_picture(REFUSED[name](), mirrored)
+
+
+def test_a_damaged_picture_raises() -> None:
+    with pytest.raises((OSError, SyntaxError, ValueError)):
+        change_picture(LOSSLESS["png"][:60], mirrored)
+
+
+def sound(kind: str, subtype: str, channels: int = 1, endian: str = "FILE") -> bytes:
+    file, wave = io.BytesIO(), RNG.uniform(-0.7, 0.7, (300, channels))
+    soundfile.write(file, wave, 11_025, format=kind, subtype=subtype, endian=endian)
+    return file.getvalue()
+
+
+SOUNDS = (
+    ("WAV", "PCM_U8", 1, "FILE"),
+    ("WAV", "PCM_16", 2, "FILE"),
+    ("WAV", "PCM_16", 1, "BIG"),
+    ("WAV", "PCM_24", 1, "FILE"),
+    ("WAV", "FLOAT", 2, "FILE"),
+    ("WAV", "ULAW", 1, "FILE"),
+    ("FLAC", "PCM_16", 2, "FILE"),
+    ("AIFF", "PCM_16", 1, "FILE"),
+    ("AU", "PCM_16", 1, "FILE"),
+)
+
+
+@pytest.mark.parametrize(("kind", "subtype", "channels", "endian"), SOUNDS)
+def test_a_changed_sound_keeps_rate_channels_and_sample_type(
+    kind: str, subtype: str, channels: int, endian: str
+) -> None:
+    stored = sound(kind, subtype, channels, endian)
+    changed = change_sound(stored, lambda clip: Clip(clip.wave[50:250] * np.float32(0.5), clip.rate_hz))
+    assert changed[:4] == stored[:4]
+    with soundfile.SoundFile(io.BytesIO(stored)) as before, soundfile.SoundFile(io.BytesIO(changed)) as after:
+        for fact in ("format", "subtype", "endian", "samplerate", "channels"):
+            assert getattr(after, fact) == getattr(before, fact)
+        assert np.allclose(after.read(), before.read()[50:250] * 0.5, atol=0.02)
+
+
+def test_lossy_and_empty_sounds_are_refused() -> None:
+    for data in (sound("MP3", "MPEG_LAYER_III"), sound("OGG", "VORBIS")):
+        assert kind_of(np.frombuffer(data, np.uint8)) is not None
+        with pytest.raises(NotRewritableError):
+            change_sound(data, lambda clip: clip)
+    empty = io.BytesIO()
+    soundfile.write(empty, np.zeros(0), 8000, format="WAV", subtype="PCM_16")
+    with pytest.raises(NotRewritableError):
+        change_sound(empty.getvalue(), lambda clip: clip)
