@@ -57,6 +57,9 @@ class Format:
     sample_rate_hz: int | None = None
     seconds: float | None = None
     augmented: bool = False
+    """Changed as published."""
+    jittered: bool = False
+    """Changed a little, in its own format."""
     reason: str = "the files go in as they are"
     """A sentence, or its beginning, which the format's name ends."""
 
@@ -77,7 +80,8 @@ class Format:
         return None
 
     def why(self) -> str:
-        return self.reason if self.encoding == "as_stored" else f"{self.reason} {self.describe()}"
+        changes = "; pictures and sounds are changed a little whenever they are read" if self.jittered else ""
+        return self.reason + ("" if self.encoding == "as_stored" else f" {self.describe()}") + changes
 
     def describe(self) -> str:
         sizes = (
@@ -125,12 +129,16 @@ class Choice:
 def first_format(survey: Survey, *, as_stored: bool) -> Format:
     """The largest format that these files are good for."""
     if as_stored or survey.modality is None:
-        return Format()
+        return Format(jittered=survey.modality is not None)
     if survey.modality == "image" and survey.is_compressed:
-        side = max((s for s in PICTURE_SIDES if s <= survey.typical_size), default=PICTURE_SIDES[-1])
+        side = min(PICTURE_SIDES[0], max(PICTURE_SIDES[-1], int(survey.typical_size)))
         augmented = survey.is_photographs and side >= 64
         return Format(
-            "tiff", image_size=side, augmented=augmented, reason="compressed pictures are learned slowly from"
+            "tiff",
+            image_size=side,
+            augmented=augmented,
+            jittered=not augmented,
+            reason="compressed pictures are learned from slowly, so files are decoded and encoded as",
         )
     if survey.modality == "audio" and (survey.is_compressed or survey.typical_size > 2 or survey.rate_hz > 16_000):
         seconds = round(min(LONGEST_SOUND_S, max(0.25, survey.typical_size)), 2)
@@ -138,7 +146,7 @@ def first_format(survey: Survey, *, as_stored: bool) -> Format:
         cause = "compressed sounds are learned from slowly" if survey.is_compressed else "long sounds take much time"
         why = f"{cause}, so files are decoded and encoded as"
         return Format("wav:uint8", sample_rate_hz=rate_hz, seconds=seconds, augmented=True, reason=why)
-    return Format()
+    return Format(jittered=True)
 
 
 def choose(survey: Survey, machine: Machine, train_s: float, *, as_stored: bool) -> Choice:
@@ -205,6 +213,8 @@ def _of_data(choice: Choice, data: str, eval_data: str) -> Iterator[Setting]:
             of_form |= {"sample_rate_hz": form.sample_rate_hz, "seconds": form.seconds, "mixup": False}
             of_form |= {"speeds": [0.9, 0.95, 1.0, 1.05, 1.1]}
         source |= {"eval_path": eval_data, "augment": of_form}
+    elif form.jittered:
+        source["jitter"] = {}
     yield Setting("data", "sources", [source], form.why())
     if choice.eval_split != "val":
         yield Setting("data", "eval_split", choice.eval_split, "there is no validation split")
@@ -212,8 +222,8 @@ def _of_data(choice: Choice, data: str, eval_data: str) -> Iterator[Setting]:
         "data", "batch_samples", choice.batch_samples, f"{len(choice.lengths):,} files of {median:,.0f} bytes"
     )
     yield Setting("data", "lanes", choice.lanes, "numbers of ranks that divide it are possible")
-    if form.augmented and choice.machine.device == "gpu":
-        yield Setting("data", "workers", 4, "files are decoded and augmented while the GPU computes")
+    if (form.augmented or form.jittered) and choice.machine.device == "gpu":
+        yield Setting("data", "workers", 4, "files are decoded and changed while the GPU computes")
 
 
 def _of_model(choice: Choice) -> Iterator[Setting]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bfsys.config import load_config
+from bfsys.config import Jitter, load_config
 from bfsys.fitting.choice import (
     ENOUGH_STEPS,
     LEAST_STEPS,
@@ -36,9 +36,10 @@ def survey(
     ("found", "expected"),
     [
         (survey("other", None), Format()),
-        (survey("a TIFF", "image", size=64), Format()),
-        (survey("a WAV", "audio", size=1.0, rate_hz=16_000), Format()),
-        (survey("a PNG", "image", size=28), ("tiff", 16, None, None, False)),
+        (survey("a TIFF", "image", size=64), Format(jittered=True)),
+        (survey("a WAV", "audio", size=1.0, rate_hz=16_000), Format(jittered=True)),
+        (survey("a PNG", "image", size=28), ("tiff", 28, None, None, False)),
+        (survey("a PNG", "image", size=5), ("tiff", 16, None, None, False)),
         (survey("a JPEG", "image", size=240), ("tiff", 224, None, None, True)),
         (survey("an MP3", "audio", size=1.0, rate_hz=44_100), ("wav:uint8", None, 16_000, 1.0, True)),
         (survey("a WAV", "audio", size=3600.0, rate_hz=8_000), ("wav:uint8", None, 8_000, 10.0, True)),
@@ -50,7 +51,18 @@ def test_compressed_and_long_files_are_encoded(found: Survey, expected: Format |
         assert got == expected
     else:
         assert (got.encoding, got.image_size, got.sample_rate_hz, got.seconds, got.augmented) == expected
-    assert first_format(found, as_stored=True) == Format()
+        assert got.jittered is not got.augmented
+    assert first_format(found, as_stored=True) == Format(jittered=found.modality is not None)
+
+
+@pytest.mark.parametrize(("modality", "jitter"), [(None, False), ("audio", True)])
+def test_sounds_that_stay_as_they_are_are_changed_a_little(modality: str | None, jitter: bool, tmp_path: Path) -> None:
+    choice = choose(survey("a WAV", modality, 9_000, size=1.0, rate_hz=8_000), CPU, 600, as_stored=True)
+    file = tmp_path / "chosen.yaml"
+    file.write_text(to_yaml(settings_of(choice, "data/a", "data/a", LEAST_STEPS, 10), []))
+    (source,) = load_config(file).data.sources
+    assert (source.jitter == Jitter(), source.augment) == (jitter, None)
+    assert ("are changed a little" in file.read_text()) is jitter
 
 
 def test_pictures_are_as_large_as_the_time_allows() -> None:

@@ -27,6 +27,7 @@ PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 SOUND_FORMATS = ("AIFF", "AU", "FLAC", "WAV", "WAVEX")
 SOUND_TYPES = ("ALAW", "DOUBLE", "FLOAT", "PCM_16", "PCM_24", "PCM_32", "PCM_S8", "PCM_U8", "ULAW")
 LONGEST_S = 120.0  # Longer sounds are not changed; each would be decoded and written in every epoch
+COARSEST = 255  # value of a quantisation table that any reader of JPEG takes
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_AND_DEPTH, INTERLACED = slice(24, 26), 28  # bytes of a PNG
 
@@ -46,6 +47,8 @@ def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) ->
             raise NotRewritableError(f"{kind} of mode {mode}")
         if kind == "PNG" and data[INTERLACED]:
             raise NotRewritableError("interlaced PNG")
+        if kind == "JPEG" and max(map(max, image.quantization.values())) > COARSEST:
+            raise NotRewritableError("JPEG with tables of 16 bits")
         options = _options(image, data)
         changed = change(image)
         if mode == "P":

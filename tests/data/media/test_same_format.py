@@ -96,6 +96,7 @@ REFUSED = {
     "gif": lambda: saved(COLOURS.quantize(9), "GIF"),
     "cmyk": lambda: saved(COLOURS.convert("CMYK"), "JPEG"),
     "interlaced": interlaced,
+    "coarse": lambda: saved(COLOURS, "JPEG", qtables=[[1000] * 64] * 2),
 }
 
 
