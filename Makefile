@@ -38,7 +38,7 @@ quickstart: install
 	@echo "  PATH=$(BIN):\$$PATH deepspeed --num_accelerators 2 bfsys/train.py configs/quickstart.yaml name=wider model.dim=192"
 
 test: install
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ def file_of(length: int) -> np.ndarray:
 
 
 def small_model(mode: str) -> ByteFormer:
-    return build(TINY, random_weights(TINY, 0, torch.float32), mode).eval()
+    """With two blocks, the second of them shifted, and a merging after each: each block takes seconds to export."""
+    config = replace(TINY, shifts=(0, 3), merge=(True, True))
+    return build(config, random_weights(config, 0, torch.float32), mode).eval()
 
 
 @settings(max_examples=40)

@@ -19,6 +19,7 @@ from tests.conftest import _run_ranks, parameters_of_tests_with, tiny_config
 from tests.forked import start_ranks
 from tests.supervision.test_guard import samples_of_step
 from tests.test_train import (
+    HALF,
     STAGES,
     STEPS,
     assert_near,
@@ -120,11 +121,11 @@ def muon_runs(
     request: pytest.FixtureRequest, datasets: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """(config file, folder of runs): every stage and precision on two ranks, and those that the tests want resumed
-    from step 4; `3-from-1` and `1-from-3` change the stage there."""
+    from step 3; `3-from-1` and `1-from-3` change the stage there."""
     folder = tmp_path_factory.mktemp("muon")
     config = folder / "tiny.yaml"
     content = tiny_config(datasets, folder)
-    content["train"]["steps"] = STEPS
+    content["train"] |= {"steps": STEPS, "save_every": HALF}
     config.write_text(yaml.safe_dump(content))
     kinds = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
     runs = [f"{MUON} name=s{s}-{p} train.zero_stage={s} train.precision={p}" for s, p in kinds]
@@ -134,7 +135,7 @@ def muon_runs(
     again = [(f"s{s}-{p}-resumed", s, p, f"s{s}-{p}") for s, p in kinds if (s, p) in wanted]
     changed = [("3-from-1", 3, "fp32", "s1-fp32"), ("1-from-3", 1, "fp32", "s3-fp32")]
     for name, stage, precision, source in (*again, *changed):
-        cut_short(folder / "runs" / source, folder / "runs" / name, step=4)
+        cut_short(folder / "runs" / source, folder / "runs" / name, step=HALF)
         resumed.append(f"{MUON} name={name} train.zero_stage={stage} train.precision={precision}")
     assert_success(_run_ranks(2, ["tests/worker.py", str(config), *resumed]))
     return config, folder / "runs"
@@ -192,7 +193,7 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(
 ) -> None:
     config_file, runs = muon_runs
     name = f"s{stage}-on-{world_size}"
-    cut_short(runs / f"s{stage}-fp32", runs / name, step=4)
+    cut_short(runs / f"s{stage}-fp32", runs / name, step=HALF)
     options = f"{MUON} name={name} train.zero_stage={stage}".split()
     assert_success(run_ranks(world_size, ["bfsys/train.py", str(config_file), *options]))
     assert losses(runs / name) == pytest.approx(losses(runs / f"s{stage}-fp32"), rel=1e-5)

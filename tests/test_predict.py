@@ -102,7 +102,8 @@ def test_a_models_answers_need_no_deepspeed(finished_run: Path, datasets: Path) 
 def test_what_a_run_does_to_bytes_is_done_before_prediction_too(
     config_file: Path, datasets: Path, tmp_path: Path, run_ranks, evaluate_run, predict_files
 ) -> None:
-    change = ["data.byte_transforms=[reverse, noise:-3:3, permute]", "train.steps=100", "optim.lr=1e-2"]
+    change = ["data.byte_transforms=[reverse, noise:-3:3, permute]", "train.steps=100", "optim.lr=1e-2",
+              "train.micro_batch_tokens=1000"]  # fmt: skip
     (result,) = run_ranks(1, ["bfsys/train.py", str(config_file), *change])
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "tiny"

@@ -26,6 +26,7 @@ FLOPS_PER_S = {"cpu": 3e10, "gpu": 5e13}
 ENOUGH_STEPS = 400
 LEAST_STEPS = 60
 MOST_PASSES = 60  # over the training files
+ENOUGH_FOR_FEW_FILES = 200  # steps, however many passes over few files they are
 LONGEST_WARMUP = 200
 PICTURE_SIDES = (224, 160, 128, 96, 64, 48, 32, 16)
 SAMPLE_RATES_HZ = (16_000, 8_000)
@@ -118,7 +119,7 @@ class Choice:
 
     def most_steps(self) -> int:
         """More would only go over the training files again."""
-        return max(200, MOST_PASSES * len(self.lengths) // self.batch_samples)
+        return max(ENOUGH_FOR_FEW_FILES, MOST_PASSES * len(self.lengths) // self.batch_samples)
 
     def estimated_step_s(self, classes: int) -> float:
         typical = self.lengths[np.linspace(0, len(self.lengths) - 1, 64).astype(int)]

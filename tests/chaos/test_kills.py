@@ -63,7 +63,7 @@ def check_kills(config: Path, folder: Path, stage: int, optimizer: str, kills: i
 
 
 def test_a_few_kills_change_nothing(config_file: Path, tmp_path: Path) -> None:
-    check_kills(config_file, tmp_path / "log", stage=2, optimizer="muon", kills=3, steps=45)
+    check_kills(config_file, tmp_path / "log", stage=2, optimizer="muon", kills=2, steps=40)
 
 
 @pytest.mark.slow

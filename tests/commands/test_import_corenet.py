@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from torch import Tensor
 from bfsys.checkpoint import files, loading
 from bfsys.cli import call
 from bfsys.errors import UserError
-from tests.conftest import REPOSITORY
+from tests.forked import Forked, run_python
 from tests.model import vectors
 from tests.model.reference import ReferenceConfig, pad, random_weights, reference_logits
 from tests.model.test_byteformer import batch_of, random_files
@@ -246,12 +244,11 @@ def test_a_folder_in_use_is_left_alone_and_the_command_ends_with_code_2(tmp_path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
     torch.save(weights, tmp_path / "weights.pt")
-    command = [sys.executable, "tools/import_corenet.py", str(tmp_path / "weights.pt"), str(tmp_path / "out")]
-    result = subprocess.run(
-        [*command, *SMALL_WINDOWS], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert result.stderr == f"error: {tmp_path / 'out'}: not empty; give a folder that is empty or does not exist\n"
+    command = ["tools/import_corenet.py", str(tmp_path / "weights.pt"), str(tmp_path / "out"), *SMALL_WINDOWS]
+    process = Forked(run_python, command, {})
+    _, errors = process.communicate(300)
+    assert process.returncode == 2
+    assert errors == f"error: {tmp_path / 'out'}: not empty; give a folder that is empty or does not exist\n"
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
     with pytest.raises(UserError, match=r"weights\.pt/x: cannot be made: Not a directory"):
         call("import-corenet", [str(tmp_path / "weights.pt"), str(tmp_path / "weights.pt" / "x"), *SMALL_WINDOWS])

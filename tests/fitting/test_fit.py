@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 
 import bfsys
 from bfsys.cli import call
-from bfsys.errors import UserError
+from bfsys.errors import UserError, exit_code_of
+from bfsys.fitting import choice as rules
 from bfsys.fitting.choice import Machine, choose
 from bfsys.fitting.fit import RECORD, Request, listed, look, name_for, pack_all
 from bfsys.fitting.survey import survey_of
 from tests.commands.packing_helpers import make_files, png_bytes, wav_bytes
+from tests.forked import Forked
 
 
 def folder_of(folder: Path, files: int, content: dict[str, int] | None = None) -> Path:
@@ -30,15 +33,26 @@ def folder_of(folder: Path, files: int, content: dict[str, int] | None = None) -
     return make_files(folder, names)
 
 
+def fit_in_few_steps(*arguments: object) -> tuple[int | None, str, str]:
+    """`bfsys fit`, which trains for as few steps as it may: (exit code, standard output, standard error)."""
+    process = Forked(_fit_in_few_steps, arguments, {})
+    said = process.communicate(timeout=600)
+    return process.returncode, *said
+
+
+def _fit_in_few_steps(*arguments: object) -> None:
+    rules.ENOUGH_FOR_FEW_FILES, rules.MOST_PASSES = rules.LEAST_STEPS, 0
+    sys.exit(exit_code_of(lambda: call("fit", [*map(str, arguments)])))
+
+
 def test_a_folder_becomes_a_model_that_beats_byte_counts(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src = folder_of(tmp_path / "slopes", 70)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(bfsys.__file__).parents[1]))
-    run = bfsys.fit(src, minutes=3)
-    said = capsys.readouterr().out
-    assert run == Path("runs/slopes")
+    options = ["--minutes", "30", "--runs", str(tmp_path / "runs"), "--shards", str(tmp_path / "shards")]
+    code, said, errors = fit_in_few_steps(src, *options)
+    assert code == 0, said + errors
+    run = tmp_path / "runs" / "slopes"
     percent = {
         line[:27].strip(): float(line[27:].split()[0]) for line in said.splitlines() if line.startswith("top-1 ")
     }
@@ -46,19 +60,19 @@ def test_a_folder_becomes_a_model_that_beats_byte_counts(
     assert {"confusion.png", "learning_curve.png", "classes.tsv"} <= {p.name for p in (run / "report").iterdir()}
     model = bfsys.load(run)
     assert model.classes == ("falling", "rising")
-    for command in (
-        "bfsys predict runs/slopes FILE\n",
-        "bfsys explain runs/slopes FILE\n",
-        "bfsys serve runs/slopes\n",
-    ):
+    for command in (f"bfsys predict {run} FILE\n", f"bfsys explain {run} FILE\n", f"bfsys serve {run}\n"):
         assert command in said
 
-    call("fit", [str(src), "--minutes", "3"])  # does not train again
+    monkeypatch.chdir(tmp_path)  # the same from Python, which does not train again
+    monkeypatch.setenv("PYTHONPATH", str(Path(bfsys.__file__).parents[1]))
+    assert bfsys.fit(src, minutes=30, shards="shards") == Path("runs/slopes")
     again = capsys.readouterr().out
     assert "runs/slopes: is trained already" in again
-    assert said.partition("held-out")[2].partition("took")[0] == again.partition("held-out")[2].partition("took")[0]
-    with pytest.raises(UserError, match=r"slopes\.yaml: was chosen for minutes 3\.0, and this command asks for 4"):
-        bfsys.fit(src, minutes=4)
+    assert said.partition("held-out")[2].partition("lowest")[0] == again.partition("held-out")[2].partition("lowest")[0]
+    with pytest.raises(UserError, match="--minutes: got 0; more than 0"):
+        bfsys.fit(src, minutes=0)
+    with pytest.raises(UserError, match=r"slopes\.yaml: was chosen for minutes 30\.0, and this command asks for 4"):
+        call("fit", [str(src), *options, "--minutes", "4"])
 
 
 def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
@@ -120,7 +134,6 @@ def test_a_folder_that_cannot_be_fitted(names: dict[str, bytes], message: str, t
         (["--minutes", "0"], "--minutes: got 0; more than 0"),
         (["--minutes", "nan"], "--minutes: got nan"),
         (["--name", "a/b"], "--name: got 'a/b'"),
-        (["--minutes", "0.01"], "in which this machine trains 0 steps"),
     ],
 )
 def test_wrong_options(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -129,6 +142,13 @@ def test_wrong_options(arguments: list[str], message: str, tmp_path: Path) -> No
             "fit", [str(folder_of(tmp_path / "src", 4)), "--runs", str(tmp_path), "--shards", str(tmp_path), *arguments]
         )
     assert message in str(error.value)
+
+
+def test_too_little_time(tmp_path: Path) -> None:
+    src, options = folder_of(tmp_path / "src", 4), ["--runs", tmp_path, "--shards", tmp_path]
+    code, _, errors = fit_in_few_steps(src, *options, "--minutes", "0.01")
+    assert code == 2
+    assert "--minutes: got 0.01, in which this machine trains 0 steps" in errors
 
 
 def test_configs_of_others_are_left_alone(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_run_that_fails_does_not_stop_the_others(config_file, tmp_path):
 
 def test_a_stop_saves_all_runs_and_the_same_command_resumes_them(config_file, tmp_path):
     sweep = ["--sweep", "train.seed=0,1,2", "--at-once", "2", "--ranks", "1", config_file]
-    sweep += ["train.steps=120", "train.save_every=10"]
+    sweep += ["train.steps=70", "train.save_every=5"]
     runs = [tmp_path / "runs" / f"tiny-seed={seed}" for seed in range(3)]
     process = start(*sweep)
     wait_until(lambda: all(newest_step(run) for run in runs[:2]), 300)
@@ -78,14 +78,14 @@ def test_a_stop_saves_all_runs_and_the_same_command_resumes_them(config_file, tm
     assert process.returncode == 130, out + err
     assert err.endswith("the sweep was stopped; the same command resumes it\n")
     stopped = [newest_step(run) for run in runs]
-    assert all(0 < step < 120 for step in stopped[:2])
+    assert all(0 < step < 70 for step in stopped[:2])
     assert [how_it_ended(run)["exit_code"] for run in runs[:2]] == [130, 130]
     assert not (runs[2] / "config.yaml").exists()
 
     out, err = (process := start(*sweep)).communicate(timeout=600)
     assert process.returncode == 0, out + err
     for run, step in zip(runs, stopped, strict=True):
-        assert [line["step"] for line in lines(run)] == list(range(1, 121))
+        assert [line["step"] for line in lines(run)] == list(range(1, 71))
         assert (f"continuing {run} after step {step}\n" in (run / "log" / "console.log").read_text()) == (step > 0)
 
 

@@ -35,7 +35,8 @@ from tests.test_train import assert_success, losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 STEPS = 150
-OVERRIDES = [f"train.steps={STEPS}", "train.save_every=25", "train.log_every=1", "train.keep_best=0"]
+OVERRIDES = [f"train.steps={STEPS}", "train.save_every=25", "train.log_every=1", "train.keep_best=0",
+             "model.layers=3"]  # fmt: skip  # a run must not be over before something has happened to it
 LAUNCHER = [sys.executable, str(REPOSITORY / "launchers" / "slurm.py")]
 OPTIONS = "--gpus-per-node 0 " + os.environ.get("BFSYS_SLURM_OPTIONS", "--cpus-per-task 1")
 LOW, HIGH = os.environ.get("BFSYS_PARTITIONS", "low,high").split(",")
@@ -91,7 +92,8 @@ def submit(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
         assert answer.returncode == 0, answer.stderr
         facts = dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
         submitted.append(facts["job"].split(":")[0])
-        return Job(tmp_path / "runs" / "tiny", submitted[-1], Path(facts["log"]))
+        names = [override.partition("=")[2] for override in overrides if override.startswith("name=")]
+        return Job(tmp_path / "runs" / (names or ["tiny"])[-1], submitted[-1], Path(facts["log"]))
 
     yield submit
     for job in submitted:
@@ -151,13 +153,14 @@ def test_nodes_train_as_one_process_does_while_status_and_logs_tell(submit, undi
     second = launcher("--nodes=2", "--gpus-per-node=0", str(job.run / "config.yaml"), *OVERRIDES)
     assert second.returncode == 2
     assert f"job {job.id} waits or runs already" in second.stderr
-    followed = launcher("logs", "--follow", str(job.run))  # returns when the job is over
-    assert followed.stdout.rstrip().endswith(f"are in {job.run}")
+    following = subprocess.Popen([*LAUNCHER, "logs", "--follow", str(job.run)], stdout=subprocess.PIPE, text=True)
+    alone = run_here(1, datasets, tmp_path_factory.mktemp("alone"))  # it asks SLURM every 15 s whether the job is over
+    followed, _ = following.communicate(timeout=300)
+    assert followed.rstrip().endswith(f"are in {job.run}")
     assert_finished(job, undisturbed)
     assert job.starts == 1
     assert launcher("status", str(job.run)).returncode == 0
     assert launcher("logs", "--rank", "1", str(job.run)).returncode == 0
-    alone = run_here(1, datasets, tmp_path_factory.mktemp("alone"))
     assert losses(job.run) == pytest.approx(losses(alone), rel=2e-4)
 
 
@@ -172,26 +175,31 @@ def test_a_job_that_is_warned_before_its_end_goes_on(submit, undisturbed):
     assert job.starts == 2
 
 
-def test_a_job_that_runs_out_of_time_goes_on(submit):
-    job = submit("--time 1", "train.steps=1000000", "train.log_every=20")
+def test_jobs_that_run_out_of_time_go_on_also_if_their_tasks_do_not_leave_in_time(submit):
+    """Two jobs at the same time, since SLURM takes more than a minute to end each."""
+    endless = ["--time 1", "train.steps=1000000", "train.log_every=10"]
+    stuck = submit(*endless, "name=stuck", "train.hang_timeout_s=300")
+    stuck.wait_for_step(30)
+    ranks = processes_of(stuck.id, rank=1)
+    send(signal.SIGSTOP, ranks)  # as in a step that takes minutes
+    job = submit(*endless, "name=warned")
+    until = time.monotonic() + 180
+    while "asking SLURM" not in stuck.said():  # SLURM sends SIGCONT with its signals
+        assert time.monotonic() < until, stuck.said()
+        send(signal.SIGSTOP, ranks)
+        time.sleep(0.01)
+    stuck.wait_for(lambda: "continuing " in stuck.said())
+    assert "training ended with code 143: starting again in 0 s" in stuck.said()
+    assert "stopped on request" not in stuck.said().partition("continuing ")[0]
+    subprocess.run(["scancel", "--quiet", stuck.id], check=True)
     job.wait_for(lambda: "continuing " in job.said(), 300)
     assert "stopped on request after step " in job.said()
 
 
-def test_a_job_whose_tasks_do_not_leave_in_time_goes_on(submit):
-    job = submit("--time 1", "train.steps=1000000", "train.log_every=10", "train.hang_timeout_s=300")
-    job.wait_for_step(30)
-    ranks = processes_of(job.id, rank=1)
-    until = time.monotonic() + 180
-    while "asking SLURM" not in job.said():  # as in a step that takes minutes; SLURM sends SIGCONT with its signals
-        assert time.monotonic() < until, job.said()
-        for process in ranks:
-            with suppress(psutil.Error):
-                process.send_signal(signal.SIGSTOP)
-        time.sleep(0.01)
-    job.wait_for(lambda: "continuing " in job.said())
-    assert "training ended with code 143: starting again in 0 s" in job.said()
-    assert "stopped on request" not in job.said().partition("continuing ")[0]
+def send(number: int, processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.send_signal(number)
 
 
 def test_a_job_that_an_operator_requeues_and_that_is_preempted_goes_on(submit, undisturbed):
@@ -274,15 +282,14 @@ def test_a_stopped_job_saves_and_stays_away_until_it_is_submitted_again_on_other
     job.wait_for_end()
     assert "stopped on request after step " in job.said()
     assert how_it_ended(job.run)["exit_code"] == EXIT_STOPPED
-    time.sleep(10)
-    assert jobs.state_of(job.id).name == "CANCELLED"
-    assert job.starts == 1
     status = launcher("status", str(job.run))
     assert status.returncode == 1
     assert "stopped on request (code 130)" in status.stdout
     again = submit("--nodes 1")
     again.wait_for_end()
     assert "finished: " in again.said()
+    assert jobs.state_of(job.id).name == "CANCELLED"  # still
+    assert job.starts == 1
     assert losses(again.run) == pytest.approx(losses(undisturbed), rel=2e-4)
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +18,9 @@ from bfsys.config import Augment, Config, Data, Jitter, Source, Train
 from bfsys.data.streaming.datasets import make_plan, open_evaluation, open_training
 from bfsys.data.streaming.loader import evaluation_rounds
 from bfsys.data.streaming.quarantine import Quarantine
-from tests.conftest import REPOSITORY
 from tests.data.conftest import eventually
 from tests.data.packed import content, pack, random_shards, rank, read_steps, resource_names
+from tests.forked import Forked, run_python
 
 RATE_HZ = 8000
 STEPS = 8
@@ -177,16 +173,14 @@ for batch in batches:
 def test_hand_over_leaves_nothing_behind_a_sigkill(tmp_path: Path) -> None:
     path = pack(tmp_path, "a", {"train": random_shards([30, 30], np.random.default_rng(0), 4000)})
     before = resource_names()
-    command = [sys.executable, "-c", ITERATES, path]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    process = Forked(run_python, ("-c", ITERATES, str(path)), {})
     try:
-        workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+        eventually(lambda: process.said()[0].endswith("\n"))
+        workers = [psutil.Process(int(pid)) for pid in process.said()[0].split()]
         assert len(workers) == 2
         names = resource_names() - before  # of other processes too, which remove theirs
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
     eventually(lambda: not any(alive(worker) for worker in workers))
     eventually(lambda: not names & resource_names())
 

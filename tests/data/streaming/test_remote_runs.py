@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bfsys.cli import call
 from bfsys.data.storage.remote import Cache, RemoteFile, WrongContentError
 from bfsys.data.streaming.datasets import make_plan, open_training
 from tests.data.conftest import config_of, files_of, read_by
@@ -76,7 +77,16 @@ def tars_of(server: FaultyServer) -> set[str]:
 
 
 @pytest.fixture
-def bucket(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def few_shards(datasets: Path, tmp_path: Path) -> Path:
+    """The tree `a` in few shards: fetching a file from S3 starts a program that takes a second."""
+    call(
+        "pack", [str(datasets / "trees" / "a"), str(tmp_path), "--name", "a", "--shard-bytes", "200K", "--workers", "1"]
+    )
+    return tmp_path / "a"
+
+
+@pytest.fixture
+def bucket(few_shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3 server that has a dataset, and the environment in which programs find it."""
     moto = pytest.importorskip("moto.server", reason="needs moto[server]")
     boto3 = pytest.importorskip("boto3")
@@ -90,15 +100,15 @@ def bucket(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv(f"AWS_{name}", value)
     s3 = boto3.client("s3")
     s3.create_bucket(Bucket="bucket")
-    for file in files_of(packed / "a"):
-        s3.put_object(Bucket="bucket", Key=f"dir/a/{file}", Body=(packed / "a" / file).read_bytes())
+    for file in files_of(few_shards):
+        s3.put_object(Bucket="bucket", Key=f"dir/a/{file}", Body=(few_shards / file).read_bytes())
     yield "s3://bucket/dir/a"
     server.stop()
 
 
-def test_a_run_on_s3(bucket: str, packed: Path, tmp_path: Path, run_ranks) -> None:
+def test_a_run_on_s3(bucket: str, few_shards: Path, tmp_path: Path, run_ranks) -> None:
     change = ["data.lanes=1", "data.batch_samples=8", "data.eval_split=none", "train.steps=2"]
-    local = config_of(tmp_path, packed / "a", None, *change)
+    local = config_of(tmp_path, few_shards, None, *change)
     remote = config_of(tmp_path, bucket, None, *change, name="s3")
     assert_success(run_ranks(1, ["bfsys/train.py", str(tmp_path / "s3.yaml"), *change]))
     assert losses(remote.run_dir) == pytest.approx(train_plainly(local)[0], rel=2e-6)

@@ -23,7 +23,7 @@ if not all(map(find_spec, ("espeakng_loader", "sklearn"))):  # importing them he
 
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "quickstart" / "make_digits.py"
-SMALL = ("--speech-per-class", "20", "--val-speech-per-class", "10", "--image-versions", "2")
+SMALL = ("--speech-per-class", "10", "--val-speech-per-class", "5", "--image-versions", "2")
 SMALLEST = ("--speech-per-class", "1", "--val-speech-per-class", "1", "--image-versions", "1")
 HEADER_BYTES = {"tiff": 122, "png": 48, "wav": 44}  # what stands before the first pixel or sample
 FILE_BYTES = {"tiff": 378, "png": 340, "wav": 1794}
@@ -75,7 +75,7 @@ def test_manifest_lists_every_file_where_it_is(trees, files):
         modality = "speech" if f["encoding"] == "wav" else "image"
         assert f["path"].startswith(f"{f['split']}/{modality}/{f['class']}/")
     assert len({f["class"] for f in files}) == 20
-    assert len(files) == 10 * (20 + 10) + 2 * (2 * 1438 + 359)
+    assert len(files) == 10 * (10 + 5) + 2 * (2 * 1438 + 359)
 
 
 def test_length_and_header_do_not_tell_the_class(files):
@@ -126,7 +126,7 @@ def test_variants_that_differ_in_a_final_number_stay_on_one_side(files):
 
 
 def test_every_class_has_the_same_number_of_clips_and_voices(files):
-    for split, per_class in (("train", 20), ("val", 10)):
+    for split, per_class in (("train", 10), ("val", 5)):
         clips = [f for f in files if f["encoding"] == "wav" and f["split"] == split]
         for digit in range(10):
             variants = [f["variant"] for f in clips if f["class"] == f"heard_{digit}"]
