@@ -26,6 +26,7 @@ FLOPS_PER_S = {"cpu": 3e10, "gpu": 5e13}
 ENOUGH_STEPS = 400
 LEAST_STEPS = 60
 MOST_PASSES = 60  # over the training files
+JITTER_PASSES = 9  # With fewer, files are new enough, and jitter slows learning down (docs/experiments.md)
 ENOUGH_FOR_FEW_FILES = 200  # steps, however many passes over few files they are
 LONGEST_WARMUP = 200
 PICTURE_SIDES = (224, 160, 128, 96, 64, 48, 32, 16)
@@ -60,7 +61,7 @@ class Format:
     augmented: bool = False
     """Changed as published."""
     jittered: bool = False
-    """Changed a little, in its own format."""
+    """Changed a little, in its own format, if training goes over the files often."""
     reason: str = "the files go in as they are"
     """A sentence, or its beginning, which the format's name ends."""
 
@@ -81,8 +82,7 @@ class Format:
         return None
 
     def why(self) -> str:
-        changes = "; pictures and sounds are changed a little whenever they are read" if self.jittered else ""
-        return self.reason + ("" if self.encoding == "as_stored" else f" {self.describe()}") + changes
+        return self.reason if self.encoding == "as_stored" else f"{self.reason} {self.describe()}"
 
     def describe(self) -> str:
         sizes = (
@@ -120,6 +120,10 @@ class Choice:
     def most_steps(self) -> int:
         """More would only go over the training files again."""
         return max(ENOUGH_FOR_FEW_FILES, MOST_PASSES * len(self.lengths) // self.batch_samples)
+
+    def passes(self, steps: int) -> float:
+        """How often training goes over the training files."""
+        return steps * self.batch_samples / len(self.lengths)
 
     def estimated_step_s(self, classes: int) -> float:
         typical = self.lengths[np.linspace(0, len(self.lengths) - 1, 64).astype(int)]
@@ -197,14 +201,14 @@ class Setting:
 def settings_of(choice: Choice, data: str, eval_data: str, steps: int, minutes: float) -> list[Setting]:
     """The settings that differ from the defaults."""
     return [
-        *_of_data(choice, data, eval_data),
+        *_of_data(choice, data, eval_data, steps),
         *_of_model(choice),
         *_of_training(choice, steps, minutes),
     ]
 
 
-def _of_data(choice: Choice, data: str, eval_data: str) -> Iterator[Setting]:
-    form, median = choice.format, float(np.median(choice.lengths))
+def _of_data(choice: Choice, data: str, eval_data: str, steps: int) -> Iterator[Setting]:
+    form, why, median = choice.format, choice.format.why(), float(np.median(choice.lengths))
     source: dict[str, object] = {"path": data}
     if form.augmented:
         of_form: dict[str, object] = {"encoding": form.encoding}
@@ -214,9 +218,10 @@ def _of_data(choice: Choice, data: str, eval_data: str) -> Iterator[Setting]:
             of_form |= {"sample_rate_hz": form.sample_rate_hz, "seconds": form.seconds, "mixup": False}
             of_form |= {"speeds": [0.9, 0.95, 1.0, 1.05, 1.1]}
         source |= {"eval_path": eval_data, "augment": of_form}
-    elif form.jittered:
+    elif form.jittered and choice.passes(steps) >= JITTER_PASSES:
         source["jitter"] = {}
-    yield Setting("data", "sources", [source], form.why())
+        why += f"; they are changed a little each time, since they are read {choice.passes(steps):.0f} times"
+    yield Setting("data", "sources", [source], why)
     if choice.eval_split != "val":
         yield Setting("data", "eval_split", choice.eval_split, "there is no validation split")
     yield Setting(
@@ -239,14 +244,13 @@ def _of_model(choice: Choice) -> Iterator[Setting]:
 
 
 def _of_training(choice: Choice, steps: int, minutes: float) -> Iterator[Setting]:
-    passes = steps * choice.batch_samples / len(choice.lengths)
     every = max(1, -(-steps // 4))
     yield Setting("optim", "warmup_steps", min(LONGEST_WARMUP, steps // 8), "an eighth of the steps")
     yield Setting("optim", "ema_decay", 0.999 if steps >= 3000 else 0.99 if steps >= 300 else 0.95, "by the steps")
     limited = (
         "as often as it helps" if steps == choice.most_steps() else f"measured: as many as {minutes:g} minutes allow"
     )
-    yield Setting("train", "steps", steps, f"{limited}; {passes:.1f} passes over the training files")
+    yield Setting("train", "steps", steps, f"{limited}; {choice.passes(steps):.1f} passes over the training files")
     precision = "bf16" if choice.machine.device == "gpu" else "fp32"
     yield Setting("train", "precision", precision, f"trained on {choice.machine.describe()}")
     yield Setting("train", "log_every", max(1, steps // 40))
