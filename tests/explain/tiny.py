@@ -30,7 +30,7 @@ def trained(files: Sequence[np.ndarray], labels: Sequence[int], classes: int = 2
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     rng = np.random.default_rng(0)
     for _ in range(steps):
-        chosen = rng.choice(len(files), 32, replace=False)
+        chosen = rng.choice(len(files), 64, replace=False)
         batch = ByteBatch.from_samples([Sample("", files[i], labels[i]) for i in chosen])
         optimizer.zero_grad()
         F.cross_entropy(network(batch), batch.labels).backward()
