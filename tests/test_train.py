@@ -316,6 +316,7 @@ def test_the_run_directory_holds_what_readme_says(stage_runs: tuple[Path, Path])
     assert set(last["sources"]) == {"a", "b"}
     (evaluation,) = lines(run, "eval")
     assert evaluation["samples"] == 5 * 7
+    assert [scores["samples"] for scores in evaluation["classes"].values()] == [7] * 5  # over both ranks
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(config_file: Path, tmp_path: Path) -> None:
