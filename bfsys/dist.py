@@ -348,6 +348,13 @@ def broadcast(value: Tensor, source: int) -> Tensor:
     return value
 
 
+def all_reduce(values: Tensor) -> Tensor:
+    """Elementwise sum on every rank, in an order of the library's choice; in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def all_to_all(values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
     """Send `sent[r]` numbers of a flat tensor to rank r, in the order of ranks; collective.
 

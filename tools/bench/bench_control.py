@@ -36,7 +36,7 @@ from bfsys import dist
 from bfsys.errors import UserError, run_command, summary_of
 
 NUMBERS = 5  # of a control message
-BLOCKS = 8  # of steps, the fastest of which counts
+BLOCKS = 5  # of steps, the fastest of which counts
 PAIR_RANKS = (2, 4, 16, 64, 256, 1024)
 TIMEOUT_S = 300
 LOCAL_RANKS = 8
@@ -88,7 +88,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
     add("--ranks", type=int, nargs="*", default=[2, 8, 32, 64, 128], metavar="N", help="processes that are started")
-    add("--steps", type=int, default=2000, metavar="N", help="of all processes together, in a block")
+    add("--steps", type=int, default=400, metavar="N", help="of all processes together, in a block")
     add("--step-ms", type=float, default=50, help="a step, of which the cost is a share")
     add("--hop-us", type=float, default=10, help="one way through the network between two nodes, which is assumed")
     add("--json", type=Path, metavar="OUT")
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("ranks connections    wall  CPU/rank    sockets |  exchange          messages  waits  CPU/rank      wall")
     for ranks in args.ranks:
         for mesh in ("full", "on demand"):
-            rows.append(row := measure(ranks, mesh, max(10, args.steps // ranks)))
+            rows.append(row := measure(ranks, mesh, max(3, args.steps // ranks)))
             start = f"{row['start_wall_s']:>6.2f} s {1e3 * row['start_cpu_s']:>6.1f} ms {row['sockets']:>10}"
             for each in row["exchanges"]:
                 print(
