@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from bfsys.batch import ByteBatch
-from bfsys.dist import gather_to_all
+from bfsys.dist import gather_to_rank0
 from bfsys.errors import UserError
 from bfsys.files import replace_file, replacing
 
@@ -74,9 +74,9 @@ class Answers:
         return np.stack([np.bincount(labels, weights, minlength=self.num_classes) for weights in (counts, right)])
 
     def over_ranks(self) -> Answers:
-        """Those of all ranks; collective."""
+        """Those of all ranks on rank 0, and none on the other ranks; collective."""
         everyones = Answers(self.num_classes)
-        for labels, answers, counts, worst in gather_to_all((*self.counts(), self.worst)):
+        for labels, answers, counts, worst in gather_to_rank0((*self.counts(), self.worst)):
             everyones._pairs.append(np.repeat(labels * self.num_classes + answers, counts))
             everyones.worst += worst
         everyones.worst = sorted(everyones.worst)[:WORST_FILES]

@@ -5,15 +5,17 @@ The rendezvous comes from the environment, as the launchers set it; who this pro
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import pickle
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,10 +33,17 @@ MEET_POLL_S = 0.05
 FLIGHT_RECORDER_EVENTS = "2000"
 # A GPU's rank computes indices only on the CPU, and shares the cores with other ranks and loader processes.
 THREADS_BESIDE_A_GPU = 4
+# Of gloo: 1 makes it connect two ranks when they first exchange something, and not all to all at the start.
+CONNECT_ON_DEMAND = "TORCH_GLOO_LAZY_INIT"
+# Among more ranks, connections of all to all would take more open files than many machines allow a process, and a start
+# that grows with the square of the ranks. Among fewer ranks they remain: a rank that is lost before it connects leaves
+# others waiting until the watchdog ends them.
+MOST_RANKS_ALL_CONNECTED = 64
 # How gloo and NCCL say that a peer has ended. Other errors of theirs are about the network, or are timeouts.
 LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
+    "Connection refused",
     "Broken pipe",
     "remote process exited",
     "Socket closed",
@@ -74,6 +83,7 @@ def start(ranks: Ranks, timeout_s: int) -> None:
     else:
         store = _store_of_all(ranks, timeout_s)
         _check_gpus(_meet(store, ranks, _device_identity(device), timeout_s))
+    os.environ.setdefault(CONNECT_ON_DEMAND, str(int(ranks.world_size > MOST_RANKS_ALL_CONNECTED)))
     try:
         dist.init_process_group(
             backend="cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
@@ -219,19 +229,15 @@ def _say(text: str) -> None:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Elementwise sum, on every rank; in place."""
+    """Elementwise sum in the order of the ranks, on every rank; in place. The tensor is on the CPU."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
+        values.copy_(_gather_rows(values).sum(0))
     return values
 
 
 def agree_on_max(*values: int) -> tuple[int, ...]:
-    """The elementwise maximum of the values over all ranks, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
-    agreed = torch.tensor(values)  # on the CPU: control messages do not wait for the GPU's queue
-    dist.all_reduce(agreed, dist.ReduceOp.MAX)
-    return tuple(agreed.tolist())
+    """The elementwise maximum of the values over all ranks, on every rank. The values are at most 2**53."""
+    return tuple(int(value) for value in gather_numbers(values).amax(0).tolist())
 
 
 def broadcast_from_rank0(value: T) -> T:
@@ -248,18 +254,91 @@ def gather_numbers(values: Sequence[float]) -> Tensor:
     mine = torch.tensor(values, dtype=torch.float64)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine[None]
-    everyones = torch.empty(dist.get_world_size(), len(mine), dtype=torch.float64)
-    dist.all_gather(list(everyones.unbind()), mine)
-    return everyones
+    return _exchange_of_numbers(len(mine), dist.get_world_size(), dist.get_rank()).gather(mine)
 
 
 def gather_to_all(value: T) -> list[T]:
     """Every rank's value, by rank, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    mine, sizes = _pickled(value)
+    return _unpickled(_gather_rows(mine), sizes)
+
+
+def gather_to_rank0(value: T) -> list[T]:
+    """Every rank's value, by rank, on rank 0; an empty list on the other ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    mine, sizes = _pickled(value)
+    if dist.get_rank() > 0:
+        dist.gather(mine)
+        return []
+    rows = mine.new_empty(len(sizes), len(mine))
+    dist.gather(mine, list(rows.unbind()))
+    return _unpickled(rows, sizes)
+
+
+def _pickled(value: object) -> tuple[Tensor, list[int]]:
+    """(the value as bytes, padded to the length of the longest of all ranks, the lengths without padding by rank)."""
+    content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    sizes = [int(size) for size in gather_numbers([len(content)]).flatten().tolist()]
+    return torch.cat([content, content.new_zeros(max(sizes) - len(content))]), sizes
+
+
+def _unpickled(rows: Tensor, sizes: list[int]) -> list:
+    return [pickle.loads(row[:size].numpy()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _gather_rows(mine: Tensor) -> Tensor:
+    """Every rank's tensor, [ranks, …] by rank; all have the shape of `mine`, and are on the CPU."""
+    return RowExchange(mine.shape, mine.dtype, dist.get_world_size(), dist.get_rank()).gather(mine)
+
+
+class _Round(NamedTuple):
+    arriving: Tensor
+    source: int
+    leaving: Tensor
+    destination: int
+
+
+class RowExchange:
+    """Gathers a tensor of every rank on all ranks, over gloo.
+
+    This is Bruck's algorithm: in each round a rank sends all that it has to another rank, so log2(ranks) rounds of one
+    message each suffice. The all-gather of gloo takes ranks - 1 rounds, and its all-reduce twice as many.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, ranks: int, rank: int) -> None:
+        self._rank = rank
+        self._rows = torch.empty(ranks, *shape, dtype=dtype)  # row i is that of rank (rank + i) % ranks
+        self.rounds = [
+            _Round(
+                self._rows[have : 2 * have], (rank + have) % ranks,
+                self._rows[: min(have, ranks - have)], (rank - have) % ranks,
+            )
+            for have in (1 << number for number in range((ranks - 1).bit_length()))
+        ]  # fmt: skip
+
+    def gather(self, mine: Tensor) -> Tensor:
+        """[ranks, …] by rank; collective."""
+        group = dist.group.WORLD
+        assert group is not None
+        self._rows[0] = mine
+        # All receives are posted first: gloo asks a receiver that is not ready, and waits for its answer.
+        arrivals = [group.recv([each.arriving], each.source, 0) for each in self.rounds]
+        departures = []
+        for each, arrival in zip(self.rounds, arrivals, strict=True):
+            departures.append(group.send([each.leaving], each.destination, 0))
+            arrival.wait()
+        for departure in departures:
+            departure.wait()
+        return self._rows.roll(self._rank, 0)
+
+
+@functools.cache
+def _exchange_of_numbers(numbers: int, ranks: int, rank: int) -> RowExchange:
+    """Kept for the next message of that length: a third of the time of an exchange is making its tensors."""
+    return RowExchange([numbers], torch.float64, ranks, rank)
 
 
 def broadcast(value: Tensor, source: int) -> Tensor:
@@ -267,6 +346,13 @@ def broadcast(value: Tensor, source: int) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(value, src=source)
     return value
+
+
+def all_reduce(values: Tensor) -> Tensor:
+    """Elementwise sum on every rank, in an order of the library's choice; in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
 
 
 def all_to_all(values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
@@ -295,10 +381,9 @@ def same_errors_on_all(act: Callable[[], T]) -> T:
         where = f"{error.filename}: " if error.filename else ""
         problems = (f"{where}{error.strerror or error}",)
         code = EXIT_CRASHED if error.errno in TRANSIENT_ERRNOS else EXIT_USER_ERROR
-    everybodys = gather_to_all((problems, code))
-    all_problems = dict.fromkeys(p for rank, _ in everybodys for p in rank)
-    if all_problems:
-        raise AgreedError(*all_problems, exit_code=max(code for _, code in everybodys))
+    code, has_failed = agree_on_max(code, bool(problems))
+    if has_failed:
+        raise AgreedError(*dict.fromkeys(p for of_rank in gather_to_all(problems) for p in of_rank), exit_code=code)
     return results[0]
 
 

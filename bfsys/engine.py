@@ -126,14 +126,16 @@ class Engine:
         Nothing is sent. The pieces of all ranks are the whole state, each element once.
         """
         names = self.parameter_shapes(state)
-        for held in self.optimizer.held:
+        parts = [held for held in self.optimizer.held if held.span.name in names]
+        ranks, total, start = self.ranks, sum(held.span.end - held.span.first for held in parts), 0
+        share = [total * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1)]
+        for held in parts:
             name, first, end = held.span
-            if name not in names:
-                continue
             value = held.of(self._values(held.tensor, state))
-            if self.stage == 0:  # every rank has everything, and gives a share
-                first, end = (end * rank // self.ranks.world_size for rank in (self.ranks.rank, self.ranks.rank + 1))
-                value = value[first:end]
+            if self.stage == 0:  # every rank has everything, and gives a share of all parameters in a row
+                size = end
+                first, end = (min(max(bound - start, 0), size) for bound in share)
+                value, start = value[first:end], start + size
             if value.numel():
                 yield name, first, value
 

@@ -141,6 +141,7 @@ def test_one_visible_gpu_and_two_ranks_are_refused_before_nccl_starts(
     [
         ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.7]:21034", True),
         ("[../gloo/transport/tcp/pair.cc:446] Read error [10.0.0.7]:21034: Connection reset by peer", True),
+        ("[../gloo/transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: Connection refused", True),
         ("NCCL error: remote process exited or there was a network error", True),
         ("[../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 6000ms for recv", False),
         ("[../gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: eth7", False),
@@ -243,3 +244,51 @@ def test_what_rank_0_does_all_know(run_ranks) -> None:
     assert second.stdout == "{'by': 0} None []\n", second.stderr
     for rank in (first, second):
         assert (rank.returncode, rank.stderr) == (65, "error: no such file\n")
+
+
+GATHERED = """
+import math, torch
+import torch.distributed as flat
+from bfsys import dist
+from bfsys.errors import exit_code_of
+from bfsys.ranks import ranks_from_environment
+
+def main():
+    ranks = ranks_from_environment()
+    dist.start(ranks, timeout_s=60)
+    for step in range(5):
+        mine = [1 / (3 + ranks.rank + step), ranks.rank == step, math.nan if ranks.rank == 1 else -0.0]
+        rows = torch.empty(ranks.world_size, 3, dtype=torch.float64)
+        flat.all_gather(list(rows.unbind()), torch.tensor(mine, dtype=torch.float64))
+        everyones = dist.gather_numbers(mine)
+        assert everyones.numpy().tobytes() == rows.numpy().tobytes(), (everyones, rows)
+        total = dist.sum_over_ranks(torch.tensor(mine, dtype=torch.float64))
+        assert total.numpy().tobytes() == rows.sum(0).numpy().tobytes(), (total, rows)
+    words = [chr(97 + rank) * (5 - rank) for rank in range(ranks.world_size)]
+    assert dist.gather_to_all(words[ranks.rank]) == words
+    assert dist.gather_to_rank0(words[ranks.rank]) == (words if ranks.rank == 0 else [])
+    print(dist.agree_on_max(ranks.rank, -ranks.rank, 2**53 if ranks.rank == 1 else 0))
+
+dist.hard_exit(exit_code_of(main))
+"""
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_numbers_of_all_ranks_are_those_of_a_flat_gather_bit_for_bit(run_ranks, world_size: int) -> None:
+    for rank in run_ranks(world_size, ["-c", GATHERED]):
+        assert (rank.returncode, rank.stdout) == (0, f"{(world_size - 1, 0, 2**53)}\n"), rank.stderr
+
+
+@pytest.mark.parametrize(("ranks", "rounds"), [(1, 0), (2, 1), (3, 2), (8, 3), (1000, 10), (1024, 10)])
+def test_a_gather_takes_as_many_rounds_as_the_logarithm_of_the_ranks(ranks: int, rounds: int) -> None:
+    exchange = dist.RowExchange([5], torch.float64, ranks, 0)
+    assert len(exchange.rounds) == rounds
+    assert sum(len(each.arriving) for each in exchange.rounds) == ranks - 1
+    assert [len(each.leaving) for each in exchange.rounds] == [len(each.arriving) for each in exchange.rounds]
+
+
+@pytest.mark.parametrize("on_demand", ["0", "1"])
+def test_ranks_that_connect_on_demand_agree_too(run_ranks, on_demand: str) -> None:
+    chosen = f"import os; os.environ['TORCH_GLOO_LAZY_INIT'] = '{on_demand}'\n"
+    for rank in run_ranks(3, ["-c", chosen + GATHERED]):
+        assert rank.returncode == 0, rank.stderr

@@ -29,6 +29,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -44,6 +45,7 @@ MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
 LATEST = "latest"
 PAUSES_S = (1.0, 4.0, 10.0)  # before a file is asked for again
+READERS = 16  # threads that read a checkpoint: each hashes without Python's lock, or waits for a file server
 GOING = ".removed"  # of a directory that was a checkpoint once, and is on its way out
 
 
@@ -131,10 +133,16 @@ def commit(work: Path, final: Path, facts: dict, files: Mapping[str, dict]) -> N
 
 def remove(path: Path) -> None:
     """Remove a checkpoint. What a kill leaves of it does not look like a checkpoint any more."""
+    shutil.rmtree(retire(path), ignore_errors=True)  # a file that somebody reads may not go on a network file system
+
+
+def retire(path: Path) -> Path:
+    """Rename a checkpoint, so that it is none any more; the directory that is to be removed. The next save removes it
+    if nobody does."""
     going = path.with_name(f".{path.name}{GOING}")
     shutil.rmtree(going, ignore_errors=True)
     os.rename(path, going)
-    shutil.rmtree(going, ignore_errors=True)  # a file that somebody reads may not go on a network file system
+    return going
 
 
 def move_aside(path: Path) -> Path:
@@ -211,12 +219,17 @@ def find_whole(run: Path) -> Path:
 def problems_of(path: Path) -> list[str]:
     """The problems of a checkpoint; none if every file exists and has its sha256."""
     manifest, problems = manifest_or_problems(path)
-    for name, entry in manifest["files"].items() if manifest else ():
+
+    def problem_of(item: tuple[str, dict]) -> str:
+        name, entry = item
         try:
-            if with_retries(describe, path / name) != entry:
-                problems.append(checksum_mismatch(path / name))
+            return "" if with_retries(describe, path / name) == entry else checksum_mismatch(path / name)
         except OSError as error:
-            problems.append(f"{path / name}: {error.strerror}")
+            return f"{path / name}: {error.strerror}"
+
+    if manifest:
+        with ThreadPoolExecutor(READERS) as readers:
+            problems += filter(None, readers.map(problem_of, manifest["files"].items()))
     return problems
 
 

@@ -81,16 +81,15 @@ def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list
         # A run that kept no average so far starts it at the weights.
         origin = WEIGHT if state == EMA and EMA not in stored else state
         mine, problems = dist.same_errors_on_all(partial(_read_share, path, manifest, origin, ranks))
-        everybodys = dist.gather_to_all(problems)
-        if any(everybodys):
-            return [p for rank in everybodys for p in rank]
+        if dist.agree_on_max(bool(problems))[0]:
+            return [p for of_rank in dist.gather_to_all(problems) for p in of_rank]
         found = {name: tuple(shape) for name, shape in manifest["shapes"].items()}
         _check_shapes(engine.parameter_shapes(WEIGHT), found, path)
-        pieces = [piece for of_rank in dist.gather_to_all(list(mine)) for piece in of_rank]
         expected = engine.parameter_shapes(state)
-        if not cover(pieces, expected):
+        pieces = [piece for of_rank in dist.gather_to_rank0(list(mine)) for piece in of_rank]
+        if not dist.on_rank0(partial(cover, pieces, expected), ranks):
             return [f"{path}: its {origin} files do not hold the whole state"]
-        engine.write_state(state, _FromOwners(mine, expected, engine.device, ranks))
+        engine.write_state(state, _FromOwners(mine, expected, engine.device))
     engine.set_step(manifest["step"], manifest.get("updates", manifest["step"]))
     return []
 
@@ -117,27 +116,23 @@ def _read_share(path: Path, manifest: dict, state: str, ranks: dist.Ranks) -> tu
 
 
 class _FromOwners:
-    """Whole tensors by parameter name, each piece from the rank that has read it; all ranks must ask for the same ones
-    in the same order."""
+    """Whole tensors by parameter name, of the pieces that the ranks have read: each element by one rank. All ranks must
+    ask for the same ones in the same order."""
 
-    def __init__(
-        self, mine: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], device: torch.device, ranks: dist.Ranks
-    ) -> None:
-        self._mine, self._shapes, self._device, self._rank = mine, shapes, device, ranks.rank
-        self._owners: dict[str, list[tuple[int, str]]] = {}  # parameter: the pieces, each with its rank
-        for rank, pieces in enumerate(dist.gather_to_all(list(mine))):
-            for piece in pieces:
-                self._owners.setdefault(parse_piece(piece)[0], []).append((rank, piece))
+    def __init__(self, mine: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
+        self._shapes, self._device = shapes, device
+        self._pieces: dict[str, list[str]] = {}  # of this rank, by parameter
+        self._mine = mine
+        for piece in mine:
+            self._pieces.setdefault(parse_piece(piece)[0], []).append(piece)
 
     def __getitem__(self, name: str) -> Tensor:
-        whole = torch.empty(math.prod(self._shapes[name]), device=self._device)
-        for rank, piece in self._owners[name]:
+        # One sum for a parameter, where there may be a piece of each rank. A sum of bits and zeros changes no bit.
+        whole = torch.zeros(math.prod(self._shapes[name]), dtype=torch.int32, device=self._device)
+        for piece in self._pieces.get(name, ()):
             _, first, end = parse_piece(piece)
-            part = whole[first:end]
-            if rank == self._rank:
-                part.copy_(self._mine.pop(piece).flatten())
-            dist.broadcast(part, rank)
-        return whole.view(self._shapes[name])
+            whole[first:end] = self._mine.pop(piece).flatten().view(torch.int32).to(self._device)
+        return dist.all_reduce(whole).view(torch.float32).view(self._shapes[name])
 
 
 def _check_shapes(expected: dict, found: dict, path: Path) -> None:

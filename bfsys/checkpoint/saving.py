@@ -16,12 +16,14 @@ import json
 import math
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -43,7 +45,7 @@ from bfsys.checkpoint.files import (
     cover,
     new_work_dir,
     piece_name,
-    remove,
+    retire,
     to_prune,
 )
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError
@@ -70,7 +72,8 @@ class Saver:
         self.run_dir, self.ranks, self.keep = run_dir, ranks, keep
         self._facts: dict | None = None
         self._work, self._written_bytes = run_dir, 0
-        self._files: tuple[str, ...] = ()
+        self._pieces_checked: dict[str, list[str]] | None = None
+        self._removal: threading.Thread | None = None
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # of the whole tensors, by state
         self._pieces: dict[str, list[str]] = {}  # names of this rank's tensors, by state
         self._process: subprocess.Popen | None = None
@@ -109,7 +112,9 @@ class Saver:
             {METRICS: (str(history), history.stat().st_size)} if self.ranks.is_rank_zero and history.exists() else {}
         )
         self._facts = {**facts, "shapes": shapes}
-        self._work, self._files, self._written_bytes = work, (*files, *copies), 0
+        self._work, self._written_bytes = work, 0
+        if self._memory:
+            self._memory.report[0] = 0
         self._pieces = {file.partition("-")[0]: list(entries) for file, entries in files.items()}
         self._process = _start_writer(work, self._memory, files, copies) if files or copies else None
 
@@ -128,25 +133,43 @@ class Saver:
         self._facts = None
         final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
         mine = dist.same_errors_on_all(partial(self._written_files, final))
-        files = {name: entry for of_rank in dist.gather_to_all(mine) for name, entry in of_rank.items()}
-        pieces_of_ranks = dist.gather_to_all(self._pieces)
-        for state, shapes in self._shapes.items():
-            pieces = [piece for of_rank in pieces_of_ranks for piece in of_rank.get(state, ())]
-            assert cover(pieces, shapes), f"{state}: the ranks' pieces are not the whole state"
+        files = {name: entry for of_rank in dist.gather_to_rank0(mine) for name, entry in of_rank.items()}
+        self._check_pieces()
 
         @_errors_of_saving(final)
         def let_it_count() -> None:
+            self._wait_for_removal()
             commit(self._work, final, facts, files)
             is_bad = bool((facts.get("guard") or {}).get("in_a_row"))
             if not is_bad:  # or the run may have to go back further
-                for path in to_prune(self.run_dir, all_checkpoints(self.run_dir), self.keep):
-                    remove(path)
+                going = [retire(path) for path in to_prune(self.run_dir, all_checkpoints(self.run_dir), self.keep)]
+                self._removal = threading.Thread(target=_remove_all, args=[going], name="removal of checkpoints")
+                self._removal.start()
 
         dist.on_rank0(let_it_count, self.ranks)  # nobody goes on before the checkpoint counts
         return final
 
+    def _check_pieces(self) -> None:
+        """Assert that the pieces of all ranks are the whole state; collective. Rank 0 does it, once for a division of
+        the state: it has millions of pieces if every rank has a part of every parameter."""
+        if not dist.agree_on_max(self._pieces != self._pieces_checked)[0]:
+            return
+        self._pieces_checked = self._pieces
+        pieces_of_ranks = dist.gather_to_rank0(self._pieces)
+        checked: list[tuple[list[str], dict]] = []
+        for state, shapes in self._shapes.items() if pieces_of_ranks else ():
+            pieces = [piece for of_rank in pieces_of_ranks for piece in of_rank.get(state, ())]
+            if (pieces, shapes) not in checked:
+                assert cover(pieces, shapes), f"{state}: the ranks' pieces are not the whole state"
+                checked.append((pieces, shapes))
+
+    def _wait_for_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join()
+
     def close(self) -> None:
         """End a writer that is still at work; what it wrote does not count."""
+        self._wait_for_removal()
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -154,7 +177,7 @@ class Saver:
 
     def _written_bytes_grew(self) -> bool:
         """Since the last look, on this rank."""
-        before, self._written_bytes = self._written_bytes, sum(_size(self._work / name) for name in self._files)
+        before, self._written_bytes = self._written_bytes, int(self._memory.report[0]) if self._memory else 0
         return self._written_bytes > before
 
     def _copy(self, source: StateSource) -> dict[str, dict]:
@@ -191,7 +214,10 @@ class Saver:
 
 
 class HostMemory:
-    """Memory without a name that a child process can be given; it vanishes with its processes."""
+    """Memory without a name that a child process can be given; it vanishes with its processes.
+
+    `report`, a number behind its `size_bytes`, is how many bytes the child has written.
+    """
 
     def __init__(self, size_bytes: int) -> None:
         if hasattr(os, "memfd_create"):
@@ -199,13 +225,20 @@ class HostMemory:
         else:
             with tempfile.TemporaryFile() as file:
                 self.descriptor = os.dup(file.fileno())
-        os.ftruncate(self.descriptor, size_bytes)
+        os.ftruncate(self.descriptor, size_bytes + 8)
         self.size_bytes = size_bytes
-        self._floats = np.frombuffer(mmap.mmap(self.descriptor, size_bytes), np.float32)
+        memory = mmap.mmap(self.descriptor, size_bytes + 8)
+        self._floats = np.frombuffer(memory, np.float32, size_bytes // 4)
+        self.report = np.frombuffer(memory, "<i8", 1, size_bytes)
 
     def tensor(self, first: int, elements: int) -> Tensor:
         """float32 [elements], a view of the memory from byte `first` on."""
         return torch.from_numpy(self._floats[first // 4 : first // 4 + elements])
+
+
+def _remove_all(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)  # a file that somebody reads may not go on a network file system
 
 
 def save(source: StateSource, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep: RetentionPolicy) -> Path:
@@ -213,10 +246,6 @@ def save(source: StateSource, run_dir: Path, facts: dict, *, ranks: dist.Ranks, 
     saver = Saver(run_dir, ranks, keep)
     saver.start(source, facts)
     return saver.finish()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: dict) -> subprocess.Popen:

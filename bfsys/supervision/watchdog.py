@@ -1,9 +1,10 @@
 """The hang watchdog: it ends a run that makes no progress, and names the rank that holds it up.
 
 A thread on every rank looks at what its training loop reported last (`beat`). After a while without a beat, learned
-from the intervals so far, it opens an incident: a folder in the run directory, which the other ranks' watchdogs look
-for twice a second. Each writes all its Python stacks there, and how far it came. The rank that writes nothing is
-stopped or gone; otherwise the one that came least far is named. Then all end with EXIT_HUNG, on which launchers start
+from the intervals so far, it opens an incident: a folder in the run directory. The watchdogs of other ranks look for it
+twice a second once they have waited for half of the shortest limit themselves, so nobody asks the file server while all
+is well. Each writes all its Python stacks there, and how far it came. The rank that writes nothing is stopped or gone;
+otherwise the one that came least far is named. Then all end with EXIT_HUNG, on which launchers start
 again. On GPUs, kernels are queued and all ranks come to the same place, so each also writes what NCCL's flight recorder
 holds: the rank whose collectives have the lowest numbers is at fault.
 
@@ -89,6 +90,11 @@ class Watchdog:
             return max(self._patience_s, self._limit_s)
         return self._limit_s or max(self._least_s, FACTOR * self._longest_s)
 
+    @property
+    def _shortest_limit_s(self) -> float:
+        """The shortest limit that another rank may have now."""
+        return min(self.limit_s, self._limit_s or self._least_s)
+
     def close(self) -> None:
         """Stop watching. Does not return if a hang was found: the process is about to end on that."""
         self._closing.set()
@@ -101,8 +107,9 @@ class Watchdog:
             if now - looked > 10 * TICK_S:  # this process was stopped itself: that time does not count
                 self._last += now - looked
             looked = now
-            if now - self._last > self.limit_s or self._others_found_a_hang():
-                self._end(now - self._last)
+            waited_s = now - self._last
+            if waited_s > self.limit_s or (waited_s > self._shortest_limit_s / 2 and self._others_found_a_hang()):
+                self._end(waited_s)
             looked = max(looked, time.monotonic() - TICK_S)  # a slow file system is no pause
 
     def _others_found_a_hang(self) -> bool:
