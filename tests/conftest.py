@@ -102,7 +102,7 @@ def tiny_config(datasets: Path, folder: Path) -> dict:
             "eval_batch_bytes": 500,
         },
         "model": {
-            "size": "custom", "dim": 16, "layers": 2, "heads": 2, "kernel": 8, "window": 8, "shift": 4,
+            "size": "custom", "dim": 16, "layers": 3, "heads": 2, "kernel": 8, "window": 8, "shift": 4,
             "max_tokens": 64,
         },
         "optim": {"lr": 3e-3, "warmup_steps": 2, "clip_norm": 1.0, "ema_decay": 0.9},

@@ -128,7 +128,9 @@ def test_python_warns_and_encodes(folder: Path, monkeypatch: pytest.MonkeyPatch)
         encoded = model.probabilities([photo, clip], encode=True)
         made = model.probabilities(files(folder / "made", "photo.tiff", "clip.wav"))
         assert model.embed(photo, encode=True).shape == (16,)
-        assert model.predict(clip, encode=True)[0].probability == made[1].max()
+        assert model.predict(clip, encode=True)[0].probability == pytest.approx(
+            made[1].max(), rel=1e-5
+        )  # other batches
         with ThreadPoolExecutor(4) as pool:  # decoding sets filters of warnings and PyTorch's threads
             before = list(warnings.filters), torch.get_num_threads()
             found = list(pool.map(lambda _: model.probabilities([photo, clip], encode=True), range(8)))
