@@ -35,8 +35,7 @@ from tests.test_train import assert_success, losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 STEPS = 150
-OVERRIDES = [f"train.steps={STEPS}", "train.save_every=25", "train.log_every=1", "train.keep_best=0",
-             "model.layers=3"]  # fmt: skip  # a run must not be over before something has happened to it
+OVERRIDES = [f"train.steps={STEPS}", "train.save_every=25", "train.log_every=1", "train.keep_best=0"]
 LAUNCHER = [sys.executable, str(REPOSITORY / "launchers" / "slurm.py")]
 OPTIONS = "--gpus-per-node 0 " + os.environ.get("BFSYS_SLURM_OPTIONS", "--cpus-per-task 1")
 LOW, HIGH = os.environ.get("BFSYS_PARTITIONS", "low,high").split(",")
