@@ -104,7 +104,7 @@ class Jitter:
     """Largest angle by which a picture is turned, to either side."""
     zoom: Share = 0.1
     """Largest share by which a picture's width and its height, each on its own, grow or shrink."""
-    shift: Share = 0.1
+    shift: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     """Largest share of its width and height by which a picture is moved, and of its length that a sound loses or gets
     as silence at its beginning and at its end."""
     mirror: bool = False

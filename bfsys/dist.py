@@ -33,7 +33,7 @@ MEET_POLL_S = 0.05
 FLIGHT_RECORDER_EVENTS = "2000"
 # A GPU's rank computes indices only on the CPU, and shares the cores with other ranks and loader processes.
 THREADS_BESIDE_A_GPU = 4
-# Of gloo: 1 makes it connect two ranks when they first exchange something, and not all to all at the start.
+# With 1, gloo connects two ranks when they first exchange something; otherwise it connects all of them at the start.
 CONNECT_ON_DEMAND = "TORCH_GLOO_LAZY_INIT"
 # Among more ranks, connections of all to all would take more open files than many machines allow a process, and a start
 # that grows with the square of the ranks. Among fewer ranks they remain: a rank that is lost before it connects leaves

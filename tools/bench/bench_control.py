@@ -187,7 +187,7 @@ def exchange_steps(rank: int, steps: int) -> dict:
 
 
 def as_one_of_many(rank: int) -> dict:
-    """Of two processes: what one of so many ranks does, by exchange and number of ranks."""
+    """The cost of what one of so many ranks does, measured with two processes, by exchange and number of ranks."""
     return {
         exchange.name: {
             ranks: time_of(functools.partial(exchange.as_one_of, ranks, 1 - rank), 5) for ranks in PAIR_RANKS
@@ -197,7 +197,7 @@ def as_one_of_many(rank: int) -> dict:
 
 
 def time_of(act: Callable[[], object], times: int) -> dict[str, float]:
-    """Of one `act()` in the fastest block."""
+    """The seconds that one `act()` takes in the fastest block."""
     act()  # connects
     blocks = []
     for _ in range(BLOCKS):
@@ -211,7 +211,7 @@ def time_of(act: Callable[[], object], times: int) -> dict[str, float]:
 
 
 class Clock:
-    """Of this process: wall time and CPU time in seconds, and how often it has waited."""
+    """The wall time and the CPU time of this process in seconds, and the number of its waits."""
 
     def __init__(self) -> None:
         self._began = self._now()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bfsys.data.media.pictures import opened
-from bfsys.data.media.sounds import Clip, announced_samples
+from bfsys.data.media.sounds import Clip, Content, announced_samples
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,7 +80,7 @@ def _options(image, data: bytes) -> dict:
 
 
 def _compression_level(data: bytes) -> int:
-    """Of a PNG, as far as its zlib stream tells: 1, 6 (zlib's default) or 9; 0 where the pixels are not compressed."""
+    """The level of a PNG's compression that its zlib stream names: 1, 6 (zlib's default) or 9; 0 for stored pixels."""
     start = data.find(b"IDAT") + 4
     level = (1, 1, 6, 9)[data[start + 1] >> 6]
     is_stored = not data[start + 2] >> 1 & 3  # type of the first block of deflate
@@ -97,7 +97,7 @@ def _with_chunks_of(stored: bytes, written: bytes) -> bytes:
 
 
 def _pixels_of(png: bytes) -> tuple[int, int]:
-    """Where the chunks IDAT begin and end."""
+    """The offsets at which the chunks IDAT begin and end."""
     place, first = len(PNG_SIGNATURE), 0
     while True:
         length, name = struct.unpack_from(">I4s", png, place)
@@ -116,7 +116,7 @@ def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
     """
     import soundfile
 
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
+    with soundfile.SoundFile(Content(data)) as file:
         rate_hz, kind = file.samplerate, {"format": file.format, "subtype": file.subtype, "endian": file.endian}
         # libsndfile writes the time of day into floating-point AIFF files
         has_time = file.format == "AIFF" and file.subtype in ("FLOAT", "DOUBLE")

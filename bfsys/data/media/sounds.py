@@ -68,7 +68,7 @@ class Announced(NamedTuple):
     size: int  # bytes
 
 
-class _Content(io.BytesIO):
+class Content(io.BytesIO):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """A damaged header sends libsndfile to before the beginning, where soundfile would print a traceback."""
         return super().seek(max(0, offset) if whence == io.SEEK_SET else offset, whence)
@@ -89,7 +89,7 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
             f"and {max(0, len(data) - announced.start):,} are there"
         )
     try:
-        file = soundfile.SoundFile(_Content(_with_magic(_readable_to_the_end(data, announced))))
+        file = soundfile.SoundFile(Content(_with_magic(_readable_to_the_end(data, announced))))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"is not a sound that libsndfile can read ({error.error_string})") from None
     with file:
