@@ -2,8 +2,8 @@
 
 Operations are counted exactly (bfsys/model/flops.py) for the micro-batches of the first steps, which are planned as
 training will plan them. Time is these operations over a rate: that of a run that was measured (`--like`; waiting for
-data and for the busiest rank is in its rate, saving and restarting in its goodput), or a share of a GPU's peak that you
-believe in. Memory is counted too:
+data and for the busiest rank is in its rate), or a share of a GPU's peak that you believe in. What ranks send, saves,
+starts and failures are in bfsys/run_time.py. Memory is counted too:
 
     weights, gradients, moments and the average, by ZeRO stage, with the moments in float32; Muon has one moment for its
     matrices, where AdamW has two
@@ -23,15 +23,17 @@ from pathlib import Path
 import numpy as np
 
 from bfsys.checkpoint.loading import newest_readable
-from bfsys.config import Config
+from bfsys.config import Config, load_config
 from bfsys.data.streaming.plan import lane_groups, lanes_of_rank
 from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import UserError
-from bfsys.json_lines import NUMBER, Fields, read_json_lines
+from bfsys.json_lines import NUMBER, read_json_lines
 from bfsys.micro_batches import micro_batches_of
 from bfsys.model.byteformer import muon_count, parameter_count
 from bfsys.model.flops import flops_per_step
 from bfsys.model.layout import token_counts
+from bfsys.run_time import RunTime, sent_bytes
+from bfsys.supervision.goodput import count_starts, read_seconds
 
 KEPT_PER_TOKEN = 16  # numbers, times dim, of each layer
 KEPT_PER_MERGED = 3  # of each pair that becomes one: the pair, and what the norm gets
@@ -49,6 +51,8 @@ class Estimate:
     state_bytes: int
     """Weights, gradients, moments, average."""
     activation_bytes: int
+    sent_bytes: float
+    """Sent by a rank in a step, for gradients and weights."""
     step_flops: float
     """The mean over the first steps, of all ranks together."""
     busiest: float
@@ -72,7 +76,7 @@ class Estimate:
             f"{self.parameters:,} parameters; each of {self.ranks} ranks needs {self.memory_bytes / GB:.2f} GB "
             f"({self.state_bytes / GB:.2f} state, {self.activation_bytes / GB:.2f} activations at most); "
             f"a step is {self.micro_batches} micro-batches of each rank, {self.step_flops / 1e12:.2f} TFLOP and "
-            f"{self.step_bytes / 1e6:.1f} MB of files; "
+            f"{self.step_bytes / 1e6:.1f} MB of files; a rank sends {self.sent_bytes / 1e6:.1f} MB; "
             f"a checkpoint {self.checkpoint_bytes / GB:.2f} GB"
         )
 
@@ -100,6 +104,14 @@ def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
         parameters=parameters,
         state_bytes=_state_bytes(config, parameters, moments, ranks),
         activation_bytes=_activation_bytes(config, largest),
+        sent_bytes=sent_bytes(
+            config.train.zero_stage,
+            parameters,
+            ranks,
+            micro_batches,
+            bf16=config.train.precision == "bf16",
+            muon_parameters=muon_count(architecture) if config.optim.name == "muon" else 0,
+        ),
         step_flops=float(of_ranks.sum(1).mean()),
         busiest=float(np.mean(of_ranks.max(1) / of_ranks.mean(1))),
         step_bytes=float(np.mean(read)),
@@ -133,15 +145,53 @@ def _activation_bytes(config: Config, tokens: int) -> int:
     return number * architecture.dim * (kept + KEPT_PER_TOKEN * max(of_layers) // 2)
 
 
-def measured_rate(run: Path) -> tuple[float, float]:
-    """(FLOP/s of a rank of a run, the median of its latest measurements; its goodput)."""
-    try:
-        fields: Fields = {"kind": str, "model_tflop_per_s": NUMBER, "goodput": NUMBER}
-        lines = [line for line in read_json_lines(run / "metrics.jsonl", fields) if line["kind"] == "train"][-50:]
-    except OSError as error:
-        raise UserError(f"{run}: no measurements of a run: {error}") from None
+@dataclass(frozen=True)
+class Measured:
+    """What a run that was trained tells about another one."""
+
+    ranks: int
+    flops_per_s: float
+    """Of a rank: the median of the latest measurements, which contain waiting for data and for the busiest rank."""
+    save_s: float
+    """The time that training waited for a checkpoint."""
+    restart_s: float
+    """From a start to its first step; the mean of all starts."""
+    evaluation_s: float
+    """The median evaluation on all ranks together; 0 if there was none."""
+
+
+def measured(run: Path) -> Measured:
+    """Raises UserError if there is no run, or if it has made no checkpoint or written no metrics."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: no measurements: a run's folder has a config.yaml and a metrics.jsonl")
+    metrics, config = run / "metrics.jsonl", load_config(run / "config.yaml")
+    train = list(read_json_lines(metrics, {"step": int, "model_tflop_per_s": NUMBER}))
+    evaluations = list(read_json_lines(metrics, {"kind": str, "top1": NUMBER, "seconds": NUMBER}))
     path, _ = newest_readable(run)
-    if not lines or not path:
+    if not train or not path:
         raise UserError(f"{run}: no measurements, or no checkpoint, of a run yet")
     ranks = max(int(file.stem.rpartition("-of-")[2]) for file in path.glob("weight-*-of-*.safetensors"))
-    return float(np.median([line["model_tflop_per_s"] for line in lines])) * 1e12 / ranks, lines[-1]["goodput"]
+    seconds, starts = read_seconds(run), count_starts(run)
+    saves = max(1.0, train[-1]["step"] / config.train.save_every)
+    return Measured(
+        ranks=ranks,
+        flops_per_s=float(np.median([line["model_tflop_per_s"] for line in train[-50:]])) * 1e12 / ranks,
+        save_s=seconds["stall"] / saves,
+        restart_s=seconds["restart"] / max(1, starts),
+        evaluation_s=float(np.median([one["seconds"] for one in evaluations])) if evaluations else 0.0,
+    )
+
+
+def run_time(plan: Estimate, config: Config, like: Measured | None, step_s: float) -> RunTime:
+    """The time of all steps; of a run that was measured, also its saves, evaluations and starts."""
+    train, evaluations_s = config.train, 0.0
+    if like and train.eval_every:
+        evaluations_s = train.steps / train.eval_every * like.evaluation_s * like.ranks / plan.ranks
+    return RunTime(
+        steps=train.steps,
+        step_s=step_s,
+        save_every=train.save_every,
+        save_s=like.save_s if like else 0.0,
+        evaluations_s=evaluations_s,
+        restart_s=like.restart_s if like else 0.0,
+    )

@@ -85,15 +85,48 @@ def test_muon_keeps_one_moment_of_its_matrices(config_file: Path) -> None:
     assert adamw.state_bytes - muon.state_bytes == adamw.checkpoint_bytes - muon.checkpoint_bytes == spared
 
 
-def test_the_rate_of_a_run_is_used(config_file: Path, finished_run: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_a_run_measured_is_used(config_file: Path, finished_run: Path, capsys: pytest.CaptureFixture) -> None:
     rates = [json.loads(line)["model_tflop_per_s"] for line in (finished_run / "metrics.jsonl").read_text().splitlines()
              if '"train"' in line]  # fmt: skip
-    rate, share = plan_run.measured_rate(finished_run)
-    assert rate == pytest.approx(1e12 * np.median(rates))
-    assert 0 < share < 1
+    like = plan_run.measured(finished_run)
+    assert like.flops_per_s * like.ranks == pytest.approx(1e12 * np.median(rates))
+    assert like.restart_s > 0
+    assert like.save_s > 0
     assert call("plan", [str(config_file), "--ranks", "2", "--like", str(finished_run)]) == 0
-    assert f"as measured in {finished_run}" in capsys.readouterr().out
+    assert f"as in {finished_run}" in capsys.readouterr().out
     assert call("plan", [str(config_file), "--gpu", "h200", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step_s"] > 0
     with pytest.raises(UserError, match="no measurements"):
-        plan_run.measured_rate(config_file.parent)
+        plan_run.measured(config_file.parent)
+
+
+def test_a_network_failures_and_a_price_are_counted(
+    config_file: Path, finished_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def told(*more: str) -> dict:
+        assert call("plan", [str(config_file), "--ranks", "4", "--like", str(finished_run), "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain, slow = told(), told("--network", "0.001")
+    assert slow["step_s"] - plain["step_s"] == pytest.approx(plain["sent_bytes"] / 1e6)
+    failing = told("--mtbf-days", "0.01", "--ranks-per-node", "1", "--price", "2")
+    assert failing["expected_s"] > plain["expected_s"]
+    assert failing["price"] == pytest.approx(2 * 4 * failing["expected_s"] / 3600)
+    assert failing["goodput"] < plain["goodput"] <= 1
+    arguments = [str(config_file), "--ranks", "4", "--like", str(finished_run), "--mtbf-days", "1", "--price", "3"]
+    assert call("plan", arguments) == 0
+    assert "best train.save_every" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mtbf-days", "3"], "--mtbf-days needs --like"),
+        (["--gpu", "h200", "--network", "-1"], "--network: got -1"),
+        (["--gpu", "h200", "--price", "nan"], "--price: got nan"),
+        (["--ranks-per-node", "0"], "at least 1"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(config_file: Path, arguments: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        call("plan", [str(config_file), *arguments])

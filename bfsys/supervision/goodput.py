@@ -148,6 +148,11 @@ def read_seconds(run_dir: Path) -> dict[str, float]:
     return ledger.seconds()
 
 
+def count_starts(run_dir: Path) -> int:
+    """How often a run's process has begun or rolled back."""
+    return sum(event["event"] == "start" for event in _events(run_dir / FILE))
+
+
 def goodput(seconds: dict[str, float]) -> float:
     """The productive share."""
     return seconds["productive"] / max(1e-9, sum(seconds.values()))
