@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from bfsys import files, model_card, typed_yaml
@@ -73,7 +73,8 @@ def export(
     facts = describe(model, config, manifest, weights)
     if SAFETENSORS in formats:
         tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
-        save_file(tensors, out / FORMATS[SAFETENSORS], metadata={"format": "pt"})
+        # safetensors' own `save_file` makes a file that nobody else may read.
+        files.replace_file(out / FORMATS[SAFETENSORS], save(tensors, metadata={"format": "pt"}))
     if TORCH in formats or ONNX in formats:
         program = as_program(model, facts["least_bytes"])
         if TORCH in formats:

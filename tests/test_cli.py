@@ -98,6 +98,7 @@ def test_a_command_is_called_as_the_user_called_it(command: list[str], prog: str
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"usage: {prog} ")
     assert f"\n{prog}: error: the following arguments are required" in done.stderr
+    assert "section.key=value" not in done.stderr.rpartition("required")[2]
 
 
 def test_a_command_that_does_not_exist_is_named(capsys: pytest.CaptureFixture) -> None:

@@ -117,6 +117,7 @@ def test_what_is_written_says_what_it_is(exported: Path, finished_run: Path) -> 
     assert Architecture(**as_tuples) == config.model.architecture()
     again = ByteFormer(Architecture(**as_tuples), len(facts["classes"]), facts["mode"])
     again.load_state_dict(load_file(exported / "model.safetensors"))
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1  # whoever may read one may read all
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 

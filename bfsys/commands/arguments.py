@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 def add_config(parser: argparse.ArgumentParser) -> None:
     """CONFIG and its overrides."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file; bfsys/config.py explains every key")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=3e-4")
+    # Without a default, argparse names it among the arguments that are required.
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="for example optim.lr=3e-4"
+    )
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s RUN FILE… | RUN --split SPLIT [OPTION …]", NOTES
     add = parser.add_argument
     add("run", type=Path, help="run directory, one of its checkpoints, or an export")
-    add("files", nargs="*", metavar="FILE", help="files, folders, or - for standard input")
+    add("files", nargs="*", default=[], metavar="FILE", help="files, folders, or - for standard input")
     add("--split", help="report on shortcuts over a split of the run's data")
     add("--limit", type=int, metavar="N", help=f"files of the split (default: {LIMIT})")
     add("--out", type=Path, metavar="FOLDER", help=f"where pages go (default: {FOLDER}; none of --split)")

@@ -146,7 +146,12 @@ def job_facts() -> dict[str, str]:
         said = _scontrol("--oneliner", "show", "job", job_id())
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(word.split("=", 1) for word in said.split() if "=" in word)
+    return fields_of(said)
+
+
+def fields_of(line: str) -> dict[str, str]:
+    """The fields of a line `NAME=VALUE NAME=VALUE …` of scontrol. A value may contain spaces, such as a path."""
+    return dict(re.findall(r"(\S+?)=(.*?)(?=\s+[A-Za-z][\w:/]*=|\s*$)", line))
 
 
 def kill_wait_s() -> float:

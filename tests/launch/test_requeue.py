@@ -145,6 +145,22 @@ def wait_for(file: Path) -> None:
         time.sleep(0.05)
 
 
+def test_fields_of_a_job_may_contain_spaces() -> None:
+    line = (
+        "JobId=7 JobName=a b Partition=low TRES=cpu=2,mem=4G Command=/home/me/my runs/job.sh NtasksPerN:B:S:C=1:0:*:* "
+        "Comment=\n"
+    )
+    assert requeue.fields_of(line) == {
+        "JobId": "7",
+        "JobName": "a b",
+        "Partition": "low",
+        "TRES": "cpu=2,mem=4G",
+        "Command": "/home/me/my runs/job.sh",
+        "NtasksPerN:B:S:C": "1:0:*:*",
+        "Comment": "",
+    }
+
+
 def test_the_tasks_code_is_the_jobs(slurm: Path) -> None:
     assert start(slurm, "exit 2").wait(timeout=300) == 2
     assert not (slurm / "asked").exists()

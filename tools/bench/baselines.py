@@ -39,6 +39,7 @@ from bfsys.baselines import (
     tables_of,
 )
 from bfsys.batch import ByteBatch
+from bfsys.commands.arguments import add_config
 from bfsys.config import Config, load_config
 from bfsys.data.media.encodings import resample, set_length
 from bfsys.data.media.modalities import decode_audio, decode_image
@@ -143,8 +144,7 @@ def decoded(config: Config, training: Sources, validation: Sources, side: int) -
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
-    parser.add_argument("config", help="of the run to compare with")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_config(parser)
     parser.add_argument("--decoded", action="store_true", help="train the convolutional network too")
     parser.add_argument("--side", type=int, default=64, metavar="N", help="it sees pictures of N × N (default 64)")
     args = parser.parse_intermixed_args(arguments)

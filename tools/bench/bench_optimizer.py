@@ -33,6 +33,7 @@ from torch import Tensor
 
 from bfsys import dist
 from bfsys.batch import ByteBatch, Sample
+from bfsys.commands.arguments import add_config
 from bfsys.config import Config, load_config
 from bfsys.engine import Engine
 from bfsys.errors import run_command, summary_of
@@ -104,8 +105,7 @@ def _finish(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_config(parser)
     parser.add_argument("--files", type=int, default=16, metavar="N", help="of each rank in a step (default 16)")
     parser.add_argument("--file-bytes", type=int, default=2000, metavar="B", help="of each of them (default 2000)")
     parser.add_argument("--stages", type=int, nargs="+", default=[1], choices=range(4), help="of ZeRO (default 1)")

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bfsys.batch import ByteBatch
+from bfsys.commands.arguments import add_config
 from bfsys.config import Config, load_config
 from bfsys.data.streaming.datasets import long_files, make_plan, open_training
 from bfsys.data.streaming.loader import training_batches
@@ -114,8 +115,7 @@ def targets_of(batch: ByteBatch, num_classes: int) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_config(parser)
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="steps to compare (default 200)")
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="relative (default 1e-4)")
     parser.add_argument("--control", action="store_true", help="compare the published form with itself, too")
