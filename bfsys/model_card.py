@@ -22,9 +22,11 @@ WITHOUT_BFSYS = {
 ```python
 # with PyTorch, and without bfsys
 import numpy as np, torch
+from torch.export.passes import move_to_device_pass
 
-program = torch.export.load("model.pt2").module()
-data = torch.from_numpy(np.fromfile("FILE", np.uint8))
+device = "cpu"  # or "cuda"
+program = move_to_device_pass(torch.export.load("model.pt2"), device).module()
+data = torch.from_numpy(np.fromfile("FILE", np.uint8)).to(device)
 with torch.no_grad():
     probabilities = program(data)  # float32 [classes]
 ```""",

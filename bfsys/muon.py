@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,6 +82,9 @@ class Orthogonaliser:
         names = {span.name for of_rank in self.spans for span in of_rank}
         self.owners = assign({name: stack for name, stack in stacks.items() if name in names}, ranks.world_size)
         self.owned = {name: stacks[name] for name, owner in self.owners.items() if owner == self.rank}
+        self.names: dict[tuple[int, int], list[str]] = defaultdict(list)  # of owned stacks, by the shape of a matrix
+        for name, (_, rows, columns) in self.owned.items():
+            self.names[rows, columns].append(name)
         complete = [
             {span.name for span in of_rank if span.end - span.first == stacks[span.name].elements}
             for of_rank in self.spans
@@ -91,51 +94,61 @@ class Orthogonaliser:
         self.sent = [
             [span for span in of_rank if span.name not in complete[self.owners[span.name]]] for of_rank in self.spans
         ]
+        self.kept = [span for span in mine if span.name in self.owned and span.name in complete[self.rank]]
 
     def __call__(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's flat pieces, in the order of `mine` -> the same pieces of the orthogonalised matrices."""
-        mine = {span: piece.to(self.dtype) for span, piece in zip(self.spans[self.rank], pieces, strict=True)}
-        whole = {span.name: piece for span, piece in mine.items() if span.name in self.owned}
-        if any(self.sent):
-            whole |= self._collect(mine)
-        done = self._orthogonalise(whole)
+        """This rank's flat pieces, in the order of `mine` -> the same pieces of the orthogonalised matrices, in the
+        dtype of the products."""
+        mine = dict(zip(self.spans[self.rank], pieces, strict=True))
+        kept = {span: mine[span] for span in self.kept}
+        done = self._orthogonalise(self._join(kept, self._collect(mine) if any(self.sent) else {}))
         if len(self.spans) == 1:
             return [done[span.name] for span in mine]
         return self._broadcast(done) if self.is_replicated else self._hand_out(done)
 
-    def _collect(self, mine: dict[Span, Tensor]) -> dict[str, Tensor]:
-        """The matrices that this rank owns and that lie in pieces, flat."""
+    def _collect(self, mine: dict[Span, Tensor]) -> dict[Span, Tensor]:
+        """The pieces of the matrices that this rank owns and does not hold completely."""
         send = [[mine[span] for span in spans] for spans in self._by_owner(self.sent[self.rank])]
         receive = [[span for span in of_rank if span.name in self.owned] for of_rank in self.sent]
-        whole = {
-            span.name: torch.empty(self.owned[span.name].elements, dtype=self.dtype, device=self.device)
-            for spans in receive
-            for span in spans
-        }
-        for span, piece in self._exchange(send, receive):
-            whole[span.name][span.first : span.end] = piece
-        return whole
+        return self._exchange(send, receive)
 
-    def _orthogonalise(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _join(self, *found: dict[Span, Tensor]) -> dict[tuple[int, int], Tensor]:
+        """All matrices that this rank owns, [n, rows, columns] by shape, from their pieces. A dict holds pieces of one
+        dtype, which a GPU copies together."""
+        joined: dict[tuple[int, int], Tensor] = {}
+        whole: dict[str, Tensor] = {}
+        for shape, names in self.names.items():
+            matrices = sum(self.owned[name].matrices for name in names)
+            joined[shape] = torch.empty(matrices, *shape, dtype=self.dtype, device=self.device)
+            whole |= self._by_name(joined[shape])
+        for pieces in filter(None, found):
+            torch._foreach_copy_([whole[name][first:end] for name, first, end in pieces], list(pieces.values()))
+        return joined
+
+    def _by_name(self, matrices: Tensor) -> dict[str, Tensor]:
+        """The owned matrices of one shape, [n, rows, columns] -> flat stacks by name."""
+        names = self.names[matrices.shape[1], matrices.shape[2]]
+        return dict(zip(names, matrices.flatten().split([self.owned[name].elements for name in names]), strict=True))
+
+    def _orthogonalise(self, joined: dict[tuple[int, int], Tensor]) -> dict[str, Tensor]:
         """Matrices of equal shape, or of which one is the other's transposed, are one batch."""
-        batches: dict[tuple[int, ...], list[str]] = defaultdict(list)
-        for name, stack in self.owned.items():
-            batches[tuple(sorted(stack[1:]))].append(name)
-        done = {}
+        batches: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        for shape, matrices in joined.items():
+            batches[tuple(sorted(shape))].append(matrices)
+        done: dict[str, Tensor] = {}
         with torch.autocast(self.device.type, enabled=False):
-            for (short, _), names in batches.items():
-                stacks = [whole[name].view(self.owned[name]) for name in names]
-                wide = [x if x.shape[1] == short else x.mT for x in stacks]
-                results = orthogonalise(torch.cat(wide)).split([len(x) for x in wide])
-                for name, x, result in zip(names, stacks, results, strict=True):
-                    done[name] = (result if x.shape[1] == short else result.mT).flatten()
+            for (short, _), batch in batches.items():
+                wide = [x if x.shape[1] == short else x.mT for x in batch]
+                results = orthogonalise(torch.cat(wide) if len(wide) > 1 else wide[0].contiguous())
+                for x, result in zip(batch, results.split([len(x) for x in batch]), strict=True):
+                    done |= self._by_name(result if x.shape[1] == short else result.mT)
         return done
 
     def _hand_out(self, done: dict[str, Tensor]) -> list[Tensor]:
         """This rank's pieces of all results, in the order of its spans."""
         send = [[done[name][first:end] for name, first, end in of_rank if name in self.owned] for of_rank in self.spans]
         mine = self.spans[self.rank]
-        received = dict(self._exchange(send, self._by_owner(mine)))
+        received = self._exchange(send, self._by_owner(mine))
         return [received[span] for span in mine]
 
     def _broadcast(self, done: dict[str, Tensor]) -> list[Tensor]:
@@ -154,15 +167,15 @@ class Orthogonaliser:
     def _by_owner(self, spans: list[Span]) -> list[list[Span]]:
         return [[span for span in spans if self.owners[span.name] == rank] for rank in range(len(self.spans))]
 
-    def _exchange(self, send: list[list[Tensor]], receive: list[list[Span]]) -> Iterator[tuple[Span, Tensor]]:
+    def _exchange(self, send: list[list[Tensor]], receive: list[list[Span]]) -> dict[Span, Tensor]:
         """Send flat tensors to each rank, and split what each rank sends into spans."""
-        nothing = torch.empty(0, dtype=self.dtype, device=self.device)
-        flat = torch.cat([nothing, *(part for parts in send for part in parts)])
-        sent = [sum(len(part) for part in parts) for parts in send]
-        counts = [sum(span.end - span.first for span in spans) for spans in receive]
+        parts = [part for of_rank in send for part in of_rank]
+        flat = torch.cat(parts) if parts else torch.empty(0, device=self.device)
+        sent = [sum(len(part) for part in of_rank) for of_rank in send]
+        counts = [sum(span.end - span.first for span in of_rank) for of_rank in receive]
         spans = [span for of_rank in receive for span in of_rank]
-        pieces = dist.all_to_all(flat, sent, counts).split([span.end - span.first for span in spans])
-        return zip(spans, pieces, strict=True)
+        received = dist.all_to_all(flat.to(self.dtype), sent, counts)
+        return dict(zip(spans, received.split([span.end - span.first for span in spans]), strict=True))
 
 
 def assign(stacks: dict[str, Stack], ranks: int) -> dict[str, int]:

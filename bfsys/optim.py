@@ -12,6 +12,7 @@ where ZeRO has divided the matrices.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,9 +73,14 @@ class Held:
     tensor: Tensor
     offset: int
 
+    @property
+    def place(self) -> slice:
+        """Where its elements lie in the flattened tensor."""
+        return slice(self.offset, self.offset + self.span.end - self.span.first)
+
     def of(self, tensor: Tensor) -> Tensor:
         """The span's elements of a tensor that is like `tensor`: the weights, a moment or a gradient; a view."""
-        return tensor.detach().view(-1)[self.offset : self.offset + self.span.end - self.span.first]
+        return tensor.detach().view(-1)[self.place]
 
 
 class Optimizer(torch.optim.AdamW):
@@ -157,13 +163,18 @@ class Optimizer(torch.optim.AdamW):
     def _update_matrices(self, group: dict) -> None:
         """Nesterov momentum, orthogonalised, with decoupled weight decay."""
         tensors, rate = group["params"], group["lr"]
-        for p in tensors:
-            momentum = self.state[p][MOMENTUM]
-            momentum.lerp_(p.grad, 1 - self.momentum)
-            p.grad.lerp_(momentum, self.momentum)
-            p.mul_(1 - rate * group["weight_decay"])
+        gradients, momenta = [p.grad for p in tensors], [self.state[p][MOMENTUM] for p in tensors]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+        torch._foreach_lerp_(gradients, momenta, self.momentum)
+        torch._foreach_mul_(tensors, 1 - rate * group["weight_decay"])
         mine, orthogonalise = self._orthogonalisers[tensors[0]]
-        gradients = {p: p.grad for p in tensors}
-        directions = orthogonalise([part.of(gradients[part.tensor]) for part in mine])
-        for part, direction in zip(mine, directions, strict=True):
-            part.of(part.tensor).add_(direction, alpha=-rate * self.scales[part.span.name])
+        flat = {p: (p.view(-1), gradient.view(-1)) for p, gradient in zip(tensors, gradients, strict=True)}
+        weights, steps = ([flat[part.tensor][i][part.place] for part in mine] for i in (0, 1))
+        directions = orthogonalise(steps)
+        if mine:  # into the gradients' memory: on a GPU, foreach operations are fast for tensors of one dtype
+            torch._foreach_copy_(steps, directions)
+        by_scale: dict[float, list[list[Tensor]]] = defaultdict(list)
+        for part, *pair in zip(mine, weights, steps, strict=True):
+            by_scale[self.scales[part.span.name]].append(pair)
+        for scale, pairs in by_scale.items():
+            torch._foreach_add_(*zip(*pairs, strict=True), alpha=-rate * scale)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.export.passes import move_to_device_pass
 
 import bfsys
 from bfsys import export
@@ -92,6 +93,22 @@ def test_the_program_is_the_model_at_every_length(exported: Path, finished_run: 
         assert got.sum() == pytest.approx(1)
     answers = [answer(file_of(n))[0] for n in (30, 31, 60, 200)]
     assert max(answers) - min(answers) > 1e-3, "the answers do not depend on the bytes: the comparison says little"
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+)
+def test_a_program_moves_to_a_device(device: str, exported: Path) -> None:
+    """As the model card says. On meta, a tensor that the program still makes on the CPU is an error."""
+    program = move_to_device_pass(torch.export.load(exported / "model.pt2"), device).module()
+    for length in (1, 97, 200):
+        data = torch.from_numpy(file_of(length))
+        with torch.no_grad():
+            got = program(data.to(device))
+        assert (got.device.type, got.shape) == (device, (5,))
+        if device != "meta":
+            assert np.abs(got.cpu().numpy() - export.torch_runner(exported / "model.pt2")(data.numpy())).max() < 1e-5
 
 
 def test_a_program_as_released_is_the_model(tmp_path: Path) -> None:

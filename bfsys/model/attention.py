@@ -2,7 +2,9 @@
 
 `attend` is the one place that chooses how, for everything that autograd sees: a kernel of ours on a GPU
 (kernels.py), or PyTorch's attention on windows, into which rows are gathered, and back. A token sits in exactly one
-window, so each gather's backward is a gather as well: no scatter, no atomics, the same bits every time.
+window, so each gather's backward is a gather as well: no scatter, no atomics. Our kernels and a CPU give the same bits
+every time. PyTorch's attention on a GPU may not: the backward pass of its memory-efficient form, which it takes for a
+mask, may add in another order each time.
 
 Shapes: N tokens, W windows of `width` slots, H heads, D dim, E = D / H.
 """

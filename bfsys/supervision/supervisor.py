@@ -31,7 +31,7 @@ from bfsys.supervision.guard import Drawn, Guard, ranges_of, read_rollbacks, ret
 from bfsys.supervision.metrics import Metrics
 from bfsys.supervision.run_end import note_end
 from bfsys.supervision.signals import StopRequests
-from bfsys.supervision.watchdog import LEAST_S, Watchdog
+from bfsys.supervision.watchdog import Watchdog, least_limit_s
 
 WARMUP_STEPS = 3  # of a start, in which programs may still be compiled
 COLLECT_EVERY_STEPS = 100  # on all ranks in the same step, because ranks that collect garbage hold up the others
@@ -72,11 +72,9 @@ class Supervisor:
         self.data, self.config, self.facts, self.ranks = data, data.config, facts, ranks
         self.run_dir, train = self.config.run_dir, self.config.train
         self.stop = StopRequests()
-        # A shard may take its time to arrive over a network, and its server may be away for a while. A compiled model
-        # is compiled again, for minutes, when a batch has sizes of another kind.
         patience_s = train.collective_timeout_s
         is_compiled = self.config.model.compiled and ranks.device.type == "cuda"
-        least_s = patience_s if data.is_remote or is_compiled else LEAST_S
+        least_s = least_limit_s(patience_s, is_remote=data.is_remote, is_compiled=is_compiled)
         self.watchdog = Watchdog(
             self.run_dir, ranks, limit_s=train.hang_timeout_s, patience_s=patience_s, least_s=least_s
         )

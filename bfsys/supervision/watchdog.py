@@ -32,9 +32,21 @@ from bfsys.supervision.run_end import note_end
 
 TICK_S = 0.5
 LEAST_S = 60.0  # learned limits are not shorter
+RECOMPILING_S = 300.0  # nor than this, where a step may compile the model again
 FACTOR = 10.0  # times the longest interval so far
 GRACE_S = 3.0  # for the other ranks' stacks; they look every TICK_S
 HANGS = "hangs"
+
+
+def least_limit_s(patience_s: float, *, is_remote: bool, is_compiled: bool) -> float:
+    """The shortest limit that may be learned, in seconds.
+
+    A shard may take its time to arrive over a network, and its server may be away for a while. A compiled model is
+    compiled again, for minutes, when a batch has sizes of another kind.
+    """
+    if is_compiled:
+        return max(patience_s, RECOMPILING_S)
+    return patience_s if is_remote else LEAST_S
 
 
 class Watchdog:

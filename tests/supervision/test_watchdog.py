@@ -12,7 +12,7 @@ import pytest
 
 from bfsys.errors import EXIT_HUNG
 from bfsys.supervision.run_end import how_it_ended
-from bfsys.supervision.watchdog import LEAST_S, Watchdog
+from bfsys.supervision.watchdog import LEAST_S, Watchdog, least_limit_s
 from tests.chaos.ranks import Ranks
 from tests.forked import Forked, run_python
 from tests.test_train import ALONE, lines
@@ -108,6 +108,21 @@ def test_the_limit_is_learned(tmp_path: Path) -> None:
         assert 300 <= dog.limit_s < 310
     finally:
         dog.close()
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_model_that_is_compiled_again_does_not_hang(is_remote: bool, tmp_path: Path) -> None:
+    """However soon the ranks give up otherwise."""
+    dog = Watchdog(
+        tmp_path, ALONE, limit_s=0, patience_s=90, least_s=least_limit_s(90, is_remote=is_remote, is_compiled=True)
+    )
+    try:
+        dog.times_are_known()
+        assert dog.limit_s == 300
+    finally:
+        dog.close()
+    assert least_limit_s(600, is_remote=is_remote, is_compiled=True) == 600
+    assert least_limit_s(90, is_remote=is_remote, is_compiled=False) == (90 if is_remote else LEAST_S)
 
 
 def test_a_stopped_rank_is_found_in_time(config_file: Path, tmp_path: Path) -> None:

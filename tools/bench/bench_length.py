@@ -30,7 +30,8 @@ from bfsys.files import replace_file
 from bfsys.gpu_check.training_steps import random_files, synchronize
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import SIZES, Architecture, architecture
-from tools.bench.bench_step import MIB, machine, peak_memory_bytes, start_of_memory
+from tools.bench.bench_step import machine
+from tools.bench.step_measurement import MIB, peak_memory_bytes, start_of_memory
 
 UNITS = {"k": 1000, "m": 1_000_000}
 LIMIT_S = 900

@@ -6,16 +6,19 @@ A step is forward, backward and AdamW on float32 weights. `published` is publish
 order; `+ sdpa` is the same with PyTorch's fused attention. In bf16 it runs under autocast, as released code
 does; bfsys as it trains: bfloat16 weights, with float32 ones in the optimizer. Files lie on the device beforehand; what
 bfsys computes from their lengths on the CPU is part of its step.
-Each measurement is a process of its own. Time is the fastest step after warming up, since what else a machine does can
-only add to it; the JSON has processor time too. Memory is the peak of these steps above what the process held before
-it had a model, after a small step that starts PyTorch's libraries: weights, gradients and optimizer included. On the
-CPU it is resident memory, freed blocks that the C library keeps included; MALLOC_MMAP_THRESHOLD_=262144 in the
-environment leaves them out, and shows what checkpointing saves. `of peak` is what real tokens need
+Time is the fastest step after warming up, since what else a machine does can only add to it; the JSON has processor
+time too. Memory is the peak of these steps above what the process held before it had a model, after a small step that
+starts PyTorch's libraries: weights, gradients and optimizer included. `of peak` is what real tokens need
 (bfsys/model/flops.py) over what a large matrix product in the same precision and process reaches.
+On the CPU each measurement is a process of its own, and memory is resident memory, freed blocks that the C library
+keeps included; MALLOC_MMAP_THRESHOLD_=262144 in the environment leaves them out, and shows what checkpointing saves. On
+a GPU, where a step takes less time than a process to start, all measurements are made in one process, and memory is
+what PyTorch has allocated.
 
-Above each row it prints how many of PyTorch's operations a micro-batch's forward and backward and an update are, and
-how many of them launch something on a GPU: views and allocations do not. A kernel of our own is not one of these
-operations; on a GPU the profiler counts all kernels and copies.
+Each measurement is printed when it is made: beside its time and memory, how many of PyTorch's operations a
+micro-batch's forward and backward and an update are, and how many of them launch something on a GPU: views and
+allocations do not. A kernel of our own is not one of these operations; on a GPU the profiler counts all kernels and
+copies.
 
 Exit code 0: measured; 1: a measurement failed; 2: wrong arguments, or the like.
 Refused: figures of different runs in one table; on shared machines they differ by more than programs do.
@@ -26,17 +29,11 @@ import json
 import os
 import platform
 import re
-import resource
 import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -49,35 +46,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bfsys import dist
 from bfsys.errors import run_command, summary_of
 from bfsys.files import replace_file
-from bfsys.gpu_check.operations import CountedOperations, count_kernels
-from bfsys.gpu_check.training_steps import (
-    Step,
-    bfsys_step,
-    engine_step,
-    published_step,
-    random_files,
-    synchronize,
+from bfsys.model.flops import flops_per_step, published_flops
+from bfsys.model.sizes import SIZES, Architecture
+from tools.bench.step_measurement import (
+    ON_REQUEST,
+    SIDES,
+    Workload,
+    bytes_in_proc,
+    in_child,
+    in_this_process,
+    make_architecture,
 )
-from bfsys.model.flops import flops_per_step, matrix_peak, published_flops
-from bfsys.model.sizes import SIZES, Architecture, architecture
-from bfsys.ranks import Ranks
 
-MIB = 2**20
-LIMIT_S = 900  # of one measurement
-MEET_S = 60  # for the engine, a rank on its own
 # Main memory that the published form wants for each token and each byte of a padded batch, by dim (tiny, float32).
 PADDED_TOKEN_BYTES_PER_DIM, PADDED_BYTE_BYTES_PER_DIM = 240, 16
 SHARE_OF_MEMORY = 0.7  # of what is free, that a measurement on the CPU may want
-
-
-@dataclass(frozen=True)
-class Workload:
-    kernel: int
-    classes: int
-    lengths: tuple[int, ...]
 
 
 def workloads() -> dict[str, Workload]:
@@ -94,135 +79,6 @@ def workloads() -> dict[str, Workload]:
 def trial_workloads() -> dict[str, Workload]:
     """The same in small, to see whether everything works."""
     return {n: Workload(w.kernel, 12, tuple(i // 40 for i in w.lengths[:4])) for n, w in workloads().items()}
-
-
-def make_architecture(size: str, workload: Workload) -> Architecture:
-    """With a position table just large enough."""
-    tokens = -(-max(workload.lengths) // (workload.kernel // 2))
-    if size == "custom":
-        return architecture(
-            size, kernel=workload.kernel, max_tokens=tokens, dim=32, layers=4, heads=2, window=16, shift=8
-        )
-    return architecture(size, kernel=workload.kernel, max_tokens=tokens)
-
-
-# ---------------------------------------------------------------------------------------------- in a child process
-
-
-SIDES: dict[str, Callable[..., Step]] = {
-    "baseline": partial(published_step, fused_attention=False),
-    "sdpa": partial(published_step, fused_attention=True),
-    "bfsys": bfsys_step,
-    "bfsys_checkpointing": partial(bfsys_step, checkpointing=True),
-    "bfsys_compiled": partial(bfsys_step, compiled=True),
-    "bfsys_engine": engine_step,
-}
-ON_REQUEST = ("checkpointing", "compiled", "engine")  # sides of bfsys that have an option
-
-
-def measure(job: dict) -> dict:
-    """{"ms", "cpu_ms", "mib", "parts"} of a side's steps, and for bfsys "peak_flops_per_s"."""
-    device, bf16 = torch.device(job["device"]), job["precision"] == "bf16"
-    make = SIDES[job["side"]]
-    workload = Workload(**job["workload"])
-    if job["side"] == "bfsys_engine":
-        dist.start(Ranks(), MEET_S)
-    small = architecture("custom", kernel=4, window=8, shift=4, dim=64, layers=2, heads=1, max_tokens=50)
-    make(random_files([100, 90]), small, 2, device, bf16)()
-    synchronize(device)
-    before = start_of_memory(device)
-    files = random_files(workload.lengths)
-    step = make(files, make_architecture(job["size"], workload), workload.classes, device, bf16)
-    for _ in range(3 if device.type == "cuda" else 1):
-        step()
-    passes = []
-    for _ in range(job["repeats"]):
-        synchronize(device)
-        begin = time.perf_counter(), time.process_time()
-        step()
-        synchronize(device)
-        passes.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
-    wall, cpu = zip(*passes, strict=True)
-    result = {"ms": 1000 * min(wall), "cpu_ms": 1000 * min(cpu)}
-    result["mib"] = (peak_memory_bytes(device) - before) / MIB
-    result["parts"] = measure_parts(step, device, job["repeats"] if job["times"] else 0)
-    if job["side"] == "bfsys":
-        result["peak_flops_per_s"] = matrix_peak(device, torch.bfloat16 if bf16 else torch.float32, seconds=1)
-    return result
-
-
-def measure_parts(step: Step, device: torch.device, repeats: int) -> dict[str, dict]:
-    """For forward, backward and update: the number of PyTorch's operations, of those that launch something, and (on a
-    GPU) of kernels and copies; and the fastest of `repeats` times, with a synchronisation after each."""
-    loss: list = [None]
-
-    def forward() -> None:
-        loss[0] = step.forward()
-
-    parts = {"forward": forward, "backward": lambda: step.backward(loss[0]), "update": step.update}
-    found: dict[str, dict] = {}
-    for name, run in parts.items():
-        with CountedOperations() as counted:
-            run()
-        found[name] = {"operations": counted.all.total(), "launches": counted.launching.total()}
-    if device.type == "cuda":
-        for name, run in parts.items():
-            found[name]["kernels"] = count_kernels(run)
-    for _ in range(repeats):
-        for name, run in parts.items():
-            synchronize(device)
-            began = time.perf_counter()
-            run()
-            synchronize(device)
-            found[name]["ms"] = min(found[name].get("ms", float("inf")), 1000 * (time.perf_counter() - began))
-    return found
-
-
-def start_of_memory(device: torch.device) -> int:
-    """Bytes that the process holds on the device; from here on its peak counts anew, where the system lets it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return bytes_in_proc("self/status", "VmHWM")
-
-
-def bytes_in_proc(file: str, name: str) -> int:
-    """A figure that the system gives in kB."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc", file).read_text())
-    assert found, f"/proc/{file} says nothing of {name}"
-    return int(found[1]) * 1024
-
-
-# --------------------------------------------------------------------------------------------- in the first process
-
-
-def in_child(job: dict) -> dict:
-    """Do a job in a new process group. Returns its result, or {"problem": …}."""
-    with tempfile.TemporaryDirectory(prefix="bench_step-") as scratch:
-        result, errors = Path(scratch, "result"), Path(scratch, "errors")
-        with open(errors, "wb") as output:
-            command = [sys.executable, __file__, "--child", json.dumps({**job, "result": str(result)})]
-            child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        try:
-            code = child.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            return {"problem": f"no end after {LIMIT_S} s"}
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        if code == 0:
-            return json.loads(result.read_text())
-        lines = [line for line in errors.read_text(errors="replace").splitlines() if line.strip()]
-        return {"problem": lines[-1] if lines else f"ended with code {code}"}
 
 
 def with_files(workload: Workload, files: int | None) -> Workload:
@@ -249,7 +105,7 @@ def available_bytes() -> int:
 
 
 def measure_workload(name: str, workload: Workload, args: argparse.Namespace, run: Callable[[dict], dict]) -> dict:
-    """A row. `run` does a job: `in_child`, or in a test something quicker."""
+    """A row. `run` does a job."""
     workload = with_files(workload, args.files)
     if args.device == "cpu":
         workload = that_fits(workload, make_architecture(args.size, workload))
@@ -263,10 +119,10 @@ def measure_workload(name: str, workload: Workload, args: argparse.Namespace, ru
     for side in SIDES:
         done = {}
         if side.removeprefix("bfsys_") not in ON_REQUEST or getattr(args, side.removeprefix("bfsys_")):
-            print(f"measuring {name}, {len(lengths)} files, {side} …", file=sys.stderr)
             job = {"side": side, "workload": asdict(workload), "size": args.size, "repeats": args.repeats}
             job["times"] = args.times
             done = run({**job, "device": args.device, "precision": args.precision})
+            print(f"  {name}, {len(lengths)} files, {side}: {describe(done)}", flush=True)
         row |= {f"{side}_{key}": done.get(key) for key in ("ms", "cpu_ms", "mib", "parts")}
         if "problem" in done:
             row["problem"] = f"{side}: {done['problem']}"
@@ -321,14 +177,15 @@ def show(rows: Sequence[dict]) -> None:
     console.print(table)
 
 
-def show_parts(row: dict) -> None:
-    """Operations and launches of each side's forward, backward and update, and their times with --times."""
-    for side in SIDES:
-        if parts := row[f"{side}_parts"]:
-            print(f"  {row['workload']}, {side}: " + "; ".join(f"{name} {describe(p)}" for name, p in parts.items()))
+def describe(done: dict) -> str:
+    """A measurement in words."""
+    if "problem" in done:
+        return done["problem"]
+    parts = [f"{name} {describe_part(part)}" for name, part in done["parts"].items()]
+    return "; ".join([f"{done['ms']:,.1f} ms, {done['mib']:,.0f} MiB", *parts])
 
 
-def describe(part: dict) -> str:
+def describe_part(part: dict) -> str:
     kernels = f", {part['kernels']:,} kernels" if "kernels" in part else ""
     ms = f", {part['ms']:,.1f} ms" if "ms" in part else ""
     return f"{part['operations']:,} operations ({part['launches']:,} launch{kernels}){ms}"
@@ -371,9 +228,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compiled", action="store_true", help="measure bfsys with torch.compile, too; on a GPU")
     add("--engine", action="store_true", help="measure bfsys through DeepSpeed's engine, too")
     add("--times", action="store_true", help="measure forward, backward and update each, too")
+    add("--one-process", action="store_true", help="measure all in one process; on the CPU, memory is then a guess")
     add("--json", type=Path, metavar="OUT", help="write the rows to this file too")
     add("--trial", action="store_true", help=argparse.SUPPRESS)  # a small model on small files
-    add("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.workloads = args.workloads.split(",")
     args.repeats = (20 if args.device == "cuda" else 3) if args.repeats is None else args.repeats
@@ -386,16 +243,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: PyTorch finds no GPU here")
     if args.compiled and args.device == "cpu":
         parser.error("--compiled: models are compiled on GPUs only; leave it out, or give --device cuda")
+    args.one_process |= args.device == "cuda"
     if args.trial:
         args.size = "custom"
     return args
 
 
-def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] = in_child) -> int:
+def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] | None = None) -> int:
+    """`run` does a job: by default `in_child` or `in_this_process`."""
     args = parse_arguments(arguments)
-    if args.child:
-        Path(args.child["result"]).write_text(json.dumps(measure(args.child)))
-        return 0
+    run = run or (in_this_process if args.one_process else in_child)
     os.makedirs(args.json.parent if args.json else ".", exist_ok=True)
     report: dict = {
         "device": args.device,
@@ -409,7 +266,6 @@ def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] = i
     rows: list[dict] = []
     for name in args.workloads:
         rows.append(measure_workload(name, all_workloads[name], args, run))
-        show_parts(rows[-1])
         show(rows[-1:])  # what was measured stays, whatever becomes of the rest
         if args.json:
             date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -420,6 +276,5 @@ def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] = i
 
 
 if __name__ == "__main__":
-    if "--child" not in sys.argv:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and processes are cleaned up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and processes are cleaned up
     run_command(main)

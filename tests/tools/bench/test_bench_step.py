@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from bfsys.gpu_check.training_steps import random_files
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.published_form import PublishedForm, load_bfsys_weights, pad
 from bfsys.model.sizes import PAD_BYTE, architecture
-from tools.bench import bench_step
-from tools.bench.bench_step import SIDES, Workload
+from tools.bench import bench_step, step_measurement
+from tools.bench.step_measurement import SIDES, Workload, in_child, in_this_process
 
 NUMBERS = ("baseline", "sdpa", "bfsys", "bfsys_checkpointing")
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_step_trains(side: str, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> 
 def test_child_measures(side: str) -> None:
     workload = bench_step.trial_workloads()["wav"]
     job = {"side": side, "workload": asdict(workload), "size": "custom", "repeats": 1, "times": True}
-    done = bench_step.in_child({**job, "device": "cpu", "precision": "fp32"})
+    done = in_child({**job, "device": "cpu", "precision": "fp32"})
     parts = done.pop("parts")
     assert parts.keys() == {"forward", "backward", "update"}
     assert all(part["operations"] >= part["launches"] > 0 < part["ms"] for part in parts.values())
@@ -85,10 +86,9 @@ def test_child_measures(side: str) -> None:
 
 
 def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All measured in this process, since a new one for each takes seconds to start."""
     out = tmp_path / "new" / "out.json"
     arguments = ["--trial", "--device", "cpu", "--workloads", "wav", "--repeats", "1", "--json", str(out)]
-    assert bench_step.main(arguments, bench_step.measure) == 0
+    assert bench_step.main([*arguments, "--one-process"]) == 0
     report = json.loads(out.read_text())
     assert {"rows", "machine", "versions", "date"} <= report.keys()
     (row,) = report["rows"]
@@ -103,12 +103,33 @@ def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "…" not in printed
     assert printed.count("wav, k 16") == 1
-    assert "wav, bfsys: forward " in printed
+    assert f"wav, 4 files, bfsys: {row['bfsys_ms']:,.1f} ms, " in printed
     assert report["machine"]["bf16_instructions"]
 
 
+def test_one_process_measures_all_sides_of_all_workloads(tmp_path: Path, run_ranks) -> None:
+    """The engine too, which has one process group in a process. A process of its own would have no time."""
+    out = tmp_path / "out.json"
+    script = """
+import sys
+from tools.bench import bench_step, step_measurement
+
+step_measurement.LIMIT_S = 0
+sys.exit(bench_step.main(sys.argv[1:]))
+"""
+    options = ["--trial", "--device", "cpu", "--workloads", "wav,jpeg", "--repeats", "1", "--engine", "--one-process"]
+    (result,) = run_ranks(1, ["-c", script, *options, "--json", str(out)])
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["workload"] for row in rows] == ["wav", "jpeg"]
+    assert all(row[f"{side}_ms"] > 0 for row in rows for side in ("baseline", "sdpa", "bfsys", "bfsys_engine"))
+
+
 def test_all_workloads_and_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed: list[str] = []
+
     def run(job: dict) -> dict:
+        printed.append(capsys.readouterr().out)
         if (job["side"], job["workload"]["kernel"]) == ("sdpa", 8):
             return {"problem": "out of memory"}
         return {"ms": 10.0, "cpu_ms": 9.0, "mib": 20.0, "peak_flops_per_s": 1e12, "parts": {}}
@@ -121,7 +142,9 @@ def test_all_workloads_and_a_failure(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(row[f"{side}_{key}"] is not None for row in rows[::2] for side in NUMBERS for key in ("ms", "mib"))
     assert (rows[0]["ratio"], rows[0]["sdpa_ratio"], rows[0]["memory_ratio"]) == (1.0, 1.0, 1.0)
     assert (rows[1]["sdpa_ms"], rows[1]["sdpa_ratio"], rows[1]["ratio"]) == (None, None, 1.0)
-    assert "out of memory" in capsys.readouterr().out
+    assert printed[0] == ""
+    assert printed[1] == "  tiff, 4 files, baseline: 10.0 ms, 20 MiB\n", "it is printed before the next is measured"
+    assert sum("out of memory" in text for text in [*printed, capsys.readouterr().out]) >= 2  # of its row, and of all
 
 
 def test_workloads() -> None:
@@ -167,11 +190,12 @@ def test_wrong_arguments(arguments: list[str], says: str, capsys: pytest.Capture
     assert says in capsys.readouterr().err
 
 
-def test_failure_is_the_last_line_of_its_error() -> None:
-    result = bench_step.in_child({"side": "nonsense", "device": "cpu", "precision": "fp32"})
+@pytest.mark.parametrize("run", [in_child, in_this_process])
+def test_failure_is_the_last_line_of_its_error(run: Callable[[dict], dict]) -> None:
+    result = run({"side": "nonsense", "device": "cpu", "precision": "fp32"})
     assert result == {"problem": "KeyError: 'nonsense'"}
 
 
 def test_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_step, "LIMIT_S", 0.01)
-    assert bench_step.in_child({"workload": Workload(4, 2, (5,)).__dict__}) == {"problem": "no end after 0.01 s"}
+    monkeypatch.setattr(step_measurement, "LIMIT_S", 0.01)
+    assert in_child({"workload": Workload(4, 2, (5,)).__dict__}) == {"problem": "no end after 0.01 s"}

@@ -1,0 +1,194 @@
+"""One measurement of bench_step.py: steps of one side on one workload, in this process or in one of its own.
+
+A side is a form of the model and its optimizer; a job says which side, on which files, and how often.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from bfsys import dist
+from bfsys.gpu_check.operations import CountedOperations, count_kernels
+from bfsys.gpu_check.training_steps import (
+    Step,
+    bfsys_step,
+    engine_step,
+    published_step,
+    random_files,
+    synchronize,
+)
+from bfsys.model.flops import matrix_peak
+from bfsys.model.sizes import Architecture, architecture
+from bfsys.ranks import Ranks
+
+MIB = 2**20
+LIMIT_S = 900  # of a measurement in a process of its own
+MEET_S = 60  # for the engine, a rank on its own
+
+
+@dataclass(frozen=True)
+class Workload:
+    kernel: int
+    classes: int
+    lengths: tuple[int, ...]
+
+
+def make_architecture(size: str, workload: Workload) -> Architecture:
+    """With a position table just large enough."""
+    tokens = -(-max(workload.lengths) // (workload.kernel // 2))
+    if size == "custom":
+        return architecture(
+            size, kernel=workload.kernel, max_tokens=tokens, dim=32, layers=4, heads=2, window=16, shift=8
+        )
+    return architecture(size, kernel=workload.kernel, max_tokens=tokens)
+
+
+SIDES: dict[str, Callable[..., Step]] = {
+    "baseline": partial(published_step, fused_attention=False),
+    "sdpa": partial(published_step, fused_attention=True),
+    "bfsys": bfsys_step,
+    "bfsys_checkpointing": partial(bfsys_step, checkpointing=True),
+    "bfsys_compiled": partial(bfsys_step, compiled=True),
+    "bfsys_engine": engine_step,
+}
+ON_REQUEST = ("checkpointing", "compiled", "engine")  # sides of bfsys that have an option
+
+
+def measure(job: dict) -> dict:
+    """{"ms", "cpu_ms", "mib", "parts"} of a side's steps, and for bfsys "peak_flops_per_s"."""
+    device, bf16 = torch.device(job["device"]), job["precision"] == "bf16"
+    make = SIDES[job["side"]]
+    workload = Workload(**job["workload"])
+    if (job["side"] == "bfsys_engine" or device.type == "cuda") and not torch.distributed.is_initialized():
+        dist.start(Ranks(), MEET_S)  # its settings for a GPU then hold for all sides
+    small = architecture("custom", kernel=4, window=8, shift=4, dim=64, layers=2, heads=1, max_tokens=50)
+    make(random_files([100, 90]), small, 2, device, bf16)()
+    synchronize(device)
+    before = start_of_memory(device)
+    files = random_files(workload.lengths)
+    step = make(files, make_architecture(job["size"], workload), workload.classes, device, bf16)
+    for _ in range(3 if device.type == "cuda" else 1):
+        step()
+    passes = []
+    for _ in range(job["repeats"]):
+        synchronize(device)
+        begin = time.perf_counter(), time.process_time()
+        step()
+        synchronize(device)
+        passes.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    wall, cpu = zip(*passes, strict=True)
+    result = {"ms": 1000 * min(wall), "cpu_ms": 1000 * min(cpu)}
+    result["mib"] = (peak_memory_bytes(device) - before) / MIB
+    result["parts"] = measure_parts(step, device, job["repeats"] if job["times"] else 0)
+    if job["side"] == "bfsys":
+        result["peak_flops_per_s"] = matrix_peak(device, torch.bfloat16 if bf16 else torch.float32, seconds=1)
+    return result
+
+
+def measure_parts(step: Step, device: torch.device, repeats: int) -> dict[str, dict]:
+    """For forward, backward and update: the number of PyTorch's operations, of those that launch something, and (on a
+    GPU) of kernels and copies; and the fastest of `repeats` times, with a synchronisation after each."""
+    loss: list = [None]
+
+    def forward() -> None:
+        loss[0] = step.forward()
+
+    parts = {"forward": forward, "backward": lambda: step.backward(loss[0]), "update": step.update}
+    found: dict[str, dict] = {}
+    for name, run in parts.items():
+        with CountedOperations() as counted:
+            run()
+        found[name] = {"operations": counted.all.total(), "launches": counted.launching.total()}
+    if device.type == "cuda":
+        for name, run in parts.items():
+            found[name]["kernels"] = count_kernels(run)
+    for _ in range(repeats):
+        for name, run in parts.items():
+            synchronize(device)
+            began = time.perf_counter()
+            run()
+            synchronize(device)
+            found[name]["ms"] = min(found[name].get("ms", float("inf")), 1000 * (time.perf_counter() - began))
+    return found
+
+
+def start_of_memory(device: torch.device) -> int:
+    """Bytes that the process holds on the device; from here on its peak counts anew, where the system lets it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return bytes_in_proc("self/status", "VmHWM")
+
+
+def bytes_in_proc(file: str, name: str) -> int:
+    """A figure that the system gives in kB."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc", file).read_text())
+    assert found, f"/proc/{file} says nothing of {name}"
+    return int(found[1]) * 1024
+
+
+def in_this_process(job: dict) -> dict:
+    """`measure(job)`, or {"problem": …}."""
+    try:
+        return measure(job)
+    except Exception as error:  # what a model, the memory of the device, or a compiler may raise
+        return {"problem": traceback.format_exception_only(error)[-1].strip()}
+    finally:
+        if job["side"] == "bfsys_compiled":
+            torch.compiler.reset()  # after some models, PyTorch would compile no more
+        gc.collect()
+        if job["device"] == "cuda":
+            torch.cuda.empty_cache()
+
+
+def in_child(job: dict) -> dict:
+    """`measure(job)` in a process of its own, or {"problem": …}."""
+    with tempfile.TemporaryDirectory(prefix="bench_step-") as scratch:
+        result, errors = Path(scratch, "result"), Path(scratch, "errors")
+        with open(errors, "wb") as output:
+            command = [sys.executable, __file__, json.dumps(job), str(result)]
+            child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        try:
+            code = child.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return {"problem": f"no end after {LIMIT_S} s"}
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        if code == 0:
+            return json.loads(result.read_text())
+        lines = [line for line in errors.read_text(errors="replace").splitlines() if line.strip()]
+        return {"problem": lines[-1] if lines else f"ended with code {code}"}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(measure(json.loads(sys.argv[1]))))
