@@ -63,7 +63,6 @@ NOT_RUN = {
 }
 # What is replaced before a command is run, so that it takes seconds.
 REPLACED = {
-    "--minutes 10": "--minutes 1",
     "deepspeed bfsys/train.py": "deepspeed --num_accelerators 1 bfsys/train.py",
     "--ranks 2 ": "--ranks 1 ",
     "bfsys launch configs": "bfsys launch --ranks 1 configs",
