@@ -1,4 +1,4 @@
-"""Where a model is right and what it takes for what: accuracy by class, and the confusion matrix.
+"""The accuracy of each class and the confusion matrix of a model.
 
     FOLDER/classes.tsv     class, files, top-1, what it is most often taken for
     FOLDER/confusion.tsv   class, answer, files; pairs that occur
@@ -52,7 +52,7 @@ class Answers:
         self._pairs: list[np.ndarray] = [np.zeros(0, np.int64)]  # [files], class · number of classes + answer
 
     def add(self, batch: ByteBatch, logits: Tensor) -> None:
-        """logits [B, classes]."""
+        """Add the answers of a batch: logits [B, classes]."""
         labels, answers = batch.labels.cpu(), logits.argmax(1).cpu()
         self._pairs.append((labels * self.num_classes + answers).numpy())
         own = logits.float().log_softmax(1).gather(1, batch.labels[:, None])[:, 0].exp().cpu()
@@ -74,7 +74,7 @@ class Answers:
         return np.stack([np.bincount(labels, weights, minlength=self.num_classes) for weights in (counts, right)])
 
     def over_ranks(self) -> Answers:
-        """Those of all ranks on rank 0, and none on the other ranks; collective."""
+        """The answers of all ranks on rank 0, and none on the other ranks; collective."""
         everyones = Answers(self.num_classes)
         for labels, answers, counts, worst in gather_to_rank0((*self.counts(), self.worst)):
             everyones._pairs.append(np.repeat(labels * self.num_classes + answers, counts))

@@ -337,7 +337,7 @@ class RowExchange:
 
 @functools.cache
 def _exchange_of_numbers(numbers: int, ranks: int, rank: int) -> RowExchange:
-    """Kept for the next message of that length: a third of the time of an exchange is making its tensors."""
+    """The exchange for messages of a length, kept for the next one: a third of its time is making its tensors."""
     return RowExchange([numbers], torch.float64, ranks, rank)
 
 

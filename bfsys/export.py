@@ -215,7 +215,7 @@ def probabilities(model: ByteFormer, data: np.ndarray) -> Tensor:
 
 @contextmanager
 def _quiet():
-    """Without the exporters' progress lines and warnings, which are about their own insides."""
+    """Hide the exporters' progress lines and warnings, which are about their own internals."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -139,7 +139,7 @@ class Orthogonaliser:
         return [received[span] for span in mine]
 
     def _broadcast(self, done: dict[str, Tensor]) -> list[Tensor]:
-        """All results, on every rank, in the order of its spans."""
+        """Send all results to every rank, in the order of its spans."""
         mine = self.spans[self.rank]
         results: dict[Span, Tensor] = {}
         for rank, spans in enumerate(self._by_owner(mine)):

@@ -1,4 +1,4 @@
-"""Checkpoints as they lie on disk: what counts as one, which is the newest, which stay.
+"""Checkpoints on disk: which folders count as one, which is the newest, which are kept.
 
     RUN/checkpoints/
       latest                   the name of the newest, for people; bfsys takes the newest that is whole
@@ -167,7 +167,7 @@ def steps_to_keep(steps: Sequence[int], keep: RetentionPolicy, scores: Mapping[i
 
 
 def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> list[Path]:
-    """Those of a run's checkpoints that `keep` does not name."""
+    """The checkpoints of a run that `keep` does not name."""
     kept = steps_to_keep([step_of(path) for path in paths], keep, evaluations(run_dir))
     return [path for path in paths if step_of(path) not in kept]
 
@@ -242,8 +242,8 @@ class Unreachable(UserError):
 
 
 def with_retries(read: Callable[[Path], T], path: Path) -> T:
-    """`read(path)`, several times if need be. Raises Unreachable for what may pass on a network file system and did
-    not, and OSError for all else."""
+    """The result of `read(path)`, which is tried several times if it fails. Raises Unreachable for what may pass on a
+    network file system and did not, and OSError for all else."""
     pauses_s = iter(PAUSES_S)
     while True:
         try:

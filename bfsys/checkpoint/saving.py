@@ -85,7 +85,7 @@ class Saver:
         return self._facts is not None
 
     def is_writing(self) -> bool:
-        """Whether this rank's files are not all written, nor have failed, yet."""
+        """Whether this rank is still writing its files."""
         return self._process is not None and self._process.poll() is None
 
     def start(self, source: StateSource, facts: dict) -> None:
@@ -176,7 +176,7 @@ class Saver:
         self._process = self._facts = None
 
     def _written_bytes_grew(self) -> bool:
-        """Since the last look, on this rank."""
+        """Whether this rank has written more bytes since the last call."""
         before, self._written_bytes = self._written_bytes, int(self._memory.report[0]) if self._memory else 0
         return self._written_bytes > before
 
@@ -214,7 +214,7 @@ class Saver:
 
 
 class HostMemory:
-    """Memory without a name that a child process can be given; it vanishes with its processes.
+    """Anonymous memory that a child process can inherit; it is freed when its processes end.
 
     `report`, a number behind its `size_bytes`, is how many bytes the child has written.
     """
@@ -279,7 +279,7 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
 
 @contextmanager
 def _errors_of_saving(final: Path) -> Iterator[None]:
-    """Raises what the disk refuses as a UserError about the checkpoint `final`."""
+    """Turn errors of the disk into a UserError about the checkpoint `final`."""
     try:
         yield
     except OSError as error:
@@ -287,7 +287,7 @@ def _errors_of_saving(final: Path) -> Iterator[None]:
 
 
 def _save_error(final: Path, problem: str, number: int | None) -> UserError:
-    """Why a checkpoint cannot be written; `number` is the errno."""
+    """The error for a checkpoint that cannot be written; `number` is the errno."""
     text = f"checkpoint {final}: cannot be written: {problem}; earlier ones are untouched"
     if number in TRANSIENT_ERRNOS:
         return UserError(text, exit_code=EXIT_CRASHED)  # a launcher starts the run again

@@ -1,4 +1,4 @@
-"""From a folder of files to a trained and evaluated model."""
+"""Train and evaluate a model on a folder of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evidence over what people see and hear: pixels of pictures that are stored without compression, and PCM samples."""
+"""Evidence over the pixels of pictures that are stored without compression, and over PCM samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shortcuts of a model on a whole split: does it read headers, metadata or lengths in place of content?
+"""Tests whether a model reads headers, metadata or lengths of files in place of their content.
 
 Each file gets bytes of donors, files of other classes (of its own source and format, where there are such), and keeps
 its length:
@@ -74,7 +74,7 @@ class Shortcuts:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict:
-        """For JSON."""
+        """The report as a tree for JSON."""
         return asdict(self)
 
 
@@ -200,7 +200,7 @@ def transplanted(one: LabelledFile, donor: LabelledFile, chosen: Callable[[Range
 
 
 def _warnings(row: Row, chance: float) -> list[str]:
-    """In plain words; see the thresholds above."""
+    """Warnings in plain words; see the thresholds above."""
     gain = row.accuracy - chance
     error = ERRORS * math.sqrt(max(row.accuracy * (1 - row.accuracy), chance * (1 - chance)) / row.files)
     if gain <= error:

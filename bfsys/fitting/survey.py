@@ -33,7 +33,8 @@ class Survey:
     longest: int
     """Bytes of the longest file of all splits."""
     kinds: dict[str, int]
-    """How many of the files that were looked at are of which kind, such as `a JPEG`; `other` for unknown kinds."""
+    """The number of files of each kind, such as `a JPEG`, among those that were looked at; `other` for unknown kinds.
+    """
     modality: str | None
     """`image` or `audio` if every file that was looked at is one that can be decoded; else None."""
     typical_size: float

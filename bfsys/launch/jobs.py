@@ -38,7 +38,7 @@ class Submitted:
     """A job as it was handed to SLURM."""
 
     job: str
-    """Its number; NUMBER_TASK in an array."""
+    """The number of the job; NUMBER_TASK in an array."""
     log: str
     """The log of rank 0."""
     time: str
@@ -102,7 +102,7 @@ def state_of(job: str) -> State:
 
 
 def _ask(*command: str) -> tuple[str, str]:
-    """What it prints to standard output and, if it failed, to standard error."""
+    """The standard output of a command and, if it failed, its standard error."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

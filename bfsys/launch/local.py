@@ -117,7 +117,7 @@ class Group:
         return first_code
 
     def close(self) -> None:
-        """End what is left, at once."""
+        """End all remaining processes at once."""
         self._send(signal.SIGKILL)
         for process in self._running.values():
             process.wait()
@@ -189,7 +189,8 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
 
 
 def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
-    """`start()` the run, which returns its exit code, until another start would not change the end; the last code."""
+    """Call `start()`, which returns the run's exit code, until another start would not change the end. Returns the last
+    code."""
     restarts = Restarts(run_dir, newest_step(run_dir))
     while (code := start()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
         print(f"starting again in {pause_s:.0f} s, from step {restarts.step}", file=sys.stderr, flush=True)
@@ -266,7 +267,8 @@ def fork_rank(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> Forke
 
 
 def import_what_ranks_need() -> None:
-    """Takes 6 of the 11 s of a start on two cores, and nothing once it was done."""
+    """Import modules before ranks are forked. This is 6 of the 11 s of a start on two cores, and takes no time
+    afterwards."""
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # as train.py, but for CPU ranks always
     import bfsys.train  # noqa: F401
     from bfsys.engine import import_deepspeed
@@ -297,7 +299,7 @@ _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: not much is safe betwe
 
 
 def die_with(parent: int) -> None:
-    """Have this process killed when its parent ends. Nothing outside Linux."""
+    """Have this process killed when its parent ends. This has no effect outside Linux."""
     if sys.platform.startswith("linux"):
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before this was set
@@ -315,7 +317,7 @@ def free_port() -> int:
 
 
 def share_of(things: Sequence[T], slot: int, at_once: int) -> list[T]:
-    """What one of several runs at once has of the GPUs or cores: as many as each other run, and at least one."""
+    """The GPUs or cores of one of several concurrent runs: an equal share, and at least one."""
     each = max(1, len(things) // at_once)
     return [things[(slot * each + i) % len(things)] for i in range(each)]
 

@@ -62,7 +62,7 @@ def check_run(config: Config, ranks: int, *, on_gpu: bool) -> Checked:
 
 
 def missing_shards(sources: Sources) -> list[str]:
-    """Local shards that are not there, or not of the size that dataset.json says."""
+    """Local shards that are missing, or whose size is not that in dataset.json."""
     problems = []
     for split in sources.splits:
         if is_remote(split.dataset.location):
@@ -90,7 +90,7 @@ def _writable(run_dir: Path) -> Iterator[str]:
 
 
 def check_places(places: dict[str, Path]) -> Checked:
-    """Whether nodes can see them: `places` by what they are."""
+    """Check that the nodes can see some places. `places` maps a description to each."""
     problems, mounts = [], _mounts()
     # Every node of a cluster may have an equal one of its own, in memory even.
     unsure = {_file_system(Path(sys.base_prefix), mounts): ["Python"]}
@@ -169,7 +169,7 @@ class Partition:
 
 
 def _partitions() -> dict[str, Partition]:
-    """By name; none if SLURM does not answer."""
+    """The partitions by name; none if SLURM does not answer."""
     try:
         said = subprocess.run(
             ["sinfo", "--noheader", "--format=%P %l %D %t"],

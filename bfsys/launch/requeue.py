@@ -128,7 +128,7 @@ def is_out_of_time(job: dict[str, str]) -> bool:
 
 
 def may_come_back(job: dict[str, str]) -> bool:
-    """Whether SLURM has left it to us: the job runs, or has run out of time."""
+    """Whether SLURM leaves the requeue to us: the job runs, or has run out of time."""
     return job.get("JobState", "RUNNING") == "RUNNING" or is_out_of_time(job)
 
 

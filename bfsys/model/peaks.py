@@ -20,9 +20,9 @@ class Peak(NamedTuple):
     """TFLOP/s of a GPU, without sparsity."""
 
     bf16: float | None
-    """In bfloat16 with float32 sums; None if the GPU has no such instruction."""
+    """The peak in bfloat16 with float32 sums; None if the GPU has no such instruction."""
     fp32: float
-    """In float32 itself, not TF32: PyTorch's default, which bfsys keeps."""
+    """The peak in float32 itself, not TF32: PyTorch's default, which bfsys keeps."""
 
 
 # Words of the names that PyTorch gives; the first entry whose words are all there counts. Data sheets that state only

@@ -1,4 +1,4 @@
-"""ByteFormer in its published form: what bench_step.py and check-gpu measure bfsys against.
+"""ByteFormer in its published form, with which bench_step.py and check-gpu compare bfsys.
 
 The computation of the released code written plainly: a batch padded to its longest file, an embedding, a strided
 convolution, whole sequences rolled and cut into windows, score matrices with a float32 softmax, masks added to them,
@@ -128,7 +128,7 @@ class PublishedForm(nn.Module):
 
 
 def window_mask(padding: Tensor, window: int, shift: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, 0 or -inf: [N, 1, W, W]."""
+    """The mask that is added to the scores, 0 or -inf: [N, 1, W, W]."""
     files = len(padding)
     mask = torch.zeros(files, padding.shape[1] // window, window, window, dtype=dtype, device=padding.device)
     shift %= window

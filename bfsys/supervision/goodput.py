@@ -52,7 +52,7 @@ class _Attempt:
 
 
 class Ledger:
-    """Kept by rank 0; on other ranks it only measures."""
+    """The record of a run's time, kept by rank 0; on other ranks it only measures."""
 
     def __init__(self, run_dir: Path, is_rank_zero: bool) -> None:
         """Call once the run directory exists."""

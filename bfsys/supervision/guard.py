@@ -1,4 +1,4 @@
-"""Bad steps: what they are, what is done about them, and when the run rolls back.
+"""Bad steps: their definition, their treatment, and the roll-back of a run.
 
 A step is bad if its loss or gradient is not finite: its update is skipped, on all ranks (engine.py). Or if its
 loss spikes: a robust z-score of its logarithm, against median and median deviation of the last good losses. A single

@@ -282,7 +282,7 @@ class Metrics:
 
 
 def hyperparameters(config: Config) -> dict[str, int | float | str]:
-    """What the HParams tab of TensorBoard shows of a run: the scalars of its config, by their dotted keys."""
+    """The settings that TensorBoard's HParams tab shows for a run: the scalars of its config, by their dotted keys."""
     settings = typed_yaml.flatten(typed_yaml.to_tree(config))
     parts = ("data.", "model.", "optim.", "train.")
     return {
@@ -347,7 +347,7 @@ def _overview(source_names: tuple[str, ...]) -> dict:
 
 
 def _open_lines(path: Path, first_step: int) -> tuple[TextIO, int]:
-    """metrics.jsonl for appending, without lines after the checkpoint that the run resumes from.
+    """Open metrics.jsonl for appending, without lines after the checkpoint that the run resumes from.
 
     Also the step of the latest evaluation that is in it, or -1.
     """

@@ -41,7 +41,7 @@ class StepOutcome(NamedTuple):
     """The results of a step on this rank."""
 
     drawn: list[Drawn]
-    """Its micro-batches; none of a step that is skipped."""
+    """The micro-batches of the step; none if the step is skipped."""
     learning_rate: float
     grad_norm: float
     """The norm of the global gradient, before clipping."""

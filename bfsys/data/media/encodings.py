@@ -1,4 +1,4 @@
-"""File encodings: what the bytes of a picture or a sound look like to the model.
+"""File encodings: the bytes of a picture or a sound that the model reads.
 
 A file encoding is a function and a row in ENCODINGS. The sizes are the published ones to the byte, since
 they set the number of tokens: a picture of 224 × 224 has 150,668 bytes as TIFF, 150,864 as (stored) PNG,
@@ -101,7 +101,7 @@ def encode_tiff(pixels: np.ndarray) -> bytes:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Not compressed, as published."""
+    """Encode without compression, as published."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -110,7 +110,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def encode_jpeg(quality: str, pixels: np.ndarray) -> bytes:
-    """With Pillow's defaults (colour at half resolution, standard Huffman tables), as published."""
+    """Encode with Pillow's defaults (colour at half resolution, standard Huffman tables), as published."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -155,7 +155,7 @@ def encode_mp3(clip: Clip) -> bytes:
 
 
 def encode_flac(clip: Clip) -> bytes:
-    """16 bits per sample."""
+    """Encode with 16 bits per sample."""
     return _written_by_libsndfile(clip, format="FLAC", subtype="PCM_16")
 
 
@@ -227,7 +227,7 @@ def library_version(encoding: Encoding) -> str:
 
 @dataclass(frozen=True)
 class Fitting:
-    """How decoded files are brought to one size before they are encoded again; None leaves as is."""
+    """The size that decoded files get before they are encoded again; None leaves a property unchanged."""
 
     image_size: int | None = None  # pixels, of a square
     sample_rate_hz: int | None = None

@@ -1,4 +1,4 @@
-"""Sounds: from the bytes of a file to the samples of one channel.
+"""Decoding of sounds to the samples of one channel.
 
 A sound that is cut, empty or not finite is a bad file, as a cut picture is. libsndfile reads what is left of a cut file
 without a word, so the length that a header announces is compared with the bytes that are there. Headers that announce
@@ -41,7 +41,7 @@ class Clip(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the chunks of a container lie in it."""
+    """The layout of the chunks in a container."""
 
     first: int  # offset of the first chunk
     head: struct.Struct  # name and size, before a chunk's content
@@ -62,7 +62,7 @@ LAYOUTS = {
 
 
 class Announced(NamedTuple):
-    """What a header states about the bytes after it."""
+    """The range of bytes that a header announces after it."""
 
     start: int  # offset of the first byte
     size: int  # bytes
@@ -104,7 +104,7 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
 
 
 def check_finite(wave: np.ndarray) -> None:
-    """ValueError for NaN or an infinity among float32 [samples]; LAME ends the process on one."""
+    """Raise ValueError for NaN or an infinity among float32 [samples]; LAME ends the process on one."""
     if not np.isfinite(wave).all():
         raise ValueError("holds samples that are not finite (NaN or infinite)")
 

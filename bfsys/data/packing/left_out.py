@@ -29,7 +29,7 @@ class LeftOut(NamedTuple):
 
 
 def why_left_out(name: str) -> str:
-    """Why a file or folder of this name is no sample; empty if it may be one."""
+    """The reason why a file or folder of this name is not a sample; empty if it may be one."""
     if is_of_system(name):
         return "of the operating system"
     return "hidden" if name.startswith(".") else ""

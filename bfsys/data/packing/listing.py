@@ -256,8 +256,8 @@ def _folders(src: Path, root: Path, beside: str, listing: Listing, known: Sequen
 def visible_files(
     folder: str, problems: list[str], left_out: list[LeftOut], ancestors: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[str]:
-    """All files below a folder, in order, without hidden ones and those of the operating system, which go to
-    `left_out`. Links are followed, but not round in circles."""
+    """The files below a folder, in order. Hidden files and those of the operating system go to `left_out`. Links are
+    followed, but not round in circles."""
     try:
         status = os.stat(folder)
         names = sorted(os.listdir(folder))
@@ -279,7 +279,7 @@ def visible_files(
 
 
 def regular_files(folder: str, problems: list[str]) -> list[str]:
-    """Those of the visible files that can be read to an end; pipes, devices and links to nothing are problems.
+    """The visible files that can be read to an end; pipes, devices and links to nothing are problems.
 
     What is left out is named on standard error.
     """

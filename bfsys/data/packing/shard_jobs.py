@@ -96,7 +96,7 @@ def plan_jobs(
 
 
 def _cut(files: list[SourceFile], shard_bytes: int) -> Iterator[tuple[SourceFile, ...]]:
-    """Equal shards rather than full ones: a small last shard would serve one rank badly."""
+    """Cut into equal shards rather than full ones: a small last shard would serve one rank badly."""
     total = sum(size_in_tar_bytes(file.size_bytes) for file in files)
     shards = -(-total // shard_bytes)
     before = 0
@@ -190,7 +190,7 @@ def _packed_bytes(
 
 
 def target_problems(folder: Path, splits: set[str]) -> list[str]:
-    """Why `folder` must not be packed into: nothing that another command made is ever overwritten."""
+    """The reasons why `folder` must not be packed into: nothing that another command made is ever overwritten."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return [f"{folder}: cannot be written: {existing} is not a folder that this user may write to"]

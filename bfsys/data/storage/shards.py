@@ -103,7 +103,7 @@ class Split:
         return self.dataset.remote_file(shard.file, shard.sha256, shard.bytes)
 
     def damaged_index(self, shards: Iterable[int]) -> list[str]:
-        """Which of the shards' rows in the index are not those that were packed.
+        """Problems of the index: shards whose rows are not those that were packed.
 
         The ranks of a run divide the shards at its start, so that the proof of a large index costs little: a row
         that is not as packed would mean a wrong label or, for every file, a wrong checksum.
@@ -147,7 +147,7 @@ class Dataset:
 
     @property
     def cache(self) -> Cache | None:
-        """None if the dataset is on this machine."""
+        """The cache of a remote dataset; None if the dataset is on this machine."""
         return self.place if isinstance(self.place, Cache) else None
 
     @property
@@ -248,7 +248,7 @@ def split_names(path: str | Path) -> list[str]:
 
 
 def read_description(path: Path) -> dict:
-    """dataset.json of the folder at `path`."""
+    """The content of dataset.json in the folder at `path`."""
     if not os.path.isdir(path):
         raise UserError(f"{path}: there is no such folder{seen_from(path)}; a packed dataset is made by bfsys pack")
     file = path / DESCRIPTION
@@ -265,7 +265,8 @@ def read_description(path: Path) -> dict:
 
 
 def seen_from(path: Path) -> str:
-    """What a relative path is relative to, for a message that it does not exist; empty for an absolute one."""
+    """A note with the folder that a relative path starts from, for a message that the path does not exist; empty for an
+    absolute path."""
     return "" if path.is_absolute() else f" in the current folder, which is {Path.cwd()}"
 
 

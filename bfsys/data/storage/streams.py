@@ -81,7 +81,7 @@ def base_name(url: str) -> str:
 
 
 def hide(text: str) -> str:
-    """Without what may be a secret: user names and queries of URLs, and the arguments of commands."""
+    """The location without what may be a secret: user names and queries of URLs, and the arguments of commands."""
     if text.startswith(PIPE):
         words = [word for word in text[len(PIPE) :].split() if "=" not in word]
         return f"{PIPE}{words[0] if words else ''} … {base_name(text)}"

@@ -147,7 +147,8 @@ def read_shard(path: Path) -> TarIndex:
 
 
 def how_to_decompress(path: Path) -> str:
-    """What a compressed archive is, by its first bytes whatever its name, and what to do; empty for other files.
+    """A message for a compressed archive, recognised by its first bytes, that says how to decompress it; empty for
+    other files.
 
     Raises OSError if the file cannot be read.
     """
@@ -253,8 +254,8 @@ def _key_and_extension(name: str) -> tuple[str, str]:
 
 
 def _why_unreadable(info: tarfile.TarInfo, header: bytes, bytes_left: int) -> str:
-    """Why the `info.size` bytes at `info.offset_data`, from where the tar has `bytes_left`, are not a file's content;
-    empty where they are."""
+    """The reason why the `info.size` bytes at `info.offset_data` are not a file's content; empty if they are. The tar
+    has `bytes_left` bytes from there."""
     kind = UNREADABLE.get(info.type, "" if info.isreg() else f"of the unknown type {info.type!r}")
     if info.issparse() or any(name.startswith(("GNU.sparse.", "SCHILY.realsize")) for name in info.pax_headers):
         kind = "a sparse file, whose holes are not stored"

@@ -95,7 +95,7 @@ class Augmentation:
         return self.encoding.file_of(clip), share
 
     def _encoded_bytes(self, image_size: int) -> int:
-        """Also shows at the start what the encoder cannot do, which would else be blamed on files."""
+        """The length of an encoded black picture or silence. It also shows at the start what the encoder cannot do."""
         try:
             if self._transform_picture:
                 return len(self.encoding.file_of(np.zeros((image_size, image_size, 3), np.uint8)))
@@ -105,7 +105,7 @@ class Augmentation:
             raise UserError(f"augmentation with encoding {self.encoding.text!r} cannot be made: {error}") from None
 
     def fails_on(self, data: bytes) -> bool:
-        """Whether a file is to blame if it cannot be augmented."""
+        """Whether the file is the cause if it cannot be augmented."""
         try:
             self(data, np.random.default_rng(0))
         except MemoryError:

@@ -90,7 +90,7 @@ def _reverse(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _random_shuffle(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another order for every file and epoch, so that the model has the byte counts only."""
+    """Draw another order for every file and epoch, so that the model has the byte counts only."""
     result = data.copy()
     rng.shuffle(result)  # rng.permutation refuses an empty array that is read-only
     return result

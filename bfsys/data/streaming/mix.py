@@ -49,7 +49,7 @@ class Mixture:
         return periods[..., None] * self._counts[-1] + self._counts[rest]
 
     def places(self, source: int, nth: np.ndarray) -> np.ndarray:
-        """Where in the sequence a source's draws number `nth` lie: int64 [n] -> int64 [n]."""
+        """The places in the sequence of a source's draws number `nth`: int64 [n] -> int64 [n]."""
         periods, rest = np.divmod(nth, self._counts[-1, source])
         return periods * PERIOD + np.searchsorted(self._counts[1:, source], rest, side="right")
 

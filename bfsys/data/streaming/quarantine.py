@@ -49,7 +49,8 @@ class Quarantine:
     """The bad samples of a run. Rank 0 keeps the file; after `share` all ranks know the same."""
 
     def __init__(self, run_dir: Path | None = None) -> None:
-        """Without a directory nothing is written down. Call on rank 0 only what concerns the file: see `load`."""
+        """Keep the list in a directory; without one, nothing is written. Call on rank 0 only what concerns the file:
+        see `load`."""
         self.path = run_dir / FILE if run_dir else None
         self._rows: dict[tuple[str, str, int], BadSample] = {}
         self._found: list[BadSample] = []
@@ -67,7 +68,7 @@ class Quarantine:
         return {row.sample: row.step for (*of, _), row in self._rows.items() if of == [split, source]}
 
     def count_until(self, step: int) -> int:
-        """How many samples were found to be bad in the first `step` steps."""
+        """The number of samples that were found to be bad in the first `step` steps."""
         return bisect_left(self._steps, step)
 
     @property

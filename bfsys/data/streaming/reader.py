@@ -146,7 +146,7 @@ class ShardReader:
         return rows
 
     def _read_plainly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> RawBatch | None:
-        """All bytes as they are stored in the shards; None if anything is damaged."""
+        """The bytes of a micro-batch as they are stored in the shards; None if anything is damaged."""
         sources = wanted.source.tolist()
         if any(self._bad_from):
             bad = zip(sources, wanted.sample.tolist(), strict=True)
@@ -256,7 +256,8 @@ class ShardReader:
         step: int,
         bad: list[BadSample],
     ) -> tuple[Example, np.random.Generator]:
-        """With mixup, a partner that cannot be decoded is set aside, and the next one taken, as a replay will do."""
+        """Augment a file. With mixup, a partner that cannot be decoded is set aside, and the next one is taken, as a
+        replay will do."""
         content = made.content.tobytes()
         for partner in self._partners(source, sample, epoch) if augmentation.mixes else (None,):
             second, second_label, rng = None, made.label, self._rng(_AUGMENTATION, source, epoch, sample)
