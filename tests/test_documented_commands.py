@@ -118,7 +118,7 @@ def parse(name: str, arguments: list[str]) -> argparse.Namespace:
 
 
 def check_options(command: str) -> None:
-    """Raises SystemExit for an option that does not exist, UserError for a key of a config that does not."""
+    """Check a command. Raises SystemExit for an unknown option, UserError for an unknown key of a config."""
     call = as_bfsys(shlex.split(command))
     if call is None:
         return

@@ -1,4 +1,4 @@
-"""What the SLURM launcher finds out before anything waits in a queue; SLURM is played by small scripts."""
+"""The checks of the SLURM launcher before a job is queued. Small scripts take the place of SLURM."""
 
 from __future__ import annotations
 

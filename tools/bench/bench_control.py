@@ -1,4 +1,4 @@
-"""What the control message of a step, and the start of the process group, cost a rank; and what 1,024 ranks would pay.
+"""Benchmark of the control message of a step and of the start of the process group, with an estimate for 1,024 ranks.
 
     python tools/bench/bench_control.py
     python tools/bench/bench_control.py --ranks 2 8 32 --json control.json
@@ -145,7 +145,7 @@ def measure(ranks: int, mesh: str, steps: int) -> dict:
 
 
 def run_processes(ranks: int, mesh: str, act: Callable[[int], dict]) -> list[dict]:
-    """What `act(rank)` returns in each of the processes of a group, by rank, and what their start has cost."""
+    """The results of `act(rank)` in each process of a group, by rank, and the cost of their start."""
     context = multiprocessing.get_context("fork")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -186,7 +186,7 @@ def run_job(job: dict) -> dict:
 
 
 def check_epoch(batches: Iterator[tuple], lengths: np.ndarray) -> dict:
-    """Does each sample of an epoch come once, whole; and what share of its batches is padding?"""
+    """Check that each sample of an epoch comes once and intact; returns the share of padding in its batches."""
     numbers, sizes, buffers, padded = [], [], 0, 0
     for data, offsets, *_ in batches:
         data, offsets = np.asarray(data), np.asarray(offsets)

@@ -97,7 +97,7 @@ def trial_workloads() -> dict[str, Workload]:
 
 
 def make_architecture(size: str, workload: Workload) -> Architecture:
-    """With a position table just large enough."""
+    """The architecture of a size, with a position table that is just large enough."""
     tokens = -(-max(workload.lengths) // (workload.kernel // 2))
     if size == "custom":
         return architecture(
@@ -152,8 +152,8 @@ def measure(job: dict) -> dict:
 
 
 def measure_parts(step: Step, device: torch.device, repeats: int) -> dict[str, dict]:
-    """For forward, backward and update: the number of PyTorch's operations, of those that launch something, and (on a
-    GPU) of kernels and copies; and the fastest of `repeats` times, with a synchronisation after each."""
+    """Measure forward, backward and update: the number of PyTorch's operations, of those that launch something, and (on
+    a GPU) of kernels and copies; and the fastest of `repeats` times, with a synchronisation after each."""
     loss: list = [None]
 
     def forward() -> None:
@@ -348,7 +348,7 @@ def machine(device: str) -> dict:
 
 
 def bf16_instructions() -> str:
-    """Those of the processor that multiply bfloat16."""
+    """The instructions of the processor that multiply bfloat16."""
     known = {"AVX512_BF16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
     return ", ".join(name for name, is_there in known.items() if is_there) or "none (products in float32)"
 

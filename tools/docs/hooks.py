@@ -1,4 +1,4 @@
-"""What MkDocs does besides building docs/: generated pages, and links that work on GitHub and on the site.
+"""Hooks of MkDocs: generated pages, and links that work on GitHub and on the site.
 
     python -m mkdocs build --strict    (make docs)
 
@@ -84,7 +84,7 @@ def _resolved(path: str, origin: str) -> str:
 
 
 def _place(path: str) -> str:
-    """Where a file of the repository is on the site."""
+    """The place of a file of the repository on the site."""
     if path == CONFIG_SOURCE:
         return "reference/config.md"
     for place, outside in OUTSIDE.items():

@@ -111,7 +111,7 @@ def relabel_in_index(dataset: Path) -> None:
 
 
 def take_other_index(dataset: Path) -> None:
-    """That of a dataset with as many samples."""
+    """Replace the index by that of a dataset with as many samples."""
     split = open_split(dataset, "train")
     order = np.random.default_rng(0).permutation(len(split))
     samples = np.load(dataset / "a-train.samples.npy")

@@ -1,4 +1,4 @@
-"""What bench_step compares is the same computation, and what it reports has its form. No timing is asserted."""
+"""bench_step compares equal computations, and its report has the right form. No timing is asserted."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_child_measures(side: str) -> None:
 
 
 def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All measured in this process, since a new one for each takes seconds to start."""
+    """Everything is measured in this process, since a new one for each takes seconds to start."""
     out = tmp_path / "new" / "out.json"
     arguments = ["--trial", "--device", "cpu", "--workloads", "wav", "--repeats", "1", "--json", str(out)]
     assert bench_step.main(arguments, bench_step.measure) == 0
