@@ -48,7 +48,7 @@ COMMANDS = {
 TAKE_OVERRIDES = ("plan", "train", "launch", "slurm")
 INTERMIXED = (*TAKE_OVERRIDES, "explain")  # positional arguments may stand among options, and there may be none
 OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other arguments of `slurm` submit a job
-WIDTH = 78  # of text that argparse does not wrap
+WIDTH = 78  # columns of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
 FILES = ("config", "files", "permute")  # arguments that are completed by file names, besides those of type Path
 

@@ -27,7 +27,7 @@ from bfsys.files import replace_file, replacing
 
 MOST_CLASSES_DRAWN = 2000
 MOST_CLASSES_NAMED = 60  # beside rows and columns
-MOST_CLASSES_COUNTED = 30  # with the number of files in each cell
+MOST_CLASSES_COUNTED = 30  # up to here, each cell shows its number of files
 WORST_PAIRS = 5
 WORST_FILES = 10
 
@@ -35,7 +35,7 @@ WORST_FILES = 10
 class Judged(NamedTuple):
     """A file and what was answered."""
 
-    probability: float  # that was given to its own class
+    probability: float  # the probability of the file's own class
     label: int
     answer: int
     source: int  # position among the run's sources

@@ -21,7 +21,7 @@ EXIT_DIVERGED = 65  # EX_DATAERR: bad steps came back after every roll-back
 EXIT_HUNG = 70  # EX_SOFTWARE: the watchdog ended a run without progress; to be started again
 EXIT_STORAGE = 74  # EX_IOERR: no checkpoint can be written
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop and to be started again
-EXIT_NO_PROGRESS = 76  # of a launcher: it crashed again and again
+EXIT_NO_PROGRESS = 76  # exit code of a launcher whose run crashed repeatedly
 EXIT_STOPPED = 130  # asked to stop
 
 # These are often transient on network file systems. Any other errno needs human action.

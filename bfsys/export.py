@@ -47,12 +47,12 @@ from bfsys.model.dense import DenseByteFormer
 
 SAFETENSORS, TORCH, ONNX = "safetensors", "torch", "onnx"
 FORMATS = {SAFETENSORS: "model.safetensors", TORCH: "model.pt2", ONNX: "model.onnx"}
-FORMAT = 1  # of model.json
+FORMAT = 1  # version of model.json
 DESCRIPTION = "model.json"
-MOST_BYTES = 2**31 - 1  # of a file that a program takes
+MOST_BYTES = 2**31 - 1  # largest file that a program takes
 MOST_BYTES_CHECKED = 100_000
 TOLERANCE = {TORCH: 1e-5, ONNX: 1e-4}  # largest difference of a probability
-ONNX_LIMIT_BYTES = 1_900_000_000  # of one protocol buffer: 2 GiB; above, weights go into a file beside it
+ONNX_LIMIT_BYTES = 1_900_000_000  # a protocol buffer holds 2 GiB; larger weights go into a file beside it
 
 
 def export(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bfsys import dist
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic Newton-Schulz iteration
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # coefficients of the quintic Newton-Schulz iteration
 ITERATIONS = 5
 TINY = 1e-7  # added to norms
 

@@ -34,7 +34,7 @@ from bfsys.model.flops import flops_per_step
 from bfsys.model.layout import token_counts
 
 KEPT_PER_TOKEN = 16  # numbers, times dim, of each layer
-KEPT_PER_MERGED = 3  # of each pair that becomes one: the pair, and what the norm gets
+KEPT_PER_MERGED = 3  # for each pair that becomes one: the pair, and the input of the norm
 GB = 1e9
 
 
@@ -114,7 +114,7 @@ def _state_bytes(config: Config, parameters: int, moments: int, ranks: int) -> i
     stage, is_small = config.train.zero_stage, config.train.precision == "bf16" and config.train.zero_stage > 0
     weights = 2 if is_small else 4
     optimizer = 4 * moments + (8 if is_small else 4) * parameters
-    share = [1, 1, 1, 1]  # of weights, gradients, gradients that are added up in float32, optimizer
+    share = [1, 1, 1, 1]  # divisors of weights, gradients, gradients that are added up in float32, optimizer
     for part in {0: (), 1: (3,), 2: (1, 2, 3), 3: (0, 1, 2, 3)}[stage]:
         share[part] = ranks
     each = (weights * parameters, weights * parameters, 4 * parameters if is_small else 0, optimizer)

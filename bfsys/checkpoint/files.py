@@ -46,7 +46,7 @@ METRICS = "metrics.jsonl"
 LATEST = "latest"
 PAUSES_S = (1.0, 4.0, 10.0)  # before a file is asked for again
 READERS = 16  # threads that read a checkpoint: each hashes without Python's lock, or waits for a file server
-GOING = ".removed"  # of a directory that was a checkpoint once, and is on its way out
+GOING = ".removed"  # suffix of a directory that was a checkpoint and is being deleted
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class _FromOwners:
 
     def __init__(self, mine: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
         self._shapes, self._device = shapes, device
-        self._pieces: dict[str, list[str]] = {}  # of this rank, by parameter
+        self._pieces: dict[str, list[str]] = {}  # pieces of this rank, by parameter
         self._mine = mine
         for piece in mine:
             self._pieces.setdefault(parse_piece(piece)[0], []).append(piece)

@@ -74,7 +74,7 @@ class Saver:
         self._work, self._written_bytes = run_dir, 0
         self._pieces_checked: dict[str, list[str]] | None = None
         self._removal: threading.Thread | None = None
-        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # of the whole tensors, by state
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # shapes of the whole tensors, by state
         self._pieces: dict[str, list[str]] = {}  # names of this rank's tensors, by state
         self._process: subprocess.Popen | None = None
         self._memory: HostMemory | None = None
@@ -269,7 +269,7 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert process.stdin is not None  # of a PIPE
+    assert process.stdin is not None  # it is a PIPE
     with suppress(BrokenPipeError):  # it has ended already: `Saver.finish` will say so
         process.stdin.write(json.dumps(task).encode())
         process.stdin.close()

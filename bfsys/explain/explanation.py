@@ -18,8 +18,8 @@ from bfsys.explain.structure import structure
 TOP = 5  # classes
 NAMED = 3  # parts in a summary
 WORTH_NAMING = 0.05  # share of the evidence
-WORST_ERROR = 0.1  # of the sum of integrated gradients, up to which nothing is said
-LEAST_DROP = 0.02  # of the log-probability, up to which a window does not matter by itself
+WORST_ERROR = 0.1  # relative error of the sum of integrated gradients; a larger one is noted
+LEAST_DROP = 0.02  # drop of the log-probability below which a window does not matter by itself
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from bfsys.explain.ranges import Range
 from bfsys.explain.structure import structure
 
-MOST_BYTES = 4_000_000  # of a file that is shown as a picture
+MOST_BYTES = 4_000_000  # largest file that is shown as a picture
 SIDE = 512  # pixels of the longer side that a page holds
 BINS = 240  # along a waveform
 PICTURES = {"PNG": "png", "JPEG": "jpeg", "GIF": "gif", "WebP": "webp", "BMP": "bmp"}  # that browsers show

@@ -33,7 +33,7 @@ class LabelledFile:
     data: np.ndarray  # uint8 [bytes], after the byte transforms
     label: int  # in the run's classes
     source: int  # in Sources.splits
-    structure: Structure  # of `stored`
+    structure: Structure  # the structure of `stored`
 
 
 def open_split(config: Config, split: str, classes: Sequence[str]) -> Sources:

@@ -28,9 +28,9 @@ from bfsys.explain.references import LabelledFile, open_split, read_files
 
 DONORS = 2  # per file
 # Thresholds of the warnings, as shares of the accuracy beyond chance.
-LOST_WITHOUT_HEADERS = 0.25  # that is lost when headers and metadata are replaced
-LEFT_WITHOUT_CONTENT = 0.5  # that is left when content is replaced
-LEFT_FROM_LENGTH = 0.25  # that is left when everything is replaced
+LOST_WITHOUT_HEADERS = 0.25  # share lost when headers and metadata are replaced
+LEFT_WITHOUT_CONTENT = 0.5  # share left when content is replaced
+LEFT_FROM_LENGTH = 0.25  # share left when everything is replaced
 ERRORS = 2  # standard errors that a difference must exceed as well
 # What is replaced, by the name of the result.
 REPLACED: dict[str, tuple[str, ...]] = {

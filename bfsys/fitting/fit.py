@@ -47,7 +47,7 @@ RECORD = "# bfsys fit: "  # before what was asked for, as JSON, in the config
 TRIAL_STEPS = 6
 PASSED_OVER_STEPS = 2  # the first ones, which prepare memory
 EVALUATIONS = 5  # four during the run, one for the report
-SHARE_OF_TIME = 0.9  # of what is left, for training; machines are not always as fast as in the trial
+SHARE_OF_TIME = 0.9  # share of the remaining time for training; machines are not always as fast as in the trial
 REPORT_S = 15.0  # loading the model, the baseline, pictures
 SHARD_BYTES = 100_000_000
 

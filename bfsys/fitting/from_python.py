@@ -42,7 +42,7 @@ def fit(
     command = [sys.executable, "-m", "bfsys", "fit", os.fspath(folder), *arguments]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None  # of a PIPE
+        assert process.stdout is not None  # it is a PIPE
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)

@@ -16,7 +16,7 @@ from bfsys.data.media.input_formats import FileKind, kind_of
 from bfsys.data.packing.listing import SourceFile
 
 LOOKED_AT = 200  # files whose headers are read
-HEADER_BYTES = 1 << 20  # of a file, for its size in pixels or seconds
+HEADER_BYTES = 1 << 20  # read from a file for its size in pixels or seconds
 COMPRESSED = ("a JPEG", "a PNG", "a GIF", "a WebP", "a FLAC", "an Ogg", "an MP3")
 PHOTOGRAPHS = ("a JPEG", "a WebP")
 

@@ -27,7 +27,7 @@ from bfsys.supervision.run_end import how_it_ended
 
 JOBS = "jobs.jsonl"
 ANSWER_S = 60
-POLL_S, STATE_POLL_S = 1.0, 15.0  # of a log, and of SLURM, which many users ask
+POLL_S, STATE_POLL_S = 1.0, 15.0  # intervals for a log, and for SLURM, which many users ask
 SHOWN_LINES = 20
 OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
         "TIMEOUT", "unknown to SLURM"}  # fmt: skip

@@ -58,7 +58,7 @@ KILLED = 128 + signal.SIGKILL  # the code of a rank that was
 POLL_S = 0.05
 TOGETHER_S = 30.0  # between the first and the last rank of an agreed end
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
-SHOWN_LINES = 15  # of a failed rank's log
+SHOWN_LINES = 15  # last lines of a failed rank's log
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 
 
@@ -66,7 +66,7 @@ class Group:
     """The running ranks of one job, until all of them have ended."""
 
     def __init__(self, job: TrainJob, world_size: int, log_dir: Path) -> None:
-        self._running: dict[int, subprocess.Popen | Forked] = {}  # by rank, until its end was noticed
+        self._running: dict[int, subprocess.Popen | Forked] = {}  # processes by rank, until their end was noticed
         self.logs = [log_dir / f"rank-{rank}.log" for rank in range(world_size)]
         self._received: list[int] = []
         self._last_sent: dict[int, float] = {}
@@ -150,7 +150,7 @@ class Group:
     def _send(self, number: int) -> None:
         for process in self._running.values():
             if number == signal.SIGKILL:
-                with suppress(ProcessLookupError):  # with its loader processes
+                with suppress(ProcessLookupError):  # the rank and its loader processes
                     os.killpg(process.pid, number)
             process.send_signal(number)  # nothing, if it has ended meanwhile
 

@@ -40,7 +40,7 @@ POLL_S = 0.2
 ASK_BEFORE_END_S = 8.0
 KILL_WAIT_S = 30.0  # SLURM's default
 END_WAIT_S = 600.0  # for SLURM, which was asked to end this process
-TRIES, TRY_PAUSE_S = 6, 20.0  # of scontrol, while the controller is away
+TRIES, TRY_PAUSE_S = 6, 20.0  # tries of scontrol, while the controller is away
 SCONTROL_TIMEOUT_S = 60.0
 OUT_OF_TIME = 128 + signal.SIGTERM  # the code of tasks that did not end in time
 

@@ -163,7 +163,7 @@ def _flops(
 ) -> Flops:
     """`rows` and `pairs` of all layers: tokens, and query-key pairs; `merged`: tokens that come out of mergings."""
     times, twice = (1 + BACKWARD, 2) if backward else (1, 1)
-    square = 2 * rows * a.dim**2  # of every token with one [D, D] matrix
+    square = 2 * rows * a.dim**2  # the product of every token with one [D, D] matrix
     return Flops(
         stem=times * stem,
         lookups=twice * lookups,  # a gradient is added to as many rows as were summed

@@ -325,7 +325,7 @@ def supports_attention(dtype: torch.dtype, width: int, dim: int, heads: int) -> 
 
 def _tiles(width: int, dim: int, heads: int) -> dict[str, int]:
     head = dim // heads
-    sizes = [max(16, triton.next_power_of_2(size)) for size in (width, head)]  # what the matrix units take
+    sizes = [max(16, triton.next_power_of_2(size)) for size in (width, head)]  # sizes that the matrix units take
     return {"D": dim, "H": heads, "E": head, "TILE": sizes[0], "BLOCK_E": sizes[1]}
 
 

@@ -42,7 +42,7 @@ class _Attempt:
     """A process, or the part of it between two roll-backs."""
 
     start: float
-    step: int  # that it resumes from
+    step: int  # the step that it resumes from
     notes: list[tuple[float, int, float, float]] = field(default_factory=list)  # (time, step, stall_s, wait_s)
     began: float | None = None  # its first step
 
@@ -59,7 +59,7 @@ class Ledger:
         self.stall_s = self.wait_s = 0.0
         self._file: TextIO | None = None
         self._attempts: list[_Attempt] = []
-        self._closed = dict.fromkeys(CAUSES, 0.0)  # of all attempts but the last
+        self._closed = dict.fromkeys(CAUSES, 0.0)  # seconds of all attempts but the last
         self._clock_offset_s = time.time() - time.monotonic()
         # What a launcher imports for its ranks counts for the first start.
         self._start = float(os.environ.get(STARTED) or psutil.Process().create_time())
@@ -76,7 +76,7 @@ class Ledger:
     def resumed(self, step: int) -> None:
         """The process resumes from `step`, or rolls back to it."""
         self._add({"event": "start", "time": self._start, "step": step})
-        self._start = self._now()  # of the next attempt, if this process rolls back
+        self._start = self._now()  # the start of the next attempt, if this process rolls back
 
     def first_step_begins(self) -> None:
         """The first step begins."""
@@ -109,7 +109,7 @@ class Ledger:
 
     def close(self) -> None:
         if self._file:
-            with suppress(OSError):  # what a full disk did not take
+            with suppress(OSError):  # the disk may be full
                 self._file.close()
 
     def _now(self) -> float:

@@ -33,7 +33,7 @@ from bfsys.supervision.run_end import note_end
 from bfsys.supervision.signals import StopRequests
 from bfsys.supervision.watchdog import LEAST_S, Watchdog
 
-WARMUP_STEPS = 3  # of a start, in which programs may still be compiled
+WARMUP_STEPS = 3  # first steps of a start, in which programs may still be compiled
 COLLECT_EVERY_STEPS = 100  # on all ranks in the same step, because ranks that collect garbage hold up the others
 
 

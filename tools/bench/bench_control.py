@@ -35,8 +35,8 @@ import torch.distributed
 from bfsys import dist
 from bfsys.errors import UserError, run_command, summary_of
 
-NUMBERS = 5  # of a control message
-BLOCKS = 5  # of steps, the fastest of which counts
+NUMBERS = 5  # numbers in a control message
+BLOCKS = 5  # blocks of steps, the fastest of which counts
 PAIR_RANKS = (2, 4, 16, 64, 256, 1024)
 TIMEOUT_S = 300
 LOCAL_RANKS = 8

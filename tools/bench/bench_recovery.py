@@ -210,7 +210,7 @@ def bench_attacks(args: argparse.Namespace) -> dict:
                         killed += 1
             wall_s = time.monotonic() - began
             seconds = read_seconds(run)
-            os.killpg(launcher.pid, signal.SIGKILL)  # with its ranks, which die with it
+            os.killpg(launcher.pid, signal.SIGKILL)  # its ranks die with it
             restarts = (Path(name) / "launcher.log").read_text().count("starting again")
         finally:
             with suppress(ProcessLookupError):

@@ -66,11 +66,11 @@ from bfsys.model.sizes import SIZES, Architecture, architecture
 from bfsys.ranks import Ranks
 
 MIB = 2**20
-LIMIT_S = 900  # of one measurement
+LIMIT_S = 900  # limit of one measurement
 MEET_S = 60  # for the engine, a rank on its own
 # Main memory that the published form wants for each token and each byte of a padded batch, by dim (tiny, float32).
 PADDED_TOKEN_BYTES_PER_DIM, PADDED_BYTE_BYTES_PER_DIM = 240, 16
-SHARE_OF_MEMORY = 0.7  # of what is free, that a measurement on the CPU may want
+SHARE_OF_MEMORY = 0.7  # share of free memory that a measurement on the CPU may use
 
 
 @dataclass(frozen=True)
@@ -410,7 +410,7 @@ def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] = i
     for name in args.workloads:
         rows.append(measure_workload(name, all_workloads[name], args, run))
         show_parts(rows[-1])
-        show(rows[-1:])  # what was measured stays, whatever becomes of the rest
+        show(rows[-1:])  # rows that were measured stay if a later one fails
         if args.json:
             date = datetime.now(UTC).isoformat(timespec="seconds")
             replace_file(args.json, json.dumps({"rows": rows, **report, "date": date}, indent=1) + "\n")

@@ -48,8 +48,8 @@ CLIP_RATE_HZ = 5_000  # the vowels' formants fit, and a byte model has a third f
 CLIP_SAMPLES = 1_750  # 0.35 s
 MAX_WORD_SAMPLES = 1_650  # 0.33 s: the rest leaves even the longest word some room to move
 TRIM_BELOW_PEAK_DB = 40
-PEAKS = (0.6, 0.95)  # of full scale
-NOISE_RMS = (0.002, 0.006)  # of full scale; one step of 8 bits is 0.008
+PEAKS = (0.6, 0.95)  # shares of full scale
+NOISE_RMS = (0.002, 0.006)  # shares of full scale; one step of 8 bits is 0.008
 CHUNK_UTTERANCES = 2_000
 
 

@@ -312,7 +312,7 @@ def _resample_by_torchaudio(wave: np.ndarray, old: int, new: int) -> np.ndarray:
 def _resample_one_by_one(wave: np.ndarray, old: int, new: int) -> np.ndarray:
     """The same sums, with the weights of each new sample computed for it alone: float32 [ceil(n · new / old)]."""
     samples = -(-len(wave) * new // old)
-    band = ROLLOFF * min(old, new) / old  # of the old one
+    band = ROLLOFF * min(old, new) / old  # share of the old band
     reach = math.ceil(ZERO_CROSSINGS / band)  # old samples on each side of a new one
     around = np.arange(-reach, reach + 2)
     padded = np.pad(wave, (reach, reach + 1))

@@ -34,7 +34,7 @@ LONGEST_SOUND = 2**22  # samples
 class FileKind(NamedTuple):
     """The kind of a file, judged by its first bytes."""
 
-    name: str  # with an article
+    name: str  # name with an article
     modality: str
     magic: re.Pattern[bytes]
 

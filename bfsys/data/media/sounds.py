@@ -129,7 +129,7 @@ def _read(file, seconds: float | None) -> np.ndarray:
     file.seekable = lambda: False
     parts: list[np.ndarray] = []
     got = 0
-    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is found not to be finite
+    with np.errstate(over="ignore", invalid="ignore"):  # the result is found to be non-finite
         while got < wanted:
             block = min(max(1, BLOCK_SAMPLES // file.channels), wanted - got)
             part = file.read(block, dtype="float32", always_2d=True).mean(axis=1)

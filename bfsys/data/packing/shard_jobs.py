@@ -31,8 +31,8 @@ from bfsys.data.storage.tars import Member, Shard, TarIndex, size_in_tar_bytes, 
 from bfsys.errors import UserError, one_line
 from bfsys.files import replace_file, replacing
 
-VERSION = 2  # to be raised when the same input comes to give other bytes
-ADDRESS = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")  # of a Python object in a decoder's message
+VERSION = 2  # raise it when the same input gives other bytes
+ADDRESS = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")  # address of a Python object in a decoder's message
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ T = TypeVar("T")
 CACHED = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)")
 PART, LOCK, EVICT = ".part", ".lock", "evict"
 CERTAIN_AFTER = 3  # answers that are whole and wrong; an outage is waited for longer
-SAY_AFTER_S = 10.0  # that somebody waits for a file
+SAY_AFTER_S = 10.0  # then standard error says that a file is waited for
 SMALL_FILE_BYTES = 64 << 20
-ROOM_POLL_S = 0.1  # how soon a wait for room notices that there is some
+ROOM_POLL_S = 0.1  # interval at which a wait for room looks for it
 GROWTH_PARTS = 64  # a file of unknown size reserves room in steps of this part of the cache
 
 

@@ -54,8 +54,8 @@ class Split:
     shards: tuple[Shard, ...]
     samples: np.ndarray  # SAMPLE [samples], memory-mapped
     keys: np.ndarray  # uint8 [bytes of all keys], memory-mapped
-    bytes: int  # of all files together
-    length_quantiles: dict[str, int]  # of the files, in bytes: min, 1%, …, 50%, …, max
+    bytes: int  # size of all files together
+    length_quantiles: dict[str, int]  # lengths in bytes by quantile: min, 1%, …, 50%, …, max
     fingerprint: str  # changes whenever anything of the split changes
 
     def __len__(self) -> int:
@@ -190,7 +190,7 @@ class Dataset:
                 with suppress(FileNotFoundError):
                     seen[path] = path.stat()
         if not seen:
-            return  # what will be fetched is proven by its sha256
+            return  # files that will be fetched are proven by their sha256
         try:
             opened = self._open(split)
             damaged = bool(opened.damaged_index(range(len(opened.shards))))
@@ -287,7 +287,7 @@ def parse_description(content: bytes, where: str | Path) -> dict:
 def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # of a damaged header
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # a damaged header
         raise UserError(
             f"{file}: the index cannot be read ({error}); pack the dataset again, "
             f"or delete {DESCRIPTION} and run bfsys inspect --rebuild"

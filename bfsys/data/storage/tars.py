@@ -27,8 +27,8 @@ SAMPLE = np.dtype(
     [
         ("shard", "<u4"),
         ("label", "<u4"),
-        ("offset", "<u8"),  # of the payload's first byte in the tar
-        ("length", "<u8"),  # of the payload, in bytes
+        ("offset", "<u8"),  # offset of the payload's first byte in the tar
+        ("length", "<u8"),  # length of the payload, in bytes
         ("checksum", "<u8"),  # xxh3_64 of the payload
         ("key_end", "<u8"),  # key i is keys[key_end[i - 1] : key_end[i]]
     ]
@@ -66,9 +66,9 @@ COMPRESSED = {
 class Shard:
     file: str
     samples: int
-    bytes: int  # of the tar
-    sha256: str  # of the tar
-    index_xxh3: str = ""  # of the shard's rows in the dataset's index, once it is part of one
+    bytes: int  # size of the tar
+    sha256: str  # hash of the tar
+    index_xxh3: str = ""  # hash of the shard's rows in the dataset's index, once it is part of one
 
 
 class Member(NamedTuple):
@@ -210,7 +210,7 @@ def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, dict[str, tarfil
     end = 0
     with tarfile.open(path, mode="r:") as tar:
         for info in tar:
-            end = tar.offset  # of the next header
+            end = tar.offset  # offset of the next header
             if info.type in NOT_FILES:
                 continue
             header = content[info.offset_data - BLOCK_BYTES : info.offset_data]
@@ -223,7 +223,7 @@ def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, dict[str, tarfil
             if wrong:
                 problems.append(f"{path}: member {info.name!r} {wrong}")
                 if not info.offset_data <= end <= len(content):
-                    break  # what follows cannot be found
+                    break  # the rest cannot be found
             elif member[1] == "cls":
                 labels[key] = content[info.offset_data : info.offset_data + info.size]
             elif key and member[1] not in NOT_PAYLOAD:

@@ -23,16 +23,16 @@ from bfsys.data.media.modalities import MODALITIES, Clip, decode_audio, decode_i
 from bfsys.errors import UserError
 
 # The released code's, of picture and sound
-CROP_SCALE = (0.08, 1.0)  # of the picture's area
+CROP_SCALE = (0.08, 1.0)  # range of the share of the picture's area
 CROP_RATIO = (3 / 4, 4 / 3)  # width : height
 FLIP_SHARE = 0.5
 RAND_AUGMENT_OPERATIONS, RAND_AUGMENT_MAGNITUDE, RAND_AUGMENT_BINS = 2, 9, 31
-ERASED_SHARE = 0.25  # of the pictures
+ERASED_SHARE = 0.25  # share of the pictures
 ROLL_S = 0.1
 BACKGROUND_GAIN = 10 ** (-50 / 20)  # -50 dB
 
 RECORDINGS_KEPT = 10  # in memory, per process; a minute at 16 kHz is 4 MB
-RECORDING_S = 1200.0  # of a longer recording only the beginning is used
+RECORDING_S = 1200.0  # only the beginning of a longer recording is used
 
 # Speeds are whole hundredths, since resampling by a ratio of large numbers needs gigabytes
 SPEED_STEPS = 100

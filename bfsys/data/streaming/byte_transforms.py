@@ -25,7 +25,7 @@ import numpy as np
 
 from bfsys.errors import UserError, collecting, did_you_mean
 
-RELEASED_SEED = 2147483647  # of every fixed permutation in the released code
+RELEASED_SEED = 2147483647  # seed of every fixed permutation in the released code
 
 BYTE_VALUES = 256
 LARGEST_NOISE = 255  # beyond, values only come round again

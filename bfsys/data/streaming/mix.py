@@ -32,7 +32,7 @@ class Mixture:
         if share.size == 0 or not np.all(np.isfinite(share)) or np.any(share <= 0):
             raise ValueError(f"weights must be positive numbers, got {list(weights)}")
         per_period = _round_to_sum(share / share.sum() * PERIOD, PERIOD)
-        counts = {2 * share.size - 2: np.arange(PERIOD + 1)}  # of the pair that holds all
+        counts = {2 * share.size - 2: np.arange(PERIOD + 1)}  # counts of the pair that holds all
         for pair, first, second, first_share, both_shares in reversed(_pairs(per_period.tolist())):
             counts[first] = (2 * counts[pair] * first_share + both_shares) // (2 * both_shares)  # rounded to nearest
             counts[second] = counts.pop(pair) - counts[first]

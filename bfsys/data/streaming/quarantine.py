@@ -54,7 +54,7 @@ class Quarantine:
         self.path = run_dir / FILE if run_dir else None
         self._rows: dict[tuple[str, str, int], BadSample] = {}
         self._found: list[BadSample] = []
-        self._steps: list[int] = []  # of the rows, in order
+        self._steps: list[int] = []  # steps of the rows, in order
 
     @classmethod
     def load(cls, run_dir: Path, ranks: dist.Ranks) -> Quarantine:
@@ -146,7 +146,7 @@ def _append(path: Path, rows: list[BadSample]) -> None:
         with open(path, "ab+") as file:
             file.seek(0)
             whole = file.read().rpartition(b"\n")[0]
-            file.truncate(len(whole) + 1 if whole else 0)  # what a kill has torn
+            file.truncate(len(whole) + 1 if whole else 0)  # drop a line that a kill has torn
             file.write((b"" if whole else HEADING + b"\n") + lines.encode(errors="backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
