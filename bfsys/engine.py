@@ -63,7 +63,7 @@ class Engine:
         # in another way than in a process of its own.
         deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo")
-        with redirect_stdout(io.StringIO()):  # pages of memory figures that it prints whatever its log level
+        with redirect_stdout(io.StringIO()):  # it prints pages of memory figures at any log level
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,

@@ -46,7 +46,7 @@ def _write_one(out):
 
 
 def try_compiler(device: torch.device) -> None:
-    """Compile and launch the smallest kernel. Raises whatever Triton raises where it lacks what it compiles with."""
+    """Compile and launch the smallest kernel. Raises Triton's own errors if it cannot compile."""
     _write_one[1,](torch.empty(1, dtype=torch.int32, device=device))
 
 

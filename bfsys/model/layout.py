@@ -171,7 +171,7 @@ def _tensors(record: Files | Segments | Windows) -> dict[str, Tensor]:
 
 
 def _with_tensors(record: Record, tensors: Iterator[Tensor]) -> Record:
-    """The record with the next tensors in the place of its own, in their order."""
+    """The record with its tensors replaced by the next ones, in their order."""
     changes: dict[str, Any] = {name: next(tensors) for name in _tensors(record)}
     return replace(record, **changes)
 

@@ -155,7 +155,7 @@ class Stem(nn.Module):
         return Tokens.apply(self.table(), self.positions, data, files, self.kernel.shape[2])
 
     def table(self) -> Tensor:
-        """[K * V, D]; the rows of no byte are zero, whatever the embedding holds there."""
+        """[K * V, D]; the rows of no byte are zero, even if the embedding is not zero there."""
         stored = stored_dtype(self.embedding)
         dtype = product_dtype(stored, self.embedding.device.type)
         with torch.autocast(self.embedding.device.type, enabled=False):

@@ -4,7 +4,7 @@
     begun, and notes of how many steps are made and how long they waited for data and for saving
 
 Events are only ever added, and every second between the first start and now falls to one cause, so the causes add up
-to the wall time whatever happened in between. A process reads the wall clock once and measures from there, so that a
+to the wall time in every case. A process reads the wall clock once and measures from there, so that a
 clock that is set makes no duration wrong; one that was set back between two starts is taken to have stood still.
 
     restart     from the last note of a process to the first step of the next one, the very first start included

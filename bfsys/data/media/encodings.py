@@ -235,7 +235,7 @@ class Fitting:
 
 
 def reencode(data: bytes, encoding: Encoding, fitting: Fitting) -> bytes:
-    """A file's bytes in another encoding. Raises whatever the decoder raises for a damaged file."""
+    """A file's bytes in another encoding. Raises the decoder's error for a damaged file."""
     if encoding.modality == "image":
         pixels = decode_image(data)
         return encoding.file_of(resize_and_crop(pixels, fitting.image_size) if fitting.image_size else pixels)

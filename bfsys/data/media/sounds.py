@@ -215,7 +215,7 @@ def _last_page_of_ogg(data: bytes) -> Announced:
 
 
 def _announced_by_xing(data: bytes) -> Announced | None:
-    """MP3, whose first frame may hold, in the place of sound, the number of bytes of the stream (Xing, LAME)."""
+    """MP3, whose first frame may hold the number of bytes of the stream instead of sound (Xing, LAME)."""
     start = 0
     if data[:3] == b"ID3" and len(data) >= 10:
         start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))

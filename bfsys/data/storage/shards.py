@@ -138,7 +138,7 @@ class Dataset:
 
     location: str  # folder or URL, as the user gave it
     description: dict
-    place: Path | Cache  # its folder, or where the files of a remote one come to lie
+    place: Path | Cache  # its folder, or the cache of a remote one
 
     @property
     def folder(self) -> Path:
@@ -228,7 +228,7 @@ class Dataset:
 
 
 def open_dataset(location: str | Path, cache: Cache | None = None) -> Dataset:
-    """The dataset in a folder, or at a URL, whose files come to lie in `cache`."""
+    """The dataset in a folder, or at a URL, whose files are fetched into `cache`."""
     location = str(location)
     if not is_remote(location):
         return Dataset(location, read_description(Path(location)), Path(location))

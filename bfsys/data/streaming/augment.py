@@ -82,7 +82,7 @@ class Augmentation:
     def __call__(self, data: bytes, rng: np.random.Generator, second: bytes | None = None) -> tuple[bytes, float]:
         """The bytes of the augmented file, and the share (0 … 1) of the second file's class; 0 without a second.
 
-        Raises whatever the decoder raises for a damaged file, and UserError for background that cannot be had.
+        Raises the decoder's error for a damaged file, and UserError for a background that cannot be read.
         """
         assert second is None or self.mixes
         if self._transform_picture:

@@ -33,7 +33,7 @@ from bfsys.process import open_files_limit
 # have a reader for evaluation too. Each lane reads from the shards of its block in turn, and opening a shard again is a
 # request to the server of a network file system.
 OPEN_SHARDS = 4096
-# Other samples that are tried in the place of a bad one.
+# Other samples that are tried instead of a bad one.
 STAND_INS = 100
 # Longer than this, reading waits for a disk.
 SLOW_S_PER_SAMPLE, SLOW_S_PER_BYTE = 10e-6, 1e-9
