@@ -105,7 +105,7 @@ def kept_of(targets: dict[Path, Path], notes: Notes, problems: list[str]) -> set
 
 
 class CannotDecode(UserError):
-    """A file is no picture or sound, or a damaged one."""
+    """A file is not a picture or sound, or it is damaged."""
 
 
 def encoded(name: str, content: bytes, encoding: Encoding, fitting: Fitting) -> bytes:

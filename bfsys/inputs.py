@@ -187,7 +187,7 @@ class Reader:
 
     def _what(self, kind: FileKind | None) -> str:
         if kind is None:
-            return "is no picture or sound of a known format"
+            return "is not a picture or sound of a known format"
         names = {f.encoding.text.partition(":")[0] for f in self.formats}
         return f"is {kind.name}" + (" of another size or make" if kind.name.split()[-1].lower() in names else "")
 

@@ -9,7 +9,7 @@
 
 Each rank writes what it holds of every tensor: a parameter's name stands for a whole one, NAME[first:end] for a piece
 of its elements in order. So nothing is sent for a save, and any number of ranks at any ZeRO stage can put it together
-again. A directory without a manifest, or with a file that does not match it, is no checkpoint.
+again. A directory without a manifest, or with a file that does not match it, is not a checkpoint.
 
 What else decides a run's future is a function of its step: data order, augmentation, learning rate and decay of the
 average. Nothing in training draws from a generator, so there is no generator's state to keep.

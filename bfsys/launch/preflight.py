@@ -82,7 +82,7 @@ def _writable(run_dir: Path) -> Iterator[str]:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        yield f"run directory {run_dir}: {place} is no directory"
+        yield f"run directory {run_dir}: {place} is not a directory"
     elif not os.access(place, os.W_OK | os.X_OK):
         yield f"run directory {run_dir}: {place} cannot be written by you; choose another with runs_dir=…"
     elif (free := os.statvfs(place)).f_bavail * free.f_frsize < 2**30 or (free.f_files and not free.f_favail):

@@ -170,7 +170,7 @@ class Metrics:
         self.say(self._console_line(line))
 
     def event(self, kind: str, step: int, facts: dict) -> None:
-        """A line in metrics.jsonl that is no measurement, such as a bad step."""
+        """Write a line to metrics.jsonl that is not a measurement, such as a bad step."""
         if self._outputs:
             with self._noting_problems():
                 self._outputs.lines.write(json.dumps({"kind": kind, "step": step, **facts}) + "\n")

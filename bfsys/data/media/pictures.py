@@ -26,8 +26,8 @@ PECULIARITIES = {
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3], of the first frame. ValueError for a file that is no picture or is too large; for a damaged one
-    whatever Pillow raises.
+    """uint8 [H, W, 3], of the first frame. ValueError for a file that is not a picture or is too large; for a damaged
+    one whatever Pillow raises.
 
     Alpha is dropped, and the orientation noted by a camera (EXIF) is not applied, as in ImageNet training; that of a
     TIFF is, by Pillow. Pictures of more than 8 bits:

@@ -39,7 +39,7 @@ CLASS_NUMBER = re.compile(rb"\s*(?:0|[1-9][0-9]{0,8})\s*")
 NOT_PAYLOAD = ("cls", "json")
 # How tarfile itself reads names and numbers.
 _nts, _nti = tarfile.nts, tarfile.nti  # type: ignore[attr-defined]  # not in typeshed
-# Members that are no files: folders, also in GNU tar's form for backups, and the label of an archive.
+# Members that are not files: folders, also in GNU tar's form for backups, and the label of an archive.
 NOT_FILES = (tarfile.DIRTYPE, b"D", b"V")
 MULTIVOLUME = b"M"
 GNU_MAGIC = b"ustar  \0"
