@@ -39,7 +39,7 @@ CONNECT_ON_DEMAND = "TORCH_GLOO_LAZY_INIT"
 # that grows with the square of the ranks. Among fewer ranks they remain: a rank that is lost before it connects leaves
 # others waiting until the watchdog ends them.
 MOST_RANKS_ALL_CONNECTED = 64
-# How gloo and NCCL say that a peer has ended. Other errors of theirs are about the network, or are timeouts.
+# Messages of gloo and NCCL when a peer has ended. Other errors of theirs are about the network, or are timeouts.
 LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from bfsys import console, process
 
-# Of training. Codes from sysexits.h where one fits. Any other code is a crash, after which it may be started again.
+# Exit codes of training, from sysexits.h where one fits. After any other code, a crash, a run may be started again.
 EXIT_CRASHED = 1  # Python's own of an exception: another start may do better
 EXIT_USER_ERROR = 2  # bad input: nothing will change until a person changes it
 EXIT_DIVERGED = 65  # EX_DATAERR: bad steps came back after every roll-back

@@ -144,7 +144,7 @@ def read_exported(folder: Path) -> tuple[ByteFormer, Config, dict]:
 def as_program(model: ByteFormer, least_bytes: int) -> torch.export.ExportedProgram:
     """The model on one file: uint8 [n] -> float32 [classes], n least_bytes or more."""
     dense = DenseByteFormer(model).eval()
-    # What the example's length is does not matter, but 0 and 1 would be taken for constants.
+    # Any length of the example will do, except 0 and 1, which would be taken for constants.
     example = torch.zeros(max(least_bytes, 1000), dtype=torch.uint8)
     length = torch.export.Dim("n", min=least_bytes, max=MOST_BYTES)
     with torch.no_grad(), _quiet():

@@ -36,7 +36,7 @@ _MARK = "\U0010ffff"
 _ODD = re.compile(f"[\ud800-\udfff{_MARK}]")
 _MARKED = re.compile(f"{_MARK}([0-9a-f]{{6}})")
 _QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
-# What to write, by pydantic's name of an error in a type.
+# Messages by pydantic's name of an error in a type.
 _REMEDIES = {
     "string_type": "text is expected; put it in quotes",
     "bool_type": "write true or false",

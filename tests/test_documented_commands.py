@@ -61,7 +61,7 @@ NOT_RUN = {
     "bfsys slurm stop runs/joint": CLUSTER,
     "bfsys slurm --nodes 4 --gpus-per-node 8 --time 720 configs/joint.yaml": CLUSTER,
 }
-# What is replaced before a command is run, so that it takes seconds.
+# Parts of commands that are replaced before they run, to save time.
 REPLACED = {
     "deepspeed bfsys/train.py": "deepspeed --num_accelerators 1 bfsys/train.py",
     "--ranks 2 ": "--ranks 1 ",

@@ -32,7 +32,7 @@ LOST_WITHOUT_HEADERS = 0.25  # share lost when headers and metadata are replaced
 LEFT_WITHOUT_CONTENT = 0.5  # share left when content is replaced
 LEFT_FROM_LENGTH = 0.25  # share left when everything is replaced
 ERRORS = 2  # standard errors that a difference must exceed as well
-# What is replaced, by the name of the result.
+# Kinds of ranges that are replaced, by the name of the result.
 REPLACED: dict[str, tuple[str, ...]] = {
     "header": ("header",),
     "metadata": ("metadata",),

@@ -274,7 +274,7 @@ def import_what_ranks_need() -> None:
     from bfsys.engine import import_deepspeed
 
     import_deepspeed()
-    # What DeepSpeed imports only when it sets up an optimizer; other versions may have other names for it.
+    # DeepSpeed imports these only when it sets up an optimizer; other versions may have other names for it.
     for name in ("torch._dynamo", "deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.muon_optimizer"):
         with suppress(ImportError):
             importlib.import_module(name)

@@ -59,7 +59,7 @@ PEAKS = {
     # amd.com: Instinct MI300X data sheet
     "MI300X": Peak(1307.4, 163.4),
 }
-# What else a name may hold, such as NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3.
+# Other parts of a name, such as in NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3.
 OTHER_WORDS = re.compile(r"NVIDIA|AMD|TESLA|GEFORCE|INSTINCT|SXM\d*|PCIE|HBM\d\w*|\d+GB?")
 
 

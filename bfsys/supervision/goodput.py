@@ -61,7 +61,7 @@ class Ledger:
         self._attempts: list[_Attempt] = []
         self._closed = dict.fromkeys(CAUSES, 0.0)  # seconds of all attempts but the last
         self._clock_offset_s = time.time() - time.monotonic()
-        # What a launcher imports for its ranks counts for the first start.
+        # The imports of a launcher for its ranks count for the first start.
         self._start = float(os.environ.get(STARTED) or psutil.Process().create_time())
         if is_rank_zero:
             path = run_dir / FILE

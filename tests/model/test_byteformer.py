@@ -30,7 +30,7 @@ from tests.model import vectors
 from tests.model.reference import PAD, PAD_ROW, ReferenceConfig, pad, random_weights, reference_logits
 from tests.model.vectors import CASES, FILES, load_corenet, needs_vectors
 
-# What the two modes are called here and in the published numbers.
+# Names of the two modes here and in the published numbers.
 PUBLISHED_MODE = {"masked": "intended", "as_released": "released"}
 MODES = tuple(PUBLISHED_MODE)
 

@@ -33,7 +33,7 @@ BICUBIC_REACH = 3  # pixels on each side, when a picture is enlarged
 
 # Largest kernel of torchaudio's resampling (64 MB): the old rate times the new one, both divided by what they share.
 MOST_KERNEL = 2**24
-# As torchaudio's: zero crossings of the sinc on each side, and the share of the band that is kept
+# Equal to torchaudio's: zero crossings of the sinc on each side, and the share of the band that is kept
 ZERO_CROSSINGS, ROLLOFF = 6, 0.99
 # Weights of a resampling without that kernel that are computed at a time
 BLOCK_WEIGHTS = 2**20
@@ -43,7 +43,7 @@ PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
 PCM_GUID = struct.pack("<H", PCM) + bytes.fromhex("000000001000800000aa00389b71")
 FRONT_CENTRE = 4
 
-# How a sample in -1 … 1 becomes a number of each type: (x + shift) · scale
+# A sample in -1 … 1 becomes a number of each type by (x + shift) · scale
 WAV_TYPES = {
     "uint8": ("u1", 1.0, 127.5),
     "int16": ("<i2", 0.0, 2**15 - 1),

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# What Windows, macOS, Linux and network storage put beside the user's files, in small letters
+# Files that Windows, macOS, Linux and network storage add to the user's files, in small letters
 SYSTEM_NAMES = {
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "zbthumbnail.info"),
     *("$recycle.bin", "system volume information", "icon\r", "icon\uf00d", "desktop db", "desktop df"),

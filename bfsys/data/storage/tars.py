@@ -37,7 +37,7 @@ BLOCK_BYTES = 512  # tar's unit: headers are one block, payloads are filled up t
 RECORD_BYTES = 20 * BLOCK_BYTES  # tar files are filled up to whole records, after two empty blocks
 CLASS_NUMBER = re.compile(rb"\s*(?:0|[1-9][0-9]{0,8})\s*")
 NOT_PAYLOAD = ("cls", "json")
-# How tarfile itself reads names and numbers.
+# tarfile's own functions that read names and numbers.
 _nts, _nti = tarfile.nts, tarfile.nti  # type: ignore[attr-defined]  # not in typeshed
 # Members that are not files: folders, also in GNU tar's form for backups, and the label of an archive.
 NOT_FILES = (tarfile.DIRTYPE, b"D", b"V")

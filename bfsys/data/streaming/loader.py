@@ -47,7 +47,7 @@ READ_AHEAD_SAMPLES = 256
 ANNOUNCED_AFTER_SLOW = 64
 # A slot holds this many times a request's mean; what is beyond it is pickled. Memory is taken as it is touched.
 SLOT_OVER_MEAN = 4
-# What worker processes tell of themselves: who they are, and the (source, sample) that they are decoding.
+# Reports of worker processes: their process id, and the (source, sample) that they are decoding.
 _POSITION = np.dtype([("process", "<i8"), ("position", "<i8", 2)])
 
 

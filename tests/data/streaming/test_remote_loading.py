@@ -31,7 +31,7 @@ from tests.data.http_server import FaultyServer
 ALONE = Ranks()
 STEPS = 8
 ATTEMPTS = 3
-# Of 13 + 9 shards: (lanes, samples of a step), fewer lanes than shards and more
+# (lanes, samples of a step) for 13 + 9 shards: fewer lanes than shards and more
 FEW_LANES, MANY_LANES = (4, 16), (32, 64)
 forked = multiprocessing.get_context("fork")
 
