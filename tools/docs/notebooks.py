@@ -22,7 +22,7 @@ def execute(text: str) -> nbformat.NotebookNode:
     """
     notebook = nbformat.reads(text, as_version=4)
     on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    nbclient.NotebookClient(notebook, timeout=CELL_TIMEOUT_S).execute(env=on_cpu)
+    nbclient.NotebookClient(notebook, timeout=CELL_TIMEOUT_S, coalesce_streams=True).execute(env=on_cpu)
     return notebook
 
 
