@@ -5,7 +5,7 @@
     run = bfsys.fit("photos", minutes=10)            # a folder of files per class: trained and evaluated
     model = bfsys.load("runs/quickstart")
     model.predict("photo.jpg")                       # the likeliest classes of one file
-    model.predict(bfsys.files_in("photos"), top=1)   # of many
+    model.predict(bfsys.files_in("photos"), top=1)   # the likeliest class of many
     model.explain("photo.jpg").summary()             # which bytes decide its class
     model.probabilities([b"…", b"…"])                # [2, classes]
 

@@ -1,5 +1,5 @@
-"""What a model of bytes is to be compared with: the same files told apart by their sizes, or by how often each byte
-value occurs. A model that does not beat them has learned nothing that the files do not give away on their outside."""
+"""Baselines for models of bytes: they classify the same files by their sizes, or by how often each byte value occurs. A
+model that does not beat them has learned nothing that the files do not give away on their outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sample and ByteBatch: all that the data side and the model know of each other.
+"""Sample and ByteBatch: the types that data and model share.
 
 A batch is ragged: the files' bytes lie one behind the other in one uint8 buffer, with nothing between
 them. Padding them to a common length, as the published code does, would leave 72 % of a batch empty (32 files in

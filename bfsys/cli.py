@@ -25,22 +25,22 @@ from types import ModuleType
 from bfsys.errors import UserError, did_you_mean, run_command, summary_of
 
 COMMANDS = {
-    "fit": "from a folder of files to a trained and evaluated model",
+    "fit": "train and evaluate a model on a folder of files",
     "pack": "pack files into shards with an index",
     "inspect": "show, check or rebuild the index of a packed dataset",
-    "plan": "what a run will need: memory, time, disk",
-    "train": "train: one process, or each that deepspeed or torchrun starts",
+    "plan": "estimate the memory, time and disk space of a run",
+    "train": "train in one process, or in each of deepspeed or torchrun",
     "launch": "train on this machine, by GPU or core; restart after a crash",
     "slurm": "train on a SLURM cluster; jobs: slurm status, logs, stop",
-    "check-gpu": "whether a GPU or a cluster computes right, and fast",
-    "compare": "a table of runs: what differs, and what they reached",
+    "check-gpu": "check that a GPU or a cluster computes right, and fast",
+    "compare": "compare runs in a table: settings that differ, and scores",
     "checkpoint": "list, verify, show or prune the checkpoints of a run",
-    "evaluate": "loss and accuracy of a run on a whole split",
-    "predict": "classes of files, from their bytes",
-    "explain": "which bytes of a file decide its class; shortcuts of a model",
-    "serve": "a trained model as a web service, and a page to drop files on",
-    "export": "a trained model as safetensors, torch.export program or ONNX",
-    "encode": "files as a model is given them: encoded, transformed",
+    "evaluate": "compute loss and accuracy of a run on a whole split",
+    "predict": "predict the classes of files from their bytes",
+    "explain": "show which bytes of a file decide its class; find shortcuts",
+    "serve": "serve a trained model on the web, with a page to drop files on",
+    "export": "write a model as safetensors, torch.export program or ONNX",
+    "encode": "encode and transform files as a model reads them",
     "fetch": "get or check the published datasets",
     "make-key": "make a key file for the byte transform permute:KEYFILE",
     "import-corenet": "turn ByteFormer weights of CoreNet into a run's directory",
@@ -48,7 +48,7 @@ COMMANDS = {
 TAKE_OVERRIDES = ("plan", "train", "launch", "slurm")
 INTERMIXED = (*TAKE_OVERRIDES, "explain")  # positional arguments may stand among options, and there may be none
 OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other arguments of `slurm` submit a job
-WIDTH = 78  # of text that argparse does not wrap
+WIDTH = 78  # columns of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
 FILES = ("config", "files", "permute")  # arguments that are completed by file names, besides those of type Path
 

@@ -1,4 +1,4 @@
-"""Runs side by side: what differs between their configs, and what they reached.
+"""A comparison of runs: the settings that differ, and the scores.
 
 Runs whose configs differ only in their seed, or in keys that have no influence on results, are repetitions: they form
 one row, with means and standard deviations. A run that has not been evaluated after its last step is a row of its own,
@@ -51,7 +51,7 @@ class Run:
     minutes: float | None
     """Training time with waiting for data and saving, without restarts and the steps that they repeat."""
     parameters: int | None
-    """None before the first checkpoint."""
+    """The number of parameters; None before the first checkpoint."""
 
     @property
     def steps(self) -> int:
@@ -108,7 +108,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Raises UserError if its config cannot be read."""
+    """Read a run from its directory. Raises UserError if its config cannot be read."""
     settings = influential_settings(load_config(run_dir / CONFIG))
     seed = settings.pop(SEED)
     scores = evaluations(run_dir)
@@ -162,7 +162,7 @@ def _text_of(run: Run, key: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Plain text, a line per row, with notes under it."""
+    """The rows as plain text, a line each, with notes below."""
     runs = [run for row in rows for run in row.runs]
     sources = dict.fromkeys(name for run in runs if run.scores for name in run.scores["sources"])
     several = any(len(run.scores["sources"]) > 1 for run in runs if run.scores)
@@ -219,7 +219,7 @@ def _value(value: Any) -> str:
 
 
 def _mean(values: Sequence[float], scale: float, digits: int) -> str:
-    """mean ± sample standard deviation"""
+    """The mean ± sample standard deviation."""
     if not values:
         return "-"
     mean = math.fsum(values) / len(values)  # statistics.stdev raises an AttributeError where a loss is NaN

@@ -144,7 +144,7 @@ class Data:
     sources: tuple[Source, ...]
     """Datasets to mix. Classes of the same name are one class; the head has the union of all classes."""
     mixture: Literal["weights", "proportional", "sqrt"] | Temperature = "weights"
-    """How the samples of a step are shared among the sources: by their weights alone; by weight times samples
+    """The rule that divides the samples of a step among the sources: by their weights alone; by weight times samples
     (proportional) or times the square root of samples (sqrt); or by a temperature T: weight times samples^(1/T)."""
     train_split: str = "train"
     eval_split: str = "val"

@@ -1,4 +1,4 @@
-"""Where a model is right and what it takes for what: accuracy by class, and the confusion matrix.
+"""The accuracy of each class and the confusion matrix of a model.
 
     FOLDER/classes.tsv     class, files, top-1, what it is most often taken for
     FOLDER/confusion.tsv   class, answer, files; pairs that occur
@@ -27,7 +27,7 @@ from bfsys.files import replace_file, replacing
 
 MOST_CLASSES_DRAWN = 2000
 MOST_CLASSES_NAMED = 60  # beside rows and columns
-MOST_CLASSES_COUNTED = 30  # with the number of files in each cell
+MOST_CLASSES_COUNTED = 30  # up to here, each cell shows its number of files
 WORST_PAIRS = 5
 WORST_FILES = 10
 
@@ -35,7 +35,7 @@ WORST_FILES = 10
 class Judged(NamedTuple):
     """A file and what was answered."""
 
-    probability: float  # that was given to its own class
+    probability: float  # the probability of the file's own class
     label: int
     answer: int
     source: int  # position among the run's sources
@@ -52,7 +52,7 @@ class Answers:
         self._pairs: list[np.ndarray] = [np.zeros(0, np.int64)]  # [files], class · number of classes + answer
 
     def add(self, batch: ByteBatch, logits: Tensor) -> None:
-        """logits [B, classes]."""
+        """Add the answers of a batch: logits [B, classes]."""
         labels, answers = batch.labels.cpu(), logits.argmax(1).cpu()
         self._pairs.append((labels * self.num_classes + answers).numpy())
         own = logits.float().log_softmax(1).gather(1, batch.labels[:, None])[:, 0].exp().cpu()
@@ -74,7 +74,7 @@ class Answers:
         return np.stack([np.bincount(labels, weights, minlength=self.num_classes) for weights in (counts, right)])
 
     def over_ranks(self) -> Answers:
-        """Those of all ranks on rank 0, and none on the other ranks; collective."""
+        """The answers of all ranks on rank 0, and none on the other ranks; collective."""
         everyones = Answers(self.num_classes)
         for labels, answers, counts, worst in gather_to_rank0((*self.counts(), self.worst)):
             everyones._pairs.append(np.repeat(labels * self.num_classes + answers, counts))

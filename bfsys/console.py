@@ -1,4 +1,4 @@
-"""Standard output and error: what happens to them is never the reason that work is lost.
+"""Standard output and error, whose failures never lose work.
 
 A console can be closed (a pipe whose reader has ended), full (a redirect to a full disk), missing (a closed
 descriptor), stopped (Ctrl-S, a pager), or unable to show a character. Commands whose work is not their output, training
@@ -40,8 +40,9 @@ class Console(io.TextIOBase):
     encoding = ""  # in the place of the base class's, which cannot be set
 
     def __init__(self, descriptor: int, name: str, encoding: str, *, fails: bool) -> None:
-        """If `fails` is true, errors are raised (OutputError) and a stopped console is waited for. Otherwise lines
-        that cannot be written go to the file `log`, once it is set. A `descriptor` of -1 means a closed console."""
+        """Write to `descriptor`. If `fails` is true, errors raise OutputError, and writing waits for a stopped console.
+        Otherwise lines that cannot be written go to the file `log`, once it is set. A `descriptor` of -1 means a closed
+        console."""
         self.log: Path | None = None
         self.fails = fails
         self._descriptor, self._name, self.encoding = descriptor, name, encoding
@@ -127,7 +128,7 @@ def prepare() -> None:
 
 
 def go_on_without(log: Path | None = None) -> None:
-    """From now on no failure of the console is an error; lines that cannot be printed go to `log`."""
+    """Ignore failures of the console from now on; lines that cannot be printed go to `log`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Console):
             stream.fails, stream.log = False, log

@@ -39,7 +39,7 @@ CONNECT_ON_DEMAND = "TORCH_GLOO_LAZY_INIT"
 # that grows with the square of the ranks. Among fewer ranks they remain: a rank that is lost before it connects leaves
 # others waiting until the watchdog ends them.
 MOST_RANKS_ALL_CONNECTED = 64
-# How gloo and NCCL say that a peer has ended. Other errors of theirs are about the network, or are timeouts.
+# Messages of gloo and NCCL when a peer has ended. Other errors of theirs are about the network, or are timeouts.
 LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -337,7 +337,7 @@ class RowExchange:
 
 @functools.cache
 def _exchange_of_numbers(numbers: int, ranks: int, rank: int) -> RowExchange:
-    """Kept for the next message of that length: a third of the time of an exchange is making its tensors."""
+    """The exchange for messages of a length, kept for the next one: a third of its time is making its tensors."""
     return RowExchange([numbers], torch.float64, ranks, rank)
 
 

@@ -1,4 +1,4 @@
-"""What a run would be, before it runs: config, model size, batch arithmetic, data; nothing is trained."""
+"""A summary of a run before it runs: config, model size, batch arithmetic, data. Nothing is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Making files as a model is given them: decoded and encoded again, and their bytes transformed.
+"""Files as a model reads them: decoded and encoded again, and their bytes transformed.
 
 OUT/.encoded.jsonl notes for every file, by a hash, what it was made from and how. So a second start keeps what the
 first has made, and a file that was not made from its source as it is now is not overwritten.
@@ -24,10 +24,10 @@ NOTES = ".encoded.jsonl"
 
 
 class Notes:
-    """What the files in OUT were made from, and how: a line for each, of which a later one counts more."""
+    """Notes on the sources and settings of the files in OUT, a line for each. A later line replaces an earlier one."""
 
     def __init__(self, out: Path, encoding: Encoding, fitting: Fitting, transforms: Sequence[ByteTransform]) -> None:
-        """Raises UserError if notes are there and cannot be read."""
+        """Read earlier notes. Raises UserError if they cannot be read."""
         self._out, self._path = out, out / NOTES
         self._how = [encoding.text, library_version(encoding), repr(fitting), *(t.identity for t in transforms)]
         self._noted: dict[str, str] = {}
@@ -49,7 +49,8 @@ class Notes:
         return self._noted.get(self._name(target)) == self.hash_of(source)
 
     def add(self, target: Path, made_from: str) -> None:
-        """To be called before the target stands under its name: a stop in between must leave no file without a note."""
+        """Add a note. Call this before the target gets its name: a stop in between must not leave a file without a
+        note."""
         with open(self._path, "ab") as file:
             # It begins with a line break, since the line before may have been cut
             file.write(b"\n" + json.dumps([self._name(target), made_from]).encode() + b"\n")
@@ -65,7 +66,7 @@ class Notes:
 
 
 def targets_of(src: Path, out: Path, encoding: Encoding, problems: list[str]) -> dict[Path, Path]:
-    """Which file becomes which. Files that differ in the extension alone get it appended to the name."""
+    """The target of each file. Files that differ in the extension alone get it appended to the name."""
     if not src.exists():
         problems.append(f"{src}: there is no such file or folder")
         return {}
@@ -104,7 +105,7 @@ def kept_of(targets: dict[Path, Path], notes: Notes, problems: list[str]) -> set
 
 
 class CannotDecode(UserError):
-    """A file is no picture or sound, or a damaged one."""
+    """A file is not a picture or sound, or it is damaged."""
 
 
 def encoded(name: str, content: bytes, encoding: Encoding, fitting: Fitting) -> bytes:

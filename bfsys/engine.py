@@ -63,7 +63,7 @@ class Engine:
         # in another way than in a process of its own.
         deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo")
-        with redirect_stdout(io.StringIO()):  # pages of memory figures that it prints whatever its log level
+        with redirect_stdout(io.StringIO()):  # it prints pages of memory figures at any log level
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
@@ -91,7 +91,7 @@ class Engine:
         return self._engine(batch)
 
     def backward(self, loss_sum: Tensor) -> None:
-        """Add the gradient of a micro-batch's summed loss; NaN, if that is no finite number itself."""
+        """Add the gradient of a micro-batch's summed loss; NaN if the loss is not finite."""
         self._engine.backward(loss_sum * (self._loss_scale + 0 * loss_sum.detach()))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch; the update is `step`'s

@@ -14,14 +14,14 @@ from contextlib import contextmanager
 
 from bfsys import console, process
 
-# Of training. Codes from sysexits.h where one fits. Any other code is a crash, after which it may be started again.
+# Exit codes of training, from sysexits.h where one fits. After any other code, a crash, a run may be started again.
 EXIT_CRASHED = 1  # Python's own of an exception: another start may do better
 EXIT_USER_ERROR = 2  # bad input: nothing will change until a person changes it
 EXIT_DIVERGED = 65  # EX_DATAERR: bad steps came back after every roll-back
 EXIT_HUNG = 70  # EX_SOFTWARE: the watchdog ended a run without progress; to be started again
 EXIT_STORAGE = 74  # EX_IOERR: no checkpoint can be written
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop and to be started again
-EXIT_NO_PROGRESS = 76  # of a launcher: it crashed again and again
+EXIT_NO_PROGRESS = 76  # exit code of a launcher whose run crashed repeatedly
 EXIT_STOPPED = 130  # asked to stop
 
 # These are often transient on network file systems. Any other errno needs human action.

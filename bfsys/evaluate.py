@@ -25,7 +25,7 @@ from bfsys.errors import UserError
 from bfsys.loss import COLUMNS, SAMPLES, loss_and_sums, scores
 
 MOST_CLASSES_SCORED = 1000  # one by one; a line of metrics.jsonl holds them all
-# What befalls files: bytes change, the end or the start is missing
+# Damage of files: bytes change, the end or the start is missing
 DAMAGE = ("flip:0.0001", "flip:0.001", "flip:0.01", "flip:0.1", "truncate:0.9", "truncate:0.5", "skip:16", "skip:256")
 
 

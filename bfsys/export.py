@@ -47,12 +47,12 @@ from bfsys.model.dense import DenseByteFormer
 
 SAFETENSORS, TORCH, ONNX = "safetensors", "torch", "onnx"
 FORMATS = {SAFETENSORS: "model.safetensors", TORCH: "model.pt2", ONNX: "model.onnx"}
-FORMAT = 1  # of model.json
+FORMAT = 1  # version of model.json
 DESCRIPTION = "model.json"
-MOST_BYTES = 2**31 - 1  # of a file that a program takes
+MOST_BYTES = 2**31 - 1  # largest file that a program takes
 MOST_BYTES_CHECKED = 100_000
 TOLERANCE = {TORCH: 1e-5, ONNX: 1e-4}  # largest difference of a probability
-ONNX_LIMIT_BYTES = 1_900_000_000  # of one protocol buffer: 2 GiB; above, weights go into a file beside it
+ONNX_LIMIT_BYTES = 1_900_000_000  # a protocol buffer holds 2 GiB; larger weights go into a file beside it
 
 
 def export(
@@ -145,7 +145,7 @@ def read_exported(folder: Path) -> tuple[ByteFormer, Config, dict]:
 def as_program(model: ByteFormer, least_bytes: int) -> torch.export.ExportedProgram:
     """The model on one file: uint8 [n] -> float32 [classes], n least_bytes or more."""
     dense = DenseByteFormer(model).eval()
-    # What the example's length is does not matter, but 0 and 1 would be taken for constants.
+    # Any length of the example will do, except 0 and 1, which would be taken for constants.
     example = torch.zeros(max(least_bytes, 1000), dtype=torch.uint8)
     length = torch.export.Dim("n", min=least_bytes, max=MOST_BYTES)
     with torch.no_grad(), _quiet():
@@ -216,7 +216,7 @@ def probabilities(model: ByteFormer, data: np.ndarray) -> Tensor:
 
 @contextmanager
 def _quiet():
-    """Without the exporters' progress lines and warnings, which are about their own insides."""
+    """Hide the exporters' progress lines and warnings, which are about their own internals."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -135,7 +135,7 @@ def write_silence(clips: dict[str, Clip], split: str, count: int, folder: Path) 
 
 
 def write_background(clips: dict[str, Clip], folder: Path) -> None:
-    """What of the recordings no silence of val and test is cut from."""
+    """Write the parts of the recordings that no silence of val and test is cut from."""
     folder.mkdir(parents=True)
     for name, (wave, rate_hz) in clips.items():
         of_training = wave[: round(PARTS["train"][1] * len(wave))]

@@ -12,7 +12,7 @@ FILE = "git-state.txt"  # in a copy of the code that a launcher made
 
 @cache  # three processes of git take as long as a small checkpoint
 def git_state() -> str | None:
-    """The commit of this code at the first call, with a + if files were changed since; None if it is no repository."""
+    """The commit of this code at the first call, with a + if files were changed since; None outside a repository."""
     here = Path(__file__).resolve().parents[1]
     with suppress(OSError):
         return (here / FILE).read_text() or None

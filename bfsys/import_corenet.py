@@ -166,12 +166,12 @@ def describe_model(named: Mapping[str, Tensor], window: int, shift: int, heads: 
         if name in named and named[name].ndim != dimensions
     ]
     if problems:
-        raise UserError(*problems, "these are no weights of CoreNet's ByteFormer")
+        raise UserError(*problems, "these are not weights of CoreNet's ByteFormer")
     dim, kernel, max_tokens = named[EMBEDDING].shape[1], named[KERNEL].shape[2], named[POSITIONS].shape[2]
     layers = 1 + max(_numbers(named, r"transformer\.(\d+)\."), default=-1)
     merge_after = tuple(sorted(_numbers(named, r"downsamplers\.downsample_(\d+)\.")))
     if not layers:
-        raise UserError("tensors transformer.0…: missing; these are no weights of CoreNet's ByteFormer")
+        raise UserError("tensors transformer.0…: missing; these are not weights of CoreNet's ByteFormer")
     if heads is None and dim % HEAD_DIM:
         raise UserError(f"{dim} channels are not a multiple of {HEAD_DIM}, a head's: give --heads")
     heads = heads or dim // HEAD_DIM

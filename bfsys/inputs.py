@@ -1,4 +1,4 @@
-"""What a model can be asked about: files by path, bytes, arrays of bytes, open files; and how it reads each of them.
+"""The inputs of a model, and how it reads each of them: files by path, bytes, arrays of bytes, open files.
 
 The answer to a file that is in no format of the training files may mean little, so the reader says so, or encodes the
 file. Where some training files went in as they were, their formats are not known, and it says nothing.
@@ -85,7 +85,7 @@ class Reader:
     """Reads inputs as a model was trained to read files. Holds no state."""
 
     origin: str
-    """What messages call the model: the path that it was loaded from."""
+    """The name of the model in messages: the path that it was loaded from."""
     formats: tuple[InputFormat, ...]
     """The known formats of the training files."""
     reads_any_format: bool
@@ -96,7 +96,7 @@ class Reader:
     references: ReferenceFiles | None = None
     """Files that the run was evaluated on; None where the checkpoint does not hold them."""
     encode_option: str = "--encode (encode=True in Python)"
-    """What messages call the option to encode files."""
+    """The name in messages of the option to encode files."""
 
     def samples(
         self, inputs: Iterable[tuple[str, Input]], problems: list[str], say: Callable[[str], None], *, encode: bool
@@ -187,7 +187,7 @@ class Reader:
 
     def _what(self, kind: FileKind | None) -> str:
         if kind is None:
-            return "is no picture or sound of a known format"
+            return "is not a picture or sound of a known format"
         names = {f.encoding.text.partition(":")[0] for f in self.formats}
         return f"is {kind.name}" + (" of another size or make" if kind.name.split()[-1].lower() in names else "")
 

@@ -1,6 +1,6 @@
-"""JSON lines that a process appends to, as they are found later: a kill may tear the last one, and a crash of the
-machine or a person's hand may leave anything. Invalid lines are ignored: these files are records, and
-no record is worth a run."""
+"""JSON lines that a process appends to, and their reading after faults: a kill may tear the last one, and a crash of
+the machine or a person's hand may leave anything. Invalid lines are ignored: these files are records, and no record is
+worth a run."""
 
 from __future__ import annotations
 

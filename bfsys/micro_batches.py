@@ -1,4 +1,4 @@
-"""How a rank's lanes of a step become micro-batches.
+"""The division of a rank's lanes into micro-batches.
 
 A lane is what ranks share out, so there are as many as the largest world size that a run may have. A micro-batch is
 what a device computes at once: a GPU needs hundreds of thousands of tokens to be busy for longer than the host takes

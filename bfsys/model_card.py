@@ -15,7 +15,7 @@ from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.media.input_formats import input_format
 from bfsys.model.sizes import Architecture
 
-NAME = "README.md"  # which most hosts of models show first
+NAME = "README.md"  # most hosts of models show this file first
 SOURCE = re.compile(r"(?P<name>.*) \S+: (?P<samples>[\d,]+) samples, .* shards, (?P<bytes>[\d,]+) bytes, .*")
 WITHOUT_BFSYS = {
     "model.pt2": """\

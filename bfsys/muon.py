@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bfsys import dist
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic Newton-Schulz iteration
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # coefficients of the quintic Newton-Schulz iteration
 ITERATIONS = 5
 TINY = 1e-7  # added to norms
 
@@ -152,7 +152,7 @@ class Orthogonaliser:
         return [received[span] for span in mine]
 
     def _broadcast(self, done: dict[str, Tensor]) -> list[Tensor]:
-        """All results, on every rank, in the order of its spans."""
+        """Send all results to every rank, in the order of its spans."""
         mine = self.spans[self.rank]
         results: dict[Span, Tensor] = {}
         for rank, spans in enumerate(self._by_owner(mine)):

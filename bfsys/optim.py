@@ -24,8 +24,8 @@ from bfsys.config import Optim
 from bfsys.model.byteformer import ByteFormer
 from bfsys.muon import Orthogonaliser, Span, Stack, step_scale
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-MOMENTUM = "momentum_buffer"  # of Muon
+MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's states
+MOMENTUM = "momentum_buffer"  # name of Muon's state
 EMA = "ema"
 
 

@@ -30,7 +30,7 @@ PAST_THE_END = -1
 
 @dataclass(frozen=True)
 class ReferenceFiles:
-    """What is kept of the files that a run is evaluated on, as the model reads them."""
+    """The description of the files that a run is evaluated on, as the model reads them."""
 
     headers: np.ndarray  # int16 [files, HEADER_BYTES]; PAST_THE_END where a file has no more bytes
     roots: np.ndarray  # uint8 [files, 256]: square roots of the shares of the byte values, 255 for 1
@@ -42,7 +42,7 @@ class ReferenceFiles:
         return float(_distances(*_descriptors([data]), self.headers, self.roots).min()) / self.usual
 
     def to_tree(self) -> dict:
-        """For a checkpoint's manifest and `model.json`."""
+        """The description as a tree, for a checkpoint's manifest and `model.json`."""
         packed = zlib.compress(self.headers.astype("<i2").tobytes() + self.roots.tobytes(), 9)
         return {"files": len(self.headers), "usual": self.usual, "descriptors": base64.b64encode(packed).decode()}
 

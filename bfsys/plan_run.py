@@ -1,4 +1,4 @@
-"""What a run will need: memory of a rank, time, checkpoints, disk; before anything is asked for.
+"""Estimates of what a run will need, before it starts: memory of a rank, time, checkpoints, disk.
 
 Operations are counted exactly (bfsys/model/flops.py) for the micro-batches of the first steps, which are planned as
 training will plan them. Time is these operations over a rate: that of a run that was measured (`--like`; waiting for
@@ -36,7 +36,7 @@ from bfsys.run_time import RunTime, sent_bytes
 from bfsys.supervision.goodput import count_starts, read_seconds
 
 KEPT_PER_TOKEN = 16  # numbers, times dim, of each layer
-KEPT_PER_MERGED = 3  # of each pair that becomes one: the pair, and what the norm gets
+KEPT_PER_MERGED = 3  # for each pair that becomes one: the pair, and the input of the norm
 GB = 1e9
 
 
@@ -49,16 +49,16 @@ class Estimate:
     """Number of micro-batches that a step has on each rank."""
     parameters: int
     state_bytes: int
-    """Weights, gradients, moments, average."""
+    """Memory of weights, gradients, moments and average."""
     activation_bytes: int
     sent_bytes: float
     """Sent by a rank in a step, for gradients and weights."""
     step_flops: float
-    """The mean over the first steps, of all ranks together."""
+    """Operations of a step of all ranks together, as a mean over the first steps."""
     busiest: float
     """Operations of the busiest rank of a step over the mean rank's."""
     step_bytes: float
-    """Read by all ranks together."""
+    """Bytes of files that all ranks together read in a step."""
     checkpoint_bytes: int
     steps: int
 
@@ -67,7 +67,7 @@ class Estimate:
         return self.state_bytes + self.activation_bytes
 
     def step_s(self, flops_per_s: float) -> float:
-        """At a rate of one rank on average."""
+        """Seconds of a step at the mean rate of a rank in FLOP/s."""
         return self.step_flops / self.ranks / flops_per_s
 
     def describe(self) -> str:
@@ -82,7 +82,7 @@ class Estimate:
 
 
 def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
-    """Raises UserError if the ranks do not divide the lanes."""
+    """Estimate what a run needs on a number of ranks. Raises UserError if the ranks do not divide the lanes."""
     config = data.config
     lanes_of_ranks = [lanes_of_rank(config.data.lanes, rank, ranks) for rank in range(ranks)]
     architecture, classes = config.model.architecture(), len(data.training.classes)
@@ -121,12 +121,12 @@ def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
 
 
 def _state_bytes(config: Config, parameters: int, moments: int, ranks: int) -> int:
-    """See `bfsys.engine.deepspeed_config`: float32 weights, `moments` numbers of moments, and the average belong to the
-    optimizer."""
+    """The bytes of the state on a rank. The optimizer owns float32 weights, `moments` numbers of moments, and the
+    average: see `bfsys.engine.deepspeed_config`."""
     stage, is_small = config.train.zero_stage, config.train.precision == "bf16" and config.train.zero_stage > 0
     weights = 2 if is_small else 4
     optimizer = 4 * moments + (8 if is_small else 4) * parameters
-    share = [1, 1, 1, 1]  # of weights, gradients, gradients that are added up in float32, optimizer
+    share = [1, 1, 1, 1]  # divisors of weights, gradients, gradients that are added up in float32, optimizer
     for part in {0: (), 1: (3,), 2: (1, 2, 3), 3: (0, 1, 2, 3)}[stage]:
         share[part] = ranks
     each = (weights * parameters, weights * parameters, 4 * parameters if is_small else 0, optimizer)

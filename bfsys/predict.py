@@ -72,7 +72,8 @@ class Model:
     """
 
     def __init__(self, network: ByteFormer, config: Config, facts: dict, reader: Reader) -> None:
-        """For `load`. `network` is in eval mode and on its device; `facts` are a checkpoint's or an export's."""
+        """Use `load` instead. `network` is in eval mode and on its device; `facts` are those of a checkpoint or an
+        export."""
         self._network, self._reader = network, reader
         self._references: tuple[int, list[LabelledFile]] | None = None  # the seed that drew them, and the files
         self.config: Config = config
@@ -184,7 +185,7 @@ class Model:
     def explain(
         self, input: Input, class_name: str | None = None, seed: int = 0, *, encode: bool = False
     ) -> Explanation:
-        """Which bytes of one input speak for a class: for its likeliest one, or for `class_name`.
+        """Explain which bytes of one input speak for a class: its likeliest one, or `class_name`.
 
         Bytes are replaced by those of files of other classes from the run's evaluation split, which the seed draws, and
         by those of the input itself, in another order, where that split is not on this machine. `encode` as for
@@ -234,8 +235,8 @@ class Model:
         return self.classes.index(name)
 
     def shortcuts(self, split: str | None = None, limit: int = 200, seed: int = 0) -> Shortcuts:
-        """Whether the model reads headers, metadata or lengths in place of content: over `limit` files of a split
-        (by default the run's data.eval_split) of the run's data. Raises UserError if these cannot be read.
+        """Test whether the model reads headers, metadata or lengths in place of content. The test uses `limit` files of
+        a split of the run's data (by default data.eval_split). Raises UserError if they cannot be read.
         """
         if not isinstance(limit, int) or limit < 2:
             raise UserError(f"limit: got {limit!r}; a whole number of at least 2 is needed")

@@ -31,7 +31,7 @@ def prepare() -> None:
 
 
 def open_files_limit() -> int:
-    """How many files this process may have open."""
+    """The number of files that this process may have open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 

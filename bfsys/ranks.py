@@ -1,4 +1,4 @@
-"""Who this process is among the ranks of a run: from the variables that deepspeed, torchrun and srun set.
+"""The rank of this process, from the variables that deepspeed, torchrun and srun set.
 
 Importing this module is quick: a rank reads its config before it imports torch.
 """
@@ -23,7 +23,7 @@ _BOTH_OR_NEITHER = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is; by default a process on its own."""
+    """The place of this process among the ranks of a run; by default a process on its own."""
 
     rank: int = 0
     world_size: int = 1

@@ -49,11 +49,11 @@ class RunDirectory:
     """A run directory that this run may use, as rank 0 found it."""
 
     is_new: bool
-    """It holds no checkpoint."""
+    """Whether the directory holds no checkpoint."""
     notes: list[str]
     """The changes that were made to it."""
     hold: BinaryIO | None
-    """Rank 0's lock on it."""
+    """Rank 0's lock on the directory."""
 
     def __enter__(self) -> RunDirectory:
         return self

@@ -164,7 +164,7 @@ def evaluate_if_due(data: RunData, engine: Engine, supervisor: Supervisor, step:
     answers = Answers(len(data.training.classes))
     with supervisor.watchdog.patient(where):
         engine.module.eval()
-        with engine.averaged():  # what predict uses, and what `keep_best` judges
+        with engine.averaged():  # predict uses the average, and `keep_best` judges it
             result = evaluate(
                 engine.forward, config, data.validation, ranks, supervisor.quarantine, step,
                 progress=lambda *_: supervisor.watchdog.beat(where), answers=answers,
@@ -209,7 +209,7 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
         if ranks.local_rank == 0:  # once per node is enough
             raise
         return error.exit_code
-    except UserError as error:  # of this rank alone
+    except UserError as error:  # an error of this rank alone
         who = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
         for problem in error.problems:
             print(f"error: {who}{problem}", file=sys.stderr, flush=True)

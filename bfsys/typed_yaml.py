@@ -36,7 +36,7 @@ _MARK = "\U0010ffff"
 _ODD = re.compile(f"[\ud800-\udfff{_MARK}]")
 _MARKED = re.compile(f"{_MARK}([0-9a-f]{{6}})")
 _QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
-# What to write, by pydantic's name of an error in a type.
+# Messages by pydantic's name of an error in a type.
 _REMEDIES = {
     "string_type": "text is expected; put it in quotes",
     "bool_type": "write true or false",
@@ -143,7 +143,7 @@ def from_tree(cls: type[T], tree: dict, where: str, *, is_typed: bool = False) -
     except ValidationError as error:
         details = error.errors(include_url=False)
         raise UserError(*dict.fromkeys(f"{where}: {_sentence(cls, d)}" for d in details)) from None
-    except (TypeError, ValueError) as error:  # of json.dumps: a type that JSON lacks, a list that holds itself
+    except (TypeError, ValueError) as error:  # from json.dumps: a type that JSON lacks, a list that holds itself
         raise UserError(f"{where}: {error}") from None
 
 
@@ -287,7 +287,7 @@ def _sentence(cls: type, detail: ErrorDetails) -> str:
         allowed = detail["ctx"]["expected"]
         hint = did_you_mean(str(got), re.findall(r"'([^']*)'", allowed))
         return f"{name}: got {got!r}; allowed: {allowed}{hint}"
-    if kind == "value_error":  # of a validator of our own
+    if kind == "value_error":  # raised by a validator of bfsys
         return f"{name}: {detail['ctx']['error']}"
     rule = detail["msg"].replace("Input should be", "it must be")
     return f"{name}: got {got!r}; {_REMEDIES.get(kind, rule)}"

@@ -78,7 +78,7 @@ def start_ranks(
 
 
 def run_python(*arguments: str) -> None:
-    """As `python ARGUMENTS…` does: a script, or -c and a program."""
+    """Run what `python ARGUMENTS…` runs: a script, or -c and a program."""
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
         exec(compile(arguments[1], "-c", "exec"), {"__name__": "__main__"})

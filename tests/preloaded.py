@@ -1,4 +1,4 @@
-"""What the server of forked processes imports and measures once, in the place of each of them."""
+"""The imports and measurements that the server of forked processes makes once for all of them."""
 
 from __future__ import annotations
 

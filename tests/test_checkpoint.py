@@ -35,7 +35,7 @@ FACTS = {"metrics": None, "guard": None, "classes": ["x"], "versions": {}, "conf
 
 
 class Tensors:
-    """In the place of an engine: two states of three parameters."""
+    """Takes the place of an engine: two states of three parameters."""
 
     device = torch.device("cpu")
 
@@ -99,7 +99,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_training_may_go_on_while_it_is_written(tmp_path: Path) -> None:
-    """What is written is the state at `start`, whatever becomes of it afterwards; memory is used again."""
+    """The checkpoint holds the state at `start`, although it changes afterwards; memory is used again."""
     saver, source = saving.Saver(tmp_path, ALONE, RetentionPolicy(100)), Tensors(1)
     for step in (1, 2):
         expected = Tensors(0)

@@ -1,4 +1,4 @@
-"""What `bfsys compare` reads from run directories and how it shows them."""
+"""`bfsys compare` reads run directories and shows them as a table."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_same_seed_twice_is_noted(make_run, capsys):
 
 
 def test_a_run_that_was_trained(finished_run: Path) -> None:
-    """Without importing PyTorch, and as plain text in a pipe."""
+    """The table is made without importing PyTorch, and is plain text in a pipe."""
     script = f"import sys; from bfsys import cli; cli.dispatch(['compare', {str(finished_run)!r}])"
     script += "; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)

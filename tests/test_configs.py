@@ -122,7 +122,7 @@ def test_the_published_recipe(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_positions_are_as_many_as_tokens(path: Path, world: Path) -> None:
-    """Where all files are equally long; the others have the published 50,000."""
+    """Configs of equally long files have one position for each token; the others have the published 50,000."""
     config = load_config(path)
     encoding = config.data.sources[0].augment.encoding.partition(":")
     if encoding[0] == "jpeg":

@@ -1,4 +1,4 @@
-"""What happens to standard output and error: real descriptors, and commands with the consoles that people have."""
+"""Standard output and error with real descriptors, and commands with the consoles that people have."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_closed_descriptor_is_no_error(pipe: tuple[int, int], tmp_path: Path) 
 def test_a_reader_that_has_stopped_is_waited_for_once_only(
     pipe: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after Ctrl-S, or with a pager that shows the first page."""
+    """A reader stops after Ctrl-S, or if a pager shows the first page."""
     monkeypatch.setattr(console, "PATIENCE_S", 0.1)
     out = make_console(pipe[1], tmp_path / "log")
     line = "x" * 999

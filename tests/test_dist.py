@@ -122,7 +122,7 @@ def test_ranks_that_would_share_a_gpu_are_refused() -> None:
 def test_one_visible_gpu_and_two_ranks_are_refused_before_nccl_starts(
     launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a machine with one GPU and `torchrun --nproc-per-node 2`."""
+    """The case of a machine with one GPU and `torchrun --nproc-per-node 2`."""
     launcher()
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -61,9 +61,8 @@ NOT_RUN = {
     "bfsys slurm stop runs/joint": CLUSTER,
     "bfsys slurm --nodes 4 --gpus-per-node 8 --time 720 configs/joint.yaml": CLUSTER,
 }
-# What is replaced before a command is run, so that it takes seconds.
+# Parts of commands that are replaced before they run, to save time.
 REPLACED = {
-    "--minutes 10": "--minutes 1",
     "deepspeed bfsys/train.py": "deepspeed --num_accelerators 1 bfsys/train.py",
     "--ranks 2 ": "--ranks 1 ",
     "bfsys launch configs": "bfsys launch --ranks 1 configs",
@@ -119,7 +118,7 @@ def parse(name: str, arguments: list[str]) -> argparse.Namespace:
 
 
 def check_options(command: str) -> None:
-    """Raises SystemExit for an option that does not exist, UserError for a key of a config that does not."""
+    """Check a command. Raises SystemExit for an unknown option, UserError for an unknown key of a config."""
     call = as_bfsys(shlex.split(command))
     if call is None:
         return

@@ -37,7 +37,8 @@ def file_of(length: int) -> np.ndarray:
 
 
 def small_model(mode: str) -> ByteFormer:
-    """With two blocks, the second of them shifted, and a merging after each: each block takes seconds to export."""
+    """A model with two blocks, the second of them shifted, and a merging after each: each block takes seconds to
+    export."""
     config = replace(TINY, shifts=(0, 3), merge=(True, True))
     return build(config, random_weights(config, 0, torch.float32), mode).eval()
 

@@ -50,7 +50,7 @@ def layer_of(module: str) -> tuple[int, str]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """What a module imports, at any time. A file that is run as a program hands over to its command first: that block
+    """The imports of a module, at any time. A file that is run as a program hands over to its command first: that block
     is left out."""
     found = set()
     tree = ast.parse(path.read_text())

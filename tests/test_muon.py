@@ -270,7 +270,7 @@ dist.hard_exit(0)
 
 
 def test_parts_of_a_group_that_are_updated_apart_make_the_same_step(config_file: Path, run_ranks) -> None:
-    """At stage 3, DeepSpeed divides a group of more than 1e9 numbers."""
+    """DeepSpeed divides a group of more than 1e9 numbers at stage 3."""
     options = [*MUON.split(), "train.zero_stage=3", "train.precision=fp32"]
     for rank in run_ranks(2, ["-c", SUB_GROUPS, str(config_file), *options]):
         assert rank.stdout.endswith("all equal\n"), rank.stdout + rank.stderr

@@ -1,4 +1,4 @@
-"""What a run is said to need, against what it needs."""
+"""The estimates of what a run needs, compared with what it needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def config_of(checkpointing: bool = False, **train: object) -> Config:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_autograd_keeps(checkpointing: bool) -> None:
-    """In float32, without the backward's own memory."""
+    """The comparison is in float32, without the backward's own memory."""
     config = config_of(checkpointing, precision="fp32")
     architecture = config.model.architecture()
     model = ByteFormer(architecture, 10, activation_checkpointing=checkpointing)

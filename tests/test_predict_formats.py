@@ -69,7 +69,7 @@ def answers(text: str) -> list[list[dict]]:
         ("photo.jpg", "photo.tiff", "is a JPEG"),
         ("large.tiff", None, "is a TIFF of another size or make"),
         ("clip.wav", "clip.wav", "is a WAV of another size or make"),
-        ("notes.txt", None, "is no picture or sound of a known format"),
+        ("notes.txt", None, "is not a picture or sound of a known format"),
     ],
 )
 def test_files_in_another_format_are_named_and_encoded(

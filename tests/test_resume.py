@@ -1,4 +1,4 @@
-"""What happens around stops and damage: lines, evaluations and checkpoints of a run that is continued."""
+"""The lines, evaluations and checkpoints of a run that resumes after stops and damage."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drop_evaluation(run: Path, step: int) -> None:
-    """As if the run had been stopped between its checkpoint and its evaluation."""
+    """Drop the last evaluation, as if the run had been stopped between its checkpoint and its evaluation."""
     kept = [
         x for x in (run / "metrics.jsonl").read_text().splitlines() if '"eval"' not in x or f'"step": {step},' not in x
     ]
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
 
 
 def test_a_full_disk_ends_the_run_with_its_own_code(config_file: Path, tmp_path: Path, run_ranks) -> None:
-    """Whether a checkpoint, metrics or TensorBoard's files meet it first."""
+    """The code is the same whether a checkpoint, metrics or TensorBoard's files meet the full disk first."""
     small = tmp_path / "runs"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=450k", "tmpfs", small], capture_output=True).returncode:

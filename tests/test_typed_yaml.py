@@ -1,4 +1,4 @@
-"""What is written is read back, overrides mean what was typed, and files of other tools load or are named."""
+"""Configs that are written are read back, overrides mean what was typed, and files of other tools load or are named."""
 
 from __future__ import annotations
 

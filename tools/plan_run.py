@@ -1,4 +1,4 @@
-"""What a run will need: `python tools/plan_run.py CONFIG`, as `bfsys plan`."""
+"""Estimate what a run will need: `python tools/plan_run.py CONFIG`, as `bfsys plan`."""
 
 import sys
 from pathlib import Path

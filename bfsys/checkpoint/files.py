@@ -1,4 +1,4 @@
-"""Checkpoints as they lie on disk: what counts as one, which is the newest, which stay.
+"""Checkpoints on disk: which folders count as one, which is the newest, which are kept.
 
     RUN/checkpoints/
       latest                   the name of the newest, for people; bfsys takes the newest that is whole
@@ -9,7 +9,7 @@
 
 Each rank writes what it holds of every tensor: a parameter's name stands for a whole one, NAME[first:end] for a piece
 of its elements in order. So nothing is sent for a save, and any number of ranks at any ZeRO stage can put it together
-again. A directory without a manifest, or with a file that does not match it, is no checkpoint.
+again. A directory without a manifest, or with a file that does not match it, is not a checkpoint.
 
 What else decides a run's future is a function of its step: data order, augmentation, learning rate and decay of the
 average. Nothing in training draws from a generator, so there is no generator's state to keep.
@@ -46,7 +46,7 @@ METRICS = "metrics.jsonl"
 LATEST = "latest"
 PAUSES_S = (1.0, 4.0, 10.0)  # before a file is asked for again
 READERS = 16  # threads that read a checkpoint: each hashes without Python's lock, or waits for a file server
-GOING = ".removed"  # of a directory that was a checkpoint once, and is on its way out
+GOING = ".removed"  # suffix of a directory that was a checkpoint and is being deleted
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def steps_to_keep(steps: Sequence[int], keep: RetentionPolicy, scores: Mapping[i
 
 
 def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> list[Path]:
-    """Those of a run's checkpoints that `keep` does not name."""
+    """The checkpoints of a run that `keep` does not name."""
     kept = steps_to_keep([step_of(path) for path in paths], keep, evaluations(run_dir))
     return [path for path in paths if step_of(path) not in kept]
 
@@ -242,8 +242,8 @@ class Unreachable(UserError):
 
 
 def with_retries(read: Callable[[Path], T], path: Path) -> T:
-    """`read(path)`, several times if need be. Raises Unreachable for what may pass on a network file system and did
-    not, and OSError for all else."""
+    """The result of `read(path)`, which is tried several times if it fails. Raises Unreachable for what may pass on a
+    network file system and did not, and OSError for all else."""
     pauses_s = iter(PAUSES_S)
     while True:
         try:

@@ -63,7 +63,7 @@ def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str]
 
 
 def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> None:
-    """After `path` was loaded: give the run back its history, if a crash of the machine took it, and make sure that
+    """Tidy up after `path` was loaded: restore the run's history if a crash of the machine took it, and make sure that
     damaged checkpoints do not count as kept ones."""
     if METRICS in manifest["files"]:
         history, live = (path / METRICS).read_bytes(), run_dir / METRICS
@@ -95,7 +95,7 @@ def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list
 
 
 def _read_share(path: Path, manifest: dict, state: str, ranks: dist.Ranks) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors, problems) of the files of a state that fall to this rank; and of others' files nothing."""
+    """(tensors, problems) of the files of a state that this rank reads."""
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
     names = [n for n in manifest["files"] if n.startswith(f"{state}-")]
@@ -121,7 +121,7 @@ class _FromOwners:
 
     def __init__(self, mine: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
         self._shapes, self._device = shapes, device
-        self._pieces: dict[str, list[str]] = {}  # of this rank, by parameter
+        self._pieces: dict[str, list[str]] = {}  # pieces of this rank, by parameter
         self._mine = mine
         for piece in mine:
             self._pieces.setdefault(parse_piece(piece)[0], []).append(piece)

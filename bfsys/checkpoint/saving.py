@@ -74,7 +74,7 @@ class Saver:
         self._work, self._written_bytes = run_dir, 0
         self._pieces_checked: dict[str, list[str]] | None = None
         self._removal: threading.Thread | None = None
-        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # of the whole tensors, by state
+        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # shapes of the whole tensors, by state
         self._pieces: dict[str, list[str]] = {}  # names of this rank's tensors, by state
         self._process: subprocess.Popen | None = None
         self._memory: HostMemory | None = None
@@ -85,7 +85,7 @@ class Saver:
         return self._facts is not None
 
     def is_writing(self) -> bool:
-        """Whether this rank's files are not all written, nor have failed, yet."""
+        """Whether this rank is still writing its files."""
         return self._process is not None and self._process.poll() is None
 
     def start(self, source: StateSource, facts: dict) -> None:
@@ -176,7 +176,7 @@ class Saver:
         self._process = self._facts = None
 
     def _written_bytes_grew(self) -> bool:
-        """Since the last look, on this rank."""
+        """Whether this rank has written more bytes since the last call."""
         before, self._written_bytes = self._written_bytes, int(self._memory.report[0]) if self._memory else 0
         return self._written_bytes > before
 
@@ -214,7 +214,7 @@ class Saver:
 
 
 class HostMemory:
-    """Memory without a name that a child process can be given; it vanishes with its processes.
+    """Anonymous memory that a child process can inherit; it is freed when its processes end.
 
     `report`, a number behind its `size_bytes`, is how many bytes the child has written.
     """
@@ -269,7 +269,7 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert process.stdin is not None  # of a PIPE
+    assert process.stdin is not None  # it is a PIPE
     with suppress(BrokenPipeError):  # it has ended already: `Saver.finish` will say so
         process.stdin.write(json.dumps(task).encode())
         process.stdin.close()
@@ -279,7 +279,7 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
 
 @contextmanager
 def _errors_of_saving(final: Path) -> Iterator[None]:
-    """Raises what the disk refuses as a UserError about the checkpoint `final`."""
+    """Turn errors of the disk into a UserError about the checkpoint `final`."""
     try:
         yield
     except OSError as error:
@@ -287,7 +287,7 @@ def _errors_of_saving(final: Path) -> Iterator[None]:
 
 
 def _save_error(final: Path, problem: str, number: int | None) -> UserError:
-    """Why a checkpoint cannot be written; `number` is the errno."""
+    """The error for a checkpoint that cannot be written; `number` is the errno."""
     text = f"checkpoint {final}: cannot be written: {problem}; earlier ones are untouched"
     if number in TRANSIENT_ERRNOS:
         return UserError(text, exit_code=EXIT_CRASHED)  # a launcher starts the run again

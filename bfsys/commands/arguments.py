@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """CONFIG and its overrides."""
+    """Add CONFIG and its overrides."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file; bfsys/config.py explains every key")
     # Without a default, argparse names it among the arguments that are required.
     parser.add_argument(
@@ -40,7 +40,7 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
 
 
 def add_encoding(parser: argparse.ArgumentParser) -> None:
-    """What is done to files before they are stored."""
+    """Add the options that change files before they are stored."""
     add = parser.add_argument
     add("--encoding", default="as_stored", metavar="E", help="decode files and encode them as E")
     add("--image-size", type=int, metavar="N", help="first resize and crop to N × N pixels")

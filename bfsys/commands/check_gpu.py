@@ -1,4 +1,4 @@
-"""What a new machine or cluster does right, wrong or slowly: environment, NCCL, kernels, engine, a step, a training."""
+"""Check a new machine or cluster: environment, NCCL, kernels, engine, a step, a training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Look at a run's checkpoints, prove them, clear them up."""
+"""List, show, verify and prune the checkpoints of a run."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(*problems)
     written = 0
     failed: list[str] = []
-    with collecting(failed):  # what cannot be written ends the loop
+    with collecting(failed):  # a file that cannot be written ends the loop
         for source, target in targets.items():
             if target not in kept:
                 problem = make(source, target, encoding, fitting, transforms, notes)

@@ -1,4 +1,4 @@
-"""Loss, top-1 and top-5 over a whole split, each file once, jointly and per source."""
+"""Compute loss, top-1 and top-5 over a whole split, each file once, jointly and per source."""
 
 from __future__ import annotations
 

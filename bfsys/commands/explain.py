@@ -1,4 +1,4 @@
-"""Which bytes of a file decide its class; with --split, whether headers or lengths do in place of content."""
+"""Show which bytes of a file decide its class; with --split, whether headers or lengths do in place of content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a folder of files to a trained and evaluated model."""
+"""Train and evaluate a model on a folder of files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ counts. Compressed pictures and long sounds are re-encoded (docs/fit.md says
 when); --as-stored leaves them unchanged. The same command resumes after a
 stop."""
 LONGEST_MINUTES = 60 * 24 * 30
-NEEDED = {"deepspeed": "deepspeed", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}  # by the name of the module
+NEEDED = {"deepspeed": "deepspeed", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}  # packages by module
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

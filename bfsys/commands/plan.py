@@ -1,4 +1,4 @@
-"""What a run will need: memory of a rank, time, checkpoints, disk."""
+"""Estimate what a run will need: memory of a rank, time, checkpoints, disk."""
 
 from __future__ import annotations
 

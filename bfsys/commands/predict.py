@@ -1,4 +1,4 @@
-"""Classes of any files, from their bytes alone."""
+"""Predict the classes of any files from their bytes alone."""
 
 from __future__ import annotations
 

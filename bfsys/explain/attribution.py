@@ -33,7 +33,7 @@ DRAWS = 4  # references per file
 # the turn, and the sum is then off by as much as the difference itself.
 LEAST_NODES, MOST_NODES = 12, 96
 TOLERANCE = 0.02
-CHUNK_TOKENS = 1024  # whose table rows are looked up at a time
+CHUNK_TOKENS = 1024  # tokens whose table rows are looked up at a time
 
 
 @dataclass(frozen=True)

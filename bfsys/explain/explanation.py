@@ -1,4 +1,4 @@
-"""Why a model takes a file for what it does: evidence by window, by byte and by named part of the file."""
+"""The explanation of a model's answer: evidence by window, by byte and by named part of the file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from bfsys.explain.structure import structure
 TOP = 5  # classes
 NAMED = 3  # parts in a summary
 WORTH_NAMING = 0.05  # share of the evidence
-WORST_ERROR = 0.1  # of the sum of integrated gradients, up to which nothing is said
-LEAST_DROP = 0.02  # of the log-probability, up to which a window does not matter by itself
+WORST_ERROR = 0.1  # relative error of the sum of integrated gradients; a larger one is noted
+LEAST_DROP = 0.02  # drop of the log-probability below which a window does not matter by itself
 
 
 @dataclass(frozen=True)
 class Window:
-    """A run of bytes, and what it was worth."""
+    """A run of bytes and its evidence."""
 
     first: int
     end: int
     evidence: float
-    """By how much the log-probability of the class drops, in nats, when other files' bytes take its place."""
+    """The drop of the log-probability of the class, in nats, when other files' bytes replace the window."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Explanation:
     data: np.ndarray
     """uint8 [n]: what the model reads, which is the file unless the run has byte transforms."""
     format: str
-    """Such as `PNG`."""
+    """The file format, such as `PNG`."""
     explained: Prediction
     """The class that the evidence is for: the likeliest one, unless another was asked for."""
     predictions: list[Prediction]
@@ -85,7 +85,7 @@ class Explanation:
         return dict(sorted(_by_name(self.parts).items(), key=lambda item: -item[1]))
 
     def summary(self) -> str:
-        """Such as `71 % of the evidence lies in IDAT, 22 % in tEXt`."""
+        """One sentence, such as `71 % of the evidence lies in IDAT, 22 % in tEXt`."""
         shares = self.shares()
         named = [(name, share) for name, share in shares.items() if share >= WORTH_NAMING][:NAMED]
         if not named:
@@ -173,7 +173,7 @@ def explain(
 
 
 def _structure_of(stored: np.ndarray, data: np.ndarray, transforms: Sequence[ByteTransform]) -> Structure:
-    """That of the stored file, where its bytes keep their places; otherwise one range."""
+    """The structure of the stored file if its bytes keep their places; otherwise one range."""
     if all(transform.keeps_places for transform in transforms):
         return structure(stored)
     return Structure("transformed", (Range(0, len(data), "transformed bytes", "content"),))

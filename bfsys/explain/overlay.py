@@ -1,4 +1,4 @@
-"""Evidence over what people see and hear: pixels of pictures that are stored without compression, and PCM samples."""
+"""Evidence over the pixels of pictures that are stored without compression, and over PCM samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from bfsys.explain.ranges import Range
 from bfsys.explain.structure import structure
 
-MOST_BYTES = 4_000_000  # of a file that is shown as a picture
+MOST_BYTES = 4_000_000  # largest file that is shown as a picture
 SIDE = 512  # pixels of the longer side that a page holds
 BINS = 240  # along a waveform
 PICTURES = {"PNG": "png", "JPEG": "jpeg", "GIF": "gif", "WebP": "webp", "BMP": "bmp"}  # that browsers show

@@ -15,7 +15,7 @@ from bfsys.explain.style import LEVELS, document
 
 ROW = 16  # bytes in a line of the hex view
 SHOWN = 4096  # bytes in the hex view
-BEGINNING = 256  # of these, this many are the first of the file
+BEGINNING = 256  # this many of them are the first of the file
 MOST_PARTS = 40  # rows of the table
 SMALL_PICTURE = 128  # pixels, up to which a picture is shown as squares
 FOR, AGAINST = (230, 97, 0), (93, 58, 155)

@@ -27,7 +27,7 @@ class Range:
     first: int
     end: int
     name: str
-    """For example `IDAT`."""
+    """The name of the part, such as `IDAT`."""
     kind: Kind
     """header: what a reader of the format needs; metadata: what it may ignore; content: pixels, samples, text."""
 
@@ -37,7 +37,7 @@ class Structure:
     """The format of a file, and its ranges in their order."""
 
     format: str
-    """For example `PNG`; `text` or `unknown` where no parser knows the file."""
+    """The file format, such as `PNG`; `text` or `unknown` if no parser knows the file."""
     ranges: tuple[Range, ...]
 
 

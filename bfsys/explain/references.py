@@ -1,4 +1,4 @@
-"""Reference files: what stands in the place of a file's bytes when the model is asked what they were worth.
+"""Reference files, whose bytes replace those of a file to measure their evidence.
 
 They come from the evaluation split of the run, through the run's byte transforms: files of other classes and, where
 there are some, of the same format, so that what all files of a format have in common counts for nothing. Where no such
@@ -33,7 +33,7 @@ class LabelledFile:
     data: np.ndarray  # uint8 [bytes], after the byte transforms
     label: int  # in the run's classes
     source: int  # in Sources.splits
-    structure: Structure  # of `stored`
+    structure: Structure  # the structure of `stored`
 
 
 def open_split(config: Config, split: str, classes: Sequence[str]) -> Sources:

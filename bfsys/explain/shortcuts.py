@@ -1,4 +1,4 @@
-"""Shortcuts of a model on a whole split: does it read headers, metadata or lengths in place of content?
+"""Tests whether a model reads headers, metadata or lengths of files in place of their content.
 
 Each file gets bytes of donors, files of other classes (of its own source and format, where there are such), and keeps
 its length:
@@ -28,11 +28,11 @@ from bfsys.explain.references import LabelledFile, open_split, read_files
 
 DONORS = 2  # per file
 # Thresholds of the warnings, as shares of the accuracy beyond chance.
-LOST_WITHOUT_HEADERS = 0.25  # that is lost when headers and metadata are replaced
-LEFT_WITHOUT_CONTENT = 0.5  # that is left when content is replaced
-LEFT_FROM_LENGTH = 0.25  # that is left when everything is replaced
+LOST_WITHOUT_HEADERS = 0.25  # share lost when headers and metadata are replaced
+LEFT_WITHOUT_CONTENT = 0.5  # share left when content is replaced
+LEFT_FROM_LENGTH = 0.25  # share left when everything is replaced
 ERRORS = 2  # standard errors that a difference must exceed as well
-# What is replaced, by the name of the result.
+# Kinds of ranges that are replaced, by the name of the result.
 REPLACED: dict[str, tuple[str, ...]] = {
     "header": ("header",),
     "metadata": ("metadata",),
@@ -74,7 +74,7 @@ class Shortcuts:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict:
-        """For JSON."""
+        """The report as a tree for JSON."""
         return asdict(self)
 
 
@@ -200,7 +200,7 @@ def transplanted(one: LabelledFile, donor: LabelledFile, chosen: Callable[[Range
 
 
 def _warnings(row: Row, chance: float) -> list[str]:
-    """In plain words; see the thresholds above."""
+    """Warnings in plain words; see the thresholds above."""
     gain = row.accuracy - chance
     error = ERRORS * math.sqrt(max(row.accuracy * (1 - row.accuracy), chance * (1 - chance)) / row.files)
     if gain <= error:

@@ -15,7 +15,7 @@ COLUMNS = ("files", "top-1", "−headers", "−content", "length", "header", "me
 
 
 def table(report: Shortcuts) -> str:
-    """For the console. Figures are in percent."""
+    """The report as a table for the console. Figures are in percent."""
     rows = list(_rows(report))
     width = max(len(name) for name, _ in rows)
     lines = [

@@ -62,7 +62,7 @@ def _found(parser: Parser, content: bytes) -> list[Found]:
     found: list[Found] = []
     with suppress(struct.error, IndexError):  # the file ends, or lies about where it does
         for one in itertools.islice(parser(content), MOST_FOUND):
-            found.append(one)  # what comes before an error counts
+            found.append(one)  # ranges before an error count
     return found
 
 

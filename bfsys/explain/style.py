@@ -6,7 +6,7 @@ who do not tell red from green. Kinds of ranges have colours of Okabe and Ito, a
 
 from __future__ import annotations
 
-LEVELS = 4  # of evidence on each side
+LEVELS = 4  # shades of evidence on each side
 
 STYLE = """
 :root{color-scheme:light dark;--ground:#fff;--ink:#1c1c22;--faint:#63636e;--line:#d9d9e0;--panel:#f5f5f8;

@@ -41,7 +41,7 @@ LONGEST_SOUND_S = 10.0
 
 @dataclass(frozen=True)
 class Machine:
-    """What trains."""
+    """The machine that trains."""
 
     device: str  # cpu or gpu
     ranks: int
@@ -52,16 +52,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Format:
-    """How files reach the model."""
+    """The format in which files reach the model."""
 
     encoding: str = "as_stored"
     image_size: int | None = None
     sample_rate_hz: int | None = None
     seconds: float | None = None
     augmented: bool = False
-    """Changed as published."""
+    """Files are augmented as published."""
     jittered: bool = False
-    """Changed a little, in its own format, if training goes over the files often."""
+    """Files are changed a little, in their own format, if training goes over them often."""
     reason: str = "the files go in as they are"
     """A sentence, or its beginning, which the format's name ends."""
 
@@ -74,7 +74,7 @@ class Format:
         return survey.train_bytes
 
     def smaller(self) -> Format | None:
-        """The next format that costs less."""
+        """The next smaller format; None if there is none."""
         if self.image_size and self.image_size > PICTURE_SIDES[-1]:
             return replace(self, image_size=max(side for side in PICTURE_SIDES if side < self.image_size))
         if self.sample_rate_hz and self.sample_rate_hz > SAMPLE_RATES_HZ[-1]:
@@ -94,7 +94,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Choice:
-    """All that a config needs, but for the number of steps."""
+    """The choices for a config, except the number of steps."""
 
     format: Format
     machine: Machine
@@ -122,7 +122,7 @@ class Choice:
         return max(ENOUGH_FOR_FEW_FILES, MOST_PASSES * len(self.lengths) // self.batch_samples)
 
     def passes(self, steps: int) -> float:
-        """How often training goes over the training files."""
+        """The number of passes over the training files."""
         return steps * self.batch_samples / len(self.lengths)
 
     def estimated_step_s(self, classes: int) -> float:

@@ -1,4 +1,4 @@
-"""From a folder of files to a trained and evaluated model: look, pack, choose, measure, train, evaluate.
+"""The steps of `bfsys fit`: look at a folder of files, pack, choose, measure, train, evaluate.
 
 What was chosen is written to RUNS/NAME.yaml once, before training. The same command resumes from there after a stop,
 and a person may change the file. The number of steps follows from a short training on the machine itself, whose bytes
@@ -47,7 +47,7 @@ RECORD = "# bfsys fit: "  # before what was asked for, as JSON, in the config
 TRIAL_STEPS = 6
 PASSED_OVER_STEPS = 2  # the first ones, which prepare memory
 EVALUATIONS = 5  # four during the run, one for the report
-SHARE_OF_TIME = 0.9  # of what is left, for training; machines are not always as fast as in the trial
+SHARE_OF_TIME = 0.9  # share of the remaining time for training; machines are not always as fast as in the trial
 REPORT_S = 15.0  # loading the model, the baseline, pictures
 SHARD_BYTES = 100_000_000
 
@@ -167,7 +167,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def survey_of_packed(folder: Path) -> Survey:
-    """What a packed dataset holds, whose files stay as they are."""
+    """The survey of a packed dataset, whose files stay unchanged."""
     description = read_description(folder)
     check_splits(folder, set(description["splits"]))
     lengths = {split: open_split(folder, split).samples["length"].astype(np.int64) for split in description["splits"]}

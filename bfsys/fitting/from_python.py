@@ -26,7 +26,7 @@ def fit(
     It is the command `bfsys fit`, in a process of its own, whose output is printed: training forks, and this process
     may hold threads and a GPU. The same call resumes after a stop, and does not train again what is trained.
 
-    name       of the run; by default that of the folder
+    name       name of the run; by default that of the folder
     minutes    time for all of it
     as_stored  never decode and encode the files
     skip_bad   leave out files that cannot be used, instead of naming them in an error
@@ -42,7 +42,7 @@ def fit(
     command = [sys.executable, "-m", "bfsys", "fit", os.fspath(folder), *arguments]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None  # of a PIPE
+        assert process.stdout is not None  # it is a PIPE
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)

@@ -16,7 +16,7 @@ from bfsys.data.media.input_formats import FileKind, kind_of
 from bfsys.data.packing.listing import SourceFile
 
 LOOKED_AT = 200  # files whose headers are read
-HEADER_BYTES = 1 << 20  # of a file, for its size in pixels or seconds
+HEADER_BYTES = 1 << 20  # read from a file for its size in pixels or seconds
 COMPRESSED = ("a JPEG", "a PNG", "a GIF", "a WebP", "a FLAC", "an Ogg", "an MP3")
 PHOTOGRAPHS = ("a JPEG", "a WebP")
 
@@ -33,7 +33,8 @@ class Survey:
     longest: int
     """Bytes of the longest file of all splits."""
     kinds: dict[str, int]
-    """How many of the files that were looked at are of which kind, such as `a JPEG`; `other` for unknown kinds."""
+    """The number of files of each kind, such as `a JPEG`, among those that were looked at; `other` for unknown kinds.
+    """
     modality: str | None
     """`image` or `audio` if every file that was looked at is one that can be decoded; else None."""
     typical_size: float

@@ -22,7 +22,7 @@ from bfsys.launch.job import rank_variables
 from bfsys.launch.local import free_port
 from bfsys.ranks import Ranks, gpu_count, ranks_from_environment
 
-NUMBERS = {"cuda": 2**26, "cpu": 2**20}  # of float32 that are summed: 268 MB and 4 MB
+NUMBERS = {"cuda": 2**26, "cpu": 2**20}  # float32 numbers that are summed: 268 MB and 4 MB
 REPEATS = 5
 MEET_S = 60
 LIMIT_S = 150

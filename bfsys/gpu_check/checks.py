@@ -12,13 +12,13 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Check:
     module: str
-    """Its file in this folder."""
+    """The name of its module in this folder."""
     share: float
     """The share of --seconds for the part of the check that can be shortened."""
     limit_s: float
     """A check that takes longer than this hangs."""
     is_collective: bool = False
-    """All ranks of a launcher take part together. They do the other checks each on its own GPU."""
+    """Whether all ranks of a launcher take part together. In the other checks each rank uses its own GPU."""
 
 
 CHECKS = {

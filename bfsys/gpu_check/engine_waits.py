@@ -1,4 +1,4 @@
-"""How often a training step through DeepSpeed makes the host wait for the device.
+"""Count how often a training step through DeepSpeed makes the host wait for the device.
 
 While the host waits, nothing is put into the GPU's queue. An update needs its gradient's norm and so waits a few times;
 a micro-batch more must not make it wait more often.
@@ -45,7 +45,7 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
 
 
 def judge(few: Counter[str], many: Counter[str], device: torch.device, detail: str) -> list[Finding]:
-    """From the waits of steps with FEW and with MANY micro-batches."""
+    """Judge the waits of steps with FEW and with MANY micro-batches."""
     more = many - few
     in_update, each = few.total(), more.total() / (MANY - FEW)
     what = "waits" if device.type == "cuda" else "waits (counted as on a GPU)"

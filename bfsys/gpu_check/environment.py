@@ -16,8 +16,8 @@ import torch
 from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.model.peaks import data_sheet_peak
 
-OLDEST_CAPABILITY = (8, 0)  # of GPUs that our kernels are made for
-FREE_SHARE = 0.9  # of a GPU's memory; less means that another process uses it
+OLDEST_CAPABILITY = (8, 0)  # oldest GPUs that the kernels are made for
+FREE_SHARE = 0.9  # share of a GPU's memory; less means that another process uses it
 COMPILE_S = 60
 
 

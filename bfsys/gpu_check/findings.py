@@ -1,4 +1,4 @@
-"""What a check found, and what follows from it."""
+"""The findings of a check, with advice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Finding:
     detail: str
     """Figures, or the reason."""
     advice: str = ""
-    """What to do."""
+    """The advice: what to do."""
 
 
 def exit_code(findings: Sequence[Finding]) -> int:

@@ -22,7 +22,7 @@ import torch
 import bfsys.model
 
 INTERPRETED = "interpreted_"
-_interpreted: dict[str, ModuleType] = {}  # by name, while they are not in sys.modules
+_interpreted: dict[str, ModuleType] = {}  # modules by name, while they are not in sys.modules
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from torch import Tensor
 # Largest error over largest value. bfloat16 has 8 bits; probabilities and their gradients are rounded to it too.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 NORM_TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-NORM_SUM_TOLERANCE = 2e-6  # of the gradients of weight and bias, which are float32 sums
+NORM_SUM_TOLERANCE = 2e-6  # for gradients of weight and bias, which are float32 sums
 EPS = 1e-5
-PROCESSORS = 3  # of the norm's backward, so that its programs have several blocks of rows each
+PROCESSORS = 3  # for the norm's backward, whose programs then have several blocks of rows each
 PADDING = 256  # the value that is no byte
 
 

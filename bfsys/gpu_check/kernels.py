@@ -36,7 +36,7 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
 
 
 def compare_all(kernels: ModuleType, norms: ModuleType, device: torch.device, seconds: float) -> list[Finding]:
-    """Go through the cases, at least one of each kernel, for about so many seconds."""
+    """Compare the cases, at least one of each kernel, for about so many seconds."""
     until, left_out = time.monotonic() + seconds, 0
     done: dict[str, tuple[list[str], list[str], list[float]]] = {}  # by name: sizes, wrong results, errors
     for name, sizes, run in cases(kernels, norms, device):

@@ -1,4 +1,4 @@
-"""What a part of a step asks of the device: PyTorch's operations, launches of kernels, and waits of the host."""
+"""Counts of what a part of a step asks of the device: PyTorch's operations, launches of kernels, waits of the host."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class CountedOperations(TorchDispatchMode):
         super().__init__()
         self.all: Counter[str] = Counter()
         self.launching: Counter[str] = Counter()
-        """Those that are neither views nor allocations: on a GPU, each launches at least one kernel or copy."""
+        """The operations that are neither views nor allocations: on a GPU, each launches at least one kernel or copy.
+        """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
@@ -46,7 +47,7 @@ def count_kernels(run: Callable[[], object]) -> int:
 
 
 def count_waits(run: Callable[[], object], device: torch.device) -> Counter[str]:
-    """How often the host waits for the device in `run`, by what it waits with.
+    """Count how often the host waits for the device in `run`, by the operation that waits.
 
     On a GPU PyTorch says so itself. On a CPU nothing waits; what would wait on a GPU is counted instead.
     """

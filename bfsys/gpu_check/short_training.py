@@ -90,7 +90,7 @@ def _lines(run: Path) -> list[dict]:
 
 
 def write_files(folder: Path) -> None:
-    """Waves, whose frequency is the class."""
+    """Write sounds of waves, whose frequency is the class."""
     rng = np.random.default_rng(0)
     for split, files in (("train", FILES), ("val", 4)):
         for i in range(files):

@@ -18,9 +18,9 @@ from bfsys.model.peaks import data_sheet_peak
 from bfsys.model.published_form import PublishedForm, load_bfsys_weights, pad
 from bfsys.model.sizes import PAD_BYTE, architecture
 
-TIFF_BYTES = 150_668  # of a picture of 224 x 224 points
-MOST_FILES = 48  # of tiny, which took 13.8 GB in the published form and 7.3 GB in bfsys on an H200
-BYTES_PER_FILE = 500 * 2**20  # of GPU memory, for both
+TIFF_BYTES = 150_668  # size of a picture of 224 x 224 pixels
+MOST_FILES = 48  # with tiny these took 13.8 GB in the published form and 7.3 GB in bfsys on an H200
+BYTES_PER_FILE = 500 * 2**20  # GPU memory for both forms
 ANSWERS_AGREE = 1e-3  # largest difference over the largest answer, in float32
 LEAST_RATIO = 1.5  # an H200 reached 5.3
 LEAST_OF_DATA_SHEET = 0.5  # an H200 reached 0.8 of it with large matrix products
@@ -38,7 +38,7 @@ def same_answers(device: torch.device, make: Callable[..., ByteFormer] = ByteFor
     a = architecture("custom", kernel=8, dim=192, layers=6, heads=3, max_tokens=2000)
     torch.manual_seed(0)
     model = make(a, 5)
-    with torch.no_grad():  # as drawn, the answers hardly depend on the bytes
+    with torch.no_grad():  # with weights as drawn, answers hardly depend on the bytes
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
         model.stem.embedding[PAD_BYTE] = 0

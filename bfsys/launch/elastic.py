@@ -42,7 +42,7 @@ def describe(numbers: range) -> str:
 
 
 def fitting(lanes: int, numbers: range, ranks_each: int = 1) -> list[int]:
-    """Those of the numbers of nodes, with so many ranks each, whose ranks share the lanes evenly; ascending."""
+    """The numbers of nodes, ascending, whose ranks share the lanes evenly with so many ranks on each node."""
     return [
         n for n in range(numbers.start, min(numbers.stop, lanes // ranks_each + 1)) if lanes % (n * ranks_each) == 0
     ]
@@ -56,7 +56,7 @@ class Growth:
     missing: int
     """Nodes that the next larger number needs."""
     every_s: float
-    """Between two starts."""
+    """Seconds between two starts."""
     began: float = field(default_factory=time.monotonic)
     asked: float = float("-inf")
     first_step: int = -1
@@ -78,7 +78,7 @@ class Growth:
 
 
 def can_start(nodes: int, job: dict[str, str]) -> bool:
-    """Whether SLURM would start a job like this one on so many nodes at once, and no other job waits for nodes of its
+    """Whether SLURM would start a job like this one on so many nodes at once while no other job waits for nodes of its
     partition. SLURM itself looks at constraints, GPUs, reservations and exclusions."""
     if not (job.get("Command") and job.get("Partition")):
         return False
@@ -93,7 +93,7 @@ def can_start(nodes: int, job: dict[str, str]) -> bool:
 
 
 def _ask(*command: str) -> str | None:
-    """What it prints to both outputs; None if it fails."""
+    """The standard output and error of a command; None if it fails."""
     # sbatch would take this job's number of tasks for that of the job that it is asked about.
     env = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith("SLURM_")}
     try:

@@ -27,7 +27,7 @@ from bfsys.supervision.run_end import how_it_ended
 
 JOBS = "jobs.jsonl"
 ANSWER_S = 60
-POLL_S, STATE_POLL_S = 1.0, 15.0  # of a log, and of SLURM, which many users ask
+POLL_S, STATE_POLL_S = 1.0, 15.0  # intervals for a log, and for SLURM, which many users ask
 SHOWN_LINES = 20
 OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
         "TIMEOUT", "unknown to SLURM"}  # fmt: skip
@@ -38,7 +38,7 @@ class Submitted:
     """A job as it was handed to SLURM."""
 
     job: str
-    """Its number; NUMBER_TASK in an array."""
+    """The number of the job; NUMBER_TASK in an array."""
     log: str
     """The log of rank 0."""
     time: str
@@ -102,7 +102,7 @@ def state_of(job: str) -> State:
 
 
 def _ask(*command: str) -> tuple[str, str]:
-    """What it prints to standard output and, if it failed, to standard error."""
+    """The standard output of a command and, if it failed, its standard error."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

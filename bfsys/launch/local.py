@@ -58,7 +58,7 @@ KILLED = 128 + signal.SIGKILL  # the code of a rank that was
 POLL_S = 0.05
 TOGETHER_S = 30.0  # between the first and the last rank of an agreed end
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
-SHOWN_LINES = 15  # of a failed rank's log
+SHOWN_LINES = 15  # last lines of a failed rank's log
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 
 
@@ -66,7 +66,7 @@ class Group:
     """The running ranks of one job, until all of them have ended."""
 
     def __init__(self, job: TrainJob, world_size: int, log_dir: Path) -> None:
-        self._running: dict[int, subprocess.Popen | Forked] = {}  # by rank, until its end was noticed
+        self._running: dict[int, subprocess.Popen | Forked] = {}  # processes by rank, until their end was noticed
         self.logs = [log_dir / f"rank-{rank}.log" for rank in range(world_size)]
         self._received: list[int] = []
         self._last_sent: dict[int, float] = {}
@@ -117,7 +117,7 @@ class Group:
         return first_code
 
     def close(self) -> None:
-        """End what is left, at once."""
+        """End all remaining processes at once."""
         self._send(signal.SIGKILL)
         for process in self._running.values():
             process.wait()
@@ -150,7 +150,7 @@ class Group:
     def _send(self, number: int) -> None:
         for process in self._running.values():
             if number == signal.SIGKILL:
-                with suppress(ProcessLookupError):  # with its loader processes
+                with suppress(ProcessLookupError):  # the rank and its loader processes
                     os.killpg(process.pid, number)
             process.send_signal(number)  # nothing, if it has ended meanwhile
 
@@ -189,7 +189,8 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
 
 
 def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
-    """`start()` the run, which returns its exit code, until another start would not change the end; the last code."""
+    """Call `start()`, which returns the run's exit code, until another start would not change the end. Returns the last
+    code."""
     restarts = Restarts(run_dir, newest_step(run_dir))
     while (code := start()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
         print(f"starting again in {pause_s:.0f} s, from step {restarts.step}", file=sys.stderr, flush=True)
@@ -266,13 +267,14 @@ def fork_rank(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> Forke
 
 
 def import_what_ranks_need() -> None:
-    """Takes 6 of the 11 s of a start on two cores, and nothing once it was done."""
+    """Import modules before ranks are forked. This is 6 of the 11 s of a start on two cores, and takes no time
+    afterwards."""
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # as train.py, but for CPU ranks always
     import bfsys.train  # noqa: F401
     from bfsys.engine import import_deepspeed
 
     import_deepspeed()
-    # What DeepSpeed imports only when it sets up an optimizer; other versions may have other names for it.
+    # DeepSpeed imports these only when it sets up an optimizer; other versions may have other names for it.
     for name in ("torch._dynamo", "deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.muon_optimizer"):
         with suppress(ImportError):
             importlib.import_module(name)
@@ -297,7 +299,7 @@ _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: not much is safe betwe
 
 
 def die_with(parent: int) -> None:
-    """Have this process killed when its parent ends. Nothing outside Linux."""
+    """Have this process killed when its parent ends. This has no effect outside Linux."""
     if sys.platform.startswith("linux"):
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before this was set
@@ -315,7 +317,7 @@ def free_port() -> int:
 
 
 def share_of(things: Sequence[T], slot: int, at_once: int) -> list[T]:
-    """What one of several runs at once has of the GPUs or cores: as many as each other run, and at least one."""
+    """The GPUs or cores of one of several concurrent runs: an equal share, and at least one."""
     each = max(1, len(things) // at_once)
     return [things[(slot * each + i) % len(things)] for i in range(each)]
 

@@ -30,7 +30,7 @@ from bfsys.ranks import gpu_count
 from bfsys.supervision.run_end import how_it_ended
 from bfsys.supervision.signals import EXIT_CODES, stop_signals
 
-CONSOLE = Path("log", "console.log")  # of a run that trains beside others
+CONSOLE = Path("log", "console.log")  # log of a run that trains beside others
 COPY = Path("log", "sweep.yaml")  # the config that the sweep trains a run from
 
 
@@ -104,7 +104,7 @@ def _train_all(waiting: list[Config], ranks: range | None, at_once: int) -> tupl
     """Exit codes by run directory, and the code of the signal that stopped the sweep, or 0."""
     received: list[int] = []
     previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in stop_signals()}
-    running: dict[int, tuple[Config, Forked]] = {}  # by slot, which decides about GPUs and cores
+    running: dict[int, tuple[Config, Forked]] = {}  # runs by slot, which decides about GPUs and cores
     codes: dict[Path, int] = {}
     stop_code = 0
     try:

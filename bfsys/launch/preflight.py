@@ -62,7 +62,7 @@ def check_run(config: Config, ranks: int, *, on_gpu: bool) -> Checked:
 
 
 def missing_shards(sources: Sources) -> list[str]:
-    """Local shards that are not there, or not of the size that dataset.json says."""
+    """Local shards that are missing, or whose size is not that in dataset.json."""
     problems = []
     for split in sources.splits:
         if is_remote(split.dataset.location):
@@ -82,7 +82,7 @@ def _writable(run_dir: Path) -> Iterator[str]:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        yield f"run directory {run_dir}: {place} is no directory"
+        yield f"run directory {run_dir}: {place} is not a directory"
     elif not os.access(place, os.W_OK | os.X_OK):
         yield f"run directory {run_dir}: {place} cannot be written by you; choose another with runs_dir=…"
     elif (free := os.statvfs(place)).f_bavail * free.f_frsize < 2**30 or (free.f_files and not free.f_favail):
@@ -90,7 +90,7 @@ def _writable(run_dir: Path) -> Iterator[str]:
 
 
 def check_places(places: dict[str, Path]) -> Checked:
-    """Whether nodes can see them: `places` by what they are."""
+    """Check that the nodes can see some places. `places` maps a description to each."""
     problems, mounts = [], _mounts()
     # Every node of a cluster may have an equal one of its own, in memory even.
     unsure = {_file_system(Path(sys.base_prefix), mounts): ["Python"]}
@@ -169,7 +169,7 @@ class Partition:
 
 
 def _partitions() -> dict[str, Partition]:
-    """By name; none if SLURM does not answer."""
+    """The partitions by name; none if SLURM does not answer."""
     try:
         said = subprocess.run(
             ["sinfo", "--noheader", "--format=%P %l %D %t"],

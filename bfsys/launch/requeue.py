@@ -40,7 +40,7 @@ POLL_S = 0.2
 ASK_BEFORE_END_S = 8.0
 KILL_WAIT_S = 30.0  # SLURM's default
 END_WAIT_S = 600.0  # for SLURM, which was asked to end this process
-TRIES, TRY_PAUSE_S = 6, 20.0  # of scontrol, while the controller is away
+TRIES, TRY_PAUSE_S = 6, 20.0  # tries of scontrol, while the controller is away
 SCONTROL_TIMEOUT_S = 60.0
 OUT_OF_TIME = 128 + signal.SIGTERM  # the code of tasks that did not end in time
 
@@ -128,7 +128,7 @@ def is_out_of_time(job: dict[str, str]) -> bool:
 
 
 def may_come_back(job: dict[str, str]) -> bool:
-    """Whether SLURM has left it to us: the job runs, or has run out of time."""
+    """Whether SLURM leaves the requeue to us: the job runs, or has run out of time."""
     return job.get("JobState", "RUNNING") == "RUNNING" or is_out_of_time(job)
 
 

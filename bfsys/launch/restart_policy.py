@@ -23,7 +23,7 @@ from bfsys.supervision.run_end import note_end
 
 # All ranks end with it, nearly together, and starting again would change nothing.
 FINAL_CODES = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE, EXIT_STOPPED)
-MAX_RESTARTS = 3  # without a new checkpoint
+MAX_RESTARTS = 3  # restarts without a new checkpoint
 PAUSES_S = (1.0, 10.0, 60.0)  # before them: what is only passing, such as a file server that is away, may pass
 
 

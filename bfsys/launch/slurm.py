@@ -54,13 +54,13 @@ PYTHON = """bash -c 'trap "" USR2; exec "$0" "$@"' """
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's, whose script runs srun under requeue.py; it can be shown, and made where SLURM is missing."""
+    """submitit's executor, whose script runs srun under requeue.py. It can be shown and created without SLURM."""
 
     srun: Sequence[str] = ()
     """Options."""
     run_dirs: Sequence[Path] = ()
     elastic: Sequence[str] = ()
-    """Options of requeue.py."""
+    """The options of requeue.py."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -84,7 +84,7 @@ class Executor(submitit.SlurmExecutor):
 
 
 def lanes_problem(lanes: int, nodes: range, per_node: int) -> str | None:
-    """Why the lanes cannot be shared by any of these numbers of nodes, and how many could share them."""
+    """The reason why none of these numbers of nodes can share the lanes, with numbers that could."""
     if fitting(lanes, nodes, per_node):
         return None
     if fit := fitting(lanes, range(1, lanes + 1), per_node):
@@ -147,7 +147,7 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
 
 
 def seen_by_nodes(configs: Sequence[Config]) -> dict[str, Path]:
-    """What a job needs on every node, besides Python, by what it is."""
+    """The places that a job needs on every node, besides Python, by what they are."""
     data = dict.fromkeys(
         Path(path).absolute()
         for config in configs

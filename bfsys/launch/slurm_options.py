@@ -1,4 +1,4 @@
-"""What the command line of a SLURM job asks for, and what is wrong with it in itself. Importing this is quick."""
+"""The options of a SLURM job, and the problems of the command line itself. Importing this module is quick."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ranks_per_node(args: argparse.Namespace) -> int:
 
 
 def option_problems(args: argparse.Namespace) -> Iterator[str]:
-    """What is wrong with the command line itself."""
+    """Problems of the command line itself."""
     nodes = parse_range(args.nodes)
     if nodes is None:
         yield f"--nodes: got {args.nodes!r}; N or MIN-MAX is allowed, for example 8 or 4-8, from 1 on, MIN first"

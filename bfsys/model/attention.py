@@ -54,7 +54,7 @@ class SegmentAttention(torch.autograd.Function):
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """Our kernels for a GPU; None for other devices and float64."""
+    """The kernels of bfsys for a GPU; None for other devices and float64."""
     return _kernels(device) if device.type == "cuda" and dtype != torch.float64 else None
 
 

@@ -73,7 +73,7 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(normed)))
 
     def compile_parts(self) -> None:
-        """What lies around attention, for any number of tokens; blocks of equal shapes share what is compiled."""
+        """Compile the parts around attention, for any number of tokens. Blocks of equal shapes share the code."""
         for name in ("before_attention", "after_attention"):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
 
@@ -206,6 +206,6 @@ def parameter_count(architecture: Architecture, num_classes: int) -> int:
 
 
 def muon_count(architecture: Architecture) -> int:
-    """How many of them Muon updates, where it does."""
+    """The number of parameters that Muon updates, if it is the optimizer."""
     with torch.device("meta"):
         return sum(math.prod(stack) for stack in ByteFormer(architecture, 1).stacks().values())

@@ -1,4 +1,4 @@
-"""How many floating-point operations a step takes, exactly: of bfsys, and of the published form.
+"""Exact counts of the floating-point operations of a step, in bfsys and in the published form.
 
 A multiply-add counts as two. Matrix products and the stem's additions count; norms (0.2 % of the published form's),
 activations, softmax and the optimizer do not. A backward takes two products for each of the forward's, one per
@@ -55,7 +55,7 @@ class Flops:
 
     @property
     def matrix(self) -> int:
-        """Those in matrix products, which a profiler counts too."""
+        """The operations in matrix products, which a profiler counts too."""
         return self.total - self.lookups
 
     @property
@@ -163,7 +163,7 @@ def _flops(
 ) -> Flops:
     """`rows` and `pairs` of all layers: tokens, and query-key pairs; `merged`: tokens that come out of mergings."""
     times, twice = (1 + BACKWARD, 2) if backward else (1, 1)
-    square = 2 * rows * a.dim**2  # of every token with one [D, D] matrix
+    square = 2 * rows * a.dim**2  # the product of every token with one [D, D] matrix
     return Flops(
         stem=times * stem,
         lookups=twice * lookups,  # a gradient is added to as many rows as were summed

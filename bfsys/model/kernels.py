@@ -46,7 +46,7 @@ def _write_one(out):
 
 
 def try_compiler(device: torch.device) -> None:
-    """Compile and launch the smallest kernel. Raises whatever Triton raises where it lacks what it compiles with."""
+    """Compile and launch the smallest kernel. Raises Triton's own errors if it cannot compile."""
     _write_one[1,](torch.empty(1, dtype=torch.int32, device=device))
 
 
@@ -55,8 +55,8 @@ def try_compiler(device: torch.device) -> None:
 
 @triton.jit
 def _locate(n, rows, file, first_byte, end_byte, first_token, tokens, stride):
-    """For rows n (int64): position in their file, the file's tokens (0 for rows that are not tokens), first byte in
-    `data`, and bytes from there to the file's end (0 or less if there are none)."""
+    """The place of rows n (int64): position in their file, the file's tokens (0 for rows that are not tokens), first
+    byte in `data`, and bytes from there to the file's end (0 or less if there are none)."""
     f = tl.load(file + n, mask=n < rows, other=0)
     place = n - tl.load(first_token + f)
     count = tl.load(tokens + f)
@@ -170,8 +170,8 @@ def _stem_backward(
 
 
 def _split_count(tiles: int, blocks: int, partial_bytes: int, processors: int) -> int:
-    """Into how many parts to split the tokens, where every part makes `tiles` programs, one per multiprocessor at a
-    time: the fewest that leave the smallest share of the last wave idle."""
+    """The number of parts to split the tokens into, where every part makes `tiles` programs, one per multiprocessor at
+    a time: the fewest that leave the smallest share of the last wave idle."""
     most = max(1, min(blocks, 4 * processors // tiles + 1, PARTIAL_BYTES // partial_bytes))
     return max(range(1, most + 1), key=lambda s: tiles * s / (-(-tiles * s // processors) * processors))
 
@@ -317,15 +317,15 @@ def _attention_backward(
 
 
 def supports_attention(dtype: torch.dtype, width: int, dim: int, heads: int) -> bool:
-    """Whether `attention_forward` and `attention_backward` do segments of up to `width` tokens of this kind. Wider
-    heads than the published 64 channels would spill registers in the backward, and leave fast memory short."""
+    """Whether `attention_forward` and `attention_backward` can compute segments of up to `width` tokens of this kind.
+    Wider heads than the published 64 channels would spill registers in the backward, and leave fast memory short."""
     known = dtype in (torch.float32, torch.bfloat16, torch.float16)
     return known and width <= WIDEST and dim % heads == 0 and dim // heads <= WIDEST_HEAD
 
 
 def _tiles(width: int, dim: int, heads: int) -> dict[str, int]:
     head = dim // heads
-    sizes = [max(16, triton.next_power_of_2(size)) for size in (width, head)]  # what the matrix units take
+    sizes = [max(16, triton.next_power_of_2(size)) for size in (width, head)]  # sizes that the matrix units take
     return {"D": dim, "H": heads, "E": head, "TILE": sizes[0], "BLOCK_E": sizes[1]}
 
 

@@ -83,12 +83,12 @@ class Segments:
 
     @cached_property
     def windows(self) -> Windows:
-        """All of them as windows of one width, on the device of the segments."""
+        """The segments as windows of one width, on the device of the segments."""
         (windows,) = self.in_chunks(self.tokens)
         return _with_tensors(windows, (t.to(self.start.device) for t in _tensors(windows).values()))
 
     def in_chunks(self, chunk_tokens: int) -> tuple[Windows, ...]:
-        """All of them as windows, in parts of at least `chunk_tokens` tokens that cover the level; made once.
+        """The segments as windows, in parts of at least `chunk_tokens` tokens that cover the level; made once.
 
         Rows of a part count from its first token.
         """
@@ -151,7 +151,7 @@ class Layout:
     tokens: Tensor
 
     def to(self, device: torch.device) -> Layout:
-        """On a GPU, all index tensors come in one copy, which the host does not wait for."""
+        """The layout on a device. A GPU gets all index tensors in one copy, which the host does not wait for."""
         if self.tokens.device.type == device.type:
             return self
         layers = list(dict.fromkeys(self.layers))
@@ -166,12 +166,12 @@ class Layout:
 
 
 def _tensors(record: Files | Segments | Windows) -> dict[str, Tensor]:
-    """Its fields that are tensors."""
+    """The fields of a record that are tensors."""
     return {f.name: value for f in fields(record) if isinstance(value := getattr(record, f.name), Tensor)}
 
 
 def _with_tensors(record: Record, tensors: Iterator[Tensor]) -> Record:
-    """The record with the next tensors in the place of its own, in their order."""
+    """The record with its tensors replaced by the next ones, in their order."""
     changes: dict[str, Any] = {name: next(tensors) for name in _tensors(record)}
     return replace(record, **changes)
 
@@ -235,7 +235,7 @@ def _between(rising: np.ndarray, first: int, end: int) -> np.ndarray:
 
 
 def _ragged_range(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For sequences of `counts` items laid end to end: each item's sequence, and its place therein."""
+    """(the sequence, the place in it) of each item of sequences of `counts` items, laid end to end."""
     sequence = np.repeat(np.arange(len(counts)), counts)
     return sequence, np.arange(len(sequence)) - _starts(counts)[sequence]
 
@@ -278,7 +278,8 @@ def _windows_of(start: np.ndarray, length: np.ndarray, outside: np.ndarray, toke
 
 
 def _wrapped_windows(tokens: np.ndarray, aligned: np.ndarray, window: int, shift: int) -> Windows:
-    """As released: whole windows over the sequence rounded up to windows, the shift wrapping around its end."""
+    """The windows of the released code: whole windows over the sequence rounded up to windows. The shift wraps around
+    its end."""
     windows_per_file = -(-tokens // window)
     file, place = _ragged_range(tokens)
     slot = _starts(windows_per_file)[file] * window + (place - shift) % (windows_per_file * window)[file]

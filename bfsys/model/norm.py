@@ -55,7 +55,7 @@ def add_norm(norm: LayerNorm, x: Tensor, added: Tensor | None = None) -> tuple[T
 
 
 def norm_kernels_for(x: Tensor, added: Tensor | None) -> ModuleType | None:
-    """Our kernels, where they are faster for these rows. A compiled model fuses norms by itself."""
+    """The kernels of bfsys if they are faster for these rows, else None. A compiled model fuses norms by itself."""
     if torch.compiler.is_compiling() or x.numel() < LEAST_NUMBERS or kernels_for(x.device, x.dtype) is None:
         return None
     from bfsys.model import norm_kernels

@@ -19,7 +19,7 @@ WIDEST = 2048  # channels: one row per program
 # Numbers in a program's tile: 16 for each thread of 4 warps. The backward, which holds two sums and two inputs of that
 # size, then takes at most 128 registers of a thread, so that four programs fit on a multiprocessor.
 TILE = 2048
-PROGRAMS_PER_PROCESSOR = 4  # of the backward, all of which run at the same time
+PROGRAMS_PER_PROCESSOR = 4  # programs of the backward, which all run at the same time
 
 
 @triton.jit

@@ -20,9 +20,9 @@ class Peak(NamedTuple):
     """TFLOP/s of a GPU, without sparsity."""
 
     bf16: float | None
-    """In bfloat16 with float32 sums; None if the GPU has no such instruction."""
+    """The peak in bfloat16 with float32 sums; None if the GPU has no such instruction."""
     fp32: float
-    """In float32 itself, not TF32: PyTorch's default, which bfsys keeps."""
+    """The peak in float32 itself, not TF32: PyTorch's default, which bfsys keeps."""
 
 
 # Words of the names that PyTorch gives; the first entry whose words are all there counts. Data sheets that state only
@@ -59,7 +59,7 @@ PEAKS = {
     # amd.com: Instinct MI300X data sheet
     "MI300X": Peak(1307.4, 163.4),
 }
-# What else a name may hold, such as NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3.
+# Other parts of a name, such as in NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3.
 OTHER_WORDS = re.compile(r"NVIDIA|AMD|TESLA|GEFORCE|INSTINCT|SXM\d*|PCIE|HBM\d\w*|\d+GB?")
 
 

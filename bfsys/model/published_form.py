@@ -1,4 +1,4 @@
-"""ByteFormer in its published form: what bench_step.py and check-gpu measure bfsys against.
+"""ByteFormer in its published form, with which bench_step.py and check-gpu compare bfsys.
 
 The computation of the released code written plainly: a batch padded to its longest file, an embedding, a strided
 convolution, whole sequences rolled and cut into windows, score matrices with a float32 softmax, masks added to them,
@@ -128,11 +128,11 @@ class PublishedForm(nn.Module):
 
 
 def window_mask(padding: Tensor, window: int, shift: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, 0 or -inf: [N, 1, W, W]."""
+    """The mask that is added to the scores, 0 or -inf: [N, 1, W, W]."""
     files = len(padding)
     mask = torch.zeros(files, padding.shape[1] // window, window, window, dtype=dtype, device=padding.device)
     shift %= window
-    if shift:  # what the shift brought round from the start is kept apart
+    if shift:  # tokens that the shift brought round from the start are kept apart
         mask[:, -1, : window - shift, -shift:] = NEVER
         mask[:, -1, -shift:, : window - shift] = NEVER
     mask.masked_fill_(padding.view(files, -1, 1, window), NEVER)
@@ -145,6 +145,6 @@ def load_bfsys_weights(model: PublishedForm, weights: dict[str, Tensor]) -> None
     renamed = {"stem.embedding": "embedding.weight", "stem.kernel": "conv.weight", "stem.positions": "positions"}
     state = {renamed.get(name, name): weight for name, weight in weights.items()}
     for name in [name for name in state if name.endswith("reduction.weight")]:
-        first, second = state[name].chunk(2, dim=1)  # of each pair; here they interleave
+        first, second = state[name].chunk(2, dim=1)  # the halves of each pair; here they interleave
         state[name] = torch.stack([first, second], dim=2).flatten(1)
     model.load_state_dict(state)

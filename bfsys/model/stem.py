@@ -139,7 +139,8 @@ class Stem(nn.Module):
         self.reset_parameters(init)
 
     def reset_parameters(self, init: str) -> None:
-        """See `smooth_embedding` and `sine_positions` for `init` "smooth"; the kernel is drawn as published."""
+        """Draw the initial weights. For `init` "smooth" see `smooth_embedding` and `sine_positions`; the kernel is
+        drawn as published."""
         dim, _, kernel = self.kernel.shape
         nn.init.trunc_normal_(self.embedding, std=dim**-0.5)
         nn.init.trunc_normal_(self.positions, std=dim**-0.5)
@@ -154,7 +155,7 @@ class Stem(nn.Module):
         return Tokens.apply(self.table(), self.positions, data, files, self.kernel.shape[2])
 
     def table(self) -> Tensor:
-        """[K * V, D]; the rows of no byte are zero, whatever the embedding holds there."""
+        """[K * V, D]; the rows of no byte are zero, even if the embedding is not zero there."""
         stored = stored_dtype(self.embedding)
         dtype = product_dtype(stored, self.embedding.device.type)
         with torch.autocast(self.embedding.device.type, enabled=False):

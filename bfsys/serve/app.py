@@ -119,7 +119,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Question:
-    """Which bytes of a file speak for a class."""
+    """A request to explain which bytes of a file speak for a class."""
 
     upload: Upload
     class_name: str | None
@@ -198,7 +198,7 @@ class Service:
         return uploads
 
     async def explanation(self, question: Question) -> dict | str:
-        """What Explanation.as_dict gives, or a page. Raises HTTPException for a file or class that cannot be used."""
+        """Explanation.as_dict, or a page. Raises HTTPException for a file or class that cannot be used."""
         (answer,) = await self._explaining.answers([question])
         if isinstance(answer, UserError):
             raise HTTPException(422, str(answer))

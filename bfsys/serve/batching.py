@@ -1,4 +1,4 @@
-"""Micro-batches of what concurrent requests bring: one thread computes, and takes what waits, up to a budget.
+"""Micro-batches of the files of concurrent requests: one thread computes, and takes waiting files up to a budget.
 
 Ragged batches need no padding, so files of any lengths may share one. The thread never waits for a batch to fill: while
 it computes, the next one gathers by itself, and a lone request is computed at once. Refused: a window of some
@@ -38,7 +38,7 @@ class Worker(Generic[Item, Answer]):
 
     @property
     def waiting(self) -> int:
-        """How many items are in the queue."""
+        """The number of items in the queue."""
         return len(self._queue)
 
     async def answers(self, items: Sequence[Item]) -> list[Answer | BaseException]:

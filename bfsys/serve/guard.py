@@ -1,4 +1,4 @@
-"""What holds for every request: who may ask, headers of every answer, counting, and errors without their messages.
+"""The rules for every request: access, headers of answers, counting, and errors without their messages.
 
 A service on a loopback address trusts the programs of its machine, and a browser there runs pages of anybody. Such
 pages may send forms to it (CSRF) or, under a name that resolves to 127.0.0.1, read its answers (DNS rebinding). So
@@ -82,6 +82,6 @@ def _is_of_another_site(headers: Headers) -> bool:
 
 
 def log(error: BaseException) -> None:
-    """Where and of what type an error is, on standard error; not its message, which may quote a file."""
+    """Write the place and type of an error to standard error; its message is left out, because it may quote a file."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     print(f"internal error: {type(error).__name__}\n{frames}", end="", file=sys.stderr, flush=True)

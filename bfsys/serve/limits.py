@@ -10,7 +10,7 @@ class Limits:
     """The service holds at most `requests` × `request_bytes` bytes of uploads at a time."""
 
     file_bytes: int = 10_000_000
-    """Largest size of one file as it is sent."""
+    """Largest size of one file in a request."""
     request_bytes: int = 20_000_000
     """Largest size of a whole body, including the multipart headers."""
     files: int = 100

@@ -35,7 +35,7 @@ def is_loopback(listener: socket.socket) -> bool:
 
 
 def listen(listener: socket.socket, host: str) -> None:
-    """Raises UserError if another process has taken the port since it was bound."""
+    """Start to listen. Raises UserError if another process has taken the port since it was bound."""
     try:
         listener.listen(BACKLOG)
     except OSError as error:

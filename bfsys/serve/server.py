@@ -17,7 +17,7 @@ import uvicorn
 from bfsys.serve.app import Service, application
 from bfsys.serve.listener import BACKLOG, is_loopback, listen
 
-SECONDS_TO_FINISH = 5.0  # of the batch that is being computed, after all requests have ended
+SECONDS_TO_FINISH = 5.0  # for the current batch, after all requests have ended
 
 
 def serve(service: Service, listener: socket.socket, host: str) -> None:

@@ -24,7 +24,7 @@ FORM = "multipart/form-data"
 @dataclass
 class Upload:
     name: str
-    """As the client gave it; `file N` if it gave none."""
+    """The name that the client gave; `file N` if it gave none."""
     content: bytearray = field(default_factory=bytearray)
 
 
@@ -72,7 +72,7 @@ def _too_many_bytes(limits: Limits) -> HTTPException:
 
 
 class _Form:
-    """What the parser calls: collects files, and stops at the first thing that is wrong."""
+    """The callbacks of the parser. They collect files, and stop at the first error."""
 
     def __init__(self, limits: Limits) -> None:
         self.uploads: list[Upload] = []

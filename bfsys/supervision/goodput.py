@@ -4,7 +4,7 @@
     begun, and notes of how many steps are made and how long they waited for data and for saving
 
 Events are only ever added, and every second between the first start and now falls to one cause, so the causes add up
-to the wall time whatever happened in between. A process reads the wall clock once and measures from there, so that a
+to the wall time in every case. A process reads the wall clock once and measures from there, so that a
 clock that is set makes no duration wrong; one that was set back between two starts is taken to have stood still.
 
     restart     from the last note of a process to the first step of the next one, the very first start included
@@ -42,7 +42,7 @@ class _Attempt:
     """A process, or the part of it between two roll-backs."""
 
     start: float
-    step: int  # that it resumes from
+    step: int  # the step that it resumes from
     notes: list[tuple[float, int, float, float]] = field(default_factory=list)  # (time, step, stall_s, wait_s)
     began: float | None = None  # its first step
 
@@ -52,16 +52,16 @@ class _Attempt:
 
 
 class Ledger:
-    """Kept by rank 0; on other ranks it only measures."""
+    """The record of a run's time, kept by rank 0; on other ranks it only measures."""
 
     def __init__(self, run_dir: Path, is_rank_zero: bool) -> None:
         """Call once the run directory exists."""
         self.stall_s = self.wait_s = 0.0
         self._file: TextIO | None = None
         self._attempts: list[_Attempt] = []
-        self._closed = dict.fromkeys(CAUSES, 0.0)  # of all attempts but the last
+        self._closed = dict.fromkeys(CAUSES, 0.0)  # seconds of all attempts but the last
         self._clock_offset_s = time.time() - time.monotonic()
-        # What a launcher imports for its ranks counts for the first start.
+        # The imports of a launcher for its ranks count for the first start.
         self._start = float(os.environ.get(STARTED) or psutil.Process().create_time())
         if is_rank_zero:
             path = run_dir / FILE
@@ -76,7 +76,7 @@ class Ledger:
     def resumed(self, step: int) -> None:
         """The process resumes from `step`, or rolls back to it."""
         self._add({"event": "start", "time": self._start, "step": step})
-        self._start = self._now()  # of the next attempt, if this process rolls back
+        self._start = self._now()  # the start of the next attempt, if this process rolls back
 
     def first_step_begins(self) -> None:
         """The first step begins."""
@@ -109,7 +109,7 @@ class Ledger:
 
     def close(self) -> None:
         if self._file:
-            with suppress(OSError):  # what a full disk did not take
+            with suppress(OSError):  # the disk may be full
                 self._file.close()
 
     def _now(self) -> float:

@@ -1,4 +1,4 @@
-"""Bad steps: what they are, what is done about them, and when the run rolls back.
+"""Bad steps: their definition, their treatment, and the roll-back of a run.
 
 A step is bad if its loss or gradient is not finite: its update is skipped, on all ranks (engine.py). Or if its
 loss spikes: a robust z-score of its logarithm, against median and median deviation of the last good losses. A single
@@ -32,7 +32,7 @@ from bfsys.files import replace_file
 
 FILE = "rollbacks.json"
 MAX_ROLLBACKS = 3
-WINDOW_STEPS = 128  # of good losses that a loss is compared with
+WINDOW_STEPS = 128  # number of good losses that a loss is compared with
 LEAST_STEPS = 32  # before that many, nothing is a spike
 # Deviation of the log-loss below which nothing is told apart: at the default z-score of 10, a spike doubles the loss.
 LEAST_DEVIATION = 0.07
@@ -81,7 +81,7 @@ class Guard:
             return 0.0
         logs = [math.log(max(x, 1e-12)) for x in self._losses]
         median = statistics.median(logs)
-        deviation = 1.4826 * statistics.median(abs(x - median) for x in logs)  # as of a normal distribution
+        deviation = 1.4826 * statistics.median(abs(x - median) for x in logs)  # for a normal law
         return (math.log(max(loss, 1e-12)) - median) / max(deviation, LEAST_DEVIATION)
 
 

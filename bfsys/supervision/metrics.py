@@ -74,8 +74,8 @@ class Metrics:
         self.architecture, self.mode = config.model.architecture(), config.model.mode
         self.num_classes = num_classes
         precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.peak_flops_per_s = data_sheet_peak(ranks.device, precision)  # of a rank
-        self.matmul_flops_per_s = matrix_peak(ranks.device, precision)  # of this rank
+        self.peak_flops_per_s = data_sheet_peak(ranks.device, precision)  # the peak of a rank
+        self.matmul_flops_per_s = matrix_peak(ranks.device, precision)  # measured on this rank
         self.total_steps, self.log_every = config.train.steps, config.train.log_every
         self._started = self._step_began = time.perf_counter()
         self._sums = torch.zeros(len(source_names), COLUMNS, dtype=torch.float64)
@@ -141,7 +141,7 @@ class Metrics:
         self.ledger.record_progress(step)
         seconds_by_cause = self.ledger.seconds()
         memory = memory_figures(self.ranks.device)
-        flops_per_s = float(counters[FLOPS]) / max(1e-9, float(counters[BUSY_S]))  # of a rank, on average
+        flops_per_s = float(counters[FLOPS]) / max(1e-9, float(counters[BUSY_S]))  # the mean of a rank
         seconds = max(1e-9, float(counters[BUSY_S]) / self.ranks.world_size)
         line = {
             "kind": "train",
@@ -170,7 +170,7 @@ class Metrics:
         self.say(self._console_line(line))
 
     def event(self, kind: str, step: int, facts: dict) -> None:
-        """A line in metrics.jsonl that is no measurement, such as a bad step."""
+        """Write a line to metrics.jsonl that is not a measurement, such as a bad step."""
         if self._outputs:
             with self._noting_problems():
                 self._outputs.lines.write(json.dumps({"kind": kind, "step": step, **facts}) + "\n")
@@ -240,7 +240,7 @@ class Metrics:
 
     def close(self) -> None:
         if self._outputs:
-            with suppress(OSError):  # what a full disk did not take, which is known by now
+            with suppress(OSError):  # a full disk is known by now
                 self._outputs.tensorboard.close()
                 self._outputs.lines.close()
 
@@ -282,7 +282,7 @@ class Metrics:
 
 
 def hyperparameters(config: Config) -> dict[str, int | float | str]:
-    """What the HParams tab of TensorBoard shows of a run: the scalars of its config, by their dotted keys."""
+    """The settings that TensorBoard's HParams tab shows for a run: the scalars of its config, by their dotted keys."""
     settings = typed_yaml.flatten(typed_yaml.to_tree(config))
     parts = ("data.", "model.", "optim.", "train.")
     return {
@@ -347,7 +347,7 @@ def _overview(source_names: tuple[str, ...]) -> dict:
 
 
 def _open_lines(path: Path, first_step: int) -> tuple[TextIO, int]:
-    """metrics.jsonl for appending, without lines after the checkpoint that the run resumes from.
+    """Open metrics.jsonl for appending, without lines after the checkpoint that the run resumes from.
 
     Also the step of the latest evaluation that is in it, or -1.
     """

@@ -33,7 +33,7 @@ from bfsys.supervision.run_end import note_end
 from bfsys.supervision.signals import StopRequests
 from bfsys.supervision.watchdog import Watchdog, least_limit_s
 
-WARMUP_STEPS = 3  # of a start, in which programs may still be compiled
+WARMUP_STEPS = 3  # first steps of a start, in which programs may still be compiled
 COLLECT_EVERY_STEPS = 100  # on all ranks in the same step, because ranks that collect garbage hold up the others
 
 
@@ -41,7 +41,7 @@ class StepOutcome(NamedTuple):
     """The results of a step on this rank."""
 
     drawn: list[Drawn]
-    """Its micro-batches; none of a step that is skipped."""
+    """The micro-batches of the step; none if the step is skipped."""
     learning_rate: float
     grad_norm: float
     """The norm of the global gradient, before clipping."""

@@ -76,7 +76,7 @@ class Watchdog:
         self._beats += 1
 
     def be_patient(self, where: str) -> None:
-        """Until `times_are_known`: a start, or a roll-back."""
+        """Use the long limit until `times_are_known`: after a start or a roll-back."""
         self._is_patient = True
         self.beat(where)
 

@@ -114,7 +114,7 @@ class Ranks:
 
 
 def draws(folder: Path) -> dict[tuple[int, int], list]:
-    """What was drawn at each (step, lane); asserts that every repetition drew the same."""
+    """The samples drawn at each (step, lane). Asserts that every repetition drew the same."""
     found: dict[tuple[int, int], list] = {}
     for path in sorted(folder.glob("*.audit")):
         for line in path.read_text().split("\n")[:-1]:  # a kill may have torn the last one

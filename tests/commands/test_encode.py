@@ -196,7 +196,7 @@ def test_a_key_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_who_knows_one_file_knows_the_key_of_its_values() -> None:
-    """What docs/privacy.md says of `permute`: it is a substitution, not a cipher."""
+    """docs/privacy.md says of `permute` that it is a substitution, not a cipher."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
     file = io.BytesIO()

@@ -165,7 +165,7 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_bytes(content)
         known[split] = (name, hashlib.md5(content).hexdigest())
     monkeypatch.setattr(imagenet, "ARCHIVE_META", known)
-    # What torchvision makes of the development kit
+    # torchvision's parse of the development kit
     torch.save(({i: (i,) for i in IDS}, [IDS[0], IDS[1], IDS[1], IDS[0]]), tmp_path / "meta.bin")
     monkeypatch.setattr(fetch, "IMAGENET_CLASSES", 2)
     monkeypatch.setattr(fetch, "IMAGENET_FILES", {"train": 6, "val": 4})

@@ -1,4 +1,4 @@
-"""What inspect_shards prints, how it exits, and the index it makes for tars made elsewhere."""
+"""The output and exit codes of inspect_shards, and the index that it makes for tars made elsewhere."""
 
 import gzip
 import json

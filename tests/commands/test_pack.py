@@ -41,7 +41,7 @@ def _no_fsync():
         yield
 
 
-# What goes in comes out
+# Packed files are read back unchanged
 
 
 file_names = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=30)

@@ -1,4 +1,4 @@
-"""What packing says of files that it leaves out, of classes that cannot be learned, and of what files hold besides."""
+"""The notes of packing on files that it leaves out, classes that cannot be learned, and peculiarities of files."""
 
 import io
 import unicodedata

@@ -1,4 +1,4 @@
-"""What the tests of remote files share: a server, a cache, and a look for processes left behind."""
+"""Fixtures of the tests of remote files: a server, a cache, and a check for processes left behind."""
 
 from __future__ import annotations
 

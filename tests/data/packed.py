@@ -133,5 +133,5 @@ def divisors(n: int) -> list[int]:
 
 
 def resource_names() -> set[str]:
-    """What lies in shared memory under a name."""
+    """The objects in shared memory with a name."""
     return set(os.listdir("/dev/shm"))

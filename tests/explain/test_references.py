@@ -1,4 +1,4 @@
-"""What stands in the place of replaced bytes."""
+"""The bytes that replace those of a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a folder to a trained and evaluated model by one command."""
+"""One command turns a folder into a trained and evaluated model."""
 
 from __future__ import annotations
 

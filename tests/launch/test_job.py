@@ -1,4 +1,5 @@
-"""What a pickled job knows, and how it ends as a task of SLURM, without a cluster; training is played by a function."""
+"""The content of a pickled job, and its end as a task of SLURM, without a cluster. A function takes the place of
+training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the SLURM launcher finds out before anything waits in a queue; SLURM is played by small scripts."""
+"""The checks of the SLURM launcher before a job is queued. Small scripts take the place of SLURM."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_run_directory_that_cannot_be(config_file: Path, tmp_path: Path) -> No
     (tmp_path / "file").touch()
     config = load_config(config_file, [f"runs_dir={tmp_path}/file/runs"])
     assert preflight.check_run(config, 1, on_gpu=False).problems == [
-        f"run directory {tmp_path}/file/runs/tiny: {tmp_path}/file is no directory",
+        f"run directory {tmp_path}/file/runs/tiny: {tmp_path}/file is not a directory",
     ]
 
 

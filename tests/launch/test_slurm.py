@@ -33,7 +33,7 @@ def problems_of(*arguments: object) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def no_slurm(tmp_path, monkeypatch) -> None:
-    """What this machine has of SLURM is not there, for the launcher."""
+    """Hide the SLURM of this machine from the launcher."""
     which = shutil.which
     monkeypatch.setattr(slurm.shutil, "which", lambda name: which(name, path=str(tmp_path / "bin")))
 

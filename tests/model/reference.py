@@ -124,7 +124,7 @@ def reference_logits(weights: Mapping[str, Tensor], config: ReferenceConfig, x: 
 def reference_activations(
     weights: Mapping[str, Tensor], config: ReferenceConfig, x: Tensor, mode: str
 ) -> dict[str, Tensor]:
-    """All that `reference_logits` comes by: after_pos, layer_i, downsample_i, post_norm, pooled, logits."""
+    """The activations of `reference_logits`: after_pos, layer_i, downsample_i, post_norm, pooled, logits."""
     assert mode in MODES
     found = {}
     tokens, padding = stem(weights, config, x, mode)

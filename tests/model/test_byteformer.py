@@ -30,7 +30,7 @@ from tests.model import vectors
 from tests.model.reference import PAD, PAD_ROW, ReferenceConfig, pad, random_weights, reference_logits
 from tests.model.vectors import CASES, FILES, load_corenet, needs_vectors
 
-# What the two modes are called here and in the published numbers.
+# Names of the two modes here and in the published numbers.
 PUBLISHED_MODE = {"masked": "intended", "as_released": "released"}
 MODES = tuple(PUBLISHED_MODE)
 
@@ -149,7 +149,7 @@ def test_logits_are_the_published_ones(file: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("file", FILES)
 def test_gradients_with_the_published_weights_are_those_of_the_reference(file: str, mode: str) -> None:
-    """In no published batch are all rows comparable, so its gradient is reached through the reference."""
+    """No published batch has only comparable rows, so the gradient is compared through the reference."""
     v = vectors.load(file)
     files = v.files("tail_longer_than_window")
     assert_same_as_reference(v.config, v.weights(torch.float64), files, mode)
@@ -366,7 +366,7 @@ def test_file_shorter_than_the_kernel_is_an_error_as_released_only() -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("rows", "tokens"), [(300, 299), (300, 300), (300, 301), (300, 1000), (7, 30), (1, 9)])
 def test_longer_files_repeat_the_second_half_of_the_positions(mode: str, rows: int, tokens: int) -> None:
-    """As a model whose table spells it out, in answers and gradients."""
+    """Answers and gradients equal those of a model whose table has the repeated positions."""
     weights = random_weights(replace(TINY, max_tokens=rows), seed=0)
     model = build(replace(TINY, max_tokens=rows), weights, mode)
     row_of = list(range(rows))

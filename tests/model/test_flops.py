@@ -27,7 +27,7 @@ def batch_of(lengths: list[int]) -> ByteBatch:
 
 
 def counted(model: torch.nn.Module, x: ByteBatch | torch.Tensor, backward: bool) -> int:
-    """By PyTorch."""
+    """The operations that PyTorch counts."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         logits = model(x)
         if backward:
@@ -50,7 +50,7 @@ def custom(shift: int, kernel: int = 4, max_tokens: int = 4096) -> Architecture:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_whole_windows_are_counted_as_pytorch_does(backward: bool) -> None:
-    """Without shifts, lengths can be whole windows at every level: no slot is blank, and the counts are equal."""
+    """Without shifts, lengths can be whole windows at every level, so no slot is blank, and the counts are equal."""
     a, lengths = custom(shift=0), [2 * 128 * 4, 2 * 128 * 4 * 2]
     expected = counted(ByteFormer(a, CLASSES), batch_of(lengths), backward)
     assert flops_per_step(np.array(lengths), a, CLASSES, backward).matrix == pytest.approx(expected, rel=1e-9)
@@ -108,7 +108,7 @@ def test_files_add_up_but_for_the_table() -> None:
     ],
 )
 def test_published_multiply_adds(length: int, kernel: int, gmac: float, stem_share: float) -> None:
-    """As a profiler counts them in the released code, of one file."""
+    """The counts of one file equal those of a profiler in the released code."""
     classes = 1000 if length in (150_668, 48_564) else 12
     flops = published_flops(np.array([length]), architecture("tiny", kernel=kernel), classes, backward=False)
     assert flops.total / 2e9 == pytest.approx(gmac, abs=0.006)

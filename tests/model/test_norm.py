@@ -58,7 +58,7 @@ def test_nothing_outside_the_rows_is_touched(kernels):
 
 
 def test_autograd_sees_the_same_with_and_without_kernels(kernels, monkeypatch):
-    """As a block uses it: x goes on beside its norm; the sum may be used alone, and the norm alone."""
+    """A block uses x beside its norm; the sum may be used alone, and the norm alone."""
     dim, rows = 48, 37
     layer = nn.LayerNorm(dim).to(DEVICE)
     given = {name: value.to(DEVICE) for name, value in norm_inputs(rows, dim, torch.float32, torch.float32).items()}

@@ -38,7 +38,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def compiled_for_nvidia(capability: int, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """From now on launches run nothing, but compile what they would run on sm_CAPABILITY: the programs by name."""
+    """Make launches compile for sm_CAPABILITY instead of running. Returns the programs by name."""
     from triton.runtime.jit import JITFunction
 
     compiled = {}

@@ -46,7 +46,7 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(finished_run: Path) -> Iterator[Server]:
-    """With the limits that it has by default, but for the time of a request."""
+    """A server with the default limits, except the time of a request."""
     started = Server(finished_run, "--port", "0", "--timeout", "100")
     yield started
     code, printed = started.stop()

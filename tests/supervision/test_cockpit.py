@@ -1,4 +1,4 @@
-"""What TensorBoard is given besides curves, read back by its own reader."""
+"""The data for TensorBoard besides curves, read back by its own reader."""
 
 from __future__ import annotations
 

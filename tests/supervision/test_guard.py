@@ -185,7 +185,7 @@ def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_no
 
 
 def test_a_run_that_stays_bad_ends_with_its_samples(config_file: Path, tmp_path: Path) -> None:
-    """From step 5 on every step is bad: back to 4 three times, passing over three steps each, and then it ends."""
+    """Every step from 5 on is bad: the run rolls back to 4 three times, skips three steps each time, and then ends."""
     good = {pair for step in range(1, 5) for lane in range(4) for pair in samples_of_step(config_file, step, lane)}
     poison = [(source, i) for source, size in ((0, 120), (1, 80)) for i in range(size) if (source, i) not in good]
     run, ranks = run_poisoned(config_file, tmp_path / "log", "bad", "nan", poison, "train.steps=20")

@@ -1,4 +1,4 @@
-"""What metrics.jsonl and TensorBoard's files hold after a resume (runs on real ranks: test_resume.py)."""
+"""The content of metrics.jsonl and of TensorBoard's files after a resume (runs on real ranks: test_resume.py)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_tensorboard_compares_runs_by_hyperparameters_and_scores(
 
 
 def sessions(folder: Path) -> dict[str, tuple[float, dict[str, float]]]:
-    """What the HParams tab shows: (learning rate, scores) by session."""
+    """The rows of the HParams tab: (learning rate, scores) by session."""
     from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
     from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 

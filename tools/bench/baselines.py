@@ -1,4 +1,4 @@
-"""What a run's figures are to be compared with: the same files, by size, by byte counts, and decoded.
+"""Baselines for a run's figures on the same files: by size, by byte counts, and decoded.
 
     python tools/bench/baselines.py configs/small.yaml data.sources.0.path=data/shards/digits
 
@@ -96,7 +96,7 @@ def spectrogram() -> Callable[[bytes], Tensor]:
 
 
 def decoder(content: bytes, side: int) -> tuple[Callable[[bytes], Tensor], int]:
-    """What decodes files like this one, and the channels that come out."""
+    """The decoder for files like this one, and the number of channels that it returns."""
     for decode, channels in ((lambda c: picture(c, side), 3), (spectrogram(), 1)):
         try:
             decode(content)

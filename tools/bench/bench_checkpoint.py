@@ -1,4 +1,4 @@
-"""What a checkpoint of many ranks costs: files and bytes, its commit, its verification, its removal.
+"""Benchmark of the checkpoint of many ranks: files and bytes, its commit, its verification, its removal.
 
     python tools/bench/bench_checkpoint.py
     python tools/bench/bench_checkpoint.py --ranks 8 1024 --size tiny --folder /dev/shm

@@ -1,4 +1,4 @@
-"""What the control message of a step, and the start of the process group, cost a rank; and what 1,024 ranks would pay.
+"""Benchmark of the control message of a step and of the start of the process group, with an estimate for 1,024 ranks.
 
     python tools/bench/bench_control.py
     python tools/bench/bench_control.py --ranks 2 8 32 --json control.json
@@ -35,8 +35,8 @@ import torch.distributed
 from bfsys import dist
 from bfsys.errors import UserError, run_command, summary_of
 
-NUMBERS = 5  # of a control message
-BLOCKS = 5  # of steps, the fastest of which counts
+NUMBERS = 5  # numbers in a control message
+BLOCKS = 5  # blocks of steps, the fastest of which counts
 PAIR_RANKS = (2, 4, 16, 64, 256, 1024)
 TIMEOUT_S = 300
 LOCAL_RANKS = 8
@@ -145,7 +145,7 @@ def measure(ranks: int, mesh: str, steps: int) -> dict:
 
 
 def run_processes(ranks: int, mesh: str, act: Callable[[int], dict]) -> list[dict]:
-    """What `act(rank)` returns in each of the processes of a group, by rank, and what their start has cost."""
+    """The results of `act(rank)` in each process of a group, by rank, and the cost of their start."""
     context = multiprocessing.get_context("fork")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

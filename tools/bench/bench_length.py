@@ -1,4 +1,4 @@
-"""What one file of a given length costs: time and memory of an answer, and of a training step.
+"""Benchmark of one file of a given length: time and memory of an answer, and of a training step.
 
     python tools/bench/bench_length.py --lengths 64k,256k,1m,4m,16m --json length.json
 

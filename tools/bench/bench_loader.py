@@ -51,7 +51,7 @@ RAW_READ = "raw read"
 BATCH_SAMPLES = 32
 SHARD_BYTES = 64_000_000
 CLIP_BYTES = 32_044  # a second of 16-bit sound at 16 kHz, with its header
-LIMIT_S = 900  # of one measurement
+LIMIT_S = 900  # limit of one measurement
 
 
 def sample_lengths(samples: int) -> np.ndarray:
@@ -116,7 +116,7 @@ def webdataset_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple
     from webdataset import WebDataset, WebLoader
 
     urls = sorted(str(path) for path in folder.glob("*.tar"))
-    dataset = WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000)  # as in its documentation
+    dataset = WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000)  # as documented
     dataset = dataset.map(lambda fields: (fields.get("jpg") or fields["wav"], int(fields["cls"])))
     dataset = dataset.batched(BATCH_SAMPLES, collation_fn=flat_batch)
     yield from WebLoader(dataset, batch_size=None, num_workers=workers, collate_fn=lambda batch: batch)
@@ -186,7 +186,7 @@ def run_job(job: dict) -> dict:
 
 
 def check_epoch(batches: Iterator[tuple], lengths: np.ndarray) -> dict:
-    """Does each sample of an epoch come once, whole; and what share of its batches is padding?"""
+    """Check that each sample of an epoch comes once and intact; returns the share of padding in its batches."""
     numbers, sizes, buffers, padded = [], [], 0, 0
     for data, offsets, *_ in batches:
         data, offsets = np.asarray(data), np.asarray(offsets)

@@ -1,4 +1,4 @@
-"""What Muon costs beside AdamW: time of a step, time of its update, and what ranks send, at each ZeRO stage.
+"""Benchmark of Muon beside AdamW: time of a step, time of its update, and bytes that ranks send, at each ZeRO stage.
 
     python tools/bench/bench_optimizer.py configs/quickstart.yaml --files 32 --file-bytes 1700
     torchrun --standalone --nproc-per-node 2 tools/bench/bench_optimizer.py configs/quickstart.yaml --stages 0 1 2 3
@@ -47,7 +47,7 @@ CLASSES = 20
 
 @dataclass
 class Times:
-    """What the steps of one optimizer took on this rank."""
+    """The times of the steps of one optimizer on this rank."""
 
     step_s: list[float] = field(default_factory=list)
     update_s: list[float] = field(default_factory=list)

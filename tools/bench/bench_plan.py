@@ -1,4 +1,4 @@
-"""What planning costs a rank: start-up, time per step, memory, resume at 90 % of an epoch; and which shards nodes read.
+"""Benchmark of planning on a rank: start-up, time per step, memory, resume at 90 % of an epoch, shards that nodes read.
 
     python tools/bench/bench_plan.py
     python tools/bench/bench_plan.py --samples 1000000000 --ranks 1024 --json plan.json

@@ -1,4 +1,4 @@
-"""What safety costs: how long training waits for checkpoints, and how much of a run's time is left when it is attacked.
+"""Benchmark of recovery: the time that training waits for checkpoints, and the goodput of a run that is attacked.
 
     python tools/bench/bench_recovery.py saving --disk-mb-s 20    # needs root and cgroup v1; without: the disk as is
     python tools/bench/bench_recovery.py attacks --minutes 20 --every-s 120
@@ -210,7 +210,7 @@ def bench_attacks(args: argparse.Namespace) -> dict:
                         killed += 1
             wall_s = time.monotonic() - began
             seconds = read_seconds(run)
-            os.killpg(launcher.pid, signal.SIGKILL)  # with its ranks, which die with it
+            os.killpg(launcher.pid, signal.SIGKILL)  # its ranks die with it
             restarts = (Path(name) / "launcher.log").read_text().count("starting again")
         finally:
             with suppress(ProcessLookupError):

@@ -62,7 +62,7 @@ from tools.bench.step_measurement import (
 
 # Main memory that the published form wants for each token and each byte of a padded batch, by dim (tiny, float32).
 PADDED_TOKEN_BYTES_PER_DIM, PADDED_BYTE_BYTES_PER_DIM = 240, 16
-SHARE_OF_MEMORY = 0.7  # of what is free, that a measurement on the CPU may want
+SHARE_OF_MEMORY = 0.7  # share of free memory that a measurement on the CPU may use
 
 
 def workloads() -> dict[str, Workload]:
@@ -205,7 +205,7 @@ def machine(device: str) -> dict:
 
 
 def bf16_instructions() -> str:
-    """Those of the processor that multiply bfloat16."""
+    """The instructions of the processor that multiply bfloat16."""
     known = {"AVX512_BF16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
     return ", ".join(name for name, is_there in known.items() if is_there) or "none (products in float32)"
 

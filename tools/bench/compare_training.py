@@ -1,4 +1,4 @@
-"""Does bfsys learn as the published form does? Both trained from the same weights on the same batches, loss by loss.
+"""Compare the losses of bfsys and of the published form, trained from the same weights on the same batches.
 
     python tools/bench/compare_training.py configs/small.yaml recipe=published data.sources.0.path=data/shards/digits
 

@@ -109,7 +109,7 @@ def _attributes(node: ast.ClassDef | ast.FunctionDef) -> Iterator[tuple[str, str
 
 
 def describe_type(hint: Any) -> str:
-    """What values a key takes, for people: `whole number of at least 1`."""
+    """The values that a key takes, as text: `whole number of at least 1`."""
     for known, text in NAMED_TYPES.items():
         if hint == known:
             return text

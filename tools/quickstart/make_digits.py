@@ -147,7 +147,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def make_pictures(
     image_versions: int, plan_rng: np.random.Generator, draw_rng: np.random.Generator
 ) -> tuple[Counter, Iterator[tuple[Picture, bytes]]]:
-    """How many images each split is to have, and an iterator over what each is and its bytes."""
+    """The number of images of each split, and an iterator over the images and their bytes."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -217,7 +217,7 @@ def write_tree(folder: Path, settings: Settings, progress: Progress) -> list[dic
 
 
 def describe(settings: Settings, rows: list[dict]) -> dict:
-    """What `complete.json` says: settings, the versions that the bytes depend on, counts and bytes."""
+    """The content of `complete.json`: settings, the versions that the bytes depend on, counts and bytes."""
     counts: dict[str, dict[str, int]] = {}
     for row in rows:
         part = counts.setdefault(f"{row['split']} {row['encoding']}", {"files": 0, "bytes": 0})
@@ -235,7 +235,7 @@ def describe(settings: Settings, rows: list[dict]) -> dict:
 
 
 def find_earlier(out: Path, settings: Settings) -> dict | None:
-    """The description of what is at OUT, if these settings made it; an error if something else is there."""
+    """The description of OUT if these settings made it; an error if something else is there."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     advice = "give another OUT, or remove this one"

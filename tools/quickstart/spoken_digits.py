@@ -48,8 +48,8 @@ CLIP_RATE_HZ = 5_000  # the vowels' formants fit, and a byte model has a third f
 CLIP_SAMPLES = 1_750  # 0.35 s
 MAX_WORD_SAMPLES = 1_650  # 0.33 s: the rest leaves even the longest word some room to move
 TRIM_BELOW_PEAK_DB = 40
-PEAKS = (0.6, 0.95)  # of full scale
-NOISE_RMS = (0.002, 0.006)  # of full scale; one step of 8 bits is 0.008
+PEAKS = (0.6, 0.95)  # shares of full scale
+NOISE_RMS = (0.002, 0.006)  # shares of full scale; one step of 8 bits is 0.008
 CHUNK_UTTERANCES = 2_000
 
 
@@ -209,7 +209,7 @@ def speak_in_fresh_process(utterances: list[Utterance], seed: int) -> list[tuple
 
 
 def main() -> None:
-    """What the fresh process does: utterances from standard input, words to standard output."""
+    """Speak in the fresh process: read utterances from standard input, and write words to standard output."""
     seed, utterances = pickle.load(sys.stdin.buffer)
     with open(1, "wb", closefd=False) as answer:
         answer.write(pickle.dumps(speak([Utterance(*u) for u in utterances], seed)))
@@ -230,7 +230,7 @@ def make_clip(word: np.ndarray, rng: np.random.Generator) -> bytes:
 def make_utterances(
     clips_per_class: dict[str, int], plan_rng: np.random.Generator, clip_rng: np.random.Generator
 ) -> tuple[Counter, Iterator[tuple[Utterance, bytes]]]:
-    """How many clips each split is to have, and an iterator over what each is and its bytes."""
+    """The number of clips of each split, and an iterator over the clips and their bytes."""
     utterances = plan_utterances(clips_per_class, plan_rng)
     chunks = [utterances[i : i + CHUNK_UTTERANCES] for i in range(0, len(utterances), CHUNK_UTTERANCES)]
     seeds = plan_rng.integers(2**31, size=len(chunks)).tolist()

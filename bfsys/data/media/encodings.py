@@ -1,4 +1,4 @@
-"""File encodings: what the bytes of a picture or a sound look like to the model.
+"""File encodings: the bytes of a picture or a sound that the model reads.
 
 A file encoding is a function and a row in ENCODINGS. The sizes are the published ones to the byte, since
 they set the number of tokens: a picture of 224 × 224 has 150,668 bytes as TIFF, 150,864 as (stored) PNG,
@@ -33,7 +33,7 @@ BICUBIC_REACH = 3  # pixels on each side, when a picture is enlarged
 
 # Largest kernel of torchaudio's resampling (64 MB): the old rate times the new one, both divided by what they share.
 MOST_KERNEL = 2**24
-# As torchaudio's: zero crossings of the sinc on each side, and the share of the band that is kept
+# Equal to torchaudio's: zero crossings of the sinc on each side, and the share of the band that is kept
 ZERO_CROSSINGS, ROLLOFF = 6, 0.99
 # Weights of a resampling without that kernel that are computed at a time
 BLOCK_WEIGHTS = 2**20
@@ -43,7 +43,7 @@ PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
 PCM_GUID = struct.pack("<H", PCM) + bytes.fromhex("000000001000800000aa00389b71")
 FRONT_CENTRE = 4
 
-# How a sample in -1 … 1 becomes a number of each type: (x + shift) · scale
+# A sample in -1 … 1 becomes a number of each type by (x + shift) · scale
 WAV_TYPES = {
     "uint8": ("u1", 1.0, 127.5),
     "int16": ("<i2", 0.0, 2**15 - 1),
@@ -101,7 +101,7 @@ def encode_tiff(pixels: np.ndarray) -> bytes:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Not compressed, as published."""
+    """Encode without compression, as published."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -110,7 +110,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def encode_jpeg(quality: str, pixels: np.ndarray) -> bytes:
-    """With Pillow's defaults (colour at half resolution, standard Huffman tables), as published."""
+    """Encode with Pillow's defaults (colour at half resolution, standard Huffman tables), as published."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -155,7 +155,7 @@ def encode_mp3(clip: Clip) -> bytes:
 
 
 def encode_flac(clip: Clip) -> bytes:
-    """16 bits per sample."""
+    """Encode with 16 bits per sample."""
     return _written_by_libsndfile(clip, format="FLAC", subtype="PCM_16")
 
 
@@ -227,7 +227,7 @@ def library_version(encoding: Encoding) -> str:
 
 @dataclass(frozen=True)
 class Fitting:
-    """How decoded files are brought to one size before they are encoded again; None leaves as is."""
+    """The size that decoded files get before they are encoded again; None leaves a property unchanged."""
 
     image_size: int | None = None  # pixels, of a square
     sample_rate_hz: int | None = None
@@ -235,7 +235,7 @@ class Fitting:
 
 
 def reencode(data: bytes, encoding: Encoding, fitting: Fitting) -> bytes:
-    """A file's bytes in another encoding. Raises whatever the decoder raises for a damaged file."""
+    """A file's bytes in another encoding. Raises the decoder's error for a damaged file."""
     if encoding.modality == "image":
         pixels = decode_image(data)
         return encoding.file_of(resize_and_crop(pixels, fitting.image_size) if fitting.image_size else pixels)
@@ -312,7 +312,7 @@ def _resample_by_torchaudio(wave: np.ndarray, old: int, new: int) -> np.ndarray:
 def _resample_one_by_one(wave: np.ndarray, old: int, new: int) -> np.ndarray:
     """The same sums, with the weights of each new sample computed for it alone: float32 [ceil(n · new / old)]."""
     samples = -(-len(wave) * new // old)
-    band = ROLLOFF * min(old, new) / old  # of the old one
+    band = ROLLOFF * min(old, new) / old  # share of the old band
     reach = math.ceil(ZERO_CROSSINGS / band)  # old samples on each side of a new one
     around = np.arange(-reach, reach + 2)
     padded = np.pad(wave, (reach, reach + 1))

@@ -34,7 +34,7 @@ LONGEST_SOUND = 2**22  # samples
 class FileKind(NamedTuple):
     """The kind of a file, judged by its first bytes."""
 
-    name: str  # with an article
+    name: str  # name with an article
     modality: str
     magic: re.Pattern[bytes]
 
@@ -78,7 +78,7 @@ class InputFormat:
         return self.encoding.modality is not None
 
     def describe(self) -> str:
-        """For example `wav:uint8 of 1 s at 16,000 Hz`."""
+        """The format as text, such as `wav:uint8 of 1 s at 16,000 Hz`."""
         size, rate, seconds = self.fitting.image_size, self.fitting.sample_rate_hz, self.fitting.seconds
         text = self.encoding.text
         text += f" of {size} × {size} pixels" if size else ""

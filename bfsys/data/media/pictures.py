@@ -1,4 +1,4 @@
-"""Pictures: from the bytes of a file to pixels of three channels of 8 bits, and what of a file they leave out.
+"""Decoding of pictures to three channels of 8 bits, and notes on what is lost.
 
 Pillow clips what has more than 8 bits to 0 … 255 when it converts grey pictures, which makes them white or black. Here
 they are converted by their range instead.
@@ -26,8 +26,8 @@ PECULIARITIES = {
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3], of the first frame. ValueError for a file that is no picture or is too large; for a damaged one
-    whatever Pillow raises.
+    """uint8 [H, W, 3], of the first frame. ValueError for a file that is not a picture or is too large; for a damaged
+    one whatever Pillow raises.
 
     Alpha is dropped, and the orientation noted by a camera (EXIF) is not applied, as in ImageNet training; that of a
     TIFF is, by Pillow. Pictures of more than 8 bits:
@@ -58,7 +58,7 @@ def _has_deep_colours(image, data: bytes) -> bool:
 
 
 def peculiarities_of_image(data: bytes) -> tuple[str, ...]:
-    """Which keys of PECULIARITIES a picture has; none of a file that cannot be read. Pixels are not decoded."""
+    """The keys of PECULIARITIES that apply to a picture; none if it cannot be read. Pixels are not decoded."""
     from PIL import Image
 
     try:

@@ -39,7 +39,7 @@ class NotRewritableError(ValueError):
 def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) -> bytes:
     """A picture of the same size and mode, changed and written as its file was.
 
-    Raises NotRewritableError, or whatever Pillow raises for a damaged file.
+    Raises NotRewritableError, or Pillow's error for a damaged file.
     """
     with opened(data) as image:
         kind, mode = image.format, image.mode

@@ -1,4 +1,4 @@
-"""Sounds: from the bytes of a file to the samples of one channel.
+"""Decoding of sounds to the samples of one channel.
 
 A sound that is cut, empty or not finite is a bad file, as a cut picture is. libsndfile reads what is left of a cut file
 without a word, so the length that a header announces is compared with the bytes that are there. Headers that announce
@@ -41,7 +41,7 @@ class Clip(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the chunks of a container lie in it."""
+    """The layout of the chunks in a container."""
 
     first: int  # offset of the first chunk
     head: struct.Struct  # name and size, before a chunk's content
@@ -62,7 +62,7 @@ LAYOUTS = {
 
 
 class Announced(NamedTuple):
-    """What a header states about the bytes after it."""
+    """The range of bytes that a header announces after it."""
 
     start: int  # offset of the first byte
     size: int  # bytes
@@ -104,7 +104,7 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
 
 
 def check_finite(wave: np.ndarray) -> None:
-    """ValueError for NaN or an infinity among float32 [samples]; LAME ends the process on one."""
+    """Raise ValueError for NaN or an infinity among float32 [samples]; LAME ends the process on one."""
     if not np.isfinite(wave).all():
         raise ValueError("holds samples that are not finite (NaN or infinite)")
 
@@ -129,7 +129,7 @@ def _read(file, seconds: float | None) -> np.ndarray:
     file.seekable = lambda: False
     parts: list[np.ndarray] = []
     got = 0
-    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is found not to be finite
+    with np.errstate(over="ignore", invalid="ignore"):  # the result is found to be non-finite
         while got < wanted:
             block = min(max(1, BLOCK_SAMPLES // file.channels), wanted - got)
             part = file.read(block, dtype="float32", always_2d=True).mean(axis=1)
@@ -215,7 +215,7 @@ def _last_page_of_ogg(data: bytes) -> Announced:
 
 
 def _announced_by_xing(data: bytes) -> Announced | None:
-    """MP3, whose first frame may hold, in the place of sound, the number of bytes of the stream (Xing, LAME)."""
+    """MP3, whose first frame may hold the number of bytes of the stream instead of sound (Xing, LAME)."""
     start = 0
     if data[:3] == b"ID3" and len(data) >= 10:
         start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))

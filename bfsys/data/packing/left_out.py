@@ -1,4 +1,4 @@
-"""Files and folders that are no samples by their names or places: hidden ones, and those of the operating system.
+"""Files and folders that are not samples by their names or places: hidden ones, and those of the operating system.
 
 None of them vanishes without a word: `left_out_note` names them.
 """
@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# What Windows, macOS, Linux and network storage put beside the user's files, in small letters
+# Files that Windows, macOS, Linux and network storage add to the user's files, in small letters
 SYSTEM_NAMES = {
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "zbthumbnail.info"),
     *("$recycle.bin", "system volume information", "icon\r", "icon\uf00d", "desktop db", "desktop df"),
@@ -29,7 +29,7 @@ class LeftOut(NamedTuple):
 
 
 def why_left_out(name: str) -> str:
-    """Why a file or folder of this name is no sample; empty if it may be one."""
+    """The reason why a file or folder of this name is not a sample; empty if it may be one."""
     if is_of_system(name):
         return "of the operating system"
     return "hidden" if name.startswith(".") else ""

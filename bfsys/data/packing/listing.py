@@ -26,7 +26,7 @@ from bfsys.data.storage.tars import NOT_PAYLOAD
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
 SPEECH_COMMANDS_LISTS = {"validation_list.txt": "val", "testing_list.txt": "test"}
 BACKGROUND_NOISE = "_background_noise_"
-OUTSIDE = re.compile(r"^/*(\.\./)*")  # what leads a path out of the list's folder
+OUTSIDE = re.compile(r"^/*(\.\./)*")  # the part of a path that leads out of the list's folder
 SKIPPED_BY_WEBDATASET = re.compile(r"__.*__")
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -35,7 +35,7 @@ class SourceFile(NamedTuple):
     path: str  # absolute
     class_name: str
     split: str
-    key: str  # of the sample, without a dot
+    key: str  # key of the sample, without a dot
     extension: str  # lower case, without a dot
     size_bytes: int = 0
     mtime_ns: int = 0
@@ -53,7 +53,7 @@ class Listing:
     bad: list[BadFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
-    spellings: dict[str, Spelling] = field(default_factory=lambda: defaultdict(Spelling))  # of the classes, as found
+    spellings: dict[str, Spelling] = field(default_factory=lambda: defaultdict(Spelling))  # as found
     divided: bool = False  # into train and val, by `check_files`
 
 
@@ -256,8 +256,8 @@ def _folders(src: Path, root: Path, beside: str, listing: Listing, known: Sequen
 def visible_files(
     folder: str, problems: list[str], left_out: list[LeftOut], ancestors: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[str]:
-    """All files below a folder, in order, without hidden ones and those of the operating system, which go to
-    `left_out`. Links are followed, but not round in circles."""
+    """The files below a folder, in order. Hidden files and those of the operating system go to `left_out`. Links are
+    followed, but not round in circles."""
     try:
         status = os.stat(folder)
         names = sorted(os.listdir(folder))
@@ -279,7 +279,7 @@ def visible_files(
 
 
 def regular_files(folder: str, problems: list[str]) -> list[str]:
-    """Those of the visible files that can be read to an end; pipes, devices and links to nothing are problems.
+    """The visible files that can be read to an end; pipes, devices and links to nothing are problems.
 
     What is left out is named on standard error.
     """

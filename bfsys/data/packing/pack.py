@@ -32,7 +32,7 @@ from bfsys.data.storage.shards import seen_from
 from bfsys.errors import UserError
 
 DEFAULT_VAL_SHARE = 0.1
-SECONDS_BETWEEN_LINES = 15  # of progress, where there is no terminal to draw a bar on
+SECONDS_BETWEEN_LINES = 15  # between lines of progress without a terminal, which gets a bar
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
     try:
         with staging.locked(folder):
             is_new = write(packing, jobs, listing)
-    except OSError as error:  # of writing: files that cannot be read have been sorted out
+    except OSError as error:  # only writing fails here: unreadable files were sorted out
         raise UserError(
             f"{error.filename or folder}: cannot be written ({error.strerror or error}); put that right and run "
             f"the same command again: finished shards are kept"

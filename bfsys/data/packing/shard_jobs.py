@@ -31,8 +31,8 @@ from bfsys.data.storage.tars import Member, Shard, TarIndex, size_in_tar_bytes, 
 from bfsys.errors import UserError, one_line
 from bfsys.files import replace_file, replacing
 
-VERSION = 2  # to be raised when the same input comes to give other bytes
-ADDRESS = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")  # of a Python object in a decoder's message
+VERSION = 2  # raise it when the same input gives other bytes
+ADDRESS = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")  # address of a Python object in a decoder's message
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def plan_jobs(
 
 
 def _cut(files: list[SourceFile], shard_bytes: int) -> Iterator[tuple[SourceFile, ...]]:
-    """Equal shards rather than full ones: a small last shard would serve one rank badly."""
+    """Cut into equal shards rather than full ones: a small last shard would serve one rank badly."""
     total = sum(size_in_tar_bytes(file.size_bytes) for file in files)
     shards = -(-total // shard_bytes)
     before = 0
@@ -190,7 +190,7 @@ def _packed_bytes(
 
 
 def target_problems(folder: Path, splits: set[str]) -> list[str]:
-    """Why `folder` must not be packed into: nothing that another command made is ever overwritten."""
+    """The reasons why `folder` must not be packed into: nothing that another command made is ever overwritten."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return [f"{folder}: cannot be written: {existing} is not a folder that this user may write to"]

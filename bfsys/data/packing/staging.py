@@ -32,7 +32,7 @@ def folder_of(folder: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Nobody else packs into the folder meanwhile; raises UserError if somebody does. The lock ends with its process.
+    """Lock the folder for packing; raises UserError if another process has locked it. The lock ends with its process.
 
     Where the file system has no locks, nothing is locked.
     """
@@ -43,7 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def recover(folder: Path) -> None:
-    """Complete what a run began that was killed while it put files into place.
+    """Complete a run that was killed while it moved files into place.
 
     Raises UserError if another process packs into the folder.
     """
@@ -87,7 +87,7 @@ def put_into_place(folder: Path) -> None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Requests to stop that come in these milliseconds are not heard."""
+    """Ignore requests to stop for these milliseconds."""
     former = {
         number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }

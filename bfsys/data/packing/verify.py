@@ -13,7 +13,7 @@ from bfsys.files import describe
 
 
 def verify_split(split: Split) -> list[str]:
-    """Read everything, and name whatever is not as dataset.json and the index say."""
+    """Read everything, and name all that differs from dataset.json and the index."""
     problems = verify_index(split)
     for number in range(len(split.shards)):
         problems += verify_shard(split, number)

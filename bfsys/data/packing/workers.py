@@ -32,7 +32,7 @@ class Worker:
     """One process, from the outside."""
 
     def __init__(self, skip_bad: bool, job: Job, fatal: dict[str, str]) -> None:
-        """It begins with `job`."""
+        """Start the worker with `job`."""
         self.position = CONTEXT.RawValue(c_long, 0)
         self.connection, theirs = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=_work, args=(theirs, self.position, skip_bad), daemon=True)

@@ -49,7 +49,7 @@ def _describe(group: Mapping[str, Spelling]) -> str:
 
 
 def notes_on_classes(training_files: Mapping[str, int] | None, classes: int) -> list[str]:
-    """What to say of a number of classes and of their counts of training files; None if there is no training split."""
+    """Notes on a number of classes and on their counts of training files, which are None without a training split."""
     notes = ["one class: there is nothing to learn"] if classes == 1 else []
     lost = sorted(name for name, count in (training_files or {}).items() if not count)
     if lost:

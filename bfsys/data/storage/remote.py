@@ -38,9 +38,9 @@ T = TypeVar("T")
 CACHED = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)")
 PART, LOCK, EVICT = ".part", ".lock", "evict"
 CERTAIN_AFTER = 3  # answers that are whole and wrong; an outage is waited for longer
-SAY_AFTER_S = 10.0  # that somebody waits for a file
+SAY_AFTER_S = 10.0  # then standard error says that a file is waited for
 SMALL_FILE_BYTES = 64 << 20
-ROOM_POLL_S = 0.1  # how soon a wait for room notices that there is some
+ROOM_POLL_S = 0.1  # interval at which a wait for room looks for it
 GROWTH_PARTS = 64  # a file of unknown size reserves room in steps of this part of the cache
 
 
@@ -145,7 +145,7 @@ class Cache:
         return path
 
     def open(self, file: RemoteFile) -> BinaryIO:
-        """`fetch`, opened: stays readable when it is evicted, also if that is before it was opened."""
+        """Fetch and open a file. It stays readable when it is evicted, even before it was opened."""
         while True:
             with suppress(FileNotFoundError):
                 return open(self.fetch(file), "rb")
@@ -176,7 +176,7 @@ class Cache:
 
     @property
     def patience_s(self) -> float:
-        """How long a fetch may last whose server fails each time."""
+        """The longest time that a fetch takes if its server fails each time."""
         return self.attempts * self.stall_s + self.back_off_s * (2 ** (self.attempts - 1) - 1)
 
     def size_bytes(self) -> int:
@@ -211,7 +211,7 @@ class Cache:
         return path, True
 
     def _mark_used(self, path: Path, size_bytes: int | None) -> bool:
-        """Whether the file is there; if so it is the most recently used one."""
+        """Mark a file as the most recently used one; returns whether it is there."""
         try:
             if size_bytes is not None and path.stat().st_size != size_bytes:
                 self.discard(path)
@@ -382,7 +382,7 @@ class Prefetcher:
         self._threads: list[threading.Thread] = []
 
     def want(self, files: Iterable[RemoteFile]) -> None:
-        """Queue the files behind what is queued. What does not fit is fetched when it is needed."""
+        """Add files to the end of the queue. Files that do not fit are fetched when they are needed."""
         with self._changed:
             for file in files:
                 if self._stop.is_set() or len(self._queue) >= self._queue_limit:

@@ -54,8 +54,8 @@ class Split:
     shards: tuple[Shard, ...]
     samples: np.ndarray  # SAMPLE [samples], memory-mapped
     keys: np.ndarray  # uint8 [bytes of all keys], memory-mapped
-    bytes: int  # of all files together
-    length_quantiles: dict[str, int]  # of the files, in bytes: min, 1%, …, 50%, …, max
+    bytes: int  # size of all files together
+    length_quantiles: dict[str, int]  # lengths in bytes by quantile: min, 1%, …, 50%, …, max
     fingerprint: str  # changes whenever anything of the split changes
 
     def __len__(self) -> int:
@@ -103,7 +103,7 @@ class Split:
         return self.dataset.remote_file(shard.file, shard.sha256, shard.bytes)
 
     def damaged_index(self, shards: Iterable[int]) -> list[str]:
-        """Which of the shards' rows in the index are not those that were packed.
+        """Problems of the index: shards whose rows are not those that were packed.
 
         The ranks of a run divide the shards at its start, so that the proof of a large index costs little: a row
         that is not as packed would mean a wrong label or, for every file, a wrong checksum.
@@ -138,7 +138,7 @@ class Dataset:
 
     location: str  # folder or URL, as the user gave it
     description: dict
-    place: Path | Cache  # its folder, or where the files of a remote one come to lie
+    place: Path | Cache  # its folder, or the cache of a remote one
 
     @property
     def folder(self) -> Path:
@@ -147,7 +147,7 @@ class Dataset:
 
     @property
     def cache(self) -> Cache | None:
-        """None if the dataset is on this machine."""
+        """The cache of a remote dataset; None if the dataset is on this machine."""
         return self.place if isinstance(self.place, Cache) else None
 
     @property
@@ -190,7 +190,7 @@ class Dataset:
                 with suppress(FileNotFoundError):
                     seen[path] = path.stat()
         if not seen:
-            return  # what will be fetched is proven by its sha256
+            return  # files that will be fetched are proven by their sha256
         try:
             opened = self._open(split)
             damaged = bool(opened.damaged_index(range(len(opened.shards))))
@@ -228,7 +228,7 @@ class Dataset:
 
 
 def open_dataset(location: str | Path, cache: Cache | None = None) -> Dataset:
-    """The dataset in a folder, or at a URL, whose files come to lie in `cache`."""
+    """The dataset in a folder, or at a URL, whose files are fetched into `cache`."""
     location = str(location)
     if not is_remote(location):
         return Dataset(location, read_description(Path(location)), Path(location))
@@ -248,7 +248,7 @@ def split_names(path: str | Path) -> list[str]:
 
 
 def read_description(path: Path) -> dict:
-    """dataset.json of the folder at `path`."""
+    """The content of dataset.json in the folder at `path`."""
     if not os.path.isdir(path):
         raise UserError(f"{path}: there is no such folder{seen_from(path)}; a packed dataset is made by bfsys pack")
     file = path / DESCRIPTION
@@ -265,7 +265,8 @@ def read_description(path: Path) -> dict:
 
 
 def seen_from(path: Path) -> str:
-    """What a relative path is relative to, for a message that it does not exist; empty for an absolute one."""
+    """A note with the folder that a relative path starts from, for a message that the path does not exist; empty for an
+    absolute path."""
     return "" if path.is_absolute() else f" in the current folder, which is {Path.cwd()}"
 
 
@@ -286,7 +287,7 @@ def parse_description(content: bytes, where: str | Path) -> dict:
 def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # of a damaged header
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # a damaged header
         raise UserError(
             f"{file}: the index cannot be read ({error}); pack the dataset again, "
             f"or delete {DESCRIPTION} and run bfsys inspect --rebuild"

@@ -37,7 +37,7 @@ GONE = ("404", "410")  # HTTP: the server is well and the file is not there
 CANNOT_RUN = (126, 127)  # exit status of a shell: the command is not executable, or not there
 ERROR_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|\?xml)\b", re.IGNORECASE)
 CHUNK_BYTES = 1 << 20
-POLL_S = 0.1  # how soon a download notices that it is to stop
+POLL_S = 0.1  # interval at which a download checks whether to stop
 
 
 class TryFailed(Exception):
@@ -81,7 +81,7 @@ def base_name(url: str) -> str:
 
 
 def hide(text: str) -> str:
-    """Without what may be a secret: user names and queries of URLs, and the arguments of commands."""
+    """The location without what may be a secret: user names and queries of URLs, and the arguments of commands."""
     if text.startswith(PIPE):
         words = [word for word in text[len(PIPE) :].split() if "=" not in word]
         return f"{PIPE}{words[0] if words else ''} … {base_name(text)}"
@@ -158,7 +158,7 @@ def stream(
     received = 0
     with tempfile.NamedTemporaryFile(prefix="bfsys-") as errors:
         source = _open(url, stall_s, errors.name)
-        process: subprocess.Popen | None = getattr(source, "proc", None)  # of a Pipe
+        process: subprocess.Popen | None = getattr(source, "proc", None)  # the process of a Pipe
         file: BinaryIO = source if process is None else getattr(source, "stream", source)
         try:
             while data := _next_bytes(file.fileno(), stall_s, stop, received):

@@ -27,8 +27,8 @@ SAMPLE = np.dtype(
     [
         ("shard", "<u4"),
         ("label", "<u4"),
-        ("offset", "<u8"),  # of the payload's first byte in the tar
-        ("length", "<u8"),  # of the payload, in bytes
+        ("offset", "<u8"),  # offset of the payload's first byte in the tar
+        ("length", "<u8"),  # length of the payload, in bytes
         ("checksum", "<u8"),  # xxh3_64 of the payload
         ("key_end", "<u8"),  # key i is keys[key_end[i - 1] : key_end[i]]
     ]
@@ -37,9 +37,9 @@ BLOCK_BYTES = 512  # tar's unit: headers are one block, payloads are filled up t
 RECORD_BYTES = 20 * BLOCK_BYTES  # tar files are filled up to whole records, after two empty blocks
 CLASS_NUMBER = re.compile(rb"\s*(?:0|[1-9][0-9]{0,8})\s*")
 NOT_PAYLOAD = ("cls", "json")
-# How tarfile itself reads names and numbers.
+# tarfile's own functions that read names and numbers.
 _nts, _nti = tarfile.nts, tarfile.nti  # type: ignore[attr-defined]  # not in typeshed
-# Members that are no files: folders, also in GNU tar's form for backups, and the label of an archive.
+# Members that are not files: folders, also in GNU tar's form for backups, and the label of an archive.
 NOT_FILES = (tarfile.DIRTYPE, b"D", b"V")
 MULTIVOLUME = b"M"
 GNU_MAGIC = b"ustar  \0"
@@ -66,9 +66,9 @@ COMPRESSED = {
 class Shard:
     file: str
     samples: int
-    bytes: int  # of the tar
-    sha256: str  # of the tar
-    index_xxh3: str = ""  # of the shard's rows in the dataset's index, once it is part of one
+    bytes: int  # size of the tar
+    sha256: str  # hash of the tar
+    index_xxh3: str = ""  # hash of the shard's rows in the dataset's index, once it is part of one
 
 
 class Member(NamedTuple):
@@ -147,7 +147,8 @@ def read_shard(path: Path) -> TarIndex:
 
 
 def how_to_decompress(path: Path) -> str:
-    """What a compressed archive is, by its first bytes whatever its name, and what to do; empty for other files.
+    """A message for a compressed archive, recognised by its first bytes, that says how to decompress it; empty for
+    other files.
 
     Raises OSError if the file cannot be read.
     """
@@ -209,7 +210,7 @@ def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, dict[str, tarfil
     end = 0
     with tarfile.open(path, mode="r:") as tar:
         for info in tar:
-            end = tar.offset  # of the next header
+            end = tar.offset  # offset of the next header
             if info.type in NOT_FILES:
                 continue
             header = content[info.offset_data - BLOCK_BYTES : info.offset_data]
@@ -222,7 +223,7 @@ def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, dict[str, tarfil
             if wrong:
                 problems.append(f"{path}: member {info.name!r} {wrong}")
                 if not info.offset_data <= end <= len(content):
-                    break  # what follows cannot be found
+                    break  # the rest cannot be found
             elif member[1] == "cls":
                 labels[key] = content[info.offset_data : info.offset_data + info.size]
             elif key and member[1] not in NOT_PAYLOAD:
@@ -253,8 +254,8 @@ def _key_and_extension(name: str) -> tuple[str, str]:
 
 
 def _why_unreadable(info: tarfile.TarInfo, header: bytes, bytes_left: int) -> str:
-    """Why the `info.size` bytes at `info.offset_data`, from where the tar has `bytes_left`, are not a file's content;
-    empty where they are."""
+    """The reason why the `info.size` bytes at `info.offset_data` are not a file's content; empty if they are. The tar
+    has `bytes_left` bytes from there."""
     kind = UNREADABLE.get(info.type, "" if info.isreg() else f"of the unknown type {info.type!r}")
     if info.issparse() or any(name.startswith(("GNU.sparse.", "SCHILY.realsize")) for name in info.pax_headers):
         kind = "a sparse file, whose holes are not stored"

@@ -23,16 +23,16 @@ from bfsys.data.media.modalities import MODALITIES, Clip, decode_audio, decode_i
 from bfsys.errors import UserError
 
 # The released code's, of picture and sound
-CROP_SCALE = (0.08, 1.0)  # of the picture's area
+CROP_SCALE = (0.08, 1.0)  # range of the share of the picture's area
 CROP_RATIO = (3 / 4, 4 / 3)  # width : height
 FLIP_SHARE = 0.5
 RAND_AUGMENT_OPERATIONS, RAND_AUGMENT_MAGNITUDE, RAND_AUGMENT_BINS = 2, 9, 31
-ERASED_SHARE = 0.25  # of the pictures
+ERASED_SHARE = 0.25  # share of the pictures
 ROLL_S = 0.1
 BACKGROUND_GAIN = 10 ** (-50 / 20)  # -50 dB
 
 RECORDINGS_KEPT = 10  # in memory, per process; a minute at 16 kHz is 4 MB
-RECORDING_S = 1200.0  # of a longer recording only the beginning is used
+RECORDING_S = 1200.0  # only the beginning of a longer recording is used
 
 # Speeds are whole hundredths, since resampling by a ratio of large numbers needs gigabytes
 SPEED_STEPS = 100
@@ -82,7 +82,7 @@ class Augmentation:
     def __call__(self, data: bytes, rng: np.random.Generator, second: bytes | None = None) -> tuple[bytes, float]:
         """The bytes of the augmented file, and the share (0 … 1) of the second file's class; 0 without a second.
 
-        Raises whatever the decoder raises for a damaged file, and UserError for background that cannot be had.
+        Raises the decoder's error for a damaged file, and UserError for a background that cannot be read.
         """
         assert second is None or self.mixes
         if self._transform_picture:
@@ -95,7 +95,7 @@ class Augmentation:
         return self.encoding.file_of(clip), share
 
     def _encoded_bytes(self, image_size: int) -> int:
-        """Also shows at the start what the encoder cannot do, which would else be blamed on files."""
+        """The length of an encoded black picture or silence. It also shows at the start what the encoder cannot do."""
         try:
             if self._transform_picture:
                 return len(self.encoding.file_of(np.zeros((image_size, image_size, 3), np.uint8)))
@@ -105,7 +105,7 @@ class Augmentation:
             raise UserError(f"augmentation with encoding {self.encoding.text!r} cannot be made: {error}") from None
 
     def fails_on(self, data: bytes) -> bool:
-        """Whether a file is to blame if it cannot be augmented."""
+        """Whether the file is the cause if it cannot be augmented."""
         try:
             self(data, np.random.default_rng(0))
         except MemoryError:

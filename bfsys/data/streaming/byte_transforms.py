@@ -25,7 +25,7 @@ import numpy as np
 
 from bfsys.errors import UserError, collecting, did_you_mean
 
-RELEASED_SEED = 2147483647  # of every fixed permutation in the released code
+RELEASED_SEED = 2147483647  # seed of every fixed permutation in the released code
 
 BYTE_VALUES = 256
 LARGEST_NOISE = 255  # beyond, values only come round again
@@ -90,7 +90,7 @@ def _reverse(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _random_shuffle(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another order for every file and epoch, so that the model has the byte counts only."""
+    """Draw another order for every file and epoch, so that the model has the byte counts only."""
     result = data.copy()
     rng.shuffle(result)  # rng.permutation refuses an empty array that is read-only
     return result

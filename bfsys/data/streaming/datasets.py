@@ -142,7 +142,7 @@ def _open_sources(
 
 
 def _spellings(datasets: Sequence[Dataset]) -> dict[str, Spelling]:
-    """How and where each class of all data sets is spelled."""
+    """The spellings of each class of all datasets, with their places."""
     spellings: defaultdict[str, Spelling] = defaultdict(Spelling)
     for dataset in datasets:
         for name in dataset.classes:
@@ -203,7 +203,8 @@ def check_transforms(transforms: Sequence[ByteTransform], manifest: dict) -> Non
 
 
 def content_facts(config: Config, sources: Sources) -> dict:
-    """What becomes of the files that the plan names: equal facts, equal bytes. Nothing, if they go in as they are."""
+    """The settings that change the bytes of the files that the plan names: equal facts mean equal bytes. Empty if files
+    go in unchanged."""
     facts: dict = {}
     if sources.transforms:
         facts["byte_transforms"] = [transform.identity for transform in sources.transforms]
@@ -248,7 +249,7 @@ def make_plan(config: Config, sources: Sources) -> Plan:
 
 
 def index_problems(sources: Sources, share: int, of: int) -> list[str]:
-    """What is wrong with the index of part `share` of the shards of each source: see `Split.damaged_index`."""
+    """Problems of the index of part `share` of the shards of each source: see `Split.damaged_index`."""
     return [problem for split in sources.splits for problem in split.damaged_index(range(share, len(split.shards), of))]
 
 
@@ -274,7 +275,7 @@ def long_files(config: Config, sources: Sources) -> list[str]:
 
 
 def notes_on_data(sources: Sources) -> list[str]:
-    """What is odd about the training data: classes that cannot be learned, and files that are not read in full."""
+    """Notes on the training data: classes that cannot be learned, and files that are not read in full."""
     counts = dict.fromkeys(sources.classes, 0)
     for split in sources.splits:
         for name, count in split.dataset.description["splits"][split.split]["class_counts"].items():

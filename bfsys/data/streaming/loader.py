@@ -1,4 +1,4 @@
-"""From the plan to micro-batches of bytes: the plan is the sampler, the reader a map-style dataset.
+"""The loader of micro-batches: the plan is the sampler, and the reader a map-style dataset.
 
 `torch.utils.data.DataLoader` runs them, with its worker processes and prefetch; it keeps no state of ours. Workers
 hand batches over in slots of anonymous shared memory, which vanishes with the processes: pickled through
@@ -47,7 +47,7 @@ READ_AHEAD_SAMPLES = 256
 ANNOUNCED_AFTER_SLOW = 64
 # A slot holds this many times a request's mean; what is beyond it is pickled. Memory is taken as it is touched.
 SLOT_OVER_MEAN = 4
-# What worker processes tell of themselves: who they are, and the (source, sample) that they are decoding.
+# Reports of worker processes: their process id, and the (source, sample) that they are decoding.
 _POSITION = np.dtype([("process", "<i8"), ("position", "<i8", 2)])
 
 
@@ -251,7 +251,8 @@ class _Reads(Dataset):
 
 
 def _naming_files(answers: Iterable, reader: ShardReader, positions: np.ndarray) -> Iterator:
-    """`answers`; if a worker process dies, as of a codec that aborts, the error names the file that it was at."""
+    """Pass `answers` on. If a worker process dies, for example of a codec that aborts, the error names its current
+    file."""
     try:
         yield from answers
     except RuntimeError as error:
@@ -272,8 +273,8 @@ def _begin_worker(parent: int, reader: ShardReader, positions: np.ndarray, worke
 
 
 def _end_with_parent(parent: int) -> None:
-    """End when the training process does, or asks for it, and at no other request: SLURM and shells send SIGTERM to
-    all processes of a job, and training wants batches until it has saved.
+    """End when the training process ends or asks for it, and at no other request: SLURM and shells send SIGTERM to all
+    processes of a job, and training wants batches until it has saved.
 
     PyTorch's workers would die of it; and they notice that the training process was killed, but then wait for ever for
     it to take what they have read, if that is more than a pipe holds.

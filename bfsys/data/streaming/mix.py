@@ -32,7 +32,7 @@ class Mixture:
         if share.size == 0 or not np.all(np.isfinite(share)) or np.any(share <= 0):
             raise ValueError(f"weights must be positive numbers, got {list(weights)}")
         per_period = _round_to_sum(share / share.sum() * PERIOD, PERIOD)
-        counts = {2 * share.size - 2: np.arange(PERIOD + 1)}  # of the pair that holds all
+        counts = {2 * share.size - 2: np.arange(PERIOD + 1)}  # counts of the pair that holds all
         for pair, first, second, first_share, both_shares in reversed(_pairs(per_period.tolist())):
             counts[first] = (2 * counts[pair] * first_share + both_shares) // (2 * both_shares)  # rounded to nearest
             counts[second] = counts.pop(pair) - counts[first]
@@ -49,7 +49,7 @@ class Mixture:
         return periods[..., None] * self._counts[-1] + self._counts[rest]
 
     def places(self, source: int, nth: np.ndarray) -> np.ndarray:
-        """Where in the sequence a source's draws number `nth` lie: int64 [n] -> int64 [n]."""
+        """The places in the sequence of a source's draws number `nth`: int64 [n] -> int64 [n]."""
         periods, rest = np.divmod(nth, self._counts[-1, source])
         return periods * PERIOD + np.searchsorted(self._counts[1:, source], rest, side="right")
 

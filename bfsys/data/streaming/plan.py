@@ -52,7 +52,7 @@ class MicroBatch:
 
 
 class _Slices:
-    """One source: the order of its samples in every epoch, per lane."""
+    """The order of one source's samples in every epoch, per lane."""
 
     def __init__(self, split: Split, source: int, lanes: int, shuffle_block: int, seed: int) -> None:
         self.split, self.source, self.lanes = split, source, lanes
@@ -62,7 +62,7 @@ class _Slices:
         self._shard_order: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, shards, their ends
 
     def lane_draws(self, draws: int, lane: Lanes) -> Lanes:
-        """How many of the source's first `draws` draws are the lane's; for several lanes, each lane's number."""
+        """The number of the lane's draws among the source's first `draws`; for several lanes, that of each lane."""
         return (draws - lane + self.lanes - 1) // self.lanes
 
     def epoch_start(self, epoch: int, lane: int) -> int:
@@ -82,7 +82,8 @@ class _Slices:
         return shards[nth[0] : nth[1] + 1].tolist()
 
     def _places(self, epoch: int, lane: int, in_slice: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Places in the epoch's sequence of samples, in which of its shards each lies; these shards, their ends."""
+        """(places in the epoch's sequence of samples, the place of each one's shard in the epoch, these shards, their
+        ends)."""
         before = np.arange(lane)
         slice_start = int(
             np.sum(self.lane_draws((epoch + 1) * self.samples, before) - self.lane_draws(epoch * self.samples, before))
@@ -113,7 +114,8 @@ class Plan:
         seed: int,
         mean_bytes: Sequence[float] | None = None,
     ) -> None:
-        """`mean_bytes`: of each source's files as the model gets them, if that is not as they are stored."""
+        """`mean_bytes` is the mean size of each source's files as the model gets them, if it differs from the stored
+        size."""
         empty = [f"{s.dataset.location}: split {s.split!r} has no samples" for s in splits if not len(s)]
         if empty:
             raise UserError(*empty)
@@ -185,8 +187,8 @@ class Plan:
         return float(self.mixture.shares @ self._mean_bytes) * self.batch_samples / self.lanes
 
     def _block_of(self, source: int, lane: int, draw: int) -> tuple[int, int, int, int]:
-        """(epoch, the lane's first draw of it, and the block's first and last place + 1 in the lane's slice) of one of
-        the lane's draws."""
+        """The block of one of the lane's draws: (epoch, the lane's first draw of it, the block's first place in the
+        lane's slice, its last place + 1)."""
         slices = self._slices[source]
         epoch = (draw * self.lanes + lane) // slices.samples
         start = slices.epoch_start(epoch, lane)
@@ -211,7 +213,7 @@ class Plan:
         return samples[deal_evenly(lengths, self._steps_of_draws(source, lane, start + first, start + stop))]
 
     def _steps_of_draws(self, source: int, lane: int, first: int, stop: int) -> np.ndarray:
-        """How many of the lane's draws first … stop fall on each of the steps that they span."""
+        """The number of the lane's draws first … stop in each of the steps that they span."""
         draws = np.arange(first, stop) * self.lanes + lane
         _, counts = np.unique(self.mixture.places(source, draws) // self.batch_samples, return_counts=True)
         return counts
@@ -281,8 +283,8 @@ def evaluation_batches(splits: Sequence[Split], budget_bytes: int, least_bytes: 
 
 
 def within_budget(items: Iterable[tuple[int, T]], budget: int) -> Iterator[list[T]]:
-    """(cost, item) in their order, in lists of items that cost `budget` or less together; one that costs more is a list
-    of its own."""
+    """Group (cost, item) pairs in their order into lists of items that cost `budget` or less together. An item that
+    costs more is a list of its own."""
     batch: list[T] = []
     spent = 0
     for cost, item in items:

@@ -49,11 +49,12 @@ class Quarantine:
     """The bad samples of a run. Rank 0 keeps the file; after `share` all ranks know the same."""
 
     def __init__(self, run_dir: Path | None = None) -> None:
-        """Without a directory nothing is written down. Call on rank 0 only what concerns the file: see `load`."""
+        """Keep the list in a directory; without one, nothing is written. Call on rank 0 only what concerns the file:
+        see `load`."""
         self.path = run_dir / FILE if run_dir else None
         self._rows: dict[tuple[str, str, int], BadSample] = {}
         self._found: list[BadSample] = []
-        self._steps: list[int] = []  # of the rows, in order
+        self._steps: list[int] = []  # steps of the rows, in order
 
     @classmethod
     def load(cls, run_dir: Path, ranks: dist.Ranks) -> Quarantine:
@@ -67,7 +68,7 @@ class Quarantine:
         return {row.sample: row.step for (*of, _), row in self._rows.items() if of == [split, source]}
 
     def count_until(self, step: int) -> int:
-        """How many samples were found to be bad in the first `step` steps."""
+        """The number of samples that were found to be bad in the first `step` steps."""
         return bisect_left(self._steps, step)
 
     @property
@@ -145,7 +146,7 @@ def _append(path: Path, rows: list[BadSample]) -> None:
         with open(path, "ab+") as file:
             file.seek(0)
             whole = file.read().rpartition(b"\n")[0]
-            file.truncate(len(whole) + 1 if whole else 0)  # what a kill has torn
+            file.truncate(len(whole) + 1 if whole else 0)  # drop a line that a kill has torn
             file.write((b"" if whole else HEADING + b"\n") + lines.encode(errors="backslashreplace"))
             file.flush()
             os.fsync(file.fileno())

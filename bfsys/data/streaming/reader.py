@@ -33,7 +33,7 @@ from bfsys.process import open_files_limit
 # have a reader for evaluation too. Each lane reads from the shards of its block in turn, and opening a shard again is a
 # request to the server of a network file system.
 OPEN_SHARDS = 4096
-# Other samples that are tried in the place of a bad one.
+# Other samples that are tried instead of a bad one.
 STAND_INS = 100
 # Longer than this, reading waits for a disk.
 SLOW_S_PER_SAMPLE, SLOW_S_PER_BYTE = 10e-6, 1e-9
@@ -146,7 +146,7 @@ class ShardReader:
         return rows
 
     def _read_plainly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> RawBatch | None:
-        """All bytes as they are stored in the shards; None if anything is damaged."""
+        """The bytes of a micro-batch as they are stored in the shards; None if anything is damaged."""
         sources = wanted.source.tolist()
         if any(self._bad_from):
             bad = zip(sources, wanted.sample.tolist(), strict=True)
@@ -256,7 +256,8 @@ class ShardReader:
         step: int,
         bad: list[BadSample],
     ) -> tuple[Example, np.random.Generator]:
-        """With mixup, a partner that cannot be decoded is set aside, and the next one taken, as a replay will do."""
+        """Augment a file. With mixup, a partner that cannot be decoded is set aside, and the next one is taken, as a
+        replay will do."""
         content = made.content.tobytes()
         for partner in self._partners(source, sample, epoch) if augmentation.mixes else (None,):
             second, second_label, rng = None, made.label, self._rng(_AUGMENTATION, source, epoch, sample)

@@ -35,7 +35,8 @@ class Ring:
         return np.frombuffer(self._memory, np.uint8, size_bytes, slot * self.slot_bytes + start)
 
     def release(self, slot: int) -> np.ndarray:
-        """All of a filled slot: uint8 [slot_bytes]. The slot is free when this array and all views of it are gone."""
+        """The content of a filled slot: uint8 [slot_bytes]. The slot is free when this array and all views of it are
+        gone."""
         content = self.fill(slot, 0, self.slot_bytes)
         self._in_use[slot] = weakref.ref(content)
         return content

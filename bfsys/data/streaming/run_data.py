@@ -49,7 +49,7 @@ class RunData:
     config: Config
     training: Sources
     validation: Sources
-    """Without splits, if no source has one to evaluate."""
+    """The evaluation data. It has no splits if no source has one to evaluate."""
     plan: Plan
 
     @property
@@ -141,7 +141,7 @@ def open_run_data(config: Config, ranks: Ranks) -> RunData:
 
 
 def short_files(config: Config, sources: Sources) -> list[str]:
-    """What is wrong with the sources' files that are shorter than the model takes. Empty ones are set aside."""
+    """Problems of the sources' files that are shorter than the model takes. Empty files are set aside."""
     least, problems = config.model.least_bytes, []
     for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
         if least > 1 and not augmentation:

@@ -16,7 +16,7 @@ RIFF_HEADERS = {b"fmt ", b"fact", b"ds64", b"VP8X", b"ANIM", b"hdrl", b"idx1", b
 RIFF_CONTENT = {b"data", b"VP8 ", b"VP8L", b"ALPH", b"ANMF", b"movi", b"SSND"}
 ISO_CONTAINERS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"dinf", b"edts", b"moof", b"traf", b"mvex"}
 ISO_METADATA = {b"udta", b"uuid", b"free", b"skip", b"XMP_", b"ilst"}
-UNKNOWN_LENGTH = 0xFFFFFFFF  # of RF64, and of recorders that were cut off
+UNKNOWN_LENGTH = 0xFFFFFFFF  # written by RF64 and by recorders that were cut off
 
 
 def png(content: bytes) -> Iterator[Found]:

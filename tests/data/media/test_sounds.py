@@ -41,7 +41,7 @@ def patched(content, place, new):
 
 
 def of_unknown_length(flac):
-    """As written to a pipe."""
+    """A WAV file as programs write it to a pipe."""
     return patched(flac, 21, bytes([flac[21] & 0xF0, 0, 0, 0, 0]))
 
 

@@ -1,4 +1,4 @@
-"""What is written is read back, by us and by webdataset; damage of every kind is found and named."""
+"""Shards that are written are read back, by bfsys and by webdataset; damage of every kind is found and named."""
 
 import json
 import tarfile

@@ -111,7 +111,7 @@ def relabel_in_index(dataset: Path) -> None:
 
 
 def take_other_index(dataset: Path) -> None:
-    """That of a dataset with as many samples."""
+    """Replace the index by that of a dataset with as many samples."""
     split = open_split(dataset, "train")
     order = np.random.default_rng(0).permutation(len(split))
     samples = np.load(dataset / "a-train.samples.npy")
@@ -120,19 +120,19 @@ def take_other_index(dataset: Path) -> None:
     np.save(dataset / "a-train.samples.npy", samples)
 
 
-# What training meets when it reads, and what --verify says.
+# Damage that training meets when it reads, and the message of --verify.
 READ: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "truncated tar": (truncate, "bytes early", "lie past its end"),
     "flipped byte in payload": (flip_payload, "checksum", "its bytes differ from the checksum"),
     "missing member": (remove_member, "checksum", "has no payload"),
     "vanished shard": (remove_shard, "its shard is missing", "the shard is missing"),
 }
-# What training does not read, and so is not harmed by.
+# Damage that does not harm training, which does not read it.
 UNREAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "flipped byte in header": (flip_header, "bad checksum"),
     "wrong label in the tar": (relabel_in_tar, "class"),
 }
-# What is refused before the first step.
+# Damage that is refused before the first step.
 REFUSED: dict[str, Callable[[Path], None]] = {
     "wrong label in the index": relabel_in_index,
     "index of other shards": take_other_index,
@@ -169,7 +169,7 @@ def test_a_bad_sample_is_named_and_replaced_alike_on_every_rank_and_replay(
     assert all(row.shard == place(split)[0].name for row in bad)
     first_met = {row.sample: row.step for row in bad}
 
-    # What is not bad is as before, and what is bad has become other samples of its source, which are whole.
+    # Good samples are unchanged, and bad ones are replaced by other samples of their source, which are intact.
     assert len(got) == len(whole)
     replaced = 0
     for before, now in zip(whole, got, strict=True):

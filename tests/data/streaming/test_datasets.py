@@ -1,4 +1,4 @@
-"""Which data sets a config may join, and what is said of them before training."""
+"""The datasets that a config may join, and the notes on them before training."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What becomes of a file depends on (seed, source, epoch, sample) alone. And batches outlive what made them."""
+"""The augmentation of a file depends on (seed, source, epoch, sample) alone, and batches outlive their loader."""
 
 from __future__ import annotations
 

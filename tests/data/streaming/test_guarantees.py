@@ -1,4 +1,4 @@
-"""What the data side promises, through the real loader on real shards wherever that is quick enough."""
+"""The guarantees of the data, tested with the real loader on real shards if that is quick enough."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class CountedRows(np.ndarray):
 
 
 def rows_for_a_first_batch(epochs: float, lane: int, weights: list[float]) -> int:
-    """How many rows of the index a start after so many epochs of a source of a million samples looks at."""
+    """The number of rows of the index that a start after so many epochs of a source of a million samples reads."""
     splits = [split_in_memory([10_000] * 100, name="large"), split_in_memory([1000], name="small")][: len(weights)]
     for split in splits:
         object.__setattr__(split, "samples", split.samples.view(CountedRows))
@@ -219,7 +219,7 @@ def lengths_of(plan: Plan, step: int, lane: int) -> np.ndarray:
 
 
 def tokens(kernel: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Of files of these lengths, as the model counts them."""
+    """The tokens of files of these lengths, as the model counts them."""
     shape = architecture("tiny", kernel=kernel, window=128, max_tokens=50_000, shift=64)
     return lambda lengths: token_counts(lengths.astype(np.int64), shape, MASKED)
 
@@ -227,8 +227,8 @@ def tokens(kernel: int) -> Callable[[np.ndarray], np.ndarray]:
 @given(st.integers(0, 999))
 @settings(max_examples=20)
 def test_balance_rounding_sequences_up_adds_little(seed: int) -> None:
-    """At kernel 8 less than 1 % to files around 12 KB, at kernel 32 less than 4 %. A file of 100 bytes has 25 tokens
-    of 64 there, one of 1 KB 250 of 256: on very short files the rounding is most of the work."""
+    """Rounding adds less than 1 % to files around 12 KB at kernel 8, and less than 4 % at kernel 32. A file of 100
+    bytes has 25 tokens of 64 there, one of 1 KB 250 of 256: on very short files the rounding is most of the work."""
     lengths = np.random.default_rng(seed).lognormal(np.log(12_000), 0.7, 2000).astype(np.int64)
     for kernel, most in ((8, 0.01), (32, 0.04)):
         real = tokens(kernel)(lengths)

@@ -1,4 +1,4 @@
-"""From the plan to batches: the same for any ranks and workers, and what is refused."""
+"""The loader makes the same batches for any ranks and workers, and refuses bad settings."""
 
 from __future__ import annotations
 

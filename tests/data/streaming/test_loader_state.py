@@ -47,7 +47,7 @@ def facts_of(config: Config) -> dict:
 
 
 def refusal(config: Config, path: Path) -> str:
-    """What a resume with this config says of the checkpoint; nothing if it goes on."""
+    """The error of a resume with this config; nothing if it continues."""
     try:
         loading.check_same_run(path, facts_of(config))
     except UserError as error:

@@ -71,7 +71,7 @@ def test_too_many_open_files_are_said_and_not_waited_for(reader: ShardReader, mo
 
 
 def test_want_of_memory_makes_no_file_bad(reader: ShardReader) -> None:
-    """As when another process takes it: the same file is whole on another machine, or a minute later."""
+    """Another process may take the memory: the same file is intact on another machine, or a minute later."""
 
     class Hungry:
         mixes = False

@@ -31,7 +31,7 @@ from tests.data.http_server import FaultyServer
 ALONE = Ranks()
 STEPS = 8
 ATTEMPTS = 3
-# Of 13 + 9 shards: (lanes, samples of a step), fewer lanes than shards and more
+# (lanes, samples of a step) for 13 + 9 shards: fewer lanes than shards and more
 FEW_LANES, MANY_LANES = (4, 16), (32, 64)
 forked = multiprocessing.get_context("fork")
 
@@ -73,7 +73,7 @@ def content(batch) -> tuple:
 def training(
     config: Config, ranks: Ranks = ALONE, first_step: int = 0, quarantine: Quarantine | None = None
 ) -> list[tuple]:
-    """All micro-batches of a rank."""
+    """The micro-batches of a rank."""
     sources = open_training(config)
     plan = make_plan(config, sources)
     batches = training_batches(config, sources, plan, ranks, first_step=first_step, quarantine=quarantine)
@@ -91,7 +91,7 @@ def evaluation(config: Config, ranks: Ranks = ALONE) -> list[tuple]:
 
 
 def tars(server: FaultyServer) -> dict[str, int]:
-    """How often each shard was asked for, by name, the first one first."""
+    """The number of requests for each shard by name, in the order of the first requests."""
     return {path: count for path, count in server.requests.items() if path.endswith(".tar")}
 
 
@@ -156,7 +156,7 @@ def test_the_ranks_of_a_node_fetch_every_shard_once(
 def test_shards_are_asked_for_in_the_order_of_need(
     served: FaultyServer, packed: Path, tmp_path: Path, watched: list[Watched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And by the prefetcher: what is read is there, if it had the time."""
+    """The prefetcher asks in this order too, so shards are there when they are read, if it had the time."""
     want = Watched.want
     monkeypatch.setattr(Watched, "want", lambda self, items: (want(self, items), self.drain()))
     remote = config_of(tmp_path, f"{served.url}/a", None, "data.shuffle_block=4", "train.steps=7")
@@ -288,7 +288,7 @@ def test_a_shard_that_is_damaged_where_it_comes_from(
 
 
 def damage_cached(folder: Path, file: str, position: int) -> None:
-    """As a disk does it: in place, whoever has the file open."""
+    """Damage a cached file as a disk does: in place, while others may have it open."""
     (path,) = folder.glob(f"*-{file}")
     with open(path, "r+b") as cached:
         cached.seek(position)

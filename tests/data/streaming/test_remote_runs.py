@@ -116,7 +116,7 @@ def test_a_run_on_s3(bucket: str, few_shards: Path, tmp_path: Path, run_ranks) -
 
 
 def test_a_shard_that_s3_does_not_have_is_damage(bucket: str, tmp_path: Path) -> None:
-    """And no outage: the answer is as good as HTTP's 404."""
+    """A missing shard is not an outage: the answer means the same as HTTP's 404."""
     cache = Cache(tmp_path / "cache", 10**6, attempts=1)
     with pytest.raises(WrongContentError, match="404"):
         cache.fetch(RemoteFile(f"{bucket}/none.tar", "0" * 64))

@@ -1,4 +1,4 @@
-"""What runs are compared with: each baseline sees what it is to see, and nothing else."""
+"""Each baseline sees what it is meant to see, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bench_loader measures and notices, and what it leaves behind. No timing is asserted."""
+"""bench_loader measures and checks its loaders, and cleans up. No timing is asserted."""
 
 from __future__ import annotations
 

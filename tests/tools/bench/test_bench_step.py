@@ -1,4 +1,4 @@
-"""What bench_step compares is the same computation, and what it reports has its form. No timing is asserted."""
+"""bench_step compares equal computations, and its report has the right form. No timing is asserted."""
 
 from __future__ import annotations
 

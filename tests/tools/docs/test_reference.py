@@ -91,4 +91,5 @@ def test_every_page_is_in_the_navigation() -> None:
     pages = {str(path.relative_to(REPOSITORY / "docs")) for path in (REPOSITORY / "docs").rglob("*.md")}
     generated = {"index.md", "contributing.md", "changelog.md", "security.md"}
     generated |= {f"reference/{name}.md" for name in ("config", "commands", "python")}
+    generated |= {f"notebooks/{path.stem}.md" for path in (REPOSITORY / "docs" / "notebooks").glob("*.ipynb")}
     assert set(NAV.findall(text)) == pages | generated

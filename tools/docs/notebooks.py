@@ -1,0 +1,36 @@
+"""The notebooks of docs/notebooks: executed, and as pages of the site.
+
+They are stored without outputs, so a change of the text is a small diff, and pictures never differ from the code.
+mkdocs-jupyter was refused: it adds 700 kB of styles to each page and does not check the links in notebooks.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import nbclient
+import nbformat
+
+CELL_TIMEOUT_S = 1800
+
+
+def execute(text: str) -> nbformat.NotebookNode:
+    """The notebook with its outputs, computed on the CPU.
+
+    Raises CellExecutionError if a cell fails, and CellTimeoutError after CELL_TIMEOUT_S seconds in a cell.
+    """
+    notebook = nbformat.reads(text, as_version=4)
+    on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    nbclient.NotebookClient(notebook, timeout=CELL_TIMEOUT_S, coalesce_streams=True).execute(env=on_cpu)
+    return notebook
+
+
+@functools.cache  # `mkdocs serve` builds the site again after each change of a file
+def page_of(name: str, text: str) -> tuple[str, dict[str, bytes]]:
+    """(Markdown, pictures by their paths relative to the page) of the notebook `name`, which is executed."""
+    import nbconvert  # only the site needs it
+
+    names = {"unique_key": name, "output_files_dir": f"{name}_files"}
+    markdown, resources = nbconvert.MarkdownExporter().from_notebook_node(execute(text), names)
+    return markdown, resources["outputs"]
