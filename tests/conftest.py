@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from hypothesis import settings
 
 from bfsys.cli import call
 from tests.data.make import write_tree
-from tests.forked import run_python, start_ranks
+from tests.forked import run_python, server_for_all, start_ranks, use_server
 
 # No deadline: other processes may hold the cores for a while.
 settings.register_profile("bfsys", deadline=None, max_examples=40)
@@ -30,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # A shell without job control has its background commands ignore Ctrl-C, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two threads on two cores that other processes use too are much slower than one, here and in the programs started.
-torch.set_num_threads(1)
+# PyTorch reads this when it is imported, which is later: the process that starts pytest-xdist's workers does without.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Where nothing is to be cached, as in many containers, each process started would compile all modules itself.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -43,6 +42,17 @@ HEAVIEST = (
     "test_fit.py", "test_local_sweep.py", "test_local.py", "test_pack.py", "test_predict.py", "test_damage.py",
     "test_watchdog.py", "test_shortcuts.py", "test_gpu_check.py", "test_remote_loading.py", "test_kills.py",
 )  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """Of pytest-xdist, before a worker starts."""
+    node.workerinput["fork_server"] = server_for_all()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        use_server(config.workerinput["fork_server"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
