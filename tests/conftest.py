@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from hypothesis import settings
 
@@ -30,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # A shell without job control has its background commands ignore Ctrl-C, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two threads on two cores that other processes use too are much slower than one, here and in the programs started.
-torch.set_num_threads(1)
+# PyTorch reads this when it is imported, which is later: the process that starts pytest-xdist's workers does without.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Where nothing is to be cached, as in many containers, each process started would compile all modules itself.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

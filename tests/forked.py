@@ -6,8 +6,8 @@ waits for a reader, and none holds another's pipe open.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import patch
 
@@ -28,7 +29,7 @@ class Forked:
     def __init__(self, act: Callable, arguments: Sequence, variables: dict[str, str]) -> None:
         self._files = [tempfile.NamedTemporaryFile(prefix="forked-") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self._files]
-        self._process = _context().Process(
+        self._process = server_context().Process(
             target=_begin, args=({**os.environ, **variables}, names, act, tuple(arguments)), daemon=True
         )
         self._process.start()
@@ -77,6 +78,18 @@ def start_ranks(
     ]  # fmt: skip
 
 
+def answer_of(act: Callable, *arguments: object) -> object:
+    """What `act(*arguments)` returns, if JSON can say it, in a forked process."""
+    process = Forked(_print_answer, (act, *arguments), {})
+    said, errors = process.communicate(600)
+    assert process.returncode == 0, said + errors
+    return json.loads(said.splitlines()[-1])
+
+
+def _print_answer(act: Callable, *arguments: object) -> None:
+    print(json.dumps(act(*arguments)))
+
+
 def run_python(*arguments: str) -> None:
     """Run what `python ARGUMENTS…` runs: a script, or -c and a program."""
     if arguments[0] == "-c":
@@ -87,20 +100,21 @@ def run_python(*arguments: str) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def _context() -> multiprocessing.context.ForkServerContext:
+def server_context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     # Libraries read these variables when they are loaded, which the server does; tests in this process may use a GPU.
     # Training does without the compiler, whose import takes seconds, unless a config asks for it.
     variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
     with patch.dict(os.environ, variables):
-        multiprocessing.forkserver.ensure_running()
+        forkserver.ensure_running()
     return context
 
 
 def _begin(variables: dict[str, str], names: Sequence[str], act: Callable, arguments: Sequence) -> None:
     # Killed with the tests, as a daemon is; but it may have children, such as loader processes.
     multiprocessing.current_process()._config["daemon"] = False
+    multiprocessing.set_start_method(None, force=True)  # that of a new program, not the one that made this process
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(REPOSITORY)

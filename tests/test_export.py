@@ -36,10 +36,9 @@ def file_of(length: int) -> np.ndarray:
     return np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8)
 
 
-def small_model(mode: str) -> ByteFormer:
-    """A model with two blocks, the second of them shifted, and a merging after each: each block takes seconds to
-    export."""
-    config = replace(TINY, shifts=(0, 3), merge=(True, True))
+def small_model(mode: str, blocks: int = 2) -> ByteFormer:
+    """A model with few blocks, the last one shifted, and a merging after each: each block takes seconds to export."""
+    config = replace(TINY, shifts=(0, 3)[-blocks:], merge=(True, True)[-blocks:])
     return build(config, random_weights(config, 0, torch.float32), mode).eval()
 
 
@@ -157,10 +156,12 @@ def test_the_last_weights_can_be_had(finished_run: Path, tmp_path: Path, capsys)
     assert json.loads((tmp_path / "last" / "model.json").read_text())["weights"] == "last"
 
 
-def test_onnx_is_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("blocks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_onnx_is_the_model(blocks: int, tmp_path: Path) -> None:
+    """The last block is shifted and merged, so one block has all operations; a second one costs many seconds."""
     for name in command.NEEDED_FOR_ONNX:
         pytest.importorskip(name)
-    model = small_model("masked")
+    model = small_model("masked", blocks)
     export.write_onnx(export.as_program(model, 1), tmp_path / "model.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
     answer = export.onnx_runner(tmp_path / "model.onnx")

@@ -121,7 +121,7 @@ def muon_runs(
     request: pytest.FixtureRequest, datasets: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """(config file, folder of runs): every stage and precision on two ranks, and those that the tests want resumed
-    from step 3; `3-from-1` and `1-from-3` change the stage there."""
+    from step 2; `3-from-1` and `1-from-3` change the stage there."""
     folder = tmp_path_factory.mktemp("muon")
     config = folder / "tiny.yaml"
     content = tiny_config(datasets, folder)

@@ -31,7 +31,7 @@ from bfsys.supervision.run_end import how_it_ended
 from tests.forked import run_python, start_ranks
 
 STAGES = (0, 1, 2, 3)
-STEPS, HALF = 6, 3
+STEPS, HALF = 4, 2
 TOGETHER = "train.micro_batch_tokens=1000"
 ALONE = Ranks()
 
@@ -142,9 +142,9 @@ def stage_runs(
 ) -> tuple[Path, Path]:
     """(config file, folder of runs): every stage and precision on two ranks, then every stage resumed.
 
-    `s1-fp32` is a whole run; `s1-fp32-resumed` continues from its checkpoint of step 3, tries its largest micro-batch
-    first, as on a GPU, and evaluates every two steps; `3-from-1` continues that of stage 1 at stage 3. The ranks of
-    `s1-together` compute their two lanes of a step as one micro-batch, and so does `s1-then-together` from step 3 on;
+    `s1-fp32` is a whole run; `s1-fp32-resumed` continues from its checkpoint of step 2, tries its largest micro-batch
+    first, as on a GPU, and evaluates after step 3, too; `3-from-1` continues that of stage 1 at stage 3. The ranks of
+    `s1-together` compute their two lanes of a step as one micro-batch, and so does `s1-then-together` from step 2 on;
     of the latter kind, only those are trained that the tests ask for.
     """
     import yaml
@@ -167,7 +167,7 @@ def stage_runs(
         ("1-from-3", 1, "fp32", "s3-fp32"),
     ]:
         cut_short(folder / "runs" / source, folder / "runs" / name, step=HALF)
-        resumed.append(f"name={name} train.zero_stage={stage} train.precision={precision} train.eval_every=2")
+        resumed.append(f"name={name} train.zero_stage={stage} train.precision={precision} train.eval_every={HALF + 1}")
     ways = {
         "together-resumed": ("together", TOGETHER),
         "then-together": ("fp32", TOGETHER),
@@ -233,7 +233,7 @@ def test_resumed_equals_uninterrupted(stage: int, precision: str, stage_runs: tu
     _, runs = stage_runs
     whole, resumed = runs / f"s{stage}-{precision}", runs / f"s{stage}-{precision}-resumed"
     assert losses(resumed) == losses(whole)
-    assert [line["step"] for line in lines(resumed, "eval")] == [4, STEPS]
+    assert [line["step"] for line in lines(resumed, "eval")] == [HALF + 1, STEPS]
     assert [line["step"] for line in lines(resumed)] == list(range(1, STEPS + 1))
     for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         one, other = tensors(newest(whole), state), tensors(newest(resumed), state)
@@ -306,7 +306,7 @@ def test_the_run_directory_holds_what_readme_says(stage_runs: tuple[Path, Path])
     run = runs / "s1-fp32"
     assert {p.name for p in run.iterdir()} >= {"config.yaml", "checkpoints", "tb", "metrics.jsonl"}
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
-        "latest", "step_00000000", "step_00000003", "step_00000006",
+        "latest", "step_00000000", "step_00000002", "step_00000004",
     ]  # fmt: skip
     last = lines(run)[-1]
     for key in ("top1", "samples_per_s", "bytes_per_s", "tokens_per_s", "matmul_share", "model_tflop_per_s",

@@ -286,6 +286,7 @@ def test_training_survives_a_killed_rank_and_its_terminal_and_continues_to_its_e
     """A rank is killed, then nobody reads the console any more, then SIGHUP comes, as when a terminal goes away."""
     run = tmp_path / "runs" / "tiny"
     command = [sys.executable, LAUNCHER, "--ranks", "2", config_file, "train.steps=150", "train.save_every=5"]
+    command += ["train.micro_batch_tokens=1000"]
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, killed = [], None
     for line in launcher.stdout:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from bfsys import typed_yaml
+from bfsys import train, typed_yaml
 from bfsys.cli import call
 from bfsys.config import load_config
 from bfsys.errors import UserError
@@ -20,9 +22,16 @@ from tests.launch.test_local import LAUNCHER, wait_until
 from tests.test_train import lines
 
 
-def start(*arguments: object) -> Forked:
+def start(*arguments: object, act: Callable = run_python) -> Forked:
     """The launcher's script in a process that need not import PyTorch; test_local.py starts it as a program."""
-    return Forked(run_python, (str(LAUNCHER), *map(str, arguments)), {"DS_ACCELERATOR": "cpu"})
+    return Forked(act, (str(LAUNCHER), *map(str, arguments)), {"DS_ACCELERATOR": "cpu"})
+
+
+def run_with_slow_steps(*arguments: str) -> None:
+    """As run_python, with a pause before each step of training."""
+    train_step = train.train_step
+    train.train_step = lambda *given: time.sleep(0.5) or train_step(*given)
+    run_python(*arguments)
 
 
 def problems_of(*arguments: object) -> tuple[str, ...]:
@@ -69,23 +78,23 @@ def test_a_run_that_fails_does_not_stop_the_others(config_file, tmp_path):
 
 def test_a_stop_saves_all_runs_and_the_same_command_resumes_them(config_file, tmp_path):
     sweep = ["--sweep", "train.seed=0,1,2", "--at-once", "2", "--ranks", "1", config_file]
-    sweep += ["train.steps=70", "train.save_every=5"]
+    sweep += ["train.steps=20", "train.save_every=2"]
     runs = [tmp_path / "runs" / f"tiny-seed={seed}" for seed in range(3)]
-    process = start(*sweep)
+    process = start(*sweep, act=run_with_slow_steps)  # so that no run ends before it is stopped
     wait_until(lambda: all(newest_step(run) for run in runs[:2]), 300)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130, out + err
     assert err.endswith("the sweep was stopped; the same command resumes it\n")
     stopped = [newest_step(run) for run in runs]
-    assert all(0 < step < 70 for step in stopped[:2])
+    assert all(0 < step < 20 for step in stopped[:2])
     assert [how_it_ended(run)["exit_code"] for run in runs[:2]] == [130, 130]
     assert not (runs[2] / "config.yaml").exists()
 
     out, err = (process := start(*sweep)).communicate(timeout=600)
     assert process.returncode == 0, out + err
     for run, step in zip(runs, stopped, strict=True):
-        assert [line["step"] for line in lines(run)] == list(range(1, 71))
+        assert [line["step"] for line in lines(run)] == list(range(1, 21))
         assert (f"continuing {run} after step {step}\n" in (run / "log" / "console.log").read_text()) == (step > 0)
 
 

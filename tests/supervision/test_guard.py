@@ -42,9 +42,7 @@ def run_poisoned(
     )
 
 
-# Each run has a bad step of each kind, at steps that are apart; the state is compared to the bit around the last one.
-BAD_STEPS = (2, 4, 6)
-STEPS = BAD_STEPS[-1]
+# Each run has a bad step of each kind, every second one; the state is compared to the bit around the last one.
 KINDS = {"fp32": ("nan", "loss", "gradient"), "bf16": ("nan", "gradient")}
 COMBINATIONS = [(stage, precision, kind) for stage in (0, 1, 2, 3) for precision in KINDS for kind in KINDS[precision]]
 # Every stage with every precision, and both with every kind; the others are slow.
@@ -55,7 +53,7 @@ def bad_steps(precision: str, last: str) -> dict[int, str]:
     """The kinds of the bad steps of a run, by step."""
     kinds = KINDS[precision]
     order = [kinds[(kinds.index(last) + 1 + i) % len(kinds)] for i in range(len(kinds))]
-    return dict(zip(BAD_STEPS[-len(kinds) :], order, strict=True))
+    return {2 * (i + 1): kind for i, kind in enumerate(order)}
 
 
 def name_of(stage: int, precision: str, kind: str) -> str:
@@ -73,12 +71,13 @@ def poisoned_runs(
     runs = []
     for parameters in parameters_of_tests_with("poisoned_runs", request):
         stage, precision, last = parameters["combination"]
-        overrides = [f"name={name_of(stage, precision, last)}", f"train.zero_stage={stage}", f"train.steps={STEPS}",
-                     f"train.precision={precision}", "train.save_every=4", "train.keep_checkpoints=100"]  # fmt: skip
-        runs.append((overrides, [
-            {"kind": kind, "samples": samples_of_step(config_file, step)}
-            for step, kind in bad_steps(precision, last).items()
-        ]))  # fmt: skip
+        kinds = bad_steps(precision, last)
+        steps = max(kinds)
+        overrides = [f"name={name_of(stage, precision, last)}", f"train.zero_stage={stage}", f"train.steps={steps}",
+                     f"train.precision={precision}", f"train.save_every={steps - 2}",
+                     "train.keep_checkpoints=100"]  # fmt: skip
+        poisons = [{"kind": kind, "samples": samples_of_step(config_file, step)} for step, kind in kinds.items()]
+        runs.append((overrides, poisons))
     processes = start_ranks(2, train_several, (str(config_file), runs))
     try:
         for process in processes:
@@ -99,13 +98,14 @@ def test_a_step_that_is_no_number_changes_nothing(
 ) -> None:
     config_file, runs = poisoned_runs
     run, kinds = runs / name_of(*combination), bad_steps(*combination[1:])
-    good = [step for step in range(1, STEPS + 1) if step not in kinds]
-    saved = {step: run / "checkpoints" / checkpoint_name(step) for step in range(STEPS + 1)}
+    steps = max(kinds)
+    good = [step for step in range(1, steps + 1) if step not in kinds]
+    saved = {step: run / "checkpoints" / checkpoint_name(step) for step in range(steps + 1)}
     # Nothing is saved while it goes badly, unless the run ends there.
-    assert [step for step, path in saved.items() if path.exists()] == [0, STEPS - 1, STEPS]
-    assert [read_manifest(saved[step])["updates"] for step in (STEPS - 1, STEPS)] == [len(good)] * 2
+    assert [step for step, path in saved.items() if path.exists()] == [0, steps - 1, steps]
+    assert [read_manifest(saved[step])["updates"] for step in (steps - 1, steps)] == [len(good)] * 2
     for state in STATES:
-        before, after = tensors(saved[STEPS - 1], state), tensors(saved[STEPS], state)
+        before, after = tensors(saved[steps - 1], state), tensors(saved[steps], state)
         assert before
         assert all(torch.equal(before[name], after[name]) for name in before), state
         assert all(tensor.isfinite().all() for tensor in after.values())
@@ -159,7 +159,8 @@ def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_no
 ) -> None:
     """Three steps whose losses, and updates, are far too large; a second start must pass them over like the first."""
     good, config = LEAST_STEPS + 1, yaml.safe_load(config_file.read_text())
-    config["data"]["lanes"] = 2  # one micro-batch of each rank in a step: that many steps take long
+    # One micro-batch of each rank in a step, through one block: that many steps take long.
+    config["data"]["lanes"], config["model"]["layers"] = 2, 1
     config_file.write_text(yaml.safe_dump(config))
     poison = [pair for step in range(good + 1, good + 4) for pair in samples_of_step(config_file, step)]
     more = [f"train.steps={good + 5}", f"train.zero_stage={stage}", f"train.save_every={good // 3}"]
@@ -188,7 +189,7 @@ def test_a_run_that_stays_bad_ends_with_its_samples(config_file: Path, tmp_path:
     """Every step from 5 on is bad: the run rolls back to 4 three times, skips three steps each time, and then ends."""
     good = {pair for step in range(1, 5) for lane in range(4) for pair in samples_of_step(config_file, step, lane)}
     poison = [(source, i) for source, size in ((0, 120), (1, 80)) for i in range(size) if (source, i) not in good]
-    run, ranks = run_poisoned(config_file, tmp_path / "log", "bad", "nan", poison, "train.steps=20")
+    run, ranks = run_poisoned(config_file, tmp_path / "log", "bad", "nan", poison, "train.steps=20", "model.layers=1")
     codes = ranks.end()
     assert codes == [EXIT_DIVERGED] * 2, ranks.said()
     assert len(read_rollbacks(run)) == 3

@@ -19,6 +19,7 @@ from bfsys.data.media.modalities import Clip, decode_audio, decode_image
 from bfsys.data.streaming import augment
 from bfsys.data.streaming.augment import BACKGROUND_GAIN, Augmentation, change_speed
 from bfsys.errors import UserError
+from tests.forked import server_context
 
 # A picture whose every pixel is its own, so that crops, flips and erasing can be told from the result
 PIXELS = np.stack(
@@ -130,9 +131,10 @@ def test_the_number_of_threads_does_not_matter(cases):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_equal_generators_give_equal_bytes_in_another_process(cases, method):
-    with multiprocessing.get_context(method).Pool(1) as pool:
+@pytest.mark.parametrize("is_own_child", [True, False])
+def test_equal_generators_give_equal_bytes_in_another_process(cases, is_own_child):
+    context = multiprocessing.get_context("fork") if is_own_child else server_context()
+    with context.Pool(1) as pool:
         there = pool.apply(outcomes, (cases,))
     assert there == outcomes(cases)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from bfsys.data.storage.shards import FORMAT
+from tests.forked import answer_of
 from tools.bench import bench_loader
 from tools.bench.bench_loader import RAW_READ
 
@@ -26,22 +26,24 @@ def batches_of(lengths: np.ndarray, numbers: list[int]) -> list[tuple[np.ndarray
     return [bench_loader.flat_batch(payloads[i : i + 32])[:2] for i in range(0, len(numbers), 32)]
 
 
-def test_small_run_end_to_end(tmp_path: Path) -> None:
+def test_small_run_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each job in a forked process, since new ones would import PyTorch; the next test starts those."""
+    ledgers = (tmp_path / f"ledger-{i}" for i in itertools.count())
+
+    def in_forked_child(job: dict) -> dict:
+        ledger = next(ledgers)
+        try:
+            return answer_of(bench_loader.run_job, {**job, "ledger": str(ledger)})
+        finally:
+            bench_loader.remove_shared_memory(ledger)
+
+    monkeypatch.setattr(bench_loader, "in_child", in_forked_child)
     out = tmp_path / "new" / "out.json"
-    command = [sys.executable, "tools/bench/bench_loader.py", "--samples", str(SAMPLES), "--repeats", "1"]
-    command += [
-        "--workers",
-        "0,1",
-        "--loaders",
-        "webdataset,raw read,bfsys",
-        "--json",
-        str(out),
-        "--data",
-        str(tmp_path / "data"),
-    ]
-    repository = Path(bench_loader.__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = ["--samples", str(SAMPLES), "--repeats", "1", "--workers", "0,1"]
+    arguments += ["--loaders", "webdataset,raw read,bfsys", "--json", str(out), "--data", str(tmp_path / "data")]
+    assert bench_loader.main(arguments) == 0
     report = json.loads(out.read_text())
     assert {"rows", "machine", "versions", "date"} <= report.keys()
     assert {"python", "torch", "webdataset"} <= report["versions"].keys()
@@ -53,8 +55,9 @@ def test_small_run_end_to_end(tmp_path: Path) -> None:
     assert all(0.2 < row["padded_share"] < 0.9 and row["padding_share"] == 0 for row in rows[1:])
     assert rows[2]["vs_webdataset"] == pytest.approx(rows[2]["mb_per_s"] / rows[4]["mb_per_s"])
     assert rows[0]["vs_raw_read"] == 1
-    assert done.stdout.count("webdataset") == 3  # two rows and a column
-    assert "…" not in done.stdout
+    printed = capsys.readouterr().out
+    assert printed.count("webdataset") == 3  # two rows and a column
+    assert "…" not in printed
     assert [path.name for path in (tmp_path / "data").iterdir()] == [f"tars-{SAMPLES}-format{FORMAT}"]
 
 

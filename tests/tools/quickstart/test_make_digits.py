@@ -24,7 +24,6 @@ if not all(map(find_spec, ("espeakng_loader", "sklearn"))):  # importing them he
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "quickstart" / "make_digits.py"
 SMALL = ("--speech-per-class", "10", "--val-speech-per-class", "5", "--image-versions", "2")
-SMALLEST = ("--speech-per-class", "1", "--val-speech-per-class", "1", "--image-versions", "1")
 HEADER_BYTES = {"tiff": 122, "png": 48, "wav": 44}  # what stands before the first pixel or sample
 FILE_BYTES = {"tiff": 378, "png": 340, "wav": 1794}
 
@@ -187,20 +186,19 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path, module):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_stopped_leaves_no_out(tmp_path, how):
-    out = tmp_path / "out"
-    process = start(out, "--image-versions", "1")
-    while not list(tmp_path.glob(".out.making-*/train/speech")):  # then the speaking processes start
+def test_runs_that_are_stopped_leave_no_out_and_the_next_run_removes_what_a_killed_one_left(tmp_path):
+    stop_while_it_speaks(tmp_path / "out", signal.SIGKILL)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.making-")
+    status, output = stop_while_it_speaks(tmp_path / "out", signal.SIGINT)
+    assert (status, "Traceback" in output) == (130, False)
+    assert not list(tmp_path.iterdir())
+
+
+def stop_while_it_speaks(out: Path, how: int) -> tuple[int, str]:
+    process = start(out, "--image-versions", "1", "--speech-per-class", "100", "--val-speech-per-class", "10")
+    while not list(out.parent.glob(f".out.making-*-{process.pid}/train/speech")):  # then the speaking processes start
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(how)
-    status, output = finish(process)  # that its pipes end says that the speaking processes ended, too
-    assert not out.exists()
-    if how == signal.SIGINT:
-        assert (status, "Traceback" in output) == (130, False)
-        assert not list(tmp_path.iterdir())
-    else:  # the next run clears up behind it
-        assert len(list(tmp_path.iterdir())) == 1
-        assert finish(start(out, *SMALLEST))[0] == 0
-        assert list(tmp_path.iterdir()) == [out]
+    return finish(process)  # that its pipes end says that the speaking processes ended, too
