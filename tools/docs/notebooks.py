@@ -21,7 +21,8 @@ def execute(text: str) -> nbformat.NotebookNode:
     Raises CellExecutionError if a cell fails, and CellTimeoutError after CELL_TIMEOUT_S seconds in a cell.
     """
     notebook = nbformat.reads(text, as_version=4)
-    on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    # One thread: several are much slower on cores that other processes use.
+    on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     nbclient.NotebookClient(notebook, timeout=CELL_TIMEOUT_S, coalesce_streams=True).execute(env=on_cpu)
     return notebook
 
