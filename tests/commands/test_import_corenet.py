@@ -166,7 +166,7 @@ def test_wrong_tensors_are_named(tmp_path: Path, weights) -> None:
     assert f"{bias}: holds values that are not" in problems(tmp_path, weights | {bias: torch.full((64,), torch.nan)})
     flat = weights | {"token_reduction_net.weight": torch.zeros(64, 64)}
     assert "token_reduction_net.weight: has 2 dimensions, not 3" in problems(tmp_path, flat)
-    assert "no weights of CoreNet's ByteFormer" in problems(tmp_path, {"fc.weight": torch.zeros(2, 2)})
+    assert "these are not weights of CoreNet's ByteFormer" in problems(tmp_path, {"fc.weight": torch.zeros(2, 2)})
     odd = weights | {"token_reduction_net.weight": torch.zeros(64, 64, 5)}
     assert "fit no architecture: kernel: got 5" in problems(tmp_path, odd)
     pad_row = weights | {"embeddings.weight": torch.ones(257, 64)}
