@@ -81,7 +81,7 @@ class Guard:
             return 0.0
         logs = [math.log(max(x, 1e-12)) for x in self._losses]
         median = statistics.median(logs)
-        deviation = 1.4826 * statistics.median(abs(x - median) for x in logs)  # for a normal law
+        deviation = 1.4826 * statistics.median(abs(x - median) for x in logs)  # normal distribution
         return (math.log(max(loss, 1e-12)) - median) / max(deviation, LEAST_DEVIATION)
 
 

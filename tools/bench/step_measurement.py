@@ -42,8 +42,8 @@ from bfsys.model.sizes import Architecture, architecture
 from bfsys.ranks import Ranks
 
 MIB = 2**20
-LIMIT_S = 900  # of a measurement in a process of its own
-MEET_S = 60  # for the engine, a rank on its own
+LIMIT_S = 900  # limit of a measurement in a process of its own
+MEET_S = 60  # limit of the engine's start, whose only rank is this process
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Workload:
 
 
 def make_architecture(size: str, workload: Workload) -> Architecture:
-    """With a position table just large enough."""
+    """Make the architecture of a size, with a position table that is just large enough."""
     tokens = -(-max(workload.lengths) // (workload.kernel // 2))
     if size == "custom":
         return architecture(
@@ -75,7 +75,7 @@ ON_REQUEST = ("checkpointing", "compiled", "engine")  # sides of bfsys that have
 
 
 def measure(job: dict) -> dict:
-    """{"ms", "cpu_ms", "mib", "parts"} of a side's steps, and for bfsys "peak_flops_per_s"."""
+    """Measure the steps of a side: {"ms", "cpu_ms", "mib", "parts"}, and for bfsys "peak_flops_per_s"."""
     device, bf16 = torch.device(job["device"]), job["precision"] == "bf16"
     make = SIDES[job["side"]]
     workload = Workload(**job["workload"])
@@ -106,8 +106,8 @@ def measure(job: dict) -> dict:
 
 
 def measure_parts(step: Step, device: torch.device, repeats: int) -> dict[str, dict]:
-    """For forward, backward and update: the number of PyTorch's operations, of those that launch something, and (on a
-    GPU) of kernels and copies; and the fastest of `repeats` times, with a synchronisation after each."""
+    """Measure forward, backward and update: the number of PyTorch's operations, of those that launch something, and (on
+    a GPU) of kernels and copies; and the fastest of `repeats` times, with a synchronisation after each."""
     loss: list = [None]
 
     def forward() -> None:
