@@ -27,7 +27,7 @@ from bfsys.config import Config, load_config
 from bfsys.data.streaming.plan import lane_groups, lanes_of_rank
 from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import UserError
-from bfsys.json_lines import NUMBER, read_json_lines
+from bfsys.json_lines import NUMBER, Fields, read_json_lines
 from bfsys.micro_batches import micro_batches_of
 from bfsys.model.byteformer import muon_count, parameter_count
 from bfsys.model.flops import flops_per_step
@@ -38,6 +38,7 @@ from bfsys.supervision.goodput import count_starts, read_seconds
 KEPT_PER_TOKEN = 16  # numbers, times dim, of each layer
 KEPT_PER_MERGED = 3  # for each pair that becomes one: the pair, and the input of the norm
 GB = 1e9
+REACHED = ((192, 0.10), (384, 0.22), (768, 0.36))  # dim, share of an H200's peak: tiny, small and base
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,13 @@ def _activation_bytes(config: Config, tokens: int) -> int:
 class Measured:
     """What a run that was trained tells about another one."""
 
+    config: Config
     ranks: int
     flops_per_s: float
     """Of a rank: the median of the latest measurements, which contain waiting for data and for the busiest rank."""
+    flops_per_byte: float
+    """Operations of a step over the bytes that it read."""
+    checkpoint_bytes: int
     save_s: float
     """The time that training waited for a checkpoint."""
     restart_s: float
@@ -161,37 +166,55 @@ class Measured:
 
 
 def measured(run: Path) -> Measured:
-    """Raises UserError if there is no run, or if it has made no checkpoint or written no metrics."""
+    """Raises UserError if there is no run, or if it has no checkpoint, metrics or record of its time."""
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: no measurements: a run's folder has a config.yaml and a metrics.jsonl")
+        got = "there is no such folder" if not run.exists() else "it has no config.yaml"
+        raise UserError(f"--like {run}: {got}; give the folder of a run that was trained, such as runs/NAME")
     metrics, config = run / "metrics.jsonl", load_config(run / "config.yaml")
-    train = list(read_json_lines(metrics, {"step": int, "model_tflop_per_s": NUMBER}))
+    rates: Fields = {"step": int, "model_tflop_per_s": NUMBER, "bytes_per_s": NUMBER}
+    train = list(read_json_lines(metrics, rates))
     evaluations = list(read_json_lines(metrics, {"kind": str, "top1": NUMBER, "seconds": NUMBER}))
     path, _ = newest_readable(run)
-    if not train or not path:
-        raise UserError(f"{run}: no measurements, or no checkpoint, of a run yet")
-    ranks = max(int(file.stem.rpartition("-of-")[2]) for file in path.glob("weight-*-of-*.safetensors"))
-    seconds, starts = read_seconds(run), count_starts(run)
-    saves = max(1.0, train[-1]["step"] / config.train.save_every)
+    starts = count_starts(run)
+    for is_there, what in ((train, "steps in metrics.jsonl"), (starts, "start in goodput.jsonl"), (path, "checkpoint")):
+        if not is_there:
+            raise UserError(f"--like {run}: the run has no {what} yet; train it for a few steps and a checkpoint first")
+    assert path
+    files = list(path.glob("*-of-*.safetensors"))
+    ranks = max(int(file.stem.rpartition("-of-")[2]) for file in files)
+    flops_per_s = [1e12 * line["model_tflop_per_s"] for line in train[-50:]]
+    seconds = read_seconds(run)
     return Measured(
+        config=config,
         ranks=ranks,
-        flops_per_s=float(np.median([line["model_tflop_per_s"] for line in train[-50:]])) * 1e12 / ranks,
-        save_s=seconds["stall"] / saves,
-        restart_s=seconds["restart"] / max(1, starts),
+        flops_per_s=float(np.median(flops_per_s)) / ranks,
+        flops_per_byte=sum(flops_per_s) / max(1.0, sum(line["bytes_per_s"] for line in train[-50:])),
+        checkpoint_bytes=sum(file.stat().st_size for file in files),
+        save_s=seconds["stall"] / max(1.0, train[-1]["step"] / config.train.save_every),
+        restart_s=seconds["restart"] / starts,
         evaluation_s=float(np.median([one["seconds"] for one in evaluations])) if evaluations else 0.0,
     )
 
 
 def run_time(plan: Estimate, config: Config, like: Measured | None, step_s: float) -> RunTime:
-    """The time of all steps; of a run that was measured, also its saves, evaluations and starts."""
-    train, evaluations_s = config.train, 0.0
-    if like and train.eval_every:
-        evaluations_s = train.steps / train.eval_every * like.evaluation_s * like.ranks / plan.ranks
+    """The time of all steps; with a run that was measured, also saves, by the bytes of a rank, evaluations, by the
+    operations for a byte, and starts."""
+    train = config.train
+    if not like:
+        return RunTime(steps=train.steps, step_s=step_s, save_every=train.save_every)
+    evaluation_s = like.evaluation_s * like.ranks / plan.ranks
+    evaluation_s *= plan.step_flops / max(1.0, plan.step_bytes) / like.flops_per_byte
     return RunTime(
         steps=train.steps,
         step_s=step_s,
         save_every=train.save_every,
-        save_s=like.save_s if like else 0.0,
-        evaluations_s=evaluations_s,
-        restart_s=like.restart_s if like else 0.0,
+        save_s=like.save_s * plan.checkpoint_bytes / plan.ranks / (like.checkpoint_bytes / like.ranks),
+        evaluations_s=evaluation_s * train.steps / train.eval_every if train.eval_every else 0.0,
+        restart_s=like.restart_s,
     )
+
+
+def usual_utilisation(dim: int) -> float:
+    """The share of an H200's peak that training reached on TIFFs in batches that fill it (docs/performance.md)."""
+    dims, shares = zip(*REACHED, strict=True)
+    return float(np.interp(np.log(dim), np.log(dims), shares))

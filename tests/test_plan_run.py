@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +97,33 @@ def test_what_a_run_measured_is_used(config_file: Path, finished_run: Path, caps
     assert f"as in {finished_run}" in capsys.readouterr().out
     assert call("plan", [str(config_file), "--gpu", "h200", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step_s"] > 0
-    with pytest.raises(UserError, match="no measurements"):
+    assert call("plan", [str(config_file), "optim.name=muon", "--like", str(finished_run)]) == 0
+    assert "note: optim.name is muon, and was adamw" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"it has no config\.yaml"):
         plan_run.measured(config_file.parent)
+    with pytest.raises(UserError, match="there is no such folder"):
+        plan_run.measured(config_file.parent / "nothing")
+
+
+def test_a_larger_model_saves_and_evaluates_for_longer(config_file: Path, finished_run: Path) -> None:
+    like = plan_run.measured(finished_run)
+    config = load_config(config_file, ["train.eval_every=5"])
+    wider = load_config(config_file, ["train.eval_every=5", "model.dim=64"])
+    one, other = (
+        plan_run.run_time(plan_run.estimate(open_run_data(c, Ranks()), 1, on_gpu=False), c, like, step_s=1.0)
+        for c in (config, wider)
+    )
+    assert other.save_s > 2 * one.save_s
+    assert other.evaluations_s > 2 * one.evaluations_s > 0
+
+
+@pytest.mark.parametrize("lost", ["metrics.jsonl", "goodput.jsonl", "checkpoints"])
+def test_a_run_without_measurements_is_refused(finished_run: Path, tmp_path: Path, lost: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    shutil.rmtree(run / lost) if lost == "checkpoints" else (run / lost).write_text("torn")
+    with pytest.raises(UserError, match="the run has no"):
+        plan_run.measured(run)
 
 
 def test_a_network_failures_and_a_price_are_counted(
@@ -124,7 +150,11 @@ def test_a_network_failures_and_a_price_are_counted(
         (["--mtbf-days", "3"], "--mtbf-days needs --like"),
         (["--gpu", "h200", "--network", "-1"], "--network: got -1"),
         (["--gpu", "h200", "--price", "nan"], "--price: got nan"),
-        (["--ranks-per-node", "0"], "at least 1"),
+        (["--gpu", "h200", "--utilisation", "1e-9"], "--utilisation: got 1e-09"),
+        (["--ranks-per-node", "0"], "--ranks-per-node: got 0"),
+        (["--price", "3"], "--price needs --like or --gpu"),
+        (["--utilisation", "0.5"], "--utilisation needs --gpu"),
+        (["--gpu", "h200", "--like", "runs/x"], "give one of them"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(config_file: Path, arguments: list[str], said: str) -> None:

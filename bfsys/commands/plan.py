@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # FLOP/s in bfloat16, by the names that --gpu takes.
 PEAKS = {name.lower().replace(" ", "-"): 1e12 * peak.bf16 for name, peak in peaks.PEAKS.items() if peak.bf16}
+LIMITS = (("utilisation", 0.001, 1), ("network", 0.001, 1e6), ("mtbf_days", 0.001, 1e6), ("price", 0, 1e6))
 NOTES = """\
 Time needs a run that was measured (--like) or a share of a GPU's peak. Failures
 need --like, whose saves and starts count. docs/scale.md has the formulas."""
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--ranks", type=int, default=1, metavar="N", help="GPUs, or CPU processes (default: 1)")
     add("--gpu", choices=PEAKS, metavar="GPU", help="whose peak is meant, such as h100 or l40s")
-    add("--utilisation", type=float, metavar="SHARE", default=0.3, help="of that peak (default: %(default)s)")
+    add("--utilisation", type=float, metavar="SHARE", help="of that peak (default: as seen on an H200)")
     add("--like", type=Path, metavar="RUN", help="a run whose rate per rank was measured")
     add("--network", type=float, metavar="GB/S", help="that a rank sends, if steps wait for it")
     add("--mtbf-days", type=float, metavar="D", help="mean time between failures of a node")
@@ -45,60 +46,82 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides)
     from bfsys.data.streaming.run_data import open_run_data
-    from bfsys.plan_run import estimate, measured, run_time
+    from bfsys.plan_run import estimate, measured, run_time, usual_utilisation
     from bfsys.ranks import Ranks, gpu_count
 
-    plan = estimate(open_run_data(config, Ranks()), args.ranks, on_gpu=bool(args.gpu) or gpu_count() > 0)
     like = measured(args.like) if args.like else None
-    if not like and not args.gpu:
+    plan = estimate(open_run_data(config, Ranks()), args.ranks, on_gpu=bool(args.gpu) or gpu_count() > 0)
+    if like:
+        step_s, meant = plan.step_s(like.flops_per_s), f"as in {args.like}"
+    elif args.gpu:
+        share = args.utilisation or usual_utilisation(config.model.architecture().dim)
+        step_s = plan.step_s(PEAKS[args.gpu] * share / plan.busiest)
+        meant = f"if {share:.0%} of the peak of an {args.gpu} is reached and launches do not limit it"
+    else:
         print(json.dumps(asdict(plan), indent=1) if args.json else f"{_lines_of(plan)}\ntime: give --like or --gpu")
         return 0
-    step_s = plan.step_s(like.flops_per_s if like else PEAKS[args.gpu] * args.utilisation / plan.busiest)
-    if args.network:  # with --like, as if steps there waited for no network
+    if args.network:
         step_s += plan.sent_bytes / (args.network * 1e9)
     time = run_time(plan, config, like, step_s)
     mtbf_s = args.mtbf_days * DAY / -(-args.ranks // args.ranks_per_node) if args.mtbf_days else math.inf
     expected_s = time.expected_s(mtbf_s)
-    figures = {
-        "step_s": step_s,
-        "expected_s": expected_s,
-        "goodput": time.work_s / expected_s,
-        "best_save_every": time.best_save_every(mtbf_s) if args.mtbf_days else None,
-        "price": args.price and args.price * args.ranks * expected_s / HOUR,
-    }
+    best = time.best_save_every(mtbf_s) if args.mtbf_days else None
+    price = args.price * args.ranks * expected_s / HOUR if args.price else None
     if args.json:
-        print(json.dumps(asdict(plan) | asdict(time) | figures, indent=1))
+        figures = {
+            "expected_s": expected_s,
+            "goodput": time.work_s / expected_s,
+            "best_save_every": best,
+            "price": price,
+        }
+        finite = {name: value if value is None or value < math.inf else None for name, value in figures.items()}
+        print(json.dumps(asdict(plan) | asdict(time) | finite | {"best_save_every": best}, indent=1))
         return 0
-    meant = f"as in {args.like}" if like else f"if {args.utilisation:.0%} of the peak of an {args.gpu} is reached"
     print(_lines_of(plan))
-    print(f"{step_s:.3f} s a step, {_duration(time.steps * step_s)} for {time.steps:,} steps, {meant}")
+    print(f"{step_s:.3g} s a step, {_duration(time.steps * step_s)} for {time.steps:,} steps, {meant}")
     if like:
         print(
             f"a start takes {time.restart_s:.1f} s, a checkpoint stalls training for {time.save_s:.2f} s every "
             f"{time.save_every:,} steps, evaluations take {_duration(time.evaluations_s)} in all"
         )
-    if args.mtbf_days:
+        for what in ("train.precision", "train.zero_stage", "optim.name"):
+            section, _, key = what.partition(".")
+            theirs, ours = (getattr(getattr(one, section), key) for one in (like.config, config))
+            if theirs != ours:
+                print(f"note: {what} is {ours}, and was {theirs} in {args.like}: its rate may not apply")
+    if best:
         print(
-            f"{expected_s / mtbf_s:.2f} failures are expected, {_duration(expected_s)} in all, goodput "
-            f"{figures['goodput']:.1%}; best train.save_every: {figures['best_save_every']:,}"
+            f"{expected_s / mtbf_s:.2g} failures are expected and {_duration(expected_s)} in all, of which "
+            f"{time.work_s / expected_s:.1%} are steps and evaluations; best train.save_every: {best:,}"
         )
-    if args.price:
-        print(f"price: {figures['price']:,.0f}")
+    if price:
+        print(f"price: {price:,.2f}" if price < math.inf else "price: no end")
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     problems = []
-    if args.ranks < 1 or args.ranks_per_node < 1:
-        problems.append("--ranks, --ranks-per-node: at least 1 is needed")
-    if not 0 < args.utilisation <= 1:
-        problems.append(f"--utilisation: got {args.utilisation:g}; allowed is more than 0 and at most 1")
-    for name in ("network", "mtbf_days", "price"):
+    for name in ("ranks", "ranks_per_node"):
+        if getattr(args, name) < 1:
+            problems.append(f"--{name.replace('_', '-')}: got {getattr(args, name)}; at least 1 is needed")
+    for name, low, high in (
+        ("utilisation", 0.001, 1),
+        ("network", 0.001, 1e6),
+        ("mtbf_days", 0.001, 1e6),
+        ("price", 0, 1e6),
+    ):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            problems.append(f"--{name.replace('_', '-')}: got {value:g}; allowed is a number above 0")
+        if value is not None and not low <= value <= high:
+            problems.append(f"--{name.replace('_', '-')}: got {value:g}; allowed is {low:g} to {high:,.0f}")
+    if args.like and args.gpu:
+        problems.append("--like, --gpu: give one of them, since a run that was measured has its own rate")
+    if args.utilisation is not None and not args.gpu:
+        problems.append("--utilisation needs --gpu: it is a share of that GPU's peak")
     if args.mtbf_days and not args.like:
         problems.append("--mtbf-days needs --like: a run whose saves and starts were measured")
+    for name in ("network", "price"):
+        if getattr(args, name) is not None and not (args.like or args.gpu):
+            problems.append(f"--{name} needs --like or --gpu: without a rate there is no time")
     if problems:
         raise UserError(*problems)
 
@@ -108,6 +131,8 @@ def _lines_of(plan: Estimate) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 600:
+        return f"{seconds:.0f} s"
     if seconds < HOUR:
-        return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-    return f"{seconds / HOUR:,.1f} h" if seconds < math.inf else "no end"
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / HOUR:,.1f} h" if seconds < 1e12 else "no end"
