@@ -20,7 +20,11 @@ def main(export: Path, files: list[Path]) -> None:
         sys.exit(f"this model reads bytes after {', '.join(about['byte_transforms'])}; apply them to the files first")
     session = onnxruntime.InferenceSession(export / "model.onnx", providers=["CPUExecutionProvider"])
     for file in files:
-        content = np.fromfile(file, np.uint8)
+        try:
+            content = np.fromfile(file, np.uint8)
+        except OSError as error:
+            print(f"{file}: {error.strerror}", file=sys.stderr)
+            continue
         if len(content) < about["least_bytes"]:
             print(f"{file}: has {len(content)} bytes; this model needs at least {about['least_bytes']}")
             continue

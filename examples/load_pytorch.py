@@ -19,7 +19,11 @@ def main(export: Path, files: list[Path]) -> None:
         sys.exit(f"this model reads bytes after {', '.join(about['byte_transforms'])}; apply them to the files first")
     program = torch.export.load(export / "model.pt2").module()
     for file in files:
-        content = bytearray(file.read_bytes())
+        try:
+            content = bytearray(file.read_bytes())
+        except OSError as error:
+            print(f"{file}: {error.strerror}", file=sys.stderr)
+            continue
         if len(content) < about["least_bytes"]:
             print(f"{file}: has {len(content)} bytes; this model needs at least {about['least_bytes']}")
             continue
