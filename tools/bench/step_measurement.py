@@ -133,7 +133,7 @@ def measure_parts(step: Step, device: torch.device, repeats: int) -> dict[str, d
 
 
 def start_of_memory(device: torch.device) -> int:
-    """Bytes that the process holds on the device; from here on its peak counts anew, where the system lets it."""
+    """Reset the peak of the process' memory on the device, if the system lets it; returns the bytes that it holds now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
