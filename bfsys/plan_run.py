@@ -153,7 +153,7 @@ class Measured:
     config: Config
     ranks: int
     flops_per_s: float
-    """The rate of a rank: the median of the latest measurements, which contain waiting for data and the busiest rank."""
+    """The rate of a rank: the median of the latest measurements, with its waiting for data and for the busiest rank."""
     flops_per_byte: float
     """Operations of a step over the bytes that it read."""
     checkpoint_bytes: int

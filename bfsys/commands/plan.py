@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.gpu:
         share = args.utilisation or usual_utilisation(config.model.architecture().dim)
         step_s = plan.step_s(PEAKS[args.gpu] * share / plan.busiest)
-        meant = f"if {share:.0%} of the peak of an {args.gpu} is reached and launches do not limit it"
+        meant = f"if {100 * share:.0f} % of the peak of an {args.gpu} is reached and launches do not limit it"
     else:
         print(json.dumps(asdict(plan), indent=1) if args.json else f"{_lines_of(plan)}\ntime: give --like or --gpu")
         return 0
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if best:
         print(
             f"{expected_s / mtbf_s:.2g} failures are expected and {_duration(expected_s)} in all, of which "
-            f"{time.work_s / expected_s:.1%} are steps and evaluations; best train.save_every: {best:,}"
+            f"{100 * time.work_s / expected_s:.1f} % are steps and evaluations; best train.save_every: {best:,}"
         )
     if price:
         print(f"price: {price:,.2f}" if price < math.inf else "price: no end")

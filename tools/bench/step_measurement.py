@@ -133,7 +133,7 @@ def measure_parts(step: Step, device: torch.device, repeats: int) -> dict[str, d
 
 
 def start_of_memory(device: torch.device) -> int:
-    """Reset the peak of the process' memory on the device, if the system lets it; returns the bytes that it holds now."""
+    """Reset the peak of the process' memory on the device, if the system allows it; returns the bytes held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
