@@ -19,7 +19,6 @@ import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,6 +45,7 @@ from rich.text import Text
 from bfsys.data.storage.tars import Member, size_in_tar_bytes, write_shard
 from bfsys.errors import run_command, summary_of
 from bfsys.files import replace_file
+from tools.bench.child_process import result_of_child
 
 RAW_READ = "raw read"
 BATCH_SAMPLES = 32
@@ -257,26 +257,14 @@ def record_shared_memory(ledger: Path) -> None:
 def in_child(job: dict) -> dict:
     """Do a job in a new process group and leave nothing of it behind. Returns its result, with any problem."""
     with tempfile.TemporaryDirectory(prefix="bench_loader-") as scratch:
-        result, ledger, errors = (Path(scratch) / name for name in ("result", "ledger", "errors"))
+        result, ledger = Path(scratch, "result"), Path(scratch, "ledger")
         job = {**job, "result": str(result), "ledger": str(ledger)}
         env = {**os.environ, "TMPDIR": scratch, "LITDATA_DISABLE_VERSION_CHECK": "1"}
         env["DS_ACCELERATOR"] = "cpu"  # bfsys would pin its batches for a GPU, and the peers would not
-        with open(errors, "wb") as output:
-            command = [sys.executable, __file__, "--child", json.dumps(job)]
-            child = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
         try:
-            code = child.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            return {"problem": f"no end after {LIMIT_S} s"}
+            return result_of_child([sys.executable, __file__, "--child", json.dumps(job)], result, LIMIT_S, env)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
             remove_shared_memory(ledger)
-        if code == 0:
-            return json.loads(result.read_text())
-        lines = [line for line in errors.read_text(errors="replace").splitlines() if line.strip()]
-        return {"problem": lines[-1] if lines else f"ended with code {code}"}
 
 
 def remove_shared_memory(ledger: Path) -> None:

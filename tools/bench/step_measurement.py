@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import resource
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +37,7 @@ from bfsys.gpu_check.training_steps import (
 from bfsys.model.flops import matrix_peak
 from bfsys.model.sizes import Architecture, architecture
 from bfsys.ranks import Ranks
+from tools.bench.child_process import result_of_child
 
 MIB = 2**20
 LIMIT_S = 900  # limit of a measurement in a process of its own
@@ -172,22 +170,8 @@ def in_this_process(job: dict) -> dict:
 def in_child(job: dict) -> dict:
     """`measure(job)` in a process of its own, or {"problem": …}."""
     with tempfile.TemporaryDirectory(prefix="bench_step-") as scratch:
-        result, errors = Path(scratch, "result"), Path(scratch, "errors")
-        with open(errors, "wb") as output:
-            command = [sys.executable, __file__, json.dumps(job), str(result)]
-            child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        try:
-            code = child.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            return {"problem": f"no end after {LIMIT_S} s"}
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        if code == 0:
-            return json.loads(result.read_text())
-        lines = [line for line in errors.read_text(errors="replace").splitlines() if line.strip()]
-        return {"problem": lines[-1] if lines else f"ended with code {code}"}
+        result = Path(scratch, "result")
+        return result_of_child([sys.executable, __file__, json.dumps(job), str(result)], result, LIMIT_S)
 
 
 if __name__ == "__main__":
