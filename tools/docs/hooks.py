@@ -48,7 +48,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, place, content=generate()))
     for notebook in sorted((REPOSITORY / "docs" / "notebooks").glob("*.ipynb")):
         markdown, pictures = notebooks.page_of(notebook.stem, notebook.read_text())
-        for place, content in {f"{notebook.stem}.md": markdown, **pictures}.items():
+        pages: dict[str, str | bytes] = {f"{notebook.stem}.md": markdown, **pictures}
+        for place, content in pages.items():
             files.append(File.generated(config, f"notebooks/{place}", content=content))
     origins = [f"docs/{file.src_uri}" for file in files.documentation_pages() if file.src_uri not in GENERATED]
     linked = {target for origin in [*origins, *OUTSIDE.values()] for target in _targets(origin)}
