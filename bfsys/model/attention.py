@@ -1,10 +1,11 @@
 """Attention inside segments of a ragged batch.
 
 `attend` is the one place that chooses how, for everything that autograd sees: a kernel of ours on a GPU
-(kernels.py), or PyTorch's attention on windows, into which rows are gathered, and back. A token sits in exactly one
-window, so each gather's backward is a gather as well: no scatter, no atomics. Our kernels and a CPU give the same bits
-every time. PyTorch's attention on a GPU may not: the backward pass of its memory-efficient form, which it takes for a
-mask, may add in another order each time.
+(kernels.py); batched products in chunks for bfloat16 on a CPU that multiplies it (chunked.py); or PyTorch's attention
+on windows, into which rows are gathered, and back. A token sits in exactly one window, so each gather's backward is a
+gather as well: no scatter, no atomics. Our kernels and a CPU give the same bits every time. PyTorch's attention on a
+GPU may not: the backward pass of its memory-efficient form, which it takes for a mask, may add in another order each
+time.
 
 Shapes: N tokens, W windows of `width` slots, H heads, D dim, E = D / H.
 """
@@ -19,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bfsys.errors import UserError
+from bfsys.model.chunked import CHUNK_TOKENS, ChunkedAttention
 from bfsys.model.layout import Segments, Windows
+from bfsys.model.precision import is_native_bfloat16
 
 
 class Rearrange(torch.autograd.Function):
@@ -92,15 +95,17 @@ def attend(qkv: Tensor, where: Segments | Windows, heads: int, blank_qkv: Tensor
     if isinstance(where, Segments):
         if _has_kernel(qkv, where, heads):
             return SegmentAttention.apply(qkv, where, heads)
+        if is_native_bfloat16(qkv):
+            return ChunkedAttention.apply(qkv, where.in_chunks(CHUNK_TOKENS), heads)
         where = where.windows
+    elif is_native_bfloat16(qkv) and blank_qkv is None:
+        return ChunkedAttention.apply(qkv, (where,), heads)
     return attend_by_sdpa(qkv, where, heads, blank_qkv)
 
 
 def attend_by_sdpa(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor | None = None) -> Tensor:
-    """The same with PyTorch's own attention; on a CPU in float32 at least.
-
-    With attention in bfloat16, a step of the quickstart's model takes 1.8 times as long (Xeon with AMX, 2026-11-26).
-    """
+    """The same with PyTorch's own attention; on a CPU in float32 at least, since it is slower in bfloat16
+    (docs/performance.md)."""
     dim = qkv.shape[1] // 3
     w = windows
     slots = Rearrange.apply(qkv, w.index, w.blank, w.inverse, w.outside)  # [W * width, 3D]

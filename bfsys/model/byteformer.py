@@ -11,7 +11,6 @@ Shapes: N tokens of the whole batch, D dim, B files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from bfsys.batch import ByteBatch
 from bfsys.errors import UserError
 from bfsys.model.attention import attend, segment_mean
+from bfsys.model.chunked import CHUNK_TOKENS, ChunkedMLP, rows_of
 from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Layout, Segments, Windows, make_layout
 from bfsys.model.norm import add_norm
-from bfsys.model.precision import LayerNorm, Linear
+from bfsys.model.precision import LayerNorm, Linear, is_native_bfloat16
 from bfsys.model.sizes import MLP_RATIO, Architecture
 from bfsys.model.stem import Stem
-
-CHUNK_TOKENS = 2048  # at a time on a CPU, where activations are not kept
 
 
 class Block(nn.Module):
@@ -70,7 +68,14 @@ class Block(nn.Module):
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         x, normed = add_norm(self.norm2, x, self.proj(attended))
-        return x + self.fc2(F.gelu(self.fc1(normed)))
+        return x + self.mlp(normed)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        if not is_native_bfloat16(x) or torch.compiler.is_compiling():
+            return self.fc2(F.gelu(self.fc1(x)))
+        weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        with torch.autocast("cpu", enabled=False):
+            return ChunkedMLP.apply(x, *(w.to(x.dtype) for w in weights))
 
     def compile_parts(self) -> None:
         """Compile the parts around attention, for any number of tokens. Blocks of equal shapes share the code."""
@@ -92,7 +97,7 @@ class _InChunks(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.block, ctx.chunks, ctx.trainable = block, chunks, trainable
         out = torch.empty_like(x)
-        for rows, chunk in _rows_of(chunks):
+        for rows, chunk in rows_of(chunks):
             out[rows] = block.compute(x[rows], chunk)
         return out
 
@@ -103,7 +108,7 @@ class _InChunks(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         x_grad, trainable = torch.empty_like(x), ctx.trainable
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trainable]
-        for rows, chunk in _rows_of(ctx.chunks):
+        for rows, chunk in rows_of(ctx.chunks):
             part = x[rows].detach().requires_grad_()
             with torch.enable_grad():
                 out = ctx.block.compute(part, chunk)
@@ -111,13 +116,6 @@ class _InChunks(torch.autograd.Function):
             for total, of_chunk in zip(sums, grads, strict=True):
                 total += of_chunk
         return x_grad, None, None, *(total.to(p.dtype) for total, p in zip(sums, trainable, strict=True))
-
-
-def _rows_of(chunks: tuple[Windows, ...]) -> Iterator[tuple[slice, Windows]]:
-    first = 0
-    for chunk in chunks:
-        yield slice(first, first + chunk.tokens), chunk
-        first += chunk.tokens
 
 
 class Merge(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.model import byteformer, precision
+from bfsys.model import attention, byteformer, chunked, precision
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.precision import LayerNorm
 from bfsys.model.sizes import architecture
@@ -51,7 +51,8 @@ def test_precisions_agree_with_float64(
 ) -> None:
     want = answers(made().double())
     monkeypatch.setattr(precision, "product_dtype", lambda *_: products)
-    monkeypatch.setattr(byteformer, "CHUNK_TOKENS", 64)
+    for module in (attention, byteformer, chunked):
+        monkeypatch.setattr(module, "CHUNK_TOKENS", 64)
     got = answers(made(checkpointing).to(weights), autocast)
     for name, exact in want.items():
         difference = (got[name].double() - exact).norm() / exact.norm().clamp(min=1e-3)
