@@ -73,8 +73,9 @@ class Estimate:
 
     def describe(self) -> str:
         """A readable summary in one line."""
+        who = f"each of {self.ranks:,} ranks" if self.ranks > 1 else "the rank"
         return (
-            f"{self.parameters:,} parameters; each of {self.ranks} ranks needs {self.memory_bytes / GB:.2f} GB "
+            f"{self.parameters:,} parameters; {who} needs {self.memory_bytes / GB:.2f} GB "
             f"({self.state_bytes / GB:.2f} state, {self.activation_bytes / GB:.2f} activations at most); "
             f"a step is {self.micro_batches} micro-batches of each rank, {self.step_flops / 1e12:.2f} TFLOP and "
             f"{self.step_bytes / 1e6:.1f} MB of files; a rank sends {self.sent_bytes / 1e6:.1f} MB; "

@@ -33,7 +33,7 @@ from bfsys.confusion import Answers
 from bfsys.data.streaming.loader import training_batches
 from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_CRASHED, UserError
+from bfsys.errors import EXIT_CRASHED, UserError, one_line
 from bfsys.evaluate import evaluate
 from bfsys.init_from import initial_weights
 from bfsys.loss import loss_and_sums
@@ -212,7 +212,7 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
     except UserError as error:  # an error of this rank alone
         who = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
         for problem in error.problems:
-            print(f"error: {who}{problem}", file=sys.stderr, flush=True)
+            print(f"error: {who}{one_line(problem)}", file=sys.stderr, flush=True)
         return error.exit_code
     except RuntimeError as error:
         if not (lost := dist.lost_connection(error)):

@@ -45,6 +45,12 @@ def test_a_split_that_no_source_has_is_said(finished_run: Path, evaluate_run) ->
         evaluate_run(finished_run, "--split", "test")
 
 
+def test_an_export_is_refused(evaluate_run, tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(UserError, match="an export, which names no data; evaluate the run that it was made from"):
+        evaluate_run(tmp_path)
+
+
 def test_a_report_agrees_with_the_scores(finished_run: Path, evaluate_run, tmp_path: Path) -> None:
     result = json.loads(evaluate_run(finished_run, "--json", "--report", tmp_path / "report"))
     rows = [line.split("\t") for line in (tmp_path / "report" / "classes.tsv").read_text().splitlines()[1:]]

@@ -65,6 +65,7 @@ def test_a_folder_is_read_as_it_is_packed(finished_run: Path, tmp_path: Path, pr
         path.write_bytes(bytes([40] * 30))
     (folder / "link").symlink_to(elsewhere)
     (folder / os.fsdecode(b"caf\xe9")).write_bytes(bytes([40] * 30))  # Latin-1, no text in UTF-8
+    (folder / "two\nlines").write_bytes(bytes([40] * 30))
     (folder / "loop").symlink_to(folder / "loop")
     os.mkfifo(folder / "pipe")  # of which nobody ever reads an end
     result = subprocess.run(
@@ -74,10 +75,10 @@ def test_a_folder_is_read_as_it_is_packed(finished_run: Path, tmp_path: Path, pr
     assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-3:] == [
         *(f"error: {folder}/{n}: is not a regular file" for n in ("loop", "pipe")),
-        "error: 2 problems; 3 files were classified",
+        "error: 2 problems; 4 files were classified",
     ]
     named = [line.partition(": ")[0] for line in result.stdout.splitlines()]
-    assert named == [f"{folder}/b", f"{folder}/caf\\udce9", f"{folder}/link/c"]
+    assert named == [f"{folder}/{n}" for n in ("b", "caf\\udce9", "link/c", "two\\nlines")]
 
 
 def test_small_files_are_not_too_many_at_once() -> None:

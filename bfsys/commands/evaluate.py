@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bfsys.commands.arguments import add_precision, add_weights
-from bfsys.errors import UserError
+from bfsys.errors import UserError, one_line
 
 NOTES = """\
 Of a run directory the newest intact checkpoint counts. Imported weights come
@@ -39,10 +39,13 @@ def run(args: argparse.Namespace) -> int:
     from bfsys.data.streaming.quarantine import Quarantine
     from bfsys.data.streaming.run_data import short_files
     from bfsys.evaluate import DAMAGE, evaluate, with_datasets
+    from bfsys.export import DESCRIPTION
     from bfsys.loss import describe_scores
     from bfsys.model.precision import set_precision
     from bfsys.ranks import Ranks
 
+    if (args.run / DESCRIPTION).exists():
+        raise UserError(f"{args.run}: an export, which names no data; evaluate the run that it was made from")
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
     transforms = with_key(config.data.byte_transforms, args.permute)
     config = replace(config, data=replace(config.data, byte_transforms=transforms))
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     set_precision(model, args.precision)
     result = evaluate(model, config, sources, ranks, bad_files, manifest["step"], _show_progress, answers)
     for bad in bad_files.share(ranks, sources.sizes, config.data.max_bad_share):
-        print(f"left out: {bad.describe()}", file=sys.stderr)
+        print(f"left out: {one_line(bad.describe())}", file=sys.stderr)
     robustness = {
         damage: evaluate(model, config, files, ranks, Quarantine(), manifest["step"], _show_progress)
         for damage, files in damaged.items()

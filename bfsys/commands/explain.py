@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bfsys.commands.arguments import add_weights
 from bfsys.commands.predict import STDIN, named_inputs
-from bfsys.errors import UserError, collecting
+from bfsys.errors import UserError, collecting, one_line
 from bfsys.explain.style import GENERATOR
 from bfsys.files import replace_file
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("files", nargs="*", default=[], metavar="FILE", help="files, folders, or - for standard input")
     add("--split", help="report on shortcuts over a split of the run's data")
     add("--limit", type=int, metavar="N", help=f"files of the split (default: {LIMIT})")
-    add("--out", type=Path, metavar="FOLDER", help=f"where pages go (default: {FOLDER}; none of --split)")
+    add("--out", type=Path, metavar="FOLDER", help=f"write pages here (default: {FOLDER}; with --split: none)")
     add("--class", dest="class_name", metavar="NAME", help="class to explain (default: the likeliest)")
     add_weights(parser)
     add("--encode", action="store_true", help="put pictures and sounds into the model's format")
@@ -73,7 +73,7 @@ def _files(model: Model, args: argparse.Namespace) -> int:
             warnings.simplefilter("always")
             explanation = model.explain(source, args.class_name, args.seed, encode=args.encode)
         for note in notes:
-            print(note.message, file=sys.stderr, flush=True)
+            print(one_line(str(note.message)), file=sys.stderr, flush=True)
         if explanation is None:
             continue
         page = folder / _page_name(name, used)
@@ -81,8 +81,8 @@ def _files(model: Model, args: argparse.Namespace) -> int:
         results.append({**explanation.as_dict(), "page": str(page)})
         if not args.json:
             one = explanation.explained
-            print(f"{name}: {one.class_name} {100 * one.probability:.1f} %; {explanation.summary()}")
-            print(f"  {page}", flush=True)
+            print(one_line(f"{name}: {one.class_name} {100 * one.probability:.1f} %; {explanation.summary()}"))
+            print(one_line(f"  {page}"), flush=True)
     if args.json:
         print(json.dumps(results, indent=1))
     if problems:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bfsys.errors import UserError
+from bfsys.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from bfsys.data.storage.shards import Split
@@ -54,7 +54,7 @@ def inspect(args: argparse.Namespace) -> int:
     problems = [problem for split in splits if args.verify for problem in verify(split)]
     if problems:
         for problem in problems:
-            print(f"damage: {problem}", file=sys.stderr)
+            print(f"damage: {one_line(problem)}", file=sys.stderr)
         return EXIT_DAMAGED
     for split in splits:
         if args.list:
@@ -76,7 +76,7 @@ def list_samples(split: Split, count: int) -> None:
     for i in range(min(count, len(split))):
         row = split.samples[i]
         place = f"{split.shards[row['shard']].file}\t{row['offset']}"
-        print(f"{split.key(i)}\t{split.classes[row['label']]}\t{row['length']}\t{place}")
+        print(f"{one_line(split.key(i))}\t{one_line(split.classes[row['label']])}\t{row['length']}\t{place}")
 
 
 def verify(split: Split) -> list[str]:

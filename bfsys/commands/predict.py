@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bfsys.commands.arguments import add_precision, add_weights
-from bfsys.errors import UserError
+from bfsys.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from bfsys.inputs import Input
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             shown = "   ".join(f"{c.class_name} {100 * c.probability:.1f} %" for c in classes)
             unlike = f"   (unlike the run's files: {score:.1f})" if score is not None and score > 1 else ""
-            print(f"{path}: {shown}{unlike}", flush=True)
+            print(one_line(f"{path}: {shown}{unlike}"), flush=True)
     if args.json:
         print(json.dumps(answers, indent=1))
     if problems:
@@ -82,4 +82,4 @@ def named_inputs(paths: Sequence[str], problems: list[str]) -> Iterator[tuple[st
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(one_line(text), file=sys.stderr, flush=True)
