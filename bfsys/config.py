@@ -20,6 +20,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
 from bfsys import typed_yaml
 from bfsys.errors import UserError, collecting
 from bfsys.model import sizes
+from bfsys.object_stores import problem_of_url
 
 PIPE = "pipe:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -296,6 +297,9 @@ class Train:
     """Steps between evaluations; 0: only at the end."""
     save_every: Count = 1000
     """Steps between checkpoints; the last step is always saved."""
+    checkpoint_copy: Location | None = None
+    """URL of a folder in an object store, such as s3://bucket/folder, to which every checkpoint is copied while
+    training goes on, as URL/NAME/checkpoints/step_…. A start without a checkpoint on its disk continues from there."""
     keep_checkpoints: Count = 3
     """Number of newest checkpoints that stay on disk."""
     keep_every: Whole = 0
@@ -346,6 +350,11 @@ class Config:
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
 
+    @property
+    def copy_url(self) -> str:
+        """URL of the run's copy in an object store; "" if there is to be none."""
+        return f"{self.train.checkpoint_copy.rstrip('/')}/{self.name}" if self.train.checkpoint_copy else ""
+
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read and check a config; raises UserError with every problem."""
@@ -372,6 +381,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         problems.append(f"optim.warmup_steps: got {optim.warmup_steps}, more than the run's train.steps {train.steps}")
     if optim.final_lr > optim.lr:
         problems.append(f"optim.final_lr: got {optim.final_lr}, more than optim.lr {optim.lr}, which it ends")
+    if train.checkpoint_copy and (problem := problem_of_url(config.copy_url, train.checkpoint_copy)):
+        problems.append(f"train.checkpoint_copy: {problem}")
     problems += [
         f"data.sources.{i}: augment and jitter are both given; give one of them: augment encodes all files alike, "
         "jitter keeps each file's own format"

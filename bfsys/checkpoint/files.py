@@ -46,6 +46,7 @@ METRICS = "metrics.jsonl"
 LATEST = "latest"
 PAUSES_S = (1.0, 4.0, 10.0)  # before a file is asked for again
 READERS = 16  # threads that read a checkpoint: each hashes without Python's lock, or waits for a file server
+NAME = re.compile(r"step_(\d{8,})")
 GOING = ".removed"  # suffix of a directory that was a checkpoint and is being deleted
 
 
@@ -69,12 +70,16 @@ def checkpoint_name(step: int) -> str:
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
     """Directories with a checkpoint's name, intact or not, the oldest first."""
-    names = (re.fullmatch(r"step_(\d{8,})", p.name) for p in checkpoints_dir(run_dir).glob("step_*") if p.is_dir())
-    return [checkpoints_dir(run_dir) / checkpoint_name(step) for step in sorted(int(n[1]) for n in names if n)]
+    paths = (p for p in checkpoints_dir(run_dir).glob("step_*") if NAME.fullmatch(p.name) and p.is_dir())
+    return sorted(paths, key=step_of)
+
+
+def step_of_name(name: str) -> int:
+    return int(name.removeprefix("step_"))
 
 
 def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+    return step_of_name(path.name)
 
 
 def piece_name(parameter: str, first: int, end: int) -> str:
@@ -120,10 +125,15 @@ def commit(work: Path, final: Path, facts: dict, files: Mapping[str, dict]) -> N
 
     `files` are names with their `describe`. Until the rename nothing of an earlier checkpoint is touched.
     """
-    root = final.parent
     manifest = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
     manifest["sha256"] = fingerprint(manifest)
     replace_file(work / MANIFEST, json.dumps(manifest, indent=1))  # and with it the names of all other files
+    name_checkpoint(work, final)
+
+
+def name_checkpoint(work: Path, final: Path) -> None:
+    """Give a whole checkpoint, all of which is on the disk, its name, and point `latest` at it."""
+    root = final.parent
     if final.exists():  # a damaged one of the same step, or one that the run was rolled back before
         remove(final)
     os.rename(work, final)
@@ -274,16 +284,23 @@ def manifest_or_problems(path: Path) -> tuple[dict | None, list[str]]:
 def read_manifest(path: Path) -> dict:
     """The manifest of a checkpoint; raises UserError if there is none, or it is not as it was written."""
     try:
-        manifest = json.loads(with_retries(Path.read_text, path / MANIFEST))
+        text = with_retries(Path.read_bytes, path / MANIFEST)
+    except OSError as error:
+        raise UserError(f"{path}: not a checkpoint, {MANIFEST}: {error.strerror}") from None
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: bytes, path: str) -> dict:
+    """The manifest of the checkpoint at `path`, from the content of its file; raises UserError if that is damaged."""
+    try:
+        manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
         intact = manifest.pop("sha256") == fingerprint(manifest)
-    except OSError as error:
-        raise UserError(f"{path}: not a checkpoint, {MANIFEST}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise UserError(f"{path / MANIFEST}: checksum mismatch, the file is corrupt")
+        raise UserError(f"{path}/{MANIFEST}: checksum mismatch, the file is corrupt")
     return manifest
 
 
