@@ -28,7 +28,6 @@ from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
 from bfsys.supervision.guard import FILE as ROLLBACKS
 from bfsys.supervision.run_end import forget_end
-from bfsys.supervision.supervisor import HISTORY
 from bfsys.supervision.watchdog import HANGS
 
 LOCK_WAIT_S = 20.0  # a start that was killed may have loader processes that take a moment to notice
@@ -106,7 +105,6 @@ def _fetch_newer(config: Config, facts: dict, ranks: dist.Ranks) -> list[str]:
         Wanted(run_dir, url, after=step_of(path) if path else -1),
         ranks,
         check=lambda work: check_same_run(work, facts, origin=url),
-        history=HISTORY,
     )
     if path:
         unanswered = f"{url} was not asked for newer checkpoints: {fetched.problem}"

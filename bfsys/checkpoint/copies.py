@@ -11,7 +11,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,13 +25,9 @@ from bfsys.checkpoint.files import (
     all_checkpoints,
     checkpoint_name,
     checkpoints_dir,
-    move_aside,
-    name_checkpoint,
-    read_manifest,
+    take_over,
 )
-from bfsys.data.storage.streams import hide
 from bfsys.errors import EXIT_CRASHED, UserError
-from bfsys.files import replace_file
 
 POLL_S = 0.05
 STOP_WAIT_S = 120.0  # a run that was asked to stop waits this long for its last copy
@@ -125,13 +121,10 @@ class Wanted:
     until: int | None = None
 
 
-def fetch_newest(
-    wanted: Wanted, ranks: dist.Ranks, *, check: Callable[[Path], None], history: Sequence[str] = ()
-) -> Fetched:
+def fetch_newest(wanted: Wanted, ranks: dist.Ranks, *, check: Callable[[Path], None]) -> Fetched:
     """Fetch the newest whole copy of those that are wanted into the run directory, on rank 0; collective.
 
-    `check` raises UserError if the checkpoint is of another run. Of the `history` files in it, those that say more than
-    the run directory's own replace them.
+    `check` raises UserError if the checkpoint is of another run.
     """
     process: subprocess.Popen | None = None
 
@@ -146,7 +139,7 @@ def fetch_newest(
     def finish() -> Fetched:
         assert process is not None
         answer = _answer_of(process)
-        notes = [f"skipped a damaged copy: {hide(problem)}" for problem in answer.get("skipped", ())]
+        notes = [f"skipped a damaged copy: {problem}" for problem in answer.get("skipped", ())]
         if "work" not in answer:
             return Fetched(None, answer.get("problem", ""), answer.get("exit_code", 0), notes)
         work, name = Path(answer["work"]), checkpoint_name(answer["step"])
@@ -155,7 +148,7 @@ def fetch_newest(
         except UserError:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        take_checkpoint(work, checkpoints_dir(wanted.run_dir) / name, history)
+        take_over(work, checkpoints_dir(wanted.run_dir) / name)
         return Fetched(name, "", 0, [*notes, f"fetched {name} from {wanted.url}"])
 
     return dist.on_rank0(finish, ranks)
@@ -173,18 +166,6 @@ class Fetched(NamedTuple):
     notes: list[str]
 
 
-def take_checkpoint(work: Path, final: Path, history: Sequence[str]) -> None:
-    """Give a checkpoint that was fetched its name in a run directory, and restore the run's `history` files from it."""
-    run_dir = final.parent.parent
-    for name in read_manifest(work)["files"]:
-        live = run_dir / name
-        if name in history and (not live.exists() or live.stat().st_size < (work / name).stat().st_size):
-            replace_file(live, (work / name).read_bytes())
-    if final.exists():
-        move_aside(final)
-    name_checkpoint(work, final)
-
-
 def _start(run_dir: Path, url: str, task: dict) -> subprocess.Popen:
     return start_child([copier.__file__], {"url": url, "run_dir": str(run_dir), **task})
 
@@ -192,10 +173,9 @@ def _start(run_dir: Path, url: str, task: dict) -> subprocess.Popen:
 def _answer_of(process: subprocess.Popen) -> dict:
     output, _ = process.communicate()
     try:
-        answer = json.loads(output)
+        return json.loads(output)
     except ValueError:
         return {"problem": f"the copying process ended with code {process.returncode}", "exit_code": EXIT_CRASHED}
-    return {key: hide(value) if isinstance(value, str) else value for key, value in answer.items()}
 
 
 def _key(path: Path) -> tuple[str, int]:

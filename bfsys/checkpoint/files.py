@@ -141,6 +141,21 @@ def name_checkpoint(work: Path, final: Path) -> None:
     replace_file(root / LATEST, final.name + "\n")
 
 
+def take_over(work: Path, final: Path) -> None:
+    """Give a checkpoint that was fetched from elsewhere its name in a run directory; a damaged one is moved aside.
+
+    What it holds besides tensors are files of the run directory. They only grow, so the longer one stays there.
+    """
+    for name in read_manifest(work)["files"]:
+        live = final.parent.parent / name
+        size_bytes = live.stat().st_size if live.exists() else -1
+        if not name.endswith(".safetensors") and size_bytes < (work / name).stat().st_size:
+            replace_file(live, (work / name).read_bytes())
+    if final.exists():
+        move_aside(final)
+    name_checkpoint(work, final)
+
+
 def remove(path: Path) -> None:
     """Remove a checkpoint. What a kill leaves of it does not look like a checkpoint any more."""
     shutil.rmtree(retire(path), ignore_errors=True)  # a file that somebody reads may not go on a network file system
@@ -185,10 +200,14 @@ def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> lis
 def evaluations(run_dir: Path) -> dict[int, dict]:
     """The scores of every evaluation in metrics.jsonl, by step."""
     try:
-        lines = (run_dir / METRICS).read_bytes().split(b"\n")
+        return evaluations_in((run_dir / METRICS).read_bytes())
     except OSError:
         return {}
-    lines = [line for line in lines if b'"kind": "eval"' in line]
+
+
+def evaluations_in(metrics: bytes) -> dict[int, dict]:
+    """The scores of every evaluation, by step, in the content of a metrics.jsonl."""
+    lines = [line for line in metrics.split(b"\n") if b'"kind": "eval"' in line]
     fields: Fields = {"step": int, "top1": NUMBER, "loss": NUMBER}
     return {scores["step"]: scores for scores in parse_json_lines(lines, fields)}
 
@@ -204,12 +223,20 @@ def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
+def as_url(text: str) -> str:
+    """The URL that a Path was made of, which makes one slash of two; "" if it was none."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", text)
+    return f"{match[1]}://{text[match.end() :]}" if match else ""
+
+
 def find_whole(run: Path) -> Path:
     """The newest intact checkpoint of a run directory, or `run` itself if it is a checkpoint.
 
     Newer ones that are damaged are named on standard error. Raises UserError if there is no whole one.
     """
     if not run.is_dir():
+        if url := as_url(str(run)):
+            raise UserError(f"{url}: is in an object store; first copy it: bfsys checkpoint copy {url} {run.name}")
         what = "a file; give a run directory (runs/NAME) or one of its checkpoints" if run.exists() else ""
         raise UserError(f"{run}: {what or 'no such run directory; runs lie in runs/NAME'}")
     path: Path | None

@@ -109,6 +109,13 @@ class Store:
         text = self._manifest_text(name)
         return None if text is None else parse_manifest(text, f"{self.url}/{name}")
 
+    def manifest_or_error(self, name: str) -> dict:
+        """The manifest of a copy; raises UserError if it has none, or a damaged one."""
+        manifest = self.manifest(name)
+        if manifest is None:
+            raise UserError(f"{self.url}/{name}: has no {MANIFEST}, so it was not copied to its end")
+        return manifest
+
     def _manifest_text(self, name: str) -> bytes | None:
         def read() -> bytes | None:
             try:
@@ -162,17 +169,18 @@ class Store:
     def problems_of(self, name: str) -> list[str]:
         """The problems of a copy; none if every file is there and has its sha256. Reads every byte."""
         try:
-            manifest = self.manifest(name)
+            manifest = self.manifest_or_error(name)
         except StoreError:
             raise
         except UserError as error:
             return list(error.problems)
-        if manifest is None:
-            return [f"{self.url}/{name}: has no {MANIFEST}, so it was not copied to its end"]
         files = manifest["files"]
         return self._strange_names(name, manifest) or _of_all(
             lambda file_name: self._problem_of_file(name, file_name, files[file_name], None), files
         )
+
+    def read_file(self, name: str, file_name: str) -> bytes:
+        return self._tried("cannot be read", lambda: self._fs.cat_file(self._path(name, file_name)))
 
     def sizes(self, name: str) -> dict[str, int]:
         """Bytes of each file of a copy, by name."""
@@ -236,9 +244,9 @@ class Store:
                 raise UserError(f"{checksum_mismatch(source)}; it is not copied")
             target.close()
         except BaseException:
-            with suppress(Exception):
+            with suppress(Exception):  # a file in a folder has nothing to give up
                 target.discard()  # the parts of an upload that is not finished would stay, and cost
-            target.closed = True  # or it would write what it has when it is deleted
+                target.closed = True  # or it would write what it has when it is deleted
             raise
         self.moved = time.monotonic()
 
@@ -289,8 +297,10 @@ class Store:
             except Exception as error:  # every library has its own
                 is_lasting = isinstance(error, LASTING)
                 if is_lasting or pause_s is None:
+                    from bfsys.data.storage.streams import hide  # takes a while to import
+
                     code = EXIT_USER_ERROR if is_lasting else EXIT_CRASHED
-                    raise StoreError(f"{self.url}: {what_fails}: {_reason(error)}", exit_code=code) from error
+                    raise StoreError(f"{self.url}: {what_fails}: {hide(_reason(error))}", exit_code=code) from error
                 self.moved = time.monotonic()
                 time.sleep(pause_s)
         raise AssertionError("the last try raises")
