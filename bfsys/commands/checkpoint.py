@@ -71,10 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action != "prune" and given:
         raise UserError(f"{', '.join(given)}: only prune takes this, got {args.action}")
     if (args.action == "copy") != (args.to is not None):
-        needs = (
-            "needs RUN and TO, one of which is a URL" if args.action == "copy" else f"takes one place, got {args.to}"
-        )
-        raise UserError(f"{args.action}: {needs}")
+        raise UserError(f"{args.action}: {'needs RUN and TO' if args.to is None else f'takes no TO, got {args.to}'}")
     actions = {"list": show_list, "verify": verify, "show": show, "copy": copy, "prune": remove_others}
     return actions[args.action](args)
 
