@@ -9,7 +9,6 @@ the expanded path. typed_yaml.py explains how overrides on the command line are 
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,41 +18,17 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
 
 from bfsys import typed_yaml
 from bfsys.errors import UserError, collecting
+from bfsys.locations import expanded, is_remote
 from bfsys.model import sizes
 from bfsys.object_stores import problem_of_url
-
-PIPE = "pipe:"
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
-
-
-def is_remote(location: str) -> bool:
-    """Whether `location` is a URL, or a command that prints a file, rather than a path."""
-    return location.startswith(PIPE) or _SCHEME.match(location) is not None
-
-
-def _expanded(path: str, info: ValidationInfo) -> str:
-    """The path with ~ and variables expanded. Raises ValueError if it is empty or a variable is not set."""
-    if not info.context:
-        return path
-    if not path:
-        raise ValueError("got an empty path; write . for the current folder, or null where the path may be left out")
-    if "\0" in path:
-        raise ValueError(f"got {path!r}; a path cannot hold a NUL character")
-    if is_remote(path) or ("$" in path and os.path.lexists(path)):
-        return path
-    for name in ("".join(names) for names in _VARIABLE.findall(path)):
-        if name not in os.environ:
-            raise ValueError(f"got {path!r}; the environment variable {name!r} is not set: set it, or write its value")
-    return os.path.expanduser(os.path.expandvars(path))
 
 
 def _with_expanded_key_file(transform: str, info: ValidationInfo) -> str:
     name, _, file = transform.partition(":")
-    return f"{name}:{_expanded(file, info)}" if file and name == "permute" else transform
+    return f"{name}:{expanded(file, info)}" if file and name == "permute" else transform
 
 
-Location = Annotated[str, AfterValidator(_expanded)]
+Location = Annotated[str, AfterValidator(expanded)]
 Transform = Annotated[str, AfterValidator(_with_expanded_key_file)]
 MOST = 2**40  # for every count: a larger number is a mistake, and a product of two could overflow 64 bits
 MOST_WIDE = 2**20  # for sizes that are allocated at once

@@ -25,7 +25,7 @@ def problem_of_url(url: str, given: str = "") -> str:
     `given` is the part of it that a person wrote.
     """
     given = given or url
-    if not URL.match(url):
+    if not URL.match(given):
         return f"got {given!r}; must be a URL such as {EXAMPLE}; the URL of a folder is file:///FOLDER"
     try:
         parts = urlsplit(url)

@@ -88,7 +88,10 @@ class Copies:
             self._is_wanted = False
             return
         task = {"action": "copy", "path": str(path), "keep": asdict(self.keep)}
-        self._process, self.copying = _start(self.run_dir, self.url, task), path
+        try:
+            self._process, self.copying = _start(self.run_dir, self.url, task), path
+        except OSError as error:  # no process or no memory is left for it
+            self.problem, self._is_wanted = f"the copying process cannot be started: {error.strerror}", False
         self._copied_key = keys[path]
 
     def _take(self, answer: dict) -> str:

@@ -234,6 +234,12 @@ class Supervisor:
             self.metrics.say(news)
             self.metrics.show("checkpoint_copy", step, news)
 
+    def _waits_for_copy(self, exit_code: int) -> bool:
+        """Whether this rank makes a copy that the end of the run waits for: on request, that of the newest alone."""
+        if not self.copies or not self.copies.is_busy:
+            return False
+        return not exit_code or bool(self.copies.problem_of_newest())
+
     def finish_copies(self, step: int, exit_code: int) -> None:
         """Wait until the last checkpoint is copied, if the config asks for copies; collective.
 
@@ -249,7 +255,7 @@ class Supervisor:
             while True:
                 self.attend_copies(step)
                 is_late = exit_code and time.monotonic() - began > STOP_WAIT_S
-                if not dist.agree_on_max(bool(self.copies and self.copies.is_busy and not is_late))[0]:
+                if not dist.agree_on_max(self._waits_for_copy(exit_code) and not is_late)[0]:
                     break
                 self.watchdog.beat(where)
                 time.sleep(POLL_S)

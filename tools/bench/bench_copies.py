@@ -72,7 +72,7 @@ def measure(folder: Path, port: int, log: Path, copies: int, files: int) -> dict
     }
     os.environ.update(variables)
 
-    import boto3
+    import boto3  # type: ignore[import-untyped]
 
     from bfsys import dist
     from bfsys.batch import ByteBatch, Sample
