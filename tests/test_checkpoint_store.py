@@ -6,13 +6,22 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bfsys.checkpoint import copier, saving
-from bfsys.checkpoint.files import MANIFEST, RetentionPolicy, problems_of, read_manifest, take_over
+from bfsys.checkpoint.copies import Copies
+from bfsys.checkpoint.files import (
+    MANIFEST,
+    RetentionPolicy,
+    all_checkpoints,
+    problems_of,
+    read_manifest,
+    take_over,
+)
 from bfsys.checkpoint.store import Store, StoreError
 from bfsys.cli import call
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
@@ -159,6 +168,49 @@ def test_the_copies_follow_the_retention_policy(tmp_path: Path) -> None:
         put(store, save(tmp_path / "run", step))
     store.prune(RetentionPolicy(last=1, every=3, best=1), {4: {"top1": 0.9}, 2: {"top1": 0.1}})
     assert store.names() == [f"step_{step:08d}" for step in (3, 4, 5)]
+
+
+def test_the_newest_is_copied_first_and_stays_on_the_disk_until_then(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (1, 2, 3):
+        save(run, step)
+    copies = Copies(run, f"file://{tmp_path}/copies/mine", RetentionPolicy(2))
+    copies.offer()
+    assert copies.copying
+    assert copies.copying.name == "step_00000003"
+    saver = saving.Saver(run, ALONE, RetentionPolicy(1), in_use=lambda: copies.copying)
+    saver.start(Tensors(4), {"step": 4, "updates": 4, **FACTS})
+    saver.finish()
+    saver.close()
+    assert [path.name for path in all_checkpoints(run)] == ["step_00000003", "step_00000004"]
+    copies.offer()
+    news = []
+    while copies.is_busy:
+        news += filter(None, [copies.attend()])
+        time.sleep(0.01)
+    assert news == [f"checkpoints are copied to file://{tmp_path}/copies/mine"]
+    assert copies.problem_of_newest() == ""
+    assert Store(f"file://{tmp_path}/copies/mine").names() == ["step_00000003", "step_00000004"]
+
+
+def test_failing_copies_are_said_once(tmp_path: Path) -> None:
+    run, place = tmp_path / "run", tmp_path / "copies"
+    place.mkdir(mode=0o500)
+    if os.access(place, os.W_OK):  # as root
+        place.rmdir()
+        place.write_text("in the way")
+    copies = Copies(run, f"file://{place}/mine", RetentionPolicy(2))
+    monitored = []
+    for step in (1, 2):
+        save(run, step)
+        copies.offer()
+        while copies.is_busy:
+            monitored += filter(None, [copies.attend()])
+            time.sleep(0.01)
+    (news,) = monitored
+    assert "step_00000001 is not copied: " in news
+    assert "the next save tries again" in news
+    assert "step_00000002: is whole, but has no copy in file://" in copies.problem_of_newest()
 
 
 @pytest.mark.parametrize(("steps", "is_copied"), [(9, False), (3, True)], ids=["midway", "at the end"])

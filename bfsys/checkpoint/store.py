@@ -41,7 +41,8 @@ PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before a request is made again; the lib
 BLOCK_BYTES = 16 << 20
 MOST_BLOCKS = 5000  # of a file; S3 takes 10,000 parts
 FILES_AT_A_TIME = 4
-LASTING = (FileNotFoundError, PermissionError, NotImplementedError)  # errors that another try would not change
+# Errors that another try would not change.
+LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)
 
 
 class StoreError(UserError):
