@@ -25,6 +25,7 @@ from bfsys.checkpoint.files import (
 from bfsys.checkpoint.store import Store, StoreError
 from bfsys.cli import call
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
+from bfsys.supervision.supervisor import HISTORY
 from tests.s3_server import RESET, S3Server
 from tests.test_checkpoint import ALONE, FACTS, Tensors, save
 
@@ -191,6 +192,26 @@ def test_the_newest_is_copied_first_and_stays_on_the_disk_until_then(tmp_path: P
     assert news == [f"checkpoints are copied to file://{tmp_path}/copies/mine"]
     assert copies.problem_of_newest() == ""
     assert Store(f"file://{tmp_path}/copies/mine").names() == ["step_00000003", "step_00000004"]
+
+
+def test_what_decides_the_future_of_a_run_travels_with_a_checkpoint(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    for name in HISTORY:
+        (run / name).write_text(f"some of {name}")
+    saver = saving.Saver(run, ALONE, RetentionPolicy(1), history=HISTORY)
+    saver.start(Tensors(3), {"step": 3, "updates": 3, **FACTS})
+    path = saver.finish()
+    saver.close()
+    store = Store(f"file://{tmp_path}/copies/mine")
+    put(store, path)
+    other.mkdir()
+    (other / "quarantine.tsv").write_text("some of quarantine.tsv and more")
+    (other / "rollbacks.json").write_text("less")
+    fetched(store, path.name, other)
+    assert (other / "quarantine.tsv").read_text() == "some of quarantine.tsv and more"
+    assert (other / "rollbacks.json").read_text() == "some of rollbacks.json"
+    assert (other / "metrics.jsonl").read_text() == "some of metrics.jsonl"
 
 
 def test_failing_copies_are_said_once(tmp_path: Path) -> None:

@@ -235,14 +235,19 @@ def copy(args: argparse.Namespace) -> int:
         store.put(path, read_manifest(path))
         print(f"copied {path} to {store.url}/{path.name}")
         return 0
-    for checkpoint in reversed(checkpoints_of(args.run)):
-        assert isinstance(checkpoint, InStore)  # the address is a URL
-        problems = fetch(checkpoint, args.to)
-        if not problems:
-            print(f"copied {checkpoint} to {checkpoints_dir(args.to) / checkpoint.name}")
-            return 0
-        for problem in problems:
-            print(f"skipped a damaged copy: {problem}", file=sys.stderr)
+    from bfsys.run_dir import hold_directory  # imports torch
+
+    checkpoints = checkpoints_of(args.run)
+    args.to.mkdir(parents=True, exist_ok=True)
+    with hold_directory(args.to):  # a run that trains there may be saving
+        for checkpoint in reversed(checkpoints):
+            assert isinstance(checkpoint, InStore)  # the address is a URL
+            problems = fetch(checkpoint, args.to)
+            if not problems:
+                print(f"copied {checkpoint} to {checkpoints_dir(args.to) / checkpoint.name}")
+                return 0
+            for problem in problems:
+                print(f"skipped a damaged copy: {problem}", file=sys.stderr)
     raise UserError(f"{args.run}: no copy is whole")
 
 
