@@ -49,7 +49,7 @@ def main() -> None:
         finally:
             server.kill()
     for name, value in figures.items():
-        print(f"{name:<34}{value}")
+        print(f"{name:<40}{value}")
 
 
 def wait_for(port: int) -> None:
