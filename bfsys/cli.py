@@ -34,7 +34,7 @@ COMMANDS = {
     "slurm": "train on a SLURM cluster; jobs: slurm status, logs, stop",
     "check-gpu": "check that a GPU or a cluster computes right, and fast",
     "compare": "compare runs in a table: settings that differ, and scores",
-    "checkpoint": "list, verify, show or prune the checkpoints of a run",
+    "checkpoint": "list, verify, show, copy or prune a run's checkpoints",
     "evaluate": "compute loss and accuracy of a run on a whole split",
     "predict": "predict the classes of files from their bytes",
     "explain": "show which bytes of a file decide its class; find shortcuts",
@@ -50,7 +50,13 @@ INTERMIXED = (*TAKE_OVERRIDES, "explain")  # positional arguments may stand amon
 OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other arguments of `slurm` submit a job
 WIDTH = 78  # columns of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
-FILES = ("config", "files", "permute")  # arguments that are completed by file names, besides those of type Path
+FILES = (
+    "config",
+    "files",
+    "permute",
+    "run",
+    "to",
+)  # arguments that are completed by file names, besides those of type Path
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ the expanded path. typed_yaml.py explains how overrides on the command line are 
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,40 +18,17 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
 
 from bfsys import typed_yaml
 from bfsys.errors import UserError, collecting
+from bfsys.locations import expanded, is_remote
 from bfsys.model import sizes
-
-PIPE = "pipe:"
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
-
-
-def is_remote(location: str) -> bool:
-    """Whether `location` is a URL, or a command that prints a file, rather than a path."""
-    return location.startswith(PIPE) or _SCHEME.match(location) is not None
-
-
-def _expanded(path: str, info: ValidationInfo) -> str:
-    """The path with ~ and variables expanded. Raises ValueError if it is empty or a variable is not set."""
-    if not info.context:
-        return path
-    if not path:
-        raise ValueError("got an empty path; write . for the current folder, or null where the path may be left out")
-    if "\0" in path:
-        raise ValueError(f"got {path!r}; a path cannot hold a NUL character")
-    if is_remote(path) or ("$" in path and os.path.lexists(path)):
-        return path
-    for name in ("".join(names) for names in _VARIABLE.findall(path)):
-        if name not in os.environ:
-            raise ValueError(f"got {path!r}; the environment variable {name!r} is not set: set it, or write its value")
-    return os.path.expanduser(os.path.expandvars(path))
+from bfsys.object_stores import problem_of_url
 
 
 def _with_expanded_key_file(transform: str, info: ValidationInfo) -> str:
     name, _, file = transform.partition(":")
-    return f"{name}:{_expanded(file, info)}" if file and name == "permute" else transform
+    return f"{name}:{expanded(file, info)}" if file and name == "permute" else transform
 
 
-Location = Annotated[str, AfterValidator(_expanded)]
+Location = Annotated[str, AfterValidator(expanded)]
 Transform = Annotated[str, AfterValidator(_with_expanded_key_file)]
 MOST = 2**40  # for every count: a larger number is a mistake, and a product of two could overflow 64 bits
 MOST_WIDE = 2**20  # for sizes that are allocated at once
@@ -296,6 +272,9 @@ class Train:
     """Steps between evaluations; 0: only at the end."""
     save_every: Count = 1000
     """Steps between checkpoints; the last step is always saved."""
+    checkpoint_copy: Location | None = None
+    """URL of a folder in an object store, such as s3://bucket/folder, to which every checkpoint is copied while
+    training goes on, as URL/NAME/checkpoints/step_…. A start without a checkpoint on its disk continues from there."""
     keep_checkpoints: Count = 3
     """Number of newest checkpoints that stay on disk."""
     keep_every: Whole = 0
@@ -346,6 +325,11 @@ class Config:
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
 
+    @property
+    def copy_url(self) -> str:
+        """URL of the run's copy in an object store; "" if there is to be none."""
+        return f"{self.train.checkpoint_copy.rstrip('/')}/{self.name}" if self.train.checkpoint_copy else ""
+
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read and check a config; raises UserError with every problem."""
@@ -372,6 +356,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         problems.append(f"optim.warmup_steps: got {optim.warmup_steps}, more than the run's train.steps {train.steps}")
     if optim.final_lr > optim.lr:
         problems.append(f"optim.final_lr: got {optim.final_lr}, more than optim.lr {optim.lr}, which it ends")
+    if train.checkpoint_copy and (problem := problem_of_url(config.copy_url, train.checkpoint_copy)):
+        problems.append(f"train.checkpoint_copy: {problem}")
     problems += [
         f"data.sources.{i}: augment and jitter are both given; give one of them: augment encodes all files alike, "
         "jitter keeps each file's own format"

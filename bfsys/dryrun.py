@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from bfsys import typed_yaml
+from bfsys.checkpoint.store import Store, StoreError
 from bfsys.config import Config
 from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.plan import fitting_world_sizes, lanes_of_rank
@@ -33,12 +34,18 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
     print(f"batch       {data.batch_samples} samples a step in {data.lanes} lanes; world sizes that fit: {fitting}")
     print(f"model       {config.model.size}: positions for files of {architecture.max_bytes:,} bytes, "
           f"{architecture.alignment} tokens become one")  # fmt: skip
+    problems: list[str] = []
+    with collecting(problems):
+        for note in check_copies(config):
+            print(note)
     if not with_data:
         print(f"parameters  {parameter_count(architecture, 1) - architecture.dim - 1:,} and {architecture.dim + 1} "
               "per class (data not looked at)")  # fmt: skip
-        lanes_of_rank(data.lanes, 0, world_size)
+        with collecting(problems):
+            lanes_of_rank(data.lanes, 0, world_size)
+        if problems:
+            raise UserError(*problems)
         return
-    problems: list[str] = []
     opened = None
     with collecting(problems):
         opened = open_run_data(config, Ranks())
@@ -60,6 +67,17 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
             print(f"ranks       {world_size}, each {lanes} lanes; micro-batches a step: {counts}")
     if problems:
         raise UserError(*problems)
+
+
+def check_copies(config: Config) -> list[str]:
+    """Prove that the object store of train.checkpoint_copy, if any, can be written; raises UserError if it cannot."""
+    if not config.copy_url:
+        return []
+    try:
+        Store(config.copy_url, pauses_s=()).probe()
+    except StoreError as error:
+        raise UserError(f"train.checkpoint_copy: {error}") from None
+    return [f"copies      {config.copy_url}: can be written"]
 
 
 def notes_on_start(data: RunData) -> list[str]:

@@ -8,13 +8,16 @@ import itertools
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
 from bfsys import dist, typed_yaml
-from bfsys.checkpoint.files import METRICS
+from bfsys.checkpoint.copies import Wanted, fetch_newest
+from bfsys.checkpoint.files import METRICS, step_of
 from bfsys.checkpoint.loading import check_same_run, newest_readable
 from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
@@ -71,21 +74,53 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirect
     """
     hold: BinaryIO | None = None
 
-    def take() -> tuple[bool, list[str]]:
+    def take_lock() -> None:
         nonlocal hold
-        mine = _take_directory(config, facts)
-        hold = mine.hold
-        return mine.is_new, mine.notes
+        with _errors_of(config.run_dir):
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            hold = hold_directory(
+                config.run_dir
+            )  # first: what another process writes while this one waits is to be seen
 
-    is_new, notes = dist.on_rank0(take, ranks)
-    return RunDirectory(is_new, notes, hold)
-
-
-def _take_directory(config: Config, facts: dict) -> RunDirectory:
-    run_dir, hold = config.run_dir, None
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        hold = hold_directory(run_dir)  # first: what another process writes while this one waits is to be seen
+        dist.on_rank0(take_lock, ranks)
+        fetched = _fetch_newer(config, facts, ranks) if config.copy_url else []
+        is_new, notes = dist.on_rank0(lambda: _take_directory(config, facts), ranks)
+    except UserError:
+        if hold:
+            hold.close()
+        raise
+    return RunDirectory(is_new, [*fetched, *notes], hold)
+
+
+def _fetch_newer(config: Config, facts: dict, ranks: dist.Ranks) -> list[str]:
+    """Fetch the newest copy from the object store if the run directory has no checkpoint that is as new; collective.
+    Returns notes.
+
+    Raises AgreedError if the store does not answer and the directory has nothing to continue from.
+    """
+    run_dir, url = config.run_dir, config.copy_url
+    path, _ = dist.on_rank0(lambda: newest_readable(run_dir), ranks)
+    fetched = fetch_newest(
+        Wanted(run_dir, url, after=step_of(path) if path else -1),
+        ranks,
+        check=lambda work: check_same_run(work, facts, origin=url),
+    )
+    if path:
+        unanswered = f"{url} was not asked for newer checkpoints: {fetched.problem}"
+        return [*fetched.notes, *([unanswered] if fetched.problem else [])]
+    if fetched.problem:
+        remedy = "repair that, or leave train.checkpoint_copy out"
+        raise dist.AgreedError(f"train.checkpoint_copy: {fetched.problem}; {remedy}", exit_code=fetched.exit_code)
+    if fetched.notes and not fetched.name:
+        raise dist.AgreedError(*fetched.notes, f"{url}: no copy is whole; to start from scratch, give another name=…")
+    return fetched.notes
+
+
+def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
+    """(whether the directory holds no checkpoint, the changes that were made to it)"""
+    run_dir = config.run_dir
+    with _errors_of(run_dir):
         path, problems = newest_readable(run_dir)
         if path is None and problems:
             raise UserError(
@@ -100,11 +135,16 @@ def _take_directory(config: Config, facts: dict) -> RunDirectory:
         (run_dir / HANGS).mkdir(exist_ok=True)
         replace_file(run_dir / "config.yaml", typed_yaml.dump(config))
         forget_end(run_dir)
-        return RunDirectory(path is None, notes, hold)
-    except (OSError, UserError) as error:
-        if hold:
-            hold.close()
-        if isinstance(error, UserError) or error.errno in TRANSIENT_ERRNOS:
+        return path is None, notes
+
+
+@contextmanager
+def _errors_of(run_dir: Path) -> Iterator[None]:
+    """Turn errors of the disk that do not pass into a UserError about the run directory."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in TRANSIENT_ERRNOS:
             raise
         code = EXIT_STORAGE if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
         where = f"{error.filename}: " if error.filename and error.filename != str(run_dir) else ""

@@ -85,7 +85,9 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             exit_code = ROLLED_BACK
             while exit_code == ROLLED_BACK:
                 supervisor.watchdog.be_patient("resuming")
-                _, manifest = resume(engine, config.run_dir, ranks, say=supervisor.say)
+                _, manifest = resume(
+                    engine, config.run_dir, ranks, say=supervisor.say, replace_damaged=supervisor.replace_damaged
+                )
                 supervisor.resume(manifest, notes)
                 exit_code = run_steps(data, engine, supervisor, manifest["step"])
                 notes = []

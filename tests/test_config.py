@@ -123,11 +123,36 @@ def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
         ("optim.lr=1e-6", "optim.final_lr: got 2e-05, more than optim.lr"),
         ("train.seed=010", "train.seed: got '010'"),
         ("train.precision=fp16", "allowed: 'fp32' or 'bf16'"),
+        (
+            "train.checkpoint_copy=copies",
+            "train.checkpoint_copy: got 'copies'; must be a URL such as s3://bucket/folder",
+        ),
+        ("train.checkpoint_copy=s3://", "an incomplete address; a bucket or a host follows the ://"),
+        ("train.checkpoint_copy=file://folder", "three slashes begin the URL of a folder"),
+        ("train.checkpoint_copy=s4://bucket", "fsspec does not know s4://"),
+        ("train.checkpoint_copy=https://host/x", "a web server, to which bfsys cannot write"),
+        ("train.checkpoint_copy=s3://bucket/x*", "have a meaning of their own in such a URL"),
+        ("train.checkpoint_copy=az://box/x?sig=abc", "the az:// URL holds a password, a query or a fragment"),
     ],
 )
 def test_wrong_values_are_named(tmp_path: Path, change: str, message: str) -> None:
     text = "name: x\n" + MINIMAL
     assert message in "\n".join(problems(tmp_path, text, (change,)))
+
+
+def test_a_secret_in_the_url_of_copies_is_not_repeated(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, "name: x\n" + MINIMAL, ("train.checkpoint_copy=s3://key:hunter2@bucket/x",))
+    assert "holds a password" in problem
+    assert "hunter2" not in problem
+
+
+def test_a_store_whose_package_is_missing_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(scheme: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    (problem,) = problems(tmp_path, "name: x\n" + MINIMAL, ("train.checkpoint_copy=s3://bucket/x",))
+    assert "the package that opens s3:// is not installed; pip install 'bfsys[s3]'" in problem
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 # modules of lower rows, and in a package those of its own folder in the same row.
 LAYERS = [
     ["console", "process", "files", "git_state"],
-    ["errors", "json_lines", "run_time"],
+    ["errors", "json_lines", "run_time", "locations", "object_stores"],
     ["typed_yaml", "batch", "ranks", "out_of_distribution"],
     ["model"],
     ["config", "dist"],

@@ -46,6 +46,7 @@ METRICS = "metrics.jsonl"
 LATEST = "latest"
 PAUSES_S = (1.0, 4.0, 10.0)  # before a file is asked for again
 READERS = 16  # threads that read a checkpoint: each hashes without Python's lock, or waits for a file server
+NAME = re.compile(r"step_(\d{8,})")
 GOING = ".removed"  # suffix of a directory that was a checkpoint and is being deleted
 
 
@@ -69,12 +70,16 @@ def checkpoint_name(step: int) -> str:
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
     """Directories with a checkpoint's name, intact or not, the oldest first."""
-    names = (re.fullmatch(r"step_(\d{8,})", p.name) for p in checkpoints_dir(run_dir).glob("step_*") if p.is_dir())
-    return [checkpoints_dir(run_dir) / checkpoint_name(step) for step in sorted(int(n[1]) for n in names if n)]
+    paths = (p for p in checkpoints_dir(run_dir).glob("step_*") if NAME.fullmatch(p.name) and p.is_dir())
+    return sorted(paths, key=step_of)
+
+
+def step_of_name(name: str) -> int:
+    return int(name.removeprefix("step_"))
 
 
 def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
+    return step_of_name(path.name)
 
 
 def piece_name(parameter: str, first: int, end: int) -> str:
@@ -120,15 +125,35 @@ def commit(work: Path, final: Path, facts: dict, files: Mapping[str, dict]) -> N
 
     `files` are names with their `describe`. Until the rename nothing of an earlier checkpoint is touched.
     """
-    root = final.parent
     manifest = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
     manifest["sha256"] = fingerprint(manifest)
     replace_file(work / MANIFEST, json.dumps(manifest, indent=1))  # and with it the names of all other files
+    name_checkpoint(work, final)
+
+
+def name_checkpoint(work: Path, final: Path) -> None:
+    """Give a whole checkpoint, all of which is on the disk, its name, and point `latest` at it."""
+    root = final.parent
     if final.exists():  # a damaged one of the same step, or one that the run was rolled back before
         remove(final)
     os.rename(work, final)
     sync_folder(root)
     replace_file(root / LATEST, final.name + "\n")
+
+
+def take_over(work: Path, final: Path) -> None:
+    """Give a checkpoint that was fetched from elsewhere its name in a run directory; a damaged one is moved aside.
+
+    What it holds besides tensors are files of the run directory. They only grow, so the longer one stays there.
+    """
+    for name in read_manifest(work)["files"]:
+        live = final.parent.parent / name
+        size_bytes = live.stat().st_size if live.exists() else -1
+        if not name.endswith(".safetensors") and size_bytes < (work / name).stat().st_size:
+            replace_file(live, (work / name).read_bytes())
+    if final.exists():
+        move_aside(final)
+    name_checkpoint(work, final)
 
 
 def remove(path: Path) -> None:
@@ -175,10 +200,14 @@ def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> lis
 def evaluations(run_dir: Path) -> dict[int, dict]:
     """The scores of every evaluation in metrics.jsonl, by step."""
     try:
-        lines = (run_dir / METRICS).read_bytes().split(b"\n")
+        return evaluations_in((run_dir / METRICS).read_bytes())
     except OSError:
         return {}
-    lines = [line for line in lines if b'"kind": "eval"' in line]
+
+
+def evaluations_in(metrics: bytes) -> dict[int, dict]:
+    """The scores of every evaluation, by step, in the content of a metrics.jsonl."""
+    lines = [line for line in metrics.split(b"\n") if b'"kind": "eval"' in line]
     fields: Fields = {"step": int, "top1": NUMBER, "loss": NUMBER}
     return {scores["step"]: scores for scores in parse_json_lines(lines, fields)}
 
@@ -194,12 +223,20 @@ def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
+def as_url(text: str) -> str:
+    """The URL that a Path was made of, which makes one slash of two; "" if it was none."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", text)
+    return f"{match[1]}://{text[match.end() :]}" if match else ""
+
+
 def find_whole(run: Path) -> Path:
     """The newest intact checkpoint of a run directory, or `run` itself if it is a checkpoint.
 
     Newer ones that are damaged are named on standard error. Raises UserError if there is no whole one.
     """
     if not run.is_dir():
+        if url := as_url(str(run)):
+            raise UserError(f"{url}: is in an object store; first copy it: bfsys checkpoint copy {url} {run.name}")
         what = "a file; give a run directory (runs/NAME) or one of its checkpoints" if run.exists() else ""
         raise UserError(f"{run}: {what or 'no such run directory; runs lie in runs/NAME'}")
     path: Path | None
@@ -274,16 +311,23 @@ def manifest_or_problems(path: Path) -> tuple[dict | None, list[str]]:
 def read_manifest(path: Path) -> dict:
     """The manifest of a checkpoint; raises UserError if there is none, or it is not as it was written."""
     try:
-        manifest = json.loads(with_retries(Path.read_text, path / MANIFEST))
+        text = with_retries(Path.read_bytes, path / MANIFEST)
+    except OSError as error:
+        raise UserError(f"{path}: not a checkpoint, {MANIFEST}: {error.strerror}") from None
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: bytes, path: str) -> dict:
+    """The manifest of the checkpoint at `path`, from the content of its file; raises UserError if that is damaged."""
+    try:
+        manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
         intact = manifest.pop("sha256") == fingerprint(manifest)
-    except OSError as error:
-        raise UserError(f"{path}: not a checkpoint, {MANIFEST}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise UserError(f"{path / MANIFEST}: checksum mismatch, the file is corrupt")
+        raise UserError(f"{path}/{MANIFEST}: checksum mismatch, the file is corrupt")
     return manifest
 
 

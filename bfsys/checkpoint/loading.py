@@ -40,26 +40,38 @@ from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import EMA
 
 
-def resume(engine: Engine, run_dir: Path, ranks: dist.Ranks, say: Callable[[str], None]) -> tuple[Path, dict]:
+def resume(
+    engine: Engine,
+    run_dir: Path,
+    ranks: dist.Ranks,
+    say: Callable[[str], None],
+    replace_damaged: Callable[[Path], bool] = lambda path: False,
+) -> tuple[Path, dict]:
     """Restore the newest intact checkpoint of a run into the engine; collective. Returns it and its manifest.
 
-    Says what is wrong with newer ones, and sets them aside. Raises AgreedError if none is whole.
+    Says what is wrong with newer ones, and sets them aside, unless `replace_damaged`, which is collective too, puts a
+    copy in the place of one. Raises AgreedError if none is whole.
     """
     damaged: list[Path] = []
     for path in dist.on_rank0(lambda: list(reversed(all_checkpoints(run_dir))), ranks):
-        manifest, problems = dist.on_rank0(partial(manifest_or_problems, path), ranks)
-        if manifest is not None:
-            problems = _load(engine, path, manifest, ranks)
-            if not problems:
-                dist.on_rank0(partial(_tidy, run_dir, path, manifest, damaged), ranks)
-                return path, manifest
-        damaged.append(path)
+        manifest, problems = _load_checkpoint(engine, path, ranks)
         for problem in problems:
             say(f"skipped a damaged checkpoint: {problem}")
+        if problems and replace_damaged(path):
+            manifest, problems = _load_checkpoint(engine, path, ranks)
+        if manifest is not None and not problems:
+            dist.on_rank0(partial(_tidy, run_dir, path, manifest, damaged), ranks)
+            return path, manifest
+        damaged.append(path)
     raise dist.AgreedError(
         f"{run_dir}: no intact checkpoint, see above; to start from scratch, set another name=… "
         "or move the directory away"
     )
+
+
+def _load_checkpoint(engine: Engine, path: Path, ranks: dist.Ranks) -> tuple[dict | None, list[str]]:
+    manifest, problems = dist.on_rank0(partial(manifest_or_problems, path), ranks)
+    return manifest, problems if manifest is None else _load(engine, path, manifest, ranks)
 
 
 def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> None:
@@ -162,12 +174,16 @@ def newest_readable(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def check_same_run(path: Path, facts: dict) -> None:
-    """Raise UserError, with what differs, unless the checkpoint belongs to this model, these classes and data."""
+def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
+    """Raise UserError, with what differs, unless the checkpoint belongs to this model, these classes and data.
+
+    `origin` is the URL that it was fetched from.
+    """
     manifest, problems = read_manifest(path), []
+    where = origin or str(path)
     if "imported" in manifest:
         raise UserError(
-            f"{path}: imported weights, not a run that can be resumed; give this run a name of its own (name=…) and "
+            f"{where}: imported weights, not a run that can be resumed; give this run a name of its own (name=…) and "
             f"train.init_from={path.parent.parent}"
         )
     # Knobs that came later than the checkpoint had their default then.
@@ -188,9 +204,10 @@ def check_same_run(path: Path, facts: dict) -> None:
             "with clipping resumes with recipe=published optim.clip_norm=1"
         )
     if problems:
+        place = "the object store" if origin else "the run directory"
         raise UserError(
-            *(f"{path}: {p}" for p in problems),
-            "the run directory holds another run: give this one a name of its own (name=…), or restore the above",
+            *(f"{where}: {p}" for p in problems),
+            f"{place} holds another run: give this one a name of its own (name=…), or restore the above",
         )
 
 

@@ -17,14 +17,12 @@ import math
 import mmap
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +33,7 @@ from torch import Tensor
 
 from bfsys import dist
 from bfsys.checkpoint import writer
+from bfsys.checkpoint.child import start_child
 from bfsys.checkpoint.files import (
     METRICS,
     RetentionPolicy,
@@ -68,8 +67,18 @@ class StateSource(Protocol):
 class Saver:
     """The checkpoints of a run, one save at a time. Between `start` and `finish` one is `under_way`, on all ranks."""
 
-    def __init__(self, run_dir: Path, ranks: dist.Ranks, keep: RetentionPolicy) -> None:
-        self.run_dir, self.ranks, self.keep = run_dir, ranks, keep
+    def __init__(
+        self,
+        run_dir: Path,
+        ranks: dist.Ranks,
+        keep: RetentionPolicy,
+        *,
+        history: Sequence[str] = (METRICS,),
+        in_use: Callable[[], Path | None] = lambda: None,
+    ) -> None:
+        """`history` are files of the run directory that go into every checkpoint, where they exist. The checkpoint
+        that is `in_use` is not removed."""
+        self.run_dir, self.ranks, self.keep, self.history, self.in_use = run_dir, ranks, keep, history, in_use
         self._facts: dict | None = None
         self._work, self._written_bytes = run_dir, 0
         self._pieces_checked: dict[str, list[str]] | None = None
@@ -107,10 +116,8 @@ class Saver:
         self._shapes = {state: source.parameter_shapes(state) for state in source.state_names()}
         files = self._copy(source)
         shapes = {name: list(shape) for of_state in self._shapes.values() for name, shape in of_state.items()}
-        history = self.run_dir / METRICS
-        copies = (
-            {METRICS: (str(history), history.stat().st_size)} if self.ranks.is_rank_zero and history.exists() else {}
-        )
+        history = [self.run_dir / name for name in self.history] if self.ranks.is_rank_zero else []
+        copies = {path.name: (str(path), path.stat().st_size) for path in history if path.exists()}
         self._facts = {**facts, "shapes": shapes}
         self._work, self._written_bytes = work, 0
         if self._memory:
@@ -142,7 +149,8 @@ class Saver:
             commit(self._work, final, facts, files)
             is_bad = bool((facts.get("guard") or {}).get("in_a_row"))
             if not is_bad:  # or the run may have to go back further
-                going = [retire(path) for path in to_prune(self.run_dir, all_checkpoints(self.run_dir), self.keep)]
+                paths, used = all_checkpoints(self.run_dir), self.in_use()
+                going = [retire(path) for path in to_prune(self.run_dir, paths, self.keep) if path != used]
                 self._removal = threading.Thread(target=_remove_all, args=[going], name="removal of checkpoints")
                 self._removal.start()
 
@@ -250,31 +258,14 @@ def save(source: StateSource, run_dir: Path, facts: dict, *, ranks: dist.Ranks, 
 
 def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: dict) -> subprocess.Popen:
     task = {
-        "parent": os.getpid(),
         "folder": str(work),
         "memory": memory.descriptor if memory else None,
         "memory_bytes": memory.size_bytes if memory else 0,
         "tensors": files,
         "copies": copies,
     }
-    # To stop, training finishes its save first: its process never hears of these signals, from its first moment on.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP))
-    try:
-        process = subprocess.Popen(
-            # Nothing from the current folder or the environment; site-packages would take a third of its start.
-            [sys.executable, "-I", "-S", writer.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[memory.descriptor] if memory else [],
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert process.stdin is not None  # it is a PIPE
-    with suppress(BrokenPipeError):  # it has ended already: `Saver.finish` will say so
-        process.stdin.write(json.dumps(task).encode())
-        process.stdin.close()
-    process.stdin = None  # so that `communicate` only reads
-    return process
+    # Nothing from the current folder or the environment; site-packages would take a third of its start.
+    return start_child(["-I", "-S", writer.__file__], task, [memory.descriptor] if memory else [])
 
 
 @contextmanager

@@ -27,18 +27,24 @@ NICE = 10  # training comes first
 
 
 def main() -> None:
-    if sys.platform.startswith("linux"):  # a writer that outlived its rank would write into the next save
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.nice(NICE)
-    task = json.load(sys.stdin)
-    if os.getppid() != task["parent"]:
-        return
+    task = read_task()
     answer: dict[str, object]
     try:
         answer = {"files": write_all(task)}
     except OSError as error:
         answer = {"errno": error.errno, "problem": f"{error.filename or task['folder']}: {error.strerror}"}
     json.dump(answer, sys.stdout)
+
+
+def read_task() -> dict:
+    """The task from standard input. From now on this process ends with its parent, and has a low priority."""
+    if sys.platform.startswith("linux"):  # a writer that outlived its rank would write into the next save
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.nice(NICE)
+    task = json.load(sys.stdin)
+    if os.getppid() != task["parent"]:
+        sys.exit()
+    return task
 
 
 def write_all(task: dict) -> dict[str, dict]:

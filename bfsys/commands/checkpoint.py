@@ -1,39 +1,58 @@
-"""List, show, verify and prune the checkpoints of a run."""
+"""List, show, verify, copy and prune the checkpoints of a run."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from bfsys import console
 from bfsys.checkpoint.files import (
     MANIFEST,
+    METRICS,
+    NAME,
     RetentionPolicy,
     all_checkpoints,
+    checkpoints_dir,
     evaluations,
+    evaluations_in,
+    find_whole,
+    new_work_dir,
     problems_of,
     read_manifest,
     remove,
-    step_of,
+    step_of_name,
+    take_over,
     to_prune,
 )
+from bfsys.checkpoint.store import Store, StoreError
 from bfsys.errors import UserError
+from bfsys.object_stores import URL
 
 MB = 1e6
+PAUSES_S = (1.0, 4.0)  # before a store is asked again: a person waits for the answer
 NOTES = """\
 list    step, time, size, score, whether all files are there
 verify  read every byte of every checkpoint; exit code 1 if one is damaged
 show    what the newest one (or RUN/checkpoints/step_…) holds
-prune   remove intact ones that are not to be kept, by --keep and the like"""
+copy    the newest whole one of RUN to the run directory TO; one is a URL
+prune   remove intact ones that are not to be kept, by --keep and the like
+RUN may be a URL, such as s3://bucket/folder/NAME; prune takes none."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage, parser.epilog = "%(prog)s list|verify|show|prune RUN [OPTION …]", NOTES
-    parser.add_argument("action", choices=("list", "verify", "show", "prune"), metavar="ACTION", help="see below")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory (runs/NAME) or a checkpoint of it")
+    actions = ("list", "verify", "show", "copy", "prune")
+    parser.usage, parser.epilog = f"%(prog)s {'|'.join(actions)} RUN [TO] [OPTION …]", NOTES
+    parser.add_argument("action", choices=actions, metavar="ACTION", help="see below")
+    parser.add_argument("run", type=_location, metavar="RUN", help="run directory (runs/NAME) or a checkpoint of it")
+    parser.add_argument("to", type=_location, nargs="?", metavar="TO", help=argparse.SUPPRESS)
     prune = parser.add_argument_group("options of prune")
     prune.add_argument("--keep", type=int, metavar="N", help="newest ones (default: the run's own)")
     prune.add_argument("--keep-every", type=int, metavar="STEPS", help="(default: the run's own)")
@@ -41,13 +60,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
 
+def _location(text: str) -> Path | str:
+    """The argument as a path, or as the URL that it is."""
+    return text if URL.match(text) else Path(text)
+
+
 def run(args: argparse.Namespace) -> int:
     of_prune = {"--keep": args.keep, "--keep-every": args.keep_every, "--keep-best": args.keep_best}
     given = [name for name, value in of_prune.items() if value is not None] + ["--dry-run"] * args.dry_run
     if args.action != "prune" and given:
         raise UserError(f"{', '.join(given)}: only prune takes this, got {args.action}")
-    actions = {"list": show_list, "verify": verify, "show": show, "prune": remove_others}
+    if (args.action == "copy") != (args.to is not None):
+        raise UserError(f"{args.action}: {'needs RUN and TO' if args.to is None else f'takes no TO, got {args.to}'}")
+    actions = {"list": show_list, "verify": verify, "show": show, "copy": copy, "prune": remove_others}
     return actions[args.action](args)
+
+
+class Checkpoint(Protocol):
+    """A checkpoint on a disk or in an object store."""
+
+    @property
+    def name(self) -> str: ...
+
+    def manifest(self) -> dict: ...
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files that are there, by name."""
+        ...
+
+    def saved_at(self) -> float: ...
+
+    def problems(self) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def manifest(self) -> dict:
+        return read_manifest(self.path)
+
+    def sizes(self) -> dict[str, int]:
+        return {entry.name: entry.stat().st_size for entry in os.scandir(self.path)}
+
+    def saved_at(self) -> float:
+        return (self.path / MANIFEST).stat().st_mtime
+
+    def problems(self) -> list[str]:
+        return problems_of(self.path)
+
+
+@dataclass(frozen=True)
+class InStore:
+    store: Store
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.store.url}/{self.name}"
+
+    def manifest(self) -> dict:
+        return self.store.manifest_or_error(self.name)
+
+    def sizes(self) -> dict[str, int]:
+        return self.store.sizes(self.name)
+
+    def saved_at(self) -> float:
+        return self.store.saved_at(self.name)
+
+    def problems(self) -> list[str]:
+        return self.store.problems_of(self.name)
+
+
+def checkpoints_of(run: Path | str) -> Sequence[OnDisk] | Sequence[InStore]:
+    """The checkpoints of a run, or this one checkpoint; raises UserError if there is none."""
+    if isinstance(run, Path):
+        return [OnDisk(path) for path in paths_of(run)]
+    address, _, name = run.rstrip("/").rpartition("/checkpoints/")
+    if address and NAME.fullmatch(name):
+        return [InStore(Store(address, pauses_s=PAUSES_S), name)]
+    store = Store(run, pauses_s=PAUSES_S)
+    names = store.names()
+    if not names:
+        raise UserError(f"{run}: holds no checkpoint; give the URL of a run (URL/NAME) or of one of its checkpoints")
+    return [InStore(store, name) for name in names]
 
 
 def paths_of(run: Path) -> list[Path]:
@@ -61,42 +163,56 @@ def paths_of(run: Path) -> list[Path]:
     return paths
 
 
+def scores_of(checkpoints: Sequence[OnDisk] | Sequence[InStore], run: Path | str) -> dict[int, dict]:
+    """The scores of a run's evaluations, by step; in a store, those before its newest whole checkpoint."""
+    if isinstance(run, Path):
+        return evaluations(run)
+    for checkpoint in reversed(checkpoints):
+        if isinstance(checkpoint, InStore) and checkpoint.sizes().keys() >= {METRICS, MANIFEST}:
+            return evaluations_in(checkpoint.store.read_file(checkpoint.name, METRICS))
+    return {}
+
+
 def show_list(args: argparse.Namespace) -> int:
-    paths = paths_of(args.run)
-    scores = evaluations(args.run)
+    checkpoints = checkpoints_of(args.run)
+    scores = scores_of(checkpoints, args.run)
     print("      step  saved                    MB  evaluated")
-    for path in paths:
+    for checkpoint in checkpoints:
+        step = step_of_name(checkpoint.name)
         try:
-            manifest = read_manifest(path)
+            manifest = checkpoint.manifest()
+        except StoreError:
+            raise
         except UserError as error:
-            print(f"{step_of(path):>10}  damaged: {error}")
+            print(f"{step:>10}  damaged: {error}")
             continue
-        missing = [name for name in manifest["files"] if not (path / name).exists()]
-        saved = time.strftime("%F %T", time.localtime((path / MANIFEST).stat().st_mtime))
+        there = checkpoint.sizes()
+        missing = [name for name in manifest["files"] if name not in there]
+        saved = time.strftime("%F %T", time.localtime(checkpoint.saved_at()))
         size = sum(entry["bytes"] for entry in manifest["files"].values())
-        score = scores.get(step_of(path))
+        score = scores.get(step)
         told = f"loss {score['loss']:.4f}  top-1 {100 * score['top1']:.2f} %" if score else ""
         told += f"  damaged: {', '.join(missing)} missing" if missing else ""
-        print(f"{step_of(path):>10}  {saved}  {size / MB:>8,.1f}  {told}".rstrip())
+        print(f"{step:>10}  {saved}  {size / MB:>8,.1f}  {told}".rstrip())
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
     damaged = 0
-    for path in paths_of(args.run):
-        problems = problems_of(path)
+    for checkpoint in checkpoints_of(args.run):
+        problems = checkpoint.problems()
         damaged += bool(problems)
-        print(f"{path}: {'damaged' if problems else 'whole'}")
+        print(f"{checkpoint}: {'damaged' if problems else 'whole'}")
         for problem in problems:
             print(f"  {problem}", file=sys.stderr)
     return int(damaged > 0)
 
 
 def show(args: argparse.Namespace) -> int:
-    path = paths_of(args.run)[-1]
-    manifest = read_manifest(path)
+    checkpoint = checkpoints_of(args.run)[-1]
+    manifest = checkpoint.manifest()
     files = manifest["files"]
-    print(f"{path}")
+    print(checkpoint)
     print(f"step      {manifest['step']}, {manifest.get('updates', manifest['step'])} of which changed the weights")
     print(f"versions  {', '.join(f'{name} {value}' for name, value in manifest['versions'].items() if value)}")
     print(f"classes   {len(manifest['classes'])}: {', '.join(manifest['classes'][:8])}"
@@ -108,7 +224,58 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+def copy(args: argparse.Namespace) -> int:
+    """Copy a checkpoint from a disk to a store, or from there to a run directory."""
+    if isinstance(args.run, Path) == isinstance(args.to, Path):
+        what = "between folders, `cp -r` copies" if isinstance(args.run, Path) else "first copy to a folder"
+        raise UserError(f"copy: one of RUN and TO must be a URL, got {args.run} and {args.to}; {what}")
+    if isinstance(args.run, Path):
+        path = find_whole(args.run)
+        store = Store(args.to, pauses_s=PAUSES_S)
+        store.put(path, read_manifest(path))
+        print(f"copied {path} to {store.url}/{path.name}")
+        return 0
+    from bfsys.run_dir import hold_directory  # imports torch
+
+    checkpoints = checkpoints_of(args.run)
+    args.to.mkdir(parents=True, exist_ok=True)
+    with hold_directory(args.to):  # a run that trains there may be saving
+        for checkpoint in reversed(checkpoints):
+            assert isinstance(checkpoint, InStore)  # the address is a URL
+            problems = fetch(checkpoint, args.to)
+            if not problems:
+                print(f"copied {checkpoint} to {checkpoints_dir(args.to) / checkpoint.name}")
+                return 0
+            for problem in problems:
+                print(f"skipped a damaged copy: {problem}", file=sys.stderr)
+    raise UserError(f"{args.run}: no copy is whole")
+
+
+def fetch(checkpoint: InStore, run_dir: Path) -> list[str]:
+    """Fetch a checkpoint into a run directory; what is damaged. A whole one of its name stays."""
+    final = checkpoints_dir(run_dir) / checkpoint.name
+    if final.exists() and not problems_of(final):
+        raise UserError(f"{final}: there is a whole checkpoint of this name; give another folder")
+    try:
+        manifest = checkpoint.manifest()
+    except StoreError:
+        raise
+    except UserError as error:
+        return list(error.problems)
+    work = final.with_name(f".{final.name}.{os.getpid()}.part")
+    new_work_dir(work)
+    try:
+        problems = checkpoint.store.fetch(checkpoint.name, manifest, work)
+        if not problems:
+            take_over(work, final)
+        return problems
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def remove_others(args: argparse.Namespace) -> int:
+    if not isinstance(args.run, Path):
+        raise UserError(f"{args.run}: prune takes a run directory; in a store, training removes by the run's own rules")
     train = read_manifest(paths_of(args.run)[-1])["config"]["train"]
     keep = RetentionPolicy(
         last=train["keep_checkpoints"] if args.keep is None else args.keep,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bfsys.config import Config, is_remote
+from bfsys.config import Config
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
 from bfsys.data.streaming.datasets import Sources, open_evaluation
 from bfsys.data.streaming.plan import MicroBatch
@@ -20,6 +20,7 @@ from bfsys.data.streaming.reader import ShardReader
 from bfsys.errors import UserError
 from bfsys.explain.ranges import Structure
 from bfsys.explain.structure import structure
+from bfsys.locations import is_remote
 
 SHUFFLED = "the bytes of the file itself in another order"
 READ = 64  # files of the split, of which the references are chosen

@@ -21,7 +21,7 @@ from bfsys.data.storage.remote import is_remote
 from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
-from bfsys.dryrun import notes_on_start
+from bfsys.dryrun import check_copies, notes_on_start
 from bfsys.errors import collecting
 from bfsys.launch.slurm_options import parse_minutes
 from bfsys.run_dir import run_facts
@@ -44,6 +44,8 @@ class Checked:
 def check_run(config: Config, ranks: int, *, on_gpu: bool) -> Checked:
     """Data and run directory: everything that would end the job in its first minute; and what a rank will need."""
     problems, notes = list(_writable(config.run_dir)), []
+    with collecting(problems):
+        notes += check_copies(config)
     with collecting(problems):
         data = open_run_data(config, Ranks())
         problems += missing_shards(data.training) + missing_shards(data.validation)

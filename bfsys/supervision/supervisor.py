@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -18,13 +20,16 @@ import torch
 
 from bfsys import dist
 from bfsys.batch import ByteBatch
-from bfsys.checkpoint.files import RetentionPolicy
+from bfsys.checkpoint.copies import POLL_S, STOP_WAIT_S, Copies, Wanted, fetch_newest
+from bfsys.checkpoint.files import METRICS, RetentionPolicy, step_of
+from bfsys.checkpoint.loading import check_same_run
 from bfsys.checkpoint.saving import Saver
 from bfsys.data.streaming.datasets import Sources
+from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import RunData
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_CRASHED
+from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STORAGE
 from bfsys.supervision.goodput import Ledger
 from bfsys.supervision.guard import FILE as ROLLBACKS
 from bfsys.supervision.guard import Drawn, Guard, ranges_of, read_rollbacks, return_to_good_checkpoint, samples_of
@@ -34,6 +39,7 @@ from bfsys.supervision.signals import StopRequests
 from bfsys.supervision.watchdog import Watchdog, least_limit_s
 
 WARMUP_STEPS = 3  # first steps of a start, in which programs may still be compiled
+HISTORY = (METRICS, QUARANTINE, ROLLBACKS)  # files of the run directory that a checkpoint holds: they decide the future
 COLLECT_EVERY_STEPS = 100  # on all ranks in the same step, because ranks that collect garbage hold up the others
 
 
@@ -80,7 +86,12 @@ class Supervisor:
         )
         self.ledger = dist.same_errors_on_all(lambda: Ledger(self.run_dir, ranks.is_rank_zero))
         keep = RetentionPolicy(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric)
-        self.saver = Saver(self.run_dir, ranks, keep)
+        url = self.config.copy_url
+        self.copies = Copies(self.run_dir, url, keep) if url and ranks.is_rank_zero else None
+        """Copies of the checkpoints in an object store; kept by rank 0, if the config asks for them."""
+        self.saver = Saver(
+            self.run_dir, ranks, keep, history=HISTORY, in_use=lambda: self.copies.copying if self.copies else None
+        )
         self.save_pending = False
         """A checkpoint is due, but was put off."""
         self.rollbacks: list[dict] = []
@@ -100,6 +111,8 @@ class Supervisor:
             note_end(self.run_dir, EXIT_CRASHED, f"rank {self.ranks.rank}: {type(error).__name__}: {error}")
         self.watchdog.close()
         self.saver.close()
+        if self.copies:
+            self.copies.close()
         self.ledger.close()
         self.stop.close()
 
@@ -135,6 +148,8 @@ class Supervisor:
         self.metrics.show_lengths(
             {name: split.samples["length"] for name, split in zip(training.names, training.splits, strict=True)}
         )
+        if self.copies:
+            self.copies.offer()  # what an earlier start could not copy
 
     def fetch(self, batches: Iterator[ByteBatch], step: int) -> ByteBatch:
         """The next micro-batch of the step after `step` steps; the wait for it is counted."""
@@ -210,6 +225,45 @@ class Supervisor:
         with self.watchdog.patient(where), self.ledger.stalled():
             path = self.saver.finish(wait=lambda: self.watchdog.beat(where))
         self.metrics.say(f"saved {path}")
+        if self.copies:
+            self.copies.offer()
+
+    def attend_copies(self, step: int) -> None:
+        """Let the copies go on, and say what has changed."""
+        if self.copies and (news := self.copies.attend()):
+            self.metrics.say(news)
+            self.metrics.show("checkpoint_copy", step, news)
+
+    def _waits_for_copy(self, exit_code: int) -> bool:
+        """Whether this rank makes a copy that the end of the run waits for: on request, that of the newest alone."""
+        if not self.copies or not self.copies.is_busy:
+            return False
+        return not exit_code or bool(self.copies.problem_of_newest())
+
+    def finish_copies(self, step: int, exit_code: int) -> None:
+        """Wait until the last checkpoint is copied, if the config asks for copies; collective.
+
+        Raises AgreedError if it cannot be copied. A run that is about to be started again leaves that to its next
+        start.
+        """
+        if not self.config.copy_url:
+            return
+        where, began = f"step {step}: waiting for the copy of the checkpoint", time.monotonic()
+        if self.copies and self.copies.is_busy:
+            self.metrics.say(f"waiting until the last checkpoint is copied to {self.config.copy_url}")
+        with self.watchdog.patient(where), self.ledger.stalled():
+            while True:
+                self.attend_copies(step)
+                is_late = exit_code and time.monotonic() - began > STOP_WAIT_S
+                if not dist.agree_on_max(self._waits_for_copy(exit_code) and not is_late)[0]:
+                    break
+                self.watchdog.beat(where)
+                time.sleep(POLL_S)
+        problem = dist.broadcast_from_rank0(self.copies.problem_of_newest() if self.copies else "")
+        if problem and exit_code == EXIT_REQUEUE:
+            self.metrics.say(problem)
+        elif problem:
+            raise dist.AgreedError(f"{problem}; the same command copies it", exit_code=EXIT_STORAGE)
 
     def roll_back(self, step: int) -> None:
         """Make the checkpoint before the bad steps, the last of which is `step`, the newest; collective.
@@ -218,6 +272,8 @@ class Supervisor:
         """
         if self.saver.under_way:
             self.finish_save(step)
+        if self.copies:  # the checkpoint that is being copied may be among those that go
+            self.copies.close()
         bad = self.guard.bad_in_a_row
         self.metrics.show("rollback", step, "; ".join(f"step {one['step']}: {one['problem']}" for one in bad))
         self.metrics.close()
@@ -228,6 +284,7 @@ class Supervisor:
 
     def end_step(self, step: int, outcome: StepOutcome) -> None:
         """Do what is due between two steps."""
+        self.attend_copies(step)
         self.updates += bool(outcome.drawn)
         if self.updates == WARMUP_STEPS:
             self.watchdog.times_are_known()
@@ -241,8 +298,25 @@ class Supervisor:
             self.metrics.say(f"stopped on request after step {step}; the same command continues from there")
         else:
             self.metrics.say(f"finished: {step} steps; checkpoints, TensorBoard logs and metrics are in {self.run_dir}")
-        self.ledger.record_progress(step)
-        self.metrics.close()
+        try:
+            self.finish_copies(step, exit_code)
+        finally:
+            self.ledger.record_progress(step)
+            self.metrics.close()
+
+    def replace_damaged(self, path: Path) -> bool:
+        """Replace a damaged checkpoint by its copy in the object store, if there is a whole one; collective."""
+        if not self.config.copy_url:
+            return False
+        step = step_of(path)
+        fetched = fetch_newest(
+            Wanted(self.run_dir, self.config.copy_url, after=step - 1, until=step),
+            self.ranks,
+            check=lambda work: check_same_run(work, self.facts, origin=self.config.copy_url),
+        )
+        for note in (*fetched.notes, *([fetched.problem] if fetched.problem else [])):
+            self.say(note)
+        return fetched.name is not None
 
     def say(self, text: str) -> None:
         """One line on standard error, from rank 0."""

@@ -23,8 +23,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 import psutil
 
-from bfsys.config import PIPE
 from bfsys.errors import UserError
+from bfsys.locations import PIPE
 
 if TYPE_CHECKING:
     from webdataset.gopen import Pipe

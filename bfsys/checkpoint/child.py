@@ -1,0 +1,30 @@
+"""Child processes of training that work on checkpoints while it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+
+def start_child(arguments: Sequence[str], task: dict, descriptors: Sequence[int] = ()) -> subprocess.Popen:
+    """Start Python with these arguments, a task as JSON on its standard input and these open files. Its standard output
+    is a pipe."""
+    # To stop, training finishes its save first: its process never hears of these signals, from its first moment on.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP))
+    try:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=descriptors
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert process.stdin is not None  # it is a PIPE
+    with suppress(BrokenPipeError):  # it has ended already: whoever waits for it will say so
+        process.stdin.write(json.dumps({"parent": os.getpid(), **task}).encode())
+        process.stdin.close()
+    process.stdin = None  # so that `communicate` only reads
+    return process

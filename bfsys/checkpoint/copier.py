@@ -1,0 +1,120 @@
+"""The process that copies checkpoints to an object store, and fetches one from there.
+
+Started by copies.py for each checkpoint, as a program of its own: it reads its task as JSON from standard input, and
+writes to standard output as JSON what it did, or why it could not. So the libraries of the store, their threads and
+their errors stay out of the training process, which forks loader processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import shutil
+
+from bfsys.checkpoint.files import (
+    RetentionPolicy,
+    checkpoint_name,
+    checkpoints_dir,
+    evaluations,
+    new_work_dir,
+    read_manifest,
+    step_of_name,
+)
+from bfsys.checkpoint.store import Store, StoreError
+from bfsys.checkpoint.writer import read_task
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError
+
+STALL_S = 120.0  # without a sign of life from the store, after which a copy is given up
+WATCH_S = 1.0
+
+
+def main() -> None:
+    task = read_task()
+    # Libraries may print what they like; the answer has a descriptor of its own.
+    descriptor = os.dup(sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
+
+    def answer(what: dict) -> None:
+        os.write(descriptor, json.dumps(what).encode())
+        os._exit(0)  # threads that wait for the store do not hold it up
+
+    try:
+        store = Store(task["url"])
+        threading.Thread(target=_watch, args=(store, answer), daemon=True).start()
+        answer(copy(store, task) if task["action"] == "copy" else fetch(store, task))
+    except StoreError as error:
+        answer({"problem": str(error), "exit_code": error.exit_code})
+    except UserError as error:
+        answer({"damaged": str(error)})
+    except OSError as error:
+        code = EXIT_CRASHED if error.errno in TRANSIENT_ERRNOS else EXIT_STORAGE
+        answer({"problem": f"{error.filename or task['run_dir']}: {error.strerror}", "exit_code": code})
+
+
+def _watch(store: Store, answer) -> None:
+    while (silent_s := time.monotonic() - store.moved) < STALL_S:
+        time.sleep(WATCH_S)
+    answer({"problem": f"{store.url}: has not answered for {silent_s:.0f} s", "exit_code": EXIT_CRASHED})
+
+
+def copy(store: Store, task: dict) -> dict:
+    """Copy a checkpoint, and remove what the retention policy does not name."""
+    path, run_dir = Path(task["path"]), Path(task["run_dir"])
+    manifest = read_manifest(path)
+    if is_after_bad_steps(manifest) and manifest["step"] < manifest["config"]["train"]["steps"]:
+        return {}  # the run may have to go back further, for which a new disk has nothing
+    store.put(path, manifest)
+    try:
+        store.prune(RetentionPolicy(**task["keep"]), evaluations(run_dir))
+    except StoreError as error:
+        return {"note": str(error)}  # the copy is made
+    return {}
+
+
+def is_after_bad_steps(manifest: dict) -> bool:
+    return bool((manifest.get("guard") or {}).get("in_a_row"))
+
+
+def fetch(store: Store, task: dict) -> dict:
+    """Fetch the newest whole copy of a step after `task["after"]`, into a folder beside the checkpoints of the run. If
+    there is none, a run that is new proves that it can write to the store."""
+    skipped: list[str] = []
+    root = checkpoints_dir(Path(task["run_dir"]))
+    for name in reversed(store.names()):
+        if task["until"] is not None and step_of_name(name) > task["until"]:
+            continue
+        if step_of_name(name) <= task["after"]:
+            break
+        try:
+            manifest = store.manifest(name)
+        except StoreError:
+            raise
+        except UserError as error:
+            skipped += error.problems
+            continue
+        if manifest is None:  # it was cut short
+            continue
+        work = root / f".{checkpoint_name(manifest['step'])}.{os.getpid()}.part"
+        new_work_dir(work)
+        problems = store.fetch(name, manifest, work)
+        if not problems:
+            return {"work": str(work), "step": manifest["step"], "skipped": skipped}
+        shutil.rmtree(work, ignore_errors=True)
+        skipped += problems
+        store.disown(name)  # it does not push good ones out, and is not fetched again
+    if task["after"] < 0 and task["until"] is None:
+        store.probe()
+    return {"skipped": skipped}
+
+
+if __name__ == "__main__":
+    main()

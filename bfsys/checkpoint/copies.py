@@ -1,0 +1,186 @@
+"""Copies of a run's checkpoints in an object store: made in the background, and fetched at a start.
+
+The run directory stays the master. A checkpoint is copied after it counts there, by a process of its own (copier.py),
+so no step waits for the store. Each time, the newest one that has no copy yet is next: a store that is slower than the
+saves gets fewer checkpoints, and no queue grows. A store that fails does not end training; the next save tries again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from bfsys import dist
+from bfsys.checkpoint import copier
+from bfsys.checkpoint.child import start_child
+from bfsys.checkpoint.files import (
+    MANIFEST,
+    RetentionPolicy,
+    all_checkpoints,
+    checkpoint_name,
+    checkpoints_dir,
+    take_over,
+)
+from bfsys.errors import EXIT_CRASHED, UserError
+
+POLL_S = 0.05
+STOP_WAIT_S = 120.0  # a run that was asked to stop waits this long for its last copy
+
+
+class Copies:
+    """Copies the checkpoints of a run, one at a time; for rank 0."""
+
+    def __init__(self, run_dir: Path, url: str, keep: RetentionPolicy) -> None:
+        """`url` is that of the run in the store."""
+        self.run_dir, self.url, self.keep = run_dir, url, keep
+        self.problem = ""
+        """Why the store does not take copies; empty if it does."""
+        self.copying: Path | None = None
+        """The checkpoint that is being copied, which nobody must remove."""
+        self._process: subprocess.Popen | None = None
+        self._is_wanted = False
+        self._done: dict[tuple[str, int], str] = {}  # checkpoints that are not to be tried again, with their problem
+        self._said = ""
+
+    def offer(self) -> None:
+        """There may be checkpoints without a copy."""
+        self._is_wanted = True
+        self._start_next()
+
+    def attend(self) -> str:
+        """Go on with the next copy if one has ended. Returns what has changed, for the console; empty if nothing."""
+        if self._process is None or self._process.poll() is None:
+            return ""
+        news = self._take(_answer_of(self._process))
+        self._process = self.copying = None
+        self._start_next()
+        return news
+
+    @property
+    def is_busy(self) -> bool:
+        return self._process is not None
+
+    def problem_of_newest(self) -> str:
+        """Why the newest checkpoint has no copy; empty if it has one."""
+        newest = all_checkpoints(self.run_dir)[-1]
+        problem = self._done.get(_key(newest), self.problem or "the store was too slow")
+        return problem and f"checkpoint {newest}: is whole, but has no copy in {self.url}: {problem}"
+
+    def close(self) -> None:
+        """End a copy that is being made; what it wrote does not count."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._process = self.copying = None
+
+    def _start_next(self) -> None:
+        if self._process is not None or not self._is_wanted:
+            return
+        keys = {path: _key(path) for path in reversed(all_checkpoints(self.run_dir)) if (path / MANIFEST).exists()}
+        path = next((path for path, key in keys.items() if key not in self._done), None)
+        if path is None:
+            self._is_wanted = False
+            return
+        task = {"action": "copy", "path": str(path), "keep": asdict(self.keep)}
+        try:
+            self._process, self.copying = _start(self.run_dir, self.url, task), path
+        except OSError as error:  # no process or no memory is left for it
+            self.problem, self._is_wanted = f"the copying process cannot be started: {error.strerror}", False
+        self._copied_key = keys[path]
+
+    def _take(self, answer: dict) -> str:
+        """Note what the copying process did; what has changed."""
+        before, self.problem = self._said, answer.get("problem", "")
+        name = self._copied_key[0]
+        if self.problem:
+            self._is_wanted = False  # until the next save
+            self._said = "failing"
+            news = f"{name} is not copied: {self.problem}; training goes on, and the next save tries again"
+            return news if before != self._said else ""
+        self._done[self._copied_key] = answer.get("damaged", "")
+        if damaged := answer.get("damaged"):
+            return f"{name} is not copied: {damaged}"
+        self._said = "note" if "note" in answer else "copied"
+        if before == self._said:
+            return ""
+        if note := answer.get("note"):
+            return f"{name} is copied, but older copies stay: {note}"
+        return f"checkpoints are copied to {self.url}{' again' if before == 'failing' else ''}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The copies of a run that are wanted: of steps after `after`, and until `until` if that is given."""
+
+    run_dir: Path
+    url: str
+    after: int
+    until: int | None = None
+
+
+def fetch_newest(wanted: Wanted, ranks: dist.Ranks, *, check: Callable[[Path], None]) -> Fetched:
+    """Fetch the newest whole copy of those that are wanted into the run directory, on rank 0; collective.
+
+    `check` raises UserError if the checkpoint is of another run.
+    """
+    process: subprocess.Popen | None = None
+
+    def begin() -> None:
+        nonlocal process
+        process = _start(wanted.run_dir, wanted.url, {"action": "fetch", "after": wanted.after, "until": wanted.until})
+
+    dist.on_rank0(begin, ranks)
+    while dist.agree_on_max(process is not None and process.poll() is None)[0]:
+        time.sleep(POLL_S)
+
+    def finish() -> Fetched:
+        assert process is not None
+        answer = _answer_of(process)
+        notes = [f"skipped a damaged copy: {problem}" for problem in answer.get("skipped", ())]
+        if "work" not in answer:
+            return Fetched(None, answer.get("problem", ""), answer.get("exit_code", 0), notes)
+        work, name = Path(answer["work"]), checkpoint_name(answer["step"])
+        try:
+            check(work)
+        except UserError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        take_over(work, checkpoints_dir(wanted.run_dir) / name)
+        return Fetched(name, "", 0, [*notes, f"fetched {name} from {wanted.url}"])
+
+    return dist.on_rank0(finish, ranks)
+
+
+class Fetched(NamedTuple):
+    """What came of a `fetch_newest`."""
+
+    name: str | None
+    """The checkpoint that the run directory has now; None if there is no whole copy."""
+    problem: str
+    """Why nobody can tell whether there is one, if so."""
+    exit_code: int
+    """The code to end with on account of the problem."""
+    notes: list[str]
+
+
+def _start(run_dir: Path, url: str, task: dict) -> subprocess.Popen:
+    return start_child([copier.__file__], {"url": url, "run_dir": str(run_dir), **task})
+
+
+def _answer_of(process: subprocess.Popen) -> dict:
+    output, _ = process.communicate()
+    try:
+        return json.loads(output)
+    except ValueError:
+        return {"problem": f"the copying process ended with code {process.returncode}", "exit_code": EXIT_CRASHED}
+
+
+def _key(path: Path) -> tuple[str, int]:
+    """What tells a checkpoint from another one of the same step."""
+    return path.name, (path / MANIFEST).stat().st_mtime_ns

@@ -1,0 +1,329 @@
+"""The copies of a run's checkpoints in an object store, opened by fsspec.
+
+    URL/checkpoints/step_00001000/     the files of the checkpoint, and manifest.json, written last and removed first
+
+An object store cannot rename, so a copy counts by its manifest alone: one without it, or with a file that does not
+match it, is no checkpoint. Nothing here imports PyTorch.
+
+Files are streamed in blocks and hashed on the way, in both directions, so memory is bounded by a few blocks, and a
+file that was damaged on the disk does not become a copy. Refused: fsspec's `put` and `get` of whole folders, which
+order nothing, hash nothing and hold up to ten parts of every file in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from bfsys.checkpoint.files import (
+    MANIFEST,
+    NAME,
+    RetentionPolicy,
+    checksum_mismatch,
+    parse_manifest,
+    step_of_name,
+    steps_to_keep,
+)
+from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
+from bfsys.files import replace_file
+from bfsys.object_stores import problem_of_url
+
+T = TypeVar("T")
+
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before a request is made again; the libraries below make some of their own
+BLOCK_BYTES = 16 << 20
+MOST_BLOCKS = 5000  # of a file; S3 takes 10,000 parts
+FILES_AT_A_TIME = 4
+# Errors that another try would not change.
+LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)
+
+
+class StoreError(UserError):
+    """The store cannot be read or written. The exit code is that of a crash if it may pass."""
+
+
+class _DiskError(Exception):
+    """An OSError of this machine's disk, among those of the store."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@contextmanager
+def _on_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _DiskError(error) from None
+
+
+class Store:
+    """The checkpoints of one run in a store. Methods raise StoreError if the store fails, after several tries."""
+
+    def __init__(self, url: str, *, pauses_s: tuple[float, ...] = PAUSES_S) -> None:
+        """`url` is that of the run: URL/checkpoints holds its checkpoints. Raises UserError if it is not valid."""
+        if problem := problem_of_url(url):
+            raise UserError(problem)
+        import fsspec
+
+        self.url, self._pauses_s = f"{url.rstrip('/')}/checkpoints", pauses_s
+        self.moved = time.monotonic()
+        """The time of the last sign of life from the store."""
+        # A listing that was kept would not show what other processes do.
+        options: dict = {"skip_instance_cache": True, "use_listings_cache": False}
+        if url.startswith(("file:", "local:")):  # folders, which object stores do not have
+            options["auto_mkdir"] = True
+        self._fs, self._root = self._tried("is not opened", lambda: fsspec.url_to_fs(self.url, **options))
+
+    def names(self) -> list[str]:
+        """The names of all copies, whole or not, the oldest first."""
+
+        def listed() -> list[str]:
+            try:
+                return self._fs.ls(self._root, detail=False)
+            except FileNotFoundError:
+                return []
+
+        names = {path.rstrip("/").rpartition("/")[2] for path in self._tried("cannot be listed", listed)}
+        return sorted(filter(NAME.fullmatch, names), key=step_of_name)
+
+    def has_manifest(self, name: str) -> bool:
+        def found() -> bool:  # fsspec's `exists` would take any error for a no
+            try:
+                self._fs.info(self._path(name, MANIFEST))
+            except FileNotFoundError:
+                return False
+            return True
+
+        return self._tried("cannot be read", found)
+
+    def manifest(self, name: str) -> dict | None:
+        """The manifest of a copy; None if it has none. Raises UserError if it is damaged."""
+        text = self._manifest_text(name)
+        return None if text is None else parse_manifest(text, f"{self.url}/{name}")
+
+    def manifest_or_error(self, name: str) -> dict:
+        """The manifest of a copy; raises UserError if it has none, or a damaged one."""
+        manifest = self.manifest(name)
+        if manifest is None:
+            raise UserError(f"{self.url}/{name}: has no {MANIFEST}, so it was not copied to its end")
+        return manifest
+
+    def _manifest_text(self, name: str) -> bytes | None:
+        def read() -> bytes | None:
+            try:
+                return self._fs.cat_file(self._path(name, MANIFEST))
+            except FileNotFoundError:
+                return None
+
+        return self._tried("cannot be read", read)
+
+    def put(self, path: Path, manifest: Mapping) -> None:
+        """Copy a checkpoint from the disk, unless there is an equal copy. Raises UserError if a file is not as the
+        manifest says, OSError if it cannot be read."""
+        with _on_disk():
+            text = (path / MANIFEST).read_bytes()
+        old = self._manifest_text(path.name)
+        if old == text:
+            return
+        if old is not None:
+            self.disown(path.name)
+
+        def put_file(name: str) -> None:
+            target = self._path(path.name, name)
+            self._tried("cannot be written", lambda: self._write(target, path / name, manifest["files"][name]))
+
+        _of_all(put_file, manifest["files"])
+        self._tried("cannot be written", lambda: self._fs.pipe_file(self._path(path.name, MANIFEST), text))
+
+    def fetch(self, name: str, manifest: Mapping, folder: Path) -> list[str]:
+        """Copy the files of a checkpoint, its manifest last, into an empty folder. Returns what is damaged.
+
+        Raises OSError if the folder cannot be written.
+        """
+        if found := self._strange_names(name, manifest):
+            return found
+
+        def fetch_file(file_name: str) -> str:
+            with _on_disk(), open(folder / file_name, "wb") as target:
+                problem = self._problem_of_file(name, file_name, manifest["files"][file_name], target)
+                with _on_disk():
+                    target.flush()
+                    os.fsync(target.fileno())
+            return problem
+
+        problems = _of_all(fetch_file, manifest["files"])
+        if not problems:
+            text = self._manifest_text(name)
+            with _on_disk():
+                replace_file(folder / MANIFEST, text or b"")
+        return problems
+
+    def problems_of(self, name: str) -> list[str]:
+        """The problems of a copy; none if every file is there and has its sha256. Reads every byte."""
+        try:
+            manifest = self.manifest_or_error(name)
+        except StoreError:
+            raise
+        except UserError as error:
+            return list(error.problems)
+        files = manifest["files"]
+        return self._strange_names(name, manifest) or _of_all(
+            lambda file_name: self._problem_of_file(name, file_name, files[file_name], None), files
+        )
+
+    def read_file(self, name: str, file_name: str) -> bytes:
+        return self._tried("cannot be read", lambda: self._fs.cat_file(self._path(name, file_name)))
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes of each file of a copy, by name."""
+        listed = self._tried("cannot be listed", lambda: self._fs.ls(self._path(name), detail=True))
+        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in listed}
+
+    def saved_at(self, name: str) -> float:
+        """The time at which a copy was finished, in seconds since 1970."""
+        return self._tried("cannot be read", lambda: self._fs.modified(self._path(name, MANIFEST))).timestamp()
+
+    def disown(self, name: str) -> None:
+        """Remove the manifest of a copy, so that it is none any more."""
+
+        def remove_manifest() -> None:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(self._path(name, MANIFEST))
+
+        self._tried("cannot be changed", remove_manifest)
+
+    def remove(self, name: str) -> None:
+        self.disown(name)
+
+        def remove_files() -> None:
+            with suppress(FileNotFoundError):
+                self._fs.rm(self._path(name), recursive=True)
+
+        self._tried("cannot be changed", remove_files)
+
+    def prune(self, keep: RetentionPolicy, scores: Mapping[int, Mapping[str, float]]) -> None:
+        """Remove the copies that `keep` does not name, and what copies that were cut short have left."""
+        names = self.names()
+        kept = steps_to_keep([step_of_name(name) for name in names if self.has_manifest(name)], keep, scores)
+        for name in names:
+            if step_of_name(name) not in kept:
+                self.remove(name)
+
+    def probe(self) -> None:
+        """Write a small object, read it and remove it."""
+        path, content = self._path(f".probe-{uuid.uuid4().hex}"), b"bfsys may write here"
+        self._tried("cannot be written", lambda: self._fs.pipe_file(path, content))
+        if self._tried("cannot be read", lambda: self._fs.cat_file(path)) != content:
+            raise StoreError(f"{self.url}: gives back other bytes than were written", exit_code=EXIT_USER_ERROR)
+        self._tried("objects cannot be removed", lambda: self._fs.rm_file(path))
+
+    def _path(self, *names: str) -> str:
+        return "/".join((self._root, *names))
+
+    def _write(self, path: str, source: Path, entry: Mapping) -> None:
+        """Write a file, which must be as `entry` describes it; what was written of another one is given up."""
+        digest = hashlib.sha256()
+        target = self._fs.open(path, "wb", block_size=max(BLOCK_BYTES, entry["bytes"] // MOST_BLOCKS + 1))
+        try:
+            with _on_disk():
+                file = open(source, "rb")  # noqa: SIM115
+            with file:
+                while part := _read(file):
+                    digest.update(part)
+                    target.write(part)
+                    self.moved = time.monotonic()
+            if digest.hexdigest() != entry["sha256"]:
+                raise UserError(f"{checksum_mismatch(source)}; it is not copied")
+            target.close()
+        except BaseException:
+            with suppress(Exception):  # a file in a folder has nothing to give up
+                target.discard()  # the parts of an upload that is not finished would stay, and cost
+                target.closed = True  # or it would write what it has when it is deleted
+            raise
+        self.moved = time.monotonic()
+
+    def _problem_of_file(self, name: str, file_name: str, entry: Mapping, target: BinaryIO | None) -> str:
+        """Read a file, into `target` if that is given; its problem, or "" if it is as `entry` describes it."""
+
+        def read() -> str:
+            digest, size_bytes = hashlib.sha256(), 0
+            if target:
+                with _on_disk():
+                    target.seek(0)
+                    target.truncate()
+            with self._fs.open(self._path(name, file_name), "rb", block_size=BLOCK_BYTES, cache_type="none") as file:
+                while part := file.read(BLOCK_BYTES):
+                    self.moved = time.monotonic()
+                    digest.update(part)
+                    size_bytes += len(part)
+                    if target:
+                        with _on_disk():
+                            target.write(part)
+            is_same = {"bytes": size_bytes, "sha256": digest.hexdigest()} == dict(entry)
+            return "" if is_same else f"{self.url}/{name}/{file_name}: checksum mismatch, the file is corrupt"
+
+        def read_if_there() -> str:
+            try:
+                return read()
+            except FileNotFoundError:
+                return f"{self.url}/{name}/{file_name}: is missing"
+
+        return self._tried("cannot be read", read_if_there)
+
+    def _strange_names(self, name: str, manifest: Mapping) -> list[str]:
+        """A manifest from elsewhere must not name files outside of its folder."""
+        strange = [file for file in manifest["files"] if "/" in file or "\0" in file or file.startswith(".")]
+        return [f"{self.url}/{name}/{MANIFEST}: names {file!r}, which is no file of a checkpoint" for file in strange]
+
+    def _tried(self, what_fails: str, act: Callable[[], T]) -> T:
+        """The result of `act`, which is tried again if an error may pass."""
+        for pause_s in (*self._pauses_s, None):
+            try:
+                result = act()
+                self.moved = time.monotonic()
+                return result
+            except _DiskError as error:
+                raise error.error from None
+            except UserError:
+                raise
+            except Exception as error:  # every library has its own
+                is_lasting = isinstance(error, LASTING)
+                if is_lasting or pause_s is None:
+                    from bfsys.data.storage.streams import hide  # takes a while to import
+
+                    code = EXIT_USER_ERROR if is_lasting else EXIT_CRASHED
+                    raise StoreError(f"{self.url}: {what_fails}: {hide(_reason(error))}", exit_code=code) from error
+                self.moved = time.monotonic()
+                time.sleep(pause_s)
+        raise AssertionError("the last try raises")
+
+
+def _read(file: BinaryIO) -> bytes:
+    with _on_disk():
+        return file.read(BLOCK_BYTES)
+
+
+def _reason(error: Exception) -> str:
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    text = str(error) or getattr(error, "strerror", None) or type(error).__name__
+    return f"{kind}{' '.join(text.split())}"
+
+
+def _of_all(act: Callable[[str], T], names: Mapping[str, object]) -> list[T]:
+    """What `act` returns for several files at a time, without empty results. The first error ends it."""
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        futures = [pool.submit(act, name) for name in names]
+        try:
+            return [result for future in as_completed(futures) if (result := future.result())]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

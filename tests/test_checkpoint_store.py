@@ -1,0 +1,295 @@
+"""Copies of checkpoints in a store: an S3 server that fails in every way, and a folder."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bfsys.checkpoint import copier, saving
+from bfsys.checkpoint.copies import Copies
+from bfsys.checkpoint.files import (
+    MANIFEST,
+    RetentionPolicy,
+    all_checkpoints,
+    problems_of,
+    read_manifest,
+    take_over,
+)
+from bfsys.checkpoint.store import Store, StoreError
+from bfsys.cli import call
+from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
+from bfsys.supervision.supervisor import HISTORY
+from tests.s3_server import RESET, S3Server
+from tests.test_checkpoint import ALONE, FACTS, Tensors, save
+
+KEEP = {"last": 2, "every": 0, "best": 0, "metric": "top1"}
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    server = S3Server(monkeypatch)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def on_s3(s3: S3Server) -> Store:
+    return Store("s3://bucket/copies/mine", pauses_s=(0.01, 0.01))
+
+
+def put(store: Store, path: Path) -> None:
+    store.put(path, read_manifest(path))
+
+
+def fetched(store: Store, name: str, run: Path) -> Path:
+    work = run / "checkpoints" / ".work.part"
+    work.mkdir(parents=True)
+    assert store.fetch(name, store.manifest_or_error(name), work) == []
+    take_over(work, run / "checkpoints" / name)
+    return run / "checkpoints" / name
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_copy_on_s3_is_the_checkpoint(on_s3: Store, s3: S3Server, tmp_path: Path) -> None:
+    path = save(tmp_path / "run", 3)
+    put(on_s3, path)
+    assert {key.rpartition("/")[2] for key in s3.keys("copies/mine/checkpoints/step_00000003/")} == set(content(path))
+    written = [request for request in s3.requests if request.startswith("PUT /bucket/copies")]
+    assert written[-1].endswith(MANIFEST)  # which says that all else is there
+    assert content(fetched(on_s3, path.name, tmp_path / "other")) == content(path)
+    assert (tmp_path / "other" / "checkpoints" / "latest").read_text().strip() == path.name
+    s3.requests.clear()
+    put(on_s3, path)
+    assert not [request for request in s3.requests if request.startswith(("PUT", "POST", "DELETE"))]
+
+
+def test_a_server_that_fails_for_a_while_is_asked_again(on_s3: Store, s3: S3Server, tmp_path: Path) -> None:
+    path = save(tmp_path / "run", 3)
+    faults = itertools.cycle((503, RESET, None))
+    s3.fault = lambda request: next(faults) if "step_" in request else None
+    put(on_s3, path)
+    assert content(fetched(on_s3, path.name, tmp_path / "other")) == content(path)
+
+
+@pytest.mark.parametrize(("fault", "code"), [(503, EXIT_CRASHED), (403, EXIT_USER_ERROR)])
+def test_a_copy_that_is_cut_short_is_none(
+    on_s3: Store, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int, code: int
+) -> None:
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    old = save(tmp_path / "run", 3)
+    put(on_s3, old)
+    path = save(tmp_path / "run", 4)
+    s3.fault = lambda request: fault if request.startswith("PUT") and "exp_avg" in request else None
+    with pytest.raises(StoreError, match="s3://bucket/copies/mine/checkpoints: cannot be written: ") as caught:
+        put(on_s3, path)
+    assert caught.value.exit_code == code
+    assert on_s3.names() == [old.name, path.name]
+    assert on_s3.manifest(path.name) is None
+    assert "not copied to its end" in on_s3.problems_of(path.name)[0]
+    assert on_s3.problems_of(old.name) == []
+    s3.fault = lambda request: None
+    on_s3.prune(RetentionPolicy(1), {})  # what was cut short does not count, and is cleared away
+    assert on_s3.names() == [old.name]
+
+
+def test_another_checkpoint_of_the_same_step_replaces_a_copy(on_s3: Store, s3: S3Server, tmp_path: Path) -> None:
+    put(on_s3, save(tmp_path / "run", 3))
+    shutil.rmtree(tmp_path / "run")
+    again = save(tmp_path / "run", 3, keep=RetentionPolicy(7))
+    manifest = json.loads((again / MANIFEST).read_text())
+    (again / MANIFEST).write_text(json.dumps(manifest))  # equal, but not the same bytes
+    s3.requests.clear()
+    put(on_s3, again)
+    changes = [request for request in s3.requests if request.startswith(("PUT", "DELETE"))]
+    assert changes[0].startswith("DELETE")
+    assert changes[0].endswith(MANIFEST)
+    assert changes[-1].startswith("PUT")
+    assert changes[-1].endswith(MANIFEST)
+    assert on_s3.problems_of(again.name) == []
+
+
+def test_a_large_file_is_sent_in_parts(
+    on_s3: Store, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bfsys.checkpoint.store.BLOCK_BYTES", 5 << 20)  # the smallest that S3 takes
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_bytes(os.urandom(12 << 20))
+    path = save(run, 3)
+    put(on_s3, path)
+    assert sum(request.startswith("PUT") and request.endswith("metrics.jsonl") for request in s3.requests) == 3
+    assert content(fetched(on_s3, path.name, tmp_path / "other")) == content(path)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "manifest"])
+def test_a_damaged_copy_is_found(on_s3: Store, s3: S3Server, tmp_path: Path, damage: str) -> None:
+    path = save(tmp_path / "run", 3)
+    put(on_s3, path)
+    key = f"copies/mine/checkpoints/{path.name}/{MANIFEST if damage == 'manifest' else 'weight-0-of-1.safetensors'}"
+    was = s3.read(key)
+    if damage == "missing":
+        s3.client.delete_object(Bucket="bucket", Key=key)
+    else:
+        s3.write(key, was[:-1] if damage == "truncated" else was[:90] + bytes([was[90] ^ 1]) + was[91:])
+    (problem,) = on_s3.problems_of(path.name)
+    assert key.removeprefix("copies/mine") in problem
+    assert ("is missing" if damage == "missing" else "checksum mismatch") in problem
+
+
+def test_a_file_that_was_damaged_on_the_disk_is_not_copied(tmp_path: Path) -> None:
+    path = save(tmp_path / "run", 3)
+    weights = path / "weight-0-of-1.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    store = Store(f"file://{tmp_path}/copies/mine")
+    with pytest.raises(UserError, match=r"weight-0-of-1.safetensors: checksum mismatch, .* it is not copied"):
+        put(store, path)
+    assert store.manifest(path.name) is None
+
+
+def test_a_manifest_that_names_files_elsewhere_is_damaged(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/copies/mine")
+    (tmp_path / "work").mkdir()
+    problems = store.fetch("step_00000003", {"files": {"../../x": {"bytes": 1, "sha256": ""}}}, tmp_path / "work")
+    assert "names '../../x'" in problems[0]
+
+
+def test_the_copies_follow_the_retention_policy(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/copies/mine")
+    for step in range(6):
+        put(store, save(tmp_path / "run", step))
+    store.prune(RetentionPolicy(last=1, every=3, best=1), {4: {"top1": 0.9}, 2: {"top1": 0.1}})
+    assert store.names() == [f"step_{step:08d}" for step in (3, 4, 5)]
+
+
+def test_the_newest_is_copied_first_and_stays_on_the_disk_until_then(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (1, 2, 3):
+        save(run, step)
+    copies = Copies(run, f"file://{tmp_path}/copies/mine", RetentionPolicy(2))
+    copies.offer()
+    assert copies.copying
+    assert copies.copying.name == "step_00000003"
+    saver = saving.Saver(run, ALONE, RetentionPolicy(1), in_use=lambda: copies.copying)
+    saver.start(Tensors(4), {"step": 4, "updates": 4, **FACTS})
+    saver.finish()
+    saver.close()
+    assert [path.name for path in all_checkpoints(run)] == ["step_00000003", "step_00000004"]
+    copies.offer()
+    news = []
+    while copies.is_busy:
+        news += filter(None, [copies.attend()])
+        time.sleep(0.01)
+    assert news == [f"checkpoints are copied to file://{tmp_path}/copies/mine"]
+    assert copies.problem_of_newest() == ""
+    assert Store(f"file://{tmp_path}/copies/mine").names() == ["step_00000003", "step_00000004"]
+
+
+def test_what_decides_the_future_of_a_run_travels_with_a_checkpoint(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    for name in HISTORY:
+        (run / name).write_text(f"some of {name}")
+    saver = saving.Saver(run, ALONE, RetentionPolicy(1), history=HISTORY)
+    saver.start(Tensors(3), {"step": 3, "updates": 3, **FACTS})
+    path = saver.finish()
+    saver.close()
+    store = Store(f"file://{tmp_path}/copies/mine")
+    put(store, path)
+    other.mkdir()
+    (other / "quarantine.tsv").write_text("some of quarantine.tsv and more")
+    (other / "rollbacks.json").write_text("less")
+    fetched(store, path.name, other)
+    assert (other / "quarantine.tsv").read_text() == "some of quarantine.tsv and more"
+    assert (other / "rollbacks.json").read_text() == "some of rollbacks.json"
+    assert (other / "metrics.jsonl").read_text() == "some of metrics.jsonl"
+
+
+def test_failing_copies_are_said_once(tmp_path: Path) -> None:
+    run, place = tmp_path / "run", tmp_path / "copies"
+    place.mkdir(mode=0o500)
+    if os.access(place, os.W_OK):  # as root
+        place.rmdir()
+        place.write_text("in the way")
+    copies = Copies(run, f"file://{place}/mine", RetentionPolicy(2))
+    monitored = []
+    for step in (1, 2):
+        save(run, step)
+        copies.offer()
+        while copies.is_busy:
+            monitored += filter(None, [copies.attend()])
+            time.sleep(0.01)
+    (news,) = monitored
+    assert "step_00000001 is not copied: " in news
+    assert "the next save tries again" in news
+    assert "step_00000002: is whole, but has no copy in file://" in copies.problem_of_newest()
+
+
+@pytest.mark.parametrize(("steps", "is_copied"), [(9, False), (3, True)], ids=["midway", "at the end"])
+def test_a_checkpoint_after_bad_steps_is_copied_only_at_the_end(tmp_path: Path, steps: int, is_copied: bool) -> None:
+    changed = {"guard": {"in_a_row": [{"step": 3}]}, "config": {"train": {"steps": steps}}}
+    facts = {**FACTS, "step": 3, "updates": 3, **changed}
+    path = saving.save(Tensors(3), tmp_path / "run", facts, ranks=ALONE, keep=RetentionPolicy(2))
+    store = Store(f"file://{tmp_path}/copies/mine")
+    assert copier.copy(store, {"path": str(path), "run_dir": str(tmp_path / "run"), "keep": KEEP}) == {}
+    assert store.names() == [path.name] * is_copied
+
+
+def test_the_command_reads_copies_and_moves_them(
+    on_s3: Store, s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "eval", "step": 3, "top1": 0.5, "loss": 1.0}\n')
+    for step in (3, 4):
+        save(tmp_path / "run", step)
+    url = "s3://bucket/elsewhere/mine"
+    for name in ("step_00000003", "step_00000004"):
+        assert call("checkpoint", ["copy", str(tmp_path / "run" / "checkpoints" / name), url]) == 0
+    capsys.readouterr()
+    assert call("checkpoint", ["list", url]) == 0
+    _, third, fourth = capsys.readouterr().out.splitlines()
+    assert third.split()[0] == "3"
+    assert "top-1 50.00 %" in third
+    assert fourth.split()[0] == "4"
+    assert call("checkpoint", ["verify", url]) == 0
+    assert call("checkpoint", ["show", f"{url}/checkpoints/step_00000003"]) == 0
+    assert "step      3" in capsys.readouterr().out
+    s3.write("elsewhere/mine/checkpoints/step_00000004/weight-0-of-1.safetensors", b"")
+    assert call("checkpoint", ["verify", url]) == 1
+    assert call("checkpoint", ["copy", url, str(tmp_path / "other")]) == 0
+    assert "skipped a damaged copy: s3://bucket/elsewhere/mine/" in capsys.readouterr().err
+    assert problems_of(tmp_path / "other" / "checkpoints" / "step_00000003") == []
+    assert not list((tmp_path / "other" / "checkpoints").glob(".*"))
+    assert "top1" in (tmp_path / "other" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["list", "s3://bucket/none"], "s3://bucket/none: holds no checkpoint; give the URL of a run"),
+        (["prune", "s3://bucket/none"], "prune takes a run directory"),
+        (["copy", "s3://bucket/none"], "copy: needs RUN and TO"),
+        (["list", "s3://bucket/none", "x"], "list: takes no TO, got x"),
+        (["copy", "a", "b"], "one of RUN and TO must be a URL"),
+        (["copy", "s3://a/b", "s3://c/d"], "first copy to a folder"),
+        (["verify", "s3://key:secret@bucket/x"], "holds a password"),
+    ],
+)
+def test_the_command_on_bad_places(s3: S3Server, arguments: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        call("checkpoint", arguments)
+    assert "secret" not in str(caught.value)
+
+
+def test_commands_that_read_a_run_name_the_command_that_fetches_it() -> None:
+    with pytest.raises(UserError, match="bfsys checkpoint copy s3://bucket/copies/mine mine"):
+        call("evaluate", ["s3://bucket/copies/mine"])
