@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
-from bfsys.data.storage.remote import Prefetcher
+from bfsys.data.storage.prefetch import Prefetcher
 from bfsys.data.streaming.datasets import Sources, any_remote, make_cache
 from bfsys.data.streaming.plan import MicroBatch, Plan, evaluation_batches, lane_groups, lanes_of_rank
 from bfsys.data.streaming.quarantine import Quarantine

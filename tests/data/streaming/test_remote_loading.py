@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from bfsys.config import Config
-from bfsys.data.storage.remote import Cache, Prefetcher
+from bfsys.data.storage.prefetch import Prefetcher
+from bfsys.data.storage.remote import Cache
 from bfsys.data.streaming import loader, reader
 from bfsys.data.streaming.datasets import make_plan, open_evaluation, open_training, source_names
 from bfsys.data.streaming.loader import evaluation_rounds, training_batches
