@@ -30,6 +30,7 @@ from bfsys.batch import ByteBatch
 from bfsys.checkpoint.loading import resume, set_weights
 from bfsys.config import Config
 from bfsys.confusion import Answers
+from bfsys.data.streaming.datasets import fetch_descriptions
 from bfsys.data.streaming.loader import training_batches
 from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.engine import Engine
@@ -51,7 +52,8 @@ ROLLED_BACK = -1  # instead of an exit code: continue from the checkpoint that i
 
 def train(config: Config, ranks: dist.Ranks) -> int:
     """Train to the last step, or until a stop is requested; returns the exit code. Called on every rank."""
-    data = dist.same_errors_on_all(lambda: open_run_data(config, ranks))
+    descriptions = dist.on_rank0(lambda: fetch_descriptions(config), ranks)  # one request, and all ranks read the same
+    data = dist.same_errors_on_all(lambda: open_run_data(config, ranks, descriptions))
     facts = run_facts(data)
     references = dist.on_rank0(data.read_reference_files, ranks)
     facts["reference_files"] = references.to_tree() if references else None

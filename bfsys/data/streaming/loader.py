@@ -154,7 +154,7 @@ class _Requests:
         yield from ahead
 
     def _fetched_ahead(self, prefetcher: Prefetcher) -> Iterator[MicroBatch]:
-        """Has the shards of a lane's block and of the next one fetched when the lane comes to the block."""
+        """Has the shards of a lane's block fetched, and then those of the next one: see `Plan.shards_ahead`."""
         lanes = itertools.chain(*self.groups)
         announced = {lane: self.plan.shards_ahead(self.steps.start, lane) for lane in lanes}
         for of_each_lane in itertools.zip_longest(*announced.values()):  # all lanes begin at once

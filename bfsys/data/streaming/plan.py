@@ -31,6 +31,11 @@ from bfsys.errors import UserError
 T = TypeVar("T")
 Lanes = TypeVar("Lanes", int, np.ndarray)
 
+# Part of a block after which the next one is fetched at the latest: the rest of the block is time enough.
+LATEST_NEXT_BLOCK = 0.5
+# Multiples of it, modulo 1, lie evenly between 0 and 1, for successive lanes and for all of them.
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -163,15 +168,22 @@ class Plan:
         return MicroBatch(source, sample, epoch, step)
 
     def shards_ahead(self, step: int, lane: int) -> list[tuple[int, int]]:
-        """(source, shard) that the lane reads in its present block and in the next one, sooner ones first."""
+        """(source, shard) that the lane reads in its present block, and in the next one once a part of the present
+        block is drawn, sooner ones first.
+
+        All lanes begin their blocks in the same step. That part differs from lane to lane, so that the lanes do not ask
+        the server for their next blocks in the same moment.
+        """
         found: dict[tuple[int, int], None] = {}
-        draws = self.mixture.counts(step * self.batch_samples)
+        drawn_before_next = lane * GOLDEN_RATIO % 1 * LATEST_NEXT_BLOCK
+        before, after = self.mixture.counts(np.array([step, step + 1]) * self.batch_samples)
         for s, slices in enumerate(self._slices):
-            draw = int(slices.lane_draws(int(draws[s]), lane))
-            for _ in range(2):
-                epoch, start, first, stop = self._block_of(s, lane, draw)
+            draw, drawn = (int(slices.lane_draws(int(n), lane)) for n in (before[s], after[s]))
+            epoch, start, first, stop = self._block_of(s, lane, draw)
+            found.update(dict.fromkeys((s, shard) for shard in slices.block_shards(epoch, lane, first, stop)))
+            if drawn - start - first >= drawn_before_next * (stop - first):
+                epoch, start, first, stop = self._block_of(s, lane, start + stop)
                 found.update(dict.fromkeys((s, shard) for shard in slices.block_shards(epoch, lane, first, stop)))
-                draw = start + stop
         return list(found)
 
     def bytes_of(self, batch: MicroBatch) -> int:
