@@ -196,8 +196,6 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
     """
     console.go_on_without(config.run_dir / "log" / f"rank-{ranks.rank}.log")
     try:
-        if not config.model.compiled:  # otherwise DeepSpeed has its Muon compiled while it starts, which takes 2 s
-            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         # Every ragged batch wants blocks of other sizes, and fixed blocks would leave gaps that none of them fits.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         dist.start(ranks, config.train.collective_timeout_s)

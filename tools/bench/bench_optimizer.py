@@ -23,7 +23,6 @@ from unittest.mock import patch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # DeepSpeed would compile a Muon of its own while it starts
 
 import numpy as np
 import torch

@@ -40,6 +40,7 @@ import webdataset.gopen  # noqa: F401  for all ranks, which are forked
 import xxhash
 
 from bfsys.config import Config, Data, Source, Train
+from bfsys.data.storage.remote import Cache
 from bfsys.data.storage.shards import write_description, write_split
 from bfsys.data.storage.tars import Member, write_shard
 from bfsys.data.streaming.datasets import fetch_descriptions
@@ -257,19 +258,16 @@ def measure(dataset: Path, args: argparse.Namespace, failures: float, outage_s: 
             bucket.stop()
         results = [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(ranks)]
         row = evaluate_batches(dataset, args, results)
-        retries = sum((folder / f"rank{rank}.log").read_text().count("\n") for rank in range(ranks))
-    row |= {"retries_announced": retries, "largest_cache_of_limit": largest_bytes / (configs[0].data.cache_gb * 1e9)}
+        said = [line for rank in range(ranks) for line in (folder / f"rank{rank}.log").read_text().splitlines()]
+    row |= {"said": len(said), "said_first": said[:3], "largest_cache_of_limit": largest_bytes / (configs[0].data.cache_gb * 1e9)}
     row["waited_s"] = float(np.mean([result["waited"] for result in results]))
     return row | count_requests(bucket, args, began)
 
 
 def _size_bytes(folder: Path) -> int:
-    total = 0
-    with suppress(FileNotFoundError):
-        for entry in os.scandir(folder):
-            with suppress(FileNotFoundError):
-                total += entry.stat().st_size
-    return total
+    with suppress(FileNotFoundError):  # not made yet
+        return Cache(folder, 1).size_bytes()
+    return 0
 
 
 def evaluate_batches(dataset: Path, args: argparse.Namespace, results: list[dict]) -> dict:
