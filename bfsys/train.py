@@ -54,7 +54,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     """Train to the last step, or until a stop is requested; returns the exit code. Called on every rank."""
     descriptions = dist.on_rank0(lambda: fetch_descriptions(config), ranks)  # one request, and all ranks read the same
     data = dist.same_errors_on_all(lambda: open_run_data(config, ranks, descriptions))
-    facts = run_facts(data)
+    facts = dist.on_rank0(lambda: run_facts(data), ranks)  # asks git
     references = dist.on_rank0(data.read_reference_files, ranks)
     facts["reference_files"] = references.to_tree() if references else None
     # Before the supervisor exists, a signal ends the process: there is nothing to save, and waits may be long.

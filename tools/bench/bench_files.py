@@ -35,6 +35,7 @@ from bfsys.launch.local import free_port
 MARK = "/bfsys-phase/"
 STEPS, SAVE_EVERY, LOG_EVERY, EVAL_EVERY = 21, 10, 5, 7
 PHASES = ("start", "resume", "step", "log line", "save", "evaluation", "end")
+TIMES = {"step": STEPS, "log line": 5, "save": 3, "evaluation": 3}
 PLACES = ("packages", "checkout", "datasets", "run directory", "system")
 CALL = re.compile(r"^(\d+\.\d+) (\w+)\((.*)\) += (-?\d+|\?)(?:.*?(E[A-Z]+))?")
 NAME = re.compile(r'(?:AT_FDCWD<([^>]*)>, |(?:\d+)<([^>]*)>, )?"([^"]*)"')
@@ -203,7 +204,7 @@ def read_trace(folder: Path) -> tuple[list[Call], dict[int, int]]:
                 elif name in SYNCS:
                     path = re.search(r"<([^>]*)>", arguments)
                     calls.append(Call(float(at), process, name, path[1] if path else "", int(result)))
-                elif named := NAME.search(arguments):
+                elif (named := NAME.search(arguments)) and named[3]:  # an empty name means an open file
                     at_cwd, at_folder, path = named.groups()
                     base = at_cwd or at_folder or str(ROOT)
                     calls.append(Call(float(at), process, name, os.path.join(base, path), 0 if result == "?" else int(result)))
@@ -237,45 +238,50 @@ def place_of(path: str, folder: Path) -> str:
     return next((place for root, place in roots if path == root or path.startswith(root + "/")), "system")
 
 
-def phased(calls: Sequence[Call]) -> Iterator[tuple[str, Call]]:
-    phase = "start"
+def occasions(calls: Sequence[Call], folder: Path) -> Iterator[tuple[str, Call]]:
+    """What each call was made for. Programs that a rank starts write its checkpoints, besides and after its own calls."""
+    programs = {call.process for call in calls if call.name == "execve"} - {calls[0].process}
+    phase, run = "start", str(folder / "runs" / "tiny")
     for call in calls:
         if call.path.startswith(MARK):
             mark = call.path.removeprefix(MARK)
             phase = mark if mark in PHASES else phase
+        elif phase in ("start", "resume", "end"):
+            yield phase, call
+        elif call.process in programs or call.path.startswith((f"{run}/checkpoints", f"{run}/metrics.jsonl")):
+            yield "save", call
+        elif call.path.startswith(f"{run}/tb/") and phase != "evaluation":
+            yield "log line", call
         else:
             yield phase, call
 
 
 def count(calls: Sequence[Call], folder: Path) -> dict[str, dict[str, int]]:
-    """Calls by phase and place, and fsyncs."""
+    """Calls by occasion and place, and fsyncs."""
     table: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for phase, call in phased(calls):
-        if call.name in SYNCS:
-            table[phase]["fsync"] += 1
-        else:
-            table[phase][place_of(call.path, folder)] += 1
+    for occasion, call in occasions(calls, folder):
+        table[occasion]["fsync" if call.name in SYNCS else place_of(call.path, folder)] += 1
     return {phase: dict(table[phase]) for phase in PHASES if phase in table}
 
 
 def show(who: str, table: dict[str, dict[str, int]]) -> None:
+    """A table of the calls for one step, log line, save or evaluation."""
     columns = (*PLACES, "fsync")
     print(f"{who:20}" + "".join(f"{column:>14}" for column in columns))
     for phase, counts in table.items():
-        print(f"  {phase:18}" + "".join(f"{counts.get(column, 0):14,}" for column in columns), flush=True)
+        times = TIMES.get(phase, 1)
+        print(f"  {phase:18}" + "".join(f"{counts.get(column, 0) / times:14,.1f}" for column in columns), flush=True)
 
 
 def show_names(who: str, calls: Sequence[Call], folder: Path) -> None:
-    """Calls besides those of imports, by phase: how often, which, and on what."""
+    """Calls on datasets and in the run directory by occasion: how often, which, and on what."""
     seen: Counter[tuple[str, str, str]] = Counter()
-    for phase, call in phased(calls):
-        place = place_of(call.path, folder)
-        if place in ("datasets", "run directory") or phase not in ("start", "resume"):
-            name = re.sub(r"\d{5,}", "N", call.path.removeprefix(str(folder)))
-            seen[phase, call.name, name] += 1
+    for occasion, call in occasions(calls, folder):
+        if place_of(call.path, folder) in ("datasets", "run directory"):
+            seen[occasion, call.name, re.sub(r"\d{4,}", "N", call.path.removeprefix(str(folder)))] += 1
     print(f"calls of {who}:")
-    for (phase, name, path), times in sorted(seen.items()):
-        print(f"  {phase:12} {times:5} x {name:12} {path}")
+    for (occasion, name, path), times in sorted(seen.items()):
+        print(f"  {occasion:12} {times:5} x {name:12} {path}")
 
 
 def show_packages(calls: Sequence[Call], most: int) -> None:
@@ -285,6 +291,10 @@ def show_packages(calls: Sequence[Call], most: int) -> None:
             found[call.path.partition("site-packages/")[2].partition("/")[0]] += 1
         elif "/python3" in call.path:
             found["(standard library)"] += 1
+        elif call.path.startswith(str(ROOT)):
+            found["(checkout) " + call.path.removeprefix(str(ROOT))[:25]] += 1
+        else:
+            found["(system) " + "/".join(call.path.split("/")[:3])] += 1
     for name, times in found.most_common(most):
         print(f"  {times:7,}  {name}")
 
