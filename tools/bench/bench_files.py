@@ -24,14 +24,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.launch.job import rank_variables
 from bfsys.launch.local import free_port
 
+ROOT = Path(__file__).resolve().parents[2]
 MARK = "/bfsys-phase/"
 STEPS, SAVE_EVERY, LOG_EVERY, EVAL_EVERY = 21, 10, 5, 7
 PHASES = ("start", "resume", "step", "log line", "save", "evaluation", "end")
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[ranks] = {who: count(of_one, Path(folder).resolve()) for who, of_one in calls.items()}
             for who, table in results[ranks].items():
                 show(f"{who} of {ranks}", table)
+                show_opened(calls[who], Path(folder).resolve())
             for who in ("rank 0", f"rank {ranks - 1}") if args.list else ():
                 show_names(who, calls[who], Path(folder).resolve())
             if args.packages:
@@ -207,7 +208,9 @@ def read_trace(folder: Path) -> tuple[list[Call], dict[int, int]]:
                 elif (named := NAME.search(arguments)) and named[3]:  # an empty name means an open file
                     at_cwd, at_folder, path = named.groups()
                     base = at_cwd or at_folder or str(ROOT)
-                    calls.append(Call(float(at), process, name, os.path.join(base, path), 0 if result == "?" else int(result)))
+                    calls.append(
+                        Call(float(at), process, name, os.path.join(base, path), 0 if result == "?" else int(result))
+                    )
     return sorted(calls), parents
 
 
@@ -215,7 +218,9 @@ def by_rank(traced: tuple[list[Call], dict[int, int]]) -> dict[str, list[Call]]:
     """A process is of the rank that marked it, or that marked its nearest ancestor."""
     calls, parents = traced
     rank_of = {
-        call.process: f"rank {call.path.removeprefix(MARK + 'rank/')}" for call in calls if call.path.startswith(MARK + "rank/")
+        call.process: f"rank {call.path.removeprefix(MARK + 'rank/')}"
+        for call in calls
+        if call.path.startswith(MARK + "rank/")
     }
 
     def owner(process: int) -> str:
@@ -239,7 +244,7 @@ def place_of(path: str, folder: Path) -> str:
 
 
 def occasions(calls: Sequence[Call], folder: Path) -> Iterator[tuple[str, Call]]:
-    """What each call was made for. Programs that a rank starts write its checkpoints, besides and after its own calls."""
+    """What each call was made for. The programs that a rank starts write its checkpoints, beside its own calls."""
     programs = {call.process for call in calls if call.name == "execve"} - {calls[0].process}
     phase, run = "start", str(folder / "runs" / "tiny")
     for call in calls:
@@ -271,6 +276,12 @@ def show(who: str, table: dict[str, dict[str, int]]) -> None:
     for phase, counts in table.items():
         times = TIMES.get(phase, 1)
         print(f"  {phase:18}" + "".join(f"{counts.get(column, 0) / times:14,.1f}" for column in columns), flush=True)
+
+
+def show_opened(calls: Sequence[Call], folder: Path) -> None:
+    mine = [call for call in calls if place_of(call.path, folder) == "packages"]
+    opened = sum(call.name == "openat" and call.result >= 0 for call in mine)
+    print(f"  packages: {opened:,} files opened, {len({os.path.normpath(call.path) for call in mine}):,} names")
 
 
 def show_names(who: str, calls: Sequence[Call], folder: Path) -> None:

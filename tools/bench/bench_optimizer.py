@@ -12,7 +12,6 @@ At stage 0 results are broadcast, which is not counted. What ZeRO itself sends i
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence

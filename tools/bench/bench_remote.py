@@ -74,7 +74,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="OUT")
     args = parser.parse_args(arguments)
     if args.shards % (args.nodes * args.ranks_per_node):
-        raise UserError(f"--shards is {args.shards}; a multiple of the {args.nodes * args.ranks_per_node} ranks is allowed")
+        ranks = args.nodes * args.ranks_per_node
+        raise UserError(f"--shards is {args.shards}; a multiple of the {ranks} ranks is allowed")
     return args
 
 
@@ -90,7 +91,7 @@ class Request:
 
 @dataclass
 class Bucket:
-    """A web server of a folder, with a total rate, and failures; the outage begins with the first request of an index."""
+    """A web server of a folder, with a total rate, and failures. An outage begins with the first request of an index."""
 
     folder: Path
     rate: float
@@ -174,14 +175,13 @@ def make_dataset(folder: Path, shards: int) -> None:
 def config_of(location: str, args: argparse.Namespace, cache: Path) -> Config:
     ranks = args.nodes * args.ranks_per_node
     slice_samples = args.shards * SHARD_SAMPLES // ranks
-    shard_bytes = 1e5
     data = Data(
         sources=(Source(location),),
         lanes=ranks,
         batch_samples=ranks * LANE_SAMPLES,
         shuffle_block=slice_samples // BLOCKS,
         cache_dir=str(cache),
-        cache_gb=args.cache_shards * shard_bytes / 1e9,
+        cache_gb=args.cache_shards * 1e5 / 1e9,
     )
     return Config(data=data, train=Train(steps=args.epochs * slice_samples // LANE_SAMPLES), name="bench")
 
@@ -194,12 +194,12 @@ def digest_of(batch) -> int:
 
 
 def train_as(rank: int, config: Config, args: argparse.Namespace, folder: Path, together, began: np.ndarray) -> None:
-    """One rank, without a model. Writes samples and digests of its micro-batches, and what it waited for data."""
+    """One rank, without a model. Writes samples and digests of its micro-batches."""
     home = folder / f"rank{rank}"
     home.mkdir()
     (home / ".curlrc").write_text(f'header = "X-Rank: {rank}"\n')
     os.environ["CURL_HOME"] = str(home)
-    with open(folder / f"rank{rank}.log", "w") as log:  # noqa: F841
+    with open(folder / f"rank{rank}.log", "w") as log:
         os.dup2(log.fileno(), 2)
         local = rank % args.ranks_per_node
         ranks = Ranks(rank, args.nodes * args.ranks_per_node, local, args.ranks_per_node)
@@ -210,19 +210,17 @@ def train_as(rank: int, config: Config, args: argparse.Namespace, folder: Path, 
         together.wait()
         data = open_run_data(config, ranks, json.loads(described.read_text()))
         batches = training_batches(config, data.training, data.plan, ranks, first_step=0)
-        samples, digests, waited = [], [], 0.0
+        samples, digests = [], []
         for step in range(config.train.steps):
             together.wait()
             if rank == 0:
                 began[step] = time.monotonic()
-            asked = time.monotonic()
             batch = next(batches)
-            waited += time.monotonic() - asked
             samples.append(batch.samples.numpy().copy())
             digests.append(digest_of(batch))
             time.sleep(args.step_s)
         batches.close()
-    np.savez(folder / f"rank{rank}.npz", samples=np.stack(samples), digests=np.array(digests, np.uint64), waited=waited)
+    np.savez(folder / f"rank{rank}.npz", samples=np.stack(samples), digests=np.array(digests, np.uint64))
 
 
 def measure(dataset: Path, args: argparse.Namespace, failures: float, outage_s: float) -> dict:
@@ -259,8 +257,8 @@ def measure(dataset: Path, args: argparse.Namespace, failures: float, outage_s: 
         results = [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(ranks)]
         row = evaluate_batches(dataset, args, results)
         said = [line for rank in range(ranks) for line in (folder / f"rank{rank}.log").read_text().splitlines()]
-    row |= {"said": len(said), "said_first": said[:3], "largest_cache_of_limit": largest_bytes / (configs[0].data.cache_gb * 1e9)}
-    row["waited_s"] = float(np.mean([result["waited"] for result in results]))
+    limit_bytes = configs[0].data.cache_gb * 1e9
+    row |= {"largest cache, of its limit": largest_bytes / limit_bytes, "lines on standard error": len(said)}
     return row | count_requests(bucket, args, began)
 
 
@@ -282,54 +280,52 @@ def evaluate_batches(dataset: Path, args: argparse.Namespace, results: list[dict
     reads = np.bincount(np.concatenate([result["samples"].ravel() for result in results]), minlength=1)
     return {
         "batches": expected.size,
-        "batches_that_differ": int((got != expected).sum()),
-        "reads_of_a_sample": [int(reads.min()), int(reads.max())],
+        "batches that differ": int((got != expected).sum()),
+        "reads of a sample": [int(reads.min()), int(reads.max())],
     }
 
 
 def count_requests(bucket: Bucket, args: argparse.Namespace, began: np.ndarray) -> dict:
     requests = sorted(bucket.requests, key=lambda request: request.began)
-    shards = [request for request in requests if request.path.endswith(".tar")]
-    shard_bytes = sum(size for size in (p.stat().st_size for p in bucket.folder.glob("*.tar")))
+    steps = [r for r in requests if r.path.endswith(".tar") and r.began >= began[0]]
+    per_window = np.histogram([r.began for r in steps], np.arange(began[0], began[-1] + WINDOW_S, WINDOW_S))[0]
+    window_of = ((began - began[0]) / WINDOW_S).astype(int)
     per_epoch = len(began) // args.epochs
-    per_block = per_epoch // BLOCKS
-    in_training = [request for request in shards if request.began >= began[0]]
-    counts = np.histogram([r.began for r in in_training], np.arange(began[0], began[-1] + WINDOW_S, WINDOW_S))[0]
-
-    def peak_at(steps: Sequence[int]) -> float:
-        """The largest number of requests in a window that begins within two windows of one of those steps."""
-        first = ((began[list(steps)] - began[0]) / WINDOW_S).astype(int)
-        return float(max(counts[max(0, f - 1) : f + 3].max() for f in first))
-
+    epochs, blocks = window_of[::per_epoch], window_of[:: per_epoch // BLOCKS]
     by_node = Counter(request.rank // args.ranks_per_node for request in requests)
     sent = Counter[str]()
     for request in requests:
-        sent["shards" if request.path.endswith(".tar") else request.path.rpartition(".")[2]] += request.sent_bytes
-    kinds = Counter(request.path.rpartition(".")[2] for request in requests)
+        sent[_kind(request)] += request.sent_bytes
     outage_ended = bucket.outage_began + bucket.outage_s
-    refused = sum(request.fault == "503" and request.began < outage_ended for request in requests)
-    after = [r.began for r in requests if r.path.endswith(".samples.npy") and r.began >= outage_ended]
+    late = [r.began for r in requests if r.path.endswith(".samples.npy") and r.began >= outage_ended]
     return {
-        "requests": len(requests),
-        "requests_by_kind": dict(kinds),
-        "requests_of_a_node": [min(by_node.values()), max(by_node.values())],
+        "requests": dict(Counter(map(_kind, requests))),
+        "requests of a node": [min(by_node.values()), max(by_node.values())],
         "failed": dict(Counter(r.fault for r in requests if r.fault)),
-        "refused_at_the_start": refused if bucket.outage_s else 0,
-        "sent_mb": {kind: n / 1e6 for kind, n in sent.items()},
-        "amplification": sent["shards"] / args.epochs / shard_bytes,
-        "mean_in_a_window": float(counts.mean()),
-        "peak_in_a_window": int(counts.max()),
-        "peak_at_epochs": peak_at(range(per_epoch, len(began), per_epoch)),
-        "peak_at_blocks": peak_at(range(per_block, len(began), per_block)),
-        "concurrent_peak": _most_at_once(in_training),
-        "concurrent_peak_start": _most_at_once([r for r in requests if r.began < began[0]]),
-        "concurrent_mean": sum(r.ended - r.began for r in in_training) / (began[-1] - began[0]),
-        "first_tries_after_outage_s": float(max(after) - min(after)),
-        "peak_after_outage": int(np.histogram(after, np.arange(min(after), max(after) + 1, WINDOW_S))[0].max()),
-        "training_s": float(began[-1] - began[0]),
-        "windows": counts.tolist(),
-        "epochs_begin_at_window": ((began[::per_epoch] - began[0]) / WINDOW_S).astype(int).tolist(),
+        "sent MB": {kind: round(size / 1e6, 1) for kind, size in sent.items()},
+        "MB of a node": sum(sent.values()) / 1e6 / args.nodes,
+        "amplification": sent["shards"] / args.epochs / sum(p.stat().st_size for p in bucket.folder.glob("*.tar")),
+        "mean in a window": float(per_window[blocks[1] :].mean()),
+        "most at a start": int(per_window[: blocks[1]].max()),
+        "most at an epoch": _most_near(per_window, epochs[1:]),
+        "most at a block": _most_near(per_window, blocks[1:]),
+        "most at once": _most_at_once([r for r in steps if r.began >= began[per_epoch // BLOCKS]]),
+        "most after the outage": _most_in_a_window(late) if bucket.outage_s else 0,
+        "windows": per_window.tolist(),
     }
+
+
+def _kind(request: Request) -> str:
+    return {"json": "dataset.json", "npy": "index", "tar": "shards"}[request.path.rpartition(".")[2]]
+
+
+def _most_in_a_window(times: list[float]) -> int:
+    return int(np.histogram(times, np.arange(times[0], times[-1] + 1, WINDOW_S))[0].max())
+
+
+def _most_near(per_window: np.ndarray, windows: np.ndarray) -> int:
+    """The largest number of requests in one of these windows and the two after each."""
+    return int(max(per_window[window : window + 3].max(initial=0) for window in windows))
 
 
 def _most_at_once(requests: list[Request]) -> int:
@@ -343,10 +339,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bfsys-bucket-") as folder:
         make_dataset(Path(folder), args.shards)
         for name, failures, outage_s in (
-            ("well", 0.0, 0.0), ("failing", args.failures, 0.0), ("refused at first", 0.0, args.outage_s),
+            ("no failures", 0.0, 0.0), ("failures", args.failures, 0.0), ("outage", 0.0, args.outage_s),
         ):  # fmt: skip
             rows[name] = measure(Path(folder), args, failures, outage_s)
-            print(name, json.dumps(rows[name]), flush=True)
+            print(f"{name}:", *(f"  {key}: {value}" for key, value in rows[name].items() if key != "windows"), sep="\n")
+            sys.stdout.flush()
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
