@@ -62,8 +62,7 @@ def show_evaluation(
         matrix[labels, given] = counts
         board.add_image("evaluation/confusion", confusion_picture(classes, matrix), step, dataformats="HWC")
     if len(classes) <= MOST_CLASSES_WITH_CURVES:
-        accuracies = ((f"accuracy_by_class/{classes[number]}", right[number] / files[number]) for number in seen)
-        show_scalars(board, step, accuracies)
+        show_scalars(board, step, ((f"accuracy_by_class/{classes[n]}", right[n] / files[n]) for n in seen.tolist()))
     lowest = sorted(seen.tolist(), key=lambda number: right[number] / files[number])[:MOST_CLASSES_WITH_CURVES]
     rows = [(classes[n], f"{100 * right[n] / files[n]:.1f} %", f"{files[n]:.0f}") for n in lowest]
     board.add_text("evaluation/lowest_accuracy", table(("class", "top-1", "files"), rows), step)

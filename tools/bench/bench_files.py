@@ -67,7 +67,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     if args.marked:
-        return run_marked(args.marked)
+        return run_marked(args.marked) or 0
     if shutil.which("strace") is None:
         raise UserError("strace is not installed; apt install strace")
     results = {}
@@ -103,10 +103,10 @@ def run_marked(command: Sequence[str]) -> int | None:
 
         return marked
 
-    training.train_rank = marking(training.train_rank, lambda _, ranks: f"rank/{ranks.rank}", "end")  # type: ignore[assignment]
-    training.resume = marking(training.resume, lambda *_: "resume")  # type: ignore[assignment]
-    training.train_step = marking(training.train_step, lambda *_: "step")  # type: ignore[assignment]
-    training.evaluate_if_due = marking(training.evaluate_if_due, lambda *_: "evaluation")  # type: ignore[assignment]
+    training.train_rank = marking(training.train_rank, lambda _, ranks: f"rank/{ranks.rank}", "end")
+    training.resume = marking(training.resume, lambda *_: "resume")
+    training.train_step = marking(training.train_step, lambda *_: "step")
+    training.evaluate_if_due = marking(training.evaluate_if_due, lambda *_: "evaluation")
     Supervisor.save_if_due = marking(Supervisor.save_if_due, lambda *_: "save")  # type: ignore[method-assign]
     Supervisor.end_step = marking(Supervisor.end_step, lambda *_: "log line")  # type: ignore[method-assign]
     Supervisor.end_steps = marking(Supervisor.end_steps, lambda *_: "end")  # type: ignore[method-assign]
@@ -203,14 +203,12 @@ def read_trace(folder: Path) -> tuple[list[Call], dict[int, int]]:
                 if name in FORKS:
                     parents[int(result)] = process
                 elif name in SYNCS:
-                    path = re.search(r"<([^>]*)>", arguments)
-                    calls.append(Call(float(at), process, name, path[1] if path else "", int(result)))
+                    synced = re.search(r"<([^>]*)>", arguments)
+                    calls.append(Call(float(at), process, name, synced[1] if synced else "", int(result)))
                 elif (named := NAME.search(arguments)) and named[3]:  # an empty name means an open file
                     at_cwd, at_folder, path = named.groups()
-                    base = at_cwd or at_folder or str(ROOT)
-                    calls.append(
-                        Call(float(at), process, name, os.path.join(base, path), 0 if result == "?" else int(result))
-                    )
+                    path = os.path.join(at_cwd or at_folder or ROOT, path)
+                    calls.append(Call(float(at), process, name, path, -1 if result == "?" else int(result)))
     return sorted(calls), parents
 
 

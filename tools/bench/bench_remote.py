@@ -91,7 +91,7 @@ class Request:
 
 @dataclass
 class Bucket:
-    """A web server of a folder, with a total rate, and failures. An outage begins with the first request of an index."""
+    """A web server of a folder, with a total rate and failures. An outage begins with the first request of an index."""
 
     folder: Path
     rate: float
