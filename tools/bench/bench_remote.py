@@ -53,7 +53,7 @@ SHARD_SAMPLES, MEAN_BYTES = 24, 3_600  # of 100 kB with tar's headers
 LANE_SAMPLES = 2  # of a step
 BLOCKS = 4  # of a lane's slice of an epoch
 CHUNK_BYTES = 16 << 10
-WINDOW_S = 0.25  # requests are counted in windows of this length
+WINDOW_S = 0.25  # requests after the outage are counted in windows of this length
 WATCH_S = 0.2  # interval at which the size of the caches is looked at
 FAULTS = ("503", "reset", "truncate")
 forked = multiprocessing.get_context("fork")
@@ -288,10 +288,9 @@ def evaluate_batches(dataset: Path, args: argparse.Namespace, results: list[dict
 def count_requests(bucket: Bucket, args: argparse.Namespace, began: np.ndarray) -> dict:
     requests = sorted(bucket.requests, key=lambda request: request.began)
     steps = [r for r in requests if r.path.endswith(".tar") and r.began >= began[0]]
-    per_window = np.histogram([r.began for r in steps], np.arange(began[0], began[-1] + WINDOW_S, WINDOW_S))[0]
-    window_of = ((began - began[0]) / WINDOW_S).astype(int)
-    per_epoch = len(began) // args.epochs
-    epochs, blocks = window_of[::per_epoch], window_of[:: per_epoch // BLOCKS]
+    per_step = np.histogram([r.began for r in steps], [*began, np.inf])[0]
+    epoch = len(began) // args.epochs
+    block = epoch // BLOCKS
     by_node = Counter(request.rank // args.ranks_per_node for request in requests)
     sent = Counter[str]()
     for request in requests:
@@ -305,13 +304,13 @@ def count_requests(bucket: Bucket, args: argparse.Namespace, began: np.ndarray) 
         "sent MB": {kind: round(size / 1e6, 1) for kind, size in sent.items()},
         "MB of a node": sum(sent.values()) / 1e6 / args.nodes,
         "amplification": sent["shards"] / args.epochs / sum(p.stat().st_size for p in bucket.folder.glob("*.tar")),
-        "mean in a window": float(per_window[blocks[1] :].mean()),
-        "most at a start": int(per_window[: blocks[1]].max()),
-        "most at an epoch": _most_near(per_window, epochs[1:]),
-        "most at a block": _most_near(per_window, blocks[1:]),
-        "most at once": _most_at_once([r for r in steps if r.began >= began[per_epoch // BLOCKS]]),
+        "shards in a step, mean": float(per_step[block:].mean()),
+        "shards in a step, most in the first block": int(per_step[:block].max()),
+        "shards in a step, most where an epoch begins": _most_from(per_step, range(epoch, len(began), epoch)),
+        "shards in a step, most where a block begins": _most_from(per_step, range(block, len(began), block)),
+        "shards at once, most after the first block": _most_at_once([r for r in steps if r.began >= began[block]]),
         "most after the outage": _most_in_a_window(late) if bucket.outage_s else 0,
-        "windows": per_window.tolist(),
+        "shards in each step": per_step.tolist(),
     }
 
 
@@ -323,9 +322,9 @@ def _most_in_a_window(times: list[float]) -> int:
     return int(np.histogram(times, np.arange(times[0], times[-1] + 1, WINDOW_S))[0].max())
 
 
-def _most_near(per_window: np.ndarray, windows: np.ndarray) -> int:
-    """The largest number of requests in one of these windows and the two after each."""
-    return int(max(per_window[window : window + 3].max(initial=0) for window in windows))
+def _most_from(per_step: np.ndarray, first: Sequence[int]) -> int:
+    """The largest number of requests in one of these steps and the two after each: it takes a moment to ask."""
+    return int(max(per_step[step : step + 3].max() for step in first))
 
 
 def _most_at_once(requests: list[Request]) -> int:
@@ -342,7 +341,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ("no failures", 0.0, 0.0), ("failures", args.failures, 0.0), ("outage", 0.0, args.outage_s),
         ):  # fmt: skip
             rows[name] = measure(Path(folder), args, failures, outage_s)
-            print(f"{name}:", *(f"  {key}: {value}" for key, value in rows[name].items() if key != "windows"), sep="\n")
+            print(
+                f"{name}:",
+                *(f"  {key}: {value}" for key, value in rows[name].items() if key != "shards in each step"),
+                sep="\n",
+            )
             sys.stdout.flush()
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
