@@ -280,18 +280,30 @@ def lane_groups(lanes: range, groups: int) -> list[range]:
 
 
 def evaluation_batches(splits: Sequence[Split], budget_bytes: int, least_bytes: int = 1) -> list[MicroBatch]:
-    """Every sample of every split once, longest first, in micro-batches of at most `budget_bytes`.
+    """Every sample of every split once, shard by shard, in micro-batches of at most `budget_bytes`.
 
     Shorter files than `least_bytes` count as so many. A single longer file than the budget is a batch of its own.
-    Longest first, so that running out of memory shows at once.
     """
     source = np.concatenate([np.full(len(s), i) for i, s in enumerate(splits)])
     sample = np.concatenate([np.arange(len(s)) for s in splits])
-    length = np.concatenate([s.samples["length"] for s in splits]).astype(np.int64)
-    order = np.argsort(-length, kind="stable")
-    costs = np.maximum(length[order], least_bytes)
-    batches = within_budget(zip(costs.tolist(), order.tolist(), strict=True), budget_bytes)
+    costs = np.maximum(np.concatenate([s.samples["length"] for s in splits]).astype(np.int64), least_bytes)
+    batches = within_budget(zip(costs.tolist(), range(len(costs)), strict=True), budget_bytes)
     return [MicroBatch(source[b], sample[b], np.zeros(len(b), np.int64)) for b in batches]
+
+
+def evaluation_share(batches: Sequence[MicroBatch], splits: Sequence[Split], rank: int, ranks: int) -> list[MicroBatch]:
+    """The micro-batches of a rank. They are neighbours, so a node fetches few shards, and ranks differ by one at most.
+
+    The one with the longest file comes first, so that running out of memory shows at once.
+    """
+
+    def longest(batch: MicroBatch) -> int:
+        return max(
+            int(splits[s].samples["length"][batch.sample[batch.source == s]].max()) for s in np.unique(batch.source)
+        )
+
+    share = lane_groups(range(len(batches)), ranks)[rank]
+    return sorted((batches[number] for number in share), key=longest, reverse=True)
 
 
 def within_budget(items: Iterable[tuple[int, T]], budget: int) -> Iterator[list[T]]:
