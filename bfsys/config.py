@@ -150,9 +150,9 @@ class Data:
     """Cache for shards of remote sources, on a disk that the ranks of a node share. Default: a folder of the user in
     the system's temporary folder."""
     fetch_tries: Count = 9
-    """Number of tries for a remote file while its server fails. The pauses between tries are 1, 2, 4, … s, 4 minutes by
-    default. Each failed try is printed on standard error. After the last one the run ends with code 1, and launchers
-    restart it."""
+    """Number of tries for a remote file while its server fails. The pauses between tries are about 1, 2, 4, … s, 4
+    minutes in all by default, and differ between processes by up to a quarter. Each failed try is printed on standard
+    error. After the last one the run ends with code 1, and launchers restart it."""
     cache_gb: Positive = 100.0
     """Size of the cache in 1e9 bytes; the least recently used shard is evicted."""
 

@@ -10,6 +10,7 @@ micro-batches.
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import math
@@ -307,4 +308,19 @@ def import_deepspeed() -> ModuleType:
         # An all-reduce for inference, which training never calls: building it takes 25 s and a compiler.
         __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings are about choices made here on purpose
+    _import_muon_uncompiled()
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which DeepSpeed imports when it looks at the class of an optimizer.
+
+    That compiles a function, for which PyTorch's compiler is imported: 700 modules and 2 s of a start. bfsys has a Muon
+    of its own and never calls the function, so it stays as it is written.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compiler

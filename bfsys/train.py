@@ -30,6 +30,7 @@ from bfsys.batch import ByteBatch
 from bfsys.checkpoint.loading import resume, set_weights
 from bfsys.config import Config
 from bfsys.confusion import Answers
+from bfsys.data.streaming.datasets import fetch_descriptions
 from bfsys.data.streaming.loader import training_batches
 from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.engine import Engine
@@ -51,8 +52,9 @@ ROLLED_BACK = -1  # instead of an exit code: continue from the checkpoint that i
 
 def train(config: Config, ranks: dist.Ranks) -> int:
     """Train to the last step, or until a stop is requested; returns the exit code. Called on every rank."""
-    data = dist.same_errors_on_all(lambda: open_run_data(config, ranks))
-    facts = run_facts(data)
+    descriptions = dist.on_rank0(lambda: fetch_descriptions(config), ranks)  # one request, and all ranks read the same
+    data = dist.same_errors_on_all(lambda: open_run_data(config, ranks, descriptions))
+    facts = dist.on_rank0(lambda: run_facts(data), ranks)  # asks git
     references = dist.on_rank0(data.read_reference_files, ranks)
     facts["reference_files"] = references.to_tree() if references else None
     # Before the supervisor exists, a signal ends the process: there is nothing to save, and waits may be long.
@@ -196,8 +198,6 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
     """
     console.go_on_without(config.run_dir / "log" / f"rank-{ranks.rank}.log")
     try:
-        if not config.model.compiled:  # otherwise DeepSpeed has its Muon compiled while it starts, which takes 2 s
-            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         # Every ragged batch wants blocks of other sizes, and fixed blocks would leave gaps that none of them fits.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         dist.start(ranks, config.train.collective_timeout_s)

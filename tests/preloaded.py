@@ -13,9 +13,9 @@ import torch.utils.tensorboard
 
 # DeepSpeed imports these when it starts to train.
 from deepspeed.module_inject import auto_ep_layer  # noqa: F401
-from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
 
 import bfsys.train  # noqa: F401
+from bfsys.engine import import_deepspeed
 from bfsys.git_state import git_state
 from bfsys.supervision import metrics
 
@@ -25,6 +25,7 @@ for dtype in (torch.float32, torch.bfloat16):
     metrics.matrix_peak(torch.device("cpu"), dtype)
 
 git_state()
+import_deepspeed()
 deepspeed.ops.__compatible_ops__  # noqa: B018  runs the C compiler when it is first read
 # Stage 3 runs `numactl` twice per step to count devices.
 deepspeed.utils.numa.get_numa_cores = functools.cache(deepspeed.utils.numa.get_numa_cores)

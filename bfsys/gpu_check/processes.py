@@ -66,8 +66,6 @@ def start(
 ) -> subprocess.Popen:
     """Begin a check, which writes its findings and its output to `folder`. `is_part`: of the check that this process
     is, with which it is ended."""
-    # DeepSpeed would have its Muon compiled while it starts, which takes seconds.
-    variables = {"TORCH_COMPILE_DISABLE": "1", **variables}
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), variables.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "bfsys.gpu_check.processes", name, str(seconds), str(folder / "findings.json")]
     with open(folder / "output", "wb") as output:

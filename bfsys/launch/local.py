@@ -269,13 +269,12 @@ def fork_rank(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> Forke
 def import_what_ranks_need() -> None:
     """Import modules before ranks are forked. This is 6 of the 11 s of a start on two cores, and takes no time
     afterwards."""
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # as train.py, but for CPU ranks always
     import bfsys.train  # noqa: F401
     from bfsys.engine import import_deepspeed
 
     import_deepspeed()
     # DeepSpeed imports these only when it sets up an optimizer; other versions may have other names for it.
-    for name in ("torch._dynamo", "deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.muon_optimizer"):
+    for name in ("torch._dynamo", "deepspeed.runtime.engine"):
         with suppress(ImportError):
             importlib.import_module(name)
 

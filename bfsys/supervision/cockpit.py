@@ -1,26 +1,52 @@
-"""TensorBoard's views of a run besides curves: confusion matrix, accuracy by class, the worst files, the embedding,
-lengths of files, and events.
+"""TensorBoard's views of a run: curves, confusion matrix, accuracy by class, the worst files, the embedding, lengths of
+files, and events.
 
-Pictures are drawn with Pillow: a run would pay a second for each evaluation with Matplotlib, and import it.
+Pictures are drawn with Pillow: a run would pay a second for each evaluation with Matplotlib, and import it. TensorBoard
+and Pillow are imported where they are used, which is on rank 0: together with what they import, they are a tenth of the
+files that a rank would open at its start.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from bfsys.confusion import Answers
 from bfsys.model.sizes import PAD_BYTE
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 MOST_CLASSES_DRAWN = 100
 MOST_CLASSES_WITH_CURVES = 50
 CELL, MARGIN, NAME_CHARACTERS = 26, 110, 16  # pixels of a cell and beside the matrix; characters of a class name
 WHITE, BLUE = np.array([255.0, 255, 255]), np.array([8.0, 48, 107])
+
+
+def open_board(folder: Path, first_step: int, settings: Mapping[str, int | float | str]) -> SummaryWriter:
+    """TensorBoard's files of a run that goes on after `first_step` steps, with its settings for the HParams tab."""
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    board = SummaryWriter(str(folder), purge_step=first_step + 1)
+    for summary in hparams(dict(settings), dict.fromkeys(("accuracy/val", "loss/val"), 0.0)):
+        board._get_file_writer().add_summary(summary)
+    return board
+
+
+def show_scalars(board: SummaryWriter, step: int, scalars: Iterable[tuple[str, float]]) -> None:
+    """Points of curves, in one record: TensorBoard opens its file again for each record."""
+    from torch.utils.tensorboard.summary import Summary, scalar
+
+    record = Summary()
+    for tag, value in scalars:
+        record.MergeFrom(scalar(tag, value))
+    board._get_file_writer().add_summary(record, step)
 
 
 def show_evaluation(
@@ -36,8 +62,7 @@ def show_evaluation(
         matrix[labels, given] = counts
         board.add_image("evaluation/confusion", confusion_picture(classes, matrix), step, dataformats="HWC")
     if len(classes) <= MOST_CLASSES_WITH_CURVES:
-        for number in seen.tolist():
-            board.add_scalar(f"accuracy_by_class/{classes[number]}", right[number] / files[number], step)
+        show_scalars(board, step, ((f"accuracy_by_class/{classes[n]}", right[n] / files[n]) for n in seen.tolist()))
     lowest = sorted(seen.tolist(), key=lambda number: right[number] / files[number])[:MOST_CLASSES_WITH_CURVES]
     rows = [(classes[n], f"{100 * right[n] / files[n]:.1f} %", f"{files[n]:.0f}") for n in lowest]
     board.add_text("evaluation/lowest_accuracy", table(("class", "top-1", "files"), rows), step)
@@ -79,6 +104,8 @@ def _literal(text: str) -> str:
 
 def confusion_picture(classes: Sequence[str], matrix: np.ndarray) -> np.ndarray:
     """uint8 [height, width, 3]: rows are classes, columns are answers, a darker cell is a larger share of the row."""
+    from PIL import Image, ImageDraw, ImageFont
+
     share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     cells = WHITE + share[:, :, None] * (BLUE - WHITE)
     side = CELL * len(classes)

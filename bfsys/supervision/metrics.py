@@ -15,13 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from bfsys import dist, typed_yaml
 from bfsys.batch import ByteBatch
@@ -35,8 +33,18 @@ from bfsys.loss import COLUMNS, SAMPLES, describe_scores, scores
 from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
 from bfsys.model.peaks import data_sheet_peak
-from bfsys.supervision.cockpit import show_embedding, show_evaluation, show_event, show_lengths
+from bfsys.supervision.cockpit import (
+    open_board,
+    show_embedding,
+    show_evaluation,
+    show_event,
+    show_lengths,
+    show_scalars,
+)
 from bfsys.supervision.goodput import Ledger, goodput
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 # Columns of the counters that are summed over ranks and steps.
 BYTES, TOKENS, ROUNDED_TOKENS, FLOPS, REPLACED, WAIT_S, BUSY_S = range(7)
@@ -90,10 +98,8 @@ class Metrics:
         """Open what rank 0 writes; the step of the latest evaluation."""
         threading.excepthook = _without_tensorboard(threading.excepthook)
         lines, last_evaluation = _open_lines(self.run_dir / METRICS, first_step)
-        tensorboard = SummaryWriter(str(self.run_dir / "tb"), purge_step=first_step + 1)
+        tensorboard = open_board(self.run_dir / "tb", first_step, hyperparameters(config))
         tensorboard.add_custom_scalars(_overview(self.source_names))
-        for summary in hparams(hyperparameters(config), dict.fromkeys(("accuracy/val", "loss/val"), 0.0)):
-            tensorboard._get_file_writer().add_summary(summary)
         tensorboard.add_text("run/config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
         self._outputs = _Outputs(lines, tensorboard)
         return last_evaluation
@@ -256,9 +262,8 @@ class Metrics:
         with self._noting_problems():
             lines.write(json.dumps(line) + "\n")
             lines.flush()
-            for tag, value in _tensorboard_scalars(line):
-                if value is not None:
-                    tensorboard.add_scalar(tag, value, line["step"])
+            scalars = ((tag, value) for tag, value in _tensorboard_scalars(line) if value is not None)
+            show_scalars(tensorboard, line["step"], scalars)
             tensorboard.flush()
 
     @contextmanager

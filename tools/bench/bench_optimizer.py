@@ -12,7 +12,6 @@ At stage 0 results are broadcast, which is not counted. What ZeRO itself sends i
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from unittest.mock import patch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # DeepSpeed would compile a Muon of its own while it starts
 
 import numpy as np
 import torch

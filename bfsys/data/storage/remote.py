@@ -16,13 +16,13 @@ import errno
 import fcntl
 import hashlib
 import os
+import random
 import re
 import shutil
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,10 @@ SAY_AFTER_S = 10.0  # then standard error says that a file is waited for
 SMALL_FILE_BYTES = 64 << 20
 ROOM_POLL_S = 0.1  # interval at which a wait for room looks for it
 GROWTH_PARTS = 64  # a file of unknown size reserves room in steps of this part of the cache
+JITTER = (0.75, 1.25)  # range of the factor by which a pause differs from its mean
+# Draws the jitter from the kernel. Nodes that failed at the same time come back at different times, and the random
+# states that training depends on are left alone.
+_kernel_random = random.SystemRandom()
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ class Cache:
     @property
     def patience_s(self) -> float:
         """The longest time that a fetch takes if its server fails each time."""
-        return self.attempts * self.stall_s + self.back_off_s * (2 ** (self.attempts - 1) - 1)
+        return self.attempts * self.stall_s + JITTER[1] * self.back_off_s * (2 ** (self.attempts - 1) - 1)
 
     def size_bytes(self) -> int:
         """The size of the cache, including the space reserved for running downloads."""
@@ -331,7 +335,7 @@ class Cache:
                 wrong = wrong and isinstance(failed, WrongContent)
             tries = min(self.attempts, CERTAIN_AFTER) if wrong else self.attempts  # if wrong, the server is well
             if len(reasons) < tries:
-                pause_s = self._pause_s(url, len(reasons))
+                pause_s = self._pause_s(len(reasons))
                 if is_awaited:
                     next_one = f"the next one comes in {pause_s:.1f} s"
                     line = f"{hide(url)}: try {len(reasons)} of {tries} failed ({reasons[-1]}); {next_one}"
@@ -349,11 +353,9 @@ class Cache:
             raise WrongContentError(problem)
         raise UserError(problem, exit_code=EXIT_CRASHED)  # launchers start the run again: the server may come back
 
-    def _pause_s(self, url: str, failed: int) -> float:
-        """Seconds to wait after the given number of tries: doubled each time, with jitter that uses no random state."""
-        digest = hashlib.sha256(f"{url} {failed}".encode()).digest()
-        jitter = 0.75 + 0.5 * int.from_bytes(digest[:4]) / 2**32
-        return self.back_off_s * 2 ** (failed - 1) * jitter
+    def _pause_s(self, failed: int) -> float:
+        """Seconds to wait after the given number of tries: the mean is doubled each time."""
+        return self.back_off_s * 2 ** (failed - 1) * _kernel_random.uniform(*JITTER)
 
     def _too_large(self, url: str, size: str) -> UserError:
         return UserError(
@@ -365,54 +367,3 @@ class Cache:
         with self._counting:
             for name, number in more.items():
                 setattr(self, name, getattr(self, name) + number)
-
-
-class Prefetcher:
-    """Fetches ahead of need, in daemon threads that the first `want` starts: none runs while loaders are forked.
-
-    Errors are for the fetch that needs the file: it tries again, and says why it failed.
-    """
-
-    def __init__(self, cache: Cache, threads: int = 2, queue_limit: int = 1000) -> None:
-        self._cache, self._threads_wanted, self._queue_limit = cache, threads, queue_limit
-        self._queue: deque[RemoteFile] = deque()
-        self._wanted: set[str] = set()  # sha256 of what is queued or under way
-        self._changed = threading.Condition()
-        self._stop = threading.Event()
-        self._threads: list[threading.Thread] = []
-
-    def want(self, files: Iterable[RemoteFile]) -> None:
-        """Add files to the end of the queue. Files that do not fit are fetched when they are needed."""
-        with self._changed:
-            for file in files:
-                if self._stop.is_set() or len(self._queue) >= self._queue_limit:
-                    break
-                if file.sha256 not in self._wanted:
-                    self._wanted.add(file.sha256)
-                    self._queue.append(file)
-            self._changed.notify_all()
-            while self._queue and len(self._threads) < self._threads_wanted:
-                thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-
-    def close(self) -> None:
-        """End at once: running downloads are killed."""
-        with self._changed:
-            self._stop.set()
-            self._queue.clear()
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join(timeout=10)  # a disk that hangs is no reason to hang as well
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stop.is_set())
-                if self._stop.is_set():
-                    return
-                file = self._queue.popleft()
-            with suppress(Exception):
-                self._cache.prefetch(file, self._stop)
-            with self._changed:
-                self._wanted.discard(file.sha256)

@@ -227,14 +227,20 @@ class Dataset:
         return opened
 
 
-def open_dataset(location: str | Path, cache: Cache | None = None) -> Dataset:
-    """The dataset in a folder, or at a URL, whose files are fetched into `cache`."""
+def open_dataset(location: str | Path, cache: Cache | None = None, description: dict | None = None) -> Dataset:
+    """The dataset in a folder, or at a URL, whose files are fetched into `cache`; `description` is that of
+    `fetch_description`, if it was fetched before."""
     location = str(location)
     if not is_remote(location):
         return Dataset(location, read_description(Path(location)), Path(location))
     if cache is None:
         raise UserError(f"{location}: a folder on this machine is expected here, not a URL")
-    return Dataset(location, parse_description(cache.read(url_of(location, DESCRIPTION)), location), cache)
+    return Dataset(location, description or fetch_description(location, cache), cache)
+
+
+def fetch_description(location: str, cache: Cache) -> dict:
+    """The content of the dataset.json at a URL."""
+    return parse_description(cache.read(url_of(location, DESCRIPTION)), location)
 
 
 def open_split(path: str | Path, split: str) -> Split:

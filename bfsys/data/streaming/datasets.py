@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from bfsys.data.streaming.mix import mixture_weights
 from bfsys.data.streaming.plan import Plan
 from bfsys.errors import UserError, collecting
 
+# The content of dataset.json by the location of a remote dataset.
+Descriptions = Mapping[str, dict]
 # Files of an augmented source that a dry run looks into.
 LOOKED_INTO = 200
 
@@ -63,23 +65,33 @@ def make_cache(config: Config) -> Cache:
     return Cache(Path(folder), int(config.data.cache_gb * 1e9), attempts=config.data.fetch_tries)
 
 
-def open_training(config: Config) -> Sources:
+def open_training(config: Config, descriptions: Descriptions | None = None) -> Sources:
     """The training split of every source, and the union of their classes: the rows of the head.
 
     Raises UserError with all problems.
     """
-    datasets = _open_datasets(config, [source.path for source in config.data.sources])
+    datasets = _open_datasets(config, [source.path for source in config.data.sources], descriptions or {})
     classes = sorted({name for dataset in datasets for name in dataset.classes})
     return _open_sources(config, datasets, config.data.train_split, classes, training=True)
 
 
-def open_evaluation(config: Config, split: str, classes: Sequence[str]) -> Sources:
+def open_evaluation(
+    config: Config, split: str, classes: Sequence[str], descriptions: Descriptions | None = None
+) -> Sources:
     """A split of the sources that have it, which may be none. Raises UserError with all problems."""
-    datasets = _open_datasets(config, [source.eval_path or source.path for source in config.data.sources])
+    locations = [source.eval_path or source.path for source in config.data.sources]
+    datasets = _open_datasets(config, locations, descriptions or {})
     return _open_sources(config, datasets, split, classes, training=False)
 
 
-def _open_datasets(config: Config, locations: Sequence[str]) -> list[Dataset]:
+def fetch_descriptions(config: Config) -> Descriptions:
+    """The dataset.json of every remote dataset of a config. Raises UserError with all problems."""
+    paths = [path for source in config.data.sources for path in (source.path, source.eval_path) if path]
+    locations = list(dict.fromkeys(filter(is_remote, paths)))
+    return {dataset.location: dataset.description for dataset in _open_datasets(config, locations, {})}
+
+
+def _open_datasets(config: Config, locations: Sequence[str], descriptions: Descriptions) -> list[Dataset]:
     cache, datasets, problems = make_cache(config), [], []
     if any(map(is_remote, locations)) and cache.patience_s >= config.train.collective_timeout_s:
         problems.append(
@@ -89,7 +101,7 @@ def _open_datasets(config: Config, locations: Sequence[str]) -> list[Dataset]:
         )
     for location in locations:
         with collecting(problems):
-            datasets.append(open_dataset(location, cache))
+            datasets.append(open_dataset(location, cache, descriptions.get(location)))
     if problems:
         raise UserError(*problems)
     return datasets

@@ -25,9 +25,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
-from bfsys.data.storage.remote import Prefetcher
+from bfsys.data.storage.prefetch import Prefetcher
 from bfsys.data.streaming.datasets import Sources, any_remote, make_cache
-from bfsys.data.streaming.plan import MicroBatch, Plan, evaluation_batches, lane_groups, lanes_of_rank
+from bfsys.data.streaming.plan import (
+    MicroBatch,
+    Plan,
+    evaluation_batches,
+    evaluation_share,
+    lane_groups,
+    lanes_of_rank,
+)
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.reader import RawBatch, ShardReader, new_buffer
 from bfsys.data.streaming.ring import Ring
@@ -105,15 +112,15 @@ def evaluation_rounds(
     """
     least_bytes = config.model.architecture().rounding_bytes
     batches = evaluation_batches(sources.splits, config.data.eval_batch_bytes, least_bytes)
+    share = evaluation_share(batches, sources.splits, ranks.rank, ranks.world_size)
     reader = ShardReader(sources, seed=config.train.seed, replace_bad=False)
     nothing = ByteBatch.of_zeros(config.model.kernel)
     try:
-        for first in range(0, len(batches), ranks.world_size):
-            mine = first + ranks.rank
-            if mine >= len(batches):
+        for number in range(-(-len(batches) // ranks.world_size)):
+            if number >= len(share):
                 yield nothing, False
                 continue
-            wanted = batches[mine]
+            wanted = share[number]
             fetched = reader.read(MicroBatch(wanted.source, wanted.sample, wanted.epoch, step))
             quarantine.found(fetched.bad)
             yield (_byte_batch(fetched), True) if len(fetched.labels) else (nothing, False)
@@ -154,7 +161,7 @@ class _Requests:
         yield from ahead
 
     def _fetched_ahead(self, prefetcher: Prefetcher) -> Iterator[MicroBatch]:
-        """Has the shards of a lane's block and of the next one fetched when the lane comes to the block."""
+        """Has the shards of a lane's block fetched, and then those of the next one: see `Plan.shards_ahead`."""
         lanes = itertools.chain(*self.groups)
         announced = {lane: self.plan.shards_ahead(self.steps.start, lane) for lane in lanes}
         for of_each_lane in itertools.zip_longest(*announced.values()):  # all lanes begin at once

@@ -31,6 +31,11 @@ from bfsys.errors import UserError
 T = TypeVar("T")
 Lanes = TypeVar("Lanes", int, np.ndarray)
 
+# Part of a block after which the next one is fetched at the latest: the rest of the block is time enough.
+LATEST_NEXT_BLOCK = 0.5
+# Multiples of it, modulo 1, lie evenly between 0 and 1, for successive lanes and for all of them.
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -163,15 +168,22 @@ class Plan:
         return MicroBatch(source, sample, epoch, step)
 
     def shards_ahead(self, step: int, lane: int) -> list[tuple[int, int]]:
-        """(source, shard) that the lane reads in its present block and in the next one, sooner ones first."""
+        """(source, shard) that the lane reads in its present block, and in the next one once a part of the present
+        block is drawn, sooner ones first.
+
+        All lanes begin their blocks in the same step. That part differs from lane to lane, so that the lanes do not ask
+        the server for their next blocks in the same moment.
+        """
         found: dict[tuple[int, int], None] = {}
-        draws = self.mixture.counts(step * self.batch_samples)
+        drawn_before_next = lane * GOLDEN_RATIO % 1 * LATEST_NEXT_BLOCK
+        before, after = self.mixture.counts(np.array([step, step + 1]) * self.batch_samples)
         for s, slices in enumerate(self._slices):
-            draw = int(slices.lane_draws(int(draws[s]), lane))
-            for _ in range(2):
-                epoch, start, first, stop = self._block_of(s, lane, draw)
+            draw, drawn = (int(slices.lane_draws(int(n), lane)) for n in (before[s], after[s]))
+            epoch, start, first, stop = self._block_of(s, lane, draw)
+            found.update(dict.fromkeys((s, shard) for shard in slices.block_shards(epoch, lane, first, stop)))
+            if drawn - start - first >= drawn_before_next * (stop - first):
+                epoch, start, first, stop = self._block_of(s, lane, start + stop)
                 found.update(dict.fromkeys((s, shard) for shard in slices.block_shards(epoch, lane, first, stop)))
-                draw = start + stop
         return list(found)
 
     def bytes_of(self, batch: MicroBatch) -> int:
@@ -268,18 +280,30 @@ def lane_groups(lanes: range, groups: int) -> list[range]:
 
 
 def evaluation_batches(splits: Sequence[Split], budget_bytes: int, least_bytes: int = 1) -> list[MicroBatch]:
-    """Every sample of every split once, longest first, in micro-batches of at most `budget_bytes`.
+    """Every sample of every split once, shard by shard, in micro-batches of at most `budget_bytes`.
 
     Shorter files than `least_bytes` count as so many. A single longer file than the budget is a batch of its own.
-    Longest first, so that running out of memory shows at once.
     """
     source = np.concatenate([np.full(len(s), i) for i, s in enumerate(splits)])
     sample = np.concatenate([np.arange(len(s)) for s in splits])
-    length = np.concatenate([s.samples["length"] for s in splits]).astype(np.int64)
-    order = np.argsort(-length, kind="stable")
-    costs = np.maximum(length[order], least_bytes)
-    batches = within_budget(zip(costs.tolist(), order.tolist(), strict=True), budget_bytes)
+    costs = np.maximum(np.concatenate([s.samples["length"] for s in splits]).astype(np.int64), least_bytes)
+    batches = within_budget(zip(costs.tolist(), range(len(costs)), strict=True), budget_bytes)
     return [MicroBatch(source[b], sample[b], np.zeros(len(b), np.int64)) for b in batches]
+
+
+def evaluation_share(batches: Sequence[MicroBatch], splits: Sequence[Split], rank: int, ranks: int) -> list[MicroBatch]:
+    """The micro-batches of a rank. They are neighbours, so a node fetches few shards, and ranks differ by one at most.
+
+    The one with the longest file comes first, so that running out of memory shows at once.
+    """
+
+    def longest(batch: MicroBatch) -> int:
+        return max(
+            int(splits[s].samples["length"][batch.sample[batch.source == s]].max()) for s in np.unique(batch.source)
+        )
+
+    share = lane_groups(range(len(batches)), ranks)[rank]
+    return sorted((batches[number] for number in share), key=longest, reverse=True)
 
 
 def within_budget(items: Iterable[tuple[int, T]], budget: int) -> Iterator[list[T]]:

@@ -14,9 +14,11 @@ from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.media.input_formats import InputFormat, input_format
 from bfsys.data.streaming.byte_transforms import lengths_after
 from bfsys.data.streaming.datasets import (
+    Descriptions,
     Sources,
     any_remote,
     content_facts,
+    fetch_descriptions,
     index_problems,
     long_files,
     make_plan,
@@ -128,10 +130,14 @@ def _packed_format(description: dict) -> InputFormat:
     return input_format(description.get("encoding", AS_STORED), arguments if isinstance(arguments, dict) else {})
 
 
-def open_run_data(config: Config, ranks: Ranks) -> RunData:
-    """Open and check everything; this rank proves its share of the index. Raises UserError with all problems."""
-    training = open_training(config)
-    validation = open_evaluation(config, config.data.eval_split, training.classes)
+def open_run_data(config: Config, ranks: Ranks, descriptions: Descriptions | None = None) -> RunData:
+    """Open and check everything; this rank proves its share of the index. Raises UserError with all problems.
+
+    The `descriptions` of remote datasets are fetched if they are not given.
+    """
+    descriptions = fetch_descriptions(config) if descriptions is None else descriptions
+    training = open_training(config, descriptions)
+    validation = open_evaluation(config, config.data.eval_split, training.classes, descriptions)
     lanes_of_rank(config.data.lanes, ranks.rank, ranks.world_size)
     problems = [p for part in (training, validation) for p in short_files(config, part)]
     problems += [p for part in (training, validation) for p in index_problems(part, ranks.rank, ranks.world_size)]

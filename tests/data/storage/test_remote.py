@@ -22,7 +22,8 @@ import psutil
 import pytest
 
 from bfsys.data.storage import remote
-from bfsys.data.storage.remote import Cache, Prefetcher, RemoteFile, WrongContentError, url_of
+from bfsys.data.storage.prefetch import Prefetcher
+from bfsys.data.storage.remote import Cache, RemoteFile, WrongContentError, url_of
 from bfsys.errors import UserError
 from tests.data.conftest import CONTENT, eventually, make_cache, names, put, sha256
 from tests.data.http_server import FaultyServer
@@ -140,6 +141,17 @@ def test_each_try_that_fails_is_said_while_somebody_waits(
     with pytest.raises(UserError, match="could not be fetched in 3 tries"):
         cache.read(f"{server.url}/y.tar")
     assert [line.partition(" failed")[0][-6:] for line in capfd.readouterr().err.splitlines()] == ["1 of 3", "2 of 3"]
+
+
+def test_processes_that_fail_together_do_not_come_back_together(tmp_path: Path) -> None:
+    """A server that was down for a moment would otherwise meet all nodes of a run at once, again and again."""
+    cache = make_cache(tmp_path, back_off_s=1.0, attempts=9, stall_s=10.0)
+    with forked.Pool(8) as pool:
+        pauses = pool.map(cache._pause_s, [3] * 64, chunksize=8)
+    assert len(set(pauses)) == 64
+    assert 3 <= min(pauses) < 3.5
+    assert 4.5 < max(pauses) <= 5
+    assert cache.patience_s >= 9 * 10 + sum(max(pauses) / 4 * 2**n for n in range(8))
 
 
 def test_who_needs_a_file_does_not_wait_for_the_pauses_of_a_prefetch(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -98,6 +100,25 @@ def test_a_lane_touches_few_shards() -> None:
     plan = Plan([split_in_memory([100] * 64)], [1], batch_samples=64, lanes=16, shuffle_block=50, seed=0)
     samples = np.concatenate([plan.micro_batch(step, 3).sample for step in range(100)])  # an epoch of the lane
     assert len(np.unique(samples // 100)) <= 5
+
+
+def test_lanes_ask_for_their_next_blocks_at_different_times() -> None:
+    """All lanes begin a block in the same step: a server would meet requests of all nodes in that one step."""
+    lanes, block_steps = 64, 32
+    splits = [split_in_memory([10] * 1024)]
+    plan = Plan(splits, [1], batch_samples=lanes, lanes=lanes, shuffle_block=block_steps, seed=0)
+    asked: Counter[int] = Counter()
+    for lane in range(lanes):
+        known: set[tuple[int, int]] = set()
+        for step in range(3 * block_steps):
+            shards = plan.shards_ahead(step, lane)
+            assert set(shards) >= {(0, i // 10) for i in plan.micro_batch(step, lane).sample.tolist()}
+            if step >= block_steps and not known >= set(shards):
+                asked[step % block_steps] += 1
+            known |= set(shards)
+    assert sum(asked.values()) >= 2 * lanes * 0.9
+    assert max(asked) <= block_steps / 2
+    assert max(asked.values()) <= 2 * sum(asked.values()) / (block_steps / 2)
 
 
 @given(

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from bfsys.config import Config
-from bfsys.data.storage.remote import Cache, Prefetcher
+from bfsys.data.storage.prefetch import Prefetcher
+from bfsys.data.storage.remote import Cache
 from bfsys.data.streaming import loader, reader
 from bfsys.data.streaming.datasets import make_plan, open_evaluation, open_training, source_names
 from bfsys.data.streaming.loader import evaluation_rounds, training_batches
@@ -381,3 +382,17 @@ def test_a_node_fetches_what_its_lanes_read(
     shards = len(plan.splits[0].shards)
     assert shards <= read <= shards + nodes - 1  # slices of neighbours share at most the shard of their border
     assert read <= fetched <= read + 2 * nodes  # and what the next epoch begins with
+
+
+def test_nodes_share_the_shards_of_an_evaluation(served: FaultyServer, tmp_path: Path) -> None:
+    """As in training: otherwise each of many nodes would fetch the whole split."""
+    nodes = 4
+    for node in range(nodes):
+        change = f"data.cache_dir={tmp_path / f'node{node}'}"
+        remote = config_of(tmp_path, f"{served.url}/a", None, "data.eval_batch_bytes=100", change)
+        sources = open_evaluation(remote, "train", open_training(remote).classes)
+        for _ in evaluation_rounds(remote, sources, rank(node, nodes), Quarantine(), 0):
+            pass
+    shards = len(sources.splits[0].shards)
+    assert shards > 2 * nodes
+    assert shards <= sum(tars(served).values()) <= shards + nodes - 1

@@ -65,9 +65,11 @@ def test_a_run_that_loses_its_server_ends_and_goes_on(
     assert not (remote.run_dir / "quarantine.tsv").exists()
     assert 4 <= len(lines(remote.run_dir)) < local.train.steps
     served.faults.clear()
+    served.requests.clear()
     both = [f"name={name} {' '.join(overrides)} data.sources.0.path={a} data.sources.1.path={b}" for name, a, b in (
         ("local", packed / "a", packed / "b"), ("remote", f"{served.url}/a", f"{served.url}/b"))]  # fmt: skip
     assert_success(run_ranks(2, ["tests/worker.py", str(tmp_path / "remote.yaml"), *both]))
+    assert served.requests["/a/dataset.json"] == served.requests["/b/dataset.json"] == 1  # by all ranks together
     assert comparable(remote.run_dir) == comparable(remote.run_dir.parent / "local")
     assert not (remote.run_dir / "quarantine.tsv").exists()
 
