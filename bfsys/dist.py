@@ -112,8 +112,9 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
     if not 0 < env_number("MASTER_PORT", 0) < 2**16:
         raise UserError(f"MASTER_PORT is {os.environ['MASTER_PORT']}; a port is a number from 1 to 65535")
     host, port = os.environ["MASTER_ADDR"], env_number("MASTER_PORT", 0)
-    # torchrun has a store already.
-    keeps_it = ranks.is_rank_zero and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # torchrun may have a store already, which lives on while its ranks are started again.
+    is_given = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}" if is_given else "start"
     said = f"rank {ranks.rank} has waited {SAY_AFTER_S:.0f} s for rank 0 to answer at {host}:{port}"
     waiting = threading.Timer(SAY_AFTER_S, _say, [said])
     waiting.daemon = True
@@ -121,8 +122,10 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
     try:
         socket.getaddrinfo(host, None)
         patience = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(host, port, ranks.world_size, keeps_it, patience, wait_for_workers=False)
-        return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.TCPStore(
+            host, port, ranks.world_size, ranks.is_rank_zero and not is_given, patience, wait_for_workers=False
+        )
+        return dist.PrefixStore(start, store)
     except OSError as error:
         problem = f"MASTER_ADDR {host!r} is not a host that this machine knows ({error.strerror})"
         raise UserError(problem, exit_code=EXIT_CRASHED) from None

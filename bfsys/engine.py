@@ -17,7 +17,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from types import ModuleType
 from typing import Protocol
 
@@ -321,6 +321,7 @@ def _import_muon_uncompiled() -> None:
     compiler = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        with suppress(ImportError):  # another version may have it elsewhere
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         torch.compile = compiler

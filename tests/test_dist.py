@@ -246,6 +246,13 @@ def test_what_rank_0_does_all_know(run_ranks) -> None:
         assert (rank.returncode, rank.stderr) == (65, "error: no such file\n")
 
 
+def test_a_node_that_joins_later_meets_ranks_that_were_started_again(run_ranks) -> None:
+    """torchrun counts the restarts of each node by themselves."""
+    count = "import os; os.environ['TORCHELASTIC_RESTART_COUNT'] = os.environ['RANK']\n"
+    for rank in run_ranks(2, ["-c", count + ON_RANK_0]):
+        assert rank.returncode == 65, rank.stderr
+
+
 GATHERED = """
 import math, torch
 import torch.distributed as flat
