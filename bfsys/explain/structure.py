@@ -60,7 +60,7 @@ def structure(data: np.ndarray) -> Structure:
 def _found(parser: Parser, content: bytes) -> list[Found]:
     """The ranges that the parser finds before the first one that it cannot read."""
     found: list[Found] = []
-    with suppress(struct.error, IndexError):  # the file ends, or lies about where it does
+    with suppress(struct.error, IndexError, OverflowError):  # the file ends, or lies about where it does
         for one in itertools.islice(parser(content), MOST_FOUND):
             found.append(one)  # ranges before an error count
     return found
