@@ -39,8 +39,9 @@ sys.dont_write_bytecode = False
 # The files that take longest. With --no-loadscope-reorder they begin first, so that no worker has one alone at the end.
 HEAVIEST = (
     "test_muon.py", "test_train.py", "test_guard.py", "test_make_digits.py", "test_export.py", "test_guarantees.py",
-    "test_fit.py", "test_local_sweep.py", "test_local.py", "test_pack.py", "test_predict.py", "test_damage.py",
-    "test_watchdog.py", "test_shortcuts.py", "test_gpu_check.py", "test_remote_loading.py", "test_kills.py",
+    "test_watchdog.py", "test_checkpoint_copies.py", "test_fit.py", "test_local.py", "test_service.py",
+    "test_examples.py", "test_bench_step.py", "test_local_sweep.py", "test_kills.py", "test_remote_runs.py",
+    "test_pack.py", "test_predict.py", "test_shortcuts.py", "test_gpu_check.py", "test_remote_loading.py",
 )  # fmt: skip
 
 
@@ -126,6 +127,16 @@ def finished_run(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         assert result.returncode == 0, result.stderr
 
     return made_once("finished", make, tmp_path_factory) / "runs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of `finished_run`: weights and the program of torch.export. Not to be changed."""
+
+    def make(folder: Path) -> None:
+        call("export", [str(finished_run), str(folder / "model")])
+
+    return made_once("exported", make, tmp_path_factory) / "model"
 
 
 def parameters_of_tests_with(fixture: str, request: pytest.FixtureRequest) -> list[dict]:

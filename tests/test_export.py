@@ -59,13 +59,6 @@ def test_the_dense_form_is_the_model(config: ReferenceConfig, mode: str, length:
     torch.testing.assert_close(got, export.probabilities(model, data), rtol=0, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("exported") / "model"
-    run_export(finished_run, out)
-    return out
-
-
 def test_the_program_is_the_model_at_every_length(exported: Path, finished_run: Path) -> None:
     model, _, _ = load_model(finished_run)
     answer = export.torch_runner(exported / "model.pt2")
