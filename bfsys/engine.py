@@ -319,7 +319,7 @@ def _import_muon_uncompiled() -> None:
     of its own and never calls the function, so it stays as it is written.
     """
     compiler = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment]
+    torch.compile = lambda function, *_, **__: function  # type: ignore[assignment]
     try:
         with suppress(ImportError):  # another version may have it elsewhere
             importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
