@@ -114,7 +114,9 @@ class Store:
         """The manifest of a copy; raises UserError if it has none, or a damaged one."""
         manifest = self.manifest(name)
         if manifest is None:
-            raise UserError(f"{self.url}/{name}: has no {MANIFEST}, so it was not copied to its end")
+            raise UserError(
+                f"{self.url}/{name}: has no {MANIFEST}: it is being copied, was cut short, or never existed"
+            )
         return manifest
 
     def _manifest_text(self, name: str) -> bytes | None:

@@ -148,7 +148,8 @@ def checkpoints_of(run: Path | str) -> Sequence[OnDisk] | Sequence[InStore]:
     store = Store(run, pauses_s=PAUSES_S)
     names = store.names()
     if not names:
-        raise UserError(f"{run}: holds no checkpoint; give the URL of a run (URL/NAME) or of one of its checkpoints")
+        known = "holds no checkpoint, or its bucket does not exist"
+        raise UserError(f"{run}: {known}; give the URL of a run (URL/NAME) or of one of its checkpoints")
     return [InStore(store, name) for name in names]
 
 
