@@ -316,6 +316,7 @@ def test_the_command_reads_copies_and_moves_them(
         (["prune", "s3://bucket/none"], "prune takes a run directory"),
         (["copy", "s3://bucket/none"], "copy: needs RUN and TO"),
         (["list", "s3://bucket/none", "x"], "list: takes no TO, got x"),
+        (["copy", "s3://bucket/none", "s3:/bucket/x"], "two slashes follow the colon in a URL: s3://bucket/x"),
         (["copy", "a", "b"], "one of RUN and TO must be a URL"),
         (["copy", "s3://a/b", "s3://c/d"], "first copy to a folder"),
         (["verify", "s3://key:secret@bucket/x"], "holds a password"),

@@ -225,7 +225,7 @@ def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def as_url(text: str) -> str:
-    """The URL that a Path was made of, which makes one slash of two; "" if it was none."""
+    """The URL from which a Path was made, with the slashes that Path removed; "" if it was made from a path."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", text)
     if not match:
         return ""
