@@ -57,11 +57,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="numbers of ranks (default: 1 2 4)")
     add("--launch", action="store_true", help="start the ranks by bfsys launch instead of as programs")
-    add(
-        "--list",
-        action="store_true",
-        help="show the names in calls of two ranks, without those of imports",
-    )
+    add("--list", action="store_true", help="show the names in calls of two ranks, without those of imports")
     add("--packages", type=int, default=0, metavar="N", help="show the N packages with the most calls")
     add("--json", type=Path, metavar="OUT")
     add("--marked", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
