@@ -50,13 +50,8 @@ INTERMIXED = (*TAKE_OVERRIDES, "explain")  # positional arguments may stand amon
 OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other arguments of `slurm` submit a job
 WIDTH = 78  # columns of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
-FILES = (
-    "config",
-    "files",
-    "permute",
-    "run",
-    "to",
-)  # arguments that are completed by file names, besides those of type Path
+# Arguments that are completed by file names, besides those of type Path.
+FILES = ("config", "files", "permute", "run", "to")
 
 
 def main() -> None:

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from bfsys import typed_yaml
-from bfsys.checkpoint.files import METRICS, all_checkpoints, evaluations, manifest_or_problems, step_of
+from bfsys.checkpoint.files import (
+    METRICS,
+    all_checkpoints,
+    evaluations,
+    manifest_or_problems,
+    problem_of_place,
+    step_of,
+)
 from bfsys.config import Config, load_config
 from bfsys.errors import UserError, collecting
 from bfsys.json_lines import parse_json_lines
@@ -93,7 +100,9 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     for path in paths:
         is_run = (path / CONFIG).is_file()
         found = [path] if is_run else sorted(config.parent for config in path.glob(f"*/{CONFIG}"))
-        if not found:
+        if not found and (problem := problem_of_place(path)):
+            problems.append(problem)
+        elif not found:
             known = "not a run, and no folder of runs" if path.exists() else "no such directory"
             problems.append(f"{path}: {known}; give run directories (runs/NAME) or a folder of them (runs)")
         for run_dir in found:

@@ -331,6 +331,11 @@ class Config:
         return f"{self.train.checkpoint_copy.rstrip('/')}/{self.name}" if self.train.checkpoint_copy else ""
 
 
+def _is_same_folder(url: str, folder: Path) -> bool:
+    scheme, _, path = url.partition("://")
+    return scheme in ("file", "local") and Path(path).resolve() == folder.resolve()
+
+
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read and check a config; raises UserError with every problem."""
     config = typed_yaml.load(Config, path, overrides, {"recipe": RECIPES})
@@ -358,6 +363,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         problems.append(f"optim.final_lr: got {optim.final_lr}, more than optim.lr {optim.lr}, which it ends")
     if train.checkpoint_copy and (problem := problem_of_url(config.copy_url, train.checkpoint_copy)):
         problems.append(f"train.checkpoint_copy: {problem}")
+    elif _is_same_folder(config.copy_url, config.run_dir):
+        problems.append(
+            f"train.checkpoint_copy: got {train.checkpoint_copy!r}, in which {config.name} is the run directory "
+            "itself; give another folder"
+        )
     problems += [
         f"data.sources.{i}: augment and jitter are both given; give one of them: augment encodes all files alike, "
         "jitter keeps each file's own format"

@@ -38,6 +38,10 @@ def problem_of_url(url: str, given: str = "") -> str:
             "every checkpoint. Give scheme, bucket and folder alone; credentials come from the environment "
             "(AWS_PROFILE, AWS_ACCESS_KEY_ID, …) or from the store's own files"
         )
+    if not given.startswith(f"{scheme}://"):
+        return f"got {given!r}; write the scheme in small letters: {scheme}://"
+    if "$" in given:
+        return f"got {given!r}; variables in a URL are not expanded: write their values"
     if "::" in url or MAGIC.search(url):
         return f"got {url!r}; '::' and the characters * ? # [ ] {{ }} have a meaning of their own in such a URL; rename"
     if scheme in NOT_KEPT:

@@ -78,9 +78,8 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirect
         nonlocal hold
         with _errors_of(config.run_dir):
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            hold = hold_directory(
-                config.run_dir
-            )  # first: what another process writes while this one waits is to be seen
+            # First, so that what another process writes while this one waits is seen.
+            hold = hold_directory(config.run_dir)
 
     try:
         dist.on_rank0(take_lock, ranks)

@@ -95,7 +95,7 @@ def test_a_copy_that_is_cut_short_is_none(
     assert caught.value.exit_code == code
     assert on_s3.names() == [old.name, path.name]
     assert on_s3.manifest(path.name) is None
-    assert "not copied to its end" in on_s3.problems_of(path.name)[0]
+    assert "has no manifest.json" in on_s3.problems_of(path.name)[0]
     assert on_s3.problems_of(old.name) == []
     s3.fault = lambda request: None
     on_s3.prune(RetentionPolicy(1), {})  # what was cut short does not count, and is cleared away
@@ -234,6 +234,40 @@ def test_failing_copies_are_said_once(tmp_path: Path) -> None:
     assert "step_00000002: is whole, but has no copy in file://" in copies.problem_of_newest()
 
 
+def test_a_copy_that_fails_after_a_save_is_followed_by_that_of_the_newest(tmp_path: Path) -> None:
+    run, place = tmp_path / "run", tmp_path / "copies"
+    place.write_text("in the way")
+    copies = Copies(run, f"file://{place}/mine", RetentionPolicy(2))
+    save(run, 1)
+    copies.offer()
+    save(run, 2)
+    copies.offer()  # the last one: nothing asks again
+    assert copies.copying
+    assert copies.copying.name == "step_00000001"
+    while copies.copying.name == "step_00000001":
+        if "is not copied" in copies.attend():
+            place.unlink()
+    while copies.is_busy:
+        copies.attend()
+        time.sleep(0.01)
+    assert copies.problem_of_newest() == ""
+
+
+def test_a_disk_without_checkpoints_and_damaged_copies_are_no_new_run(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/copies/mine")
+    for step in (1, 2):
+        put(store, save(tmp_path / "run", step))
+        weights = tmp_path / "copies" / "mine" / "checkpoints" / f"step_{step:08d}" / "weight-0-of-1.safetensors"
+        weights.write_bytes(b"")
+    task = {"run_dir": str(tmp_path / "other"), "after": -1, "until": None}
+    for _ in range(2):  # the same command is given again
+        answer = copier.fetch(store, task)
+        assert "work" not in answer
+        assert len(answer["skipped"]) == 2
+    copier.fetch(store, {**task, "after": 1})  # the disk has step 1: the run goes on, and copies step 2 again
+    assert [store.has_manifest(name) for name in store.names()] == [True, False]
+
+
 @pytest.mark.parametrize(("steps", "is_copied"), [(9, False), (3, True)], ids=["midway", "at the end"])
 def test_a_checkpoint_after_bad_steps_is_copied_only_at_the_end(tmp_path: Path, steps: int, is_copied: bool) -> None:
     changed = {"guard": {"in_a_row": [{"step": 3}]}, "config": {"train": {"steps": steps}}}
@@ -275,10 +309,14 @@ def test_the_command_reads_copies_and_moves_them(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["list", "s3://bucket/none"], "s3://bucket/none: holds no checkpoint; give the URL of a run"),
+        (
+            ["list", "s3://bucket/none"],
+            "s3://bucket/none: holds no checkpoint, or its bucket does not",
+        ),
         (["prune", "s3://bucket/none"], "prune takes a run directory"),
         (["copy", "s3://bucket/none"], "copy: needs RUN and TO"),
         (["list", "s3://bucket/none", "x"], "list: takes no TO, got x"),
+        (["copy", "s3://bucket/none", "s3:/bucket/x"], "two slashes follow the colon in a URL: s3://bucket/x"),
         (["copy", "a", "b"], "one of RUN and TO must be a URL"),
         (["copy", "s3://a/b", "s3://c/d"], "first copy to a folder"),
         (["verify", "s3://key:secret@bucket/x"], "holds a password"),
@@ -290,6 +328,14 @@ def test_the_command_on_bad_places(s3: S3Server, arguments: list[str], says: str
     assert "secret" not in str(caught.value)
 
 
-def test_commands_that_read_a_run_name_the_command_that_fetches_it() -> None:
-    with pytest.raises(UserError, match="bfsys checkpoint copy s3://bucket/copies/mine mine"):
-        call("evaluate", ["s3://bucket/copies/mine"])
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("s3://bucket/copies/mine", "bfsys checkpoint copy s3://bucket/copies/mine mine"),
+        ("file:///no/my run", "bfsys checkpoint copy 'file:///no/my run' 'my run'"),
+    ],
+)
+def test_commands_that_read_a_run_name_the_command_that_fetches_it(command: str, url: str, remedy: str) -> None:
+    with pytest.raises(UserError, match=remedy):
+        call(command, [url])

@@ -88,6 +88,8 @@ def fetch(store: Store, task: dict) -> dict:
     """Fetch the newest whole copy of a step after `task["after"]`, into a folder beside the checkpoints of the run. If
     there is none, a run that is new proves that it can write to the store."""
     skipped: list[str] = []
+    damaged: list[str] = []
+    is_first = task["after"] < 0 and task["until"] is None  # the disk has nothing
     root = checkpoints_dir(Path(task["run_dir"]))
     for name in reversed(store.names()):
         if task["until"] is not None and step_of_name(name) > task["until"]:
@@ -107,13 +109,23 @@ def fetch(store: Store, task: dict) -> dict:
         new_work_dir(work)
         problems = store.fetch(name, manifest, work)
         if not problems:
+            disown_all(store, damaged)
             return {"work": str(work), "step": manifest["step"], "skipped": skipped}
         shutil.rmtree(work, ignore_errors=True)
         skipped += problems
-        store.disown(name)  # it does not push good ones out, and is not fetched again
-    if task["after"] < 0 and task["until"] is None:
+        damaged.append(name)
+    if not is_first:
+        disown_all(store, damaged)
+    elif not skipped:
         store.probe()
     return {"skipped": skipped}
+
+
+def disown_all(store: Store, damaged: list[str]) -> None:
+    """Let damaged copies not push good ones out, nor be fetched again. A run that has nothing else keeps them: without
+    their manifests, its next start would take itself for a new run."""
+    for name in damaged:
+        store.disown(name)
 
 
 if __name__ == "__main__":

@@ -45,12 +45,13 @@ class Copies:
         """The checkpoint that is being copied, which nobody must remove."""
         self._process: subprocess.Popen | None = None
         self._is_wanted = False
+        self._is_offered = False  # since the copy that is being made was begun
         self._done: dict[tuple[str, int], str] = {}  # checkpoints that are not to be tried again, with their problem
         self._said = ""
 
     def offer(self) -> None:
         """There may be checkpoints without a copy."""
-        self._is_wanted = True
+        self._is_wanted = self._is_offered = True
         self._start_next()
 
     def attend(self) -> str:
@@ -90,6 +91,7 @@ class Copies:
         task = {"action": "copy", "path": str(path), "keep": asdict(self.keep)}
         try:
             self._process, self.copying = _start(self.run_dir, self.url, task), path
+            self._is_offered = False
         except OSError as error:  # no process or no memory is left for it
             self.problem, self._is_wanted = f"the copying process cannot be started: {error.strerror}", False
         self._copied_key = keys[path]
@@ -99,7 +101,7 @@ class Copies:
         before, self.problem = self._said, answer.get("problem", "")
         name = self._copied_key[0]
         if self.problem:
-            self._is_wanted = False  # until the next save
+            self._is_wanted = self._is_offered  # if not, until the next save
             self._said = "failing"
             news = f"{name} is not copied: {self.problem}; training goes on, and the next save tries again"
             return news if before != self._said else ""

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -224,9 +225,20 @@ def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def as_url(text: str) -> str:
-    """The URL that a Path was made of, which makes one slash of two; "" if it was none."""
+    """The URL from which a Path was made, with the slashes that Path removed; "" if it was made from a path."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", text)
-    return f"{match[1]}://{text[match.end() :]}" if match else ""
+    if not match:
+        return ""
+    root = "/" if match[1] in ("file", "local") else ""
+    return f"{match[1]}://{root}{text[match.end() :]}"
+
+
+def problem_of_place(run: Path) -> str:
+    """What is wrong with a run directory that is given as a URL; "" if it is none."""
+    url = as_url(str(run))
+    if not url:
+        return ""
+    return f"{url}: a URL; first copy it: bfsys checkpoint copy {shlex.quote(url)} {shlex.quote(run.name)}"
 
 
 def find_whole(run: Path) -> Path:
@@ -235,8 +247,8 @@ def find_whole(run: Path) -> Path:
     Newer ones that are damaged are named on standard error. Raises UserError if there is no whole one.
     """
     if not run.is_dir():
-        if url := as_url(str(run)):
-            raise UserError(f"{url}: is in an object store; first copy it: bfsys checkpoint copy {url} {run.name}")
+        if problem := problem_of_place(run):
+            raise UserError(problem)
         what = "a file; give a run directory (runs/NAME) or one of its checkpoints" if run.exists() else ""
         raise UserError(f"{run}: {what or 'no such run directory; runs lie in runs/NAME'}")
     path: Path | None

@@ -6,8 +6,8 @@ An object store cannot rename, so a copy counts by its manifest alone: one witho
 match it, is no checkpoint. Nothing here imports PyTorch.
 
 Files are streamed in blocks and hashed on the way, in both directions, so memory is bounded by a few blocks, and a
-file that was damaged on the disk does not become a copy. Refused: fsspec's `put` and `get` of whole folders, which
-order nothing, hash nothing and hold up to ten parts of every file in memory.
+file that was damaged on the disk does not become a copy. fsspec's `put` and `get` of whole folders are not used: they
+keep no order, hash nothing, and hold up to ten parts of every file in memory.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ class Store:
         """The manifest of a copy; raises UserError if it has none, or a damaged one."""
         manifest = self.manifest(name)
         if manifest is None:
-            raise UserError(f"{self.url}/{name}: has no {MANIFEST}, so it was not copied to its end")
+            raise UserError(
+                f"{self.url}/{name}: has no {MANIFEST}: it is being copied, was cut short, or never existed"
+            )
         return manifest
 
     def _manifest_text(self, name: str) -> bytes | None:
@@ -193,7 +195,7 @@ class Store:
         return self._tried("cannot be read", lambda: self._fs.modified(self._path(name, MANIFEST))).timestamp()
 
     def disown(self, name: str) -> None:
-        """Remove the manifest of a copy, so that it is none any more."""
+        """Remove the manifest of a copy, so that the copy no longer counts."""
 
         def remove_manifest() -> None:
             with suppress(FileNotFoundError):
@@ -230,7 +232,7 @@ class Store:
         return "/".join((self._root, *names))
 
     def _write(self, path: str, source: Path, entry: Mapping) -> None:
-        """Write a file, which must be as `entry` describes it; what was written of another one is given up."""
+        """Write a file; the upload is given up if the file is not as `entry` describes it."""
         digest = hashlib.sha256()
         target = self._fs.open(path, "wb", block_size=max(BLOCK_BYTES, entry["bytes"] // MOST_BLOCKS + 1))
         try:

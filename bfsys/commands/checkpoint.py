@@ -20,6 +20,7 @@ from bfsys.checkpoint.files import (
     NAME,
     RetentionPolicy,
     all_checkpoints,
+    as_url,
     checkpoints_dir,
     evaluations,
     evaluations_in,
@@ -42,7 +43,7 @@ NOTES = """\
 list    step, time, size, score, whether all files are there
 verify  read every byte of every checkpoint; exit code 1 if one is damaged
 show    what the newest one (or RUN/checkpoints/step_…) holds
-copy    the newest whole one of RUN to the run directory TO; one is a URL
+copy    the newest whole one of RUN to TO; either RUN or TO is a URL
 prune   remove intact ones that are not to be kept, by --keep and the like
 RUN may be a URL, such as s3://bucket/folder/NAME; prune takes none."""
 
@@ -51,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = ("list", "verify", "show", "copy", "prune")
     parser.usage, parser.epilog = f"%(prog)s {'|'.join(actions)} RUN [TO] [OPTION …]", NOTES
     parser.add_argument("action", choices=actions, metavar="ACTION", help="see below")
-    parser.add_argument("run", type=_location, metavar="RUN", help="run directory (runs/NAME) or a checkpoint of it")
-    parser.add_argument("to", type=_location, nargs="?", metavar="TO", help=argparse.SUPPRESS)
+    parser.add_argument("run", type=_location, metavar="RUN", help="run directory, a checkpoint of it, or a URL")
+    parser.add_argument("to", type=_location, nargs="?", metavar="TO", help="of copy: run directory or URL of a run")
     prune = parser.add_argument_group("options of prune")
     prune.add_argument("--keep", type=int, metavar="N", help="newest ones (default: the run's own)")
     prune.add_argument("--keep-every", type=int, metavar="STEPS", help="(default: the run's own)")
@@ -72,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{', '.join(given)}: only prune takes this, got {args.action}")
     if (args.action == "copy") != (args.to is not None):
         raise UserError(f"{args.action}: {'needs RUN and TO' if args.to is None else f'takes no TO, got {args.to}'}")
+    for given in (args.run, args.to):
+        if isinstance(given, Path) and not given.exists() and (url := as_url(str(given))):
+            raise UserError(f"{given}: two slashes follow the colon in a URL: {url}")
     actions = {"list": show_list, "verify": verify, "show": show, "copy": copy, "prune": remove_others}
     return actions[args.action](args)
 
@@ -148,7 +152,8 @@ def checkpoints_of(run: Path | str) -> Sequence[OnDisk] | Sequence[InStore]:
     store = Store(run, pauses_s=PAUSES_S)
     names = store.names()
     if not names:
-        raise UserError(f"{run}: holds no checkpoint; give the URL of a run (URL/NAME) or of one of its checkpoints")
+        known = "holds no checkpoint, or its bucket does not exist"
+        raise UserError(f"{run}: {known}; give the URL of a run (URL/NAME) or of one of its checkpoints")
     return [InStore(store, name) for name in names]
 
 
@@ -252,7 +257,7 @@ def copy(args: argparse.Namespace) -> int:
 
 
 def fetch(checkpoint: InStore, run_dir: Path) -> list[str]:
-    """Fetch a checkpoint into a run directory; what is damaged. A whole one of its name stays."""
+    """Fetch a checkpoint into a run directory; returns what is damaged. Raises UserError if a whole one is there."""
     final = checkpoints_dir(run_dir) / checkpoint.name
     if final.exists() and not problems_of(final):
         raise UserError(f"{final}: there is a whole checkpoint of this name; give another folder")

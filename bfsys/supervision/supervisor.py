@@ -228,9 +228,9 @@ class Supervisor:
         if self.copies:
             self.copies.offer()
 
-    def attend_copies(self, step: int) -> None:
-        """Let the copies go on, and say what has changed."""
-        if self.copies and (news := self.copies.attend()):
+    def attend_copies(self, step: int, *, is_end: bool = False) -> None:
+        """Let the copies go on, and say what has changed; at the end, failures are left to the caller."""
+        if self.copies and (news := self.copies.attend()) and not (is_end and self.copies.problem):
             self.metrics.say(news)
             self.metrics.show("checkpoint_copy", step, news)
 
@@ -249,11 +249,12 @@ class Supervisor:
         if not self.config.copy_url:
             return
         where, began = f"step {step}: waiting for the copy of the checkpoint", time.monotonic()
-        if self.copies and self.copies.is_busy:
+        waits = bool(self.copies and self.copies.is_busy)
+        if waits:
             self.metrics.say(f"waiting until the last checkpoint is copied to {self.config.copy_url}")
         with self.watchdog.patient(where), self.ledger.stalled():
             while True:
-                self.attend_copies(step)
+                self.attend_copies(step, is_end=True)
                 is_late = exit_code and time.monotonic() - began > STOP_WAIT_S
                 if not dist.agree_on_max(self._waits_for_copy(exit_code) and not is_late)[0]:
                     break
@@ -264,6 +265,8 @@ class Supervisor:
             self.metrics.say(problem)
         elif problem:
             raise dist.AgreedError(f"{problem}; the same command copies it", exit_code=EXIT_STORAGE)
+        elif waits:
+            self.metrics.say("the last checkpoint is copied")
 
     def roll_back(self, step: int) -> None:
         """Make the checkpoint before the bad steps, the last of which is `step`, the newest; collective.

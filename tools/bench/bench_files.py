@@ -3,10 +3,10 @@
     python tools/bench/bench_files.py --ranks 1 2 4
     python tools/bench/bench_files.py --ranks 2 --launch --list
 
-Trains a tiny model with strace beside it and counts the calls that name a file (open, stat, readlink, rename, …) and
-the fsyncs of every rank and its child processes. Ranks are programs of their own, as torchrun and srun start them, or
-with --launch forked by `bfsys launch`. Phases begin at marks that this program puts into the trace: the call of a file
-that does not exist. Every file that is made is removed.
+It trains a tiny model under strace, and counts the calls that name a file (open, stat, readlink, rename, …) and the
+fsyncs of every rank and its child processes. Each rank is a program of its own, as torchrun and srun start them; with
+--launch, `bfsys launch` forks the ranks. A phase begins at a mark that this program puts into the trace, which is a
+call with the name of a file that does not exist. Every file that is made is removed.
 """
 
 import argparse
@@ -55,9 +55,9 @@ class Call(NamedTuple):
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
-    add("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    add("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="numbers of ranks (default: 1 2 4)")
     add("--launch", action="store_true", help="start the ranks by bfsys launch instead of as programs")
-    add("--list", action="store_true", help="show the names that a rank calls for, but for those of imports")
+    add("--list", action="store_true", help="show the names in calls of two ranks, without those of imports")
     add("--packages", type=int, default=0, metavar="N", help="show the N packages with the most calls")
     add("--json", type=Path, metavar="OUT")
     add("--marked", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -270,7 +270,7 @@ def count(calls: Sequence[Call], folder: Path) -> dict[str, dict[str, int]]:
 def show(who: str, table: dict[str, dict[str, int]]) -> None:
     """A table of the calls for one step, log line, save or evaluation."""
     columns = (*PLACES, "fsync")
-    print(f"{who:20}" + "".join(f"{column:>14}" for column in columns))
+    print(f"{f'calls of {who}':20}" + "".join(f"{column:>14}" for column in columns))
     for phase, counts in table.items():
         times = TIMES.get(phase, 1)
         print(f"  {phase:18}" + "".join(f"{counts.get(column, 0) / times:14,.1f}" for column in columns), flush=True)

@@ -4,11 +4,11 @@
 
 A dataset of many small shards lies on a web server on loopback, whose answers share a total rate. Each rank is a
 process with the training loader; the ranks of a node share a cache. They start together and go from step to step
-together, as ranks that train do. Three runs: the server does well; a share of its answers fails (503, connection reset,
-end in the middle); and it refuses everybody at first. The batches of all runs are compared with those of the local
-dataset. Every file that is made is removed.
+together, as ranks that train do. There are three runs: in the first, no answer fails; in the second, a share of them
+does (503, connection reset, end in the middle); in the third, the server refuses everybody at first. The batches of all
+runs are compared with those of the local dataset. Every file that is made is removed.
 
-The server learns from a header who asks (a .curlrc for each rank), so that all nodes ask for the same URLs.
+All nodes request the same URLs. A header, from a .curlrc of each rank, tells the server which rank a request is from.
 """
 
 import argparse
