@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -26,6 +28,9 @@ import numpy as np
 import psutil
 
 from bfsys.errors import run_command, summary_of
+
+if TYPE_CHECKING:
+    from bfsys.engine import Engine
 
 MIB = 2**20
 STEPS_BETWEEN = 4
@@ -62,33 +67,18 @@ def wait_for(port: int) -> None:
     raise TimeoutError("the server does not start")
 
 
-def measure(folder: Path, port: int, log: Path, copies: int, files: int) -> dict[str, str]:
-    variables = {
-        "DS_ACCELERATOR": "cpu",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    os.environ.update(variables)
-
-    import boto3  # type: ignore[import-untyped]
-
+def engine_and_step(files: int) -> tuple[Engine, Callable[[], float]]:
+    """An engine of `tiny`, and a training step with it, which returns its seconds."""
     from bfsys import dist
     from bfsys.batch import ByteBatch, Sample
-    from bfsys.checkpoint.copies import Copies
-    from bfsys.checkpoint.files import MANIFEST, RetentionPolicy
-    from bfsys.checkpoint.saving import save
     from bfsys.config import Config, Data
     from bfsys.engine import Engine
     from bfsys.loss import loss_and_sums
     from bfsys.model.byteformer import ByteFormer
 
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    ranks = dist.Ranks()
-    dist.start(ranks, 600)
+    dist.start(dist.Ranks(), 600)
     config = Config(data=Data(sources=(), batch_samples=files, lanes=1))
-    engine = Engine(ByteFormer(config.model.architecture(), 1000), config, ranks)
+    engine = Engine(ByteFormer(config.model.architecture(), 1000), config, dist.Ranks())
     rng = np.random.default_rng(0)
     batch = ByteBatch.from_samples(
         [Sample("", rng.integers(0, 256, 20_000, dtype=np.uint8), label=0) for _ in range(files)]
@@ -101,9 +91,31 @@ def measure(folder: Path, port: int, log: Path, copies: int, files: int) -> dict
         engine.step(1e-4, 0.99)
         return time.perf_counter() - began
 
+    return engine, step_s
+
+
+def measure(folder: Path, port: int, log: Path, copies: int, files: int) -> dict[str, str]:
+    variables = {
+        "DS_ACCELERATOR": "cpu",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    os.environ.update(variables)
+
+    import boto3  # type: ignore[import-untyped]
+
+    from bfsys.checkpoint.copies import Copies
+    from bfsys.checkpoint.files import MANIFEST, RetentionPolicy
+    from bfsys.checkpoint.saving import save
+    from bfsys.ranks import Ranks
+
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    engine, step_s = engine_and_step(files)
     run, keep = folder / "run", RetentionPolicy(1)
     facts = {"step": 1, "updates": 1, "classes": [], "config": {}, "plan": {}, "versions": {}, "metrics": None}
-    path = save(engine, run, facts, ranks=ranks, keep=keep)
+    path = save(engine, run, facts, ranks=Ranks(), keep=keep)
     mib = sum(file.stat().st_size for file in path.iterdir()) / MIB
     copier = Copies(run, "s3://bucket/copies/run", keep)
     alone_s, beside_s, offers_s, copies_s, requests, peaks_mib = [], [], [], [], [], []
