@@ -154,7 +154,7 @@ def test_damage_and_a_store_that_does_not_answer(runs: Runs) -> None:
     assert "fetched step_00000010" in said
     assert find_newest(runs.run) == (runs.run / "checkpoints" / "step_00000010", [])
 
-    # Without an answer, a run that has a checkpoint continues, and one that has none does not begin anew.
+    # If the store does not answer, a run with a checkpoint resumes, and a run without one does not start from scratch.
     runs.s3.fault = lambda request: 403
     code, said = runs.train("train.steps=11")
     assert code == EXIT_STORAGE

@@ -17,6 +17,7 @@ from bfsys.muon import Stack, assign, orthogonalise, step_scale
 from tests.chaos.ranks import train_several
 from tests.conftest import _run_ranks, parameters_of_tests_with, tiny_config
 from tests.forked import start_ranks
+from tests.plain_training import train_plainly
 from tests.supervision.test_guard import samples_of_step
 from tests.test_train import (
     HALF,
@@ -28,7 +29,6 @@ from tests.test_train import (
     losses,
     newest,
     tensors,
-    train_plainly,
 )
 
 MUON = "optim.name=muon model.init=smooth"

@@ -15,7 +15,8 @@ from bfsys.supervision.run_end import how_it_ended
 from bfsys.supervision.watchdog import LEAST_S, Watchdog, least_limit_s
 from tests.chaos.ranks import Ranks
 from tests.forked import Forked, run_python
-from tests.test_train import ALONE, lines
+from tests.plain_training import ALONE
+from tests.test_train import lines
 
 BEGIN = """
 import os, sys, time

@@ -15,7 +15,8 @@ from bfsys.data.storage.remote import Cache, RemoteFile, WrongContentError
 from bfsys.data.streaming.datasets import make_plan, open_training
 from tests.data.conftest import config_of, files_of, read_by
 from tests.data.http_server import FaultyServer
-from tests.test_train import assert_success, lines, losses, train_plainly
+from tests.plain_training import train_plainly
+from tests.test_train import assert_success, lines, losses
 
 IMPATIENT_RUN = """
 import runpy
