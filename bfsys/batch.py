@@ -39,6 +39,8 @@ class ByteBatch:
     samples  int64 [B], position of the file in its source's index, or -1 if it has none
     second_labels, second_share   int64 [B] and float32 [B]: with mixup, the class of the other sound in a file and
              how much of the target is that class's; None where nothing is mixed
+    content  float16 [B, rows, columns]: what each file shows (data/media/content.py), for the content loss; None
+             without it
     replaced how many of the files stand in for others that could not be read
     """
 
@@ -49,6 +51,7 @@ class ByteBatch:
     samples: Tensor
     second_labels: Tensor | None = None
     second_share: Tensor | None = None
+    content: Tensor | None = None
     replaced: int = 0
 
     def __len__(self) -> int:
@@ -64,7 +67,7 @@ class ByteBatch:
         return np.split(self.data.numpy(), self.offsets[1:-1].numpy())
 
     def to(self, device: torch.device | str) -> ByteBatch:
-        """Bytes, labels and sources on `device`; offsets and sample numbers stay on the CPU."""
+        """What the model and the loss take, on `device`; offsets and sample numbers stay on the CPU."""
         return replace(
             self,
             data=self.data.to(device, non_blocking=True),
@@ -72,6 +75,7 @@ class ByteBatch:
             sources=self.sources.to(device, non_blocking=True),
             second_labels=None if self.second_labels is None else self.second_labels.to(device, non_blocking=True),
             second_share=None if self.second_share is None else self.second_share.to(device, non_blocking=True),
+            content=None if self.content is None else self.content.to(device, non_blocking=True),
         )
 
     @staticmethod

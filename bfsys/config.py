@@ -240,6 +240,9 @@ class Optim:
     """Largest norm of the global gradient; 0 means no clipping (published)."""
     label_smoothing: Share = 0.1
     """Label smoothing, in training only."""
+    content_loss: NotNegative = 0.0
+    """Weight of the content loss: in training, tokens also predict what the picture or sound shows at their place, for
+    which the loader decodes it (data/media/content.py). 0: none, and nothing is decoded (published)."""
     ema_decay: Share = 0.9999
     """Decay of the averaged copy of the weights, which evaluations during training, bfsys.evaluate and bfsys.predict
     use; 0 keeps no average."""

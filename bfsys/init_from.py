@@ -19,6 +19,7 @@ from bfsys.checkpoint.files import find_whole
 from bfsys.checkpoint.loading import read_weights
 from bfsys.config import Config
 from bfsys.errors import UserError
+from bfsys.model.content_head import PREFIX as CONTENT_HEAD
 
 HEAD = ("head.weight", "head.bias")
 POSITIONS = "stem.positions"
@@ -63,6 +64,8 @@ def _take_over(
         )
         notes.append(f"  {both:,} of {their_rows:,} positions are taken over; {rest}")
         weights[POSITIONS][:both] = theirs.pop(POSITIONS)[:both]
+    if not config.optim.content_loss:
+        theirs = {name: value for name, value in theirs.items() if not name.startswith(CONTENT_HEAD)}
     if their_config.model.mode != config.model.mode:
         notes.append(f"  model.mode was {their_config.model.mode} there and is {config.model.mode} here")
     weights.update(theirs)

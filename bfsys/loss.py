@@ -8,18 +8,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bfsys.batch import ByteBatch
+from bfsys.config import Optim
 
-LOSS, TOP1, TOP5, SAMPLES = range(4)  # columns of the sums
-COLUMNS = 4
+LOSS, TOP1, TOP5, SAMPLES, CONTENT = range(5)  # columns of the sums
+COLUMNS = 5
+
+
+def training_loss(
+    outputs: Tensor | tuple[Tensor, Tensor], batch: ByteBatch, num_sources: int, optim: Optim
+) -> tuple[Tensor, Tensor]:
+    """The loss whose gradient a micro-batch adds, and what was summed per source; from what a model gives for it."""
+    logits, errors = outputs if isinstance(outputs, tuple) else (outputs, None)
+    loss, sums = loss_and_sums(logits, batch, num_sources, optim.label_smoothing, errors)
+    return (loss if errors is None else loss + optim.content_loss * errors.sum()), sums
 
 
 def loss_and_sums(
-    logits: Tensor, batch: ByteBatch, num_sources: int, label_smoothing: float = 0.0
+    logits: Tensor,
+    batch: ByteBatch,
+    num_sources: int,
+    label_smoothing: float = 0.0,
+    content_errors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross entropy of a micro-batch, and what was summed per source.
 
     logits [B, classes] -> (scalar with gradient, float64 [sources, COLUMNS] without). Losses are computed in
-    float32 or better, whatever the precision of the logits.
+    float32 or better, whatever the precision of the logits. `content_errors` [B] are only summed.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)  # [B]
@@ -28,6 +42,7 @@ def loss_and_sums(
         second = F.cross_entropy(logits, batch.second_labels, reduction="none", label_smoothing=label_smoothing)
         losses = torch.lerp(losses, second, batch.second_share.to(losses.dtype))
     with torch.no_grad():
+        content = torch.zeros_like(losses) if content_errors is None else content_errors
         label_logit = logits.gather(1, batch.labels[:, None])
         # A label is among the top k if fewer than k classes come before it: a higher score, or the same and a lower
         # number (bfloat16 has few values, so that the best is often not alone). NaN counts as wrong.
@@ -35,7 +50,7 @@ def loss_and_sums(
         before = (logits > label_logit) | ((logits == label_logit) & lower)
         rank = before.sum(1).masked_fill(label_logit[:, 0].isnan(), 5)
         columns = torch.stack([losses.detach().double(), (rank < 1).double(), (rank < 5).double(),
-                               torch.ones_like(losses, dtype=torch.float64)], dim=1)  # fmt: skip
+                               torch.ones_like(losses, dtype=torch.float64), content.double()], dim=1)  # fmt: skip
         # Not index_add_, which adds up in any order on GPUs: equal runs log equal figures.
         of_source = batch.sources == torch.arange(num_sources, device=logits.device)[:, None]  # [sources, B]
         sums = torch.where(of_source[:, :, None], columns, 0.0).sum(1)

@@ -37,6 +37,7 @@ from bfsys.engine import WEIGHT, Engine
 from bfsys.errors import UserError
 from bfsys.files import replace_file
 from bfsys.model.byteformer import ByteFormer
+from bfsys.model.content_head import PREFIX as CONTENT_HEAD
 from bfsys.optim import EMA
 
 
@@ -188,7 +189,10 @@ def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
         )
     # Knobs that came later than the checkpoint had their default then.
     theirs, ours = (
-        {"model": typed_yaml.to_tree(Model()) | c["model"], "optim": {"name": c["optim"].get("name", Optim.name)}}
+        {
+            "model": typed_yaml.to_tree(Model()) | c["model"],
+            "optim": _of_optim(c["optim"]),
+        }
         for c in (manifest["config"], facts["config"])
     )
     parts = [(part, theirs[part], ours[part]) for part in theirs]
@@ -211,6 +215,12 @@ def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
         )
 
 
+def _of_optim(optim: dict) -> dict:
+    """The settings of the optimizer that decide which parameters and states there are."""
+    content_loss = optim.get("content_loss", Optim.content_loss)
+    return {"name": optim.get("name", Optim.name), "content_loss": "on" if content_loss else "off (0)"}
+
+
 def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, dict]:
     """(model in eval mode on the CPU, config, manifest) of a run directory or of one checkpoint directory.
 
@@ -218,7 +228,7 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
     """
     weights, config, manifest = read_weights(find_whole(run), average=average)
     model = ByteFormer(config.model.architecture(), len(manifest["classes"]), config.model.mode)
-    model.load_state_dict(weights)
+    model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(CONTENT_HEAD)})
     return model.eval(), config, manifest
 
 

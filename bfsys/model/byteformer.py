@@ -23,6 +23,7 @@ from bfsys.batch import ByteBatch
 from bfsys.errors import UserError
 from bfsys.model.attention import attend, segment_mean
 from bfsys.model.chunked import CHUNK_TOKENS, ChunkedMLP, rows_of
+from bfsys.model.content_head import ContentHead
 from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Layout, Segments, Windows, make_layout
 from bfsys.model.norm import add_norm
 from bfsys.model.precision import LayerNorm, Linear, is_native_bfloat16
@@ -143,6 +144,7 @@ class ByteFormer(nn.Module):
         activation_checkpointing: bool = False,
         compiled: bool = False,
         init: str = "published",
+        with_content: bool = False,
     ) -> None:
         super().__init__()
         if mode not in MODES:
@@ -164,6 +166,8 @@ class ByteFormer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        # Last, so that the other weights of a seed are the same with it and without it
+        self.content_head = ContentHead(dim) if with_content else None
 
     def stacks(self) -> dict[str, tuple[int, int, int]]:
         """The parameters that Muon updates, by name, each as a stack of matrices: (how many, rows, columns).
@@ -178,22 +182,34 @@ class ByteFormer(nn.Module):
                 stacks[f"{name}.weight"] = (matrices, module.out_features // matrices, module.in_features)
         return stacks
 
-    def forward(self, batch: ByteBatch) -> Tensor:
-        return self.head(self.features(batch))
+    def forward(self, batch: ByteBatch) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits; for a batch that has content, logits and the content head's error of each file [B]."""
+        x, counts = self.last_tokens(batch)
+        logits = self.head(segment_mean(x, counts))
+        if batch.content is None or self.content_head is None:
+            return logits
+        return logits, self.content_head(x, counts, batch.content)
 
     def features(self, batch: ByteBatch) -> Tensor:
         """[B, D]: the mean over a file's tokens after the last norm, which the head takes."""
+        return segment_mean(*self.last_tokens(batch))
+
+    def last_tokens(self, batch: ByteBatch) -> tuple[Tensor, Tensor]:
+        """Tokens after the last norm, one file after the other, and how many each file has: [N, D] and [B]."""
         layout = make_layout(batch.lengths, self.architecture, self.mode).to(batch.data.device)
-        return self.features_of_tokens(self.stem(batch.data, layout.files), layout)
+        return self._blocks_and_norm(self.stem(batch.data, layout.files), layout), layout.tokens
 
     def features_of_tokens(self, x: Tensor, layout: Layout) -> Tensor:
         """[B, D], from the stem's tokens [N, D] of files that lie as `layout` says."""
+        return segment_mean(self._blocks_and_norm(x, layout), layout.tokens)
+
+    def _blocks_and_norm(self, x: Tensor, layout: Layout) -> Tensor:
         rounding = iter(layout.rounding)
         for layer, block in enumerate(self.blocks):
             x = block(x, layout.layers[layer])
             if str(layer) in self.merges:
                 x = self.merges[str(layer)](x, next(rounding))
-        return segment_mean(self.norm(x), layout.tokens)
+        return self.norm(x)
 
 
 def parameter_count(architecture: Architecture, num_classes: int) -> int:

@@ -29,7 +29,7 @@ from bfsys.confusion import Answers
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS
 from bfsys.files import replace_file
 from bfsys.json_lines import read_json_lines
-from bfsys.loss import COLUMNS, SAMPLES, describe_scores, scores
+from bfsys.loss import COLUMNS, CONTENT, SAMPLES, describe_scores, scores
 from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
 from bfsys.model.peaks import data_sheet_peak
@@ -81,6 +81,7 @@ class Metrics:
         self.ranks, self.source_names, self.first_step = ranks, source_names, first_step
         self.architecture, self.mode = config.model.architecture(), config.model.mode
         self.num_classes = num_classes
+        self.shows_content_loss = config.optim.content_loss > 0
         precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak_flops_per_s = data_sheet_peak(ranks.device, precision)  # the peak of a rank
         self.matmul_flops_per_s = matrix_peak(ranks.device, precision)  # measured on this rank
@@ -153,6 +154,7 @@ class Metrics:
             "kind": "train",
             "step": step,
             **scores(sums, self.source_names),
+            **self._content_loss(sums),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "step_s": seconds / self._steps_in_line,
@@ -174,6 +176,12 @@ class Metrics:
         self._begin_line()
         self._write(line)
         self.say(self._console_line(line))
+
+    def _content_loss(self, sums: Tensor) -> dict[str, float]:
+        """The mean error of the content head, which is no part of `loss`; nothing without it."""
+        if not self.shows_content_loss:
+            return {}
+        return {"content_loss": float(sums[:, CONTENT].sum() / sums[:, SAMPLES].sum())}
 
     def event(self, kind: str, step: int, facts: dict) -> None:
         """Write a line to metrics.jsonl that is not a measurement, such as a bad step."""
@@ -227,7 +235,8 @@ class Metrics:
         """Continue the line that was begun before the checkpoint."""
         self._steps_in_line, self._skipped = state["steps"], state.get("skipped", 0)
         if self.ranks.is_rank_zero:
-            self._sums += torch.tensor(state["sums"], dtype=torch.float64)
+            sums = torch.tensor(state["sums"], dtype=torch.float64)
+            self._sums[:, : sums.shape[1]] += sums  # earlier checkpoints have no sum of the content loss
             counters = state["counters"]
             counters = counters if isinstance(counters, dict) else {}  # checkpoints once held a list
             self._counters += torch.tensor([counters.get(n, 0) for n in COUNTER_NAMES], dtype=torch.float64)
@@ -318,6 +327,8 @@ def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float | None]]:
     if part == "val":
         yield "system_time/evaluation_s", line["seconds"]
         return
+    if "content_loss" in line:
+        yield "loss/content", line["content_loss"]
     yield "optimizer/learning_rate", line["learning_rate"]
     yield "optimizer/grad_norm", line["grad_norm"]
     yield "system_speed/samples_per_s", line["samples_per_s"]

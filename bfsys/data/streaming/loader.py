@@ -75,7 +75,8 @@ def training_batches(
     """
     quarantine = quarantine if quarantine is not None else Quarantine()
     bad_from = [quarantine.bad_from(s.split, name) for s, name in zip(sources.splits, sources.origins, strict=True)]
-    reader = ShardReader(sources, seed=config.train.seed, bad_from=bad_from)
+    with_content = config.optim.content_loss > 0
+    reader = ShardReader(sources, seed=config.train.seed, bad_from=bad_from, with_content=with_content)
     lanes = lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size)
     pinned = ranks.device.type == "cuda"
     prefetcher = Prefetcher(make_cache(config)) if any_remote(sources) else None
@@ -316,5 +317,6 @@ def _byte_batch(fetched: RawBatch) -> ByteBatch:
         samples=torch.from_numpy(fetched.samples),
         second_labels=None if fetched.second_labels is None else torch.from_numpy(fetched.second_labels),
         second_share=None if fetched.second_share is None else torch.from_numpy(fetched.second_share),
+        content=None if fetched.content is None else torch.from_numpy(fetched.content),
         replaced=fetched.replaced,
     )

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from bfsys.data.media.content import content_of
 from bfsys.data.storage.remote import WrongContentError
 from bfsys.data.streaming.augment import Augmentation
 from bfsys.data.streaming.byte_transforms import apply
@@ -61,6 +62,7 @@ class RawBatch:
     samples: np.ndarray  # int64 [samples]
     second_labels: np.ndarray | None = None  # int64 [samples]
     second_share: np.ndarray | None = None  # float32 [samples]
+    content: np.ndarray | None = None  # float16 [samples, rows, columns]
     bad: tuple[BadSample, ...] = ()
     replaced: int = 0
     slow: bool = False
@@ -78,6 +80,7 @@ class Example(NamedTuple):
     label: int
     second_label: int
     second_share: float
+    shown: np.ndarray | None = None  # what it shows: float16 [rows, columns]
 
 
 class BadFileError(Exception):
@@ -88,10 +91,16 @@ class ShardReader:
     """Reads micro-batches of one or more sources."""
 
     def __init__(
-        self, sources: Sources, *, seed: int = 0, bad_from: Sequence[dict[int, int]] = (), replace_bad: bool = True
+        self,
+        sources: Sources,
+        *,
+        seed: int = 0,
+        bad_from: Sequence[dict[int, int]] = (),
+        replace_bad: bool = True,
+        with_content: bool = False,
     ) -> None:
         """`bad_from[s]` is what the quarantine says of source s: {sample: first step that it is bad at}. Without
-        `replace_bad`, bad samples are left out."""
+        `replace_bad`, bad samples are left out. `with_content`: what files show is decoded too."""
         self.splits, self.label_maps, self.names = sources.splits, sources.label_maps, sources.origins
         self.seed, self.transforms, self.replace_bad = seed, sources.transforms, replace_bad
         self.augmentations, self.jitters = sources.augmentations, sources.jitters
@@ -102,7 +111,8 @@ class ShardReader:
         # out takes long, and each has thousands of samples.
         self._lost: dict[tuple[int, int], str] = {}
         self._failing: set[tuple[int, int]] = set()
-        self.is_plain = not self.transforms and not any(self.augmentations) and not any(self.jitters)
+        self.with_content = with_content
+        self.is_plain = not (self.transforms or any(self.augmentations) or any(self.jitters) or with_content)
         self.position = np.zeros(2, np.int64)
         """(source, sample) that is being read with care, for whoever shares this memory."""
 
@@ -182,7 +192,7 @@ class ShardReader:
     def _read_slowly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> RawBatch:
         """One by one: with stand-ins for bad samples, augmented and transformed as the run asks for."""
         bad: list[BadSample] = []
-        parts, labels, origins, seconds, shares, replaced = [], [], [], [], [], 0
+        parts, labels, origins, seconds, shares, shown, replaced = [], [], [], [], [], [], 0
         drawn = zip(wanted.source.tolist(), wanted.sample.tolist(), wanted.epoch.tolist(), strict=True)
         for source, sample, epoch in drawn:
             for number in self._candidates(source, sample, epoch):
@@ -193,6 +203,7 @@ class ShardReader:
                     origins.append((source, number))
                     seconds.append(made.second_label)
                     shares.append(made.second_share)
+                    shown.append(made.shown)
                     replaced += number != sample
                     break
             else:
@@ -217,6 +228,7 @@ class ShardReader:
             origin[:, 1].copy(),
             np.array(seconds, np.int64) if mixed else None,
             np.array(shares, np.float32) if mixed else None,
+            np.array(shown) if self.with_content else None,
             tuple(bad),
             replaced,
         )
@@ -241,7 +253,8 @@ class ShardReader:
                 made = made._replace(content=np.frombuffer(jitter(content.tobytes(), rng), np.uint8))
             if augmentation:
                 made, rng = self._augmented(augmentation, made, source, sample, epoch, step, bad)
-            return made._replace(content=apply(self.transforms, made.content, rng))
+            shown = content_of(made.content.tobytes()) if self.with_content else None
+            return made._replace(content=apply(self.transforms, made.content, rng), shown=shown)
         except BadFileError as error:
             self._set_aside(source, sample, step, str(error), bad)
             return None

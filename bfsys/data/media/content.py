@@ -1,0 +1,83 @@
+"""The content of a picture or sound as a small table, whose rows follow the order of the file: what the content loss
+(model/content_head.py) has the tokens predict.
+
+A picture becomes ROWS strips from top to bottom, a sound ROWS short spectra from its beginning to its end. Nearly all
+formats store both in this order, so a token's place in the file is about the place of what it shows, also where the
+bytes are compressed and no exact place exists.
+
+Only training decodes files for this. Refused: exact places by a parser of each format, which knows the pixels of a TIFF
+but not those of a progressive JPEG, and which gained nothing on PNG (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import numpy as np
+
+from bfsys.data.media.input_formats import kind_of
+from bfsys.data.media.pictures import decode_image
+from bfsys.data.media.sounds import Clip, decode_audio
+
+ROWS, COLUMNS = 64, 48
+COLOURS = 3
+WINDOW_S = 0.032
+LOWEST_HZ = 60.0
+LONGEST_S = 120.0  # Longer sounds have no table; each would be decoded in every epoch
+# Power, relative to the loudest of a sound, below which everything counts as silence
+SILENCE, LEAST_POWER = 1e-4, 1e-9
+# Added to a table's standard deviation, so that a uniform picture or silence is not made of its noise
+LEAST_PICTURE_DEVIATION, LEAST_SOUND_DEVIATION = 0.1, 1e-3
+
+
+def content_of(data: bytes) -> np.ndarray:
+    """float16 [ROWS, COLUMNS] with mean 0 and standard deviation 1 or less; NaN for a file that is no picture or sound,
+    or cannot be decoded."""
+    kind = kind_of(np.frombuffer(data, np.uint8))
+    try:
+        if kind and kind.modality == "image":
+            return _normalised(_strips(decode_image(data)), LEAST_PICTURE_DEVIATION)
+        if kind:
+            clip = decode_audio(data, LONGEST_S)
+            if len(clip.wave) <= LONGEST_S * clip.rate_hz:
+                return _normalised(_spectra(clip), LEAST_SOUND_DEVIATION)
+    except MemoryError:
+        raise
+    except Exception:  # decoders raise anything; the model takes bytes, whether or not they can be decoded
+        pass
+    return np.full((ROWS, COLUMNS), np.nan, np.float16)
+
+
+def _normalised(table: np.ndarray, least_deviation: float) -> np.ndarray:
+    return ((table - table.mean()) / (table.std() + least_deviation)).astype(np.float16)
+
+
+def _strips(pixels: np.ndarray) -> np.ndarray:
+    """float32 [ROWS, COLUMNS]: the means of 16 cells of each strip, in three colours."""
+    from PIL import Image
+
+    small = Image.fromarray(pixels).resize((COLUMNS // COLOURS, ROWS), Image.Resampling.BOX)
+    return np.asarray(small, np.float32).reshape(ROWS, COLUMNS) / 255
+
+
+def _spectra(clip: Clip) -> np.ndarray:
+    """float32 [ROWS, COLUMNS]: logarithms of the power in mel bands, of windows whose middles divide the sound
+    evenly."""
+    width = max(2, round(WINDOW_S * clip.rate_hz))
+    padded = np.pad(clip.wave, (width, width))
+    middle = (np.arange(ROWS) + 0.5) / ROWS * len(clip.wave) + width
+    frames = padded[(middle - width / 2).astype(int)[:, None] + np.arange(width)]
+    spectrum = np.fft.rfft(frames * np.hanning(width).astype(np.float32), n=2 * width, axis=1)
+    power = np.abs(spectrum).astype(np.float32) ** 2 @ _mel_bands(clip.rate_hz, width)
+    return np.log(power + SILENCE * power.max() + LEAST_POWER)
+
+
+@functools.lru_cache(maxsize=8)
+def _mel_bands(rate_hz: int, width: int) -> np.ndarray:
+    """float32 [width + 1, COLUMNS]"""
+    from torchaudio.functional import melscale_fbanks
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # low rates leave some bands empty
+        return melscale_fbanks(width + 1, LOWEST_HZ, rate_hz / 2, COLUMNS, rate_hz).numpy()

@@ -1,0 +1,37 @@
+"""The content loss: while it trains, a model also predicts what each part of a file shows.
+
+A class is a few bits per file. What a file shows is a whole picture or spectrogram, so a model that predicts it learns
+how bytes become shapes and sounds from far fewer files. Nothing of this is in the model that answers: evaluation,
+prediction and exports have no content head and decode nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bfsys.data.media.content import COLUMNS, ROWS
+from bfsys.model.attention import segment_mean
+
+PREFIX = "content_head."  # of the names of its parameters
+# Rows that a token predicts, relative to the one at its own place: a twelfth of the file before it and after it too
+AROUND = (-5, 0, 5)
+
+
+class ContentHead(nn.Module):
+    """Tokens after the last norm [N, D], tokens per file [B] and tables of content [B, ROWS, COLUMNS] -> mean squared
+    error of each file [B], in float32. A file whose table is NaN has error 0."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.rows = nn.Linear(dim, len(AROUND) * COLUMNS)
+
+    def forward(self, x: Tensor, counts: Tensor, content: Tensor) -> Tensor:
+        file = torch.repeat_interleave(counts, output_size=len(x))
+        place = torch.arange(len(x), device=x.device) - (counts.cumsum(0) - counts)[file]
+        row = (2 * place + 1) * ROWS // (2 * counts[file])
+        wanted = (row[:, None] + torch.tensor(AROUND, device=x.device)).clamp(0, ROWS - 1)
+        target = content[file[:, None], wanted].to(torch.promote_types(x.dtype, torch.float32)).flatten(1)
+        error = self.rows(x).to(target.dtype) - target.nan_to_num()
+        squared = (error * ~target.isnan()).square().mean(1, keepdim=True)
+        return segment_mean(squared, counts)[:, 0]
