@@ -9,7 +9,7 @@ from bfsys.config import Config, Optim
 from bfsys.data.streaming.datasets import make_plan, open_training
 from bfsys.data.streaming.loader import training_batches
 from bfsys.dist import Ranks
-from bfsys.loss import loss_and_sums
+from bfsys.loss import LOSS, training_loss
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import learning_rate
 
@@ -60,7 +60,10 @@ def train_plainly(config: Config) -> tuple[list[float], list[float], dict[str, T
     sources = open_training(config)
     batches = training_batches(config, sources, make_plan(config, sources), ALONE, first_step=0)
     torch.manual_seed(config.train.seed)
-    model = ByteFormer(config.model.architecture(), len(sources.classes), init=config.model.init)
+    with_content = config.optim.content_loss > 0
+    model = ByteFormer(
+        config.model.architecture(), len(sources.classes), init=config.model.init, with_content=with_content
+    )
     by_muon = PlainMuon.matrices_of(model) if config.optim.name == "muon" else []
     rest = [p for p in model.parameters() if not any(p is q for q in by_muon)]
     groups = [
@@ -76,9 +79,9 @@ def train_plainly(config: Config) -> tuple[list[float], list[float], dict[str, T
     for step in range(config.train.steps):
         total = 0.0
         for _ in range(config.data.lanes):
-            loss, _ = loss_and_sums(model(batch := next(batches)), batch, 2, config.optim.label_smoothing)
+            loss, sums = training_loss(model(batch := next(batches)), batch, 2, config.optim)
             (loss / config.data.batch_samples).backward()
-            total += loss.item()
+            total += sums[:, LOSS].sum().item()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)))
         rate = learning_rate(step, config.train.steps, config.optim)
         for optimizer in optimizers:

@@ -14,8 +14,8 @@ from bfsys.data.media.content import COLUMNS, ROWS
 from bfsys.model.attention import segment_mean
 
 PREFIX = "content_head."  # of the names of its parameters
-# Rows that a token predicts, relative to the one at its own place: a twelfth of the file before it and after it too
-AROUND = (-5, 0, 5)
+# A token predicts three rows: the one at its own place, and those so many rows, a twelfth of the file, before and after
+REACH = 5
 
 
 class ContentHead(nn.Module):
@@ -24,13 +24,14 @@ class ContentHead(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.rows = nn.Linear(dim, len(AROUND) * COLUMNS)
+        self.rows = nn.Linear(dim, 3 * COLUMNS)
 
     def forward(self, x: Tensor, counts: Tensor, content: Tensor) -> Tensor:
         file = torch.repeat_interleave(counts, output_size=len(x))
         place = torch.arange(len(x), device=x.device) - (counts.cumsum(0) - counts)[file]
         row = (2 * place + 1) * ROWS // (2 * counts[file])
-        wanted = (row[:, None] + torch.tensor(AROUND, device=x.device)).clamp(0, ROWS - 1)
+        around = REACH * torch.arange(-1, 2, device=x.device)
+        wanted = (row[:, None] + around).clamp(0, ROWS - 1)
         target = content[file[:, None], wanted].to(torch.promote_types(x.dtype, torch.float32)).flatten(1)
         error = self.rows(x).to(target.dtype) - target.nan_to_num()
         squared = (error * ~target.isnan()).square().mean(1, keepdim=True)

@@ -93,7 +93,7 @@ def training_batches(
             quarantine.found(fetched.bad)
             if fetched.slow:
                 requests.to_announce = ANNOUNCED_AFTER_SLOW
-            batch = _byte_batch(fetched)
+            batch = _byte_batch(fetched, pinned)
             del fetched  # a slot is in use as long as something refers to it
             yield batch
             del batch
@@ -308,7 +308,8 @@ def _pinned_buffer(size_bytes: int) -> np.ndarray:
     return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
 
 
-def _byte_batch(fetched: RawBatch) -> ByteBatch:
+def _byte_batch(fetched: RawBatch, pinned: bool = False) -> ByteBatch:
+    content = None if fetched.content is None else torch.from_numpy(fetched.content)
     return ByteBatch(
         data=torch.from_numpy(fetched.data),
         offsets=torch.from_numpy(fetched.offsets),
@@ -317,6 +318,6 @@ def _byte_batch(fetched: RawBatch) -> ByteBatch:
         samples=torch.from_numpy(fetched.samples),
         second_labels=None if fetched.second_labels is None else torch.from_numpy(fetched.second_labels),
         second_share=None if fetched.second_share is None else torch.from_numpy(fetched.second_share),
-        content=None if fetched.content is None else torch.from_numpy(fetched.content),
+        content=content.pin_memory() if pinned and content is not None else content,
         replaced=fetched.replaced,
     )

@@ -1,0 +1,124 @@
+"""The tables of what files show follow the order of the file, whatever its format."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from bfsys.data.media import content
+from bfsys.data.media.content import COLUMNS, ROWS, content_of
+
+RATE_HZ = 8000
+
+
+def picture(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def sound(wave: np.ndarray, kind: str = "WAV", rate_hz: int = RATE_HZ) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate_hz, format=kind)
+    return file.getvalue()
+
+
+def tones(*frequencies_hz: float, seconds: float = 0.5) -> np.ndarray:
+    time = np.arange(round(seconds * RATE_HZ)) / RATE_HZ
+    return np.concatenate([0.5 * np.sin(2 * np.pi * f * time) for f in frequencies_hz])
+
+
+UPPER_HALF_RED = np.zeros((40, 30, 3), np.uint8)
+UPPER_HALF_RED[:20, :, 0] = 255
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "JPEG", "WEBP", "GIF"])
+def test_rows_of_a_picture_are_its_strips_from_top_to_bottom(kind: str) -> None:
+    table = content_of(picture(UPPER_HALF_RED, kind)).astype(np.float32)
+    assert table.shape == (ROWS, COLUMNS)
+    red, green, blue = table.reshape(ROWS, -1, 3).mean(1).T
+    assert (red[: ROWS // 2 - 2] > 1).all()
+    assert (red[ROWS // 2 + 2 :] < 0).all()
+    assert np.ptp(green) < 0.3
+    assert np.ptp(blue) < 0.3
+
+
+def test_cells_of_a_strip_run_from_left_to_right() -> None:
+    pixels = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 64, 0).repeat(3, 2)
+    cells = content_of(picture(pixels)).astype(np.float32).reshape(ROWS, -1, 3)
+    assert (np.diff(cells, axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3", "AIFF"])
+def test_rows_of_a_sound_are_its_spectra_from_beginning_to_end(kind: str) -> None:
+    table = content_of(sound(tones(300, 2500), kind)).astype(np.float32)
+    assert table.shape == (ROWS, COLUMNS)
+    loudest = table.argmax(1)
+    low, high = loudest[4 : ROWS // 2 - 4], loudest[ROWS // 2 + 4 : -4]
+    assert np.ptp(low) == 0
+    assert np.ptp(high) == 0
+    assert low[0] < COLUMNS / 3 < COLUMNS * 2 / 3 < high[0]
+
+
+def test_loudness_and_contrast_do_not_matter() -> None:
+    loud, quiet = (content_of(sound(share * tones(300, 900))).astype(np.float32) for share in (1, 0.1))
+    np.testing.assert_allclose(loud, quiet, atol=0.05)
+    table = content_of(picture(UPPER_HALF_RED)).astype(np.float32)
+    assert abs(table.mean()) < 1e-3
+    assert 0.5 < table.std() <= 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"a text", id="neither picture nor sound"),
+        pytest.param(b"", id="empty"),
+        pytest.param(picture(UPPER_HALF_RED)[:60], id="cut picture"),
+        pytest.param(sound(tones(300))[:50], id="cut sound"),
+    ],
+)
+def test_files_that_cannot_be_decoded_have_none(data: bytes) -> None:
+    assert np.isnan(content_of(data)).all()
+
+
+def test_long_sounds_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = sound(tones(300, seconds=1.0))
+    assert not np.isnan(content_of(data)).any()
+    monkeypatch.setattr(content, "LONGEST_S", 0.9)
+    assert np.isnan(content_of(data)).all()
+
+
+@pytest.mark.parametrize("data", [picture(np.full((9, 9, 3), 7, np.uint8)), sound(np.zeros(800))])
+def test_nothing_to_see_or_hear_is_a_finite_table(data: bytes) -> None:
+    table = content_of(data).astype(np.float32)
+    assert np.isfinite(table).all()
+    assert np.abs(table).max() < 0.01
+
+
+def test_want_of_memory_is_no_property_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(content, "decode_image", hungry)
+    with pytest.raises(MemoryError):
+        content_of(picture(UPPER_HALF_RED))
+
+
+@given(st.sampled_from([picture(UPPER_HALF_RED), picture(UPPER_HALF_RED, "JPEG"), sound(tones(300)[:900])]), st.data())
+def test_damaged_files_have_a_table_or_none(whole: bytes, data: st.DataObject) -> None:
+    damaged = bytearray(whole)
+    for place in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=8)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    table = content_of(bytes(damaged))
+    assert table.shape == (ROWS, COLUMNS)
+    assert np.isnan(table).all() or np.isfinite(table).all()
+
+
+@given(st.integers(1, 40), st.sampled_from([1000, 8000, 44100]))
+def test_short_sounds_of_any_rate_have_a_finite_table(samples: int, rate_hz: int) -> None:
+    table = content_of(sound(np.random.default_rng(samples).uniform(-1, 1, samples), rate_hz=rate_hz))
+    assert np.isfinite(table).all()
