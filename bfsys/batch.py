@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 NO_LABEL = -1
+# Of the table of what a file shows
+CONTENT_ROWS, CONTENT_COLUMNS = 64, 48
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class ByteBatch:
     samples  int64 [B], position of the file in its source's index, or -1 if it has none
     second_labels, second_share   int64 [B] and float32 [B]: with mixup, the class of the other sound in a file and
              how much of the target is that class's; None where nothing is mixed
-    content  float16 [B, rows, columns]: what each file shows (data/media/content.py), for the content loss; None
-             without it
+    content  float16 [B, CONTENT_ROWS, CONTENT_COLUMNS]: what each file shows (data/media/content.py), for the content
+             loss; None without it
     replaced how many of the files stand in for others that could not be read
     """
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bfsys.data.media.content import COLUMNS, ROWS
+from bfsys.batch import CONTENT_COLUMNS as COLUMNS
+from bfsys.batch import CONTENT_ROWS as ROWS
 from bfsys.model.attention import segment_mean
 
 PREFIX = "content_head."  # of the names of its parameters

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from bfsys.batch import CONTENT_COLUMNS as COLUMNS
+from bfsys.batch import CONTENT_ROWS as ROWS
 from bfsys.batch import ByteBatch, Sample
-from bfsys.data.media.content import COLUMNS, ROWS
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.content_head import PREFIX, REACH, ContentHead
 from bfsys.model.sizes import architecture

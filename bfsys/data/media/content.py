@@ -1,7 +1,7 @@
 """The content of a picture or sound as a small table, whose rows follow the order of the file: what the content loss
 (model/content_head.py) has the tokens predict.
 
-A picture becomes ROWS strips from top to bottom, a sound ROWS short spectra from its beginning to its end. Nearly all
+A picture becomes strips from top to bottom, a sound short spectra from its beginning to its end. Nearly all
 formats store both in this order, so a token's place in the file is about the place of what it shows, also where the
 bytes are compressed and no exact place exists.
 
@@ -16,11 +16,12 @@ import warnings
 
 import numpy as np
 
+from bfsys.batch import CONTENT_COLUMNS as COLUMNS
+from bfsys.batch import CONTENT_ROWS as ROWS
 from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.pictures import decode_image
 from bfsys.data.media.sounds import Clip, decode_audio
 
-ROWS, COLUMNS = 64, 48
 COLOURS = 3
 WINDOW_S = 0.032
 LOWEST_HZ = 60.0
