@@ -301,7 +301,7 @@ class Train:
 # Values that a recipe sets if the config does not. The recommended recipe learns faster from few files
 # (docs/experiments.md).
 RECIPES: dict[str, dict] = {
-    "recommended": {"model": {"init": "smooth"}, "optim": {"name": "muon", "clip_norm": 1.0}},
+    "recommended": {"model": {"init": "smooth"}, "optim": {"name": "muon", "clip_norm": 1.0, "content_loss": 5.0}},
 }
 
 
@@ -317,8 +317,8 @@ class Config:
     train: Train = field(default_factory=Train)
     recipe: Literal["published", "recommended"] = "published"
     """Defaults of model and optim. published: those that are documented here. recommended: model.init is smooth,
-    optim.name muon and optim.clip_norm 1, which learns faster from small datasets. A run's own config.yaml gives every
-    value, so the recipe changes nothing there."""
+    optim.name muon, optim.clip_norm 1 and optim.content_loss 5, which learns faster from small datasets. A run's own
+    config.yaml gives every value, so the recipe changes nothing there."""
     name: str = ""
     """Name of the run's directory; default: the config file's name."""
     runs_dir: Location = "runs"

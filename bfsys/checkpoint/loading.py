@@ -204,8 +204,9 @@ def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
         problems.append(f"classes: {len(manifest['classes'])} then, {len(facts['classes'])} now, or other names")
     if theirs["optim"] != ours["optim"] or theirs["model"].get("init") != ours["model"].get("init"):
         problems.append(
-            "a config's `recipe` decides optim.name and model.init; a run that was trained with the published one and "
-            "with clipping resumes with recipe=published optim.clip_norm=1"
+            "a config's `recipe` decides optim.name, optim.content_loss and model.init; a run that was trained with "
+            "the published one and with clipping resumes with recipe=published optim.clip_norm=1, and one of an "
+            "earlier version, which had no content loss, with optim.content_loss=0"
         )
     if problems:
         place = "the object store" if origin else "the run directory"

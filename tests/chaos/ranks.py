@@ -23,7 +23,7 @@ def train_watched(config: str, overrides: Sequence[str], folder: str, poison: di
     path = f"{folder}/rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}.audit"
     train.training_batches = audited(train.training_batches, path)
     if poison:
-        train.loss_and_sums = poisoned(train.loss_and_sums, **poison)
+        train.training_loss = poisoned(train.training_loss, **poison)
     ranks = ranks_from_environment()
     dist.hard_exit(exit_code_of(lambda: train.train_rank(load_config(config, overrides), ranks)))
 
@@ -34,12 +34,12 @@ def train_several(config: str, runs: Sequence[tuple[Sequence[str], Sequence[dict
     from bfsys.config import load_config
     from bfsys.ranks import ranks_from_environment
 
-    ranks, loss_and_sums = ranks_from_environment(), train.loss_and_sums
+    ranks, training_loss = ranks_from_environment(), train.training_loss
     dist.start(ranks, timeout_s=60)
     for overrides, poisons in runs:
-        train.loss_and_sums = loss_and_sums
+        train.training_loss = training_loss
         for poison in poisons:
-            train.loss_and_sums = poisoned(train.loss_and_sums, **poison)
+            train.training_loss = poisoned(train.training_loss, **poison)
         assert train.train(load_config(config, overrides), ranks) == 0
     dist.hard_exit(0)
 
@@ -59,13 +59,13 @@ def audited(training_batches, path: str):
     return batches
 
 
-def poisoned(loss_and_sums, kind: str, samples: Sequence[Sequence[int]]):
+def poisoned(training_loss, kind: str, samples: Sequence[Sequence[int]]):
     """The loss of micro-batches with one of these (source, sample): no number, with gradients that are none, or much
     too large."""
     wanted = {tuple(pair) for pair in samples}
 
     def loss(logits, batch, *rest):
-        total, sums = loss_and_sums(logits, batch, *rest)
+        total, sums = training_loss(logits, batch, *rest)
         if logits.requires_grad and wanted & set(zip(batch.sources.tolist(), batch.samples.tolist(), strict=True)):
             if kind == "gradient":
                 total = total + (logits.float().sum() * 0).sqrt()  # 0, whose gradient is 0 * inf
