@@ -63,7 +63,8 @@ def unmixed(config: Config) -> Sources:
 
 
 def batches_for_training(config: Config, sources: Sources, steps: int) -> Iterator[ByteBatch]:
-    config = replace(config, train=replace(config.train, steps=steps))
+    optim = replace(config.optim, content_loss=0.0)  # these models predict classes alone
+    config = replace(config, optim=optim, train=replace(config.train, steps=steps))
     return training_batches(config, sources, make_plan(config, sources), Ranks(), first_step=0)
 
 

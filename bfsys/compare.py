@@ -20,6 +20,7 @@ from typing import Any
 
 from bfsys import typed_yaml
 from bfsys.checkpoint.files import (
+    CONTENT_HEAD,
     METRICS,
     all_checkpoints,
     evaluations,
@@ -147,7 +148,7 @@ def _parameters(run_dir: Path) -> int | None:
     for path in reversed(all_checkpoints(run_dir)):
         manifest, _ = manifest_or_problems(path)
         if manifest:
-            return sum(map(math.prod, manifest["shapes"].values()))
+            return sum(math.prod(s) for name, s in manifest["shapes"].items() if not name.startswith(CONTENT_HEAD))
     return None
 
 

@@ -242,7 +242,8 @@ class Optim:
     """Label smoothing, in training only."""
     content_loss: NotNegative = 0.0
     """Weight of the content loss: in training, tokens also predict what the picture or sound shows at their place, for
-    which the loader decodes it (data/media/content.py). 0: none, and nothing is decoded (published)."""
+    which the loader decodes it (data/media/content.py). 0: none, and nothing is decoded (published). It has no effect
+    together with data.byte_transforms, which move or hide what bytes show."""
     ema_decay: Share = 0.9999
     """Decay of the averaged copy of the weights, which evaluations during training, bfsys.evaluate and bfsys.predict
     use; 0 keeps no average."""
@@ -327,6 +328,11 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def content_weight(self) -> float:
+        """The weight of the content loss as it is applied."""
+        return 0.0 if self.data.byte_transforms else self.optim.content_loss
 
     @property
     def copy_url(self) -> str:

@@ -84,7 +84,7 @@ def notes_on_start(data: RunData) -> list[str]:
     """The weights that train.init_from would copy; raises UserError if that is impossible."""
     classes = data.training.classes
     with torch.device("meta"):
-        model = ByteFormer(data.config.model.architecture(), len(classes))
+        model = ByteFormer(data.config.model.architecture(), len(classes), with_content=data.config.content_weight > 0)
     return initial_weights(model, data.config, classes, Ranks())[1]
 
 

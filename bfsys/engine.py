@@ -88,7 +88,7 @@ class Engine:
         return self._engine.module
 
     def forward(self, batch: ByteBatch) -> Tensor:
-        """Logits [B, classes]; collective at stage 3."""
+        """What the model gives for a batch: logits [B, classes], and with content a pair; collective at stage 3."""
         return self._engine(batch)
 
     def backward(self, loss_sum: Tensor) -> None:

@@ -15,11 +15,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from bfsys import dist
-from bfsys.checkpoint.files import find_whole
+from bfsys.checkpoint.files import CONTENT_HEAD, find_whole
 from bfsys.checkpoint.loading import read_weights
 from bfsys.config import Config
 from bfsys.errors import UserError
-from bfsys.model.content_head import PREFIX as CONTENT_HEAD
 
 HEAD = ("head.weight", "head.bias")
 POSITIONS = "stem.positions"
@@ -64,7 +63,10 @@ def _take_over(
         )
         notes.append(f"  {both:,} of {their_rows:,} positions are taken over; {rest}")
         weights[POSITIONS][:both] = theirs.pop(POSITIONS)[:both]
-    if not config.optim.content_loss:
+    if config.content_weight and not their_config.content_weight:
+        notes.append("  the content head starts from new weights: there is none there")
+    elif their_config.content_weight and not config.content_weight:
+        notes.append("  the content head is left out: this run has none")
         theirs = {name: value for name, value in theirs.items() if not name.startswith(CONTENT_HEAD)}
     if their_config.model.mode != config.model.mode:
         notes.append(f"  model.mode was {their_config.model.mode} there and is {config.model.mode} here")

@@ -8,19 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bfsys.batch import ByteBatch
-from bfsys.config import Optim
+from bfsys.config import Config
 
 LOSS, TOP1, TOP5, SAMPLES, CONTENT = range(5)  # columns of the sums
 COLUMNS = 5
 
 
 def training_loss(
-    outputs: Tensor | tuple[Tensor, Tensor], batch: ByteBatch, num_sources: int, optim: Optim
+    outputs: Tensor | tuple[Tensor, Tensor], batch: ByteBatch, num_sources: int, config: Config
 ) -> tuple[Tensor, Tensor]:
     """The loss whose gradient a micro-batch adds, and what was summed per source; from what a model gives for it."""
     logits, errors = outputs if isinstance(outputs, tuple) else (outputs, None)
-    loss, sums = loss_and_sums(logits, batch, num_sources, optim.label_smoothing, errors)
-    return (loss if errors is None else loss + optim.content_loss * errors.sum()), sums
+    loss, sums = loss_and_sums(logits, batch, num_sources, config.optim.label_smoothing, errors)
+    return (loss if errors is None else loss + config.content_weight * errors.sum()), sums
 
 
 def loss_and_sums(

@@ -8,16 +8,18 @@ not that of its gradient.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from bfsys.batch import ByteBatch, Sample
+from bfsys.batch import CONTENT_COLUMNS, CONTENT_ROWS, ByteBatch, Sample
 from bfsys.data.streaming.run_data import RunData
 from bfsys.dist import Ranks
 from bfsys.engine import Engine
 from bfsys.errors import UserError
-from bfsys.loss import loss_and_sums
+from bfsys.loss import training_loss
 from bfsys.micro_batches import largest_micro_batch
 
 
@@ -28,11 +30,14 @@ def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
         return []
     lengths, tokens = largest_micro_batch(data, ranks, engine.micro_batches)
     batch = ByteBatch.from_samples([Sample("", np.zeros(n, np.uint8), label=0) for n in lengths.tolist()])
+    if data.config.content_weight:
+        content = torch.zeros(len(lengths), CONTENT_ROWS, CONTENT_COLUMNS, dtype=torch.float16)
+        batch = replace(batch, content=content)
     try:
         batch = batch.to(ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=engine.uses_autocast):
-            logits = engine.module(batch)  # not through the engine, which would expect a backward pass of its own
-        loss, _ = loss_and_sums(logits, batch, len(data.training.splits), data.config.optim.label_smoothing)
+            outputs = engine.module(batch)  # not through the engine, which would expect a backward pass of its own
+        loss, _ = training_loss(outputs, batch, len(data.training.splits), data.config)
         return list(torch.autograd.grad(loss, list(engine.module.parameters()), allow_unused=True))
     except torch.OutOfMemoryError as error:
         raise UserError(

@@ -37,7 +37,7 @@ from bfsys.engine import Engine
 from bfsys.errors import EXIT_CRASHED, UserError, one_line
 from bfsys.evaluate import evaluate
 from bfsys.init_from import initial_weights
-from bfsys.loss import training_loss
+from bfsys.loss import LOSS, training_loss
 from bfsys.micro_batches import agree_on_micro_batches
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import ema_decay, learning_rate
@@ -70,7 +70,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             config.model.activation_checkpointing,
             compiled=config.model.compiled and ranks.device.type == "cuda",
             init=config.model.init,
-            with_content=config.optim.content_loss > 0,
+            with_content=config.content_weight > 0,
         )
         weights: dict[str, Tensor] = {}
         if directory.is_new:
@@ -143,10 +143,10 @@ def train_step(
         beat(f"step {step + 1}: forward and backward")
         sources, samples, batch = batch.sources, batch.samples, batch.to(engine.device)
         outputs = engine.forward(batch)
-        loss, sums = training_loss(outputs, batch, len(data.training.splits), config.optim)
+        loss, sums = training_loss(outputs, batch, len(data.training.splits), config)
         engine.backward(loss)
         supervisor.metrics.count(batch, sums)
-        drawn.append(Drawn(sources, samples, loss.detach()))
+        drawn.append(Drawn(sources, samples, sums[:, LOSS].sum()))
     if not drawn:
         return StepOutcome(drawn, rate, 0.0, has_updated=False)
     beat(f"step {step + 1}: update")

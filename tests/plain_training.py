@@ -60,7 +60,7 @@ def train_plainly(config: Config) -> tuple[list[float], list[float], dict[str, T
     sources = open_training(config)
     batches = training_batches(config, sources, make_plan(config, sources), ALONE, first_step=0)
     torch.manual_seed(config.train.seed)
-    with_content = config.optim.content_loss > 0
+    with_content = config.content_weight > 0
     model = ByteFormer(
         config.model.architecture(), len(sources.classes), init=config.model.init, with_content=with_content
     )
@@ -79,7 +79,7 @@ def train_plainly(config: Config) -> tuple[list[float], list[float], dict[str, T
     for step in range(config.train.steps):
         total = 0.0
         for _ in range(config.data.lanes):
-            loss, sums = training_loss(model(batch := next(batches)), batch, 2, config.optim)
+            loss, sums = training_loss(model(batch := next(batches)), batch, 2, config)
             (loss / config.data.batch_samples).backward()
             total += sums[:, LOSS].sum().item()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)))

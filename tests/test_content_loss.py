@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,18 @@ import pytest
 import torch
 import yaml
 
+from bfsys.checkpoint.files import CONTENT_HEAD
 from bfsys.checkpoint.loading import load_model
 from bfsys.cli import call
+from bfsys.compare import read_run
 from bfsys.config import load_config
-from bfsys.model.content_head import PREFIX
+from bfsys.errors import UserError
 from bfsys.predict import load
 from tests.conftest import _run_ranks, tiny_config
 from tests.plain_training import train_plainly
 from tests.test_augmented import write_files
 from tests.test_train import assert_near, assert_success, cut_short, lines, losses, newest, tensors
+from tools.bench import compare_training
 
 STAGES = (0, 1, 2, 3)
 
@@ -42,7 +46,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     resumed = [f"name=s{stage}-resumed train.zero_stage={stage} data.workers=1" for stage in (1, 3)]
     start = f"train.init_from={folder}/runs/s1 train.steps=2"
     tuned = [f"name=tuned {start}", f"name=tuned-without {start} optim.content_loss=0"]
-    assert_success(_run_ranks(2, ["tests/worker.py", str(path), *resumed, *tuned]))
+    # The weight may change at a resume, and the loss that is judged for spikes does not.
+    shutil.copytree(folder / "runs" / "s0", folder / "runs" / "heavier")
+    heavier = "name=heavier train.zero_stage=0 train.steps=12 optim.content_loss=1000 optim.lr=1e-6 optim.final_lr=0"
+    moved = "name=moved train.steps=2 data.byte_transforms=[reverse]"
+    assert_success(_run_ranks(2, ["tests/worker.py", "--rehearse", str(path), *resumed, *tuned, heavier, moved]))
     return path, folder / "runs"
 
 
@@ -71,14 +79,14 @@ def test_a_run_resumes_to_the_bit_with_other_workers(stage: int, runs: tuple[Pat
     assert [line["content_loss"] for line in lines(resumed)] == [line["content_loss"] for line in lines(whole)]
     for state in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         one, other = tensors(newest(whole), state), tensors(newest(resumed), state)
-        assert any(name.startswith(PREFIX) for name in one)
+        assert any(name.startswith(CONTENT_HEAD) for name in one)
         assert all(torch.equal(one[name], other[name]) for name in one), state
 
 
 def test_the_model_that_answers_has_no_content_head(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run = runs[1] / "s1"
     model, _, _ = load_model(run)
-    assert not any(name.startswith(PREFIX) for name in model.state_dict())
+    assert not any(name.startswith(CONTENT_HEAD) for name in model.state_dict())
     call("export", [str(run), str(tmp_path / "model")])
     files = [np.arange(200, dtype=np.uint8).tobytes(), b"another file"]
     expected = load(str(run)).probabilities(files)
@@ -89,7 +97,28 @@ def test_weights_are_taken_over_with_the_head_or_without_it(runs: tuple[Path, Pa
     origin = tensors(newest(runs[1] / "s1"), "ema")
     names = {name: set(tensors(newest(runs[1] / name), "weight")) for name in ("tuned", "tuned-without")}
     assert names["tuned"] == set(origin)
-    assert names["tuned-without"] == {name for name in origin if not name.startswith(PREFIX)}
+    assert names["tuned-without"] == {name for name in origin if not name.startswith(CONTENT_HEAD)}
+
+
+def test_a_larger_weight_at_a_resume_is_no_spike(runs: tuple[Path, Path]) -> None:
+    assert [line["step"] for line in lines(runs[1] / "heavier")] == list(range(1, 13))
+    assert not lines(runs[1] / "heavier", "bad_step")
+
+
+def test_bytes_that_are_moved_have_no_content_loss(runs: tuple[Path, Path]) -> None:
+    assert "content_loss" not in lines(runs[1] / "moved")[0]
+    assert not any(name.startswith(CONTENT_HEAD) for name in tensors(newest(runs[1] / "moved"), "weight"))
+
+
+def test_compare_counts_the_parameters_of_the_model_that_answers(runs: tuple[Path, Path]) -> None:
+    run = runs[1] / "s1"
+    model, _, _ = load_model(run)
+    assert read_run(run).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_the_published_form_has_none(runs: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match=r"optim\.content_loss: got 0\.5; .* add optim\.content_loss=0"):
+        compare_training.main([str(runs[0]), "--steps", "1"])
 
 
 def test_a_run_does_not_go_on_without_it(runs: tuple[Path, Path], run_ranks) -> None:

@@ -44,6 +44,8 @@ T = TypeVar("T")
 FORMAT = 2
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
+# Beginning of the names of parameters that only training has (model/content_head.py)
+CONTENT_HEAD = "content_head."
 LATEST = "latest"
 PAUSES_S = (1.0, 4.0, 10.0)  # before a file is asked for again
 READERS = 16  # threads that read a checkpoint: each hashes without Python's lock, or waits for a file server

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bfsys import dist, typed_yaml
 from bfsys.checkpoint.files import (
+    CONTENT_HEAD,
     MANIFEST,
     METRICS,
     all_checkpoints,
@@ -37,7 +38,6 @@ from bfsys.engine import WEIGHT, Engine
 from bfsys.errors import UserError
 from bfsys.files import replace_file
 from bfsys.model.byteformer import ByteFormer
-from bfsys.model.content_head import PREFIX as CONTENT_HEAD
 from bfsys.optim import EMA
 
 

@@ -81,7 +81,7 @@ class Metrics:
         self.ranks, self.source_names, self.first_step = ranks, source_names, first_step
         self.architecture, self.mode = config.model.architecture(), config.model.mode
         self.num_classes = num_classes
-        self.shows_content_loss = config.optim.content_loss > 0
+        self.shows_content_loss = config.content_weight > 0
         precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.peak_flops_per_s = data_sheet_peak(ranks.device, precision)  # the peak of a rank
         self.matmul_flops_per_s = matrix_peak(ranks.device, precision)  # measured on this rank

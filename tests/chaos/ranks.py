@@ -70,9 +70,10 @@ def poisoned(training_loss, kind: str, samples: Sequence[Sequence[int]]):
             if kind == "gradient":
                 total = total + (logits.float().sum() * 0).sqrt()  # 0, whose gradient is 0 * inf
             elif kind == "loss":  # and gradients that are numbers
-                total = total + float("inf")
+                total, sums = total + float("inf"), sums + float("inf")
             else:
-                total = total * {"nan": float("nan"), "spike": 1e4}[kind]
+                factor = {"nan": float("nan"), "spike": 1e4}[kind]
+                total, sums = total * factor, sums * factor
         return total, sums
 
     return loss

@@ -8,8 +8,9 @@ import torch
 from bfsys.batch import CONTENT_COLUMNS as COLUMNS
 from bfsys.batch import CONTENT_ROWS as ROWS
 from bfsys.batch import ByteBatch, Sample
+from bfsys.checkpoint.files import CONTENT_HEAD
 from bfsys.model.byteformer import ByteFormer
-from bfsys.model.content_head import PREFIX, REACH, ContentHead
+from bfsys.model.content_head import REACH, ContentHead
 from bfsys.model.sizes import architecture
 
 DIM = 8
@@ -71,11 +72,11 @@ def test_an_error_does_not_depend_on_the_other_files() -> None:
 
 def test_the_other_weights_and_the_answers_are_those_of_a_model_without_it() -> None:
     with_it, without = model(), model(with_content=False)
-    assert {name for name, _ in with_it.named_parameters() if name.startswith(PREFIX)} == {
+    assert {name for name, _ in with_it.named_parameters() if name.startswith(CONTENT_HEAD)} == {
         "content_head.rows.weight",
         "content_head.rows.bias",
     }
-    own = {name: value for name, value in with_it.state_dict().items() if not name.startswith(PREFIX)}
+    own = {name: value for name, value in with_it.state_dict().items() if not name.startswith(CONTENT_HEAD)}
     assert own.keys() == without.state_dict().keys()
     assert all(torch.equal(value, without.state_dict()[name]) for name, value in own.items())
     logits, _ = with_it(batch_of(30, 60, content=tables(2)))

@@ -125,6 +125,10 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("train.init_from: both forms start from fresh weights here; leave it out")
     if config.optim.name != "adamw":
         raise UserError("optim.name: got muon; the published form is trained by AdamW: add recipe=published")
+    if config.content_weight:
+        raise UserError(
+            f"optim.content_loss: got {config.content_weight:g}; the published form has none: add optim.content_loss=0"
+        )
     if not 1 <= args.steps <= config.train.steps:
         raise UserError(f"--steps: got {args.steps}, the run has train.steps {config.train.steps}")
     with tempfile.TemporaryDirectory() as folder:

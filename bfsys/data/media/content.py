@@ -19,35 +19,48 @@ import numpy as np
 from bfsys.batch import CONTENT_COLUMNS as COLUMNS
 from bfsys.batch import CONTENT_ROWS as ROWS
 from bfsys.data.media.input_formats import kind_of
-from bfsys.data.media.pictures import decode_image
-from bfsys.data.media.sounds import Clip, decode_audio
+from bfsys.data.media.pictures import decode_image, opened
+from bfsys.data.media.sounds import Clip, Content, decode_audio
 
 COLOURS = 3
 WINDOW_S = 0.032
 LOWEST_HZ = 60.0
-LONGEST_S = 120.0  # Longer sounds have no table; each would be decoded in every epoch
+# Longer sounds and larger pictures have no table: each would be decoded in every epoch, for up to seconds
+LONGEST_S, MOST_PIXELS = 120.0, 2**24
 # Power, relative to the loudest of a sound, below which everything counts as silence
 SILENCE, LEAST_POWER = 1e-4, 1e-9
 # Added to a table's standard deviation, so that a uniform picture or silence is not made of its noise
 LEAST_PICTURE_DEVIATION, LEAST_SOUND_DEVIATION = 0.1, 1e-3
+NONE = np.full((ROWS, COLUMNS), np.nan, np.float16)  # the table of a file that has none
 
 
 def content_of(data: bytes) -> np.ndarray:
-    """float16 [ROWS, COLUMNS] with mean 0 and standard deviation 1 or less; NaN for a file that is no picture or sound,
-    or cannot be decoded."""
+    """float16 [ROWS, COLUMNS] with mean 0 and standard deviation 1 or less; NONE for a file that is no picture or
+    sound, is too large, or cannot be decoded."""
     kind = kind_of(np.frombuffer(data, np.uint8))
     try:
-        if kind and kind.modality == "image":
+        if kind and kind.modality == "image" and not _is_large(data):
             return _normalised(_strips(decode_image(data)), LEAST_PICTURE_DEVIATION)
-        if kind:
-            clip = decode_audio(data, LONGEST_S)
-            if len(clip.wave) <= LONGEST_S * clip.rate_hz:
-                return _normalised(_spectra(clip), LEAST_SOUND_DEVIATION)
+        if kind and kind.modality == "audio" and not _is_long(data):
+            with np.errstate(all="ignore"):  # samples of a float file may be as large as its numbers
+                return _normalised(_spectra(decode_audio(data)), LEAST_SOUND_DEVIATION)
     except MemoryError:
         raise
     except Exception:  # decoders raise anything; the model takes bytes, whether or not they can be decoded
         pass
-    return np.full((ROWS, COLUMNS), np.nan, np.float16)
+    return NONE
+
+
+def _is_large(data: bytes) -> bool:
+    with opened(data) as image:
+        return image.width * image.height > MOST_PIXELS
+
+
+def _is_long(data: bytes) -> bool:
+    import soundfile  # slow to import
+
+    with soundfile.SoundFile(Content(data)) as file:
+        return not file.frames <= LONGEST_S * file.samplerate
 
 
 def _normalised(table: np.ndarray, least_deviation: float) -> np.ndarray:
@@ -70,7 +83,9 @@ def _spectra(clip: Clip) -> np.ndarray:
     middle = (np.arange(ROWS) + 0.5) / ROWS * len(clip.wave) + width
     frames = padded[(middle - width / 2).astype(int)[:, None] + np.arange(width)]
     spectrum = np.fft.rfft(frames * np.hanning(width).astype(np.float32), n=2 * width, axis=1)
-    power = np.abs(spectrum).astype(np.float32) ** 2 @ _mel_bands(clip.rate_hz, width)
+    power = np.abs(spectrum).astype(np.float32) ** 2
+    # Not a product of matrices, whose last bits depend on the number of threads, which machines differ in
+    power = np.einsum("rf,fc->rc", power, _mel_bands(clip.rate_hz, width))
     return np.log(power + SILENCE * power.max() + LEAST_POWER)
 
 

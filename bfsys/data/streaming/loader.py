@@ -75,7 +75,7 @@ def training_batches(
     """
     quarantine = quarantine if quarantine is not None else Quarantine()
     bad_from = [quarantine.bad_from(s.split, name) for s, name in zip(sources.splits, sources.origins, strict=True)]
-    with_content = config.optim.content_loss > 0
+    with_content = config.content_weight > 0
     reader = ShardReader(sources, seed=config.train.seed, bad_from=bad_from, with_content=with_content)
     lanes = lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size)
     pinned = ranks.device.type == "cuda"
@@ -269,7 +269,9 @@ def _naming_files(answers: Iterable, reader: ShardReader, positions: np.ndarray)
                 name = reader.name_of(*worker["position"].tolist())
                 raise RuntimeError(
                     f"{str(error).partition('. ')[0]}; it was at {name}. If it ends there again, pack the dataset "
-                    "without this file; if it was killed by signal 9, memory was short: use fewer data.workers"
+                    "without this file"
+                    + (", or set optim.content_loss=0, which decodes nothing" if reader.with_content else "")
+                    + "; if it was killed by signal 9, memory was short: use fewer data.workers"
                 ) from error
         raise
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from bfsys.data.media.content import content_of
+from bfsys.data.media.content import NONE, content_of
 from bfsys.data.storage.remote import WrongContentError
 from bfsys.data.streaming.augment import Augmentation
 from bfsys.data.streaming.byte_transforms import apply
@@ -112,6 +112,7 @@ class ShardReader:
         self._lost: dict[tuple[int, int], str] = {}
         self._failing: set[tuple[int, int]] = set()
         self.with_content = with_content
+        self._shows_nothing: set[tuple[int, int]] = set()
         self.is_plain = not (self.transforms or any(self.augmentations) or any(self.jitters) or with_content)
         self.position = np.zeros(2, np.int64)
         """(source, sample) that is being read with care, for whoever shares this memory."""
@@ -253,11 +254,22 @@ class ShardReader:
                 made = made._replace(content=np.frombuffer(jitter(content.tobytes(), rng), np.uint8))
             if augmentation:
                 made, rng = self._augmented(augmentation, made, source, sample, epoch, step, bad)
-            shown = content_of(made.content.tobytes()) if self.with_content else None
+            shown = self._shown_by(source, sample, made.content) if self.with_content else None
             return made._replace(content=apply(self.transforms, made.content, rng), shown=shown)
         except BadFileError as error:
             self._set_aside(source, sample, step, str(error), bad)
             return None
+
+    def _shown_by(self, source: int, sample: int, content: np.ndarray) -> np.ndarray:
+        """The table of what a sample shows. One that has none is not decoded again in later epochs: that would take as
+        long again, and decoders print what they find in a damaged file."""
+        if (source, sample) in self._shows_nothing:
+            return NONE
+        table = content_of(content.tobytes())
+        if np.isnan(table).any():
+            self._shows_nothing.add((source, sample))
+            return NONE
+        return table
 
     def _augmented(
         self,

@@ -1,6 +1,9 @@
 """The tables of what files show follow the order of the file, whatever its format."""
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -85,11 +88,53 @@ def test_files_that_cannot_be_decoded_have_none(data: bytes) -> None:
     assert np.isnan(content_of(data)).all()
 
 
-def test_long_sounds_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = sound(tones(300, seconds=1.0))
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3"])
+def test_long_sounds_have_none_and_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = sound(tones(300, seconds=1.0), kind)
     assert not np.isnan(content_of(data)).any()
     monkeypatch.setattr(content, "LONGEST_S", 0.9)
+    monkeypatch.setattr(content, "decode_audio", lambda *_: pytest.fail("is decoded"))
     assert np.isnan(content_of(data)).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_large_pictures_have_none_and_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = picture(UPPER_HALF_RED, kind)
+    monkeypatch.setattr(content, "MOST_PIXELS", 40 * 30 - 1)
+    monkeypatch.setattr(content, "decode_image", lambda *_: pytest.fail("is decoded"))
+    assert np.isnan(content_of(data)).all()
+
+
+def test_samples_as_large_as_numbers_go_warn_of_nothing() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, 1e30 * tones(300), RATE_HZ, format="WAV", subtype="FLOAT")
+    assert np.isnan(content_of(file.getvalue())).all()
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    """Ranks on machines with other numbers of cores read the same file, and a resume may have others, too."""
+    program = """
+import hashlib, io, numpy as np, soundfile
+from bfsys.data.media.content import content_of
+digest = hashlib.sha256()
+for seed in range(20):
+    file = io.BytesIO()
+    soundfile.write(file, np.random.default_rng(seed).uniform(-1, 1, 16000), 16000, format="WAV")
+    digest.update(content_of(file.getvalue()).tobytes())
+print(digest.hexdigest())
+"""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | dict.fromkeys(names, threads),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2", "4")
+    }
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("data", [picture(np.full((9, 9, 3), 7, np.uint8)), sound(np.zeros(800))])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bfsys.data.media.content import NONE
 from bfsys.data.storage.shards import Split, open_split
 from bfsys.data.streaming import reader as reader_module
 from bfsys.data.streaming.datasets import Sources
@@ -22,19 +23,22 @@ def micro_batch(samples: list[int]) -> MicroBatch:
 
 
 @pytest.fixture
-def reader(datasets: Path) -> ShardReader:
-    return ShardReader(
-        Sources(
-            classes=tuple("0123456789"),
-            splits=(open_split(datasets / "a", "train"),),
-            numbers=(0,),
-            names=("a",),
-            label_maps=(np.array([7, 8, 9]),),
-            origins=("a",),
-            augmentations=(None,),
-            jitters=(None,),
-        )
+def sources(datasets: Path) -> Sources:
+    return Sources(
+        classes=tuple("0123456789"),
+        splits=(open_split(datasets / "a", "train"),),
+        numbers=(0,),
+        names=("a",),
+        label_maps=(np.array([7, 8, 9]),),
+        origins=("a",),
+        augmentations=(None,),
+        jitters=(None,),
     )
+
+
+@pytest.fixture
+def reader(sources: Sources) -> ShardReader:
+    return ShardReader(sources)
 
 
 def test_bytes_are_those_of_the_files(datasets: Path, reader: ShardReader) -> None:
@@ -82,3 +86,21 @@ def test_want_of_memory_makes_no_file_bad(reader: ShardReader) -> None:
     reader.augmentations, reader.is_plain = (Hungry(),), False
     with pytest.raises(MemoryError):
         reader.read(micro_batch([0]))
+
+
+def test_a_file_that_shows_nothing_is_decoded_once(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[bytes] = []
+
+    def content_of(data: bytes) -> np.ndarray:
+        tried.append(data)
+        return NONE if data == tried[0] else np.zeros_like(NONE)
+
+    monkeypatch.setattr(reader_module, "content_of", content_of)
+    reader = ShardReader(sources, with_content=True)
+    for _ in range(2):
+        content = reader.read(micro_batch([0, 1])).content
+        assert content is not None
+        assert np.isnan(content[0]).all()
+        assert not content[1].any()
+    assert len(tried) == 3
+    assert ShardReader(sources).read(micro_batch([0, 1])).content is None
