@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 NO_LABEL = -1
-# Of the table of what a file shows
+# The shape of the table that says what a file shows
 CONTENT_ROWS, CONTENT_COLUMNS = 64, 48
 
 
