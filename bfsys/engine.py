@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class Engine:
     def module(self) -> nn.Module:
         return self._engine.module
 
-    def forward(self, batch: ByteBatch) -> Tensor:
+    def forward(self, batch: ByteBatch) -> Any:
         """What the model gives for a batch: logits [B, classes], and with content a pair; collective at stage 3."""
         return self._engine(batch)
 
