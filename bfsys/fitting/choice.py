@@ -45,6 +45,8 @@ class Machine:
 
     device: str  # cpu or gpu
     ranks: int
+    multiplies_bf16: bool
+    """Whether it has instructions for products in bfloat16."""
 
     def describe(self) -> str:
         return f"{self.ranks} {'GPU' if self.device == 'gpu' else 'CPU core'}{'s' * (self.ranks > 1)}"
@@ -103,6 +105,8 @@ class Choice:
     batch_samples: int
     lanes: int
     eval_split: str
+    shows_classes: bool
+    """Whether files may show their classes; else the classes are their formats."""
     lengths: np.ndarray
     """int64 [training files]: bytes as the model is given them."""
 
@@ -184,6 +188,7 @@ def choice_of(survey: Survey, machine: Machine, form: Format) -> Choice:
         batch_samples=max(batch, lanes),
         lanes=lanes,
         eval_split="val" if "val" in survey.files else "test",
+        shows_classes=form.encoding != "as_stored" or not survey.kinds_tell_classes,
         lengths=lengths,
     )
 
@@ -246,13 +251,16 @@ def _of_model(choice: Choice) -> Iterator[Setting]:
 def _of_training(choice: Choice, steps: int, minutes: float) -> Iterator[Setting]:
     every = max(1, -(-steps // 4))
     yield Setting("optim", "warmup_steps", min(LONGEST_WARMUP, steps // 8), "an eighth of the steps")
+    if not choice.shows_classes:
+        yield Setting("optim", "content_loss", 0, "the classes are kinds of files, not what files show")
     yield Setting("optim", "ema_decay", 0.999 if steps >= 3000 else 0.99 if steps >= 300 else 0.95, "by the steps")
     limited = (
         "as often as it helps" if steps == choice.most_steps() else f"measured: as many as {minutes:g} minutes allow"
     )
     yield Setting("train", "steps", steps, f"{limited}; {choice.passes(steps):.1f} passes over the training files")
-    precision = "bf16" if choice.machine.device == "gpu" else "fp32"
-    yield Setting("train", "precision", precision, f"trained on {choice.machine.describe()}")
+    bf16 = choice.machine.multiplies_bf16
+    why = f"trained on {choice.machine.describe()}, {'faster' if bf16 else 'without instructions for bfloat16'}"
+    yield Setting("train", "precision", "bf16" if bf16 else "fp32", why)
     yield Setting("train", "log_every", max(1, steps // 40))
     yield Setting("train", "eval_every", every, "a quarter of the steps")
     yield Setting("train", "save_every", every)

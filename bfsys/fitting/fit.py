@@ -40,6 +40,7 @@ from bfsys.json_lines import read_json_lines
 from bfsys.launch.job import TrainJob
 from bfsys.launch.local import choose_ranks, launch, run_group
 from bfsys.launch.restart_policy import newest_step
+from bfsys.model.precision import cpu_multiplies_bf16
 from bfsys.ranks import Ranks, gpu_count
 from bfsys.supervision.signals import EXIT_CODES
 
@@ -101,7 +102,8 @@ def prepare(request: Request, began_s: float) -> Config | int:
         print(f"{request.config_file}: using the config that was chosen before", flush=True)
         return load_config(request.config_file, overrides_of(request))
     survey = look(request)
-    machine = Machine("gpu" if gpu_count() else "cpu", gpu_count() or choose_ranks(8, None))
+    gpus = gpu_count()
+    machine = Machine("gpu", gpus, True) if gpus else Machine("cpu", choose_ranks(8, None), cpu_multiplies_bf16())
     choice = choose(survey, machine, 60 * request.minutes * SHARE_OF_TIME, as_stored=request.as_stored)
     while True:
         data, eval_data = pack_all(request, choice)

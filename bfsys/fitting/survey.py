@@ -7,7 +7,7 @@ later; a survey only has to be right about what is typical.
 from __future__ import annotations
 
 import io
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,8 @@ class Survey:
     """Median of the shorter side in pixels, or 95th percentile of the duration in seconds; 0 without a modality."""
     rate_hz: int
     """Median sample rate of sounds; else 0."""
+    kinds_tell_classes: bool = False
+    """Whether the kind of a file says much about its class, as where classes are formats."""
 
     @property
     def is_compressed(self) -> bool:
@@ -66,6 +68,10 @@ class Survey:
             lines.append(f"pictures    median of the shorter side: {self.typical_size:.0f} pixels")
         elif self.modality == "audio":
             lines.append(f"sounds      95 % are not longer than {self.typical_size:.2f} s; {self.rate_hz:,} Hz")
+        if self.kinds_tell_classes and self.modality:
+            lines.append(
+                "note        a file's kind says much about its class; if kinds are the classes, use --as-stored"
+            )
         return lines
 
 
@@ -74,6 +80,7 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
     splits = Counter(file.split for file in files)
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, LOOKED_AT).astype(int))]
     kinds: Counter[str] = Counter()
+    by_kind: defaultdict[str, Counter[str]] = defaultdict(Counter)
     modalities: set[str | None] = set()
     sizes: list[float] = []
     rates: list[int] = []
@@ -81,6 +88,7 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
         head = _beginning(file.path)
         kind = kind_of(np.frombuffer(head, np.uint8))
         kinds[kind.name if kind else "other"] += 1
+        by_kind[kind.name if kind else "other"][file.class_name] += 1
         measured = _size_of(file.path, head, kind) if kind else None
         modalities.add(kind.modality if kind and measured else None)
         if measured:
@@ -96,7 +104,16 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
         modality=modality,
         typical_size=float(np.quantile(sizes, 0.5 if modality == "image" else 0.95)) if modality else 0.0,
         rate_hz=int(np.median(rates)) if modality == "audio" else 0,
+        kinds_tell_classes=_tell_classes(list(by_kind.values())),
     )
+
+
+def _tell_classes(by_kind: list[Counter[str]]) -> bool:
+    """Whether guessing the commonest class of a file's kind makes at most half of the mistakes that guessing the
+    commonest class of all makes."""
+    in_all: Counter[str] = sum(by_kind, Counter())
+    mistakes = sum(of_kind.total() - max(of_kind.values()) for of_kind in by_kind)
+    return mistakes * 2 <= in_all.total() - max(in_all.values())
 
 
 def _beginning(path: str) -> bytes:

@@ -40,10 +40,14 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     A CPU without instructions for bfloat16 converts operands inside of each product, which takes four times as long
     as a product in float32 (Cascade Lake, 2026-11-21). There they are converted beforehand.
     """
-    if dtype != torch.bfloat16 or device_type != "cpu":
+    if dtype != torch.bfloat16 or device_type != "cpu" or cpu_multiplies_bf16():
         return dtype
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dtype if native else torch.float32
+    return torch.float32
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the processor has instructions for products in bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Linear(nn.Linear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from bfsys.fitting.choice import (
 )
 from bfsys.fitting.survey import Survey
 
-CPU, GPU = Machine("cpu", 2), Machine("gpu", 1)
+CPU, GPU = Machine("cpu", 2, multiplies_bf16=False), Machine("gpu", 1, multiplies_bf16=True)
 
 
 def survey(
@@ -100,6 +101,26 @@ def test_each_choice_has_its_reason() -> None:
     for key in ("sources", "batch_samples", "kernel", "max_tokens", "steps", "precision"):
         line = next(i for i, line in enumerate(text.split("\n")) if line.strip().startswith(f"{key}:"))
         assert "#" in text.split("\n")[line] + text.split("\n")[line - 1], key
+
+
+def settings(found: Survey, machine: Machine, *, as_stored: bool = False) -> dict[tuple[str, str], object]:
+    choice = choose(found, machine, 600, as_stored=as_stored)
+    return {(one.section, one.key): one.value for one in settings_of(choice, "data/a", "data/a", 100, 10)}
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision"), [(CPU, "fp32"), (Machine("cpu", 2, multiplies_bf16=True), "bf16"), (GPU, "bf16")]
+)
+def test_precision_is_what_the_machine_multiplies(machine: Machine, precision: str) -> None:
+    assert settings(survey("other", None), machine)["train", "precision"] == precision
+
+
+def test_no_content_is_learned_from_files_whose_class_is_their_kind() -> None:
+    mixed = replace(survey("a PNG", "image", size=28), kinds_tell_classes=True)
+    assert settings(mixed, CPU, as_stored=True)["optim", "content_loss"] == 0
+    # Files that are written again are all of one kind, so that only what they show is left.
+    assert ("optim", "content_loss") not in settings(mixed, CPU)
+    assert ("optim", "content_loss") not in settings(survey("a PNG", "image", size=28), CPU, as_stored=True)
 
 
 def test_few_files_are_not_repeated_for_ever() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import bfsys
 from bfsys.cli import call
@@ -15,7 +17,7 @@ from bfsys.errors import UserError, exit_code_of
 from bfsys.fitting import choice as rules
 from bfsys.fitting.choice import Machine, choose
 from bfsys.fitting.fit import RECORD, Request, listed, look, name_for, pack_all
-from bfsys.fitting.survey import survey_of
+from bfsys.fitting.survey import Survey, survey_of
 from tests.commands.packing_helpers import make_files, png_bytes, wav_bytes
 from tests.forked import Forked
 
@@ -81,8 +83,14 @@ def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
         folder = make_files(tmp_path / str(len(list(tmp_path.iterdir()))), names)
         listing = listed(Request(folder, "x", 1.0, False, False, tmp_path / "s", tmp_path / "r"))
         found = survey_of(listing.files, listing.classes)
-        assert found.describe()
+        surveys.append(found)
         return found.modality, found.kinds, found.typical_size, found.rate_hz
+
+    def tells(names: dict[str, bytes]) -> tuple[bool, bool]:
+        seen(names)
+        return surveys[-1].kinds_tell_classes, "--as-stored" in "\n".join(surveys[-1].describe())
+
+    surveys: list[Survey] = []
 
     pictures = {f"{c}/{i}.png": png_bytes(20 + i, 30, 9) for c in "ab" for i in range(3)}
     sounds = {f"{c}/{i}.wav": wav_bytes(0.5, 8000) for c in "ab" for i in range(3)}
@@ -92,12 +100,25 @@ def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
     assert seen(pictures | {"a/cut.png": b"\x89PNG\r\n\x1a\n"})[0] is None
     assert seen({"a/1.txt": b"x", "a/2.txt": b"y", "b/1": b"z", "b/2": b"z"})[:2] == (None, {"other": 4})
 
+    png, wav, file = png_bytes(20, 30, 9), wav_bytes(0.5, 8000), io.BytesIO()
+    Image.new("RGB", (20, 30)).save(file, "JPEG")
+    jpeg = file.getvalue()
+    formats = {f"a/{i}.x": png for i in range(4)} | {f"b/{i}.x": jpeg for i in range(4)}
+    assert tells(pictures) == (False, False)
+    assert tells(formats) == (True, True)
+    assert tells(formats | {"a/5.x": jpeg, "a/6.x": jpeg, "b/5.x": png, "b/6.x": png}) == (False, False)
+    # Files of no modality stay as they are, and need no hint.
+    assert tells({f"a/{i}.x": png for i in range(4)} | {f"b/{i}.x": wav for i in range(4)}) == (True, False)
+    # Twenty words and digits, half of them spoken: the kind is known, and the class is not.
+    joint = {f"{c}/{i}.x": png if c < "k" else wav for c in "abcdefghijklmnopqrst" for i in range(2)}
+    assert tells(joint) == (False, False)
+
 
 def test_packed_data_stay_as_they_are(datasets: Path, tmp_path: Path) -> None:
     request = Request(datasets / "b", "x", 1.0, False, False, tmp_path / "s", tmp_path / "r")
     found = look(request)
     assert (found.classes, found.files, found.modality) == (("b0", "b1"), {"train": 80, "val": 14}, None)
-    choice = choose(found, Machine("cpu", 2), 60, as_stored=False)
+    choice = choose(found, Machine("cpu", 2, multiplies_bf16=False), 60, as_stored=False)
     assert pack_all(request, choice) == (str(datasets / "b"), str(datasets / "b"))
 
 
