@@ -88,7 +88,7 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
         head = _beginning(file.path)
         kind = kind_of(np.frombuffer(head, np.uint8))
         kinds[kind.name if kind else "other"] += 1
-        by_kind[kind.name if kind else "other"][file.class_name] += 1
+        by_kind[kind.name if kind else file.extension][file.class_name] += 1
         measured = _size_of(file.path, head, kind) if kind else None
         modalities.add(kind.modality if kind and measured else None)
         if measured:
