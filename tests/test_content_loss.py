@@ -51,7 +51,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     heavier = "name=heavier train.zero_stage=0 train.steps=12 optim.content_loss=1000 optim.lr=1e-6 optim.final_lr=0"
     longer = "name=longer train.zero_stage=0 train.steps=40 optim.lr=1e-2 optim.content_loss=5"
     moved = "name=moved train.steps=2 data.byte_transforms=[reverse]"
-    assert_success(_run_ranks(2, ["tests/worker.py", "--rehearse", str(path), *resumed, *tuned, heavier, longer, moved]))
+    assert_success(
+        _run_ranks(2, ["tests/worker.py", "--rehearse", str(path), *resumed, *tuned, heavier, longer, moved])
+    )
     return path, folder / "runs"
 
 

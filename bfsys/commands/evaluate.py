@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from bfsys.checkpoint.loading import load_model
     from bfsys.confusion import Answers, Report
     from bfsys.data.streaming.byte_transforms import parse_transforms, with_key
-    from bfsys.data.streaming.datasets import check_transforms, index_problems, open_evaluation
+    from bfsys.data.streaming.datasets import check_transforms, index_problems, no_such_split, open_evaluation
     from bfsys.data.streaming.quarantine import Quarantine
     from bfsys.data.streaming.run_data import short_files
     from bfsys.evaluate import DAMAGE, evaluate, with_datasets
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     split = args.split or config.data.eval_split
     sources = open_evaluation(config, split, manifest["classes"])
     if not sources.splits:
-        raise UserError(f"no source of {args.run} has a split {split!r}; choose another with --split")
+        raise no_such_split(config, split)
     check_transforms(sources.transforms, manifest)
     damaged = {
         damage: replace(sources, transforms=(*parse_transforms([damage]), *sources.transforms))

@@ -21,6 +21,7 @@ import numpy as np
 
 from bfsys.config import Config
 from bfsys.data.streaming.byte_transforms import ByteTransform
+from bfsys.data.streaming.datasets import no_such_split
 from bfsys.errors import UserError
 from bfsys.explain.attribution import Classifier
 from bfsys.explain.ranges import KINDS, UNNAMED, Range
@@ -90,7 +91,7 @@ def shortcuts(
     """The report on at most `limit` files of a split, drawn by the seed. Raises UserError."""
     sources = open_split(config, split, classes)
     if not sources.splits:
-        raise UserError(f"no source of the run has a split {split!r}; choose another with --split")
+        raise no_such_split(config, split)
     if moving := [one.text.partition(":")[0] for one in transforms if not one.keeps_places]:
         raise UserError(
             f"the run's byte transform {' and '.join(moving)} moves bytes: headers cannot be told from content"

@@ -119,7 +119,7 @@ def test_a_split_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     tree = {"data": {"sources": [{"path": str(tmp_path / "mine")}]}}
     config = typed_yaml.from_tree(Config, tree, "config")
     classifier = trained([np.zeros(9, np.uint8)] * 64, [0] * 64, steps=1)
-    with pytest.raises(UserError, match="no source of the run has a split 'test'"):
+    with pytest.raises(UserError, match="no source of the run has a split 'test'; there are: train, val"):
         shortcuts(classifier, config, CLASSES, (), "test", 9, 0)
     with pytest.raises(UserError, match="fewer than two classes"):
         shortcuts(classifier, config, CLASSES, (), "val", 9, 0)

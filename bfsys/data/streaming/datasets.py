@@ -79,9 +79,18 @@ def open_evaluation(
     config: Config, split: str, classes: Sequence[str], descriptions: Descriptions | None = None
 ) -> Sources:
     """A split of the sources that have it, which may be none. Raises UserError with all problems."""
-    locations = [source.eval_path or source.path for source in config.data.sources]
-    datasets = _open_datasets(config, locations, descriptions or {})
+    datasets = _open_datasets(config, _evaluated(config), descriptions or {})
     return _open_sources(config, datasets, split, classes, training=False)
+
+
+def no_such_split(config: Config, split: str) -> UserError:
+    """The error for a split that no source has. It names the splits that there are."""
+    there = {name for dataset in _open_datasets(config, _evaluated(config), {}) for name in dataset.splits}
+    return UserError(f"--split: no source of the run has a split {split!r}; there are: {', '.join(sorted(there))}")
+
+
+def _evaluated(config: Config) -> list[str]:
+    return [source.eval_path or source.path for source in config.data.sources]
 
 
 def fetch_descriptions(config: Config) -> Descriptions:
