@@ -38,7 +38,8 @@ WITHOUT_INFLUENCE = frozenset((
     "data.eval_batch_bytes", "data.max_bad_share", "data.workers", "data.cache_dir", "data.fetch_tries",
     "data.cache_gb",
     "train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.keep_every",
-    "train.keep_best", "train.best_metric", "train.hang_timeout_s", "train.collective_timeout_s",
+    "train.keep_best", "train.best_metric", "train.checkpoint_copy",
+    "train.hang_timeout_s", "train.collective_timeout_s",
 ))  # fmt: skip
 SEED, STEPS = "train.seed", "train.steps"
 TRAINING = ("productive", "stall", "data_wait")  # causes of the ledger, without restarts and steps that were lost

@@ -71,7 +71,8 @@ class Answers:
         """float64 [2, classes]: files of each class, and how many of them were classified correctly."""
         labels, answers, counts = self.counts()
         right = np.where(labels == answers, counts, 0)
-        return np.stack([np.bincount(labels, weights, minlength=self.num_classes) for weights in (counts, right)])
+        of_classes = [np.bincount(labels, weights, minlength=self.num_classes) for weights in (counts, right)]
+        return np.stack(of_classes).astype(np.float64)  # without answers, bincount gives integers
 
     def over_ranks(self) -> Answers:
         """The answers of all ranks on rank 0, and none on the other ranks; collective."""

@@ -19,6 +19,7 @@ from bfsys.init_from import initial_weights
 from bfsys.micro_batches import largest_micro_batch, micro_batches_of
 from bfsys.model.byteformer import ByteFormer, parameter_count
 from bfsys.model.layout import token_counts
+from bfsys.run_dir import newest_checkpoint, run_facts
 
 # Times that a remote file is asked for. A person waits for the answer, and asks again if its server was away.
 DRY_RUN_TRIES = 2
@@ -81,7 +82,10 @@ def check_copies(config: Config) -> list[str]:
 
 
 def notes_on_start(data: RunData) -> list[str]:
-    """The weights that train.init_from would copy; raises UserError if that is impossible."""
+    """The checkpoint that a start would continue from, or the weights that train.init_from would copy. Raises UserError
+    if such a start is impossible."""
+    if path := newest_checkpoint(data.config, run_facts(data)):
+        return [f"checkpoint  {path}: a start continues from it, if it is intact"]
     classes = data.training.classes
     with torch.device("meta"):
         model = ByteFormer(data.config.model.architecture(), len(classes), with_content=data.config.content_weight > 0)

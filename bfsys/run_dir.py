@@ -116,19 +116,28 @@ def _fetch_newer(config: Config, facts: dict, ranks: dist.Ranks) -> list[str]:
     return fetched.notes
 
 
+def newest_checkpoint(config: Config, facts: dict) -> Path | None:
+    """The newest checkpoint with a manifest in the run directory, whether or not its files are intact.
+
+    Raises UserError if it belongs to another run, or if there are only damaged manifests.
+    """
+    with _errors_of(config.run_dir):
+        path, problems = newest_readable(config.run_dir)
+    if path:
+        check_same_run(path, facts)
+    elif problems:
+        raise UserError(
+            *problems,
+            f"{config.run_dir}: no intact checkpoint, see above; to start from scratch, give another name=… or move "
+            "the directory away",
+        )
+    return path
+
+
 def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
     """(whether the directory holds no checkpoint, the changes that were made to it)"""
-    run_dir = config.run_dir
+    run_dir, path = config.run_dir, newest_checkpoint(config, facts)
     with _errors_of(run_dir):
-        path, problems = newest_readable(run_dir)
-        if path is None and problems:
-            raise UserError(
-                *problems,
-                f"{run_dir}: no intact checkpoint, see above; to start from scratch, give another name=… or move the "
-                f"directory away",
-            )
-        if path:
-            check_same_run(path, facts)
         notes = [] if path else set_aside_earlier_run(run_dir)
         # At the first hang, other nodes would not see a folder that they know not to exist (NFS caches that).
         (run_dir / HANGS).mkdir(exist_ok=True)

@@ -30,6 +30,15 @@ def batch_of(labels: torch.Tensor) -> ByteBatch:
     return ByteBatch.from_samples([Sample("", np.zeros(1, np.uint8), int(label)) for label in labels])
 
 
+def test_totals_of_a_rank_without_files_can_be_added_to_those_of_others() -> None:
+    answers = Answers(4)
+    assert answers.totals().tolist() == [[0.0] * 4] * 2
+    empty = answers.totals().dtype
+    answers.add(batch_of(torch.tensor([1, 1])), torch.eye(4)[[1, 2]])
+    assert answers.totals().tolist() == [[0, 2, 0, 0], [0, 1, 0, 0]]
+    assert answers.totals().dtype == empty == np.float64
+
+
 PAIRS = [(0, 0)] * 3 + [(0, 1)] + [(1, 0)] * 2 + [(1, 3)] * 3 + [(1, 1)] * 5 + [(3, 3)] * 2
 
 

@@ -129,5 +129,6 @@ def test_a_run_does_not_go_on_without_it(runs: tuple[Path, Path], run_ranks) -> 
     path, _ = runs
     (result,) = run_ranks(1, ["bfsys/train.py", str(path), "name=s1", "optim.content_loss=0"])
     assert result.returncode == 2
-    assert "optim: content_loss was 'on', is now 'off (0)'" in result.stderr
+    assert "optim: content_loss was 'on', is now 'off'" in result.stderr
+    assert "to resume it, add optim.content_loss=0.5\n" in result.stderr
     assert "Traceback" not in result.stderr

@@ -368,6 +368,16 @@ def test_dry_run_shows_config_arithmetic_and_data(config_file: Path, run_ranks) 
     assert not (config_file.parent / "runs").exists()
 
 
+def test_a_dry_run_looks_at_the_run_directory(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(finished_run / "config.yaml")
+    assert call("train", [config, "--dry-run"]) == 0
+    assert f"checkpoint  {newest(finished_run)}: a start continues from it" in capsys.readouterr().out
+    with pytest.raises(UserError, match="model: dim was 16, is now 32"):
+        call("train", [config, "--dry-run", "model.dim=32"])
+    with pytest.raises(UserError, match="name too long"):
+        call("train", [config, "--dry-run", f"name={'n' * 300}"])
+
+
 def test_a_dry_run_without_data_says_what_is_missing(config_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         call("train", [str(config_file), "--dry-run", f"data.sources.0.path={tmp_path / 'nothing'}"])

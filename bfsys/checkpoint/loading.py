@@ -191,7 +191,7 @@ def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
     theirs, ours = (
         {
             "model": typed_yaml.to_tree(Model()) | c["model"],
-            "optim": _of_optim(c["optim"]),
+            "optim": _of_optim(c),
         }
         for c in (manifest["config"], facts["config"])
     )
@@ -202,12 +202,8 @@ def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
                 problems.append(f"{part}: {key} was {old.get(key)!r}, is now {new.get(key)!r}")
     if manifest["classes"] != facts["classes"]:
         problems.append(f"classes: {len(manifest['classes'])} then, {len(facts['classes'])} now, or other names")
-    if theirs["optim"] != ours["optim"] or theirs["model"].get("init") != ours["model"].get("init"):
-        problems.append(
-            "a config's `recipe` decides optim.name, optim.content_loss and model.init; a run that was trained with "
-            "the published one and with clipping resumes with recipe=published optim.clip_norm=1, and one of an "
-            "earlier version, which had no content loss, with optim.content_loss=0"
-        )
+    if remedy := _remedy(manifest["config"], facts["config"]):
+        problems.append(f"to resume it, add {remedy}")
     if problems:
         place = "the object store" if origin else "the run directory"
         raise UserError(
@@ -216,10 +212,28 @@ def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
         )
 
 
-def _of_optim(optim: dict) -> dict:
+def _of_optim(config: dict) -> dict:
     """The settings of the optimizer that decide which parameters and states there are."""
-    content_loss = optim.get("content_loss", Optim.content_loss)
-    return {"name": optim.get("name", Optim.name), "content_loss": "on" if content_loss else "off (0)"}
+    optim = config["optim"]
+    is_on = optim.get("content_loss", Optim.content_loss) and not config.get("data", {}).get("byte_transforms")
+    return {"name": optim.get("name", Optim.name), "content_loss": "on" if is_on else "off"}
+
+
+def _remedy(theirs: dict, ours: dict) -> str:
+    """The overrides that give a config the recipe of a checkpoint's, where a resume would not work without them; "" if
+    none are needed."""
+    old, new = (
+        {
+            f"{section}.{key}": value
+            for section, defaults in (("optim", Optim()), ("model", Model()))
+            for key, value in (typed_yaml.to_tree(defaults) | config[section]).items()
+        }
+        for config in (theirs, ours)
+    )
+    if _of_optim(theirs) == _of_optim(ours) and old["model.init"] == new["model.init"]:
+        return ""
+    keys = ("optim.name", "optim.clip_norm", "optim.content_loss", "model.init")
+    return " ".join(f"{key}={old[key]}" for key in keys if old[key] != new[key])
 
 
 def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, dict]:

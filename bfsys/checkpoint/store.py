@@ -12,6 +12,7 @@ keep no order, hash nothing, and hold up to ten parts of every file in memory.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -43,6 +44,7 @@ MOST_BLOCKS = 5000  # of a file; S3 takes 10,000 parts
 FILES_AT_A_TIME = 4
 # Errors that another try would not change.
 LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)
+LASTING_NUMBERS = (errno.EROFS, errno.ENAMETOOLONG)  # of an OSError
 
 
 class StoreError(UserError):
@@ -298,7 +300,7 @@ class Store:
             except UserError:
                 raise
             except Exception as error:  # every library has its own
-                is_lasting = isinstance(error, LASTING)
+                is_lasting = isinstance(error, LASTING) or getattr(error, "errno", None) in LASTING_NUMBERS
                 if is_lasting or pause_s is None:
                     from bfsys.data.storage.streams import hide  # takes a while to import
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bfsys import plan_run
-from bfsys.checkpoint.loading import check_same_run, newest_readable
+from bfsys.checkpoint.files import all_checkpoints
 from bfsys.config import Config
 from bfsys.data.storage.remote import is_remote
 from bfsys.data.streaming.datasets import Sources
@@ -24,7 +24,6 @@ from bfsys.dist import Ranks
 from bfsys.dryrun import check_copies, notes_on_start
 from bfsys.errors import collecting
 from bfsys.launch.slurm_options import parse_minutes
-from bfsys.run_dir import run_facts
 
 # By the kind of file system that the kernel names. Others, such as ext4, may still be exported to the nodes.
 OF_THIS_MACHINE = {"tmpfs", "ramfs", "devtmpfs"}
@@ -49,15 +48,9 @@ def check_run(config: Config, ranks: int, *, on_gpu: bool) -> Checked:
     with collecting(problems):
         data = open_run_data(config, Ranks())
         problems += missing_shards(data.training) + missing_shards(data.validation)
-        path, unreadable = newest_readable(config.run_dir)
-        if path:
-            check_same_run(path, run_facts(data))
-        elif unreadable:
-            problems += unreadable
-        else:
-            notes += notes_on_start(data)
-            if on_gpu:
-                notes.append(CHECK_FIRST)
+        notes += notes_on_start(data)
+        if on_gpu and not all_checkpoints(config.run_dir):
+            notes.append(CHECK_FIRST)
         if config.data.lanes % ranks == 0:  # others are told how many fit
             notes.append(f"{config.name}: {plan_run.estimate(data, ranks, on_gpu=on_gpu).describe()}")
     return Checked(problems, notes)

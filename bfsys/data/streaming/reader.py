@@ -254,15 +254,19 @@ class ShardReader:
                 made = made._replace(content=np.frombuffer(jitter(content.tobytes(), rng), np.uint8))
             if augmentation:
                 made, rng = self._augmented(augmentation, made, source, sample, epoch, step, bad)
-            shown = self._shown_by(source, sample, made.content) if self.with_content else None
+            shown = None
+            if self.with_content and (jitter or augmentation):
+                shown = content_of(made.content.tobytes())
+            elif self.with_content:
+                shown = self._shown_by(source, sample, made.content)
             return made._replace(content=apply(self.transforms, made.content, rng), shown=shown)
         except BadFileError as error:
             self._set_aside(source, sample, step, str(error), bad)
             return None
 
     def _shown_by(self, source: int, sample: int, content: np.ndarray) -> np.ndarray:
-        """The table of what a sample shows. One that has none is not decoded again in later epochs: that would take as
-        long again, and decoders print what they find in a damaged file."""
+        """The table of what a file shows that is the same in each epoch. One that has none is not decoded again: that
+        would take as long again, and decoders print what they find in a damaged file."""
         if (source, sample) in self._shows_nothing:
             return NONE
         table = content_of(content.tobytes())

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bfsys.checkpoint import files, loading
-from bfsys.config import Augment, Config, Data, Source, Train
+from bfsys.config import Augment, Config, Data, Optim, Source, Train
 from bfsys.data.streaming.byte_transforms import write_key
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
@@ -139,6 +139,25 @@ def with_seed(config: Config) -> Config:
 def test_a_changed_setting_is_named(run: tuple[Config, Path], change: Callable, says: str) -> None:
     config, path = run
     assert says in refusal(change(config), path)
+
+
+def test_another_recipe_is_answered_with_the_settings_that_resume(run: tuple[Config, Path], tmp_path: Path) -> None:
+    config, published = run
+    recommended = Optim(name="muon", clip_norm=1.0, content_loss=5.0)
+    now = replace(config, optim=recommended, model=replace(config.model, init="smooth"))
+    said = refusal(now, published)
+    assert "optim: name was 'adamw', is now 'muon'" in said
+    assert "optim: content_loss was 'off', is now 'on'" in said
+    assert "add optim.name=adamw optim.clip_norm=0.0 optim.content_loss=0.0 model.init=published\n" in said
+    assert "to resume it, add optim.content_loss=5.0\n" in refusal(
+        replace(now, optim=replace(recommended, content_loss=0)), saved(now, tmp_path / "other")
+    )
+    # The weight may change, and where bytes are moved the loss is off whatever it is.
+    lighter = replace(now, optim=replace(recommended, content_loss=2.0))
+    assert refusal(lighter, tmp_path / "other" / "checkpoints" / "step_00000001") == ""
+    moved = change_data(now, byte_transforms=("reverse",))
+    without = replace(moved, optim=replace(recommended, content_loss=0))
+    assert refusal(without, saved(moved, tmp_path / "moved")) == ""
 
 
 @pytest.mark.parametrize(
