@@ -180,12 +180,12 @@ def _has_content(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
-def hold_directory(run_dir: Path) -> BinaryIO:
-    """Lock the directory against other processes until this is closed, or this process ends.
+def hold_directory(run_dir: Path, name: str = ".lock") -> BinaryIO:
+    """Lock the directory against other processes until this is closed, or this process ends. `name` is the lock's file.
 
     Raises UserError if another one keeps its lock. Two starts would write over each other's checkpoints.
     """
-    hold = open(run_dir / ".lock", "wb")  # noqa: SIM115 (for the life of the run)
+    hold = open(run_dir / name, "wb")  # noqa: SIM115 (for the life of the run)
     wait_s = LOCK_WAIT_IN_JOB_S if os.environ.get("SLURM_JOB_ID") else LOCK_WAIT_S
     deadline, said = time.monotonic() + wait_s, False
     while True:

@@ -48,6 +48,7 @@ from bfsys.launch.elastic import describe, fitting, parse_range
 from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 from bfsys.ranks import gpu_count
+from bfsys.run_dir import hold_directory
 from bfsys.supervision.goodput import STARTED
 from bfsys.supervision.signals import EXIT_CODES, REPEAT_S, ends_at_once, stop_signals
 
@@ -100,7 +101,7 @@ class Group:
             if first_code == 0 and any(ended.values()):
                 # Among ranks that are found at the same time, one that died of a signal is likelier to be the cause.
                 code, first_rank = min((code, rank) for rank, code in ended.items() if code)
-                first_code = self._exit_code(code)
+                first_code = self._exit_code(code, was_told=kill_at < float("inf"))
                 if first_code == EXIT_HUNG:  # who hangs does not hear either
                     kill_at = now
                 elif first_code not in AGREED_CODES:
@@ -154,11 +155,17 @@ class Group:
                     os.killpg(process.pid, number)
             process.send_signal(number)  # nothing, if it has ended meanwhile
 
-    def _exit_code(self, code: int) -> int:
-        """A rank that died of a forwarded signal had nothing to save yet, and ends as one that had."""
+    def _exit_code(self, code: int, *, was_told: bool) -> int:
+        """A rank that died of a stop signal had nothing to save yet or any more, and ends as one that had. The others
+        get the signal, too. It `was_told` to end by this process, if nobody else wants it to."""
         if code >= 0:
             return code
-        return EXIT_CODES[-code] if -code in self._last_sent else 128 - code
+        if -code in self._last_sent:
+            return EXIT_CODES[-code]
+        if was_told or -code not in EXIT_CODES:
+            return 128 - code
+        self._received.append(-code)
+        return EXIT_CODES[-code]
 
     def _describe_failure(self, rank: int, code: int) -> None:
         log = self.logs[rank]
@@ -169,16 +176,21 @@ class Group:
 
 
 def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
-    """Run all ranks to their end, rank 0's output on the console; the exit code of the whole."""
+    """Run all ranks to their end, rank 0's output on the console; the exit code of the whole.
+
+    Raises UserError if another launcher writes to these logs.
+    """
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
+        # Ranks lock the run directory later. Each of two launchers would show what the other's rank 0 says until then.
+        hold = hold_directory(log_dir.parent, f"{log_dir.name}/.lock")
         with open(log_dir / "rank-0.log", "ab") as log:
             shown_from = log.tell()
     except OSError as error:
         raise UserError(f"log folder {log_dir}: cannot be written: {error.strerror}") from None
     group = Group(job, world_size, log_dir)
     try:
-        with open(group.logs[0], "rb") as log:
+        with hold, open(group.logs[0], "rb") as log:
             log.seek(shown_from)
             decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
             code = group.wait(lambda: show_new(log, decoder))

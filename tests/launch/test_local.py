@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from bfsys import run_dir
 from bfsys.cli import call
 from bfsys.config import load_config
 from bfsys.errors import EXIT_NO_PROGRESS, UserError
@@ -165,6 +166,29 @@ ready(); time.sleep(100)
 
 def test_a_stop_before_training_has_begun_is_a_stop(make_job):
     launcher = launch(make_job("ready(); time.sleep(100)"), 2)
+    launcher.send_signal(signal.SIGTERM)
+    assert end_of(launcher) == 130
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGHUP, 130), (signal.SIGUSR2, 75)])
+def test_a_stop_signal_to_a_rank_that_does_not_listen_is_a_stop(make_job, tmp_path, number, code):
+    """A rank listens from its first step to its last."""
+    job = make_job(f"""
+ready(); wait_for_all()
+if rank == "1":
+    os.kill(os.getpid(), {int(number)})
+time.sleep(100)
+""")
+    assert local.run_group(job, 2, tmp_path / "log") == code
+
+
+def test_a_second_launcher_does_not_show_what_the_first_ones_ranks_say(make_job, tmp_path, monkeypatch, capfd):
+    job = make_job('ready(); print("of the first", flush=True); time.sleep(100)')
+    launcher = launch(job, 2)
+    monkeypatch.setattr(run_dir, "LOCK_WAIT_S", 0.3)
+    with pytest.raises(UserError, match=f"run directory {tmp_path}: another process is training in it"):
+        local.run_group(job, 2, tmp_path / "log")
+    assert "of the first" not in capfd.readouterr().out
     launcher.send_signal(signal.SIGTERM)
     assert end_of(launcher) == 130
 
