@@ -142,7 +142,7 @@ def from_tree(cls: type[T], tree: dict, where: str, *, is_typed: bool = False) -
         return _with_odd(config) if _MARK in text else config
     except ValidationError as error:
         details = error.errors(include_url=False)
-        raise UserError(*dict.fromkeys(f"{where}: {_sentence(cls, d)}" for d in details)) from None
+        raise UserError(*dict.fromkeys(f"{where}: {sentence}" for sentence in _sentences(cls, details))) from None
     except (TypeError, ValueError) as error:  # from json.dumps: a type that JSON lacks, a list that holds itself
         raise UserError(f"{where}: {error}") from None
 
@@ -274,23 +274,44 @@ def _position(node: list, part: str, name: str, override: str) -> int:
     return int(part)
 
 
-def _sentence(cls: type, detail: ErrorDetails) -> str:
-    location = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
-    name = ".".join(location)
+def _sentences(cls: type, details: Sequence[ErrorDetails]) -> list[str]:
+    """A sentence per field: pydantic reports a value that fits no member of a union once for each member."""
+    of_fields: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
+    for detail in details:
+        of_fields.setdefault(_field_of(cls, detail), []).append(detail)
+    return [_sentence(cls, field, found) for field, found in of_fields.items()]
+
+
+def _sentence(cls: type, field: tuple[int | str, ...], details: Sequence[ErrorDetails]) -> str:
+    name = ".".join(map(str, field))
+    detail = details[0]
     kind, got = detail["type"], _with_odd(detail["input"])
     if kind == "unexpected_keyword_argument":
-        owner = _fields_at(cls, detail["loc"][:-1])
-        return f"{name}: no such key{did_you_mean(location[-1], owner)}; allowed here: {', '.join(owner)}"
+        owner = _fields_at(cls, field[:-1])
+        shown = name if all(map(str, field)) else repr(name)
+        return f"{shown}: no such key{did_you_mean(str(field[-1]), owner)}; allowed here: {', '.join(owner)}"
     if kind in ("missing", "missing_argument"):
         return f"{name}: missing; it has no default"
-    if kind == "literal_error":
-        allowed = detail["ctx"]["expected"]
-        hint = did_you_mean(str(got), re.findall(r"'([^']*)'", allowed))
-        return f"{name}: got {got!r}; allowed: {allowed}{hint}"
     if kind == "value_error":  # raised by a validator of bfsys
         return f"{name}: {detail['ctx']['error']}"
-    rule = detail["msg"].replace("Input should be", "it must be")
-    return f"{name}: got {got!r}; {_REMEDIES.get(kind, rule)}"
+    given = "nothing" if got is None else repr(got)
+    return f"{name}: got {given}; {', or '.join(_rule(each) for each in details)}"
+
+
+def _rule(detail: ErrorDetails) -> str:
+    if detail["type"] != "literal_error":
+        return _REMEDIES.get(detail["type"], detail["msg"].replace("Input should be", "it must be"))
+    allowed = detail["ctx"]["expected"]
+    hint = did_you_mean(str(_with_odd(detail["input"])), re.findall(r"'([^']*)'", allowed))
+    return f"allowed: {allowed}{hint}"
+
+
+def _field_of(cls: type, detail: ErrorDetails) -> tuple[int | str, ...]:
+    """The place of an error, without the names that pydantic gives to validators and to members of a union."""
+    location = tuple(part for part in detail["loc"] if not str(part).startswith("function-"))
+    if detail["type"] != "unexpected_keyword_argument" and _type_at(cls, location) is _type_at(cls, location[:-1]):
+        return location[:-1]
+    return location
 
 
 def _type_at(cls: Any, location: Sequence[str | int]) -> Any:

@@ -339,6 +339,10 @@ def test_the_command_lists_verifies_and_shows(finished_run: Path, tmp_path: Path
     assert "step_00000120: whole" in captured.out
     assert str(file) in captured.err
     assert call("checkpoint", ["verify", str(copy / "checkpoints" / "step_00000120")]) == 0
+    file.write_bytes(content[:-1])
+    assert call("checkpoint", ["list", str(copy)]) == 0
+    (listed,) = (line for line in capsys.readouterr().out.splitlines() if "damaged" in line)
+    assert listed.endswith(f"damaged: {file.name} has {len(content) - 1:,} of {len(content):,} bytes")
     with pytest.raises(UserError, match="no such directory"):
         call("checkpoint", ["list", str(tmp_path / "nowhere")])
 

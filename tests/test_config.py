@@ -104,6 +104,13 @@ def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
     [
         ("train.steps=0", "train.steps: got 0; it must be greater than or equal to 1"),
         ("train.steps=true", "train.steps: got True"),
+        ("train.steps=", "train.steps: got nothing; it must be a valid integer"),
+        (
+            "data.mixture=prop",
+            "data.mixture: got 'prop'; allowed: 'weights', 'proportional' or 'sqrt' (did you mean 'proportional'?), or",
+        ),
+        ("data.mixture=0", "'sqrt', or it must be greater than or equal to 0.1"),
+        ("optim..lr=3", "'optim.': no such key"),
         ("train.steps=99999999999999999999", "it must be less than or equal to"),
         ("data.batch_samples=200000000", "it must be less than or equal to"),
         ("model.kernel=99999999999999999998", "it must be less than or equal to"),

@@ -192,12 +192,17 @@ def show_list(args: argparse.Namespace) -> int:
             print(f"{step:>10}  damaged: {error}")
             continue
         there = checkpoint.sizes()
-        missing = [name for name in manifest["files"] if name not in there]
+        wrong = [f"{name} missing" for name in manifest["files"] if name not in there]
+        wrong += [
+            f"{name} has {there[name]:,} of {entry['bytes']:,} bytes"
+            for name, entry in manifest["files"].items()
+            if there.get(name, entry["bytes"]) != entry["bytes"]
+        ]
         saved = time.strftime("%F %T", time.localtime(checkpoint.saved_at()))
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         score = scores.get(step)
         told = f"loss {score['loss']:.4f}  top-1 {100 * score['top1']:.2f} %" if score else ""
-        told += f"  damaged: {', '.join(missing)} missing" if missing else ""
+        told += f"  damaged: {', '.join(wrong)}" if wrong else ""
         print(f"{step:>10}  {saved}  {size / MB:>8,.1f}  {told}".rstrip())
     return 0
 
