@@ -13,14 +13,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+LONGEST_NAME_BYTES = 200  # of a file while it is written: file systems take 255, a process number and `.tmp` included
+
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the block ends; an exception leaves `path` as it was.
 
-    Its name until then is `.NAME.PID.tmp`. A process that is killed leaves it behind.
+    Its name until then is `.NAME.PID.tmp`, with the beginning of a long NAME. A killed process leaves it behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME_BYTES])
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -14,7 +14,7 @@ from bfsys.commands.arguments import add_weights
 from bfsys.commands.predict import STDIN, named_inputs
 from bfsys.errors import UserError, collecting, one_line
 from bfsys.explain.style import GENERATOR
-from bfsys.files import replace_file
+from bfsys.files import LONGEST_NAME_BYTES, replace_file
 
 if TYPE_CHECKING:
     from bfsys.predict import Model
@@ -119,7 +119,8 @@ def _folder(path: Path) -> Path:
 
 def _page_name(name: str, used: set[str]) -> str:
     """The name of a file's page, which `used` is told of; files of one name in several folders are numbered."""
-    stem = "standard-input" if name == STDIN else Path(name).name
+    # With `.html` and a number it must be shorter than the 255 bytes that file systems take.
+    stem = "standard-input" if name == STDIN else os.fsdecode(os.fsencode(Path(name).name)[:LONGEST_NAME_BYTES])
     page, number = f"{stem}.html", 1
     while page in used:
         number += 1
@@ -133,6 +134,6 @@ def _write(path: Path, text: str) -> None:
     try:
         if path.exists() and GENERATOR.encode() not in path.read_bytes()[:MARKED]:
             raise UserError(f"{path}: is not a page of `{GENERATOR}`, and stays as it is; choose another --out")
-        replace_file(path, text, durable=False)
+        replace_file(path, text.encode(errors="backslashreplace"), durable=False)  # names may not be UTF-8
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None

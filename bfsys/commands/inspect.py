@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bfsys import console
 from bfsys.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         return inspect(args)
-    except BrokenPipeError:
+    except console.OutputError:
         raise
     except OSError as error:  # 1 would say that the data are damaged
         raise UserError(f"{error.filename or args.dataset}: {error.strerror or error}") from None

@@ -74,7 +74,9 @@ def named_inputs(paths: Sequence[str], problems: list[str]) -> Iterator[tuple[st
     from bfsys.data.packing.listing import regular_files
 
     for path in paths:
-        if path == STDIN:
+        if path == STDIN and sys.stdin is None:
+            problems.append(f"{STDIN}: standard input is closed; give files, or pipe one in")
+        elif path == STDIN:
             yield path, sys.stdin.buffer
         else:
             names = regular_files(path, problems) if os.path.isdir(path) else [path]

@@ -11,9 +11,10 @@ import io
 import json
 import os
 import re
+import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from bfsys.data.packing.pack import Packing, list_source, name_bad_files, pack
 from bfsys.data.storage.shards import DESCRIPTION, open_split, read_description
 from bfsys.data.streaming.datasets import open_evaluation, open_training
 from bfsys.data.streaming.quarantine import Quarantine
-from bfsys.errors import UserError
+from bfsys.errors import UserError, one_line
 from bfsys.evaluate import evaluate
 from bfsys.files import replace_file
 from bfsys.fitting.choice import LEAST_STEPS, Choice, Format, Machine, choice_of, choose, settings_of, to_yaml
@@ -51,6 +52,7 @@ EVALUATIONS = 5  # four during the run, one for the report
 SHARE_OF_TIME = 0.9  # share of the remaining time for training; machines are not always as fast as in the trial
 REPORT_S = 15.0  # loading the model, the baseline, pictures
 SHARD_BYTES = 100_000_000
+FITTED = "fitted"  # extension of the file beside a dataset that names the folder whose files were packed
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ def prepare(request: Request, began_s: float) -> Config | int:
     gpus = gpu_count()
     machine = Machine("gpu", gpus, True) if gpus else Machine("cpu", choose_ranks(8, None), cpu_multiplies_bf16())
     choice = choose(survey, machine, 60 * request.minutes * SHARE_OF_TIME, as_stored=request.as_stored)
+    if survey.kinds_tell_classes and choice.format.encoding != AS_STORED:
+        print(
+            "note: a file's kind says much about its class, and is lost when all files are encoded alike; if kinds are "
+            "the classes, use --as-stored"
+        )
     while True:
         data, eval_data = pack_all(request, choice)
         trial = try_out(request, choice, data, eval_data)
@@ -199,8 +206,14 @@ def listed(request: Request) -> Listing:
     packing = packing_of(request, Format())
     listing = list_source(packing)
     check_files(listing, None, packing.encoding, packing.share_for_val)
-    if problems := listing.problems + ([] if request.skip_bad else name_bad_files(listing.bad)):
+    problems = listing.problems + ([] if request.skip_bad else name_bad_files(listing.bad))
+    if any("--from" in problem for problem in problems):
+        problems.append("--from is an option of `bfsys pack`: pack the files by it, and give the packed folder to fit")
+    if problems:
         raise UserError(*problems)
+    trained = {file.class_name for file in listing.files if file.split == "train"}
+    for name in sorted(set(listing.classes) - trained):
+        print(f"note: the class {one_line(name)} has no training file, so the model cannot learn it", file=sys.stderr)
     return listing
 
 
@@ -210,9 +223,29 @@ def pack_all(request: Request, choice: Choice) -> tuple[str, str]:
         return str(request.folder), str(request.folder)
     as_stored, encoded = packing_of(request, Format()), packing_of(request, choice.format)
     for packing in (as_stored, encoded) if choice.format.augmented else (encoded,):
+        claim(packing.folder, request.folder)
         pack(packing)
         print(f"packed      {packing.folder} ({packing.encoding.text})", flush=True)
     return str((as_stored if choice.format.augmented else encoded).folder), str(encoded.folder)
+
+
+def claim(folder: Path, source: Path) -> None:
+    """Note beside a dataset whose files it holds. Raises UserError if it holds those of another folder, since
+    runs that were trained on them would then be judged by others."""
+    note, ours = folder.with_name(f".{folder.name}.{FITTED}"), str(source.absolute())
+    with suppress(OSError):
+        theirs = note.read_text(encoding="utf-8", errors="surrogateescape")
+        if theirs == ours:
+            return
+        if is_packed(folder):
+            raise UserError(f"{folder}: holds the packed files of {theirs}; give another --name or --shards")
+    if is_packed(folder):
+        raise UserError(f"{folder}: holds a dataset that `bfsys fit` did not pack; give another --name or --shards")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(note, ours.encode(errors="surrogateescape"))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
 
 
 def packing_of(request: Request, form: Format) -> Packing:

@@ -6,7 +6,7 @@ later; a survey only has to be right about what is typical.
 
 from __future__ import annotations
 
-import io
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ from bfsys.data.media.input_formats import FileKind, kind_of
 from bfsys.data.packing.listing import SourceFile
 
 LOOKED_AT = 200  # files whose headers are read
-HEADER_BYTES = 1 << 20  # read from a file for its size in pixels or seconds
+HEADER_BYTES = 1 << 16  # read from a file for its kind
+SHARE_OF_MODALITY = 0.9  # others are named when they cannot be encoded like the rest
 COMPRESSED = ("a JPEG", "a PNG", "a GIF", "a WebP", "a FLAC", "an Ogg", "an MP3")
 PHOTOGRAPHS = ("a JPEG", "a WebP")
 
@@ -36,7 +37,7 @@ class Survey:
     """The number of files of each kind, such as `a JPEG`, among those that were looked at; `other` for unknown kinds.
     """
     modality: str | None
-    """`image` or `audio` if every file that was looked at is one that can be decoded; else None."""
+    """`image` or `audio` if nearly all files that were looked at are such and can be decoded; else None."""
     typical_size: float
     """Median of the shorter side in pixels, or 95th percentile of the duration in seconds; 0 without a modality."""
     rate_hz: int
@@ -68,10 +69,6 @@ class Survey:
             lines.append(f"pictures    median of the shorter side: {self.typical_size:.0f} pixels")
         elif self.modality == "audio":
             lines.append(f"sounds      95 % are not longer than {self.typical_size:.2f} s; {self.rate_hz:,} Hz")
-        if self.kinds_tell_classes and self.modality:
-            lines.append(
-                "note        a file's kind says much about its class; if kinds are the classes, use --as-stored"
-            )
         return lines
 
 
@@ -81,20 +78,20 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, LOOKED_AT).astype(int))]
     kinds: Counter[str] = Counter()
     by_kind: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    modalities: set[str | None] = set()
-    sizes: list[float] = []
-    rates: list[int] = []
+    modalities: Counter[str | None] = Counter()
+    measured_of: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
     for file in chosen:
         head = _beginning(file.path)
         kind = kind_of(np.frombuffer(head, np.uint8))
         kinds[kind.name if kind else "other"] += 1
         by_kind[kind.name if kind else file.extension][file.class_name] += 1
-        measured = _size_of(file.path, head, kind) if kind else None
-        modalities.add(kind.modality if kind and measured else None)
-        if measured:
-            sizes.append(measured[0])
-            rates.append(measured[1])
-    modality = next(iter(modalities)) if len(modalities) == 1 else None
+        measured = _size_of(file.path, kind) if kind else None
+        modalities[kind.modality if kind and measured else None] += 1
+        if kind and measured:
+            measured_of[kind.modality].append(measured)
+    ((modality, share),) = modalities.most_common(1)
+    modality = modality if share >= SHARE_OF_MODALITY * len(chosen) else None
+    sizes, rates = zip(*measured_of[modality], strict=True) if modality else ((), ())
     return Survey(
         classes=tuple(classes),
         files={split: splits[split] for split in sorted(splits, key=("train", "val", "test").index)},
@@ -113,7 +110,7 @@ def _tell_classes(by_kind: list[Counter[str]]) -> bool:
     commonest class of all makes."""
     in_all: Counter[str] = sum(by_kind, Counter())
     mistakes = sum(of_kind.total() - max(of_kind.values()) for of_kind in by_kind)
-    return mistakes * 2 <= in_all.total() - max(in_all.values())
+    return len(in_all) > 1 and mistakes * 2 <= in_all.total() - max(in_all.values())
 
 
 def _beginning(path: str) -> bytes:
@@ -121,13 +118,13 @@ def _beginning(path: str) -> bytes:
         return file.read(HEADER_BYTES)
 
 
-def _size_of(path: str, head: bytes, kind: FileKind) -> tuple[float, int] | None:
+def _size_of(path: str, kind: FileKind) -> tuple[float, int] | None:
     """(shorter side in pixels, 0) or (seconds, sample rate in Hz); None if the file's header cannot be decoded."""
     try:
         if kind.modality == "image":
             from PIL import Image
 
-            with Image.open(io.BytesIO(head)) as image:
+            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # they do not name the file
                 return float(min(image.size)), 0
         import soundfile
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import bfsys
 from bfsys.cli import call
+from bfsys.data.storage.shards import read_description
 from bfsys.errors import UserError, exit_code_of
 from bfsys.fitting import choice as rules
 from bfsys.fitting.choice import Machine, choose
@@ -86,9 +87,9 @@ def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
         surveys.append(found)
         return found.modality, found.kinds, found.typical_size, found.rate_hz
 
-    def tells(names: dict[str, bytes]) -> tuple[bool, bool]:
+    def tells(names: dict[str, bytes]) -> bool:
         seen(names)
-        return surveys[-1].kinds_tell_classes, "--as-stored" in "\n".join(surveys[-1].describe())
+        return surveys[-1].kinds_tell_classes
 
     surveys: list[Survey] = []
 
@@ -104,14 +105,19 @@ def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
     Image.new("RGB", (20, 30)).save(file, "JPEG")
     jpeg = file.getvalue()
     formats = {f"a/{i}.x": png for i in range(4)} | {f"b/{i}.x": jpeg for i in range(4)}
-    assert tells(pictures) == (False, False)
-    assert tells(formats) == (True, True)
-    assert tells(formats | {"a/5.x": jpeg, "a/6.x": jpeg, "b/5.x": png, "b/6.x": png}) == (False, False)
-    # Files of no modality stay as they are, and need no hint.
-    assert tells({f"a/{i}.x": png for i in range(4)} | {f"b/{i}.x": wav for i in range(4)}) == (True, False)
+    assert not tells(pictures)
+    assert tells(formats)
+    assert not tells(formats | {"a/5.x": jpeg, "a/6.x": jpeg, "b/5.x": png, "b/6.x": png})
+    assert tells({f"a/{i}.x": png for i in range(4)} | {f"b/{i}.x": wav for i in range(4)})
     # Twenty words and digits, half of them spoken: the kind is known, and the class is not.
     joint = {f"{c}/{i}.x": png if c < "k" else wav for c in "abcdefghijklmnopqrst" for i in range(2)}
-    assert tells(joint) == (False, False)
+    assert not tells(joint)
+    # One file that is no picture does not decide for the others. It is named when they are packed.
+    assert seen({f"{c}/{i}.png": png for c in "ab" for i in range(8)} | {"a/readme": b"x"})[0] == "image"
+    # A picture may begin with more than the bytes that show its kind.
+    with Image.open(io.BytesIO(jpeg)) as image:
+        image.save(large := io.BytesIO(), "JPEG", comment=b"c" * 60_000, exif=b"Exif\0\0" + bytes(60_000))
+    assert seen({f"{c}/{i}.jpg": large.getvalue() for c in "ab" for i in range(3)})[2] == 20
 
 
 def test_packed_data_stay_as_they_are(datasets: Path, tmp_path: Path) -> None:
@@ -126,6 +132,30 @@ def test_bad_files_are_left_out_on_request(tmp_path: Path) -> None:
     folder = make_files(tmp_path / "src", {"a/1": b"x", "a/2": b"", "a/3": b"y", "b/1": b"z", "b/2": b"z"})
     request = Request(folder, "x", 1.0, False, True, tmp_path / "s", tmp_path / "r")
     assert len(listed(request).files) == 4
+
+
+def test_packed_files_of_another_folder_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {f"{c}/{i}.bin": bytes([i]) * 20 for c in "ab" for i in range(8)}
+
+    def pack_it(name: str, files: dict[str, bytes]) -> str:
+        folder = make_files(tmp_path / name, files) if not (tmp_path / name).exists() else tmp_path / name
+        request = Request(folder, "x", 1.0, False, False, tmp_path / "s", tmp_path / "r")
+        choice = choose(look(request), Machine("cpu", 2, multiplies_bf16=False), 60, as_stored=False)
+        return pack_all(request, choice)[0]
+
+    assert pack_it("one", files) == pack_it("one", files) == str(tmp_path / "s" / "x")
+    before = read_description(tmp_path / "s" / "x")
+    with pytest.raises(UserError, match=f"holds the packed files of {tmp_path}/one; give another --name or --shards"):
+        pack_it("two", files | {"c/1.bin": b"1", "c/2.bin": b"2"})
+    assert read_description(tmp_path / "s" / "x") == before
+    (tmp_path / "s" / ".x.fitted").unlink()
+    with pytest.raises(UserError, match="holds a dataset that `bfsys fit` did not pack; give another --name"):
+        pack_it("one", files)
+    capsys.readouterr()
+    split = {"train/a/1": b"1", "train/b/2": b"2", "val/a/3": b"3", "val/c/4": b"4"}
+    pack_it_elsewhere = Request(make_files(tmp_path / "t", split), "y", 1.0, False, False, tmp_path, tmp_path)
+    look(pack_it_elsewhere)
+    assert "note: the class c has no training file" in capsys.readouterr().err
 
 
 def test_names_of_runs() -> None:

@@ -5,12 +5,15 @@ they are converted by their range instead.
 """
 
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
+# Where nothing takes Pillow's log, Python would print it. It does not name the file, and an error says the same.
+_UNSEEN = logging.NullHandler()
 # Pillow warns above this. A file of a few kilobytes can hold as many.
 MOST_PIXELS = 89_478_485
 # Values of a deep picture that are converted at a time
@@ -79,6 +82,7 @@ def opened(data: bytes) -> Iterator:
     """A Pillow image; its warnings are not shown, since they do not name the file."""
     from PIL import Image, UnidentifiedImageError  # slow to import, and unused by runs on files as stored
 
+    logging.getLogger("PIL").addHandler(_UNSEEN)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
