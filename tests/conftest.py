@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # A shell without job control has its background commands ignore Ctrl-C, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # likewise after `nohup`
 # Two threads on two cores that other processes use too are much slower than one, here and in the programs started.
 # PyTorch reads this when it is imported, which is later: the process that starts pytest-xdist's workers does without.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -9,10 +9,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from bfsys.data.media.input_formats import FileKind, kind_of
+from bfsys.data.media.sounds import announced_samples, open_sound
 from bfsys.data.packing.listing import SourceFile
 
 LOOKED_AT = 200  # files whose headers are read
@@ -128,6 +130,10 @@ def _size_of(path: str, kind: FileKind) -> tuple[float, int] | None:
                 return float(min(image.size)), 0
         import soundfile
 
+        if kind.name == "an MP3":  # opened by itself, one with tags at its end makes libmpg123 print a warning
+            data = Path(path).read_bytes()
+            with open_sound(data, announced_samples(data)) as file:
+                return file.frames / file.samplerate, file.samplerate
         info = soundfile.info(path)
         return info.frames / info.samplerate, info.samplerate
     except Exception:  # decoders raise anything

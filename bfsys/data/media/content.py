@@ -21,7 +21,7 @@ from bfsys.batch import CONTENT_COLUMNS as COLUMNS
 from bfsys.batch import CONTENT_ROWS as ROWS
 from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.pictures import decode_image, opened
-from bfsys.data.media.sounds import Clip, Content, decode_audio
+from bfsys.data.media.sounds import Clip, announced_samples, decode_audio, open_sound
 
 COLOURS = 3
 WINDOW_S = 0.032
@@ -60,7 +60,7 @@ def _is_large(data: bytes) -> bool:
 def _is_long(data: bytes) -> bool:
     import soundfile  # slow to import
 
-    with suppress(soundfile.LibsndfileError), soundfile.SoundFile(Content(data)) as file:
+    with suppress(soundfile.LibsndfileError), open_sound(data, announced_samples(data)) as file:
         return file.frames > LONGEST_S * file.samplerate
     return False  # decode_audio reads some that libsndfile does not, and says what is wrong with the others
 

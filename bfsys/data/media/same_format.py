@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.pictures import opened
 from bfsys.data.media.sounds import Clip, Content, announced_samples
 
@@ -116,6 +117,9 @@ def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
     """
     import soundfile
 
+    sound = kind_of(np.frombuffer(data, np.uint8))
+    if sound and sound.name == "an MP3":  # libmpg123 would print warnings about it
+        raise NotRewritableError("MP3")
     with soundfile.SoundFile(Content(data)) as file:
         rate_hz, kind = file.samplerate, {"format": file.format, "subtype": file.subtype, "endian": file.endian}
         # libsndfile writes the time of day into floating-point AIFF files

@@ -66,6 +66,7 @@ class Announced(NamedTuple):
 
     start: int  # offset of the first byte
     size: int  # bytes
+    at: int = 0  # offset of the size in an MP3
 
 
 class Content(io.BytesIO):
@@ -89,7 +90,7 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
             f"and {max(0, len(data) - announced.start):,} are there"
         )
     try:
-        file = soundfile.SoundFile(Content(_with_magic(_readable_to_the_end(data, announced))))
+        file = open_sound(data, announced)
     except soundfile.LibsndfileError as error:
         raise ValueError(f"is not a sound that libsndfile can read ({error.error_string})") from None
     with file:
@@ -101,6 +102,16 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
         raise ValueError("holds no samples")
     check_finite(wave)
     return Clip(wave, file.samplerate)
+
+
+def open_sound(data: bytes, announced: Announced | None):
+    """The sound as an open soundfile.SoundFile. Raises soundfile.LibsndfileError.
+
+    `announced` is what announced_samples(data) returns.
+    """
+    import soundfile
+
+    return soundfile.SoundFile(Content(_with_magic(_readable_to_the_end(data, announced))))
 
 
 def check_finite(wave: np.ndarray) -> None:
@@ -224,7 +235,8 @@ def _announced_by_xing(data: bytes) -> Announced | None:
         return None
     flags, *fields = struct.unpack(">3I", data[tag.end() : tag.end() + 12].ljust(12, b"\0"))
     has_frames, has_size = flags & 1, flags & 2
-    return Announced(tag.start(), fields[has_frames]) if has_size and flags < 16 else None
+    at = tag.end() + 4 + 4 * has_frames
+    return Announced(tag.start(), fields[has_frames], at) if has_size and flags < 16 else None
 
 
 def _with_magic(data: bytes) -> bytes:
@@ -238,7 +250,15 @@ def _with_magic(data: bytes) -> bytes:
 
 
 def _readable_to_the_end(data: bytes, announced: Announced | None) -> bytes:
-    """The same file, with a length that libsndfile reads to the end, where 0 is written for a length not known yet."""
+    """The same file, with a length that libsndfile reads to the end, where 0 is written for a length not known yet.
+
+    An MP3 that has tags behind the announced bytes gets a length that includes them. Otherwise libmpg123 prints a
+    warning, which names no file.
+    """
+    if announced and announced.at and announced.start + announced.size < len(data):
+        is_tagged = data[-128:-125] == b"TAG"  # libmpg123 knows of these 128 bytes
+        size = len(data) - announced.start - 128 * is_tagged
+        return data[: announced.at] + struct.pack(">I", size) + data[announced.at + 4 :]
     if not announced or announced.size or len(data) - announced.start < 8:
         return data
     if data[:4] in (b".snd", b"dns."):

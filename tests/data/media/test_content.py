@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
 
@@ -14,6 +15,8 @@ from PIL import Image
 
 from bfsys.data.media import content
 from bfsys.data.media.content import COLUMNS, ROWS, content_of
+from bfsys.data.media.same_format import NotRewritableError, change_sound
+from bfsys.data.media.sounds import decode_audio
 
 RATE_HZ = 8000
 
@@ -103,6 +106,23 @@ def test_large_pictures_have_none_and_are_not_decoded(kind: str, monkeypatch: py
     monkeypatch.setattr(content, "MOST_PIXELS", 40 * 30 - 1)
     monkeypatch.setattr(content, "decode_image", lambda *_: pytest.fail("is decoded"))
     assert np.isnan(content_of(data)).all()
+
+
+@pytest.mark.parametrize("with_id3", [False, True])
+def test_tags_at_the_end_of_an_mp3_change_nothing_and_print_nothing(with_id3: bool, capfd) -> None:
+    """libmpg123 prints to standard error by itself."""
+    item = struct.pack("<II", 900, 0) + b"Title\0" + bytes(900)
+    fields = (2000, len(item) + 32, 1)
+    head, foot = (b"APETAGEX" + struct.pack("<IIII", *fields, flags) + bytes(8) for flags in (0xA0000000, 0x80000000))
+    plain = sound(tones(300, 600), "MP3")
+    tagged = plain + head + item + foot + (b"TAG" + b"a" * 125 if with_id3 else b"")
+    assert (content_of(tagged) == content_of(plain)).all()
+    assert (decode_audio(tagged).wave == decode_audio(plain).wave).all()
+    with pytest.raises(NotRewritableError):
+        change_sound(tagged, lambda clip: clip)
+    assert capfd.readouterr().err == ""
+    soundfile.SoundFile(io.BytesIO(tagged)).close()
+    assert "Xing stream size off" in capfd.readouterr().err  # it would be seen here
 
 
 def test_samples_as_large_as_numbers_go_warn_of_nothing() -> None:
