@@ -12,8 +12,6 @@ from contextlib import contextmanager
 
 import numpy as np
 
-# Where nothing takes Pillow's log, Python would print it. It does not name the file, and an error says the same.
-_UNSEEN = logging.NullHandler()
 # Pillow warns above this. A file of a few kilobytes can hold as many.
 MOST_PIXELS = 89_478_485
 # Values of a deep picture that are converted at a time
@@ -21,6 +19,8 @@ BLOCK_VALUES = 2**20
 # Tags of TIFF and EXIF
 BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339
 WHITE_IS_ZERO, UNSIGNED = 0, 1
+# Where nothing takes Pillow's log, Python would print it. It does not name the file, and an error says the same.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 PECULIARITIES = {
     "frames": "more frames than the first, which is the only one that is used",
@@ -82,7 +82,6 @@ def opened(data: bytes) -> Iterator:
     """A Pillow image; its warnings are not shown, since they do not name the file."""
     from PIL import Image, UnidentifiedImageError  # slow to import, and unused by runs on files as stored
 
-    logging.getLogger("PIL").addHandler(_UNSEEN)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
