@@ -75,4 +75,6 @@ def with_datasets(config: Config, datasets: Sequence[str], run: Path) -> Config:
         raise UserError(f"{run}: imported weights, which come without data; give a packed dataset with --data DATASET")
     if not datasets:
         return config
+    if twice := [path for number, path in enumerate(datasets) if path in datasets[:number]]:
+        raise UserError(f"--data {twice[0]}: given twice; its files would count twice")
     return replace(config, data=replace(config.data, sources=tuple(Source(path) for path in datasets)))

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
@@ -256,11 +256,10 @@ def read_weights(path: Path, *, average: bool = True) -> tuple[dict[str, Tensor]
     pieces: list[str] = []
     for file_name in manifest["files"]:
         if file_name.startswith(f"{state}-"):
-            with safe_open(path / file_name, framework="pt") as file:
-                for piece in file.keys():  # noqa: SIM118 (not a dict)
-                    pieces.append(piece)
-                    name, first, end = parse_piece(piece)
-                    weights[name].view(-1)[first:end] = file.get_tensor(piece).flatten()
+            for piece, tensor in parse_safetensors((path / file_name).read_bytes()).items():
+                pieces.append(piece)
+                name, first, end = parse_piece(piece)
+                weights[name].view(-1)[first:end] = tensor.flatten()
     if not cover(pieces, manifest["shapes"]):
         raise UserError(f"{path}: its {state} files do not hold the whole state")
     return weights, config, manifest

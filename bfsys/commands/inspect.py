@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
 def inspect(args: argparse.Namespace) -> int:
     from bfsys.data.storage.shards import open_split, read_description, split_names, summarise
 
+    if args.list < 0:
+        raise UserError(f"--list: got {args.list}; 0 or more samples are allowed")
     if args.rebuild:
         from bfsys.data.packing.rebuild import rebuild
 

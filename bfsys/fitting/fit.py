@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ from bfsys.ranks import Ranks, gpu_count
 from bfsys.supervision.signals import EXIT_CODES
 
 RECORD = "# bfsys fit: "  # before what was asked for, as JSON, in the config
+CONTENT = "content"  # key in it of what the folder held
 TRIAL_STEPS = 6
 PASSED_OVER_STEPS = 2  # the first ones, which prepare memory
 EVALUATIONS = 5  # four during the run, one for the report
@@ -100,10 +102,12 @@ def name_for(folder: Path) -> str:
 def prepare(request: Request, began_s: float) -> Config | int:
     """The config of the request: that of an earlier start, or a new one. An exit code if a signal ended the trial."""
     if request.config_file.exists():
-        check_record(request)
+        record = check_record(request)
         print(f"{request.config_file}: using the config that was chosen before", flush=True)
+        note_changes(request, record)
         return load_config(request.config_file, overrides_of(request))
-    survey = look(request)
+    survey = survey_folder(request)
+    print("\n".join([f"{request.folder}:", *(f"  {line}" for line in survey.describe())]), flush=True)
     gpus = gpu_count()
     machine = Machine("gpu", gpus, True) if gpus else Machine("cpu", choose_ranks(8, None), cpu_multiplies_bf16())
     choice = choose(survey, machine, 60 * request.minutes * SHARE_OF_TIME, as_stored=request.as_stored)
@@ -130,7 +134,7 @@ def prepare(request: Request, began_s: float) -> Config | int:
             f"--minutes: got {request.minutes:g}, in which this machine trains {steps} steps; at least {LEAST_STEPS} "
             f"are needed, so allow about {np.ceil(request.minutes + needed_s / 60 / SHARE_OF_TIME + 1):.0f} minutes"
         )
-    write_config(request, choice, data, eval_data, min(steps, choice.most_steps()))
+    write_config(request, survey, choice, data, eval_data, min(steps, choice.most_steps()))
     return load_config(request.config_file, overrides_of(request))
 
 
@@ -138,8 +142,8 @@ def overrides_of(request: Request) -> tuple[str, ...]:
     return (f"name={request.name}", f"runs_dir={request.runs}")
 
 
-def check_record(request: Request) -> None:
-    """Raise UserError if the config was not chosen for this request."""
+def check_record(request: Request) -> dict:
+    """The record in the config. Raises UserError if the config was not chosen for this request."""
     path = request.config_file
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -154,21 +158,41 @@ def check_record(request: Request) -> None:
                 f"{path}: was chosen for {key} {record.get(key)!r}, and this command asks for {asked!r}; to begin "
                 f"again give another --name, or remove this file and {request.run_dir}"
             )
+    return record
 
 
-def look(request: Request) -> Survey:
-    """Say what is in the folder. Raises UserError for all that keeps it from being packed, or trained on."""
+def note_changes(request: Request, record: dict) -> None:
+    """Say that the folder holds other files than those that were packed, which the run goes on with."""
+    try:
+        packed, now = record.get(CONTENT), content_of(survey_folder(request))
+    except UserError as error:
+        print(f"note: {error.problems[0]}; this run goes on with the packed files", file=sys.stderr)
+        return
+    if packed not in (None, now):
+        print(
+            f"note: {request.folder} has changed since its files were packed: {packed['files']:,} files and "
+            f"{packed['train_bytes']:,} bytes for training then, {now['files']:,} and {now['train_bytes']:,} now; this "
+            "run goes on with the packed files. To train on the others, give another --name",
+            file=sys.stderr,
+        )
+
+
+def content_of(survey: Survey) -> dict[str, int]:
+    """By which a folder is recognised as unchanged, in a record."""
+    return {"files": sum(survey.files.values()), "train_bytes": int(survey.train_bytes.sum())}
+
+
+def survey_folder(request: Request) -> Survey:
+    """What is in the folder. Raises UserError for all that keeps it from being packed, or trained on."""
     if is_packed(request.folder):
-        survey = survey_of_packed(request.folder)
+        found = survey_of_packed(request.folder)
     else:
         listing = listed(request)
-        splits = {file.split for file in listing.files}
-        check_splits(request.folder, splits)
-        survey = survey_of(listing.files, listing.classes)
-    if len(survey.classes) < 2:
-        raise UserError(f"{request.folder}: has one class, {survey.classes[0]!r}; at least 2 are needed to tell apart")
-    print("\n".join([f"{request.folder}:", *(f"  {line}" for line in survey.describe())]), flush=True)
-    return survey
+        check_splits(request.folder, {file.split for file in listing.files})
+        found = survey_of(listing.files, listing.classes)
+    if len(found.classes) < 2:
+        raise UserError(f"{request.folder}: has one class, {found.classes[0]!r}; at least 2 are needed to tell apart")
+    return found
 
 
 def is_packed(folder: Path) -> bool:
@@ -300,8 +324,8 @@ def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Tria
         )
 
 
-def write_config(request: Request, choice: Choice, data: str, eval_data: str, steps: int) -> None:
-    record = f"{RECORD}{json.dumps(request.record())}"
+def write_config(request: Request, survey: Survey, choice: Choice, data: str, eval_data: str, steps: int) -> None:
+    record = f"{RECORD}{json.dumps({**request.record(), CONTENT: content_of(survey)})}"
     header = [
         f"Chosen by `bfsys fit` for {request.folder}; each value has its reason.",
         "The same command resumes with this file, even if you have changed it.",
@@ -348,9 +372,5 @@ def report(request: Request) -> list[str]:
 
 def next_commands(request: Request, config: Config) -> list[str]:
     is_encoded = any(s.augment or read_description(Path(s.path))["encoding"] != AS_STORED for s in config.data.sources)
-    encode = " --encode" if is_encoded else ""
-    return [
-        f"bfsys predict {request.run_dir} FILE{encode}",
-        f"bfsys explain {request.run_dir} FILE{encode}",
-        f"bfsys serve {request.run_dir}",
-    ]
+    encode, run = " --encode" if is_encoded else "", shlex.quote(str(request.run_dir))
+    return [f"bfsys predict {run} FILE{encode}", f"bfsys explain {run} FILE{encode}", f"bfsys serve {run}"]

@@ -39,7 +39,7 @@ def fit(
     arguments += ["--name", name] if name is not None else []
     arguments += ["--as-stored"] if as_stored else []
     arguments += ["--skip-bad"] if skip_bad else []
-    command = [sys.executable, "-m", "bfsys", "fit", os.fspath(folder), *arguments]
+    command = [sys.executable, "-m", "bfsys", "fit", *arguments, "--", os.fspath(folder)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None  # it is a PIPE

@@ -190,6 +190,8 @@ def test_speech_commands_with_a_list_that_does_not_fit(tmp_path):
         (b"gone\tcat\ttrain", "gone: cannot be read (No such file or directory)"),
         (b"a\0\tcat\ttrain", "cannot be read (embedded null byte)"),
         (b"a\tcat\ttrain\n\n./a\tcat\ttrain", "list.tsv, line 3: ./a is listed twice, first in line 1; remove one"),
+        (b"a\tcat\ttrain\na\tcat\tval", "list.tsv, line 2: a is listed for val, and in line 1 for train"),
+        (b"a\tcat\tval\na\tcat\ttrain", "list.tsv, line 2: a is listed for train, and in line 1 for val"),
         (b"a\tcat\ntrain/../a\tdog", "line 2: train/../a is listed twice, first in line 1"),
         (b"a\tcat\ttrain\na\tCat\tval", "differ only in capitals or blanks: 'Cat' in line 2 and 'cat' in line 1"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from bfsys.data.storage.shards import read_description
 from bfsys.errors import UserError, exit_code_of
 from bfsys.fitting import choice as rules
 from bfsys.fitting.choice import Machine, choose
-from bfsys.fitting.fit import RECORD, Request, listed, look, name_for, pack_all
+from bfsys.fitting.fit import RECORD, Request, listed, name_for, pack_all, survey_folder
 from bfsys.fitting.survey import Survey, survey_of
 from tests.commands.packing_helpers import make_files, png_bytes, wav_bytes
 from tests.forked import Forked
@@ -70,13 +71,22 @@ def test_a_folder_becomes_a_model_that_beats_byte_counts(
     monkeypatch.chdir(tmp_path)  # the same from Python, which does not train again
     monkeypatch.setenv("PYTHONPATH", str(Path(bfsys.__file__).parents[1]))
     assert bfsys.fit(src, minutes=30, shards="shards") == Path("runs/slopes")
-    again = capsys.readouterr().out
+    again, errors = capsys.readouterr()
     assert "runs/slopes: is trained already" in again
+    assert not errors
     assert said.partition("held-out")[2].partition("lowest")[0] == again.partition("held-out")[2].partition("lowest")[0]
     with pytest.raises(UserError, match="--minutes: got 0; more than 0"):
         bfsys.fit(src, minutes=0)
     with pytest.raises(UserError, match=r"slopes\.yaml: was chosen for minutes 30\.0, and this command asks for 4"):
         call("fit", [str(src), *options, "--minutes", "4"])
+    (src / "rising" / "more.bin").write_bytes(b"x" * 60)
+    bfsys.fit(src, minutes=30, shards="shards")
+    errors = capsys.readouterr().err
+    assert re.search(r"note: .*/slopes has changed since its files were packed: 140 files and .* then, 141 and", errors)
+    (src / "rising" / "none.bin").touch()
+    bfsys.fit(src, minutes=30, shards="shards")
+    errors = capsys.readouterr().err
+    assert re.search(r"note: .*none\.bin: is empty; this run goes on with the packed files", errors)
 
 
 def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
@@ -122,7 +132,7 @@ def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
 
 def test_packed_data_stay_as_they_are(datasets: Path, tmp_path: Path) -> None:
     request = Request(datasets / "b", "x", 1.0, False, False, tmp_path / "s", tmp_path / "r")
-    found = look(request)
+    found = survey_folder(request)
     assert (found.classes, found.files, found.modality) == (("b0", "b1"), {"train": 80, "val": 14}, None)
     choice = choose(found, Machine("cpu", 2, multiplies_bf16=False), 60, as_stored=False)
     assert pack_all(request, choice) == (str(datasets / "b"), str(datasets / "b"))
@@ -140,7 +150,7 @@ def test_packed_files_of_another_folder_are_not_replaced(tmp_path: Path, capsys:
     def pack_it(name: str, files: dict[str, bytes]) -> str:
         folder = make_files(tmp_path / name, files) if not (tmp_path / name).exists() else tmp_path / name
         request = Request(folder, "x", 1.0, False, False, tmp_path / "s", tmp_path / "r")
-        choice = choose(look(request), Machine("cpu", 2, multiplies_bf16=False), 60, as_stored=False)
+        choice = choose(survey_folder(request), Machine("cpu", 2, multiplies_bf16=False), 60, as_stored=False)
         return pack_all(request, choice)[0]
 
     assert pack_it("one", files) == pack_it("one", files) == str(tmp_path / "s" / "x")
@@ -154,7 +164,7 @@ def test_packed_files_of_another_folder_are_not_replaced(tmp_path: Path, capsys:
     capsys.readouterr()
     split = {"train/a/1": b"1", "train/b/2": b"2", "val/a/3": b"3", "val/c/4": b"4"}
     pack_it_elsewhere = Request(make_files(tmp_path / "t", split), "y", 1.0, False, False, tmp_path, tmp_path)
-    look(pack_it_elsewhere)
+    survey_folder(pack_it_elsewhere)
     assert "note: the class c has no training file" in capsys.readouterr().err
 
 

@@ -331,5 +331,7 @@ def set_length(clip: Clip, seconds: float) -> Clip:
     samples = round(seconds * clip.rate_hz)
     if samples < 1:
         raise ValueError(f"{seconds} s at {clip.rate_hz:,} Hz is less than one sample")
+    if samples > MOST_SAMPLES:
+        raise ValueError(f"{seconds} s at {clip.rate_hz:,} Hz is more than {MOST_SAMPLES:,} samples")
     wave = clip.wave[:samples]
     return Clip(np.pad(wave, (0, samples - len(wave))), clip.rate_hz)

@@ -135,7 +135,7 @@ def list_filelist(src: Path, split: str | None) -> Listing:
         listing.problems.append(f"{src}: the list cannot be read ({reason}); it must be a text file in UTF-8")
         return listing
     columns = 0
-    first_line: dict[tuple[str, str], int] = {}
+    lines_of: dict[str, dict[str, int]] = defaultdict(dict)  # the first line of a path in each split
     for number, line in enumerate(lines, start=1):
         parts = line.split("\t")
         if parts == [""]:
@@ -151,12 +151,12 @@ def list_filelist(src: Path, split: str | None) -> Listing:
         to_split = split_of_name(parts[2]) if len(parts) == 3 else split or UNDIVIDED
         assert to_split is not None, "_wrong_line has looked at it"
         file = _listed_file(src, parts[0], parts[1], to_split)
-        first = first_line.setdefault((file.path, to_split), number)
-        if first < number:
-            twice = f"{parts[0]} is listed twice, first in line {first}; remove one of the lines"
-            listing.problems.append(f"{src}, line {number}: {twice}")
-            continue
         _note_spelling(listing, parts[1], f"line {number}", to_split)
+        splits = lines_of[file.path]
+        if wrong := _wrong_again(parts[0], to_split, splits):
+            listing.problems.append(f"{src}, line {number}: {wrong}")
+            continue
+        splits[to_split] = number
         listing.files.append(file)
     if not listing.files and not listing.problems:
         listing.problems.append(f"{src}: the list is empty; it needs lines of path<TAB>class[<TAB>split]")
@@ -200,6 +200,19 @@ def _wrong_line(parts: list[str], columns: int, split: str | None) -> str:
     if len(parts) == 3 and not split_of_name(parts[2]):
         return f"split {parts[2]!r} is unknown; allowed are {', '.join(SPLIT_FOLDERS)}"
     return _wrong_class(parts[1])
+
+
+def _wrong_again(path: str, split: str, lines: dict[str, int]) -> str:
+    """What is wrong with a path in a split that was listed before in these splits, each in this line."""
+    if split in lines:
+        return f"{path} is listed twice, first in line {lines[split]}; remove one of the lines"
+    if lines and "train" in (split, *lines):
+        other, line = next((name, lines[name]) for name in lines if "train" in (split, name))
+        return (
+            f"{path} is listed for {split}, and in line {line} for {other}; evaluation would count a file that was "
+            "trained on, so remove one of the lines"
+        )
+    return ""
 
 
 def _wrong_class(name: str) -> str:

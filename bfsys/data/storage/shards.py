@@ -85,7 +85,8 @@ class Split:
     def open_shard(self, number: int) -> int:
         """A descriptor of a tar; a remote one is fetched if it is not cached. Raises OSError, or UserError."""
         if self.dataset.cache is None:
-            return os.open(self.path / self.shards[number].file, os.O_RDONLY | os.O_CLOEXEC)
+            # O_NONBLOCK: in the place of a tar, a pipe is an error rather than a wait for its writer.
+            return os.open(self.path / self.shards[number].file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with self.dataset.cache.open(self.remote_shard(number)) as file:
             return os.dup(file.fileno())
 

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -316,15 +317,9 @@ def notes_on_data(sources: Sources) -> list[str]:
 
 
 def _first_files(split: Split) -> Iterator[bytes]:
-    """The content of the first files of a split on this machine; a shard that cannot be opened has none."""
+    """The content of the first files of a split on this machine; training names a shard that cannot be read."""
     rows = split.samples[:LOOKED_INTO]
     for number in np.unique(rows["shard"]).tolist():
-        try:
-            descriptor = split.open_shard(number)
-        except OSError:  # training will name the shard and replace its files
-            continue
-        try:
+        with suppress(OSError), open(split.open_shard(number), "rb") as file:
             for row in rows[rows["shard"] == number]:
-                yield os.pread(descriptor, int(row["length"]), int(row["offset"]))
-        finally:
-            os.close(descriptor)
+                yield os.pread(file.fileno(), int(row["length"]), int(row["offset"]))

@@ -1,5 +1,6 @@
 """The datasets that a config may join, and the notes on them before training."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -74,6 +75,8 @@ def test_augmented_files_are_looked_into(tmp_path):
     (note,) = notes_on_data(open_training(augmented))
     assert note.startswith(f"{path}: 2 of the first 5 files have an EXIF orientation")
     (path / "pets-train-000002.tar").unlink()  # training will say so
+    assert notes_on_data(open_training(augmented))[0].startswith(f"{path}: 1 of the first 5 files have")
+    os.mkfifo(path / "pets-train-000002.tar")  # into which nobody ever writes
     assert notes_on_data(open_training(augmented))[0].startswith(f"{path}: 1 of the first 5 files have")
 
 
