@@ -8,8 +8,8 @@ is imported, and `run` imports PyTorch and the like after it has checked what ca
 a typo cost a fraction of a second. `python tools/pack.py`, `python -m bfsys.predict`, `deepspeed bfsys/train.py` and
 others call the same commands, and each prints its own name.
 
-Refused: argparse's subparsers, which need the arguments of all commands for any of them, and do not take options among
-overrides (`CONFIG --ranks 2 optim.lr=3e-4`); click and typer, which would be another way to say the same.
+Rejected alternative: argparse's subparsers, which need the arguments of all commands for any of them, and do not take
+options among overrides (`CONFIG --ranks 2 optim.lr=3e-4`); click and typer, which would be another way to say the same.
 """
 
 from __future__ import annotations

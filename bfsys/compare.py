@@ -124,7 +124,7 @@ def read_run(run_dir: Path) -> Run:
     seed = settings.pop(SEED)
     scores = evaluations(run_dir)
     newest = {"sources": {}, **scores[max(scores)]} if scores else None
-    trained = _last_train_line(run_dir / METRICS)
+    trained = last_train_line(run_dir / METRICS)
     seconds = [float(trained["seconds"].get(cause, 0)) for cause in TRAINING] if trained else []
     return Run(
         path=run_dir,
@@ -139,7 +139,8 @@ def read_run(run_dir: Path) -> Run:
     )
 
 
-def _last_train_line(path: Path) -> dict | None:
+def last_train_line(path: Path) -> dict | None:
+    """The last line about steps in a metrics.jsonl; None if there is none."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     found = parse_json_lines(lines[::-1], {"kind": str, "step": int, "seconds": dict})
     return next((line for line in found if line["kind"] == "train"), None)

@@ -296,7 +296,8 @@ class Train:
     """Seconds without progress after which a run is ended, to be restarted. 0: a minute or ten times the longest
     interval so far, whichever is longer."""
     collective_timeout_s: Count = 600
-    """Seconds after which a rank that waits for the others gives up."""
+    """Seconds after which a rank that waits for the others gives up; also the watchdog's limit while a run starts,
+    saves or evaluates."""
 
 
 # Values that a recipe sets if the config does not. The recommended recipe learns faster from few files

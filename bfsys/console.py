@@ -5,7 +5,7 @@ descriptor), stopped (Ctrl-S, a pager), or unable to show a character. Commands 
 first of all, go on in each of these cases, and the lines that the console does not take go to a log file. Commands
 whose output is their work fail when it cannot be written.
 
-Refused: a thread that writes, which forked loader processes would not have.
+Rejected alternative: a thread that writes, which forked loader processes would not have.
 """
 
 from __future__ import annotations

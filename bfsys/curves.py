@@ -6,12 +6,13 @@ several sources have a colour for each.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from bfsys.checkpoint.files import METRICS
 from bfsys.errors import UserError
+from bfsys.json_lines import NUMBER, read_json_lines
 
 PANELS_PER_ROW = 4
 SMOOTHED = 20  # the window is this part of the lines
@@ -20,12 +21,11 @@ SMOOTHED = 20  # the window is this part of the lines
 def read(run: Path, score: str, problems: list[str]) -> dict[str, dict[str, np.ndarray]]:
     """{source or "all": {"train" and "eval": float64 [lines, 2] of step and score}}."""
     try:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        problems.append(f"{run}: no metrics.jsonl that can be read ({error}); give the directory of a run")
+        lines = list(read_json_lines(run / METRICS, {"kind": str, "step": int, "sources": dict, score: NUMBER}))
+    except OSError as error:
+        problems.append(f"{run / METRICS}: cannot be read ({error.strerror})")
         return {}
     found: dict[str, dict[str, list]] = {}
-    lines = [line for line in lines if line["kind"] in ("train", "eval")]
     several = len({name for line in lines for name in line["sources"]}) > 1
     for line in lines:
         parts = line["sources"] if several else {"all": line}
@@ -33,7 +33,7 @@ def read(run: Path, score: str, problems: list[str]) -> dict[str, dict[str, np.n
             of_source = found.setdefault(name, {"train": [], "eval": []})
             of_source[line["kind"]].append((line["step"], values[score]))
     if not found:
-        problems.append(f"{run}: has no measurement yet")
+        problems.append(f"{run}: holds no measurement; give the directory of a run that has begun to train")
     return {
         name: {kind: np.array(points, np.float64).reshape(-1, 2) for kind, points in kinds.items()}
         for name, kinds in found.items()

@@ -1,6 +1,6 @@
 """Ranks and their agreement: thin wrappers over torch.distributed that also work for a single process.
 
-The rendezvous comes from the environment, as the launchers set it; who this process is, says ranks.py.
+The rendezvous comes from the environment, as the launchers set it; ranks.py reads the rank of this process.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def _meet(store: dist.Store, ranks: Ranks, identity: str, timeout_s: float) -> l
         try:
             return json.loads(store.get("all ranks"))
         except RuntimeError as error:
-            raise UserError(f"rank 0 did not start: {_first_line(error)}", exit_code=EXIT_CRASHED) from None
+            raise UserError(
+                f"rank 0 did not confirm that all ranks are there: {_first_line(error)}", exit_code=EXIT_CRASHED
+            ) from None
     began, said = time.monotonic(), False
     while not store.check(names):
         time.sleep(MEET_POLL_S)

@@ -34,7 +34,7 @@ from bfsys.muon import Span
 from bfsys.optim import EMA, Held, Optimizer
 
 WEIGHT = "weight"
-MOST_IN_A_BUCKET = 500_000_000  # numbers that are reduced over ranks together; DeepSpeed's default
+BUCKET_ELEMENTS = 500_000_000  # gradient elements that are reduced together; DeepSpeed's default
 
 
 class StateValues(Protocol):
@@ -206,7 +206,7 @@ class Engine:
             torch.cuda.synchronize(self.device)
 
     def set_step(self, step: int, updates: int) -> None:
-        """Continue after `step` steps; its bias the optimizer corrects by those that were `updates`, not skipped."""
+        """Continue after `step` steps. The optimizer's bias correction counts the `updates`, without skipped steps."""
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(updates)
@@ -275,7 +275,7 @@ def deepspeed_config(config: Config, world_size: int, micro_batches: int, parame
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,  # it is our own
         # DeepSpeed holds buffers of this many numbers, 2 GB by default, however small the model is.
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(MOST_IN_A_BUCKET, parameters)},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(BUCKET_ELEMENTS, parameters)},
         # The timer's figures are not used, and it waits for the GPU twice in every micro-batch.
         "timers": {"throughput": {"enabled": False}},
     }

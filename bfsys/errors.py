@@ -1,7 +1,8 @@
 """One exception for everything that a user can put right, the way a command ends on it, and all exit codes.
 
-Alternative refused: a family of exception classes. Each message already says where the trouble is, what was got, what
-is allowed and what to do; launchers tell ends apart by the code. What is caught apart is a subclass where it is raised.
+Rejected alternative: a family of exception classes. Each message already says where the trouble is, what was got, what
+is allowed and what to do, and launchers distinguish outcomes by the exit code. An error that callers catch separately
+is a subclass, which is defined where it is raised.
 """
 
 import difflib

@@ -9,8 +9,8 @@ Both programs take the bytes of one file, uint8 [n], of any length that the mode
 its classes, float32 [classes]. They are held against the model before the command ends well. What the run does to
 bytes (data.byte_transforms) is for the caller to do; model.json says what.
 
-Refused: a program for batches. Ragged batches want index arithmetic that no exported program can hold, and padded
-ones would bring back what bfsys is there to avoid; a server runs files side by side.
+Rejected alternative: a program for batches. Ragged batches want index arithmetic that no exported program can hold, and
+padded ones would bring back what bfsys is there to avoid; a server runs files side by side.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Weights of another run, or imported ones, to start from (train.init_from).
 
-What is taken over is decided by names and said on the console. The head is the classes' and is taken over only if
-they are the same, in the same order: a head that fits by its size alone would name things wrongly. Positions are
-rows by place, so a shorter or longer table takes over what both have. Everything else must fit, or nothing starts.
-Refused: stretching positions to another length, since the table's rows mean places, not shares of a file.
+What is taken over is decided by names and said on the console. The head is the classes' and is taken over only if they
+are the same, in the same order: a head that fits by its size alone would name things wrongly. Positions are rows by
+place, so a shorter or longer table takes over what both have. Everything else must fit, or nothing starts. Rejected
+alternative: stretching positions to another length, since the table's rows mean places, not shares of a file.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ expensive matrix goes first to the rank that has least to do. A rank sends its s
 and what it owns to the holders, in the precision of the products. At ZeRO stage 0, where every rank holds all
 gradients, an owner broadcasts its results. All stages give the same result up to rounding.
 
-Refused: DeepSpeed's Muon, which in earlier versions did not orthogonalise at stage 0, nor in bf16 with float32
-accumulation, and gave no error; torch.optim.Muon, which takes whole 2-D parameters only.
+Rejected alternative: DeepSpeed's Muon, which in earlier versions did not orthogonalise at stage 0, nor in bf16 with
+float32 accumulation, and gave no error; torch.optim.Muon, which takes whole 2-D parameters only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """AdamW, or Muon for matrices beside AdamW for the rest, with an averaged copy of the weights, and its learning rate.
 
 The average (EMA) is a state of the optimizer beside its moments, so that ZeRO shards it, and a checkpoint saves and
-restores it, exactly as it does the moments. Refused: a second model on every rank, which ZeRO would not shard and which
-would average bfloat16 copies instead of the float32 weights.
+restores it, exactly as it does the moments. Rejected alternative: a second model on every rank, which ZeRO would not
+shard and which would average bfloat16 copies instead of the float32 weights.
 
 Muon replaces the gradient's running mean, a matrix, by the nearest matrix with orthonormal rows or columns, so that all
 directions of a layer learn at one pace. It keeps one moment where AdamW keeps two. See muon.py for how that is computed

@@ -5,8 +5,8 @@ coefficient of their byte counts. It is 0 for equal headers and counts, and 2 fo
 score of a file is its distance to the nearest reference file of the run, divided by the distance within which 98 % of
 the reference files have another one. A file with a score above 1 is unusual.
 
-Alternative refused: scores from the model (energy of the logits, largest probability, distances between features). They
-missed most of the random bytes, texts and programs that this score finds; docs/explain.md has the figures.
+Rejected alternative: scores from the model (energy of the logits, largest probability, distances between features).
+They missed most of the random bytes, texts and programs that this score finds; docs/explain.md has the figures.
 """
 
 from __future__ import annotations

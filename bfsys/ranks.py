@@ -1,4 +1,4 @@
-"""The rank of this process, from the variables that deepspeed, torchrun and srun set.
+"""The rank of this process, from the variables that launchers set; launch/job.py sets them under SLURM.
 
 Importing this module is quick: a rank reads its config before it imports torch.
 """
@@ -6,7 +6,6 @@ Importing this module is quick: a rank reads its config before it imports torch.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,8 +58,6 @@ def ranks_from_environment() -> Ranks:
     Raises UserError for variables that are missing, are not numbers, or do not fit together.
     """
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and env_number("SLURM_NTASKS", 1) > 1:
-        return _ranks_from_slurm()
     if "RANK" not in env and env_number("WORLD_SIZE", 1) > 1:
         raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set; {_BOTH_OR_NEITHER}")
     if "RANK" in env and "WORLD_SIZE" not in env:
@@ -68,13 +65,6 @@ def ranks_from_environment() -> Ranks:
     rank, world_size = env_number("RANK", 0), env_number("WORLD_SIZE", 1)
     local_world_size = env_number("LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", world_size)
     return _checked(Ranks(rank, world_size, env_number("LOCAL_RANK", rank), local_world_size))
-
-
-def _ranks_from_slurm() -> Ranks:
-    per_node = re.match(r"\d+", os.environ.get("SLURM_TASKS_PER_NODE", ""))
-    rank, world_size = env_number("SLURM_PROCID", 0), env_number("SLURM_NTASKS", 1)
-    local_world_size = int(per_node[0]) if per_node else world_size
-    return _checked(Ranks(rank, world_size, env_number("SLURM_LOCALID", rank % local_world_size), local_world_size))
 
 
 def env_number(variable: str, default: int) -> int:

@@ -1,4 +1,4 @@
-"""The largest micro-batch of the next steps, tried before the first one: a run that does not fit into the memory of its
+"""Try the largest micro-batch of a run's first steps before training: a run that does not fit into the memory of its
 GPU ends at its start, with the reason, instead of after hours, and again at the same step after each restart.
 
 Loss and gradient are computed and dropped, without telling the engine: `torch.autograd.grad` adds nothing to the
@@ -29,6 +29,7 @@ def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
     if engine.stage == 3:
         return []
     lengths, tokens = largest_micro_batch(data, ranks, engine.micro_batches)
+    lengths = np.maximum(lengths, data.config.model.least_bytes)  # shorter files will be replaced when they are read
     batch = ByteBatch.from_samples([Sample("", np.zeros(n, np.uint8), label=0) for n in lengths.tolist()])
     if data.config.content_weight:
         content = torch.zeros(len(lengths), CONTENT_ROWS, CONTENT_COLUMNS, dtype=torch.float16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import math
 import os
 import sys
 import time
@@ -32,7 +33,7 @@ from bfsys.supervision.watchdog import HANGS
 
 LOCK_WAIT_S = 20.0  # a start that was killed may have loader processes that take a moment to notice
 # After a node was lost, a file server keeps its lock for a while (NFSv4: 90 s). In a job nobody is kept waiting, and
-# ending would be for good. Less than the other ranks wait (train.collective_timeout_s).
+# ending would be for good. Other ranks wait for train.collective_timeout_s, so rank 0 waits for half of it at most.
 LOCK_WAIT_IN_JOB_S = 300.0
 
 
@@ -79,7 +80,7 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirect
         with _errors_of(config.run_dir):
             config.run_dir.mkdir(parents=True, exist_ok=True)
             # First, so that what another process writes while this one waits is seen.
-            hold = hold_directory(config.run_dir)
+            hold = hold_directory(config.run_dir, longest_s=config.train.collective_timeout_s / 2)
 
     try:
         dist.on_rank0(take_lock, ranks)
@@ -180,13 +181,14 @@ def _has_content(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
-def hold_directory(run_dir: Path, name: str = ".lock") -> BinaryIO:
+def hold_directory(run_dir: Path, name: str = ".lock", longest_s: float = math.inf) -> BinaryIO:
     """Lock the directory against other processes until this is closed, or this process ends. `name` is the lock's file.
 
-    Raises UserError if another one keeps its lock. Two starts would write over each other's checkpoints.
+    Raises UserError if another one keeps its lock, after `longest_s` at most. Two starts would write over each other's
+    checkpoints.
     """
     hold = open(run_dir / name, "wb")  # noqa: SIM115 (for the life of the run)
-    wait_s = LOCK_WAIT_IN_JOB_S if os.environ.get("SLURM_JOB_ID") else LOCK_WAIT_S
+    wait_s = min(longest_s, LOCK_WAIT_IN_JOB_S if os.environ.get("SLURM_JOB_ID") else LOCK_WAIT_S)
     deadline, said = time.monotonic() + wait_s, False
     while True:
         try:

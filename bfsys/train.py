@@ -34,7 +34,7 @@ from bfsys.data.streaming.datasets import fetch_descriptions
 from bfsys.data.streaming.loader import training_batches
 from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_CRASHED, UserError, one_line
+from bfsys.errors import EXIT_CRASHED, UserError
 from bfsys.evaluate import evaluate
 from bfsys.init_from import initial_weights
 from bfsys.loss import LOSS, training_loss
@@ -55,8 +55,6 @@ def train(config: Config, ranks: dist.Ranks) -> int:
     descriptions = dist.on_rank0(lambda: fetch_descriptions(config), ranks)  # one request, and all ranks read the same
     data = dist.same_errors_on_all(lambda: open_run_data(config, ranks, descriptions))
     facts = dist.on_rank0(lambda: run_facts(data), ranks)  # asks git
-    references = dist.on_rank0(data.read_reference_files, ranks)
-    facts["reference_files"] = references.to_tree() if references else None
     # Before the supervisor exists, a signal ends the process: there is nothing to save, and waits may be long.
     with prepare_run_dir(config, facts, ranks) as directory, Supervisor(data, facts, ranks) as supervisor:
         supervisor.load_quarantine()
@@ -83,14 +81,17 @@ def train(config: Config, ranks: dist.Ranks) -> int:
         if weights:  # in float32, where the engine has rounded the model to its precision
             set_weights(engine, weights)
         if directory.is_new:
+            references = dist.on_rank0(data.read_reference_files, ranks)
+            facts["reference_files"] = references.to_tree() if references else None
             supervisor.save_first(engine)
         with collecting_garbage_by_hand():
             exit_code = ROLLED_BACK
             while exit_code == ROLLED_BACK:
                 supervisor.watchdog.be_patient("resuming")
-                _, manifest = resume(
+                manifest = resume(
                     engine, config.run_dir, ranks, say=supervisor.say, replace_damaged=supervisor.replace_damaged
                 )
+                facts["reference_files"] = manifest.get("reference_files")
                 supervisor.resume(manifest, notes)
                 exit_code = run_steps(data, engine, supervisor, manifest["step"])
                 notes = []
@@ -122,8 +123,7 @@ def run_steps(data: RunData, engine: Engine, supervisor: Supervisor, step: int) 
             evaluate_if_due(data, engine, supervisor, step)
         supervisor.end_step(step, outcome)
     batches.close()
-    supervisor.end_steps(step, exit_code)
-    return exit_code
+    return supervisor.end_steps(step, exit_code)
 
 
 def train_step(
@@ -214,9 +214,7 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
         return error.exit_code
     except UserError as error:  # an error of this rank alone
         who = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
-        for problem in error.problems:
-            print(f"error: {who}{one_line(problem)}", file=sys.stderr, flush=True)
-        return error.exit_code
+        raise UserError(*(who + problem for problem in error.problems), exit_code=error.exit_code) from None
     except RuntimeError as error:
         if not (lost := dist.lost_connection(error)):
             raise

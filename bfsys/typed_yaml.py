@@ -1,8 +1,8 @@
 """YAML into frozen dataclasses, strictly: an unknown key or a wrong type is an error, all at once.
 
 Pydantic checks the values; this module reads and writes YAML 1.2's scalars (PyYAML takes `1e-3` for a string and `on`
-for true), applies `a.b=c` overrides, and turns the findings into sentences with the nearest allowed name.
-Refused: OmegaConf and Hydra, which check types late, one at a time, and add a language of their own.
+for true), applies `a.b=c` overrides, and turns the findings into sentences with the nearest allowed name. Rejected
+alternative: OmegaConf and Hydra, which check types late, one at a time, and add a language of their own.
 
 The value of an override is taken as typed, since a shell has its own quotes: `#`, `: ` and blanks are part of it. Text
 in one pair of quotes is the text between them. For a field that holds text, everything else is the text too, except

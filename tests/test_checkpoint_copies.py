@@ -18,7 +18,7 @@ import yaml
 
 from bfsys.checkpoint.files import all_checkpoints, find_newest
 from bfsys.cli import call
-from bfsys.errors import EXIT_STOPPED, EXIT_STORAGE, EXIT_USER_ERROR
+from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, EXIT_STORAGE, EXIT_USER_ERROR
 from tests.conftest import REPOSITORY, tiny_config
 from tests.data.streaming.test_remote_runs import comparable
 from tests.forked import Forked, start_ranks
@@ -200,6 +200,35 @@ def test_a_kill_in_the_middle_of_a_copy_and_a_stop(runs: Runs, tmp_path: Path) -
     assert "fetched step_00000000" in said
     assert steps(runs.s3.whole("copies/tiny")) == [0, 4, 6]
     assert call("checkpoint", ["verify", "s3://bucket/copies/tiny"]) == 0
+
+
+def test_a_run_that_is_asked_to_stop_while_its_last_copy_fails_is_started_again(runs: Runs) -> None:
+    reached, asked = threading.Event(), threading.Event()
+
+    def fail(request: str) -> int | None:
+        if not re.search("PUT .*/step_00000008/", request):
+            return None
+        reached.set()
+        asked.wait(60)
+        return 403
+
+    runs.s3.fault = fail
+    (process,) = runs.start("train.steps=8")
+    try:
+        assert reached.wait(200), process.said()
+        os.kill(process.pid, signal.SIGUSR2)
+        time.sleep(0.5)
+        asked.set()
+        said = "".join(process.communicate(200))
+    finally:
+        process.kill()
+        asked.set()
+    assert process.returncode == EXIT_REQUEUE, said
+    assert "step_00000008: is whole, but has no copy in s3://bucket/copies/tiny" in said
+    runs.s3.fault = lambda request: None
+    code, said = runs.train("train.steps=8")
+    assert code == 0, said
+    assert steps(runs.s3.whole("copies/tiny"))[-1] == 8
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -232,6 +233,38 @@ def test_failing_copies_are_said_once(tmp_path: Path) -> None:
     assert "step_00000001 is not copied: " in news
     assert "the next save tries again" in news
     assert "step_00000002: is whole, but has no copy in file://" in copies.problem_of_newest()
+
+
+def test_a_copying_process_that_cannot_start_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    copies = Copies(tmp_path / "run", f"file://{tmp_path}/mine", RetentionPolicy(2))
+    monkeypatch.setattr("bfsys.checkpoint.copies.start_child", fail)
+    save(tmp_path / "run", 1)
+    copies.offer()
+    assert copies.attend() == (
+        "step_00000001 is not copied: the copying process cannot be started: Resource temporarily unavailable; "
+        "training goes on, and the next save tries again"
+    )
+    copies.offer()
+    assert copies.attend() == ""  # it is said once
+    monkeypatch.undo()
+    copies.offer()
+    while copies.is_busy:
+        news = copies.attend()
+        time.sleep(0.01)
+    assert news.endswith("/mine/checkpoints again") or news.endswith("/mine again")
+
+
+def test_errors_of_the_disk_are_no_errors_of_the_store(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/mine")
+    put(store, save(tmp_path / "run", 1))
+    (name,) = store.names()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        store.fetch(name, store.manifest_or_error(name), tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        store.put(tmp_path / "nowhere", {})
 
 
 def test_a_copy_that_fails_after_a_save_is_followed_by_that_of_the_newest(tmp_path: Path) -> None:

@@ -43,11 +43,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             dist.Ranks(5, 8, 1, 4),
         ),  # torchrun
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}, dist.Ranks(5, 8, 1, 4)),  # deepspeed
-        (
-            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "4(x2)"},
-            dist.Ranks(5, 8, 1, 4),
-        ),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, dist.Ranks()),  # an interactive shell
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, dist.Ranks()),  # a batch script
     ],
 )
 def test_ranks_come_from_the_launcher(variables: dict[str, str], ranks: dist.Ranks, launcher) -> None:
@@ -65,7 +61,6 @@ def test_ranks_come_from_the_launcher(variables: dict[str, str], ranks: dist.Ran
         ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK is 2, but there are 2 ranks \(WORLD_SIZE\), numbered from 0"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK is 0, but there are 0 ranks"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', which is not a number"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "two"}, "SLURM_NTASKS is 'two', which is not a number"),
     ],
 )
 def test_a_half_set_environment_is_named(variables: dict[str, str], problem: str, launcher) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 def start_child(arguments: Sequence[str], task: dict, descriptors: Sequence[int] = ()) -> subprocess.Popen:
     """Start Python with these arguments, a task as JSON on its standard input and these open files. Its standard output
     is a pipe."""
-    # To stop, training finishes its save first: its process never hears of these signals, from its first moment on.
+    # A run that stops finishes its save first, so the child starts with these signals blocked.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP))
     try:
         process = subprocess.Popen(

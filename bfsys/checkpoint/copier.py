@@ -122,8 +122,8 @@ def fetch(store: Store, task: dict) -> dict:
 
 
 def disown_all(store: Store, damaged: list[str]) -> None:
-    """Let damaged copies not push good ones out, nor be fetched again. A run that has nothing else keeps them: without
-    their manifests, its next start would take itself for a new run."""
+    """Delete the manifests of damaged copies, so that retention ignores them and no start fetches them again. A run
+    that has nothing else keeps them: without their manifests, its next start would take itself for a new run."""
     for name in damaged:
         store.disown(name)
 

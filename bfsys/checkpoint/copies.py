@@ -30,6 +30,7 @@ from bfsys.checkpoint.files import (
 from bfsys.errors import EXIT_CRASHED, UserError
 
 POLL_S = 0.05
+TRIES_AGAIN = "training goes on, and the next save tries again"
 STOP_WAIT_S = 120.0  # a run that was asked to stop waits this long for its last copy
 
 
@@ -48,6 +49,7 @@ class Copies:
         self._is_offered = False  # since the copy that is being made was begun
         self._done: dict[tuple[str, int], str] = {}  # checkpoints that are not to be tried again, with their problem
         self._said = ""
+        self._unsaid = ""
 
     def offer(self) -> None:
         """There may be checkpoints without a copy."""
@@ -56,7 +58,10 @@ class Copies:
 
     def attend(self) -> str:
         """Go on with the next copy if one has ended. Returns what has changed, for the console; empty if nothing."""
-        if self._process is None or self._process.poll() is None:
+        if self._process is None:
+            news, self._unsaid = self._unsaid, ""
+            return news
+        if self._process.poll() is None:
             return ""
         news = self._take(_answer_of(self._process))
         self._process = self.copying = None
@@ -94,6 +99,9 @@ class Copies:
             self._is_offered = False
         except OSError as error:  # no process or no memory is left for it
             self.problem, self._is_wanted = f"the copying process cannot be started: {error.strerror}", False
+            if self._said != "failing":
+                self._unsaid = f"{path.name} is not copied: {self.problem}; {TRIES_AGAIN}"
+            self._said = "failing"
         self._copied_key = keys[path]
 
     def _take(self, answer: dict) -> str:
@@ -103,7 +111,7 @@ class Copies:
         if self.problem:
             self._is_wanted = self._is_offered  # if not, until the next save
             self._said = "failing"
-            news = f"{name} is not copied: {self.problem}; training goes on, and the next save tries again"
+            news = f"{name} is not copied: {self.problem}; {TRIES_AGAIN}"
             return news if before != self._said else ""
         self._done[self._copied_key] = answer.get("damaged", "")
         if damaged := answer.get("damaged"):
@@ -126,10 +134,13 @@ class Wanted:
     until: int | None = None
 
 
-def fetch_newest(wanted: Wanted, ranks: dist.Ranks, *, check: Callable[[Path], None]) -> Fetched:
+def fetch_newest(
+    wanted: Wanted, ranks: dist.Ranks, *, check: Callable[[Path], None], wait: Callable[[], None] = lambda: None
+) -> Fetched:
     """Fetch the newest whole copy of those that are wanted into the run directory, on rank 0; collective.
 
-    `check` raises UserError if the checkpoint is of another run.
+    `check` raises UserError if the checkpoint is of another run. `wait` is called again and again: the copying process
+    itself gives up when the store no longer answers.
     """
     process: subprocess.Popen | None = None
 
@@ -139,6 +150,7 @@ def fetch_newest(wanted: Wanted, ranks: dist.Ranks, *, check: Callable[[Path], N
 
     dist.on_rank0(begin, ranks)
     while dist.agree_on_max(process is not None and process.poll() is None)[0]:
+        wait()
         time.sleep(POLL_S)
 
     def finish() -> Fetched:
@@ -165,7 +177,7 @@ class Fetched(NamedTuple):
     name: str | None
     """The checkpoint that the run directory has now; None if there is no whole copy."""
     problem: str
-    """Why nobody can tell whether there is one, if so."""
+    """Why the store could not be read; empty if it could."""
     exit_code: int
     """The code to end with on account of the problem."""
     notes: list[str]

@@ -14,8 +14,8 @@ again. A directory without a manifest, or with a file that does not match it, is
 What else decides a run's future is a function of its step: data order, augmentation, learning rate and decay of the
 average. Nothing in training draws from a generator, so there is no generator's state to keep.
 
-Refused: DeepSpeed's own format (tied to world size and stage, neither atomic nor hashed) and torch.save (a flipped
-byte loads without a word).
+Rejected alternative: DeepSpeed's own format (tied to world size and stage, neither atomic nor hashed) and torch.save (a
+flipped byte loads without a word).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -161,15 +162,16 @@ def take_over(work: Path, final: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a checkpoint. What a kill leaves of it does not look like a checkpoint any more."""
-    shutil.rmtree(retire(path), ignore_errors=True)  # a file that somebody reads may not go on a network file system
+    shutil.rmtree(retire(path), ignore_errors=True)  # a network file system may refuse to delete an open file
 
 
 def retire(path: Path) -> Path:
-    """Rename a checkpoint, so that it is none any more; the directory that is to be removed. The next save removes it
-    if nobody does."""
+    """Rename a checkpoint, so that it no longer counts, and return its new path, which is to be removed. The next save
+    removes it if the caller does not."""
     going = path.with_name(f".{path.name}{GOING}")
     shutil.rmtree(going, ignore_errors=True)
-    os.rename(path, going)
+    with suppress(FileNotFoundError):  # `bfsys checkpoint prune` and a run may both remove it
+        os.rename(path, going)
     return going
 
 

@@ -1,8 +1,8 @@
 """Loading: a checkpoint into an engine on any number of ranks, or its weights into a model.
 
 Into an engine, every file is read once, by one rank, and hashed as it is read; its tensors then go to the other ranks.
-If anything is not as it was written, all ranks take the checkpoint before. Refused: rank 0 reading everything to
-verify it and all ranks reading everything again to load it.
+If anything is not as it was written, all ranks take the checkpoint before. Rejected alternative: rank 0 reading
+everything to verify it and all ranks reading everything again to load it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def resume(
     ranks: dist.Ranks,
     say: Callable[[str], None],
     replace_damaged: Callable[[Path], bool] = lambda path: False,
-) -> tuple[Path, dict]:
-    """Restore the newest intact checkpoint of a run into the engine; collective. Returns it and its manifest.
+) -> dict:
+    """Restore the newest intact checkpoint of a run into the engine; collective. Returns its manifest.
 
     Says what is wrong with newer ones, and sets them aside, unless `replace_damaged`, which is collective too, puts a
     copy in the place of one. Raises AgreedError if none is whole.
@@ -62,7 +62,7 @@ def resume(
             manifest, problems = _load_checkpoint(engine, path, ranks)
         if manifest is not None and not problems:
             dist.on_rank0(partial(_tidy, run_dir, path, manifest, damaged), ranks)
-            return path, manifest
+            return manifest
         damaged.append(path)
     raise dist.AgreedError(
         f"{run_dir}: no intact checkpoint, see above; to start from scratch, set another name=… "
@@ -87,8 +87,9 @@ def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> Non
 
 
 def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list[str]:
-    """Restore weights, moments and average; collective. Returns what is damaged. The engine is then to be loaded from
-    another checkpoint. Raises AgreedError if a file server does not give files that may well be whole."""
+    """Restore weights, moments and average; collective. Returns what is damaged: the engine is then loaded in part, and
+    the caller must load another checkpoint. Raises AgreedError if a file server does not give files that may well be
+    whole."""
     stored = {name.partition("-")[0] for name in manifest["files"]}
     for state in engine.state_names():
         # A run that kept no average so far starts it at the weights.
@@ -103,7 +104,7 @@ def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list
         if not dist.on_rank0(partial(cover, pieces, expected), ranks):
             return [f"{path}: its {origin} files do not hold the whole state"]
         engine.write_state(state, _FromOwners(mine, expected, engine.device))
-    engine.set_step(manifest["step"], manifest.get("updates", manifest["step"]))
+    engine.set_step(manifest["step"], manifest["updates"])
     return []
 
 

@@ -107,7 +107,7 @@ class Saver:
 
         @_errors_of_saving(final)
         def make_work_dir() -> Path:
-            # No writer of another start that is slow to die knows this name.
+            # The name is unique: a writer that is left over from an earlier start does not write here.
             work = final.with_name(f".{final.name}.{os.getpid()}-{time.time_ns()}.part")
             new_work_dir(work)
             return work

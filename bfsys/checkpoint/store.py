@@ -52,7 +52,7 @@ class StoreError(UserError):
 
 
 class _DiskError(Exception):
-    """An OSError of this machine's disk, among those of the store."""
+    """An OSError of this machine's disk, among those of the store; `Store._tried` raises the OSError itself."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(error)
@@ -133,8 +133,7 @@ class Store:
     def put(self, path: Path, manifest: Mapping) -> None:
         """Copy a checkpoint from the disk, unless there is an equal copy. Raises UserError if a file is not as the
         manifest says, OSError if it cannot be read."""
-        with _on_disk():
-            text = (path / MANIFEST).read_bytes()
+        text = (path / MANIFEST).read_bytes()
         old = self._manifest_text(path.name)
         if old == text:
             return
@@ -157,18 +156,15 @@ class Store:
             return found
 
         def fetch_file(file_name: str) -> str:
-            with _on_disk(), open(folder / file_name, "wb") as target:
+            with open(folder / file_name, "wb") as target:
                 problem = self._problem_of_file(name, file_name, manifest["files"][file_name], target)
-                with _on_disk():
-                    target.flush()
-                    os.fsync(target.fileno())
+                target.flush()
+                os.fsync(target.fileno())
             return problem
 
         problems = _of_all(fetch_file, manifest["files"])
         if not problems:
-            text = self._manifest_text(name)
-            with _on_disk():
-                replace_file(folder / MANIFEST, text or b"")
+            replace_file(folder / MANIFEST, self._manifest_text(name) or b"")
         return problems
 
     def problems_of(self, name: str) -> list[str]:

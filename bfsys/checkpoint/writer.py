@@ -5,9 +5,9 @@ writes to standard output as JSON what it wrote, or why it could not. Tensors co
 name, which the training process has filled. It imports neither torch nor bfsys, and is running 0.1 s after its start.
 
 The files are safetensors (8 bytes of header length, JSON header, data), written and hashed in one pass without a copy.
-Refused: the library's own `save_file`, which first copies all tensors into Python bytes, and then has to be followed
-by a second pass for the hash; a thread, which would hold Python's lock against the training loop; and a forked child,
-since threads and pinned memory of a training process do not survive forking well.
+Rejected alternative: the library's own `save_file`, which first copies all tensors into Python bytes, and then has to
+be followed by a second pass for the hash; a thread, which would hold Python's lock against the training loop; and a
+forked child, since threads and pinned memory of a training process do not survive forking well.
 """
 
 from __future__ import annotations

@@ -299,7 +299,10 @@ def remove_others(args: argparse.Namespace) -> int:
         raise UserError(f"{args.run}: a checkpoint; give its run directory (runs/NAME)")
     whole = []
     for path in paths_of(args.run):
-        if problems_of(path):
+        problems = problems_of(path)
+        if not path.exists():  # the run has removed it meanwhile
+            continue
+        if problems:
             print(f"damaged, left alone: {path}")
         else:
             whole.append(path)

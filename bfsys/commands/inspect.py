@@ -1,6 +1,7 @@
 """Show, check or rebuild the index of a packed dataset.
 
-Refused: a quick check of samples picked at random. It would pass over most damage, and reading it all is fast.
+Rejected alternative: a quick check of samples picked at random. It would pass over most damage, and reading it all is
+fast.
 """
 
 from __future__ import annotations

@@ -71,7 +71,6 @@ def run(args: argparse.Namespace) -> int:
         figures = {
             "expected_s": expected_s,
             "goodput": time.work_s / expected_s,
-            "best_save_every": best,
             "price": price,
         }
         finite = {name: value if value is None or value < math.inf else None for name, value in figures.items()}
@@ -104,12 +103,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("ranks", "ranks_per_node"):
         if getattr(args, name) < 1:
             problems.append(f"--{name.replace('_', '-')}: got {getattr(args, name)}; at least 1 is needed")
-    for name, low, high in (
-        ("utilisation", 0.001, 1),
-        ("network", 0.001, 1e6),
-        ("mtbf_days", 0.001, 1e6),
-        ("price", 0, 1e6),
-    ):
+    for name, low, high in LIMITS:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             problems.append(f"--{name.replace('_', '-')}: got {value:g}; allowed is {low:g} to {high:,.0f}")

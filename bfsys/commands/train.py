@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bfsys.config import load_config
+    from bfsys.launch.job import set_slurm_variables
     from bfsys.ranks import Ranks, ranks_from_environment
 
     if args.no_data and not args.dry_run:
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         console.go_on_without()  # training is the work
     ranks = Ranks()
     try:
+        set_slurm_variables()
         ranks = ranks_from_environment()
         config = load_config(args.config, args.overrides)
     except UserError as error:  # all ranks find it, and once per node is enough

@@ -6,8 +6,8 @@ evidence of a window is the mean drop of the log-probability of the class. It is
 Integrated gradients (Sundararajan et al. 2017) go in a straight line from the tokens of a reference to those of the
 file. A token is a sum of table rows (model/stem.py), so the change of a token divides exactly among the bytes that it
 sees, and the attributions of all bytes sum to the difference between the two log-odds of the class. They are fine, and
-follow the path's gradient only. Refused: gradients with respect to one-hot bytes, which take 257 numbers per byte;
-attention weights, which do not say what a token's change would do.
+follow the path's gradient only. Rejected alternative: gradients with respect to one-hot bytes, which take 257 numbers
+per byte; attention weights, which do not say what a token's change would do.
 
 References that are as long as the file keep its length out of both methods.
 """

@@ -2,7 +2,8 @@
 
 A parser reads forward, so that its time grows with the file, and its findings are limited in number.
 
-Refused: libraries that read these formats. None of those in use says where in the file it found what it returns.
+Rejected alternative: libraries that read these formats. None of those in use says where in the file it found what it
+returns.
 """
 
 from __future__ import annotations

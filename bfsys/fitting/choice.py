@@ -5,7 +5,7 @@ from much faster than compressed ones; the kernel grows with the length of a fil
 the one that was tried most; 400 to 1,500 steps suffice for some thousand files. How many steps the time allows is
 measured on this machine, by training for some steps (fit.py).
 
-Refused: a search over models, which would spend the time that one good run needs.
+Rejected alternative: a search over models, which would spend the time that one good run needs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Checks as processes of their own: what a check does to the GPU, or a crash or hang of it, leaves the others alone.
 
-Refused: forked processes, which cannot use CUDA once their parent has asked for its devices.
+Rejected alternative: forked processes, which cannot use CUDA once their parent has asked for its devices.
 """
 
 from __future__ import annotations

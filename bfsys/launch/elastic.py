@@ -3,8 +3,8 @@
 The lanes of a run are shared evenly, so a number of ranks fits if it divides them. A start takes the largest number
 that fits and that is there. Nothing else depends on it: samples and global batch stay the same (plan.py).
 
-A job grows by being requeued, since SLURM cannot add nodes to a job that runs. Refused: a second job for the added
-nodes, which would wait, be cancelled and run out of time by itself.
+A job grows by being requeued, since SLURM cannot add nodes to a job that runs. Rejected alternative: a second job for
+the added nodes, which would wait, be cancelled and run out of time by itself.
 
 Importing this is quick.
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 
 from bfsys.launch.restart_policy import newest_step
 
-GROW_EVERY_MINUTES = 10.0
 ASK_EVERY_S = 60.0  # many users ask SLURM
 ANSWER_S = 60.0
 SOON_S = 30.0  # a start that SLURM expects within it needs no other job to end

@@ -1,8 +1,8 @@
 """TrainJob: one training run as launchers hand it on, to local processes or, pickled, to the tasks of a SLURM job.
 
 A job holds what was asked for and nothing of how far it came: that is in the run directory, so the same pickle is
-started again after a node failure, a pre-emption or a time limit, and training continues from the newest
-checkpoint. Refused: submitit's own `checkpoint()` protocol. It acts on global rank 0 alone, between two byte codes,
+started again after a node failure, a pre-emption or a time limit, and training continues from the newest checkpoint.
+Rejected alternative: submitit's own `checkpoint()` protocol. It acts on global rank 0 alone, between two byte codes,
 where no collective save is possible; here training itself agrees on the step to stop after and saves, all ranks leave
 with its code, and the job's script asks SLURM for another start (requeue.py).
 
@@ -127,8 +127,9 @@ def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, s
 
 
 def set_slurm_variables() -> None:
-    """Make this process a rank, where plain srun has started it as one of several tasks."""
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and env_number("SLURM_NTASKS", 1) > 1:
+    """Make this process a rank, where plain srun has started it as one of several tasks. In a batch script, where
+    SLURM_NTASKS is set too, there is no step."""
+    if "RANK" not in os.environ and "SLURM_STEP_NODELIST" in os.environ and env_number("SLURM_NTASKS", 1) > 1:
         os.environ.update(slurm_variables(os.environ, _hosts()))
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from bfsys import console
 from bfsys.checkpoint.files import METRICS
+from bfsys.compare import last_train_line
 from bfsys.config import load_config
 from bfsys.errors import UserError
-from bfsys.json_lines import parse_json_lines, read_json_lines
+from bfsys.json_lines import read_json_lines
 from bfsys.launch.restart_policy import newest_step
 from bfsys.supervision.goodput import goodput, read_seconds
 from bfsys.supervision.run_end import how_it_ended
@@ -128,8 +129,8 @@ def show_status(run_dir: Path) -> int:
     print(f"step     {_progress(run_dir)}")
     seconds = read_seconds(run_dir)
     if sum(seconds.values()):
-        lost = ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
-        print(f"goodput  {goodput(seconds):.1%} ({lost})")
+        causes = ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
+        print(f"goodput  {goodput(seconds):.1%} ({causes})")
     if ended and not waiting:
         print(f"ended    {ended['reason']} (code {ended['exit_code']}) {ended['time']}")
         failed = ended["exit_code"] != 0
@@ -146,12 +147,9 @@ def show_status(run_dir: Path) -> int:
 
 def _progress(run_dir: Path) -> str:
     steps = "?"
-    last: dict = {}
     with suppress(UserError):
         steps = f"{load_config(run_dir / 'config.yaml').train.steps:,}"
-    with suppress(OSError):
-        lines = parse_json_lines(_last_lines(run_dir / METRICS, 20), {"kind": str, "step": int})
-        last = next((line for line in reversed(list(lines)) if line["kind"] == "train"), last)
+    last = last_train_line(run_dir / METRICS)
     saved = f"newest checkpoint {newest_step(run_dir):,}"
     if not last:
         return f"training has not begun; {saved}"

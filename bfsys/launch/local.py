@@ -9,9 +9,9 @@ diverged (65), nothing can be saved (74), stopped on request (130), asked to req
 without a new checkpoint (76). The reason is in RUN/ended.json.
 
 Ranks write to files and this process shows what is added to rank 0's: no rank ever waits for a console or breaks with
-it. They die with this process even when it is killed, through Linux's parent-death signal. Refused: ranks that watch
-their parent, since a rank blocked in a collective would not look; and SIGTERM as that signal, for the same reason.
-Whoever kills the launcher loses the steps since the last checkpoint, not the machine.
+it. They die with this process even when it is killed, through Linux's parent-death signal. Rejected alternative: ranks
+that watch their parent, since a rank blocked in a collective would not look; and SIGTERM as that signal, for the same
+reason. Whoever kills the launcher loses the steps since the last checkpoint, not the machine.
 
 CPU ranks are forked from this process, which has imported everything, so that a start again takes a fraction of the
 first; `ps -o comm` shows them as "bfsys rank 0" and so on. GPU ranks are programs of their own: CUDA does not work in

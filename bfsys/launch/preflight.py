@@ -87,7 +87,7 @@ def _writable(run_dir: Path) -> Iterator[str]:
 def check_places(places: dict[str, Path]) -> Checked:
     """Check that the nodes can see some places. `places` maps a description to each."""
     problems, mounts = [], _mounts()
-    # Every node of a cluster may have an equal one of its own, in memory even.
+    # Each node may have a copy of Python of its own, even in memory.
     unsure = {_file_system(Path(sys.base_prefix), mounts): ["Python"]}
     for what, path in places.items():
         kind = _file_system(path, mounts)

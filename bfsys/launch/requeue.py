@@ -7,8 +7,8 @@ with `--grow-every-s S` it has itself requeued when a larger one is free (elasti
 
 SLURM itself starts jobs again whose node failed, or that it ended for another one. But one whose time is up, or whose
 rank died (srun then ends the others), or that saved and left while it had a grace time, would be over for good: so
-this process asks, as the only one that is left, and that knows how it ended (restarts.py). Never for a job that SLURM
-is ending for another reason than time: it was cancelled, and would come back.
+this process, the only one left, asks SLURM to requeue the job (restart_policy.py says when). It never does so for a
+job that SLURM ends for a reason other than its time limit: that one was cancelled, and would come back.
 
 The script outlives the SIGTERM that precedes its end by KillWait. If the tasks are not gone shortly before that, the
 job is out of time in the middle of a long step or of a start, and is requeued all the same.

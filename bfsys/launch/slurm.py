@@ -5,8 +5,8 @@ directory until its steps are done, unless another start would change nothing (r
 for good. The same command continues a run that has ended, on other --nodes too.
 
 What can be known to be wrong is said before anything waits in a queue (preflight.py). SLURM is spoken to through
-submitit, which carries the job over as a pickle; what happens inside of it is in job.py. Refused: a script of our own
-for people to edit, where each copy ages by itself.
+submitit, which carries the job over as a pickle; what happens inside of it is in job.py. Rejected alternative: a script
+of our own for people to edit, where each copy ages by itself.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ class _InChunks(torch.autograd.Function):
     """`Block.compute` on one chunk of tokens after the other; the backward computes each chunk once more.
 
     So what lies inside of a block takes the memory of a chunk, however long the files are. Gradients of weights are
-    summed in float32 at least. Refused: PyTorch's checkpoint on each chunk. Its answers would be pieces between freed
-    blocks of the C library, which then grew to several times the memory.
+    summed in float32 at least. Rejected alternative: PyTorch's checkpoint on each chunk. Its answers would be pieces
+    between freed blocks of the C library, which then grew to several times the memory.
     """
 
     @staticmethod

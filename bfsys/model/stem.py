@@ -6,11 +6,11 @@ computed once per step. The largest tensor of the published form, [bytes, D], ne
 of the published FLOPs at K = 32) becomes K row additions per token. Parameters stay the embedding and the kernel, so
 published weights fit.
 
-A learned position is added to each token. Where a file has more tokens than there are positions, the second half of
-the table is repeated: what stands early in a file, headers above all, keeps its positions however long the file is,
-tokens of a window keep their order, and no position is met that training has not met. Refused: an error; stretching
-the table, which moves every token of a file that is one token too long; repeating the last row, which says of all
-tokens in a window that they are in one place.
+A learned position is added to each token. Where a file has more tokens than there are positions, the second half of the
+table is repeated: what stands early in a file, headers above all, keeps its positions however long the file is, tokens
+of a window keep their order, and no position is met that training has not met. Rejected alternative: an error;
+stretching the table, which moves every token of a file that is one token too long; repeating the last row, which says
+of all tokens in a window that they are in one place.
 
 Shapes: N tokens, K bytes per token, D dim, V = 257 byte values (256 is "no byte"), P rows of positions.
 """

@@ -3,7 +3,8 @@
 A request is read (bfsys/serve/uploads.py), its files are prepared as the model was trained to read files, and wait for
 the worker that computes (bfsys/serve/batching.py). Each file has its own answer or its own error.
 
-Refused: FastAPI's own pages of documentation, which load scripts from elsewhere; /openapi.json describes the service.
+Rejected alternative: FastAPI's own pages of documentation, which load scripts from elsewhere; /openapi.json describes
+the service.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Files out of a multipart body, as it arrives, in memory alone.
 
-Refused: FastAPI's UploadFile, which writes files above 1 MB to disk and takes a body whole before any limit is seen.
+Rejected alternative: FastAPI's UploadFile, which writes files above 1 MB to disk and takes a body whole before any
+limit is seen.
 """
 
 from __future__ import annotations

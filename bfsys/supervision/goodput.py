@@ -4,8 +4,8 @@
     begun, and notes of how many steps are made and how long they waited for data and for saving
 
 Events are only ever added, and every second between the first start and now falls to one cause, so the causes add up
-to the wall time in every case. A process reads the wall clock once and measures from there, so that a
-clock that is set makes no duration wrong; one that was set back between two starts is taken to have stood still.
+to the wall time in every case. A process reads the wall clock once and measures from there, so that
+setting the clock makes no duration wrong. If it was set back between two starts, no time is counted between them.
 
     restart     from the last note of a process to the first step of the next one, the very first start included
     lost        steps that were made again, because no checkpoint had them yet (and were noted)
@@ -13,7 +13,7 @@ clock that is set makes no duration wrong; one that was set back between two sta
     data_wait   waiting for data
     productive  the rest: steps that count, and evaluations
 
-Refused: to carry the sums in checkpoints. They would not know of what happened after the last one.
+Rejected alternative: to carry the sums in checkpoints. They would not know of what happened after the last one.
 """
 
 from __future__ import annotations

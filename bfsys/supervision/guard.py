@@ -1,7 +1,8 @@
 """Bad steps: their definition, their treatment, and the roll-back of a run.
 
-A step is bad if its loss or gradient is not finite: its update is skipped, on all ranks (engine.py). Or if its
-loss spikes: a robust z-score of its logarithm, against median and median deviation of the last good losses. A single
+A step is bad if its loss or gradient is non-finite: its update is skipped, on all ranks (engine.py). A step is also bad
+if its loss spikes: if the robust z-score of its logarithm, by the median and the median deviation of the last good
+losses, is above a limit. A single
 bad step is noted, with the samples that it drew, and does no harm that lasts. `max_bad_steps` in a row do: the run is
 rolled back to the last checkpoint before the first of them, and these steps are skipped. If that happens more than
 MAX_ROLLBACKS times from the same weights, it ends.
@@ -24,7 +25,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bfsys import dist
-from bfsys.checkpoint.files import all_checkpoints, read_manifest, remove, step_of
+from bfsys.checkpoint.files import all_checkpoints, manifest_or_problems, remove, step_of
 from bfsys.config import Train
 from bfsys.data.streaming.datasets import Sources
 from bfsys.errors import EXIT_DIVERGED, UserError
@@ -106,9 +107,11 @@ def return_to_good_checkpoint(run_dir: Path, rollbacks: list[dict], bad: list[di
     rank 0. Returns what was done; raises UserError if that was tried often enough."""
     paths = all_checkpoints(run_dir)
     good = [path for path in paths if step_of(path) < bad[0]["step"]]
-    if not good:
+    manifests = (manifest_or_problems(path)[0] for path in reversed(good))
+    manifest = next(filter(None, manifests), None)  # a resume passes over damaged ones, too
+    if manifest is None:
         raise UserError(f"{run_dir}: no checkpoint is from before the bad steps", exit_code=EXIT_DIVERGED)
-    to, updates = step_of(good[-1]), read_manifest(good[-1])["updates"]
+    to, updates = manifest["step"], manifest["updates"]
     steps = [b["step"] for b in bad]
     if sum(rollback["updates"] == updates for rollback in rollbacks) >= MAX_ROLLBACKS:
         raise UserError(

@@ -13,7 +13,7 @@ FILE = "ended.json"
 
 
 def note_end(run_dir: Path, exit_code: int, reason: str) -> None:
-    """Say how a run ended. A disk that is full must not hide the reason that it is full."""
+    """Write down how a run ended. Errors are ignored: if the disk is full, the caller's error says so."""
     note = {"exit_code": exit_code, "reason": reason, "time": time.strftime("%F %T %z")}
     if run_dir.is_dir():
         with suppress(OSError):

@@ -55,7 +55,7 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a loader process inherited the handler: stopping is not its affair
+        if os.getpid() != self._process:  # a loader process inherited the handler, and ignores the signal
             return
         now = time.monotonic()
         waited_s = now - self._received_at.setdefault(number, now)

@@ -3,7 +3,8 @@
 It holds what a run needs to survive: stop requests, watchdog, ledger, quarantine, guard, metrics and checkpoints. The
 training loop (train.py) calls it by name, once per step for each duty: `agree` exchanges the step's only control
 message, `judge` looks for bad steps and reports, `save_if_due` writes checkpoints, `roll_back` returns to a checkpoint
-before bad steps. Refused: callbacks, because the loop would no longer show what happens and in which order.
+before bad steps. Rejected alternative: callbacks, because the loop would no longer show what happens and in which
+order.
 """
 
 from __future__ import annotations
@@ -209,8 +210,9 @@ class Supervisor:
 
     def save_first(self, engine: Engine) -> None:
         """Save step 0: there is always a checkpoint to roll back to, and the disk is known to take it; collective."""
+        where = "step 0: waiting for the checkpoint's files"
         self.saver.start(engine, {"step": 0, "updates": 0, "metrics": None, "guard": None, **self.facts})
-        self.saver.finish()
+        self.saver.finish(wait=lambda: self.watchdog.beat(where))
 
     def _start_save(self, engine: Engine, step: int) -> None:
         self.ledger.record_progress(step)
@@ -235,38 +237,46 @@ class Supervisor:
             self.metrics.show("checkpoint_copy", step, news)
 
     def _waits_for_copy(self, exit_code: int) -> bool:
-        """Whether this rank makes a copy that the end of the run waits for: on request, that of the newest alone."""
+        """Whether this rank makes a copy that must be ready before the run ends. A run that was asked to stop waits for
+        that of its newest checkpoint only."""
         if not self.copies or not self.copies.is_busy:
             return False
         return not exit_code or bool(self.copies.problem_of_newest())
 
-    def finish_copies(self, step: int, exit_code: int) -> None:
-        """Wait until the last checkpoint is copied, if the config asks for copies; collective.
+    def finish_copies(self, step: int, exit_code: int) -> int:
+        """Wait until the last checkpoint is copied, if the config asks for copies; collective. A stop may be requested
+        meanwhile. Returns the exit code: a run that is to be started again leaves a missing copy to its next start.
 
-        Raises AgreedError if it cannot be copied. A run that is about to be started again leaves that to its next
-        start.
+        Raises AgreedError if the checkpoint has no copy otherwise.
         """
         if not self.config.copy_url:
-            return
+            return exit_code
         where, began = f"step {step}: waiting for the copy of the checkpoint", time.monotonic()
         waits = bool(self.copies and self.copies.is_busy)
         if waits:
             self.metrics.say(f"waiting until the last checkpoint is copied to {self.config.copy_url}")
+        stop_code = exit_code
         with self.watchdog.patient(where), self.ledger.stalled():
             while True:
                 self.attend_copies(step, is_end=True)
-                is_late = exit_code and time.monotonic() - began > STOP_WAIT_S
-                if not dist.agree_on_max(self._waits_for_copy(exit_code) and not is_late)[0]:
+                is_late = stop_code and time.monotonic() - began > STOP_WAIT_S
+                waits_on = self._waits_for_copy(stop_code) and not is_late
+                are_waiting, asked = dist.agree_on_max(waits_on, self.stop.exit_code)
+                if asked and not stop_code:
+                    stop_code, began = asked, time.monotonic()
+                if not are_waiting:
                     break
                 self.watchdog.beat(where)
                 time.sleep(POLL_S)
         problem = dist.broadcast_from_rank0(self.copies.problem_of_newest() if self.copies else "")
-        if problem and exit_code == EXIT_REQUEUE:
+        if problem and stop_code == EXIT_REQUEUE:
             self.metrics.say(problem)
-        elif problem:
+            return stop_code
+        if problem:
             raise dist.AgreedError(f"{problem}; the same command copies it", exit_code=EXIT_STORAGE)
-        elif waits:
+        if waits:
             self.metrics.say("the last checkpoint is copied")
+        return exit_code
 
     def roll_back(self, step: int) -> None:
         """Make the checkpoint before the bad steps, the last of which is `step`, the newest; collective.
@@ -294,15 +304,15 @@ class Supervisor:
         if step % COLLECT_EVERY_STEPS == 0:
             gc.collect()
 
-    def end_steps(self, step: int, exit_code: int) -> None:
-        """The loop has ended after `step` steps: finished (0), or stopped on request."""
+    def end_steps(self, step: int, exit_code: int) -> int:
+        """The loop has ended after `step` steps: finished (0), or stopped on request. Returns the run's exit code."""
         if exit_code:
             self.metrics.show("stop", step, "stopped on request")
             self.metrics.say(f"stopped on request after step {step}; the same command continues from there")
         else:
             self.metrics.say(f"finished: {step} steps; checkpoints, TensorBoard logs and metrics are in {self.run_dir}")
         try:
-            self.finish_copies(step, exit_code)
+            return self.finish_copies(step, exit_code)
         finally:
             self.ledger.record_progress(step)
             self.metrics.close()
@@ -316,6 +326,7 @@ class Supervisor:
             Wanted(self.run_dir, self.config.copy_url, after=step - 1, until=step),
             self.ranks,
             check=lambda work: check_same_run(work, self.facts, origin=self.config.copy_url),
+            wait=lambda: self.watchdog.beat(f"fetching a copy of {path.name}"),
         )
         for note in (*fetched.notes, *([fetched.problem] if fetched.problem else [])):
             self.say(note)

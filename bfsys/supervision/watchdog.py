@@ -8,9 +8,9 @@ otherwise the one that came least far is named. Then all end with EXIT_HUNG, on 
 again. On GPUs, kernels are queued and all ranks come to the same place, so each also writes what NCCL's flight recorder
 holds: the rank whose collectives have the lowest numbers is at fault.
 
-Ranks wait for each other in every step, so that a hang of one is a hang of all, within one step of the others.
-Refused: heartbeats over the network or through files, which cost something while all is well; and the timeout of the
-collectives alone, which says neither who nor where.
+Ranks wait for each other in every step, so that a hang of one is a hang of all, within one step of the others. Rejected
+alternative: heartbeats over the network or through files, which cost something while all is well; and the timeout of
+the collectives alone, which says neither who nor where.
 """
 
 from __future__ import annotations
@@ -133,12 +133,15 @@ class Watchdog:
     def _end(self, waited_s: float) -> None:
         """Write down what this rank does, name the one at fault, and end the process."""
         print(f"error: rank {self._ranks.rank}: no progress for {waited_s:.0f} s, after {self._where}", file=sys.stderr)
-        # Should the file system be what hangs.
+        # If the file system hangs too, this ends the process.
         faulthandler.dump_traceback_later(10 * GRACE_S, exit=True)
         try:
             self._incident.mkdir(parents=True, exist_ok=True)
             self._write_stacks(waited_s)
-            self._write_flight_record()
+            try:
+                self._write_flight_record()
+            except Exception as error:  # the verdict counts more
+                print(f"error: rank {self._ranks.rank}: no flight record: {error}", file=sys.stderr, flush=True)
             deadline = time.monotonic() + GRACE_S
             while len(found := self._reports()) < self._ranks.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
@@ -146,7 +149,7 @@ class Watchdog:
             print(f"error: rank {self._ranks.rank}: {verdict}", file=sys.stderr, flush=True)
             if self._ranks.rank == min(found, default=self._ranks.rank):
                 note_end(self._run_dir, EXIT_HUNG, verdict)
-        except OSError as error:
+        except Exception as error:
             print(f"error: {self._incident}: {error}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback()
         finally:

@@ -92,6 +92,9 @@ def test_plain_srun_makes_ranks(monkeypatch):
         assert "RANK" not in os.environ  # not in a job
         os.environ.update(TASK)
         job_module.set_slurm_variables()
+        assert "RANK" not in os.environ  # a batch script is no step
+        os.environ["SLURM_STEP_NODELIST"] = "n[1-2]"
+        job_module.set_slurm_variables()
         assert (os.environ["RANK"], os.environ["MASTER_ADDR"]) == ("3", "n1")
 
 

@@ -50,7 +50,10 @@ PENDING = "JobState=PENDING Reason=Resources Restarts=0 StartTime=2026-11-21T19:
 
 def test_a_running_job(run: Path, slurm_says, capsys) -> None:
     slurm_says(RUNNING)
-    lines = [{"kind": "train", "step": 1200}, {"kind": "eval", "step": 1200}]
+    lines = [
+        {"kind": "train", "step": 1200, "seconds": {}},
+        {"kind": "eval", "step": 1200, "classes": ["a class"] * 5000},
+    ]
     (run / "metrics.jsonl").write_text("{}\n" + "".join(json.dumps(line) + "\n" for line in lines))
     assert call("slurm", ["status", str(run)]) == 0
     out = capsys.readouterr().out

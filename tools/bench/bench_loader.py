@@ -8,8 +8,8 @@ A measurement is a process of its own: an uncounted epoch, in which every sample
 new loaders as there are repeats. MB/s (of payload) and samples/s run from the first batch to the last, and the start is
 told apart: epochs are short here, long in training. What is read ahead by then (a shuffle buffer, say) is a gift.
 
-Exit code 0: measured; 1: bfsys or the plain read failed or lost samples; 2: wrong arguments, or the like.
-Refused: figures of different runs in one table; on shared machines they differ by more than loaders do.
+Exit code 0: measured; 1: bfsys or the plain read failed or lost samples; 2: wrong arguments, or the like. Rejected
+alternative: figures of different runs in one table; on shared machines they differ by more than loaders do.
 """
 
 import argparse

@@ -20,8 +20,8 @@ micro-batch's forward and backward and an update are, and how many of them launc
 allocations do not. A kernel of our own is not one of these operations; on a GPU the profiler counts all kernels and
 copies.
 
-Exit code 0: measured; 1: a measurement failed; 2: wrong arguments, or the like.
-Refused: figures of different runs in one table; on shared machines they differ by more than programs do.
+Exit code 0: measured; 1: a measurement failed; 2: wrong arguments, or the like. Rejected alternative: figures of
+different runs in one table; on shared machines they differ by more than programs do.
 """
 
 import argparse

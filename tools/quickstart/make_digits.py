@@ -8,14 +8,14 @@ handwritten digits that come with scikit-learn, as uncompressed TIFF and as stor
 `manifest.csv` says of each file what it came from; `complete.json` with which settings the tree was made.
 
 Decisions:
-- Made on the spot from two pip packages, in seconds. Refused: a download of MNIST and Speech Commands
+- Made on the spot from two pip packages, in seconds. Rejected: a download of MNIST and Speech Commands
   (gigabytes, mirrors that move, and hours on a CPU for a first try).
 - The class can be read from the content alone. All files of an encoding have one length and one header,
   numbers in file names are a permutation over all classes, and every clip has noise from end to end, the
   word at a random place and loudness, so that the amount of silence tells little.
 - Validation is on sources never trained on: other handwritten images, each once per encoding as it is, and
   other voices. Who wrote an image scikit-learn does not say, so a writer may be on both sides.
-- PNG is stored and unfiltered, and therefore written here. Refused: Pillow's, which filters rows as it
+- PNG is stored and unfiltered, and therefore written here. Rejected: Pillow's, which filters rows as it
   sees fit (mostly Paeth). That is a harder task: an MLP on the bytes then gets 87 % right, against 99 %.
 - The tree is made beside OUT and renamed when whole: a killed run leaves no half OUT.
 """

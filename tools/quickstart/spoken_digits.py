@@ -4,11 +4,11 @@ Decisions:
 - espeak-ng keeps its state (noise, flutter, echo) in C globals that outlive even its own Terminate, and
   seeds its noise with the clock. So a word depends on all words before it. Utterances are therefore cut
   into chunks of fixed size, and each chunk is spoken in order by a fresh, seeded process: the clips depend
-  on the arguments alone, not on the number of cores. Refused: a process per utterance, which costs a
+  on the arguments alone, not on the number of cores. Rejected: a process per utterance, which costs a
   hundred times the speech itself.
 - A variant is a voice. Validation has variants that training never has, and variants that differ only in a
   final number (`iven`, `iven2`, …) stay on one side, for some are slight changes of one another.
-- A word is spoken whole: where it overruns the clip it is spoken again, faster. Refused: cutting it off,
+- A word is spoken whole: where it overruns the clip it is spoken again, faster. Rejected: cutting it off,
   which makes "four" of "forty" and would tell long words by their missing ends.
 """
 
@@ -192,8 +192,8 @@ def speak(utterances: list[Utterance], seed: int) -> list[tuple[int, np.ndarray]
 def speak_in_fresh_process(utterances: list[Utterance], seed: int) -> list[tuple[Utterance, np.ndarray]]:
     """Run this file as a program that speaks; returns each utterance as it was spoken, and the word.
 
-    Refused: multiprocessing. When the main process is killed, the workers of its ProcessPoolExecutor live on
-    for ever; when a spawned process dies as it starts, the main one waits for ever.
+    Rejected alternative: multiprocessing. When the main process is killed, the workers of its ProcessPoolExecutor live
+    on for ever; when a spawned process dies as it starts, the main one waits for ever.
     """
     order = pickle.dumps((seed, [astuple(u) for u in utterances]))
     # A session of its own keeps Ctrl-C for the main process. If that one dies, this one's output pipe breaks.

@@ -5,8 +5,8 @@ A picture becomes strips from top to bottom, a sound short spectra from its begi
 formats store both in this order, so a token's place in the file is about the place of what it shows, also where the
 bytes are compressed and no exact place exists.
 
-Only training decodes files for this. Refused: exact places by a parser of each format, which knows the pixels of a TIFF
-but not those of a progressive JPEG, and which gained nothing on PNG (docs/experiments.md).
+Only training decodes files for this. Rejected alternative: exact places by a parser of each format, which knows the
+pixels of a TIFF but not those of a progressive JPEG, and which gained nothing on PNG (docs/experiments.md).
 """
 
 from __future__ import annotations

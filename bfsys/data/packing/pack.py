@@ -1,8 +1,8 @@
 """Packing a source into a dataset: all of it is listed and checked before anything is written.
 
 Packing is done once and offline: what it costs here, no training run pays again. The same command continues after a
-stop or a kill. Refused: guessing at anything that the input leaves open (mixed folders, bad files, name clashes); all
-of it is named at once.
+stop or a kill. Rejected alternative: guessing at anything that the input leaves open (mixed folders, bad files, name
+clashes); all of it is named at once.
 """
 
 import sys

@@ -2,9 +2,9 @@
 
 Each shard is a job of its own (workers.py runs the jobs), whose fingerprint covers all that decides its bytes. It is
 written into the folder .pack, and beside it a sidecar with that fingerprint and the shard's part of the index. So a
-killed run continues where it was, by asking of every shard whether it is there already, and the number
-of workers cannot matter. Only when all is whole does staging.py put it into place: until then the dataset that
-the folder held before stays as it was. Refused: a journal of what was done, which can disagree with the files.
+killed run continues where it was, by asking of every shard whether it is there already, and the number of workers
+cannot matter. Only when all is whole does staging.py put it into place: until then the dataset that the folder held
+before stays as it was. Rejected alternative: a journal of what was done, which can disagree with the files.
 """
 
 import hashlib

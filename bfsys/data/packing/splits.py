@@ -8,7 +8,7 @@ each class with two files or more is in train and in val, and a class of one fil
 moves no old file, except in small classes the one that was next in rank. Files of one key (a.jpg and a.png) stay
 together unless the class has no other key.
 
-Refused: drawing at random, which moves old files from one side to the other as soon as a file is added.
+Rejected alternative: drawing at random, which moves old files from one side to the other as soon as a file is added.
 """
 
 import re

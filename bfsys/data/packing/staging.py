@@ -1,6 +1,6 @@
 """The staging folder of a dataset that is being packed: the folder .pack inside the dataset's folder.
 
-    NAME-SPLIT-000000.tar, .npz …   finished shards, and what `packing.write_job` knows of each
+    NAME-SPLIT-000000.tar, .npz …   finished shards, and what `shard_jobs.write_job` knows of each
     dataset.json                    written last: all is whole and can be put into place
     inputs                          of which inputs the dataset beside the folder was packed
     lock                            held by the process that packs

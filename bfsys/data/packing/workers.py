@@ -2,8 +2,8 @@
 
 Files that are decoded are decoded here and never in the command's own process, since a codec may abort. A file that
 ends its process by a fault of the codec is a bad file, and the job is written again without it; each process says in
-shared memory which file it is at. Refused: concurrent.futures, whose pool breaks as a whole and does not say
-which of its processes died first.
+shared memory which file it is at. Rejected alternative: concurrent.futures, whose pool breaks as a whole and does not
+say which of its processes died first.
 """
 
 import multiprocessing

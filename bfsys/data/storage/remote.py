@@ -5,8 +5,8 @@ in its middle is a matter of seconds here instead of an error there. What came i
 the sha256 that dataset.json gives, so a cached file is the packed one, and its content is in its name.
 The processes agree through `flock` on files beside the cached ones: the kernel drops a lock with its holder.
 
-Refused: reading tars as streams (the order would depend on the network, and a resume would fetch everything
-again), a daemon that fetches for all (one more thing to start, watch and stop), and an HTTP library (the
+Rejected alternative: reading tars as streams (the order would depend on the network, and a resume would fetch
+everything again), a daemon that fetches for all (one more thing to start, watch and stop), and an HTTP library (the
 schemes, the credentials and the proxies that people have are those of `webdataset.gopen`'s programs).
 """
 
@@ -63,7 +63,8 @@ class WrongContentError(UserError):
 
 @contextmanager
 def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock called `path` + .lock, against threads and processes. False where another has it and `wait` not."""
+    """Hold the lock called `path` + .lock, against threads and processes. Yields False if another holder has it and
+    `wait` is false."""
     path = path.with_name(path.name + LOCK)
     descriptor = _lock(path, wait)
     try:
@@ -107,7 +108,7 @@ class Cache:
     """Remote files in a local folder of at most `limit_bytes`; the least recently used make room.
 
     One per process, or a pickled copy of it; the counters are this process's.
-    Have what is in use and what is prefetched fit into the limit, or files are fetched again and again.
+    The limit must hold all files in use and all prefetched files; otherwise files are fetched again and again.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Cache:
         self._try_often(file.url, lambda: self._fetch(file, stop, wait=False), stop, is_awaited=False)
 
     def path_of(self, file: RemoteFile) -> Path:
-        """The path of the file in the cache, or None."""
+        """The path that the file has in the cache, whether or not it is there."""
         name = re.sub(r"[^\w.+-]", "_", base_name(file.url), flags=re.ASCII)[-100:]
         if name.endswith((PART, LOCK)):
             name += "_"

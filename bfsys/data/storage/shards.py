@@ -5,13 +5,13 @@
     NAME-SPLIT.keys.npy          all keys as UTF-8, one behind the other
     dataset.json                 classes, counts, sizes and hashes; written last, so that a folder with
                                  it is whole and a folder without it is not a dataset
-    .pack                        what packing needs to know when it is run again (see packing.py)
+    .pack                        what packing needs to know when it is run again (see packing/staging.py)
 
 The folder may lie behind a URL (see remote.py): the index is then fetched at the start, a shard when it is needed.
 Opening a split costs the same however many samples it has; what is proven, and by whom, is in `damaged_index`.
 
-Alternative refused: finding samples by scanning the tars at every start, as streaming readers do. The
-order of training is computed from lengths and labels alone, and a flipped byte must not go unnoticed.
+Rejected alternative: finding samples by scanning the tars at every start, as streaming readers do. The order of
+training is computed from lengths and labels alone, and a flipped byte must not go unnoticed.
 """
 
 import hashlib

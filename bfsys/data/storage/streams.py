@@ -1,7 +1,7 @@
 """The content of a URL as a stream of bytes, which ends completely or raises the reason.
 
-Opening is webdataset's `gopen`, so that the schemes, credentials and proxies that people have keep working.
-Refused: its `Pipe` for reading, which waits for ever on a server that falls silent; and an HTTP library, which
+Opening is webdataset's `gopen`, so that the schemes, credentials and proxies that people have keep working. Rejected
+alternative: its `Pipe` for reading, which waits for ever on a server that falls silent; and an HTTP library, which
 knows one scheme of the five.
 """
 

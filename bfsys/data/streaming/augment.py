@@ -4,10 +4,10 @@ A picture is cropped, mirrored, changed by RandAugment and partly erased. A soun
 background noise, is rolled, and is mixed with a second one. The result is encoded, so that the model sees
 file bytes and nothing else.
 
-All randomness comes from the caller's generator: equal generators give equal bytes, in any process and in any
-order of files. Torchvision's transforms draw from PyTorch's global generator; they get a seed drawn from ours
-and leave the global state as it was. Threads of one process share that state, so augment in processes.
-Alternative refused: transforms of our own, with which the published numbers could not be compared.
+All randomness comes from the caller's generator: equal generators give equal bytes, in any process and in any order of
+files. Torchvision's transforms draw from PyTorch's global generator; they get a seed drawn from ours and leave the
+global state as it was. Threads of one process share that state, so augment in processes. Rejected alternative:
+transforms of our own, with which the published numbers could not be compared.
 """
 
 import hashlib

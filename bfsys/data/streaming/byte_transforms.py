@@ -4,9 +4,9 @@ The published order is shuffle → keep → noise → permute (any of reverse �
 in another order is applied as written. The publication applies transforms in training and evaluation alike;
 an evaluation repeats itself where the caller's generator does.
 
-What is fixed in the publication is fixed here by the same numbers: `torch.randperm` with the seed of the
-released code gives the key of `permute` and the positions that `keep` keeps. Alternative refused: numpy's
-generator, with which models trained on either side could not read the other's bytes.
+What is fixed in the publication is fixed here by the same numbers: `torch.randperm` with the seed of the released code
+gives the key of `permute` and the positions that `keep` keeps. Rejected alternative: numpy's generator, with which
+models trained on either side could not read the other's bytes.
 
 A permutation of byte values is no encryption: it hides a file from the eye, not from one who counts bytes.
 (docs/privacy.md)

@@ -4,9 +4,9 @@ The two smallest sources are merged into one, again and again, until one is left
 the draws of a pair are divided between its two in exact proportion. So after any number of draws each source is within
 two samples of its share, however many sources there are.
 
-Refused: drawing the source by chance, as other loaders do, whose shares wander by sqrt(n) samples and whose resume
-needs the state of a random generator; and drawing the i-th sample of a source of share w when it is due, at time
-(i + 1/2) / w, where many sources of equal share are due at once and put off the others.
+Rejected alternative: drawing the source by chance, as other loaders do, whose shares wander by sqrt(n) samples and
+whose resume needs the state of a random generator; and drawing the i-th sample of a source of share w when it is due,
+at time (i + 1/2) / w, where many sources of equal share are due at once and put off the others.
 """
 
 from __future__ import annotations

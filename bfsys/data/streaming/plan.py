@@ -10,9 +10,9 @@ dealt to the block's steps so that each step gets about the same number of bytes
 So the whole state of the data order is the step number, any step can be computed at once, and nothing depends
 on the number of ranks or loader processes.
 
-Refused: micro-batches with a varying number of like-long samples under a byte budget. They make the batch size
-of a step, and with it the mixture, vary with the lengths; and since batches are ragged, samples of unequal
-length cost no padding. Dealing a block by length keeps every step at `batch_samples` and all lanes at like cost.
+Rejected alternative: micro-batches with a varying number of like-long samples under a byte budget. They make the batch
+size of a step, and with it the mixture, vary with the lengths; and since batches are ragged, samples of unequal length
+cost no padding. Dealing a block by length keeps every step at `batch_samples` and all lanes at like cost.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A map-style reader over `pread` needs no unpacking, no state and no lock, and a 
 buffer. Every file is proven by its checksum; one that is not whole is replaced by another of its source, which
 depends on seed, source, sample and epoch alone, so that every rank and every replay choose the same.
 
-Refused: iterating over tars as streams, which ties the order to the shards and a resume to a replay; `mmap`, which
-turns a truncated file into a SIGBUS.
+Rejected alternative: iterating over tars as streams, which ties the order to the shards and a resume to a replay;
+`mmap`, which turns a truncated file into a SIGBUS.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_what_is_no_run_is_named(finished_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no metrics\.jsonl that can be read"):
         plot_runs.main([str(tmp_path / "curves.png"), str(finished_run), str(tmp_path)])
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match="has no measurement yet"):
+    with pytest.raises(UserError, match="holds no measurement"):
         plot_runs.main([str(tmp_path / "curves.png"), str(tmp_path)])
     with pytest.raises(UserError, match="cannot be written"):
         plot_runs.main([str(tmp_path / "none" / "curves.png"), str(finished_run)])
