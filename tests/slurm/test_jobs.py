@@ -346,3 +346,13 @@ def test_what_slurm_would_refuse_is_said_at_once_with_all_else(config_file, tmp_
     assert answer.returncode == 2
     assert "sbatch --test-only: SLURM would refuse the job" in answer.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_plain_srun_starts_a_rank_for_each_task(config_file, tmp_path, undisturbed):
+    options = ["--nodes=2", "--ntasks=2", "--cpus-per-task=1", "--time=5"]
+    answer = subprocess.run(
+        ["srun", *options, sys.executable, "-m", "bfsys", "train", str(config_file), *OVERRIDES],
+        capture_output=True, text=True, timeout=300, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert_equal_runs(undisturbed, tmp_path / "runs" / "tiny")
