@@ -14,16 +14,15 @@ from __future__ import annotations
 import datetime
 import os
 import re
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bfsys.launch.restart_policy import newest_step
+from bfsys.launch.slurm_commands import ask
 
 ASK_EVERY_S = 60.0  # many users ask SLURM
-ANSWER_S = 60.0
 SOON_S = 30.0  # a start that SLURM expects within it needs no other job to end
 
 
@@ -81,25 +80,16 @@ def can_start(nodes: int, job: dict[str, str]) -> bool:
     partition. SLURM itself looks at constraints, GPUs, reservations and exclusions."""
     if not (job.get("Command") and job.get("Partition")):
         return False
-    waiting = _ask("squeue", "--noheader", "--states=PENDING", f"--partition={job['Partition']}", "--format=%r")
-    if waiting is None or {"Resources", "Priority"} & set(waiting.split()):
+    waiting = ask("squeue", "--noheader", "--states=PENDING", f"--partition={job['Partition']}", "--format=%r")
+    if not waiting.is_good or {"Resources", "Priority"} & set(waiting.output.split()):
         return False
-    said = _ask("sbatch", "--test-only", "--dependency=", f"--nodes={nodes}", job["Command"]) or ""
-    starts = re.search(r"to start at (\S+)", said)
-    if not starts:
-        return False
-    return (datetime.datetime.fromisoformat(starts[1]) - datetime.datetime.now()).total_seconds() < SOON_S
-
-
-def _ask(*command: str) -> str | None:
-    """The standard output and error of a command; None if it fails."""
     # sbatch would take this job's number of tasks for that of the job that it is asked about.
     env = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith("SLURM_")}
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True, env=env)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout + answer.stderr
+    answer = ask("sbatch", "--test-only", "--dependency=", f"--nodes={nodes}", job["Command"], env=env)
+    starts = re.search(r"to start at (\S+)", answer.output + answer.errors)
+    if not answer.is_good or not starts:
+        return False
+    return (datetime.datetime.fromisoformat(starts[1]) - datetime.datetime.now()).total_seconds() < SOON_S
 
 
 def use_nodes(fit: Sequence[int]) -> int:
@@ -111,7 +101,7 @@ def use_nodes(fit: Sequence[int]) -> int:
         f"nodes: the job has {got}, training takes {used} (of {', '.join(map(str, fit))}, which share the lanes evenly)"
     )
     if used < got:
-        released = _ask("scontrol", "update", f"JobId={os.environ['SLURM_JOB_ID']}", f"NumNodes={used}") is not None
+        released = ask("scontrol", "update", f"JobId={os.environ['SLURM_JOB_ID']}", f"NumNodes={used}").is_good
         line += f"; {got - used} {'given back' if released else 'left idle: SLURM does not take them back'}"
     print(line, flush=True)
     return used

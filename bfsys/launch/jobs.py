@@ -7,7 +7,6 @@ is done for it, and comes back.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections import deque
@@ -23,11 +22,11 @@ from bfsys.config import load_config
 from bfsys.errors import UserError
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.restart_policy import newest_step
+from bfsys.launch.slurm_commands import ask, fields_of
 from bfsys.supervision.goodput import goodput, read_seconds
 from bfsys.supervision.run_end import how_it_ended
 
 JOBS = "jobs.jsonl"
-ANSWER_S = 60
 POLL_S, STATE_POLL_S = 1.0, 15.0  # intervals for a log, and for SLURM, which many users ask
 SHOWN_LINES = 20
 OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
@@ -83,8 +82,8 @@ NO_ANSWER = State("SLURM does not answer")
 
 def state_of(job: str) -> State:
     """The state of a job in the queue or, after it has left the queue, in SLURM's accounting if the site has it."""
-    said, complaint = _ask("scontrol", "--oneliner", "show", "job", job)
-    facts = dict(word.split("=", 1) for word in said.split() if "=" in word)
+    answer = ask("scontrol", "--oneliner", "show", "job", job)
+    facts = fields_of(answer.output)
     if name := facts.get("JobState"):
         start, end = (facts.get(key, "").replace("T", " ") for key in ("StartTime", "EndTime"))
         shown = {
@@ -93,22 +92,13 @@ def state_of(job: str) -> State:
         }.get(name, f"ended {end}" if name in OVER else "")
         restarts = int(facts.get("Restarts", 0))
         return State(name, shown + (f", started again {restarts} times" if restarts else ""))
-    if complaint and "Invalid job id" not in complaint:
+    if not answer.is_good and "Invalid job id" not in answer.errors:
         return NO_ANSWER
-    said, _ = _ask("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", job, "--format=State,End")
-    if lines := said.strip().splitlines():
+    answer = ask("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", job, "--format=State,End")
+    if lines := answer.output.strip().splitlines():
         name, _, end = lines[-1].partition("|")
         return State(name.split()[0].rstrip("+"), f"ended {end.replace('T', ' ')}")
     return UNKNOWN
-
-
-def _ask(*command: str) -> tuple[str, str]:
-    """The standard output of a command and, if it failed, its standard error."""
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return "", str(error)
-    return answer.stdout, answer.stderr if answer.returncode else ""
 
 
 def active(run_dir: Path) -> list[Submitted]:
@@ -220,8 +210,8 @@ def stop(run_dir: Path) -> int:
         raise UserError(f"{run_dir}: no job of this run waits or runs")
     console.go_on_without()  # all of them are to end, whoever reads what is printed
     for submitted in jobs:
-        answer = subprocess.run(["scancel", submitted.job], capture_output=True, text=True, check=False)
-        if answer.returncode:
-            raise UserError(f"scancel {submitted.job}: {answer.stderr.strip()}")
+        answer = ask("scancel", submitted.job)
+        if not answer.is_good:
+            raise UserError(f"scancel {submitted.job}: {answer.errors.strip()}")
         print(f"job {submitted.job}: asked to save and to end; see bfsys slurm status {run_dir}")
     return 0

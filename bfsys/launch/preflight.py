@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.dryrun import check_copies, notes_on_start
 from bfsys.errors import collecting
+from bfsys.launch.slurm_commands import ask
 from bfsys.launch.slurm_options import parse_minutes
 
 # By the kind of file system that the kernel names. Others, such as ext4, may still be exported to the nodes.
@@ -30,7 +30,6 @@ OF_THIS_MACHINE = {"tmpfs", "ramfs", "devtmpfs"}
 SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "orangefs", "afs", "cifs",
           "smb3", "9p", "virtiofs"}  # fmt: skip
 NOT_NOW = "Requested node configuration is not available"
-ANSWER_S = 60
 CHECK_FIRST = "on a cluster that is new to you, let `bfsys check-gpu` prove GPUs and network first (docs/slurm.md)"
 
 
@@ -123,22 +122,19 @@ def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qo
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()
-        try:
-            asked = subprocess.run(
-                ["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=ANSWER_S, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return Checked([f"sbatch --test-only: no answer within {ANSWER_S} s; is the controller up? See sinfo"], [])
-    said = [re.sub(r"^sbatch: (error: )?", "", line) for line in asked.stderr.splitlines() if line.strip()]
+        answer = ask("sbatch", "--test-only", file.name)
+    if answer.code is None:
+        return Checked([f"sbatch --test-only: {answer.errors}; is the controller up? See sinfo"], [])
+    said = [re.sub(r"^sbatch: (error: )?", "", line) for line in answer.errors.splitlines() if line.strip()]
     limits = _partitions()
-    if starts := re.search(r"to start at (\S+) .* in partition (\S+)", asked.stderr):
+    if starts := re.search(r"to start at (\S+) .* in partition (\S+)", answer.errors):
         notes.append(f"SLURM would start it at {starts[1].replace('T', ' ')} in partition {starts[2]}")
         partition = starts[2]
     partition = partition or next((name for name, limit in limits.items() if limit.is_default), "")
     limit = limits.get(partition)
-    if asked.returncode:
+    if answer.code:
         # Nodes that are down or drained do not count for SLURM here, but a real job would wait for them.
-        is_passing = NOT_NOW in asked.stderr and limit is not None and nodes <= limit.nodes and limit.away
+        is_passing = NOT_NOW in answer.errors and limit is not None and nodes <= limit.nodes and limit.away
         found = notes if is_passing else problems
         what = (
             "SLURM could not start the job with the nodes that are up" if is_passing else "SLURM would refuse the job"
@@ -165,18 +161,9 @@ class Partition:
 
 def _partitions() -> dict[str, Partition]:
     """The partitions by name; none if SLURM does not answer."""
-    try:
-        said = subprocess.run(
-            ["sinfo", "--noheader", "--format=%P %l %D %t"],
-            capture_output=True,
-            text=True,
-            timeout=ANSWER_S,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
+    answer = ask("sinfo", "--noheader", "--format=%P %l %D %t")
     partitions: dict[str, Partition] = {}
-    for line in said.splitlines():  # one for each state of nodes
+    for line in answer.output.splitlines() if answer.is_good else ():  # one for each state of nodes
         name, limit, number, state = line.split()
         before = partitions.get(name.rstrip("*"), Partition())
         is_away = state.rstrip("*~#!%$@^-").startswith(("down", "drain", "drng", "fail", "maint", "boot", "resv"))

@@ -31,6 +31,7 @@ from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED
 from bfsys.files import replace_file
 from bfsys.launch import elastic
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
+from bfsys.launch.slurm_commands import ask, fields_of
 
 FILE = "restarts.json"
 # Before starts without progress. SLURM hands out a node that is lost until it has missed it for SlurmdTimeout, 300 s by
@@ -41,7 +42,6 @@ ASK_BEFORE_END_S = 8.0
 KILL_WAIT_S = 30.0  # SLURM's default
 END_WAIT_S = 600.0  # for SLURM, which was asked to end this process
 TRIES, TRY_PAUSE_S = 6, 20.0  # tries of scontrol, while the controller is away
-SCONTROL_TIMEOUT_S = 60.0
 OUT_OF_TIME = 128 + signal.SIGTERM  # the code of tasks that did not end in time
 
 
@@ -142,57 +142,38 @@ def job_id() -> str:
 
 def job_facts() -> dict[str, str]:
     """SLURM's fields of this job: JobState, Reason, PreemptTime, …; empty if SLURM does not answer."""
-    try:
-        said = _scontrol("--oneliner", "show", "job", job_id())
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return fields_of(said)
-
-
-def fields_of(line: str) -> dict[str, str]:
-    """The fields of a line `NAME=VALUE NAME=VALUE …` of scontrol. A value may contain spaces, such as a path."""
-    return dict(re.findall(r"(\S+?)=(.*?)(?=\s+[A-Za-z][\w:/]*=|\s*$)", line))
+    answer = ask("scontrol", "--oneliner", "show", "job", job_id())
+    return fields_of(answer.output) if answer.is_good else {}
 
 
 def kill_wait_s() -> float:
     """Seconds between SIGTERM and SIGKILL."""
-    with suppress(OSError, subprocess.SubprocessError):
-        if found := re.search(r"^KillWait\s*=\s*(\d+)", _scontrol("show", "config"), re.MULTILINE):
-            return float(found[1])
-    return KILL_WAIT_S
+    found = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config").output, re.MULTILINE)
+    return float(found[1]) if found else KILL_WAIT_S
 
 
 def requeue() -> bool:
     """Ask SLURM to start this job again, which ends all of its processes; False if it does not."""
     print(f"asking SLURM to start job {job_id()} again", flush=True)
     for tries_left in reversed(range(TRIES)):
-        try:
-            _scontrol("requeue", job_id())
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = (getattr(error, "stderr", None) or str(error)).strip()
-            if tries_left and "connect" in reason.lower():  # to the controller
-                time.sleep(TRY_PAUSE_S)
-                continue
-            print(
-                f"error: job {job_id()} could not be requeued: {reason}; the checkpoint is saved: "
-                f"submit again with the same command to continue",
-                file=sys.stderr,
-            )
-            return False
-        return True
+        answer = ask("scontrol", "requeue", job_id())
+        if answer.is_good:
+            return True
+        reason = answer.errors.strip()
+        if not tries_left or "connect" not in reason.lower():  # to the controller
+            break
+        time.sleep(TRY_PAUSE_S)
+    print(
+        f"error: job {job_id()} could not be requeued: {reason}; the checkpoint is saved: submit again with the same "
+        "command to continue",
+        file=sys.stderr,
+    )
     return False
 
 
 def stop_tasks() -> None:
     """Have all ranks finish the step, save and leave, to be started again."""
-    with suppress(OSError, subprocess.SubprocessError):
-        subprocess.run(["scancel", "--signal=USR2", job_id()], check=True, timeout=SCONTROL_TIMEOUT_S)
-
-
-def _scontrol(*arguments: str) -> str:
-    return subprocess.run(
-        ["scontrol", *arguments], check=True, capture_output=True, text=True, timeout=SCONTROL_TIMEOUT_S
-    ).stdout
+    ask("scancel", "--signal=USR2", job_id())
 
 
 def main(arguments: list[str]) -> int:

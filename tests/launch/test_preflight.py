@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bfsys.config import load_config
-from bfsys.launch import preflight
+from bfsys.launch import preflight, slurm_commands
 from tests.test_train import newest
 
 
@@ -152,6 +152,6 @@ def test_a_qos_may_allow_more_time(slurm_says) -> None:
 
 
 def test_a_controller_that_does_not_answer_is_said(slurm_says, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "ANSWER_S", 0.2)
+    monkeypatch.setattr(slurm_commands, "LIMIT_S", 0.2)
     slurm_says("exec sleep 5", "exit 1")
     assert "no answer within" in preflight.check_slurm("", None, 2, 60).problems[0]

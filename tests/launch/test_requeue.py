@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bfsys.errors import EXIT_NO_PROGRESS
-from bfsys.launch import requeue
+from bfsys.launch import requeue, slurm_commands
 from bfsys.launch.restart_policy import FINAL_CODES
 from bfsys.supervision.run_end import how_it_ended
 from tests.conftest import REPOSITORY
@@ -150,7 +150,7 @@ def test_fields_of_a_job_may_contain_spaces() -> None:
         "JobId=7 JobName=a b Partition=low TRES=cpu=2,mem=4G Command=/home/me/my runs/job.sh NtasksPerN:B:S:C=1:0:*:* "
         "Comment=\n"
     )
-    assert requeue.fields_of(line) == {
+    assert slurm_commands.fields_of(line) == {
         "JobId": "7",
         "JobName": "a b",
         "Partition": "low",

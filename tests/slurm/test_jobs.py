@@ -27,6 +27,7 @@ import pytest
 
 from bfsys.errors import EXIT_DIVERGED, EXIT_STOPPED
 from bfsys.launch import jobs
+from bfsys.launch.slurm_commands import ask
 from bfsys.supervision.goodput import read_seconds
 from bfsys.supervision.run_end import how_it_ended
 from tests.chaos.test_kills import assert_equal_runs
@@ -324,7 +325,7 @@ def test_a_sweep_is_an_array_of_runs(config_file, tmp_path, undisturbed):
     members = [Job(run, job, Path(log)) for run, (job, log) in zip(runs, found, strict=True)]
     try:
         members[0].wait_for_step(30)
-        number = jobs._ask("squeue", "--noheader", "--jobs", members[0].id, "--format=%A")[0].strip()
+        number = ask("squeue", "--noheader", "--jobs", members[0].id, "--format=%A").output.strip()
         for process in processes_of(number, rank=0):  # one of them goes on by itself
             process.kill()
         assert_finished(members[0], undisturbed)
