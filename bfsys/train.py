@@ -123,7 +123,7 @@ def run_steps(data: RunData, engine: Engine, supervisor: Supervisor, step: int) 
             evaluate_if_due(data, engine, supervisor, step)
         supervisor.end_step(step, outcome)
     batches.close()
-    return supervisor.end_steps(step, exit_code)
+    return supervisor.end_steps(step, engine.updates, exit_code)
 
 
 def train_step(

@@ -30,7 +30,7 @@ from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import RunData
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STORAGE
+from bfsys.errors import EXIT_CRASHED, EXIT_DIVERGED, EXIT_REQUEUE, EXIT_STORAGE
 from bfsys.supervision.goodput import Ledger
 from bfsys.supervision.guard import FILE as ROLLBACKS
 from bfsys.supervision.guard import Drawn, Guard, ranges_of, read_rollbacks, return_to_good_checkpoint, samples_of
@@ -304,14 +304,19 @@ class Supervisor:
         if step % COLLECT_EVERY_STEPS == 0:
             gc.collect()
 
-    def end_steps(self, step: int, exit_code: int) -> int:
-        """The loop has ended after `step` steps: finished (0), or stopped on request. Returns the run's exit code."""
+    def end_steps(self, step: int, updates: int, exit_code: int) -> int:
+        """The loop has ended after `step` steps, `updates` of which changed the weights: finished (0), or stopped on
+        request. Returns the run's exit code; raises AgreedError if a finished run has never changed its weights."""
         if exit_code:
             self.metrics.show("stop", step, "stopped on request")
             self.metrics.say(f"stopped on request after step {step}; the same command continues from there")
         else:
-            self.metrics.say(f"finished: {step} steps; checkpoints, TensorBoard logs and metrics are in {self.run_dir}")
+            steps = f"{step} steps" + (f", {step - updates} of which were skipped" if updates < step else "")
+            self.metrics.say(f"finished: {steps}; checkpoints, TensorBoard logs and metrics are in {self.run_dir}")
         try:
+            if not updates and not exit_code:
+                problem = f"all {step} steps were skipped, see {METRICS}: the weights are those of step 0"
+                raise dist.AgreedError(f"{self.run_dir}: {problem}", exit_code=EXIT_DIVERGED)
             return self.finish_copies(step, exit_code)
         finally:
             self.ledger.record_progress(step)

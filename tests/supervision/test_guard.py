@@ -199,6 +199,15 @@ def test_a_run_that_stays_bad_ends_with_its_samples(config_file: Path, tmp_path:
     assert lines(run, "bad_step")[-1]["samples"][0] in reason
 
 
+def test_a_run_that_skips_all_steps_has_failed(config_file: Path, tmp_path: Path) -> None:
+    """There are too few bad steps for a roll-back."""
+    poison = [pair for step in (1, 2) for pair in samples_of_step(config_file, step)]
+    run, ranks = run_poisoned(config_file, tmp_path / "log", "short", "nan", poison, "train.steps=2", "model.layers=1")
+    assert ranks.end() == [EXIT_DIVERGED] * 2, ranks.said()
+    assert "finished: 2 steps, 2 of which were skipped" in ranks.said()
+    assert "all 2 steps were skipped, see metrics.jsonl" in how_it_ended(run)["reason"]
+
+
 def test_steps_are_shown_as_ranges() -> None:
     assert ranges_of([3, 4, 5, 9, 11, 12]) == "3-5, 9, 11-12"
     assert ranges_of([7]) == "7"
