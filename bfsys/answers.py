@@ -17,6 +17,10 @@ class Prediction:
     """Position of the class in `Model.classes`."""
     probability: float
 
+    def to_dict(self) -> dict:
+        """As the commands and the server write it in JSON."""
+        return {"class": self.class_name, "index": self.index, "probability": self.probability}
+
 
 def ranked(probabilities: Tensor, classes: Sequence[str], top: int) -> list[list[Prediction]]:
     """The `top` likeliest classes (all, if there are fewer) of each row of [n, classes], the likeliest first."""

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from bfsys import console
 from bfsys.checkpoint.files import (
@@ -80,25 +79,10 @@ def run(args: argparse.Namespace) -> int:
     return actions[args.action](args)
 
 
-class Checkpoint(Protocol):
-    """A checkpoint on a disk or in an object store."""
-
-    @property
-    def name(self) -> str: ...
-
-    def manifest(self) -> dict: ...
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the files that are there, by name."""
-        ...
-
-    def saved_at(self) -> float: ...
-
-    def problems(self) -> list[str]: ...
-
-
 @dataclass(frozen=True)
 class OnDisk:
+    """A checkpoint in a run directory."""
+
     path: Path
 
     def __str__(self) -> str:
@@ -112,6 +96,7 @@ class OnDisk:
         return read_manifest(self.path)
 
     def sizes(self) -> dict[str, int]:
+        """Bytes of the files that are there, by name."""
         return {entry.name: entry.stat().st_size for entry in os.scandir(self.path)}
 
     def saved_at(self) -> float:
@@ -123,6 +108,8 @@ class OnDisk:
 
 @dataclass(frozen=True)
 class InStore:
+    """A copy of a checkpoint in an object store; it has the methods of `OnDisk`."""
+
     store: Store
     name: str
 

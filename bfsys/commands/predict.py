@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     answers = []
     inputs = named_inputs(args.files, problems)
     for path, classes, score in model.answers(inputs, problems, _note, top=args.top, encode=args.encode):
-        ranked = [{"class": c.class_name, "index": c.index, "probability": c.probability} for c in classes]
+        ranked = [c.to_dict() for c in classes]
         answers.append({"path": path, "top": ranked} | ({} if score is None else {"out_of_distribution": score}))
         if not args.json:
             shown = "   ".join(f"{c.class_name} {100 * c.probability:.1f} %" for c in classes)

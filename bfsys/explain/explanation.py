@@ -105,7 +105,7 @@ class Explanation:
             "format": self.format,
             "class": self.explained.class_name,
             "probability": self.explained.probability,
-            "top": [_prediction(one) for one in self.predictions],
+            "top": [one.to_dict() for one in self.predictions],
             "summary": self.summary(),
             "parts": [
                 {
@@ -121,15 +121,11 @@ class Explanation:
             "without": {
                 "part": self.without.name,
                 "probability": self.without.probability,
-                "top": [_prediction(one) for one in self.without.predictions],
+                "top": [one.to_dict() for one in self.without.predictions],
             },
             "reference": self.reference,
             "notes": list(self.notes),
         }
-
-
-def _prediction(one: Prediction) -> dict:
-    return {"class": one.class_name, "index": one.index, "probability": one.probability}
 
 
 def explain(

@@ -267,7 +267,7 @@ class Service:
             (best,) = ranked(row[None], self.model.classes, top)
             if one.sample and (references := self.model.reader.references):
                 answer["out_of_distribution"] = references.score(one.sample.data)
-            answer["top"] = [{"class": c.class_name, "index": c.index, "probability": c.probability} for c in best]
+            answer["top"] = [c.to_dict() for c in best]
         return answer | ({"note": one.note} if one.note else {})
 
 
