@@ -384,12 +384,24 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         for i, source in enumerate(data.sources)
         if source.augment and source.jitter
     ]
-    problems += _sources_given_twice(data.sources)
+    names = [
+        f"{key}: got {value!r}, which no file can be called"
+        for key, value in typed_yaml.flatten(typed_yaml.to_tree(config)).items()
+        if isinstance(value, str) and not _can_be_a_name(value)
+    ]
+    problems += names or _sources_given_twice(data.sources)
     with collecting(problems):
         config.model.architecture()
     if problems:
         raise UserError(*(f"config {path}: {p}" for p in problems))
     return config
+
+
+def _can_be_a_name(text: str) -> bool:
+    try:
+        return bool(os.fsencode(text)) or not text
+    except UnicodeEncodeError:
+        return False
 
 
 def _sources_given_twice(sources: tuple[Source, ...]) -> list[str]:

@@ -6,6 +6,7 @@ first has made, and a file that was not made from its source as it is now is not
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections import Counter
@@ -128,7 +129,7 @@ def make(
     transforms: Sequence[ByteTransform],
     notes: Notes,
 ) -> str | None:
-    """Make one file: None, or why it cannot be made from its source. UserError if nothing can be written."""
+    """Make one file: None, or why this one cannot be made. UserError if nothing can be written."""
     try:
         made_from, content = notes.hash_of(source), source.read_bytes()
     except MemoryError:
@@ -146,5 +147,8 @@ def make(
             file.write(made.tobytes())
             notes.add(target, made_from)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+        problem = f"{target}: cannot be written: {error.strerror}"
+        if error.errno == errno.ENAMETOOLONG:  # others can be
+            return problem
+        raise UserError(problem) from None
     return None

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from unicodedata import category
 
 from bfsys import console, process
 
@@ -35,6 +36,9 @@ TRANSIENT_ERRNOS = {
     errno.ECONNRESET,
     errno.EHOSTDOWN,
 }
+
+
+JOINERS = "\u200c\u200d"  # between letters of Persian and the like, and between the parts of an emoji
 
 
 class UserError(Exception):
@@ -69,7 +73,12 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
 
 def one_line(text: str) -> str:
     """The text with line breaks and other control characters escaped, as names of files may hold."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(c if is_printable(c) else ascii(c)[1:-1] for c in text)
+
+
+def is_printable(text: str) -> bool:
+    """Whether text can be shown: also the blanks and joiners of other scripts, which `str.isprintable` refuses."""
+    return text.isprintable() or all(c.isprintable() or c in JOINERS or category(c) == "Zs" for c in text)
 
 
 def summary_of(docstring: str | None) -> str:

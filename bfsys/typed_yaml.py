@@ -30,6 +30,8 @@ from pydantic_core import ErrorDetails
 from bfsys.errors import UserError, collecting, did_you_mean
 
 T = TypeVar("T")
+SHOWN_TEXT = 60  # characters of a value in a message
+MOST_VALUES = 100_000  # in a file, with those that its aliases stand for
 _adapter: Callable[[type], TypeAdapter] = functools.cache(TypeAdapter)
 # File names that are not UTF-8 hold lone surrogates, which JSON parsers refuse: each is hidden behind a mark.
 _MARK = "\U0010ffff"
@@ -48,9 +50,19 @@ _REMEDIES = {
 class _Loader(yaml.SafeLoader):
     """YAML with the scalars of version 1.2, and duplicate keys refused."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        # More digits than Python reads, or a tag that the value does not fit
+        except (ValueError, LookupError, AttributeError, TypeError):
+            kind, text = node.tag.rpartition(":")[2], str(node.value)
+            shown = text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}…"
+            problem = f"{shown!r} cannot be read as {kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float | bool | None):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
@@ -123,6 +135,10 @@ def load(
             _apply(cls, tree, override)
     if problems:
         raise UserError(*problems)
+    try:
+        _check_plain(tree)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"config {path}: {error}") from None
     for key, trees in presets.items():
         if isinstance(value := tree.get(key), str):
             _fill_up(tree, trees.get(value, {}))
@@ -145,6 +161,28 @@ def from_tree(cls: type[T], tree: dict, where: str, *, is_typed: bool = False) -
         raise UserError(*dict.fromkeys(f"{where}: {sentence}" for sentence in _sentences(cls, details))) from None
     except (TypeError, ValueError) as error:  # from json.dumps: a type that JSON lacks, a list that holds itself
         raise UserError(f"{where}: {error}") from None
+
+
+def _check_plain(tree: dict) -> None:
+    """Raise ValueError for what no config may hold: values of other types than JSON's, values that hold themselves, and
+    aliases that stand for a multitude of values."""
+    count = 0
+
+    def check(value: Any, key: str, around: tuple[int, ...]) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_VALUES:
+            raise ValueError(f"holds more than {MOST_VALUES:,} values, with those that its aliases stand for")
+        if id(value) in around:
+            raise ValueError(f"{key}: an alias in it stands for itself")
+        if isinstance(value, dict | list):
+            for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                check(inner, f"{key}.{name}" if key else str(name), (*around, id(value)))
+        elif not isinstance(value, str | int | float | None):
+            kind = type(value).__name__
+            raise ValueError(f"{key}: got {kind}; text, numbers, true, false, null, lists and mappings are allowed")
+
+    check(tree, "", ())
 
 
 def to_tree(config: Any) -> dict:
@@ -199,8 +237,7 @@ def _parse(text: str, where: str) -> Any:
 def _yaml_errors(where: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
-    # ValueError: more digits than Python reads. Lookup and attribute errors: a tag that the value does not fit.
-    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason: str | None = (

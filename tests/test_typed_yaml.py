@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def test_other_scalars_are_those_of_yaml(file: Path) -> None:
         ("data.sources=[{path: a\udce9}]", "the character '\\udce9' at position 9 is not allowed in YAML"),
         ("train.steps=10 #20", "train.steps: got '10 #20'; it must be a valid integer"),
         ("optim.lr=<<", "optim.lr: got '<<'; it must be a valid number"),
-        ("train.steps=" + "9" * 5000, "Exceeds the limit"),
+        ("train.steps=" + "9" * 5000, "cannot be read as int"),
         ("data.byte_transforms=reverse", "data.byte_transforms: got 'reverse'; write a list, such as [a, b]"),
         ("model.compiled=on", "model.compiled: got 'on'; write true or false"),
         ("model=tiny", "model: got 'tiny'; write its keys under it"),
@@ -169,9 +170,9 @@ def test_files_of_other_editors_load(file: Path, encode) -> None:
         ("name: été".encode("latin-1"), "is not text in UTF-8"),
         ("name: a".encode("utf-16-le"), "the character '\\x00' at position 1 is not allowed in YAML"),
         (b"data:\n\tlanes: 4\n", "line 2, column 1: found character '\\t'"),
-        (b"name: " + b"9" * 5000, "Exceeds the limit"),
-        (b"name: !!binary aGk=", "not JSON serializable"),
-        (b"name: &a [*a]", "Circular reference"),
+        (b"name: " + b"9" * 5000, "cannot be read as int"),
+        (b"name: !!binary aGk=", "name: got bytes; text"),
+        (b"name: &a [*a]", "name.0: an alias in it stands for itself"),
         (b"name: " + b"[" * 5000, "recursion"),
     ],
 )
@@ -274,7 +275,42 @@ def test_a_tag_that_the_value_does_not_fit_is_one_line(home: Path, value: str) -
     config_file.write_text(f"{MINIMAL}train: {{seed: {value}}}\n")
     with pytest.raises(UserError) as error:
         load(Config, config_file)
-    assert len(error.value.problems) == 1
+    (problem,) = error.value.problems
+    assert re.search(r"some\.yaml, line \d+, column \d+: .", problem)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("!!binary aGk=", "config .*: train.seed: got bytes; text, numbers, true, false"),
+        ("2026-11-28T10:00:00Z", "train.seed: got '2026"),
+        ("!!timestamp 2026-11-28", "train.seed: got date; text, numbers"),
+        ("!!set {a}", "train.seed: got set; text, numbers"),
+        ("&a [*a]", "train.seed.0: an alias in it stands for itself"),
+        ("1" * 5000, "line 2, column 15: '11111.*…' cannot be read as int"),
+    ],
+)
+def test_a_value_that_no_config_may_hold_is_named_with_its_place(home: Path, value: str, said: str) -> None:
+    config_file = home / "some.yaml"
+    config_file.write_text(f"{MINIMAL}train: {{seed: {value}}}\n")
+    with pytest.raises(UserError, match=said):
+        load(Config, config_file)
+
+
+def test_aliases_that_stand_for_a_multitude_of_values_are_refused_at_once(home: Path) -> None:
+    lists = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lists += [f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]" for i in range(20)]
+    config_file = home / "some.yaml"
+    config_file.write_text("\n".join([*lists, MINIMAL]))
+    with pytest.raises(UserError, match="holds more than 100,000 values, with those that its aliases stand for"):
+        load(Config, config_file)
+
+
+def test_a_path_that_no_file_can_have_is_refused(home: Path) -> None:
+    config_file = home / "some.yaml"
+    config_file.write_text('data: {sources: [{path: "a\\ud800"}], lanes: 1}\n')
+    with pytest.raises(UserError, match=r"data\.sources\.0\.path: got 'a\\ud800', which no file can be called"):
+        load_config(config_file)
 
 
 def test_a_flat_tree_has_the_keys_of_overrides() -> None:

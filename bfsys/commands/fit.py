@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import time
 from importlib.util import find_spec
@@ -38,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of packed data (default data/shards)")  # fmt: skip
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether files can be written to a folder, which may have to be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
 def run(args: argparse.Namespace) -> int:
     began_s = time.monotonic()
     problems = []
@@ -47,6 +54,12 @@ def run(args: argparse.Namespace) -> int:
         problems.append(f"--name: got {args.name!r}; letters, digits, _ - . are allowed")
     if not args.folder.exists():
         problems.append(f"{args.folder}: there is no such file or folder")
+    is_packed = (args.folder / "dataset.json").exists()
+    for option, folder in [("--runs", args.runs)] + ([] if is_packed else [("--shards", args.shards)]):
+        if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(args.folder)):
+            problems.append(f"{option} {folder}: lies in {args.folder}, and would be trained on; give another {option}")
+        elif not is_writable(folder):
+            problems.append(f"{option} {folder}: cannot be written")
     missing = [name for module, name in NEEDED.items() if find_spec(module) is None]
     if missing:
         problems.append(f"bfsys fit needs {', '.join(missing)}: pip install 'bfsys[train,fit]', or '.[train,fit]'")

@@ -107,7 +107,7 @@ def prepare(request: Request, began_s: float) -> Config | int:
         note_changes(request, record)
         return load_config(request.config_file, overrides_of(request))
     survey = survey_folder(request)
-    print("\n".join([f"{request.folder}:", *(f"  {line}" for line in survey.describe())]), flush=True)
+    print("\n".join(map(one_line, [f"{request.folder}:", *(f"  {line}" for line in survey.describe())])), flush=True)
     gpus = gpu_count()
     machine = Machine("gpu", gpus, True) if gpus else Machine("cpu", choose_ranks(8, None), cpu_multiplies_bf16())
     choice = choose(survey, machine, 60 * request.minutes * SHARE_OF_TIME, as_stored=request.as_stored)
@@ -327,7 +327,7 @@ def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Tria
 def write_config(request: Request, survey: Survey, choice: Choice, data: str, eval_data: str, steps: int) -> None:
     record = f"{RECORD}{json.dumps({**request.record(), CONTENT: content_of(survey)})}"
     header = [
-        f"Chosen by `bfsys fit` for {request.folder}; each value has its reason.",
+        f"Chosen by `bfsys fit` for {one_line(str(request.folder))}; each value has its reason.",
         "The same command resumes with this file, even if you have changed it.",
         record.removeprefix("# "),
     ]

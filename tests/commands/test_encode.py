@@ -87,6 +87,16 @@ def test_files_that_cannot_be_decoded_are_named_and_the_others_made(tmp_path: Pa
     assert (tmp_path / "out" / "b.wav").stat().st_size == 16_044
 
 
+def test_a_name_that_is_too_long_for_another_extension_is_named_and_the_others_made(tmp_path: Path) -> None:
+    png = png_bytes(9, 9, 1)
+    src = make_files(tmp_path / "src", {"a.png": png, f"{'b' * 252}.pn": png, "c.png": png})
+    with pytest.raises(UserError) as error:
+        call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tiff"])
+    long, total = error.value.problems
+    assert long.endswith("b.tiff: cannot be written: File name too long")
+    assert total == "1 of 3 files were not made; the same command continues"
+
+
 def test_want_of_memory_is_not_blamed_on_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError

@@ -316,3 +316,12 @@ def test_a_console_that_takes_nothing_costs_no_work(tmp_path):
 def test_packing_does_not_wait_for_torch():
     code = "import sys, bfsys.data.packing.pack, bfsys.data.packing.rebuild; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300).returncode == 0
+
+
+def test_class_names_of_every_script(tmp_path):
+    names = ["می\u200cخواهم", "猫\u3000犬", "a\u00a0b", "👨\u200d👩\u200d👧", "ok"]
+    src = make_files(tmp_path / "src", {f"{name}/{i}": name.encode() for name in names for i in range(3)})
+    dataset = pack(src, tmp_path, "--split", "train")
+    found = contents(dataset)
+    assert {key.partition("/")[0] for key in found} == set(names)
+    assert all(data == name.encode() for _, name, data in found.values())

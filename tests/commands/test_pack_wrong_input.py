@@ -16,6 +16,7 @@ def test_all_bad_files_at_once(tmp_path):
     os.mkfifo(src / "dog" / "pipe")
     (src / "dog" / "loop").symlink_to(src / "dog" / "loop")
     (src / "bird").mkdir()
+    (src / "fish").symlink_to(tmp_path / "unmounted")
     result = run_pack(src, tmp_path / "out", "--split", "train", "--max-file-bytes", "20", "--encoding", "pngg")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
@@ -25,6 +26,7 @@ def test_all_bad_files_at_once(tmp_path):
         f"error: {src}/dog/gone: cannot be read (No such file or directory)\n",
         f"error: {src}/dog/pipe: is not a regular file\n",
         f"error: {src}/dog/loop: cannot be read (Too many levels of symbolic links)\n",
+        f"error: {src}/fish: is a link to something that is not there; restore that, or remove the link\n",
         f"error: {src}/bird: the class folder has no files; fill it or remove it\n",
         "error: --encoding: encoding 'pngg': there is no 'pngg' (did you mean 'png'?)",
         "error: 5 bad files: repair or remove, or leave out by --skip-bad\n",
@@ -61,6 +63,7 @@ WRONG_INPUT = {
     "no class in split": ({"train/cat/a": b"1", "val/b": b"1"}, "val: has no class folders"),
     "skipped by webdataset": ({"__cat__/a": b"1"}, "class '__cat__': a class may not hold"),
     "skipped without its dot": ({"__cat._/a": b"1"}, "class '__cat._': a class may not hold"),
+    "class with a direction": ({"c\u202eat/a": b"1"}, "class 'c\\u202eat' has characters that cannot be printed"),
     "class with a line break": ({"c\nat/a": b"1"}, "class 'c\\nat' has characters that cannot be printed"),
     "too few to divide": ({"cat/a": b"1", "dog/b": b"1"}, "of 2 files none fell to val, since no class has two"),
     "two for one in capitals": ({"Val/cat/a": b"1", "dev/cat/a": b"1"}, "Val and dev: two folders for one split"),
@@ -238,3 +241,12 @@ def test_the_disk_is_full(tmp_path, monkeypatch):
     message = problems_of(make_tree(tmp_path / "src"), tmp_path)
     assert "pets: cannot be written (No space left on device)" in message
     assert "run the same command again: finished shards are kept" in message
+
+
+def test_one_line_of_another_kind_does_not_make_all_lines_wrong(tmp_path):
+    lines = ["# my list", *(f"{i}\tcat" for i in range(9)), *("x;cat" for _ in range(30))]
+    src = make_files(tmp_path, {f"{i}": b"1" for i in range(9)} | {"list": "\n".join(lines).encode()})
+    message = problems_of(src / "list", tmp_path, "--from", "filelist")
+    assert message.count("got 1 column, need path<TAB>class") == 20
+    assert f"{src}/list: 11 more lines cannot be used" in message
+    assert "the lines before have" not in message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 import bfsys
 from bfsys.cli import call
+from bfsys.config import load_config
 from bfsys.data.storage.shards import read_description
 from bfsys.errors import UserError, exit_code_of
 from bfsys.fitting import choice as rules
@@ -166,6 +168,30 @@ def test_packed_files_of_another_folder_are_not_replaced(tmp_path: Path, capsys:
     pack_it_elsewhere = Request(make_files(tmp_path / "t", split), "y", 1.0, False, False, tmp_path, tmp_path)
     survey_folder(pack_it_elsewhere)
     assert "note: the class c has no training file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--runs", "--shards"])
+def test_output_inside_of_the_folder_is_refused(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = folder_of(tmp_path / "src", 4)
+    monkeypatch.chdir(src)
+    options = {"--runs": str(tmp_path / "runs"), "--shards": str(tmp_path / "shards")} | {option: "new/folder"}
+    with pytest.raises(
+        UserError, match=f"{option} new/folder: lies in ., and would be trained on; give another {option}"
+    ):
+        call("fit", [".", *(word for pair in options.items() for word in pair)])
+    (tmp_path / "file").touch()
+    options[option] = str(tmp_path / "file" / "new")
+    with pytest.raises(UserError, match=f"{option} {tmp_path}/file/new: cannot be written"):
+        call("fit", [".", *(word for pair in options.items() for word in pair)])
+    assert {path.name for path in src.iterdir()} == {"rising", "falling"}
+
+
+def test_a_folder_of_any_name_gets_a_config_that_can_be_read(tmp_path: Path) -> None:
+    folder = os.fsdecode(b"a\nname: evil\xff")
+    src, options = folder_of(tmp_path / folder, 70), ["--minutes", 30, "--runs", tmp_path, "--shards", tmp_path / "s"]
+    code, said, errors = fit_in_few_steps(src, *options)
+    assert code == 0, said + errors
+    assert load_config(tmp_path / "a_name_evil.yaml").name == "a_name_evil"
 
 
 def test_names_of_runs() -> None:

@@ -83,7 +83,10 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
     """
     import soundfile  # slow to import, and unused by runs on files as stored
 
+    data = without_id3(data)
     announced = announced_samples(data)
+    if data[:4] == b"OggS" and _is_chained(data):
+        raise ValueError("is a chain of Ogg streams, of which only the first would be decoded; write it as one stream")
     if announced and announced.size < UNKNOWN_BYTES and announced.start + announced.size > len(data):
         raise ValueError(
             f"is cut: {announced.size:,} bytes are announced at byte {announced.start:,}, "
@@ -225,11 +228,35 @@ def _last_page_of_ogg(data: bytes) -> Announced:
     return Announced(start, 27 + segments[0] + sum(lengths))
 
 
+def _is_chained(data: bytes) -> bool:
+    """Whether another stream begins in an Ogg file after pages of the first one."""
+    place, has_begun = 0, False
+    while (head := data[place : place + 27])[:4] == b"OggS" and len(head) == 27:
+        begins = bool(head[5] & 2)
+        if begins and has_begun:
+            return True
+        has_begun = not begins
+        place += 27 + head[26] + sum(data[place + 27 : place + 27 + head[26]])
+    return False
+
+
+def without_id3(data: bytes) -> bytes:
+    """The same file; one that is no MP3 without the ID3 tag before it, for which libsndfile gets the lengths wrong."""
+    start = _size_of_id3(data)
+    magic = data[start : start + 4]
+    return data[start:] if start and (magic in LAYOUTS or magic in (b"fLaC", b"OggS")) else data
+
+
+def _size_of_id3(data: bytes) -> int:
+    """Bytes of the ID3 tag at the beginning; 0 if there is none."""
+    if data[:3] != b"ID3" or len(data) < 10:
+        return 0
+    return 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
+
+
 def _announced_by_xing(data: bytes) -> Announced | None:
     """MP3, whose first frame may hold the number of bytes of the stream instead of sound (Xing, LAME)."""
-    start = 0
-    if data[:3] == b"ID3" and len(data) >= 10:
-        start = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
+    start = _size_of_id3(data)
     tag = XING.search(data, start, start + 4096)
     if not tag:
         return None

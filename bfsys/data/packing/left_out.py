@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bfsys.errors import is_printable
+
 # Files that Windows, macOS, Linux and network storage add to the user's files, in small letters
 SYSTEM_NAMES = {
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "zbthumbnail.info"),
@@ -43,7 +45,7 @@ def left_out_note(left_out: Sequence[LeftOut]) -> str:
     """One line that counts and names them; empty if there are none."""
     by_reason = defaultdict(list)
     for path, reason in left_out:
-        by_reason[reason].append("".join(c if c.isprintable() else "_" for c in path))
+        by_reason[reason].append("".join(c if is_printable(c) else "_" for c in path))
     kinds = [
         f"{len(paths):,} {reason} ({', '.join(paths[:SHOWN])}{', …' if len(paths) > SHOWN else ''})"
         for reason, paths in by_reason.items()

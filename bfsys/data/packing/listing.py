@@ -22,12 +22,14 @@ from bfsys.data.packing.left_out import LeftOut, is_of_system, left_out_note, wh
 from bfsys.data.packing.splits import SPLIT_FOLDERS, files_for_val, split_of_name
 from bfsys.data.storage.classes import Spelling, stored_name, too_alike
 from bfsys.data.storage.tars import NOT_PAYLOAD
+from bfsys.errors import is_printable
 
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
 SPEECH_COMMANDS_LISTS = {"validation_list.txt": "val", "testing_list.txt": "test"}
 BACKGROUND_NOISE = "_background_noise_"
 OUTSIDE = re.compile(r"^/*(\.\./)*")  # the part of a path that leads out of the list's folder
 SKIPPED_BY_WEBDATASET = re.compile(r"__.*__")
+SHOWN_LINES = 20  # lines of a list that are named when they cannot be used
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -72,7 +74,7 @@ def sample_name(class_name: str, inner_path: str) -> tuple[str, str]:
 
 
 def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "_" for c in text)
+    return "".join(c if is_printable(c) else "_" for c in text)
 
 
 def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool) -> Listing:
@@ -100,6 +102,7 @@ def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool)
             "classes"
         )
     else:
+        listing.problems += top.problems
         listing.left_out += [*top.left_out, *(LeftOut(name, "beside the split folders") for name in others)]
         for name, of_folder in splits.items():
             _list_classes(listing, src, src / name / subdir, of_folder)
@@ -134,17 +137,16 @@ def list_filelist(src: Path, split: str | None) -> Listing:
         reason = error.strerror if isinstance(error, OSError) else error
         listing.problems.append(f"{src}: the list cannot be read ({reason}); it must be a text file in UTF-8")
         return listing
-    columns = 0
+    columns, wrong_lines = 0, []
     lines_of: dict[str, dict[str, int]] = defaultdict(dict)  # the first line of a path in each split
     for number, line in enumerate(lines, start=1):
         parts = line.split("\t")
         if parts == [""]:
             continue
-        columns = columns or len(parts)
-        wrong = _wrong_line(parts, columns, split)
-        if wrong:
-            listing.problems.append(f"{src}, line {number}: {wrong}")
+        if wrong := _wrong_line(parts, columns, split):
+            wrong_lines.append(f"{src}, line {number}: {wrong}")
             continue
+        columns = len(parts)
         if any(map(is_of_system, parts[0].split("/"))):
             listing.left_out.append(LeftOut(parts[0], "of the operating system"))
             continue
@@ -154,10 +156,13 @@ def list_filelist(src: Path, split: str | None) -> Listing:
         _note_spelling(listing, parts[1], f"line {number}", to_split)
         splits = lines_of[file.path]
         if wrong := _wrong_again(parts[0], to_split, splits):
-            listing.problems.append(f"{src}, line {number}: {wrong}")
+            wrong_lines.append(f"{src}, line {number}: {wrong}")
             continue
         splits[to_split] = number
         listing.files.append(file)
+    listing.problems += wrong_lines[:SHOWN_LINES]
+    if more := wrong_lines[SHOWN_LINES:]:
+        listing.problems.append(f"{src}: {len(more):,} more lines cannot be used")
     if not listing.files and not listing.problems:
         listing.problems.append(f"{src}: the list is empty; it needs lines of path<TAB>class[<TAB>split]")
     listing.classes = sorted({file.class_name for file in listing.files})
@@ -191,7 +196,7 @@ def _wrong_line(parts: list[str], columns: int, split: str | None) -> str:
     got = f"got {len(parts)} column{'s' * (len(parts) > 1)}"
     if len(parts) not in (2, 3):
         return f"{got}, need path<TAB>class or path<TAB>class<TAB>split"
-    if len(parts) != columns:
+    if columns and len(parts) != columns:
         return f"{got}, the lines before have {columns}; give a split on every line or on none"
     if not parts[0] or not parts[1]:
         return "path or class is empty"
@@ -216,7 +221,7 @@ def _wrong_again(path: str, split: str, lines: dict[str, int]) -> str:
 
 
 def _wrong_class(name: str) -> str:
-    if not name.isprintable():
+    if not is_printable(name):
         return f"class {name!r} has characters that cannot be printed; rename it"
     if "/" in name or SKIPPED_BY_WEBDATASET.fullmatch(name.replace(".", "_")):
         return f"class {name!r}: a class may not hold a / nor look like __this__ (WebDataset skips those)"
@@ -259,7 +264,11 @@ def _folders(src: Path, root: Path, beside: str, listing: Listing, known: Sequen
     for name in names:
         path = os.path.join(root, name)
         reason = why_left_out(name) or ("" if os.path.isdir(path) else beside)
-        if reason and name not in known:
+        if reason == beside and not os.path.exists(path):
+            listing.problems.append(
+                f"{path}: is a link to something that is not there; restore that, or remove the link"
+            )
+        elif reason and name not in known:
             listing.left_out.append(LeftOut(os.path.relpath(path, src), reason))
         elif name not in known:
             folders.append(name)

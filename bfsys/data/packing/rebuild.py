@@ -11,7 +11,7 @@ from bfsys.data.packing.splits import SPLIT_FOLDERS, split_of_name
 from bfsys.data.storage.classes import Spelling, stored_name, too_alike
 from bfsys.data.storage.shards import DESCRIPTION, write_description, write_split
 from bfsys.data.storage.tars import TarIndex, how_to_decompress, join_shards, read_shard
-from bfsys.errors import UserError, collecting
+from bfsys.errors import UserError, collecting, is_printable
 
 REBUILT = "tools/inspect_shards.py --rebuild"  # in dataset.json
 # A foreign tar may have this many classes, or so many for each of its samples, whichever is more.
@@ -124,7 +124,7 @@ def class_names(shards: Sequence[TarIndex]) -> list[str]:
     if all(rest for _, rest in folders) and len({folder for _, folder in pairs}) == len(pairs) == count:
         names = [folder for _, folder in sorted(pairs)]
         problems = [
-            f"class {name!r}: has characters that cannot be printed" for name in names if not name.isprintable()
+            f"class {name!r}: has characters that cannot be printed" for name in names if not is_printable(name)
         ]
         problems += too_alike({name: Spelling([f"class number {label}"]) for label, name in enumerate(names)})
         if problems:

@@ -67,6 +67,17 @@ def check_description(content: bytes) -> list[str]:
         problems.append("classes: there are none")
     if not splits:
         problems.append("splits: there are none")
+    for split, part in splits.items():
+        files = [
+            *(shard["file"] for shard in part["shards"]),
+            part["index"]["samples"]["name"],
+            part["index"]["keys"]["name"],
+        ]
+        problems += [
+            f"splits.{split}: names {name!r}; a file in the folder of the dataset is expected"
+            for name in files
+            if name in ("", ".", "..") or {"/", "\0"} & set(name)
+        ]
     problems += [
         f"splits.{split}.class_counts: its classes are not those of the dataset"
         for split, part in splits.items()

@@ -32,7 +32,7 @@ from bfsys.data.storage.classes import notes_on_classes, some
 from bfsys.data.storage.description import check_description
 from bfsys.data.storage.remote import Cache, RemoteFile, is_remote, url_of
 from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, join_shards
-from bfsys.errors import UserError
+from bfsys.errors import UserError, one_line
 from bfsys.files import describe, replace_file, replacing
 
 FORMAT = 2
@@ -375,13 +375,13 @@ def summarise(description: dict) -> str:
     lines = [f"{description['name']}: {count} ({some(classes)}), encoding {description['encoding']}"]
     for split, part in description["splits"].items():
         counts = [count for count in part["class_counts"].values() if count]
+        each = f" ({min(counts):,} to {max(counts):,} each)" if counts else ""
         quantiles = ", ".join(f"{name} {value:,}" for name, value in part["length_quantiles"].items())
         lines += [
-            f"  {split}: {part['samples']:,} samples of {len(counts)} classes "
-            f"({min(counts):,} to {max(counts):,} each), {part['bytes']:,} bytes "
-            f"in {len(part['shards']):,} shards",
+            f"  {split}: {part['samples']:,} samples of {len(counts)} classes{each}, {part['bytes']:,} bytes in "
+            f"{len(part['shards']):,} shards",
             f"    bytes per sample: {quantiles}",
         ]
     training = description["splits"].get("train", {}).get("class_counts")
     notes = [*notes_on_classes(training, len(classes)), *description.get("notes", [])]
-    return "\n".join([*lines, *(f"  note: {note}" for note in notes)])
+    return "\n".join(map(one_line, [*lines, *(f"  note: {note}" for note in notes)]))

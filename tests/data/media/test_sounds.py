@@ -145,6 +145,18 @@ def test_rates_that_no_recording_has_are_refused(rate_hz):
         decode_audio(patched(sound(), 24, struct.pack("<I", rate_hz)))
 
 
+def test_a_chain_of_ogg_streams_is_refused():
+    ogg = sound("OGG", "VORBIS")
+    with pytest.raises(ValueError, match="is a chain of Ogg streams, of which only the first would be decoded"):
+        decode_audio(ogg + ogg)
+
+
+@pytest.mark.parametrize("kind", [("WAV", "PCM_16"), ("AIFF", "PCM_16"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III")])
+def test_an_id3_tag_before_a_sound_costs_no_sample(kind):
+    tag = b"ID3\x03\0\0\0\0\x01\x00" + bytes(128)
+    assert np.array_equal(decode_audio(tag + sound(*kind)).wave, decode_audio(sound(*kind)).wave)
+
+
 def test_what_is_no_sound_is_told_without_an_object():
     without_channels, of_too_many = (patched(sound(), 22, channels) for channels in (b"\0\0", b"\xff\xff"))
     for content in (b"", b"no sound", b"RIFF\0\0\0\0WAVE", without_channels, of_too_many):

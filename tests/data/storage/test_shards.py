@@ -19,6 +19,7 @@ from bfsys.data.storage.shards import (
     length_quantiles,
     open_split,
     split_names,
+    summarise,
     write_description,
     write_split,
 )
@@ -144,6 +145,12 @@ OPENING = {
         lambda p: change_description(p, classes=["cow", "pig", "hen"]),
         "splits.train.class_counts: its classes are not those of the dataset",
     ),
+    "shard elsewhere": (
+        lambda p: (p / DESCRIPTION).write_text(
+            (p / DESCRIPTION).read_text().replace('"pets-train-', '"../pets-train-')
+        ),
+        "splits.train: names '../pets-train-000000.tar'; a file in the folder of the dataset is expected",
+    ),
     "nested": (lambda p: (p / DESCRIPTION).write_text("[" * 100_000), "cannot be read as dataset.json"),
     "notes": (lambda p: change_description(p, notes=5), "notes: Input should be a valid array"),
     "header of the index": (
@@ -172,6 +179,15 @@ def test_opening_something_broken_says_what_is_broken(tmp_path, case):
         open_split(tmp_path, "train")
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
+
+
+def test_a_summary_shows_what_others_wrote_on_one_line(tmp_path):
+    description = described(make_dataset(tmp_path))
+    description["classes"][0] = "c\x1b[31mat"
+    description["splits"]["train"]["class_counts"] = {}
+    shown = summarise(description)
+    assert r"3 classes (c\x1b[31mat, dog, éléphant)" in shown
+    assert "train: 12 samples of 0 classes, " in shown
 
 
 def test_opening_a_folder_that_is_not_there(tmp_path, monkeypatch):
