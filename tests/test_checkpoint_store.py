@@ -78,8 +78,14 @@ def test_a_server_that_fails_for_a_while_is_asked_again(on_s3: Store, s3: S3Serv
     path = save(tmp_path / "run", 3)
     faults = itertools.cycle((503, RESET, None))
     s3.fault = lambda request: next(faults) if "step_" in request else None
+    said: list[str] = []
+    on_s3._say = said.append
     put(on_s3, path)
     assert content(fetched(on_s3, path.name, tmp_path / "other")) == content(path)
+    assert said
+    assert all(
+        line.startswith(f"{on_s3.url}: cannot be ") and line.endswith("; trying again in 0.01 s") for line in said
+    )
 
 
 @pytest.mark.parametrize(("fault", "code"), [(503, EXIT_CRASHED), (403, EXIT_USER_ERROR)])

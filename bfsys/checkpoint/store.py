@@ -70,13 +70,16 @@ def _on_disk() -> Iterator[None]:
 class Store:
     """The checkpoints of one run in a store. Methods raise StoreError if the store fails, after several tries."""
 
-    def __init__(self, url: str, *, pauses_s: tuple[float, ...] = PAUSES_S) -> None:
-        """`url` is that of the run: URL/checkpoints holds its checkpoints. Raises UserError if it is not valid."""
+    def __init__(
+        self, url: str, *, pauses_s: tuple[float, ...] = PAUSES_S, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """`url` is that of the run: URL/checkpoints holds its checkpoints. Raises UserError if it is not valid. `say`
+        is told of errors after which the store is asked again."""
         if problem := problem_of_url(url):
             raise UserError(problem)
         import fsspec
 
-        self.url, self._pauses_s = f"{url.rstrip('/')}/checkpoints", pauses_s
+        self.url, self._pauses_s, self._say = f"{url.rstrip('/')}/checkpoints", pauses_s, say
         self.moved = time.monotonic()
         """The time of the last sign of life from the store."""
         # A listing that was kept would not show what other processes do.
@@ -297,11 +300,12 @@ class Store:
                 raise
             except Exception as error:  # every library has its own
                 is_lasting = isinstance(error, LASTING) or getattr(error, "errno", None) in LASTING_NUMBERS
-                if is_lasting or pause_s is None:
-                    from bfsys.data.storage.streams import hide  # takes a while to import
+                from bfsys.data.storage.streams import hide  # takes a while to import
 
-                    code = EXIT_USER_ERROR if is_lasting else EXIT_CRASHED
-                    raise StoreError(f"{self.url}: {what_fails}: {hide(_reason(error))}", exit_code=code) from error
+                problem = f"{self.url}: {what_fails}: {hide(_reason(error))}"
+                if is_lasting or pause_s is None:
+                    raise StoreError(problem, exit_code=EXIT_USER_ERROR if is_lasting else EXIT_CRASHED) from error
+                self._say(f"{problem}; trying again in {pause_s:g} s")
                 self.moved = time.monotonic()
                 time.sleep(pause_s)
         raise AssertionError("the last try raises")

@@ -33,7 +33,7 @@ from bfsys.checkpoint.files import (
     to_prune,
 )
 from bfsys.checkpoint.store import Store, StoreError
-from bfsys.errors import UserError
+from bfsys.errors import UserError, one_line
 from bfsys.object_stores import URL
 
 MB = 1e6
@@ -129,14 +129,18 @@ class InStore:
         return self.store.problems_of(self.name)
 
 
+def store_at(url: str) -> Store:
+    return Store(url, pauses_s=PAUSES_S, say=lambda text: print(one_line(text), file=sys.stderr, flush=True))
+
+
 def checkpoints_of(run: Path | str) -> Sequence[OnDisk] | Sequence[InStore]:
     """The checkpoints of a run, or this one checkpoint; raises UserError if there is none."""
     if isinstance(run, Path):
         return [OnDisk(path) for path in paths_of(run)]
     address, _, name = run.rstrip("/").rpartition("/checkpoints/")
     if address and NAME.fullmatch(name):
-        return [InStore(Store(address, pauses_s=PAUSES_S), name)]
-    store = Store(run, pauses_s=PAUSES_S)
+        return [InStore(store_at(address), name)]
+    store = store_at(run)
     names = store.names()
     if not names:
         known = "holds no checkpoint, or its bucket does not exist"
@@ -228,7 +232,7 @@ def copy(args: argparse.Namespace) -> int:
         raise UserError(f"copy: one of RUN and TO must be a URL, got {args.run} and {args.to}; {what}")
     if isinstance(args.run, Path):
         path = find_whole(args.run)
-        store = Store(args.to, pauses_s=PAUSES_S)
+        store = store_at(args.to)
         store.put(path, read_manifest(path))
         print(f"copied {path} to {store.url}/{path.name}")
         return 0
