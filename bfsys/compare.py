@@ -208,7 +208,7 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     unfinished = sum(not run.is_finished for row in rows for run in row.runs)
     if unfinished:
         runs = sum(len(row.runs) for row in rows)
-        yield f"not finished: {unfinished} of {runs} runs, each in a row of its own with its latest evaluation"
+        yield f"{unfinished} of {runs} runs not finished: each has a row of its own with its latest evaluation"
     for row in rows:
         seeds: dict[int, list[str]] = {}
         for run in row.runs:

@@ -364,13 +364,16 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             problems.append(f"{key}: got {text!r}, which is not text in UTF-8; TensorBoard and safetensors want that")
     if data.sources and data.batch_samples < data.lanes * len(data.sources):
         problems.append(  # fewer could leave a lane without a sample in some step
-            f"data.lanes: {data.lanes} lanes of {len(data.sources)} sources need batch_samples of "
-            f"{data.lanes * len(data.sources)} or more, got {data.batch_samples}"
+            f"data.batch_samples: got {data.batch_samples}; with {data.lanes} lanes (data.lanes) and "
+            f"{len(data.sources)} sources, at least {data.lanes * len(data.sources)} are needed"
         )
     if optim.warmup_steps > train.steps:
-        problems.append(f"optim.warmup_steps: got {optim.warmup_steps}, more than the run's train.steps {train.steps}")
+        problems.append(
+            f"optim.warmup_steps: got {optim.warmup_steps}, but train.steps is {train.steps}; the warm-up must not be "
+            "longer than the run"
+        )
     if optim.final_lr > optim.lr:
-        problems.append(f"optim.final_lr: got {optim.final_lr}, more than optim.lr {optim.lr}, which it ends")
+        problems.append(f"optim.final_lr: got {optim.final_lr}; it must not exceed optim.lr, which is {optim.lr}")
     if train.checkpoint_copy and (problem := problem_of_url(config.copy_url, train.checkpoint_copy)):
         problems.append(f"train.checkpoint_copy: {problem}")
     elif _is_same_folder(config.copy_url, config.run_dir):

@@ -95,8 +95,8 @@ def start(ranks: Ranks, timeout_s: int) -> None:
         )
     except RuntimeError as error:
         raise UserError(
-            f"communication among the ranks cannot be set up: {_first_line(error)}. GLOO_SOCKET_IFNAME, "
-            "NCCL_SOCKET_IFNAME and NCCL_DEBUG=INFO choose and show the network interface",
+            f"communication among the ranks cannot be set up: {_first_line(error)}. Set GLOO_SOCKET_IFNAME or "
+            "NCCL_SOCKET_IFNAME to choose the network interface; NCCL_DEBUG=INFO shows NCCL's choice",
             exit_code=EXIT_CRASHED,
         ) from error
 

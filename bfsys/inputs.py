@@ -172,14 +172,14 @@ class Reader:
         kind = kind_of(data)
         remedy = f"; add {self.encode_option}" if self._formats_for(kind) else ""
         return (
-            f"{self.origin} was trained on {self._trained_on()}; {name} {self._what(kind)}: its answer may mean little"
-            + remedy
+            f"{name} {self._what(kind)}, but {self.origin} was trained on {self._trained_on()}, so the prediction may "
+            f"be unreliable{remedy}"
         )
 
     def _unlike(self, name: str, score: float) -> str:
         return (
             f"{name} looks like none of the files that {self.origin} was trained on (out-of-distribution score "
-            f"{score:.1f}; above 1 is unusual): its answer may mean little"
+            f"{score:.1f}; above 1 is unusual), so the prediction may be unreliable"
         )
 
     def _trained_on(self) -> str:

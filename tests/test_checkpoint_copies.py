@@ -123,7 +123,7 @@ def test_a_run_that_loses_its_disk_continues_from_its_copies(runs: Runs, tmp_pat
     runs.lose_disk()
     code, said = runs.train("train.seed=1")
     assert code == EXIT_USER_ERROR
-    assert "the object store holds another run" in said
+    assert "the object store holds a run with other settings" in said
     assert not list((runs.run / "checkpoints").iterdir())
 
 

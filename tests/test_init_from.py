@@ -140,7 +140,7 @@ def test_another_architecture_is_refused(change: dict, message: str, config: Con
 
 
 def test_what_is_no_run_is_refused(config: Config, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such run directory"):
+    with pytest.raises(UserError, match="no such directory"):
         start(replace(config, train=replace(config.train, init_from=str(tmp_path / "none"))))
 
 

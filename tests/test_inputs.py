@@ -127,7 +127,7 @@ def test_a_sound_for_a_model_of_pictures() -> None:
     notes: list[str] = []
     (sample,) = reader.samples([("a.wav", wav_bytes(0.1, 8_000))], problems, notes.append, encode=False)
     assert sample.data.tobytes() == wav_bytes(0.1, 8_000)
-    told = "runs/x was trained on tiff of 8 × 8 pixels and png; a.wav is a WAV: its answer may mean little"
+    told = "a.wav is a WAV, but runs/x was trained on tiff of 8 × 8 pixels and png, so the prediction may be unreliable"
     assert (notes, problems) == ([told], [])
     assert list(reader.samples([("a.wav", wav_bytes(0.1, 8_000))], problems, notes.append, encode=True)) == []
     assert problems == ["a.wav: is a WAV, and runs/x was trained on tiff of 8 × 8 pixels and png"]

@@ -128,7 +128,7 @@ def test_a_run_and_its_export_say_it(finished_run: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert call("predict", [str(finished_run), str(foreign)]) == 0
     printed = capsys.readouterr()
-    assert f"(unlike the run's files: {scores[0]:.1f})" in printed.out
+    assert f"(out-of-distribution score: {scores[0]:.1f})" in printed.out
     assert "out-of-distribution score" in printed.err
     assert call("predict", [str(finished_run), str(foreign), "--json"]) == 0
     (answer,) = json.loads(capsys.readouterr().out)

@@ -291,7 +291,7 @@ def test_checkpoints_and_both_kinds_of_weights(model: bfsys.Model, finished_run:
             bfsys.load(no_path)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=f"the folder: got {type(no_path).__name__}; a path is allowed"):
             bfsys.files_in(no_path)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="no such run directory"):
+    with pytest.raises(UserError, match="no such directory"):
         bfsys.load(finished_run / "none")
     with pytest.raises(UserError, match="this run does not permute byte values"):
         bfsys.load(finished_run, permute="my.key")

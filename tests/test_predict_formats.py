@@ -80,7 +80,7 @@ def test_files_in_another_format_are_named_and_encoded(
     captured = capsys.readouterr()
     as_they_are = answers(captured.out)
     assert captured.err == (
-        f"{run} was trained on {' and '.join(FORMATS)}; {path} {what}: its answer may mean little; "
+        f"{path} {what}, but {run} was trained on {' and '.join(FORMATS)}, so the prediction may be unreliable; "
         "add --encode (encode=True in Python)\n"
     )
     if name == "notes.txt":
@@ -119,7 +119,9 @@ def test_python_warns_and_encodes(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert model.input_formats == FORMATS
     assert " or ".join(FORMATS) in repr(model)
     photo, clip = (folder / "photo.jpg").read_bytes(), folder / "clip.wav"
-    with pytest.warns(UserWarning, match=r"inputs\[0\] is a JPEG: its answer may mean little; add --encode") as noted:
+    with pytest.warns(
+        UserWarning, match=r"inputs\[0\] is a JPEG, but .*, so the prediction may be unreliable; add --encode"
+    ) as noted:
         as_they_are = model.probabilities([photo, clip])
     assert len(noted) == 1
     assert noted[0].filename == __file__

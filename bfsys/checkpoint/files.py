@@ -253,8 +253,8 @@ def find_whole(run: Path) -> Path:
     if not run.is_dir():
         if problem := problem_of_place(run):
             raise UserError(problem)
-        what = "a file; give a run directory (runs/NAME) or one of its checkpoints" if run.exists() else ""
-        raise UserError(f"{run}: {what or 'no such run directory; runs lie in runs/NAME'}")
+        what = "a file" if run.exists() else "no such directory"
+        raise UserError(f"{run}: {what}; give a run directory (runs/NAME) or one of its checkpoints")
     path: Path | None
     if (run / MANIFEST).exists():
         path, problems = run, problems_of(run)

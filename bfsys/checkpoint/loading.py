@@ -202,14 +202,18 @@ def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
             if old.get(key) != new.get(key) and key not in ("activation_checkpointing", "compiled"):
                 problems.append(f"{part}: {key} was {old.get(key)!r}, is now {new.get(key)!r}")
     if manifest["classes"] != facts["classes"]:
-        problems.append(f"classes: {len(manifest['classes'])} then, {len(facts['classes'])} now, or other names")
+        problems.append(
+            f"classes: the run was started with {len(manifest['classes'])} classes and the data has "
+            f"{len(facts['classes'])} now, or their names differ"
+        )
     if remedy := _remedy(manifest["config"], facts["config"]):
         problems.append(f"to resume it, add {remedy}")
     if problems:
         place = "the object store" if origin else "the run directory"
         raise UserError(
             *(f"{where}: {p}" for p in problems),
-            f"{place} holds another run: give this one a name of its own (name=…), or restore the above",
+            f"{place} holds a run with other settings: give this one a name of its own (name=…), or restore these "
+            "settings",
         )
 
 

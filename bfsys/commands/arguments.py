@@ -28,7 +28,10 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--weights", choices=("ema", "last"), default="ema", help="averaged weights (default), or the last"
+        "--weights",
+        choices=("ema", "last"),
+        default="ema",
+        help="averaged weights (default), or those of the last step",
     )
 
 
@@ -43,9 +46,9 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
     """Add the options that change files before they are stored."""
     add = parser.add_argument
     add("--encoding", default="as_stored", metavar="E", help="decode files and encode them as E")
-    add("--image-size", type=int, metavar="N", help="first resize and crop to N × N pixels")
-    add("--sample-rate", type=int, metavar="HZ", help="first resample")
-    add("--seconds", type=float, metavar="S", help="first cut or fill up to S seconds")
+    add("--image-size", type=int, metavar="N", help="resize and crop pictures to N × N pixels before")
+    add("--sample-rate", type=int, metavar="HZ", help="resample sounds to HZ before")
+    add("--seconds", type=float, metavar="S", help="cut or pad sounds to S seconds before")
 
 
 def read_encoding(args: argparse.Namespace, problems: list[str]) -> tuple[Encoding, Fitting]:

@@ -43,7 +43,7 @@ list    step, time, size, score, whether all files are there
 verify  read every byte of every checkpoint; exit code 1 if one is damaged
 show    what the newest one (or RUN/checkpoints/step_…) holds
 copy    the newest whole one of RUN to TO; either RUN or TO is a URL
-prune   remove intact ones that are not to be kept, by --keep and the like
+prune   remove intact ones that --keep, --keep-every and --keep-best do not keep
 RUN may be a URL, such as s3://bucket/folder/NAME; prune takes none."""
 
 

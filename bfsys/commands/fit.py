@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(*problems)
     console.go_on_without()  # training is the work
     from bfsys.fitting.fit import Request, name_for, next_commands, prepare, report, train
+    from bfsys.supervision.signals import EXIT_CODES
 
     request = Request(
         folder=args.folder,
@@ -80,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
     config = prepare(request, began_s)
     code = config if isinstance(config, int) else train(request, config)
     if isinstance(config, int) or code:
-        print("stopped; the same command resumes")
+        if code in EXIT_CODES.values():
+            print("training was stopped; the same command resumes")
+        else:
+            print(f"training failed with exit code {code}, see above")
         return code
     print("\n".join(["", *report(request), "", f"took {(time.monotonic() - began_s) / 60:.1f} minutes; try next:"]))
     print("\n".join(f"  {line}" for line in next_commands(request, config)))

@@ -9,8 +9,8 @@ from bfsys import console
 from bfsys.model.sizes import HEAD_DIM, PUBLISHED_SHIFT
 
 NOTES = """\
-Nothing in the file is executed. All but window and shift is read off the
-tensors' names and shapes.
+Nothing in the file is executed. The tensors' names and
+shapes tell all but window, shift and heads.
 
   bfsys import-corenet imagenet_k4_w128.pt imported --classes names.txt
   bfsys import-corenet speech_commands.pt imported/speech --window 32

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("tree", "imagefolder", "filelist", "speech_commands"),
         default="tree",
         metavar="LAYOUT",
-        help="how SRC says classes and splits",
+        help="how SRC is organised",
     )
     add("--subdir", default="", help="class folders lie in SRC/[SPLIT/]SUBDIR")
     add("--split", help="put all files into this split")
@@ -124,4 +124,4 @@ def print_summary(folder: Path, left_out: str) -> None:
         skipped = (folder / staging.SKIPPED_LIST).read_text(encoding="utf-8").count("\n")
         files = "file" if skipped == 1 else "files"
         print(f"  left out: {skipped:,} bad {files}, named in {folder / staging.SKIPPED_LIST}")
-    print(f"use it by:\ndata:\n  sources:\n    - path: {folder}")
+    print(f"to train on it, put these lines into a config:\ndata:\n  sources:\n    - path: {folder}")

@@ -58,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
         step_s = plan.step_s(PEAKS[args.gpu] * share / plan.busiest)
         meant = f"if {100 * share:.0f} % of the peak of an {args.gpu} is reached and launches do not limit it"
     else:
-        print(json.dumps(asdict(plan), indent=1) if args.json else f"{_lines_of(plan)}\ntime: give --like or --gpu")
+        print(
+            json.dumps(asdict(plan), indent=1)
+            if args.json
+            else f"{_lines_of(plan)}\ntime: not estimated; give --like RUN or --gpu GPU"
+        )
         return 0
     if args.network:
         step_s += plan.sent_bytes / (args.network * 1e9)
@@ -94,7 +98,11 @@ def run(args: argparse.Namespace) -> int:
             f"{100 * time.work_s / expected_s:.1f} % are steps and evaluations; best train.save_every: {best:,}"
         )
     if price:
-        print(f"price: {price:,.2f}" if price < math.inf else "price: no end")
+        print(
+            f"price: {price:,.2f}"
+            if price < math.inf
+            else "price: unbounded, since a run with so many failures would not finish"
+        )
     return 0
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", type=Path, help="run directory (runs/NAME), one of its checkpoints, or an export")
     add("files", nargs="+", metavar="FILE", help="files, folders, or - for standard input")
-    add("--top", type=int, default=3, metavar="K", help="classes to show per file")
+    add("--top", type=int, default=3, metavar="K", help="classes to show for each file (default: 3)")
     add_weights(parser)
     add_precision(parser)
     add("--encode", action="store_true", help="convert pictures and sounds to the model's format")
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         answers.append({"path": path, "top": ranked} | ({} if score is None else {"out_of_distribution": score}))
         if not args.json:
             shown = "   ".join(f"{c.class_name} {100 * c.probability:.1f} %" for c in classes)
-            unlike = f"   (unlike the run's files: {score:.1f})" if score is not None and score > 1 else ""
+            unlike = f"   (out-of-distribution score: {score:.1f})" if score is not None and score > 1 else ""
             print(one_line(f"{path}: {shown}{unlike}"), flush=True)
     if args.json:
         print(json.dumps(answers, indent=1))

@@ -26,8 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add = parser.add_argument
     add("--nodes", required=True, metavar="N", help="or MIN-MAX: elastic, on as many as SLURM gives and lanes allow")
-    add("--grow", action="store_const", const=10.0, help="requeue within MIN-MAX when nodes are free, every 10 minutes")
-    add("--grow-every", dest="grow", type=float, metavar="M", help="the same, M minutes after a start at the earliest")
+    add(
+        "--grow",
+        action="store_const",
+        const=10.0,
+        help="requeue within MIN-MAX when nodes are free, 10 minutes after a start",
+    )
+    add("--grow-every", dest="grow", type=float, metavar="M", help="the same, M minutes after a start")
     add("--gpus-per-node", type=int, default=8, metavar="G", help="default 8; 0: train on CPUs")
     add("--tasks-per-node", type=int, metavar="T", help="default: one per GPU, or 1 on CPUs")
     add("--cpus-per-task", type=int, metavar="C", help="default: the cluster's")

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action != "logs" and (args.follow or args.rank is not None):
         raise UserError(f"--rank, --follow: only logs takes these, got {args.action}")
     if not args.run.is_dir():
-        raise UserError(f"{args.run}: no such run directory")
+        raise UserError(f"{args.run}: no such directory; give a run directory (runs/NAME)")
     if args.action == "logs":
         return jobs.show_log(args.run, args.rank or 0, args.follow)
     return jobs.show_status(args.run) if args.action == "status" else jobs.stop(args.run)

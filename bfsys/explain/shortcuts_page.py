@@ -10,7 +10,7 @@ from bfsys.explain.shortcuts import Row, Shortcuts
 from bfsys.explain.style import document
 
 MOST_CLASSES = 20  # in a table: those with the most evidence outside of content
-NO_WARNING = "no sign of a shortcut: the answers come from the content"
+NO_WARNING = "the report found no shortcut in these files"
 COLUMNS = ("files", "top-1", "−headers", "−content", "length", "header", "metadata", "content")
 
 
@@ -19,8 +19,8 @@ def table(report: Shortcuts) -> str:
     rows = list(_rows(report))
     width = max(len(name) for name, _ in rows)
     lines = [
-        f"{report.split}, {report.all.files} files: top-1, and what is left with headers and metadata, content, or all",
-        "bytes from files of other classes; then where the evidence lies (in percent)",
+        f"{report.split}, {report.all.files} files: top-1 in percent, and after headers and metadata, the content, or",
+        "all bytes were replaced by those of files of other classes; then the shares of the evidence in percent",
         " " * (width + 2) + "".join(f"{name:>10}" for name in COLUMNS),
         *(
             f"  {name:<{width}}{row.files:>10}" + "".join(f"{100 * v:10.1f}" for v in _values(row))

@@ -147,13 +147,13 @@ def first_format(survey: Survey, *, as_stored: bool) -> Format:
             image_size=side,
             augmented=augmented,
             jittered=not augmented,
-            reason="compressed pictures are learned from slowly, so files are decoded and encoded as",
+            reason="models learn slowly from compressed pictures, so all files are re-encoded as",
         )
     if survey.modality == "audio" and (survey.is_compressed or survey.typical_size > 2 or survey.rate_hz > 16_000):
         seconds = round(min(LONGEST_SOUND_S, max(0.25, survey.typical_size)), 2)
         rate_hz = max((r for r in SAMPLE_RATES_HZ if r <= survey.rate_hz), default=SAMPLE_RATES_HZ[-1])
-        cause = "compressed sounds are learned from slowly" if survey.is_compressed else "long sounds take much time"
-        why = f"{cause}, so files are decoded and encoded as"
+        cause = "models learn slowly from compressed sounds" if survey.is_compressed else "long sounds take much time"
+        why = f"{cause}, so all files are re-encoded as"
         return Format("wav:uint8", sample_rate_hz=rate_hz, seconds=seconds, augmented=True, reason=why)
     return Format(jittered=True)
 
@@ -225,14 +225,14 @@ def _of_data(choice: Choice, data: str, eval_data: str, steps: int) -> Iterator[
         source |= {"eval_path": eval_data, "augment": of_form}
     elif form.jittered and choice.passes(steps) >= JITTER_PASSES:
         source["jitter"] = {}
-        why += f"; they are changed a little each time, since they are read {choice.passes(steps):.0f} times"
+        why += f"; jitter changes them a little each time, since each is read about {choice.passes(steps):.0f} times"
     yield Setting("data", "sources", [source], why)
     if choice.eval_split != "val":
         yield Setting("data", "eval_split", choice.eval_split, "there is no validation split")
     yield Setting(
         "data", "batch_samples", choice.batch_samples, f"{len(choice.lengths):,} files of {median:,.0f} bytes"
     )
-    yield Setting("data", "lanes", choice.lanes, "numbers of ranks that divide it are possible")
+    yield Setting("data", "lanes", choice.lanes, "the number of ranks must divide this")
     if (form.augmented or form.jittered) and choice.machine.device == "gpu":
         yield Setting("data", "workers", 4, "files are decoded and changed while the GPU computes")
 
@@ -252,10 +252,12 @@ def _of_training(choice: Choice, steps: int, minutes: float) -> Iterator[Setting
     every = max(1, -(-steps // 4))
     yield Setting("optim", "warmup_steps", min(LONGEST_WARMUP, steps // 8), "an eighth of the steps")
     if not choice.shows_classes:
-        yield Setting("optim", "content_loss", 0, "the classes are kinds of files, not what files show")
+        yield Setting("optim", "content_loss", 0, "off, since the format of a file says much about its class")
     yield Setting("optim", "ema_decay", 0.999 if steps >= 3000 else 0.99 if steps >= 300 else 0.95, "by the steps")
     limited = (
-        "as often as it helps" if steps == choice.most_steps() else f"measured: as many as {minutes:g} minutes allow"
+        "the most for so many files"
+        if steps == choice.most_steps()
+        else f"measured: as many as {minutes:g} minutes allow"
     )
     yield Setting("train", "steps", steps, f"{limited}; {choice.passes(steps):.1f} passes over the training files")
     bf16 = choice.machine.multiplies_bf16

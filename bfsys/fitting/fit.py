@@ -103,7 +103,7 @@ def prepare(request: Request, began_s: float) -> Config | int:
     """The config of the request: that of an earlier start, or a new one. An exit code if a signal ended the trial."""
     if request.config_file.exists():
         record = check_record(request)
-        print(f"{request.config_file}: using the config that was chosen before", flush=True)
+        print(f"{request.config_file}: reusing the config that an earlier start wrote", flush=True)
         note_changes(request, record)
         return load_config(request.config_file, overrides_of(request))
     survey = survey_folder(request)
@@ -113,8 +113,8 @@ def prepare(request: Request, began_s: float) -> Config | int:
     choice = choose(survey, machine, 60 * request.minutes * SHARE_OF_TIME, as_stored=request.as_stored)
     if survey.kinds_tell_classes and choice.format.encoding != AS_STORED:
         print(
-            "note: a file's kind says much about its class, and is lost when all files are encoded alike; if kinds are "
-            "the classes, use --as-stored"
+            "note: the formats of the files differ between classes, and re-encoding removes that difference; if the "
+            "model should use the format, add --as-stored"
         )
     while True:
         data, eval_data = pack_all(request, choice)
@@ -130,9 +130,10 @@ def prepare(request: Request, began_s: float) -> Config | int:
         choice = choice_of(survey, machine, smaller)
     if steps < min(LEAST_STEPS, choice.most_steps()):
         needed_s = (LEAST_STEPS - steps) * choice.batch_samples * float(choice.lengths.mean()) / trial.bytes_per_s
+        minutes = np.ceil(request.minutes + needed_s / 60 / SHARE_OF_TIME + 1)
         raise UserError(
-            f"--minutes: got {request.minutes:g}, in which this machine trains {steps} steps; at least {LEAST_STEPS} "
-            f"are needed, so allow about {np.ceil(request.minutes + needed_s / 60 / SHARE_OF_TIME + 1):.0f} minutes"
+            f"--minutes: got {request.minutes:g}; this machine trains {steps} steps in that time, and at least "
+            f"{LEAST_STEPS} are needed. Allow about {minutes:.0f} minutes"
         )
     write_config(request, survey, choice, data, eval_data, min(steps, choice.most_steps()))
     return load_config(request.config_file, overrides_of(request))
@@ -166,13 +167,13 @@ def note_changes(request: Request, record: dict) -> None:
     try:
         packed, now = record.get(CONTENT), content_of(survey_folder(request))
     except UserError as error:
-        print(f"note: {error.problems[0]}; this run goes on with the packed files", file=sys.stderr)
+        print(f"note: {error.problems[0]}; this run continues with the packed files", file=sys.stderr)
         return
     if packed not in (None, now):
+        before, after = (f"{c['files']:,} files and {c['train_bytes']:,} bytes for training" for c in (packed, now))
         print(
-            f"note: {request.folder} has changed since its files were packed: {packed['files']:,} files and "
-            f"{packed['train_bytes']:,} bytes for training then, {now['files']:,} and {now['train_bytes']:,} now; this "
-            "run goes on with the packed files. To train on the others, give another --name",
+            f"note: {request.folder} has changed since its files were packed: it had {before}, and has {after} now. "
+            "This run continues with the packed files; to train on the current ones, give another --name",
             file=sys.stderr,
         )
 
@@ -191,7 +192,7 @@ def survey_folder(request: Request) -> Survey:
         check_splits(request.folder, {file.split for file in listing.files})
         found = survey_of(listing.files, listing.classes)
     if len(found.classes) < 2:
-        raise UserError(f"{request.folder}: has one class, {found.classes[0]!r}; at least 2 are needed to tell apart")
+        raise UserError(f"{request.folder}: has only one class, {found.classes[0]!r}; a classifier needs at least 2")
     return found
 
 
@@ -343,7 +344,7 @@ def write_config(request: Request, survey: Survey, choice: Choice, data: str, ev
 def train(request: Request, config: Config) -> int:
     """Train, or go on with training, to the end: the exit code."""
     if newest_step(request.run_dir) >= config.train.steps:
-        print(f"{request.run_dir}: is trained already ({config.train.steps} steps)", flush=True)
+        print(f"{request.run_dir}: training has already finished ({config.train.steps} steps)", flush=True)
         return 0
     return launch(config, request.config_file, overrides_of(request), None, is_dry_run=False)
 

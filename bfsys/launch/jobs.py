@@ -130,7 +130,7 @@ def show_status(run_dir: Path) -> int:
         why = "its log says why" if log.exists() else "it left no log: do the nodes see its folder?"
         print(f"ended    training exited without recording why; {why}")
     if failed and not waiting:
-        print("next     fix the reason, then give its command again; it resumes from the newest checkpoint:")
+        print("next     fix the cause, then run this command again; it resumes from the newest checkpoint:")
         print(f"         {submitted[-1].command}" if submitted else "")
     return int(failed and not waiting)
 
@@ -207,7 +207,7 @@ def stop(run_dir: Path) -> int:
     """Ask SLURM to end the run's jobs, for good. Training saves first, if it gets to it within KillWait."""
     jobs = active(run_dir)
     if not jobs:
-        raise UserError(f"{run_dir}: no job of this run waits or runs")
+        raise UserError(f"{run_dir}: this run has no pending or running job")
     console.go_on_without()  # all of them are to end, whoever reads what is printed
     for submitted in jobs:
         answer = ask("scancel", submitted.job)

@@ -169,7 +169,7 @@ class Group:
 
     def _describe_failure(self, rank: int, code: int) -> None:
         log = self.logs[rank]
-        print(f"error: rank {rank} ended with code {code}, the others were stopped; see {log}", file=sys.stderr)
+        print(f"error: rank {rank} ended with code {code}, so the others were stopped; see {log}", file=sys.stderr)
         if rank:  # rank 0's lines were shown
             lines = log.read_text(errors="replace").splitlines()
             print("\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]), file=sys.stderr)
@@ -205,7 +205,7 @@ def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
     code."""
     restarts = Restarts(run_dir, newest_step(run_dir))
     while (code := start()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
-        print(f"starting again in {pause_s:.0f} s, from step {restarts.step}", file=sys.stderr, flush=True)
+        print(f"restarting in {pause_s:.0f} s from step {restarts.step}", file=sys.stderr, flush=True)
         previous = {n: signal.signal(n, lambda number, _: sys.exit(EXIT_CODES[number])) for n in stop_signals()}
         time.sleep(pause_s)
         for number, handler in previous.items():

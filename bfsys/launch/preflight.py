@@ -91,11 +91,13 @@ def check_places(places: dict[str, Path]) -> Checked:
     for what, path in places.items():
         kind = _file_system(path, mounts)
         if kind in OF_THIS_MACHINE:
-            problems.append(f"{what} {path}: lies in {kind}, which no other machine sees; use a shared file system")
+            problems.append(f"{what} {path}: is on {kind}, which other machines cannot see; use a shared file system")
         elif kind not in SHARED and not kind.startswith("fuse"):
             unsure.setdefault(kind, []).append(what)
     notes = [
-        f"{', '.join(whats)}: on {kind}; do the nodes see it?" for kind, whats in unsure.items() if kind not in SHARED
+        f"{', '.join(whats)}: on {kind}; make sure that the nodes can see it"
+        for kind, whats in unsure.items()
+        if kind not in SHARED
     ]
     return Checked(problems, notes)
 

@@ -98,7 +98,7 @@ class JobSupervisor:
             _write_count(path, restarts.step, restarts.without_progress)
         pause_s = 0.0 if code == EXIT_REQUEUE or self.is_being_ended else pause_s  # there is no time for one
         step = newest_step(self.run_dir)
-        print(f"training ended with code {code}: starting again in {pause_s:.0f} s, from step {step}", flush=True)
+        print(f"training ended with code {code}; restarting in {pause_s:.0f} s from step {step}", flush=True)
         until = time.monotonic() + pause_s
         while time.monotonic() < until:
             if self.is_being_ended:
@@ -154,7 +154,7 @@ def kill_wait_s() -> float:
 
 def requeue() -> bool:
     """Ask SLURM to start this job again, which ends all of its processes; False if it does not."""
-    print(f"asking SLURM to start job {job_id()} again", flush=True)
+    print(f"asking SLURM to requeue job {job_id()}", flush=True)
     for tries_left in reversed(range(TRIES)):
         answer = ask("scontrol", "requeue", job_id())
         if answer.is_good:

@@ -49,7 +49,9 @@ class Restarts:
         if self.step != before:  # smaller, if later ones turned out to be damaged
             self.without_progress = 0
         if self.without_progress == MAX_RESTARTS:
-            reason = f"{MAX_RESTARTS} starts again without a new checkpoint, the last one ended with code {code}"
+            reason = (
+                f"gave up after {MAX_RESTARTS} restarts without a new checkpoint; the last start ended with code {code}"
+            )
             note_end(self.run_dir, EXIT_NO_PROGRESS, reason)
             print(f"error: {reason}; logs are in {self.run_dir}", file=sys.stderr)
             self.exit_code = EXIT_NO_PROGRESS

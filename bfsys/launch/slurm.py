@@ -90,7 +90,7 @@ def lanes_problem(lanes: int, nodes: range, per_node: int) -> str | None:
     if fit := fitting(lanes, range(1, lanes + 1), per_node):
         advice = f"numbers of nodes that fit: {', '.join(map(str, fit))}"
     else:
-        advice = f"no number of nodes fits; ranks on a node that do: {fitting_world_sizes(lanes)}"
+        advice = f"no number of nodes fits; numbers of ranks per node that fit: {fitting_world_sizes(lanes)}"
     shown = describe(nodes)
     return f"data.lanes: {lanes} lanes cannot be shared evenly by {shown} nodes with {per_node} ranks each; {advice}"
 
@@ -115,8 +115,8 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
         problems, notes = problems + run.problems, notes + run.notes
         if with_slurm and not args.dependency:
             problems += [
-                f"run {config.run_dir}: job {job.job} waits or runs already; bfsys slurm stop {config.run_dir} "
-                f"ends it, --dependency singleton queues behind it, name=… makes another run"
+                f"run {config.run_dir}: job {job.job} is already pending or running; stop it with bfsys slurm stop "
+                f"{config.run_dir}, queue behind it with --dependency singleton, or start another run with name=…"
                 for job in jobs.active(config.run_dir)
             ]
         if config.data.workers and (args.cpus_per_task or 0) <= config.data.workers:

@@ -58,7 +58,7 @@ class FileAnswer(BaseModel):
     name: str
     top: list[ClassProbability] | None = Field(None, description="The likeliest classes, the likeliest first")
     error: str | None = Field(None, description="Why the file has no answer")
-    note: str | None = Field(None, description="Why the answer may mean little")
+    note: str | None = Field(None, description="Why the prediction may be unreliable")
     out_of_distribution: float | None = Field(
         None, description="How unlike the files of the run it is: above 1, it looks like none of them"
     )
@@ -319,7 +319,7 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
         "/predict", summary="Classes of files", response_model=Answers, responses=REFUSALS,
         openapi_extra={"requestBody": BODY},
         description="A file that cannot be classified has an `error` in its answer, and the others are answered all "
-        "the same. Only if no file can be classified is the status 422.",
+        "the same. If no file can be classified, the status is 422, or 500 if the model failed on each of them.",
     )  # fmt: skip
     async def predict(
         request: Request,

@@ -185,7 +185,7 @@ class Supervisor:
             samples = self.guard.bad_in_a_row[-1]["samples"]
             self.metrics.event("bad_step", step, {"problem": problem, "samples": samples})
             what = "its update stays" if outcome.has_updated else "its update is skipped"
-            self.metrics.say(f"step {step} · bad: {problem}; {what}, its samples are in metrics.jsonl")
+            self.metrics.say(f"step {step} · bad step: {problem}; {what}, and metrics.jsonl lists its samples")
 
     def report_bad_files(self, sources: Sources) -> None:
         """Name the files that could not be read, and stop if they are too many; collective."""
@@ -315,8 +315,11 @@ class Supervisor:
             self.metrics.say(f"finished: {steps}; checkpoints, TensorBoard logs and metrics are in {self.run_dir}")
         try:
             if not updates and not exit_code:
-                problem = f"all {step} steps were skipped, see {METRICS}: the weights are those of step 0"
-                raise dist.AgreedError(f"{self.run_dir}: {problem}", exit_code=EXIT_DIVERGED)
+                raise dist.AgreedError(
+                    f"{self.run_dir}: all {step} steps were skipped, so the weights are still the initial ones; "
+                    f"{METRICS} has the reasons",
+                    exit_code=EXIT_DIVERGED,
+                )
             return self.finish_copies(step, exit_code)
         finally:
             self.ledger.record_progress(step)

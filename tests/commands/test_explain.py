@@ -88,7 +88,7 @@ def test_bad_input_is_one_line_each(explain: Explain, files: Path, tmp_path: Pat
     ):
         with pytest.raises(UserError, match=expected):
             explain(*arguments)
-    with pytest.raises(UserError, match="no such run directory"):
+    with pytest.raises(UserError, match="no such directory"):
         call("explain", [str(tmp_path / "missing"), str(files)])
 
 

@@ -158,7 +158,7 @@ def test_files_that_cannot_be_decoded(tmp_path):
     message = problems_of(src, tmp_path, *options)
     assert f"{src}/red/broken.png: cannot be made jpeg:60 (" in message
     assert f"{src}/blue/cut.png: cannot be made jpeg:60" in message
-    assert "2 bad files: repair or remove, or leave out by --skip-bad" in message
+    assert "2 bad files: repair or remove them, or leave them out with --skip-bad" in message
     assert "0x" not in message  # of a Python object
     with pytest.raises(UserError, match="If packing was not finished, run the same command again"):
         open_split(tmp_path / "pets", "train")

@@ -29,7 +29,7 @@ def test_all_bad_files_at_once(tmp_path):
         f"error: {src}/fish: is a link to something that is not there; restore that, or remove the link\n",
         f"error: {src}/bird: the class folder has no files; fill it or remove it\n",
         "error: --encoding: encoding 'pngg': there is no 'pngg' (did you mean 'png'?)",
-        "error: 5 bad files: repair or remove, or leave out by --skip-bad\n",
+        "error: 5 bad files: repair or remove them, or leave them out with --skip-bad\n",
     ):
         assert message in result.stderr
     assert not (tmp_path / "out").exists()
@@ -65,7 +65,7 @@ WRONG_INPUT = {
     "skipped without its dot": ({"__cat._/a": b"1"}, "class '__cat._': a class may not hold"),
     "class with a direction": ({"c\u202eat/a": b"1"}, "class 'c\\u202eat' has characters that cannot be printed"),
     "class with a line break": ({"c\nat/a": b"1"}, "class 'c\\nat' has characters that cannot be printed"),
-    "too few to divide": ({"cat/a": b"1", "dog/b": b"1"}, "of 2 files none fell to val, since no class has two"),
+    "too few to divide": ({"cat/a": b"1", "dog/b": b"1"}, "none of the 2 files went to val, because no class has two"),
     "two for one in capitals": ({"Val/cat/a": b"1", "dev/cat/a": b"1"}, "Val and dev: two folders for one split"),
     "mixed in capitals": ({"Training/cat/a": b"1", "extra/b": b"1"}, "holds split folders (Training) and others"),
     "capitals": (

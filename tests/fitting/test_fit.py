@@ -74,7 +74,7 @@ def test_a_folder_becomes_a_model_that_beats_byte_counts(
     monkeypatch.setenv("PYTHONPATH", str(Path(bfsys.__file__).parents[1]))
     assert bfsys.fit(src, minutes=30, shards="shards") == Path("runs/slopes")
     again, errors = capsys.readouterr()
-    assert "runs/slopes: is trained already" in again
+    assert "runs/slopes: training has already finished" in again
     assert not errors
     assert said.partition("held-out")[2].partition("lowest")[0] == again.partition("held-out")[2].partition("lowest")[0]
     with pytest.raises(UserError, match="--minutes: got 0; more than 0"):
@@ -84,11 +84,13 @@ def test_a_folder_becomes_a_model_that_beats_byte_counts(
     (src / "rising" / "more.bin").write_bytes(b"x" * 60)
     bfsys.fit(src, minutes=30, shards="shards")
     errors = capsys.readouterr().err
-    assert re.search(r"note: .*/slopes has changed since its files were packed: 140 files and .* then, 141 and", errors)
+    assert re.search(
+        r"note: .*/slopes has changed since its files were packed: it had 140 files and .*, and has 141 files", errors
+    )
     (src / "rising" / "none.bin").touch()
     bfsys.fit(src, minutes=30, shards="shards")
     errors = capsys.readouterr().err
-    assert re.search(r"note: .*none\.bin: is empty; this run goes on with the packed files", errors)
+    assert re.search(r"note: .*none\.bin: is empty; this run continues with the packed files", errors)
 
 
 def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
@@ -202,7 +204,7 @@ def test_names_of_runs() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"one/1.bin": b"a", "one/2.bin": b"b"}, "has one class, 'one'; at least 2"),
+        ({"one/1.bin": b"a", "one/2.bin": b"b"}, "has only one class, 'one'; a classifier needs at least 2"),
         ({"train/a/1.bin": b"a", "train/b/2.bin": b"b"}, "has the split train alone"),
         ({"a/1.bin": b"a", "a/2.bin": b"", "b/1.bin": b"c"}, "2.bin: is empty"),
         ({"a.bin": b"a"}, "has no class folders"),
@@ -236,7 +238,7 @@ def test_too_little_time(tmp_path: Path) -> None:
     src, options = folder_of(tmp_path / "src", 4), ["--runs", tmp_path, "--shards", tmp_path]
     code, _, errors = fit_in_few_steps(src, *options, "--minutes", "0.01")
     assert code == 2
-    assert "--minutes: got 0.01, in which this machine trains 0 steps" in errors
+    assert "--minutes: got 0.01; this machine trains 0 steps in that time" in errors
 
 
 def test_configs_of_others_are_left_alone(tmp_path: Path) -> None:

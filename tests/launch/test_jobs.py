@@ -139,13 +139,13 @@ def test_stop(run: Path, slurm_says, tmp_path: Path, capsys) -> None:
     assert call("slurm", ["stop", str(run)]) == 0
     assert (tmp_path / "cancelled").read_text() == "42\n"
     slurm_says("JobState=COMPLETED Restarts=0")
-    with pytest.raises(UserError, match="no job of this run waits or runs"):
+    with pytest.raises(UserError, match="this run has no pending or running job"):
         call("slurm", ["stop", str(run)])
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, slurm_says, capsys) -> None:
     slurm_says("")
-    with pytest.raises(UserError, match="no such run directory"):
+    with pytest.raises(UserError, match="no such directory"):
         call("slurm", ["status", str(tmp_path / "nowhere")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no job was submitted for this run"):

@@ -108,7 +108,7 @@ time.sleep(100)
     out, err = capfd.readouterr()
     assert "rank 0 is there" in out  # on the console: rank 0 only
     assert "rank 1" not in out
-    assert f"error: rank 1 ended with code 7, the others were stopped; see {tmp_path}/log/rank-1.log" in err
+    assert f"error: rank 1 ended with code 7, so the others were stopped; see {tmp_path}/log/rank-1.log" in err
     assert "  rank 1 is there" in err
     ranks = [int((tmp_path / f"pids-{rank}").read_text().split()[0]) for rank in range(3)]
     assert not set(ranks) & set(alive(tmp_path))
@@ -303,7 +303,7 @@ def test_three_starts_again_without_progress_are_enough(tmp_path, monkeypatch, c
     code, pauses = starts(tmp_path, (1, 4), (1, 4), (70, 4), (137, 4), monkeypatch=monkeypatch)
     assert (code, pauses) == (EXIT_NO_PROGRESS, [0, 10, 60])
     assert "without a new checkpoint" in how_it_ended(tmp_path)["reason"]
-    assert "3 starts again without a new checkpoint" in capfd.readouterr().err
+    assert "gave up after 3 restarts without a new checkpoint" in capfd.readouterr().err
 
 
 def test_training_survives_a_killed_rank_and_its_terminal_and_continues_to_its_end(config_file, tmp_path):
@@ -319,13 +319,13 @@ def test_training_survives_a_killed_rank_and_its_terminal_and_continues_to_its_e
             processes = psutil.Process(launcher.pid).children()
             (killed,) = [p for p in processes if p.name() == "bfsys rank 1"]
             killed.kill()
-        elif line.startswith("step ") and any(earlier.startswith("starting again") for earlier in said):
+        elif line.startswith("step ") and any(earlier.startswith("restarting") for earlier in said):
             launcher.stdout.close()
             break
     wait_until(lambda: lines(run)[-1]["step"] >= 15, 300)
     launcher.send_signal(signal.SIGHUP)
     assert launcher.wait(timeout=300) == 130, "".join(said)
-    assert any(line.startswith("starting again in 0 s, from step ") for line in said)
+    assert any(line.startswith("restarting in 0 s from step ") for line in said)
     log = (run / "log" / "rank-0.log").read_text()
     stopped = int(log.partition("stopped on request after step ")[2].partition(";")[0])
     assert 15 <= stopped < 150

@@ -78,9 +78,12 @@ def test_file_systems_of_this_machine_alone_are_refused(monkeypatch: pytest.Monk
         "run directory": Path("/home/me/runs/x"), "data": Path("/dev/shm/data"), "current folder": Path("/srv"),
     })  # fmt: skip
     assert checked.problems == [
-        "data /dev/shm/data: lies in tmpfs, which no other machine sees; use a shared file system"
+        "data /dev/shm/data: is on tmpfs, which other machines cannot see; use a shared file system"
     ]
-    assert checked.notes == ["Python: on tmpfs; do the nodes see it?", "current folder: on ext4; do the nodes see it?"]
+    assert checked.notes == [
+        "Python: on tmpfs; make sure that the nodes can see it",
+        "current folder: on ext4; make sure that the nodes can see it",
+    ]
 
 
 def test_mounts_of_this_machine_are_read() -> None:

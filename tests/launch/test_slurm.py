@@ -111,7 +111,7 @@ def test_node_counts_that_fit_are_named(config_file):
     ]
     assert problems_of("--nodes", 1, "--gpus-per-node", 8, "--dry-run", config_file) == [
         "data.lanes: 4 lanes cannot be shared evenly by 1 nodes with 8 ranks each; "
-        "no number of nodes fits; ranks on a node that do: 1, 2, 4"
+        "no number of nodes fits; numbers of ranks per node that fit: 1, 2, 4"
     ]
 
 

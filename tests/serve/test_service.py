@@ -150,7 +150,7 @@ def test_what_cannot_be_served_is_one_line(server: Server, finished_run: Path) -
     assert "Cannot assign requested address" in fails(finished_run, "--host", "192.0.2.1")
     assert "--timeout: got 0.0" in fails(finished_run, "--timeout", "0")
     assert "--port: got 70000" in fails(finished_run, "--port", "70000")
-    assert "no such run directory" in fails(finished_run / "none", "--port", "0")
+    assert "no such directory" in fails(finished_run / "none", "--port", "0")
 
 
 def test_a_missing_package_is_named(finished_run: Path) -> None:

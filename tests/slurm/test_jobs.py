@@ -152,7 +152,7 @@ def test_nodes_train_as_one_process_does_while_status_and_logs_tell(submit, undi
     assert re.search(rf"^step +\d+ of {STEPS}, ", running, re.MULTILINE)
     second = launcher("--nodes=2", "--gpus-per-node=0", str(job.run / "config.yaml"), *OVERRIDES)
     assert second.returncode == 2
-    assert f"job {job.id} waits or runs already" in second.stderr
+    assert f"job {job.id} is already pending or running" in second.stderr
     following = subprocess.Popen([*LAUNCHER, "logs", "--follow", str(job.run)], stdout=subprocess.PIPE, text=True)
     alone = run_here(1, datasets, tmp_path_factory.mktemp("alone"))  # it asks SLURM every 15 s whether the job is over
     followed, _ = following.communicate(timeout=300)
@@ -189,7 +189,7 @@ def test_jobs_that_run_out_of_time_go_on_also_if_their_tasks_do_not_leave_in_tim
         send(signal.SIGSTOP, ranks)
         time.sleep(0.01)
     stuck.wait_for(lambda: "continuing " in stuck.said())
-    assert "training ended with code 143: starting again in 0 s" in stuck.said()
+    assert "training ended with code 143; restarting in 0 s" in stuck.said()
     assert "stopped on request" not in stuck.said().partition("continuing ")[0]
     subprocess.run(["scancel", "--quiet", stuck.id], check=True)
     job.wait_for(lambda: "continuing " in job.said(), 300)
@@ -232,7 +232,7 @@ def test_a_job_whose_rank_is_killed_goes_on(submit, undisturbed):
     for process in processes_of(job.id, rank=1):
         process.kill()
     assert_finished(job, undisturbed)
-    assert "starting again in 0 s, from step " in job.said()
+    assert "restarting in 0 s from step " in job.said()
     assert job.starts == 2
 
 

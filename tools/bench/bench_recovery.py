@@ -211,7 +211,7 @@ def bench_attacks(args: argparse.Namespace) -> dict:
             wall_s = time.monotonic() - began
             seconds = read_seconds(run)
             os.killpg(launcher.pid, signal.SIGKILL)  # its ranks die with it
-            restarts = (Path(name) / "launcher.log").read_text().count("starting again")
+            restarts = (Path(name) / "launcher.log").read_text().count("restarting in ")
         finally:
             with suppress(ProcessLookupError):
                 launcher.kill()

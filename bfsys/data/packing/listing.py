@@ -93,7 +93,7 @@ def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool)
     elif others and not split_folders:
         listing.problems.append(
             f"{src}: holds split folders ({', '.join(splits)}) and others ({', '.join(others[:5])}"
-            f"{', …' if len(others) > 5 else ''}). If the others are not meant, say --from imagefolder; "
+            f"{', …' if len(others) > 5 else ''}). To leave the others out, use --from imagefolder; "
             f"if {next(iter(splits))} is a class, use --from filelist"
         )
     elif len(set(splits.values())) < len(splits):
@@ -352,8 +352,8 @@ def _divided(files: list[SourceFile], val_share: float, problems: list[str]) -> 
     }
     if files and val_share and not for_val:
         problems.append(
-            f"of {len(files):,} files none fell to val, since no class has two files; add files, or put all into "
-            "one split by --split train"
+            f"none of the {len(files):,} files went to val, because no class has two files; add files, or put all of "
+            "them into one split with --split train"
         )
     return [file._replace(split="val" if i in for_val else "train") for i, file in enumerate(files)]
 

@@ -158,7 +158,7 @@ def name_bad_files(bad: Sequence[BadFile]) -> list[str]:
         return []
     return [
         *(f"{path}: {reason}" for path, reason in bad),
-        f"{len(bad):,} bad file{'s' * (len(bad) > 1)}: repair or remove, or leave out by --skip-bad",
+        f"{len(bad):,} bad file{'s' * (len(bad) > 1)}: repair or remove them, or leave them out with --skip-bad",
     ]
 
 

@@ -118,8 +118,8 @@ class Split:
         if not bad:
             return []
         return [
-            f"{self.dataset.location}: the index of {self.split!r} is damaged, or of other shards: its rows are not "
-            f"as {DESCRIPTION} says for {len(bad):,} of {len(self.shards):,} shards, the first is {bad[0]}; copy or "
+            f"{self.dataset.location}: the index of {self.split!r} is damaged or belongs to other shards: its rows do "
+            f"not match {DESCRIPTION} for {len(bad):,} of {len(self.shards):,} shards, first for {bad[0]}; copy or "
             f"pack the dataset again, or delete {DESCRIPTION} and run bfsys inspect --rebuild"
         ]
 
@@ -257,7 +257,7 @@ def split_names(path: str | Path) -> list[str]:
 def read_description(path: Path) -> dict:
     """The content of dataset.json in the folder at `path`."""
     if not os.path.isdir(path):
-        raise UserError(f"{path}: there is no such folder{seen_from(path)}; a packed dataset is made by bfsys pack")
+        raise UserError(f"{path}: there is no such folder{seen_from(path)}; run bfsys pack to make a packed dataset")
     file = path / DESCRIPTION
     if not file.exists():
         raise UserError(

@@ -100,8 +100,8 @@ class Quarantine:
             if size is not None and count > max_bad_share * size:
                 bad = [row for row in self._rows.values() if (row.split, row.source) == (split, source)]
                 raise dist.AgreedError(
-                    f"{source}: {count:,} of {size:,} samples of {split} cannot be read intact, more than "
-                    f"data.max_bad_share {max_bad_share:g} allows. All are in {self.path or FILE}. Repair the "
+                    f"{source}: {count:,} of {size:,} samples of {split} are unreadable or damaged, more than "
+                    f"data.max_bad_share {max_bad_share:g} allows; {self.path or FILE} lists all of them. Repair the "
                     "dataset and remove that file, or raise data.max_bad_share; the same command then resumes. The "
                     "first are",
                     *(row.describe() for row in bad[:LISTED]),

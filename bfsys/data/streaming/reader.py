@@ -352,9 +352,7 @@ class ShardReader:
                 continue
             if got == length and xxhash.xxh3_64_intdigest(content.data) == checksum:
                 return content, int(self.label_maps[source][label])
-            problem = (
-                f"ends {length - got:,} bytes early" if got < length else "differs from what was packed (checksum)"
-            )
+            problem = f"ends {length - got:,} bytes early" if got < length else "has a checksum mismatch"
             if not may_refetch or not self._refetch(source, shard):
                 break
             may_refetch = False

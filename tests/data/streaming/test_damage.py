@@ -223,7 +223,9 @@ def test_what_training_does_not_read_does_not_harm_it_and_is_named_by_verify(
 @pytest.mark.parametrize("kind", REFUSED)
 def test_an_index_that_is_not_the_packed_one_is_refused(kind: str, config: Config, dataset: Path) -> None:
     REFUSED[kind](dataset)
-    with pytest.raises(UserError, match=r"the index of 'train' is damaged, or of other shards: .* first is a-train-0"):
+    with pytest.raises(
+        UserError, match=r"the index of 'train' is damaged or belongs to other shards: .* first for a-train-0"
+    ):
         open_run_data(config, ALONE)
 
 
@@ -355,7 +357,7 @@ def test_what_was_saved_before_an_evaluation_that_fails_counts(
     change = ["train.steps=9", "train.save_every=4", "train.eval_every=4"]
     results = run_ranks(2, ["bfsys/train.py", str(config_file), *change])
     assert [r.returncode for r in results] == [2, 2], results[0].stderr
-    assert "of val cannot be read" in results[0].stderr
+    assert "of val are unreadable" in results[0].stderr
     assert read_manifest(newest(tmp_path / "runs" / "tiny"))["step"] == 4
 
 
@@ -395,7 +397,7 @@ def test_an_evaluation_of_nothing_is_an_error_with_the_list(dataset: Path, confi
     sources = open_evaluation(config, "val", ("a0", "a1", "a2", "b0", "b1"))
     only = replace(sources, splits=sources.splits[:1], origins=("a",), names=("a",), label_maps=sources.label_maps[:1])
     model = lambda batch: torch.zeros(len(batch), 5)  # noqa: E731
-    with pytest.raises(AgreedError, match=r"21 of 21 samples of val cannot be read(?s:.*)its shard is missing"):
+    with pytest.raises(AgreedError, match=r"21 of 21 samples of val are unreadable(?s:.*)its shard is missing"):
         evaluate(model, config, only, ALONE, Quarantine(), 0)
 
 
