@@ -95,7 +95,7 @@ def overview() -> str:
             "usage: bfsys COMMAND [ARGUMENT …]",
             "Train classifiers on raw file bytes, from a laptop to a SLURM cluster.\n",
             *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
-            "\n`bfsys COMMAND --help` explains a command. For the TAB key:\n`bfsys --print-completion bash`.",
+            "\n`bfsys COMMAND --help` explains a command; --print-completion adds the TAB key.",
         )
     )
 
