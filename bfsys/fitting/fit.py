@@ -329,7 +329,7 @@ def write_config(request: Request, survey: Survey, choice: Choice, data: str, ev
     record = f"{RECORD}{json.dumps({**request.record(), CONTENT: content_of(survey)})}"
     header = [
         f"Chosen by `bfsys fit` for {one_line(str(request.folder))}; each value has its reason.",
-        "The same command resumes with this file, even if you have changed it.",
+        "The same command resumes the run. For a new run with other settings: bfsys launch THIS_FILE name=OTHER",
         record.removeprefix("# "),
     ]
     text = to_yaml(settings_of(choice, data, eval_data, steps, request.minutes), header)
