@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,9 @@ def test_what_the_last_holder_of_a_directory_wrote_is_seen(
     """Another run makes its first checkpoint while this one waits for the lock."""
     hold_directory = run_module.hold_directory
 
-    def hold_after_another_run(run_dir: Path):
+    def hold_after_another_run(run_dir: Path, **options):
         shutil.copytree(finished_run / "checkpoints", run_dir / "checkpoints")
-        return hold_directory(run_dir)
+        return hold_directory(run_dir, **options)
 
     monkeypatch.setattr(run_module, "hold_directory", hold_after_another_run)
     with pytest.raises(UserError, match="seed was 0, is now 1"):
@@ -89,4 +90,9 @@ def test_a_directory_that_another_process_keeps_is_waited_for_and_then_refused(
     with run_module.hold_directory(config.run_dir), pytest.raises(UserError, match="another process is training in it"):
         prepare_run_dir(config, facts_of(config), ALONE)
     assert capsys.readouterr().err.count("waiting for another process to release it") == 1
+    # Rank 0 does not wait for longer than the other ranks wait for it.
+    monkeypatch.setattr(run_module, "LOCK_WAIT_S", 60)
+    with run_module.hold_directory(config.run_dir), pytest.raises(UserError, match="another process is training in it"):
+        prepare_run_dir(replace(config, train=replace(config.train, collective_timeout_s=1)), facts_of(config), ALONE)
+    assert "for up to 0 s" in capsys.readouterr().err
     assert not (config.run_dir / "config.yaml").exists()
