@@ -58,10 +58,13 @@ class UserError(Exception):
 
 @contextmanager
 def collecting(problems: list[str]) -> Iterator[None]:
-    """Put the problems of a `UserError` into the list instead of stopping at it."""
+    """Put the problems of a `UserError` into the list instead of stopping at it. One that may pass, by its exit code,
+    is raised: another start may do better, and what is in the list would hide that."""
     try:
         yield
     except UserError as error:
+        if error.exit_code != EXIT_USER_ERROR:
+            raise
         problems.extend(error.problems)
 
 

@@ -10,8 +10,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
@@ -142,9 +142,25 @@ def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
         notes = [] if path else set_aside_earlier_run(run_dir)
         # At the first hang, other nodes would not see a folder that they know not to exist (NFS caches that).
         (run_dir / HANGS).mkdir(exist_ok=True)
-        replace_file(run_dir / "config.yaml", typed_yaml.dump(config))
+        if path and step_of(path) >= config.train.steps:
+            notes += _notes_on_finished(config, step_of(path))
+        else:
+            replace_file(run_dir / "config.yaml", typed_yaml.dump(config))
         forget_end(run_dir)
         return path is None, notes
+
+
+def _notes_on_finished(config: Config, step: int) -> list[str]:
+    """What a start must know whose run has made all of its steps: config.yaml stays that of these steps."""
+    file = config.run_dir / "config.yaml"
+    with suppress(UserError):
+        theirs = typed_yaml.load(Config, file)
+        if replace(theirs, name=config.name, runs_dir=config.runs_dir) == config:
+            return []
+    return [
+        f"{config.run_dir} has made {step} steps, and train.steps is {config.train.steps}: nothing is left to train, "
+        f"so the settings of this start that differ from {file} have no effect"
+    ]
 
 
 @contextmanager

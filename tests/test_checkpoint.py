@@ -407,7 +407,7 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
     (tmp_path / "file").touch()
     for name, told in (
-        ("missing", "no such directory; give a run directory (runs/NAME) or one of its checkpoints"),
+        ("missing", "no such directory; give a run directory"),
         ("empty", "holds no checkpoint; is it a run directory"),
         ("runs", f"holds no checkpoint; give a run in it, for example {tmp_path}/runs/mine"),
         ("file", "a file; give a run directory"),

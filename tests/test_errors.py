@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bfsys.errors import UserError, collecting, run_command, summary_of
+from bfsys.errors import EXIT_CRASHED, UserError, collecting, run_command, summary_of
 from tests.conftest import REPOSITORY
 
 
@@ -93,6 +93,14 @@ def test_a_text_for_an_exit_code_is_said(capsys: pytest.CaptureFixture) -> None:
 def test_help_needs_no_docstrings() -> None:
     assert summary_of("Do a thing.\n\nMore.") == "Do a thing."
     assert summary_of(None) == ""  # python -OO
+
+
+def test_what_may_pass_is_not_collected() -> None:
+    problems: list[str] = []
+    with pytest.raises(UserError, match="away") as caught, collecting(problems):
+        raise UserError("the server is away", exit_code=EXIT_CRASHED)
+    assert caught.value.exit_code == EXIT_CRASHED
+    assert not problems
 
 
 def test_collecting() -> None:

@@ -65,6 +65,20 @@ def test_a_resumed_run_keeps_its_history(finished_run: Path, config: Config) -> 
     assert not list(config.run_dir.glob("earlier-*"))
 
 
+def test_a_finished_run_keeps_the_config_that_it_was_trained_with(finished_run: Path, config: Config) -> None:
+    shutil.copytree(finished_run, config.run_dir)
+    file = config.run_dir / "config.yaml"
+    before = file.read_text()
+    changed = load_config(file, [f"runs_dir={config.runs_dir}", "name=again", "optim.lr=0.5", "train.steps=2"])
+    directory = prepare_run_dir(changed, facts_of(changed), ALONE)
+    directory.hold.close()
+    (note,) = directory.notes
+    assert (
+        "steps, and train.steps is 2: nothing is left to train, so the settings of this start that differ from" in note
+    )
+    assert file.read_text() == before
+
+
 def test_what_the_last_holder_of_a_directory_wrote_is_seen(
     finished_run: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

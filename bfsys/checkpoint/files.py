@@ -219,13 +219,19 @@ def evaluations_in(metrics: bytes) -> dict[int, dict]:
 
 def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint of a run, or None, and the problems of newer ones. Reads every byte."""
-    problems: list[str] = []
-    for path in reversed(all_checkpoints(run_dir)):
-        found = problems_of(path)
-        if not found:
-            return path, problems
-        problems.extend(found)
-    return None, problems
+    while True:
+        problems: list[str] = []
+        has_vanished = False
+        for path in reversed(all_checkpoints(run_dir)):
+            found = problems_of(path)
+            if not found:
+                return path, problems
+            if path.exists():
+                problems.extend(found)
+            else:  # training has pruned it meanwhile, after a newer one was saved
+                has_vanished = True
+        if not has_vanished:
+            return None, problems
 
 
 def as_url(text: str) -> str:

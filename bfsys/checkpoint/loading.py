@@ -246,7 +246,14 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
 
     `average` takes the EMA where the run keeps one. Needs no DeepSpeed.
     """
-    weights, config, manifest = read_weights(find_whole(run), average=average)
+    while True:
+        path = find_whole(run)
+        try:
+            weights, config, manifest = read_weights(path, average=average)
+            break
+        except (OSError, UserError):
+            if path.exists() or path == run:
+                raise  # else training has pruned it meanwhile, and a newer one is there
     model = ByteFormer(config.model.architecture(), len(manifest["classes"]), config.model.mode)
     model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(CONTENT_HEAD)})
     return model.eval(), config, manifest

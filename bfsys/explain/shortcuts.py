@@ -98,7 +98,8 @@ def shortcuts(
         )
     files, bad = read_files(sources, transforms, limit, seed)
     if len({one.label for one in files}) < 2:
-        raise UserError(f"{split}: the {len(files)} files that were read are of fewer than two classes; raise --limit")
+        remedy = "raise --limit" if limit < sum(map(len, sources.splits)) else "the split has no others"
+        raise UserError(f"{split}: the {len(files)} files that were read are of fewer than two classes; {remedy}")
     measured = _measure(classifier, files, seed)
     labels = np.array([one.label for one in files])
     source = np.array([one.source for one in files])

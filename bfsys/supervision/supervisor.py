@@ -30,7 +30,7 @@ from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import RunData
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_CRASHED, EXIT_DIVERGED, EXIT_REQUEUE, EXIT_STORAGE
+from bfsys.errors import EXIT_CRASHED, EXIT_DIVERGED, EXIT_REQUEUE, EXIT_STORAGE, UserError
 from bfsys.supervision.goodput import Ledger
 from bfsys.supervision.guard import FILE as ROLLBACKS
 from bfsys.supervision.guard import Drawn, Guard, ranges_of, read_rollbacks, return_to_good_checkpoint, samples_of
@@ -107,6 +107,8 @@ class Supervisor:
         if isinstance(error, dist.AgreedError):
             if self.ranks.is_rank_zero:
                 note_end(self.run_dir, error.exit_code, str(error))
+        elif isinstance(error, UserError):
+            note_end(self.run_dir, error.exit_code, f"rank {self.ranks.rank}: {error}")
         # The rank whose connection was lost does not know the reason; the rank that failed notes it.
         elif isinstance(error, Exception) and not (isinstance(error, RuntimeError) and dist.lost_connection(error)):
             note_end(self.run_dir, EXIT_CRASHED, f"rank {self.ranks.rank}: {type(error).__name__}: {error}")
@@ -215,6 +217,7 @@ class Supervisor:
         self.saver.finish(wait=lambda: self.watchdog.beat(where))
 
     def _start_save(self, engine: Engine, step: int) -> None:
+        dist.on_rank0(self.data.check_unchanged, self.ranks)
         self.ledger.record_progress(step)
         with self.watchdog.patient(f"step {step}: copy for the checkpoint"), self.ledger.stalled():
             progress = {"step": step, "updates": engine.updates}

@@ -183,12 +183,20 @@ class Dataset:
             self._drop_damaged_index(split, self.cache)
         return self._open(split)
 
+    def was_replaced(self) -> bool:
+        """Whether the folder of a local dataset now holds another one. A folder that cannot be read says nothing."""
+        if self.cache is not None:
+            return False
+        with suppress(OSError, UserError):
+            return read_description(self.folder) != self.description
+        return False
+
     def _drop_damaged_index(self, split: str, cache: Cache) -> None:
         seen: dict[Path, os.stat_result] = {}
         with suppress(KeyError, TypeError):  # `_open` says what is wrong
             for entry in self.description["splits"][split]["index"].values():
                 path = cache.path_of(self.remote_file(**entry))
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError, NotADirectoryError):
                     seen[path] = path.stat()
         if not seen:
             return  # files that will be fetched are proven by their sha256

@@ -84,10 +84,10 @@ def open_evaluation(
     return _open_sources(config, datasets, split, classes, training=False)
 
 
-def no_such_split(config: Config, split: str) -> UserError:
+def no_such_split(config: Config, split: str, key: str = "--split") -> UserError:
     """The error for a split that no source has. It names the splits that there are."""
     there = {name for dataset in _open_datasets(config, _evaluated(config), {}) for name in dataset.splits}
-    return UserError(f"--split: no source of the run has a split {split!r}; there are: {', '.join(sorted(there))}")
+    return UserError(f"{key}: no source of the run has a split {split!r}; there are: {', '.join(sorted(there))}")
 
 
 def _evaluated(config: Config) -> list[str]:

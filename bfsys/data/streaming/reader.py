@@ -26,7 +26,7 @@ from bfsys.data.streaming.augment import Augmentation
 from bfsys.data.streaming.byte_transforms import apply
 from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.plan import MicroBatch
-from bfsys.data.streaming.quarantine import BadSample
+from bfsys.data.streaming.quarantine import LISTED, BadSample
 from bfsys.errors import UserError
 from bfsys.process import open_files_limit
 
@@ -211,8 +211,9 @@ class ShardReader:
                 if self.replace_bad:
                     where = self.splits[source].dataset.location
                     raise UserError(
-                        f"{where}: neither sample {sample} nor any of {STAND_INS} replacement candidates "
-                        "can be read; `bfsys inspect --verify` shows all damage"
+                        f"{where}: neither sample {sample} nor any of {STAND_INS} replacement candidates can be read. "
+                        "`bfsys inspect --verify` shows all damage of a dataset on this machine. The first are",
+                        *(one.describe() for one in bad[:LISTED]),
                     )
         offsets = np.zeros(len(parts) + 1, np.int64)
         np.cumsum([len(part) for part in parts], out=offsets[1:])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bfsys.config import Config
+from bfsys.config import Config, Data
 from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.media.input_formats import InputFormat, input_format
 from bfsys.data.streaming.byte_transforms import lengths_after
@@ -22,6 +22,7 @@ from bfsys.data.streaming.datasets import (
     index_problems,
     long_files,
     make_plan,
+    no_such_split,
     notes_on_data,
     open_evaluation,
     open_training,
@@ -93,10 +94,24 @@ class RunData:
         finally:
             reader.close()
 
+    def check_unchanged(self) -> None:
+        """Raise UserError if a dataset on this machine was replaced by another one since it was opened. Its new index
+        fits its new shards, so no checksum would tell."""
+        splits = (*self.training.splits, *self.validation.splits)
+        for dataset in {split.dataset.location: split.dataset for split in splits}.values():
+            if dataset.was_replaced():
+                raise UserError(
+                    f"{dataset.location}: was packed again while the run trains on it. The checkpoints are of the data "
+                    "before: restore these and resume, or start a new run (name=…)"
+                )
+
     @cached_property
     def notes(self) -> list[str]:
         """Warnings about the data, one line each."""
+        split = self.config.data.eval_split
+        unevaluated = [] if self.validation.splits else [f"no source has a split {split!r}: nothing will be evaluated"]
         return [
+            *unevaluated,
             *notes_on_data(self.training),
             *long_files(self.config, self.training),
             *long_files(self.config, self.validation),
@@ -138,6 +153,8 @@ def open_run_data(config: Config, ranks: Ranks, descriptions: Descriptions | Non
     descriptions = fetch_descriptions(config) if descriptions is None else descriptions
     training = open_training(config, descriptions)
     validation = open_evaluation(config, config.data.eval_split, training.classes, descriptions)
+    if not validation.splits and config.data.eval_split != Data.eval_split:
+        raise no_such_split(config, config.data.eval_split, "data.eval_split")
     lanes_of_rank(config.data.lanes, ranks.rank, ranks.world_size)
     problems = [p for part in (training, validation) for p in short_files(config, part)]
     problems += [p for part in (training, validation) for p in index_problems(part, ranks.rank, ranks.world_size)]

@@ -10,7 +10,7 @@ from PIL import Image
 from bfsys.config import Augment, Config, Data, Source
 from bfsys.data.streaming.datasets import notes_on_data, open_evaluation, open_training
 from bfsys.dryrun import dry_run
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_CRASHED, UserError
 from tests.data.packed import pack
 
 LABELS = [[(0, b"12"), (1, b"34")]]
@@ -84,3 +84,11 @@ def test_a_dry_run_tells_what_is_odd(tmp_path, capsys):
     path = pack(tmp_path, "pets", {"train": [[(0, b"0123456789abcdef")]]})
     dry_run(config_of(path), 1, with_data=True)
     assert "note        1 class is without training files and cannot be learned: y\n" in capsys.readouterr().out
+
+
+def test_a_server_that_is_away_at_the_start_is_a_crash_that_launchers_restart(tmp_path):
+    config = config_of("http://127.0.0.1:9/pets")
+    config = replace(config, data=replace(config.data, fetch_tries=1, cache_dir=str(tmp_path)))
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9") as error:
+        open_training(config)
+    assert error.value.exit_code == EXIT_CRASHED
