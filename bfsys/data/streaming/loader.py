@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
@@ -188,6 +189,8 @@ def _read_by_workers(
     # Two more than are under way: the consumer may have one and come for the next.
     ring = Ring(workers * PREFETCH + 2, int(SLOT_OVER_MEAN * per_request * mean_bytes))
     positions = np.frombuffer(mmap.mmap(-1, workers * _POSITION.itemsize), _POSITION)
+    # RunData.notes says it in the terms of the config.
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     loader = DataLoader(
         _Reads(reader, ring),
         batch_size=None,  # a request is a list of whole micro-batches

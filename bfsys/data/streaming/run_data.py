@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -108,10 +109,16 @@ class RunData:
     @cached_property
     def notes(self) -> list[str]:
         """Warnings about the data, one line each."""
-        split = self.config.data.eval_split
-        unevaluated = [] if self.validation.splits else [f"no source has a split {split!r}: nothing will be evaluated"]
+        notes, cores = [], len(os.sched_getaffinity(0))
+        if not self.validation.splits:
+            notes.append(f"no source has a split {self.config.data.eval_split!r}: nothing will be evaluated")
+        if self.config.data.workers > cores:
+            notes.append(
+                f"data.workers: {self.config.data.workers} loader processes for each rank, which has {cores} "
+                f"core{'s' * (cores > 1)}; more processes than cores make loading slower"
+            )
         return [
-            *unevaluated,
+            *notes,
             *notes_on_data(self.training),
             *long_files(self.config, self.training),
             *long_files(self.config, self.validation),

@@ -9,8 +9,10 @@ from PIL import Image
 
 from bfsys.config import Augment, Config, Data, Source
 from bfsys.data.streaming.datasets import notes_on_data, open_evaluation, open_training
+from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dryrun import dry_run
 from bfsys.errors import EXIT_CRASHED, UserError
+from bfsys.ranks import Ranks
 from tests.data.packed import pack
 
 LABELS = [[(0, b"12"), (1, b"34")]]
@@ -92,3 +94,11 @@ def test_a_server_that_is_away_at_the_start_is_a_crash_that_launchers_restart(tm
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9") as error:
         open_training(config)
     assert error.value.exit_code == EXIT_CRASHED
+
+
+def test_odd_settings_of_a_run_are_noted(tmp_path):
+    config = config_of(pack(tmp_path, "pets", {"train": LABELS}))
+    config = replace(config, data=replace(config.data, workers=5000, batch_samples=2, lanes=1))
+    unevaluated, workers = open_run_data(config, Ranks()).notes
+    assert unevaluated == "no source has a split 'val': nothing will be evaluated"
+    assert workers.startswith("data.workers: 5000 loader processes for each rank, which has ")
