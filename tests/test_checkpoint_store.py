@@ -78,14 +78,22 @@ def test_a_server_that_fails_for_a_while_is_asked_again(on_s3: Store, s3: S3Serv
     path = save(tmp_path / "run", 3)
     faults = itertools.cycle((503, RESET, None))
     s3.fault = lambda request: next(faults) if "step_" in request else None
-    said: list[str] = []
-    on_s3._say = said.append
     put(on_s3, path)
     assert content(fetched(on_s3, path.name, tmp_path / "other")) == content(path)
-    assert said
-    assert all(
-        line.startswith(f"{on_s3.url}: cannot be ") and line.endswith("; trying again in 0.01 s") for line in said
-    )
+
+
+def test_errors_after_which_a_store_is_asked_again_are_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    answers = iter((TimeoutError("too slow"), 7))
+
+    def answer() -> int:
+        if isinstance(one := next(answers), Exception):
+            raise one
+        return one
+
+    store = Store(f"file://{tmp_path}/mine", pauses_s=(0.01,), say=said.append)
+    assert store._tried("cannot be read", answer) == 7
+    assert said == [f"{store.url}: cannot be read: too slow; trying again in 0.01 s"]
 
 
 @pytest.mark.parametrize(("fault", "code"), [(503, EXIT_CRASHED), (403, EXIT_USER_ERROR)])

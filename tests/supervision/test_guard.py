@@ -205,7 +205,7 @@ def test_a_run_that_skips_all_steps_has_failed(config_file: Path, tmp_path: Path
     run, ranks = run_poisoned(config_file, tmp_path / "log", "short", "nan", poison, "train.steps=2", "model.layers=1")
     assert ranks.end() == [EXIT_DIVERGED] * 2, ranks.said()
     assert "finished: 2 steps, 2 of which were skipped" in ranks.said()
-    assert "all 2 steps were skipped, see metrics.jsonl" in how_it_ended(run)["reason"]
+    assert "all 2 steps were skipped, so the weights are still the initial ones" in how_it_ended(run)["reason"]
 
 
 def test_steps_are_shown_as_ranges() -> None:

@@ -84,10 +84,16 @@ def open_evaluation(
     return _open_sources(config, datasets, split, classes, training=False)
 
 
-def no_such_split(config: Config, split: str, key: str = "--split") -> UserError:
+def no_such_split(config: Config, split: str) -> UserError:
     """The error for a split that no source has. It names the splits that there are."""
-    there = {name for dataset in _open_datasets(config, _evaluated(config), {}) for name in dataset.splits}
-    return UserError(f"{key}: no source of the run has a split {split!r}; there are: {', '.join(sorted(there))}")
+    there = ", ".join(evaluable_splits(config, {}))
+    return UserError(f"--split: no source of the run has a split {split!r}; there are: {there}")
+
+
+def evaluable_splits(config: Config, descriptions: Descriptions) -> list[str]:
+    """The names of the splits that a source's evaluation data has."""
+    datasets = _open_datasets(config, _evaluated(config), descriptions)
+    return sorted({name for dataset in datasets for name in dataset.splits})
 
 
 def _evaluated(config: Config) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bfsys.config import Config, Data
+from bfsys.config import Config
 from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.media.input_formats import InputFormat, input_format
 from bfsys.data.streaming.byte_transforms import lengths_after
@@ -19,11 +20,11 @@ from bfsys.data.streaming.datasets import (
     Sources,
     any_remote,
     content_facts,
+    evaluable_splits,
     fetch_descriptions,
     index_problems,
     long_files,
     make_plan,
-    no_such_split,
     notes_on_data,
     open_evaluation,
     open_training,
@@ -160,8 +161,12 @@ def open_run_data(config: Config, ranks: Ranks, descriptions: Descriptions | Non
     descriptions = fetch_descriptions(config) if descriptions is None else descriptions
     training = open_training(config, descriptions)
     validation = open_evaluation(config, config.data.eval_split, training.classes, descriptions)
-    if not validation.splits and config.data.eval_split != Data.eval_split:
-        raise no_such_split(config, config.data.eval_split, "data.eval_split")
+    split = config.data.eval_split
+    if not validation.splits:  # on purpose, of which there is a note, or by a misspelling
+        there = evaluable_splits(config, descriptions)
+        longer = [name for name in there if split.lower().startswith(name)]  # as validation is for val
+        if meant := difflib.get_close_matches(split, there, 1, 0.7) or longer:
+            raise UserError(f"data.eval_split: no source has a split {split!r} (did you mean {meant[0]!r}?)")
     lanes_of_rank(config.data.lanes, ranks.rank, ranks.world_size)
     problems = [p for part in (training, validation) for p in short_files(config, part)]
     problems += [p for part in (training, validation) for p in index_problems(part, ranks.rank, ranks.world_size)]

@@ -376,12 +376,11 @@ def test_a_lost_dataset_ends_the_run_with_what_was_found(dataset: Path, datasets
     assert json.loads((tmp_path / "runs" / "tiny" / "ended.json").read_text())["exit_code"] == 2
 
 
-def test_an_evaluation_split_that_no_source_has_is_refused(config: Config) -> None:
-    wrong = replace(config, data=replace(config.data, eval_split="vall"))
-    with pytest.raises(
-        UserError, match=r"data\.eval_split: no source of the run has a split 'vall'; there are: train,"
-    ):
-        open_run_data(wrong, Ranks())
+def test_a_misspelt_evaluation_split_is_refused(config: Config) -> None:
+    for name in ("vall", "Validation"):
+        wrong = replace(config, data=replace(config.data, eval_split=name))
+        with pytest.raises(UserError, match=rf"no source has a split '{name}' \(did you mean 'val'\?\)"):
+            open_run_data(wrong, Ranks())
 
 
 def test_what_was_saved_before_an_evaluation_that_fails_counts(
