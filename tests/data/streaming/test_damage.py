@@ -350,21 +350,6 @@ def test_too_much_damage_ends_the_run_with_the_list(dataset: Path, datasets: Pat
     assert "Traceback" not in output
 
 
-def test_a_dataset_that_is_packed_again_in_place_ends_the_run(dataset: Path, config: Config, tmp_path: Path) -> None:
-    """Its index and its shards fit each other, so that every checksum is right."""
-    data = open_run_data(config, Ranks())
-    data.check_unchanged()
-    description = json.loads((dataset / DESCRIPTION).read_text())
-    (dataset / DESCRIPTION).write_text(json.dumps(description))  # the same, as another program writes it
-    data.check_unchanged()
-    description["splits"]["train"]["bytes"] += 1
-    (dataset / DESCRIPTION).write_text(json.dumps(description))
-    with pytest.raises(UserError, match="was packed again while the run trains on it"):
-        data.check_unchanged()
-    (dataset / DESCRIPTION).unlink()
-    data.check_unchanged()  # a file server that is away
-
-
 def test_a_lost_dataset_ends_the_run_with_what_was_found(dataset: Path, datasets: Path, tmp_path: Path) -> None:
     for tar in dataset.glob("a-train-*.tar"):
         tar.unlink()
@@ -374,13 +359,6 @@ def test_a_lost_dataset_ends_the_run_with_what_was_found(dataset: Path, datasets
     assert "replacement candidates can be read" in result.stderr
     assert re.search("sample .* its shard is missing", result.stderr)
     assert json.loads((tmp_path / "runs" / "tiny" / "ended.json").read_text())["exit_code"] == 2
-
-
-def test_a_misspelt_evaluation_split_is_refused(config: Config) -> None:
-    for name in ("vall", "Validation"):
-        wrong = replace(config, data=replace(config.data, eval_split=name))
-        with pytest.raises(UserError, match=rf"no source has a split '{name}' \(did you mean 'val'\?\)"):
-            open_run_data(wrong, Ranks())
 
 
 def test_what_was_saved_before_an_evaluation_that_fails_counts(
