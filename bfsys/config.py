@@ -140,7 +140,8 @@ class Data:
     byte_transforms: tuple[Transform, ...] = ()
     """Transforms of the bytes of every file, in training, evaluation and prediction, in this order: reverse,
     random_shuffle, cyclic_half_length, stride:1024, window_shuffle:1024, keep:0.1, noise:-5:5, permute or
-    permute:KEYFILE, and damage: flip:0.01, truncate:0.5, skip:64; see data/streaming/byte_transforms.py."""
+    permute:KEYFILE; head:4096 reads the start of each file; and damage: flip:0.01, truncate:0.5, skip:64. See
+    data/streaming/byte_transforms.py."""
     max_bad_share: Share = 0.01
     """Largest share of a source's files that may be unreadable or damaged. Such files are replaced by others and listed
     in the run's quarantine.tsv; above this share the run stops."""
@@ -182,6 +183,9 @@ class Model:
     mode: Literal["masked", "as_released"] = "masked"
     """masked: padding and neighbouring files never change an answer. as_released: the arithmetic of Apple's released
     code, for weights that were trained with it (tools/import_corenet.py); files then need at least `kernel` bytes."""
+    pool: Literal["mean", "attention"] = "mean"
+    """How the tokens of a file become one vector. mean: as published. attention: a weighted mean, whose weights are
+    learned; the few tokens that decide about a long file, such as its header, can then count: see model/pool.py."""
     init: Literal["published", "smooth"] = "published"
     """Initial weights. smooth: similar byte values start with similar embeddings, and positions start as sines. Muon
     learns faster with it, and AdamW more slowly: see model/stem.py."""
@@ -202,6 +206,7 @@ class Model:
             layers=self.layers,
             heads=self.heads,
             merge_after=self.merge_after,
+            pool=self.pool,
         )
 
     @property
@@ -303,7 +308,10 @@ class Train:
 # Values that a recipe sets if the config does not. The recommended recipe learns faster from few files
 # (docs/experiments.md).
 RECIPES: dict[str, dict] = {
-    "recommended": {"model": {"init": "smooth"}, "optim": {"name": "muon", "clip_norm": 1.0, "content_loss": 5.0}},
+    "recommended": {
+        "model": {"pool": "attention", "init": "smooth"},
+        "optim": {"name": "muon", "clip_norm": 1.0, "content_loss": 5.0},
+    },
 }
 
 
@@ -318,9 +326,9 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     recipe: Literal["published", "recommended"] = "published"
-    """Defaults of model and optim. published: those that are documented here. recommended: model.init is smooth,
-    optim.name muon, optim.clip_norm 1 and optim.content_loss 5, which learns faster from small datasets. A run's own
-    config.yaml gives every value, so the recipe changes nothing there."""
+    """Defaults of model and optim. published: those that are documented here. recommended: model.pool is attention,
+    model.init smooth, optim.name muon, optim.clip_norm 1 and optim.content_loss 5, which learns faster from small
+    datasets. A run's own config.yaml gives every value, so the recipe changes nothing there."""
     name: str = ""
     """Name of the run's directory; default: the config file's name."""
     runs_dir: Location = "runs"

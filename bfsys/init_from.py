@@ -68,6 +68,8 @@ def _take_over(
     elif their_config.content_weight and not config.content_weight:
         notes.append("  the content head is left out: this run has none")
         theirs = {name: value for name, value in theirs.items() if not name.startswith(CONTENT_HEAD)}
+    if their_config.model.pool != config.model.pool:
+        notes.append("  the query of model.pool starts at zero, so tokens are averaged at first: there is none there")
     if their_config.model.mode != config.model.mode:
         notes.append(f"  model.mode was {their_config.model.mode} there and is {config.model.mode} here")
     weights.update(theirs)
@@ -76,15 +78,21 @@ def _take_over(
 
 def _check_architecture(config: Config, other: Config, path: Path) -> None:
     ours, theirs = config.model.architecture(), other.model.architecture()
-    different = asdict(replace(theirs, max_tokens=ours.max_tokens))
+    # Attention pooling starts as the mean
+    pool = ours.pool if theirs.pool == "mean" else theirs.pool
+    different = asdict(replace(theirs, max_tokens=ours.max_tokens, pool=pool))
     problems = [
         f"train.init_from: {path}: {name} is {_short(different[name])} there and {_short(value)} here"
         for name, value in asdict(ours).items()
         if different[name] != value
     ]
     if problems:
-        raise UserError(*problems, "train.init_from: the architecture must be the same, but for max_tokens")
+        raise UserError(
+            *problems,
+            "train.init_from: the architecture must be the same, except that max_tokens may differ and pool may change "
+            "from mean to attention",
+        )
 
 
-def _short(value: int | tuple[int, ...]) -> str:
+def _short(value: int | str | tuple[int, ...]) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -143,6 +143,12 @@ def test_a_run_of_a_folder_that_cannot_be_read_is_named_and_the_others_are_shown
 
 
 def test_a_recipe_is_only_a_name_for_values(make_run, capsys) -> None:
-    values = ("optim.name=muon", "model.init=smooth", "optim.clip_norm=1", "optim.content_loss=5")
+    values = (
+        "optim.name=muon",
+        "model.pool=attention",
+        "model.init=smooth",
+        "optim.clip_norm=1",
+        "optim.content_loss=5",
+    )
     runs = [make_run("a", {10: 0.5}, *values), make_run("b", {10: 0.6}, *values, "recipe=recommended", "train.seed=1")]
     assert len(compare.rows_of(compare.find_runs(runs)[0])) == 1

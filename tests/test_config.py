@@ -58,14 +58,19 @@ def test_overrides(tmp_path: Path) -> None:
 def test_a_recipe_stands_for_what_is_not_given(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL + "optim: {lr: 2e-3}\n")
     for overrides, expected in (
-        ([], ("published", "adamw", "published", 0.0, 0.0)),
-        (["recipe=recommended"], ("recommended", "muon", "smooth", 1.0, 5.0)),
-        (["recipe=recommended", "optim.name=adamw", "optim.clip_norm=0"], ("recommended", "adamw", "smooth", 0.0, 5.0)),
-        (["recipe=recommended", "optim.content_loss=0"], ("recommended", "muon", "smooth", 1.0, 0.0)),
+        ([], ("published", "adamw", "mean", "published", 0.0, 0.0)),
+        (["recipe=recommended"], ("recommended", "muon", "attention", "smooth", 1.0, 5.0)),
+        (
+            ["recipe=recommended", "optim.name=adamw", "optim.clip_norm=0", "model.pool=mean"],
+            ("recommended", "adamw", "mean", "smooth", 0.0, 5.0),
+        ),
+        (["recipe=recommended", "optim.content_loss=0"], ("recommended", "muon", "attention", "smooth", 1.0, 0.0)),
     ):
         config = load_config(path, overrides)
-        optim = config.optim
-        assert (config.recipe, optim.name, config.model.init, optim.clip_norm, optim.content_loss) == expected
+        optim, model = config.optim, config.model
+        assert (
+            config.recipe, optim.name, model.pool, model.init, optim.clip_norm, optim.content_loss
+        ) == expected  # fmt: skip
         assert config.optim.lr == 2e-3
     with pytest.raises(UserError, match=r"recipe: got 'recomended'; allowed: .*did you mean 'recommended'"):
         load_config(path, ["recipe=recomended"])

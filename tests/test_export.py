@@ -23,6 +23,7 @@ from bfsys.commands import export as command
 from bfsys.errors import UserError
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.dense import DenseByteFormer
+from bfsys.model.pool import AttentionPool
 from bfsys.model.sizes import Architecture
 from tests.model.reference import ReferenceConfig, random_weights
 from tests.model.test_byteformer import TINY, architecture_of, build, configs
@@ -149,12 +150,15 @@ def test_the_last_weights_can_be_had(finished_run: Path, tmp_path: Path, capsys)
     assert json.loads((tmp_path / "last" / "model.json").read_text())["weights"] == "last"
 
 
-@pytest.mark.parametrize("blocks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_onnx_is_the_model(blocks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("blocks", "pool"), [(1, "attention"), pytest.param(2, "mean", marks=pytest.mark.slow)])
+def test_onnx_is_the_model(blocks: int, pool: str, tmp_path: Path) -> None:
     """The last block is shifted and merged, so one block has all operations; a second one costs many seconds."""
     for name in command.NEEDED_FOR_ONNX:
         pytest.importorskip(name)
     model = small_model("masked", blocks)
+    if pool == "attention":
+        model.pool = AttentionPool(model.architecture.dim)
+        torch.nn.init.normal_(model.pool.query)
     export.write_onnx(export.as_program(model, 1), tmp_path / "model.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
     answer = export.onnx_runner(tmp_path / "model.onnx")

@@ -121,6 +121,12 @@ def test_positions_of_another_length_are_taken_over_as_far_as_they_go(
     assert torch.equal(weights["stem.positions"], torch.cat([theirs[:both], ours[both:]]))
 
 
+def test_attention_pooling_starts_from_the_mean(config: Config) -> None:
+    weights, notes = start(with_model(config, pool="attention"))
+    assert not weights["pool.query"].any()
+    assert "the query of model.pool starts at zero" in notes
+
+
 def test_another_mode_is_said(config: Config) -> None:
     assert "model.mode was masked there and is as_released here" in start(with_model(config, mode="as_released"))[1]
 

@@ -235,9 +235,10 @@ def _remedy(theirs: dict, ours: dict) -> str:
         }
         for config in (theirs, ours)
     )
-    if _of_optim(theirs) == _of_optim(ours) and old["model.init"] == new["model.init"]:
+    of_model = ("model.pool", "model.init")
+    if _of_optim(theirs) == _of_optim(ours) and all(old[key] == new[key] for key in of_model):
         return ""
-    keys = ("optim.name", "optim.clip_norm", "optim.content_loss", "model.init")
+    keys = ("optim.name", "optim.clip_norm", "optim.content_loss", *of_model)
     return " ".join(f"{key}={old[key]}" for key in keys if old[key] != new[key])
 
 

@@ -169,9 +169,9 @@ def explain(
 
 
 def _structure_of(stored: np.ndarray, data: np.ndarray, transforms: Sequence[ByteTransform]) -> Structure:
-    """The structure of the stored file if its bytes keep their places; otherwise one range."""
+    """The structure of what is read of the stored file if its bytes keep their places; otherwise one range."""
     if all(transform.keeps_places for transform in transforms):
-        return structure(stored)
+        return structure(stored, len(data))
     return Structure("transformed", (Range(0, len(data), "transformed bytes", "content"),))
 
 
@@ -240,7 +240,7 @@ def _notes(
         )
     elif transforms:
         notes.append(
-            "The run's byte transforms change values and keep places: the structure is that of the file, and the bytes "
+            "The run's byte transforms keep bytes at their places: the structure is that of the file, and the bytes "
             "are those that the model reads."
         )
     if len(data) > classifier.network.architecture.max_bytes:

@@ -34,7 +34,7 @@ class LabelledFile:
     data: np.ndarray  # uint8 [bytes], after the byte transforms
     label: int  # in the run's classes
     source: int  # in Sources.splits
-    structure: Structure  # the structure of `stored`
+    structure: Structure  # the structure of `stored`, as far as `data` is long
 
 
 def open_split(config: Config, split: str, classes: Sequence[str]) -> Sources:
@@ -62,7 +62,7 @@ def read_files(
         np.split(raw.data, raw.offsets[1:-1]), raw.labels.tolist(), raw.sources.tolist(), strict=True
     ):
         data = apply(transforms, stored, np.random.default_rng(0))
-        files.append(LabelledFile(stored, data, label, place, structure(stored)))
+        files.append(LabelledFile(stored, data, label, place, structure(stored, len(data))))
     return files, len(raw.bad)
 
 

@@ -51,11 +51,12 @@ FORMATS: tuple[tuple[str, re.Pattern[bytes], Parser], ...] = tuple(
 NOT_TEXT = bytes({*range(32), 127} - {7, 8, 9, 10, 11, 12, 13, 27})
 
 
-def structure(data: np.ndarray) -> Structure:
-    """The structure of a file, uint8 [n]. There is one for any bytes: an unknown file is one range of content."""
+def structure(data: np.ndarray, length: int | None = None) -> Structure:
+    """The structure of a file, uint8 [n], or of its first `length` bytes. There is one for any bytes: an unknown file
+    is one range of content."""
     content = data.tobytes()
     name, parser = _parser_of(content)
-    return Structure(name, tuple(covering(_found(parser, content), len(content))))
+    return Structure(name, tuple(covering(_found(parser, content), len(content) if length is None else length)))
 
 
 def _found(parser: Parser, content: bytes) -> list[Found]:

@@ -21,11 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from bfsys.batch import ByteBatch
 from bfsys.errors import UserError
-from bfsys.model.attention import attend, segment_mean
+from bfsys.model.attention import attend
 from bfsys.model.chunked import CHUNK_TOKENS, ChunkedMLP, rows_of
 from bfsys.model.content_head import ContentHead
 from bfsys.model.layout import AS_RELEASED, MASKED, MODES, Layout, Segments, Windows, make_layout
 from bfsys.model.norm import add_norm
+from bfsys.model.pool import AttentionPool, MeanPool
 from bfsys.model.precision import LayerNorm, Linear, is_native_bfloat16
 from bfsys.model.sizes import MLP_RATIO, Architecture
 from bfsys.model.stem import Stem
@@ -160,6 +161,7 @@ class ByteFormer(nn.Module):
             if compiled:
                 block.compile_parts()
         self.norm = LayerNorm(dim)
+        self.pool = AttentionPool(dim) if architecture.pool == "attention" else MeanPool()
         self.head = nn.Linear(dim, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -185,14 +187,14 @@ class ByteFormer(nn.Module):
     def forward(self, batch: ByteBatch) -> Tensor | tuple[Tensor, Tensor]:
         """Logits; for a batch that has content, logits and the content head's error of each file [B]."""
         x, counts = self.last_tokens(batch)
-        logits = self.head(segment_mean(x, counts))
+        logits = self.head(self.pool(x, counts))
         if batch.content is None or self.content_head is None:
             return logits
         return logits, self.content_head(x, counts, batch.content)
 
     def features(self, batch: ByteBatch) -> Tensor:
-        """[B, D]: the mean over a file's tokens after the last norm, which the head takes."""
-        return segment_mean(*self.last_tokens(batch))
+        """[B, D]: the pooled tokens of each file, which the head takes."""
+        return self.pool(*self.last_tokens(batch))
 
     def last_tokens(self, batch: ByteBatch) -> tuple[Tensor, Tensor]:
         """Tokens after the last norm, one file after the other, and how many each file has: [N, D] and [B]."""
@@ -201,7 +203,7 @@ class ByteFormer(nn.Module):
 
     def features_of_tokens(self, x: Tensor, layout: Layout) -> Tensor:
         """[B, D], from the stem's tokens [N, D] of files that lie as `layout` says."""
-        return segment_mean(self._blocks_and_norm(x, layout), layout.tokens)
+        return self.pool(self._blocks_and_norm(x, layout), layout.tokens)
 
     def _blocks_and_norm(self, x: Tensor, layout: Layout) -> Tensor:
         rounding = iter(layout.rounding)

@@ -39,7 +39,8 @@ class DenseByteFormer(nn.Module):
             table = model.stem.table().float().unflatten(0, (model.architecture.kernel, -1))  # [K, 257, D]
         self.register_buffer("table", table.contiguous())
         self.register_buffer("positions", model.stem.positions.detach().float().clone())
-        self.blocks, self.merges, self.norm, self.head = model.blocks, model.merges, model.norm, model.head
+        self.blocks, self.merges, self.norm = model.blocks, model.merges, model.norm
+        self.pool, self.head = model.pool, model.head
 
     def forward(self, data: Tensor) -> Tensor:
         a, n = self.architecture, data.shape[0]
@@ -55,7 +56,8 @@ class DenseByteFormer(nn.Module):
                 x = _blanked(x, tokens)
                 pairs = torch.cat([x[first.clamp(max=tokens)], x[(first + 1).clamp(max=tokens)]], dim=1)
                 x, tokens = merge.norm(merge.reduction(pairs)), (tokens + 1) // 2
-        pooled = _blanked(self.norm(x), tokens).sum(0) / tokens  # [D]
+        is_token = torch.arange(tokens + 1, device=x.device) < tokens
+        pooled = self.pool.of_one(_blanked(self.norm(x), tokens), is_token)  # [D]
         return self.head(pooled).softmax(0)
 
     def _stem(self, data: Tensor, tokens: int) -> Tensor:

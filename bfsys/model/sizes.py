@@ -35,6 +35,7 @@ class Architecture:
     shifts       one per layer: how far the windows' borders are moved, in tokens
     merge_after  layers after which pairs of tokens become one
     max_tokens   rows of the learned position table
+    pool         mean or attention: how the tokens of a file become one vector, see pool.py
     """
 
     dim: int
@@ -45,6 +46,7 @@ class Architecture:
     shifts: tuple[int, ...]
     merge_after: tuple[int, ...]
     max_tokens: int
+    pool: str = "mean"
 
     def __post_init__(self) -> None:
         problems = [
@@ -106,6 +108,7 @@ def architecture(
     layers: int | None = None,
     heads: int | None = None,
     merge_after: tuple[int, ...] | None = None,
+    pool: str = "mean",
 ) -> Architecture:
     """The architecture of a named size, or of `custom` with its own dim, layers and heads.
 
@@ -134,4 +137,5 @@ def architecture(
         shifts=tuple(shift * (i % 2) for i in range(layers)),
         merge_after=tuple(merge_after),
         max_tokens=max_tokens,
+        pool=pool,
     )

@@ -139,7 +139,7 @@ def test_without_validation_data_the_file_itself_is_shuffled(finished_run: Path)
 
 
 @pytest.mark.filterwarnings("ignore:.*out-of-distribution score")
-@pytest.mark.parametrize(("transform", "keeps"), [("noise:3:3", True), ("reverse", False)])
+@pytest.mark.parametrize(("transform", "keeps"), [("noise:3:3", True), ("head:100", True), ("reverse", False)])
 def test_structure_is_shown_where_bytes_keep_their_places(finished_run: Path, transform: str, keeps: bool) -> None:
     model = bfsys.load(finished_run)
     model.config = replace(model.config, data=replace(model.config.data, byte_transforms=(transform,)))
@@ -150,8 +150,10 @@ def test_structure_is_shown_where_bytes_keep_their_places(finished_run: Path, tr
     assert ("IDAT" in names) == keeps
     assert len(found.notes) >= 1
     assert "transform" in found.notes[0]
-    want = (np.frombuffer(content, np.uint8) + 3).astype(np.uint8) if keeps else np.frombuffer(content, np.uint8)[::-1]
+    stored = np.frombuffer(content, np.uint8)
+    want = {"noise:3:3": (stored + 3).astype(np.uint8), "head:100": stored[:100], "reverse": stored[::-1]}[transform]
     assert np.array_equal(found.data, want)
+    assert found.parts[-1].range.end == len(want)
     assert found.stored.tobytes() == content
     assert "<!doctype html>" in html(found)
     if not keeps:

@@ -125,6 +125,10 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("train.init_from: both forms start from fresh weights here; leave it out")
     if config.optim.name != "adamw":
         raise UserError("optim.name: got muon; the published form is trained by AdamW: add recipe=published")
+    if config.model.pool != "mean":
+        raise UserError(
+            "model.pool: got attention; the published form takes the mean of the tokens: add model.pool=mean"
+        )
     if config.content_weight:
         raise UserError(
             f"optim.content_loss: got {config.content_weight:g}; the published form has none: add optim.content_loss=0"

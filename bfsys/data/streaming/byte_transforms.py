@@ -53,7 +53,7 @@ class ByteTransform:
     @property
     def keeps_places(self) -> bool:
         """Each output byte depends only on the input byte at the same position."""
-        return self.text.partition(":")[0] in ("noise", "permute", "flip")
+        return self.text.partition(":")[0] in ("head", "truncate", "noise", "permute", "flip")
 
     @property
     def identity(self) -> str:
@@ -154,6 +154,14 @@ def _truncate(fraction: float, data: np.ndarray, rng: np.random.Generator) -> np
     return data[: int(_kept_lengths(fraction, np.array(len(data))))].copy()
 
 
+def _head(count: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return data[:count].copy()
+
+
+def _lengths_of_heads(count: int, lengths: np.ndarray) -> np.ndarray:
+    return np.minimum(lengths, count)
+
+
 def _skip(count: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return data[len(data) - int(_lengths_after_skip(count, np.array(len(data)))) :].copy()
 
@@ -194,6 +202,10 @@ def _size_option(function: Callable[..., np.ndarray], option: str) -> dict:
     if size < 1:
         raise ValueError
     return {"apply": functools.partial(function, size)}
+
+
+def _head_option(option: str) -> dict:
+    return _size_option(_head, option) | {"lengths": functools.partial(_lengths_of_heads, _integer(option))}
 
 
 def _flip_option(option: str) -> dict:
@@ -248,6 +260,7 @@ TRANSFORMS = {
         "window_shuffle:BYTES, with whole BYTES ≥ 1 (published: 1024)", functools.partial(_size_option, _window_shuffle)
     ),
     "keep": Row("keep:FRACTION, with 0 < FRACTION ≤ 1, like keep:0.1", functools.partial(_share_option, _keep)),
+    "head": Row("head:BYTES read from the start, with whole BYTES ≥ 1, like head:4096", _head_option),
     "noise": Row(
         f"noise:LOWEST:HIGHEST, whole numbers with -{LARGEST_NOISE} ≤ LOWEST ≤ HIGHEST ≤ {LARGEST_NOISE}, "
         "like noise:-5:5",

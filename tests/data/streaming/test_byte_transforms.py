@@ -22,7 +22,7 @@ from bfsys.errors import UserError
 
 SHUFFLES = ["reverse", "random_shuffle", "cyclic_half_length", "stride:7", "stride:1024", "window_shuffle:16"]
 ALL = [*SHUFFLES, "keep:0.1", "keep:0.5", "keep:1", "noise:-5:5", "noise:0:0", "permute"]
-ALL += ["flip:0.01", "flip:1", "truncate:0.5", "skip:1", "skip:64"]
+ALL += ["head:1", "head:4096", "flip:0.01", "flip:1", "truncate:0.5", "skip:1", "skip:64"]
 PUBLISHED_ORDER = ["reverse", "keep:0.75", "noise:-20:20", "permute"]
 
 
@@ -157,6 +157,13 @@ def test_damage():
         assert run(text, data[:3]).tolist() == data[:1].tolist() if "trunc" in text else data[2:3].tolist()
 
 
+def test_head_leaves_short_files_as_they_are():
+    data = data_of(100)
+    assert np.array_equal(run("head:64", data), data[:64])
+    assert np.array_equal(run("head:100", data), data)
+    assert np.array_equal(run("head:101", data), data)
+
+
 def test_transforms_work_in_the_order_listed():
     data = data_of(500)
     one_by_one = data
@@ -262,6 +269,9 @@ def test_a_missing_key_file_is_named(tmp_path):
         ("keep:1.01", "keep must be written as"),
         ("keep:nan", "keep must be written as"),
         ("keep:half", "keep must be written as"),
+        ("head", "head must be written as head:BYTES read from the start, with whole BYTES ≥ 1, like head:4096"),
+        ("head:0", "head must be written as"),
+        ("head:4k", "head must be written as"),
         ("noise:5", "noise must be written as noise:LOWEST:HIGHEST"),
         ("noise:5:-5", "-255 ≤ LOWEST ≤ HIGHEST ≤ 255"),
         ("noise:0:256", "noise must be written as"),

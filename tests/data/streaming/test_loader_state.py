@@ -144,11 +144,14 @@ def test_a_changed_setting_is_named(run: tuple[Config, Path], change: Callable, 
 def test_another_recipe_is_answered_with_the_settings_that_resume(run: tuple[Config, Path], tmp_path: Path) -> None:
     config, published = run
     recommended = Optim(name="muon", clip_norm=1.0, content_loss=5.0)
-    now = replace(config, optim=recommended, model=replace(config.model, init="smooth"))
+    now = replace(config, optim=recommended, model=replace(config.model, pool="attention", init="smooth"))
     said = refusal(now, published)
     assert "optim: name was 'adamw', is now 'muon'" in said
+    assert "model: pool was 'mean', is now 'attention'" in said
     assert "optim: content_loss was 'off', is now 'on'" in said
-    assert "add optim.name=adamw optim.clip_norm=0.0 optim.content_loss=0.0 model.init=published\n" in said
+    assert (
+        "add optim.name=adamw optim.clip_norm=0.0 optim.content_loss=0.0 model.pool=mean model.init=published\n" in said
+    )
     assert "to resume it, add optim.content_loss=5.0\n" in refusal(
         replace(now, optim=replace(recommended, content_loss=0)), saved(now, tmp_path / "other")
     )
