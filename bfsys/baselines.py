@@ -1,5 +1,6 @@
-"""Baselines for models of bytes: they classify the same files by their sizes, or by how often each byte value occurs. A
-model that does not beat them has learned nothing that the files do not give away on their outside."""
+"""Baselines for models of bytes: they classify the same files by their sizes, by how often each byte value occurs, or
+by their first bytes. A model that does not beat them has learned nothing that the outside of the files does not tell.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +16,9 @@ from bfsys.data.streaming.loader import evaluation_rounds, training_batches
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.ranks import Ranks
 
+FIRST_BYTES = 64  # hold the header of most formats
+NO_BYTE = 256  # past the end of a shorter file
+
 
 @dataclass
 class Table:
@@ -22,17 +26,20 @@ class Table:
 
     lengths: np.ndarray  # int64 [files]
     counts: np.ndarray  # float64 [files, 256]: share of each byte value
+    first: np.ndarray  # int16 [files, FIRST_BYTES]
     labels: np.ndarray  # int64 [files]
 
     @classmethod
     def of(cls, batches: Iterator[ByteBatch]) -> Table:
-        lengths, counts, labels = [], [], []
+        lengths, counts, first, labels = [], [], [], []
         for batch in batches:
             for i, content in enumerate(batch.files()):
                 lengths.append(len(content))
                 counts.append(np.bincount(content, minlength=256) / max(1, len(content)))
+                head = content[:FIRST_BYTES].astype(np.int16)
+                first.append(np.pad(head, (0, FIRST_BYTES - len(head)), constant_values=NO_BYTE))
                 labels.append(int(batch.labels[i]))
-        return cls(np.array(lengths), np.array(counts), np.array(labels))
+        return cls(np.array(lengths), np.array(counts), np.array(first), np.array(labels))
 
 
 def largest_class(train: Table, val: Table) -> float:
@@ -56,8 +63,19 @@ def byte_counts(train: Table, val: Table) -> float:
     return float(model.score(np.sqrt(val.counts), val.labels))
 
 
+def first_bytes(train: Table, val: Table) -> float:
+    """A linear model that knows the value of each of the first bytes: it finds magic numbers and header fields."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder
+
+    model = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression(C=0.1, max_iter=2000))
+    model.fit(train.first, train.labels)
+    return float(model.score(val.first, val.labels))
+
+
 def unmixed(config: Config) -> Sources:
-    """The training files augmented as ever, but each of one class: the simple models know no shares of two."""
+    """The training data without mixup, because the baselines take one class for each file."""
     sources = [replace(s, augment=replace(s.augment, mixup=False)) if s.augment else s for s in config.data.sources]
     return open_training(replace(config, data=replace(config.data, sources=tuple(sources))))
 

@@ -222,8 +222,8 @@ class Optim:
     __pydantic_config__ = _STRICT
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: the matrices of blocks and mergings and the stem's kernel are updated by Muon, everything else by AdamW:
-    see optim.py."""
+    """muon: the matrices of blocks and token merges and the stem's kernel are updated by Muon, everything else by
+    AdamW: see optim.py."""
     lr: Positive = 1e-3
     """Peak learning rate of AdamW; with `name: muon`, of embedding, positions, head, norms and biases only."""
     muon_lr: Positive = 5e-3

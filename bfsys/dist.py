@@ -1,4 +1,4 @@
-"""Ranks and their agreement: thin wrappers over torch.distributed that also work for a single process.
+"""Rendezvous, collectives and agreement of ranks, by torch.distributed; all of it also works for a single process.
 
 The rendezvous comes from the environment, as the launchers set it; ranks.py reads the rank of this process.
 """

@@ -34,7 +34,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
     fitting = fitting_world_sizes(data.lanes)
     print(f"batch       {data.batch_samples} samples a step in {data.lanes} lanes; world sizes that fit: {fitting}")
     print(f"model       {config.model.size}: positions for files of up to {architecture.max_bytes:,} bytes; the "
-          f"mergings reduce {architecture.alignment} tokens to one")  # fmt: skip
+          f"token merges reduce {architecture.alignment} tokens to one")  # fmt: skip
     problems: list[str] = []
     with collecting(problems):
         for note in check_copies(config):

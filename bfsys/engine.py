@@ -1,7 +1,7 @@
 """DeepSpeed behind five verbs: forward, backward, step, read state, write state.
 
-The only file that imports deepspeed. Its JSON is made here from the typed config and nowhere else, because
-DeepSpeed ignores misspelt top-level keys in silence.
+The only file that uses DeepSpeed; the local launcher merely imports it before it forks. DeepSpeed's JSON is made here
+from the typed config and nowhere else, because DeepSpeed silently ignores misspelt top-level keys.
 
 The gradient of a step is that of the mean loss over the global batch, at every stage and world size: each
 micro-batch contributes its *sum* of losses, scaled for the averaging that DeepSpeed does over ranks and
@@ -38,7 +38,7 @@ BUCKET_ELEMENTS = 500_000_000  # gradient elements that are reduced together; De
 
 
 class StateValues(Protocol):
-    """Tensors by parameter name: a dict, or a file that is read on demand."""
+    """Tensors by parameter name: a dict, or tensors that the ranks send each other on demand (loading._FromOwners)."""
 
     def __getitem__(self, name: str) -> Tensor: ...
 
@@ -274,7 +274,7 @@ def deepspeed_config(config: Config, world_size: int, micro_batches: int, parame
         "gradient_clipping": config.optim.clip_norm if stage else 0.0,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,  # it is our own
-        # DeepSpeed holds buffers of this many numbers, 2 GB by default, however small the model is.
+        # DeepSpeed holds buffers of this many elements, 2 GB by default, however small the model is.
         "zero_optimization": {"stage": stage, "reduce_bucket_size": min(BUCKET_ELEMENTS, parameters)},
         # The timer's figures are not used, and it waits for the GPU twice in every micro-batch.
         "timers": {"throughput": {"enabled": False}},

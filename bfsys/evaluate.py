@@ -42,7 +42,7 @@ def evaluate(
 ) -> dict:
     """Scores as `scores` gives them, over all ranks; collective. `forward` must be in eval mode.
 
-    Files that cannot be read are left out, and told to `quarantine` as found at `step`. `answers` is told
+    Files that cannot be read are left out, and recorded in `quarantine` as found at `step`. `answers` collects
     those of this rank. The scores then also hold `classes`: by name, the files of a class and their top-1.
     """
     sums = torch.zeros(len(sources.splits), COLUMNS, dtype=torch.float64)

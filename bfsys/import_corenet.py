@@ -1,6 +1,6 @@
 """Turning ByteFormer weights that Apple published (CoreNet) into a directory that bfsys takes like a run.
 
-Size, kernel, positions, layers, mergings and the number of classes are read off the names and shapes of the tensors;
+Size, kernel, positions, layers, merges and the number of classes are read off the names and shapes of the tensors;
 window and shift leave no trace there and must be given where they are not the published 128 and 64. The model computes
 as_released: as Apple's code does for one file at a time. Files are read with weights_only, so that nothing in them is
 executed. Rejected alternative: reading CoreNet's YAML for what shapes do not say; it is a language of its own, for two

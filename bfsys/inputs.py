@@ -103,7 +103,7 @@ class Reader:
     ) -> Iterator[Sample]:
         """Named inputs one by one; what is wrong with those that cannot be used goes to `problems`.
 
-        `encode` puts pictures and sounds into a format of the training files. Without it, `say` is told of the first
+        `encode` puts pictures and sounds into a format of the training files. Without it, `say` is called for the first
         input that is in none of them, or whose out-of-distribution score is above 1. Raises UserError if no format is
         known.
         """

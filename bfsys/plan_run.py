@@ -210,7 +210,7 @@ def run_time(plan: Estimate, config: Config, like: Measured | None, step_s: floa
         step_s=step_s,
         save_every=train.save_every,
         save_s=like.save_s * plan.checkpoint_bytes / plan.ranks / (like.checkpoint_bytes / like.ranks),
-        evaluations_s=evaluation_s * train.steps / train.eval_every if train.eval_every else 0.0,
+        evaluations_s=evaluation_s * (-(-train.steps // train.eval_every) if train.eval_every else 1),
         restart_s=like.restart_s,
     )
 

@@ -24,8 +24,10 @@ from bfsys.micro_batches import largest_micro_batch
 
 
 def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
-    """The gradient for the largest micro-batch of this rank's first steps, which is all zero bytes, by parameter; empty
-    at stage 3. Raises UserError if it does not fit into memory."""
+    """Run forward and backward on zero bytes of the lengths of the largest micro-batch of this rank's first steps.
+
+    Returns the gradient of each parameter (None for one that takes no part); nothing at stage 3. Raises UserError if it
+    does not fit into memory."""
     if engine.stage == 3:
         return []
     lengths, tokens = largest_micro_batch(data, ranks, engine.micro_batches)

@@ -156,7 +156,7 @@ def train_step(
 
 
 def evaluate_if_due(data: RunData, engine: Engine, supervisor: Supervisor, step: int) -> None:
-    """Evaluate after `step` steps if the config asks for it there, or the run is at its end; once."""
+    """Evaluate, if an evaluation is due after `step` steps or the run is at its end; at most once for a step."""
     config, ranks, metrics = data.config, supervisor.ranks, supervisor.metrics
     every = config.train.eval_every
     due = step >= config.train.steps or (every and step and step % every == 0)

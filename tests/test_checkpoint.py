@@ -29,6 +29,7 @@ from bfsys.checkpoint.files import RetentionPolicy, step_of
 from bfsys.cli import call
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, UserError
+from bfsys.launch.restart_policy import newest_step
 
 ALONE = Ranks()
 FACTS = {"metrics": None, "guard": None, "classes": ["x"], "versions": {}, "config": {}, "plan": {}}
@@ -139,6 +140,7 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path, how: str) -> N
         assert len(said) == 1
         assert str(newest) in said[0]
         aside = newest.with_name("damaged_step_00000002")  # it does not count any more, and is not lost
+        assert newest_step(tmp_path) == 1
         assert (aside / file.name).read_bytes() == bytes(damaged)
         aside.rename(newest)
         file.write_bytes(whole)

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from bfsys.checkpoint import copier, saving
-from bfsys.checkpoint.copies import Copies
+from bfsys.checkpoint.copies import Copies, Wanted, fetch_newest
 from bfsys.checkpoint.files import (
     MANIFEST,
     RetentionPolicy,
     all_checkpoints,
+    commit,
     problems_of,
     read_manifest,
     take_over,
@@ -321,8 +322,39 @@ def test_a_checkpoint_after_bad_steps_is_copied_only_at_the_end(tmp_path: Path, 
     facts = {**FACTS, "step": 3, "updates": 3, **changed}
     path = saving.save(Tensors(3), tmp_path / "run", facts, ranks=ALONE, keep=RetentionPolicy(2))
     store = Store(f"file://{tmp_path}/copies/mine")
-    assert copier.copy(store, {"path": str(path), "run_dir": str(tmp_path / "run"), "keep": KEEP}) == {}
+    answer = copier.copy(store, {"path": str(path), "run_dir": str(tmp_path / "run"), "keep": KEEP})
+    assert answer.keys() == (set() if is_copied else {"left_out"})
     assert store.names() == [path.name] * is_copied
+
+
+def test_a_checkpoint_that_is_left_out_is_not_called_copied(tmp_path: Path) -> None:
+    changed = {"guard": {"in_a_row": [{"step": 3}]}, "config": {"train": {"steps": 9}}}
+    facts = {**FACTS, "step": 3, "updates": 3, **changed}
+    saving.save(Tensors(3), tmp_path / "run", facts, ranks=ALONE, keep=RetentionPolicy(2))
+    copies = Copies(tmp_path / "run", f"file://{tmp_path}/copies/mine", RetentionPolicy(2))
+    copies.offer()
+    said = ""
+    while copies.is_busy:
+        said += copies.attend()
+        time.sleep(0.01)
+    assert said == (
+        "step_00000003 is not copied: it was saved after a bad step, so the run may have to roll back further"
+    )
+    assert copies.newest_is_left_out
+    assert copies.problem_of_newest() == ""
+
+
+def test_an_answer_with_many_problems_fits_into_the_pipe(tmp_path: Path) -> None:
+    final = tmp_path / "copies" / "mine" / "checkpoints" / "step_00000005"
+    work = final.with_name(".work")
+    work.mkdir(parents=True)
+    names = {f"weight-{i}-of-2000.safetensors": {"bytes": 9, "sha256": "0" * 64} for i in range(2000)}
+    commit(work, final, {**FACTS, "step": 5, "updates": 5}, names)
+    wanted = Wanted(tmp_path / "run", f"file://{tmp_path}/copies/mine", after=-1)
+    fetched = fetch_newest(wanted, ALONE, check=lambda path: None)
+    assert fetched.name is None
+    assert len(fetched.notes) == copier.MOST_PROBLEMS + 1
+    assert fetched.notes[-1] == "skipped a damaged copy: and 1,980 more damaged files"
 
 
 def test_the_command_reads_copies_and_moves_them(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,12 @@ def test_a_larger_model_saves_and_evaluates_for_longer(config_file: Path, finish
     )
     assert other.save_s > 2 * one.save_s
     assert other.evaluations_s > 2 * one.evaluations_s > 0
+    at_the_end = replace(config, train=replace(config.train, eval_every=0))
+    plan = plan_run.estimate(open_run_data(config, Ranks()), 1, on_gpu=False)
+    evaluations = -(-config.train.steps // 5)
+    assert plan_run.run_time(plan, at_the_end, like, step_s=1.0).evaluations_s == pytest.approx(
+        one.evaluations_s / evaluations
+    )
 
 
 @pytest.mark.parametrize("lost", ["metrics.jsonl", "goodput.jsonl", "checkpoints"])

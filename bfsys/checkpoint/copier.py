@@ -32,13 +32,14 @@ from bfsys.checkpoint.store import Store, StoreError
 from bfsys.checkpoint.writer import read_task
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError
 
+MOST_PROBLEMS = 20  # in an answer, which must fit into a pipe: nobody reads it before this process has ended
 STALL_S = 120.0  # without a sign of life from the store, after which a copy is given up
 WATCH_S = 1.0
 
 
 def main() -> None:
     task = read_task()
-    # Libraries may print what they like; the answer has a descriptor of its own.
+    # The output of libraries is discarded; the answer goes to a duplicate of standard output.
     descriptor = os.dup(sys.stdout.fileno())
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
@@ -54,10 +55,12 @@ def main() -> None:
     except StoreError as error:
         answer({"problem": str(error), "exit_code": error.exit_code})
     except UserError as error:
-        answer({"damaged": str(error)})
+        answer({"damaged": "\n".join(first_of(list(error.problems)))})
     except OSError as error:
         code = EXIT_CRASHED if error.errno in TRANSIENT_ERRNOS else EXIT_STORAGE
         answer({"problem": f"{error.filename or task['run_dir']}: {error.strerror}", "exit_code": code})
+    except Exception as error:  # standard error is closed, so a traceback would be lost
+        answer({"problem": f"the copying process failed: {error!r}"[:1000], "exit_code": EXIT_CRASHED})
 
 
 def _watch(store: Store, answer) -> None:
@@ -71,7 +74,7 @@ def copy(store: Store, task: dict) -> dict:
     path, run_dir = Path(task["path"]), Path(task["run_dir"])
     manifest = read_manifest(path)
     if is_after_bad_steps(manifest) and manifest["step"] < manifest["config"]["train"]["steps"]:
-        return {}  # the run may have to go back further, for which a new disk has nothing
+        return {"left_out": "it was saved after a bad step, so the run may have to roll back further"}
     store.put(path, manifest)
     try:
         store.prune(RetentionPolicy(**task["keep"]), evaluations(run_dir))
@@ -86,7 +89,7 @@ def is_after_bad_steps(manifest: dict) -> bool:
 
 def fetch(store: Store, task: dict) -> dict:
     """Fetch the newest whole copy of a step after `task["after"]`, into a folder beside the checkpoints of the run. If
-    there is none, a run that is new proves that it can write to the store."""
+    there is none, a run that is new checks that it can write to the store."""
     skipped: list[str] = []
     damaged: list[str] = []
     is_first = task["after"] < 0 and task["until"] is None  # the disk has nothing
@@ -110,7 +113,7 @@ def fetch(store: Store, task: dict) -> dict:
         problems = store.fetch(name, manifest, work)
         if not problems:
             disown_all(store, damaged)
-            return {"work": str(work), "step": manifest["step"], "skipped": skipped}
+            return {"work": str(work), "step": manifest["step"], "skipped": first_of(skipped)}
         shutil.rmtree(work, ignore_errors=True)
         skipped += problems
         damaged.append(name)
@@ -118,7 +121,13 @@ def fetch(store: Store, task: dict) -> dict:
         disown_all(store, damaged)
     elif not skipped:
         store.probe()
-    return {"skipped": skipped}
+    return {"skipped": first_of(skipped)}
+
+
+def first_of(problems: list[str]) -> list[str]:
+    """As many problems as an answer may hold, and how many more there are."""
+    rest = len(problems) - MOST_PROBLEMS
+    return problems[:MOST_PROBLEMS] + ([f"and {rest:,} more damaged files"] if rest > 0 else [])
 
 
 def disown_all(store: Store, damaged: list[str]) -> None:

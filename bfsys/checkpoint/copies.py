@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,8 @@ class Copies:
         """Why the store does not take copies; empty if it does."""
         self.copying: Path | None = None
         """The checkpoint that is being copied, which nobody must remove."""
+        self.newest_is_left_out = False
+        """The latest checkpoint that was looked at is not to be copied, and that is no problem."""
         self._process: subprocess.Popen | None = None
         self._is_wanted = False
         self._is_offered = False  # since the copy that is being made was begun
@@ -88,7 +91,10 @@ class Copies:
     def _start_next(self) -> None:
         if self._process is not None or not self._is_wanted:
             return
-        keys = {path: _key(path) for path in reversed(all_checkpoints(self.run_dir)) if (path / MANIFEST).exists()}
+        keys: dict[Path, tuple[str, int]] = {}
+        for one in reversed(all_checkpoints(self.run_dir)):
+            with suppress(FileNotFoundError):  # no manifest, or `bfsys checkpoint prune` removes it
+                keys[one] = _key(one)
         path = next((path for path, key in keys.items() if key not in self._done), None)
         if path is None:
             self._is_wanted = False
@@ -114,8 +120,9 @@ class Copies:
             news = f"{name} is not copied: {self.problem}; {TRIES_AGAIN}"
             return news if before != self._said else ""
         self._done[self._copied_key] = answer.get("damaged", "")
-        if damaged := answer.get("damaged"):
-            return f"{name} is not copied: {damaged}"
+        self.newest_is_left_out = "left_out" in answer
+        if reason := answer.get("damaged") or answer.get("left_out"):
+            return f"{name} is not copied: {reason}"
         self._said = "note" if "note" in answer else "copied"
         if before == self._said:
             return ""

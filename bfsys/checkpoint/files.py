@@ -1,7 +1,8 @@
 """Checkpoints on disk: which folders count as one, which is the newest, which are kept.
 
     RUN/checkpoints/
-      latest                   the name of the newest, for people; bfsys takes the newest that is whole
+      latest                   the name of the newest, by which launchers judge progress; a resume takes the newest that
+                               is intact
       step_00001000/
         manifest.json          step, classes, config, plan, versions, the sha256 of every file and its own; written last
         weight-0-of-2.safetensors, ema-…, exp_avg-…, exp_avg_sq-…
@@ -51,7 +52,7 @@ LATEST = "latest"
 PAUSES_S = (1.0, 4.0, 10.0)  # before a file is asked for again
 READERS = 16  # threads that read a checkpoint: each hashes without Python's lock, or waits for a file server
 NAME = re.compile(r"step_(\d{8,})")
-GOING = ".removed"  # suffix of a directory that was a checkpoint and is being deleted
+REMOVED = ".removed"  # suffix of a directory that was a checkpoint and is being deleted
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def cover(pieces: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> bool:
 def new_work_dir(work: Path) -> None:
     """An empty `work` directory, and none that killed saves left behind."""
     root = work.parent
-    for left_over in (*root.glob(".step_*.part"), *root.glob(f".step_*{GOING}")):
+    for left_over in (*root.glob(".step_*.part"), *root.glob(f".step_*{REMOVED}")):
         shutil.rmtree(left_over, ignore_errors=True)
     work.mkdir(parents=True)
 
@@ -168,7 +169,7 @@ def remove(path: Path) -> None:
 def retire(path: Path) -> Path:
     """Rename a checkpoint, so that it no longer counts, and return its new path, which is to be removed. The next save
     removes it if the caller does not."""
-    going = path.with_name(f".{path.name}{GOING}")
+    going = path.with_name(f".{path.name}{REMOVED}")
     shutil.rmtree(going, ignore_errors=True)
     with suppress(FileNotFoundError):  # `bfsys checkpoint prune` and a run may both remove it
         os.rename(path, going)
@@ -180,7 +181,17 @@ def move_aside(path: Path) -> Path:
     aside = path.with_name(f"damaged_{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(path, aside)
+    point_to_newest(path.parent)
     return aside
+
+
+def point_to_newest(root: Path) -> None:
+    """Let `latest` name the newest checkpoint of a folder of checkpoints, after some of them were removed."""
+    paths = all_checkpoints(root.parent)
+    if paths:
+        replace_file(root / LATEST, paths[-1].name + "\n")
+    else:
+        (root / LATEST).unlink(missing_ok=True)
 
 
 def steps_to_keep(steps: Sequence[int], keep: RetentionPolicy, scores: Mapping[int, Mapping[str, float]]) -> set[int]:

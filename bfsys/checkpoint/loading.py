@@ -113,7 +113,7 @@ def _read_share(path: Path, manifest: dict, state: str, ranks: dist.Ranks) -> tu
     tensors: dict[str, Tensor] = {}
     problems: list[str] = []
     names = [n for n in manifest["files"] if n.startswith(f"{state}-")]
-    if state == WEIGHT:  # files that are no state are proven too
+    if state == WEIGHT:  # files that hold no state are verified too
         names += [n for n in manifest["files"] if not n.endswith(".safetensors")]
     for name in names[ranks.rank :: ranks.world_size]:
         try:

@@ -1,4 +1,5 @@
-"""Saving: a copy in host memory while training waits, the files while it goes on, the commit when all ranks have them.
+"""Saves in three phases: training waits for a copy in host memory, a child process writes the files while training
+goes on, and rank 0 commits the checkpoint when all ranks have written theirs.
 
 A save that is cut short at any point leaves the earlier checkpoints as they were: files are written beside them and
 count only once the manifest, written last, has their hashes, and the directory its name (files.py).

@@ -74,7 +74,7 @@ class Store:
         self, url: str, *, pauses_s: tuple[float, ...] = PAUSES_S, say: Callable[[str], None] = lambda text: None
     ) -> None:
         """`url` is that of the run: URL/checkpoints holds its checkpoints. Raises UserError if it is not valid. `say`
-        is told of errors after which the store is asked again."""
+        receives errors after which the store is asked again."""
         if problem := problem_of_url(url):
             raise UserError(problem)
         import fsspec

@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=_location, metavar="RUN", help="run directory, a checkpoint of it, or a URL")
     parser.add_argument("to", type=_location, nargs="?", metavar="TO", help="of copy: run directory or URL of a run")
     prune = parser.add_argument_group("options of prune")
-    prune.add_argument("--keep", type=int, metavar="N", help="newest ones (default: the run's own)")
-    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="(default: the run's own)")
-    prune.add_argument("--keep-best", type=int, metavar="N", help="(default: the run's own)")
+    prune.add_argument("--keep", type=int, metavar="N", help="how many of the newest (default: the run's)")
+    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="all of such steps (default: the run's)")
+    prune.add_argument("--keep-best", type=int, metavar="N", help="how many of the best (default: the run's)")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
 

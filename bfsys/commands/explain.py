@@ -118,7 +118,7 @@ def _folder(path: Path) -> Path:
 
 
 def _page_name(name: str, used: set[str]) -> str:
-    """The name of a file's page, which `used` is told of; files of one name in several folders are numbered."""
+    """The name of a file's page, which is added to `used`; files of one name in several folders are numbered."""
     # With `.html` and a number it must be shorter than the 255 bytes that file systems take.
     stem = "standard-input" if name == STDIN else os.fsdecode(os.fsencode(Path(name).name)[:LONGEST_NAME_BYTES])
     page, number = f"{stem}.html", 1

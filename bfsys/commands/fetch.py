@@ -16,7 +16,7 @@ of noise less what became _silence_ of val and test.
 
 imagenet wants an account at image-net.org: put ILSVRC2012_img_train.tar,
 ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into OUT; they are
-proven and unpacked. Folders train/ and val/ that are there are checked only."""
+verified and unpacked. Folders train/ and val/ that are there are checked only."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,13 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add = parser.add_argument
     add("--ranks", type=int, default=1, metavar="N", help="GPUs, or CPU processes (default: 1)")
-    add("--gpu", choices=PEAKS, metavar="GPU", help="whose peak is meant, such as h100 or l40s")
-    add("--utilisation", type=float, metavar="SHARE", help="of that peak (default: as seen on an H200)")
+    add("--gpu", choices=PEAKS, metavar="GPU", help="type whose peak is used, such as h100")
+    add("--utilisation", type=float, metavar="SHARE", help="share of that peak (default: as on an H200)")
     add("--like", type=Path, metavar="RUN", help="a run whose rate per rank was measured")
-    add("--network", type=float, metavar="GB/S", help="that a rank sends, if steps wait for it")
+    add("--network", type=float, metavar="GB/S", help="bandwidth of a rank, if steps wait for it")
     add("--mtbf-days", type=float, metavar="D", help="mean time between failures of a node")
     add("--ranks-per-node", type=int, metavar="N", default=8, help="default: %(default)s")
-    add("--price", type=float, metavar="P", help="of a rank for an hour")
+    add("--price", type=float, metavar="P", help="price of a rank for an hour")
     add("--json", action="store_true", help="print the figures as JSON")
 
 

@@ -113,11 +113,12 @@ class Choice:
     @property
     def architecture(self) -> Architecture:
         if self.machine.device == "gpu":
-            return architecture("tiny", kernel=self.kernel, max_tokens=self.max_tokens)
+            return architecture("tiny", kernel=self.kernel, max_tokens=self.max_tokens, pool="attention")
         return architecture(
             "custom",
             kernel=self.kernel,
             max_tokens=self.max_tokens,
+            pool="attention",
             **{**SMALL, "merge_after": tuple(SMALL["merge_after"])},  # type: ignore[arg-type]
         )
 
@@ -136,7 +137,7 @@ class Choice:
 
 
 def first_format(survey: Survey, *, as_stored: bool) -> Format:
-    """The largest format that these files are good for."""
+    """The largest format that adds information for these files."""
     if as_stored or survey.modality is None:
         return Format(jittered=survey.modality is not None)
     if survey.modality == "image" and survey.is_compressed:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bfsys.baselines import byte_counts, largest_class, nearest_size, tables_of
-from bfsys.checkpoint.files import METRICS
+from bfsys.baselines import FIRST_BYTES, byte_counts, first_bytes, largest_class, nearest_size, tables_of
+from bfsys.checkpoint.files import METRICS, find_newest, step_of
 from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config, load_config
 from bfsys.confusion import Answers, Report
@@ -41,7 +41,6 @@ from bfsys.fitting.survey import Survey, survey_of
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.job import TrainJob
 from bfsys.launch.local import choose_ranks, launch, run_group
-from bfsys.launch.restart_policy import newest_step
 from bfsys.model.precision import cpu_multiplies_bf16
 from bfsys.ranks import Ranks, gpu_count
 from bfsys.supervision.signals import EXIT_CODES
@@ -89,9 +88,16 @@ class Trial:
     start_s: float
     evaluation_s: float
 
+    @property
+    def other_s(self) -> float:
+        """Seconds of all that is not a step."""
+        return self.start_s + EVALUATIONS * self.evaluation_s + REPORT_S
+
     def steps_in(self, seconds: float, mean_step_bytes: float) -> int:
-        left_s = seconds - self.start_s - EVALUATIONS * self.evaluation_s - REPORT_S
-        return max(0, int(SHARE_OF_TIME * left_s * self.bytes_per_s / mean_step_bytes))
+        return max(0, int(SHARE_OF_TIME * (seconds - self.other_s) * self.bytes_per_s / mean_step_bytes))
+
+    def seconds_for(self, steps: int, mean_step_bytes: float) -> float:
+        return self.other_s + steps * mean_step_bytes / self.bytes_per_s / SHARE_OF_TIME
 
 
 def name_for(folder: Path) -> str:
@@ -121,16 +127,15 @@ def prepare(request: Request, began_s: float) -> Config | int:
         trial = try_out(request, choice, data, eval_data)
         if isinstance(trial, int):
             return trial
-        left_s = 60 * request.minutes - (time.monotonic() - began_s)
-        steps = trial.steps_in(left_s, choice.batch_samples * float(choice.lengths.mean()))
+        passed_s, step_bytes = time.monotonic() - began_s, choice.batch_samples * float(choice.lengths.mean())
+        steps = trial.steps_in(60 * request.minutes - passed_s, step_bytes)
         smaller = choice.format.smaller()
-        if steps >= min(LEAST_STEPS, choice.most_steps()) or smaller is None:
+        if steps >= LEAST_STEPS or smaller is None:
             break
         print(f"{choice.format.describe()}: only {steps} steps in the time that is left; trying a smaller size")
         choice = choice_of(survey, machine, smaller)
-    if steps < min(LEAST_STEPS, choice.most_steps()):
-        needed_s = (LEAST_STEPS - steps) * choice.batch_samples * float(choice.lengths.mean()) / trial.bytes_per_s
-        minutes = np.ceil(request.minutes + needed_s / 60 / SHARE_OF_TIME + 1)
+    if steps < LEAST_STEPS:
+        minutes = np.ceil((passed_s + trial.seconds_for(LEAST_STEPS, step_bytes)) / 60 + 1)
         raise UserError(
             f"--minutes: got {request.minutes:g}; this machine trains {steps} steps in that time, and at least "
             f"{LEAST_STEPS} are needed. Allow about {minutes:.0f} minutes"
@@ -179,7 +184,7 @@ def note_changes(request: Request, record: dict) -> None:
 
 
 def content_of(survey: Survey) -> dict[str, int]:
-    """By which a folder is recognised as unchanged, in a record."""
+    """Counts that show whether the folder has changed since it was packed."""
     return {"files": sum(survey.files.values()), "train_bytes": int(survey.train_bytes.sum())}
 
 
@@ -343,7 +348,8 @@ def write_config(request: Request, survey: Survey, choice: Choice, data: str, ev
 
 def train(request: Request, config: Config) -> int:
     """Train, or go on with training, to the end: the exit code."""
-    if newest_step(request.run_dir) >= config.train.steps:
+    path, _ = find_newest(request.run_dir)
+    if path and step_of(path) >= config.train.steps:
         print(f"{request.run_dir}: training has already finished ({config.train.steps} steps)", flush=True)
         return 0
     return launch(config, request.config_file, overrides_of(request), None, is_dry_run=False)
@@ -356,13 +362,17 @@ def report(request: Request) -> list[str]:
     training = open_training(config)
     sources = open_evaluation(config, config.data.eval_split, manifest["classes"])
     confusion, answers = Report(sources.classes, folder), Answers(len(sources.classes))
-    result = evaluate(model.to(ranks.device), config, sources, ranks, Quarantine(), manifest["step"], answers=answers)
+    bad_files = Quarantine()
+    result = evaluate(model.to(ranks.device), config, sources, ranks, bad_files, manifest["step"], answers=answers)
+    for bad in bad_files.share(ranks, sources.sizes, config.data.max_bad_share):
+        print(f"left out: {one_line(bad.describe())}", file=sys.stderr)
     train, held_out = tables_of(config, training, sources)
     problems: list[str] = []
     lines = [
         f"held-out files ({config.data.eval_split})      {result['samples']:>8,}",
         f"top-1 of this model         {100 * result['top1']:8.2f} %",
         f"top-1 from byte counts      {100 * byte_counts(train, held_out):8.2f} %   (logistic regression)",
+        f"top-1 from {FIRST_BYTES} first bytes   {100 * first_bytes(train, held_out):8.2f} %   (logistic regression)",
         f"top-1 from file sizes       {100 * nearest_size(train, held_out):8.2f} %",
         f"top-1 of the largest class  {100 * largest_class(train, held_out):8.2f} %",
         *confusion.write(answers),

@@ -7,9 +7,9 @@ for.
 
 `flops_per_step` counts real tokens only: ceil(length / stride) per file, halved and rounded up by each merging, and in
 attention only pairs of tokens that meet in a window. The model itself computes a little more: it rounds each file up to
-2^mergings tokens, and where it uses windows of one width, also blank slots. So the count is what the answer needs, and
+2^merges tokens, and where it uses windows of one width, also blank slots. So the count is what the answer needs, and
 divided by time and by the machine's peak it is a utilisation that no padding can inflate. Equal to what runs where
-every file has a multiple of 2^mergings tokens and fills whole windows at each level.
+every file has a multiple of 2^merges tokens and fills whole windows at each level.
 
 `published_flops` counts all that the published form computes: every file padded to the longest of the batch, sequences
 padded to whole windows at each layer, and the convolution that bfsys does not have. Refused for bfsys' utilisation:
@@ -151,7 +151,7 @@ def _wait_for(device: torch.device) -> None:
 
 @lru_cache
 def _layers(architecture: Architecture) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per layer, how many mergings precede it and its shift (int64 [layers, 1]); per merging, the level after it."""
+    """Per layer, how many token merges precede it and its shift (int64 [layers, 1]); per merge, the level after it."""
     merges = np.asarray(architecture.merge_after, np.int64)
     levels = np.searchsorted(merges, np.arange(architecture.layers))[:, None]
     shifts = np.asarray(architecture.shifts, np.int64)[:, None] % architecture.window
@@ -161,7 +161,7 @@ def _layers(architecture: Architecture) -> tuple[np.ndarray, np.ndarray, np.ndar
 def _flops(
     a: Architecture, *, stem: int, lookups: int, rows: int, pairs: int, merged: int, head: int, backward: bool
 ) -> Flops:
-    """`rows` and `pairs` of all layers: tokens, and query-key pairs; `merged`: tokens that come out of mergings."""
+    """`rows` and `pairs` of all layers: tokens, and query-key pairs; `merged`: tokens that come out of token merges."""
     times, twice = (1 + BACKWARD, 2) if backward else (1, 1)
     square = 2 * rows * a.dim**2  # the product of every token with one [D, D] matrix
     return Flops(

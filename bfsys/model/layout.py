@@ -1,6 +1,6 @@
 """The positions of the tokens of a ragged batch: one index computation per batch, on the CPU.
 
-Each file's token sequence is rounded up once to a multiple of 2^mergings, so that all mergings are plain views of the
+Each file's token sequence is rounded up once to a multiple of 2^merges, so that all token merges are plain views of the
 token buffer. Attention runs over segments, runs of tokens; a shifted layer has other segment borders, nothing else.
 What a GPU gets is a few numbers per file and per segment, and moves there in one piece. The alternatives refused:
 padding to the longest file (work on nothing, see batch.py) and rolling padded sequences under a mask (the same
@@ -141,7 +141,7 @@ class Layout:
 
     files     where files and their tokens lie
     layers    per layer, what its attention runs over: segments (masked) or windows (as_released)
-    rounding  per merging, int64 [tokens] that carry nothing and must enter it as zeros
+    rounding  per merge, int64 [tokens] that carry nothing and must enter it as zeros
     tokens    int64 [B]   tokens per file after the last merging, all of them real
     """
 

@@ -3,9 +3,9 @@
 A step is bad if its loss or gradient is non-finite: its update is skipped, on all ranks (engine.py). A step is also bad
 if its loss spikes: if the robust z-score of its logarithm, by the median and the median deviation of the last good
 losses, is above a limit. A single
-bad step is noted, with the samples that it drew, and does no harm that lasts. `max_bad_steps` in a row do: the run is
-rolled back to the last checkpoint before the first of them, and these steps are skipped. If that happens more than
-MAX_ROLLBACKS times from the same weights, it ends.
+bad step is recorded with its samples. After `max_bad_steps` in a row, the run rolls back to the last checkpoint before
+the first of them, and these steps are skipped. If that happens more than MAX_ROLLBACKS times from the same weights, the
+run ends.
 
     rollbacks.json in the run directory: from where to where, which steps are skipped, why, and their samples
 
@@ -25,7 +25,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bfsys import dist
-from bfsys.checkpoint.files import all_checkpoints, manifest_or_problems, remove, step_of
+from bfsys.checkpoint.files import (
+    all_checkpoints,
+    checkpoints_dir,
+    manifest_or_problems,
+    point_to_newest,
+    remove,
+    step_of,
+)
 from bfsys.config import Train
 from bfsys.data.streaming.datasets import Sources
 from bfsys.errors import EXIT_DIVERGED, UserError
@@ -35,7 +42,7 @@ FILE = "rollbacks.json"
 MAX_ROLLBACKS = 3
 WINDOW_STEPS = 128  # number of good losses that a loss is compared with
 LEAST_STEPS = 32  # before that many, nothing is a spike
-# Deviation of the log-loss below which nothing is told apart: at the default z-score of 10, a spike doubles the loss.
+# Lower bound of the deviation of the log-loss: at the default z-score of 10, a spike at least doubles the loss.
 LEAST_DEVIATION = 0.07
 
 
@@ -123,6 +130,7 @@ def return_to_good_checkpoint(run_dir: Path, rollbacks: list[dict], bad: list[di
         )
     for path in reversed(paths[len(good) :]):
         remove(path)
+    point_to_newest(checkpoints_dir(run_dir))
     rollback = {"from": steps[-1], "to": to, "updates": updates, "steps": steps, "bad": bad}
     replace_file(run_dir / FILE, json.dumps([*rollbacks, rollback], indent=1) + "\n")
     return f"rolled back from step {steps[-1]} to {to}; skipping steps {ranges_of(steps)}"

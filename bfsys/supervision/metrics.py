@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 # Columns of the counters that are summed over ranks and steps.
-BYTES, TOKENS, ROUNDED_TOKENS, FLOPS, REPLACED, WAIT_S, BUSY_S = range(7)
-COUNTER_NAMES = ("bytes", "tokens", "rounded_tokens", "flops", "replaced", "wait_s", "busy_s")
+FILES, BYTES, TOKENS, ROUNDED_TOKENS, FLOPS, REPLACED, WAIT_S, BUSY_S = range(8)
+COUNTER_NAMES = ("files", "bytes", "tokens", "rounded_tokens", "flops", "replaced", "wait_s", "busy_s")
 COUNTERS = len(COUNTER_NAMES)
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
@@ -120,6 +120,7 @@ class Metrics:
         lengths = batch.lengths.numpy()
         tokens = token_counts(lengths, self.architecture, self.mode)
         alignment = self.architecture.alignment
+        self._counters[FILES] += len(lengths)
         self._counters[BYTES] += int(lengths.sum())
         self._counters[TOKENS] += int(tokens.sum())
         self._counters[ROUNDED_TOKENS] += int((-(-tokens // alignment) * alignment).sum())
@@ -158,7 +159,7 @@ class Metrics:
             "learning_rate": learning_rate,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "step_s": seconds / self._steps_in_line,
-            "samples_per_s": float(sums[:, SAMPLES].sum()) / seconds,
+            "samples_per_s": float(counters[FILES]) / seconds,
             "bytes_per_s": float(counters[BYTES]) / seconds,
             "tokens_per_s": float(counters[TOKENS]) / seconds,
             "model_tflop_per_s": flops_per_s * self.ranks.world_size / 1e12,

@@ -175,8 +175,10 @@ class Supervisor:
 
     def judge(self, step: int, outcome: StepOutcome, agreed: Agreed) -> None:
         """Decide whether the step was bad, and report it; collective."""
-        problem = self.guard.judge(agreed.loss, outcome.grad_norm) if outcome.drawn else ""
-        self.guard.record(step, problem, samples_of(outcome.drawn, self.data.training) if problem else [])
+        problem = ""
+        if outcome.drawn:  # a skipped step says nothing about the steps around it
+            problem = self.guard.judge(agreed.loss, outcome.grad_norm)
+            self.guard.record(step, problem, samples_of(outcome.drawn, self.data.training) if problem else [])
         if agreed.has_bad_files:
             self.report_bad_files(self.data.training)
         self.metrics.end_step(
@@ -277,7 +279,7 @@ class Supervisor:
             return stop_code
         if problem:
             raise dist.AgreedError(f"{problem}; the same command copies it", exit_code=EXIT_STORAGE)
-        if waits:
+        if waits and self.copies and not self.copies.newest_is_left_out:
             self.metrics.say("the last checkpoint is copied")
         return exit_code
 

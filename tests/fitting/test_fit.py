@@ -20,7 +20,7 @@ from bfsys.data.storage.shards import read_description
 from bfsys.errors import UserError, exit_code_of
 from bfsys.fitting import choice as rules
 from bfsys.fitting.choice import Machine, choose
-from bfsys.fitting.fit import RECORD, Request, listed, name_for, pack_all, survey_folder
+from bfsys.fitting.fit import RECORD, Request, Trial, listed, name_for, pack_all, survey_folder
 from bfsys.fitting.survey import Survey, survey_of
 from tests.commands.packing_helpers import make_files, png_bytes, wav_bytes
 from tests.forked import Forked
@@ -194,6 +194,12 @@ def test_a_folder_of_any_name_gets_a_config_that_can_be_read(tmp_path: Path) -> 
     code, said, errors = fit_in_few_steps(src, *options)
     assert code == 0, said + errors
     assert load_config(tmp_path / "a_name_evil.yaml").name == "a_name_evil"
+
+
+def test_the_time_that_is_suggested_suffices() -> None:
+    trial = Trial(bytes_per_s=1000.0, start_s=10.0, evaluation_s=60.0)
+    assert trial.steps_in(60, 500.0) == 0
+    assert trial.steps_in(trial.seconds_for(60, 500.0) + 0.1, 500.0) == 60
 
 
 def test_names_of_runs() -> None:

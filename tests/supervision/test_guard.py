@@ -7,17 +7,20 @@ import math
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from bfsys.checkpoint.files import all_checkpoints, checkpoint_name, read_manifest, step_of
+from bfsys.checkpoint.files import all_checkpoints, checkpoint_name, commit, read_manifest, step_of
 from bfsys.config import Train, load_config
 from bfsys.data.streaming.datasets import make_plan, open_training
 from bfsys.errors import EXIT_DIVERGED, UserError
-from bfsys.supervision.guard import LEAST_STEPS, Guard, ranges_of, read_rollbacks
+from bfsys.launch.restart_policy import newest_step
+from bfsys.supervision.guard import LEAST_STEPS, Guard, ranges_of, read_rollbacks, return_to_good_checkpoint
 from bfsys.supervision.run_end import how_it_ended
+from bfsys.supervision.supervisor import Agreed, Supervisor
 from tests.chaos.ranks import Ranks, train_several
 from tests.conftest import parameters_of_tests_with, tiny_config
 from tests.forked import start_ranks
@@ -137,6 +140,28 @@ def test_a_resume_after_a_skipped_step_equals_the_whole_run(config_file: Path, t
     for state in STATES:
         one, other = tensors(newest(run), state), tensors(newest(again), state)
         assert all(torch.equal(one[name], other[name]) for name in one), state
+
+
+def test_a_skipped_step_does_not_end_a_row_of_bad_ones() -> None:
+    guard = Guard(Train(), [])
+    guard.record(1, "a spike", [])
+    supervisor = SimpleNamespace(
+        guard=guard, metrics=SimpleNamespace(end_step=lambda *_, **__: None), data=None,
+        quarantine=SimpleNamespace(count_until=lambda step: 0),
+    )  # fmt: skip
+    skipped = SimpleNamespace(drawn=[], grad_norm=0.0, learning_rate=0.0, has_updated=False)
+    Supervisor.judge(supervisor, 2, skipped, Agreed(0.0, 0, False, False))  # type: ignore[arg-type]
+    assert [bad["step"] for bad in guard.bad_in_a_row] == [1]
+
+
+def test_launchers_are_told_of_the_checkpoint_that_a_run_rolled_back_to(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        final = tmp_path / "checkpoints" / checkpoint_name(step)
+        (work := final.with_name(".work")).mkdir(parents=True)
+        commit(work, final, {"step": step, "updates": step}, {})
+    assert newest_step(tmp_path) == 6
+    return_to_good_checkpoint(tmp_path, [], [{"step": 4, "problem": "a spike", "samples": []}])
+    assert newest_step(tmp_path) == 2
 
 
 def test_bad_steps_in_a_row_are_gone_around(config_file: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Baselines for a run's figures on the same files: by size, by byte counts, and decoded.
+"""Baselines for a run's figures on the same files: by size, by byte counts, by first bytes, and decoded.
 
     python tools/bench/baselines.py configs/small.yaml data.sources.0.path=data/shards/digits
 
@@ -7,10 +7,11 @@ Takes the config of a run, and measures top-1 on its evaluation split:
     largest class   of the training files
     file size       the class whose files' mean log-length is nearest
     byte counts     logistic regression (scikit-learn) on how often each byte value occurs in a file
+    first bytes     logistic regression on the values of the first 64 bytes, which hold the header
     decoded         a plain convolutional network on pixels, or on a log-mel spectrogram, that learns from the run's own
                     batches (same files, augmentation, order and number of steps), decoded; one source only
 
-The first three learn from one epoch of the run's batches. A model of bytes that does not beat them has learned nothing
+The first four learn from one epoch of the run's batches. A model of bytes that does not beat them has learned nothing
 that the files do not give away on their outside; the last is what may be had for decoding.
 """
 
@@ -34,6 +35,7 @@ from bfsys.baselines import (
     batches_for_evaluation,
     batches_for_training,
     byte_counts,
+    first_bytes,
     largest_class,
     nearest_size,
     tables_of,
@@ -157,7 +159,10 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("--decoded: pictures and sounds do not go through one such network; give one source at a time")
     train, val = tables_of(config, training, validation)
     print(f"{len(training.classes)} classes, learned from {len(train.labels):,} files, judged by {len(val.labels):,}")
-    for name, judge in (("largest class", largest_class), ("file size", nearest_size), ("byte counts", byte_counts)):
+    for name, judge in (
+        ("largest class", largest_class), ("file size", nearest_size), ("byte counts", byte_counts),
+        ("first bytes", first_bytes),
+    ):  # fmt: skip
         print(f"  {name:<14} {100 * judge(train, val):6.2f} %", flush=True)
     if args.decoded:
         top1, parameters, seconds = decoded(config, training, validation, args.side)

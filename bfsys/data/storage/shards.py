@@ -8,7 +8,7 @@
     .pack                        what packing needs to know when it is run again (see packing/staging.py)
 
 The folder may lie behind a URL (see remote.py): the index is then fetched at the start, a shard when it is needed.
-Opening a split costs the same however many samples it has; what is proven, and by whom, is in `damaged_index`.
+Opening a split costs the same however many samples it has; what is verified, and by whom, is in `damaged_index`.
 
 Rejected alternative: finding samples by scanning the tars at every start, as streaming readers do. The order of
 training is computed from lengths and labels alone, and a flipped byte must not go unnoticed.
@@ -176,7 +176,7 @@ class Dataset:
     def open(self, split: str) -> Split:
         """Open one split. Checks that the parts fit together, and hashes nothing: see `Split.damaged_index`.
 
-        Cached copies of a remote index are the exception: they are proven whole (at 13 GB/s) and fetched again if they
+        Cached copies of a remote index are the exception: they are verified (at 13 GB/s) and fetched again if they
         are damaged, since they are this machine's alone, and the ranks that divide the proof may be on others.
         """
         if self.cache is not None:
@@ -199,7 +199,7 @@ class Dataset:
                 with suppress(FileNotFoundError, NotADirectoryError):
                     seen[path] = path.stat()
         if not seen:
-            return  # files that will be fetched are proven by their sha256
+            return  # files that will be fetched are verified by their sha256
         try:
             opened = self._open(split)
             damaged = bool(opened.damaged_index(range(len(opened.shards))))

@@ -49,8 +49,8 @@ PREFETCH = 3
 # A request is one micro-batch, or several small ones that have about this many bytes together: what a request costs
 # beside the reading (0.4 ms of both processes) is then divided among them.
 REQUEST_BYTES = 4 << 20
-# Samples that the system is told of before they are read, while they come from a disk. Telling costs 1 us, a third of
-# reading a sample from memory, so it ends so many micro-batches after the last slow one.
+# Samples that are announced to the system (posix_fadvise) before they are read, while they come from a disk. A call
+# costs 1 us, a third of reading a sample from memory, so it ends so many micro-batches after the last slow one.
 READ_AHEAD_SAMPLES = 256
 ANNOUNCED_AFTER_SLOW = 64
 # A slot holds this many times a request's mean; what is beyond it is pickled. Memory is taken as it is touched.
@@ -71,7 +71,7 @@ def training_batches(
 ) -> Generator[ByteBatch, None, None]:
     """The rank's micro-batches from `first_step` to the end of the run, lane by lane within a step.
 
-    Its lanes of a step make so many `micro_batches`; by default, each lane makes one. `quarantine` is told of samples
+    Its lanes of a step make so many `micro_batches`; by default, each lane makes one. `quarantine` records samples
     that could not be read.
     """
     quarantine = quarantine if quarantine is not None else Quarantine()

@@ -1,7 +1,7 @@
 """Bytes of samples, straight from the tars: the index says where each file lies.
 
 A map-style reader over `pread` needs no unpacking, no state and no lock, and a micro-batch is read into one
-buffer. Every file is proven by its checksum; one that is not whole is replaced by another of its source, which
+buffer. Every file is verified by its checksum; one that is not whole is replaced by another of its source, which
 depends on seed, source, sample and epoch alone, so that every rank and every replay choose the same.
 
 Rejected alternative: iterating over tars as streams, which ties the order to the shards and a resume to a replay;

@@ -154,7 +154,7 @@ def _packed_format(description: dict) -> InputFormat:
 
 
 def open_run_data(config: Config, ranks: Ranks, descriptions: Descriptions | None = None) -> RunData:
-    """Open and check everything; this rank proves its share of the index. Raises UserError with all problems.
+    """Open and check everything; this rank verifies its share of the index. Raises UserError with all problems.
 
     The `descriptions` of remote datasets are fetched if they are not given.
     """

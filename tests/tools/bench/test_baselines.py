@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-from bfsys.baselines import Table
+from bfsys.baselines import FIRST_BYTES, Table
+from bfsys.batch import ByteBatch, Sample
 from bfsys.cli import call
 from bfsys.errors import UserError
 from tests.commands.packing_helpers import make_files, png_bytes
@@ -18,7 +19,8 @@ from tools.bench import baselines
 def table(lengths: list[int], values: list[int], labels: list[int]) -> Table:
     counts = np.zeros((len(values), 256))
     counts[np.arange(len(values)), values] = 1.0
-    return Table(np.array(lengths), counts, np.array(labels))
+    first = np.tile(np.array(values)[:, None], (1, FIRST_BYTES))
+    return Table(np.array(lengths), counts, first, np.array(labels))
 
 
 def test_sizes_tell_classes_apart_only_if_they_differ() -> None:
@@ -34,6 +36,23 @@ def test_byte_counts_see_values_and_no_sizes() -> None:
     assert baselines.byte_counts(train, table([7, 7], [1, 2], [0, 1])) == 1.0
     alike = table([5, 900] * 4, [1] * 8, [0, 1] * 4)
     assert baselines.byte_counts(alike, table([5, 900], [1, 1], [0, 1])) == 0.5
+
+
+def test_first_bytes_see_places() -> None:
+    """Files with a mark at byte 5 or at byte 7, among bytes of any value; some are shorter than the table."""
+    rng = np.random.default_rng(0)
+
+    def files(count: int) -> Table:
+        batch = ByteBatch.from_samples([
+            Sample(str(i), np.insert(rng.integers(0, 250, 30 + 60 * (i % 3)), 5 + 2 * (i % 2), 255).astype(np.uint8),
+                   label=i % 2)
+            for i in range(count)
+        ])  # fmt: skip
+        return Table.of(iter([batch]))
+
+    train, val = files(200), files(60)
+    assert baselines.first_bytes(train, val) > 0.9
+    assert baselines.byte_counts(train, val) < 0.7
 
 
 def test_the_largest_class() -> None:
