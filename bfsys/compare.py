@@ -29,7 +29,7 @@ from bfsys.checkpoint.files import (
     step_of,
 )
 from bfsys.config import Config, load_config
-from bfsys.errors import UserError, collecting
+from bfsys.errors import UserError, collecting, one_line
 from bfsys.json_lines import parse_json_lines
 
 CONFIG = "config.yaml"
@@ -109,7 +109,10 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
             problems.append(f"{path}: {known}; give run directories (runs/NAME) or a folder of them (runs)")
         for run_dir in found:
             with collecting(problems if is_run else unreadable):
-                runs.setdefault(run_dir.resolve(), read_run(run_dir))
+                try:
+                    runs.setdefault(run_dir.resolve(), read_run(run_dir))
+                except OSError as error:
+                    raise UserError(f"{error.filename or run_dir}: {error.strerror}") from None
     if not any(run.scores for run in runs.values()):
         problems += unreadable
         problems += [f"{run.path}: no evaluation yet, after {run.step} of {run.steps} steps" for run in runs.values()]
@@ -208,11 +211,12 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     unfinished = sum(not run.is_finished for row in rows for run in row.runs)
     if unfinished:
         runs = sum(len(row.runs) for row in rows)
-        yield f"{unfinished} of {runs} runs not finished: each has a row of its own with its latest evaluation"
+        known = "have no evaluation after their last step: each has its own row, with its latest one"
+        yield f"{unfinished} of {runs} runs {known}"
     for row in rows:
         seeds: dict[int, list[str]] = {}
         for run in row.runs:
-            seeds.setdefault(run.seed, []).append(str(run.path))
+            seeds.setdefault(run.seed, []).append(one_line(str(run.path)))
         yield from (
             f"note: {' = '.join(same)}: the same settings and the same seed" for same in seeds.values() if len(same) > 1
         )
@@ -244,5 +248,5 @@ def _mean(values: Sequence[float], scale: float, digits: int) -> str:
 
 def _common_name(runs: Sequence[Run]) -> str:
     """The path of a run, or a pattern that its repetitions match."""
-    paths = [str(run.path) for run in runs]
+    paths = [one_line(str(run.path)) for run in runs]
     return paths[0] if len(paths) == 1 else f"{os.path.commonprefix(paths)}*"  # noqa: RUF071 (also a part of a name)

@@ -375,6 +375,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
+        if found.type not in ("cpu", "cuda"):  # meta takes tensors, and computes nothing
+            raise RuntimeError
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
         reason = str(error).partition("\n")[0].partition("Expected one of")[0].strip()
         raise UserError(

@@ -31,6 +31,7 @@ from bfsys.errors import UserError, collecting, did_you_mean
 
 T = TypeVar("T")
 SHOWN_TEXT = 60  # characters of a value in a message
+MOST_BYTES = 16_000_000  # of a file
 MOST_VALUES = 100_000  # in a file, with those that its aliases stand for
 _adapter: Callable[[type], TypeAdapter] = functools.cache(TypeAdapter)
 # File names that are not UTF-8 hold lone surrogates, which JSON parsers refuse: each is hidden behind a mark.
@@ -115,7 +116,10 @@ def load(
     Raises UserError with one message per problem.
     """
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(f"config {path}: has more than {MOST_BYTES:,} bytes; a config has a few thousand")
         is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
     except OSError as error:
@@ -128,7 +132,7 @@ def load(
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise UserError(f"config {path}: expected `key: value` lines at the top, got a {_kind(tree)}")
+        raise UserError(f"config {path}: expected `key: value` lines at the top, got {_kind(tree)}")
     problems: list[str] = []
     for override in overrides:
         with collecting(problems):
@@ -240,11 +244,11 @@ def _yaml_errors(where: str, remedy: str = "") -> Iterator[None]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason: str | None = (
-            str(error) if isinstance(error, yaml.YAMLError | ValueError) else f"cannot be read ({error!r})"
-        )
+        reason: str | None = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
         if isinstance(error, yaml.reader.ReaderError):
             reason = f"the character {chr(error.character)!r} at position {error.position} is not allowed in YAML"
+            if not error.character:
+                reason = "is not text in UTF-8 (it holds NUL bytes); save it as UTF-8"
         elif isinstance(error, yaml.MarkedYAMLError):
             reason = error.problem or error.context
         raise UserError(f"{where}{line}: {reason}{remedy}") from None
@@ -265,7 +269,7 @@ def _apply(cls: type, tree: dict, override: str) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise UserError(f"override {override!r}: {'.'.join(parts[:-1])} is a {_kind(node)}, it has no {last!r}")
+        raise UserError(f"override {override!r}: {'.'.join(parts[:-1])} is {_kind(node)}, which has no {last!r}")
 
 
 def _override_value(kind: Any, text: str, where: str) -> Any:
@@ -372,6 +376,6 @@ def _fields_at(cls: Any, location: Sequence[str | int]) -> list[str]:
 
 
 def _kind(value: Any) -> str:
-    return {list: "list", dict: "mapping", str: "string", type(None): "empty value"}.get(
-        type(value), type(value).__name__
-    )
+    kinds = {list: "a list", dict: "a mapping", str: "a string", type(None): "an empty value", int: "a whole number",
+             float: "a number", bool: "true or false"}  # fmt: skip
+    return kinds.get(type(value), type(value).__name__)

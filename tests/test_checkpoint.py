@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -361,6 +362,34 @@ def test_the_command_removes_what_is_not_to_be_kept(tmp_path: Path, capsys) -> N
     files.remove(tmp_path / "checkpoints" / "step_00000002")  # as a run does meanwhile: it is gone already
     # A damaged one does not push a whole one out, and is left to be looked at.
     assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [3, 4]
+    (tmp_path / "checkpoints" / "step_00000004" / "manifest.json").write_text("{}")
+    assert call("checkpoint", ["prune", str(tmp_path), "--dry-run"]) == 0  # the rules are in the older manifest, too
+
+
+def test_the_newest_checkpoint_that_can_be_read_is_shown(finished_run: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "run\x1b[31m"
+    shutil.copytree(finished_run, copy)
+    (copy / "checkpoints" / "step_00000120" / "manifest.json").write_text("{}")
+    assert call("checkpoint", ["show", str(copy)]) == 0
+    captured = capsys.readouterr()
+    assert "step      60" in captured.out
+    assert "skipped a damaged checkpoint: " in captured.err
+    assert "\x1b" not in captured.out + captured.err
+
+
+def test_a_limit_on_the_size_of_files_is_named() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(
+            UserError, match=r"File too large; raise the limit on the size of files \(ulimit -f\)"
+        ) as error:
+            saving.HostMemory(1 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert error.value.exit_code == EXIT_STORAGE
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no file", "no manifest", "bad manifest", "other step", "a list"])

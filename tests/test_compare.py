@@ -65,7 +65,7 @@ def test_seeds_form_a_row_and_unfinished_runs_stay_apart(make_run, tmp_path, cap
         ["0.003", "1", "65.00", "1.350", "10", "1.0", "-", f"{runs}/y"],
         ["0.0003", "3", "60.00 ± 10.00", "1.400 ± 0.100", "10", "1.0", "-", f"{runs}/x-lr=3e-4-seed=*"],
         ["0.0003", "1", "90.00", "1.100", "5 of 10", "1.0", "-", f"{runs}/x-lr=3e-4-seed=3"],
-        ["1 of 5 runs not finished: each has a row of its own with its latest evaluation"],
+        ["1 of 5 runs have no evaluation after their last step: each has its own row, with its latest one"],
     ]
 
 
@@ -140,6 +140,13 @@ def test_a_run_of_a_folder_that_cannot_be_read_is_named_and_the_others_are_shown
     assert "from_another_version: no such key" in out
     with pytest.raises(UserError, match="from_another_version: no such key"):
         call("compare", [str(good), str(bad)])
+    odd = make_run("odd\x1b[31m", {10: 0.7})
+    (odd / "metrics.jsonl").unlink()
+    (odd / "metrics.jsonl").mkdir()
+    assert call("compare", [str(good.parent)]) == 0
+    out = capsys.readouterr().out
+    assert "odd\\x1b[31m/metrics.jsonl: Is a directory" in out
+    assert "\x1b" not in out
 
 
 def test_a_recipe_is_only_a_name_for_values(make_run, capsys) -> None:

@@ -280,7 +280,7 @@ def test_checkpoints_and_both_kinds_of_weights(model: bfsys.Model, finished_run:
     assert (model.step, bfsys.load(earlier).step) == (120, 60)
     with pytest.raises(UserError, match="weights: got 'mean'; allowed: ema, last"):
         bfsys.load(finished_run, weights="mean")  # type: ignore[arg-type]
-    for device in ("gpu", "cuda:99", "meta:x"):
+    for device in ("gpu", "cuda:99", "meta:x", "meta"):
         with pytest.raises(
             UserError, match=f"device: got '{device}', which cannot be used.*; allowed are 'cpu'"
         ) as error:

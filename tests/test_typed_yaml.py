@@ -117,6 +117,14 @@ def test_other_scalars_are_those_of_yaml(file: Path) -> None:
     assert load(Config, file, ['data.sources=[{path: "base #2"}]']).data.sources == (Source(path="base #2"),)
 
 
+def test_numbers_and_files_without_an_end_are_no_configs(file: Path) -> None:
+    file.write_bytes(b"3")
+    with pytest.raises(UserError, match="expected `key: value` lines at the top, got a whole number"):
+        load(Config, file)
+    with pytest.raises(UserError, match="config /dev/zero: has more than 16,000,000 bytes"):
+        load(Config, "/dev/zero")
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -168,12 +176,12 @@ def test_files_of_other_editors_load(file: Path, encode) -> None:
     ("content", "said"),
     [
         ("name: été".encode("latin-1"), "is not text in UTF-8"),
-        ("name: a".encode("utf-16-le"), "the character '\\x00' at position 1 is not allowed in YAML"),
+        ("name: a".encode("utf-16-le"), "is not text in UTF-8 (it holds NUL bytes); save it as UTF-8"),
         (b"data:\n\tlanes: 4\n", "line 2, column 1: found character '\\t'"),
         (b"name: " + b"9" * 5000, "cannot be read as int"),
         (b"name: !!binary aGk=", "name: got bytes; text"),
         (b"name: &a [*a]", "name.0: an alias in it stands for itself"),
-        (b"name: " + b"[" * 5000, "recursion"),
+        (b"name: " + b"[" * 5000, "is nested too deeply"),
     ],
 )
 def test_files_that_cannot_be_read_are_named_in_one_line(file: Path, content: bytes, said: str) -> None:

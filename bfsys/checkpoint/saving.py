@@ -234,7 +234,12 @@ class HostMemory:
         else:
             with tempfile.TemporaryFile() as file:
                 self.descriptor = os.dup(file.fileno())
-        os.ftruncate(self.descriptor, size_bytes + 8)
+        try:
+            os.ftruncate(self.descriptor, size_bytes + 8)
+        except OSError as error:
+            remedy = "; raise the limit on the size of files (ulimit -f)" if error.errno == errno.EFBIG else ""
+            what = f"the host memory for a checkpoint, {size_bytes:,} bytes: {error.strerror}{remedy}"
+            raise UserError(what, exit_code=EXIT_STORAGE) from None
         self.size_bytes = size_bytes
         memory = mmap.mmap(self.descriptor, size_bytes + 8)
         self._floats = np.frombuffer(memory, np.float32, size_bytes // 4)

@@ -44,7 +44,7 @@ MOST_BLOCKS = 5000  # of a file; S3 takes 10,000 parts
 FILES_AT_A_TIME = 4
 # Errors that another try would not change.
 LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)
-LASTING_NUMBERS = (errno.EROFS, errno.ENAMETOOLONG)  # of an OSError
+LASTING_NUMBERS = (errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError
 
 
 class StoreError(UserError):

@@ -24,6 +24,7 @@ from bfsys.checkpoint.files import (
     evaluations,
     evaluations_in,
     find_whole,
+    manifest_or_problems,
     new_work_dir,
     problems_of,
     read_manifest,
@@ -180,7 +181,7 @@ def show_list(args: argparse.Namespace) -> int:
         except StoreError:
             raise
         except UserError as error:
-            print(f"{step:>10}  damaged: {error}")
+            print(one_line(f"{step:>10}  damaged: {'; '.join(error.problems)}"))
             continue
         there = checkpoint.sizes()
         wrong = [f"{name} missing" for name in manifest["files"] if name not in there]
@@ -203,17 +204,33 @@ def verify(args: argparse.Namespace) -> int:
     for checkpoint in checkpoints_of(args.run):
         problems = checkpoint.problems()
         damaged += bool(problems)
-        print(f"{checkpoint}: {'damaged' if problems else 'whole'}")
+        print(one_line(f"{checkpoint}: {'damaged' if problems else 'whole'}"))
         for problem in problems:
-            print(f"  {problem}", file=sys.stderr)
+            print(one_line(f"  {problem}"), file=sys.stderr)
     return int(damaged > 0)
 
 
+def newest_readable(checkpoints: Sequence[OnDisk | InStore]) -> tuple[OnDisk | InStore, dict]:
+    """The newest checkpoint whose manifest can be read, and the manifest. Raises UserError if there is none."""
+    problems: list[str] = []
+    for checkpoint in reversed(checkpoints):
+        try:
+            manifest = checkpoint.manifest()
+        except StoreError:
+            raise
+        except UserError as error:
+            problems += error.problems
+            continue
+        for problem in problems:
+            print(one_line(f"skipped a damaged checkpoint: {problem}"), file=sys.stderr)
+        return checkpoint, manifest
+    raise UserError(*problems)
+
+
 def show(args: argparse.Namespace) -> int:
-    checkpoint = checkpoints_of(args.run)[-1]
-    manifest = checkpoint.manifest()
+    checkpoint, manifest = newest_readable(checkpoints_of(args.run))
     files = manifest["files"]
-    print(checkpoint)
+    print(one_line(str(checkpoint)))
     print(f"step      {manifest['step']}, {manifest.get('updates', manifest['step'])} of which changed the weights")
     print(f"versions  {', '.join(f'{name} {value}' for name, value in manifest['versions'].items() if value)}")
     print(f"classes   {len(manifest['classes'])}: {', '.join(manifest['classes'][:8])}"
@@ -234,7 +251,7 @@ def copy(args: argparse.Namespace) -> int:
         path = find_whole(args.run)
         store = store_at(args.to)
         store.put(path, read_manifest(path))
-        print(f"copied {path} to {store.url}/{path.name}")
+        print(one_line(f"copied {path} to {store.url}/{path.name}"))
         return 0
     from bfsys.run_dir import hold_directory  # imports torch
 
@@ -245,10 +262,10 @@ def copy(args: argparse.Namespace) -> int:
             assert isinstance(checkpoint, InStore)  # the address is a URL
             problems = fetch(checkpoint, args.to)
             if not problems:
-                print(f"copied {checkpoint} to {checkpoints_dir(args.to) / checkpoint.name}")
+                print(one_line(f"copied {checkpoint} to {checkpoints_dir(args.to) / checkpoint.name}"))
                 return 0
             for problem in problems:
-                print(f"skipped a damaged copy: {problem}", file=sys.stderr)
+                print(one_line(f"skipped a damaged copy: {problem}"), file=sys.stderr)
     raise UserError(f"{args.run}: no copy is whole")
 
 
@@ -277,7 +294,10 @@ def fetch(checkpoint: InStore, run_dir: Path) -> list[str]:
 def remove_others(args: argparse.Namespace) -> int:
     if not isinstance(args.run, Path):
         raise UserError(f"{args.run}: prune takes a run directory; in a store, training removes by the run's own rules")
-    train = read_manifest(paths_of(args.run)[-1])["config"]["train"]
+    paths = paths_of(args.run)
+    manifests = (manifest_or_problems(path)[0] for path in reversed(paths))
+    manifest = next(filter(None, manifests), None) or read_manifest(paths[-1])  # which raises
+    train = manifest["config"]["train"]
     keep = RetentionPolicy(
         last=train["keep_checkpoints"] if args.keep is None else args.keep,
         every=train.get("keep_every", 0) if args.keep_every is None else args.keep_every,
@@ -294,7 +314,7 @@ def remove_others(args: argparse.Namespace) -> int:
         if not path.exists():  # the run has removed it meanwhile
             continue
         if problems:
-            print(f"damaged, left alone: {path}")
+            print(one_line(f"damaged, left alone: {path}"))
         else:
             whole.append(path)
     console.go_on_without()  # removing is the work: a reader that ends, as in `… | head`, does not end it
@@ -304,5 +324,5 @@ def remove_others(args: argparse.Namespace) -> int:
                 remove(path)
             except OSError as error:
                 raise UserError(f"{path}: cannot be removed: {error.strerror}") from None
-        print(f"{'would be removed' if args.dry_run else 'removed'}: {path}")
+        print(one_line(f"{'would be removed' if args.dry_run else 'removed'}: {path}"))
     return 0

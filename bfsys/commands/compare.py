@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bfsys.compare import find_runs, rows_of, table
+    from bfsys.errors import one_line
 
     runs, unreadable = find_runs(args.runs)
-    print("\n".join([table(rows_of(runs)), *(f"not read: {problem}" for problem in unreadable)]))
+    print("\n".join([table(rows_of(runs)), *(one_line(f"not read: {problem}") for problem in unreadable)]))
     return 0

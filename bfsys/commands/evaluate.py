@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         more = {"robustness": robustness} if robustness else {}
         print(json.dumps({"run": str(args.run), "step": manifest["step"], **result, **more}, indent=1))
         return 0
-    print(f"{args.run}, step {manifest['step']}, {result['samples']} files: {describe_scores(result)}")
+    print(one_line(f"{args.run}, step {manifest['step']}, {result['samples']} files: {describe_scores(result)}"))
     show_scores(result)
     if robustness:
         show_robustness({"as they are": result, **robustness})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bfsys import console
 from bfsys.commands.arguments import add_weights
-from bfsys.errors import UserError
+from bfsys.errors import UserError, one_line
 
 FORMATS = ("safetensors", "torch", "onnx")
 NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -58,10 +58,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         facts = export(model, config, manifest, args.out, args.format, args.weights, scores)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{args.out}: cannot be written: {error}; what is there is not whole") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{args.out}: cannot be written: {reason}; what is there is not whole: delete it, and run the command again"
+        ) from None
     for name, entry in facts["files"].items():
-        print(f"{args.out / name}: {entry['bytes']:,} bytes, sha256 {entry['sha256']}")
-    print(f"{args.out / NAME}: the model card")
+        print(one_line(f"{args.out / name}: {entry['bytes']:,} bytes, sha256 {entry['sha256']}"))
+    print(one_line(f"{args.out / NAME}: the model card"))
     if facts["byte_transforms"]:
         print(
             f"the programs take bytes as they are after data.byte_transforms: {', '.join(facts['byte_transforms'])}",

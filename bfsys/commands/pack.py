@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from bfsys import console
 from bfsys.commands.arguments import add_encoding, read_encoding
+from bfsys.errors import one_line
 
 if TYPE_CHECKING:
     from bfsys.data.packing.pack import Packing
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     problems += option_problems(args, packing)
     is_new, left_out = pack(packing, problems)
     took = f"packed in {time.monotonic() - started_s:.1f} s" if is_new else "already packed"
-    print(f"{packing.folder}: {took}")
+    print(one_line(f"{packing.folder}: {took}"))
     print_summary(packing.folder, left_out)
 
 
@@ -124,4 +125,4 @@ def print_summary(folder: Path, left_out: str) -> None:
         skipped = (folder / staging.SKIPPED_LIST).read_text(encoding="utf-8").count("\n")
         files = "file" if skipped == 1 else "files"
         print(f"  left out: {skipped:,} bad {files}, named in {folder / staging.SKIPPED_LIST}")
-    print(f"to train on it, put these lines into a config:\ndata:\n  sources:\n    - path: {folder}")
+    print(f"to train on it, put these lines into a config:\ndata:\n  sources:\n    - path: {one_line(str(folder))}")

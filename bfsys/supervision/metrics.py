@@ -26,7 +26,7 @@ from bfsys.batch import ByteBatch
 from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
 from bfsys.confusion import Answers
-from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, one_line
 from bfsys.files import replace_file
 from bfsys.json_lines import read_json_lines
 from bfsys.loss import COLUMNS, CONTENT, SAMPLES, describe_scores, scores
@@ -230,7 +230,7 @@ class Metrics:
     def say(self, line: str) -> None:
         """One line on the console, from rank 0."""
         if self.ranks.is_rank_zero:
-            print(line, flush=True)
+            print("\n".join(map(one_line, line.split("\n"))), flush=True)
 
     def load_state_dict(self, state: dict) -> None:
         """Continue the line that was begun before the checkpoint."""

@@ -73,7 +73,9 @@ def test_a_run_that_fails_does_not_stop_the_others(config_file, tmp_path):
     assert f"{failed}: ended with code 65: bad steps again" in err
     assert f"error: 1 of 2 runs failed: {failed}\n" in err
     assert "step 20/20" in out  # one at a time, on the console
-    assert out.splitlines()[-1] == "1 of 2 runs not finished: each has a row of its own with its latest evaluation"
+    assert out.splitlines()[-1] == (
+        "1 of 2 runs have no evaluation after their last step: each has its own row, with its latest one"
+    )
 
 
 def test_a_stop_saves_all_runs_and_the_same_command_resumes_them(config_file, tmp_path):

@@ -30,6 +30,7 @@ RELEASED_SEED = 2147483647  # seed of every fixed permutation in the released co
 BYTE_VALUES = 256
 LARGEST_NOISE = 255  # beyond, values only come round again
 KEY_NUMBERS_PER_LINE = 16
+LONGEST_KEY_BYTES = 1 << 16  # a key has about 1 kB; /dev/zero has no end
 
 # Lengths of files whose kept positions stay in memory: at 224 × 224 pixels about a megabyte each
 MASKS_KEPT = 32
@@ -325,7 +326,8 @@ def _name(text: str) -> str:
 def read_key(path: Path) -> np.ndarray:
     """uint8 [256]: byte value → the value put in its place. A UserError says what is wrong, but not the key."""
     try:
-        words = path.read_text("ascii").split()
+        with open(path, "rb") as file:
+            words = file.read(LONGEST_KEY_BYTES).decode("ascii").split()
     except OSError as error:
         raise UserError(f"key file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -242,6 +242,11 @@ def test_a_key_file_may_be_laid_out_in_any_way(tmp_path):
     assert run(f"permute:{tmp_path / 'key'}", np.array([0, 255], np.uint8)).tolist() == [255, 0]
 
 
+def test_a_key_file_without_an_end_is_refused():
+    with pytest.raises(UserError, match="key file /dev/zero holds something other than numbers"):
+        parse_transform("permute:/dev/zero")
+
+
 def test_a_missing_key_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"key file .*missing cannot be read: No such file or directory"):
         parse_transform(f"permute:{tmp_path / 'missing'}")
