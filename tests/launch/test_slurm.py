@@ -166,6 +166,14 @@ def test_submission_tells_what_to_do_next_and_carries_the_job(config_file, tmp_p
     assert submitted.command == f"bfsys slurm --nodes 2 {ON_CPUS} tiny.yaml train.steps=12"
 
 
+def test_a_controller_that_did_not_answer_sbatch_may_have_taken_the_job(config_file, sbatch):
+    reason = "Batch job submission failed: Socket timed out on send/recv operation"
+    sbatch(f"#!/bin/sh\n[ \"$1\" = --test-only ] && exit\necho 'sbatch: error: {reason}' >&2\nexit 1\n")
+    (problem,) = problems_of("--nodes", 2, ON_CPUS, config_file)
+    assert problem.startswith(f"sbatch: SLURM does not answer: {reason}; is the controller up? See sinfo. ")
+    assert "`squeue --me`" in problem
+
+
 def scontrol_says(tmp_path: Path, script: str) -> None:
     (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
 
