@@ -133,7 +133,8 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
         if "EADDRINUSE" in str(error):
             problem = (
                 f"MASTER_PORT: port {port} of this machine is in use, perhaps by another run; "
-                "give another one (deepspeed --master_port N, torchrun --master-port N), or use bfsys launch"
+                "give another one (deepspeed --master_port N, torchrun --master-port N), or use bfsys launch; "
+                "under srun, start it again: each step has a port of its own"
             )
         else:
             problem = f"rank {ranks.rank}: the ranks cannot meet at {host}:{port}: {_first_line(error)}"

@@ -29,6 +29,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--rank, --follow: only logs takes these, got {args.action}")
     if not args.run.is_dir():
         raise UserError(f"{args.run}: no such directory; give a run directory (runs/NAME)")
+    if members := jobs.members(args.run):
+        if args.action == "status":
+            return jobs.show_status_of_all(members)
+        raise UserError(f"{args.run}: holds the logs of a sweep; give one of its runs: {', '.join(map(str, members))}")
     if args.action == "logs":
         return jobs.show_log(args.run, args.rank or 0, args.follow)
     return jobs.show_status(args.run) if args.action == "status" else jobs.stop(args.run)

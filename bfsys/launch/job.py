@@ -31,6 +31,10 @@ from bfsys.ranks import env_number, ranks_from_environment
 
 # Outside Linux's range of ephemeral ports (32768-60999), where any outgoing connection may sit on a port.
 MASTER_PORTS = range(10_000, 30_000)
+PORTS_BETWEEN_STEPS = 1009  # of one job; jobs with neighbouring numbers have neighbouring ports
+
+# SLURM's numbers from here on are those of its own steps: a batch script, the shell of salloc, what it keeps outside.
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
@@ -104,15 +108,16 @@ def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, s
 
     They replace what the environment holds already: SLURM hands the submitting shell's variables on to the job.
     """
-    world_size = int(env["SLURM_NTASKS"])
+    world_size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
+    step = PORTS_BETWEEN_STEPS * int(env.get("SLURM_STEP_ID") or 0)
     variables = rank_variables(
         int(env["SLURM_PROCID"]),
         world_size,
         int(env["SLURM_LOCALID"]),
         world_size // len(hosts),  # the launcher puts as many tasks on each node
         master_addr=hosts[0],
-        # Jobs that share a node have different numbers.
-        master_port=MASTER_PORTS[int(env["SLURM_JOB_ID"]) % len(MASTER_PORTS)],
+        # Jobs that share a node have different numbers, and so have the steps of a job.
+        master_port=MASTER_PORTS[(int(env["SLURM_JOB_ID"]) + step) % len(MASTER_PORTS)],
     )
     if "OMP_NUM_THREADS" not in env and "SLURM_CPUS_PER_TASK" in env:
         variables["OMP_NUM_THREADS"] = env["SLURM_CPUS_PER_TASK"]
@@ -127,10 +132,28 @@ def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, s
 
 
 def set_slurm_variables() -> None:
-    """Make this process a rank, where plain srun has started it as one of several tasks. In a batch script, where
-    SLURM_NTASKS is set too, there is no step."""
-    if "RANK" not in os.environ and "SLURM_STEP_NODELIST" in os.environ and env_number("SLURM_NTASKS", 1) > 1:
+    """Make this process a rank, where plain srun has started it as one of several tasks. In a batch script and in the
+    shell of salloc, where SLURM_NTASKS is set too, there is no such step.
+
+    Raises UserError where RANK and WORLD_SIZE are of another launcher than the one that started this task.
+    """
+    if "SLURM_STEP_NODELIST" not in os.environ or env_number("SLURM_STEP_ID", 0) >= FIRST_SPECIAL_STEP:
+        return
+    tasks = env_number("SLURM_STEP_NUM_TASKS", env_number("SLURM_NTASKS", 1))
+    if tasks <= 1:
+        return
+    if "RANK" not in os.environ:
         os.environ.update(slurm_variables(os.environ, _hosts()))
+        return
+    rank, world_size = env_number("RANK", 0), env_number("WORLD_SIZE", 1)
+    task = env_number("SLURM_PROCID", 0)
+    # torchrun and its like, one on each node, start several ranks in a task, and number them as they please.
+    is_of_a_task = "TORCHELASTIC_RUN_ID" in os.environ or ("LOCAL_RANK" in os.environ and world_size > tasks)
+    if not is_of_a_task and (rank, world_size) != (task, tasks):
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE is {world_size}, but srun has started this process as task {task} of "
+            f"{tasks}; these variables are perhaps left over in the shell: unset RANK WORLD_SIZE"
+        )
 
 
 def kernel_cache() -> Path | None:

@@ -6,12 +6,17 @@ is done for it, and comes back.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
+import os
+import re
+import shlex
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -19,12 +24,12 @@ from bfsys import console
 from bfsys.checkpoint.files import METRICS
 from bfsys.compare import last_train_line
 from bfsys.config import load_config
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.restart_policy import newest_step
-from bfsys.launch.slurm_commands import ask, fields_of
+from bfsys.launch.slurm_commands import IS_IT_UP, ask, fields_of
 from bfsys.supervision.goodput import goodput, read_seconds
-from bfsys.supervision.run_end import how_it_ended
+from bfsys.supervision.run_end import how_it_ended, note_end
 
 JOBS = "jobs.jsonl"
 POLL_S, STATE_POLL_S = 1.0, 15.0  # intervals for a log, and for SLURM, which many users ask
@@ -50,18 +55,56 @@ def slurm_folder(run_dir: Path) -> Path:
     return run_dir / "slurm"
 
 
+@contextmanager
+def submitting(run_dir: Path) -> Iterator[None]:
+    """Keep everybody else from submitting the run meanwhile; raises UserError if somebody does, or if a job could not
+    be written down."""
+    path = slurm_folder(run_dir) / JOBS
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written, and each job is recorded there: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run directory {run_dir}: another submission of this run is in progress; see bfsys slurm status "
+                f"{run_dir} when it is done"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def note_submission(run_dir: Path, submitted: Submitted) -> None:
     folder = slurm_folder(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / JOBS, "a") as file:
-        file.write(json.dumps(asdict(submitted)) + "\n")
+    with open(folder / JOBS, "ab+") as file:
+        is_torn = False  # as by a kill: the last line has no end
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            is_torn = file.read(1) != b"\n"
+        file.write(b"\n" * is_torn + json.dumps(asdict(submitted)).encode() + b"\n")
 
 
 def submissions(run_dir: Path) -> list[Submitted]:
     """The jobs of a run, the last one last."""
     names = [field.name for field in fields(Submitted)]
     lines = read_json_lines(slurm_folder(run_dir) / JOBS, dict.fromkeys(names, str))
-    return [Submitted(**{name: line[name] for name in names}) for line in lines]
+    found = [Submitted(**{name: line[name] for name in names}) for line in lines]
+    newest = {submitted.job: submitted for submitted in found}  # SLURM may begin again with its numbers
+    return [submitted for submitted in found if newest[submitted.job] is submitted]
+
+
+def members(run_dir: Path) -> list[Path]:
+    """The runs of a sweep, whose logs are in this folder, which is no run itself."""
+    if submissions(run_dir):
+        return []
+    folder = slurm_folder(run_dir.absolute())
+    others = sorted(run_dir.parent.glob(f"{glob.escape(run_dir.name)}-*"))
+    return [other for other in others if any(Path(job.log).parent == folder for job in submissions(other))]
 
 
 @dataclass(frozen=True)
@@ -70,6 +113,8 @@ class State:
 
     name: str
     facts: str = ""
+    reason: str = ""
+    """Why it waits."""
 
     @property
     def is_over(self) -> bool:
@@ -77,41 +122,65 @@ class State:
 
 
 UNKNOWN = State("unknown to SLURM")
+ANOTHER = State("unknown to SLURM", "(its number is another job's)")
 NO_ANSWER = State("SLURM does not answer")
 
 
-def state_of(job: str) -> State:
-    """The state of a job in the queue or, after it has left the queue, in SLURM's accounting if the site has it."""
-    answer = ask("scontrol", "--oneliner", "show", "job", job)
+def state_of(submitted: Submitted, *, also_ended: bool = True) -> State:
+    """The state of a job in the queue or, after it has left the queue, in SLURM's accounting if the site has it.
+
+    A number counts only together with the folder of its files: numbers come back after MaxJobId and with a new
+    controller, and another cluster has the same ones.
+    """
+    folder, unknown = f"{Path(submitted.log).parent}/", UNKNOWN
+    answer = ask("scontrol", "--oneliner", "show", "job", submitted.job)
     facts = fields_of(answer.output)
     if name := facts.get("JobState"):
-        start, end = (facts.get(key, "").replace("T", " ") for key in ("StartTime", "EndTime"))
-        shown = {
-            "PENDING": f"waits ({facts.get('Reason')}), expected to start {start}",
-            "RUNNING": f"for {facts.get('RunTime')} of {facts.get('TimeLimit')} on {facts.get('NodeList')}",
-        }.get(name, f"ended {end}" if name in OVER else "")
-        restarts = int(facts.get("Restarts", 0))
-        return State(name, shown + (f", started again {restarts} times" if restarts else ""))
-    if not answer.is_good and "Invalid job id" not in answer.errors:
+        if f" StdOut={folder}" in answer.output:
+            return _state_in_queue(name, facts)
+        unknown = ANOTHER
+    elif not answer.is_good and "Invalid job id" not in answer.errors:
         return NO_ANSWER
-    answer = ask("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", job, "--format=State,End")
-    if lines := answer.output.strip().splitlines():
-        name, _, end = lines[-1].partition("|")
-        return State(name.split()[0].rstrip("+"), f"ended {end.replace('T', ' ')}")
-    return UNKNOWN
+    if also_ended:
+        form = "--format=State,End,SubmitLine"
+        answer = ask("sacct", "--allocations", "--noheader", "--parsable2", "--jobs", submitted.job, form)
+        for line in reversed(answer.output.strip().splitlines()):
+            state, end, command = (*line.split("|", 2), "", "")[:3]
+            name = (state.split() or [""])[0].rstrip("+")
+            if folder in command and name in OVER:  # one that runs would be in the queue
+                return State(name, f"ended {end.replace('T', ' ')}")
+    return unknown
 
 
-def active(run_dir: Path) -> list[Submitted]:
-    """The run's jobs that wait or run."""
-    return [submitted for submitted in submissions(run_dir) if not state_of(submitted.job).is_over]
+def _state_in_queue(name: str, facts: dict[str, str]) -> State:
+    start, end = (facts.get(key, "").replace("T", " ") for key in ("StartTime", "EndTime"))
+    shown = {
+        "PENDING": f"waits ({facts.get('Reason')}), expected to start {start}",
+        "RUNNING": f"for {facts.get('RunTime')} of {facts.get('TimeLimit')} on {facts.get('NodeList')}",
+    }.get(name, f"ended {end}" if name in OVER else "")
+    restarts = int(facts.get("Restarts", 0))
+    shown += f", started again {restarts} times" if restarts else ""
+    return State(name, shown, facts.get("Reason", ""))
+
+
+def active(run_dir: Path) -> list[tuple[Submitted, State]]:
+    """The run's jobs that wait or run. The newest one with NO_ANSWER, if SLURM does not say."""
+    submitted, found = submissions(run_dir), []
+    for job in submitted:
+        state = state_of(job, also_ended=False)
+        if state == NO_ANSWER:
+            return [(submitted[-1], NO_ANSWER)]
+        if not state.is_over:
+            found.append((job, state))
+    return found
 
 
 def show_status(run_dir: Path) -> int:
     """Print how a run is: in the queue, in its training, and what its next step is. 0 unless it has failed."""
     submitted = submissions(run_dir)
-    ended, failed = how_it_ended(run_dir), False
-    waiting = [(job, state) for job in submitted if not (state := state_of(job.job)).is_over]
-    for job, state in waiting or [(job, state_of(job.job)) for job in submitted[-1:]]:
+    ended = how_it_ended(run_dir)
+    shown = active(run_dir) or [(job, state_of(job)) for job in submitted[-1:]]
+    for job, state in shown:
         print(f"job      {job.job}: {f'{state.name} {state.facts}'.strip()}, submitted {job.time}")
         print(f"log      {job.log}")
     if not submitted:
@@ -121,18 +190,47 @@ def show_status(run_dir: Path) -> int:
     if sum(seconds.values()):
         causes = ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
         print(f"goodput  {goodput(seconds):.1%} ({causes})")
-    if ended and not waiting:
+    is_known = all(state != NO_ANSWER for _, state in shown)
+    if is_known and not all(state.is_over for _, state in shown):
+        for job, state in shown:
+            _tell_what_holds(run_dir, job, state)
+        return 0
+    failed = is_stopped = False
+    if ended:
         print(f"ended    {ended['reason']} (code {ended['exit_code']}) {ended['time']}")
-        failed = ended["exit_code"] != 0
-    elif not waiting and submitted:
-        failed = True
-        log = Path(submitted[-1].log)
-        why = "its log says why" if log.exists() else "it left no log: do the nodes see its folder?"
-        print(f"ended    training exited without recording why; {why}")
-    if failed and not waiting:
-        print("next     fix the cause, then run this command again; it resumes from the newest checkpoint:")
+        is_stopped = ended["exit_code"] in (EXIT_STOPPED, EXIT_REQUEUE)
+        failed = ended["exit_code"] != 0 and not is_stopped
+    elif is_known and submitted:
+        has_log = Path(submitted[-1].log).exists()
+        is_stopped = shown[-1][1].name == "CANCELLED" and not has_log
+        failed = not is_stopped
+        why = "its log says why" if has_log else "it left no log: do the nodes see its folder?"
+        text = f"training exited without recording why; {why}" if failed else "the job was cancelled before it began"
+        print(f"ended    {text}")
+    if is_known and (failed or is_stopped):
+        what = "fix the cause, then run" if failed else "to go on, run"
+        print(f"next     {what} this command again; it resumes from the newest checkpoint:")
         print(f"         {submitted[-1].command}" if submitted else "")
-    return int(failed and not waiting)
+    return int(failed)
+
+
+def _tell_what_holds(run_dir: Path, job: Submitted, state: State) -> None:
+    """What to do about a job that does not start by itself."""
+    if state.reason == "DependencyNeverSatisfied":
+        print(f"next     the job can never start: bfsys slurm stop {shlex.quote(str(run_dir))}, then submit it again:")
+        print(f"         {job.command}")
+    elif "held" in state.reason.lower():  # JobHeldUser, JobHeldAdmin, launch failed requeued held
+        print(f"next     the job is held: scontrol release {job.job}")
+
+
+def show_status_of_all(runs: list[Path]) -> int:
+    """Print how the runs of a sweep are. 0 unless one has failed."""
+    codes = []
+    for run in runs:
+        print(f"run      {run}")
+        codes.append(show_status(run))
+        print()
+    return max(codes)
 
 
 def _progress(run_dir: Path) -> str:
@@ -152,13 +250,19 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> int:
     submitted = submissions(run_dir)
     if not submitted:
         raise UserError(f"{run_dir}: no job was submitted for this run; its logs, if any, are in {run_dir / 'log'}")
-    job = (active(run_dir) or submitted)[-1]
+    job = next((job for job, _ in reversed(active(run_dir))), submitted[-1])
     log = Path(job.log)
     log = log.with_name(log.name.replace("_0_log", f"_{rank}_log"))
+    ranks = _ranks_with_logs(job)
+    if rank < 0 or (ranks and rank not in ranks and not follow):
+        has = f"has logs of ranks 0 to {max(ranks)}" if ranks else "has no log yet; ranks are numbered from 0"
+        raise UserError(f"--rank: got {rank}; job {job.job} {has}")
     if not log.exists() and not follow:
-        raise UserError(f"{log}: not there (yet); the job: {state_of(job.job).name}")
+        raise UserError(f"{log}: not there (yet); the job: {state_of(job).name}")
+    if ranks and rank not in ranks:
+        print(f"waiting for {log}; job {job.job} has logs of ranks 0 to {max(ranks)}", file=sys.stderr)
     try:
-        for text in _added_to(log, job.job) if follow else (_shown(_last_lines(log, SHOWN_LINES)),):
+        for text in _added_to(log, job) if follow else (_shown(_last_lines(log, SHOWN_LINES)),):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         print(f"\nthe job continues; bfsys slurm stop {run_dir} ends it", file=sys.stderr)
@@ -174,11 +278,11 @@ def follow(run_dir: Path) -> int:
     return ended["exit_code"] if ended else 1
 
 
-def _added_to(log: Path, job: str) -> Iterator[str]:
+def _added_to(log: Path, job: Submitted) -> Iterator[str]:
     """The log's last lines, and then what comes, until the job is over."""
     while not log.exists():
         if state_of(job).is_over:
-            raise UserError(f"job {job}: {state_of(job).name}, and it has left no {log}")
+            raise UserError(f"job {job.job}: {state_of(job).name}, and it has left no {log}")
         time.sleep(STATE_POLL_S)
     with open(log, errors="replace") as file:
         yield "".join(deque(file, SHOWN_LINES))
@@ -193,6 +297,13 @@ def _added_to(log: Path, job: str) -> Iterator[str]:
                 return
 
 
+def _ranks_with_logs(job: Submitted) -> list[int]:
+    first = Path(job.log)
+    form = re.compile(re.escape(first.name).replace("_0_log", r"_(\d+)_log"))
+    names = [path.name for path in first.parent.iterdir()] if first.parent.is_dir() else []
+    return [int(match[1]) for name in names if (match := form.fullmatch(name))]
+
+
 def _shown(lines: list[bytes]) -> str:
     return b"\n".join(lines).decode(errors="replace")
 
@@ -205,13 +316,19 @@ def _last_lines(path: Path, number: int) -> list[bytes]:
 
 def stop(run_dir: Path) -> int:
     """Ask SLURM to end the run's jobs, for good. Training saves first, if it gets to it within KillWait."""
-    jobs = active(run_dir)
-    if not jobs:
+    found = active(run_dir)
+    if not found:
         raise UserError(f"{run_dir}: this run has no pending or running job")
+    if (job := found[-1])[1] == NO_ANSWER:
+        raise UserError(f"{run_dir}: SLURM does not answer whether job {job[0].job} is over; {IS_IT_UP}")
     console.go_on_without()  # all of them are to end, whoever reads what is printed
-    for submitted in jobs:
+    for submitted, state in found:
         answer = ask("scancel", submitted.job)
         if not answer.is_good:
             raise UserError(f"scancel {submitted.job}: {answer.errors.strip()}")
-        print(f"job {submitted.job}: asked to save and to end; see bfsys slurm status {run_dir}")
+        done = "asked to save and to end"
+        if state.name == "PENDING":
+            done = "cancelled while it waited"
+            note_end(run_dir, EXIT_STOPPED, f"job {submitted.job} was {done}")
+        print(f"job {submitted.job}: {done}; see bfsys slurm status {run_dir}")
     return 0

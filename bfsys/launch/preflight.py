@@ -22,7 +22,7 @@ from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.dryrun import check_copies, notes_on_start
 from bfsys.errors import collecting
-from bfsys.launch.slurm_commands import ask
+from bfsys.launch.slurm_commands import IS_IT_UP, ask
 from bfsys.launch.slurm_options import parse_minutes
 
 # By the kind of file system that the kernel names. Others, such as ext4, may still be exported to the nodes.
@@ -125,9 +125,9 @@ def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qo
         file.write(script)
         file.flush()
         answer = ask("sbatch", "--test-only", file.name)
-    if answer.code is None:
-        return Checked([f"sbatch --test-only: {answer.errors}; is the controller up? See sinfo"], [])
     said = [re.sub(r"^sbatch: (error: )?", "", line) for line in answer.errors.splitlines() if line.strip()]
+    if answer.is_none:
+        return Checked([f"sbatch --test-only: SLURM does not answer: {'; '.join(said)}; {IS_IT_UP}"], [])
     limits = _partitions()
     if starts := re.search(r"to start at (\S+) .* in partition (\S+)", answer.errors):
         notes.append(f"SLURM would start it at {starts[1].replace('T', ' ')} in partition {starts[2]}")

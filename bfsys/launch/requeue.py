@@ -27,11 +27,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED
+from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STOPPED
 from bfsys.files import replace_file
 from bfsys.launch import elastic
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
-from bfsys.launch.slurm_commands import ask, fields_of
+from bfsys.launch.slurm_commands import Answer, ask, fields_of
+from bfsys.supervision.run_end import note_end
 
 FILE = "restarts.json"
 # Before starts without progress. SLURM hands out a node that is lost until it has missed it for SlurmdTimeout, 300 s by
@@ -41,7 +42,13 @@ POLL_S = 0.2
 ASK_BEFORE_END_S = 8.0
 KILL_WAIT_S = 30.0  # SLURM's default
 END_WAIT_S = 600.0  # for SLURM, which was asked to end this process
-TRIES, TRY_PAUSE_S = 6, 20.0  # tries of scontrol, while the controller is away
+# Tries of scontrol while the controller is away, busy or restarting: about an hour, or until SLURM ends this process.
+TRIES, TRY_PAUSE_S = 180, 20.0
+ENDING_LIMIT_S, ENDING_PAUSE_S = 5.0, 2.0  # for an answer and between tries, once SLURM ends this process
+# Answers that another try would not change.
+REFUSALS = ("presently disabled", "Invalid job id", "Access/permission denied", "already finished", "not supported",
+            "No such file or directory")  # fmt: skip
+IS_REQUEUED = "Job is pending execution"
 OUT_OF_TIME = 128 + signal.SIGTERM  # the code of tasks that did not end in time
 
 
@@ -51,11 +58,16 @@ class JobSupervisor:
     def __init__(self, run_dir: Path, growth: elastic.Growth | None = None) -> None:
         self.run_dir = run_dir
         self.growth = growth
-        self.is_being_ended = False
-        """SLURM has sent SIGTERM."""
+        self.ending_since: float | None = None
+        """When SLURM sent SIGTERM."""
+
+    @property
+    def is_being_ended(self) -> bool:
+        return self.ending_since is not None
 
     def _end(self, *_: object) -> None:
-        self.is_being_ended = True
+        if self.ending_since is None:
+            self.ending_since = time.monotonic()
 
     def run(self, command: list[str]) -> int:
         """Run the tasks; returns the code that the job is to end with, if SLURM does not start it again."""
@@ -64,11 +76,13 @@ class JobSupervisor:
         return self.after(self._wait_for(subprocess.Popen(command)))
 
     def _wait_for(self, tasks: subprocess.Popen) -> int:
-        ask_at = None
+        ask_at, next_try = None, 0.0
         while (code := tasks.poll()) is None:
-            if self.is_being_ended and ask_at is None:
-                seconds = max(2.0, kill_wait_s() - ASK_BEFORE_END_S) if is_out_of_time(job_facts()) else float("inf")
-                ask_at = time.monotonic() + seconds
+            if self.ending_since is not None and ask_at is None and time.monotonic() > next_try:
+                next_try = time.monotonic() + ENDING_PAUSE_S
+                if job := job_facts(ENDING_LIMIT_S):
+                    seconds = max(2.0, kill_wait_s() - ASK_BEFORE_END_S) if is_out_of_time(job) else float("inf")
+                    ask_at = self.ending_since + seconds
             if ask_at is not None and time.monotonic() > ask_at:
                 return OUT_OF_TIME
             if self.growth and not self.is_being_ended and self.growth.is_due(job_facts):
@@ -80,7 +94,9 @@ class JobSupervisor:
 
     def after(self, code: int) -> int:
         """After the tasks have ended with `code`, have the job requeued if it should be."""
-        job = job_facts()
+        if code in FINAL_CODES and code != EXIT_STOPPED:
+            return code
+        job = self._facts()
         if not may_come_back(job):
             return code  # it was cancelled, or SLURM itself starts it again
         is_preempted = job.get("PreemptTime", "None") != "None"
@@ -102,13 +118,50 @@ class JobSupervisor:
         until = time.monotonic() + pause_s
         while time.monotonic() < until:
             if self.is_being_ended:
-                if not is_out_of_time(job_facts()):
+                if not is_out_of_time(self._facts()):
                     return code
                 break
             time.sleep(POLL_S)
-        if requeue():
+        if problem := self._requeue():
+            # Whoever asked training to stop and to come back was not a person: the run has not ended as it should.
+            note_end(self.run_dir, EXIT_CRASHED if code in (EXIT_REQUEUE, EXIT_STOPPED) else code, problem)
+            print(f"error: {problem}", file=sys.stderr)
+        else:
             time.sleep(END_WAIT_S)  # SLURM ends this process
         return code
+
+    def _insist(self, *command: str) -> Answer:
+        """Ask SLURM until it does it or refuses it; its last answer, where it does neither in all tries."""
+        for number in range(1, TRIES + 1):
+            answer = ask(*command, limit_s=ENDING_LIMIT_S if self.is_being_ended else None)
+            if answer.is_good or is_final(answer):
+                break
+            if number < TRIES:
+                pause_s = min(1, number / 10) * TRY_PAUSE_S
+                time.sleep(min(pause_s, ENDING_PAUSE_S) if self.is_being_ended else pause_s)
+        return answer
+
+    def _facts(self) -> dict[str, str]:
+        answer = self._insist("scontrol", "--oneliner", "show", "job", job_id())
+        return fields_of(answer.output) if answer.is_good else {}
+
+    def _requeue(self) -> str | None:
+        """Ask SLURM to start this job again, which ends all of its processes; if it does not, why."""
+        job = job_id()
+        print(f"asking SLURM to requeue job {job}", flush=True)
+        answer = self._insist("scontrol", "requeue", job)
+        reason = answer.errors.strip()
+        if answer.is_good or IS_REQUEUED in reason:  # an earlier try was heard
+            return None
+        again = "the checkpoint is saved: submit again with the same command to continue"
+        if is_final(answer):
+            return f"job {job} could not be requeued: {reason}; {again}"
+        if job_facts().get("JobState") == "PENDING":
+            return None
+        return (
+            f"job {job}: SLURM did not say whether it requeues the job: {reason}; see `squeue --jobs {job}`. If the "
+            f"job is not there, {again}"
+        )
 
 
 def forget(run_dir: Path) -> None:
@@ -140,35 +193,23 @@ def job_id() -> str:
     return env["SLURM_JOB_ID"]
 
 
-def job_facts() -> dict[str, str]:
+def job_facts(limit_s: float | None = None) -> dict[str, str]:
     """SLURM's fields of this job: JobState, Reason, PreemptTime, …; empty if SLURM does not answer."""
-    answer = ask("scontrol", "--oneliner", "show", "job", job_id())
+    answer = ask("scontrol", "--oneliner", "show", "job", job_id(), limit_s=limit_s)
     return fields_of(answer.output) if answer.is_good else {}
 
 
 def kill_wait_s() -> float:
     """Seconds between SIGTERM and SIGKILL."""
-    found = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config").output, re.MULTILINE)
+    found = re.search(
+        r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config", limit_s=ENDING_LIMIT_S).output, re.MULTILINE
+    )
     return float(found[1]) if found else KILL_WAIT_S
 
 
-def requeue() -> bool:
-    """Ask SLURM to start this job again, which ends all of its processes; False if it does not."""
-    print(f"asking SLURM to requeue job {job_id()}", flush=True)
-    for tries_left in reversed(range(TRIES)):
-        answer = ask("scontrol", "requeue", job_id())
-        if answer.is_good:
-            return True
-        reason = answer.errors.strip()
-        if not tries_left or "connect" not in reason.lower():  # to the controller
-            break
-        time.sleep(TRY_PAUSE_S)
-    print(
-        f"error: job {job_id()} could not be requeued: {reason}; the checkpoint is saved: submit again with the same "
-        "command to continue",
-        file=sys.stderr,
-    )
-    return False
+def is_final(answer: Answer) -> bool:
+    """Whether SLURM, or this machine, refuses something for good, or has done it before."""
+    return any(text in answer.errors for text in (*REFUSALS, IS_REQUEUED))
 
 
 def stop_tasks() -> None:
@@ -183,6 +224,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--grow-every-s", type=float)
     parser.add_argument("runs", nargs="+", type=Path)
     args, command = parser.parse_args(arguments[:divide]), arguments[divide + 1 :]
+    if len(args.runs) == 1:  # no array: these are of the shell that submitted the job
+        os.environ.pop("SLURM_ARRAY_JOB_ID", None)
+        os.environ.pop("SLURM_ARRAY_TASK_ID", None)
     run_dir, growth = args.runs[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))], None
     if args.fit:
         used = elastic.use_nodes(args.fit)

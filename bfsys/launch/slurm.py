@@ -33,13 +33,21 @@ from bfsys import console, typed_yaml
 from bfsys.config import Config, load_config
 from bfsys.data.storage.remote import is_remote
 from bfsys.data.streaming.plan import fitting_world_sizes
-from bfsys.errors import UserError
+from bfsys.errors import UserError, collecting
 from bfsys.git_state import FILE as GIT_STATE
 from bfsys.git_state import git_state
 from bfsys.launch import jobs, preflight, requeue
 from bfsys.launch.elastic import describe, fitting, parse_range
 from bfsys.launch.job import TrainJob
-from bfsys.launch.slurm_options import minutes_of, nodes_of, option_problems, parse_minutes, ranks_per_node
+from bfsys.launch.slurm_commands import IS_IT_UP, is_unreached
+from bfsys.launch.slurm_options import (
+    forget_overrides,
+    minutes_of,
+    nodes_of,
+    option_problems,
+    parse_minutes,
+    ranks_per_node,
+)
 from bfsys.supervision.run_end import forget_end
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,12 +121,6 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
         ranks = max(1, nodes[0] * ranks_per_node(args))  # the fewest: each of them needs most
         run = preflight.check_run(config, ranks, on_gpu=bool(args.gpus_per_node))
         problems, notes = problems + run.problems, notes + run.notes
-        if with_slurm and not args.dependency:
-            problems += [
-                f"run {config.run_dir}: job {job.job} is already pending or running; stop it with bfsys slurm stop "
-                f"{config.run_dir}, queue behind it with --dependency singleton, or start another run with name=…"
-                for job in jobs.active(config.run_dir)
-            ]
         if config.data.workers and (args.cpus_per_task or 0) <= config.data.workers:
             given = (
                 f"got {args.cpus_per_task}" if args.cpus_per_task else "not given, and a cluster's default is often 1"
@@ -139,11 +141,39 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
     problems, notes = problems + seen.problems, notes + seen.notes
     if with_slurm and is_sound:
         script = make_executor(args, configs, ROOT).script()
+        if ignored := forget_overrides(script):
+            notes.append(f"{', '.join(ignored)}: not used; the options of the launcher decide, see --help")
         answer = preflight.check_slurm(script, args.partition, nodes[0], minutes_of(args), args.qos)
         problems, notes = problems + answer.problems, notes + answer.notes
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return notes
+
+
+def problem_of_jobs(config: Config) -> str | None:
+    """Why a run cannot be submitted: it has a job. Raises UserError if SLURM does not say."""
+    for job, state in jobs.active(config.run_dir):
+        if state == jobs.NO_ANSWER:
+            raise UserError(f"run {config.run_dir}: SLURM does not answer whether job {job.job} is over; {IS_IT_UP}")
+        return (
+            f"run {config.run_dir}: job {job.job} is already pending or running; stop it with bfsys slurm stop "
+            f"{config.run_dir}, queue behind it with --dependency singleton, or start another run with name=…"
+        )
+    return None
+
+
+def without_jobs(args: argparse.Namespace, configs: Sequence[Config], problems: list[str]) -> list[Config]:
+    """The runs that can be submitted: of a sweep, those that have no job. It is a problem if none can be."""
+    if args.dependency or not shutil.which("sbatch"):
+        return list(configs)
+    with collecting(problems):
+        found = [(config, problem_of_jobs(config)) for config in configs]
+        if free := [config for config, problem in found if not problem]:
+            for problem in (problem for _, problem in found if problem):
+                print(f"note: {problem.partition(';')[0]}, and is not submitted again", file=sys.stderr)
+            return free
+        problems += [problem for _, problem in found if problem]
+    return list(configs)
 
 
 def seen_by_nodes(configs: Sequence[Config]) -> dict[str, Path]:
@@ -261,6 +291,12 @@ def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
         for path in set(folder.iterdir()) - before:
             path.unlink()
         reason = re.sub(r"^sbatch: (error: )?", "", str(error).strip(), flags=re.MULTILINE).replace("\n", "; ")
+        if is_unreached(reason):
+            raise UserError(
+                f"sbatch: SLURM does not answer: {reason}; {IS_IT_UP}. Before you submit again, see "
+                "with `squeue --me` whether it has taken the job all the same, and end that with scancel: its files "
+                "are gone"
+            ) from None
         raise UserError(f"sbatch refused the job: {reason}") from None
     except FailedSubmissionError as error:
         raise UserError(f"sbatch's answer is not understood, see squeue for what it did: {error}") from None
@@ -268,6 +304,7 @@ def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
 
 def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: list[str]) -> int:
     """Check the runs and hand them to SLURM as one job; the exit code. Raises UserError if there are `problems`."""
+    configs = without_jobs(args, configs, problems)
     notes = check(args, configs, problems)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
@@ -275,6 +312,18 @@ def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: l
         print(make_executor(args, configs, ROOT).script())
         return 0
     console.go_on_without()  # a job that was submitted must be noted, whoever reads what is printed
+    with contextlib.ExitStack() as locks:
+        for config in configs:
+            locks.enter_context(jobs.submitting(config.run_dir))
+        if not args.dependency and (found := [p for config in configs if (p := problem_of_jobs(config))]):
+            raise UserError(*found)  # submitted since the check
+        submitted = submit_and_note(args, configs)
+    tell(args, configs, submitted)
+    return jobs.follow(configs[0].run_dir) if args.follow else 0
+
+
+def submit_and_note(args: argparse.Namespace, configs: Sequence[Config]) -> list[jobs.Submitted]:
+    """Hand the runs to SLURM, and write their jobs down in their directories."""
     try:
         paths = [snapshot(config) for config in configs]
     except OSError as error:
@@ -289,11 +338,19 @@ def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: l
     submitted = [
         jobs.Submitted(str(job.job_id), str(job.paths.stdout), now, command) for job in submit(executor, tasks)
     ]
+    unnoted = []
     for config, job in zip(configs, submitted, strict=True):
-        jobs.note_submission(config.run_dir, job)
-        forget_end(config.run_dir)
-    tell(args, configs, submitted)
-    return jobs.follow(configs[0].run_dir) if args.follow else 0
+        try:
+            jobs.note_submission(config.run_dir, job)
+            forget_end(config.run_dir)
+        except OSError as error:
+            unnoted.append(
+                f"run directory {config.run_dir}: cannot be written: {error.strerror}; job {job.job} is submitted, "
+                f"but status and stop do not know it: end it with `scancel {job.job}`, or see `squeue --jobs {job.job}`"
+            )
+    if unnoted:
+        raise UserError(*unnoted)
+    return submitted
 
 
 def tell(args: argparse.Namespace, configs: Sequence[Config], submitted: Sequence[jobs.Submitted]) -> None:

@@ -11,6 +11,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 LIMIT_S = 60.0
+IS_IT_UP = "is the controller up? See sinfo"
+# What SLURM's commands say when the controller is away, busy or restarting. It may have done what it was asked to.
+_UNREACHED = re.compile(
+    r"timed out|unable to contact|connect failure|unexpected message|zero bytes|connection refused|communication",
+    re.IGNORECASE,
+)
 
 
 class Answer(NamedTuple):
@@ -23,13 +29,23 @@ class Answer(NamedTuple):
     def is_good(self) -> bool:
         return self.code == 0
 
+    @property
+    def is_none(self) -> bool:
+        """Whether the controller did not answer."""
+        return self.code is None or (self.code != 0 and is_unreached(self.errors))
 
-def ask(*command: str, env: Mapping[str, str] | None = None) -> Answer:
-    """Run a command of SLURM, by default in the environment of this process."""
+
+def is_unreached(errors: str) -> bool:
+    return _UNREACHED.search(errors) is not None
+
+
+def ask(*command: str, env: Mapping[str, str] | None = None, limit_s: float | None = None) -> Answer:
+    """Run a command of SLURM, by default in the environment of this process, and for LIMIT_S at most."""
+    limit_s = LIMIT_S if limit_s is None else limit_s
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=env)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False, env=env)
     except subprocess.TimeoutExpired:
-        return Answer("", f"no answer within {LIMIT_S:g} s", None)
+        return Answer("", f"no answer within {limit_s:g} s", None)
     except OSError as error:
         return Answer("", str(error), None)
     return Answer(ended.stdout, ended.stderr, ended.returncode)

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
 
 from bfsys.config import Config
-from bfsys.errors import UserError
+from bfsys.errors import UserError, is_printable
 from bfsys.launch.elastic import parse_range
 from bfsys.launch.sweep import sweep_configs
+
+LONGEST_NAME = 250  # bytes; a file system has 255 for NAME.yaml
+ONE_LINE = ("name", "partition", "account", "qos", "constraint", "reservation", "exclude", "dependency", "comment")
+# The variables of sbatch that contradict an option of the script, where they are not named like it.
+VARIABLES_OF = {
+    "time": ["TIMELIMIT"],
+    "requeue": ["REQUEUE", "NO_REQUEUE"],
+    "output": ["OUTPUT", "ERROR"],
+    "mem": ["MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"],
+    "gpus-per-node": ["GPUS_PER_NODE", "GPUS", "GPUS_PER_TASK"],
+    "wckey": [],  # is empty in the script, and each to their own
+}
+NEVER = ["ARRAY_INX", "WAIT"]  # an array on one run directory; sbatch that ends with the job
 
 
 def ranks_per_node(args: argparse.Namespace) -> int:
@@ -42,6 +56,10 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--time: got {args.time!r}; minutes, HH:MM:SS or D-HH:MM:SS are allowed, more than zero"
     if args.mem and not re.fullmatch(r"\d+[KMGT]?", args.mem):
         yield f"--mem: got {args.mem!r}; a number with K, M, G or T is allowed, for example 200G; 0: all of a node's"
+    for name in ONE_LINE:
+        value = getattr(args, name)
+        if value is not None and not is_printable(value):
+            yield f"--{name}: got {value!r}; one line of printable characters is allowed"
     for assignment in args.env:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", assignment, re.DOTALL):
             yield f"--env: got {assignment!r}; NAME=VALUE is expected"
@@ -81,6 +99,36 @@ def parse_minutes(text: str) -> int | None:
     return (-(-seconds // 60) + minutes + 60 * (hours + 24 * int(days or 0))) or None
 
 
+def name_problem(config: Config) -> str | None:
+    """Why a run of this name cannot be a job."""
+    if (size := len(os.fsencode(config.name))) > LONGEST_NAME:
+        shown = f"{config.name[:40]}…"
+        return f"name: {shown} has {size} bytes; at most {LONGEST_NAME} are allowed: give a shorter one with name=…"
+    path = config.run_dir.absolute()
+    if not is_printable(str(path)):
+        return f"run directory {str(path)!r}: one line of printable characters is allowed; see name=… and runs_dir=…"
+    if found := [character for character in "%\\" if character in str(path)]:
+        return (
+            f"run directory {path}: has a {found[0]} in its path, which SLURM replaces or removes in names of logs; "
+            f"choose another with name=… or runs_dir=…"
+        )
+    return None
+
+
+def forget_overrides(script: str) -> list[str]:
+    """Remove from the environment what would override options of the script; the names that were there.
+
+    To sbatch its variables count more than its script. Those of options that the launcher was not given, such as
+    SBATCH_ACCOUNT, are of the site or the person, and stay.
+    """
+    options = re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)
+    ends = [*NEVER, *(end for o in options for end in VARIABLES_OF.get(o, [o.upper().replace("-", "_")]))]
+    names = sorted({f"SBATCH_{end}" for end in ends} & set(os.environ))
+    for name in names:
+        del os.environ[name]
+    return names
+
+
 def configs_of(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
     """The configs of all runs that can be read, and what is wrong with the others and with the options.
 
@@ -92,6 +140,8 @@ def configs_of(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
             "sbatch: not found; run this on a login node of the cluster, or `bfsys launch` to train on this machine"
         )
     configs = sweep_configs(args.config, args.overrides, args.sweep, problems)
+    problems += [problem for config in configs if (problem := name_problem(config))]
+    configs = [config for config in configs if not name_problem(config)]
     if not configs:
         raise UserError(*dict.fromkeys(problems))
     return configs, problems

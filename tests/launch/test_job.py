@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 
 from bfsys.config import Config
+from bfsys.errors import UserError
 from bfsys.launch import job as job_module
 from bfsys.launch.job import MASTER_PORTS, TrainJob, gloo_interface, slurm_variables
 from bfsys.ranks import Ranks
@@ -94,14 +95,43 @@ def test_plain_srun_makes_ranks(monkeypatch):
         job_module.set_slurm_variables()
         assert "RANK" not in os.environ  # a batch script is no step
         os.environ["SLURM_STEP_NODELIST"] = "n[1-2]"
+        os.environ["SLURM_STEP_ID"] = "4294967290"
+        job_module.set_slurm_variables()
+        assert "RANK" not in os.environ  # nor is the shell that salloc gives on a node
+        os.environ |= {"SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "1"}
+        job_module.set_slurm_variables()
+        assert "RANK" not in os.environ  # the number of the job's tasks is not that of the step's
+        os.environ["SLURM_STEP_NUM_TASKS"] = "4"
         job_module.set_slurm_variables()
         assert (os.environ["RANK"], os.environ["MASTER_ADDR"]) == ("3", "n1")
+
+
+def test_variables_of_ranks_that_srun_has_not_made(monkeypatch):
+    """They are right from torchrun, one on each node, and wrong where they are left over in the shell."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    step = {**TASK, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n"}
+    torchrun = {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "TORCHELASTIC_RUN_ID": "x"}
+    one_each = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    others_several = {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
+    as_srun = {"RANK": "1", "WORLD_SIZE": "2"}
+    for right in (torchrun, one_each, others_several, as_srun):
+        with mock.patch.dict(os.environ, {**step, **right}):
+            job_module.set_slurm_variables()
+            assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == (right["RANK"], right["WORLD_SIZE"])
+    for wrong in ({"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "2"}):
+        said = rf"^RANK is 0 and WORLD_SIZE is {wrong.get('WORLD_SIZE', 1)}, but srun .* task 1 of 2; .*unset RANK"
+        with mock.patch.dict(os.environ, {**step, **wrong}), pytest.raises(UserError, match=said):
+            job_module.set_slurm_variables()
 
 
 def test_ports_differ_between_neighbouring_jobs_and_are_not_ephemeral():
     tasks = ({**TASK, "SLURM_NODEID": "0", "SLURM_JOB_ID": str(n)} for n in range(5000, 5100))
     ports = {slurm_variables(task, ["n1"])["MASTER_PORT"] for task in tasks}
     assert len(ports) == 100
+    steps = ({**TASK, "SLURM_NODEID": "0", "SLURM_JOB_ID": "5000", "SLURM_STEP_ID": str(n)} for n in range(1, 20))
+    ports |= {slurm_variables(task, ["n1"])["MASTER_PORT"] for task in steps}
+    assert len(ports) == 119  # two runs in one allocation
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     if first_ephemeral == 32_768:  # Linux's default; an administrator may have moved it
         assert MASTER_PORTS.stop <= first_ephemeral

@@ -16,11 +16,13 @@ from bfsys.supervision.run_end import note_end
 
 @pytest.fixture
 def slurm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`slurm_says(scontrol, sacct)`: what they print of any job."""
+    """`slurm_says(scontrol, sacct)`: what they print of any job, which is by default one of the run x."""
 
-    def say(scontrol: str, sacct: str = "", complaint: str = "") -> None:
+    def say(scontrol: str, sacct: str = "", complaint: str = "", files: str = "runs/x/slurm") -> None:
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
+        scontrol += f" StdOut={tmp_path}/{files}/42_0_log.out" if scontrol else ""
+        sacct += f"|sbatch {tmp_path}/{files}/.submission_file.sh" if sacct else ""
         for name, text in (("scontrol", scontrol), ("sacct", sacct)):
             end = f"echo '{complaint}' >&2; exit 1" if complaint else ""
             (folder / name).write_text(f"#!/bin/sh\necho '{text}'\n{end}\n")
@@ -74,7 +76,8 @@ def test_a_waiting_job(run: Path, slurm_says, capsys) -> None:
     [
         ("JobState=TIMEOUT EndTime=2026-11-21T18:30:00 Restarts=0", "", "TIMEOUT ended 2026-11-21 18:30:00"),
         ("", "CANCELLED by 0|2026-11-21T18:30:00", "CANCELLED ended 2026-11-21 18:30:00"),
-        ("", "", "unknown to SLURM"),
+        ("", "RUNNING|Unknown", "unknown to SLURM, "),  # its end was lost: it is in no queue
+        ("", "", "unknown to SLURM, "),
     ],
 )
 def test_a_job_that_is_over(run: Path, slurm_says, capsys, scontrol: str, sacct: str, shown: str) -> None:
@@ -97,9 +100,97 @@ def test_a_controller_that_is_away_is_no_end(run: Path, slurm_says, capsys) -> N
     slurm_says("", complaint="slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     assert call("slurm", ["status", str(run)]) == 0
     assert "42: SLURM does not answer" in capsys.readouterr().out
+    note_end(run, 0, "finished")  # nor does it hide one
+    assert call("slurm", ["status", str(run)]) == 0
+    assert "ended    finished (code 0)" in capsys.readouterr().out
+    (run / "ended.json").unlink()
+    with pytest.raises(UserError, match=r"SLURM does not answer whether job 42 is over; .* See sinfo"):
+        call("slurm", ["stop", str(run)])
     slurm_says("", complaint="slurm_load_jobs error: Invalid job id specified")
     assert call("slurm", ["status", str(run)]) == 1
     assert "42: unknown to SLURM" in capsys.readouterr().out
+
+
+def test_a_controller_that_is_away_is_asked_once(run: Path, slurm_says, tmp_path: Path, capsys) -> None:
+    for number in range(43, 50):
+        jobs.note_submission(run, jobs.Submitted(str(number), str(run / "slurm" / "log"), "", "again"))
+    slurm_says("")
+    (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\necho $4 >> {tmp_path}/asked\nexit 1\n")
+    assert call("slurm", ["status", str(run)]) == 0
+    assert (tmp_path / "asked").read_text() == "42\n"
+    assert "job      49: SLURM does not answer" in capsys.readouterr().out
+
+
+def test_the_number_of_a_job_that_is_another_runs_by_now_does_not_count(
+    run: Path, slurm_says, tmp_path: Path, capsys
+) -> None:
+    slurm_says(RUNNING, "FAILED|2026-11-21T18:30:00", files="runs/y/slurm")
+    with pytest.raises(UserError, match="this run has no pending or running job"):
+        call("slurm", ["stop", str(run)])
+    assert not (tmp_path / "cancelled").exists()
+    note_end(run, 0, "finished")
+    assert call("slurm", ["status", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "42: unknown to SLURM (its number is another job's), submitted" in out
+    assert "ended    finished" in out
+    jobs.note_submission(run, jobs.Submitted("42", str(run / "slurm" / "42_0_log.out"), "later", "again"))
+    assert [submitted.time for submitted in jobs.submissions(run)] == ["later"]
+
+
+def test_after_a_stop_on_request_the_run_has_not_failed(run: Path, slurm_says, capsys) -> None:
+    slurm_says("JobState=CANCELLED Restarts=0")
+    for code in (75, 130):
+        note_end(run, code, "stopped on request after step 7")
+        assert call("slurm", ["status", str(run)]) == 0
+        out = capsys.readouterr().out
+        assert f"stopped on request after step 7 (code {code})" in out
+        assert "next     to go on, run this command again; it resumes from the newest checkpoint:\n" in out
+        assert "fix the cause" not in out
+
+
+def test_a_job_that_was_cancelled_while_it_waited(run: Path, slurm_says, capsys) -> None:
+    slurm_says(PENDING)
+    assert call("slurm", ["stop", str(run)]) == 0
+    assert "job 42: cancelled while it waited; see" in capsys.readouterr().out
+    (run / "slurm" / "42_0_log.out").unlink()
+    slurm_says("", complaint="Invalid job id specified")  # not all sites have accounting
+    assert call("slurm", ["status", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "ended    job 42 was cancelled while it waited (code 130)" in out
+    assert "next     to go on, run this command again" in out
+    (run / "ended.json").unlink()
+    slurm_says("JobState=CANCELLED Restarts=0")  # by scancel
+    assert call("slurm", ["status", str(run)]) == 0
+    assert "ended    the job was cancelled before it began\nnext     to go on, run" in capsys.readouterr().out
+
+
+def test_a_job_that_cannot_start_by_itself(run: Path, slurm_says, capsys) -> None:
+    for reason in ("JobHeldUser", "JobHeldAdmin", "launch_failed_requeued_held"):
+        slurm_says(f"JobState=PENDING Reason={reason} Restarts=0")
+        assert call("slurm", ["status", str(run)]) == 0
+        assert capsys.readouterr().out.endswith("next     the job is held: scontrol release 42\n")
+    slurm_says("JobState=PENDING Reason=DependencyNeverSatisfied Restarts=0")
+    assert call("slurm", ["status", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert f"next     the job can never start: bfsys slurm stop {run}, then submit it again:\n         again\n" in out
+
+
+def test_the_folder_of_a_sweep_stands_for_its_runs(run: Path, slurm_says, capsys) -> None:
+    sweep = run.with_name("sw")
+    (sweep / "slurm").mkdir(parents=True)
+    for number in range(2):
+        member = run.with_name(f"sw-seed={number}")
+        job = jobs.Submitted(f"42_{number}", str(sweep / "slurm" / f"42_{number}_0_log.out"), "", "again")
+        jobs.note_submission(member, job)
+    jobs.note_submission(run.with_name("sw-other"), jobs.Submitted("7", str(run / "slurm" / "log"), "", "again"))
+    slurm_says(RUNNING, files="runs/sw/slurm")
+    assert call("slurm", ["status", str(sweep)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("run ")] == [f"run      {sweep}-seed={n}" for n in range(2)]
+    assert "job      42_1: RUNNING for" in "\n".join(lines)
+    for action in ("stop", "logs"):
+        with pytest.raises(UserError, match=r"holds the logs of a sweep; give one of its runs: .*sw-seed=0, .*seed=1$"):
+            call("slurm", [action, str(sweep)])
 
 
 def test_what_is_followed_is_whole(run: Path, slurm_says, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +199,7 @@ def test_what_is_followed_is_whole(run: Path, slurm_says, capsys, monkeypatch: p
     monkeypatch.setattr(jobs, "STATE_POLL_S", 0.2)
     log, said = run / "slurm" / "42_0_log.out", 0
 
-    def state_of(job: str) -> jobs.State:
+    def state_of(job: jobs.Submitted, **_: bool) -> jobs.State:
         nonlocal said
         said += 1
         with open(log, "a") as file:
@@ -130,8 +221,15 @@ def test_logs(run: Path, slurm_says, capsys) -> None:
     assert capsys.readouterr().out.splitlines() == [f"rank 1 line {i}" for i in range(10, 30)]
     assert call("slurm", ["logs", "--follow", str(run)]) == 0  # it is over already
     assert capsys.readouterr().out.splitlines()[-1] == "rank 0 line 29"
+    for rank in ("7", "-1"):
+        with pytest.raises(UserError, match=rf"^--rank: got {rank}; job 42 has logs of ranks 0 to 1$"):
+            call("slurm", ["logs", "--rank", rank, str(run)])
+    for log in (run / "slurm").glob("42_*"):
+        log.unlink()
     with pytest.raises(UserError, match=r"42_7_log.out: not there \(yet\); the job: COMPLETED"):
         call("slurm", ["logs", "--rank", "7", str(run)])
+    with pytest.raises(UserError, match=r"^--rank: got -1; job 42 has no log yet; ranks are numbered from 0$"):
+        call("slurm", ["logs", "--rank", "-1", str(run)])
 
 
 def test_stop(run: Path, slurm_says, tmp_path: Path, capsys) -> None:
@@ -158,4 +256,6 @@ def test_a_submission_that_was_torn_is_passed_over(run: Path) -> None:
     with open(run / "slurm" / jobs.JOBS, "a") as file:
         file.write('{"job": "43", "lo')
     assert [submitted.job for submitted in jobs.submissions(run)] == ["42"]
+    jobs.note_submission(run, jobs.Submitted("44", "log", "time", "again"))
+    assert [submitted.job for submitted in jobs.submissions(run)] == ["42", "44"]
     assert jobs.submissions(run / "other") == []

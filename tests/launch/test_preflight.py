@@ -158,3 +158,10 @@ def test_a_controller_that_does_not_answer_is_said(slurm_says, monkeypatch: pyte
     monkeypatch.setattr(slurm_commands, "LIMIT_S", 0.2)
     slurm_says("exec sleep 5", "exit 1")
     assert "no answer within" in preflight.check_slurm("", None, 2, 60).problems[0]
+    monkeypatch.undo()
+    slurm_says("echo 'allocation failure: Socket timed out on send/recv operation' >&2; exit 1", "exit 1")
+    (problem,) = preflight.check_slurm("", None, 2, 60).problems
+    assert problem == (
+        "sbatch --test-only: SLURM does not answer: allocation failure: Socket timed out on send/recv operation; "
+        "is the controller up? See sinfo"
+    )

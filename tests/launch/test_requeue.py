@@ -26,15 +26,19 @@ OUT_OF_TIME = "JobState=COMPLETING Reason=TimeLimit PreemptTime=None"
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the file `facts`, of the job that `JOB` names, and `asked`, once it is to be requeued."""
+    """A folder with the file `facts`, of the job that `JOB` names, and `asked`, once it is to be requeued. So many
+    questions as the file `away` says get no answer."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(
         "#!/bin/sh\n"
+        f"if read left < {tmp_path}/away && [ $left -gt 0 ]; then\n"
+        f"echo $((left - 1)) > {tmp_path}/away; echo 'Socket timed out on send/recv operation' >&2; exit 1; fi\n"
         f'case "$*" in "--oneliner show job $JOB") cat {tmp_path}/facts;; "show config") echo "KillWait = 9 sec";;\n'
         f'*) if [ -n "$REFUSE" ]; then echo "$REFUSE" >&2; exit 1; fi; echo "$@" >> {tmp_path}/asked;; esac\n'
     )
     scontrol.chmod(0o755)
     (tmp_path / "facts").write_text(RUNNING)
+    (tmp_path / "away").write_text("0\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -49,6 +53,7 @@ def ends(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[in
     monkeypatch.setattr(requeue, "END_WAIT_S", 0)
     monkeypatch.setattr(requeue, "PAUSES_S", (0, 0, 0))
     monkeypatch.setattr(requeue, "TRY_PAUSE_S", 0)
+    monkeypatch.setattr(requeue, "TRIES", 30)
 
     def end(code: int, facts: str = RUNNING) -> tuple[int, bool]:
         (slurm / "asked").unlink(missing_ok=True)
@@ -100,16 +105,43 @@ def test_of_an_array_one_job_is_started_again(ends, monkeypatch: pytest.MonkeyPa
     assert ends(1) == (1, True)
 
 
-def test_a_refused_requeue_is_said(ends, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    for reason in ("Requested operation is presently disabled", "Unable to contact slurm controller (connect failure)"):
-        monkeypatch.setenv("REFUSE", reason)
-        assert ends(1) == (1, False)
+def test_a_refused_requeue_is_said(ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("REFUSE", "Requested operation is presently disabled for job 42")
+    for code, noted in ((1, 1), (75, 1), (70, 70)):
+        assert ends(code) == (code, False)
         error = capsys.readouterr().err
-        assert f"job 42 could not be requeued: {reason}; " in error
+        assert "job 42 could not be requeued: Requested operation is presently disabled for job 42; " in error
         assert "submit again" in error
+        assert how_it_ended(tmp_path)["exit_code"] == noted
+        assert "could not be requeued" in how_it_ended(tmp_path)["reason"]
+    requeue.forget(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
     assert ends(1) == (1, False)
     assert "could not be requeued: [Errno 2] No such file or directory: 'scontrol'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [1, 75])
+def test_a_controller_that_is_away_or_busy_is_asked_again(ends, tmp_path: Path, code: int, capsys) -> None:
+    (tmp_path / "away").write_text("20\n")
+    assert ends(code) == (code, True)
+    assert capsys.readouterr().err == ""
+
+
+def test_at_the_time_limit_a_controller_that_is_away_makes_no_stop_on_request(ends, tmp_path: Path) -> None:
+    (tmp_path / "away").write_text("3\n")
+    assert ends(130, OUT_OF_TIME)[1]
+
+
+def test_a_requeue_whose_answer_got_lost_is_none_that_failed(ends, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("REFUSE", "Job is pending execution for job 42")  # the try before was heard
+    assert ends(1) == (1, False)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("REFUSE", "Unexpected message received for job 42")
+    assert ends(1) == (1, False)
+    error = capsys.readouterr().err
+    assert error.startswith("error: job 42: SLURM did not say whether it requeues the job: Unexpected message ")
+    assert "see `squeue --jobs 42`" in error
+    assert "could not be requeued" not in error
 
 
 def test_three_starts_again_without_progress_are_enough(ends, tmp_path: Path) -> None:
@@ -204,6 +236,29 @@ def test_tasks_that_outlast_the_time_limit_do_not_keep_the_job_away(slurm: Path)
     assert time.monotonic() - began < 8
     process.kill()
     process.wait()
+
+
+def test_at_the_time_limit_the_script_asks_until_slurm_says_so(slurm: Path) -> None:
+    process = start(slurm, "trap '' TERM; sleep 30")
+    (slurm / "facts").write_text(OUT_OF_TIME)
+    (slurm / "away").write_text("2\n")
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    wait_for(slurm / "asked")
+    assert 3 < time.monotonic() - began < 9  # it asks every two seconds
+    process.kill()
+    process.wait()
+
+
+def test_an_array_that_the_submitting_shell_was_in_is_not_the_jobs(slurm: Path, monkeypatch) -> None:
+    for name, value in (("SLURM_ARRAY_JOB_ID", "40"), ("SLURM_ARRAY_TASK_ID", "3")):
+        monkeypatch.setenv(name, value)
+    process = start(slurm, f"env > {slurm}/environment; exit 1")
+    wait_for(slurm / "asked")
+    process.kill()
+    process.wait()
+    assert (slurm / "asked").read_text() == "requeue 42\n"
+    assert "SLURM_ARRAY" not in (slurm / "environment").read_text()
 
 
 def test_a_pause_ends_when_the_time_does(slurm: Path) -> None:

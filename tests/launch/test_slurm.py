@@ -5,7 +5,9 @@ The tests on a cluster (pytest -m slurm) need a folder that its nodes share: --b
 
 from __future__ import annotations
 
+import errno
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -140,8 +142,9 @@ def test_a_job_that_is_refused_after_all_leaves_nothing_of_it(config_file, tmp_p
     problems = problems_of("--nodes", 2, ON_CPUS, "--partition", "nope", config_file)
     assert problems == ["sbatch refused the job: invalid partition specified: nope"]
     assert "Traceback" not in "".join(capfd.readouterr())
-    (left,) = (tmp_path / "runs" / "tiny" / "slurm").iterdir()
-    assert left.name.startswith("code-")
+    code, record = sorted((tmp_path / "runs" / "tiny" / "slurm").iterdir())
+    assert code.name.startswith("code-")
+    assert (record.name, record.read_text()) == (jobs.JOBS, "")
 
 
 def test_submission_tells_what_to_do_next_and_carries_the_job(config_file, tmp_path, sbatch, capsys, monkeypatch):
@@ -161,6 +164,122 @@ def test_submission_tells_what_to_do_next_and_carries_the_job(config_file, tmp_p
     (submitted,) = jobs.submissions(tmp_path / "runs" / "tiny")
     assert (submitted.job, submitted.log) == ("42", lines["log"])
     assert submitted.command == f"bfsys slurm --nodes 2 {ON_CPUS} tiny.yaml train.steps=12"
+
+
+def test_a_controller_that_did_not_answer_sbatch_may_have_taken_the_job(config_file, sbatch):
+    reason = "Batch job submission failed: Socket timed out on send/recv operation"
+    sbatch(f"#!/bin/sh\n[ \"$1\" = --test-only ] && exit\necho 'sbatch: error: {reason}' >&2\nexit 1\n")
+    (problem,) = problems_of("--nodes", 2, ON_CPUS, config_file)
+    assert problem.startswith(f"sbatch: SLURM does not answer: {reason}; is the controller up? See sinfo. ")
+    assert "`squeue --me`" in problem
+
+
+def scontrol_says(tmp_path: Path, script: str) -> None:
+    (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
+
+
+def test_a_run_that_has_a_job_is_not_submitted_again(config_file, tmp_path, sbatch):
+    sbatch(ACCEPTING)
+    assert call("slurm", ["--nodes", "2", ON_CPUS, str(config_file)]) == 0
+    log = jobs.submissions(tmp_path / "runs" / "tiny")[0].log
+    scontrol_says(tmp_path, f"echo JobState=PENDING StdOut={log}")
+    (problem,) = problems_of("--nodes", 2, ON_CPUS, config_file)
+    assert "job 42 is already pending or running; " in problem
+    scontrol_says(tmp_path, "echo Unable to contact slurm controller >&2; exit 1")
+    (problem,) = problems_of("--nodes", 2, ON_CPUS, config_file)
+    assert "SLURM does not answer whether job 42 is over; is the controller up?" in problem
+    scontrol_says(tmp_path, "echo JobState=RUNNING StdOut=/elsewhere/42_0_log.out")
+    assert call("slurm", ["--nodes", "2", ON_CPUS, str(config_file)]) == 0
+
+
+def test_one_submission_of_a_run_at_a_time(config_file, tmp_path, sbatch):
+    sbatch(f'#!/bin/sh\n[ "$1" = --test-only ] || touch {tmp_path}/submitted\n{ACCEPTING}')
+    with jobs.submitting(tmp_path / "runs" / "tiny"):
+        (problem,) = problems_of("--nodes", 2, ON_CPUS, config_file)
+    assert f"run directory {tmp_path}/runs/tiny: another submission of this run is in progress" in problem
+    assert not (tmp_path / "submitted").exists()
+    # One that ends between the check and the submission is seen, too.
+    count = f"{tmp_path}/count"
+    log = tmp_path / "runs" / "tiny" / "slurm" / "7_0_log.out"
+    jobs.note_submission(tmp_path / "runs" / "tiny", jobs.Submitted("7", str(log), "", ""))
+    scontrol_says(tmp_path, f"[ -e {count} ] && echo JobState=PENDING StdOut={log}; touch {count}")
+    (problem,) = problems_of("--nodes", 2, ON_CPUS, config_file)
+    assert "job 7 is already pending or running; " in problem
+    assert not (tmp_path / "submitted").exists()
+
+
+def test_a_job_that_cannot_be_recorded_is_not_submitted_or_is_named(config_file, tmp_path, sbatch, monkeypatch):
+    sbatch(f'#!/bin/sh\n[ "$1" = --test-only ] || touch {tmp_path}/submitted\n{ACCEPTING}')
+    record = tmp_path / "runs" / "tiny" / "slurm" / jobs.JOBS
+    record.parent.mkdir(parents=True)
+    record.symlink_to("/no/where")
+    (problem,) = problems_of("--nodes", 2, ON_CPUS, config_file)
+    assert problem.startswith(f"{record}: cannot be written, and each job is recorded there: ")
+    assert not (tmp_path / "submitted").exists()
+    record.unlink()
+
+    def on_a_full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jobs, "note_submission", on_a_full_disk)
+    (problem,) = problems_of("--nodes", 2, ON_CPUS, config_file)
+    assert "No space left on device; job 42 is submitted, but status and stop do not know it" in problem
+    assert "`scancel 42`" in problem
+
+
+def test_sbatch_hears_the_launchers_options_and_of_the_shell_only_others(
+    config_file, tmp_path, sbatch, capsys, monkeypatch
+):
+    sbatch(f"#!/bin/sh\nenv >> {tmp_path}/environment\n" + ACCEPTING)
+    own = ("SBATCH_TIMELIMIT", "SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_JOB_NAME", "SBATCH_SIGNAL",
+           "SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_QOS", "SBATCH_OUTPUT", "SBATCH_OPEN_MODE",
+           "SBATCH_MEM_PER_CPU")  # fmt: skip
+    others = ("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_WCKEY", "SBATCH_RESERVATION")
+    for name in own + others:
+        monkeypatch.setenv(name, "1")
+    assert call("slurm", ["--nodes", "2", ON_CPUS, "--qos=q", "--mem=2G", str(config_file)]) == 0
+    seen = [line for line in (tmp_path / "environment").read_text().splitlines() if line.startswith("SBATCH_")]
+    assert sorted(seen) == sorted(2 * [f"{name}=1" for name in others])
+    assert f"note: {', '.join(sorted(own))}: not used; the options of the launcher decide" in capsys.readouterr().err
+
+
+def test_names_that_cannot_be(config_file):
+    for name, said in (
+        ("50%", "run directory .*/runs/50%: has a % in its path, which SLURM replaces"),
+        ("a\\b", r"run directory .*: has a \\ in its path"),
+        ("x" * 260, "^name: x{40}… has 260 bytes; at most 250 are allowed"),
+        ("a\nb", r"run directory '.*a\\nb': one line of printable characters"),
+    ):
+        (problem,) = problems_of("--nodes", 1, ON_CPUS, "--dry-run", config_file, f"name={name}")
+        assert re.search(said, problem), problem
+    (problem,) = problems_of("--nodes", 1, ON_CPUS, "--dry-run", "--name", "a\nb", config_file)
+    assert problem == "--name: got 'a\\nb'; one line of printable characters is allowed"
+
+
+def test_of_a_sweep_the_runs_without_a_job_are_submitted(config_file, tmp_path, sbatch, capsys):
+    sbatch(ACCEPTING)
+    sweep = ["--nodes", "2", ON_CPUS, "--sweep", "train.seed=0,1,2", str(config_file)]
+    assert call("slurm", sweep) == 0
+    folder = tmp_path / "runs" / "tiny" / "slurm"
+    scontrol_says(tmp_path, f'case $4 in 42_1) echo "JobState=RUNNING StdOut={folder}/42_1_0_log.out";; esac')
+    sbatch_again = tmp_path / "bin" / "sbatch"
+    sbatch_again.write_text("#!/bin/sh\necho Submitted batch job 43\n")
+    capsys.readouterr()
+    assert call("slurm", sweep) == 0
+    out, err = capsys.readouterr()
+    runs = [tmp_path / "runs" / f"tiny-seed={seed}" for seed in range(3)]
+    assert [[job.job for job in jobs.submissions(run)] for run in runs] == [
+        ["42_0", "43_0"],
+        ["42_1"],
+        ["42_2", "43_1"],
+    ]
+    assert f"note: run {runs[1]}: job 42_1 is already pending or running, and is not submitted again" in err
+    assert "job 43_1:" in out
+    scontrol_says(tmp_path, f'echo "JobState=RUNNING StdOut={folder}/42_1_0_log.out"')
+    assert [problem.partition(";")[0] for problem in problems_of(*sweep)] == [
+        f"run {run}: job {job} is already pending or running"
+        for run, job in zip(runs, ("42_0", "42_1", "42_2"), strict=True)
+    ]
 
 
 def test_equal_code_is_copied_once(config_file, tmp_path):
