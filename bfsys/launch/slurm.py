@@ -293,9 +293,8 @@ def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
         reason = re.sub(r"^sbatch: (error: )?", "", str(error).strip(), flags=re.MULTILINE).replace("\n", "; ")
         if is_unreached(reason):
             raise UserError(
-                f"sbatch: SLURM does not answer: {reason}; {IS_IT_UP}. Before you submit again, see "
-                "with `squeue --me` whether it has taken the job all the same, and end that with scancel: its files "
-                "are gone"
+                f"sbatch: SLURM does not answer: {reason}; {IS_IT_UP}. Before you submit again, run `squeue --me`. If "
+                "the job is there, cancel it with scancel, because its files were removed"
             ) from None
         raise UserError(f"sbatch refused the job: {reason}") from None
     except FailedSubmissionError as error:
