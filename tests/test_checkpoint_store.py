@@ -282,6 +282,27 @@ def test_errors_of_the_disk_are_no_errors_of_the_store(tmp_path: Path) -> None:
         store.put(tmp_path / "nowhere", {})
 
 
+def test_a_file_server_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "run", 1)
+    task = {"action": "copy", "url": f"file://{tmp_path}/mine", "path": str(path), "run_dir": str(tmp_path / "run"),
+            "keep": KEEP}  # fmt: skip
+    read_bytes = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == MANIFEST:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr("bfsys.checkpoint.files.PAUSES_S", ())
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    answer = copier.outcome(task)
+    assert "damaged" not in answer
+    assert answer["exit_code"] == EXIT_CRASHED
+    monkeypatch.undo()
+    (path / MANIFEST).write_text("{}")
+    assert "checksum mismatch" in copier.outcome(task)["damaged"]
+
+
 def test_a_copy_that_fails_after_a_save_is_followed_by_that_of_the_newest(tmp_path: Path) -> None:
     run, place = tmp_path / "run", tmp_path / "copies"
     place.write_text("in the way")

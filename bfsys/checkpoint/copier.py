@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -20,6 +21,7 @@ if __name__ == "__main__":
 import shutil
 
 from bfsys.checkpoint.files import (
+    Damaged,
     RetentionPolicy,
     checkpoint_name,
     checkpoints_dir,
@@ -48,19 +50,27 @@ def main() -> None:
         os.write(descriptor, json.dumps(what).encode())
         os._exit(0)  # threads that wait for the store do not hold it up
 
+    def watch(store: Store) -> None:
+        threading.Thread(target=_watch, args=(store, answer), daemon=True).start()
+
+    answer(outcome(task, watch))
+
+
+def outcome(task: dict, watch: Callable[[Store], None] = lambda store: None) -> dict:
+    """What was done, or why it could not be done. `watch` receives the store once it is opened."""
     try:
         store = Store(task["url"])
-        threading.Thread(target=_watch, args=(store, answer), daemon=True).start()
-        answer(copy(store, task) if task["action"] == "copy" else fetch(store, task))
-    except StoreError as error:
-        answer({"problem": str(error), "exit_code": error.exit_code})
+        watch(store)
+        return copy(store, task) if task["action"] == "copy" else fetch(store, task)
+    except Damaged as error:
+        return {"damaged": "\n".join(first_of(list(error.problems)))}
     except UserError as error:
-        answer({"damaged": "\n".join(first_of(list(error.problems)))})
+        return {"problem": str(error), "exit_code": error.exit_code}
     except OSError as error:
         code = EXIT_CRASHED if error.errno in TRANSIENT_ERRNOS else EXIT_STORAGE
-        answer({"problem": f"{error.filename or task['run_dir']}: {error.strerror}", "exit_code": code})
+        return {"problem": f"{error.filename or task['run_dir']}: {error.strerror}", "exit_code": code}
     except Exception as error:  # standard error is closed, so a traceback would be lost
-        answer({"problem": f"the copying process failed: {error!r}"[:1000], "exit_code": EXIT_CRASHED})
+        return {"problem": f"the copying process failed: {error!r}"[:1000], "exit_code": EXIT_CRASHED}
 
 
 def _watch(store: Store, answer) -> None:
@@ -101,9 +111,7 @@ def fetch(store: Store, task: dict) -> dict:
             break
         try:
             manifest = store.manifest(name)
-        except StoreError:
-            raise
-        except UserError as error:
+        except Damaged as error:
             skipped += error.problems
             continue
         if manifest is None:  # it was cut short

@@ -307,6 +307,10 @@ def checksum_mismatch(file: Path) -> str:
     return f"{file}: checksum mismatch, the file is corrupt"
 
 
+class Damaged(UserError):
+    """A checkpoint, or a copy of one, that is not whole."""
+
+
 class Unreachable(UserError):
     """A file server does not give a file, of which nobody can tell, then, whether it is damaged."""
 
@@ -335,32 +339,30 @@ def manifest_or_problems(path: Path) -> tuple[dict | None, list[str]]:
     """The manifest of a checkpoint, and what is wrong with it. Raises Unreachable if nobody can tell."""
     try:
         return read_manifest(path), []
-    except Unreachable:
-        raise
-    except UserError as error:
+    except Damaged as error:
         return None, list(error.problems)
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest of a checkpoint; raises UserError if there is none, or it is not as it was written."""
+    """The manifest of a checkpoint; raises Damaged if there is none, or it is not as it was written."""
     try:
         text = with_retries(Path.read_bytes, path / MANIFEST)
     except OSError as error:
-        raise UserError(f"{path}: not a checkpoint, {MANIFEST}: {error.strerror}") from None
+        raise Damaged(f"{path}: not a checkpoint, {MANIFEST}: {error.strerror}") from None
     return parse_manifest(text, str(path))
 
 
 def parse_manifest(text: bytes, path: str) -> dict:
-    """The manifest of the checkpoint at `path`, from the content of its file; raises UserError if that is damaged."""
+    """The manifest of the checkpoint at `path`, from the content of its file; raises Damaged if that is another."""
     try:
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
-            raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
+            raise Damaged(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
         intact = manifest.pop("sha256") == fingerprint(manifest)
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise UserError(f"{path}/{MANIFEST}: checksum mismatch, the file is corrupt")
+        raise Damaged(f"{path}/{MANIFEST}: checksum mismatch, the file is corrupt")
     return manifest
 
 

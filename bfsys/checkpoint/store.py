@@ -26,6 +26,7 @@ from typing import BinaryIO, TypeVar
 from bfsys.checkpoint.files import (
     MANIFEST,
     NAME,
+    Damaged,
     RetentionPolicy,
     checksum_mismatch,
     parse_manifest,
@@ -111,17 +112,15 @@ class Store:
         return self._tried("cannot be read", found)
 
     def manifest(self, name: str) -> dict | None:
-        """The manifest of a copy; None if it has none. Raises UserError if it is damaged."""
+        """The manifest of a copy; None if it has none. Raises Damaged if it is not as written."""
         text = self._manifest_text(name)
         return None if text is None else parse_manifest(text, f"{self.url}/{name}")
 
     def manifest_or_error(self, name: str) -> dict:
-        """The manifest of a copy; raises UserError if it has none, or a damaged one."""
+        """The manifest of a copy; raises Damaged if it has none, or one that is not as written."""
         manifest = self.manifest(name)
         if manifest is None:
-            raise UserError(
-                f"{self.url}/{name}: has no {MANIFEST}: it is being copied, was cut short, or never existed"
-            )
+            raise Damaged(f"{self.url}/{name}: has no {MANIFEST}: it is being copied, was cut short, or never existed")
         return manifest
 
     def _manifest_text(self, name: str) -> bytes | None:
@@ -134,7 +133,7 @@ class Store:
         return self._tried("cannot be read", read)
 
     def put(self, path: Path, manifest: Mapping) -> None:
-        """Copy a checkpoint from the disk, unless there is an equal copy. Raises UserError if a file is not as the
+        """Copy a checkpoint from the disk, unless there is an equal copy. Raises Damaged if a file is not as the
         manifest says, OSError if it cannot be read."""
         text = (path / MANIFEST).read_bytes()
         old = self._manifest_text(path.name)
@@ -174,9 +173,7 @@ class Store:
         """The problems of a copy; none if every file is there and has its sha256. Reads every byte."""
         try:
             manifest = self.manifest_or_error(name)
-        except StoreError:
-            raise
-        except UserError as error:
+        except Damaged as error:
             return list(error.problems)
         files = manifest["files"]
         return self._strange_names(name, manifest) or _of_all(
@@ -245,7 +242,7 @@ class Store:
                     target.write(part)
                     self.moved = time.monotonic()
             if digest.hexdigest() != entry["sha256"]:
-                raise UserError(f"{checksum_mismatch(source)}; it is not copied")
+                raise Damaged(f"{checksum_mismatch(source)}; it is not copied")
             target.close()
         except BaseException:
             with suppress(Exception):  # a file in a folder has nothing to give up

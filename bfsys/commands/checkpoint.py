@@ -17,6 +17,7 @@ from bfsys.checkpoint.files import (
     MANIFEST,
     METRICS,
     NAME,
+    Damaged,
     RetentionPolicy,
     all_checkpoints,
     as_url,
@@ -33,7 +34,7 @@ from bfsys.checkpoint.files import (
     take_over,
     to_prune,
 )
-from bfsys.checkpoint.store import Store, StoreError
+from bfsys.checkpoint.store import Store
 from bfsys.errors import UserError, one_line
 from bfsys.object_stores import URL
 
@@ -178,9 +179,7 @@ def show_list(args: argparse.Namespace) -> int:
         step = step_of_name(checkpoint.name)
         try:
             manifest = checkpoint.manifest()
-        except StoreError:
-            raise
-        except UserError as error:
+        except Damaged as error:
             print(one_line(f"{step:>10}  damaged: {'; '.join(error.problems)}"))
             continue
         there = checkpoint.sizes()
@@ -216,9 +215,7 @@ def newest_readable(checkpoints: Sequence[OnDisk | InStore]) -> tuple[OnDisk | I
     for checkpoint in reversed(checkpoints):
         try:
             manifest = checkpoint.manifest()
-        except StoreError:
-            raise
-        except UserError as error:
+        except Damaged as error:
             problems += error.problems
             continue
         for problem in problems:
@@ -276,9 +273,7 @@ def fetch(checkpoint: InStore, run_dir: Path) -> list[str]:
         raise UserError(f"{final}: there is a whole checkpoint of this name; give another folder")
     try:
         manifest = checkpoint.manifest()
-    except StoreError:
-        raise
-    except UserError as error:
+    except Damaged as error:
         return list(error.problems)
     work = final.with_name(f".{final.name}.{os.getpid()}.part")
     new_work_dir(work)

@@ -12,13 +12,14 @@ transforms of our own, with which the published numbers could not be compared.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from bfsys.data.media.encodings import ENCODINGS, Encoding, resample, set_length
+from bfsys.config import Augment
+from bfsys.data.media.encodings import ENCODINGS, Encoding, parse_encoding, resample, set_length
 from bfsys.data.media.modalities import MODALITIES, Clip, decode_audio, decode_image
 from bfsys.errors import UserError
 
@@ -40,42 +41,21 @@ SLOWEST, FASTEST = 0.5, 2.0
 
 
 class Augmentation:
-    """The augmentation of a source's training files. Can be pickled and forked.
+    """The augmentation of a source's training files. Can be pickled and forked."""
 
-    encoding         what comes out; decides whether pictures or sounds go in
-    image_size       pixels, of a square
-    sample_rate_hz   sounds are resampled to it
-    seconds          sounds are cut at the end, or filled up with silence
-    background       folder of recordings that are added, quietly, to every sound
-    mixup            mix each sound with a second one
-    speeds           factors, one of which is drawn for each sound; 2.0 is twice as fast and an octave higher
-    """
-
-    def __init__(
-        self,
-        encoding: Encoding,
-        *,
-        image_size: int = 224,
-        sample_rate_hz: int = 16_000,
-        seconds: float = 1.0,
-        background: Path | None = None,
-        mixup: bool = True,
-        speeds: Sequence[float] = (),
-    ) -> None:
-        _check(encoding, background, speeds)
-        if round(seconds * sample_rate_hz) < 1:
-            raise UserError(f"augmentation: {seconds} s at {sample_rate_hz} Hz is less than one sample of sound")
-        self.encoding = encoding
-        self.mixes = encoding.modality == "audio" and mixup
+    def __init__(self, options: Augment) -> None:
+        """Raises UserError for what cannot be made."""
+        encoding = parse_encoding(options.encoding)
+        _check(encoding, options)
+        self.encoding, self._options = encoding, options
+        self.mixes = encoding.modality == "audio" and options.mixup
         """A second file is wanted."""
-        self._transform_picture = _picture_transforms(image_size) if encoding.modality == "image" else None
-        self._sample_rate_hz = sample_rate_hz
-        self._seconds = seconds
-        self._speeds = tuple(speeds)
-        self._recordings = _Recordings(background, sample_rate_hz) if background else None
+        self._transform_picture = _picture_transforms(options.image_size) if encoding.modality == "image" else None
+        background = options.background
+        self._recordings = _Recordings(Path(background), options.sample_rate_hz) if background else None
         self.background = self._recordings.fingerprint if self._recordings else None
         """A fingerprint of a folder of recordings, independent of its path."""
-        self.least_bytes = self._encoded_bytes(image_size)
+        self.least_bytes = self._encoded_bytes()
         """Length of a file without content: that of every file, unless the encoding `compresses`."""
         self.compresses = encoding.compresses
 
@@ -94,13 +74,14 @@ class Augmentation:
             clip = Clip((1 - share) * clip.wave + share * other.wave, clip.rate_hz)
         return self.encoding.file_of(clip), share
 
-    def _encoded_bytes(self, image_size: int) -> int:
+    def _encoded_bytes(self) -> int:
         """The length of an encoded black picture or silence. It also shows at the start what the encoder cannot do."""
+        options = self._options
         try:
             if self._transform_picture:
-                return len(self.encoding.file_of(np.zeros((image_size, image_size, 3), np.uint8)))
-            silence = np.zeros(round(self._seconds * self._sample_rate_hz), np.float32)
-            return len(self.encoding.file_of(Clip(silence, self._sample_rate_hz)))
+                return len(self.encoding.file_of(np.zeros((options.image_size, options.image_size, 3), np.uint8)))
+            silence = np.zeros(round(options.seconds * options.sample_rate_hz), np.float32)
+            return len(self.encoding.file_of(Clip(silence, options.sample_rate_hz)))
         except Exception as error:  # encoders raise anything
             raise UserError(f"augmentation with encoding {self.encoding.text!r} cannot be made: {error}") from None
 
@@ -115,10 +96,11 @@ class Augmentation:
         return False
 
     def _clip(self, data: bytes, rng: np.random.Generator) -> Clip:
-        clip = resample(decode_audio(data, self._seconds * max(self._speeds, default=1.0)), self._sample_rate_hz)
-        if self._speeds:
-            clip = change_speed(clip, self._speeds[rng.integers(len(self._speeds))])
-        clip = set_length(clip, self._seconds)
+        options, speeds = self._options, self._options.speeds
+        clip = resample(decode_audio(data, options.seconds * max(speeds, default=1.0)), options.sample_rate_hz)
+        if speeds:
+            clip = change_speed(clip, speeds[rng.integers(len(speeds))])
+        clip = set_length(clip, options.seconds)
         wave = clip.wave
         if self._recordings:
             wave = wave + BACKGROUND_GAIN * self._recordings.crop(len(wave), rng)
@@ -135,7 +117,7 @@ def _picture(data: bytes, transform: Callable, rng: np.random.Generator) -> np.n
         return np.asarray(transform(Image.fromarray(pixels)))
 
 
-def _check(encoding: Encoding, background: Path | None, speeds: Sequence[float]) -> None:
+def _check(encoding: Encoding, options: Augment) -> None:
     """Raise one UserError for all that cannot be."""
     problems = []
     if encoding.modality is None:
@@ -143,15 +125,19 @@ def _check(encoding: Encoding, background: Path | None, speeds: Sequence[float])
             f"augmentation with encoding {encoding.text!r}: an augmented file is not the stored one any more and must "
             f"be encoded; choose one of {', '.join(ENCODINGS)}"
         )
-    if encoding.modality == "image" and (background or speeds):
+    if encoding.modality == "image" and (options.background or options.speeds):
         problems.append(
             f"augmentation with encoding {encoding.text!r}: background and speeds are for sounds; leave them out"
         )
-    for speed in speeds:
+    for speed in options.speeds:
         if not (SLOWEST <= speed <= FASTEST and abs(speed * SPEED_STEPS - round(speed * SPEED_STEPS)) < 1e-6):
             problems.append(
                 f"augmentation with speed {speed}: allowed are {SLOWEST} … {FASTEST} in steps of {1 / SPEED_STEPS}"
             )
+    if round(options.seconds * options.sample_rate_hz) < 1:
+        problems.append(
+            f"augmentation: {options.seconds} s at {options.sample_rate_hz} Hz is less than one sample of sound"
+        )
     if problems:
         raise UserError(*problems)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from bfsys.config import Config
-from bfsys.data.media.encodings import parse_encoding
 from bfsys.data.media.modalities import PECULIARITIES, peculiarities_of
 from bfsys.data.storage.classes import Spelling, notes_on_classes, too_alike
 from bfsys.data.storage.remote import Cache, is_remote
@@ -196,23 +195,13 @@ def _folder_name(location: str) -> str:
 
 
 def make_augmentation(config: Config, source: int) -> Augmentation | None:
-    augment = config.data.sources[source].augment
-    if not augment:
-        return None
-    return Augmentation(
-        parse_encoding(augment.encoding),
-        image_size=augment.image_size,
-        sample_rate_hz=augment.sample_rate_hz,
-        seconds=augment.seconds,
-        background=Path(augment.background) if augment.background else None,
-        mixup=augment.mixup,
-        speeds=augment.speeds,
-    )
+    options = config.data.sources[source].augment
+    return Augmentation(options) if options else None
 
 
 def make_jitter(config: Config, source: int) -> Jitter | None:
     options = config.data.sources[source].jitter
-    return Jitter(**asdict(options), least_bytes=config.model.least_bytes) if options else None
+    return Jitter(options, config.model.least_bytes) if options else None
 
 
 def trained_transforms(manifest: dict) -> list[str]:

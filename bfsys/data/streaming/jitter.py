@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bfsys import config
 from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.same_format import change_picture, change_sound
 from bfsys.data.media.sounds import Clip
@@ -31,22 +32,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Jitter:
-    """The jitter of a source's training files; its numbers are those of `bfsys.config.Jitter`."""
+    """The jitter of a source's training files."""
 
-    share: float
-    rotation_degrees: float
-    zoom: float
-    shift: float
-    mirror: bool
-    speed: float
-    gain_db: float
+    options: config.Jitter
     least_bytes: int
     """A file that would become shorter goes in as it is."""
 
     def __call__(self, data: bytes, rng: np.random.Generator) -> bytes:
         """The bytes of the changed file, or the same bytes."""
         kind = kind_of(np.frombuffer(data, np.uint8))
-        if kind is None or rng.random() >= self.share:
+        if kind is None or rng.random() >= self.options.share:
             return data
         try:
             if kind.modality == "image":
@@ -63,10 +58,11 @@ class Jitter:
     def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         from PIL import Image
 
-        angle = np.deg2rad(rng.uniform(-self.rotation_degrees, self.rotation_degrees))
-        scale = rng.uniform(1 - self.zoom, 1 + self.zoom, 2)
-        moved = np.rint(rng.uniform(-self.shift, self.shift, 2) * image.size)
-        mirrored = -1 if self.mirror and rng.random() < 0.5 else 1
+        options = self.options
+        angle = np.deg2rad(rng.uniform(-options.rotation_degrees, options.rotation_degrees))
+        scale = rng.uniform(1 - options.zoom, 1 + options.zoom, 2)
+        moved = np.rint(rng.uniform(-options.shift, options.shift, 2) * image.size)
+        mirrored = -1 if options.mirror and rng.random() < 0.5 else 1
         turned = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         # From a place in the changed picture to one in the stored picture, around the middle
         matrix = turned @ np.diag(1 / scale) @ np.diag([mirrored, 1])
@@ -79,8 +75,9 @@ class Jitter:
         return image.transform(image.size, Image.Transform.AFFINE, coefficients, by, fillcolor=corner)
 
     def _sound(self, clip: Clip, rng: np.random.Generator) -> Clip:
-        faster = round(rng.uniform(1 - self.speed, 1 + self.speed) * SPEED_STEPS) / SPEED_STEPS
+        options = self.options
+        faster = round(rng.uniform(1 - options.speed, 1 + options.speed) * SPEED_STEPS) / SPEED_STEPS
         wave = change_speed(clip, faster).wave
-        start, end = np.rint(rng.uniform(-self.shift, self.shift, 2) * len(wave)).astype(int).tolist()
+        start, end = np.rint(rng.uniform(-options.shift, options.shift, 2) * len(wave)).astype(int).tolist()
         wave = np.pad(wave, (max(0, -start), max(0, end)))[max(0, start) : min(0, end) or None]
-        return Clip(wave * np.float32(10 ** (rng.uniform(-self.gain_db, self.gain_db) / 20)), clip.rate_hz)
+        return Clip(wave * np.float32(10 ** (rng.uniform(-options.gain_db, options.gain_db) / 20)), clip.rate_hz)

@@ -14,6 +14,7 @@ import torch
 import torchaudio
 from PIL import Image
 
+from bfsys.config import Augment
 from bfsys.data.media.encodings import parse_encoding, set_length
 from bfsys.data.media.modalities import Clip, decode_audio, decode_image
 from bfsys.data.streaming import augment
@@ -33,8 +34,8 @@ OTHER_WAV = parse_encoding("wav:float32").encode(Clip(np.linspace(-0.5, 0.5, 12_
 IMPULSE = parse_encoding("wav:float32").encode(Clip(np.eye(1, 16_000, 8_000, dtype=np.float32)[0], 16_000))
 
 
-def augmentation(encoding, **options):
-    return Augmentation(parse_encoding(encoding), **options)
+def augmentation(encoding, background=None, **options):
+    return Augmentation(Augment(encoding, background=str(background) if background else None, **options))
 
 
 def wave_of(encoded):
