@@ -10,12 +10,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
 
 def start_child(arguments: Sequence[str], task: dict, descriptors: Sequence[int] = ()) -> subprocess.Popen:
     """Start Python with these arguments, a task as JSON on its standard input and these open files. Its standard output
     is a pipe."""
     # A run that stops finishes its save first, so the child starts with these signals blocked.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         process = subprocess.Popen(
             [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=descriptors

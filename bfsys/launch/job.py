@@ -58,7 +58,7 @@ class TrainJob:
     def __call__(self) -> None:
         """Run as one task of a SLURM job. Exits with training's code and does not return, so that submitit writes
         no result: whether the run is finished, the run directory says."""
-        for number in (signal.SIGUSR2, signal.SIGTERM):
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, _ask_again)
         code = exit_code_of(self._train)
         # A rank that leaves with an error makes srun end the others: these keep their code, and with it the job's.

@@ -72,7 +72,8 @@ class JobSupervisor:
     def run(self, command: list[str]) -> int:
         """Run the tasks; returns the code that the job is to end with, if SLURM does not start it again."""
         signal.signal(signal.SIGTERM, self._end)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # is meant for the tasks
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # which are meant for the tasks
+            signal.signal(number, signal.SIG_IGN)
         return self.after(self._wait_for(subprocess.Popen(command)))
 
     def _wait_for(self, tasks: subprocess.Popen) -> int:

@@ -56,9 +56,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # SLURM may send it up to 60 s early, never late; a short job must have time for more than its start.
 STOP_NOTICE_S = 120
 
-# Python ignores USR2 until submitit takes it: by default it would die of it. (`env --ignore-signal` would read
-# better, and is missing from the coreutils of RHEL 8.)
-PYTHON = """bash -c 'trap "" USR2; exec "$0" "$@"' """
+# Python ignores USR1 and USR2 until the task takes them: by default it would die of them. (`env --ignore-signal`
+# would read better, and is missing from the coreutils of RHEL 8.)
+PYTHON = """bash -c 'trap "" USR1 USR2; exec "$0" "$@"' """
 
 
 class Executor(submitit.SlurmExecutor):

@@ -1,6 +1,7 @@
 """Stop requests: a signal to any one rank stops all of them after the same step, with a checkpoint.
 
-SIGUSR2 (a job that is about to run out of time) ends with EXIT_REQUEUE, so that a launcher starts it again. SIGTERM,
+SIGUSR2 or SIGUSR1 (a job that is about to run out of time) ends with EXIT_REQUEUE, so that a launcher starts it again:
+launchers of bfsys have SLURM send SIGUSR2, and many people's own job scripts send SIGUSR1. SIGTERM,
 Ctrl-C and SIGHUP (the terminal or the ssh connection has gone) end with EXIT_STOPPED, because requeueing on these would
 undo a person's cancellation. A run that `nohup` started does not hear SIGHUP.
 """
@@ -19,6 +20,7 @@ from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED
 REPEAT_S = 2.0
 
 EXIT_CODES: dict[int, int] = {
+    signal.SIGUSR1: EXIT_REQUEUE,
     signal.SIGUSR2: EXIT_REQUEUE,
     signal.SIGTERM: EXIT_STOPPED,
     signal.SIGINT: EXIT_STOPPED,
@@ -35,7 +37,8 @@ def ends_at_once(number: int) -> bool:
     """Whether repeating the signal means: do not wait for the checkpoint.
 
     Only a person does that. SLURM sends SIGTERM twice in a pre-emption with a grace time, and leaves KillWait to save
-    after the second one. SIGUSR2 may be repeated by schedulers, and SIGHUP comes from every process that ends.
+    after the second one. SIGUSR1 and SIGUSR2 may be repeated by schedulers, and SIGHUP comes from every process that
+    ends.
     """
     return number == signal.SIGINT or (number == signal.SIGTERM and "SLURM_JOB_ID" not in os.environ)
 

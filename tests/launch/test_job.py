@@ -160,7 +160,7 @@ def run_task(tmp_path, monkeypatch):
         monkeypatch.setattr(job_module, "_hosts", lambda: ["n1"])
         monkeypatch.chdir(tmp_path)
         (tmp_path / "a config.yaml").write_text("data: {sources: [{path: shards}]}\noptim: {warmup_steps: 0}\n")
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
         environment = {**TASK, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
         try:
             with mock.patch.dict(os.environ, environment), pytest.raises(Left) as end:
@@ -199,7 +199,7 @@ def test_what_a_node_does_not_see_is_said(run_task, tmp_path, capsys):
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_before_training_is_ready_is_kept_for_it(run_task, number):
     received = []
 

@@ -85,7 +85,7 @@ def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, cap
     assert command.startswith(
         f"exec {sys.executable} -m bfsys.launch.requeue {tmp_path}/runs/tiny -- srun --unbuffered --output "
     )
-    assert ' --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=6 bash -c \'trap "" USR2; exec ' in command
+    assert ' --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=6 bash -c \'trap "" USR1 USR2; exec ' in command
     assert "--error" not in command
     assert not (tmp_path / "runs").exists()
 

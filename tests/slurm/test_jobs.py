@@ -171,7 +171,7 @@ def test_nodes_train_as_one_process_does_while_status_and_logs_tell(submit, undi
 def test_a_job_that_is_warned_before_its_end_goes_on(submit, undisturbed):
     job = submit("")
     job.wait_for_step(30)
-    subprocess.run(["scancel", "--signal=USR2", job.id], check=True)  # as --signal has SLURM do it
+    subprocess.run(["scancel", "--signal=USR1", job.id], check=True)  # time limits send USR2
     assert_finished(job, undisturbed)
     stopped = int(job.said().partition("stopped on request after step ")[2].partition(";")[0])
     assert 30 <= stopped < STEPS

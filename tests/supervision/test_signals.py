@@ -25,6 +25,7 @@ def stop():
     ("signals", "code"),
     [
         ([], 0),
+        ([signal.SIGUSR1], EXIT_REQUEUE),
         ([signal.SIGUSR2], EXIT_REQUEUE),
         ([signal.SIGTERM], EXIT_STOPPED),
         ([signal.SIGINT], EXIT_STOPPED),
