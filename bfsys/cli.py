@@ -1,15 +1,15 @@
-"""The console command `bfsys`, and what all ways to call one of its commands have in common.
+"""The console command `bfsys`, and the code that all ways to call one of its commands share.
 
     bfsys pack photos data/shards --name mine
     bfsys train configs/own_files.yaml optim.lr=3e-4
 
-Each command is a module of bfsys/commands/ with `add_arguments(parser)` and `run(args)`. Only the one that is asked for
-is imported, and `run` imports PyTorch and the like after it has checked what can be checked without them, so help and
-a typo cost a fraction of a second. `python tools/pack.py`, `python -m bfsys.predict`, `deepspeed bfsys/train.py` and
+Each command is a module of bfsys/commands/ with `add_arguments(parser)` and `run(args)`. Only the requested command is
+imported. Its `run` checks what can be checked without PyTorch before it imports PyTorch, so a help text or an error
+message takes a fraction of a second. `python tools/pack.py`, `python -m bfsys.predict`, `deepspeed bfsys/train.py` and
 others call the same commands, and each prints its own name.
 
-Rejected alternative: argparse's subparsers, which need the arguments of all commands for any of them, and do not take
-options among overrides (`CONFIG --ranks 2 optim.lr=3e-4`); click and typer, which would be another way to say the same.
+Rejected alternatives: argparse's subparsers, which need the arguments of all commands for each of them, and accept no
+options between overrides (`CONFIG --ranks 2 optim.lr=3e-4`); click and typer, which add a dependency and no function.
 """
 
 from __future__ import annotations

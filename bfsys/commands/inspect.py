@@ -1,7 +1,6 @@
 """Show, check or rebuild the index of a packed dataset.
 
-Rejected alternative: a quick check of samples picked at random. It would pass over most damage, and reading it all is
-fast.
+Rejected alternative: a quick check of random samples. It would miss most damage, and reading everything is fast.
 """
 
 from __future__ import annotations
