@@ -1,5 +1,5 @@
-"""Baselines for models of bytes: they classify the same files by their sizes, by how often each byte value occurs, or
-by their first bytes. A model that does not beat them has learned nothing that the outside of the files does not tell.
+"""Baselines for models of bytes. They classify the same files by their sizes, by how often each byte value occurs, or
+by their first bytes. A model that does not beat them has not learned the content of the files.
 """
 
 from __future__ import annotations

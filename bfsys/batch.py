@@ -1,8 +1,8 @@
 """Sample and ByteBatch: the types that data and model share.
 
-A batch is ragged: the files' bytes lie one behind the other in one uint8 buffer, with nothing between
-them. Padding them to a common length, as the published code does, would leave 72 % of a batch empty (32 files in
-random order, log-normal lengths of sigma 0.7), and would let a file's answer depend on its neighbours.
+A batch is ragged: the bytes of its files are stored back to back in one uint8 buffer, without padding. If files were
+padded to a common length, as in the published code, 72 % of a batch would be padding (32 files in random order,
+log-normal lengths of sigma 0.7), and the answer for a file could depend on its neighbours.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The console command `bfsys`, and what all ways to call one of its commands have in common.
+"""The console command `bfsys`, and the code that all ways to call one of its commands share.
 
     bfsys pack photos data/shards --name mine
     bfsys train configs/own_files.yaml optim.lr=3e-4
 
-Each command is a module of bfsys/commands/ with `add_arguments(parser)` and `run(args)`. Only the one that is asked for
-is imported, and `run` imports PyTorch and the like after it has checked what can be checked without them, so help and
-a typo cost a fraction of a second. `python tools/pack.py`, `python -m bfsys.predict`, `deepspeed bfsys/train.py` and
+Each command is a module of bfsys/commands/ with `add_arguments(parser)` and `run(args)`. Only the requested command is
+imported. Its `run` checks what can be checked without PyTorch before it imports PyTorch, so a help text or an error
+message takes a fraction of a second. `python tools/pack.py`, `python -m bfsys.predict`, `deepspeed bfsys/train.py` and
 others call the same commands, and each prints its own name.
 
-Rejected alternative: argparse's subparsers, which need the arguments of all commands for any of them, and do not take
-options among overrides (`CONFIG --ranks 2 optim.lr=3e-4`); click and typer, which would be another way to say the same.
+Rejected alternatives: argparse's subparsers, which need the arguments of all commands for each of them, and accept no
+options between overrides (`CONFIG --ranks 2 optim.lr=3e-4`); click and typer, which add a dependency and no function.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ COMMANDS = {
     "pack": "pack files into shards with an index",
     "inspect": "show, check or rebuild the index of a packed dataset",
     "plan": "estimate the memory, time and disk space of a run",
-    "train": "train in one process, or in each of deepspeed or torchrun",
-    "launch": "train on this machine, by GPU or core; restart after a crash",
+    "train": "train as one rank; deepspeed and torchrun start it",
+    "launch": "train on all GPUs or cores of a machine, with restarts",
     "slurm": "train on a SLURM cluster; jobs: slurm status, logs, stop",
-    "check-gpu": "check that a GPU or a cluster computes right, and fast",
-    "compare": "compare runs in a table: settings that differ, and scores",
+    "check-gpu": "check that a GPU or a cluster computes correctly and fast",
+    "compare": "compare the differing settings and the scores of runs",
     "checkpoint": "list, verify, show, copy or prune a run's checkpoints",
     "evaluate": "compute loss and accuracy of a run on a whole split",
     "predict": "predict the classes of files from their bytes",
@@ -41,9 +41,9 @@ COMMANDS = {
     "serve": "serve a trained model on the web, with a page to drop files on",
     "export": "write a model as safetensors, torch.export program or ONNX",
     "encode": "encode and transform files as a model reads them",
-    "fetch": "get or check the published datasets",
+    "fetch": "download or check the published datasets",
     "make-key": "make a key file for the byte transform permute:KEYFILE",
-    "import-corenet": "turn ByteFormer weights of CoreNet into a run's directory",
+    "import-corenet": "turn CoreNet's ByteFormer weights into a run directory",
 }
 TAKE_OVERRIDES = ("plan", "train", "launch", "slurm")
 INTERMIXED = (*TAKE_OVERRIDES, "explain")  # positional arguments may stand among options, and there may be none
@@ -95,7 +95,7 @@ def overview() -> str:
             "usage: bfsys COMMAND [ARGUMENT …]",
             "Train classifiers on raw file bytes, from a laptop to a SLURM cluster.\n",
             *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
-            "\n`bfsys COMMAND --help` explains a command; --print-completion adds the TAB key.",
+            "\n`bfsys COMMAND --help` explains a command; --print-completion SHELL: for TAB.",
         )
     )
 

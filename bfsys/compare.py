@@ -1,10 +1,11 @@
 """A comparison of runs: the settings that differ, and the scores.
 
-Runs whose configs differ only in their seed, or in keys that have no influence on results, are repetitions: they form
-one row, with means and standard deviations. A run that has not been evaluated after its last step is a row of its own,
-because the mean of a half-trained and a trained model means nothing.
+Runs whose configs differ only in their seed, or in keys that have no influence on results, are repetitions. They form
+one row, with means and standard deviations. A run without an evaluation after its last step has its own row, because
+the mean of a half-trained and a trained model means nothing.
 
-Only config.yaml, metrics.jsonl and the manifest of a checkpoint are read, so this needs neither PyTorch nor the data.
+The comparison reads only config.yaml, metrics.jsonl and the manifest of a checkpoint, so it needs neither PyTorch nor
+the data.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Augment:
     __pydantic_config__ = _STRICT
 
     encoding: str
-    """Format that the model reads: tiff, png, jpeg:60, fhwc, fchw for pictures; wav:int16, mp3, flac, … for sound."""
+    """Format that the model reads: tiff, png, jpeg:60, fhwc, fchw for pictures; wav:int16, mp3, flac, … for sounds."""
     image_size: Width = 224
     """Side of the square that is cropped from a picture, in pixels."""
     sample_rate_hz: Count = 16_000
@@ -75,14 +75,14 @@ class Jitter:
     __pydantic_config__ = _STRICT
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of the files that are changed each time they are read."""
+    """Probability that a file is changed when it is read."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
     """Largest angle by which a picture is turned, to either side."""
     zoom: Share = 0.1
-    """Largest share by which a picture's width and its height, each on its own, grow or shrink."""
+    """Largest share by which a picture's width and height grow or shrink, independently of each other."""
     shift: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Largest share of its width and height by which a picture is moved, and of its length that a sound loses or gets
-    as silence at its beginning and at its end."""
+    """Largest share of its width and height by which a picture is moved. For a sound: largest share of its length that
+    is cut, or added as silence, at its beginning and at its end."""
     mirror: bool = False
     """Mirror half of the pictures, left to right."""
     speed: Annotated[float, Field(ge=0, le=0.5)] = 0.1
@@ -99,7 +99,7 @@ class Source:
 
     path: Location
     """Folder that tools/pack.py made (it holds dataset.json), or its URL: s3://, gs://, http(s)://, or a command
-    that prints one of its files, as in `pipe:ssh host cat /data/{file}`."""
+    that prints one of its files, such as `pipe:ssh host cat /data/{file}`."""
     weight: Positive = 1.0
     """Share of the samples of every step, relative to the other sources' weights; see data.mixture."""
     eval_path: Location | None = None
@@ -108,7 +108,7 @@ class Source:
     augment: Augment | None = None
     """Decode, augment and re-encode files during training."""
     jitter: Jitter | None = None
-    """Change files a little during training and keep their formats; `jitter: {}` does it with the defaults."""
+    """Change files a little during training and keep their formats; `jitter: {}` uses the defaults."""
 
 
 @dataclass(frozen=True)
@@ -128,18 +128,18 @@ class Data:
     batch_samples: Width = 768
     """Samples of one step, over all ranks."""
     lanes: Width = 64
-    """Number of equal parts of the global batch, fixed for the life of a run. The world size must divide it; a rank
-    carries lanes / world size of them. train.micro_batch_tokens decides how many are computed together."""
+    """Number of equal parts of the global batch, which is fixed for a run. The world size must divide it; a rank
+    processes lanes / world size of them. train.micro_batch_tokens decides how many are computed together."""
     micro_batch_bytes: Count | None = None
-    """Byte budget of the smallest micro-batch, a lane's samples of a step. A start is refused if their mean size would
-    exceed it (the plan keeps each micro-batch near the mean)."""
+    """Byte budget of the smallest micro-batch, which is a lane's samples of a step. A start is refused if their mean
+    size would exceed the budget (the plan keeps each micro-batch near the mean)."""
     shuffle_block: Count = 4096
-    """Samples of a lane's slice that are shuffled, and dealt to steps by length, together."""
+    """Size of a block in samples: the samples of a block are shuffled together, and dealt to steps by length."""
     eval_batch_bytes: Count = 1_000_000
     """Byte budget of a micro-batch during evaluation; a single larger file forms its own batch."""
     byte_transforms: tuple[Transform, ...] = ()
-    """Transforms of the bytes of every file, in training, evaluation and prediction, in this order: reverse,
-    random_shuffle, cyclic_half_length, stride:1024, window_shuffle:1024, keep:0.1, noise:-5:5, permute or
+    """Transforms of the bytes of every file, in training, evaluation and prediction, applied in the order of the list:
+    reverse, random_shuffle, cyclic_half_length, stride:1024, window_shuffle:1024, keep:0.1, noise:-5:5, permute or
     permute:KEYFILE; head:4096 reads the start of each file; and damage: flip:0.01, truncate:0.5, skip:64. See
     data/streaming/byte_transforms.py."""
     max_bad_share: Share = 0.01
@@ -172,8 +172,8 @@ class Model:
     shift: Whole = sizes.PUBLISHED_SHIFT
     """Tokens by which the windows of every second layer are shifted."""
     max_tokens: Count = 50_000
-    """Rows of the learned position table. For a file of more than max_tokens * kernel / 2 bytes its
-    second half is repeated, see model/stem.py."""
+    """Rows of the learned position table. For a file of more than max_tokens * kernel / 2 bytes, the second half of
+    the table is repeated, see model/stem.py."""
     dim: Width | None = None
     """Channels, for `size: custom` only; likewise layers, heads (default: dim / 64) and merge_after."""
     layers: Width | None = None
@@ -184,16 +184,16 @@ class Model:
     """masked: padding and neighbouring files never change an answer. as_released: the arithmetic of Apple's released
     code, for weights that were trained with it (tools/import_corenet.py); files then need at least `kernel` bytes."""
     pool: Literal["mean", "attention"] = "mean"
-    """How the tokens of a file become one vector. mean: as published. attention: a weighted mean, whose weights are
-    learned; the few tokens that decide about a long file, such as its header, can then count: see model/pool.py."""
+    """How the tokens of a file become one vector. mean: as published. attention: a weighted mean with learned weights,
+    so that a few tokens of a long file, such as its header, can decide the class: see model/pool.py."""
     init: Literal["published", "smooth"] = "published"
     """Initial weights. smooth: similar byte values start with similar embeddings, and positions start as sines. Muon
     learns faster with it, and AdamW more slowly: see model/stem.py."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass, which needs less memory and about a fifth more time."""
     compiled: bool = False
-    """Fuse the operations between matrix products with torch.compile. This is for GPUs and takes some minutes at each
-    start. It has no effect on a CPU."""
+    """Fuse the operations between matrix products with torch.compile. It takes some minutes at each start, and has no
+    effect on a CPU."""
 
     def architecture(self) -> sizes.Architecture:
         return sizes.architecture(
@@ -246,9 +246,9 @@ class Optim:
     label_smoothing: Share = 0.1
     """Label smoothing, in training only."""
     content_loss: NotNegative = 0.0
-    """Weight of the content loss: in training, tokens also predict what the picture or sound shows at their place, for
-    which the loader decodes it (data/media/content.py). 0: none, and nothing is decoded (published). It has no effect
-    together with data.byte_transforms, which move or hide what bytes show."""
+    """Weight of the content loss: in training, the loader decodes pictures and sounds, and tokens also predict what
+    the file shows at their place (data/media/content.py). 0: no content loss and no decoding (published). It has no
+    effect together with data.byte_transforms, which move or hide what bytes show."""
     ema_decay: Share = 0.9999
     """Decay of the averaged copy of the weights, which evaluations during training, bfsys.evaluate and bfsys.predict
     use; 0 keeps no average."""
@@ -289,7 +289,7 @@ class Train:
     keep_every: Whole = 0
     """Steps between checkpoints that are never deleted; 0: every checkpoint may be deleted."""
     keep_best: Whole = 1
-    """Number of best checkpoints that stay on disk; for this, eval_every should be a multiple of save_every."""
+    """Number of best checkpoints that stay on disk; eval_every should then be a multiple of save_every."""
     best_metric: Literal["top1", "top5", "loss"] = "top1"
     """Metric that decides which checkpoints are best, jointly over all sources."""
     max_bad_steps: Count = 3
@@ -298,8 +298,8 @@ class Train:
     spike_zscore: NotNegative = 10.0
     """Robust z-score of the log-loss above which a loss is a spike; 0 disables the test."""
     hang_timeout_s: NotNegative = 0.0
-    """Seconds without progress after which a run is ended, to be restarted. 0: a minute or ten times the longest
-    interval so far, whichever is longer."""
+    """Seconds without progress after which a run counts as hung: it is ended, and launchers restart it. 0: a minute or
+    ten times the longest interval so far, whichever is longer."""
     collective_timeout_s: Count = 600
     """Seconds after which a rank that waits for the others gives up; also the watchdog's limit while a run starts,
     saves or evaluates."""
@@ -327,8 +327,8 @@ class Config:
     train: Train = field(default_factory=Train)
     recipe: Literal["published", "recommended"] = "published"
     """Defaults of model and optim. published: those that are documented here. recommended: model.pool is attention,
-    model.init smooth, optim.name muon, optim.clip_norm 1 and optim.content_loss 5, which learns faster from small
-    datasets. A run's own config.yaml gives every value, so the recipe changes nothing there."""
+    model.init smooth, optim.name muon, optim.clip_norm 1 and optim.content_loss 5; it learns faster from small
+    datasets. The config.yaml in a run directory gives every value, so the recipe changes nothing there."""
     name: str = ""
     """Name of the run's directory; default: the config file's name."""
     runs_dir: Location = "runs"

@@ -1,11 +1,11 @@
 """The accuracy of each class and the confusion matrix of a model.
 
-    FOLDER/classes.tsv     class, files, top-1, what it is most often taken for
-    FOLDER/confusion.tsv   class, answer, files; pairs that occur
+    FOLDER/classes.tsv     class, files, top-1, the most frequent wrong answer
+    FOLDER/confusion.tsv   class, answer, files; only pairs that occur
     FOLDER/confusion.png   share of each class's files (rows) that got each answer (columns)
 
-Pairs are counted by one sort, so that 20,000 classes need no matrix of 400 million; a picture is drawn for as many
-classes as can be told apart on it.
+Pairs are counted by sorting, so that 20,000 classes need no matrix of 400 million numbers. The picture shows as many
+classes as can be distinguished on it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Standard output and error, whose failures never lose work.
+"""Standard output and standard error; their failures never lose work.
 
 A console can be closed (a pipe whose reader has ended), full (a redirect to a full disk), missing (a closed
-descriptor), stopped (Ctrl-S, a pager), or unable to show a character. Commands whose work is not their output, training
-first of all, go on in each of these cases, and the lines that the console does not take go to a log file. Commands
-whose output is their work fail when it cannot be written.
+descriptor), stopped (Ctrl-S, a pager), or unable to show a character. Commands whose result is not their output, such
+as training, continue in each of these cases, and the lines that the console does not accept go to a log file. Commands
+whose result is their output fail if it cannot be written.
 
-Rejected alternative: a thread that writes, which forked loader processes would not have.
+Rejected alternative: a thread that writes, because a forked loader process would not have this thread.
 """
 
 from __future__ import annotations

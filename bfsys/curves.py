@@ -1,7 +1,7 @@
-"""Learning curves of runs as a picture, from their metrics.jsonl (TensorBoard shows the same while they train).
+"""Learning curves of runs as a picture, from their metrics.jsonl. TensorBoard shows the same during training.
 
-A panel for each run: training as a line (smoothed over a twentieth of the run), evaluations as dots; runs of
-several sources have a colour for each.
+Each run has a panel. Training is a line (smoothed over a twentieth of the run), and evaluations are dots. If runs have
+several sources, each source has a colour.
 """
 
 from __future__ import annotations

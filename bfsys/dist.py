@@ -1,6 +1,6 @@
-"""Rendezvous, collectives and agreement of ranks, by torch.distributed; all of it also works for a single process.
+"""Rendezvous, collectives and agreement of ranks, by torch.distributed. All of it also works for a single process.
 
-The rendezvous comes from the environment, as the launchers set it; ranks.py reads the rank of this process.
+The launchers set the environment variables of the rendezvous; ranks.py reads the rank of this process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A summary of a run before it runs: config, model size, batch arithmetic, data. Nothing is trained."""
+"""A summary of a run before it starts: config, model size, batch arithmetic, data. Nothing is trained."""
 
 from __future__ import annotations
 

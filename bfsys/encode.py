@@ -1,7 +1,7 @@
-"""Files as a model reads them: decoded and encoded again, and their bytes transformed.
+"""Files in the form that a model reads: decoded and encoded again, with their bytes transformed.
 
-OUT/.encoded.jsonl notes for every file, by a hash, what it was made from and how. So a second start keeps what the
-first has made, and a file that was not made from its source as it is now is not overwritten.
+For every file, OUT/.encoded.jsonl holds a hash of its source (path, size, time of change) and of the settings. A second
+start therefore keeps the files that the first has made. Any other file in OUT is not overwritten.
 """
 
 from __future__ import annotations

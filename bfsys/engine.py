@@ -1,11 +1,10 @@
-"""DeepSpeed behind five verbs: forward, backward, step, read state, write state.
+"""DeepSpeed behind five operations: forward, backward, step, read state, write state.
 
-The only file that uses DeepSpeed; the local launcher merely imports it before it forks. DeepSpeed's JSON is made here
-from the typed config and nowhere else, because DeepSpeed silently ignores misspelt top-level keys.
+This is the only file that uses DeepSpeed; the local launcher merely imports it before it forks. DeepSpeed's JSON is
+made here from the typed config and nowhere else, because DeepSpeed silently ignores misspelt top-level keys.
 
-The gradient of a step is that of the mean loss over the global batch, at every stage and world size: each
-micro-batch contributes its *sum* of losses, scaled for the averaging that DeepSpeed does over ranks and
-micro-batches.
+The gradient of a step is that of the mean loss over the global batch, at every stage and world size. To this end each
+micro-batch contributes its *sum* of losses, scaled for the averaging that DeepSpeed does over ranks and micro-batches.
 """
 
 from __future__ import annotations

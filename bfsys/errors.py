@@ -1,8 +1,8 @@
-"""One exception for everything that a user can put right, the way a command ends on it, and all exit codes.
+"""One exception for every error that a user can correct, how a command ends after it, and all exit codes.
 
-Rejected alternative: a family of exception classes. Each message already says where the trouble is, what was got, what
-is allowed and what to do, and launchers distinguish outcomes by the exit code. An error that callers catch separately
-is a subclass, which is defined where it is raised.
+Rejected alternative: a family of exception classes. Each message already says where the problem is, what was found,
+what is allowed and what to do, and launchers distinguish outcomes by the exit code. An error that callers catch
+separately is a subclass, which is defined where it is raised.
 """
 
 import difflib

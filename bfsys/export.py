@@ -1,16 +1,16 @@
-"""A trained model for use elsewhere: plain weights, and programs that need nothing of bfsys.
+"""A trained model for use elsewhere: its weights, and programs that run without bfsys.
 
-A folder then holds model.json (what the model is, its classes in order, the sha256 of each file), a model card for
-people (README.md, see model_card.py) and, as asked for,
-  model.safetensors  weights by bfsys' names, float32
+The folder of an export holds model.json (architecture, classes in order, the sha256 of each file), a model card for
+people (README.md, see model_card.py) and the requested ones of
+  model.safetensors  weights by the names of bfsys, float32
   model.pt2          torch.export program:  torch.export.load(path).module()(bytes)
   model.onnx         the same for ONNX Runtime: input `bytes`, output `probabilities`
-Both programs take the bytes of one file, uint8 [n], of any length that the model takes, and give the probabilities of
-its classes, float32 [classes]. They are held against the model before the command ends well. What the run does to
-bytes (data.byte_transforms) is for the caller to do; model.json says what.
+Both programs take the bytes of one file, uint8 [n], of any length that the model accepts, and give the probabilities of
+its classes, float32 [classes]. Before the command ends, it compares the programs with the model. The programs do not
+apply data.byte_transforms; the caller must, and model.json lists them.
 
-Rejected alternative: a program for batches. Ragged batches want index arithmetic that no exported program can hold, and
-padded ones would bring back what bfsys is there to avoid; a server runs files side by side.
+Rejected alternative: a program for batches. Ragged batches need index arithmetic that an exported program cannot hold,
+and padded batches would waste memory and time. A server can run several files at the same time.
 """
 
 from __future__ import annotations

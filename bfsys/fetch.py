@@ -1,8 +1,9 @@
-"""Getting the published datasets: Speech Commands V2 in twelve classes, and ImageNet.
+"""Get the published datasets: Speech Commands V2 in twelve classes, and ImageNet.
 
-All files are counted and their sizes looked at. What the twelve classes are made of follows from hashes of names, so
-it is the same everywhere: _unknown_ is a tenth as many files of the other 25 words as a split has of the ten,
-_silence_ as many cuts of one second from the noise. (The published lists are not to be had; theirs are other draws.)
+All files are counted, and their sizes are checked. Hashes of names decide which files the twelve classes hold, so the
+result is the same on every machine. In each split, _unknown_ has a tenth as many files from the other 25 words as the
+ten words have together, and _silence_ has the same number of one-second cuts from the noise recordings. The lists that
+the publication used are not available, so its _unknown_ and _silence_ hold other files.
 """
 
 from __future__ import annotations

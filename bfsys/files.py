@@ -1,7 +1,7 @@
-"""Files that are replaced whole, and what identifies one.
+"""Files that are replaced as a whole, and the identity of a file.
 
-At every moment a name stands for the old content or for the new one, also if the writer is killed.
-`durable` decides about a power cut: with it, content and name are on the disk when the call returns.
+A name refers either to the old content or to the new content at every moment, also if the writer is killed. With
+`durable`, content and name are on the disk when the call returns, so they survive a power failure.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Turning ByteFormer weights that Apple published (CoreNet) into a directory that bfsys takes like a run.
+"""Turn ByteFormer weights that Apple published (CoreNet) into a directory that bfsys accepts like a run.
 
-Size, kernel, positions, layers, merges and the number of classes are read off the names and shapes of the tensors;
-window and shift leave no trace there and must be given where they are not the published 128 and 64. The model computes
-as_released: as Apple's code does for one file at a time. Files are read with weights_only, so that nothing in them is
-executed. Rejected alternative: reading CoreNet's YAML for what shapes do not say; it is a language of its own, for two
-numbers.
+Size, kernel, positions, layers, merges and the number of classes follow from the names and shapes of the tensors. The
+shapes do not show window and shift, so these must be given if they are not the published 128 and 64. The model computes
+`as_released`, that is, as Apple's code does for one file at a time. Files are read with weights_only, so nothing in
+them is executed. Rejected alternative: CoreNet's YAML as a source of window and shift; it would need a parser of its
+own for two numbers.
 """
 
 from __future__ import annotations

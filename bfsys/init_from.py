@@ -1,9 +1,10 @@
-"""Weights of another run, or imported ones, to start from (train.init_from).
+"""Initial weights from another run, or from imported weights (train.init_from).
 
-What is taken over is decided by names and said on the console. The head is the classes' and is taken over only if they
-are the same, in the same order: a head that fits by its size alone would name things wrongly. Positions are rows by
-place, so a shorter or longer table takes over what both have. Everything else must fit, or nothing starts. Rejected
-alternative: stretching positions to another length, since the table's rows mean places, not shares of a file.
+Tensors are matched by name, and the console shows which ones are copied. The head belongs to the classes, so it is
+copied only if the classes are the same, in the same order. A head that merely has the same size would give wrong names.
+A row of the position table belongs to a place in the file, so if the tables differ in length, the rows that both have
+are copied. All other tensors must have equal shapes, or the run does not start. Rejected alternative: stretching
+positions to another length, because the rows stand for places, not for shares of a file.
 """
 
 from __future__ import annotations

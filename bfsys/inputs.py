@@ -1,7 +1,8 @@
 """The inputs of a model, and how it reads each of them: files by path, bytes, arrays of bytes, open files.
 
-The answer to a file that is in no format of the training files may mean little, so the reader says so, or encodes the
-file. Where some training files went in as they were, their formats are not known, and it says nothing.
+The answer for a file in none of the formats of the training files may mean little. The reader therefore reports such a
+file, or encodes it. If some training files were packed as they were, their formats are not known, and nothing is
+reported.
 """
 
 from __future__ import annotations

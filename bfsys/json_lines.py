@@ -1,6 +1,8 @@
-"""JSON lines that a process appends to, and their reading after faults: a kill may tear the last one, and a crash of
-the machine or a person's hand may leave anything. Invalid lines are ignored: these files are records, and no record is
-worth a run."""
+"""JSON lines that a process appends to, and how they are read after faults.
+
+A kill may truncate the last line, and a crash of the machine or an edit may damage any line. Invalid lines are ignored,
+because these files are records, and a damaged record must not end a run.
+"""
 
 from __future__ import annotations
 

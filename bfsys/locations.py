@@ -1,4 +1,4 @@
-"""Places that a config names: paths, in which ~ and $VARIABLE are expanded, URLs, and commands that print a file."""
+"""Locations in a config: paths, in which ~ and $VARIABLE are expanded, URLs, and commands that print a file."""
 
 from __future__ import annotations
 

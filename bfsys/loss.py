@@ -1,5 +1,7 @@
-"""Cross entropy as sums, so that the mean over the global batch is exact however samples fall on ranks; and the scores
-that follow from such sums."""
+"""Cross entropy as sums, and the scores that are computed from them.
+
+Sums make the mean over the global batch exact for any division of the samples among ranks.
+"""
 
 from __future__ import annotations
 

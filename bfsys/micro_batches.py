@@ -1,12 +1,12 @@
 """The division of a rank's lanes into micro-batches.
 
-Ranks divide the lanes among themselves, so the number of lanes is the largest world size that a run may have. A
-micro-batch is what a device computes at once: a GPU needs hundreds of thousands of tokens to be busy for longer than
-the host takes to launch its kernels, while a CPU gains nothing from more than a lane. Batches are ragged, so lanes are
-laid together without padding, and the gradient is the same sum.
+Ranks divide the lanes among themselves, so the number of lanes is the largest world size of a run. A micro-batch is
+what a device computes at once. A GPU needs hundreds of thousands of tokens to be busy for longer than the host takes to
+launch its kernels, while a CPU gains nothing from more than one lane. Batches are ragged, so lanes are joined without
+padding, and the gradient is the same sum.
 
-All ranks make the same number of micro-batches in every step, which gradient accumulation and ZeRO need. Rejected
-alternative: as many lanes as fit in each step, a number that changes from step to step and from rank to rank.
+All ranks make the same number of micro-batches in every step, as gradient accumulation and ZeRO require. Rejected
+alternative: as many lanes as fit in each step, because that number differs between steps and ranks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The model card of an export: what the model is, what it was trained on, how good it was, and how to use it.
+"""The model card of an export: the model, its training data, its scores, and how to use it.
 
 A card holds only what the run recorded: its config and data plan, the scores of the evaluation at the exported step,
-and the formats of its files. What a run does not record (origin and licences of files, the intended use) is named as
-missing, for the publisher to add.
+and the formats of its files. The card names what a run does not record (origin and licences of files, the intended use)
+as missing, for the publisher to add.
 """
 
 from __future__ import annotations

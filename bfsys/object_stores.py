@@ -1,6 +1,6 @@
-"""URLs of object stores: which ones bfsys writes to, and the package that opens each.
+"""URLs of object stores: which ones bfsys can write to, and the package that opens each.
 
-fsspec opens them, so the schemes, credentials and settings that people have keep working.
+fsspec opens them, so the user's URLs, credentials and settings work as in other programs.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""AdamW, or Muon for matrices beside AdamW for the rest, with an averaged copy of the weights, and its learning rate.
+"""AdamW, or Muon for matrices and AdamW for the rest; an averaged copy of the weights; the learning rate schedule.
 
-The average (EMA) is a state of the optimizer beside its moments, so that ZeRO shards it, and a checkpoint saves and
-restores it, exactly as it does the moments. Rejected alternative: a second model on every rank, which ZeRO would not
-shard and which would average bfloat16 copies instead of the float32 weights.
+The average (EMA) is a state of the optimizer, like its moments, so ZeRO shards it, and checkpoints save it. Rejected
+alternative: a second model on every rank, which ZeRO would not shard and which would average bfloat16 copies instead of
+the float32 weights.
 
-Muon replaces the gradient's running mean, a matrix, by the nearest matrix with orthonormal rows or columns, so that all
-directions of a layer learn at one pace. It keeps one moment where AdamW keeps two. See muon.py for how that is computed
-where ZeRO has divided the matrices.
+Muon replaces the running mean of a matrix's gradients by the nearest matrix with orthonormal rows or columns, so that
+all directions of a layer are learned at the same rate. It keeps one moment where AdamW keeps two. muon.py computes this
+for matrices that ZeRO has divided.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Estimates of what a run will need, before it starts: memory of a rank, time, checkpoints, disk.
 
-Operations are counted exactly (bfsys/model/flops.py) for the micro-batches of the first steps, which are planned as
-training will plan them. Time is these operations over a rate: that of a run that was measured (`--like`; waiting for
-data and for the busiest rank is in its rate), or a share of a GPU's peak that you believe in. What ranks send, saves,
-starts and failures are in bfsys/run_time.py. Memory is counted too:
+Operations are counted exactly (bfsys/model/flops.py) for the micro-batches of the first steps, which are planned as in
+training. The time is these operations divided by a rate. The rate is that of a measured run (`--like`; it includes
+waiting for data and for the slowest rank), or a share of a GPU's peak that you choose. bfsys/run_time.py estimates
+communication, saves, starts and failures. The memory is the sum of
 
     weights, gradients, moments and the average, by ZeRO stage, with the moments in float32; Muon has one moment for its
     matrices, where AdamW has two
@@ -12,7 +12,7 @@ starts and failures are in bfsys/run_time.py. Memory is counted too:
     activation checkpointing; 1.5 dim for each token that is merged; and half as much again as the widest layer keeps,
     while its backward runs
 
-It leaves out what CUDA, NCCL and the allocator take for themselves.
+It does not include the memory of CUDA, NCCL and the allocator.
 """
 
 from __future__ import annotations

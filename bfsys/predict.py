@@ -1,8 +1,8 @@
 """Trained models from Python: the classes of any files, from their bytes alone.
 
-A call reads its inputs in their order, lays as many side by side as the run's byte budget allows
-(data.eval_batch_bytes), and changes nothing in the model, so that threads may share one. Rejected alternative: padded
-batches, and a batch size in files, since the memory that a file takes depends on its length.
+A call reads its inputs in order and batches as many as the run's byte budget allows (data.eval_batch_bytes). It changes
+nothing in the model, so threads may share one. Rejected alternatives: padded batches; a batch size in files, because
+the memory of a file depends on its length.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The process of a command: limits, environment and releases of libraries that it needs, wherever it runs."""
+"""The process of a command: its limits, its environment, and the library versions that it requires."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The rank of this process, from the variables that launchers set; launch/job.py sets them under SLURM.
 
-Importing this module is quick: a rank reads its config before it imports torch.
+Importing this module is quick, because a rank reads its config before it imports torch.
 """
 
 from __future__ import annotations

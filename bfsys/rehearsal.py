@@ -1,9 +1,11 @@
-"""Try the largest micro-batch of a run's first steps before training: a run that does not fit into the memory of its
-GPU ends at its start, with the reason, instead of after hours, and again at the same step after each restart.
+"""Try the largest micro-batch of a run's first steps before training.
 
-Loss and gradient are computed and dropped, without telling the engine: `torch.autograd.grad` adds nothing to the
-gradients of parameters and calls none of the hooks on them. Stage 3 is left out, because a parameter's shape there is
-not that of its gradient.
+If a run does not fit into GPU memory, it ends at its start with the reason, instead of after hours, and again at the
+same step after each restart.
+
+Loss and gradient are computed and dropped, without the engine: `torch.autograd.grad` adds nothing to the gradients of
+parameters and calls none of their hooks. Stage 3 is left out, because a parameter's shape there is not that of its
+gradient.
 """
 
 from __future__ import annotations

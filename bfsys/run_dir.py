@@ -1,4 +1,4 @@
-"""The run directory: checks before a run may use it, and the facts that its checkpoints record."""
+"""The run directory: checks before a run may use it, and the data that its checkpoints record."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How long a run takes on N ranks: steps, what ranks send, saves, evaluations, starts and failures.
+"""How long a run takes on N ranks: steps, communication, saves, evaluations, starts and failures.
 
-Failures are taken to be independent of each other and of the run's progress, so that the time between them is
+Failures are assumed to be independent of each other and of the run's progress, so the time between them is
 exponentially distributed. A failure costs the steps since the last checkpoint and a restart. The expected time and the
 best interval between checkpoints are those of Daly 2006, "A higher order estimate of the optimum checkpoint interval
 for restart dumps".

@@ -1,7 +1,7 @@
 """The training loop: plan, fetch, forward, step, save, evaluate.
 
-`deepspeed bfsys/train.py CONFIG` starts one process per GPU, each of which hands over to the command `train`. A second
-start resumes from the newest intact checkpoint of the run directory.
+`deepspeed bfsys/train.py CONFIG` starts one process per GPU, and each process runs the command `train`. A second start
+resumes from the newest intact checkpoint of the run directory.
 """
 
 from __future__ import annotations

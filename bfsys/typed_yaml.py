@@ -1,13 +1,13 @@
-"""YAML into frozen dataclasses, strictly: an unknown key or a wrong type is an error, all at once.
+"""Strict conversion of YAML to frozen dataclasses. Unknown keys and wrong types are errors; all are reported at once.
 
-Pydantic checks the values; this module reads and writes YAML 1.2's scalars (PyYAML takes `1e-3` for a string and `on`
-for true), applies `a.b=c` overrides, and turns the findings into sentences with the nearest allowed name. Rejected
-alternative: OmegaConf and Hydra, which check types late, one at a time, and add a language of their own.
+Pydantic checks the values. This module reads and writes the scalars of YAML 1.2 (PyYAML reads `1e-3` as a string and
+`on` as true), applies `a.b=c` overrides, and turns the problems into sentences with the nearest allowed name. Rejected
+alternatives: OmegaConf and Hydra, which check types late, one at a time, and add a language of their own.
 
-The value of an override is taken as typed, since a shell has its own quotes: `#`, `: ` and blanks are part of it. Text
-in one pair of quotes is the text between them. For a field that holds text, everything else is the text too, except
-`null` where the field may be empty. For other fields a value that begins with [ or { is YAML; every other one is one
-scalar of YAML.
+The value of an override is taken as typed, because a shell has its own quotes: `#`, `: ` and blanks are part of it.
+Text in one pair of quotes is the text between them. For a field that holds text, everything else is the text too,
+except `null` where the field may be empty. For other fields, a value that begins with [ or { is YAML, and every other
+value is one scalar of YAML.
 """
 
 from __future__ import annotations

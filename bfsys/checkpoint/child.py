@@ -1,4 +1,4 @@
-"""Child processes of training that work on checkpoints while it goes on."""
+"""Child processes of training that work on checkpoints while training continues."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The process that copies checkpoints to an object store, and fetches one from there.
+"""The process that copies checkpoints to an object store, and fetches a checkpoint from there.
 
-Started by copies.py for each checkpoint, as a program of its own: it reads its task as JSON from standard input, and
-writes to standard output as JSON what it did, or why it could not. So the libraries of the store, their threads and
-their errors stay out of the training process, which forks loader processes.
+copies.py starts it for each checkpoint, as a separate program. It reads its task as JSON from standard input. It writes
+to standard output, as JSON, what it did or why it failed. The libraries of the store, their threads and their errors
+therefore stay out of the training process, which forks loader processes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Copies of a run's checkpoints in an object store: made in the background, and fetched at a start.
+"""Copies of a run's checkpoints in an object store: they are made in the background, and fetched at a start.
 
-The run directory stays the master. A checkpoint is copied after it counts there, by a process of its own (copier.py),
-so no step waits for the store. Each time, the newest one that has no copy yet is next: a store that is slower than the
-saves gets fewer checkpoints, and no queue grows. A store that fails does not end training; the next save tries again.
+The checkpoints in the run directory are the originals. A checkpoint is copied after it is complete there, by a separate
+process (copier.py), so no step waits for the store. The newest checkpoint without a copy is always next. If the store
+is slower than the saves, it gets fewer checkpoints, and no queue grows. A failing store does not end training: the next
+save tries again.
 """
 
 from __future__ import annotations

@@ -1,22 +1,23 @@
-"""Checkpoints on disk: which folders count as one, which is the newest, which are kept.
+"""Checkpoints on disk: what counts as a checkpoint, which one is the newest, and which ones are kept.
 
     RUN/checkpoints/
-      latest                   the name of the newest, by which launchers judge progress; a resume takes the newest that
-                               is intact
+      latest                   the name of the newest checkpoint; launchers measure progress by it. A resume takes the
+                               newest intact one
       step_00001000/
         manifest.json          step, classes, config, plan, versions, the sha256 of every file and its own; written last
         weight-0-of-2.safetensors, ema-…, exp_avg-…, exp_avg_sq-…
-        metrics.jsonl          the run's history until then
+        metrics.jsonl          the run's history until this step
 
-Each rank writes what it holds of every tensor: a parameter's name stands for a whole one, NAME[first:end] for a piece
-of its elements in order. So nothing is sent for a save, and any number of ranks at any ZeRO stage can put it together
-again. A directory without a manifest, or with a file that does not match it, is not a checkpoint.
+Each rank writes the part of every tensor that it holds. An entry with a parameter's name holds the whole parameter, and
+NAME[first:end] holds a piece of its elements in order. A save therefore sends nothing between ranks, and any number of
+ranks can load a checkpoint at any ZeRO stage. A directory without a manifest, or with a file that does not match the
+manifest, is not a checkpoint.
 
-What else decides a run's future is a function of its step: data order, augmentation, learning rate and decay of the
-average. Nothing in training draws from a generator, so there is no generator's state to keep.
+Everything else that decides the rest of a run is a function of the step: data order, augmentation, learning rate and
+decay of the average. Training draws from no random generator with a state, so no such state is saved.
 
-Rejected alternative: DeepSpeed's own format (tied to world size and stage, neither atomic nor hashed) and torch.save (a
-flipped byte loads without a word).
+Rejected alternatives: DeepSpeed's own format, which depends on world size and stage, and is neither atomic nor hashed;
+torch.save, which loads a file with a flipped byte without an error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Loading: a checkpoint into an engine on any number of ranks, or its weights into a model.
 
-Into an engine, every file is read once, by one rank, and hashed as it is read; its tensors then go to the other ranks.
-If anything is not as it was written, all ranks take the checkpoint before. Rejected alternative: rank 0 reading
-everything to verify it and all ranks reading everything again to load it.
+For an engine, one rank reads and hashes each file, and then sends its tensors to the other ranks. If a file is damaged
+or missing, all ranks take the previous checkpoint. Rejected alternative: rank 0 reads everything to verify it, and then
+all ranks read everything again to load it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""Saves in three phases: training waits for a copy in host memory, a child process writes the files while training
-goes on, and rank 0 commits the checkpoint when all ranks have written theirs.
+"""Saves in three phases. Training waits for a copy in host memory. A child process writes the files while training
+continues. Rank 0 commits the checkpoint when all ranks have written their files.
 
-A save that is cut short at any point leaves the earlier checkpoints as they were: files are written beside them and
-count only once the manifest, written last, has their hashes, and the directory its name (files.py).
+An interrupted save leaves the earlier checkpoints unchanged. New files are written to another directory. They count
+only when the manifest, which is written last, holds their hashes and the directory has its final name (files.py).
 
-The copy is all that training waits for. It is made once per rank and used again, so memory is bounded by this rank's
-share of weights, moments and average in float32; a save that is due while the last one is still being written waits
-for it. Each rank's loop asks `is_writing` after every step, so a writer that fails is noticed in the step that it
-fails in.
+Training waits for the copy only. Its memory is allocated once per rank and reused, so memory is bounded by this rank's
+share of weights, moments and average in float32. If a save is due while the previous one is still being written, it
+waits. Each rank's loop calls `is_writing` after every step, so a failed writer is noticed in the same step.
 """
 
 from __future__ import annotations

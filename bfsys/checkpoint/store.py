@@ -2,12 +2,12 @@
 
     URL/checkpoints/step_00001000/     the files of the checkpoint, and manifest.json, written last and removed first
 
-An object store cannot rename, so a copy counts by its manifest alone: one without it, or with a file that does not
-match it, is no checkpoint. Nothing here imports PyTorch.
+An object store cannot rename a directory, so a copy counts by its manifest alone. A copy without a manifest, or with a
+file that does not match it, is not a checkpoint. Nothing here imports PyTorch.
 
-Files are streamed in blocks and hashed on the way, in both directions, so memory is bounded by a few blocks, and a
-file that was damaged on the disk does not become a copy. fsspec's `put` and `get` of whole folders are not used: they
-keep no order, hash nothing, and hold up to ten parts of every file in memory.
+Files are streamed in blocks and hashed on the way, in both directions. Memory is therefore bounded by a few blocks, and
+a file that was damaged on the disk does not become a copy. fsspec's `put` and `get` of whole folders are not used,
+because they keep no order, hash nothing, and hold up to ten parts of every file in memory.
 """
 
 from __future__ import annotations

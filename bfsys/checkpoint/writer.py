@@ -1,13 +1,13 @@
 """The process that writes a rank's share of a checkpoint, while training continues.
 
-Started by saving.py for each save, as a program of its own: it reads what to write as JSON from standard input, and
-writes to standard output as JSON what it wrote, or why it could not. Tensors come through shared memory without a
-name, which the training process has filled. It imports neither torch nor bfsys, and is running 0.1 s after its start.
+saving.py starts it for each save, as a separate program. It reads its task as JSON from standard input. It writes to
+standard output, as JSON, what it wrote or why it failed. The training process passes the tensors in anonymous shared
+memory. The program imports neither torch nor bfsys, and runs 0.1 s after its start.
 
-The files are safetensors (8 bytes of header length, JSON header, data), written and hashed in one pass without a copy.
-Rejected alternative: the library's own `save_file`, which first copies all tensors into Python bytes, and then has to
-be followed by a second pass for the hash; a thread, which would hold Python's lock against the training loop; and a
-forked child, since threads and pinned memory of a training process do not survive forking well.
+The files are safetensors (8 bytes of header length, JSON header, data). They are written and hashed in one pass without
+a copy. Rejected alternatives: the library's `save_file`, which first copies all tensors into Python bytes and needs a
+second pass for the hash; a thread, which would compete with the training loop for Python's lock; and a forked child,
+because threads and pinned memory of a training process are not safe to fork.
 """
 
 from __future__ import annotations

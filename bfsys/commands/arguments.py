@@ -46,9 +46,9 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
     """Add the options that change files before they are stored."""
     add = parser.add_argument
     add("--encoding", default="as_stored", metavar="E", help="decode files and encode them as E")
-    add("--image-size", type=int, metavar="N", help="resize and crop pictures to N × N pixels before")
-    add("--sample-rate", type=int, metavar="HZ", help="resample sounds to HZ before")
-    add("--seconds", type=float, metavar="S", help="cut or pad sounds to S seconds before")
+    add("--image-size", type=int, metavar="N", help="resize and crop pictures to N × N pixels first")
+    add("--sample-rate", type=int, metavar="HZ", help="resample sounds to HZ first")
+    add("--seconds", type=float, metavar="S", help="cut or pad sounds to S seconds first")
 
 
 def read_encoding(args: argparse.Namespace, problems: list[str]) -> tuple[Encoding, Fitting]:

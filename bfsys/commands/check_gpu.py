@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 NOTES = f"""\
 Checks: {", ".join(CHECKS)}.
-Without a GPU, those run that make sense on a CPU. To check all GPUs of a
-cluster, and NCCL among its nodes, start a process for each:
+Without a GPU, only the checks that a CPU allows run. To check all GPUs of a
+cluster, and NCCL among its nodes, start a process for each GPU:
 
   srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 bfsys check-gpu
   torchrun --nproc-per-node 8 tools/check_gpu.py
@@ -30,8 +30,8 @@ Exit code 0: nothing is wrong (it may be slow); 1: something is wrong."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = NOTES
     add = parser.add_argument
-    add("--only", metavar="NAME,NAME", help="only these checks")
-    add("--seconds", type=float, default=300, metavar="N", help="time for all (default: %(default)s)")
+    add("--only", metavar="NAME,NAME", help="run only these checks")
+    add("--seconds", type=float, default=300, metavar="N", help="time for all checks (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all findings to it; rank N: FILE.N")
 
 

@@ -41,12 +41,12 @@ from bfsys.object_stores import URL
 MB = 1e6
 PAUSES_S = (1.0, 4.0)  # before a store is asked again: a person waits for the answer
 NOTES = """\
-list    step, time, size, score, whether all files are there
+list    show step, time, size, score, and whether all files are present
 verify  read every byte of every checkpoint; exit code 1 if one is damaged
-show    what the newest one (or RUN/checkpoints/step_…) holds
-copy    the newest whole one of RUN to TO; either RUN or TO is a URL
+show    show the content of the newest one (or of RUN/checkpoints/step_…)
+copy    copy the newest intact one of RUN to TO; either RUN or TO is a URL
 prune   remove intact ones that --keep, --keep-every and --keep-best do not keep
-RUN may be a URL, such as s3://bucket/folder/NAME; prune takes none."""
+RUN may be a URL, such as s3://bucket/folder/NAME, except for prune."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,12 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = f"%(prog)s {'|'.join(actions)} RUN [TO] [OPTION …]", NOTES
     parser.add_argument("action", choices=actions, metavar="ACTION", help="see below")
     parser.add_argument("run", type=_location, metavar="RUN", help="run directory, a checkpoint of it, or a URL")
-    parser.add_argument("to", type=_location, nargs="?", metavar="TO", help="of copy: run directory or URL of a run")
+    parser.add_argument("to", type=_location, nargs="?", metavar="TO", help="target of copy: run directory or URL")
     prune = parser.add_argument_group("options of prune")
-    prune.add_argument("--keep", type=int, metavar="N", help="how many of the newest (default: the run's)")
-    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="all of such steps (default: the run's)")
-    prune.add_argument("--keep-best", type=int, metavar="N", help="how many of the best (default: the run's)")
-    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    prune.add_argument("--keep", type=int, metavar="N", help="number of newest to keep (default: the run's)")
+    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="keep one per STEPS steps (default: the run's)")
+    prune.add_argument("--keep-best", type=int, metavar="N", help="number of best to keep (default: the run's)")
+    prune.add_argument("--dry-run", action="store_true", help="only list what would be removed")
 
 
 def _location(text: str) -> Path | str:

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 NOTES = """\
-Columns: the config keys that differ; top-1 and loss of the last evaluation as
-mean ± sample standard deviation over seeds; minutes of training (restarts left
-out, mean). Runs that are not finished stay on lines of their own.
+Columns: the config keys that differ; top-1 and loss of the last evaluation, as
+mean ± sample standard deviation over seeds; mean minutes of training, without
+restarts. Each unfinished run has its own row.
 
   bfsys compare runs/small-lr=*
   bfsys compare runs"""

@@ -1,4 +1,4 @@
-"""Make files as a model is given them: encoded again, and their bytes transformed."""
+"""Write files in the form that a model reads: re-encoded, and their bytes transformed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from bfsys.commands.arguments import add_encoding, read_encoding
 from bfsys.errors import UserError, collecting
 
 NOTES = """\
-E: see `bfsys pack --help`; T: as data.byte_transforms. The same command
-continues after a stop. A run with such data.byte_transforms predicts OUT with
---transformed. docs/privacy.md says what transforms protect.
+E: see `bfsys pack --help`; T: as in data.byte_transforms. The same command
+continues after a stop. If the run has the same data.byte_transforms, use
+`bfsys predict RUN OUT --transformed`. docs/privacy.md: what transforms protect.
 
   bfsys encode photo.jpg out --encoding tiff --image-size 224
   bfsys encode photos out --encoding fhwc --image-size 224 --transform keep:0.1
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("src", metavar="SRC", type=Path, help="a file, or a folder whose tree is kept in OUT")
     add("out", metavar="OUT", type=Path, help="folder")
     add_encoding(parser)
-    add("--transform", action="append", default=[], metavar="T", help="such as permute:my.key; repeatable")
+    add("--transform", action="append", default=[], metavar="T", help="for example permute:my.key; repeatable")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,8 +12,8 @@ from bfsys.commands.arguments import add_precision, add_weights
 from bfsys.errors import UserError, one_line
 
 NOTES = """\
-Of a run directory the newest intact checkpoint counts. Imported weights come
-without data and need --data."""
+For a run directory, the newest intact checkpoint is evaluated. Imported weights
+have no data of their own, so they need --data."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

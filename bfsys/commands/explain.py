@@ -1,4 +1,4 @@
-"""Show which bytes of a file decide its class; with --split, whether headers or lengths do in place of content."""
+"""Show which bytes of a file decide its class; with --split, whether the model reads headers or lengths."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="FOLDER", help=f"write pages here (default: {FOLDER}; with --split: none)")
     add("--class", dest="class_name", metavar="NAME", help="class to explain (default: the likeliest)")
     add_weights(parser)
-    add("--encode", action="store_true", help="put pictures and sounds into the model's format")
+    add("--encode", action="store_true", help="convert pictures and sounds to the model's format")
     add("--permute", metavar="KEYFILE", help="path of the key file used in training")
-    add("--seed", type=int, default=0, metavar="N", help="draws other files to compare with (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the choice of reference files (default: 0)")
     add("--json", action="store_true", help="print the results as JSON")
 
 

@@ -1,4 +1,4 @@
-"""A trained model for use elsewhere: plain weights, and programs that need nothing of bfsys."""
+"""Write a trained model for use elsewhere: its weights, and programs that run without bfsys."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FORMATS,
         default=["safetensors", "torch"],
         metavar="F",
-        help="of safetensors, torch, onnx (default: safetensors torch)",
+        help="one or more of safetensors, torch, onnx (default: safetensors torch)",
     )
 
 

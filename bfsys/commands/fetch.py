@@ -10,13 +10,13 @@ from bfsys.errors import UserError
 
 NOTES = """\
 speech_commands is downloaded (2.4 GB) into OUT/SpeechCommands, unless its
-archive is in OUT. From it OUT/twelve/{train,val,test} is made, the published
-classes: ten words, _unknown_ and _silence_; and OUT/background, the recordings
-of noise less what became _silence_ of val and test.
+archive is in OUT. OUT/twelve/{train,val,test} holds the published classes: ten
+words, _unknown_ and _silence_. OUT/background holds the noise recordings,
+without the parts that became _silence_ of val and test.
 
-imagenet wants an account at image-net.org: put ILSVRC2012_img_train.tar,
+imagenet needs an account at image-net.org. Put ILSVRC2012_img_train.tar,
 ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into OUT; they are
-verified and unpacked. Folders train/ and val/ that are there are checked only."""
+verified and unpacked. Existing folders train/ and val/ are only checked."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

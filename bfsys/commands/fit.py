@@ -14,14 +14,13 @@ from bfsys import console
 from bfsys.errors import UserError
 
 NOTES = """\
-FOLDER has a folder of files per class, or split folders (train, val) with
-them; or it is a list of files (bfsys pack --from filelist), or packed data.
-The command surveys and packs the files, chooses encoding, model and steps for
-this machine and the time, writes them with reasons to RUNS/NAME.yaml, trains,
-evaluates on held-out files, and compares with a baseline that sees only byte
-counts. Compressed pictures and long sounds are re-encoded (docs/fit.md says
-when); --as-stored leaves them unchanged. The same command resumes after a
-stop."""
+FOLDER holds a folder of files per class, or split folders (train, val) with
+such folders. It may also be a list of files (bfsys pack --from filelist) or a
+packed dataset. The command chooses encoding, model and steps for this machine
+and the time, and writes them with reasons to RUNS/NAME.yaml. It packs, trains,
+evaluates on held-out files, and compares with simple baselines. Compressed
+pictures and long sounds are re-encoded (docs/fit.md). The same command resumes
+after a stop."""
 LONGEST_MINUTES = 60 * 24 * 30
 NEEDED = {"deepspeed": "deepspeed", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}  # packages by module
 
@@ -30,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s FOLDER [OPTION …]", NOTES
     add = parser.add_argument
     add("folder", metavar="FOLDER", type=Path, help="files by class")
-    add("--name", help="of the run (default: the folder's)")
-    add("--minutes", type=float, default=10.0, metavar="M", help="time for all of it (default 10)")
-    add("--as-stored", action="store_true", help="never decode and encode the files")
+    add("--name", help="name of the run (default: the folder's)")
+    add("--minutes", type=float, default=10.0, metavar="M", help="time for the whole command (default 10)")
+    add("--as-stored", action="store_true", help="do not re-encode files")
     add("--skip-bad", action="store_true", help="leave out files that cannot be used")
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default runs)")
     add("--shards", type=Path, default=Path("data/shards"), metavar="DIR",

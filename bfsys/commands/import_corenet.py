@@ -1,4 +1,4 @@
-"""Make a directory like that of a run from ByteFormer weights of CoreNet."""
+"""Turn CoreNet's ByteFormer weights into a directory that works like a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from bfsys import console
 from bfsys.model.sizes import HEAD_DIM, PUBLISHED_SHIFT
 
 NOTES = """\
-Nothing in the file is executed. The tensors' names and
-shapes tell all but window, shift and heads.
+Nothing in the file is executed. All settings but window, shift and heads are
+read from the names and shapes of the tensors.
 
   bfsys import-corenet imagenet_k4_w128.pt imported --classes names.txt
   bfsys import-corenet speech_commands.pt imported/speech --window 32
@@ -25,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("out", metavar="OUT", type=Path, help="folder that is empty or does not exist")
     add("--classes", type=Path, metavar="FILE", help="a class name per line (default: numbers)")
     add("--window", type=int, default=128, metavar="N", help="tokens that attend to each other (default: 128)")
-    add("--shift", type=int, default=PUBLISHED_SHIFT, metavar="N", help="of every second layer (default: 64)")
+    add("--shift", type=int, default=PUBLISHED_SHIFT, metavar="N", help="shift of every second layer (default: 64)")
     add("--heads", type=int, metavar="N", help=f"attention heads (default: one per {HEAD_DIM} channels)")
     add(
         "--byte-transform",
         action="append",
         default=[],
         metavar="T",
-        help="what the weights were trained to see, such as reverse or keep:0.05; repeatable, see bfsys/config.py",
+        help="byte transform of the training, such as reverse or keep:0.05; repeatable, see bfsys/config.py",
     )
 
 

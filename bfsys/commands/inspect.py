@@ -1,7 +1,6 @@
 """Show, check or rebuild the index of a packed dataset.
 
-Rejected alternative: a quick check of samples picked at random. It would pass over most damage, and reading it all is
-fast.
+Rejected alternative: a quick check of random samples. It would miss most damage, and reading everything is fast.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 EXIT_DAMAGED = 1
 NOTES = """\
-Exit code 0: all is well; 1: --verify found damage; 2: wrong input."""
+Exit code 0: no problem; 1: --verify found damage; 2: wrong input."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("dataset", metavar="DATASET", type=Path, help="folder of a packed dataset")
     add("--split", help="this split only; with --rebuild, the split that all tars belong to")
     add("--list", type=int, default=0, metavar="N", help="show the first N samples of each split")
-    add("--verify", action="store_true", help="read everything and name all damage")
+    add("--verify", action="store_true", help="read every byte and report all damage")
     add("--rebuild", action="store_true", help="index WebDataset tars that were made elsewhere")
 
 

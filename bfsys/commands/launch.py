@@ -13,8 +13,8 @@ from bfsys.errors import UserError
 NOTES = """\
 Ctrl-C, SIGTERM and SIGHUP save a checkpoint and stop; the same command resumes.
 A second Ctrl-C a few seconds later ends the run at once. A run that crashes or
-hangs resumes from its newest intact checkpoint, unless only a person can help;
-RUN/ended.json says why. A sweep ends with a table of its runs."""
+hangs is restarted from its newest intact checkpoint, unless a restart cannot
+help. RUN/ended.json holds the reason. A sweep ends with a table of its runs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

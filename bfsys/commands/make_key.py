@@ -1,6 +1,6 @@
 """Make a key file for the byte transform permute:KEYFILE: a random order of the 256 byte values.
 
-Only its owner can read it, and an existing file is never overwritten. What it protects from: docs/privacy.md.
+Only its owner can read it, and an existing file is never overwritten. docs/privacy.md says what a key protects.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("src", metavar="SRC", type=Path, help="folder of files by class, or a list of files")
     add("out", metavar="OUT", type=Path, help="the dataset becomes the folder OUT/NAME")
-    add("--name", required=True)
+    add("--name", required=True, help="name of the dataset")
     add(
         "--from",
         dest="layout",
@@ -46,11 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--splits", metavar="LIST", help="pack only these splits of SRC, such as val,test")
     add("--val-share", type=float, metavar="X", help="share of the files for val (default 0.1)")
     add_encoding(parser)
-    add("--shard-bytes", default="100M", metavar="SIZE", help="of source files per shard (default 100M)")
-    add("--max-file-bytes", metavar="SIZE", help="larger files are bad")
+    add("--shard-bytes", default="100M", metavar="SIZE", help="source bytes per shard (default 100M)")
+    add("--max-file-bytes", metavar="SIZE", help="treat larger files as bad")
     add("--skip-bad", action="store_true", help="leave bad files out; list them in skipped.txt")
     add("--workers", type=int, metavar="N", help="processes (default: one per CPU core)")
-    add("--seed", type=int, default=0, help="of the order of the samples (default 0)")
+    add("--seed", type=int, default=0, help="seed of the order of the samples (default 0)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 PEAKS = {name.lower().replace(" ", "-"): 1e12 * peak.bf16 for name, peak in peaks.PEAKS.items() if peak.bf16}
 LIMITS = (("utilisation", 0.001, 1), ("network", 0.001, 1e6), ("mtbf_days", 0.001, 1e6), ("price", 0, 1e6))
 NOTES = """\
-Time needs a run that was measured (--like) or a share of a GPU's peak. Failures
-need --like, whose saves and starts count. docs/scale.md has the formulas."""
+The time is estimated with --like or --gpu. The cost of failures needs --like,
+for the times of saves and starts. docs/scale.md has the formulas."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add = parser.add_argument
     add("--ranks", type=int, default=1, metavar="N", help="GPUs, or CPU processes (default: 1)")
-    add("--gpu", choices=PEAKS, metavar="GPU", help="type whose peak is used, such as h100")
+    add("--gpu", choices=PEAKS, metavar="GPU", help="type of GPU whose peak is used, such as h100")
     add("--utilisation", type=float, metavar="SHARE", help="share of that peak (default: as on an H200)")
-    add("--like", type=Path, metavar="RUN", help="a run whose rate per rank was measured")
+    add("--like", type=Path, metavar="RUN", help="take the rate per rank from a finished run")
     add("--network", type=float, metavar="GB/S", help="bandwidth of a rank, if steps wait for it")
     add("--mtbf-days", type=float, metavar="D", help="mean time between failures of a node")
     add("--ranks-per-node", type=int, metavar="N", default=8, help="default: %(default)s")

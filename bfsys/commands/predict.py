@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 NOTES = """\
-Files that cannot be classified are named at the end, with exit code 2. A note
-names a file in no format of the training files (--encode converts it) and one
-whose bytes are unlike the run's files (out-of-distribution score above 1).
+Files that cannot be classified are named at the end, with exit code 2. Notes
+name a file in none of the formats of the training files (--encode converts it)
+and a file that is unlike the run's files (out-of-distribution score above 1).
 The run's data.byte_transforms are applied, with the key of --permute."""
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     key = parser.add_mutually_exclusive_group()
     key.add_argument("--permute", metavar="KEYFILE", help="path of the key file used in training")
     key.add_argument(
-        "--transformed", action="store_true", help="the files went through the run's byte_transforms before"
+        "--transformed", action="store_true", help="the run's byte_transforms are already applied to the files"
     )
     add("--json", action="store_true", help='print [{"path", "top": [{"class", …}]}]')
 

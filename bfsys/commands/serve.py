@@ -1,4 +1,4 @@
-"""A trained model as a web service and a page to drop files on."""
+"""Serve a trained model as a web service, with a page to drop files on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PACKAGES = {
     "prometheus_client": "prometheus-client",
 }
 LIMITS = {
-    "--max-file-bytes": ("file_bytes", "of one file"),
-    "--max-model-bytes": ("model_bytes", "of one file as the model reads it"),
-    "--max-request-bytes": ("request_bytes", "of one request"),
-    "--max-files": ("files", "in one request"),
-    "--max-requests": ("requests", "in progress; others are refused"),
+    "--max-file-bytes": ("file_bytes", "bytes of one file"),
+    "--max-model-bytes": ("model_bytes", "bytes of one file as the model reads it"),
+    "--max-request-bytes": ("request_bytes", "bytes of one request"),
+    "--max-files": ("files", "files in one request"),
+    "--max-requests": ("requests", "requests at a time; others are refused"),
     "--timeout": ("seconds", "seconds for a request"),
 }
 HIGHEST_PORT = 65_535
@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", type=Path, help="run directory, one of its checkpoints, or an export")
     add("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    add("--port", type=int, default=8000, help="port (default: 8000; 0: any free one)")
     add_weights(parser)
-    add("--device", help="such as cpu or cuda:1")
+    add("--device", help="device, such as cpu or cuda:1")
     add("--permute", metavar="KEYFILE", help="path of the key file used in training")
     for option, (name, text) in LIMITS.items():
         default = getattr(Limits, name)

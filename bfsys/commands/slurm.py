@@ -8,7 +8,7 @@ from bfsys.commands.arguments import add_config, add_sweep
 
 AS_OF_SBATCH = ("partition", "account", "qos", "constraint", "reservation", "exclude", "dependency", "comment")
 NOTES = f"""\
-As of sbatch: {", ".join(f"--{name}" for name in AS_OF_SBATCH[:4])},
+Passed to sbatch: {", ".join(f"--{name}" for name in AS_OF_SBATCH[:4])},
   {", ".join(f"--{name}" for name in AS_OF_SBATCH[4:])}.
 The job runs a copy of bfsys and of the resolved config, made now in RUN/slurm.
 Data, runs_dir, the current folder and Python must be where the nodes see them.
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = NOTES
     add_config(parser)
     add = parser.add_argument
-    add("--nodes", required=True, metavar="N", help="or MIN-MAX: elastic, on as many as SLURM gives and lanes allow")
+    add("--nodes", required=True, metavar="N", help="nodes; MIN-MAX: elastic, as many as SLURM gives and lanes allow")
     add(
         "--grow",
         action="store_const",
@@ -36,16 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus-per-node", type=int, default=8, metavar="G", help="default 8; 0: train on CPUs")
     add("--tasks-per-node", type=int, metavar="T", help="default: one per GPU, or 1 on CPUs")
     add("--cpus-per-task", type=int, metavar="C", help="default: the cluster's")
-    add("--mem", metavar="SIZE", help="of a node, for example 200G; default: the cluster's")
-    add("--time", metavar="LIMIT", default="60", help="[D-]HH:MM:SS or minutes, of one start (default: 60)")
+    add("--mem", metavar="SIZE", help="memory of a node, for example 200G; default: the cluster's")
+    add("--time", metavar="LIMIT", default="60", help="time limit of one start, [D-]HH:MM:SS or minutes (default: 60)")
     for name in AS_OF_SBATCH:
         add(f"--{name}", help=argparse.SUPPRESS)
-    add("--name", help="of the job (default: the run's)")
+    add("--name", help="name of the job (default: the run's)")
     add_sweep(parser)
-    add("--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the job; repeatable")
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable of the job; repeatable")
     add("--setup", action="append", default=[], metavar="CMD", help="shell command before training; repeatable")
     add("--container", metavar="IMAGE", help=".sif file for apptainer, or other for pyxis")
-    add("--follow", action="store_true", help="show rank 0's log; Ctrl-C ends only that")
+    add("--follow", action="store_true", help="show rank 0's log; Ctrl-C does not stop the job")
     add("--dry-run", action="store_true", help="check all, print the sbatch script, submit nothing")
 
 

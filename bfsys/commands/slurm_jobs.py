@@ -1,4 +1,4 @@
-"""Look after the jobs of a run that were submitted by `bfsys slurm`."""
+"""Show or stop the jobs of a run that were submitted by `bfsys slurm`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 from bfsys.errors import UserError
 
 NOTES = """\
-status  how the run and its jobs are, and what the next step is
-logs    what a rank prints
-stop    save, and end the jobs for good"""
+status  state of the run and its jobs, and what to do next
+logs    output of a rank
+stop    save a checkpoint, and end the jobs without a requeue"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s status|logs|stop RUN [OPTION …]", NOTES
     parser.add_argument("action", choices=("status", "logs", "stop"), metavar="ACTION", help="see below")
-    parser.add_argument("run", metavar="RUN", type=Path, help="its directory, for example runs/joint")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory, for example runs/joint")
     logs = parser.add_argument_group("options of logs")
-    logs.add_argument("--rank", type=int, metavar="N", help="whose log (default: 0)")
-    logs.add_argument("--follow", "-f", action="store_true", help="until the job is over")
+    logs.add_argument("--rank", type=int, metavar="N", help="rank whose log is shown (default: 0)")
+    logs.add_argument("--follow", "-f", action="store_true", help="show new lines until the job ends")
 
 
 def run(args: argparse.Namespace) -> int:

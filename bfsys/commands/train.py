@@ -1,4 +1,4 @@
-"""Train: the process of one rank, as the deepspeed launcher, torchrun and srun start it."""
+"""Train as one rank: the process that the deepspeed launcher, torchrun and srun start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bfsys.errors import UserError, exit_code_of
 
 NOTES = """\
 The same command resumes from the newest intact checkpoint of its run. Without
-a launcher, one process trains. All GPUs of a machine train by
+a launcher, one process trains. To train on all GPUs of a machine:
 
   bfsys launch CONFIG
   deepspeed bfsys/train.py CONFIG      (on a CPU with --num_accelerators 2)"""
@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s CONFIG [section.key=value …] [OPTION …]", NOTES
     add_config(parser)
     add = parser.add_argument
-    add("--dry-run", action="store_true", help="check config and data, show the arithmetic, stop")
-    add("--no-data", action="store_true", help="with --dry-run: leave the data alone")
+    add("--dry-run", action="store_true", help="check config and data, show the sizes, stop")
+    add("--no-data", action="store_true", help="with --dry-run: do not open the data")
     add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
 

@@ -1,15 +1,16 @@
 """The bytes that decide a file's class, by two independent methods.
 
-Occlusion replaces a window of the file by the bytes that reference files have at the same offsets, and asks again: the
-evidence of a window is the mean drop of the log-probability of the class. It is causal, and coarse.
+Occlusion replaces a window of the file by the bytes that reference files have at the same offsets, and predicts again.
+The evidence of a window is the mean drop of the log-probability of the class. Occlusion shows causes, at a coarse
+resolution.
 
-Integrated gradients (Sundararajan et al. 2017) go in a straight line from the tokens of a reference to those of the
-file. A token is a sum of table rows (model/stem.py), so the change of a token divides exactly among the bytes that it
-sees, and the attributions of all bytes sum to the difference between the two log-odds of the class. They are fine, and
-follow the path's gradient only. Rejected alternative: gradients with respect to one-hot bytes, which take 257 numbers
-per byte; attention weights, which do not say what a token's change would do.
+Integrated gradients (Sundararajan et al. 2017) follow a straight line from the tokens of a reference to those of the
+file. A token is a sum of table rows (model/stem.py), so the change of a token divides exactly among its bytes, and the
+attributions of all bytes sum to the difference between the two log-odds of the class. Their resolution is one byte, but
+they follow only the gradient on this line. Rejected alternatives: gradients with respect to one-hot bytes, which take
+257 numbers per byte; attention weights, which do not say what a change of a token would do.
 
-References that are as long as the file keep its length out of both methods.
+References have the length of the file, so the length does not influence either method.
 """
 
 from __future__ import annotations

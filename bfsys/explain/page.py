@@ -1,4 +1,4 @@
-"""An explanation as one HTML page that needs nothing else: no network, no script, no font."""
+"""An explanation as one self-contained HTML page: no network, no script, no font."""
 
 from __future__ import annotations
 

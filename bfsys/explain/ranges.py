@@ -1,8 +1,8 @@
-"""Named ranges of bytes, and how they are made to cover a file from the first byte to the last.
+"""Named ranges of bytes, and how they are extended to cover a file from the first byte to the last.
 
-The parsers of the formats (formats/*.py) only say what they find, in any order. What they say may be wrong, since files
-are truncated, damaged or hostile: `covering` cuts it to the file, lets the range that begins first have the bytes that
-two claim, and names what no range covers.
+The parsers of the formats (formats/*.py) report what they find, in any order. Their findings may be wrong, because
+files are truncated, damaged or hostile. `covering` cuts the ranges to the file, gives bytes that two ranges claim to
+the range that begins first, and names the bytes that no range covers.
 """
 
 from __future__ import annotations

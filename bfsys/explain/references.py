@@ -1,8 +1,8 @@
 """Reference files, whose bytes replace those of a file to measure their evidence.
 
-They come from the evaluation split of the run, through the run's byte transforms: files of other classes and, where
-there are some, of the same format, so that what all files of a format have in common counts for nothing. Where no such
-file can be read, the bytes of the file itself stand in, in another order.
+They come from the evaluation split of the run, with the run's byte transforms applied. They have other classes and, if
+possible, the same format, so bytes that all files of a format share have no evidence. If no such file can be read, the
+bytes of the file itself are used in another order.
 """
 
 from __future__ import annotations

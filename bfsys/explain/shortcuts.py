@@ -1,14 +1,15 @@
 """Tests whether a model reads headers, metadata or lengths of files in place of their content.
 
-Each file gets bytes of donors, files of other classes (of its own source and format, where there are such), and keeps
-its length:
+Each file gets bytes of donors and keeps its length. Donors are files of other classes (if possible of its own source
+and format):
 
-    headers and metadata replaced   a model of content keeps its answers
-    content replaced                a model of content loses them: what is left comes from headers and metadata
-    everything replaced             what is left comes from the length
+    headers and metadata replaced   a model that reads content keeps its answers
+    content replaced                a model that reads content loses them: the rest comes from headers and metadata
+    everything replaced             the rest comes from the length
 
-Parts change places with those of the same name, and otherwise of the same kind. The evidence of a kind is the mean drop
-of the log-probability of the answer when all of that kind is replaced; its share is that of the positive evidence.
+A part is replaced by the donor's part of the same name, or else of the same kind. The evidence of a kind is the mean
+drop of the log-probability of the answer when everything of that kind is replaced. Its share refers to the sum of the
+positive evidence.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The structure of a file: its format, and named ranges of bytes that cover it without gap or overlap.
 
-A parser reads forward, so that its time grows with the file, and its findings are limited in number.
+Parsers read forward only, so their time grows linearly with the file, and the number of their findings is limited.
 
-Rejected alternative: libraries that read these formats. None of those in use says where in the file it found what it
-returns.
+Rejected alternative: libraries that read these formats. No common one returns the offsets of what it found in the
+file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The look of the pages: one style sheet for light and dark screens, and no script.
 
-Evidence is orange where it speaks for the class and purple where it speaks against it; the two stay apart for people
-who do not tell red from green. Kinds of ranges have colours of Okabe and Ito, and a pattern or label beside the colour.
+Evidence for the class is orange, and evidence against it is purple. People who cannot distinguish red from green can
+distinguish these two. Kinds of ranges have colours of Okabe and Ito, and also a pattern or label.
 """
 
 from __future__ import annotations

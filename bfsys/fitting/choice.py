@@ -1,11 +1,11 @@
-"""Choose encoding, model, batch and steps for a folder, each with its reason.
+"""Choose encoding, model, batch size and steps for a folder, and give a reason for each.
 
-The rules are few and come from measurements (docs/results.md, docs/experiments.md): uncompressed bytes are learned
-from much faster than compressed ones; the kernel grows with the length of a file; the model of `configs/small.yaml` is
-the one that was tried most; 400 to 1,500 steps suffice for some thousand files. How many steps the time allows is
-measured on this machine, by training for some steps (fit.py).
+The rules are few and come from measurements (docs/results.md, docs/experiments.md). Models learn uncompressed bytes
+much faster than compressed ones. The kernel grows with the length of a file. The model of `configs/small.yaml` has
+been tried most. A few thousand files need 400 to 1,500 steps. A short training on this machine measures how many steps
+the time allows (fit.py).
 
-Rejected alternative: a search over models, which would spend the time that one good run needs.
+Rejected alternative: a search over models, which would need the time of the run itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The steps of `bfsys fit`: look at a folder of files, pack, choose, measure, train, evaluate.
+"""The steps of `bfsys fit`: survey a folder of files, pack, choose settings, measure, train, evaluate.
 
-What was chosen is written to RUNS/NAME.yaml once, before training. The same command resumes from there after a stop,
-and a person may change the file. The number of steps follows from a short training on the machine itself, whose bytes
-per second already count optimizer, loader and decoding.
+The settings are written to RUNS/NAME.yaml once, before training. After a stop, the same command resumes with this file,
+and a person may edit it. The number of steps follows from a short training on this machine, whose bytes per second
+include optimizer, loader and decoding.
 """
 
 from __future__ import annotations

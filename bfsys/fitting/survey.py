@@ -1,7 +1,7 @@
 """Survey a folder of files: classes, splits, lengths, and whether all files are pictures or all are sounds.
 
-Kinds and sizes are read from the headers of some files, spread evenly over the folder. Packing looks at every file
-later; a survey only has to be right about what is typical.
+Kinds and sizes are read from the headers of some files, evenly spread over the folder. This is enough to know typical
+values; packing reads every file later.
 """
 
 from __future__ import annotations

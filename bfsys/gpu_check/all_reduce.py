@@ -1,4 +1,4 @@
-"""Sums over ranks: right, and how fast. NCCL among GPUs, gloo among CPU ranks.
+"""Sums over ranks: whether they are right, and how fast they are. GPUs use NCCL, and CPU ranks use gloo.
 
 Under srun or torchrun, the ranks are those of the launcher, on all nodes. Without a launcher, this check starts a rank
 for each GPU of the machine, or two on the CPU.

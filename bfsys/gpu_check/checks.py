@@ -1,7 +1,7 @@
 """The checks of `bfsys check-gpu`, in their order.
 
-Each is a module of this folder with `check(device, seconds) -> list[Finding]`, where `seconds` is about how long it may
-go on with work that can be cut short. Importing this table is quick.
+Each check is a module of this folder with `check(device, seconds) -> list[Finding]`. `seconds` is the approximate time
+for work that can be shortened. Importing this table is quick.
 """
 
 from __future__ import annotations

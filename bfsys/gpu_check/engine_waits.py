@@ -1,7 +1,7 @@
 """Count how often a training step through DeepSpeed makes the host wait for the device.
 
-While the host waits, nothing is put into the GPU's queue. An update needs its gradient's norm and so waits a few times;
-a micro-batch more must not make it wait more often.
+While the host waits, it launches no kernels. An update needs the norm of its gradient, so it waits a few times. Another
+micro-batch must not add a wait.
 """
 
 from __future__ import annotations

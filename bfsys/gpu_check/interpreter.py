@@ -1,7 +1,7 @@
-"""Our Triton kernels without a GPU, by Triton's interpreter.
+"""The Triton kernels of bfsys without a GPU, run by Triton's interpreter.
 
-The interpreted kernels live in a copy of Triton of their own: Triton decides once, when it is imported, whether its
-functions are compiled or interpreted, and the rest of the process may need them compiled.
+The interpreted kernels use a separate copy of Triton. Triton decides once, when it is imported, whether its functions
+are compiled or interpreted, and the rest of the process may need them compiled.
 """
 
 from __future__ import annotations

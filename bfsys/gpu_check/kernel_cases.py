@@ -1,7 +1,7 @@
-"""Our kernels against plain PyTorch in float64, case by case: what `bfsys check-gpu` and the tests compare.
+"""Test cases that compare the kernels of bfsys with plain PyTorch in float64, for `bfsys check-gpu` and the tests.
 
-A case draws its inputs, runs kernels on `device` (twice, where the same bits are promised) and returns what it
-compared. What a kernel must not read is NaN. The references are written to be read, and run on the CPU.
+A case draws its inputs, runs kernels on `device` (twice, if equal bits are promised) and returns what it compared.
+Values that a kernel must not read are NaN. The references favour readability and run on the CPU.
 
 Shapes: N tokens, D dim, K bytes per token, S segments, H heads, E = D / H; M rows of a norm.
 """

@@ -1,4 +1,4 @@
-"""Our kernels against float64: on a GPU as it runs them, on a CPU by Triton's interpreter in small sizes."""
+"""The kernels of bfsys against float64: on a GPU as they run there, on a CPU by Triton's interpreter in small sizes."""
 
 from __future__ import annotations
 

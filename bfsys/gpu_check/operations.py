@@ -1,4 +1,4 @@
-"""Counts of what a part of a step asks of the device: PyTorch's operations, launches of kernels, waits of the host."""
+"""Counts for a part of a step: PyTorch's operations, kernel launches, and waits of the host."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Checks as processes of their own: what a check does to the GPU, or a crash or hang of it, leaves the others alone.
+"""Run each check in a separate process, so that its crash, its hang or its changes to the GPU do not affect the others.
 
-Rejected alternative: forked processes, which cannot use CUDA once their parent has asked for its devices.
+Rejected alternative: forked processes, which cannot use CUDA after their parent has listed its devices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A short training as users start it: data packed here, a run, and the same run from a checkpoint on, to equal bits."""
+"""A short training as users start it: pack data, train a run, resume it from a checkpoint, and compare the bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training step of bfsys and of the published form on the same files: what check-gpu and bench_step.py measure."""
+"""A training step of bfsys and of the published form on the same files, which check-gpu and bench_step.py measure."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Elastic runs: the numbers of nodes or ranks, of a range, on which a run can train, and when a job can grow.
+"""Elastic runs: on which numbers of nodes or ranks, out of a range, a run can train, and when a job can grow.
 
 The lanes of a run are shared evenly, so a number of ranks fits if it divides them. A start takes the largest number
-that fits and that is there. Nothing else depends on it: samples and global batch stay the same (plan.py).
+that fits and is available. The samples and the global batch do not depend on this number (plan.py).
 
-A job grows by being requeued, since SLURM cannot add nodes to a job that runs. Rejected alternative: a second job for
-the added nodes, which would wait, be cancelled and run out of time by itself.
+A job grows by being requeued, because SLURM cannot add nodes to a running job. Rejected alternative: a second job for
+the added nodes, which would wait, be cancelled and run out of time separately.
 
-Importing this is quick.
+Importing this module is quick.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""TrainJob: one training run as launchers hand it on, to local processes or, pickled, to the tasks of a SLURM job.
+"""TrainJob: a training run as launchers pass it to local processes or, pickled, to the tasks of a SLURM job.
 
-A job holds what was asked for and nothing of how far it came: that is in the run directory, so the same pickle is
-started again after a node failure, a pre-emption or a time limit, and training continues from the newest checkpoint.
-Rejected alternative: submitit's own `checkpoint()` protocol. It acts on global rank 0 alone, between two byte codes,
-where no collective save is possible; here training itself agrees on the step to stop after and saves, all ranks leave
-with its code, and the job's script asks SLURM for another start (requeue.py).
+A job holds what was requested and no progress. The progress is in the run directory, so the same pickle is started
+again after a node failure, a pre-emption or a time limit, and training resumes from the newest checkpoint. Rejected
+alternative: submitit's own `checkpoint()` protocol. It acts on global rank 0 alone, at any point between two byte codes
+of Python, where no collective save is possible. Here all ranks agree on the step after which they save and exit, and
+the job's script asks SLURM for another start (requeue.py).
 
-Importing this module is quick, and heavy modules are imported within the call: a signal that comes during their
-import would find submitit's handlers instead of ours.
+Importing this module is quick. Heavy modules are imported within the call, after it has replaced submitit's signal
+handlers: a signal may arrive during these imports.
 """
 
 from __future__ import annotations

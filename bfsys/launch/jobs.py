@@ -1,7 +1,7 @@
-"""The jobs of a run, after their submission: how they are, what they say, and how to stop them.
+"""The jobs of a run after their submission: their status, their logs, and how to stop them.
 
-SLURM is asked itself. submitit's own states are final where SLURM's are not: a job that was pre-empted or lost a node
-is done for it, and comes back.
+The status comes from SLURM and not from submitit. submitit treats a pre-empted job, or one that lost a node, as
+finished, although SLURM requeues it.
 """
 
 from __future__ import annotations

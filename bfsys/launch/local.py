@@ -1,21 +1,21 @@
 """Train on this machine: one process per GPU, or several on the CPU.
 
-Ctrl-C, SIGTERM, or SIGHUP from a terminal that has gone, saves a checkpoint and stops; the same command resumes from
-there. A second Ctrl-C, a few seconds later, ends the run at once.
+Ctrl-C, SIGTERM, or SIGHUP from a closed terminal, saves a checkpoint and stops; the same command resumes from there. A
+second Ctrl-C, a few seconds later, ends the run at once.
 
-A run that crashes or hangs is started again from its newest whole checkpoint, at once if it had made progress,
-otherwise after a pause (restart_policy.py). It is not started again when only a person can help: bad input (2),
-diverged (65), nothing can be saved (74), stopped on request (130), asked to requeue (75), or the third start again
-without a new checkpoint (76). The reason is in RUN/ended.json.
+A run that crashes or hangs is restarted from its newest intact checkpoint: at once if it had made progress, otherwise
+after a pause (restart_policy.py). It is not restarted if only a person can help: bad input (2), diverged (65), a
+checkpoint cannot be written (74), stopped on request (130), asked to requeue (75), or three restarts without a new
+checkpoint (76). The reason is in RUN/ended.json.
 
-Ranks write to files and this process shows what is added to rank 0's: no rank ever waits for a console or breaks with
-it. They die with this process even when it is killed, through Linux's parent-death signal. Rejected alternative: ranks
-that watch their parent, since a rank blocked in a collective would not look; and SIGTERM as that signal, for the same
-reason. Whoever kills the launcher loses the steps since the last checkpoint, not the machine.
+Ranks write to files, and this process shows what is added to rank 0's file. So no rank waits for a console or fails
+with it. Linux's parent-death signal kills the ranks when this process ends, even if it is killed. If the launcher is
+killed, only the steps since the last checkpoint are lost. Rejected alternatives: ranks that watch their parent, because
+a rank that is blocked in a collective cannot look; and SIGTERM as the signal, for the same reason.
 
-CPU ranks are forked from this process, which has imported everything, so that a start again takes a fraction of the
-first; `ps -o comm` shows them as "bfsys rank 0" and so on. GPU ranks are programs of their own: CUDA does not work in
-a process that was forked after CUDA was touched.
+CPU ranks are forked from this process, which has imported everything, so a restart takes a fraction of the time of the
+first start. `ps -o comm` shows them as "bfsys rank 0" and so on. GPU ranks are separate programs, because CUDA does not
+work in a process that was forked after CUDA was initialised.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """A sweep on this machine: its runs train one after the other, or several at once.
 
-Each run is trained by a process of its own, which does what `bfsys launch` does: it starts the run again after a crash
-and stops it with a checkpoint on a signal. These processes are forked from this one, which has imported everything, so
-a start takes a moment. Runs that train at once have equal shares of the GPUs, or of the cores.
+Each run is trained by a separate process, which does what `bfsys launch` does: it restarts the run after a crash, and
+on a signal it stops the run with a checkpoint. These processes are forked from this one, which has imported everything,
+so they start quickly. Runs that train at once have equal shares of the GPUs, or of the cores.
 
 The configs are read once, when the sweep starts, and each run is trained from a copy in its own directory. An edit of
-the config file does not change runs that start later. The copy is not the run's config.yaml, which only the run itself
-writes, once it knows that no other process trains it.
+the config file does not change runs that start later. The copy is not the run's config.yaml: only the run itself writes
+that file, after it has checked that no other process trains it.
 """
 
 from __future__ import annotations

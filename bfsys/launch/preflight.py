@@ -1,6 +1,6 @@
 """Pre-flight checks of a job before it is queued: data, run directory, file systems, SLURM.
 
-Seconds, on a login node, without a GPU. Each check yields its problems; none stops the others.
+They take seconds on a login node and need no GPU. Each check yields its problems; no check stops the others.
 """
 
 from __future__ import annotations

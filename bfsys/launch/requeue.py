@@ -2,16 +2,16 @@
 
     python -m bfsys.launch.requeue RUN [RUN …] -- srun …     a run directory for each member of an array
 
-`--fit 2,4` before these makes the job elastic: the tasks run on the largest of these numbers of nodes that it has, and
-with `--grow-every-s S` it has itself requeued when a larger one is free (elastic.py).
+`--fit 2,4` before these makes the job elastic. The tasks run on the largest of these numbers of nodes that the job has.
+With `--grow-every-s S` the job requeues itself when a larger one is free (elastic.py).
 
-SLURM itself starts jobs again whose node failed, or that it ended for another one. But one whose time is up, or whose
-rank died (srun then ends the others), or that saved and left while it had a grace time, would be over for good: so
-this process, the only one left, asks SLURM to requeue the job (restart_policy.py says when). It never does so for a
-job that SLURM ends for a reason other than its time limit: that one was cancelled, and would come back.
+SLURM itself requeues a job whose node failed, or that it pre-empted. It does not requeue a job whose time is up, whose
+rank crashed (srun then ends the other ranks), or that saved and exited during its grace time. In these cases this
+process, the only one left, asks SLURM to requeue the job (restart_policy.py says when). It does not do so for a job
+that SLURM ends for a reason other than its time limit, because such a job was cancelled.
 
-The script outlives the SIGTERM that precedes its end by KillWait. If the tasks are not gone shortly before that, the
-job is out of time in the middle of a long step or of a start, and is requeued all the same.
+The script survives the SIGTERM that precedes its end by KillWait. If the tasks have not exited shortly before that end,
+the job has run out of time during a long step or a start, and is requeued as well.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The restart policy of both launchers (launchers/local.py, requeue.py).
 
-A crash, a hang and a lost node are restarted from the newest intact checkpoint. An end that another start would not
-change is none of these: finished, bad input, diverged, nothing can be saved, asked to stop. Nor is a run started again
-after three starts in a row that made no new checkpoint.
+After a crash, a hang or a lost node, a run is restarted from the newest intact checkpoint. It is not restarted if
+another start would end in the same way: finished, bad input, diverged, a checkpoint cannot be written, asked to stop.
+Nor is it restarted after three starts in a row that made no new checkpoint.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Train on a SLURM cluster: checks the run, then submits it as one job with one task per GPU, or CPU tasks.
+"""Train on a SLURM cluster: check the run, then submit it as one job with one task per GPU, or CPU tasks.
 
-A job that runs out of time, loses a node, is pre-empted, or whose rank crashes goes on by itself in the same run
-directory until its steps are done, unless another start would change nothing (requeue.py). `scancel` saves and ends it
-for good. The same command continues a run that has ended, on other --nodes too.
+A job that runs out of time, loses a node, is pre-empted, or has a crashed rank resumes by itself in the same run
+directory until its steps are done, unless another start would change nothing (requeue.py). `scancel` saves a checkpoint
+and ends the job without a requeue. The same command resumes a run that has ended, also with other --nodes.
 
-What can be known to be wrong is said before anything waits in a queue (preflight.py). SLURM is spoken to through
-submitit, which carries the job over as a pickle; what happens inside of it is in job.py. Rejected alternative: a script
-of our own for people to edit, where each copy ages by itself.
+Problems are reported before the job is queued (preflight.py). The job is submitted through submitit, which stores it as
+a pickle; job.py runs inside the job. Rejected alternative: a template of a script that users edit, because copies would
+become outdated.
 """
 
 from __future__ import annotations

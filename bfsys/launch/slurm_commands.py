@@ -1,6 +1,7 @@
-"""SLURM's own commands, and what they say.
+"""SLURM's own commands, and how their output is read.
 
-A controller may be away for a while, so no command is waited for without a limit, and one that fails is an answer, too.
+A controller may be unavailable for a while. Every command therefore has a time limit, and a failed command is a result,
+not an exception.
 """
 
 from __future__ import annotations

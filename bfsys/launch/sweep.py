@@ -1,6 +1,6 @@
-"""A sweep: a run for each combination of values, with a name of its own. Both launchers train the same runs.
+"""A sweep: a run for each combination of values, with its own name. Both launchers train the same runs.
 
-Importing this is quick, so that a wrong value is reported at once.
+Importing this module is quick, so that a wrong value is reported at once.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Attention inside segments of a ragged batch.
 
-`attend` is the one place that chooses how, for everything that autograd sees: a kernel of ours on a GPU
-(kernels.py); batched products in chunks for bfloat16 on a CPU that multiplies it (chunked.py); or PyTorch's attention
-on windows, into which rows are gathered, and back. A token sits in exactly one window, so each gather's backward is a
-gather as well: no scatter, no atomics. Our kernels and a CPU give the same bits every time. PyTorch's attention on a
-GPU may not: the backward pass of its memory-efficient form, which it takes for a mask, may add in another order each
-time.
+`attend` is the only place that chooses the implementation, for everything that autograd sees. The choices are a Triton
+kernel of bfsys on a GPU (kernels.py); batched products in chunks for bfloat16 on a CPU with instructions for it
+(chunked.py); or PyTorch's attention on windows, with rows gathered into windows and back. A token is in exactly one
+window, so the backward of each gather is a gather as well, without scatter or atomics. The kernels of bfsys and CPUs
+give the same bits every time. PyTorch's attention on a GPU may not: with a mask it takes its memory-efficient form,
+whose backward pass may add in another order each time.
 
 Shapes: N tokens, W windows of `width` slots, H heads, D dim, E = D / H.
 """

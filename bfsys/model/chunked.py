@@ -1,8 +1,8 @@
-"""Operations on bfloat16 on a CPU, some tokens at a time.
+"""Operations on bfloat16 on a CPU, a chunk of tokens at a time.
 
-What lies between two products of a chunk stays in the processor's cache, and each operation keeps little but its input.
-Attention and the MLP in this form are for processors that multiply bfloat16 themselves (precision.py), where the
-fused attention of PyTorch is slower than batched products (docs/performance.md).
+Intermediate results of a chunk stay in the processor's cache, and each operation keeps little besides its input for the
+backward pass. Attention and the MLP in this form are for processors with instructions for bfloat16 (precision.py),
+where PyTorch's fused attention is slower than batched products (docs/performance.md).
 
 Shapes: N tokens, D dim, H heads, E = D / H, W windows of `width` slots.
 """

@@ -1,8 +1,8 @@
-"""The content loss: while it trains, a model also predicts what each part of a file shows.
+"""The content loss: during training, a model also predicts what each part of a file shows.
 
-A class is a few bits per file. What a file shows is a whole picture or spectrogram, so a model that predicts it learns
-how bytes become shapes and sounds from far fewer files. Nothing of this is in the model that answers: evaluation,
-prediction and exports have no content head and decode nothing.
+A class is a few bits per file, while a picture or spectrogram holds far more information. A model that predicts it
+learns from far fewer files how bytes become shapes and sounds. Evaluation, prediction and exports have no content head
+and decode nothing.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""ByteFormer on one file, without an index computed outside: what is exported.
+"""ByteFormer on one file, without an index computed outside: the form that is exported.
 
-The model proper computes with NumPy, once per batch, where everything lies (layout.py), which no exported program
-can. Here every place is computed from the file's length by tensor operations, and what is no token is masked. The
-weights are the model's own; the stem's table, which the model makes in every step, is made once.
+The model itself computes the positions of tokens with NumPy, once per batch (layout.py), and an exported program cannot
+contain this. Here every position is computed from the file's length by tensor operations, and rows without a token are
+masked. The weights are the model's own. The stem's table, which the model computes in every step, is computed once.
 
-Two habits serve torch.export. Tokens are gathered into windows and pairs by index, never reshaped: a split of a
-length that depends on the file is a condition on it. And no tensor has length one, whatever the file, for lengths 0
-and 1 are special cases, and a program for one would not do for the others: that is what each "+ 1" is for.
+Two rules serve torch.export. First, tokens are gathered into windows and pairs by index and never reshaped, because
+splitting a length that depends on the file would put a condition on that length. Second, no tensor has length one for
+any file: lengths 0 and 1 are special cases, and a program for them would not work for other lengths. Each "+ 1" is
+there for this reason.
 
 Shapes: n bytes, T tokens at a level, N = T + 1 rows of its buffer, W windows of `width` slots, H heads, D dim,
 K bytes per token, C classes.

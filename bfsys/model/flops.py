@@ -1,19 +1,19 @@
 """Exact counts of the floating-point operations of a step, in bfsys and in the published form.
 
-A multiply-add counts as two. Matrix products and the stem's additions count; norms (0.2 % of the published form's),
-activations, softmax and the optimizer do not. A backward takes two products for each of the forward's, one per
-operand; what activation checkpointing or fused attention compute a second time is not counted, since it is not asked
-for.
+A multiply-add counts as two. Matrix products and the stem's additions count. Norms (0.2 % of the published form's),
+activations, softmax and the optimizer do not. A backward pass takes two products for each product of the forward pass,
+one per operand. Operations that activation checkpointing or fused attention repeat do not count, because the answer
+does not need them.
 
 `flops_per_step` counts real tokens only: ceil(length / stride) per file, halved and rounded up by each merging, and in
-attention only pairs of tokens that meet in a window. The model itself computes a little more: it rounds each file up to
-2^merges tokens, and where it uses windows of one width, also blank slots. So the count is what the answer needs, and
-divided by time and by the machine's peak it is a utilisation that no padding can inflate. Equal to what runs where
-every file has a multiple of 2^merges tokens and fills whole windows at each level.
+attention only pairs of tokens in the same window. The model itself computes a little more: it rounds each file up to
+2^merges tokens, and where it uses windows of one width, it computes blank slots. The count is thus what the answer
+needs. Divided by time and by the machine's peak, it is a utilisation that padding cannot inflate. It equals what is
+computed if every file has a multiple of 2^merges tokens and fills whole windows at each level.
 
-`published_flops` counts all that the published form computes: every file padded to the longest of the batch, sequences
-padded to whole windows at each layer, and the convolution that bfsys does not have. Refused for bfsys' utilisation:
-crediting it with operations that it saves.
+`published_flops` counts everything that the published form computes: every file padded to the longest of the batch,
+sequences padded to whole windows at each layer, and the convolution, which bfsys does not have. It is not used for the
+utilisation of bfsys, because that would credit operations that bfsys saves.
 """
 
 from __future__ import annotations

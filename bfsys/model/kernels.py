@@ -1,8 +1,8 @@
 """The stem and the attention on NVIDIA GPUs (sm_80 and newer, tuned for sm_90), as Triton kernels.
 
-Each function is one half of an autograd function; a GPU's callers import this module, nobody else, so that bfsys runs
-without Triton. Every sum has a fixed order and a single writer: no atomics, and the same bits every time on the same
-kind of GPU. Block sizes are constants with reasons instead of an autotuner's choice, which may change from run to run.
+Each function is one half of an autograd function. Only code for GPUs imports this module, so bfsys runs without Triton.
+Every sum has a fixed order and a single writer: there are no atomics, and the bits are the same every time on the same
+kind of GPU. Block sizes are constants with documented reasons. An autotuner's choice may change from run to run.
 
 Shapes: B files, N tokens in the buffer, D dim, K bytes per token, V = 257 byte values (256 is "no byte"),
 S segments of at most `width` tokens, H heads of E = D / H channels. Index tensors are int32 or int64.

@@ -1,10 +1,10 @@
 """The positions of the tokens of a ragged batch: one index computation per batch, on the CPU.
 
 Each file's token sequence is rounded up once to a multiple of 2^merges, so that all token merges are plain views of the
-token buffer. Attention runs over segments, runs of tokens; a shifted layer has other segment borders, nothing else.
-What a GPU gets is a few numbers per file and per segment, and moves there in one piece. The alternatives refused:
-padding to the longest file (work on nothing, see batch.py) and rolling padded sequences under a mask (the same
-arithmetic, more memory traffic).
+token buffer. Attention runs over segments, which are runs of tokens. A shifted layer differs only in its segment
+borders. A GPU gets a few numbers per file and per segment, in one transfer. Rejected alternatives: padding to the
+longest file (wasted operations, see batch.py) and rolling padded sequences under a mask (the same arithmetic, more
+memory traffic).
 
 Shapes: B files, N tokens in the buffer of a level, S segments, W windows of `width` slots.
 Level 0 is the stem's output; each merging halves a level's tokens.

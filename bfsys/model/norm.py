@@ -1,4 +1,4 @@
-"""The residual addition and the LayerNorm after it: one kernel of ours on a GPU, PyTorch's two operations elsewhere."""
+"""The residual addition and the LayerNorm after it: one Triton kernel on a GPU, PyTorch's two operations elsewhere."""
 
 from __future__ import annotations
 

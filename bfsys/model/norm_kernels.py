@@ -1,9 +1,9 @@
 """LayerNorm on NVIDIA GPUs, with the residual addition before it, as Triton kernels.
 
-PyTorch's LayerNorm gives each row a block of 128 threads, 48 of which have work at 192 channels, and it took more than
-a third of a GPU's time for tiny (docs/performance.md). Here a program has as many rows as fill its registers.
-Statistics are float32. The backward computes them again, since it reads the rows in any case. Sums over rows have a
-fixed order: each program adds up its own rows, and these sums are added afterwards.
+PyTorch's LayerNorm gives each row a block of 128 threads, of which 48 have work at 192 channels. It took more than a
+third of a GPU's time for tiny (docs/performance.md). Here a program processes as many rows as fill its registers.
+Statistics are float32. The backward pass computes them again, because it reads the rows in any case. Sums over rows
+have a fixed order: each program adds up its own rows, and these sums are added afterwards.
 
 Shapes: M rows, D dim.
 """

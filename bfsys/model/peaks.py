@@ -1,7 +1,7 @@
 """Peak speeds from data sheets: operations per second of dense matrix products, by the name of the GPU.
 
-A utilisation (MFU) refers to this peak, so that runs on one type of GPU can be compared. A device that is not in the
-table, a part of a GPU (MIG, vGPU) and a variant of another speed ("Laptop GPU", "Ti") have none.
+A utilisation (MFU) refers to this peak, so that runs on one type of GPU can be compared. There is no peak for a device
+that is not in the table, for a part of a GPU (MIG, vGPU), or for a variant of another speed ("Laptop GPU", "Ti").
 
 H100, H200, A100, A10, A40, V100 and B200 were compared with public tables. L4, L40, L40S, A30, RTX 3090 and 4090, GH200
 and the float32 figures of the NVL cards have not been compared with their data sheets yet.

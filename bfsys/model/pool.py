@@ -1,8 +1,8 @@
-"""How the tokens of a file become one vector, from which the head predicts its class.
+"""Pooling: how the tokens of a file become one vector, from which the head predicts its class.
 
-The published model takes their mean. If a few tokens of a long file decide its class, such as its header's, they hardly
-change the mean. Attention pooling takes a weighted mean and learns the weights: softmax(token · query) with one query.
-The query starts at zero, where the weighted mean is the mean.
+The published model takes the mean of the tokens. If a few tokens of a long file decide its class, such as those of its
+header, they hardly change the mean. Attention pooling takes a weighted mean and learns the weights: softmax(token ·
+query) with one query. The query starts at zero, where the weighted mean equals the mean.
 """
 
 from __future__ import annotations

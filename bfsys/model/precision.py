@@ -1,4 +1,4 @@
-"""The precision in which the model stores activations, and the one in which it computes with them."""
+"""The precision in which the model stores activations, and the precision in which it computes with them."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
 """ByteFormer in its published form, with which bench_step.py and check-gpu compare bfsys.
 
-The computation of the released code written plainly: a batch padded to its longest file, an embedding, a strided
+This is the computation of the released code in plain form: a batch padded to its longest file, an embedding, a strided
 convolution, whole sequences rolled and cut into windows, score matrices with a float32 softmax, masks added to them,
-pairs unfolded and merged. Its masks mean what they say (those of the released code have no effect, and cost as much),
-so its logits are those of bfsys for the same weights. A batch is padded by up to a kernel more than its longest file,
-so that the convolution reaches the last byte as bfsys does.
+pairs unfolded and merged. Here the masks have an effect (those of the released code have none, and cost as much), so
+the logits equal those of bfsys for the same weights. A batch is padded by up to a kernel more than its longest file, so
+that the convolution reaches the last byte as in bfsys.
 
-With `fused_attention` the scores go through `scaled_dot_product_attention`, the improvement nearest at hand.
+With `fused_attention`, attention uses `scaled_dot_product_attention`, the most obvious improvement.
 
-Refused as baseline: tests/model/reference.py, written to be read; its loops over heads and tokens would flatter bfsys.
+Rejected baseline: tests/model/reference.py, which is written for readability; its loops over heads and tokens would
+make bfsys look too fast.
 
     B files   L bytes with padding   T tokens   D channels   H heads   E = D / H
     N windows of all files   W tokens per window

@@ -1,7 +1,7 @@
 """The shapes of ByteFormer that the paper names, and custom ones.
 
-A size is a row in `SIZES`. Everything that decides the parameters' shapes is in `Architecture`; two models
-with equal architectures and class counts can exchange weights.
+A size is a row in `SIZES`. `Architecture` holds everything that determines the parameters' shapes. Two models with
+equal architectures and class counts can exchange weights.
 """
 
 from __future__ import annotations

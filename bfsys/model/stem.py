@@ -2,15 +2,15 @@
 
 The published stem embeds every byte (257 x D) and runs a convolution of kernel K and stride K/2. Both are linear in
 one-hot bytes, so  token[t] = sum_j table[j, byte[t * stride + j]]  with table[j, v] = embedding[v] @ kernel[:, :, j].T,
-computed once per step. The largest tensor of the published form, [bytes, D], never exists, and the convolution (half
-of the published FLOPs at K = 32) becomes K row additions per token. Parameters stay the embedding and the kernel, so
-published weights fit.
+computed once per step. The largest tensor of the published form, [bytes, D], is never created, and the convolution
+(half of the published FLOPs at K = 32) becomes K row additions per token. The parameters are still the embedding and
+the kernel, so published weights fit.
 
-A learned position is added to each token. Where a file has more tokens than there are positions, the second half of the
-table is repeated: what stands early in a file, headers above all, keeps its positions however long the file is, tokens
-of a window keep their order, and no position is met that training has not met. Rejected alternative: an error;
-stretching the table, which moves every token of a file that is one token too long; repeating the last row, which says
-of all tokens in a window that they are in one place.
+A learned position is added to each token. If a file has more tokens than there are positions, the second half of the
+table is repeated. Tokens early in a file, above all its headers, therefore keep their positions for every length,
+tokens of a window keep their order, and no position is used that training has not used. Rejected alternatives: an
+error; stretching the table, because one token beyond the limit would then move the positions of all tokens; repeating
+the last row, because all tokens of a window would then have the same position.
 
 Shapes: N tokens, K bytes per token, D dim, V = 257 byte values (256 is "no byte"), P rows of positions.
 """

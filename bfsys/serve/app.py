@@ -1,10 +1,10 @@
 """The web application: a page, answers as JSON, health and metrics.
 
-A request is read (bfsys/serve/uploads.py), its files are prepared as the model was trained to read files, and wait for
-the worker that computes (bfsys/serve/batching.py). Each file has its own answer or its own error.
+A request is read (bfsys/serve/uploads.py), its files are prepared in the way that the model was trained to read them,
+and they wait for the worker that computes (bfsys/serve/batching.py). Each file has its own answer or its own error.
 
-Rejected alternative: FastAPI's own pages of documentation, which load scripts from elsewhere; /openapi.json describes
-the service.
+Rejected alternative: FastAPI's own pages of documentation, which load scripts from other servers; /openapi.json
+describes the service.
 """
 
 from __future__ import annotations

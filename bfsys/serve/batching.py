@@ -1,8 +1,8 @@
 """Micro-batches of the files of concurrent requests: one thread computes, and takes waiting files up to a budget.
 
-Ragged batches need no padding, so files of any lengths may share one. The thread never waits for a batch to fill: while
-it computes, the next one gathers by itself, and a lone request is computed at once. Rejected alternative: a window of
-some milliseconds, which delays every request of an idle service and gains nothing on a busy one.
+Ragged batches need no padding, so files of any lengths may share one. The thread never waits for a batch to fill.
+While it computes, the next batch gathers, and a single request is computed at once. Rejected alternative: a waiting
+time of some milliseconds, which delays every request of an idle service and gains nothing on a busy one.
 """
 
 from __future__ import annotations

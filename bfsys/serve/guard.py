@@ -1,9 +1,10 @@
 """The rules for every request: access, headers of answers, counting, and errors without their messages.
 
-A service on a loopback address trusts the programs of its machine, and a browser there runs pages of anybody. Such
-pages may send forms to it (CSRF) or, under a name that resolves to 127.0.0.1, read its answers (DNS rebinding). So
-requests that come from another site are refused by the headers that browsers set and pages cannot, and requests under
-another name by their Host header. Programs send neither header, and are not affected.
+A service on a loopback address trusts the programs of its machine, but a browser on this machine also runs pages of
+other sites. Such pages may send forms to the service (CSRF) or, under a name that resolves to 127.0.0.1, read its
+answers (DNS rebinding). Requests from another site are therefore refused by the headers that browsers set and pages
+cannot change, and requests under another name are refused by their Host header. Other programs do not send the headers
+of browsers and use the service's own name, so they are not affected.
 """
 
 from __future__ import annotations

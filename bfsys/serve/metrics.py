@@ -1,4 +1,4 @@
-"""Counters of the service in Prometheus' format. They hold sizes and times, and nothing of a file's name or content."""
+"""Counters of the service in Prometheus' format. They hold sizes and times, but no name or content of a file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Files out of a multipart body, as it arrives, in memory alone.
+"""Files from a multipart body, read as it arrives, in memory only.
 
-Rejected alternative: FastAPI's UploadFile, which writes files above 1 MB to disk and takes a body whole before any
-limit is seen.
+Rejected alternative: FastAPI's UploadFile, which writes files above 1 MB to disk and receives the whole body before any
+limit is checked.
 """
 
 from __future__ import annotations

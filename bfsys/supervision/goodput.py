@@ -1,19 +1,19 @@
-"""The ledger of a run's time: what was productive, and what was lost to what, over all of its starts.
+"""How the wall time of a run was spent, over all of its starts: productive, or lost to one of several causes.
 
-    goodput.jsonl in the run directory, a line per event: a start (with the step that it resumes from), the first step
-    begun, and notes of how many steps are made and how long they waited for data and for saving
+    goodput.jsonl in the run directory has a line per event: a start (with the step that it resumes from), the start of
+    the first step, and notes of how many steps are done and how long they waited for data and for saving
 
-Events are only ever added, and every second between the first start and now falls to one cause, so the causes add up
-to the wall time in every case. A process reads the wall clock once and measures from there, so that
-setting the clock makes no duration wrong. If it was set back between two starts, no time is counted between them.
+Events are only appended. Every second between the first start and now belongs to one cause, so the causes always add up
+to the wall time. A process reads the wall clock once and measures from there, so setting the clock makes no duration
+wrong. If the clock was set back between two starts, no time is counted between them.
 
-    restart     from the last note of a process to the first step of the next one, the very first start included
-    lost        steps that were made again, because no checkpoint had them yet (and were noted)
-    stall       waiting for a checkpoint: its copy, a writer that is behind, the commit
+    restart     from the last note of a process to the first step of the next one, also before the very first step
+    lost        steps that were repeated, because no checkpoint contained them (and that were noted)
+    stall       waiting for a checkpoint: the copy to host memory, a slow writer, the commit
     data_wait   waiting for data
     productive  the rest: steps that count, and evaluations
 
-Rejected alternative: to carry the sums in checkpoints. They would not know of what happened after the last one.
+Rejected alternative: sums that checkpoints carry, because they would not include what happened after the last one.
 """
 
 from __future__ import annotations

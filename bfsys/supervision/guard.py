@@ -1,16 +1,15 @@
-"""Bad steps: their definition, their treatment, and the roll-back of a run.
+"""Bad steps: their definition, how they are handled, and the roll-back of a run.
 
-A step is bad if its loss or gradient is non-finite: its update is skipped, on all ranks (engine.py). A step is also bad
-if its loss spikes: if the robust z-score of its logarithm, by the median and the median deviation of the last good
-losses, is above a limit. A single
-bad step is recorded with its samples. After `max_bad_steps` in a row, the run rolls back to the last checkpoint before
-the first of them, and these steps are skipped. If that happens more than MAX_ROLLBACKS times from the same weights, the
-run ends.
+A step is bad if its loss or gradient is non-finite. All ranks then skip its update (engine.py). A step is also bad if
+its loss spikes: the robust z-score of the logarithm of the loss, computed with the median and the median absolute
+deviation of the last good losses, is above a limit. A single bad step is recorded with its samples. After
+`max_bad_steps` in a row, the run rolls back to the last checkpoint before the first of them, and skips these steps. If
+that happens more than MAX_ROLLBACKS times from the same weights, the run ends.
 
     rollbacks.json in the run directory: from where to where, which steps are skipped, why, and their samples
 
-A skipped step has its data drawn and dropped, so all others keep theirs. The file is written after the
-checkpoints of bad steps are removed: a run that is killed in between makes these steps again, and judges them again.
+The data of a skipped step are drawn and dropped, so all other steps keep their data. The file is written after the
+checkpoints of bad steps are removed: a run that is killed in between repeats these steps and judges them again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The figures of a run: TensorBoard, metrics.jsonl and a console line, from one set of sums.
+"""The figures of a run: TensorBoard, metrics.jsonl and a console line, from the same sums.
 
-Sums are collected on each rank without waiting for the device, and added up over the ranks every `log_every`
-steps. A checkpoint carries the sums since the last line, so that the lines of a resumed run are those of a run
-that was never interrupted; lines after the checkpoint are removed on resume and written again.
+Each rank collects sums without waiting for the device. They are added up over the ranks every `log_every` steps. A
+checkpoint carries the sums since the last line, so a resumed run writes the lines of an uninterrupted run. Lines after
+the checkpoint are removed at a resume and written again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Stop requests: a signal to any one rank stops all of them after the same step, with a checkpoint.
+"""Stop requests: a signal to any rank stops all ranks after the same step, with a checkpoint.
 
-SIGUSR2 or SIGUSR1 (a job that is about to run out of time) ends with EXIT_REQUEUE, so that a launcher starts it again:
-launchers of bfsys have SLURM send SIGUSR2, and many people's own job scripts send SIGUSR1. SIGTERM,
-Ctrl-C and SIGHUP (the terminal or the ssh connection has gone) end with EXIT_STOPPED, because requeueing on these would
-undo a person's cancellation. A run that `nohup` started does not hear SIGHUP.
+SIGUSR2 or SIGUSR1 (a job is about to run out of time) ends with EXIT_REQUEUE, so that a launcher restarts the run:
+launchers of bfsys have SLURM send SIGUSR2, and many people's own job scripts send SIGUSR1. SIGTERM, Ctrl-C and SIGHUP
+(the terminal or the ssh connection is lost) end with EXIT_STOPPED, because a requeue would undo a person's
+cancellation. A run that was started by `nohup` ignores SIGHUP.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The supervisor of a run: it does everything in training that is not the step itself.
 
-It holds what a run needs to survive: stop requests, watchdog, ledger, quarantine, guard, metrics and checkpoints. The
-training loop (train.py) calls it by name, once per step for each duty: `agree` exchanges the step's only control
-message, `judge` looks for bad steps and reports, `save_if_due` writes checkpoints, `roll_back` returns to a checkpoint
-before bad steps. Rejected alternative: callbacks, because the loop would no longer show what happens and in which
-order.
+It holds stop requests, watchdog, goodput, quarantine, guard, metrics and checkpoints. The training loop (train.py)
+calls one method for each duty, once per step: `agree` exchanges the only control message of the step, `judge` detects
+bad steps and reports, `save_if_due` writes checkpoints, `roll_back` returns to a checkpoint before bad steps. Rejected
+alternative: callbacks, because the loop would no longer show what happens and in which order.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""The hang watchdog: it ends a run that makes no progress, and names the rank that holds it up.
+"""The hang watchdog: it ends a run that makes no progress, and names the rank at fault.
 
-A thread on every rank looks at what its training loop reported last (`beat`). After a while without a beat, learned
-from the intervals so far, it opens an incident: a folder in the run directory. The watchdogs of other ranks look for it
-twice a second once they have waited for half of the shortest limit themselves, so nobody asks the file server while all
-is well. Each writes all its Python stacks there, and how far it came. The rank that writes nothing is stopped or gone;
-otherwise the one that came least far is named. Then all end with EXIT_HUNG, on which launchers start
-again. On GPUs, kernels are queued and all ranks come to the same place, so each also writes what NCCL's flight recorder
-holds: the rank whose collectives have the lowest numbers is at fault.
+A thread on every rank watches the progress that its training loop reports (`beat`). If no beat comes for a while
+(learned from the intervals so far), it opens an incident, which is a folder in the run directory. The watchdogs of the
+other ranks look for this folder twice a second, once they have waited for half of the shortest limit themselves, so a
+healthy run makes no requests to the file server. Each watchdog writes all its Python stacks and its progress there. A
+rank that writes nothing is stopped or gone, and is named; otherwise the rank with the least progress is named. Then all
+ranks end with EXIT_HUNG, after which launchers restart the run. On GPUs, kernels are queued and all ranks reach the
+same place in the code, so each rank also writes NCCL's flight recorder: the rank whose collectives have the lowest
+numbers is at fault.
 
-Ranks wait for each other in every step, so that a hang of one is a hang of all, within one step of the others. Rejected
-alternative: heartbeats over the network or through files, which cost something while all is well; and the timeout of
-the collectives alone, which says neither who nor where.
+Ranks wait for each other in every step, so if one hangs, all hang within one step. Rejected alternatives: heartbeats
+over the network or through files, which cost something in a healthy run; and the timeout of the collectives alone,
+which names neither the rank nor the place.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The content of a picture or sound as a small table, whose rows follow the order of the file: what the content loss
-(model/content_head.py) has the tokens predict.
+"""The content of a picture or sound as a small table, whose rows follow the order of the file. For the content loss
+(model/content_head.py), tokens learn to predict this table.
 
-A picture becomes strips from top to bottom, a sound short spectra from its beginning to its end. Nearly all
-formats store both in this order, so a token's place in the file is about the place of what it shows, also where the
-bytes are compressed and no exact place exists.
+A picture becomes strips from top to bottom, and a sound becomes short spectra from its beginning to its end. Nearly all
+formats store content in this order. The place of a token in the file therefore corresponds roughly to the place of what
+it shows, also in compressed files, which have no exact places.
 
-Only training decodes files for this. Rejected alternative: exact places by a parser of each format, which knows the
+Only training decodes files for this. Rejected alternative: exact places from a parser of each format, which knows the
 pixels of a TIFF but not those of a progressive JPEG, and which gained nothing on PNG (docs/experiments.md).
 """
 

@@ -1,14 +1,13 @@
 """File encodings: the bytes of a picture or a sound that the model reads.
 
-A file encoding is a function and a row in ENCODINGS. The sizes are the published ones to the byte, since
-they set the number of tokens: a picture of 224 × 224 has 150,668 bytes as TIFF, 150,864 as (stored) PNG,
-150,528 as fhwc or fchw; one second at 16 kHz has 64,058 bytes as float32, 64,080 as int32, 32,044 as int16,
-16,044 as uint8 and 3,240 as mp3. WAV headers are written here, because libsndfile's differ in length.
+A file encoding is a function and a row in ENCODINGS. File sizes equal the published ones to the byte, because they
+determine the number of tokens. A picture of 224 × 224 has 150,668 bytes as TIFF, 150,864 as (stored) PNG, and 150,528
+as fhwc or fchw. One second at 16 kHz has 64,058 bytes as float32, 64,080 as int32, 32,044 as int16, 16,044 as uint8 and
+3,240 as mp3. WAV headers are written here, because libsndfile's differ in length.
 
-Integer samples are cut towards zero as in the publication, but values beyond ±1 are clipped where its
-code wraps around. MP3 is 24 kbit/s at 16 kHz as from sox; both use LAME, so the length is equal and the
-bytes may differ with LAME's version. At 32 kHz and above, libsndfile adds an information frame that
-sox does not write.
+Integer samples are truncated towards zero as in the publication, but values beyond ±1 are clipped, where the published
+code wraps around. MP3 is 24 kbit/s at 16 kHz as from sox. Both use LAME, so the length is equal, but the bytes may
+differ with LAME's version. At 32 kHz and above, libsndfile adds an information frame that sox does not write.
 """
 
 import functools

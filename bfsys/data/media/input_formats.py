@@ -1,10 +1,10 @@
 """The formats in which a model reads pictures and sounds, and whether a file is in one of them.
 
-A format is an encoding and the size that files are brought to. What all files of a format have in common is seen on
-examples that are made here: the bytes of their headers that never differ and, where the encoding does not compress and
-the size is known, their length. So a JPEG of another quality, a WAV of another sample type and a TIFF of another size
-are told apart without a parser for each encoding. Rejected alternative: asking Pillow and libsndfile, which decode what
-they are given and say nothing of how it was written.
+A format is an encoding and the size to which files are brought. This module encodes a few examples to find what all
+files of a format have in common: the header bytes that never differ and, if the encoding does not compress and the size
+is known, the length. This distinguishes a JPEG of another quality, a WAV of another sample type and a TIFF of another
+size without a parser for each encoding. Rejected alternative: Pillow and libsndfile, which do not say how a file was
+written.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The kinds of files that can be decoded: a modality is a row in this table.
 
-The model never decodes and is never told the modality. Decoding serves packing into another encoding and augmentation
-in the decoded domain only. Rejected alternative: decoding through torchvision and torchaudio, whose results and back
-ends change between releases.
+The model never decodes a file and is never told the modality. Files are decoded only to write them in another encoding,
+to augment or jitter them, and for the content loss. Rejected alternative: decoding through torchvision and torchaudio,
+whose results and back ends change between releases.
 """
 
 from dataclasses import dataclass

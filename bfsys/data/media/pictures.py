@@ -1,7 +1,7 @@
 """Decoding of pictures to three channels of 8 bits, and notes on what is lost.
 
-Pillow clips what has more than 8 bits to 0 … 255 when it converts grey pictures, which makes them white or black. Here
-they are converted by their range instead.
+When Pillow converts grey pictures of more than 8 bits, it clips their values to 0 … 255, so they become white or black.
+Here they are converted by their range instead.
 """
 
 import io

@@ -2,8 +2,9 @@
 
 A model of bytes sees how a file was written, so as much as possible of the stored file is kept: the mode and palette of
 a picture, the quantisation tables of a JPEG, all chunks of a PNG besides its pixels, the rate and sample type of a
-sound, all chunks of a WAV besides its samples. Files that cannot be written so are refused, and the callers leave them
-as they are: lossy sounds, animations, interlaced or deep pictures, formats that Pillow and libsndfile do not write.
+sound, all chunks of a WAV besides its samples. Files that cannot be written in this way are refused, and the callers
+leave them unchanged: lossy sounds, animations, interlaced or deep pictures, formats that Pillow and libsndfile do not
+write.
 """
 
 from __future__ import annotations

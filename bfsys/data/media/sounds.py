@@ -1,10 +1,10 @@
 """Decoding of sounds to the samples of one channel.
 
-A sound that is cut, empty or not finite is a bad file, as a cut picture is. libsndfile reads what is left of a cut file
-without a word, so the length that a header announces is compared with the bytes that are there. Headers that announce
-no length, as programs write them that write to a pipe, are taken as they are.
+A truncated, empty or non-finite sound is a bad file, as a truncated picture is. libsndfile reads the rest of a
+truncated file without an error, so the length in the header is compared with the bytes of the file. Headers without a
+length, which programs write to a pipe, are accepted.
 
-What a file costs is bounded by what is read of it, never by what its header says.
+The cost of a file is bounded by what is read of it, never by what its header says.
 """
 
 import io

@@ -1,6 +1,6 @@
-"""Files and folders that are not samples by their names or places: hidden ones, and those of the operating system.
+"""Files and folders that are not samples, by their names or places: hidden ones, and those of the operating system.
 
-None of them vanishes without a word: `left_out_note` names them.
+All of them are reported: `left_out_note` names them.
 """
 
 import re

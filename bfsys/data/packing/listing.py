@@ -1,9 +1,9 @@
 """List the files to be packed, from folder trees or lists; name the samples and divide them into splits.
 
-Everything that can be wrong with the input is found here, before anything is written, and returned rather
-than raised, so that one run names it all. Two kinds are kept apart: `problems` of the input as a whole,
-and single `bad` files, which may be left out on request. What is no sample by its name or place (hidden files, those
-of the operating system, files beside the class folders) is `left_out` and named, too.
+All problems of the input are found here, before anything is written. They are returned and not raised, so that one run
+reports all of them. `problems` concern the input as a whole. Single `bad` files may be left out on request. Files whose
+name or place shows that they are not samples (hidden files, those of the operating system, files beside the class
+folders) are `left_out`, and are named, too.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Packing a source into a dataset: all of it is listed and checked before anything is written.
+"""Packing a source into a dataset: everything is listed and checked before anything is written.
 
-Packing is done once and offline: what it costs here, no training run pays again. The same command continues after a
-stop or a kill. Rejected alternative: guessing at anything that the input leaves open (mixed folders, bad files, name
-clashes); all of it is named at once.
+Packing is done once and offline, so training runs do not pay for it. The same command continues after a stop or a kill.
+Rejected alternative: guessing where the input is ambiguous (mixed folders, bad files, name clashes). All such problems
+are reported at once.
 """
 
 import sys

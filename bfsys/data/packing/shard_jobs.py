@@ -1,10 +1,10 @@
 """Packing: cutting files into shards, writing one shard, and finishing the dataset.
 
-Each shard is a job of its own (workers.py runs the jobs), whose fingerprint covers all that decides its bytes. It is
-written into the folder .pack, and beside it a sidecar with that fingerprint and the shard's part of the index. So a
-killed run continues where it was, by asking of every shard whether it is there already, and the number of workers
-cannot matter. Only when all is whole does staging.py put it into place: until then the dataset that the folder held
-before stays as it was. Rejected alternative: a journal of what was done, which can disagree with the files.
+Each shard is a job (workers.py runs the jobs). The fingerprint of a job covers everything that determines its bytes. A
+shard is written into the folder .pack, with a sidecar file that holds the fingerprint and the shard's part of the
+index. A restarted command checks for every shard whether it is complete already, and the number of workers does not
+matter. When all shards are complete, staging.py puts them into place. Until then the old dataset in the folder stays
+unchanged. Rejected alternative: a journal of finished work, which can disagree with the files.
 """
 
 import hashlib

@@ -1,13 +1,13 @@
 """The staging folder of a dataset that is being packed: the folder .pack inside the dataset's folder.
 
-    NAME-SPLIT-000000.tar, .npz …   finished shards, and what `shard_jobs.write_job` knows of each
-    dataset.json                    written last: all is whole and can be put into place
-    inputs                          of which inputs the dataset beside the folder was packed
+    NAME-SPLIT-000000.tar, .npz …   finished shards, and what `shard_jobs.write_job` records of each
+    dataset.json                    written last: the dataset is complete and can be put into place
+    inputs                          the inputs from which the dataset in the folder was packed
     lock                            held by the process that packs
 
-All files change their place within milliseconds, while the dataset's folder holds no dataset.json. If the process is
-killed just then, the next command that packs into the folder moves the rest first, whatever its own input. Refused:
-exchanging whole folders, which would take along what the user put into them.
+All files are moved into place within milliseconds; during this time the dataset's folder holds no dataset.json. If the
+process is killed in between, the next command that packs into the folder first moves the rest, whatever its own input.
+Rejected alternative: exchanging whole folders, which would also move files that the user put into them.
 """
 
 import fcntl

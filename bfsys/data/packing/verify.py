@@ -1,4 +1,4 @@
-"""Comparing a packed dataset on this machine with what its dataset.json and its index say of it: every byte."""
+"""Comparing every byte of a packed dataset on this machine with its dataset.json and its index."""
 
 import hashlib
 import mmap

@@ -1,9 +1,9 @@
-"""The processes that write shards: each packs one job after the other, and its death harms its job alone.
+"""The processes that write shards. Each packs one job after the other, and a crash of one affects its own job only.
 
-Files that are decoded are decoded here and never in the command's own process, since a codec may abort. A file that
-ends its process by a fault of the codec is a bad file, and the job is written again without it; each process says in
-shared memory which file it is at. Rejected alternative: concurrent.futures, whose pool breaks as a whole and does not
-say which of its processes died first.
+Files are decoded in these processes and never in the process of the command, because a codec may abort. A file that
+ends its process by a fault of the codec is a bad file, and the job is written again without it. To this end each
+process records in shared memory which file it is decoding. Rejected alternative: concurrent.futures, whose pool breaks
+as a whole and does not say which of its processes died first.
 """
 
 import multiprocessing

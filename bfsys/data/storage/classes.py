@@ -1,6 +1,6 @@
-"""Names of classes: their stored form, names that are too alike, and what is said about classes without files.
+"""Names of classes: their stored form, names that are too similar, and notes about classes without files.
 
-Names are stored in Unicode normal form C, because a Mac and Linux may store one name in two forms that look alike.
+Names are stored in Unicode normal form C, because a Mac and Linux may store one name in two forms that look the same.
 """
 
 import unicodedata

@@ -1,4 +1,4 @@
-"""Remote files that are fetched before they are needed, in threads of the process that will read them."""
+"""Remote files are fetched before they are needed, in threads of the process that will read them."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Remote files, fetched whole into a bounded folder that all processes of a node share.
 
-A file is fetched before it is read: training reads at random places of a shard, and a connection that breaks
-in its middle is a matter of seconds here instead of an error there. What came is compared with the size and
-the sha256 that dataset.json gives, so a cached file is the packed one, and its content is in its name.
-The processes agree through `flock` on files beside the cached ones: the kernel drops a lock with its holder.
+A file is fetched before it is read. Training reads at random places of a shard. If a connection breaks during a
+download, the download is retried within seconds, and no read fails. The size and the sha256 of a downloaded file are
+compared with dataset.json, so a cached file is the packed one. The processes coordinate by `flock` on files beside the
+cached ones, because the kernel releases a lock when its holder dies.
 
-Rejected alternative: reading tars as streams (the order would depend on the network, and a resume would fetch
-everything again), a daemon that fetches for all (one more thing to start, watch and stop), and an HTTP library (the
-schemes, the credentials and the proxies that people have are those of `webdataset.gopen`'s programs).
+Rejected alternatives: reading tars as streams (the order would depend on the network, and a resume would fetch
+everything again); a daemon that fetches for all processes (one more thing to start, watch and stop); and an HTTP
+library (the programs behind `webdataset.gopen` already know the user's schemes, credentials and proxies).
 """
 
 from __future__ import annotations

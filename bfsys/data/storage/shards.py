@@ -1,17 +1,18 @@
-"""A packed dataset: a folder of WebDataset tars, an index per split, and dataset.json that vouches for both.
+"""A packed dataset: a folder of WebDataset tars, an index per split, and dataset.json with the checksums of both.
 
     NAME-SPLIT-000000.tar …      the files (see tars.py)
     NAME-SPLIT.samples.npy       one SAMPLE row per sample, by shard and position; memory-mapped
-    NAME-SPLIT.keys.npy          all keys as UTF-8, one behind the other
-    dataset.json                 classes, counts, sizes and hashes; written last, so that a folder with
-                                 it is whole and a folder without it is not a dataset
-    .pack                        what packing needs to know when it is run again (see packing/staging.py)
+    NAME-SPLIT.keys.npy          all keys as UTF-8, one after the other
+    dataset.json                 classes, counts, sizes and hashes; written last, so a folder with it is complete, and a
+                                 folder without it is not a dataset
+    .pack                        what packing needs when it is run again (see packing/staging.py)
 
-The folder may lie behind a URL (see remote.py): the index is then fetched at the start, a shard when it is needed.
-Opening a split costs the same however many samples it has; what is verified, and by whom, is in `damaged_index`.
+The folder may be at a URL (see remote.py). The index is then fetched at the start, and a shard when it is needed. The
+cost of opening a split does not depend on its number of samples; `damaged_index` documents what is verified, and by
+which rank.
 
-Rejected alternative: finding samples by scanning the tars at every start, as streaming readers do. The order of
-training is computed from lengths and labels alone, and a flipped byte must not go unnoticed.
+Rejected alternative: scanning the tars at every start, as streaming readers do. The order of training is computed from
+lengths and labels alone, and a flipped byte must be detected.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """The content of a URL as a stream of bytes, which ends completely or raises the reason.
 
-Opening is webdataset's `gopen`, so that the schemes, credentials and proxies that people have keep working. Rejected
-alternative: its `Pipe` for reading, which waits for ever on a server that falls silent; and an HTTP library, which
-knows one scheme of the five.
+webdataset's `gopen` opens URLs, so the user's schemes, credentials and proxies keep working. Rejected alternatives: its
+`Pipe` for reading, which waits for ever if a server sends nothing; and an HTTP library, which knows one of the five
+schemes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One shard: a WebDataset tar, written and read together with an index of its members.
 
-Writing and reading give the same `TarIndex`, so packing, checking and rebuilding an index are one
-thing: join the `TarIndex` of all shards. The tar is laid out here rather than by
-`webdataset.ShardWriter`, which writes under the final name, stamps the time of day and does not say
-where a payload came to lie. Headers still come from `tarfile`, and any tar reader reads the result.
+Writing and reading give the same `TarIndex`, so packing, checking and rebuilding an index all join the `TarIndex` of
+all shards. The tar is written here and not by `webdataset.ShardWriter`, which writes under the final name, stores the
+time of day and does not return the offset of a payload. Headers still come from `tarfile`, and any tar reader reads the
+result.
 """
 
 import codecs

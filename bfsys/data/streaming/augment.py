@@ -1,13 +1,12 @@
-"""Training files decoded, augmented and encoded again, as published (arXiv 2306.00238).
+"""Training files that are decoded, augmented and encoded again, as published (arXiv 2306.00238).
 
-A picture is cropped, mirrored, changed by RandAugment and partly erased. A sound may change speed, gets
-background noise, is rolled, and is mixed with a second one. The result is encoded, so that the model sees
-file bytes and nothing else.
+A picture is cropped, mirrored, changed by RandAugment and partly erased. A sound may change speed, gets background
+noise, is rolled, and is mixed with a second one. The result is encoded, so the model sees only file bytes.
 
 All randomness comes from the caller's generator: equal generators give equal bytes, in any process and in any order of
-files. Torchvision's transforms draw from PyTorch's global generator; they get a seed drawn from ours and leave the
-global state as it was. Threads of one process share that state, so augment in processes. Rejected alternative:
-transforms of our own, with which the published numbers could not be compared.
+files. Torchvision's transforms draw from PyTorch's global generator. They get a seed drawn from the caller's generator,
+and the global state is restored. Threads of one process share that state, so augment in processes. Rejected
+alternative: other transforms, because results could not be compared with the published ones.
 """
 
 import hashlib

@@ -1,15 +1,15 @@
 """Transforms of a file's bytes: orders, privacy masks, noise and keys of the publication (arXiv 2306.00238); damage.
 
-The published order is shuffle → keep → noise → permute (any of reverse … window_shuffle is a shuffle). A list
-in another order is applied as written. The publication applies transforms in training and evaluation alike;
-an evaluation repeats itself where the caller's generator does.
+The published order is shuffle → keep → noise → permute (each of reverse … window_shuffle is a shuffle). A list in
+another order is applied as written. As in the publication, transforms are applied in training and in evaluation. An
+evaluation repeats exactly if the caller's generator does.
 
-What is fixed in the publication is fixed here by the same numbers: `torch.randperm` with the seed of the released code
-gives the key of `permute` and the positions that `keep` keeps. Rejected alternative: numpy's generator, with which
-models trained on either side could not read the other's bytes.
+Fixed choices are the published ones: `torch.randperm` with the seed of the released code gives the key of `permute` and
+the positions that `keep` keeps. Rejected alternative: NumPy's generator, with which models trained by one code could
+not read the bytes of the other.
 
-A permutation of byte values is no encryption: it hides a file from the eye, not from one who counts bytes.
-(docs/privacy.md)
+A permutation of byte values is not encryption: it hides a file from a person, not from a program that counts bytes
+(docs/privacy.md).
 """
 
 import functools

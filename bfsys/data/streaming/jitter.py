@@ -2,15 +2,15 @@
 
 A model that sees the same few files again and again memorises them. A picture is turned, stretched and moved a little.
 A sound becomes a little faster or slower, louder or quieter, and begins earlier or later. The file keeps its format
-(data/media/same_format.py), so evaluation files go in as they are stored, and nothing must be packed for them. Files
-that cannot be written again in their own format go in as they are.
+(data/media/same_format.py), so evaluation files stay as they are stored and need no packing of their own. Files that
+cannot be written again in their own format stay unchanged.
 
-Pixels are taken from their nearest neighbours: interpolation makes values and edges that no stored file has, which a
-model of compressed bytes mistakes for a property of the training files (docs/experiments.md). JPEG is the exception,
-whose files become larger with nearest neighbours and keep their size with bicubic interpolation.
+Pixels are taken from their nearest neighbours. Interpolation makes values and edges that no stored file has, and a
+model of compressed bytes mistakes them for a property of the training files (docs/experiments.md). JPEG is the
+exception: its files become larger with nearest neighbours and keep their size with bicubic interpolation.
 
-All randomness comes from the caller's generator, as in data/streaming/augment.py, which holds the published
-augmentation; that one changes pictures and sounds far more, and encodes all files alike.
+All randomness comes from the caller's generator, as in data/streaming/augment.py. That module holds the published
+augmentation, which changes pictures and sounds far more and encodes all files alike.
 """
 
 from __future__ import annotations

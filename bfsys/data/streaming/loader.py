@@ -1,8 +1,8 @@
-"""The loader of micro-batches: the plan is the sampler, and the reader a map-style dataset.
+"""The loader of micro-batches: the plan is the sampler, and the reader is a map-style dataset.
 
-`torch.utils.data.DataLoader` runs them, with its worker processes and prefetch; it keeps no state of ours. Workers
-hand batches over in slots of anonymous shared memory, which vanishes with the processes: pickled through
-DataLoader's queues the same bytes take several times as long, and named shared memory outlives a SIGKILL.
+`torch.utils.data.DataLoader` runs them with its worker processes and prefetch; it holds no state of the data order.
+Workers pass batches in slots of anonymous shared memory, which is freed with the processes. The same bytes take several
+times as long if they are pickled through DataLoader's queues, and named shared memory stays after a SIGKILL.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The order in which the sources of a mixture take turns.
 
-The two smallest sources are merged into one, again and again, until one is left (a Huffman tree). Going back down,
-the draws of a pair are divided between its two in exact proportion. So after any number of draws each source is within
-two samples of its share, however many sources there are.
+The two smallest sources are merged into one, again and again, until one is left (a Huffman tree). From the root down,
+the draws of a pair are divided between its two sources in exact proportion. After any number of draws each source is
+therefore within two samples of its share, for any number of sources.
 
-Rejected alternative: drawing the source by chance, as other loaders do, whose shares wander by sqrt(n) samples and
-whose resume needs the state of a random generator; and drawing the i-th sample of a source of share w when it is due,
-at time (i + 1/2) / w, where many sources of equal share are due at once and put off the others.
+Rejected alternatives: a random draw of the source, as in other loaders, because shares then deviate by sqrt(n) samples
+and a resume needs the state of a random generator; and drawing the i-th sample of a source of share w at time
+(i + 1/2) / w, because many sources of equal share are then due at once and delay the others.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """The samples of step t on lane l, computed from the index without reading data and without state.
 
-A step draws `batch_samples` samples; `Mixture` says how many of each source. The draws of a source are
-numbered r = 0, 1, 2, …: draw r belongs to epoch r // N of its N samples and to lane r % lanes. In each epoch
-the shards are permuted and the sequence is cut into one contiguous slice per lane, exactly as long as the
-lane's draws of that epoch; so N successive draws hold every sample once, and a lane touches few shards.
-A slice is worked through in blocks of `shuffle_block` samples. Within a block, samples are shuffled, and
-dealt to the block's steps so that each step gets about the same number of bytes.
+A step draws `batch_samples` samples; `Mixture` says how many of each source. The draws of a source are numbered
+r = 0, 1, 2, …: draw r belongs to epoch r // N of its N samples and to lane r % lanes. In each epoch the shards are
+permuted, and the sequence is cut into one contiguous slice per lane, exactly as long as the lane's draws of that epoch.
+N successive draws therefore hold every sample once, and a lane reads few shards. A slice is divided into blocks of
+`shuffle_block` samples. Within a block, samples are shuffled and dealt to the block's steps so that each step gets
+about the same number of bytes.
 
-So the whole state of the data order is the step number, any step can be computed at once, and nothing depends
-on the number of ranks or loader processes.
+The whole state of the data order is thus the step number, any step can be computed at once, and nothing depends on the
+number of ranks or loader processes.
 
-Rejected alternative: micro-batches with a varying number of like-long samples under a byte budget. They make the batch
-size of a step, and with it the mixture, vary with the lengths; and since batches are ragged, samples of unequal length
-cost no padding. Dealing a block by length keeps every step at `batch_samples` and all lanes at like cost.
+Rejected alternative: micro-batches with a varying number of samples of similar length under a byte budget. The batch
+size of a step, and with it the mixture, would vary with the lengths. Batches are ragged, so samples of unequal length
+cost no padding anyway. Dealing a block by length keeps every step at `batch_samples` and all lanes at similar cost.
 """
 
 from __future__ import annotations

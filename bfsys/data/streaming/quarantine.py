@@ -2,10 +2,10 @@
 
     quarantine.tsv in the run directory: step, split, source, sample, shard, key, reason
 
-A sample is bad from the first step that failed to read it: before, it was good, and a replay of those steps must read
-it again. What stands in for it is a function of seed, source, sample and epoch (see reader.py), so a resumed run gets
-the batches of the uninterrupted one. Rejected alternative: to skip bad samples in silence, or to keep no record, as
-other loaders do; and to stop at the first one, which wastes a night for one file in a million.
+A sample is bad from the first step that failed to read it. Earlier steps read it intact, so a replay of those steps
+reads it again. Its replacement is a function of seed, source, sample and epoch (see reader.py), so a resumed run gets
+the batches of the uninterrupted run. Rejected alternatives: skipping bad samples silently or without a record, as other
+loaders do; and stopping at the first one, because one file in a million would end a long run.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Bytes of samples, straight from the tars: the index says where each file lies.
+"""Bytes of samples, read directly from the tars: the index holds the offset of each file.
 
-A map-style reader over `pread` needs no unpacking, no state and no lock, and a micro-batch is read into one
-buffer. Every file is verified by its checksum; one that is not whole is replaced by another of its source, which
-depends on seed, source, sample and epoch alone, so that every rank and every replay choose the same.
+A map-style reader over `pread` needs no unpacking, no state and no lock, and it reads a micro-batch into one buffer.
+Every file is verified by its checksum. A damaged file is replaced by another of its source. The choice depends only on
+seed, source, sample and epoch, so every rank and every replay make the same one.
 
-Rejected alternative: iterating over tars as streams, which ties the order to the shards and a resume to a replay;
+Rejected alternatives: iterating over tars as streams, which ties the order to the shards and a resume to a replay;
 `mmap`, which turns a truncated file into a SIGBUS.
 """
 

@@ -1,7 +1,8 @@
-"""Slots of anonymous shared memory, in which loader workers hand micro-batches over without a copy.
+"""Slots of anonymous shared memory, in which loader workers pass micro-batches without a copy.
 
-The mapping has no name: it vanishes with the last process that has it, also after SIGKILL. (Named segments of
-other loaders stay in /dev/shm, and some refuse to start beside them.) Processes must be forked to inherit it.
+The mapping has no name: the kernel frees it with the last process that has it, also after SIGKILL. (Named segments of
+other loaders stay in /dev/shm, and some refuse to start if such segments exist.) Processes must be forked to inherit
+it.
 """
 
 from __future__ import annotations

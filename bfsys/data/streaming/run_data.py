@@ -1,4 +1,4 @@
-"""The data of a run, opened once and asked in one place: by training, dry runs, the pre-flight checks and planning."""
+"""The data of a run, opened once, for training, dry runs, the pre-flight checks and planning."""
 
 from __future__ import annotations
 

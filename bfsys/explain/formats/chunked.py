@@ -1,6 +1,6 @@
-"""Formats that are a row of chunks, each with its length and its type: PNG, RIFF and AIFF, ISO media (MP4, M4A, HEIC).
+"""Formats that are a sequence of chunks with length and type: PNG, RIFF and AIFF, ISO media (MP4, M4A, HEIC).
 
-The length and type before a chunk of content are a header of their own, since a length may give a class away.
+The length and type before a chunk of content are a separate header, because a length may reveal a class.
 """
 
 from __future__ import annotations
