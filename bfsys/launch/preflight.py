@@ -146,7 +146,7 @@ def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qo
     if limit and limit.minutes and minutes > limit.minutes:
         (notes if qos else problems).append(  # a QOS may allow more
             f"--time: got {minutes} minutes; partition {partition} allows {limit.minutes}. A job that runs out of time "
-            f"saves and puts itself back in the queue, so a short limit costs a restart, not work"
+            f"saves and is requeued, so a short limit costs a restart, not work"
         )
     return Checked(problems, notes)
 
