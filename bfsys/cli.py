@@ -21,8 +21,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from bfsys.errors import UserError, did_you_mean, run_command, summary_of
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 COMMANDS = {
     "fit": "train and evaluate a model on a folder of files",
@@ -71,7 +75,7 @@ def dispatch(arguments: Sequence[str]) -> int | None:
     if arguments and not arguments[0].startswith("-"):
         hint = did_you_mean(arguments[0], COMMANDS)
         raise UserError(f"{arguments[0]!r}: no such command{hint}; `bfsys --help` lists all")
-    parser = argparse.ArgumentParser(prog="bfsys", usage="bfsys COMMAND [ARGUMENT …]", add_help=False)
+    parser = _Parser(prog="bfsys", usage="bfsys COMMAND [ARGUMENT …]", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--print-completion", choices=SHELLS)
@@ -118,7 +122,7 @@ def module_of(name: str) -> ModuleType:
 
 
 def parser_of(module: ModuleType, prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog, description=textwrap.fill(summary_of(module.__doc__), WIDTH), formatter_class=_Formatter
     )
     module.add_arguments(parser)
@@ -138,6 +142,13 @@ def completion(shell: str) -> str:
             if action.type is Path or action.dest in FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     return shtab.complete(root, shell)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that fails if its help cannot be written: argparse ignores that."""
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        (file or sys.stderr).write(message)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

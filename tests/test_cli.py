@@ -72,6 +72,17 @@ def test_help_fits_a_screen(arguments: list[str], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["--print-completion", "zsh"], ["pack", "--help"], ["slurm", "status", "-h"]],
+)
+def test_help_that_cannot_be_written_is_an_error(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "bfsys", *arguments]
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize(
     ("command", "prog"),
     [
         (["-m", "bfsys", "pack"], "bfsys pack"),
