@@ -8,6 +8,7 @@ is a subclass, which is defined where it is raised.
 import difflib
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -124,6 +125,8 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     console.prepare()
     process.prepare()
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # of bfsys/start.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         _check_current_folder()
         if outdated := process.outdated_packages():
             raise UserError(*outdated)

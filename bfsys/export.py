@@ -16,7 +16,7 @@ padded ones would bring back what bfsys is there to avoid; a server runs files s
 from __future__ import annotations
 
 if __name__ == "__main__":  # `python -m bfsys.export`
-    from bfsys.cli import run_as
+    from bfsys.start import run_as
 
     run_as("export", "python -m bfsys.export")
 

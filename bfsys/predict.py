@@ -8,7 +8,7 @@ batches, and a batch size in files, since the memory that a file takes depends o
 from __future__ import annotations
 
 if __name__ == "__main__":  # `python -m bfsys.predict`
-    from bfsys.cli import run_as
+    from bfsys.start import run_as
 
     run_as("predict", "python -m bfsys.predict")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,17 @@ def test_control_c_is_no_traceback(capsys: pytest.CaptureFixture) -> None:
         raise KeyboardInterrupt
 
     assert ends_with(main) == 130
+    assert capsys.readouterr().err == "stopped on request\n"
+
+
+def test_control_c_is_no_traceback_after_a_start_that_let_it_end_the_process(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        assert ends_with(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "stopped on request\n"
 
 
