@@ -55,7 +55,7 @@ OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other ar
 WIDTH = 78  # columns of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
 # Arguments that are completed by file names, besides those of type Path.
-FILES = ("config", "files", "permute", "run", "to")
+FILES = ("config", "dataset", "files", "permute", "run", "to")
 
 
 def main() -> None:
