@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from bfsys import inputs
 from bfsys.data.media.input_formats import input_format
 from bfsys.errors import UserError
 from bfsys.inputs import Input, Reader, files_in, is_one, named, read_input
@@ -69,6 +70,13 @@ def closed_file(path: Path) -> io.BufferedReader:
         return file
 
 
+def sparse_file(path: Path) -> Path:
+    """More than a machine's memory."""
+    with open(path.with_name("sparse"), "wb") as file:
+        file.truncate(2**42)
+    return path.with_name("sparse")
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -87,10 +95,16 @@ def closed_file(path: Path) -> io.BufferedReader:
         (closed_file, r"the input \(.*file\.bin\): is a closed file; pass it while it is open, or pass its path$"),
         (lambda path: open(path), r"its read\(\) gives str; open it in binary mode: open\(path, 'rb'\)$"),  # noqa: SIM115
         (lambda path: open(path, "ab"), r"is open for writing only; open it with open\(path, 'rb'\)$"),  # noqa: SIM115
+        (lambda path: Path("/dev/zero"), "^/dev/zero: has more than 3,000,000 bytes; allowed are 3,000,000"),
+        (lambda path: open("/dev/zero", "rb"), r"\(/dev/zero\): has more than 3,000,000 bytes"),  # noqa: SIM115
+        (sparse_file, "sparse: has more than 3,000,000 bytes"),
         (lambda path: io.StringIO("text"), r"its read\(\) gives str; open it in binary mode"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_named(wrong: Callable[[Path], Input], told: str, path: Path) -> None:
+def test_what_cannot_be_read_is_named(
+    wrong: Callable[[Path], Input], told: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "MOST_BYTES", 3_000_000)
     ((name, one),) = named(wrong(path))
     with pytest.raises(UserError, match=told) as error:
         read_input(name, one)
