@@ -118,7 +118,7 @@ def read_exported(folder: Path) -> tuple[ByteFormer, Config, dict]:
     """
     path, weights = folder / DESCRIPTION, folder / FORMATS[SAFETENSORS]
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(files.read_regular(path))
         if facts["format"] != FORMAT:
             raise UserError(f"{path}: format {facts['format']!r}; this version reads {FORMAT}")
         classes, entry = facts["classes"], facts["files"].get(weights.name)
