@@ -54,7 +54,7 @@ INTERMIXED = (*TAKE_OVERRIDES, "explain")  # positional arguments may stand amon
 OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other arguments of `slurm` submit a job
 WIDTH = 78  # columns of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
-# Arguments that are completed by file names, besides those of type Path.
+# Arguments that are completed by file names, besides those that are a path by their type.
 FILES = ("config", "dataset", "files", "permute", "run", "to")
 
 
@@ -133,13 +133,15 @@ def completion(shell: str) -> str:
     """A script that completes commands, options and file names in a shell."""
     import shtab
 
+    from bfsys.commands.arguments import local_path
+
     root = argparse.ArgumentParser(prog="bfsys")
     subparsers = root.add_subparsers(metavar="COMMAND")
     for name, summary in COMMANDS.items():
         parser = subparsers.add_parser(name, help=summary)
         module_of(name).add_arguments(parser)
         for action in parser._actions:
-            if action.type is Path or action.dest in FILES:
+            if action.type in (Path, local_path) or action.dest in FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     return shtab.complete(root, shell)
 

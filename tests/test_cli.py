@@ -121,6 +121,41 @@ def test_a_command_that_does_not_exist_is_named(capsys: pytest.CaptureFixture) -
     assert capsys.readouterr().out.startswith("bfsys 0.")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pack", "{}", "out", "--name", "x"],
+        ["pack", "pets", "{}", "--name", "x"],
+        ["encode", "pets", "{}"],
+        ["export", "run", "{}"],
+        ["explain", "run", "file", "--out={}"],
+        ["evaluate", "run", "--report={}"],
+        ["fit", "{}"],
+        ["fit", "pets", "--runs={}"],
+        ["make-key", "{}"],
+        ["fetch", "imagenet", "{}"],
+        ["import-corenet", "weights", "{}"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("s3://bucket/x", "got 's3://bucket/x'; a path on this machine is needed, and no URL"),
+        ("", "got an empty path; write . for the current folder"),
+    ],
+)
+def test_a_url_or_nothing_in_the_place_of_a_path_is_refused(
+    arguments: list[str], path: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.dispatch([argument.format(path) for argument in arguments])
+    assert end.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_options_may_stand_among_overrides(config_file: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.dispatch(["train", str(config_file), "train.steps=7", "--no-data", "--dry-run", "optim.lr=0.5"]) == 0
     shown = capsys.readouterr().out
