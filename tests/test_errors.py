@@ -82,6 +82,11 @@ def test_a_problem_is_one_line_whatever_a_file_is_called(capsys: pytest.CaptureF
     ("error", "code", "said"),
     [
         (OSError(errno.EMFILE, "Too many open files"), 2, "raise the limit (ulimit -n 65536)"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory\nstack"),
+            1,
+            "enough memory: DefaultCPUAllocator: can't",
+        ),
         (MemoryError("Unable to allocate 3 GiB"), 1, "error: there is not enough memory: Unable to allocate 3 GiB\n"),
     ],
 )
