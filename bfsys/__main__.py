@@ -1,6 +1,6 @@
 """`python -m bfsys`: the console command `bfsys`."""
 
 if __name__ == "__main__":
-    from bfsys.cli import main
+    from bfsys.start import main
 
     main()

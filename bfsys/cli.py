@@ -21,8 +21,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from bfsys.errors import UserError, did_you_mean, run_command, summary_of
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 COMMANDS = {
     "fit": "train and evaluate a model on a folder of files",
@@ -50,8 +54,8 @@ INTERMIXED = (*TAKE_OVERRIDES, "explain")  # positional arguments may stand amon
 OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other arguments of `slurm` submit a job
 WIDTH = 78  # columns of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
-# Arguments that are completed by file names, besides those of type Path.
-FILES = ("config", "files", "permute", "run", "to")
+# Arguments that are completed by file names, besides those that are a path by their type.
+FILES = ("config", "dataset", "files", "permute", "run", "to")
 
 
 def main() -> None:
@@ -71,7 +75,7 @@ def dispatch(arguments: Sequence[str]) -> int | None:
     if arguments and not arguments[0].startswith("-"):
         hint = did_you_mean(arguments[0], COMMANDS)
         raise UserError(f"{arguments[0]!r}: no such command{hint}; `bfsys --help` lists all")
-    parser = argparse.ArgumentParser(prog="bfsys", usage="bfsys COMMAND [ARGUMENT …]", add_help=False)
+    parser = _Parser(prog="bfsys", usage="bfsys COMMAND [ARGUMENT …]", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--print-completion", choices=SHELLS)
@@ -118,7 +122,7 @@ def module_of(name: str) -> ModuleType:
 
 
 def parser_of(module: ModuleType, prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog, description=textwrap.fill(summary_of(module.__doc__), WIDTH), formatter_class=_Formatter
     )
     module.add_arguments(parser)
@@ -129,15 +133,24 @@ def completion(shell: str) -> str:
     """A script that completes commands, options and file names in a shell."""
     import shtab
 
+    from bfsys.commands.arguments import local_path
+
     root = argparse.ArgumentParser(prog="bfsys")
     subparsers = root.add_subparsers(metavar="COMMAND")
     for name, summary in COMMANDS.items():
         parser = subparsers.add_parser(name, help=summary)
         module_of(name).add_arguments(parser)
         for action in parser._actions:
-            if action.type is Path or action.dest in FILES:
+            if action.type in (Path, local_path) or action.dest in FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     return shtab.complete(root, shell)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that fails if its help cannot be written: argparse ignores that."""
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        (file or sys.stderr).write(message)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

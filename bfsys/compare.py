@@ -31,6 +31,7 @@ from bfsys.checkpoint.files import (
 )
 from bfsys.config import Config, load_config
 from bfsys.errors import UserError, collecting, one_line
+from bfsys.files import open_regular, read_regular
 from bfsys.json_lines import parse_json_lines
 
 CONFIG = "config.yaml"
@@ -124,6 +125,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 def read_run(run_dir: Path) -> Run:
     """Read a run from its directory. Raises UserError if its config cannot be read."""
+    open_regular(run_dir / CONFIG).close()
     settings = influential_settings(load_config(run_dir / CONFIG))
     seed = settings.pop(SEED)
     scores = evaluations(run_dir)
@@ -145,7 +147,7 @@ def read_run(run_dir: Path) -> Run:
 
 def last_train_line(path: Path) -> dict | None:
     """The last line about steps in a metrics.jsonl; None if there is none."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = read_regular(path).split(b"\n") if path.exists() else []
     found = parse_json_lines(lines[::-1], {"kind": str, "step": int, "seconds": dict})
     return next((line for line in found if line["kind"] == "train"), None)
 

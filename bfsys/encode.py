@@ -19,7 +19,7 @@ from bfsys.data.media.encodings import Encoding, Fitting, library_version, reenc
 from bfsys.data.packing.listing import regular_files
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
 from bfsys.errors import UserError
-from bfsys.files import replacing
+from bfsys.files import read_regular, replacing
 
 NOTES = ".encoded.jsonl"
 
@@ -33,7 +33,7 @@ class Notes:
         self._how = [encoding.text, library_version(encoding), repr(fitting), *(t.identity for t in transforms)]
         self._noted: dict[str, str] = {}
         try:
-            lines = self._path.read_bytes().splitlines()
+            lines = read_regular(self._path).splitlines()
         except (FileNotFoundError, NotADirectoryError):
             lines = []
         except OSError as error:
@@ -131,7 +131,7 @@ def make(
 ) -> str | None:
     """Make one file: None, or why this one cannot be made. UserError if nothing can be written."""
     try:
-        made_from, content = notes.hash_of(source), source.read_bytes()
+        made_from, content = notes.hash_of(source), read_regular(source)
     except MemoryError:
         raise UserError(f"{source}: memory does not suffice for this file") from None
     except OSError as error:

@@ -8,6 +8,7 @@ separately is a subclass, which is defined where it is raised.
 import difflib
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -84,6 +85,11 @@ def is_printable(text: str) -> bool:
     return text.isprintable() or all(c.isprintable() or c in JOINERS or category(c) == "Zs" for c in text)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice, which PyTorch says in ways of its own."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "CUDA out of memory" in str(error)
+
+
 def summary_of(docstring: str | None) -> str:
     """The first paragraph of a module's docstring, for `--help`; nothing under `python -OO`, which removes it."""
     return (docstring or "").partition("\n\n")[0]
@@ -104,8 +110,10 @@ def run_command(main: Callable[[], int | None], *, output_is_optional: bool = Fa
             if error.filename is None or isinstance(error, console.OutputError):
                 raise
             raise UserError(f"{error.filename}: {error.strerror}") from None
-        except MemoryError as error:
-            what = f": {error}" if str(error) else ""
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            what = f": {str(error).splitlines()[0]}" if str(error) else ""
             raise UserError(f"there is not enough memory{what}", exit_code=EXIT_CRASHED) from None
 
     sys.exit(exit_code_of(act))
@@ -124,6 +132,8 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     console.prepare()
     process.prepare()
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # of bfsys/start.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         _check_current_folder()
         if outdated := process.outdated_packages():
             raise UserError(*outdated)

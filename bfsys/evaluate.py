@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # `python -m bfsys.evaluate`
-    from bfsys.cli import run_as
+    from bfsys.start import run_as
 
     run_as("evaluate", "python -m bfsys.evaluate")
 

@@ -16,7 +16,7 @@ and padded batches would waste memory and time. A server can run several files a
 from __future__ import annotations
 
 if __name__ == "__main__":  # `python -m bfsys.export`
-    from bfsys.cli import run_as
+    from bfsys.start import run_as
 
     run_as("export", "python -m bfsys.export")
 
@@ -118,7 +118,7 @@ def read_exported(folder: Path) -> tuple[ByteFormer, Config, dict]:
     """
     path, weights = folder / DESCRIPTION, folder / FORMATS[SAFETENSORS]
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(files.read_regular(path))
         if facts["format"] != FORMAT:
             raise UserError(f"{path}: format {facts['format']!r}; this version reads {FORMAT}")
         classes, entry = facts["classes"], facts["files"].get(weights.name)

@@ -6,13 +6,17 @@ A name refers either to the old content or to the new content at every moment, a
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+CHUNK_BYTES = 1 << 20
 LONGEST_NAME_BYTES = 200  # of a file while it is written: file systems take 255, a process number and `.tmp` included
 
 
@@ -56,7 +60,34 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a file of a dataset or a run for reading. Raises OSError for what is no regular file: a pipe would wait for
+    its writer, and a device may have no end."""
+    # With O_NONBLOCK, opening a pipe does not wait; it changes nothing for regular files.
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is not a regular file, but a pipe or a device", os.fspath(path))
+    return file
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """The content of a file that `open_regular` opens."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_up_to(file: BinaryIO, most_bytes: int) -> bytearray:
+    """The rest of a file; of one that holds more than `most_bytes`, or has no end, a little more than that."""
+    content = bytearray()
+    while len(content) <= most_bytes and (part := file.read(CHUNK_BYTES)) != b"":
+        if part is None:  # an open file that does not block has nothing yet
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        content += part
+    return content
+
+
 def describe(path: Path) -> dict:
     """{"bytes": size of a file, "sha256": its hash in hexadecimal}"""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
+import psutil
 
 from bfsys.batch import Sample
 from bfsys.data.media.input_formats import FileKind, InputFormat, kind_of
@@ -23,12 +24,15 @@ from bfsys.data.packing.listing import regular_files
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
 from bfsys.encode import CannotDecode, encoded
 from bfsys.errors import UserError, collecting
+from bfsys.files import read_up_to
 from bfsys.out_of_distribution import ReferenceFiles
 
 Input: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | BinaryIO
 """A path, the content of a file, a uint8 array [n], or a file that is open for reading in binary mode."""
 
 ALLOWED = "a path, bytes, a NumPy array uint8 [n], or a file opened in binary mode"
+MOST_BYTES = 2**31 - 1  # of an input: as many as an exported program takes
+SMALL_BYTES = 64 << 20
 TEXT_SHOWN = 200  # characters of what may be no path
 # While they work, decoders change what all threads share: the filters of warnings, the number of PyTorch's threads.
 _DECODING = threading.Lock()
@@ -217,10 +221,10 @@ def read_input(name: str, one: Input) -> np.ndarray:
     raise UserError(f"{name}: got {kind}; allowed is {ALLOWED}")
 
 
-def _read_path(name: str, path: str | os.PathLike[str]) -> bytes:
+def _read_path(name: str, path: str | os.PathLike[str]) -> bytearray:
     try:
         with open(path, "rb") as file:
-            return file.read()
+            return _read_to_end(name, file, os.fstat(file.fileno()).st_size)
     except IsADirectoryError:
         raise UserError(f"{name}: is a folder; pass its files: bfsys.files_in({name!r})") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character
@@ -239,17 +243,28 @@ def _bytes_of_view(name: str, view: memoryview) -> np.ndarray:
     return np.asarray(view).view(np.uint8)
 
 
-def _read_open_file(name: str, file: BinaryIO) -> bytes:
+def _read_open_file(name: str, file: BinaryIO) -> bytearray:
     if getattr(file, "closed", False):
         raise UserError(f"{name}: is a closed file; pass it while it is open, or pass its path")
     try:
-        content = file.read()
+        if not isinstance(nothing := file.read(0), bytes | bytearray):
+            raise UserError(
+                f"{name}: its read() gives {type(nothing).__name__}; open it in binary mode: open(path, 'rb')"
+            )
+        return _read_to_end(name, file)
     except io.UnsupportedOperation:
         raise UserError(f"{name}: is open for writing only; open it with open(path, 'rb')") from None
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        content = ""  # type: ignore[assignment]
-    if not isinstance(content, bytes | bytearray):
-        raise UserError(f"{name}: its read() gives {type(content).__name__}; open it in binary mode: open(path, 'rb')")
-    return bytes(content)
+
+
+def _read_to_end(name: str, file: BinaryIO, size_bytes: int = 0) -> bytearray:
+    """The rest of a file. Raises UserError if it is too long, as its `size_bytes` may tell before it is read."""
+    is_small = 0 < size_bytes < SMALL_BYTES  # to ask for the free memory takes longer than to read a small file
+    most = MOST_BYTES if is_small else min(MOST_BYTES, psutil.virtual_memory().available // 2)
+    if size_bytes > most or len(content := read_up_to(file, most)) > most:
+        raise UserError(
+            f"{name}: has more than {most:,} bytes; allowed are {MOST_BYTES:,}, and no more than half of the memory "
+            "that is free"
+        )
+    return content

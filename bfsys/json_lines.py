@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 
+from bfsys.files import read_regular
+
 NUMBER = int | float
 Fields = Mapping[str, type | UnionType]
 
 
 def read_json_lines(path: Path, fields: Fields) -> Iterator[dict]:
     """The objects in a file, one a line, that have these fields of these types; none if there is no such file."""
-    content = path.read_bytes() if path.exists() else b""
+    content = read_regular(path) if path.exists() else b""
     return parse_json_lines(content.split(b"\n"), fields)
 
 

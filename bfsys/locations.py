@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationInfo
+if TYPE_CHECKING:
+    from pydantic import ValidationInfo
 
 PIPE = "pipe:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

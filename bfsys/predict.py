@@ -8,7 +8,7 @@ the memory of a file depends on its length.
 from __future__ import annotations
 
 if __name__ == "__main__":  # `python -m bfsys.predict`
-    from bfsys.cli import run_as
+    from bfsys.start import run_as
 
     run_as("predict", "python -m bfsys.predict")
 
@@ -32,7 +32,7 @@ from bfsys.data.media.input_formats import input_format
 from bfsys.data.streaming.byte_transforms import ByteTransform, parse_transforms, with_key
 from bfsys.data.streaming.datasets import check_transforms
 from bfsys.data.streaming.plan import within_budget
-from bfsys.errors import UserError, did_you_mean
+from bfsys.errors import UserError, collecting, did_you_mean, is_out_of_memory
 from bfsys.explain.attribution import Classifier
 from bfsys.explain.explanation import Explanation, explain
 from bfsys.explain.references import LabelledFile, candidates
@@ -267,9 +267,10 @@ class Model:
         """
         references = self._reader.references
         for batch in self._batches(inputs, problems, say, encode):
-            answers = ranked(self._forward(self._probabilities_of, batch), self.classes, top)
-            for sample, classes in zip(batch, answers, strict=True):
-                yield sample.key, classes, references.score(sample.data) if references else None
+            with collecting(problems):
+                answers = ranked(self._forward(self._probabilities_of, batch), self.classes, top)
+                for sample, classes in zip(batch, answers, strict=True):
+                    yield sample.key, classes, references.score(sample.data) if references else None
 
     def probabilities_of(self, samples: list[Sample]) -> Tensor:
         """float32 [n, classes] on the CPU, of samples that `reader` prepared, computed together: for `bfsys serve`."""
@@ -302,7 +303,16 @@ class Model:
 
     @torch.no_grad()
     def _forward(self, function: Callable[[ByteBatch], Tensor], samples: list[Sample]) -> Tensor:
-        return function(ByteBatch.from_samples(samples).to(self.device)).float().cpu()
+        try:
+            return function(ByteBatch.from_samples(samples).to(self.device)).float().cpu()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        longest = max(samples, key=lambda sample: len(sample.data))
+        beside = f", and for {len(samples) - 1:,} files beside it" if len(samples) > 1 else ""
+        raise UserError(
+            f"{longest.key}: the memory of {self.device} does not suffice for its {len(longest.data):,} bytes{beside}"
+        )
 
     def _probabilities_of(self, batch: ByteBatch) -> Tensor:
         return self._network(batch).float().softmax(1)

@@ -12,7 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":  # launchers put this file's folder first, where its modules would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from bfsys.cli import run_as
+    from bfsys.start import run_as
 
     run_as("train", "bfsys/train.py")
 

@@ -15,22 +15,28 @@ import onnxruntime
 
 
 def main(export: Path, files: list[Path]) -> None:
-    about = json.loads((export / "model.json").read_text(encoding="utf-8"))
-    if about["byte_transforms"]:
-        sys.exit(f"this model reads bytes after {', '.join(about['byte_transforms'])}; apply them to the files first")
-    session = onnxruntime.InferenceSession(export / "model.onnx", providers=["CPUExecutionProvider"])
+    try:
+        about = json.loads((export / "model.json").read_text(encoding="utf-8"))
+        if about["byte_transforms"]:
+            sys.exit(
+                f"this model reads bytes after {', '.join(about['byte_transforms'])}; apply them to the files first"
+            )
+        classes, least_bytes = about["classes"], about["least_bytes"]
+        session = onnxruntime.InferenceSession(export / "model.onnx", providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises all kinds of them
+        sys.exit(f"{export}: cannot be used ({error!r}); write it with: bfsys export RUN EXPORT --format onnx")
     for file in files:
         try:
             content = np.fromfile(file, np.uint8)
         except OSError as error:
             print(f"{file}: {error.strerror}", file=sys.stderr)
             continue
-        if len(content) < about["least_bytes"]:
-            print(f"{file}: has {len(content)} bytes; this model needs at least {about['least_bytes']}")
+        if len(content) < least_bytes:
+            print(f"{file}: has {len(content)} bytes; this model needs at least {least_bytes}")
             continue
         (probabilities,) = session.run(["probabilities"], {"bytes": content})
         likeliest = int(probabilities.argmax())
-        print(f"{file}: {about['classes'][likeliest]} {100 * probabilities[likeliest]:.1f} %")
+        print(f"{file}: {classes[likeliest]} {100 * probabilities[likeliest]:.1f} %")
 
 
 if __name__ == "__main__":

@@ -7,30 +7,39 @@ The program takes the bytes of one file, uint8 [n], and gives the probabilities 
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 
 import torch
 
+logging.getLogger("torch.export").setLevel(logging.ERROR)  # it warns with a traceback of what it raises again
+
 
 def main(export: Path, files: list[Path]) -> None:
-    about = json.loads((export / "model.json").read_text(encoding="utf-8"))
-    if about["byte_transforms"]:
-        sys.exit(f"this model reads bytes after {', '.join(about['byte_transforms'])}; apply them to the files first")
-    program = torch.export.load(export / "model.pt2").module()
+    try:
+        about = json.loads((export / "model.json").read_text(encoding="utf-8"))
+        if about["byte_transforms"]:
+            sys.exit(
+                f"this model reads bytes after {', '.join(about['byte_transforms'])}; apply them to the files first"
+            )
+        classes, least_bytes = about["classes"], about["least_bytes"]
+        program = torch.export.load(export / "model.pt2").module()
+    except Exception as error:  # PyTorch raises all kinds of them
+        sys.exit(f"{export}: cannot be used ({error!r}); write it with: bfsys export RUN EXPORT")
     for file in files:
         try:
             content = bytearray(file.read_bytes())
         except OSError as error:
             print(f"{file}: {error.strerror}", file=sys.stderr)
             continue
-        if len(content) < about["least_bytes"]:
-            print(f"{file}: has {len(content)} bytes; this model needs at least {about['least_bytes']}")
+        if len(content) < least_bytes:
+            print(f"{file}: has {len(content)} bytes; this model needs at least {least_bytes}")
             continue
         with torch.no_grad():
             probabilities = program(torch.frombuffer(content, dtype=torch.uint8))
         likeliest = int(probabilities.argmax())
-        print(f"{file}: {about['classes'][likeliest]} {100 * probabilities[likeliest]:.1f} %")
+        print(f"{file}: {classes[likeliest]} {100 * probabilities[likeliest]:.1f} %")
 
 
 if __name__ == "__main__":

@@ -392,7 +392,9 @@ def test_a_limit_on_the_size_of_files_is_named() -> None:
     assert error.value.exit_code == EXIT_STORAGE
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "no file", "no manifest", "bad manifest", "other step", "a list"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "no file", "no manifest", "a pipe", "bad manifest", "other step", "a list"]
+)
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(finished_run: Path, tmp_path: Path, damage: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished_run, copy)
@@ -405,10 +407,11 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(finished_run: Path, 
         file.write_bytes(content)
     elif damage == "cut":
         file.write_bytes(content[:-1])
-    elif damage == "no file":
-        file.unlink()
-    elif damage == "no manifest":
-        (newest / "manifest.json").unlink()
+    elif damage in ("no file", "no manifest"):
+        (file if damage == "no file" else newest / "manifest.json").unlink()
+    elif damage == "a pipe":
+        os.mkfifo(copy / "pipe")
+        os.replace(copy / "pipe", newest / "manifest.json")
     elif damage == "other step":  # one changed digit
         text = (newest / "manifest.json").read_text()
         (newest / "manifest.json").write_text(text.replace('"step": 120', '"step": 121'))

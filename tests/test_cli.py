@@ -72,6 +72,17 @@ def test_help_fits_a_screen(arguments: list[str], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["--print-completion", "zsh"], ["pack", "--help"], ["slurm", "status", "-h"]],
+)
+def test_help_that_cannot_be_written_is_an_error(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "bfsys", *arguments]
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize(
     ("command", "prog"),
     [
         (["-m", "bfsys", "pack"], "bfsys pack"),
@@ -108,6 +119,41 @@ def test_a_command_that_does_not_exist_is_named(capsys: pytest.CaptureFixture) -
         cli.dispatch(["x"])
     assert cli.dispatch(["--version"]) == 0
     assert capsys.readouterr().out.startswith("bfsys 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pack", "{}", "out", "--name", "x"],
+        ["pack", "pets", "{}", "--name", "x"],
+        ["encode", "pets", "{}"],
+        ["export", "run", "{}"],
+        ["explain", "run", "file", "--out={}"],
+        ["evaluate", "run", "--report={}"],
+        ["fit", "{}"],
+        ["fit", "pets", "--runs={}"],
+        ["make-key", "{}"],
+        ["fetch", "imagenet", "{}"],
+        ["import-corenet", "weights", "{}"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("s3://bucket/x", "got 's3://bucket/x'; a path on this machine is needed, and no URL"),
+        ("", "got an empty path; write . for the current folder"),
+    ],
+)
+def test_a_url_or_nothing_in_the_place_of_a_path_is_refused(
+    arguments: list[str], path: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.dispatch([argument.format(path) for argument in arguments])
+    assert end.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_may_stand_among_overrides(config_file: Path, capsys: pytest.CaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_all_problems_are_named_at_once(make_run, tmp_path):
     (run / "config.yaml").write_text("data: {sources: []}\nmodle: {}\n")
     with pytest.raises(UserError, match="modle: no such key"):
         call("compare", [str(run)])
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_a_pipe_in_a_run_is_named_and_not_waited_for(make_run, name: str) -> None:
+    run = make_run("young", {10: 0.5})
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(UserError, match=f"{run / name}: is not a regular file"):
+        call("compare", [str(run.parent)])
 
 
 def test_keys_without_influence_exist() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,17 @@ def test_control_c_is_no_traceback(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err == "stopped on request\n"
 
 
+def test_control_c_is_no_traceback_after_a_start_that_let_it_end_the_process(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        assert ends_with(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "stopped on request\n"
+
+
 def test_our_own_mistakes_have_a_traceback(capsys: pytest.CaptureFixture) -> None:
     assert ends_with(lambda: 1 // 0) == 1
     assert "test_errors.py" in capsys.readouterr().err.partition("ZeroDivisionError")[0]
@@ -70,6 +82,11 @@ def test_a_problem_is_one_line_whatever_a_file_is_called(capsys: pytest.CaptureF
     ("error", "code", "said"),
     [
         (OSError(errno.EMFILE, "Too many open files"), 2, "raise the limit (ulimit -n 65536)"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory\nstack"),
+            1,
+            "enough memory: DefaultCPUAllocator: can't",
+        ),
         (MemoryError("Unable to allocate 3 GiB"), 1, "error: there is not enough memory: Unable to allocate 3 GiB\n"),
     ],
 )

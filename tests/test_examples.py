@@ -76,6 +76,24 @@ def test_an_example_refuses_a_model_whose_bytes_are_transformed(name: str, expor
     assert "this model reads bytes after reverse" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["load_pytorch.py", "load_onnx.py"])
+@pytest.mark.parametrize("damage", ["no folder", "no program", "a list", "no JSON", "a broken program"])
+def test_an_example_says_in_one_line_that_an_export_cannot_be_used(
+    name: str, damage: str, exported: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    if damage != "no folder":
+        about = {"a list": "[]", "no JSON": "{"}.get(damage) or (exported / "model.json").read_text()
+        (tmp_path / "model.json").write_text(about)
+    if damage == "a broken program":
+        for file in ("model.pt2", "model.onnx"):
+            (tmp_path / file).write_text("x")
+    done = run_example(name, tmp_path, "file")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{tmp_path}: cannot be used (")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.fixture
 def page(exported_onnx: Path, tmp_path: Path) -> Iterator[str]:
     """The URL of examples/browser, served as its text says."""

@@ -9,10 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from bfsys.files import describe, replace_file, replacing
+from bfsys.files import describe, read_regular, replace_file, replacing
 from tests.conftest import REPOSITORY
 
 DURABLE = pytest.mark.parametrize("durable", [True, False])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device"])
+def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / "link" if "link" in kind else tmp_path / "pipe" if kind == "pipe" else Path("/dev/zero")
+    (tmp_path / "link").symlink_to("pipe")
+    with pytest.raises(OSError, match="is not a regular file, but a pipe or a device") as caught:
+        read_regular(path)
+    assert caught.value.filename == str(path)
+
+
+def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    assert read_regular(tmp_path / "link") == b"content"
 
 
 @DURABLE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from bfsys import inputs
 from bfsys.data.media.input_formats import input_format
 from bfsys.errors import UserError
 from bfsys.inputs import Input, Reader, files_in, is_one, named, read_input
@@ -69,6 +71,19 @@ def closed_file(path: Path) -> io.BufferedReader:
         return file
 
 
+def sparse_file(path: Path) -> Path:
+    """More than a machine's memory."""
+    with open(path.with_name("sparse"), "wb") as file:
+        file.truncate(2**42)
+    return path.with_name("sparse")
+
+
+def pipe_that_does_not_block(path: Path) -> io.BufferedReader:
+    path = path.with_name("pipe")
+    os.mkfifo(path)
+    return open(os.open(path, os.O_RDWR | os.O_NONBLOCK), "rb")
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -87,10 +102,17 @@ def closed_file(path: Path) -> io.BufferedReader:
         (closed_file, r"the input \(.*file\.bin\): is a closed file; pass it while it is open, or pass its path$"),
         (lambda path: open(path), r"its read\(\) gives str; open it in binary mode: open\(path, 'rb'\)$"),  # noqa: SIM115
         (lambda path: open(path, "ab"), r"is open for writing only; open it with open\(path, 'rb'\)$"),  # noqa: SIM115
+        (lambda path: Path("/dev/zero"), "^/dev/zero: has more than 3,000,000 bytes; allowed are 3,000,000"),
+        (lambda path: open("/dev/zero", "rb"), r"\(/dev/zero\): has more than 3,000,000 bytes"),  # noqa: SIM115
+        (sparse_file, "sparse: has more than 3,000,000 bytes"),
+        (pipe_that_does_not_block, r"the input: cannot be read: Resource temporarily unavailable$"),
         (lambda path: io.StringIO("text"), r"its read\(\) gives str; open it in binary mode"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_named(wrong: Callable[[Path], Input], told: str, path: Path) -> None:
+def test_what_cannot_be_read_is_named(
+    wrong: Callable[[Path], Input], told: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "MOST_BYTES", 3_000_000)
     ((name, one),) = named(wrong(path))
     with pytest.raises(UserError, match=told) as error:
         read_input(name, one)

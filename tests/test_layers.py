@@ -37,7 +37,8 @@ LAYERS = [
     ["launch"],
     ["fitting", "gpu_check"],
     ["commands"],
-    ["cli", "__main__"],
+    ["cli"],
+    ["start", "__main__"],
 ]
 MODULES = sorted((REPOSITORY / "bfsys").rglob("*.py"))
 

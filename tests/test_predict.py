@@ -17,7 +17,7 @@ import torch
 
 import bfsys
 from bfsys import inputs, predict
-from bfsys.batch import Sample
+from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.loading import load_model
 from bfsys.cli import call
 from bfsys.data.streaming.byte_transforms import write_key
@@ -79,6 +79,25 @@ def test_a_folder_is_read_as_it_is_packed(finished_run: Path, tmp_path: Path, pr
     ]
     named = [line.partition(": ")[0] for line in result.stdout.splitlines()]
     assert named == [f"{folder}/{n}" for n in ("b", "caf\\udce9", "link/c", "two\\nlines")]
+
+
+def test_a_file_for_which_memory_does_not_suffice_costs_no_other_answer(finished_run: Path, tmp_path: Path) -> None:
+    model = predict.load(finished_run, device="cpu")
+    forward = model._network.forward
+
+    def in_little_memory(batch: ByteBatch) -> torch.Tensor:
+        if len(batch.data) > 5000:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return forward(batch)
+
+    model._network.forward = in_little_memory
+    problems: list[str] = []
+    inputs = [("one", bytes(30)), ("long", bytes(9000)), ("two", bytes(30))]
+    named = [name for name, *_ in model.answers(inputs, problems, lambda _: None)]
+    assert named == ["one", "two"]
+    assert problems == ["long: the memory of cpu does not suffice for its 9,000 bytes"]
+    with pytest.raises(UserError, match=r"inputs\[1\]: the memory of cpu does not suffice"):
+        model.predict([bytes(30), bytes(9000)])
 
 
 def test_small_files_are_not_too_many_at_once() -> None:

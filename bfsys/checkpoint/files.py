@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bfsys.errors import EXIT_CRASHED, TRANSIENT_ERRNOS, UserError
-from bfsys.files import describe, replace_file, sync_folder
+from bfsys.files import describe, read_regular, replace_file, sync_folder
 from bfsys.json_lines import NUMBER, Fields, parse_json_lines
 
 T = TypeVar("T")
@@ -156,7 +156,7 @@ def take_over(work: Path, final: Path) -> None:
         live = final.parent.parent / name
         size_bytes = live.stat().st_size if live.exists() else -1
         if not name.endswith(".safetensors") and size_bytes < (work / name).stat().st_size:
-            replace_file(live, (work / name).read_bytes())
+            replace_file(live, read_regular(work / name))
     if final.exists():
         move_aside(final)
     name_checkpoint(work, final)
@@ -217,7 +217,7 @@ def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> lis
 def evaluations(run_dir: Path) -> dict[int, dict]:
     """The scores of every evaluation in metrics.jsonl, by step."""
     try:
-        return evaluations_in((run_dir / METRICS).read_bytes())
+        return evaluations_in(read_regular(run_dir / METRICS))
     except OSError:
         return {}
 
@@ -347,7 +347,7 @@ def manifest_or_problems(path: Path) -> tuple[dict | None, list[str]]:
 def read_manifest(path: Path) -> dict:
     """The manifest of a checkpoint; raises Damaged if there is none, or it is not as it was written."""
     try:
-        text = with_retries(Path.read_bytes, path / MANIFEST)
+        text = with_retries(read_regular, path / MANIFEST)
     except OSError as error:
         raise Damaged(f"{path}: not a checkpoint, {MANIFEST}: {error.strerror}") from None
     return parse_manifest(text, str(path))

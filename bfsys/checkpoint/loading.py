@@ -36,7 +36,7 @@ from bfsys.checkpoint.files import (
 from bfsys.config import Config, Model, Optim
 from bfsys.engine import WEIGHT, Engine
 from bfsys.errors import UserError
-from bfsys.files import replace_file
+from bfsys.files import read_regular, replace_file
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import EMA
 
@@ -79,8 +79,8 @@ def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> Non
     """Tidy up after `path` was loaded: restore the run's history if a crash of the machine took it, and make sure that
     damaged checkpoints do not count as kept ones."""
     if METRICS in manifest["files"]:
-        history, live = (path / METRICS).read_bytes(), run_dir / METRICS
-        if not live.exists() or not live.read_bytes().startswith(history):
+        history, live = read_regular(path / METRICS), run_dir / METRICS
+        if not live.exists() or not read_regular(live).startswith(history):
             replace_file(live, history)
     for other in damaged:
         move_aside(other)
@@ -117,7 +117,7 @@ def _read_share(path: Path, manifest: dict, state: str, ranks: dist.Ranks) -> tu
         names += [n for n in manifest["files"] if not n.endswith(".safetensors")]
     for name in names[ranks.rank :: ranks.world_size]:
         try:
-            content = with_retries(Path.read_bytes, path / name)
+            content = with_retries(read_regular, path / name)
             if {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} != manifest["files"][name]:
                 problems.append(checksum_mismatch(path / name))
             elif name.endswith(".safetensors"):
@@ -269,7 +269,7 @@ def read_weights(path: Path, *, average: bool = True) -> tuple[dict[str, Tensor]
     pieces: list[str] = []
     for file_name in manifest["files"]:
         if file_name.startswith(f"{state}-"):
-            for piece, tensor in parse_safetensors((path / file_name).read_bytes()).items():
+            for piece, tensor in parse_safetensors(read_regular(path / file_name)).items():
                 pieces.append(piece)
                 name, first, end = parse_piece(piece)
                 weights[name].view(-1)[first:end] = tensor.flatten()

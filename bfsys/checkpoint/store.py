@@ -34,7 +34,7 @@ from bfsys.checkpoint.files import (
     steps_to_keep,
 )
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
-from bfsys.files import replace_file
+from bfsys.files import open_regular, read_regular, replace_file
 from bfsys.object_stores import problem_of_url
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ class Store:
     def put(self, path: Path, manifest: Mapping) -> None:
         """Copy a checkpoint from the disk, unless there is an equal copy. Raises Damaged if a file is not as the
         manifest says, OSError if it cannot be read."""
-        text = (path / MANIFEST).read_bytes()
+        text = read_regular(path / MANIFEST)
         old = self._manifest_text(path.name)
         if old == text:
             return
@@ -235,7 +235,7 @@ class Store:
         target = self._fs.open(path, "wb", block_size=max(BLOCK_BYTES, entry["bytes"] // MOST_BLOCKS + 1))
         try:
             with _on_disk():
-                file = open(source, "rb")  # noqa: SIM115
+                file = open_regular(source)
             with file:
                 while part := _read(file):
                     digest.update(part)

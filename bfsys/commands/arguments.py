@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bfsys.errors import UserError
+from bfsys.locations import is_remote
 
 if TYPE_CHECKING:
     from bfsys.data.media.encodings import Encoding, Fitting
+
+
+def local_path(text: str) -> Path:
+    """The type of an argument that is a path on this machine. `Path` would take a URL for a folder `https:`, and
+    nothing, as of a shell variable that is not set, for the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("got an empty path; write . for the current folder")
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; a path on this machine is needed, and no URL")
+    return Path(text)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

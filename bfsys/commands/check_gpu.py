@@ -7,9 +7,9 @@ import json
 import math
 import socket
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bfsys.commands.arguments import local_path
 from bfsys.errors import UserError, did_you_mean
 from bfsys.gpu_check.checks import CHECKS
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--only", metavar="NAME,NAME", help="run only these checks")
     add("--seconds", type=float, default=300, metavar="N", help="time for all checks (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write all findings to it; rank N: FILE.N")
+    add("--json", type=local_path, metavar="FILE", help="write all findings to it; rank N: FILE.N")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from bfsys import console
-from bfsys.commands.arguments import add_encoding, read_encoding
+from bfsys.commands.arguments import add_encoding, local_path, read_encoding
 from bfsys.errors import UserError, collecting
 
 NOTES = """\
@@ -22,8 +21,8 @@ continues after a stop. If the run has the same data.byte_transforms, use
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s SRC OUT [OPTION …]", NOTES
     add = parser.add_argument
-    add("src", metavar="SRC", type=Path, help="a file, or a folder whose tree is kept in OUT")
-    add("out", metavar="OUT", type=Path, help="folder")
+    add("src", metavar="SRC", type=local_path, help="a file, or a folder whose tree is kept in OUT")
+    add("out", metavar="OUT", type=local_path, help="folder")
     add_encoding(parser)
     add("--transform", action="append", default=[], metavar="T", help="for example permute:my.key; repeatable")
 

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from bfsys.commands.arguments import add_precision, add_weights
+from bfsys.commands.arguments import add_precision, add_weights, local_path
 from bfsys.errors import UserError, one_line
 
 NOTES = """\
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_weights(parser)
     add_precision(parser)
     add("--permute", metavar="KEYFILE", help="path of the key file used in training")
-    add("--report", type=Path, metavar="FOLDER", help="write accuracy by class and the confusion matrix")
+    add("--report", type=local_path, metavar="FOLDER", help="write accuracy by class and the confusion matrix")
     add("--robustness", action="store_true", help="evaluate damaged files too")
     add("--json", action="store_true", help="print the scores as JSON")
 

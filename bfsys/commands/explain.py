@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bfsys.commands.arguments import add_weights
+from bfsys.commands.arguments import add_weights, local_path
 from bfsys.commands.predict import STDIN, named_inputs
 from bfsys.errors import UserError, collecting, one_line
 from bfsys.explain.style import GENERATOR
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("files", nargs="*", default=[], metavar="FILE", help="files, folders, or - for standard input")
     add("--split", help="report on shortcuts over a split of the run's data")
     add("--limit", type=int, metavar="N", help=f"files of the split (default: {LIMIT})")
-    add("--out", type=Path, metavar="FOLDER", help=f"write pages here (default: {FOLDER}; with --split: none)")
+    add("--out", type=local_path, metavar="FOLDER", help=f"write pages here (default: {FOLDER}; with --split: none)")
     add("--class", dest="class_name", metavar="NAME", help="class to explain (default: the likeliest)")
     add_weights(parser)
     add("--encode", action="store_true", help="convert pictures and sounds to the model's format")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from bfsys import console
-from bfsys.commands.arguments import add_weights
+from bfsys.commands.arguments import add_weights, local_path
 from bfsys.errors import UserError, one_line
 
 FORMATS = ("safetensors", "torch", "onnx")
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s RUN OUT [OPTION …]", NOTES
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run directory, one of its checkpoints, or imported weights")
-    add("out", type=Path, metavar="OUT", help="folder that is empty or does not exist")
+    add("out", type=local_path, metavar="OUT", help="folder that is empty or does not exist")
     add_weights(parser)
     add(
         "--format",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from bfsys import console
+from bfsys.commands.arguments import local_path
 from bfsys.errors import UserError
 
 NOTES = """\
@@ -22,7 +22,7 @@ verified and unpacked. Existing folders train/ and val/ are only checked."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = NOTES
     parser.add_argument("dataset", choices=("speech_commands", "imagenet"))
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder of the dataset")
+    parser.add_argument("out", metavar="OUT", type=local_path, help="the folder of the dataset")
 
 
 def run(args: argparse.Namespace) -> None:

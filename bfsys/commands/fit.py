@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bfsys import console
+from bfsys.commands.arguments import local_path
 from bfsys.errors import UserError
 
 NOTES = """\
@@ -28,13 +29,13 @@ NEEDED = {"deepspeed": "deepspeed", "sklearn": "scikit-learn", "matplotlib": "ma
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s FOLDER [OPTION …]", NOTES
     add = parser.add_argument
-    add("folder", metavar="FOLDER", type=Path, help="files by class")
+    add("folder", metavar="FOLDER", type=local_path, help="files by class")
     add("--name", help="name of the run (default: the folder's)")
     add("--minutes", type=float, default=10.0, metavar="M", help="time for the whole command (default 10)")
     add("--as-stored", action="store_true", help="do not re-encode files")
     add("--skip-bad", action="store_true", help="leave out files that cannot be used")
-    add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs (default runs)")
-    add("--shards", type=Path, default=Path("data/shards"), metavar="DIR",
+    add("--runs", type=local_path, default=Path("runs"), metavar="DIR", help="folder of runs (default runs)")
+    add("--shards", type=local_path, default=Path("data/shards"), metavar="DIR",
         help="folder of packed data (default data/shards)")  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from bfsys import console
+from bfsys.commands.arguments import local_path
 from bfsys.model.sizes import HEAD_DIM, PUBLISHED_SHIFT
 
 NOTES = """\
@@ -21,9 +21,9 @@ read from the names and shapes of the tensors.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s WEIGHTS.pt OUT [OPTION …]", NOTES
     add = parser.add_argument
-    add("weights", metavar="WEIGHTS.pt", type=Path, help="state dict as CoreNet saves it")
-    add("out", metavar="OUT", type=Path, help="folder that is empty or does not exist")
-    add("--classes", type=Path, metavar="FILE", help="a class name per line (default: numbers)")
+    add("weights", metavar="WEIGHTS.pt", type=local_path, help="state dict as CoreNet saves it")
+    add("out", metavar="OUT", type=local_path, help="folder that is empty or does not exist")
+    add("--classes", type=local_path, metavar="FILE", help="a class name per line (default: numbers)")
     add("--window", type=int, default=128, metavar="N", help="tokens that attend to each other (default: 128)")
     add("--shift", type=int, default=PUBLISHED_SHIFT, metavar="N", help="shift of every second layer (default: 64)")
     add("--heads", type=int, metavar="N", help=f"attention heads (default: one per {HEAD_DIM} channels)")

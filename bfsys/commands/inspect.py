@@ -25,7 +25,7 @@ Exit code 0: no problem; 1: --verify found damage; 2: wrong input."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = NOTES
     add = parser.add_argument
-    add("dataset", metavar="DATASET", type=Path, help="folder of a packed dataset")
+    add("dataset", metavar="DATASET", help="folder of a packed dataset")
     add("--split", help="this split only; with --rebuild, the split that all tars belong to")
     add("--list", type=int, default=0, metavar="N", help="show the first N samples of each split")
     add("--verify", action="store_true", help="read every byte and report all damage")
@@ -43,7 +43,14 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     from bfsys.data.storage.shards import open_split, read_description, split_names, summarise
+    from bfsys.locations import is_remote
 
+    if is_remote(args.dataset):
+        raise UserError(
+            f"{args.dataset}: inspect takes a folder on this machine; copy the dataset into one, or give its URL as "
+            "the path of a source in a config, and run bfsys train CONFIG --dry-run"
+        )
+    args.dataset = Path(args.dataset)
     if args.list < 0:
         raise UserError(f"--list: got {args.list}; 0 or more samples are allowed")
     if args.rebuild:

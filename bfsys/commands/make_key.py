@@ -6,14 +6,14 @@ Only its owner can read it, and an existing file is never overwritten. docs/priv
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from bfsys import console
+from bfsys.commands.arguments import local_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Only its owner can read the file; an existing one is never overwritten."
-    parser.add_argument("file", metavar="KEYFILE", type=Path)
+    parser.add_argument("file", metavar="KEYFILE", type=local_path)
 
 
 def run(args: argparse.Namespace) -> None:

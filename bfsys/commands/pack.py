@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bfsys import console
-from bfsys.commands.arguments import add_encoding, read_encoding
+from bfsys.commands.arguments import add_encoding, local_path, read_encoding
 from bfsys.errors import one_line
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ The same command continues after a stop."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s SRC OUT --name NAME [OPTION …]", NOTES
     add = parser.add_argument
-    add("src", metavar="SRC", type=Path, help="folder of files by class, or a list of files")
-    add("out", metavar="OUT", type=Path, help="the dataset becomes the folder OUT/NAME")
+    add("src", metavar="SRC", type=local_path, help="folder of files by class, or a list of files")
+    add("out", metavar="OUT", type=local_path, help="the dataset becomes the folder OUT/NAME")
     add("--name", required=True, help="name of the dataset")
     add(
         "--from",

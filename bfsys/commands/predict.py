@@ -78,6 +78,8 @@ def named_inputs(paths: Sequence[str], problems: list[str]) -> Iterator[tuple[st
             problems.append(f"{STDIN}: standard input is closed; give files, or pipe one in")
         elif path == STDIN:
             yield path, sys.stdin.buffer
+        elif not path:
+            problems.append("an empty name; give files, or . for the current folder")
         else:
             names = regular_files(path, problems) if os.path.isdir(path) else [path]
             yield from ((name, Path(name)) for name in names)

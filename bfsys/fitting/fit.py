@@ -35,7 +35,7 @@ from bfsys.data.streaming.datasets import open_evaluation, open_training
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.errors import UserError, one_line
 from bfsys.evaluate import evaluate
-from bfsys.files import replace_file
+from bfsys.files import read_regular, replace_file
 from bfsys.fitting.choice import LEAST_STEPS, Choice, Format, Machine, choice_of, choose, settings_of, to_yaml
 from bfsys.fitting.survey import Survey, survey_of
 from bfsys.json_lines import read_json_lines
@@ -152,7 +152,7 @@ def check_record(request: Request) -> dict:
     """The record in the config. Raises UserError if the config was not chosen for this request."""
     path = request.config_file
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(path).decode().splitlines()
         record = next((json.loads(line.removeprefix(RECORD)) for line in lines if line.startswith(RECORD)), None)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove it, or give another --name") from None
@@ -264,7 +264,7 @@ def claim(folder: Path, source: Path) -> None:
     runs that were trained on them would then be judged by others."""
     note, ours = folder.with_name(f".{folder.name}.{FITTED}"), str(source.absolute())
     with suppress(OSError):
-        theirs = note.read_text(encoding="utf-8", errors="surrogateescape")
+        theirs = read_regular(note).decode(errors="surrogateescape")
         if theirs == ours:
             return
         if is_packed(folder):

@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STOPPED
-from bfsys.files import replace_file
+from bfsys.files import read_regular, replace_file
 from bfsys.launch import elastic
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 from bfsys.launch.slurm_commands import Answer, ask, fields_of
@@ -105,7 +105,7 @@ class JobSupervisor:
             code = EXIT_REQUEUE  # it was SLURM that asked to stop, and no person
         path, counted = self.run_dir / FILE, {}
         with suppress(OSError, ValueError):
-            counted = json.loads(path.read_text())
+            counted = json.loads(read_regular(path))
         restarts = Restarts(self.run_dir, counted.get("step", 0), counted.get("without_progress", 0), PAUSES_S)
         # A pre-emption is nobody's fault and does not count.
         pause_s = 0.0 if is_preempted and code not in FINAL_CODES else restarts.pause_s(code)

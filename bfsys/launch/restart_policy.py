@@ -19,6 +19,7 @@ from bfsys.errors import (
     EXIT_STORAGE,
     EXIT_USER_ERROR,
 )
+from bfsys.files import read_regular
 from bfsys.supervision.run_end import note_end
 
 # All ranks end with it, nearly together, and starting again would change nothing.
@@ -63,6 +64,6 @@ class Restarts:
 def newest_step(run_dir: Path) -> int:
     """The step of the newest checkpoint; 0 if there is none."""
     try:
-        return int((checkpoints_dir(run_dir) / LATEST).read_text().removeprefix("step_"))
+        return int(read_regular(checkpoints_dir(run_dir) / LATEST).removeprefix(b"step_"))
     except (OSError, ValueError):
         return 0

@@ -21,7 +21,7 @@ SECONDS_TO_FINISH = 5.0  # for the current batch, after all requests have ended
 
 
 def serve(service: Service, listener: socket.socket, host: str) -> None:
-    """Answer requests until SIGINT or SIGTERM; requests in progress are answered first, within the limit of a request.
+    """Answer requests until SIGINT, SIGTERM or SIGHUP. Those in progress are answered first, within their time limit.
 
     Raises UserError if another process took the port in the meantime.
     """
@@ -60,7 +60,8 @@ async def _run(server: uvicorn.Server, listener: socket.socket, url: str) -> Non
         server.should_exit = True
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup has it ignored
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         loop.add_signal_handler(number, stop)
     print(f"{url}  ready; Ctrl-C stops", flush=True)
     await server.serve(sockets=[listener])

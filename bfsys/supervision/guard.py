@@ -35,7 +35,7 @@ from bfsys.checkpoint.files import (
 from bfsys.config import Train
 from bfsys.data.streaming.datasets import Sources
 from bfsys.errors import EXIT_DIVERGED, UserError
-from bfsys.files import replace_file
+from bfsys.files import read_regular, replace_file
 
 FILE = "rollbacks.json"
 MAX_ROLLBACKS = 3
@@ -96,7 +96,7 @@ def read_rollbacks(run_dir: Path) -> list[dict]:
     """The roll-backs of a run, the oldest first. Raises UserError if the file is damaged."""
     path = run_dir / FILE
     try:
-        rollbacks = json.loads(path.read_text())
+        rollbacks = json.loads(read_regular(path))
         if not all(r["to"] < min(r["steps"]) and r["updates"] >= 0 for r in rollbacks):
             raise ValueError("its steps contradict each other")
         return rollbacks

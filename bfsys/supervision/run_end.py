@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from bfsys.files import replace_file
+from bfsys.files import read_regular, replace_file
 
 FILE = "ended.json"
 
@@ -28,6 +28,6 @@ def forget_end(run_dir: Path) -> None:
 def how_it_ended(run_dir: Path) -> dict | None:
     """{"exit_code", "reason", "time"} of a run that has ended, None of others."""
     try:
-        return json.loads((run_dir / FILE).read_text())
+        return json.loads(read_regular(run_dir / FILE))
     except (OSError, ValueError):
         return None

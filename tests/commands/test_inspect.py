@@ -108,6 +108,12 @@ def test_exit_code_2_without_a_dataset(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("url", ["https://example.org/pets", "s3://bucket/pets", "pipe:cat"])
+def test_a_url_is_refused_and_what_to_do_is_said(url):
+    with pytest.raises(UserError, match=f"^{url}: inspect takes a folder on this machine; copy the dataset into one"):
+        call("inspect", [url])
+
+
 def test_rebuild_makes_the_same_index(dataset):
     before = {split: open_split(dataset, split) for split in split_names(dataset)}
     for path in [*dataset.glob("*.npy"), dataset / "dataset.json"]:

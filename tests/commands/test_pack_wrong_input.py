@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bfsys.data.packing import shard_jobs
+from bfsys.data.packing import listing, shard_jobs
 from tests.commands.packing_helpers import contents, make_files, make_tree, pack, problems_of, run_pack
 
 
@@ -203,6 +203,12 @@ def test_wrong_lists(tmp_path, text, message):
     make_files(tmp_path, {"list.tsv": text, "a": b"1"})
     assert message in problems_of(tmp_path / "list.tsv", tmp_path / "out", "--from", "filelist")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_list_without_an_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "MOST_LIST_BYTES", 3_000_000)
+    message = problems_of(Path("/dev/zero"), tmp_path, "--from", "filelist")
+    assert "/dev/zero: the list cannot be read (holds more than 3,000,000 bytes)" in message
 
 
 def test_filelist_with_splits_and_a_split_option(tmp_path):

@@ -88,7 +88,7 @@ def test_other_sites_and_other_names_are_refused(server: Server) -> None:
     assert status("POST", sec_fetch_site="same-origin") == status("POST", origin=f"http://{own}") == 415
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_answers_before_it_stops(finished_run: Path, start: Callable[..., Server], number: int) -> None:
     server = start(finished_run, "--port", "0", "--max-model-bytes", "100000")
     with ThreadPoolExecutor(1) as pool:

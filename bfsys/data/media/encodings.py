@@ -22,7 +22,7 @@ import numpy as np
 from bfsys.data.media.modalities import Clip, decode_audio, decode_image
 from bfsys.data.media.pictures import MOST_PIXELS
 from bfsys.data.media.sounds import MOST_SAMPLES, check_finite
-from bfsys.errors import UserError, did_you_mean
+from bfsys.errors import UserError, did_you_mean, is_out_of_memory
 
 AS_STORED = "as_stored"
 
@@ -301,7 +301,7 @@ def _resample_by_torchaudio(wave: np.ndarray, old: int, new: int) -> np.ndarray:
     try:
         return resample_wave(torch.from_numpy(wave), old, new).numpy()
     except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # PyTorch's way of saying so
+        if is_out_of_memory(error):
             raise MemoryError(str(error)) from None
         raise
     finally:

@@ -23,12 +23,14 @@ from bfsys.data.packing.splits import SPLIT_FOLDERS, files_for_val, split_of_nam
 from bfsys.data.storage.classes import Spelling, stored_name, too_alike
 from bfsys.data.storage.tars import NOT_PAYLOAD
 from bfsys.errors import is_printable
+from bfsys.files import read_up_to
 
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
 SPEECH_COMMANDS_LISTS = {"validation_list.txt": "val", "testing_list.txt": "test"}
 BACKGROUND_NOISE = "_background_noise_"
 OUTSIDE = re.compile(r"^/*(\.\./)*")  # the part of a path that leads out of the list's folder
 SKIPPED_BY_WEBDATASET = re.compile(r"__.*__")
+MOST_LIST_BYTES = 2**30  # some ten million lines
 SHOWN_LINES = 20  # lines of a list that are named when they cannot be used
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -179,7 +181,10 @@ def _listed_file(src: Path, path: str, spelled: str, split: str) -> SourceFile:
 
 def _lines_of(path: Path) -> list[str]:
     """Lines without their ends and byte order marks. Raises OSError, and ValueError if it is not UTF-8 or -16."""
-    content = path.read_bytes()
+    with open(path, "rb") as file:
+        content = read_up_to(file, MOST_LIST_BYTES)
+    if len(content) > MOST_LIST_BYTES:
+        raise ValueError(f"holds more than {MOST_LIST_BYTES:,} bytes")
     is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     lines = content.decode("utf-16" if is_utf_16 else "utf-8").split("\n")
     return [line.removeprefix(BYTE_ORDER_MARK).rstrip("\r") for line in lines]

@@ -104,6 +104,10 @@ def _saying_if_slow(url: str) -> Iterator[None]:
         timer.cancel()
 
 
+def too_long(where: str | Path, limit_bytes: int) -> UserError:
+    return UserError(f"{where}: holds more than {limit_bytes:,} bytes; is it the right file?")
+
+
 class Cache:
     """Remote files in a local folder of at most `limit_bytes`; the least recently used make room.
 
@@ -135,7 +139,7 @@ class Cache:
                 for data in source:
                     content += data
                     if len(content) > limit_bytes:
-                        raise UserError(f"{hide(url)}: holds more than {limit_bytes:,} bytes; is it the right file?")
+                        raise too_long(hide(url), limit_bytes)
             if not content:
                 raise WrongContent("the answer is empty")
             return bytes(content)

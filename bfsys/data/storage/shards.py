@@ -31,10 +31,10 @@ import xxhash
 
 from bfsys.data.storage.classes import notes_on_classes, some
 from bfsys.data.storage.description import check_description
-from bfsys.data.storage.remote import Cache, RemoteFile, is_remote, url_of
+from bfsys.data.storage.remote import SMALL_FILE_BYTES, Cache, RemoteFile, is_remote, too_long, url_of
 from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, join_shards
 from bfsys.errors import UserError, one_line
-from bfsys.files import describe, replace_file, replacing
+from bfsys.files import describe, open_regular, read_up_to, replace_file, replacing
 
 FORMAT = 2
 DESCRIPTION = "dataset.json"
@@ -274,9 +274,12 @@ def read_description(path: Path) -> dict:
             f"again; for tars made elsewhere, run: bfsys inspect {path} --rebuild"
         )
     try:
-        content = file.read_bytes()
+        with open_regular(file) as opened:
+            content = bytes(read_up_to(opened, SMALL_FILE_BYTES))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    if len(content) > SMALL_FILE_BYTES:
+        raise too_long(file, SMALL_FILE_BYTES)
     return parse_description(content, file)
 
 
@@ -302,10 +305,11 @@ def parse_description(content: bytes, where: str | Path) -> dict:
 
 def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
     try:
+        open_regular(file).close()
         array = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # a damaged header
         raise UserError(
-            f"{file}: the index cannot be read ({error}); pack the dataset again, "
+            f"{file}: the index cannot be read ({getattr(error, 'strerror', None) or error}); pack the dataset again, "
             f"or delete {DESCRIPTION} and run bfsys inspect --rebuild"
         ) from error
     if array.dtype != dtype or array.shape != (length,):

@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from bfsys.errors import UserError
-from bfsys.files import replacing
+from bfsys.files import open_regular, replacing
 
 SAMPLE = np.dtype(
     [
@@ -132,10 +132,8 @@ def _header(name: str, size_bytes: int) -> bytes:
 
 def read_shard(path: Path) -> TarIndex:
     """Read a WebDataset tar, whoever wrote it, and index it. UserError where it is damaged or not one."""
-    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
-        raise UserError(f"{path}: is not a regular file; a shard is expected here")
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             sha256 = hashlib.sha256(content).hexdigest()
             return _index_samples(path, content, sha256)
     except OSError as error:

@@ -351,7 +351,12 @@ def write_key(path: Path) -> None:
     text = "".join(" ".join(map(str, line)) + "\n" for line in lines)
     try:
         with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(text)
+            try:
+                file.write(text)
+                file.flush()
+            except BaseException:
+                path.unlink()  # what is not a whole key would never be overwritten
+                raise
     except FileExistsError:
         raise UserError(
             f"key file {path} exists and is not overwritten: files made with it could never be read again"

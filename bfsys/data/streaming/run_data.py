@@ -113,6 +113,11 @@ class RunData:
         notes, cores = [], len(os.sched_getaffinity(0))
         if not self.validation.splits:
             notes.append(f"no source has a split {self.config.data.eval_split!r}: nothing will be evaluated")
+        elif self.config.data.eval_split == self.config.data.train_split:
+            notes.append(
+                f"data.eval_split: {self.config.data.eval_split!r} is the split that the run trains on; its scores say "
+                "nothing about other files"
+            )
         if self.config.data.workers > cores:
             notes.append(
                 f"data.workers: {self.config.data.workers} loader processes for each rank, which has {cores} "

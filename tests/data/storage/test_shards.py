@@ -1,6 +1,7 @@
 """Shards that are written are read back, by bfsys and by webdataset; damage of every kind is found and named."""
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -127,6 +128,11 @@ def change_description(path, **changes):
     (path / DESCRIPTION).write_text(json.dumps({**described(path), **changes}))
 
 
+def make_pipe(path, name=DESCRIPTION):
+    (path / name).unlink()
+    os.mkfifo(path / name)
+
+
 OPENING = {
     "description missing": (lambda p: (p / DESCRIPTION).unlink(), "holds no dataset.json"),
     "description broken": (lambda p: (p / DESCRIPTION).write_text('{"form'), "cannot be read"),
@@ -151,6 +157,9 @@ OPENING = {
         ),
         "splits.train: names '../pets-train-000000.tar'; a file in the folder of the dataset is expected",
     ),
+    "a pipe": (make_pipe, "is not a regular file, but a pipe or a device"),
+    "a pipe for an index": (lambda p: make_pipe(p, "pets-train.keys.npy"), "cannot be read (is not a regular file"),
+    "too long": (lambda p: os.truncate(p / DESCRIPTION, 2**40), "holds more than 67,108,864 bytes; is it the right"),
     "nested": (lambda p: (p / DESCRIPTION).write_text("[" * 100_000), "cannot be read as dataset.json"),
     "notes": (lambda p: change_description(p, notes=5), "notes: Input should be a valid array"),
     "header of the index": (

@@ -233,5 +233,6 @@ def test_a_compressed_archive_is_known_by_its_first_bytes(tmp_path: Path, compre
 def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.tar")
     assert problems_of(tmp_path / "x.tar") == (
-        f"{tmp_path / 'x.tar'}: is not a regular file; a shard is expected here",
+        f"{tmp_path / 'x.tar'}: cannot be read (is not a regular file, but a pipe or a device); "
+        "fetch or pack this shard again",
     )

@@ -2,6 +2,8 @@
 
 import pickle
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from bfsys.data.streaming.byte_transforms import (
     write_key,
 )
 from bfsys.errors import UserError
+from tests.conftest import REPOSITORY
 
 SHUFFLES = ["reverse", "random_shuffle", "cyclic_half_length", "stride:7", "stride:1024", "window_shuffle:16"]
 ALL = [*SHUFFLES, "keep:0.1", "keep:0.5", "keep:1", "noise:-5:5", "noise:0:0", "permute"]
@@ -204,6 +207,13 @@ def test_a_key_file_is_written_read_and_not_shown(tmp_path):
     assert repr(transform) == f"ByteTransform(text='permute:{path}', randomised=False)"
     write_key(tmp_path / "other")
     assert not np.array_equal(read_key(tmp_path / "other"), key)
+
+
+def test_a_key_file_that_a_full_disk_has_cut_does_not_stay(tmp_path):
+    shell = f"ulimit -f 0; {sys.executable} -m bfsys make-key {tmp_path / 'key'}"
+    done = subprocess.run(["bash", "-c", shell], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert "cannot be written: File too large" in done.stderr
+    assert not (tmp_path / "key").exists()
 
 
 def test_a_key_file_is_not_overwritten(tmp_path):

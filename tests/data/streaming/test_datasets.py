@@ -101,4 +101,8 @@ def test_odd_settings_of_a_run_are_noted(tmp_path):
     config = replace(config, data=replace(config.data, workers=5000, batch_samples=2, lanes=1))
     unevaluated, workers = open_run_data(config, Ranks()).notes
     assert unevaluated == "no source has a split 'val': nothing will be evaluated"
+    config = replace(config, data=replace(config.data, eval_split="train"))
+    assert (
+        open_run_data(config, Ranks()).notes[0].startswith("data.eval_split: 'train' is the split that the run trains")
+    )
     assert workers.startswith("data.workers: 5000 loader processes for each rank, which has ")
