@@ -120,7 +120,7 @@ DAMAGE_SEED = 7
 
 @pytest.mark.parametrize("how", ["flip", "cut"])
 def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path, how: str) -> None:
-    """After any of 50 bit flips and 20 truncations of a file of the newest checkpoint, a resume uses the previous one."""
+    """After each of 50 bit flips and 20 truncations in the newest checkpoint, a resume uses the previous one."""
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n' * 20)
     save(tmp_path, 1)
     newest = save(tmp_path, 2)

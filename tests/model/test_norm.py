@@ -38,7 +38,7 @@ SLOW = () if ON_GPU else TRIPLES[1::4] + TRIPLES[2::4]
     [pytest.param(*t, id=f"{t[0]}-{t[1]}-{t[2]}", marks=pytest.mark.slow if t in SLOW else ()) for t in TRIPLES],
 )
 def test_forward_and_backward_against_float64(kernels, dim, dtype, adds):
-    for rows in ROWS if ON_GPU or dim < 1024 else (1, 7, 29):  # of which each is a block of its own there
+    for rows in ROWS if ON_GPU or dim < 1024 else (1, 7, 29):  # each row is a separate block there
         weight_dtype = torch.float32 if rows == 7 else dtype  # like at ZeRO 0, where weights stay in float32
         sizes = {"weight_dtype": weight_dtype, "dim": dim, "rows": rows}
         all_right(norm_case(kernels, DEVICE, dtype=dtype, adds=adds, **sizes))

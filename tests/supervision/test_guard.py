@@ -288,7 +288,7 @@ def test_what_a_checkpoint_carries_gives_the_same_verdicts() -> None:
 
 def test_what_comes_after_a_checkpoint_is_not_in_it() -> None:
     guard = Guard(Train(), [])
-    state = guard.state_dict()  # written while training goes on
+    state = guard.state_dict()  # written while training continues
     guard.record(7, "loss is nan", [])
     assert state["in_a_row"] == []
     assert guard.state_dict()["in_a_row"][0]["step"] == 7
