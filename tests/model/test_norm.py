@@ -28,7 +28,7 @@ def kernels() -> Iterator[ModuleType]:
         yield module
 
 
-# All triples of a dimension, a type and `adds`. On a CPU, half of them are marked slow.
+# All combinations of dimension, type and `adds`. On a CPU half of them are slow; the other half covers all pairs.
 TRIPLES = list(itertools.product([24, 192, 384, 768, 1280], NORM_TOLERANCE, [True, False]))
 SLOW = () if ON_GPU else TRIPLES[1::4] + TRIPLES[2::4]
 

@@ -48,7 +48,7 @@ def run_poisoned(
 # In each run every second step is bad, one of each kind. The state around the last one is compared bit for bit.
 KINDS = {"fp32": ("nan", "loss", "gradient"), "bf16": ("nan", "gradient")}
 COMBINATIONS = [(stage, precision, kind) for stage in (0, 1, 2, 3) for precision in KINDS for kind in KINDS[precision]]
-# Each stage with each precision, and each kind with stages and precisions. Other combinations are slow.
+# These cover all pairs of stage and precision, and of precision and kind. The other combinations are slow.
 FAST = [c for c in COMBINATIONS if c[2] == KINDS[c[1]][(c[0] + (c[1] == "bf16")) % len(KINDS[c[1]])]]
 
 
