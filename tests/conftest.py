@@ -20,24 +20,24 @@ from bfsys.cli import call
 from tests.data.make import write_tree
 from tests.forked import run_python, start_ranks
 
-# No deadline: other processes may hold the cores for a while.
+# No deadline, since other processes may use the cores.
 settings.register_profile("bfsys", deadline=None, max_examples=40)
 settings.register_profile("thorough", deadline=None, max_examples=100)  # make test-slow
 settings.load_profile("bfsys")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# A shell without job control has its background commands ignore Ctrl-C, and their children inherit that.
+# Background commands of a shell without job control ignore SIGINT, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # likewise after `nohup`
-# Two threads on two cores that other processes use too are much slower than one, here and in the programs started.
-# PyTorch reads this when it is imported, which is later: the process that starts pytest-xdist's workers does without.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the same for SIGHUP after `nohup`
+# Two threads on two busy cores are much slower than one, here and in child processes. PyTorch reads this variable at
+# its import, which is later.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Where nothing is to be cached, as in many containers, each process started would compile all modules itself.
+# With this variable, which many containers set, each new process would compile all modules.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 
-# The files that take longest. With --no-loadscope-reorder they begin first, so that no worker has one alone at the end.
+# The slowest files. With --no-loadscope-reorder they start first, so that no worker is left with one at the end.
 HEAVIEST = (
     "test_muon.py", "test_train.py", "test_guard.py", "test_make_digits.py", "test_export.py", "test_guarantees.py",
     "test_watchdog.py", "test_checkpoint_copies.py", "test_fit.py", "test_local.py", "test_service.py",
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the first of all workers that wants it makes, by `make(folder)`."""
+    """Return a folder that all workers share. The first worker that needs it makes it with `make(folder)`."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
@@ -71,8 +71,7 @@ def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two packed datasets, `a` (3 classes) and `b` (2 classes), with splits train and val.
 
-    The class is in the bytes, and easily learned: each class draws its bytes around a mean of its own. Not to be
-    changed.
+    The class is easily learned: each class draws its bytes around a different mean. Tests must not change the folder.
     """
     return made_once("datasets", make_datasets, tmp_path_factory)
 
@@ -87,7 +86,7 @@ def make_datasets(root: Path) -> None:
 
 @pytest.fixture
 def config_file(datasets: Path, tmp_path: Path) -> Path:
-    """A config of a model that trains in a second, on `datasets`, with runs in tmp_path/runs."""
+    """The config of a model that trains in a second on `datasets`, with runs in tmp_path/runs."""
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny_config(datasets, tmp_path)))
     return path
@@ -117,13 +116,13 @@ def tiny_config(datasets: Path, folder: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def finished_run(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that has learned something, with checkpoints of steps 60 and 120. Not to be changed."""
+    """The directory of a trained run with checkpoints of steps 60 and 120. Tests must not change it."""
 
     def make(folder: Path) -> None:
         config = folder / "tiny.yaml"
         config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
         options = "train.steps=120 train.log_every=40 train.save_every=60 optim.lr=1e-2 train.zero_stage=0"
-        options += " train.micro_batch_tokens=1000"  # the four lanes of a step at once
+        options += " train.micro_batch_tokens=1000"  # the four lanes of a step in one micro-batch
         (result,) = _run_ranks(1, ["bfsys/train.py", str(config), *options.split()])
         assert result.returncode == 0, result.stderr
 
@@ -132,7 +131,7 @@ def finished_run(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The export of `finished_run`: weights and the program of torch.export. Not to be changed."""
+    """The export of `finished_run`: weights and the program of torch.export. Tests must not change it."""
 
     def make(folder: Path) -> None:
         call("export", [str(finished_run), str(folder / "model")])
@@ -141,20 +140,20 @@ def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def parameters_of_tests_with(fixture: str, request: pytest.FixtureRequest) -> list[dict]:
-    """The parameters of all selected tests that use a fixture. A fixture can then make only what these tests need."""
+    """The parameters of all selected tests that use a fixture, so that the fixture makes only what they need."""
     items = [item for item in request.session.items if fixture in getattr(item, "fixturenames", ())]
     return [item.callspec.params if hasattr(item, "callspec") else {} for item in items]
 
 
 @pytest.fixture
 def evaluate_run(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """`evaluate_run(arguments…)`: what `bfsys evaluate` prints; exceptions come through."""
+    """`evaluate_run(arguments…)` runs `bfsys evaluate` and returns its output. Exceptions are raised."""
     return lambda *arguments: _command("evaluate", arguments, capsys)
 
 
 @pytest.fixture
 def predict_files(capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """`predict_files(arguments…)`: what `bfsys predict` prints; exceptions come through."""
+    """`predict_files(arguments…)` runs `bfsys predict` and returns its output. Exceptions are raised."""
     return lambda *arguments: _command("predict", arguments, capsys)
 
 
@@ -165,7 +164,7 @@ def _command(name: str, arguments: tuple, capsys: pytest.CaptureFixture) -> str:
 
 @pytest.fixture
 def run_ranks() -> Callable[..., list[subprocess.CompletedProcess]]:
-    """`run_ranks(n, [arguments of Python])` runs n ranks to their end and returns what each printed."""
+    """`run_ranks(n, [arguments of Python])` runs n ranks to their end and returns their results."""
     return _run_ranks
 
 

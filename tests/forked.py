@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class Forked:
-    """A process that calls `act(*arguments)`, with the words of subprocess.Popen."""
+    """A process that calls `act(*arguments)`, with the interface of subprocess.Popen."""
 
     def __init__(self, act: Callable, arguments: Sequence, variables: dict[str, str]) -> None:
         self._files = [tempfile.NamedTemporaryFile(prefix="forked-") for _ in range(2)]  # noqa: SIM115
@@ -51,7 +51,7 @@ class Forked:
         self._process.join()
 
     def communicate(self, timeout: float) -> tuple[str, str]:
-        """Wait for its end; (what it wrote to standard output, to standard error)."""
+        """Wait for its end, and return (standard output, standard error)."""
         self._process.join(timeout)
         assert self.poll() is not None, f"no end after {timeout} s: {self.said()}"
         return self.said()
@@ -64,7 +64,7 @@ class Forked:
 def start_ranks(
     world_size: int, act: Callable, arguments: Sequence, variables: Sequence[dict[str, str]] = ()
 ) -> list[Forked]:
-    """`act(*arguments)` on ranks that meet over gloo, as a launcher would start them."""
+    """Call `act(*arguments)` on ranks that use gloo, like those of a launcher."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -79,7 +79,7 @@ def start_ranks(
 
 
 def answer_of(act: Callable, *arguments: object) -> object:
-    """What `act(*arguments)` returns, if JSON can say it, in a forked process."""
+    """Return the result of `act(*arguments)` in a forked process. It must be valid as JSON."""
     process = Forked(_print_answer, (act, *arguments), {})
     said, errors = process.communicate(600)
     assert process.returncode == 0, said + errors
@@ -91,7 +91,7 @@ def _print_answer(act: Callable, *arguments: object) -> None:
 
 
 def run_python(*arguments: str) -> None:
-    """Run what `python ARGUMENTS…` runs: a script, or -c and a program."""
+    """Run the same as `python ARGUMENTS…`: a script, or -c and a program."""
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
         exec(compile(arguments[1], "-c", "exec"), {"__name__": "__main__"})
@@ -103,8 +103,8 @@ def run_python(*arguments: str) -> None:
 def server_context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
-    # Libraries read these variables when they are loaded, which the server does; tests in this process may use a GPU.
-    # Training does without the compiler, whose import takes seconds, unless a config asks for it.
+    # Libraries read these variables when the fork server loads them. Tests in this process may use a GPU. Training does
+    # not import the compiler, which takes seconds, unless a config needs it.
     variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
     with patch.dict(os.environ, variables):
         forkserver.ensure_running()
@@ -112,9 +112,9 @@ def server_context() -> multiprocessing.context.ForkServerContext:
 
 
 def _begin(variables: dict[str, str], names: Sequence[str], act: Callable, arguments: Sequence) -> None:
-    # Killed with the tests, as a daemon is; but it may have children, such as loader processes.
+    # It is killed with the tests, like a daemon, but it may have children, such as loader processes.
     multiprocessing.current_process()._config["daemon"] = False
-    multiprocessing.set_start_method(None, force=True)  # that of a new program, not the one that made this process
+    multiprocessing.set_start_method(None, force=True)  # reset it to that of a new program
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(REPOSITORY)

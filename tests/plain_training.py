@@ -17,7 +17,7 @@ ALONE = Ranks()
 
 
 class PlainMuon(torch.optim.Optimizer):
-    """Muon as its authors describe it, one matrix after the other."""
+    """Muon as its authors describe it, for one matrix after the other."""
 
     @staticmethod
     def matrices_of(model: ByteFormer) -> list[torch.nn.Parameter]:
@@ -56,7 +56,7 @@ class PlainMuon(torch.optim.Optimizer):
 
 
 def train_plainly(config: Config) -> tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor]]:
-    """The same run without DeepSpeed, lanes or ranks: losses, gradient norms, weights and their average."""
+    """Train without DeepSpeed, lanes or ranks. Returns losses, gradient norms, weights and their average."""
     sources = open_training(config)
     batches = training_batches(config, sources, make_plan(config, sources), ALONE, first_step=0)
     torch.manual_seed(config.train.seed)

@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 import torch.utils.tensorboard
 
-# DeepSpeed imports these when it starts to train.
+# DeepSpeed imports these at the start of training.
 from deepspeed.module_inject import auto_ep_layer  # noqa: F401
 
 import bfsys.train  # noqa: F401
@@ -19,7 +19,7 @@ from bfsys.engine import import_deepspeed
 from bfsys.git_state import git_state
 from bfsys.supervision import metrics
 
-# Every start of training measures this for 0.2 s of a core, which is a quarter of what a small run takes.
+# Every start of training measures this, which takes 0.2 s, a quarter of the time of a small run.
 metrics.matrix_peak = functools.cache(metrics.matrix_peak)
 for dtype in (torch.float32, torch.bfloat16):
     metrics.matrix_peak(torch.device("cpu"), dtype)

@@ -15,10 +15,10 @@ RESET = "reset"
 
 
 class S3Server:
-    """A bucket of a real HTTP server (moto's), as the environment of this process and its children names it.
+    """A bucket of a real HTTP server (moto's). The environment of this process and its children points to it.
 
-    `fault` is called with "METHOD /path" of every request; what it returns happens instead of an answer: an HTTP status
-    of ERRORS, or RESET.
+    `fault` is called with "METHOD /path" of every request. It may return an HTTP status of ERRORS, or RESET, which
+    replaces the answer.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,10 +35,10 @@ class S3Server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{self._server.port}")
         for name, value in (("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s"), ("DEFAULT_REGION", "us-east-1")):
             monkeypatch.setenv(f"AWS_{name}", value)
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # of one library among three that try again
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # for one of three libraries that retry
         self.client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self._server.port}")
         reset = urllib.request.Request(f"http://127.0.0.1:{self._server.port}/moto-api/reset", method="POST")
-        urllib.request.urlopen(reset).close()  # moto keeps its buckets for the life of the process
+        urllib.request.urlopen(reset).close()  # moto keeps its buckets until the process ends
         self.client.create_bucket(Bucket="bucket")
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class S3Server:
         self.client.put_object(Bucket="bucket", Key=key, Body=content)
 
     def whole(self, run: str) -> list[str]:
-        """Names of the copies of a run that have a manifest."""
+        """The names of a run's copies that have a manifest."""
         return [m[1] for key in self.keys(f"{run}/") if (m := re.search(r"/(step_\d+)/manifest\.json$", key))]
 
     def _answer(self, environ: dict, start_response: Callable) -> list[bytes]:

@@ -21,7 +21,7 @@ CLASSES = 2
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run on 2 ranks with 1 worker each, and one that was cut and went on without workers."""
+    """An uninterrupted run on 2 ranks with 1 worker each, and one that was stopped and resumed without workers."""
     folder = tmp_path_factory.mktemp("augmented")
     write_files(folder / "files")
     for kind, encoding in (("image", "fhwc"), ("audio", "wav:uint8")):
@@ -72,7 +72,7 @@ def test_losses_are_those_of_the_augmented_files(runs: Path) -> None:
     whole = lines(runs / "whole")
     assert len(whole) == 8
     assert all(0 < line["loss"] < 3 and set(line["sources"]) == {"image", "audio"} for line in whole)
-    # 8 × 8 × 3 bytes of a picture, and 44 + 60 of a sound: 4 of each in a step
+    # A picture has 8 × 8 × 3 bytes and a sound 44 + 60. A step has 4 of each.
     assert all(line["bytes_per_s"] * line["step_s"] == pytest.approx(4 * 192 + 4 * 104) for line in whole)
 
 

@@ -37,7 +37,7 @@ FACTS = {"metrics": None, "guard": None, "classes": ["x"], "versions": {}, "conf
 
 
 class Tensors:
-    """Takes the place of an engine: two states of three parameters."""
+    """Replaces an engine: two states of three parameters."""
 
     device = torch.device("cpu")
 
@@ -95,13 +95,13 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert (path / "metrics.jsonl").read_text() == '{"kind": "train"}\n'
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000003\n"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")] == []
-    (tmp_path / "metrics.jsonl").unlink()  # the history comes back too
+    (tmp_path / "metrics.jsonl").unlink()  # the history is restored too
     resume(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train"}\n'
 
 
 def test_training_may_go_on_while_it_is_written(tmp_path: Path) -> None:
-    """The checkpoint holds the state at `start`, although it changes afterwards; memory is used again."""
+    """The checkpoint has the state at `start`, although it changes afterwards. The memory is reused."""
     saver, source = saving.Saver(tmp_path, ALONE, RetentionPolicy(100)), Tensors(1)
     for step in (1, 2):
         expected = Tensors(0)
@@ -120,7 +120,7 @@ DAMAGE_SEED = 7
 
 @pytest.mark.parametrize("how", ["flip", "cut"])
 def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path, how: str) -> None:
-    """50 random bits, 20 random lengths, of any file of the newest checkpoint: the one before is resumed."""
+    """After each of 50 bit flips and 20 truncations in the newest checkpoint, a resume uses the previous one."""
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n' * 20)
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
@@ -140,7 +140,7 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path, how: str) -> N
         assert same(engine, Tensors(1))
         assert len(said) == 1
         assert str(newest) in said[0]
-        aside = newest.with_name("damaged_step_00000002")  # it does not count any more, and is not lost
+        aside = newest.with_name("damaged_step_00000002")  # it is renamed, not deleted
         assert newest_step(tmp_path) == 1
         assert (aside / file.name).read_bytes() == bytes(damaged)
         aside.rename(newest)
@@ -168,7 +168,7 @@ def test_a_file_server_that_is_away_is_waited_for_and_damages_nothing(
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
         return really_open(path, *arguments, **options)
 
-    for module in (io, builtins):  # pathlib's, and everybody's
+    for module in (io, builtins):  # pathlib uses io.open, other code builtins.open
         monkeypatch.setattr(module, "open", open_or_not)
     monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0))
     engine, path, said = resume(tmp_path)
@@ -176,7 +176,7 @@ def test_a_file_server_that_is_away_is_waited_for_and_damages_nothing(
     failures = itertools.repeat(0)
     with pytest.raises(AgreedError, match=r"Stale file handle; start again when its server is back") as error:
         resume(tmp_path)
-    assert error.value.exit_code == 1  # no final code: launchers start it again
+    assert error.value.exit_code == 1  # not a final code, so launchers restart the run
     with pytest.raises(UserError, match="Stale file handle"):
         files.find_whole(tmp_path)
     if what == files.MANIFEST:
@@ -189,7 +189,7 @@ def test_a_file_server_that_is_away_is_waited_for_and_damages_nothing(
 
 @pytest.mark.parametrize("moment", ["copied", "half written", "written", "manifest", "renamed", "latest"])
 def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, moment: str, monkeypatch) -> None:
-    """The process ends at some point of a save; the next save is made over what it left."""
+    """The process ends at some point of a save. The next save handles its remains."""
     save(tmp_path, 1)
 
     class Killed(BaseException):
@@ -222,7 +222,7 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, moment: 
     else:
         assert moment == "written"
     monkeypatch.undo()
-    counts = moment in ("renamed", "latest")  # from the rename on the new one counts
+    counts = moment in ("renamed", "latest")  # after the rename, the new one counts
     assert same(resume(tmp_path)[0], Tensors(2 if counts else 1))
     save(tmp_path, 2)
     assert same(resume(tmp_path)[0], Tensors(2))
@@ -236,7 +236,7 @@ def test_a_writer_that_dies_ends_the_run_as_a_crash(tmp_path: Path) -> None:
     saver._process.send_signal(signal.SIGKILL)
     with pytest.raises(AgreedError, match="ended with code -9") as error:
         saver.finish()
-    assert error.value.exit_code == EXIT_CRASHED  # a launcher starts the run again
+    assert error.value.exit_code == EXIT_CRASHED  # a launcher restarts the run
     assert same(resume(tmp_path)[0], Tensors(1))
 
 
@@ -264,7 +264,7 @@ def test_a_full_disk_is_said_and_the_one_before_stays(tmp_path: Path) -> None:
         assert error.value.exit_code == EXIT_STORAGE
         assert "step_00000002" in str(error.value)
         assert same(resume(small)[0], Tensors(1))
-        save(small, 3)  # there is room again: what was left is cleared away
+        save(small, 3)  # there is space again, and the remains are removed
     finally:
         subprocess.run(["umount", small], check=True)
 
@@ -359,11 +359,11 @@ def test_the_command_removes_what_is_not_to_be_kept(tmp_path: Path, capsys) -> N
     assert "would be removed" in capsys.readouterr().out
     assert len(files.all_checkpoints(tmp_path)) == 4
     assert call("checkpoint", ["prune", str(tmp_path), "--keep", "1"]) == 0
-    files.remove(tmp_path / "checkpoints" / "step_00000002")  # as a run does meanwhile: it is gone already
-    # A damaged one does not push a whole one out, and is left to be looked at.
+    files.remove(tmp_path / "checkpoints" / "step_00000002")  # like a run that removes it at the same time
+    # A damaged checkpoint does not count for retention, and is not removed.
     assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [3, 4]
     (tmp_path / "checkpoints" / "step_00000004" / "manifest.json").write_text("{}")
-    assert call("checkpoint", ["prune", str(tmp_path), "--dry-run"]) == 0  # the rules are in the older manifest, too
+    assert call("checkpoint", ["prune", str(tmp_path), "--dry-run"]) == 0  # the older manifest has the rules too
 
 
 def test_the_newest_checkpoint_that_can_be_read_is_shown(finished_run: Path, tmp_path: Path, capsys) -> None:

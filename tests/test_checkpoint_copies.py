@@ -30,7 +30,7 @@ ROOT = "copies/tiny/checkpoints"
 
 
 def train_in_step_with_copies(config: str, overrides: Sequence[str], stop_after: int | None) -> None:
-    """bfsys/train.py, which waits after each step until nothing is to be copied, and may be asked to stop."""
+    """Run bfsys/train.py, wait for the copies after each step, and request a stop after `stop_after`."""
     from bfsys import dist, train
     from bfsys.config import load_config
     from bfsys.errors import exit_code_of
@@ -67,7 +67,7 @@ class Runs:
         return start_ranks(ranks, train_in_step_with_copies, (str(self.config), overrides, stop_after))
 
     def train(self, *overrides: str, stop_after: int | None = None) -> tuple[int | None, str]:
-        """(exit code, all that it said)"""
+        """Train, and return (exit code, output)."""
         (process,) = self.start(*overrides, stop_after=stop_after)
         try:
             said = "".join(process.communicate(300))
@@ -97,7 +97,7 @@ def steps(paths: Sequence[str | Path]) -> list[int]:
 
 
 def test_a_run_that_loses_its_disk_continues_from_its_copies(runs: Runs, tmp_path: Path, capsys) -> None:
-    """First the bucket turns read-only in the middle, so the disk has more than the bucket. Then the disk is lost."""
+    """First the bucket becomes read-only, so the disk has more than the bucket. Then the disk is lost."""
     runs.s3.fault = deny_after(4)
     code, said = runs.train()
     assert code == EXIT_STORAGE
@@ -119,7 +119,7 @@ def test_a_run_that_loses_its_disk_continues_from_its_copies(runs: Runs, tmp_pat
     assert steps(runs.s3.whole("copies/tiny")) == steps(all_checkpoints(runs.run)) == [4, 8, 10]
     assert call("checkpoint", ["verify", "s3://bucket/copies/tiny"]) == 0
 
-    # Another run of the same name is not mixed with this one.
+    # A different run of the same name does not use these copies.
     runs.lose_disk()
     code, said = runs.train("train.seed=1")
     assert code == EXIT_USER_ERROR
@@ -132,7 +132,7 @@ def test_damage_and_a_store_that_does_not_answer(runs: Runs) -> None:
     code, said = runs.train()
     assert code == 0, said
 
-    # Damaged copies are passed over; a launcher's ranks wait for the fetch of the first one.
+    # Damaged copies are skipped. The ranks of a launcher wait while rank 0 fetches.
     runs.lose_disk()
     runs.s3.write(f"{ROOT}/step_00000010/weight-0-of-1.safetensors", b"short")
     runs.s3.client.delete_object(Bucket="bucket", Key=f"{ROOT}/step_00000008/manifest.json")
@@ -168,7 +168,7 @@ def test_damage_and_a_store_that_does_not_answer(runs: Runs) -> None:
 
 
 def deny_after(step: int):
-    """A bucket that cannot be written after the copy of a step."""
+    """Return a fault that refuses writes after the copy of a step."""
 
     def fault(request: str) -> int | None:
         found = re.search(r"^PUT .*/step_(\d+)/", request)

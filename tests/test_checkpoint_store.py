@@ -67,7 +67,7 @@ def test_a_copy_on_s3_is_the_checkpoint(on_s3: Store, s3: S3Server, tmp_path: Pa
     put(on_s3, path)
     assert {key.rpartition("/")[2] for key in s3.keys("copies/mine/checkpoints/step_00000003/")} == set(content(path))
     written = [request for request in s3.requests if request.startswith("PUT /bucket/copies")]
-    assert written[-1].endswith(MANIFEST)  # which says that all else is there
+    assert written[-1].endswith(MANIFEST)  # it marks the copy as complete
     assert content(fetched(on_s3, path.name, tmp_path / "other")) == content(path)
     assert (tmp_path / "other" / "checkpoints" / "latest").read_text().strip() == path.name
     s3.requests.clear()
@@ -114,7 +114,7 @@ def test_a_copy_that_is_cut_short_is_none(
     assert "has no manifest.json" in on_s3.problems_of(path.name)[0]
     assert on_s3.problems_of(old.name) == []
     s3.fault = lambda request: None
-    on_s3.prune(RetentionPolicy(1), {})  # what was cut short does not count, and is cleared away
+    on_s3.prune(RetentionPolicy(1), {})  # an incomplete copy does not count, and is removed
     assert on_s3.names() == [old.name]
 
 
@@ -123,7 +123,7 @@ def test_another_checkpoint_of_the_same_step_replaces_a_copy(on_s3: Store, s3: S
     shutil.rmtree(tmp_path / "run")
     again = save(tmp_path / "run", 3, keep=RetentionPolicy(7))
     manifest = json.loads((again / MANIFEST).read_text())
-    (again / MANIFEST).write_text(json.dumps(manifest))  # equal, but not the same bytes
+    (again / MANIFEST).write_text(json.dumps(manifest))  # equal content, but different bytes
     s3.requests.clear()
     put(on_s3, again)
     changes = [request for request in s3.requests if request.startswith(("PUT", "DELETE"))]
@@ -137,7 +137,7 @@ def test_another_checkpoint_of_the_same_step_replaces_a_copy(on_s3: Store, s3: S
 def test_a_large_file_is_sent_in_parts(
     on_s3: Store, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bfsys.checkpoint.store.BLOCK_BYTES", 5 << 20)  # the smallest that S3 takes
+    monkeypatch.setattr("bfsys.checkpoint.store.BLOCK_BYTES", 5 << 20)  # the smallest part that S3 allows
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_bytes(os.urandom(12 << 20))
@@ -233,7 +233,7 @@ def test_what_decides_the_future_of_a_run_travels_with_a_checkpoint(tmp_path: Pa
 def test_failing_copies_are_said_once(tmp_path: Path) -> None:
     run, place = tmp_path / "run", tmp_path / "copies"
     place.mkdir(mode=0o500)
-    if os.access(place, os.W_OK):  # as root
+    if os.access(place, os.W_OK):  # root may write everywhere
         place.rmdir()
         place.write_text("in the way")
     copies = Copies(run, f"file://{place}/mine", RetentionPolicy(2))
@@ -263,7 +263,7 @@ def test_a_copying_process_that_cannot_start_is_said(tmp_path: Path, monkeypatch
         "training goes on, and the next save tries again"
     )
     copies.offer()
-    assert copies.attend() == ""  # it is said once
+    assert copies.attend() == ""  # it is reported only once
     monkeypatch.undo()
     copies.offer()
     while copies.is_busy:
@@ -310,7 +310,7 @@ def test_a_copy_that_fails_after_a_save_is_followed_by_that_of_the_newest(tmp_pa
     save(run, 1)
     copies.offer()
     save(run, 2)
-    copies.offer()  # the last one: nothing asks again
+    copies.offer()  # the last checkpoint: no later offer retries it
     assert copies.copying
     assert copies.copying.name == "step_00000001"
     while copies.copying.name == "step_00000001":
@@ -329,11 +329,11 @@ def test_a_disk_without_checkpoints_and_damaged_copies_are_no_new_run(tmp_path: 
         weights = tmp_path / "copies" / "mine" / "checkpoints" / f"step_{step:08d}" / "weight-0-of-1.safetensors"
         weights.write_bytes(b"")
     task = {"run_dir": str(tmp_path / "other"), "after": -1, "until": None}
-    for _ in range(2):  # the same command is given again
+    for _ in range(2):  # the same command is repeated
         answer = copier.fetch(store, task)
         assert "work" not in answer
         assert len(answer["skipped"]) == 2
-    copier.fetch(store, {**task, "after": 1})  # the disk has step 1: the run goes on, and copies step 2 again
+    copier.fetch(store, {**task, "after": 1})  # the disk has step 1, so the run resumes and copies step 2 again
     assert [store.has_manifest(name) for name in store.names()] == [True, False]
 
 

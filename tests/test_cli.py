@@ -13,7 +13,7 @@ from bfsys.errors import UserError
 from tests.conftest import REPOSITORY
 
 HEAVY = ("torch", "tensorboard", "deepspeed", "numpy", "submitit", "rich", "soundfile", "PIL")
-LONGER_THAN_A_SCREEN = ("pack", "slurm")  # twenty options and more
+LONGER_THAN_A_SCREEN = ("pack", "slurm")  # they have twenty or more options
 NO_COMMANDS = ("__init__", "arguments", "slurm_jobs")
 
 QUICK = f"""

@@ -21,8 +21,8 @@ Scores = dict[int, float | tuple[float, ...]]
 
 @pytest.fixture
 def make_run(config_file: Path, tmp_path: Path):
-    """`make_run(name, {step: top-1, or one for each source}, overrides…)`: a run directory as training leaves it, of
-    10 steps if it is not said otherwise."""
+    """`make_run(name, {step: top-1, or one for each source}, overrides…)` makes a run directory like that of training,
+    of 10 steps by default."""
 
     def make(name: str, evaluations: Scores, *overrides: str) -> Path:
         config = load_config(config_file, [f"name={name}", *overrides])
@@ -43,7 +43,7 @@ def make_run(config_file: Path, tmp_path: Path):
 
 
 def cells(capsys: pytest.CaptureFixture, *paths: Path) -> list[list[str]]:
-    """The words of each line that the command prints, cells in one piece."""
+    """The cells of each line that the command prints."""
     assert call("compare", [*map(str, paths)]) == 0
     return [line.split("  ") for line in _narrow(capsys.readouterr().out).splitlines()]
 
@@ -91,7 +91,7 @@ def test_the_same_seed_twice_is_noted(make_run, capsys):
 
 
 def test_a_run_that_was_trained(finished_run: Path) -> None:
-    """The table is made without importing PyTorch, and is plain text in a pipe."""
+    """The command does not import PyTorch, and prints plain text to a pipe."""
     script = f"import sys; from bfsys import cli; cli.dispatch(['compare', {str(finished_run)!r}])"
     script += "; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)

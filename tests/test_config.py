@@ -192,7 +192,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_every_knob_but_the_obvious_is_explained() -> None:
-    """A field has a docstring under it, unless its line says all."""
+    """Every field has a docstring, except obvious ones."""
     source = Path(config_module.__file__).read_text()
     plain = {"train_split", "eval_split", "layers", "heads", "lr", "beta1", "beta2", "eps", "model", "optim", "train",
              "data", "precision", "size", "runs_dir"}  # fmt: skip

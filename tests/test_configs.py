@@ -23,7 +23,7 @@ from tests.conftest import REPOSITORY
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 PUBLISHED = [path for path in CONFIGS if path.parent.name in ("imagenet", "speech_commands")]
 IDS = [str(path.relative_to(REPOSITORY / "configs")) for path in CONFIGS]
-PICTURES_PER_CLASS = 800  # with fewer than a step takes, planning is slow
+PICTURES_PER_CLASS = 800  # planning is slow with fewer files than a step has
 FILES_PER_CLASS = 40
 
 
@@ -36,7 +36,7 @@ def commands(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with small stand-ins for what the commands read; the current folder and the home while it is in use."""
+    """A folder with small replacements for the files that the commands read. It is the current folder and the home."""
     root = tmp_path_factory.mktemp("world")
     rng = np.random.default_rng(0)
     picture = io.BytesIO()
@@ -83,7 +83,7 @@ def test_a_dry_run_accepts_it_on_the_data_of_its_commands(
     for words in packs:
         arguments = [str(Path(word).expanduser()) if word.startswith("~") else word for word in words[2:]]
         call("pack", [*arguments, "--workers", "1"])
-    lanes = min(2, load_config(path).data.lanes)  # each of 64 is planned for as long, and tells nothing more
+    lanes = min(2, load_config(path).data.lanes)  # more lanes take longer and show nothing new
     config = load_config(path, [f"data.lanes={lanes}"])
     dry_run(config, lanes, with_data=True)
     said = capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_a_dry_run_accepts_it_on_the_data_of_its_commands(
     training = open_training(config)
     assert all(np.all(split.samples["length"] > 0) for split in training.splits)
     for number, source in enumerate(config.data.sources):
-        if source.eval_path:  # what the run is judged by looks like what it learns from
+        if source.eval_path:  # evaluation files have the same form as training files
             augmentation = training.augmentations[number]
             (split,) = open_evaluation(config, "val", training.classes).splits[number : number + 1]
             assert split.dataset.description["encoding"] == augmentation.encoding.text
@@ -122,7 +122,7 @@ def test_the_published_recipe(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_positions_are_as_many_as_tokens(path: Path, world: Path) -> None:
-    """Configs of equally long files have one position for each token; the others have the published 50,000."""
+    """Configs with files of equal length have one position for each token; others have the published 50,000."""
     config = load_config(path)
     encoding = config.data.sources[0].augment.encoding.partition(":")
     if encoding[0] == "jpeg":

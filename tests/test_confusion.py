@@ -17,7 +17,7 @@ from bfsys.errors import UserError
 
 
 def answered(folder: Path, pairs: list[tuple[int, int]], classes: int = 4) -> list[str]:
-    """The report on files of (class, answer)."""
+    """Write the report for files of (class, answer), and return its lines."""
     report, answers = Report([f"c{i}" for i in range(classes)], folder), Answers(classes)
     for half in (pairs[::2], pairs[1::2]):
         labels = torch.tensor([label for label, _ in half])

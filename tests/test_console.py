@@ -79,7 +79,7 @@ def test_a_closed_descriptor_is_no_error(pipe: tuple[int, int], tmp_path: Path) 
 def test_a_reader_that_has_stopped_is_waited_for_once_only(
     pipe: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reader stops after Ctrl-S, or if a pager shows the first page."""
+    """A reader pauses after Ctrl-S, or while a pager shows the first page."""
     monkeypatch.setattr(console, "PATIENCE_S", 0.1)
     out = make_console(pipe[1], tmp_path / "log")
     line = "x" * 999
@@ -87,7 +87,7 @@ def test_a_reader_that_has_stopped_is_waited_for_once_only(
         print(line, file=out)
     kept = (tmp_path / "log").read_text().count(line)
     assert kept > 30
-    assert os.read(pipe[0], 1 << 20).count(line.encode()) + kept in (99, 100)  # one may have been cut
+    assert os.read(pipe[0], 1 << 20).count(line.encode()) + kept in (99, 100)  # one line may be truncated
     print("it reads again", file=out)
     assert os.read(pipe[0], 1 << 20) == b"it reads again\n"
 
@@ -101,7 +101,7 @@ def test_a_command_whose_output_is_its_work_fails_without_it(pipe: tuple[int, in
 
 
 def test_a_console_that_was_closed_before_the_start_has_a_log_too(tmp_path: Path) -> None:
-    print("answer", file=make_console(-1, fails=True))  # nobody wants to read it
+    print("answer", file=make_console(-1, fails=True))  # a closed console is not an error here
     out = make_console(-1, tmp_path / "log")
     print("step 1", file=out)
     assert (tmp_path / "log").read_text().endswith("step 1\n")
@@ -117,7 +117,7 @@ def test_only_real_consoles_are_replaced(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sys.stdout is sys.stderr is mine
 
 
-# A command that says something, does its work, and says something again.
+# A command that prints, does its work, and prints again.
 COMMAND = """
 import sys
 from pathlib import Path

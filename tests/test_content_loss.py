@@ -28,7 +28,7 @@ STAGES = (0, 1, 2, 3)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(config file, folder of runs): every stage on two ranks, stages 1 and 3 resumed, and fine-tuned runs."""
+    """(config file, folder of runs): every stage on two ranks, resumed runs of stages 1 and 3, and fine-tuned runs."""
     folder = tmp_path_factory.mktemp("content")
     write_files(folder / "files")
     for kind in ("image", "audio"):
@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     resumed = [f"name=s{stage}-resumed train.zero_stage={stage} data.workers=1" for stage in (1, 3)]
     start = f"train.init_from={folder}/runs/s1 train.steps=2"
     tuned = [f"name=tuned {start}", f"name=tuned-without {start} optim.content_loss=0"]
-    # The weight may change at a resume, and the loss that is judged for spikes does not.
+    # The weight may change at a resume; the loss that is checked for spikes does not change.
     shutil.copytree(folder / "runs" / "s0", folder / "runs" / "heavier")
     heavier = "name=heavier train.zero_stage=0 train.steps=12 optim.content_loss=1000 optim.lr=1e-6 optim.final_lr=0"
     longer = "name=longer train.zero_stage=0 train.steps=40 optim.lr=1e-2 optim.content_loss=5"

@@ -22,11 +22,11 @@ LAUNCHER_VARIABLES = (
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`launcher(NAME="value", …)` sets a launcher's variables, and no others."""
+    """`launcher(NAME="value", …)` sets a launcher's variables and removes all others."""
 
     def set_variables(**variables: str) -> None:
         for name in LAUNCHER_VARIABLES:
-            monkeypatch.setenv(name, "")  # so that what a start sets is undone too
+            monkeypatch.setenv(name, "")  # so that variables that a start sets are restored too
             monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -94,7 +94,7 @@ def test_a_port_that_is_in_use_is_named(launcher) -> None:
         launcher(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         with pytest.raises(UserError, match=f"port {port} of this machine is in use.*--master_port") as error:
             dist.start(dist.Ranks(0, 2, 0, 2), timeout_s=5)
-    assert error.value.exit_code == 1  # a launcher that starts the ranks again takes another port
+    assert error.value.exit_code == 1  # a launcher uses another port for a restart
 
 
 def test_a_rank_that_is_late_is_named(launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -117,7 +117,7 @@ def test_ranks_that_would_share_a_gpu_are_refused() -> None:
 def test_one_visible_gpu_and_two_ranks_are_refused_before_nccl_starts(
     launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The case of a machine with one GPU and `torchrun --nproc-per-node 2`."""
+    """This happens on a machine with one GPU and `torchrun --nproc-per-node 2`."""
     launcher()
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -242,7 +242,7 @@ def test_what_rank_0_does_all_know(run_ranks) -> None:
 
 
 def test_a_node_that_joins_later_meets_ranks_that_were_started_again(run_ranks) -> None:
-    """torchrun counts the restarts of each node by themselves."""
+    """torchrun counts the restarts of each node separately."""
     count = "import os; os.environ['TORCHELASTIC_RESTART_COUNT'] = os.environ['RANK']\n"
     for rank in run_ranks(2, ["-c", count + ON_RANK_0]):
         assert rank.returncode == 65, rank.stderr

@@ -14,7 +14,7 @@ PAGES = sorted(
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
-# A path of the repository, with its folder: `data/shards` and `runs/NAME` are the user's.
+# A path of the repository, with its folder. `data/shards` and `runs/NAME` belong to the user.
 NAMED = re.compile(
     r"(?<![\w./-])((?:bfsys|launchers|tools|configs|tests|docs)/[\w./*-]+|(?:model|serve|supervision)/\w+\.py)"
 )
@@ -41,7 +41,7 @@ def broken_links(page: Path) -> list[str]:
 
 
 def missing_files(page: Path) -> list[str]:
-    """The files of the repository that a page names and that do not exist."""
+    """The files that a page names as part of the repository, but that do not exist."""
     found = []
     for code in CODE.findall(page.read_text()):
         for name in NAMED.findall(code):

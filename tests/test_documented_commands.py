@@ -74,10 +74,10 @@ REPLACED_IN_THE_FAST_TEST = {
     "--format onnx": "--format safetensors",
     "exported": "exported --format safetensors",
     "--split val": "--split val --limit 4",
-    "001.jpg --encode": "001.jpg",  # the run that stands in for others was trained on files as they were
+    "001.jpg --encode": "001.jpg",  # the run that replaces others was trained on files as stored
     "001.wav --encode": "001.wav",
 }
-# Settings of every training, in place of those of the config and the command line.
+# Settings of every training. They replace those of the config and the command line.
 TINY = {
     "model.size": "custom", "model.dim": "16", "model.layers": "2", "model.heads": "2", "model.window": "8",
     "model.shift": "4", "model.merge_after": "[0]", "model.max_tokens": "4096", "train.steps": "4",
@@ -92,14 +92,14 @@ SCRIPTS = {
 
 
 def commands_of(page: Path) -> list[str]:
-    """The commands of a page's blocks of bash, in their order, without comments."""
+    """The commands of a page's bash blocks, in order, without comments."""
     lines = "".join(BLOCK.findall(page.read_text())).replace("\\\n", " ").splitlines()
     without_comments = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in lines)
     return [" ".join(line.split()) for line in without_comments if line]
 
 
 def as_bfsys(words: list[str]) -> tuple[str, list[str]] | None:
-    """(name, arguments) of the command of bfsys that a line calls in one of its ways; None if it calls another."""
+    """(name, arguments) of the bfsys command that a line calls, in any form; None for other commands."""
     if "bfsys" in words[:8]:
         place = words.index("bfsys") + 1
         return words[place], words[place + 1 :]
@@ -146,7 +146,7 @@ def test_what_is_not_run_is_documented() -> None:
 
 
 def tiny(command: str, more: dict[str, str]) -> list[str]:
-    """The words of a command after the replacements, with the settings of TINY if it trains by a config."""
+    """The words of a command after the replacements, with the settings of TINY if it trains from a config."""
     for old, new in {**REPLACED, **more}.items():
         command = command.replace(old, new)
     words = shlex.split(command)
@@ -159,7 +159,7 @@ def tiny(command: str, more: dict[str, str]) -> list[str]:
 
 @pytest.fixture
 def workplace(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that pages speak of, small ones; the current folder."""
+    """The current folder, with small versions of the files that pages mention."""
     for name in ("bfsys", "configs", "launchers", "tools"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     shutil.copytree(
@@ -201,7 +201,7 @@ def test_commands_that_do_not_train(page: Path, workplace: Path, finished_run: P
 
 
 def put_in_place(call: tuple[str, list[str]], finished_run: Path) -> None:
-    """Let the run of a command that trains be one that was trained before."""
+    """Replace the run of a training command by a run that was trained before."""
     args = parse(*call)
     if getattr(args, "sweep", None):
         return

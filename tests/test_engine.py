@@ -35,7 +35,7 @@ dist.hard_exit(0)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_no_micro_batch_waits_for_the_accelerator(stage: int, precision: str, config_file: Path, run_ranks) -> None:
-    """Each such wait would leave a GPU idle while the next micro-batch is prepared."""
+    """Each wait would leave a GPU idle while the next micro-batch is prepared."""
     options = [f"train.zero_stage={stage}", f"train.precision={precision}"]
     (result,) = run_ranks(1, ["-c", COUNT_WAITS, str(config_file), *options])
     assert "waits: 0 of 4 micro-batches a step" in result.stdout, result.stdout + result.stderr

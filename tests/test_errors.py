@@ -109,7 +109,7 @@ def test_a_text_for_an_exit_code_is_said(capsys: pytest.CaptureFixture) -> None:
 
 def test_help_needs_no_docstrings() -> None:
     assert summary_of("Do a thing.\n\nMore.") == "Do a thing."
-    assert summary_of(None) == ""  # python -OO
+    assert summary_of(None) == ""  # with python -OO there are no docstrings
 
 
 def test_what_may_pass_is_not_collected() -> None:

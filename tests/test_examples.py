@@ -43,7 +43,7 @@ def some_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def expected(exported: Path, files: list[Path]) -> list[tuple[str, float]]:
-    """The likeliest class of each file and its percentage, as bfsys gives them."""
+    """The likeliest class of each file and its percentage, from bfsys."""
     answers = bfsys.load(exported, device="cpu").predict(files, top=1)
     return [(classes[0].class_name, 100 * classes[0].probability) for classes in answers]
 
@@ -96,7 +96,7 @@ def test_an_example_says_in_one_line_that_an_export_cannot_be_used(
 
 @pytest.fixture
 def page(exported_onnx: Path, tmp_path: Path) -> Iterator[str]:
-    """The URL of examples/browser, served as its text says."""
+    """The URL of examples/browser, served as its instructions say."""
     packages = EXAMPLES / "browser" / "node_modules"
     if not packages.exists() or find() is None:
         pytest.skip("needs chromium, and npm install in examples/browser")

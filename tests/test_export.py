@@ -38,7 +38,7 @@ def file_of(length: int) -> np.ndarray:
 
 
 def small_model(mode: str, blocks: int = 2) -> ByteFormer:
-    """A model with few blocks, the last one shifted, and a merging after each: each block takes seconds to export."""
+    """A model with few blocks, because each takes seconds to export. The last is shifted; a merging follows each."""
     config = replace(TINY, shifts=(0, 3)[-blocks:], merge=(True, True)[-blocks:])
     return build(config, random_weights(config, 0, torch.float32), mode).eval()
 
@@ -94,7 +94,7 @@ def test_the_program_is_the_model_at_every_length(exported: Path, finished_run: 
     ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
 )
 def test_a_program_moves_to_a_device(device: str, exported: Path) -> None:
-    """As the model card says. On meta, a tensor that the program still makes on the CPU is an error."""
+    """The model card promises this. On meta, a tensor that the program still makes on the CPU is an error."""
     program = move_to_device_pass(torch.export.load(exported / "model.pt2"), device).module()
     for length in (1, 97, 200):
         data = torch.from_numpy(file_of(length))
@@ -128,13 +128,13 @@ def test_what_is_written_says_what_it_is(exported: Path, finished_run: Path) -> 
     assert Architecture(**as_tuples) == config.model.architecture()
     again = ByteFormer(Architecture(**as_tuples), len(facts["classes"]), facts["mode"])
     again.load_state_dict(load_file(exported / "model.safetensors"))
-    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1  # whoever may read one may read all
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1  # all files have the same permissions
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_programs_alone_hold_no_weights(exported: Path, tmp_path: Path) -> None:
     facts = json.loads((exported / "model.json").read_text())
-    del facts["files"]["model.safetensors"]  # as --format torch writes it
+    del facts["files"]["model.safetensors"]  # like the output of --format torch
     (tmp_path / "model.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match=r"holds no model\.safetensors; export the run again with --format safetensors"):
         bfsys.load(tmp_path)
@@ -152,7 +152,7 @@ def test_the_last_weights_can_be_had(finished_run: Path, tmp_path: Path, capsys)
 
 @pytest.mark.parametrize(("blocks", "pool"), [(1, "attention"), pytest.param(2, "mean", marks=pytest.mark.slow)])
 def test_onnx_is_the_model(blocks: int, pool: str, tmp_path: Path) -> None:
-    """The last block is shifted and merged, so one block has all operations; a second one costs many seconds."""
+    """The last block is shifted and merged, so one block has all operations. A second one takes many seconds."""
     for name in command.NEEDED_FOR_ONNX:
         pytest.importorskip(name)
     model = small_model("masked", blocks)
@@ -188,4 +188,4 @@ def test_missing_packages_for_onnx_are_named(finished_run: Path, tmp_path: Path,
 
 
 def test_architecture_of_the_reference_is_complete() -> None:
-    assert architecture_of(TINY).max_bytes == 600  # what the lengths above count on
+    assert architecture_of(TINY).max_bytes == 600  # the lengths above assume it

@@ -97,7 +97,7 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
 def test_what_is_durable_is_on_the_disk_in_the_right_order(
     tmp_path: Path, durable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Content before name, and the name before the call returns."""
+    """The content is synced before the rename, and the name before the call returns."""
     done: list[str] = []
     fsync, rename = os.fsync, os.replace
 

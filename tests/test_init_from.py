@@ -34,7 +34,7 @@ def config(config_file: Path, finished_run: Path) -> Config:
 
 
 def start(config: Config, classes: Sequence[str] = CLASSES) -> tuple[dict[str, Tensor], str]:
-    """The weights that a run of these classes starts from, and what is said about it."""
+    """Return the initial weights of a run with these classes, and the note about them."""
     torch.manual_seed(1)
     weights, notes = initial_weights(own(config, classes), config, classes, Ranks())
     return weights, "\n".join(notes)
@@ -53,7 +53,7 @@ def with_model(config: Config, **changes: object) -> Config:
 def started(
     datasets: Path, finished_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[subprocess.CompletedProcess]]:
-    """(folder of runs, ranks): a step that changes next to nothing at several stages, one run started again."""
+    """(folder of runs, ranks): runs of one tiny step at several stages; one run is started twice."""
     folder = tmp_path_factory.mktemp("init_from")
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))

@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# From the bottom up; `a.b` is the module b of the package a, `a` stands for its other modules. A module may import
-# modules of lower rows, and in a package those of its own folder in the same row.
+# From the bottom up. `a.b` is the module b of the package a; `a` means its other modules. A module may import modules
+# of lower rows, and of its own folder in the same row.
 LAYERS = [
     ["console", "process", "files", "git_state"],
     ["errors", "json_lines", "run_time", "locations", "object_stores"],
@@ -51,8 +51,8 @@ def layer_of(module: str) -> tuple[int, str]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """The imports of a module, at any time. A file that is run as a program hands over to its command first: that block
-    is left out."""
+    """All imports of a module, also those within functions. The block of a file that is run as a program is left out,
+    because it only calls the command."""
     found = set()
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if not _is_main_block(node)]
@@ -73,7 +73,7 @@ def _is_main_block(node: ast.stmt) -> bool:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(REPOSITORY)))
 def test_imports_go_downwards(path: Path) -> None:
     module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
-    if path.name == "__init__.py":  # that of bfsys names what it imports when it is asked for: see test_predict.py
+    if path.name == "__init__.py":  # the one of bfsys imports names lazily: see test_predict.py
         assert not imports_of(path) or path.parent.name == "bfsys"
         return
     level, name = layer_of(module)
@@ -90,5 +90,5 @@ def test_imports_go_downwards(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "bfsys").iterdir()), ids=lambda p: p.name)
 def test_no_module_bears_a_standard_name(path: Path) -> None:
-    """`deepspeed bfsys/train.py` puts bfsys/ first on sys.path."""
+    """`deepspeed bfsys/train.py` puts bfsys/ first on sys.path, where it would hide standard modules."""
     assert path.stem in ("__init__", "__pycache__") or path.stem not in sys.stdlib_module_names

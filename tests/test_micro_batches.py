@@ -20,10 +20,10 @@ TIFF_TOKENS = 9_417
 @pytest.mark.parametrize(
     ("lanes", "lane_tokens", "budget", "count"),
     [
-        (8, 100, 1, 8),  # a lane may have more than the budget
+        (8, 100, 1, 8),  # a lane may exceed the budget
         (8, 100, 199, 8),
         (8, 100, 200, 4),
-        (8, 100, 399, 3),  # of 2, 3 and 3 lanes
+        (8, 100, 399, 3),  # micro-batches of 2, 3 and 3 lanes
         (8, 100, 10**6, 1),
         (1, 100, 10**6, 1),
     ],
@@ -41,7 +41,7 @@ def test_as_many_lanes_as_the_budget_allows(lanes: int, lane_tokens: int, budget
 
 @pytest.mark.parametrize(("size", "on_gpus"), [("tiny", 2), ("small", 3), ("base", 8)])
 def test_by_default_gpus_take_several_lanes_and_cpus_one(size: str, on_gpus: int) -> None:
-    """The published ImageNet recipe on 8 GPUs: 8 lanes of 12 TIFFs on each."""
+    """With the published ImageNet recipe, each of 8 GPUs has 8 lanes of 12 TIFFs."""
     config = Config(data=Data(sources=()), model=Model(size=size))
     assert micro_batches_of(8, 12 * TIFF_TOKENS, config, on_gpu=True) == on_gpus
     assert micro_batches_of(8, 12 * TIFF_TOKENS, config, on_gpu=False) == 8

@@ -52,7 +52,7 @@ def test_a_card_describes_data_model_and_training(finished_run: Path, tmp_path: 
     assert row(card, "peak learning rates")[1] == "AdamW 0.01"
     assert "a0, a1, a2, b0, b1" in card
     assert 'bfsys.load(".")' in card
-    assert "torch.export.load" not in card  # it was not asked for
+    assert "torch.export.load" not in card  # the format was not requested
 
 
 def test_a_checkpoint_that_was_not_evaluated_has_no_scores(finished_run: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_directions_are_those_of_the_matrix_with_singular_values_near_one(shape:
     result = orthogonalise(matrices.to(dtype)).float()
     for matrix, direction in zip(matrices, result, strict=True):
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        inside = u.T @ direction @ v.T  # a diagonal matrix, if the singular vectors are the same
+        inside = u.T @ direction @ v.T  # it is diagonal if the singular vectors are the same
         kept = torch.diagonal(inside)[s > 0.1 * s[0]]
         assert ((kept > 0.6) & (kept < 1.3)).all()
         assert (inside - torch.diag(torch.diagonal(inside))).abs().max() < (1e-4 if dtype == torch.float32 else 0.1)
@@ -120,8 +120,8 @@ def test_pieces_on_any_ranks_make_the_same_directions(world_size: int, run_ranks
 def muon_runs(
     request: pytest.FixtureRequest, datasets: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """(config file, folder of runs): every stage and precision on two ranks, and those that the tests want resumed
-    from step 2; `3-from-1` and `1-from-3` change the stage there."""
+    """(config file, folder of runs): every stage and precision on two ranks, and the resumed runs that the tests need.
+    They resume from step 2. `3-from-1` and `1-from-3` change the stage there."""
     folder = tmp_path_factory.mktemp("muon")
     config = folder / "tiny.yaml"
     content = tiny_config(datasets, folder)
@@ -161,8 +161,8 @@ def test_bf16_stays_near_fp32(stage: int, muon_runs: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [
-        # Stage 0 in bf16 is trained before stage 3 in bf16, and not resumed before it: DeepSpeed keeps state of the
-        # first in the process, which must not reach the second.
+        # Stage 0 in bf16 is not resumed before stage 3 in bf16, because DeepSpeed keeps state of the first one in the
+        # process, which must not reach the second one.
         *((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")),
         *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"))),
     ],
@@ -213,7 +213,7 @@ def test_a_step_with_gradients_that_are_not_finite_changes_nothing(datasets: Pat
     config_file = tmp_path / "tiny.yaml"
     config_file.write_text(yaml.safe_dump(tiny_config(datasets, tmp_path)))
     poison = {"kind": "gradient", "samples": [pair for step in (2, 4) for pair in samples_of_step(config_file, step)]}
-    kinds = [*((stage, "fp32") for stage in STAGES), (1, "bf16")]  # DeepSpeed has another optimizer for the last one
+    kinds = [*((stage, "fp32") for stage in STAGES), (1, "bf16")]  # DeepSpeed uses another optimizer for the last one
     runs = [
         ([*MUON.split(), f"name=s{stage}-{precision}", f"train.zero_stage={stage}", f"train.precision={precision}",
           "train.steps=4", "train.save_every=2", "train.keep_checkpoints=100"], [poison])
@@ -270,7 +270,7 @@ dist.hard_exit(0)
 
 
 def test_parts_of_a_group_that_are_updated_apart_make_the_same_step(config_file: Path, run_ranks) -> None:
-    """DeepSpeed divides a group of more than 1e9 numbers at stage 3."""
+    """DeepSpeed splits a group of more than 1e9 numbers at stage 3."""
     options = [*MUON.split(), "train.zero_stage=3", "train.precision=fp32"]
     for rank in run_ranks(2, ["-c", SUB_GROUPS, str(config_file), *options]):
         assert rank.stdout.endswith("all equal\n"), rank.stdout + rank.stderr

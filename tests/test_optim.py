@@ -42,7 +42,7 @@ def small_model() -> ByteFormer:
 
 
 def ready(model: ByteFormer, optim: Optim) -> Optimizer:
-    """An optimizer of a model that is not divided."""
+    """An optimizer of a model that is not sharded."""
     optimizer = Optimizer(model, optim)
     together = [(group["is_muon"], group["params"]) for group in optimizer.param_groups]
     held = [Held(Span(name, 0, p.numel()), p, 0) for name, p in model.named_parameters()]
@@ -72,7 +72,7 @@ def test_muon_has_the_matrices_between_channels_and_nothing_else() -> None:
 
 def test_adamw_is_torchs_and_the_average_follows() -> None:
     ours, theirs = small_model(), small_model()
-    a = ready(ours, Optim(ema_decay=0.8))  # constant: `prepare` is not called again
+    a = ready(ours, Optim(ema_decay=0.8))  # the decay stays constant, since `prepare` is not called again
     b = torch.optim.AdamW(
         [{"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.05},
          {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0}],

@@ -21,7 +21,7 @@ from tests.data.packed import pack
 
 
 def sounds(count: int, seed: int, spread: float = 20) -> list[np.ndarray]:
-    """Files of one format: a header with a length in it, then samples around the middle."""
+    """Files of one format: a header with the length, then samples around the middle value."""
     rng = np.random.default_rng(seed)
     files = []
     for length in rng.integers(300, 900, count).tolist():
@@ -39,7 +39,7 @@ def of(content: bytes) -> np.ndarray:
 def test_other_files_of_the_kind_are_usual_and_foreign_ones_are_not() -> None:
     references = reference_files(sounds(128, 0))
     usual = [references.score(file) for file in sounds(200, 1)]
-    assert np.mean(np.array(usual) <= 1) > 0.93  # 0.98 is meant, of 128 files
+    assert np.mean(np.array(usual) <= 1) > 0.93  # 0.98 is expected, with 128 files
     rng = np.random.default_rng(2)
     foreign = {
         "noise": of(rng.bytes(600)),
@@ -104,7 +104,7 @@ def test_they_are_read_from_the_evaluation_split_or_else_from_the_training_split
     shard = min(dataset.glob(f"*{splits[-1]}*.tar"))
     content = bytearray(shard.read_bytes())
     place = content.index(bytes(sounds(70, len(splits) - 1)[0][16:60]))
-    content[place] ^= 1  # the first file is damaged, and left out
+    content[place] ^= 1  # the first file is damaged and left out
     shard.write_bytes(content)
     data = open_run_data(Config(data=Data(sources=(Source(str(dataset)),), lanes=1), name="x"), Ranks())
     found = data.read_reference_files()

@@ -28,7 +28,7 @@ def config_of(checkpointing: bool = False, **train: object) -> Config:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_autograd_keeps(checkpointing: bool) -> None:
-    """The comparison is in float32, without the backward's own memory."""
+    """The comparison is in float32, without the memory of the backward itself."""
     config = config_of(checkpointing, precision="fp32")
     architecture = config.model.architecture()
     model = ByteFormer(architecture, 10, activation_checkpointing=checkpointing)
@@ -47,7 +47,7 @@ def test_activations_are_what_autograd_keeps(checkpointing: bool) -> None:
     tokens = 2 * 2048
     told = plan_run._activation_bytes(config, tokens)
     widest = plan_run.KEPT_PER_TOKEN * tokens * 4 * architecture.dim
-    # Told besides: what the backward needs, and with checkpointing the block that is computed again.
+    # The estimate also contains the memory of the backward, and with checkpointing that of the recomputed block.
     told -= widest // 2 + (widest if checkpointing else 0)
     assert sum(kept.values()) == pytest.approx(told, rel=0.1)
 

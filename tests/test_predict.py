@@ -55,7 +55,7 @@ def test_bad_files_are_named_and_the_others_answered(finished_run: Path, tmp_pat
         assert expected in text
     answered = capsys.readouterr().out
     assert f"{tmp_path / 'good'}: " in answered
-    assert f"{tmp_path / 'long'}: " in answered  # of more tokens than positions
+    assert f"{tmp_path / 'long'}: " in answered  # it has more tokens than positions
 
 
 def test_a_folder_is_read_as_it_is_packed(finished_run: Path, tmp_path: Path, predict_files) -> None:
@@ -64,10 +64,10 @@ def test_a_folder_is_read_as_it_is_packed(finished_run: Path, tmp_path: Path, pr
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes([40] * 30))
     (folder / "link").symlink_to(elsewhere)
-    (folder / os.fsdecode(b"caf\xe9")).write_bytes(bytes([40] * 30))  # Latin-1, no text in UTF-8
+    (folder / os.fsdecode(b"caf\xe9")).write_bytes(bytes([40] * 30))  # Latin-1, not valid UTF-8
     (folder / "two\nlines").write_bytes(bytes([40] * 30))
     (folder / "loop").symlink_to(folder / "loop")
-    os.mkfifo(folder / "pipe")  # of which nobody ever reads an end
+    os.mkfifo(folder / "pipe")  # no process ever writes to it
     result = subprocess.run(
         [sys.executable, "-m", "bfsys.predict", finished_run, folder],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONUTF8": "1"},
@@ -131,7 +131,7 @@ def test_what_a_run_does_to_bytes_is_done_before_prediction_too(
     right = sum(a["top"][0]["class"] == Path(a["path"]).parent.name for a in answers) / len(answers)
     evaluated = json.loads(evaluate_run(run, "--json"))["sources"]["a"]["top1"]
     assert evaluated > 0.6
-    assert right > 0.6  # the noise differs, so they need not agree to the file
+    assert right > 0.6  # the noise differs, so single files may disagree
 
 
 @pytest.mark.filterwarnings("ignore:.*out-of-distribution score")

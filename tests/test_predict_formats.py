@@ -27,7 +27,7 @@ FORMATS = ("tiff of 8 × 8 pixels", "wav:uint8 of 0.06 s at 1,000 Hz")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/tiny, whose pictures were packed as TIFF and whose sounds are augmented into WAV; and some files."""
+    """A folder with files and runs/tiny, whose pictures are packed as TIFF and whose sounds are augmented into WAV."""
     folder = tmp_path_factory.mktemp("formats")
     write_files(folder / "files")
     common = [str(folder / "files"), str(folder), "--workers", "1"]
@@ -91,7 +91,7 @@ def test_files_in_another_format_are_named_and_encoded(
     assert captured.err == ""
     assert encoded[0] != as_they_are[0]
     if made:
-        for option in ((), ("--encode",)):  # what is in the format stays as it is
+        for option in ((), ("--encode",)):  # files in the model's format stay unchanged
             call("predict", [run, str(folder / "made" / made), "--json", *option])
             captured = capsys.readouterr()
             assert (answers(captured.out), captured.err) == (encoded, "")
@@ -132,8 +132,8 @@ def test_python_warns_and_encodes(folder: Path, monkeypatch: pytest.MonkeyPatch)
         assert model.embed(photo, encode=True).shape == (16,)
         assert model.predict(clip, encode=True)[0].probability == pytest.approx(
             made[1].max(), rel=1e-5
-        )  # other batches
-        with ThreadPoolExecutor(4) as pool:  # decoding sets filters of warnings and PyTorch's threads
+        )  # batches differ
+        with ThreadPoolExecutor(4) as pool:  # decoding changes warning filters and PyTorch's threads
             before = list(warnings.filters), torch.get_num_threads()
             found = list(pool.map(lambda _: model.probabilities([photo, clip], encode=True), range(8)))
         assert (list(warnings.filters), torch.get_num_threads()) == before
@@ -155,8 +155,8 @@ def test_an_export_knows_them_too(folder: Path, tmp_path: Path) -> None:
 def test_where_formats_are_not_known_nothing_is_said(
     age: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """A checkpoint from before formats were noted, one with an encoding that came later, and where some of the
-    training files went in as they were."""
+    """The cases are a checkpoint without recorded formats, one with an unknown encoding, and one with training files as
+    stored."""
     path, _ = newest_readable(folder / "runs" / "tiny")
     assert path is not None
     manifest = read_manifest(path)

@@ -55,7 +55,7 @@ def test_the_oldest_releases_are_those_of_setup_cfg() -> None:
 
 
 def run_with(folder: Path, **versions: str) -> subprocess.CompletedProcess:
-    """A command in an environment where packages claim to be of these versions."""
+    """Run a command in an environment where packages report these versions."""
     for name, version in versions.items():
         (folder / f"{name}-{version}.dist-info").mkdir()
         content = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"

@@ -22,7 +22,7 @@ def test_the_quickstart_learns_both_kinds_of_digits(tmp_path: Path) -> None:
         source = REPOSITORY / name
         shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy / name)
     (copy / ".venv").symlink_to(sys.prefix)
-    (copy / ".venv" / "installed").touch()  # newer than setup.cfg, so that nothing is installed again
+    (copy / ".venv" / "installed").touch()  # newer than setup.cfg, so that make installs nothing
 
     first = subprocess.run(["make", "quickstart"], cwd=copy, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr

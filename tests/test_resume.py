@@ -20,7 +20,7 @@ from tests.test_train import assert_success, cut_short, lines, losses, tensors
 
 @pytest.fixture(scope="module")
 def runs(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs on one rank, and their continuations: see the tests."""
+    """Runs on one rank, and resumed runs: see the tests."""
     folder = tmp_path_factory.mktemp("resumes")
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(tiny_config(datasets, folder)))
@@ -59,7 +59,7 @@ def drop_evaluation(run: Path, step: int) -> None:
 
 
 def test_a_line_across_a_resume_is_that_of_the_whole_run(runs: Path) -> None:
-    """Lines at 3, 6, 9, 10; the checkpoint of step 4 carries the sums of step 4 into the line of step 6."""
+    """Lines are at 3, 6, 9, 10. The checkpoint of step 4 carries the sums of step 4 into the line of step 6."""
     assert [line["step"] for line in lines(runs / "lines-resumed")] == [3, 6, 9, 10]
     for key in ("loss", "top1", "samples", "sources", "padding_share"):
         assert [x[key] for x in lines(runs / "lines-resumed")] == [x[key] for x in lines(runs / "lines")]
@@ -81,7 +81,7 @@ def test_fewer_steps_than_made_is_a_finished_run(runs: Path) -> None:
 
 
 def test_damaged_checkpoints_do_not_push_good_ones_out(runs: Path) -> None:
-    """8 and 10 are damaged, the run goes on from 4 to 5 and keeps two: 4 and 5 stay, and the next start finds 5."""
+    """8 and 10 are damaged. The run resumes at 4, ends at 5 and keeps two: 4 and 5 stay, and the next start uses 5."""
     root = runs / "damaged" / "checkpoints"
     newest, problems = files.find_newest(runs / "damaged")
     assert newest.name == "step_00000005"
@@ -96,7 +96,7 @@ def test_damaged_checkpoints_do_not_push_good_ones_out(runs: Path) -> None:
 def test_a_learning_rate_that_is_too_large_ends_the_run_and_spoils_no_checkpoint(
     config_file: Path, tmp_path: Path, run_ranks
 ) -> None:
-    """The first update is finite and ruins the weights: no step after it is any good."""
+    """The first update is finite but ruins the weights, so every later step is bad."""
     change = ["optim.lr=1e30", "optim.warmup_steps=0", "train.steps=30", "train.save_every=1"]
     (result,) = run_ranks(1, ["bfsys/train.py", str(config_file), *change])
     assert result.returncode == EXIT_DIVERGED
@@ -134,7 +134,7 @@ def test_a_full_disk_ends_the_run_with_its_own_code(config_file: Path, tmp_path:
         results = run_ranks(2, ["bfsys/train.py", str(config_file), *change])
         assert [r.returncode for r in results] == [EXIT_STORAGE, EXIT_STORAGE], results[0].stderr
         assert os.strerror(errno.ENOSPC) in results[0].stderr
-        assert "During handling" not in results[0].stderr  # (TensorBoard's thread prints a traceback of its own)
+        assert "During handling" not in results[0].stderr  # (TensorBoard's thread prints its own traceback)
         assert files.find_newest(small / "tiny")[0] is not None
     finally:
         subprocess.run(["umount", small], check=True)

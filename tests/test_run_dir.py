@@ -32,7 +32,7 @@ def facts_of(config: Config) -> dict:
 
 
 def test_a_new_run_inherits_nothing_of_one_whose_checkpoints_were_deleted(config: Config) -> None:
-    """Its skipped steps and its bad samples are about other data, and its history is of another run."""
+    """The skipped steps, bad samples and history in the directory belong to the earlier run."""
     run_dir = config.run_dir
     (run_dir / "tb").mkdir(parents=True)
     (run_dir / "tb" / "events").write_bytes(b"x")
@@ -82,7 +82,7 @@ def test_a_finished_run_keeps_the_config_that_it_was_trained_with(finished_run: 
 def test_what_the_last_holder_of_a_directory_wrote_is_seen(
     finished_run: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run makes its first checkpoint while this one waits for the lock."""
+    """Another run saves its first checkpoint while this one waits for the lock."""
     hold_directory = run_module.hold_directory
 
     def hold_after_another_run(run_dir: Path, **options):
@@ -92,7 +92,7 @@ def test_what_the_last_holder_of_a_directory_wrote_is_seen(
     monkeypatch.setattr(run_module, "hold_directory", hold_after_another_run)
     with pytest.raises(UserError, match="seed was 0, is now 1"):
         prepare_run_dir(config, facts_of(config), ALONE)
-    hold_directory(config.run_dir).close()  # a start that was refused does not keep others out
+    hold_directory(config.run_dir).close()  # a refused start does not keep the lock
 
 
 def test_a_directory_that_another_process_keeps_is_waited_for_and_then_refused(
@@ -104,7 +104,7 @@ def test_a_directory_that_another_process_keeps_is_waited_for_and_then_refused(
     with run_module.hold_directory(config.run_dir), pytest.raises(UserError, match="another process is training in it"):
         prepare_run_dir(config, facts_of(config), ALONE)
     assert capsys.readouterr().err.count("waiting for another process to release it") == 1
-    # Rank 0 does not wait for longer than the other ranks wait for it.
+    # Rank 0 waits no longer than the other ranks wait for it.
     monkeypatch.setattr(run_module, "LOCK_WAIT_S", 60)
     with run_module.hold_directory(config.run_dir), pytest.raises(UserError, match="another process is training in it"):
         prepare_run_dir(replace(config, train=replace(config.train, collective_timeout_s=1)), facts_of(config), ALONE)

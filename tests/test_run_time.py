@@ -13,7 +13,7 @@ RUN = RunTime(steps=1000, step_s=2.0, save_every=50, save_s=3.0, evaluations_s=1
 
 
 def simulated_s(run: RunTime, mtbf_s: float, rng: random.Random) -> float:
-    """One run, with failures at random moments; restarts may fail as well."""
+    """Simulate a run with failures at random moments. Restarts may fail as well."""
     now, done, next_failure = 0.0, 0.0, math.inf
     now += run.restart_s
     next_failure = now + rng.expovariate(1 / mtbf_s)
@@ -65,8 +65,8 @@ def test_extremes_have_an_answer() -> None:
     assert RunTime(10, 1.0, 1000).interval_s == 10  # a run shorter than the interval saves at its end
 
 
-# Bytes per parameter that each of 2 gloo ranks sent in a step over a network of their own: a model of 909,802
-# parameters, 866,304 of them in Muon's matrices. (Measured in a network namespace, by the counters of its interface.)
+# Bytes per parameter that each of 2 gloo ranks sent in a step: a model of 909,802 parameters, 866,304 of them in Muon's
+# matrices. (Measured in a network namespace, with the counters of its interface.)
 SEEN = {
     (0, "fp32", 1, False): 4.04, (0, "bf16", 2, False): 4.04, (1, "fp32", 2, False): 6.01, (1, "bf16", 1, False): 5.01,
     (2, "fp32", 1, False): 6.10, (2, "fp32", 2, False): 10.09, (2, "bf16", 2, False): 9.09,

@@ -57,7 +57,7 @@ LAST_STEP, LOG_EVERY, FIRST_STEADY = 40, 5, 20  # the last step saves and evalua
 
 
 def test_steps_do_without_the_file_system(config_file: Path, run_ranks, monkeypatch) -> None:
-    """A shard is opened once. A step calls no file then; a log line opens the file of TensorBoard, once, on rank 0."""
+    """A shard is opened once. Later steps access no file. A log line opens TensorBoard's file once, on rank 0."""
     monkeypatch.setenv("LAST_STEP", str(LAST_STEP))
     options = [f"train.steps={LAST_STEP}", f"train.log_every={LOG_EVERY}", "train.save_every=1000"]
     assert_success(run_ranks(2, ["-c", WATCHED_RANK, str(config_file), *options]))
@@ -73,7 +73,7 @@ def test_steps_do_without_the_file_system(config_file: Path, run_ranks, monkeypa
 
 
 def test_a_rank_does_not_import_what_it_does_not_need() -> None:
-    """Rank 0 imports TensorBoard, with all that it brings, when it opens its files."""
+    """Rank 0 imports TensorBoard and its dependencies only when it opens TensorBoard's files."""
     code = "import sys, bfsys.train, bfsys.engine; bfsys.engine.import_deepspeed(); print(*sys.modules)"
     imported = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     modules = set(imported.stdout.split())

@@ -40,7 +40,7 @@ def losses(run: Path) -> list[float]:
 
 
 def tensors(checkpoint: Path, state: str) -> dict[str, Tensor]:
-    """Whole tensors by parameter name, put together from the pieces of all ranks."""
+    """Whole tensors by parameter name, joined from the pieces of all ranks."""
     shapes = json.loads((checkpoint / "manifest.json").read_text())["shapes"]
     pieces: dict[str, dict[int, Tensor]] = {}
     for file in checkpoint.glob(f"{state}-*.safetensors"):
@@ -60,10 +60,10 @@ def stage_runs(
 ) -> tuple[Path, Path]:
     """(config file, folder of runs): every stage and precision on two ranks, then every stage resumed.
 
-    `s1-fp32` is a whole run; `s1-fp32-resumed` continues from its checkpoint of step 2, tries its largest micro-batch
-    first, as on a GPU, and evaluates after step 3, too; `3-from-1` continues that of stage 1 at stage 3. The ranks of
-    `s1-together` compute their two lanes of a step as one micro-batch, and so does `s1-then-together` from step 2 on.
-    Only those are resumed that the tests ask for.
+    `s1-fp32` is an uninterrupted run. `s1-fp32-resumed` resumes from its checkpoint of step 2, tries its largest
+    micro-batch first, like on a GPU, and also evaluates after step 3. `3-from-1` resumes a run of stage 1 at stage 3.
+    The ranks of `s1-together` compute their two lanes of a step as one micro-batch; `s1-then-together` does so from
+    step 2 on. Only runs that the tests need are resumed.
     """
     import yaml
 
@@ -106,11 +106,11 @@ def stage_runs(
 def assert_success(ranks: list[subprocess.CompletedProcess]) -> None:
     for rank in ranks:
         assert rank.returncode == 0, rank.stdout + rank.stderr
-        assert "Warning" not in rank.stderr, rank.stderr  # of PyTorch's releases, about names that DeepSpeed uses
+        assert "Warning" not in rank.stderr, rank.stderr  # such as PyTorch's warnings about names that DeepSpeed uses
 
 
 def cut_short(run: Path, copy: Path, step: int) -> None:
-    """A copy of a run as a kill after `step` would have left it."""
+    """Copy a run in the state of a kill after `step`."""
     shutil.copytree(run, copy)
     for checkpoint in (copy / "checkpoints").glob("step_*"):
         if int(checkpoint.name.removeprefix("step_")) > step:
@@ -129,13 +129,13 @@ def test_every_stage_trains_as_plain_pytorch(stage: int, stage_runs: tuple[Path,
 
 
 def assert_near(run: Path, weights: dict[str, Tensor], average: dict[str, Tensor], *, rtol: float, atol: float) -> None:
-    """The weights of a run's newest checkpoint, and their average, are these up to rounding."""
+    """Assert that the weights of a run's newest checkpoint and their average are equal to these up to rounding."""
     for state, expected in (("weight", weights), ("ema", average)):
         stored = tensors(newest(run), state)
         assert stored.keys() == expected.keys()
         for name, value in expected.items():
             here, there = stored[name].clone(), value.clone()
-            if name.endswith("qkv.bias"):  # keys' biases have no gradient but rounding errors, which Adam enlarges
+            if name.endswith("qkv.bias"):  # keys' biases have only rounding errors as gradients, which Adam amplifies
                 here.view(3, -1)[1] = there.view(3, -1)[1] = 0
             torch.testing.assert_close(here, there, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -150,7 +150,7 @@ def test_bf16_stays_near_fp32(stage: int, stage_runs: tuple[Path, Path]) -> None
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [
-        # As with Muon, stage 0 in bf16 is not resumed before stage 3 in bf16.
+        # For the reason in test_muon.py, stage 0 in bf16 is not resumed before stage 3 in bf16.
         *((1, "fp32"), (3, "bf16"), (0, "bf16"), (2, "fp32"), (3, "fp32")),
         *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((0, "fp32"), (1, "bf16"), (2, "bf16"))),
     ],
@@ -201,7 +201,7 @@ def test_lanes_computed_together_resume_to_the_bit(stage: int, how: str, stage_r
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_evaluations_judge_the_averaged_weights(stage: int, stage_runs: tuple[Path, Path]) -> None:
-    """They are what predict uses, and what `train.keep_best` is to be about."""
+    """predict uses them, and `train.keep_best` must refer to them."""
     run = stage_runs[1] / f"s{stage}-fp32"
     (own,) = lines(run, "eval")
     for average in (True, False):
@@ -238,7 +238,7 @@ def test_the_run_directory_holds_what_readme_says(stage_runs: tuple[Path, Path])
     for key in ("top1", "samples_per_s", "bytes_per_s", "tokens_per_s", "matmul_share", "model_tflop_per_s",
                 "padding_share", "data_wait_share", "peak_memory_mib", "learning_rate", "grad_norm"):  # fmt: skip
         assert last[key] >= 0
-    assert last["mfu"] is None  # no data sheet speaks of a CPU
+    assert last["mfu"] is None  # CPUs have no data sheet peak
     assert set(last["sources"]) == {"a", "b"}
     (evaluation,) = lines(run, "eval")
     assert evaluation["samples"] == 5 * 7
@@ -246,7 +246,7 @@ def test_the_run_directory_holds_what_readme_says(stage_runs: tuple[Path, Path])
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(config_file: Path, tmp_path: Path) -> None:
-    """SIGUSR2 to rank 1: both save and exit with the code that means "start me again"; the run then continues."""
+    """SIGUSR2 to rank 1: both save and exit with EXIT_REQUEUE; the next start resumes."""
     overrides = ["train.steps=100000", "train.save_every=100000", "optim.warmup_steps=2", "train.zero_stage=2"]
     processes = start_ranks(2, run_python, ["bfsys/train.py", str(config_file), "name=signal", *overrides])
     run = tmp_path / "runs" / "signal"
@@ -321,7 +321,7 @@ def test_a_rank_that_fails_alone_says_why_and_ends_at_once(config_file: Path, tm
     said = outputs[0].splitlines()[-1]
     assert said.startswith("error: rank 0: the connection to another rank was lost (")
     assert said.endswith("; the first error in the other ranks' logs says why")
-    ended = how_it_ended(tmp_path / "runs" / "tiny")  # by the rank that failed, not by those that it took along
+    ended = how_it_ended(tmp_path / "runs" / "tiny")  # recorded by the rank that failed, not by the others
     assert ended["exit_code"] == 1
     assert ended["reason"] == "rank 1: MemoryError: the GPU is full"
 

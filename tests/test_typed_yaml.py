@@ -196,7 +196,7 @@ def test_files_that_cannot_be_read_are_named_in_one_line(file: Path, content: by
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's home and a variable DATA; the current folder holds a file named $LITERAL."""
+    """A user's home, and a variable DATA. The current folder has a file named $LITERAL."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DATA", str(tmp_path / "data"))
     monkeypatch.delenv("LITERAL", raising=False)

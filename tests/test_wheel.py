@@ -23,7 +23,7 @@ Command = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made of a copy of the sources: setuptools leaves build/ beside them, which would get into the next wheel."""
+    """The wheel of a copy of the sources. setuptools leaves build/ beside them, which would get into the next wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(REPOSITORY / "bfsys", folder / "source" / "bfsys", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md"):
@@ -35,14 +35,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(wheel: Path) -> Path:
-    """The folder that it is installed to."""
+    """The folder in which the wheel is installed."""
     pip("install", "--no-deps", "--target", wheel.parent / "site", wheel)
     return wheel.parent / "site"
 
 
 @pytest.fixture
 def bfsys(site: Path, tmp_path: Path) -> Command:
-    """`bfsys(argument…)`: what the installed command prints, run in an empty folder; it must end with 0."""
+    """`bfsys(argument…)` runs the installed command in an empty folder and returns its output. It must end with 0."""
 
     def run(*arguments: str | Path, **variables: str) -> str:
         variables |= {"PYTHONPATH": str(site), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -81,7 +81,7 @@ def test_the_installed_command_is_that_of_the_wheel(bfsys: Command, site: Path) 
 
 
 def test_a_slurm_job_takes_along_the_package_alone(site: Path, config_file: Path, tmp_path: Path) -> None:
-    """A folder of installed packages holds many others."""
+    """The folder of installed packages contains many other packages."""
     (site / "other").mkdir()
     (site / "other" / "__init__.py").touch()
     code = (

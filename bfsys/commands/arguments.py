@@ -27,7 +27,7 @@ def local_path(text: str) -> Path:
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG and its overrides."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file; bfsys/config.py explains every key")
-    # Without a default, argparse names it among the arguments that are required.
+    # Without a default, argparse lists it as a required argument in its errors.
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="for example optim.lr=3e-4"
     )
@@ -64,7 +64,7 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
 
 
 def read_encoding(args: argparse.Namespace, problems: list[str]) -> tuple[Encoding, Fitting]:
-    """The encoding that was asked for, and what is to be done before it; what is wrong is added to `problems`."""
+    """Parse the options of `add_encoding`. Invalid values are added to `problems`."""
     from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, parse_encoding
     from bfsys.data.media.sounds import HIGHEST_RATE_HZ, LOWEST_RATE_HZ
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rows(name: str, findings: list[Finding], where: str, *, shows_all: bool) -> list[str]:
-    """A line for each finding, and one for what to do. Other ranks than the first show only what is not right."""
+    """Return a line for each finding and one for its advice. Without `shows_all`, leave out ok and skipped findings."""
     lines = []
     for finding in findings:
         if not shows_all and finding.verdict in ("ok", "skipped"):

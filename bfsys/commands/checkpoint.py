@@ -39,7 +39,7 @@ from bfsys.errors import UserError, one_line
 from bfsys.object_stores import URL
 
 MB = 1e6
-PAUSES_S = (1.0, 4.0)  # before a store is asked again: a person waits for the answer
+PAUSES_S = (1.0, 4.0)  # before a store is retried; short, because a person waits for the answer
 NOTES = """\
 list    show step, time, size, score, and whether all files are present
 verify  read every byte of every checkpoint; exit code 1 if one is damaged
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _location(text: str) -> Path | str:
-    """The argument as a path, or as the URL that it is."""
+    """Return the argument as it is if it is a URL, else as a path."""
     return text if URL.match(text) else Path(text)
 
 
@@ -98,7 +98,7 @@ class OnDisk:
         return read_manifest(self.path)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the files that are there, by name."""
+        """Sizes in bytes of the existing files, by name."""
         return {entry.name: entry.stat().st_size for entry in os.scandir(self.path)}
 
     def saved_at(self) -> float:
@@ -136,7 +136,7 @@ def store_at(url: str) -> Store:
 
 
 def checkpoints_of(run: Path | str) -> Sequence[OnDisk] | Sequence[InStore]:
-    """The checkpoints of a run, or this one checkpoint; raises UserError if there is none."""
+    """Return the checkpoints of a run, or the given checkpoint. Raises UserError if there is none."""
     if isinstance(run, Path):
         return [OnDisk(path) for path in paths_of(run)]
     address, _, name = run.rstrip("/").rpartition("/checkpoints/")
@@ -151,7 +151,7 @@ def checkpoints_of(run: Path | str) -> Sequence[OnDisk] | Sequence[InStore]:
 
 
 def paths_of(run: Path) -> list[Path]:
-    """The checkpoints of a run directory, or this one checkpoint; raises UserError if there is none."""
+    """Return the checkpoints of a run directory, or the given checkpoint. Raises UserError if there is none."""
     if (run / MANIFEST).exists() or (run.name.startswith("step_") and run.is_dir()):
         return [run]
     paths = all_checkpoints(run)
@@ -162,7 +162,7 @@ def paths_of(run: Path) -> list[Path]:
 
 
 def scores_of(checkpoints: Sequence[OnDisk] | Sequence[InStore], run: Path | str) -> dict[int, dict]:
-    """The scores of a run's evaluations, by step; in a store, those before its newest whole checkpoint."""
+    """Return the scores of a run's evaluations, by step. A store has only those before its newest checkpoint."""
     if isinstance(run, Path):
         return evaluations(run)
     for checkpoint in reversed(checkpoints):
@@ -240,7 +240,7 @@ def show(args: argparse.Namespace) -> int:
 
 
 def copy(args: argparse.Namespace) -> int:
-    """Copy a checkpoint from a disk to a store, or from there to a run directory."""
+    """Copy a checkpoint from a run directory to a store, or from a store to a run directory."""
     if isinstance(args.run, Path) == isinstance(args.to, Path):
         what = "between folders, `cp -r` copies" if isinstance(args.run, Path) else "first copy to a folder"
         raise UserError(f"copy: one of RUN and TO must be a URL, got {args.run} and {args.to}; {what}")
@@ -254,7 +254,7 @@ def copy(args: argparse.Namespace) -> int:
 
     checkpoints = checkpoints_of(args.run)
     args.to.mkdir(parents=True, exist_ok=True)
-    with hold_directory(args.to):  # a run that trains there may be saving
+    with hold_directory(args.to):  # a training in this directory may be saving
         for checkpoint in reversed(checkpoints):
             assert isinstance(checkpoint, InStore)  # the address is a URL
             problems = fetch(checkpoint, args.to)
@@ -267,7 +267,7 @@ def copy(args: argparse.Namespace) -> int:
 
 
 def fetch(checkpoint: InStore, run_dir: Path) -> list[str]:
-    """Fetch a checkpoint into a run directory; returns what is damaged. Raises UserError if a whole one is there."""
+    """Fetch a checkpoint into a run directory. Returns its damage. Raises UserError if the directory has it intact."""
     final = checkpoints_dir(run_dir) / checkpoint.name
     if final.exists() and not problems_of(final):
         raise UserError(f"{final}: there is a whole checkpoint of this name; give another folder")
@@ -291,7 +291,7 @@ def remove_others(args: argparse.Namespace) -> int:
         raise UserError(f"{args.run}: prune takes a run directory; in a store, training removes by the run's own rules")
     paths = paths_of(args.run)
     manifests = (manifest_or_problems(path)[0] for path in reversed(paths))
-    manifest = next(filter(None, manifests), None) or read_manifest(paths[-1])  # which raises
+    manifest = next(filter(None, manifests), None) or read_manifest(paths[-1])  # raises, since no manifest can be read
     train = manifest["config"]["train"]
     keep = RetentionPolicy(
         last=train["keep_checkpoints"] if args.keep is None else args.keep,
@@ -306,13 +306,13 @@ def remove_others(args: argparse.Namespace) -> int:
     whole = []
     for path in paths_of(args.run):
         problems = problems_of(path)
-        if not path.exists():  # the run has removed it meanwhile
+        if not path.exists():  # the run has removed it in the meantime
             continue
         if problems:
             print(one_line(f"damaged, left alone: {path}"))
         else:
             whole.append(path)
-    console.go_on_without()  # removing is the work: a reader that ends, as in `… | head`, does not end it
+    console.go_on_without()  # a reader that ends, as in `… | head`, must not stop the removal
     for path in to_prune(args.run, whole, keep):
         if not args.dry_run:
             try:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console.go_on_without()  # the files are the work
+    console.go_on_without()  # a closed console must not stop the work
     from bfsys.data.streaming.byte_transforms import ByteTransform, parse_transforms
     from bfsys.encode import Notes, kept_of, make, targets_of
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path("explain")
 LIMIT = 200
-MARKED = 300  # bytes at the start of a page, in which it says what made it
+MARKED = 300  # bytes at the start of a page that contain GENERATOR
 NOTES = """\
 Each FILE gets a page FOLDER/FILE.html, which needs no network. Evidence is
 measured against files of the run's validation split (docs/explain.md)."""
@@ -118,8 +118,8 @@ def _folder(path: Path) -> Path:
 
 
 def _page_name(name: str, used: set[str]) -> str:
-    """The name of a file's page, which is added to `used`; files of one name in several folders are numbered."""
-    # With `.html` and a number it must be shorter than the 255 bytes that file systems take.
+    """Return the name of a file's page, and add it to `used`. Files of the same name are numbered."""
+    # With a number and `.html`, the name must fit into the 255 bytes that file systems allow.
     stem = "standard-input" if name == STDIN else os.fsdecode(os.fsencode(Path(name).name)[:LONGEST_NAME_BYTES])
     page, number = f"{stem}.html", 1
     while page in used:
@@ -130,7 +130,7 @@ def _page_name(name: str, used: set[str]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a page, or write it again; a file that is not a page of this command stays as it is."""
+    """Write or overwrite a page. Raises UserError if the file exists and is not a page of this command."""
     try:
         if path.exists() and GENERATOR.encode() not in path.read_bytes()[:MARKED]:
             raise UserError(f"{path}: is not a page of `{GENERATOR}`, and stays as it is; choose another --out")

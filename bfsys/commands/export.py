@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    console.go_on_without()  # the files are the work
+    console.go_on_without()  # a closed console must not stop the work
     if "onnx" in args.format:
         missing = [name for name in NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
         if missing:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
     run_dir = args.run.resolve().parent.parent if (args.run / MANIFEST).exists() else args.run
-    scores = evaluations(run_dir).get(manifest["step"])  # a checkpoint is older than the evaluation of its step
+    scores = evaluations(run_dir).get(manifest["step"])  # a checkpoint is saved before its step is evaluated
     make_empty_folder(args.out)
     try:
         facts = export(model, config, manifest, args.out, args.format, args.weights, scores)

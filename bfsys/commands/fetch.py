@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console.go_on_without()  # the files are the work
+    console.go_on_without()  # a closed console must not stop the work
     from bfsys.fetch import imagenet, speech_commands
 
     out = args.out.expanduser()

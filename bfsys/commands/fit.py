@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files can be written to a folder, which may have to be made."""
+    """Whether files can be written to a folder, which may not exist yet."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         problems.append(f"bfsys fit needs {', '.join(missing)}: pip install 'bfsys[train,fit]', or '.[train,fit]'")
     if problems:
         raise UserError(*problems)
-    console.go_on_without()  # training is the work
+    console.go_on_without()  # a closed console must not stop training
     from bfsys.fitting.fit import Request, name_for, next_commands, prepare, report, train
     from bfsys.supervision.signals import EXIT_CODES
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console.go_on_without()  # the directory is the work
+    console.go_on_without()  # a closed console must not stop the work
     from bfsys.import_corenet import import_weights
 
     import_weights(

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         return inspect(args)
     except console.OutputError:
         raise
-    except OSError as error:  # 1 would say that the data are damaged
+    except OSError as error:  # exit code 1 would mean damaged data
         raise UserError(f"{error.filename or args.dataset}: {error.strerror or error}") from None
 
 

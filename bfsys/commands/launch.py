@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    console.go_on_without()  # training is the work
+    console.go_on_without()  # a closed console must not stop training
     if args.sweep:
         return run_sweep(args)
     if args.at_once is not None:
@@ -64,9 +64,9 @@ def run_sweep(args: argparse.Namespace) -> int:
         print("\n".join([*notes, *(f"{config.run_dir}: {state_of(config)}" for config in configs)]))
         return 0
     code = train_sweep(configs, ranks, at_once)
-    if code in EXIT_CODES.values():  # it was stopped
+    if code in EXIT_CODES.values():  # stopped by a signal
         return code
-    with suppress(UserError):  # no run was evaluated, and the lines above say why
+    with suppress(UserError):  # no run was evaluated; the lines above give the reason
         runs, _ = find_runs([config.run_dir for config in configs])
         print(table(rows_of(runs)))
     return code

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console.go_on_without()  # the key is the work
+    console.go_on_without()  # a closed console must not stop the work
     from bfsys.data.streaming.byte_transforms import write_key
 
     write_key(args.file)

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console.go_on_without()  # the dataset is the work
+    console.go_on_without()  # a closed console must not stop the work
     started_s = time.monotonic()
     from bfsys.data.packing.pack import Packing, pack
     from bfsys.data.packing.splits import split_of_name
@@ -95,7 +95,7 @@ def read_size(option: str, text: str, problems: list[str]) -> int:
 
 
 def option_problems(args: argparse.Namespace, packing: Packing) -> list[str]:
-    """Options that are wrong in themselves or have no effect together."""
+    """Return the problems of single options and of combinations without effect."""
     problems = []
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", args.name):
         problems.append(f"--name {args.name!r}: may hold letters, digits, _ - . only")

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def named_inputs(paths: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Input]]:
-    """Files and those of folders by their paths, and standard input."""
+    """Yield files, the files of folders and standard input, each with its path."""
     from bfsys.data.packing.listing import regular_files
 
     for path in paths:

@@ -33,13 +33,13 @@ def run(args: argparse.Namespace) -> int:
     if args.no_data and not args.dry_run:
         raise UserError("--no-data: goes with --dry-run")
     if not args.dry_run:
-        console.go_on_without()  # training is the work
+        console.go_on_without()  # a closed console must not stop training
     ranks = Ranks()
     try:
         set_slurm_variables()
         ranks = ranks_from_environment()
         config = load_config(args.config, args.overrides)
-    except UserError as error:  # all ranks find it, and once per node is enough
+    except UserError as error:  # all ranks raise it; one message per node is enough
         if ranks.local_rank:
             return error.exit_code
         raise

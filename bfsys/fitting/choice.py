@@ -21,18 +21,18 @@ from bfsys.model.flops import flops_per_step
 from bfsys.model.sizes import Architecture, architecture
 
 SMALL = {"dim": 96, "layers": 6, "heads": 3, "merge_after": [0, 1, 3], "window": 64, "shift": 32}  # configs/small.yaml
-# Until it is measured: of one core in float32 with the small model, and of one GPU in bfloat16 with the tiny one
+# Assumed until it is measured: one core in float32 with the small model, one GPU in bfloat16 with the tiny model
 FLOPS_PER_S = {"cpu": 3e10, "gpu": 5e13}
 ENOUGH_STEPS = 400
 LEAST_STEPS = 60
 MOST_PASSES = 60  # over the training files
-JITTER_PASSES = 10  # With fewer, files are new enough, and jitter slows learning down (docs/experiments.md)
-ENOUGH_FOR_FEW_FILES = 200  # steps, however many passes over few files they are
+JITTER_PASSES = 10  # with fewer passes, jitter only slows learning (docs/experiments.md)
+ENOUGH_FOR_FEW_FILES = 200  # steps, even if they are more than MOST_PASSES
 LONGEST_WARMUP = 200
 PICTURE_SIDES = (224, 160, 128, 96, 64, 48, 32, 16)
 SAMPLE_RATES_HZ = (16_000, 8_000)
 WAV_HEADER_BYTES = 44
-# Files of up to so many bytes (median) take which kernel
+# (largest median file length in bytes, kernel)
 KERNELS = ((1_000, 4), (12_000, 16))
 LARGEST_KERNEL = 32
 MOST_POSITIONS = 35_000
@@ -46,7 +46,7 @@ class Machine:
     device: str  # cpu or gpu
     ranks: int
     multiplies_bf16: bool
-    """Whether it has instructions for products in bfloat16."""
+    """Whether it has instructions for bfloat16 products."""
 
     def describe(self) -> str:
         return f"{self.ranks} {'GPU' if self.device == 'gpu' else 'CPU core'}{'s' * (self.ranks > 1)}"
@@ -61,11 +61,11 @@ class Format:
     sample_rate_hz: int | None = None
     seconds: float | None = None
     augmented: bool = False
-    """Files are augmented as published."""
+    """Whether files get the published augmentation."""
     jittered: bool = False
-    """Files are changed a little, in their own format, if training goes over them often."""
+    """Whether files get small changes in their own format, if training makes at least JITTER_PASSES passes."""
     reason: str = "the files go in as they are"
-    """A sentence, or its beginning, which the format's name ends."""
+    """A sentence, or its beginning if the name of the format completes it."""
 
     def lengths(self, survey: Survey) -> np.ndarray:
         """int64 [training files]: bytes of each file in this format."""
@@ -106,9 +106,9 @@ class Choice:
     lanes: int
     eval_split: str
     shows_classes: bool
-    """Whether files may show their classes; else the classes are their formats."""
+    """Whether the class is a property of the content. False if the file format tells the class."""
     lengths: np.ndarray
-    """int64 [training files]: bytes as the model is given them."""
+    """int64 [training files]: bytes of each file in `format`."""
 
     @property
     def architecture(self) -> Architecture:
@@ -123,7 +123,7 @@ class Choice:
         )
 
     def most_steps(self) -> int:
-        """More would only go over the training files again."""
+        """Return the largest useful number of steps, by the number of passes over the training files."""
         return max(ENOUGH_FOR_FEW_FILES, MOST_PASSES * len(self.lengths) // self.batch_samples)
 
     def passes(self, steps: int) -> float:
@@ -160,7 +160,7 @@ def first_format(survey: Survey, *, as_stored: bool) -> Format:
 
 
 def choose(survey: Survey, machine: Machine, train_s: float, *, as_stored: bool) -> Choice:
-    """The largest format of which the time is estimated to allow ENOUGH_STEPS."""
+    """Choose the largest format with which `train_s` seconds are estimated to allow ENOUGH_STEPS."""
     form = first_format(survey, as_stored=as_stored)
     while True:
         choice = choice_of(survey, machine, form)
@@ -196,7 +196,7 @@ def choice_of(survey: Survey, machine: Machine, form: Format) -> Choice:
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of a config, its value and why."""
+    """A key of a config, its value and the reason."""
 
     section: str
     key: str
@@ -281,7 +281,7 @@ def to_yaml(settings: list[Setting], header: list[str]) -> str:
             line = f"  {one.key}: {yaml.safe_dump(one.value).splitlines()[0]}"
             lines.append(f"{line:<24}  # {one.reason}" if one.reason else line)
             continue
-        flow = None if one.key == "sources" else True  # the list of sources has a line each
+        flow = None if one.key == "sources" else True  # sources are written in block style
         block = yaml.safe_dump(one.value, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=10**6)
         lines += [f"  # {one.reason}"] if one.reason else []
         if flow:

@@ -45,15 +45,15 @@ from bfsys.model.precision import cpu_multiplies_bf16
 from bfsys.ranks import Ranks, gpu_count
 from bfsys.supervision.signals import EXIT_CODES
 
-RECORD = "# bfsys fit: "  # before what was asked for, as JSON, in the config
-CONTENT = "content"  # key in it of what the folder held
+RECORD = "# bfsys fit: "  # begins the line of the config that records the request as JSON
+CONTENT = "content"  # key of the record: what the folder contained
 TRIAL_STEPS = 6
-PASSED_OVER_STEPS = 2  # the first ones, which prepare memory
+PASSED_OVER_STEPS = 2  # the first steps, which allocate memory, are not measured
 EVALUATIONS = 5  # four during the run, one for the report
 SHARE_OF_TIME = 0.9  # share of the remaining time for training; machines are not always as fast as in the trial
-REPORT_S = 15.0  # loading the model, the baseline, pictures
+REPORT_S = 15.0  # loads the model, computes the baselines and draws the plots
 SHARD_BYTES = 100_000_000
-FITTED = "fitted"  # extension of the file beside a dataset that names the folder whose files were packed
+FITTED = "fitted"  # extension of the file beside a dataset that names its source folder
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Trial:
 
     @property
     def other_s(self) -> float:
-        """Seconds of all that is not a step."""
+        """Seconds for everything except the steps."""
         return self.start_s + EVALUATIONS * self.evaluation_s + REPORT_S
 
     def steps_in(self, seconds: float, mean_step_bytes: float) -> int:
@@ -101,12 +101,12 @@ class Trial:
 
 
 def name_for(folder: Path) -> str:
-    """A name for a run, from that of its folder."""
+    """Derive the name of a run from the name of its folder."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.absolute().name).strip("._-") or "fit"
 
 
 def prepare(request: Request, began_s: float) -> Config | int:
-    """The config of the request: that of an earlier start, or a new one. An exit code if a signal ended the trial."""
+    """Return the config of an earlier start, or a new one. Returns an exit code if a signal ended the trial."""
     if request.config_file.exists():
         record = check_record(request)
         print(f"{request.config_file}: reusing the config that an earlier start wrote", flush=True)
@@ -168,7 +168,7 @@ def check_record(request: Request) -> dict:
 
 
 def note_changes(request: Request, record: dict) -> None:
-    """Say that the folder holds other files than those that were packed, which the run goes on with."""
+    """Print a note if the folder has changed since it was packed. The run continues with the packed files."""
     try:
         packed, now = record.get(CONTENT), content_of(survey_folder(request))
     except UserError as error:
@@ -189,7 +189,7 @@ def content_of(survey: Survey) -> dict[str, int]:
 
 
 def survey_folder(request: Request) -> Survey:
-    """What is in the folder. Raises UserError for all that keeps it from being packed, or trained on."""
+    """Survey the folder. Raises UserError if it cannot be packed or trained on."""
     if is_packed(request.folder):
         found = survey_of_packed(request.folder)
     else:
@@ -206,7 +206,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def survey_of_packed(folder: Path) -> Survey:
-    """The survey of a packed dataset, whose files stay unchanged."""
+    """Survey a packed dataset. Its files are not re-encoded."""
     description = read_description(folder)
     check_splits(folder, set(description["splits"]))
     lengths = {split: open_split(folder, split).samples["length"].astype(np.int64) for split in description["splits"]}
@@ -223,7 +223,7 @@ def survey_of_packed(folder: Path) -> Survey:
 
 
 def check_splits(folder: Path, splits: set[str]) -> None:
-    """Raise UserError unless there is something to train on and something to evaluate."""
+    """Raise UserError unless there is a train split and a val or test split."""
     if "train" not in splits or not splits & {"val", "test"}:
         raise UserError(
             f"{folder}: has the split {', '.join(sorted(splits))} alone; a train split and a val or test split are "
@@ -232,7 +232,7 @@ def check_splits(folder: Path, splits: set[str]) -> None:
 
 
 def listed(request: Request) -> Listing:
-    """The files with their sizes, each in its split."""
+    """List the files with their sizes and splits."""
     packing = packing_of(request, Format())
     listing = list_source(packing)
     check_files(listing, None, packing.encoding, packing.share_for_val)
@@ -248,7 +248,7 @@ def listed(request: Request) -> Listing:
 
 
 def pack_all(request: Request, choice: Choice) -> tuple[str, str]:
-    """The packed training files and the packed evaluation files: one dataset, unless training files are augmented."""
+    """Return the packed training data and evaluation data. They are one dataset unless training files are augmented."""
     if is_packed(request.folder):
         return str(request.folder), str(request.folder)
     as_stored, encoded = packing_of(request, Format()), packing_of(request, choice.format)
@@ -260,8 +260,8 @@ def pack_all(request: Request, choice: Choice) -> tuple[str, str]:
 
 
 def claim(folder: Path, source: Path) -> None:
-    """Note beside a dataset whose files it holds. Raises UserError if it holds those of another folder, since
-    runs that were trained on them would then be judged by others."""
+    """Record the source folder of a dataset beside it. Raises UserError if the dataset has another source: earlier runs
+    that were trained on it would then be evaluated on other files."""
     note, ours = folder.with_name(f".{folder.name}.{FITTED}"), str(source.absolute())
     with suppress(OSError):
         theirs = read_regular(note).decode(errors="surrogateescape")
@@ -299,7 +299,7 @@ def packing_of(request: Request, form: Format) -> Packing:
 
 
 def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Trial | int:
-    """Train for some steps into a temporary run. An exit code if a signal ended it."""
+    """Train TRIAL_STEPS in a temporary run. Returns an exit code if a signal ended it."""
     began_s = time.monotonic()
     print(f"measuring   {TRIAL_STEPS} steps on {choice.machine.describe()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="bfsys-fit-") as folder:
@@ -347,7 +347,7 @@ def write_config(request: Request, survey: Survey, choice: Choice, data: str, ev
 
 
 def train(request: Request, config: Config) -> int:
-    """Train, or go on with training, to the end: the exit code."""
+    """Train or resume until the last step. Returns the exit code."""
     path, _ = find_newest(request.run_dir)
     if path and step_of(path) >= config.train.steps:
         print(f"{request.run_dir}: training has already finished ({config.train.steps} steps)", flush=True)
@@ -356,7 +356,7 @@ def train(request: Request, config: Config) -> int:
 
 
 def report(request: Request) -> list[str]:
-    """Evaluate the averaged weights, compare with byte counts, draw the pictures: lines for people."""
+    """Evaluate the averaged weights, compare with baselines and draw the plots. Returns lines to print."""
     model, config, manifest = load_model(request.run_dir, average=True)
     ranks, folder = Ranks(), request.run_dir / "report"
     training = open_training(config)

@@ -21,19 +21,19 @@ def fit(
     runs: str | os.PathLike[str] = "runs",
     shards: str | os.PathLike[str] = "data/shards",
 ) -> Path:
-    """Train and evaluate a model on a folder with a folder of files per class: the directory of the run, for `load`.
+    """Train and evaluate a model on a folder with a folder of files per class. Returns the run directory for `load`.
 
-    It is the command `bfsys fit`, in a process of its own, whose output is printed: training forks, and this process
-    may hold threads and a GPU. The same call resumes after a stop, and does not train again what is trained.
+    It runs `bfsys fit` in a separate process and prints its output, because training forks, and this process may hold
+    threads and a GPU. The same call resumes after a stop. A finished training is not repeated.
 
-    name       name of the run; by default that of the folder
-    minutes    time for all of it
-    as_stored  never decode and encode the files
-    skip_bad   leave out files that cannot be used, instead of naming them in an error
-    runs       folder of runs, in which NAME.yaml and NAME are written
+    name       name of the run; by default the name of the folder
+    minutes    time for the whole call
+    as_stored  never re-encode the files
+    skip_bad   leave out files that cannot be used, instead of raising an error that names them
+    runs       folder of runs; NAME.yaml and NAME are written there
     shards     folder of packed data
 
-    Raises UserError for what the command refuses, and if training ends early.
+    Raises UserError if the command reports bad input, and if training ends early.
     """
     arguments = ["--minutes", str(minutes), "--runs", os.fspath(runs), "--shards", os.fspath(shards)]
     arguments += ["--name", name] if name is not None else []
@@ -48,7 +48,7 @@ def fit(
                 print(line, end="", flush=True)
             code = process.wait()
         finally:
-            process.terminate()  # it saves a checkpoint first
+            process.terminate()  # it saves a checkpoint before it ends
             process.wait()
         errors.seek(0)
         said = [line.removeprefix("error: ") for line in errors.read().splitlines()]

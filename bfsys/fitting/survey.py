@@ -18,8 +18,8 @@ from bfsys.data.media.sounds import announced_samples, open_sound
 from bfsys.data.packing.listing import SourceFile
 
 LOOKED_AT = 200  # files whose headers are read
-HEADER_BYTES = 1 << 16  # read from a file for its kind
-SHARE_OF_MODALITY = 0.9  # others are named when they cannot be encoded like the rest
+HEADER_BYTES = 1 << 16  # read from a file to determine its kind
+SHARE_OF_MODALITY = 0.9  # least share of the sampled files; packing reports files that cannot be encoded
 COMPRESSED = ("a JPEG", "a PNG", "a GIF", "a WebP", "a FLAC", "an Ogg", "an MP3")
 PHOTOGRAPHS = ("a JPEG", "a WebP")
 
@@ -36,20 +36,19 @@ class Survey:
     longest: int
     """Bytes of the longest file of all splits."""
     kinds: dict[str, int]
-    """The number of files of each kind, such as `a JPEG`, among those that were looked at; `other` for unknown kinds.
-    """
+    """The number of sampled files of each kind, such as `a JPEG`; `other` for unknown kinds."""
     modality: str | None
-    """`image` or `audio` if nearly all files that were looked at are such and can be decoded; else None."""
+    """`image` or `audio` if nearly all sampled files have this modality and can be decoded; else None."""
     typical_size: float
     """Median of the shorter side in pixels, or 95th percentile of the duration in seconds; 0 without a modality."""
     rate_hz: int
     """Median sample rate of sounds; else 0."""
     kinds_tell_classes: bool = False
-    """Whether the kind of a file says much about its class, as where classes are formats."""
+    """Whether the kind of a file tells much about its class, for example if the classes are formats."""
 
     @property
     def is_compressed(self) -> bool:
-        """Most files that were looked at are pictures or sounds whose bytes are compressed."""
+        """Whether most sampled files are compressed pictures or sounds."""
         return sum(self.kinds.get(kind, 0) for kind in COMPRESSED) * 2 > sum(self.kinds.values())
 
     @property
@@ -57,7 +56,7 @@ class Survey:
         return sum(self.kinds.get(kind, 0) for kind in PHOTOGRAPHS) * 2 > sum(self.kinds.values())
 
     def describe(self) -> list[str]:
-        """Lines for people."""
+        """Return lines to print."""
         low, middle, high = np.quantile(self.train_bytes, (0.05, 0.5, 0.95))
         names = ", ".join(self.classes[:8]) + (", …" if len(self.classes) > 8 else "")
         kinds = ", ".join(f"{100 * n / sum(self.kinds.values()):.0f} % {kind}" for kind, n in self.kinds.items())
@@ -75,7 +74,7 @@ class Survey:
 
 
 def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
-    """Look at files that are listed, sized and divided. There must be training files."""
+    """Survey files that have a size and a split. There must be training files."""
     splits = Counter(file.split for file in files)
     chosen = [files[i] for i in np.unique(np.linspace(0, len(files) - 1, LOOKED_AT).astype(int))]
     kinds: Counter[str] = Counter()
@@ -108,8 +107,8 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
 
 
 def _tell_classes(by_kind: list[Counter[str]]) -> bool:
-    """Whether guessing the commonest class of a file's kind makes at most half of the mistakes that guessing the
-    commonest class of all makes."""
+    """Whether the kind of a file tells its class: guessing the commonest class of its kind makes at most half of the
+    mistakes of guessing the commonest class of all files."""
     in_all: Counter[str] = sum(by_kind, Counter())
     mistakes = sum(of_kind.total() - max(of_kind.values()) for of_kind in by_kind)
     return len(in_all) > 1 and mistakes * 2 <= in_all.total() - max(in_all.values())
@@ -130,7 +129,7 @@ def _size_of(path: str, kind: FileKind) -> tuple[float, int] | None:
                 return float(min(image.size)), 0
         import soundfile
 
-        if kind.name == "an MP3":  # opened by itself, one with tags at its end makes libmpg123 print a warning
+        if kind.name == "an MP3":  # libmpg123 prints a warning if it opens a file with tags at its end
             data = Path(path).read_bytes()
             with open_sound(data, announced_samples(data)) as file:
                 return file.frames / file.samplerate, file.samplerate

@@ -43,12 +43,12 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
             children.append((start("all-reduce", seconds, folder, {**os.environ, **variables}, is_part=True), folder))
         until = time.monotonic() + LIMIT_S
         found = [finish("all-reduce", child, folder, until - time.monotonic()) for child, folder in children]
-    # Rank 0 speaks for all, unless another one has more to complain of.
+    # Report the findings of the first rank with a wrong result, or those of rank 0.
     return next((f for f in found if any(each.verdict == Verdict.WRONG for each in f)), found[0])
 
 
 def measure(ranks: Ranks) -> list[Finding]:
-    """Called on every rank."""
+    """Check and time an all-reduce; collective."""
     device, n = ranks.device, ranks.world_size
     backend = "NCCL" if device.type == "cuda" else "gloo"
     dist.start(ranks, MEET_S)

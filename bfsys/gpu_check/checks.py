@@ -16,9 +16,9 @@ class Check:
     share: float
     """The share of --seconds for the part of the check that can be shortened."""
     limit_s: float
-    """A check that takes longer than this hangs."""
+    """A check that takes longer than this counts as hung."""
     is_collective: bool = False
-    """Whether all ranks of a launcher take part together. In the other checks each rank uses its own GPU."""
+    """Whether the check is collective over all ranks of a launcher. In other checks each rank uses only its GPU."""
 
 
 CHECKS = {

@@ -35,7 +35,7 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
     waits, step = {}, None
     for micro_batches in (FEW, MANY):
         step = engine_step(files, a, 10, device, bf16=True, micro_batches=micro_batches)
-        for _ in range(2):  # DeepSpeed prepares itself in the first, and begins to time steps later
+        for _ in range(2):  # warm-up: DeepSpeed initialises in the first step, and starts its timers later
             step()
         waits[micro_batches] = count_waits(step, device)
     assert step is not None

@@ -16,7 +16,7 @@ import torch
 from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.model.peaks import data_sheet_peak
 
-OLDEST_CAPABILITY = (8, 0)  # oldest GPUs that the kernels are made for
+OLDEST_CAPABILITY = (8, 0)  # oldest GPUs that the kernels support
 FREE_SHARE = 0.9  # share of a GPU's memory; less means that another process uses it
 COMPILE_S = 60
 
@@ -48,7 +48,7 @@ def _gpu(device: torch.device) -> Finding:
         return Finding("GPU", Verdict.WRONG, "the machine has an NVIDIA GPU, but PyTorch finds none", advice)
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     detail = f"{name}, sm_{capability[0]}{capability[1]}, driver {_driver()}"
-    torch.ones(1, device=device).add_(1).item()  # an error here ends the check: PyTorch has no program for this GPU
+    torch.ones(1, device=device).add_(1).item()  # raises, which ends the check, if PyTorch was not built for this GPU
     if capability < OLDEST_CAPABILITY:
         advice = "training works by PyTorch's own operations, without our kernels and bfloat16 units"
         return Finding("GPU", Verdict.SLOW, detail, advice)
@@ -74,7 +74,7 @@ def _memory(device: torch.device) -> Finding:
 
 
 def _compiler(device: torch.device) -> Finding:
-    """Triton builds a small library for each kernel, in C against Python.h."""
+    """Check the C compiler: Triton builds a small C library against Python.h for each kernel."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     # Without our kernels nothing is compiled.
     missing = Verdict.WRONG if device.type == "cuda" else Verdict.SKIPPED
@@ -95,7 +95,7 @@ def _compiler(device: torch.device) -> Finding:
 
 
 def _caches() -> list[Finding]:
-    """Folders that compiled kernels go to."""
+    """Check the folders for compiled kernels."""
     return [_writable("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache")]
 
 

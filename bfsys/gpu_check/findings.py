@@ -21,9 +21,9 @@ class Finding:
     detail: str
     """Figures, or the reason."""
     advice: str = ""
-    """The advice: what to do."""
+    """What to do."""
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """1 if something is wrong; what is slow or skipped does not count."""
+    """Return 1 if a finding is wrong, else 0. Slow and skipped findings do not count."""
     return int(any(finding.verdict == Verdict.WRONG for finding in findings))

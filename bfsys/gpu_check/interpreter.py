@@ -27,8 +27,7 @@ _interpreted: dict[str, ModuleType] = {}  # modules by name, while they are not 
 
 @contextmanager
 def interpreted(*names: str) -> Iterator[list[ModuleType]]:
-    """The modules bfsys.model.NAME, whose kernels are interpreted until the context ends; ImportError where there is no
-    Triton."""
+    """Yield the modules bfsys.model.NAME with interpreted kernels. Raises ImportError without Triton."""
     with patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
         compiled = {module: sys.modules.pop(module) for module in _tritons()}
         sys.modules.update(_interpreted)
@@ -52,13 +51,13 @@ def interpreted(*names: str) -> Iterator[list[ModuleType]]:
 
 
 def _tritons() -> list[str]:
-    """Names in sys.modules that belong to Triton, but for its library, which a process can load only once."""
+    """Names in sys.modules that belong to Triton, except its native library, which a process can load only once."""
     return [n for n in sys.modules if n.startswith(INTERPRETED) or (n.split(".")[0] == "triton" and "._C" not in n)]
 
 
 def _teach_bfloat16(interpreter: Any) -> None:
-    """Triton 3.7's interpreter keeps bfloat16 as uint16, multiplies matrices of those integers, and lets a rounding
-    that carries into the exponent go wrong."""
+    """Correct bfloat16 in Triton 3.7's interpreter. It stores bfloat16 as uint16, multiplies matrices of these
+    integers, and rounds wrongly if the carry reaches the exponent."""
     convert, dot, bf16 = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot, interpreter.tl.bfloat16
     f32, handle = interpreter.tl.float32, interpreter.TensorHandle
 

@@ -23,15 +23,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 NORM_TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 NORM_SUM_TOLERANCE = 2e-6  # for gradients of weight and bias, which are float32 sums
 EPS = 1e-5
-PROCESSORS = 3  # for the norm's backward, whose programs then have several blocks of rows each
-PADDING = 256  # the value that is no byte
+PROCESSORS = 3  # for the norm's backward; so few that each program has several blocks of rows
+PADDING = 256  # index after the byte values
 
 
 @dataclass(frozen=True)
 class Compared:
     what: str
     error: float
-    """Largest difference over the largest value that is expected; infinite for NaN."""
+    """Largest difference divided by the largest expected value; infinite for NaN."""
     allowed: float
 
     @property
@@ -40,7 +40,7 @@ class Compared:
 
 
 def compare(what: str, actual: Tensor, expected: Tensor, allowed: float) -> Compared:
-    """`expected` is float64 on the CPU."""
+    """Compare with `expected`, which is float64 on the CPU."""
     if actual.shape != expected.shape:
         return Compared(f"{what}: shape", math.inf, 0)
     error = (actual.double().cpu() - expected).abs().max().item()
@@ -48,19 +48,19 @@ def compare(what: str, actual: Tensor, expected: Tensor, allowed: float) -> Comp
 
 
 def is_true(what: str, fact: bool) -> Compared:
-    """A comparison of what is either right or wrong."""
+    """Return a comparison that is either right or wrong."""
     return Compared(what, 0.0 if fact else math.inf, 0)
 
 
 def same_bits(what: str, run: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], Compared]:
-    """The results of `run`, and whether a second call gives the same."""
+    """Call `run` twice. Returns the first results, and whether the second ones are bit-identical."""
     first, second = run(), run()
     return first, is_true(f"{what}: the same bits twice", all(map(torch.equal, first, second)))
 
 
 def sum_tolerance(device: torch.device) -> float:
     """The relative error allowed for gradients in any precision. Products with ones are exact, and their sums are
-    float32. Matrix units truncate sums where others round, which costs float32 gradients a digit."""
+    float32. Matrix units truncate sums instead of rounding them, which costs float32 gradients a digit."""
     return 1e-5 if device.type == "cuda" else 1e-6
 
 
@@ -84,13 +84,13 @@ class RaggedFiles:
 
 
 def ragged_files(kernel: int, alignment: int, longest: int, seed: int, tail: bool = True) -> RaggedFiles:
-    """Some files of up to `longest` bytes. `tail`: a file's last token begins before its end; else it is whole."""
+    """Make files of up to `longest` bytes. With `tail`, the last token of a file may be partial."""
     rng = np.random.default_rng(seed)
     stride = kernel // 2
     lengths = np.concatenate([[1 if tail else kernel, longest], rng.integers(kernel, longest, 3)])
     tokens = -(-lengths // stride) if tail else (lengths - kernel) // stride + 1
     aligned = -(-tokens // alignment) * alignment
-    ends = np.cumsum(lengths) + 3  # the buffer's first bytes are nobody's
+    ends = np.cumsum(lengths) + 3  # the first bytes of the buffer belong to no file
     index = {
         "data": torch.from_numpy(rng.integers(0, 256, ends[-1], dtype=np.uint8)),
         "file": torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), aligned)),
@@ -127,7 +127,7 @@ def stem_case(
     longest: int,
     tail: bool,
 ) -> list[Compared]:
-    """The stem forward, and the table's gradient."""
+    """Check the forward of the stem and the gradient of its table."""
     files = ragged_files(kernel, alignment, longest, seed=kernel, tail=tail)
     index, matrix = files.on(device), one_hot(files, kernel)
     generator = torch.Generator().manual_seed(kernel)
@@ -135,7 +135,7 @@ def stem_case(
     table[:, PADDING] = 0
     table = table.flatten(0, 1).to(dtype)
     tokens, first_token = files.index["tokens"], files.index["first_token"]
-    # The longest file has too many tokens for these positions, the next one just not.
+    # The longest file has more tokens than positions; the second longest has exactly as many.
     positions = torch.randn(int(tokens.sort().values[-2]), dim, generator=generator)
     grad = torch.randn(files.rows, dim, generator=generator).to(dtype)
 
@@ -165,8 +165,8 @@ def stem_case(
 def positions_case(
     kernels: ModuleType, device: torch.device, *, dtype: torch.dtype, dim: int, rows: int
 ) -> list[Compared]:
-    """The gradient of `rows` positions."""
-    tokens = torch.tensor([1, 40, 7, 33, 38, 100, 101])  # some have too many for the positions
+    """Check the gradient of `rows` positions."""
+    tokens = torch.tensor([1, 40, 7, 33, 38, 100, 101])  # some have more tokens than positions
     aligned = -(-tokens // 4) * 4
     first = aligned.cumsum(0) - aligned
     grad = torch.randn(int(aligned.sum()), dim, generator=torch.Generator().manual_seed(dim)).to(dtype)
@@ -208,8 +208,8 @@ def attention_case(
     heads: int,
     segments: int = 4,
 ) -> list[Compared]:
-    """Attention forward and backward in `segments` segments of up to `width` tokens, with rows of no segment between
-    some of them."""
+    """Check attention forward and backward in `segments` segments of up to `width` tokens. Between some segments are
+    rows of no segment."""
     rng = np.random.default_rng(width)
     lengths = np.concatenate([[1, width], rng.integers(1, width + 1, segments - 2)])
     gap = np.arange(segments) % 2 * (1 + np.arange(segments) % 3)  # rows of no segment after each
@@ -251,7 +251,7 @@ def attention_case(
 
 
 def norm_inputs(rows: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> dict[str, Tensor]:
-    """Rows with means far from zero, as a residual stream has them."""
+    """Make rows with means far from zero, like those of a residual stream."""
     generator = torch.Generator().manual_seed(rows + dim)
     x, added, grad, total_grad = torch.randn(4, rows, dim, generator=generator)
     weight, bias = 1 + 0.3 * torch.randn(2, dim, generator=generator)
@@ -272,7 +272,7 @@ def norm_case(
     rows: int,
     adds: bool,
 ) -> list[Compared]:
-    """The addition and norm forward, and its backward."""
+    """Check addition and norm, forward and backward."""
     given = norm_inputs(rows, dim, dtype, weight_dtype)
     t = {name: value.to(device) for name, value in given.items()}
     added, total_grad = (t["added"], t["total_grad"]) if adds else (None, None)

@@ -36,7 +36,7 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
 
 
 def compare_all(kernels: ModuleType, norms: ModuleType, device: torch.device, seconds: float) -> list[Finding]:
-    """Compare the cases, at least one of each kernel, for about so many seconds."""
+    """Compare the cases for about `seconds`, and at least one case of each kernel."""
     until, left_out = time.monotonic() + seconds, 0
     done: dict[str, tuple[list[str], list[str], list[float]]] = {}  # by name: sizes, wrong results, errors
     for name, sizes, run in cases(kernels, norms, device):
@@ -61,7 +61,7 @@ def compare_all(kernels: ModuleType, norms: ModuleType, device: torch.device, se
 
 
 def cases(kernels: ModuleType, norms: ModuleType, device: torch.device) -> Iterator[Case]:
-    """The published sizes on a GPU, small ones for the interpreter; those that matter most come first."""
+    """Yield the published sizes on a GPU, and small ones for the interpreter. The most important come first."""
     on_gpu = device.type == "cuda"
     longest = 2500 if on_gpu else 150
     attentions = [(128, 192, 3), (100, 48, 1)] if on_gpu else [(16, 32, 1)]

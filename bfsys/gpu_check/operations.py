@@ -19,7 +19,7 @@ ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 
 
 class CountedOperations(TorchDispatchMode):
-    """Counts operations by name while it is entered, also those of a backward."""
+    """Counts operations by name while it is entered, including those of a backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class CountedOperations(TorchDispatchMode):
 
 
 def count_kernels(run: Callable[[], object]) -> int:
-    """Kernels and copies that a GPU was given."""
+    """Count the kernels and copies that `run` launches on a GPU."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -49,7 +49,7 @@ def count_kernels(run: Callable[[], object]) -> int:
 def count_waits(run: Callable[[], object], device: torch.device) -> Counter[str]:
     """Count how often the host waits for the device in `run`, by the operation that waits.
 
-    On a GPU PyTorch says so itself. On a CPU nothing waits; what would wait on a GPU is counted instead.
+    On a GPU, PyTorch reports the waits. On a CPU nothing waits, so operations that would wait on a GPU are counted.
     """
     waits: Counter[str] = Counter()
     with _counting_synchronize(waits):
@@ -73,7 +73,7 @@ def count_waits(run: Callable[[], object], device: torch.device) -> Counter[str]
 
 @contextmanager
 def _counting_synchronize(waits: Counter[str]) -> Iterator[None]:
-    """Calls of `synchronize`, which DeepSpeed makes through its accelerator: there they are empty on a CPU."""
+    """Count DeepSpeed's calls of its accelerator's `synchronize`, which does nothing on a CPU."""
     accelerator = import_deepspeed().accelerator.get_accelerator()
     plain = type(accelerator).synchronize
 

@@ -22,7 +22,7 @@ from bfsys.gpu_check.checks import CHECKS
 from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.ranks import Ranks, ranks_from_environment
 
-LEAST_S = 10  # a check that has less time is left out: Python, PyTorch and CUDA take that to start
+LEAST_S = 10  # with less time left, a check is skipped: Python, PyTorch and CUDA take as long to start
 OF_LAUNCHERS = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID",
     "SLURM_NTASKS", "SLURM_LOCALID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT",
@@ -32,7 +32,7 @@ OF_LAUNCHERS = (
 def run_checks(
     names: Sequence[str], seconds: float, ranks: Ranks, say: Callable[[str, list[Finding]], None]
 ) -> dict[str, list[Finding]]:
-    """Run checks one after the other, `seconds` in total; `say` is told each result at once."""
+    """Run checks one after the other, `seconds` in total. Each result is passed to `say` at once."""
     until = time.monotonic() + seconds
     results: dict[str, list[Finding]] = {}
     for name in names:
@@ -52,7 +52,7 @@ def run_checks(
 
 
 def variables_of_one(env: Mapping[str, str], ranks: Ranks) -> dict[str, str]:
-    """The environment of a check that a rank does on its own, with its own GPU."""
+    """Return the environment of a check that a rank runs alone, on its own GPU."""
     variables = {name: value for name, value in env.items() if name not in OF_LAUNCHERS}
     if ranks.world_size > 1 and ranks.device.type == "cuda":
         visible = [device for device in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
@@ -64,8 +64,8 @@ def variables_of_one(env: Mapping[str, str], ranks: Ranks) -> dict[str, str]:
 def start(
     name: str, seconds: float, folder: Path, variables: Mapping[str, str], *, is_part: bool = False
 ) -> subprocess.Popen:
-    """Begin a check, which writes its findings and its output to `folder`. `is_part`: of the check that this process
-    is, with which it is ended."""
+    """Start a check, which writes its findings and its output to `folder`. With `is_part`, it stays in the process
+    group of this process and is killed with it."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), variables.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "bfsys.gpu_check.processes", name, str(seconds), str(folder / "findings.json")]
     with open(folder / "output", "wb") as output:
@@ -77,8 +77,8 @@ def start(
 def finish(
     name: str, child: subprocess.Popen, folder: Path, limit_s: float, *, is_cut_short: bool = False
 ) -> list[Finding]:
-    """The findings of a check that was started, after `limit_s` at most. If it has not ended then, it hangs, unless
-    that `is_cut_short`: less than it may take."""
+    """Wait up to `limit_s` for a started check, and return its findings. A check that has not ended counts as hung, or
+    as skipped if `is_cut_short`: its limit is shorter than usual."""
     try:
         code = child.wait(limit_s)
     except subprocess.TimeoutExpired:
@@ -86,7 +86,7 @@ def finish(
             said = f"it had not ended when the time was up, after {limit_s:.0f} s"
             return [Finding("all of it", Verdict.SKIPPED, said, "give more --seconds")]
         return [Finding("all of it", Verdict.WRONG, f"it hung: no end after {limit_s:.0f} s", _hint(name))]
-    finally:  # with what it started
+    finally:  # kill the check and the processes that it started
         with suppress(ProcessLookupError):  # a part of a check has no group of its own
             os.killpg(child.pid, signal.SIGKILL)
         child.kill()
@@ -105,7 +105,7 @@ def _hint(name: str) -> str:
 
 
 def main(name: str, seconds: str, out: str) -> None:
-    """The process of a check."""
+    """Run a check in this process, and write its findings to `out`."""
     module = importlib.import_module(f"bfsys.gpu_check.{CHECKS[name].module}")
     findings = module.check(ranks_from_environment().device, float(seconds))
     Path(out).write_text(json.dumps([asdict(finding) for finding in findings]))

@@ -39,7 +39,7 @@ def start_program(arguments: Sequence[str]) -> str:
 
 
 def train_twice(folder: Path, on_gpu: bool, start: Start) -> list[Finding]:
-    """STEPS steps; then, from a copy that has the checkpoint of step HALF only, the rest once more."""
+    """Train STEPS steps. Then repeat those after step HALF, from a copy without later checkpoints."""
     write_files(folder / "files")
     config = write_config(folder, on_gpu)
     if failed := start(["pack", str(folder / "files"), str(folder / "shards"), "--name", "waves", "--workers", "1"]):
@@ -53,7 +53,7 @@ def train_twice(folder: Path, on_gpu: bool, start: Start) -> list[Finding]:
 
 
 def stop_after(step: int, run: Path, copy: Path) -> None:
-    """A copy of the run as if it had been killed once the checkpoint of `step` was whole."""
+    """Copy the run as if it had been killed after the checkpoint of `step`."""
     shutil.copytree(run, copy, symlinks=True)
     for checkpoint in (copy / "checkpoints").glob("step_*"):
         if int(checkpoint.name.partition("_")[2]) > step:
@@ -69,7 +69,7 @@ def judge_losses(run: Path) -> Finding:
 
 
 def compare_runs(whole: Path, again: Path) -> Finding:
-    """Weights, moments and average at the end, and the losses of all steps."""
+    """Compare the final weights, moments and average, and the losses of all steps."""
     x, y = _hashes(whole), _hashes(again)
     differ = sorted(name for name in x.keys() | y.keys() if x.get(name) != y.get(name))
     losses = [[(line["step"], line["loss"]) for line in _lines(r) if line["kind"] == "train"] for r in (whole, again)]
@@ -90,7 +90,7 @@ def _lines(run: Path) -> list[dict]:
 
 
 def write_files(folder: Path) -> None:
-    """Write sounds of waves, whose frequency is the class."""
+    """Write noisy sine waves. The class decides the frequency."""
     rng = np.random.default_rng(0)
     for split, files in (("train", FILES), ("val", 4)):
         for i in range(files):

@@ -34,11 +34,11 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
 
 
 def same_answers(device: torch.device, make: Callable[..., ByteFormer] = ByteFormer) -> Finding:
-    """Logits of both forms in float32, for the same weights and ragged files. `make`: a test gives a wrong model."""
+    """Compare the logits of both forms in float32, for equal weights and ragged files. Tests pass a wrong model."""
     a = architecture("custom", kernel=8, dim=192, layers=6, heads=3, max_tokens=2000)
     torch.manual_seed(0)
     model = make(a, 5)
-    with torch.no_grad():  # with weights as drawn, answers hardly depend on the bytes
+    with torch.no_grad():  # with the initial weights, the logits hardly depend on the bytes
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
         model.stem.embedding[PAD_BYTE] = 0
@@ -57,7 +57,7 @@ def same_answers(device: torch.device, make: Callable[..., ByteFormer] = ByteFor
 
 
 def matrix_products(device: torch.device) -> Finding:
-    """The rate of large products, against the data sheet's."""
+    """Compare the rate of large matrix products with the data sheet."""
     reached, promised = matrix_peak(device, torch.bfloat16), data_sheet_peak(device, torch.bfloat16)
     detail = f"{reached / 1e12:.0f} TFLOP/s in bfloat16"
     if promised is None:
@@ -70,7 +70,7 @@ def matrix_products(device: torch.device) -> Finding:
 
 
 def speed(device: torch.device, seconds: float) -> Finding:
-    """A step of tiny in bfloat16 on as many files as fill a GPU, or on few small ones on a CPU; both forms in turn."""
+    """Time a step of tiny in bfloat16 in both forms. The files fill a GPU; a CPU gets a few small ones."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         files = random_files([TIFF_BYTES] * max(1, min(MOST_FILES, int(0.8 * free / BYTES_PER_FILE))))
@@ -91,7 +91,7 @@ def speed(device: torch.device, seconds: float) -> Finding:
             began = time.perf_counter()
             step()
             synchronize(device)
-            if i:  # the first compiles
+            if i:  # the first step compiles
                 best[name] = min(best[name], time.perf_counter() - began)
     del steps
     gc.collect()

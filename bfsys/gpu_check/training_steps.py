@@ -22,7 +22,7 @@ WEIGHT_DECAY = 0.05
 
 @dataclass(frozen=True)
 class Step:
-    """One training step in its three parts; a call does all."""
+    """One training step in three parts. A call runs all three."""
 
     forward: Callable[[], Tensor]
     """The loss."""
@@ -47,7 +47,7 @@ def synchronize(device: torch.device) -> None:
 def published_step(
     files: list[np.ndarray], a: Architecture, classes: int, device: torch.device, bf16: bool, *, fused_attention: bool
 ) -> Step:
-    """The published form, padded; in bfloat16 under autocast, as released code does it."""
+    """A step of the published form, padded. In bfloat16 it uses autocast, like the released code."""
     model = PublishedForm(a, classes, fused_attention).to(device)
     x, labels = pad(files, a).to(device), _labels_of(files, classes, device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
@@ -73,12 +73,12 @@ def bfsys_step(
     checkpointing: bool = False,
     compiled: bool = False,
 ) -> Step:
-    """bfsys' model with PyTorch's AdamW, without DeepSpeed; in bfloat16 with weights in both precisions."""
+    """A step of bfsys' model with PyTorch's AdamW, without DeepSpeed. In bfloat16 it also keeps float32 weights."""
     model = ByteFormer(a, classes, activation_checkpointing=checkpointing, compiled=compiled).to(device)
     batch = ByteBatch.from_samples([Sample("", file) for file in files]).to(device)
     labels = _labels_of(files, classes, device)
     masters: list[Tensor] = list(model.parameters())
-    if bf16:  # as DeepSpeed keeps them: float32 weights and gradients, from which and to which bfloat16 is rounded
+    if bf16:  # like DeepSpeed: the update uses float32 weights and gradients, and rounds the result to bfloat16
         masters = [p.detach().clone() for p in model.parameters()]
         model.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(masters, weight_decay=WEIGHT_DECAY, fused=True)
@@ -103,7 +103,7 @@ def bfsys_step(
 def engine_step(
     files: list[np.ndarray], a: Architecture, classes: int, device: torch.device, bf16: bool, *, micro_batches: int = 1
 ) -> Step:
-    """bfsys as it trains, through DeepSpeed at ZeRO 1: `micro_batches` times the same files, then an update.
+    """A step of bfsys through DeepSpeed at ZeRO 1: the same files in each of `micro_batches`, then an update.
 
     A process group of one rank must have been started.
     """

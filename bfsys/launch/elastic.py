@@ -22,12 +22,12 @@ from pathlib import Path
 from bfsys.launch.restart_policy import newest_step
 from bfsys.launch.slurm_commands import ask
 
-ASK_EVERY_S = 60.0  # many users ask SLURM
-SOON_S = 30.0  # a start that SLURM expects within it needs no other job to end
+ASK_EVERY_S = 60.0  # many users share the controller
+SOON_S = 30.0  # a start that SLURM expects within this time does not wait for another job to end
 
 
 def parse_range(text: str) -> range | None:
-    """The numbers of "N" or "MIN-MAX"; None if it is neither, or if one is below 1 or MIN above MAX."""
+    """Parse "N" or "MIN-MAX". Returns None for other text, for a number below 1, and if MIN is above MAX."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text, re.ASCII)
     if not match:
         return None
@@ -40,7 +40,7 @@ def describe(numbers: range) -> str:
 
 
 def fitting(lanes: int, numbers: range, ranks_each: int = 1) -> list[int]:
-    """The numbers of nodes, ascending, whose ranks share the lanes evenly with so many ranks on each node."""
+    """Return the numbers of nodes, ascending, that share the lanes evenly with `ranks_each` ranks on each node."""
     return [
         n for n in range(numbers.start, min(numbers.stop, lanes // ranks_each + 1)) if lanes % (n * ranks_each) == 0
     ]
@@ -48,13 +48,13 @@ def fitting(lanes: int, numbers: range, ranks_each: int = 1) -> list[int]:
 
 @dataclass
 class Growth:
-    """Whether a job that runs should be requeued because SLURM has the nodes for a larger number that fits."""
+    """Decides when a running job is requeued because nodes for the next larger number that fits are free."""
 
     run_dir: Path
     missing: int
-    """Nodes that the next larger number needs."""
+    """Nodes that the job lacks for the next larger number."""
     every_s: float
-    """Seconds between two starts."""
+    """Shortest time between two starts, in seconds."""
     began: float = field(default_factory=time.monotonic)
     asked: float = float("-inf")
     first_step: int = -1
@@ -64,8 +64,8 @@ class Growth:
         self.first_step = newest_step(self.run_dir)
 
     def is_due(self, facts: Callable[[], dict[str, str]]) -> bool:
-        """Asks SLURM once a minute at most; `facts()` are those of the job. A start that has saved nothing yet does not
-        grow, so that each one makes progress."""
+        """Ask SLURM at most once a minute whether the nodes are free. `facts()` returns SLURM's fields of the job. A
+        start without a new checkpoint does not grow, so that each start makes progress."""
         now = time.monotonic()
         if now - self.began < self.every_s or now - self.asked < min(ASK_EVERY_S, self.every_s):
             return False
@@ -76,14 +76,14 @@ class Growth:
 
 
 def can_start(nodes: int, job: dict[str, str]) -> bool:
-    """Whether SLURM would start a job like this one on so many nodes at once while no other job waits for nodes of its
-    partition. SLURM itself looks at constraints, GPUs, reservations and exclusions."""
+    """Whether SLURM would start a job like this one on `nodes` nodes at once, while no other job of its partition waits
+    for nodes. SLURM checks constraints, GPUs, reservations and exclusions."""
     if not (job.get("Command") and job.get("Partition")):
         return False
     waiting = ask("squeue", "--noheader", "--states=PENDING", f"--partition={job['Partition']}", "--format=%r")
     if not waiting.is_good or {"Resources", "Priority"} & set(waiting.output.split()):
         return False
-    # sbatch would take this job's number of tasks for that of the job that it is asked about.
+    # With the other variables, sbatch would use the number of tasks of this job for the tested job.
     env = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith("SLURM_")}
     answer = ask("sbatch", "--test-only", "--dependency=", f"--nodes={nodes}", job["Command"], env=env)
     starts = re.search(r"to start at (\S+)", answer.output + answer.errors)
@@ -93,8 +93,8 @@ def can_start(nodes: int, job: dict[str, str]) -> bool:
 
 
 def use_nodes(fit: Sequence[int]) -> int:
-    """The largest number that fits and that this job has; the nodes beyond it go back to SLURM, or stay idle where it
-    does not take them."""
+    """Return the largest number of nodes that fits and that this job has. The job releases its other nodes; they stay
+    idle if SLURM refuses."""
     got = int(os.environ["SLURM_JOB_NUM_NODES"])
     used = max(n for n in fit if n <= got)
     line = (

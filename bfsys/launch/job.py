@@ -29,11 +29,11 @@ from types import FrameType
 from bfsys.errors import UserError, exit_code_of
 from bfsys.ranks import env_number, ranks_from_environment
 
-# Outside Linux's range of ephemeral ports (32768-60999), where any outgoing connection may sit on a port.
+# Outside Linux's range of ephemeral ports (32768-60999), which outgoing connections may occupy.
 MASTER_PORTS = range(10_000, 30_000)
-PORTS_BETWEEN_STEPS = 1009  # of one job; jobs with neighbouring numbers have neighbouring ports
+PORTS_BETWEEN_STEPS = 1009  # between the steps of one job; consecutive jobs have consecutive ports
 
-# SLURM's numbers from here on are those of its own steps: a batch script, the shell of salloc, what it keeps outside.
+# Step numbers from here on are special: the batch script, the shell of salloc, the external step.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
@@ -49,23 +49,23 @@ class TrainJob:
     code_dir: Path
     """Absolute; the folder that holds bfsys/."""
     work_dir: Path
-    """Absolute; what relative paths in the config refer to."""
+    """Absolute; the base of relative paths in the config."""
 
     def command(self) -> list[str]:
         """The command of one rank's process, to be run in `work_dir`."""
         return [sys.executable, str(self.code_dir / "bfsys" / "train.py"), str(self.config), *self.overrides]
 
     def __call__(self) -> None:
-        """Run as one task of a SLURM job. Exits with training's code and does not return, so that submitit writes
-        no result: whether the run is finished, the run directory says."""
+        """Run as one task of a SLURM job. Exits with training's code and does not return, so that submitit writes no
+        result. The run directory records whether the run is finished."""
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, _ask_again)
         code = exit_code_of(self._train)
-        # A rank that leaves with an error makes srun end the others: these keep their code, and with it the job's.
+        # If a rank fails, srun ends the others. They ignore its SIGTERM, so that their code becomes the job's.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # as dist.hard_exit, which says why
+        os._exit(code)  # for the reason, see dist.hard_exit
 
     def _train(self) -> int:
         if problems := [
@@ -92,7 +92,7 @@ class TrainJob:
 def rank_variables(
     rank: int, world_size: int, local_rank: int, local_world_size: int, *, master_addr: str, master_port: int
 ) -> dict[str, str]:
-    """The environment that tells a process of bfsys/train.py which rank it is."""
+    """Return the environment that tells a process of bfsys/train.py its rank."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -104,9 +104,9 @@ def rank_variables(
 
 
 def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:
-    """The same from the variables of a SLURM task; `hosts` are the step's nodes in SLURM's order.
+    """Return the variables of a rank from those of a SLURM task. `hosts` are the step's nodes in SLURM's order.
 
-    They replace what the environment holds already: SLURM hands the submitting shell's variables on to the job.
+    They replace existing variables, because SLURM passes the variables of the submitting shell to the job.
     """
     world_size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
     step = PORTS_BETWEEN_STEPS * int(env.get("SLURM_STEP_ID") or 0)
@@ -114,9 +114,9 @@ def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, s
         int(env["SLURM_PROCID"]),
         world_size,
         int(env["SLURM_LOCALID"]),
-        world_size // len(hosts),  # the launcher puts as many tasks on each node
+        world_size // len(hosts),  # each node has the same number of tasks
         master_addr=hosts[0],
-        # Jobs that share a node have different numbers, and so have the steps of a job.
+        # Jobs that share a node and steps of a job get different ports.
         master_port=MASTER_PORTS[(int(env["SLURM_JOB_ID"]) + step) % len(MASTER_PORTS)],
     )
     if "OMP_NUM_THREADS" not in env and "SLURM_CPUS_PER_TASK" in env:
@@ -132,10 +132,10 @@ def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, s
 
 
 def set_slurm_variables() -> None:
-    """Make this process a rank, where plain srun has started it as one of several tasks. In a batch script and in the
-    shell of salloc, where SLURM_NTASKS is set too, there is no such step.
+    """Make this process a rank if plain srun has started it as one of several tasks. A batch script and the shell of
+    salloc also have SLURM_NTASKS, but are not such tasks.
 
-    Raises UserError where RANK and WORLD_SIZE are of another launcher than the one that started this task.
+    Raises UserError if RANK and WORLD_SIZE come from another launcher than the one that started this task.
     """
     if "SLURM_STEP_NODELIST" not in os.environ or env_number("SLURM_STEP_ID", 0) >= FIRST_SPECIAL_STEP:
         return
@@ -147,7 +147,7 @@ def set_slurm_variables() -> None:
         return
     rank, world_size = env_number("RANK", 0), env_number("WORLD_SIZE", 1)
     task = env_number("SLURM_PROCID", 0)
-    # torchrun and its like, one on each node, start several ranks in a task, and number them as they please.
+    # Launchers such as torchrun, one on each node, start several ranks in a task and number them themselves.
     is_of_a_task = "TORCHELASTIC_RUN_ID" in os.environ or ("LOCAL_RANK" in os.environ and world_size > tasks)
     if not is_of_a_task and (rank, world_size) != (task, tasks):
         raise UserError(
@@ -157,8 +157,8 @@ def set_slurm_variables() -> None:
 
 
 def kernel_cache() -> Path | None:
-    """A folder of this user on the node's own disk for compiled kernels: by default all ranks of all nodes would write
-    theirs to one home directory. None where it cannot be made, or where others could put programs into it."""
+    """Return a folder of this user for compiled kernels, on the node's local disk. By default, all ranks of all nodes
+    would write to one home directory. Returns None if it cannot be made, or if other users can write to it."""
     folder = Path(tempfile.gettempdir()) / f"bfsys-triton-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -170,16 +170,16 @@ def kernel_cache() -> Path | None:
 
 
 def gloo_interface(other_hosts: Sequence[str]) -> str | None:
-    """The network interface that gloo must be told to use; None where it finds the right one by itself.
+    """Return the network interface that gloo must use, or None if it finds the right one itself.
 
-    Gloo listens on the address that this machine's own name stands for, and falls back to the loopback device. Many
-    distributions write that name to /etc/hosts as 127.0.1.1: other nodes then wait for an answer until they time out.
+    Gloo listens on the address of this machine's host name, and falls back to the loopback device. Many distributions
+    map the host name to 127.0.1.1 in /etc/hosts. Other nodes then cannot connect, and time out.
     """
     if not other_hosts or _own_name_is_reachable():
         return None
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-            s.connect((other_hosts[0], 9))  # sends nothing: the kernel looks up which way it would go
+            s.connect((other_hosts[0], 9))  # sends nothing; the kernel only chooses the route
             address = s.getsockname()[0]
     except OSError:
         return None
@@ -200,23 +200,23 @@ def _address_of(interface: str) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
             answer = fcntl.ioctl(s.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        except OSError:  # it has no address
+        except OSError:  # the interface has no address
             return None
     return socket.inet_ntoa(answer[20:24])
 
 
 def _hosts() -> Sequence[str]:
-    """The nodes of this task's step: an elastic job may have others."""
+    """The nodes of this task's step. An elastic job may have more nodes."""
     from submitit.slurm.slurm import _parse_node_list
 
     return _parse_node_list(os.environ["SLURM_STEP_NODELIST"])
 
 
 def _ask_again(number: int, frame: FrameType | None) -> None:
-    """Hold a stop request back until training has handlers of its own: the signal is sent again in a second.
+    """Defer a stop request until training has installed its handlers, by sending the signal again after a second.
 
-    Requeueing here instead would, where the start takes longer than the job may run, go round for ever without a
-    step of progress; and dying of SIGTERM during a pre-emption would be a failure that SLURM does not requeue.
+    A requeue at this point could repeat for ever without progress, if the start takes longer than the job may run. If
+    SIGTERM killed the task during a pre-emption, the job would fail, and SLURM would not requeue it.
     """
     timer = threading.Timer(1.0, os.kill, (os.getpid(), number))
     timer.daemon = True

@@ -32,7 +32,7 @@ from bfsys.supervision.goodput import goodput, read_seconds
 from bfsys.supervision.run_end import how_it_ended, note_end
 
 JOBS = "jobs.jsonl"
-POLL_S, STATE_POLL_S = 1.0, 15.0  # intervals for a log, and for SLURM, which many users ask
+POLL_S, STATE_POLL_S = 1.0, 15.0  # intervals between reads of a log and between requests to SLURM
 SHOWN_LINES = 20
 OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
         "TIMEOUT", "unknown to SLURM"}  # fmt: skip
@@ -40,10 +40,10 @@ OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job as it was handed to SLURM."""
+    """A job that was submitted to SLURM."""
 
     job: str
-    """The number of the job; NUMBER_TASK in an array."""
+    """The job id; NUMBER_TASK in an array."""
     log: str
     """The log of rank 0."""
     time: str
@@ -51,14 +51,14 @@ class Submitted:
 
 
 def slurm_folder(run_dir: Path) -> Path:
-    """Logs, pickles and code of a run's jobs."""
+    """The folder of the logs, pickles and code of a run's jobs."""
     return run_dir / "slurm"
 
 
 @contextmanager
 def submitting(run_dir: Path) -> Iterator[None]:
-    """Keep everybody else from submitting the run meanwhile; raises UserError if somebody does, or if a job could not
-    be written down."""
+    """Lock the run against other submissions. Raises UserError if another one is in progress, or if jobs cannot be
+    recorded."""
     path = slurm_folder(run_dir) / JOBS
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def note_submission(run_dir: Path, submitted: Submitted) -> None:
     folder = slurm_folder(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / JOBS, "ab+") as file:
-        is_torn = False  # as by a kill: the last line has no end
+        is_torn = False  # after a kill, the last line may be incomplete
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             is_torn = file.read(1) != b"\n"
@@ -90,16 +90,16 @@ def note_submission(run_dir: Path, submitted: Submitted) -> None:
 
 
 def submissions(run_dir: Path) -> list[Submitted]:
-    """The jobs of a run, the last one last."""
+    """The jobs of a run, the oldest first."""
     names = [field.name for field in fields(Submitted)]
     lines = read_json_lines(slurm_folder(run_dir) / JOBS, dict.fromkeys(names, str))
     found = [Submitted(**{name: line[name] for name in names}) for line in lines]
-    newest = {submitted.job: submitted for submitted in found}  # SLURM may begin again with its numbers
+    newest = {submitted.job: submitted for submitted in found}  # SLURM may reuse job ids
     return [submitted for submitted in found if newest[submitted.job] is submitted]
 
 
 def members(run_dir: Path) -> list[Path]:
-    """The runs of a sweep, whose logs are in this folder, which is no run itself."""
+    """The runs of a sweep, if `run_dir` only holds their logs and is not a run itself."""
     if submissions(run_dir):
         return []
     folder = slurm_folder(run_dir.absolute())
@@ -114,7 +114,7 @@ class State:
     name: str
     facts: str = ""
     reason: str = ""
-    """Why it waits."""
+    """Why the job waits."""
 
     @property
     def is_over(self) -> bool:
@@ -129,8 +129,8 @@ NO_ANSWER = State("SLURM does not answer")
 def state_of(submitted: Submitted, *, also_ended: bool = True) -> State:
     """The state of a job in the queue or, after it has left the queue, in SLURM's accounting if the site has it.
 
-    A number counts only together with the folder of its files: numbers come back after MaxJobId and with a new
-    controller, and another cluster has the same ones.
+    A job is identified by its id and the folder of its files. Ids are reused after MaxJobId and by a new controller,
+    and another cluster has the same ones.
     """
     folder, unknown = f"{Path(submitted.log).parent}/", UNKNOWN
     answer = ask("scontrol", "--oneliner", "show", "job", submitted.job)
@@ -147,7 +147,7 @@ def state_of(submitted: Submitted, *, also_ended: bool = True) -> State:
         for line in reversed(answer.output.strip().splitlines()):
             state, end, command = (*line.split("|", 2), "", "")[:3]
             name = (state.split() or [""])[0].rstrip("+")
-            if folder in command and name in OVER:  # one that runs would be in the queue
+            if folder in command and name in OVER:  # a running job would be in the queue
                 return State(name, f"ended {end.replace('T', ' ')}")
     return unknown
 
@@ -164,7 +164,7 @@ def _state_in_queue(name: str, facts: dict[str, str]) -> State:
 
 
 def active(run_dir: Path) -> list[tuple[Submitted, State]]:
-    """The run's jobs that wait or run. The newest one with NO_ANSWER, if SLURM does not say."""
+    """The run's pending and running jobs. If SLURM does not answer, only the newest one, with NO_ANSWER."""
     submitted, found = submissions(run_dir), []
     for job in submitted:
         state = state_of(job, also_ended=False)
@@ -176,7 +176,7 @@ def active(run_dir: Path) -> list[tuple[Submitted, State]]:
 
 
 def show_status(run_dir: Path) -> int:
-    """Print how a run is: in the queue, in its training, and what its next step is. 0 unless it has failed."""
+    """Print the jobs of a run, its progress, and what to do next. Returns 1 if the run has failed, else 0."""
     submitted = submissions(run_dir)
     ended = how_it_ended(run_dir)
     shown = active(run_dir) or [(job, state_of(job)) for job in submitted[-1:]]
@@ -215,7 +215,7 @@ def show_status(run_dir: Path) -> int:
 
 
 def _tell_what_holds(run_dir: Path, job: Submitted, state: State) -> None:
-    """What to do about a job that does not start by itself."""
+    """Print what to do about a job that SLURM will not start."""
     if state.reason == "DependencyNeverSatisfied":
         print(f"next     the job can never start: bfsys slurm stop {shlex.quote(str(run_dir))}, then submit it again:")
         print(f"         {job.command}")
@@ -224,7 +224,7 @@ def _tell_what_holds(run_dir: Path, job: Submitted, state: State) -> None:
 
 
 def show_status_of_all(runs: list[Path]) -> int:
-    """Print how the runs of a sweep are. 0 unless one has failed."""
+    """Print the status of the runs of a sweep. Returns 1 if one has failed, else 0."""
     codes = []
     for run in runs:
         print(f"run      {run}")
@@ -246,7 +246,7 @@ def _progress(run_dir: Path) -> str:
 
 
 def show_log(run_dir: Path, rank: int, follow: bool) -> int:
-    """Print the end of a rank's log of the newest job, and with `follow` what is added to it, until the job is over."""
+    """Print the end of a rank's log of the newest job. With `follow`, also print new lines until the job is over."""
     submitted = submissions(run_dir)
     if not submitted:
         raise UserError(f"{run_dir}: no job was submitted for this run; its logs, if any, are in {run_dir / 'log'}")
@@ -270,16 +270,16 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> int:
 
 
 def follow(run_dir: Path) -> int:
-    """Show rank 0's log until the job is over; the code that training ended with, 1 if it never got to it."""
+    """Show rank 0's log until the job is over. Returns training's exit code, or 1 if it recorded none."""
     show_log(run_dir, 0, follow=True)
-    if active(run_dir):  # a person has stopped following
+    if active(run_dir):  # Ctrl-C ended the display, and the job continues
         return 0
     ended = how_it_ended(run_dir)
     return ended["exit_code"] if ended else 1
 
 
 def _added_to(log: Path, job: Submitted) -> Iterator[str]:
-    """The log's last lines, and then what comes, until the job is over."""
+    """Yield the log's last lines, and new text until the job is over."""
     while not log.exists():
         if state_of(job).is_over:
             raise UserError(f"job {job.job}: {state_of(job).name}, and it has left no {log}")
@@ -315,13 +315,13 @@ def _last_lines(path: Path, number: int) -> list[bytes]:
 
 
 def stop(run_dir: Path) -> int:
-    """Ask SLURM to end the run's jobs, for good. Training saves first, if it gets to it within KillWait."""
+    """Ask SLURM to end the run's jobs without a requeue. Training saves a checkpoint if KillWait is long enough."""
     found = active(run_dir)
     if not found:
         raise UserError(f"{run_dir}: this run has no pending or running job")
     if (job := found[-1])[1] == NO_ANSWER:
         raise UserError(f"{run_dir}: SLURM does not answer whether job {job[0].job} is over; {IS_IT_UP}")
-    console.go_on_without()  # all of them are to end, whoever reads what is printed
+    console.go_on_without()  # a closed console must not stop this loop
     for submitted, state in found:
         answer = ask("scancel", submitted.job)
         if not answer.is_good:

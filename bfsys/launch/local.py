@@ -54,10 +54,10 @@ from bfsys.supervision.signals import EXIT_CODES, REPEAT_S, ends_at_once, stop_s
 
 T = TypeVar("T")
 
-AGREED_CODES = (*FINAL_CODES, EXIT_REQUEUE)  # all ranks end with them, nearly together
-KILLED = 128 + signal.SIGKILL  # the code of a rank that was
+AGREED_CODES = (*FINAL_CODES, EXIT_REQUEUE)  # all ranks end with such a code, at nearly the same time
+KILLED = 128 + signal.SIGKILL  # exit code of a rank that was killed
 POLL_S = 0.05
-TOGETHER_S = 30.0  # between the first and the last rank of an agreed end
+TOGETHER_S = 30.0  # after the end of the first rank, until the others are stopped
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
 SHOWN_LINES = 15  # last lines of a failed rank's log
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
@@ -67,7 +67,7 @@ class Group:
     """The running ranks of one job, until all of them have ended."""
 
     def __init__(self, job: TrainJob, world_size: int, log_dir: Path) -> None:
-        self._running: dict[int, subprocess.Popen | Forked] = {}  # processes by rank, until their end was noticed
+        self._running: dict[int, subprocess.Popen | Forked] = {}  # processes by rank that have not ended
         self.logs = [log_dir / f"rank-{rank}.log" for rank in range(world_size)]
         self._received: list[int] = []
         self._last_sent: dict[int, float] = {}
@@ -84,9 +84,9 @@ class Group:
             self._running[rank] = start(job, rank, {**os.environ, **variables}, log)
 
     def wait(self, show: Callable[[], None]) -> int:
-        """Wait for all ranks, forward signals, stop the rest when one fails; the exit code of the whole.
+        """Wait for all ranks, forward signals, and stop the others if one fails. Returns the exit code of the run.
 
-        `show` is called again and again.
+        `show` is called repeatedly.
         """
         first_rank = first_code = 0
         stop_at = kill_at = float("inf")
@@ -99,10 +99,10 @@ class Group:
             if ended and kill_at == float("inf"):
                 stop_at = min(stop_at, now + TOGETHER_S)
             if first_code == 0 and any(ended.values()):
-                # Among ranks that are found at the same time, one that died of a signal is likelier to be the cause.
+                # If several ranks have failed, the likelier cause is one that was killed by a signal.
                 code, first_rank = min((code, rank) for rank, code in ended.items() if code)
                 first_code = self._exit_code(code, was_told=kill_at < float("inf"))
-                if first_code == EXIT_HUNG:  # who hangs does not hear either
+                if first_code == EXIT_HUNG:  # a hung rank does not react to SIGTERM
                     kill_at = now
                 elif first_code not in AGREED_CODES:
                     stop_at = now
@@ -113,12 +113,12 @@ class Group:
                 self._send(signal.SIGKILL)
         if first_code not in AGREED_CODES:
             self._describe_failure(first_rank, first_code)
-            for number in (*self._last_sent, *self._received):  # asked to stop: it must not be started again
+            for number in (*self._last_sent, *self._received):  # a stop was requested: no restart
                 return EXIT_CODES[number]
         return first_code
 
     def close(self) -> None:
-        """End all remaining processes at once."""
+        """Kill all remaining processes."""
         self._send(signal.SIGKILL)
         for process in self._running.values():
             process.wait()
@@ -126,7 +126,7 @@ class Group:
             signal.signal(number, handler)
 
     def _newly_ended(self) -> dict[int, int]:
-        """Codes of the ranks that ended since the last look."""
+        """The exit codes of the ranks that have ended since the last call."""
         ended = {rank: code for rank, process in self._running.items() if (code := process.poll()) is not None}
         for rank in ended:
             del self._running[rank]
@@ -136,7 +136,7 @@ class Group:
         self._received.append(number)
 
     def _forward(self) -> bool:
-        """Send on what was received, once; True if it was asked again and ranks must go at once."""
+        """Forward each received signal once. Returns True if a repeated signal means that ranks must end at once."""
         gave_up = False
         while self._received:
             number, now = self._received.pop(0), time.monotonic()
@@ -153,11 +153,11 @@ class Group:
             if number == signal.SIGKILL:
                 with suppress(ProcessLookupError):  # the rank and its loader processes
                     os.killpg(process.pid, number)
-            process.send_signal(number)  # nothing, if it has ended meanwhile
+            process.send_signal(number)  # no effect if it has ended
 
     def _exit_code(self, code: int, *, was_told: bool) -> int:
-        """A rank that died of a stop signal had nothing to save yet or any more, and ends as one that had. The others
-        get the signal, too. It `was_told` to end by this process, if nobody else wants it to."""
+        """Return the exit code for a rank. A rank that was killed by a stop signal had nothing to save. It gets the
+        code of a stop, and the signal is forwarded. This is not so if this process sent the signal (`was_told`)."""
         if code >= 0:
             return code
         if -code in self._last_sent:
@@ -170,19 +170,19 @@ class Group:
     def _describe_failure(self, rank: int, code: int) -> None:
         log = self.logs[rank]
         print(f"error: rank {rank} ended with code {code}, so the others were stopped; see {log}", file=sys.stderr)
-        if rank:  # rank 0's lines were shown
+        if rank:  # rank 0's lines are already shown
             lines = log.read_text(errors="replace").splitlines()
             print("\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]), file=sys.stderr)
 
 
 def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
-    """Run all ranks to their end, rank 0's output on the console; the exit code of the whole.
+    """Run all ranks to their end, with rank 0's output on the console. Returns the exit code of the run.
 
     Raises UserError if another launcher writes to these logs.
     """
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        # Ranks lock the run directory later. Each of two launchers would show what the other's rank 0 says until then.
+        # Ranks lock the run directory later. Until then, two launchers would show the output of each other's rank 0.
         hold = hold_directory(log_dir.parent, f"{log_dir.name}/.lock")
         with open(log_dir / "rank-0.log", "ab") as log:
             shown_from = log.tell()
@@ -201,8 +201,7 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
 
 
 def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
-    """Call `start()`, which returns the run's exit code, until another start would not change the end. Returns the last
-    code."""
+    """Call `start()`, which returns the run's exit code, and restart as the policy says. Returns the last code."""
     restarts = Restarts(run_dir, newest_step(run_dir))
     while (code := start()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
         print(f"restarting in {pause_s:.0f} s from step {restarts.step}", file=sys.stderr, flush=True)
@@ -214,26 +213,26 @@ def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
 
 
 def show_new(log: BinaryIO, decoder: codecs.IncrementalDecoder) -> None:
-    """Copy what was added to the log to the console; the decoder keeps a character that is not complete yet."""
+    """Print the new part of the log. The decoder keeps an incomplete character for the next call."""
     text = decoder.decode(log.read())
     if text:
         sys.stdout.write(text)
         sys.stdout.flush()
 
 
-# All ways to start a process put it into a process group of its own, so that a terminal's Ctrl-C reaches it once,
-# through this process, and have it killed when this process ends.
+# Every process gets its own process group, so that a terminal's Ctrl-C reaches it only once, through this process. It
+# is killed when this process ends.
 
 
 class Forked:
-    """A forked process that calls `act()`, with the words of subprocess.Popen."""
+    """A forked process that calls `act()`, with the interface of subprocess.Popen."""
 
     def __init__(self, act: Callable[[], None], name: str, log: Path | None) -> None:
-        """`name` is what `ps -o comm` shows. Its output goes to `log`, or to this process' console."""
+        """`ps -o comm` shows `name`. The output goes to `log`, or to the console of this process."""
         self._process = multiprocessing.get_context("fork").Process(
             target=self._begin, args=(act, name.encode(), log, os.getpid())
         )
-        # In the child they wait until they no longer come to this process' handlers.
+        # In the child, signals stay blocked until the handlers of this process are removed.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
         self._process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -279,13 +278,12 @@ def fork_rank(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> Forke
 
 
 def import_what_ranks_need() -> None:
-    """Import modules before ranks are forked. This is 6 of the 11 s of a start on two cores, and takes no time
-    afterwards."""
+    """Import modules before ranks are forked. This takes 6 of the 11 s of the first start on two cores."""
     import bfsys.train  # noqa: F401
     from bfsys.engine import import_deepspeed
 
     import_deepspeed()
-    # DeepSpeed imports these only when it sets up an optimizer; other versions may have other names for it.
+    # DeepSpeed imports these only when it sets up an optimizer. Other versions may have other names for them.
     for name in ("torch._dynamo", "deepspeed.runtime.engine"):
         with suppress(ImportError):
             importlib.import_module(name)
@@ -313,12 +311,12 @@ def die_with(parent: int) -> None:
     """Have this process killed when its parent ends. This has no effect outside Linux."""
     if sys.platform.startswith("linux"):
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before this was set
+        if os.getppid() != parent:  # the parent ended before this was set
             os._exit(128 + signal.SIGKILL)
 
 
 def free_port() -> int:
-    """A port for the ranks to meet at, outside the ephemeral range; two launchers begin to look at different ones."""
+    """Find a free port for the ranks, outside the ephemeral range. Launchers start the search at different ports."""
     for i in range(len(MASTER_PORTS)):
         port = MASTER_PORTS[(os.getpid() + i) % len(MASTER_PORTS)]
         with socket.socket() as s, suppress(OSError):
@@ -328,14 +326,14 @@ def free_port() -> int:
 
 
 def share_of(things: Sequence[T], slot: int, at_once: int) -> list[T]:
-    """The GPUs or cores of one of several concurrent runs: an equal share, and at least one."""
+    """Return the GPUs or cores of one of `at_once` concurrent runs: an equal share, and at least one."""
     each = max(1, len(things) // at_once)
     return [things[(slot * each + i) % len(things)] for i in range(each)]
 
 
 def choose_ranks(lanes: int, asked: range | None, at_once: int = 1) -> int:
-    """The number asked for, if it can be. Of several, and by default, the most ranks that GPUs or cores allow and that
-    divide the lanes. Each of several runs `at_once` has an equal share of them."""
+    """Return the requested number of ranks. From a range, and by default, choose the largest number that the GPUs or
+    cores allow and that divides the lanes. Concurrent runs share the GPUs or cores equally. Raises UserError."""
     gpus = gpu_count()
     each = len(share_of(range(gpus or len(os.sched_getaffinity(0))), 0, at_once))
     if asked is None:
@@ -372,10 +370,10 @@ def parse_ranks(text: str | None) -> range | None:
 def launch(
     config: Config, config_file: Path, overrides: Sequence[str], asked: range | None, *, is_dry_run: bool
 ) -> int:
-    """Train on `asked` ranks, or as many as there can be, until another start would not change the end; the exit code.
+    """Train on `asked` ranks, or on as many as possible, with restarts. Returns the exit code.
 
-    `config` is what `config_file` and `overrides` give. Of a range of numbers, a start after a rank was killed takes a
-    smaller one: the kernel kills a rank when memory is short, and would do so again.
+    `config` is read from `config_file` and `overrides`. If `asked` is a range, a start after a rank was killed uses a
+    smaller number: the kernel kills a rank if memory is short, and would do so again.
     """
     ranks = choose_ranks(config.data.lanes, asked)
     job = TrainJob(

@@ -30,14 +30,14 @@ from bfsys.ranks import gpu_count
 from bfsys.supervision.run_end import how_it_ended
 from bfsys.supervision.signals import EXIT_CODES, stop_signals
 
-CONSOLE = Path("log", "console.log")  # log of a run that trains beside others
+CONSOLE = Path("log", "console.log")  # output of a run if several train at once
 COPY = Path("log", "sweep.yaml")  # the config that the sweep trains a run from
 
 
 def check_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) -> list[str]:
-    """Notes about the runs.
+    """Check the runs, and return notes about them.
 
-    Raises UserError with everything that would end one in its first minute, or continue another run.
+    Raises UserError with everything that would end a run in its first minute, or resume a run with other settings.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -55,7 +55,7 @@ def check_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) ->
 
 
 def _other_settings(config: Config) -> list[str]:
-    """The settings in which an existing run differs from this one of the same name."""
+    """Return the settings that differ from an existing run of the same name, as a problem."""
     path = config.run_dir / CONFIG
     if not newest_step(config.run_dir) or not path.exists():
         return []
@@ -82,10 +82,10 @@ def state_of(config: Config) -> str:
 
 
 def train_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) -> int:
-    """Train the runs that are not finished yet, `at_once` at a time, each on `ranks` ranks; the exit code.
+    """Train the unfinished runs, `at_once` at a time, each on `ranks` ranks. Returns the exit code.
 
-    A run that fails does not stop the others. The code is 1 if a run failed, and that of the signal (EXIT_CODES) if one
-    stopped the sweep.
+    A run that fails does not stop the others. The code is 1 if a run failed. If a signal stopped the sweep, it is the
+    code of the signal (EXIT_CODES).
     """
     waiting = [config for config in configs if not is_finished(config)]
     print(f"sweep: {len(configs)} runs, {len(configs) - len(waiting)} of them finished already", flush=True)
@@ -104,7 +104,7 @@ def _train_all(waiting: list[Config], ranks: range | None, at_once: int) -> tupl
     """Exit codes by run directory, and the code of the signal that stopped the sweep, or 0."""
     received: list[int] = []
     previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in stop_signals()}
-    running: dict[int, tuple[Config, Forked]] = {}  # runs by slot, which decides about GPUs and cores
+    running: dict[int, tuple[Config, Forked]] = {}  # runs by slot; the slot determines the GPUs or cores
     codes: dict[Path, int] = {}
     stop_code = 0
     try:
@@ -125,7 +125,7 @@ def _train_all(waiting: list[Config], ranks: range | None, at_once: int) -> tupl
                 code = process.poll()
                 if code is not None:
                     del running[slot]
-                    # Before a run has handlers of its own, a signal ends it at once, with nothing to save.
+                    # Before a run installs its handlers, a signal kills it; there is nothing to save.
                     codes[config.run_dir] = code if code >= 0 else EXIT_CODES.get(-code, 128 - code)
                     _report(config, codes[config.run_dir])
     finally:
@@ -144,7 +144,7 @@ def _start(config: Config, ranks: range | None, slot: int, at_once: int) -> Fork
 
 
 def _train(config: Config, ranks: range | None, slot: int, at_once: int) -> None:
-    """The process of one run; exits."""
+    """Train one run in this process, and exit."""
     if at_once > 1:
         if gpus := gpu_count():
             names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")

@@ -25,7 +25,7 @@ from bfsys.errors import collecting
 from bfsys.launch.slurm_commands import IS_IT_UP, ask
 from bfsys.launch.slurm_options import parse_minutes
 
-# By the kind of file system that the kernel names. Others, such as ext4, may still be exported to the nodes.
+# Kinds of file systems, as the kernel names them. Others, such as ext4, may be exported to the nodes.
 OF_THIS_MACHINE = {"tmpfs", "ramfs", "devtmpfs"}
 SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "orangefs", "afs", "cifs",
           "smb3", "9p", "virtiofs"}  # fmt: skip
@@ -40,7 +40,8 @@ class Checked:
 
 
 def check_run(config: Config, ranks: int, *, on_gpu: bool) -> Checked:
-    """Data and run directory: everything that would end the job in its first minute; and what a rank will need."""
+    """Check data and run directory for everything that would end the job in its first minute. Notes say what a rank
+    will need."""
     problems, notes = list(_writable(config.run_dir)), []
     with collecting(problems):
         notes += check_copies(config)
@@ -50,13 +51,13 @@ def check_run(config: Config, ranks: int, *, on_gpu: bool) -> Checked:
         notes += notes_on_start(data)
         if on_gpu and not all_checkpoints(config.run_dir):
             notes.append(CHECK_FIRST)
-        if config.data.lanes % ranks == 0:  # others are told how many fit
+        if config.data.lanes % ranks == 0:  # the caller reports numbers that do not fit
             notes.append(f"{config.name}: {plan_run.estimate(data, ranks, on_gpu=on_gpu).describe()}")
     return Checked(problems, notes)
 
 
 def missing_shards(sources: Sources) -> list[str]:
-    """Local shards that are missing, or whose size is not that in dataset.json."""
+    """Report local shards that are missing, or whose size differs from dataset.json."""
     problems = []
     for split in sources.splits:
         if is_remote(split.dataset.location):
@@ -86,7 +87,7 @@ def _writable(run_dir: Path) -> Iterator[str]:
 def check_places(places: dict[str, Path]) -> Checked:
     """Check that the nodes can see some places. `places` maps a description to each."""
     problems, mounts = [], _mounts()
-    # Each node may have a copy of Python of its own, even in memory.
+    # Each node may have its own copy of Python, even in memory.
     unsure = {_file_system(Path(sys.base_prefix), mounts): ["Python"]}
     for what, path in places.items():
         kind = _file_system(path, mounts)
@@ -103,7 +104,7 @@ def check_places(places: dict[str, Path]) -> Checked:
 
 
 def _mounts() -> dict[Path, str]:
-    """File system kinds by mount point; those of later mounts hide those of earlier ones."""
+    """File system kinds by mount point. Later mounts hide earlier ones."""
     kinds = {}
     with open("/proc/self/mounts") as mounts:
         for line in mounts:
@@ -118,7 +119,7 @@ def _file_system(path: Path, mounts: dict[Path, str]) -> str:
 
 
 def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qos: str | None = None) -> Checked:
-    """Ask SLURM whether it would take the script, and when it would start."""
+    """Ask SLURM whether it would accept the script, and when the job would start."""
     problems: list[str] = []
     notes: list[str] = []
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
@@ -135,14 +136,14 @@ def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qo
     partition = partition or next((name for name, limit in limits.items() if limit.is_default), "")
     limit = limits.get(partition)
     if answer.code:
-        # Nodes that are down or drained do not count for SLURM here, but a real job would wait for them.
+        # --test-only does not count nodes that are down or drained, but a real job would wait for them.
         is_passing = NOT_NOW in answer.errors and limit is not None and nodes <= limit.nodes and limit.away
         found = notes if is_passing else problems
         what = (
             "SLURM could not start the job with the nodes that are up" if is_passing else "SLURM would refuse the job"
         )
         found.append(f"sbatch --test-only: {what}: {'; '.join(said)}")
-    # Without EnforcePartLimits a job that asks for too much is taken, and waits for ever.
+    # Without EnforcePartLimits, SLURM accepts a job above the limit, and it waits for ever.
     if limit and limit.minutes and minutes > limit.minutes:
         (notes if qos else problems).append(  # a QOS may allow more
             f"--time: got {minutes} minutes; partition {partition} allows {limit.minutes}. A job that runs out of time "
@@ -165,7 +166,7 @@ def _partitions() -> dict[str, Partition]:
     """The partitions by name; none if SLURM does not answer."""
     answer = ask("sinfo", "--noheader", "--format=%P %l %D %t")
     partitions: dict[str, Partition] = {}
-    for line in answer.output.splitlines() if answer.is_good else ():  # one for each state of nodes
+    for line in answer.output.splitlines() if answer.is_good else ():  # one line for each node state
         name, limit, number, state = line.split()
         before = partitions.get(name.rstrip("*"), Partition())
         is_away = state.rstrip("*~#!%$@^-").startswith(("down", "drain", "drng", "fail", "maint", "boot", "resv"))

@@ -35,17 +35,16 @@ from bfsys.launch.slurm_commands import Answer, ask, fields_of
 from bfsys.supervision.run_end import note_end
 
 FILE = "restarts.json"
-# Before starts without progress. SLURM hands out a node that is lost until it has missed it for SlurmdTimeout, 300 s by
-# default.
+# Before restarts without progress. SLURM assigns a lost node until SlurmdTimeout has passed, 300 s by default.
 PAUSES_S = (1.0, 60.0, 300.0)
 POLL_S = 0.2
 ASK_BEFORE_END_S = 8.0
 KILL_WAIT_S = 30.0  # SLURM's default
-END_WAIT_S = 600.0  # for SLURM, which was asked to end this process
-# Tries of scontrol while the controller is away, busy or restarting: about an hour, or until SLURM ends this process.
+END_WAIT_S = 600.0  # for SLURM to end this process after a requeue
+# Tries of scontrol while the controller is unavailable: about an hour, or until SLURM ends this process.
 TRIES, TRY_PAUSE_S = 180, 20.0
-ENDING_LIMIT_S, ENDING_PAUSE_S = 5.0, 2.0  # for an answer and between tries, once SLURM ends this process
-# Answers that another try would not change.
+ENDING_LIMIT_S, ENDING_PAUSE_S = 5.0, 2.0  # limit and pause of tries after SIGTERM
+# Errors that are permanent, so that a retry is useless.
 REFUSALS = ("presently disabled", "Invalid job id", "Access/permission denied", "already finished", "not supported",
             "No such file or directory")  # fmt: skip
 IS_REQUEUED = "Job is pending execution"
@@ -70,9 +69,9 @@ class JobSupervisor:
             self.ending_since = time.monotonic()
 
     def run(self, command: list[str]) -> int:
-        """Run the tasks; returns the code that the job is to end with, if SLURM does not start it again."""
+        """Run the tasks. Returns the exit code of the job, if SLURM does not requeue it."""
         signal.signal(signal.SIGTERM, self._end)
-        for number in (signal.SIGUSR1, signal.SIGUSR2):  # which are meant for the tasks
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # they are for the tasks
             signal.signal(number, signal.SIG_IGN)
         return self.after(self._wait_for(subprocess.Popen(command)))
 
@@ -94,26 +93,26 @@ class JobSupervisor:
         return code if code >= 0 else 128 - code
 
     def after(self, code: int) -> int:
-        """After the tasks have ended with `code`, have the job requeued if it should be."""
+        """Requeue the job if necessary, after the tasks have ended with `code`. Returns the exit code of the job."""
         if code in FINAL_CODES and code != EXIT_STOPPED:
             return code
         job = self._facts()
         if not may_come_back(job):
-            return code  # it was cancelled, or SLURM itself starts it again
+            return code  # the job was cancelled, or SLURM itself requeues it
         is_preempted = job.get("PreemptTime", "None") != "None"
         if code == EXIT_STOPPED and (is_out_of_time(job) or is_preempted):
-            code = EXIT_REQUEUE  # it was SLURM that asked to stop, and no person
+            code = EXIT_REQUEUE  # SLURM requested the stop, not a person
         path, counted = self.run_dir / FILE, {}
         with suppress(OSError, ValueError):
             counted = json.loads(read_regular(path))
         restarts = Restarts(self.run_dir, counted.get("step", 0), counted.get("without_progress", 0), PAUSES_S)
-        # A pre-emption is nobody's fault and does not count.
+        # A pre-emption does not count as a restart without progress.
         pause_s = 0.0 if is_preempted and code not in FINAL_CODES else restarts.pause_s(code)
         if pause_s is None:
             return restarts.exit_code
-        with suppress(OSError):  # better counted wrongly than not started again
+        with suppress(OSError):  # a wrong count is better than no restart
             _write_count(path, restarts.step, restarts.without_progress)
-        pause_s = 0.0 if code == EXIT_REQUEUE or self.is_being_ended else pause_s  # there is no time for one
+        pause_s = 0.0 if code == EXIT_REQUEUE or self.is_being_ended else pause_s  # no time for a pause
         step = newest_step(self.run_dir)
         print(f"training ended with code {code}; restarting in {pause_s:.0f} s from step {step}", flush=True)
         until = time.monotonic() + pause_s
@@ -124,7 +123,7 @@ class JobSupervisor:
                 break
             time.sleep(POLL_S)
         if problem := self._requeue():
-            # Whoever asked training to stop and to come back was not a person: the run has not ended as it should.
+            # With these codes, training expected a requeue, so its absence is a failure.
             note_end(self.run_dir, EXIT_CRASHED if code in (EXIT_REQUEUE, EXIT_STOPPED) else code, problem)
             print(f"error: {problem}", file=sys.stderr)
         else:
@@ -132,7 +131,7 @@ class JobSupervisor:
         return code
 
     def _insist(self, *command: str) -> Answer:
-        """Ask SLURM until it does it or refuses it; its last answer, where it does neither in all tries."""
+        """Retry a SLURM command until it succeeds or fails permanently, up to TRIES times. Returns the last answer."""
         for number in range(1, TRIES + 1):
             answer = ask(*command, limit_s=ENDING_LIMIT_S if self.is_being_ended else None)
             if answer.is_good or is_final(answer):
@@ -147,12 +146,12 @@ class JobSupervisor:
         return fields_of(answer.output) if answer.is_good else {}
 
     def _requeue(self) -> str | None:
-        """Ask SLURM to start this job again, which ends all of its processes; if it does not, why."""
+        """Ask SLURM to requeue this job, which ends all of its processes. Returns the problem if SLURM does not."""
         job = job_id()
         print(f"asking SLURM to requeue job {job}", flush=True)
         answer = self._insist("scontrol", "requeue", job)
         reason = answer.errors.strip()
-        if answer.is_good or IS_REQUEUED in reason:  # an earlier try was heard
+        if answer.is_good or IS_REQUEUED in reason:  # an earlier try has succeeded
             return None
         again = "the checkpoint is saved: submit again with the same command to continue"
         if is_final(answer):
@@ -166,7 +165,7 @@ class JobSupervisor:
 
 
 def forget(run_dir: Path) -> None:
-    """A person submits the run: starts of before do not count."""
+    """Reset the count of restarts without progress, because a person submits the run."""
     if step := newest_step(run_dir):
         _write_count(run_dir / FILE, step, 0)
     else:
@@ -182,12 +181,12 @@ def is_out_of_time(job: dict[str, str]) -> bool:
 
 
 def may_come_back(job: dict[str, str]) -> bool:
-    """Whether SLURM leaves the requeue to us: the job runs, or has run out of time."""
+    """Whether SLURM leaves the requeue to this process: the job runs, or has run out of time."""
     return job.get("JobState", "RUNNING") == "RUNNING" or is_out_of_time(job)
 
 
 def job_id() -> str:
-    """The id of this process's job for scontrol: the number alone may mean a whole array."""
+    """The id of this process's job for scontrol. SLURM_JOB_ID alone may mean a whole array."""
     env = os.environ
     if "SLURM_ARRAY_TASK_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
@@ -209,12 +208,12 @@ def kill_wait_s() -> float:
 
 
 def is_final(answer: Answer) -> bool:
-    """Whether SLURM, or this machine, refuses something for good, or has done it before."""
+    """Whether the error is permanent, or an earlier try has succeeded."""
     return any(text in answer.errors for text in (*REFUSALS, IS_REQUEUED))
 
 
 def stop_tasks() -> None:
-    """Have all ranks finish the step, save and leave, to be started again."""
+    """Ask all ranks to finish the step, save and exit with EXIT_REQUEUE."""
     ask("scancel", "--signal=USR2", job_id())
 
 
@@ -225,7 +224,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--grow-every-s", type=float)
     parser.add_argument("runs", nargs="+", type=Path)
     args, command = parser.parse_args(arguments[:divide]), arguments[divide + 1 :]
-    if len(args.runs) == 1:  # no array: these are of the shell that submitted the job
+    if len(args.runs) == 1:  # not an array: these variables come from the submitting shell
         os.environ.pop("SLURM_ARRAY_JOB_ID", None)
         os.environ.pop("SLURM_ARRAY_TASK_ID", None)
     run_dir, growth = args.runs[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))], None

@@ -22,32 +22,32 @@ from bfsys.errors import (
 from bfsys.files import read_regular
 from bfsys.supervision.run_end import note_end
 
-# All ranks end with it, nearly together, and starting again would change nothing.
+# All ranks end with such a code at nearly the same time, and another start would end in the same way.
 FINAL_CODES = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE, EXIT_STOPPED)
 MAX_RESTARTS = 3  # restarts without a new checkpoint
-PAUSES_S = (1.0, 10.0, 60.0)  # before them: what is only passing, such as a file server that is away, may pass
+PAUSES_S = (1.0, 10.0, 60.0)  # before them, for temporary failures such as an unavailable file server
 
 
 @dataclass
 class Restarts:
-    """Counts the starts of a run that made no progress, which is a new checkpoint."""
+    """Counts the restarts of a run without progress. Progress is a new checkpoint."""
 
     run_dir: Path
     step: int = 0
-    """Step of the newest checkpoint before the present start."""
+    """Step of the newest checkpoint before the current start."""
     without_progress: int = 0
-    """Starts again since the last progress."""
+    """Restarts since the last progress."""
     pauses_s: tuple[float, ...] = PAUSES_S
     exit_code: int = 0
-    """Exit code of the run, once it is not restarted any more."""
+    """Exit code of the run after its last start."""
 
     def pause_s(self, code: int) -> float | None:
-        """Seconds to wait before the next start after one that ended with `code`; None if there is no other start."""
+        """Return the seconds to wait before the next start, after one that ended with `code`; None for no restart."""
         self.exit_code = code
         if code in FINAL_CODES:
             return None
         before, self.step = self.step, newest_step(self.run_dir)
-        if self.step != before:  # smaller, if later ones turned out to be damaged
+        if self.step != before:  # it is smaller if later checkpoints were damaged
             self.without_progress = 0
         if self.without_progress == MAX_RESTARTS:
             reason = (

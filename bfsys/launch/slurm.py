@@ -52,23 +52,23 @@ from bfsys.supervision.run_end import forget_end
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Between the request to stop and the end of the time limit: a step and a checkpoint, plus start-up if it has to be.
-# SLURM may send it up to 60 s early, never late; a short job must have time for more than its start.
+# From the stop signal to the time limit: enough for a step and a checkpoint, and for the start-up if it is not over.
+# SLURM may send the signal up to 60 s early, never late. A short job has a shorter notice, to have time for steps.
 STOP_NOTICE_S = 120
 
-# Python ignores USR1 and USR2 until the task takes them: by default it would die of them. (`env --ignore-signal`
-# would read better, and is missing from the coreutils of RHEL 8.)
+# Python ignores USR1 and USR2 until the task has installed its handlers. By default they would kill it. (The coreutils
+# of RHEL 8 lack `env --ignore-signal`, which would be simpler.)
 PYTHON = """bash -c 'trap "" USR1 USR2; exec "$0" "$@"' """
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's executor, whose script runs srun under requeue.py. It can be shown and created without SLURM."""
+    """submitit's executor. Its script runs srun under requeue.py, and can be made and shown without SLURM."""
 
     srun: Sequence[str] = ()
-    """Options."""
+    """Options of srun."""
     run_dirs: Sequence[Path] = ()
     elastic: Sequence[str] = ()
-    """The options of requeue.py."""
+    """Options of requeue.py."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -84,7 +84,7 @@ class Executor(submitit.SlurmExecutor):
         return f"exec {shlex.join([*supervise, *srun])} {super()._submitit_command_str}"
 
     def _num_tasks(self) -> int:
-        return 1 if self.elastic else super()._num_tasks()  # SLURM decides; submitit would multiply a range
+        return 1 if self.elastic else super()._num_tasks()  # SLURM decides; submitit would multiply by a range of nodes
 
     def script(self) -> str:
         count = len(self.run_dirs) if len(self.run_dirs) > 1 else None
@@ -92,7 +92,7 @@ class Executor(submitit.SlurmExecutor):
 
 
 def lanes_problem(lanes: int, nodes: range, per_node: int) -> str | None:
-    """The reason why none of these numbers of nodes can share the lanes, with numbers that could."""
+    """Return why none of these numbers of nodes can share the lanes, with numbers that can; None if one can."""
     if fitting(lanes, nodes, per_node):
         return None
     if fit := fitting(lanes, range(1, lanes + 1), per_node):
@@ -104,13 +104,13 @@ def lanes_problem(lanes: int, nodes: range, per_node: int) -> str | None:
 
 
 def job_nodes(args: argparse.Namespace, configs: Sequence[Config]) -> list[int]:
-    """The numbers of nodes, of those asked for, that share the lanes of every run evenly; as asked, where none does."""
+    """The requested numbers of nodes that share the lanes of every run evenly. If none does, all requested ones."""
     lanes = math.gcd(*(config.data.lanes for config in configs))
     return fitting(lanes, nodes_of(args), ranks_per_node(args)) or list(nodes_of(args))
 
 
 def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[str]) -> list[str]:
-    """Notes on the runs and their job. Raises UserError with `problems`, which are known, and all that are found."""
+    """Check the runs and their job, and return notes. Raises UserError with `problems` and all that are found."""
     problems = list(problems)
     is_sound = not any(option_problems(args))
     notes: list[str] = []
@@ -118,7 +118,7 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
     has_sound_nodes = parse_range(args.nodes) is not None and ranks_per_node(args) > 0
     nodes = job_nodes(args, configs) if has_sound_nodes else [1]
     for config in configs:
-        ranks = max(1, nodes[0] * ranks_per_node(args))  # the fewest: each of them needs most
+        ranks = max(1, nodes[0] * ranks_per_node(args))  # with the fewest ranks, each needs the most memory
         run = preflight.check_run(config, ranks, on_gpu=bool(args.gpus_per_node))
         problems, notes = problems + run.problems, notes + run.notes
         if config.data.workers and (args.cpus_per_task or 0) <= config.data.workers:
@@ -151,7 +151,7 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
 
 
 def problem_of_jobs(config: Config) -> str | None:
-    """Why a run cannot be submitted: it has a job. Raises UserError if SLURM does not say."""
+    """Return why a run cannot be submitted: it already has a job. Raises UserError if SLURM does not answer."""
     for job, state in jobs.active(config.run_dir):
         if state == jobs.NO_ANSWER:
             raise UserError(f"run {config.run_dir}: SLURM does not answer whether job {job.job} is over; {IS_IT_UP}")
@@ -163,7 +163,7 @@ def problem_of_jobs(config: Config) -> str | None:
 
 
 def without_jobs(args: argparse.Namespace, configs: Sequence[Config], problems: list[str]) -> list[Config]:
-    """The runs that can be submitted: of a sweep, those that have no job. It is a problem if none can be."""
+    """Return the runs that can be submitted; of a sweep, those without a job. If there are none, add to `problems`."""
     if args.dependency or not shutil.which("sbatch"):
         return list(configs)
     with collecting(problems):
@@ -177,7 +177,7 @@ def without_jobs(args: argparse.Namespace, configs: Sequence[Config], problems: 
 
 
 def seen_by_nodes(configs: Sequence[Config]) -> dict[str, Path]:
-    """The places that a job needs on every node, besides Python, by what they are."""
+    """The paths that a job needs on every node, by description, without Python."""
     data = dict.fromkeys(
         Path(path).absolute()
         for config in configs
@@ -193,7 +193,8 @@ def seen_by_nodes(configs: Sequence[Config]) -> dict[str, Path]:
 
 
 def snapshot(config: Config) -> Path:
-    """A copy of bfsys/ and of the resolved config in the run directory; equal ones are made once. The config's path."""
+    """Copy bfsys/ and the resolved config into the run directory, unless it has an equal copy. Returns the path of the
+    config."""
     sources = sorted(path for path in (ROOT / "bfsys").rglob("*") if path.suffix == ".py")
     texts = {path.relative_to(ROOT): path.read_bytes() for path in sources}
     texts[Path(f"{config.name}.yaml")] = typed_yaml.dump(config).encode()
@@ -210,7 +211,7 @@ def snapshot(config: Config) -> Path:
 
 
 def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir: Path) -> Executor:
-    """submitit's executor with all options for sbatch and srun."""
+    """Make submitit's executor with all options of sbatch and srun."""
     run_dirs = [config.run_dir.absolute() for config in configs]
     base = run_dirs[0] if len(configs) == 1 else run_dirs[0].with_name(load_config(args.config, args.overrides).name)
     python, srun_args = shlex.quote(sys.executable), []
@@ -223,17 +224,17 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
             python = f"apptainer exec {nv}--bind {shlex.quote(places)} {shlex.quote(args.container)} python3"
         else:
             srun_args += [f"--container-image={args.container}", f"--container-mounts={places}"]
-    # submitit counts time-outs that it requeues itself; it never does, and its count must not end a run.
+    # submitit limits its own requeues after time-outs. They are not used, so the limit must not end a run.
     executor = Executor(folder=folder, python=PYTHON + python, max_num_timeout=10**6)
     executor.run_dirs = run_dirs
     exports = [f"export {name}={shlex.quote(value)}" for name, _, value in (e.partition("=") for e in args.env)]
-    if args.cpus_per_task:  # srun no longer takes it over from sbatch
+    if args.cpus_per_task:  # srun no longer inherits it from sbatch
         srun_args.append(f"--cpus-per-task={args.cpus_per_task}")
     others: dict[str, object] = {"reservation": args.reservation} if args.reservation else {}
     nodes, per_node = job_nodes(args, configs), ranks_per_node(args)
     tasks: dict[str, object] = {"ntasks_per_node": per_node, "cpus_per_task": args.cpus_per_task}
     if len(nodes) > 1:
-        # Told of tasks, SLURM 22.05 gives a job without GPUs the fewest nodes of a range: it is told of cores instead.
+        # If sbatch gets tasks, SLURM 22.05 gives a job without GPUs the fewest nodes of a range. So it gets cores.
         tasks = {"ntasks_per_node": None}
         others["mincpus"] = per_node * (args.cpus_per_task or 1)
         srun_args.append(f"--ntasks-per-node={per_node}")
@@ -255,20 +256,20 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
         exclude=args.exclude,
         dependency=args.dependency,
         comment=args.comment,
-        wckey="",  # not submitit's own, which sites that check keys refuse
+        wckey="",  # sites that check keys refuse submitit's default
         stderr_to_stdout=True,  # one log per rank, in the order of events
-        use_srun=False,  # the command has it already
+        use_srun=False,  # the command already contains srun
         setup=[
-            *([] if args.gpus_per_node else ["export DS_ACCELERATOR=cpu"]),  # a node may show its GPUs even then
+            *([] if args.gpus_per_node else ["export DS_ACCELERATOR=cpu"]),  # the GPUs of the node may still be visible
             *args.setup,
             *exports,
-            # The job's code before all other, and no module from the current folder.
+            # The job's copy of the code comes first, and no module is imported from the current folder.
             f"export PYTHONPATH={shlex.quote(str(code_dir))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
         ],
         additional_parameters={
             "chdir": str(Path.cwd()),
             "signal": f"USR2@{min(STOP_NOTICE_S, 20 * minutes)}",
-            "requeue": True,  # some sites' default is not to
+            "requeue": True,  # some sites have another default
             **others,
         },
     )
@@ -276,16 +277,16 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
 
 
 def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
-    """Hand the job to SLURM, as an array if there are several; raises UserError if it is refused, and leaves nothing
-    of submitit's behind."""
-    if "SLURM_JOB_ID" in os.environ:  # within another job: its number of tasks is not ours
+    """Submit the job, as an array if there are several tasks. If SLURM refuses it, remove submitit's files and raise
+    UserError."""
+    if "SLURM_JOB_ID" in os.environ:  # within another job: do not inherit its number of tasks
         for name in [n for n in os.environ if n.startswith("SLURM_") and n != "SLURM_CONF"]:
             del os.environ[name]
     folder = Path(executor.folder)
     folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints the error that it raises
             return [executor.submit(tasks[0])] if len(tasks) == 1 else executor.map_array(TrainJob.__call__, tasks)
     except FailedJobError as error:
         for path in set(folder.iterdir()) - before:
@@ -302,7 +303,7 @@ def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
 
 
 def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: list[str]) -> int:
-    """Check the runs and hand them to SLURM as one job; the exit code. Raises UserError if there are `problems`."""
+    """Check the runs and submit them as one job. Returns the exit code. Raises UserError if there are `problems`."""
     configs = without_jobs(args, configs, problems)
     notes = check(args, configs, problems)
     for note in notes:
@@ -310,7 +311,7 @@ def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: l
     if args.dry_run:
         print(make_executor(args, configs, ROOT).script())
         return 0
-    console.go_on_without()  # a job that was submitted must be noted, whoever reads what is printed
+    console.go_on_without()  # a closed console must not stop this: each submitted job must be recorded
     with contextlib.ExitStack() as locks:
         for config in configs:
             locks.enter_context(jobs.submitting(config.run_dir))
@@ -322,12 +323,12 @@ def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: l
 
 
 def submit_and_note(args: argparse.Namespace, configs: Sequence[Config]) -> list[jobs.Submitted]:
-    """Hand the runs to SLURM, and write their jobs down in their directories."""
+    """Submit the runs, and record their jobs in their directories."""
     try:
         paths = [snapshot(config) for config in configs]
     except OSError as error:
         raise UserError(f"run directory {configs[0].run_dir}: cannot be written: {error.strerror}") from None
-    # An array has one script, and so one PYTHONPATH: the copies differ in their configs only.
+    # An array has one script and therefore one PYTHONPATH. The copies differ only in their configs.
     code_dir = paths[0].parent
     tasks = [TrainJob(config=path, overrides=(), code_dir=code_dir, work_dir=Path.cwd()) for path in paths]
     executor = make_executor(args, configs, code_dir)
@@ -353,7 +354,7 @@ def submit_and_note(args: argparse.Namespace, configs: Sequence[Config]) -> list
 
 
 def tell(args: argparse.Namespace, configs: Sequence[Config], submitted: Sequence[jobs.Submitted]) -> None:
-    """A summary of the submitted jobs, and the commands to manage them."""
+    """Print a summary of the submitted jobs, and the commands to manage them."""
     device = "one per GPU" if args.gpus_per_node else "on CPUs"
     for config, job in zip(configs, submitted, strict=True):
         run = shlex.quote(str(config.run_dir))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 LIMIT_S = 60.0
 IS_IT_UP = "is the controller up? See sinfo"
-# What SLURM's commands say when the controller is away, busy or restarting. It may have done what it was asked to.
+# Errors of SLURM's commands if the controller is unavailable. It may still have executed the request.
 _UNREACHED = re.compile(
     r"timed out|unable to contact|connect failure|unexpected message|zero bytes|connection refused|communication",
     re.IGNORECASE,
@@ -41,7 +41,7 @@ def is_unreached(errors: str) -> bool:
 
 
 def ask(*command: str, env: Mapping[str, str] | None = None, limit_s: float | None = None) -> Answer:
-    """Run a command of SLURM, by default in the environment of this process, and for LIMIT_S at most."""
+    """Run a SLURM command, by default in the environment of this process and for at most LIMIT_S."""
     limit_s = LIMIT_S if limit_s is None else limit_s
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False, env=env)
@@ -53,5 +53,5 @@ def ask(*command: str, env: Mapping[str, str] | None = None, limit_s: float | No
 
 
 def fields_of(line: str) -> dict[str, str]:
-    """The fields of a line `NAME=VALUE NAME=VALUE …` of scontrol. A value may contain spaces, such as a path."""
+    """Parse a line `NAME=VALUE NAME=VALUE …` of scontrol. Values, such as paths, may contain spaces."""
     return dict(re.findall(r"(\S+?)=(.*?)(?=\s+[A-Za-z][\w:/]*=|\s*$)", line))

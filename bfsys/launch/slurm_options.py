@@ -16,16 +16,16 @@ from bfsys.launch.sweep import sweep_configs
 
 LONGEST_NAME = 250  # bytes; a file system has 255 for NAME.yaml
 ONE_LINE = ("name", "partition", "account", "qos", "constraint", "reservation", "exclude", "dependency", "comment")
-# The variables of sbatch that contradict an option of the script, where they are not named like it.
+# The variables of sbatch that override an option of the script, if they have other names than the option.
 VARIABLES_OF = {
     "time": ["TIMELIMIT"],
     "requeue": ["REQUEUE", "NO_REQUEUE"],
     "output": ["OUTPUT", "ERROR"],
     "mem": ["MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"],
     "gpus-per-node": ["GPUS_PER_NODE", "GPUS", "GPUS_PER_TASK"],
-    "wckey": [],  # is empty in the script, and each to their own
+    "wckey": [],  # empty in the script, so a person's own key may stay
 }
-NEVER = ["ARRAY_INX", "WAIT"]  # an array on one run directory; sbatch that ends with the job
+NEVER = ["ARRAY_INX", "WAIT"]  # they make an array in one run directory, and make sbatch wait for the job
 
 
 def ranks_per_node(args: argparse.Namespace) -> int:
@@ -33,7 +33,7 @@ def ranks_per_node(args: argparse.Namespace) -> int:
 
 
 def option_problems(args: argparse.Namespace) -> Iterator[str]:
-    """Problems of the command line itself."""
+    """Yield the problems of the command line itself."""
     nodes = parse_range(args.nodes)
     if nodes is None:
         yield f"--nodes: got {args.nodes!r}; N or MIN-MAX is allowed, for example 8 or 4-8, from 1 on, MIN first"
@@ -66,7 +66,7 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
 
 
 def nodes_of(args: argparse.Namespace) -> range:
-    """The numbers of nodes that were asked for."""
+    """The requested numbers of nodes."""
     nodes = parse_range(args.nodes)
     assert nodes is not None, "option_problems has looked at it"
     return nodes
@@ -79,7 +79,7 @@ def minutes_of(args: argparse.Namespace) -> int:
 
 
 def parse_minutes(text: str) -> int | None:
-    """A time limit, as sbatch takes it, in whole minutes, rounded up; None if it is none.
+    """Parse a time limit of sbatch into whole minutes, rounded up. Returns None for other text and for zero.
 
     minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS.
     """
@@ -100,7 +100,7 @@ def parse_minutes(text: str) -> int | None:
 
 
 def name_problem(config: Config) -> str | None:
-    """Why a run of this name cannot be a job."""
+    """Return why a run of this name cannot be a job, or None."""
     if (size := len(os.fsencode(config.name))) > LONGEST_NAME:
         shown = f"{config.name[:40]}…"
         return f"name: {shown} has {size} bytes; at most {LONGEST_NAME} are allowed: give a shorter one with name=…"
@@ -116,10 +116,10 @@ def name_problem(config: Config) -> str | None:
 
 
 def forget_overrides(script: str) -> list[str]:
-    """Remove from the environment what would override options of the script; the names that were there.
+    """Remove environment variables that would override options of the script, and return their names.
 
-    To sbatch its variables count more than its script. Those of options that the launcher was not given, such as
-    SBATCH_ACCOUNT, are of the site or the person, and stay.
+    For sbatch, variables take precedence over the script. Variables of options that the launcher was not given, such as
+    SBATCH_ACCOUNT, are set by the site or the person, and stay.
     """
     options = re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)
     ends = [*NEVER, *(end for o in options for end in VARIABLES_OF.get(o, [o.upper().replace("-", "_")]))]
@@ -130,9 +130,9 @@ def forget_overrides(script: str) -> list[str]:
 
 
 def configs_of(args: argparse.Namespace) -> tuple[list[Config], list[str]]:
-    """The configs of all runs that can be read, and what is wrong with the others and with the options.
+    """Return the configs that can be read, and the problems of the others and of the options.
 
-    Raises UserError with the latter if there is no config: then nothing else can be checked.
+    Raises UserError with the problems if there is no config, because then nothing else can be checked.
     """
     problems = list(option_problems(args))
     if not args.dry_run and not shutil.which("sbatch"):

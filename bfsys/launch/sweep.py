@@ -17,7 +17,7 @@ _AXIS = re.compile(r"([\w.]+)=(.+)")
 
 
 def sweep_overrides(config_file: str, overrides: Sequence[str], sweep: Sequence[str]) -> list[tuple[str, ...]]:
-    """The overrides of every run: one for each combination of the axes `KEY=A,B,…`, or a single run without axes."""
+    """The overrides of every run: a run for each combination of the axes `KEY=A,B,…`, or a single run without axes."""
     matches = [match for text in sweep if (match := _AXIS.fullmatch(text))]
     if not matches:
         return [tuple(overrides)]
@@ -54,7 +54,7 @@ def _wrong_axes(sweep: Sequence[str]) -> Iterator[str]:
 def sweep_configs(
     config_file: str, overrides: Sequence[str], sweep: Sequence[str], problems: list[str]
 ) -> list[Config]:
-    """The configs of all runs that can be read; what is wrong with the others is added to `problems`."""
+    """Return the configs that can be read. The problems of the others are added to `problems`."""
     configs: list[Config] = []
     wrong = list(_wrong_axes(sweep))
     problems += wrong

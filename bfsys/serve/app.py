@@ -110,7 +110,7 @@ class Busy(HTTPException):
 
 @dataclass
 class Prepared:
-    """A file on its way to its answer."""
+    """A file that is ready for the model, or its error."""
 
     name: str
     sample: Sample | None = None
@@ -120,7 +120,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Question:
-    """A request to explain which bytes of a file speak for a class."""
+    """A request to explain which bytes of a file are evidence for a class."""
 
     upload: Upload
     class_name: str | None
@@ -130,23 +130,23 @@ class Question:
 
 
 class Service:
-    """A model, the threads that work for it, and what they have done."""
+    """A model, its worker threads and its counters."""
 
     def __init__(self, model: Model, limits: Limits, *, batch_bytes: int | None = None) -> None:
-        """`batch_bytes`: of files that are computed together; data.eval_batch_bytes of the run by default."""
+        """`batch_bytes` limits the files that are computed together. Default: data.eval_batch_bytes of the run."""
         budget = model.config.data.eval_batch_bytes if batch_bytes is None else batch_bytes
         most = limits.model_bytes or max(model.config.data.eval_batch_bytes, model.max_bytes)
         self.limits, self.metrics = replace(limits, model_bytes=most), Metrics()
-        # Messages of the model go to clients: they hold no paths of this machine, and name the service's own option.
+        # Clients see the model's messages. They contain no paths of this machine, and name the service's option.
         self.model = model.with_messages("the model", "encode=true")
         self._most_bytes = most
         self.in_progress = 0
         self._computing: Worker[Sample, Tensor] = Worker(self._compute, self._cost, budget)
-        # Decoders take long and share a lock: they have a thread of their own, and files that need none do not wait.
+        # Decoders are slow and share a lock. They have a separate thread, so other files do not wait for them.
         self._decoding: Worker[Upload, Prepared] = Worker(
             lambda uploads: [self._prepared(upload, encode=True) for upload in uploads], lambda _: 1, 1
         )
-        # An explanation is hundreds of predictions, so it has a thread of its own too.
+        # An explanation takes hundreds of predictions, so it has a separate thread too.
         self._explaining: Worker[Question, dict | str] = Worker(
             lambda questions: [self._explained(question) for question in questions], lambda _: 1, 1
         )
@@ -154,9 +154,9 @@ class Service:
         self.metrics.queue.set_function(lambda: sum(worker.waiting for worker in self._workers))
 
     def close(self, timeout_s: float) -> bool:
-        """Drop what waits, and wait up to `timeout_s` for what is computed now; whether all threads have ended."""
+        """Drop the queues, and wait up to `timeout_s` for the current items. Returns whether all threads have ended."""
         until = time.monotonic() + timeout_s
-        ended = [worker.close(max(0, until - time.monotonic())) for worker in self._workers]  # each is closed
+        ended = [worker.close(max(0, until - time.monotonic())) for worker in self._workers]  # closes all of them
         return all(ended)
 
     def check_encode(self, encode: bool) -> None:
@@ -165,7 +165,7 @@ class Service:
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
-        """A place among the requests in progress. Raises HTTPException if there is none."""
+        """Take a place among the requests in progress. Raises HTTPException if none is free."""
         if self.in_progress >= self.limits.requests:
             raise Busy(f"{self.in_progress:,} requests are in progress, as many as are allowed; try again")
         self.in_progress += 1
@@ -177,7 +177,7 @@ class Service:
             self.metrics.in_progress.dec()
 
     async def handle(self, request: Request, work: Callable[[list[Upload]], Coroutine[Any, Any, T]]) -> T:
-        """The result of `work` on the files of a request, within the limits."""
+        """Return the result of `work` on the files of a request, within the limits."""
         async with self.place():
             deadline = asyncio.get_running_loop().time() + self.limits.seconds
             uploads = await self.receive(request, deadline)
@@ -199,7 +199,7 @@ class Service:
         return uploads
 
     async def explanation(self, question: Question) -> dict | str:
-        """Explanation.as_dict, or a page. Raises HTTPException for a file or class that cannot be used."""
+        """Return Explanation.as_dict, or a page. Raises HTTPException for a file or class that cannot be used."""
         (answer,) = await self._explaining.answers([question])
         if isinstance(answer, UserError):
             raise HTTPException(422, str(answer))
@@ -209,7 +209,7 @@ class Service:
         return answer
 
     async def answers(self, uploads: list[Upload], top: int, encode: bool) -> tuple[list[dict], int]:
-        """(what each file's FileAnswer holds, status of the whole)."""
+        """Return the content of each file's FileAnswer, and the HTTP status of the request."""
         self.check_encode(encode)
         if encode:
             prepared = [
@@ -281,7 +281,7 @@ def _or_error(one: Prepared | BaseException, upload: Upload) -> Prepared:
 
 
 def application(service: Service, hosts: list[str] | None) -> Guard:
-    """The ASGI application. `hosts`: names under which it may be called; None: any."""
+    """Make the ASGI application. `hosts` are the allowed host names; None allows any."""
     model, limits = service.model, service.limits
     app = FastAPI(
         title="bfsys", version="1", docs_url=None, redoc_url=None,
@@ -366,13 +366,13 @@ async def _on_wrong_argument(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:
-    return Response(status_code=CLIENT_GONE)  # for the counters; nobody reads it
+    return Response(status_code=CLIENT_GONE)  # only for the counters
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client closes the connection. The body must have been read.
+    """Return the result of `work`. The body must have been read.
 
-    Raises ClientDisconnect in that case.
+    If the client closes the connection, cancel `work` and raise ClientDisconnect.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
@@ -386,7 +386,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def content_security_policy(page: str) -> str:
-    """Allows the page its own script, by its hash, and nothing from elsewhere."""
+    """Return a policy that allows the page its own script, by its hash, and nothing from other servers."""
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)

@@ -19,16 +19,16 @@ Answer = TypeVar("Answer")
 
 
 class Worker(Generic[Item, Answer]):
-    """A daemon thread with a queue. Items that are cancelled before their turn are dropped.
+    """A daemon thread with a queue. Items that are cancelled while they wait are dropped.
 
-    `compute` gives an answer to each of a list of items. If it raises for several of them, each is computed alone, so
-    that an item fails for reasons of its own only.
+    `compute` returns an answer for each of several items. If it raises, each item is computed alone, so that one item
+    does not make others fail.
     """
 
     def __init__(
         self, compute: Callable[[list[Item]], Sequence[Answer]], cost: Callable[[Item], int], budget: int
     ) -> None:
-        """Items are computed together while their costs add up to at most `budget`; one that costs more goes alone."""
+        """Items are computed together if their total cost is at most `budget`. An item that costs more is alone."""
         self._compute, self._cost, self._budget = compute, cost, budget
         self._queue: deque[tuple[Item, Future[Answer]]] = deque()
         self._changed = threading.Condition()
@@ -42,7 +42,7 @@ class Worker(Generic[Item, Answer]):
         return len(self._queue)
 
     async def answers(self, items: Sequence[Item]) -> list[Answer | BaseException]:
-        """The answer to each item, or what was raised. Cancelling this call takes the items out of the queue."""
+        """Return the answer to each item, or its exception. Cancelling this call removes the items from the queue."""
         futures: list[Future[Answer]] = [Future() for _ in items]
         with self._changed:
             self._queue.extend(zip(items, futures, strict=True))
@@ -50,7 +50,7 @@ class Worker(Generic[Item, Answer]):
         return await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
 
     def close(self, timeout_s: float) -> bool:
-        """Drop what waits, and wait up to `timeout_s` for what is computed now; whether the thread has ended."""
+        """Drop the queue, and wait up to `timeout_s` for the current items. Returns whether the thread has ended."""
         with self._changed:
             self._is_closed = True
             self._queue.clear()
@@ -61,10 +61,10 @@ class Worker(Generic[Item, Answer]):
     def _work(self) -> None:
         while batch := self._next_batch():
             self._answer(batch)
-            del batch  # its files would stay in memory until the next request
+            del batch  # else its files stay in memory until the next request
 
     def _next_batch(self) -> list[tuple[Item, Future[Answer]]]:
-        """Waits for items; empty once the worker is closed."""
+        """Wait for items. Returns an empty list after the worker is closed."""
         batch: list[tuple[Item, Future[Answer]]] = []
         spent = 0
         with self._changed:
@@ -85,7 +85,7 @@ class Worker(Generic[Item, Answer]):
             if len(batch) == 1:
                 batch[0][1].set_exception(error)
                 return
-            answers = None  # computed below, when the traceback no longer holds what the failed batch allocated
+            answers = None  # computed below, because here the traceback still holds the memory of the failed batch
         if answers is None:
             for one in batch:
                 self._answer([one])

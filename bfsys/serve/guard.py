@@ -34,10 +34,10 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI application around another one. `paths` are those that are counted by name."""
+    """An ASGI application around another one. Requests to `paths` are counted by path."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Iterable[str], hosts: list[str] | None) -> None:
-        """`hosts`: names under which the service may be called; None: any."""
+        """`hosts` are the allowed host names; None allows any."""
         self._app = app if hosts is None else TrustedHostMiddleware(app, hosts, www_redirect=False)
         self._metrics, self._paths = metrics, frozenset(paths)
 
@@ -75,7 +75,8 @@ class Guard:
 
 
 def _is_of_another_site(headers: Headers) -> bool:
-    """Browsers send Sec-Fetch-Site to loopback addresses and over HTTPS, and otherwise Origin alone."""
+    """Whether a page of another site sent the request. Browsers send Sec-Fetch-Site to loopback addresses and over
+    HTTPS; otherwise they send only Origin."""
     if site := headers.get("sec-fetch-site"):
         return site not in OWN_SITE
     origin = headers.get("origin")
@@ -83,6 +84,6 @@ def _is_of_another_site(headers: Headers) -> bool:
 
 
 def log(error: BaseException) -> None:
-    """Write the place and type of an error to standard error; its message is left out, because it may quote a file."""
+    """Print the place and type of an error to standard error, without its message, which may quote a file."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     print(f"internal error: {type(error).__name__}\n{frames}", end="", file=sys.stderr, flush=True)

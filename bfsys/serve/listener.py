@@ -11,15 +11,15 @@ BACKLOG = 1024
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address, which does not listen yet. Raises UserError for an address that cannot be used."""
+    """Bind a socket to the address, without listening. Raises UserError for an address that cannot be used."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not a valid name"
         raise UserError(f"--host: {host!r} cannot be resolved: {reason}; use an address of this machine") from None
-    # The protocol matters: asyncio sets TCP_NODELAY on sockets of IPPROTO_TCP alone, and without it answers that go out
-    # in two parts wait 40 ms for the client's acknowledgement.
+    # asyncio sets TCP_NODELAY only if the protocol is IPPROTO_TCP. Without it, an answer that is sent in two parts
+    # waits 40 ms for the client's acknowledgement.
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

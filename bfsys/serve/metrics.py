@@ -10,7 +10,7 @@ BYTES = tuple(10.0**n for n in range(2, 9))
 
 
 class Metrics:
-    """One registry for each service, so that several may live in a process."""
+    """The counters of one service. It has its own registry, so a process may have several services."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()

@@ -21,11 +21,11 @@ SECONDS_TO_FINISH = 5.0  # for the current batch, after all requests have ended
 
 
 def serve(service: Service, listener: socket.socket, host: str) -> None:
-    """Answer requests until SIGINT, SIGTERM or SIGHUP. Those in progress are answered first, within their time limit.
+    """Answer requests until SIGINT, SIGTERM or SIGHUP. Requests in progress are still answered within their time limit.
 
     Raises UserError if another process took the port in the meantime.
     """
-    # Warnings of the model name files, which answers do as notes, and the parser's quote the body.
+    # The model's warnings name files, and answers already have them as notes. The parser's warnings quote the body.
     warnings.simplefilter("ignore")
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     port = listener.getsockname()[1]
@@ -50,7 +50,7 @@ def serve(service: Service, listener: socket.socket, host: str) -> None:
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Does nothing: uvicorn would end the process by the signal, and not with exit code 0."""
+        """Do nothing. uvicorn would end the process by the signal, not with exit code 0."""
         yield
 
 

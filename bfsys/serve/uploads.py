@@ -30,10 +30,10 @@ class Upload:
 
 
 async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
-    """The files of a request's body, at least one.
+    """Read the files of a request's body, at least one.
 
-    Raises HTTPException: 413 beyond a limit, as soon as it is passed; 415 for another type of body; 422 for a body
-    that is malformed or holds no file.
+    Raises HTTPException: 413 as soon as a limit is exceeded; 415 for another content type; 422 for a body that is
+    malformed or has no file.
     """
     boundary = _boundary(request)
     declared = request.headers.get("content-length", "")

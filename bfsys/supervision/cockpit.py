@@ -29,7 +29,7 @@ WHITE, BLUE = np.array([255.0, 255, 255]), np.array([8.0, 48, 107])
 
 
 def open_board(folder: Path, first_step: int, settings: Mapping[str, int | float | str]) -> SummaryWriter:
-    """TensorBoard's files of a run that goes on after `first_step` steps, with its settings for the HParams tab."""
+    """Open TensorBoard's files of a run that resumes after `first_step` steps, and write its settings for HParams."""
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
@@ -40,7 +40,7 @@ def open_board(folder: Path, first_step: int, settings: Mapping[str, int | float
 
 
 def show_scalars(board: SummaryWriter, step: int, scalars: Iterable[tuple[str, float]]) -> None:
-    """Points of curves, in one record: TensorBoard opens its file again for each record."""
+    """Write points of curves in one record, because TensorBoard opens its file again for each record."""
     from torch.utils.tensorboard.summary import Summary, scalar
 
     record = Summary()
@@ -52,7 +52,7 @@ def show_scalars(board: SummaryWriter, step: int, scalars: Iterable[tuple[str, f
 def show_evaluation(
     board: SummaryWriter, step: int, classes: Sequence[str], answers: Answers, key_of: Callable[[int, int], str]
 ) -> None:
-    """Confusion matrix, accuracy by class and the files that were judged worst. `key_of` names (source, sample)."""
+    """Show the confusion matrix, accuracy by class and the worst files. `key_of` maps (source, sample) to a key."""
     labels, given, counts = answers.counts()
     files = np.bincount(labels, counts, minlength=len(classes))
     right = np.bincount(labels[labels == given], counts[labels == given], minlength=len(classes))
@@ -75,7 +75,7 @@ def show_evaluation(
 
 
 def show_embedding(board: SummaryWriter, step: int, embedding: Tensor) -> None:
-    """Cosine similarity of the vectors of all byte values, [values, D]: black is -1, white is 1."""
+    """Show the cosine similarity of the vectors of all byte values, [values, D]: black is -1, white is 1."""
     vectors = embedding[:PAD_BYTE].float()
     vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
     similarity = (vectors @ vectors.T + 1) / 2
@@ -83,7 +83,7 @@ def show_embedding(board: SummaryWriter, step: int, embedding: Tensor) -> None:
 
 
 def show_lengths(board: SummaryWriter, step: int, source: str, lengths: np.ndarray) -> None:
-    """Histogram of the decimal logarithm of training files' lengths in bytes."""
+    """Show a histogram of the decimal logarithm of the training files' lengths in bytes."""
     board.add_histogram(f"system_data/log10_file_bytes_{source}", np.log10(np.maximum(1, lengths)), step)
 
 
@@ -93,7 +93,7 @@ def show_event(board: SummaryWriter, step: int, kind: str, facts: dict) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown, in which names are shown as they are."""
+    """Return a Markdown table with escaped cells."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(map(_literal, row)) + " |" for row in rows)])
 
@@ -103,7 +103,7 @@ def _literal(text: str) -> str:
 
 
 def confusion_picture(classes: Sequence[str], matrix: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3]: rows are classes, columns are answers, a darker cell is a larger share of the row."""
+    """Return uint8 [height, width, 3]. Rows are classes, columns are answers; darker is a larger share of the row."""
     from PIL import Image, ImageDraw, ImageFont
 
     share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
@@ -112,7 +112,7 @@ def confusion_picture(classes: Sequence[str], matrix: np.ndarray) -> np.ndarray:
     image = Image.new("RGB", (MARGIN + side + 1, MARGIN + side + 1), "white")
     image.paste(Image.fromarray(cells.astype(np.uint8).repeat(CELL, 0).repeat(CELL, 1)), (MARGIN, MARGIN))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    across = Image.new("RGB", (MARGIN, side), "white")  # names of answers, turned by a quarter below
+    across = Image.new("RGB", (MARGIN, side), "white")  # names of answers, rotated below
     turned = ImageDraw.Draw(across)
     for number, name in enumerate(classes):
         shown = name if len(name) <= NAME_CHARACTERS else f"{name[: NAME_CHARACTERS - 1]}…"

@@ -33,7 +33,7 @@ from bfsys.files import read_regular
 from bfsys.json_lines import NUMBER, read_json_lines
 
 FILE = "goodput.jsonl"
-STARTED = "BFSYS_STARTED"  # when a launcher began, in seconds since 1970: what it imports for its ranks counts
+STARTED = "BFSYS_STARTED"  # start of the launcher in seconds since 1970, so that its imports count
 FIELDS = {"start": ("step",), "note": ("step", "stall_s", "wait_s")}  # numbers of an event, besides its time
 CAUSES = ("productive", "lost", "restart", "stall", "data_wait")
 
@@ -45,7 +45,7 @@ class _Attempt:
     start: float
     step: int  # the step that it resumes from
     notes: list[tuple[float, int, float, float]] = field(default_factory=list)  # (time, step, stall_s, wait_s)
-    began: float | None = None  # its first step
+    began: float | None = None  # time of its first step
 
     @property
     def end(self) -> float:
@@ -53,7 +53,7 @@ class _Attempt:
 
 
 class Ledger:
-    """The record of a run's time, kept by rank 0; on other ranks it only measures."""
+    """The record of a run's time. Rank 0 writes it; other ranks only measure."""
 
     def __init__(self, run_dir: Path, is_rank_zero: bool) -> None:
         """Call once the run directory exists."""
@@ -62,7 +62,7 @@ class Ledger:
         self._attempts: list[_Attempt] = []
         self._closed = dict.fromkeys(CAUSES, 0.0)  # seconds of all attempts but the last
         self._clock_offset_s = time.time() - time.monotonic()
-        # The imports of a launcher for its ranks count for the first start.
+        # The launcher's imports count as part of the first start.
         self._start = float(os.environ.get(STARTED) or psutil.Process().create_time())
         if is_rank_zero:
             path = run_dir / FILE
@@ -85,7 +85,7 @@ class Ledger:
         self._add({"event": "begin", "time": self._now()})
 
     def record_progress(self, step: int) -> None:
-        """`step` steps are made. To be called for every checkpoint, before what it waits for."""
+        """Record that `step` steps are done. Call it for every checkpoint, before the waits for that checkpoint."""
         self._start = self._now()
         self._add({"event": "note", "time": self._start, "step": step, "stall_s": self.stall_s, "wait_s": self.wait_s})
 
@@ -150,7 +150,7 @@ def read_seconds(run_dir: Path) -> dict[str, float]:
 
 
 def count_starts(run_dir: Path) -> int:
-    """How often a run's process has begun or rolled back."""
+    """Count the starts and roll-backs of a run."""
     return sum(event["event"] == "start" for event in _events(run_dir / FILE))
 
 
@@ -160,7 +160,7 @@ def goodput(seconds: dict[str, float]) -> float:
 
 
 def _account(total: dict[str, float], before: _Attempt | None, attempt: _Attempt, resumed_from: int | None) -> None:
-    """Add an attempt's seconds to the causes; the next attempt resumes from `resumed_from`, None if there is none."""
+    """Add an attempt's seconds to the causes. The next attempt, if any, resumes from `resumed_from`."""
     began = attempt.end if attempt.began is None else attempt.began
     total["restart"] += began - (before.end if before else attempt.start)
     count = (n for n in reversed(attempt.notes) if resumed_from is None or n[1] <= resumed_from)

@@ -40,13 +40,13 @@ from bfsys.files import read_regular, replace_file
 FILE = "rollbacks.json"
 MAX_ROLLBACKS = 3
 WINDOW_STEPS = 128  # number of good losses that a loss is compared with
-LEAST_STEPS = 32  # before that many, nothing is a spike
+LEAST_STEPS = 32  # with fewer good losses, spikes are not detected
 # Lower bound of the deviation of the log-loss: at the default z-score of 10, a spike at least doubles the loss.
 LEAST_DEVIATION = 0.07
 
 
 class Guard:
-    """Judges every step; all ranks come to the same verdict, since they judge by the same agreed numbers."""
+    """Judges every step. All ranks get the same verdict, because they use the same agreed numbers."""
 
     def __init__(self, train: Train, rollbacks: list[dict]) -> None:
         self.max_bad_steps, self.spike_zscore = train.max_bad_steps, train.spike_zscore
@@ -63,7 +63,7 @@ class Guard:
         self._losses = deque(state["losses"], WINDOW_STEPS)
 
     def judge(self, loss: float, grad_norm: float) -> str:
-        """The problem of a step with this mean loss; "" if there is none."""
+        """Return the problem of a step with this mean loss and gradient norm, or "" for a good step."""
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return f"loss {loss:g}, norm of the gradient {grad_norm:g}"
         score = self._zscore(loss)
@@ -73,7 +73,7 @@ class Guard:
         return ""
 
     def record(self, step: int, problem: str, samples: list[str]) -> None:
-        """Remember a bad step, or forget those before a good one, which has no problem."""
+        """Record a bad step. A good step, whose `problem` is empty, clears the record."""
         if problem:
             self.bad_in_a_row.append({"step": step, "problem": problem, "samples": samples})
         else:
@@ -109,12 +109,12 @@ def read_rollbacks(run_dir: Path) -> list[dict]:
 
 
 def return_to_good_checkpoint(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:
-    """Make the last checkpoint before the bad steps the newest, and record that they are skipped; for
-    rank 0. Returns what was done; raises UserError if that was tried often enough."""
+    """Make the last checkpoint before the bad steps the newest, and record that they are skipped. Only rank 0 calls it.
+    Returns what was done. Raises UserError after MAX_ROLLBACKS roll-backs to the same weights."""
     paths = all_checkpoints(run_dir)
     good = [path for path in paths if step_of(path) < bad[0]["step"]]
     manifests = (manifest_or_problems(path)[0] for path in reversed(good))
-    manifest = next(filter(None, manifests), None)  # a resume passes over damaged ones, too
+    manifest = next(filter(None, manifests), None)  # a resume skips damaged ones, too
     if manifest is None:
         raise UserError(f"{run_dir}: no checkpoint is from before the bad steps", exit_code=EXIT_DIVERGED)
     to, updates = manifest["step"], manifest["updates"]
@@ -136,7 +136,7 @@ def return_to_good_checkpoint(run_dir: Path, rollbacks: list[dict], bad: list[di
 
 
 def ranges_of(steps: list[int]) -> str:
-    """Ascending steps as readable text: 3-5, 9"""
+    """Format ascending steps as ranges: 3-5, 9"""
     parts: list[list[int]] = []
     for step in steps:
         if parts and step == parts[-1][-1] + 1:
@@ -147,7 +147,7 @@ def ranges_of(steps: list[int]) -> str:
 
 
 class Drawn(NamedTuple):
-    """The part of a micro-batch that is kept until its step is judged (not its bytes, which would hold memory)."""
+    """The part of a micro-batch that is kept until its step is judged. Its bytes are not kept, to save memory."""
 
     sources: Tensor  # int64 [B]
     samples: Tensor  # int64 [B]
@@ -155,8 +155,8 @@ class Drawn(NamedTuple):
 
 
 def samples_of(drawn: list[Drawn], sources: Sources) -> list[str]:
-    """SOURCE/KEY of the samples behind a bad step, over all ranks; collective. Those of the micro-batches whose loss
-    is not finite; or, if all are finite, of the whole step."""
+    """Return SOURCE/KEY of the samples of a bad step, over all ranks; collective. If some micro-batches have a
+    non-finite loss, only their samples are returned."""
     mine = []
     for of_source, samples, loss in drawn:
         pairs = zip(of_source.tolist(), samples.tolist(), strict=True)

@@ -52,7 +52,7 @@ COUNTER_NAMES = ("files", "bytes", "tokens", "rounded_tokens", "flops", "replace
 COUNTERS = len(COUNTER_NAMES)
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
-# TensorBoard sorts by name: what matters first is above what the system does.
+# TensorBoard sorts by name. These tags come before those of the system.
 SCORE_TAGS = {"loss": "loss", "top1": "accuracy", "top5": "accuracy_top5"}
 LINE = {"kind": str, "step": int}  # fields that every line of metrics.jsonl has
 
@@ -91,12 +91,12 @@ class Metrics:
         self._counters = torch.zeros(COUNTERS, dtype=torch.float64)
         self._step_sums = torch.zeros_like(self._sums)
         self._steps_in_line = self._skipped = 0
-        self.problem, self.problem_code = "", 0  # why rank 0 cannot write, and how the run is to end
+        self.problem, self.problem_code = "", 0  # why rank 0 cannot write, and the exit code for it
         self._outputs: _Outputs | None = None
         self.last_evaluation = dist.on_rank0(lambda: self._open(config, first_step), ranks)
 
     def _open(self, config: Config, first_step: int) -> int:
-        """Open what rank 0 writes; the step of the latest evaluation."""
+        """Open the outputs of rank 0. Returns the step of the latest evaluation."""
         threading.excepthook = _without_tensorboard(threading.excepthook)
         lines, last_evaluation = _open_lines(self.run_dir / METRICS, first_step)
         tensorboard = open_board(self.run_dir / "tb", first_step, hyperparameters(config))
@@ -116,7 +116,7 @@ class Metrics:
         self._counters[WAIT_S] += self.ledger.wait_s - before
 
     def count(self, batch: ByteBatch, sums: Tensor) -> None:
-        """Add a micro-batch: `sums` as `loss_and_sums` gives them."""
+        """Add a micro-batch with its `sums` from `loss_and_sums`."""
         lengths = batch.lengths.numpy()
         tokens = token_counts(lengths, self.architecture, self.mode)
         alignment = self.architecture.alignment
@@ -131,9 +131,9 @@ class Metrics:
     def end_step(
         self, step: int, learning_rate: float, grad_norm: float, bad_files: int, *, is_skipped: bool = False
     ) -> None:
-        """Close the step that makes `step` in all; collective when a line is due. `bad_files` are in quarantine.
+        """End step number `step`; collective if a line is due. `bad_files` is the number of files in quarantine.
 
-        A step whose update `is_skipped` leaves no trace in losses and accuracies: it may not be a number.
+        A step whose update `is_skipped` does not count in losses and accuracies, because they may be non-finite.
         """
         self._counters[BUSY_S] += time.perf_counter() - self._step_began
         self._steps_in_line += 1
@@ -179,7 +179,7 @@ class Metrics:
         self.say(self._console_line(line))
 
     def _content_loss(self, sums: Tensor) -> dict[str, float]:
-        """The mean error of the content head, which is no part of `loss`; nothing without it."""
+        """The mean loss of the content head, which is not part of `loss`; empty without a content head."""
         if not self.shows_content_loss:
             return {}
         return {"content_loss": float(sums[:, CONTENT].sum() / sums[:, SAMPLES].sum())}
@@ -193,13 +193,13 @@ class Metrics:
                 show_event(self._outputs.tensorboard, step, kind, facts)
 
     def show(self, kind: str, step: int, text: str) -> None:
-        """An event for TensorBoard alone, such as a resume."""
+        """Show an event in TensorBoard only, such as a resume."""
         if self._outputs:
             with self._noting_problems():
                 show_event(self._outputs.tensorboard, step, kind, {"what": text})
 
     def show_lengths(self, lengths: Mapping[str, np.ndarray]) -> None:
-        """Bytes of the training files of each source, as they are stored."""
+        """Show the lengths in bytes of the stored training files of each source."""
         for source, values in lengths.items() if self._outputs else ():
             with self._noting_problems():
                 show_lengths(self._outputs.tensorboard, self.first_step, source, values)  # type: ignore[union-attr]
@@ -207,7 +207,7 @@ class Metrics:
     def show_answers(
         self, step: int, classes: Sequence[str], answers: Answers, key_of: Callable[[int, int], str], embedding: Tensor
     ) -> None:
-        """Pictures and tables of an evaluation; collective. `embedding` may be empty: stage 3 divides it."""
+        """Show pictures and tables of an evaluation; collective. `embedding` is empty if ZeRO 3 shards it."""
         everyones = answers.over_ranks()
         if self._outputs:
             with self._noting_problems():
@@ -222,31 +222,31 @@ class Metrics:
         self._steps_in_line = self._skipped = 0
 
     def evaluation(self, step: int, result: dict, seconds: float) -> None:
-        """Write an evaluation's scores, as `evaluate` gives them. `last_evaluation` is the latest one's step."""
+        """Write the scores that `evaluate` returned, and remember the step in `last_evaluation`."""
         self.last_evaluation = step
         self._write({"kind": "eval", "step": step, **result, "seconds": seconds})
         self.say(f"step {step:>{len(str(self.total_steps))}} · evaluation: {describe_scores(result)} · {seconds:.1f} s")
 
     def say(self, line: str) -> None:
-        """One line on the console, from rank 0."""
+        """Print lines on the console, from rank 0."""
         if self.ranks.is_rank_zero:
             print("\n".join(map(one_line, line.split("\n"))), flush=True)
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue the line that was begun before the checkpoint."""
+        """Restore the sums since the last line from a checkpoint."""
         self._steps_in_line, self._skipped = state["steps"], state.get("skipped", 0)
         if self.ranks.is_rank_zero:
             sums = torch.tensor(state["sums"], dtype=torch.float64)
             self._sums[:, : sums.shape[1]] += sums  # earlier checkpoints have no sum of the content loss
             counters = state["counters"]
-            counters = counters if isinstance(counters, dict) else {}  # checkpoints once held a list
+            counters = counters if isinstance(counters, dict) else {}  # older checkpoints have a list
             self._counters += torch.tensor([counters.get(n, 0) for n in COUNTER_NAMES], dtype=torch.float64)
             self._counters[SECONDS] *= self.ranks.world_size
 
     def state_dict(self) -> dict:
         """The sums since the last line, for a checkpoint; collective."""
         sums, counters = self._over_ranks()
-        counters[SECONDS] /= self.ranks.world_size  # the run may go on with another number of ranks
+        counters[SECONDS] /= self.ranks.world_size  # the run may resume with another number of ranks
         return {
             "steps": self._steps_in_line,
             "skipped": self._skipped,
@@ -256,7 +256,7 @@ class Metrics:
 
     def close(self) -> None:
         if self._outputs:
-            with suppress(OSError):  # a full disk is known by now
+            with suppress(OSError):  # a full disk was reported before
                 self._outputs.tensorboard.close()
                 self._outputs.lines.close()
 
@@ -308,8 +308,8 @@ def hyperparameters(config: Config) -> dict[str, int | float | str]:
 
 
 def memory_figures(device: torch.device) -> dict[str, int]:
-    """The most that this process held so far, on its GPU or in main memory. On a GPU also the most that PyTorch
-    reserved, and how often PyTorch had to free its cache to find a block."""
+    """Peak memory of this process so far, on its GPU or in main memory. On a GPU also PyTorch's peak reserved memory,
+    and how often PyTorch had to free its cache to find a block."""
     if device.type != "cuda":
         return {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
     return {
@@ -366,7 +366,7 @@ def _overview(source_names: tuple[str, ...]) -> dict:
 def _open_lines(path: Path, first_step: int) -> tuple[TextIO, int]:
     """Open metrics.jsonl for appending, without lines after the checkpoint that the run resumes from.
 
-    Also the step of the latest evaluation that is in it, or -1.
+    Also returns the step of the latest evaluation in the file, or -1.
     """
     kept = [line for line in read_json_lines(path, LINE) if line["step"] <= first_step]
     last_evaluation = max((line["step"] for line in kept if line["kind"] == "eval"), default=-1)
@@ -375,8 +375,8 @@ def _open_lines(path: Path, first_step: int) -> tuple[TextIO, int]:
 
 
 def _without_tensorboard(hook: Callable) -> Callable:
-    """A `threading.excepthook` that leaves out what a full disk does to TensorBoard's thread: `Metrics` finds the same,
-    says so in one line, and ends the run."""
+    """Return a `threading.excepthook` that ignores an OSError in TensorBoard's thread, such as a full disk. `Metrics`
+    meets the same error, reports it in one line and ends the run."""
 
     def told(args: threading.ExceptHookArgs) -> None:
         if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):

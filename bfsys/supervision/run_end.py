@@ -13,7 +13,7 @@ FILE = "ended.json"
 
 
 def note_end(run_dir: Path, exit_code: int, reason: str) -> None:
-    """Write down how a run ended. Errors are ignored: if the disk is full, the caller's error says so."""
+    """Record how a run ended. Errors are ignored: if the disk is full, the caller's error says so."""
     note = {"exit_code": exit_code, "reason": reason, "time": time.strftime("%F %T %z")}
     if run_dir.is_dir():
         with suppress(OSError):
@@ -26,7 +26,7 @@ def forget_end(run_dir: Path) -> None:
 
 
 def how_it_ended(run_dir: Path) -> dict | None:
-    """{"exit_code", "reason", "time"} of a run that has ended, None of others."""
+    """Return {"exit_code", "reason", "time"} of a run that has ended, else None."""
     try:
         return json.loads(read_regular(run_dir / FILE))
     except (OSError, ValueError):

@@ -15,7 +15,7 @@ from types import FrameType
 
 from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED
 
-# A terminal's Ctrl-C reaches a rank twice, from the terminal and from the launcher. Only a repetition after this long
+# A terminal's Ctrl-C may reach a rank twice, from the terminal and from a launcher. Only a repetition after this time
 # means that a person does not want to wait for the checkpoint.
 REPEAT_S = 2.0
 
@@ -29,23 +29,22 @@ EXIT_CODES: dict[int, int] = {
 
 
 def stop_signals() -> list[int]:
-    """The signals that ask this process to stop: all of EXIT_CODES, but for a SIGHUP that `nohup` has it ignore."""
+    """The signals that ask this process to stop: all of EXIT_CODES, except SIGHUP if `nohup` makes it ignored."""
     return [n for n in EXIT_CODES if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def ends_at_once(number: int) -> bool:
-    """Whether repeating the signal means: do not wait for the checkpoint.
+    """Whether a repeated signal comes from a person who does not want to wait for the checkpoint.
 
-    Only a person does that. SLURM sends SIGTERM twice in a pre-emption with a grace time, and leaves KillWait to save
-    after the second one. SIGUSR1 and SIGUSR2 may be repeated by schedulers, and SIGHUP comes from every process that
-    ends.
+    In a pre-emption with a grace time, SLURM sends SIGTERM twice, and leaves KillWait for saving after the second one.
+    Schedulers may repeat SIGUSR1 and SIGUSR2, and every process that ends sends SIGHUP.
     """
     return number == signal.SIGINT or (number == signal.SIGTERM and "SLURM_JOB_ID" not in os.environ)
 
 
 class StopRequests:
-    """Catches the signals while open. `exit_code` is what this rank was asked for: 0 is to go on, another the code to
-    exit with after saving. The ranks agree on it after each step."""
+    """Catches the signals while open. `exit_code` is 0 until a stop is requested; then it is the code to exit with
+    after saving. The ranks agree on it after each step."""
 
     def __init__(self) -> None:
         self.exit_code = 0

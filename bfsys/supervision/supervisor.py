@@ -38,9 +38,9 @@ from bfsys.supervision.run_end import note_end
 from bfsys.supervision.signals import StopRequests
 from bfsys.supervision.watchdog import Watchdog, least_limit_s
 
-WARMUP_STEPS = 3  # first steps of a start, in which programs may still be compiled
-HISTORY = (METRICS, QUARANTINE, ROLLBACKS)  # files of the run directory that a checkpoint holds: they decide the future
-COLLECT_EVERY_STEPS = 100  # on all ranks in the same step, because ranks that collect garbage hold up the others
+WARMUP_STEPS = 3  # first steps of a start, in which kernels may still be compiled
+HISTORY = (METRICS, QUARANTINE, ROLLBACKS)  # files that a checkpoint contains, because later steps depend on them
+COLLECT_EVERY_STEPS = 100  # on all ranks in the same step, because garbage collection delays the other ranks
 
 
 class StepOutcome(NamedTuple):
@@ -52,7 +52,7 @@ class StepOutcome(NamedTuple):
     grad_norm: float
     """The norm of the global gradient, before clipping."""
     has_updated: bool
-    """The weights have changed, on all ranks."""
+    """Whether the weights have changed, on all ranks."""
 
 
 class Agreed(NamedTuple):
@@ -61,10 +61,10 @@ class Agreed(NamedTuple):
     loss: float
     """Mean over the global batch."""
     exit_code: int
-    """The exit code that a rank was asked for (0: continue)."""
+    """The requested exit code; 0 means continue."""
     has_bad_files: bool
     is_writing: bool
-    """A rank still writes its files of a checkpoint."""
+    """Whether a rank still writes its files of a checkpoint."""
 
 
 class Supervisor:
@@ -74,7 +74,7 @@ class Supervisor:
     guard: Guard
 
     def __init__(self, data: RunData, facts: dict, ranks: dist.Ranks) -> None:
-        """`facts` go into every checkpoint. From now on, a signal asks the run to stop after a step."""
+        """`facts` are stored in every checkpoint. From now on, a signal asks the run to stop after a step."""
         self.data, self.config, self.facts, self.ranks = data, data.config, facts, ranks
         self.run_dir, train = self.config.run_dir, self.config.train
         self.stop = StopRequests()
@@ -88,12 +88,12 @@ class Supervisor:
         keep = RetentionPolicy(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric)
         url = self.config.copy_url
         self.copies = Copies(self.run_dir, url, keep) if url and ranks.is_rank_zero else None
-        """Copies of the checkpoints in an object store; kept by rank 0, if the config asks for them."""
+        """Copies of the checkpoints in an object store; only on rank 0, and if the config has a URL for them."""
         self.saver = Saver(
             self.run_dir, ranks, keep, history=HISTORY, in_use=lambda: self.copies.copying if self.copies else None
         )
         self.save_pending = False
-        """A checkpoint is due, but was put off."""
+        """Whether a checkpoint is due but delayed."""
         self.rollbacks: list[dict] = []
         self.updates = 0
         """Steps since the resume that were not skipped."""
@@ -102,7 +102,7 @@ class Supervisor:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Note how the run ended, if an error ended it, and close everything."""
+        """Record the error that ended the run, if any, and close everything."""
         if isinstance(error, dist.AgreedError):
             if self.ranks.is_rank_zero:
                 note_end(self.run_dir, error.exit_code, str(error))
@@ -119,7 +119,7 @@ class Supervisor:
         self.stop.close()
 
     def load_quarantine(self) -> None:
-        """Read which samples earlier starts found to be bad; collective. Raises AgreedError if they are too many."""
+        """Read the bad samples of earlier starts; collective. Raises AgreedError if there are too many."""
         self.quarantine = Quarantine.load(self.run_dir, self.ranks)
         self.quarantine.check(self.data.training.sizes, self.config.data.max_bad_share)
 
@@ -151,17 +151,17 @@ class Supervisor:
             {name: split.samples["length"] for name, split in zip(training.names, training.splits, strict=True)}
         )
         if self.copies:
-            self.copies.offer()  # what an earlier start could not copy
+            self.copies.offer()  # for checkpoints that an earlier start could not copy
 
     def fetch(self, batches: Iterator[ByteBatch], step: int) -> ByteBatch:
-        """The next micro-batch of the step after `step` steps; the wait for it is counted."""
+        """Return the next micro-batch of step number `step` + 1, and count the wait for it."""
         self.watchdog.beat(f"step {step + 1}: fetch")
         with self.metrics.waiting_for_data():
             return next(batches)
 
     def agree(self, drawn: list[Drawn]) -> Agreed:
-        """Exchange the step's only control message: losses are added up in the order of the ranks, of flags the largest
-        counts; collective. Raises AgreedError if rank 0 cannot write metrics."""
+        """Exchange the step's only control message; collective. Losses are summed in the order of the ranks, and flags
+        are combined by their maximum. Raises AgreedError if rank 0 cannot write metrics."""
         loss = torch.stack([micro_batch.loss.double() for micro_batch in drawn]).sum().item() if drawn else 0.0
         problem_code = self.metrics.problem_code
         flags = self.stop.exit_code, self.quarantine.news > 0, self.saver.is_writing(), problem_code
@@ -175,7 +175,7 @@ class Supervisor:
     def judge(self, step: int, outcome: StepOutcome, agreed: Agreed) -> None:
         """Decide whether the step was bad, and report it; collective."""
         problem = ""
-        if outcome.drawn:  # a skipped step says nothing about the steps around it
+        if outcome.drawn:  # a skipped step is neither good nor bad
             problem = self.guard.judge(agreed.loss, outcome.grad_norm)
             self.guard.record(step, problem, samples_of(outcome.drawn, self.data.training) if problem else [])
         if agreed.has_bad_files:
@@ -191,13 +191,13 @@ class Supervisor:
             self.metrics.say(f"step {step} · bad step: {problem}; {what}, and metrics.jsonl lists its samples")
 
     def report_bad_files(self, sources: Sources) -> None:
-        """Name the files that could not be read, and stop if they are too many; collective."""
+        """Report the files that could not be read, and stop if there are too many; collective."""
         for bad in self.quarantine.share(self.ranks, sources.sizes, self.config.data.max_bad_share):
             self.metrics.say(f"bad file, see {self.quarantine.path}: {bad.describe()}")
             self.metrics.show("bad_file", bad.step, bad.describe())
 
     def save_if_due(self, engine: Engine, step: int, agreed: Agreed) -> None:
-        """Commit a checkpoint whose files are written, and start the next one where it is due; collective."""
+        """Commit a checkpoint whose files are written, and start the next one if it is due; collective."""
         train = self.config.train
         self.save_pending = self.save_pending or step % train.save_every == 0
         is_over = bool(agreed.exit_code) or step == train.steps
@@ -212,7 +212,7 @@ class Supervisor:
             self.finish_save(step)
 
     def save_first(self, engine: Engine) -> None:
-        """Save step 0: there is always a checkpoint to roll back to, and the disk is known to take it; collective."""
+        """Save step 0, so that the run can always roll back and an unusable disk is found early; collective."""
         where = "step 0: waiting for the checkpoint's files"
         self.saver.start(engine, {"step": 0, "updates": 0, "metrics": None, "guard": None, **self.facts})
         self.saver.finish(wait=lambda: self.watchdog.beat(where))
@@ -226,7 +226,7 @@ class Supervisor:
             self.saver.start(engine, {**progress, **states, **self.facts})
 
     def finish_save(self, step: int) -> None:
-        """Wait for the save that is under way, and commit it; collective."""
+        """Wait for the save in progress, and commit it; collective."""
         where = f"step {step}: waiting for the checkpoint's files"
         with self.watchdog.patient(where), self.ledger.stalled():
             path = self.saver.finish(wait=lambda: self.watchdog.beat(where))
@@ -235,23 +235,23 @@ class Supervisor:
             self.copies.offer()
 
     def attend_copies(self, step: int, *, is_end: bool = False) -> None:
-        """Let the copies go on, and say what has changed; at the end, failures are left to the caller."""
+        """Let the copies continue, and report changes. At the end of the run, the caller reports failures."""
         if self.copies and (news := self.copies.attend()) and not (is_end and self.copies.problem):
             self.metrics.say(news)
             self.metrics.show("checkpoint_copy", step, news)
 
     def _waits_for_copy(self, exit_code: int) -> bool:
-        """Whether this rank makes a copy that must be ready before the run ends. A run that was asked to stop waits for
-        that of its newest checkpoint only."""
+        """Whether this rank makes a copy that must be complete before the run ends. A run that was asked to stop waits
+        only for the copy of its newest checkpoint."""
         if not self.copies or not self.copies.is_busy:
             return False
         return not exit_code or bool(self.copies.problem_of_newest())
 
     def finish_copies(self, step: int, exit_code: int) -> int:
-        """Wait until the last checkpoint is copied, if the config asks for copies; collective. A stop may be requested
-        meanwhile. Returns the exit code: a run that is to be started again leaves a missing copy to its next start.
+        """Wait until the last checkpoint is copied, if the config asks for copies; collective. Returns the exit code.
 
-        Raises AgreedError if the checkpoint has no copy otherwise.
+        A stop may be requested meanwhile. A run that will be requeued leaves a missing copy to its next start.
+        Otherwise a missing copy raises AgreedError.
         """
         if not self.config.copy_url:
             return exit_code
@@ -283,13 +283,13 @@ class Supervisor:
         return exit_code
 
     def roll_back(self, step: int) -> None:
-        """Make the checkpoint before the bad steps, the last of which is `step`, the newest; collective.
+        """Make the checkpoint before the bad steps the newest; collective. `step` is the last bad step.
 
-        Raises AgreedError if that was tried often enough.
+        Raises AgreedError after too many roll-backs.
         """
         if self.saver.under_way:
             self.finish_save(step)
-        if self.copies:  # the checkpoint that is being copied may be among those that go
+        if self.copies:  # the checkpoint that is being copied may be removed
             self.copies.close()
         bad = self.guard.bad_in_a_row
         self.metrics.show("rollback", step, "; ".join(f"step {one['step']}: {one['problem']}" for one in bad))
@@ -300,7 +300,7 @@ class Supervisor:
         self.ledger.record_progress(step)
 
     def end_step(self, step: int, outcome: StepOutcome) -> None:
-        """Do what is due between two steps."""
+        """Do the periodic work between two steps."""
         self.attend_copies(step)
         self.updates += bool(outcome.drawn)
         if self.updates == WARMUP_STEPS:
@@ -309,8 +309,8 @@ class Supervisor:
             gc.collect()
 
     def end_steps(self, step: int, updates: int, exit_code: int) -> int:
-        """The loop has ended after `step` steps, `updates` of which changed the weights: finished (0), or stopped on
-        request. Returns the run's exit code; raises AgreedError if a finished run has never changed its weights."""
+        """End the run after `step` steps, `updates` of which changed the weights. `exit_code` is 0 if it is finished.
+        Returns the run's exit code. Raises AgreedError if a finished run has never changed its weights."""
         if exit_code:
             self.metrics.show("stop", step, "stopped on request")
             self.metrics.say(f"stopped on request after step {step}; the same command continues from there")
@@ -330,7 +330,7 @@ class Supervisor:
             self.metrics.close()
 
     def replace_damaged(self, path: Path) -> bool:
-        """Replace a damaged checkpoint by its copy in the object store, if there is a whole one; collective."""
+        """Replace a damaged checkpoint by its copy in the object store, if that is intact; collective."""
         if not self.config.copy_url:
             return False
         step = step_of(path)
@@ -345,6 +345,6 @@ class Supervisor:
         return fetched.name is not None
 
     def say(self, text: str) -> None:
-        """One line on standard error, from rank 0."""
+        """Print a line on standard error, from rank 0."""
         if self.ranks.is_rank_zero:
             print(text, file=sys.stderr, flush=True)

@@ -33,17 +33,17 @@ from bfsys.supervision.run_end import note_end
 
 TICK_S = 0.5
 LEAST_S = 60.0  # learned limits are not shorter
-RECOMPILING_S = 300.0  # nor than this, where a step may compile the model again
-FACTOR = 10.0  # times the longest interval so far
-GRACE_S = 3.0  # for the other ranks' stacks; they look every TICK_S
+RECOMPILING_S = 300.0  # nor are they shorter than this, if a step may recompile the model
+FACTOR = 10.0  # a learned limit is this multiple of the longest interval so far
+GRACE_S = 3.0  # wait for the other ranks' stacks; ranks check every TICK_S
 HANGS = "hangs"
 
 
 def least_limit_s(patience_s: float, *, is_remote: bool, is_compiled: bool) -> float:
     """The shortest limit that may be learned, in seconds.
 
-    A shard may take its time to arrive over a network, and its server may be away for a while. A compiled model is
-    compiled again, for minutes, when a batch has sizes of another kind.
+    A shard may arrive slowly over a network, and its server may be unavailable for a while. A compiled model is
+    compiled again, for minutes, if a batch has sizes of another kind.
     """
     if is_compiled:
         return max(patience_s, RECOMPILING_S)
@@ -51,13 +51,13 @@ def least_limit_s(patience_s: float, *, is_remote: bool, is_compiled: bool) -> f
 
 
 class Watchdog:
-    """Watches from its making to `close`. It is patient at first: see `patient`."""
+    """Watches from its construction to `close`. It begins with the long limit: see `be_patient`."""
 
     def __init__(
         self, run_dir: Path, ranks: dist.Ranks, *, limit_s: float, patience_s: float, least_s: float = LEAST_S
     ) -> None:
-        """`limit_s` without a beat is a hang; 0: it is learned, and at least `least_s`. `patience_s` is the limit while
-        nothing is known of how long things take."""
+        """A hang is `limit_s` without a beat. If `limit_s` is 0, the limit is learned, and at least `least_s`.
+        `patience_s` is the limit until durations are known."""
         self._run_dir, self._ranks = run_dir, ranks
         self._limit_s, self._patience_s, self._least_s = limit_s, patience_s, least_s
         self._incident = run_dir / HANGS / dist.broadcast_from_rank0(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
@@ -69,7 +69,7 @@ class Watchdog:
         self._thread.start()
 
     def beat(self, where: str) -> None:
-        """Something was done; `where` says what comes next. All ranks report the same in the same order."""
+        """Report progress. `where` says what comes next. All ranks report the same in the same order."""
         now = time.monotonic()
         if not self._is_patient:
             self._longest_s = max(self._longest_s, now - self._last)
@@ -109,7 +109,7 @@ class Watchdog:
         return min(self.limit_s, self._limit_s or self._least_s)
 
     def close(self) -> None:
-        """Stop watching. Does not return if a hang was found: the process is about to end on that."""
+        """Stop watching. Does not return after a hang was found, because the process is about to end."""
         self._closing.set()
         self._thread.join()
 
@@ -117,22 +117,22 @@ class Watchdog:
         looked = time.monotonic()
         while not self._closing.wait(TICK_S):
             now = time.monotonic()
-            if now - looked > 10 * TICK_S:  # this process was stopped itself: that time does not count
+            if now - looked > 10 * TICK_S:  # this process was suspended: that time does not count
                 self._last += now - looked
             looked = now
             waited_s = now - self._last
             if waited_s > self.limit_s or (waited_s > self._shortest_limit_s / 2 and self._others_found_a_hang()):
                 self._end(waited_s)
-            looked = max(looked, time.monotonic() - TICK_S)  # a slow file system is no pause
+            looked = max(looked, time.monotonic() - TICK_S)  # a slow file system does not count as a suspension
 
     def _others_found_a_hang(self) -> bool:
-        try:  # not whether the folder exists: network file systems remember for long that it does not
+        try:  # list the parent: network file systems cache for long that a folder does not exist
             return self._incident.name in os.listdir(self._incident.parent)
         except OSError:
             return False
 
     def _end(self, waited_s: float) -> None:
-        """Write down what this rank does, name the one at fault, and end the process."""
+        """Write the state of this rank, name the rank at fault, and end the process."""
         print(f"error: rank {self._ranks.rank}: no progress for {waited_s:.0f} s, after {self._where}", file=sys.stderr)
         # If the file system hangs too, this ends the process.
         faulthandler.dump_traceback_later(10 * GRACE_S, exit=True)
@@ -141,7 +141,7 @@ class Watchdog:
             self._write_stacks(waited_s)
             try:
                 self._write_flight_record()
-            except Exception as error:  # the verdict counts more
+            except Exception as error:  # the verdict is more important
                 print(f"error: rank {self._ranks.rank}: no flight record: {error}", file=sys.stderr, flush=True)
             deadline = time.monotonic() + GRACE_S
             while len(found := self._reports()) < self._ranks.world_size and time.monotonic() < deadline:
@@ -166,14 +166,14 @@ class Watchdog:
         os.rename(part, path)
 
     def _write_flight_record(self) -> None:
-        """The latest collectives of this rank, as JSON; nothing where NCCL is not used."""
+        """Write the latest collectives of this rank as JSON, on GPUs only."""
         if self._ranks.device.type == "cuda":
             dump = torch._C._distributed_c10d._dump_nccl_trace_json  # type: ignore[attr-defined]  # not in torch's stubs
             record = dump(includeCollectives=True, onlyActive=False)
             (self._incident / f"rank-{self._ranks.rank}.nccl.json").write_bytes(record)
 
     def _reports(self) -> dict[int, tuple[int, str]]:
-        """(beats, where) by rank, of those that have written."""
+        """(beats, where) by rank, of the ranks that have written."""
         reports = {}
         for path in self._incident.glob("rank-*.txt"):
             beats, where, *_ = path.read_text().partition("\n")[0].split("\t")

@@ -2,7 +2,7 @@
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
 
 ort.env.wasm.wasmPaths = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
-ort.env.wasm.numThreads = 1; // more threads need headers that a plain file server does not send
+ort.env.wasm.numThreads = 1; // more threads need HTTP headers that a plain file server does not send
 
 const SHOWN = 3; // classes of a file
 const [model, files, answers] = ["model", "files", "answers"].map((name) => document.getElementById(name));

@@ -14,7 +14,7 @@ from tests.forked import start_ranks
 
 
 def train_watched(config: str, overrides: Sequence[str], folder: str, poison: dict | None) -> None:
-    """bfsys/train.py, with what it draws written down, and with faults."""
+    """Run bfsys/train.py with injected faults, and record the samples that it draws."""
     from bfsys import dist, train
     from bfsys.config import load_config
     from bfsys.errors import exit_code_of
@@ -29,7 +29,7 @@ def train_watched(config: str, overrides: Sequence[str], folder: str, poison: di
 
 
 def train_several(config: str, runs: Sequence[tuple[Sequence[str], Sequence[dict]]]) -> None:
-    """Several runs one after the other, each with (overrides, poisons)."""
+    """Train several runs one after the other, each with (overrides, poisons)."""
     from bfsys import dist, train
     from bfsys.config import load_config
     from bfsys.ranks import ranks_from_environment
@@ -60,8 +60,8 @@ def audited(training_batches, path: str):
 
 
 def poisoned(training_loss, kind: str, samples: Sequence[Sequence[int]]):
-    """The loss of micro-batches with one of these (source, sample): no number, with gradients that are none, or much
-    too large."""
+    """Corrupt the loss of micro-batches with one of these (source, sample): NaN, infinite, with non-finite gradients,
+    or a spike."""
     wanted = {tuple(pair) for pair in samples}
 
     def loss(logits, batch, *rest):
@@ -69,7 +69,7 @@ def poisoned(training_loss, kind: str, samples: Sequence[Sequence[int]]):
         if logits.requires_grad and wanted & set(zip(batch.sources.tolist(), batch.samples.tolist(), strict=True)):
             if kind == "gradient":
                 total = total + (logits.float().sum() * 0).sqrt()  # 0, whose gradient is 0 * inf
-            elif kind == "loss":  # and gradients that are numbers
+            elif kind == "loss":  # the gradients stay finite
                 total, sums = total + float("inf"), sums + float("inf")
             else:
                 factor = {"nan": float("nan"), "spike": 1e4}[kind]
@@ -94,7 +94,7 @@ class Ranks:
         return all(process.poll() is None for process in self.processes)
 
     def end(self, timeout_s: float = 600) -> list[int]:
-        """Wait for all to end; their exit codes."""
+        """Wait for all processes to end, and return their exit codes."""
         try:
             for process in self.processes:
                 process.communicate(timeout_s)
@@ -110,22 +110,22 @@ class Ranks:
         return "\n".join(f"rank {i}: {''.join(process.said())}" for i, process in enumerate(self.processes))
 
     def audit_bytes(self) -> int:
-        """Grows with every micro-batch that is drawn."""
+        """The size of the record of drawn samples, which grows with every micro-batch."""
         return sum(path.stat().st_size for path in self.folder.glob("*.audit"))
 
 
 def draws(folder: Path) -> dict[tuple[int, int], list]:
-    """The samples drawn at each (step, lane). Asserts that every repetition drew the same."""
+    """Return the samples drawn at each (step, lane). Assert that every repetition drew the same."""
     found: dict[tuple[int, int], list] = {}
     for path in sorted(folder.glob("*.audit")):
-        for line in path.read_text().split("\n")[:-1]:  # a kill may have torn the last one
+        for line in path.read_text().split("\n")[:-1]:  # after a kill, the last line may be incomplete
             step, lane, pairs = json.loads(line)
             assert found.setdefault((step, lane), pairs) == pairs, (path, step, lane)
     return found
 
 
 def kill_at_random(ranks: Ranks, run: Path, rng: random.Random, longest_s: float) -> str:
-    """SIGKILL one of the ranks, at a random moment after training goes on or in the middle of a save."""
+    """Kill one of the ranks at a random moment after training has resumed, or during a save."""
     wants_save = rng.random() < 0.5
     before, old = ranks.audit_bytes(), parts(run)
     deadline = time.monotonic() + 300
@@ -144,14 +144,14 @@ def kill_at_random(ranks: Ranks, run: Path, rng: random.Random, longest_s: float
 
 
 def parts(run: Path) -> set[Path]:
-    """Saves that are not whole."""
+    """Incomplete saves."""
     return set((run / "checkpoints").glob(".step_*.part"))
 
 
 def kill_again_and_again(
     config: Path, run: Path, folder: Path, overrides: Sequence[str], kills: int, seed: int, world_sizes: Iterator[int]
 ) -> dict[str, int]:
-    """Start the run, kill a rank, start it again …, and let it end; how often each kind of moment was hit."""
+    """Start the run and kill a rank, repeatedly, then let it end. Returns how often each kind of moment was hit."""
     rng, moments = random.Random(seed), {"between": 0, "in a save": 0}
     while True:
         ranks = Ranks(next(world_sizes), config, overrides, folder)

@@ -13,7 +13,7 @@ from tests.chaos.ranks import Ranks, draws, kill_again_and_again
 from tests.test_train import lines, newest, tensors
 
 ADAMW = ("weight", "exp_avg", "exp_avg_sq", "ema")
-MUON = (*ADAMW, "momentum_buffer")  # whose run has AdamW for the rest
+MUON = (*ADAMW, "momentum_buffer")  # Muon runs use AdamW for the other parameters
 
 
 def undisturbed(config: Path, folder: Path, overrides: list[str]) -> Path:
@@ -33,7 +33,7 @@ def assert_equal_runs(one: Path, other: Path, states: tuple[str, ...] = ADAMW) -
 
 
 def assert_each_sample_once(drawn: dict, run: Path) -> None:
-    """Within an epoch; and every step drew its whole batch."""
+    """Assert that an epoch has each sample once, and that every step drew its whole batch."""
     last = lines(run)[-1]["step"]
     assert sorted(drawn) == [(step, lane) for step in range(last) for lane in range(4)]
     counts: dict[tuple, int] = {}

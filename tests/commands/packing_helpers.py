@@ -39,7 +39,7 @@ def pack(src: Path, out: Path, *options: str, name: str = "pets") -> Path:
 
 
 def problems_of(src: Path, out: Path, *options: str, name: str = "pets") -> str:
-    """The message of a command that must fail."""
+    """Run a command that must fail, and return its message."""
     with pytest.raises(UserError) as error:
         call("pack", [str(src), str(out), "--name", name, "--workers", "1", *options])
     return str(error.value)

@@ -18,7 +18,7 @@ from tests.commands.packing_helpers import make_files, png_bytes, wav_bytes
 
 
 def made_in(folder: Path) -> list[str]:
-    """The files without the hidden ones, which packing and prediction leave out."""
+    """The files without hidden ones, which packing and prediction ignore."""
     paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     return sorted(str(path.relative_to(folder)) for path in paths)
 
@@ -134,7 +134,7 @@ def test_the_same_command_continues_after_a_stop(
     call("encode", stopped)
     assert capsys.readouterr().out == f"{tmp_path}/out: 2 files, and 1 that were there\n"
     assert made_in(tmp_path / "out") == ["a.fhwc", "b.fhwc", "c.fhwc"]
-    assert (tmp_path / "out" / "a.fhwc").read_bytes() == first  # other noise, had it been made again
+    assert (tmp_path / "out" / "a.fhwc").read_bytes() == first  # if it were made again, it would have other noise
 
 
 def test_a_file_that_is_noted_and_missing_is_made(stopped: list[str], tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_key_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_who_knows_one_file_knows_the_key_of_its_values() -> None:
-    """docs/privacy.md says of `permute` that it is a substitution, not a cipher."""
+    """docs/privacy.md says that `permute` is a substitution, not a cipher."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
     file = io.BytesIO()

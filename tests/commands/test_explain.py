@@ -44,7 +44,7 @@ def test_each_file_gets_a_page_of_its_own(explain: Explain, files: Path, tmp_pat
     assert re.match(rf"{files}/one\.bin: [ab]0 [\d.]+ %; ", out[0])
     assert "% of the evidence lies in " in out[0]
     first = (tmp_path / "pages" / "one.bin.html").read_text()
-    explain(files, "--out", tmp_path / "pages")  # its own pages are written again
+    explain(files, "--out", tmp_path / "pages")  # existing pages of the command are overwritten
     assert (tmp_path / "pages" / "one.bin.html").read_text() == first
 
 

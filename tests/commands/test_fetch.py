@@ -19,7 +19,7 @@ from bfsys.cli import call
 from bfsys.errors import UserError
 from tests.commands.packing_helpers import wav_bytes
 
-WORDS = ("yes", "no", "cat", "dog", "bed")  # two of the ten, and three others
+WORDS = ("yes", "no", "cat", "dog", "bed")  # two of the ten words of the task, and three others
 PER_SPLIT = {"train": 20, "val": 10, "test": 10}  # files of each word
 
 
@@ -40,7 +40,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).write_text("\n".join(lists[split]) + "\n")
     noise = folder / "_background_noise_"
     noise.mkdir()
-    for i in range(2):  # each sample tells its place in the recording
+    for i in range(2):  # each sample contains its position in the recording
         ramp = np.arange(20 * 16_000, dtype=np.int32) // 10
         soundfile.write(noise / f"noise{i}.wav", ramp.astype(np.int16), 16_000)
     monkeypatch.setattr(fetch, "SPEECH_COMMANDS_CLASSES", len(WORDS))
@@ -65,7 +65,7 @@ def test_twelve_classes(archive: Path, capsys: pytest.CaptureFixture) -> None:
     }
     unknown = [name for name in files if "_unknown_" in name]
     assert {Path(name).name.split("-")[0] for name in unknown} <= {"cat", "dog", "bed"}
-    for name in files:  # nothing changes its split
+    for name in files:  # each file keeps its split
         if "_silence_" not in name:
             assert f"{name.split('/')[0]}" in Path(name).name
     assert "next: bfsys pack" in capsys.readouterr().out
@@ -155,7 +155,7 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 @pytest.fixture
 def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with archives like those of ILSVRC2012: 2 classes of 3 files, 4 files for validation."""
-    from torchvision.datasets import imagenet  # importing it takes two seconds, and every process collects this file
+    from torchvision.datasets import imagenet  # this import takes two seconds, and every process collects this file
 
     train = tar_of({f"{i}.tar": tar_of({f"{i}_{n}.JPEG": jpeg(n) for n in range(3)}) for i in IDS})
     val = tar_of({f"ILSVRC2012_val_{n:08}.JPEG": jpeg(n) for n in range(4)})
@@ -165,7 +165,7 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_bytes(content)
         known[split] = (name, hashlib.md5(content).hexdigest())
     monkeypatch.setattr(imagenet, "ARCHIVE_META", known)
-    # torchvision's parse of the development kit
+    # torchvision's format of the development kit
     torch.save(({i: (i,) for i in IDS}, [IDS[0], IDS[1], IDS[1], IDS[0]]), tmp_path / "meta.bin")
     monkeypatch.setattr(fetch, "IMAGENET_CLASSES", 2)
     monkeypatch.setattr(fetch, "IMAGENET_FILES", {"train": 6, "val": 4})
@@ -178,7 +178,7 @@ def test_imagenet_is_unpacked_counted_and_can_be_packed(archives: Path, capsys: 
     assert len(list((archives / "val" / IDS[1]).iterdir())) == 2
     packed = archives.parent / f"{archives.name}-packed"
     call("pack", [str(archives), str(packed), "--name", "imagenet", "--from", "imagefolder", "--workers", "1"])
-    call("fetch", ["imagenet", str(archives)])  # a folder is only checked
+    call("fetch", ["imagenet", str(archives)])  # an existing folder is only checked
 
 
 def test_an_imagenet_that_lacks_something_is_not_used(archives: Path) -> None:

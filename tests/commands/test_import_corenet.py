@@ -31,7 +31,7 @@ def _weights() -> dict[str, Tensor]:
 
 
 def imported(folder: Path, weights: object, *arguments: str) -> Path:
-    """The directory made of weights that torch.save writes."""
+    """Import weights that torch.save writes, and return the directory."""
     torch.save(weights, folder / "weights.pt")
     call("import-corenet", [str(folder / "weights.pt"), str(folder / "imported"), *arguments])
     return folder / "imported"
@@ -59,7 +59,7 @@ def test_logits_are_the_published_ones(file: str, tmp_path: Path) -> None:
     )  # fmt: skip
     compared = 0
     for case in CASES:
-        whole = (v.x(case) >= 0).all(1)  # the published answers of other rows depend on their neighbours
+        whole = (v.x(case) >= 0).all(1)  # published logits of padded rows depend on other rows
         files = [f for f, comparable in zip(v.files(case), whole, strict=True) if comparable]
         if files:
             want = v.arrays[f"{case}/released/logits64"][whole]

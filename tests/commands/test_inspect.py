@@ -67,7 +67,7 @@ def test_verify_exits_0_if_whole_and_1_if_damaged(dataset, capsys):
         tar.write_bytes(data)
     assert call("inspect", [str(dataset), "--verify"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 * 2  # of each shard: its hash, and the sample's bytes
+    assert len(errors) == 2 * 2  # for each shard: its checksum, and the bytes of the sample
     assert all(line.startswith("damage: ") for line in errors)
     assert sum(repr(split.key(0)) in line for line in errors) >= 1
     assert call("inspect", [str(dataset), "--verify", "--split", "val"]) == 0
@@ -193,7 +193,7 @@ def test_tars_that_are_compressed_are_not_passed_over(tmp_path):
     make_tar(tmp_path / "x-train-0.tar", {"0": 0})
     for name in ("x-train-0.tar.gz", "x-train-1.tar.gz", "x-train-2.tgz"):
         (tmp_path / name).write_bytes(gzip.compress((tmp_path / "x-train-0.tar").read_bytes()))
-    with pytest.raises(UserError) as error:  # the first one has its decompressed copy beside it
+    with pytest.raises(UserError) as error:  # the first one has its decompressed copy in the same folder
         call("inspect", [str(tmp_path), "--rebuild"])
     assert [problem.rpartition(": ")[2] for problem in error.value.problems] == [
         f"gunzip {tmp_path / name}" for name in ("x-train-1.tar.gz", "x-train-2.tgz")
@@ -213,7 +213,7 @@ def test_rebuild_where_nothing_can_be_written(dataset):
     (dataset / "dataset.json").unlink()
     index.mkdir()
     (index / "file").touch()
-    with pytest.raises(UserError, match=r"Is a directory|Directory not empty"):  # not 1, which says damage
+    with pytest.raises(UserError, match=r"Is a directory|Directory not empty"):  # not exit code 1, which means damage
         call("inspect", [str(dataset), "--rebuild"])
 
 

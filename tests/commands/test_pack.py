@@ -35,7 +35,7 @@ from tests.commands.packing_helpers import (
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_fsync():
-    """Waiting for the disk is most of the time that packing a few files takes."""
+    """Disable fsync, which takes most of the time of packing a few files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
@@ -75,7 +75,7 @@ def test_the_dataset(tmp_path, capsys):
     assert train.shards[0].file == "pets-train-000000.tar"
     assert len(train.shards) > 1
     for start, end in zip(train.shard_starts, train.shard_starts[1:], strict=False):
-        assert {0, 1} == set(train.samples["label"][start:end].tolist())  # every shard is a mix
+        assert {0, 1} == set(train.samples["label"][start:end].tolist())  # every shard has both classes
     assert np.ptp([shard.bytes for shard in train.shards]) <= 10240
     found = contents(dataset)
     assert found["cat/001"][1:] == ("cat", bytes([1]) * 301)
@@ -159,7 +159,7 @@ def test_files_that_cannot_be_decoded(tmp_path):
     assert f"{src}/red/broken.png: cannot be made jpeg:60 (" in message
     assert f"{src}/blue/cut.png: cannot be made jpeg:60" in message
     assert "2 bad files: repair or remove them, or leave them out with --skip-bad" in message
-    assert "0x" not in message  # of a Python object
+    assert "0x" not in message  # the address of a Python object
     with pytest.raises(UserError, match="If packing was not finished, run the same command again"):
         open_split(tmp_path / "pets", "train")
     dataset = pack(src, tmp_path, *options, "--skip-bad")
@@ -204,7 +204,7 @@ def test_packed_already(tmp_path, capsys, monkeypatch):
     src = make_tree(tmp_path / "src")
     before = all_bytes(pack(src, tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "start", None)  # nothing may begin
+        patch.setattr(staging, "start", None)  # packing must not start
         call("pack", [str(src), str(tmp_path), "--name", "pets"])
     assert "already packed" in capsys.readouterr().out
     (tmp_path / "pets" / "pets-val-000000.tar").write_bytes(b"cut")
@@ -219,7 +219,7 @@ def test_other_input_is_packed_again_and_leaves_nothing_old(tmp_path):
     make_files(src, {"cat/empty": b""})
     (tmp_path / "one" / "pets" / ".pets-train-000009.tar.123.tmp").write_bytes(b"left over")
     assert "is empty" in problems_of(src, tmp_path / "one", "--shard-bytes", "9K")
-    open_split(tmp_path / "one" / "pets", "train")  # a refused command harms nothing
+    open_split(tmp_path / "one" / "pets", "train")  # a refused command does not change the dataset
     one = pack(src, tmp_path / "one", "--shard-bytes", "9K", "--skip-bad")
     two = pack(src, tmp_path / "two", "--shard-bytes", "9K", "--skip-bad")
     assert all_bytes(one) == all_bytes(two)
@@ -241,7 +241,7 @@ SLOW = ("--shard-bytes", "6K", "--workers", "2", "--encoding", "png", "--image-s
 
 
 def start_slow_pack(src: Path, out: Path) -> subprocess.Popen:
-    """A pack of many shards, caught when the first of them stands."""
+    """Start packing many shards, and return when the first one exists."""
     command = [sys.executable, ROOT / "tools" / "pack.py", src, out, "--name", "pets", *SLOW]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not list(out.glob("pets/.pack/*.npz")):
@@ -252,7 +252,7 @@ def start_slow_pack(src: Path, out: Path) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """(pictures that take a while to decode, their dataset)"""
+    """(pictures that are slow to decode, their dataset)"""
     folder, picture = tmp_path_factory.mktemp("pictures"), png_bytes(700, 700, 9)
     src = make_files(folder / "src", {f"{'ab'[i % 2]}/{i}.png": picture for i in range(50)})
     return src, pack(src, folder / "whole", *SLOW)
@@ -266,7 +266,7 @@ def test_a_stopped_run_continues(tmp_path, pictures, how):
     if how == "kill -9":
         process.kill()
         process.communicate(timeout=300)
-        time.sleep(0.3)  # for the workers to notice
+        time.sleep(0.3)  # the workers need time to notice
     else:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.communicate(timeout=300)[1] == "stopped on request\n"
@@ -286,7 +286,7 @@ def test_sidecars_of_other_input_are_not_believed(tmp_path, monkeypatch):
     src = make_tree(tmp_path / "src")
     with monkeypatch.context() as patch:
         patch.setattr(shard_jobs, "write_split", None)
-        with pytest.raises(TypeError):  # dies when all shards are written
+        with pytest.raises(TypeError):  # fails when all shards are written
             pack(src, tmp_path)
     assert list((tmp_path / "pets" / ".pack").glob("*.npz"))
     (src / "cat" / "001.jpg").write_bytes(b"x" * 301)

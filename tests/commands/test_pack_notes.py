@@ -84,7 +84,7 @@ def test_a_single_class_is_told(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "pets: 1 class (photos)" in out
     assert "note: one class: there is nothing to learn\n" in out
-    assert "notes" not in read_description(dataset)  # it follows from the rest
+    assert "notes" not in read_description(dataset)  # it can be derived from the other fields
 
 
 def test_a_complete_dataset_has_no_notes(tmp_path, capsys):

@@ -41,7 +41,7 @@ def test_old_files_keep_their_split_when_files_are_added(tmp_path):
     kept = {key.removesuffix("-jpg"): split for key, (split, _, _) in after.items()}
     assert {key: split for key, (split, _, _) in before.items()}.items() <= kept.items()
     assert 0.1 < sum(split == "val" for split, _, _ in before.values()) / 60 < 0.5
-    assert kept["dog/000-png"] == kept["dog/000"]  # two files of one name stay together
+    assert kept["dog/000-png"] == kept["dog/000"]  # files of the same name stay in one split
 
 
 def test_classes_with_two_files_are_in_train_and_in_val(tmp_path):

@@ -31,7 +31,7 @@ def sha256(content: bytes) -> str:
 
 
 def eventually(condition: Callable[[], object]) -> None:
-    """Wait for something that happens soon, without saying how soon."""
+    """Wait until a condition is true."""
     deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
@@ -40,7 +40,7 @@ def eventually(condition: Callable[[], object]) -> None:
 
 @pytest.fixture
 def no_orphans() -> Iterator[None]:
-    """No test leaves a process behind. While one runs, orphans become our children instead of those of init."""
+    """Check that no test leaves a process behind. During a test, orphans become children of this process."""
     libc = ctypes.CDLL(None)
     before = set(psutil.Process().children())
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -80,7 +80,7 @@ def names(cache: Cache) -> list[str]:
 
 
 def put(folder: Path, name: str, size_bytes: int) -> RemoteFile:
-    """A file to be fetched."""
+    """Write a file that can be fetched."""
     content = random.Random(name).randbytes(size_bytes)
     (folder / name).write_bytes(content)
     return RemoteFile(str(folder / name), sha256(content), size_bytes)
@@ -88,7 +88,7 @@ def put(folder: Path, name: str, size_bytes: int) -> RemoteFile:
 
 @pytest.fixture(scope="session")
 def packed(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trees of `datasets` in shards of several samples."""
+    """The trees of `datasets`, packed in shards of several samples."""
     root = tmp_path_factory.mktemp("packed")
     for name in ("a", "b"):
         tree = str(datasets / "trees" / name)
@@ -110,7 +110,7 @@ def served(server: FaultyServer, packed: Path) -> FaultyServer:
 
 
 def config_of(folder: Path, a: str | Path, b: str | Path | None = None, *overrides: str, name: str = "tiny") -> Config:
-    """Training on `a` and `b` with a cache of its own in `folder`."""
+    """A config that trains on `a` and `b`, with a cache in `folder`."""
     tree = tiny_config(folder, folder)
     tree["data"]["sources"] = [{"path": str(path)} for path in (a, b) if path]
     tree["data"] |= {"cache_dir": str(folder / "cache"), "batch_samples": 16, "fetch_tries": 3}
@@ -125,7 +125,7 @@ def path_of(plan: Plan, source: int, shard: int) -> str:
 
 
 def read_by(plan: Plan, steps: range, lanes: range) -> set[str]:
-    """The shards of all samples of some steps and lanes."""
+    """The shards that contain the samples of some steps and lanes."""
     return {
         path_of(plan, source, plan.splits[source].samples["shard"][sample])
         for step in steps

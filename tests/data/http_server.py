@@ -13,10 +13,10 @@ DO_IT_RIGHT = "serve"
 
 
 class FaultyServer:
-    """Serves `files`; `faults[path]` says what becomes of each request, and right ones follow its end.
+    """Serves `files`. `faults[path]` lists a fault for each request; later requests are served.
 
-    serve · 503 · stall (half, then silence) · truncate (half, then the end) · unsized (half, without a
-    Content-Length) · reset (half, then RST) · wrong (other bytes) · die (half, then the server is gone until `start`)
+    serve · 503 · stall (half, then nothing) · truncate (half, then the connection is closed) · unsized (half, without a
+    Content-Length) · reset (half, then RST) · wrong (other bytes) · die (half, then the server stops until `start`)
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class FaultyServer:
         self.faults[path] = iter(faults)
 
     def start(self) -> None:
-        """Start, or start again on the same port."""
+        """Start, or restart on the same port."""
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -77,7 +77,7 @@ class FaultyServer:
         if fault == "stall":
             self._stopping.wait()
         elif fault in ("reset", "die"):
-            # SO_LINGER of 0 s: closing resets the connection
+            # with an SO_LINGER of 0 s, closing resets the connection
             request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             if fault == "die":
                 self._die()

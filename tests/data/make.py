@@ -12,7 +12,7 @@ from bfsys.data.storage.tars import Shard
 
 
 def write_tree(root: Path, classes: Sequence[str], files: int, longest: int, rng: np.random.Generator) -> None:
-    """`files` files per class of 1 to `longest` bytes, drawn around a mean that only the class decides."""
+    """Write `files` files per class of 1 to `longest` bytes, drawn around the mean of the class."""
     for c, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for i in range(files):
@@ -21,7 +21,7 @@ def write_tree(root: Path, classes: Sequence[str], files: int, longest: int, rng
 
 
 def split_in_memory(shard_sizes: Sequence[int], lengths: np.ndarray | None = None, name: str = "memory") -> Split:
-    """A split with an index and no tars: all that a plan looks at."""
+    """A split with an index and without tars, which is enough for a plan."""
     samples = np.zeros(sum(shard_sizes), SAMPLE)
     samples["shard"] = np.repeat(np.arange(len(shard_sizes)), shard_sizes)
     samples["length"] = 100 if lengths is None else lengths

@@ -24,7 +24,7 @@ from bfsys.dist import Ranks
 
 Shards = Sequence[Sequence[tuple[int, bytes]]]  # (class, content) of every sample
 
-# One-sample shards, empty ones, fewer shards than lanes, many tiny ones, one large one
+# Shards of one sample, empty shards, fewer shards than lanes, many tiny shards, one large shard
 shard_sizes = st.one_of(
     st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any),
     st.integers(1, 20).map(lambda n: [1] * n),
@@ -34,7 +34,7 @@ rules = st.one_of(st.sampled_from(["weights", "proportional", "sqrt"]), st.float
 
 
 def pack(folder: Path, name: str, splits: dict[str, Shards], classes: Sequence[str] = ("x", "y")) -> Path:
-    """Write a dataset into a folder of its own. It need not survive a power cut, so nothing waits for the disk."""
+    """Write a dataset into a new folder, without waiting for the disk."""
     path = folder / name
     path.mkdir(parents=True, exist_ok=True)
     with mock.patch("os.fsync"):
@@ -58,7 +58,7 @@ def random_shards(sizes: Sequence[int], rng: np.random.Generator, longest: int =
 
 @dataclass(frozen=True)
 class Case:
-    """Datasets and a run over them, not yet on the disk."""
+    """Datasets and a run on them, before they are written."""
 
     sources: tuple[Shards, ...]
     data: Data  # without paths
@@ -96,7 +96,7 @@ def rank(number: int, of: int) -> Ranks:
 
 
 def read_steps(config: Config, first: int = 0, stop: int | None = None, world_size: int = 1) -> list[list[ByteBatch]]:
-    """Steps first … stop of a run that is started anew, on every rank: the micro-batches of each, in lane order."""
+    """Open a run, and read steps first … stop on every rank. Returns the micro-batches of each step, by lane."""
     steps = (config.train.steps if stop is None else stop) - first
     per_rank = config.data.lanes // world_size
     ranks = []
@@ -108,7 +108,7 @@ def read_steps(config: Config, first: int = 0, stop: int | None = None, world_si
 
 
 def open_batches(config: Config, first: int = 0, number: int = 0, world_size: int = 1) -> Iterator[ByteBatch]:
-    """A rank's micro-batches from step `first` on, with everything opened anew."""
+    """Yield a rank's micro-batches from step `first` on, after opening everything again."""
     sources = open_training(config)
     return training_batches(config, sources, make_plan(config, sources), rank(number, world_size), first_step=first)
 
@@ -133,5 +133,5 @@ def divisors(n: int) -> list[int]:
 
 
 def resource_names() -> set[str]:
-    """The objects in shared memory with a name."""
+    """The names of objects in shared memory."""
     return set(os.listdir("/dev/shm"))

@@ -28,7 +28,7 @@ LENGTH = 160
 
 
 def planted(count: int, seed: int) -> tuple[list[np.ndarray], list[int]]:
-    """Files of random bytes, whose class alone decides whether the bytes at PLACE are low or high."""
+    """Files of random bytes. The class decides whether the bytes at PLACE are low or high."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, count).tolist()
     files = [rng.integers(0, 256, LENGTH, dtype=np.uint8) for _ in labels]

@@ -45,7 +45,7 @@ def explained(content: bytes, gradients: np.ndarray | None = None) -> Explanatio
 
 
 class Checker(HTMLParser):
-    """Elements are closed in order, and nothing is loaded from elsewhere or run."""
+    """Checks that elements are closed in order, that nothing is loaded from other servers, and that no script runs."""
 
     EMPTY = ("meta", "img", "br", "rect", "line", "input")
 
@@ -121,7 +121,7 @@ def file_of(format: str, pixels: np.ndarray, **options: object) -> bytes:
 @pytest.mark.parametrize("pixels", [GREY, COLOUR], ids=["grey", "colour"])
 @pytest.mark.parametrize("format", ["TIFF", "BMP", "PPM"])
 def test_evidence_lies_over_the_pixels_that_bytes_are(format: str, pixels: np.ndarray) -> None:
-    """Rows of a BMP go from the bottom to the top and are rounded up, and its colours are blue, green, red."""
+    """Rows of a BMP are stored from bottom to top and padded, and its colours are blue, green, red."""
     content = np.frombuffer(file_of(format, pixels), np.uint8)
     picture = overlay.picture_of(structure(content).format, content, content.astype(np.float32))
     assert picture

@@ -170,7 +170,7 @@ def test_any_bytes_after_the_start_of_a_format(start: bytes, content: bytes) -> 
     st.integers(0, 20_000),
     st.lists(st.tuples(st.integers(0, 20_000), st.integers(0, 255)), max_size=6),
 )
-@example("ELF", 75, [(5, 0)])  # its places of 8 bytes, read in the other order, are larger than memory
+@example("ELF", 75, [(5, 0)])  # its 8-byte offsets, read in the wrong byte order, are larger than memory
 def test_cut_and_changed_files(format: str, length: int, changes: list[tuple[int, int]]) -> None:
     content = bytearray(FILES[format][:length] if length < len(FILES[format]) else FILES[format])
     for place, value in changes:
@@ -189,6 +189,6 @@ def test_cut_and_changed_files(format: str, length: int, changes: list[tuple[int
     ],
 )  # fmt: skip
 def test_hostile_repetition_ends(unit: bytes) -> None:
-    """A parser that went over the file again for each unit would take hours."""
+    """A parser that reads the file again for each unit would take hours."""
     for content in FILES.values():
         ranges_of(content[:60] + unit * (500_000 // len(unit)))

@@ -39,7 +39,7 @@ def trained(files: Sequence[np.ndarray], labels: Sequence[int], classes: int = 2
 
 
 def png_file(pixels: np.ndarray, text: str) -> bytes:
-    """uint8 [height, width], stored without compression, with a tEXt chunk before it."""
+    """Make a PNG from uint8 [height, width], without compression, with a tEXt chunk before the pixels."""
     info = PngInfo()
     info.add_text("Comment", text)
     file = io.BytesIO()
@@ -48,7 +48,7 @@ def png_file(pixels: np.ndarray, text: str) -> bytes:
 
 
 def wav_file(samples: np.ndarray, comment: bytes) -> bytes:
-    """uint8 [n] of 8 kHz, with a LIST chunk before them."""
+    """Make a WAV from uint8 [n] at 8 kHz, with a LIST chunk before the samples."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)

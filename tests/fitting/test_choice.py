@@ -118,7 +118,7 @@ def test_precision_is_what_the_machine_multiplies(machine: Machine, precision: s
 def test_no_content_is_learned_from_files_whose_class_is_their_kind() -> None:
     mixed = replace(survey("a PNG", "image", size=28), kinds_tell_classes=True)
     assert settings(mixed, CPU, as_stored=True)["optim", "content_loss"] == 0
-    # Files that are written again are all of one kind, so that only what they show is left.
+    # Re-encoded files are all of one kind, so only their content can tell the class.
     assert ("optim", "content_loss") not in settings(mixed, CPU)
     assert ("optim", "content_loss") not in settings(survey("a PNG", "image", size=28), CPU, as_stored=True)
 

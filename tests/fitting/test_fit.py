@@ -27,7 +27,7 @@ from tests.forked import Forked
 
 
 def folder_of(folder: Path, files: int, content: dict[str, int] | None = None) -> Path:
-    """Files whose class is the order of two bytes somewhere in them: byte counts say nothing."""
+    """Write files whose class is the order of two bytes. Byte counts do not tell the class."""
     rng = np.random.default_rng(0)
     names = {}
     for name, first in (content or {"rising": 10, "falling": 200}).items():
@@ -40,7 +40,7 @@ def folder_of(folder: Path, files: int, content: dict[str, int] | None = None) -
 
 
 def fit_in_few_steps(*arguments: object) -> tuple[int | None, str, str]:
-    """`bfsys fit`, which trains a tiny model for as few steps as it may: (exit code, output, standard error)."""
+    """Run `bfsys fit` with a tiny model and few steps. Returns (exit code, output, standard error)."""
     process = Forked(_fit_in_few_steps, arguments, {})
     said = process.communicate(timeout=600)
     return process.returncode, *said
@@ -70,7 +70,7 @@ def test_a_folder_becomes_a_model_that_beats_byte_counts(
     for command in (f"bfsys predict {run} FILE\n", f"bfsys explain {run} FILE\n", f"bfsys serve {run}\n"):
         assert command in said
 
-    monkeypatch.chdir(tmp_path)  # the same from Python, which does not train again
+    monkeypatch.chdir(tmp_path)  # the same from Python, which does not repeat the training
     monkeypatch.setenv("PYTHONPATH", str(Path(bfsys.__file__).parents[1]))
     assert bfsys.fit(src, minutes=30, shards="shards") == Path("runs/slopes")
     again, errors = capsys.readouterr()
@@ -123,12 +123,12 @@ def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
     assert tells(formats)
     assert not tells(formats | {"a/5.x": jpeg, "a/6.x": jpeg, "b/5.x": png, "b/6.x": png})
     assert tells({f"a/{i}.x": png for i in range(4)} | {f"b/{i}.x": wav for i in range(4)})
-    # Twenty words and digits, half of them spoken: the kind is known, and the class is not.
+    # Twenty words and digits, half of them spoken: the kind of a file does not tell the class.
     joint = {f"{c}/{i}.x": png if c < "k" else wav for c in "abcdefghijklmnopqrst" for i in range(2)}
     assert not tells(joint)
-    # One file that is no picture does not decide for the others. It is named when they are packed.
+    # A single file that is not a picture does not change the result. Packing reports it.
     assert seen({f"{c}/{i}.png": png for c in "ab" for i in range(8)} | {"a/readme": b"x"})[0] == "image"
-    # A picture may begin with more than the bytes that show its kind.
+    # The header of a picture may be longer than the bytes that are read for its kind.
     with Image.open(io.BytesIO(jpeg)) as image:
         image.save(large := io.BytesIO(), "JPEG", comment=b"c" * 60_000, exif=b"Exif\0\0" + bytes(60_000))
     assert seen({f"{c}/{i}.jpg": large.getvalue() for c in "ab" for i in range(3)})[2] == 20

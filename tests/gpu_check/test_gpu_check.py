@@ -56,7 +56,7 @@ def test_each_check_has_its_module() -> None:
 
 
 def perturbed(module: object, name: str) -> SimpleNamespace:
-    """The kernels, of which one is wrong in a single number."""
+    """The kernels, one of which returns a single wrong number."""
     right = getattr(module, name)
 
     def wrong(*args, **kwargs):

@@ -66,7 +66,7 @@ def test_what_is_no_range(text: str, config_file: Path) -> None:
 
 @pytest.fixture
 def slurm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`slurm_says(sbatch=…, squeue=…)`: shell commands that play them."""
+    """`slurm_says(sbatch=…, squeue=…)` replaces them by shell commands."""
 
     def say(**scripts: str) -> None:
         for name, script in scripts.items():
@@ -85,7 +85,7 @@ def starts_in(seconds: float) -> str:
 def test_nodes_are_there_if_slurm_would_start_a_job_on_them_and_nobody_waits(slurm_says) -> None:
     slurm_says(sbatch=f'[ "$*" = "--test-only --dependency= --nodes=3 /job.sh" ] && {starts_in(0)}', squeue="")
     assert elastic.can_start(3, JOB)
-    assert not elastic.can_start(2, JOB)  # the script above refuses it
+    assert not elastic.can_start(2, JOB)  # sbatch above refuses it
     assert not elastic.can_start(3, {})  # SLURM does not answer
     slurm_says(squeue="echo Dependency; echo BeginTime")
     assert elastic.can_start(3, JOB)
@@ -116,13 +116,13 @@ def test_a_job_grows_after_its_interval_once_it_has_saved(slurm_says, tmp_path: 
         now = growth.began + seconds
         return growth.is_due(lambda: JOB)
 
-    assert not is_due(101)  # nothing was saved
+    assert not is_due(101)  # no checkpoint was saved
     save(tmp_path, 8)
     assert not is_due(99)
     slurm_says(squeue="echo Priority")
     assert not is_due(102)
     slurm_says(squeue="")
-    assert not is_due(150)  # it has asked a moment ago
+    assert not is_due(150)  # the last request was too recent
     assert is_due(170)
 
 

@@ -25,7 +25,7 @@ from bfsys.launch.job import MASTER_PORTS, TrainJob, gloo_interface, slurm_varia
 from bfsys.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-TASK = {  # of rank 3 of 4, on the second of two nodes
+TASK = {  # rank 3 of 4, on the second of two nodes
     "SLURM_JOB_ID": "70123", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
 }  # fmt: skip
 
@@ -93,21 +93,21 @@ def test_plain_srun_makes_ranks(monkeypatch):
         assert "RANK" not in os.environ  # not in a job
         os.environ.update(TASK)
         job_module.set_slurm_variables()
-        assert "RANK" not in os.environ  # a batch script is no step
+        assert "RANK" not in os.environ  # a batch script is not a step
         os.environ["SLURM_STEP_NODELIST"] = "n[1-2]"
         os.environ["SLURM_STEP_ID"] = "4294967290"
         job_module.set_slurm_variables()
-        assert "RANK" not in os.environ  # nor is the shell that salloc gives on a node
+        assert "RANK" not in os.environ  # the shell of salloc on a node is not a step
         os.environ |= {"SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "1"}
         job_module.set_slurm_variables()
-        assert "RANK" not in os.environ  # the number of the job's tasks is not that of the step's
+        assert "RANK" not in os.environ  # the number of tasks of the job is not that of the step
         os.environ["SLURM_STEP_NUM_TASKS"] = "4"
         job_module.set_slurm_variables()
         assert (os.environ["RANK"], os.environ["MASTER_ADDR"]) == ("3", "n1")
 
 
 def test_variables_of_ranks_that_srun_has_not_made(monkeypatch):
-    """They are right from torchrun, one on each node, and wrong where they are left over in the shell."""
+    """They are valid from torchrun, one on each node, and wrong if they are left over in the shell."""
     for name in ("WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     step = {**TASK, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n"}
@@ -131,9 +131,9 @@ def test_ports_differ_between_neighbouring_jobs_and_are_not_ephemeral():
     assert len(ports) == 100
     steps = ({**TASK, "SLURM_NODEID": "0", "SLURM_JOB_ID": "5000", "SLURM_STEP_ID": str(n)} for n in range(1, 20))
     ports |= {slurm_variables(task, ["n1"])["MASTER_PORT"] for task in steps}
-    assert len(ports) == 119  # two runs in one allocation
+    assert len(ports) == 119  # several runs in one allocation
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    if first_ephemeral == 32_768:  # Linux's default; an administrator may have moved it
+    if first_ephemeral == 32_768:  # Linux's default, which an administrator may change
         assert MASTER_PORTS.stop <= first_ephemeral
         assert all(int(port) in MASTER_PORTS for port in ports)
 
@@ -141,22 +141,22 @@ def test_ports_differ_between_neighbouring_jobs_and_are_not_ephemeral():
 def test_gloo_is_told_an_interface_only_where_the_own_name_misleads(monkeypatch):
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
     assert gloo_interface([]) is None
-    assert gloo_interface(["127.0.0.1"]) == "lo"  # the way to the other "node"
-    assert gloo_interface(["255.255.255.255"]) is None  # there is no way to it
+    assert gloo_interface(["127.0.0.1"]) == "lo"  # the route to the other "node"
+    assert gloo_interface(["255.255.255.255"]) is None  # there is no route
     monkeypatch.setattr(job_module, "_own_name_is_reachable", lambda: True)
     assert gloo_interface(["127.0.0.1"]) is None
 
 
 @pytest.fixture
 def run_task(tmp_path, monkeypatch):
-    """`run_task(train, **changes)` runs a job, changed, as a SLURM task that trains by the function; its exit code."""
+    """`run_task(train, **changes)` runs a changed job as a SLURM task that calls `train`; returns its exit code."""
 
     def hard_exit(code: int) -> NoReturn:
         raise Left(code)
 
     def run(train, **changes: Path) -> int:
         monkeypatch.setitem(sys.modules, "bfsys.train", types.SimpleNamespace(train_rank=train))
-        monkeypatch.setattr(job_module.os, "_exit", hard_exit)  # it would end the tests
+        monkeypatch.setattr(job_module.os, "_exit", hard_exit)  # the real one would end the tests
         monkeypatch.setattr(job_module, "_hosts", lambda: ["n1"])
         monkeypatch.chdir(tmp_path)
         (tmp_path / "a config.yaml").write_text("data: {sources: [{path: shards}]}\noptim: {warmup_steps: 0}\n")
@@ -167,7 +167,7 @@ def run_task(tmp_path, monkeypatch):
                 replace(make_job(tmp_path), **{"config": tmp_path / "a config.yaml", **changes})()
             assert (
                 signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-            )  # the task keeps its code when srun ends the others
+            )  # the task keeps its exit code when srun ends the others
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -177,7 +177,7 @@ def run_task(tmp_path, monkeypatch):
 
 
 class Left(BaseException):
-    """The process would be gone now."""
+    """Raised where the real process would exit."""
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75, 130])
@@ -195,7 +195,7 @@ def test_what_a_node_does_not_see_is_said(run_task, tmp_path, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert [error.partition(": does not see ")[2].partition(",")[0] for error in errors] == [
         f"{tmp_path}/gone.yaml",
-        f"{tmp_path}",  # the module that runs is not from there
+        f"{tmp_path}",  # the running module is not from there
     ]
 
 
@@ -205,7 +205,7 @@ def test_a_signal_before_training_is_ready_is_kept_for_it(run_task, number):
 
     def train(config: Config, ranks: Ranks) -> int:
         os.kill(os.getpid(), number)
-        time.sleep(0.2)  # imports, reading of data, …
+        time.sleep(0.2)  # simulates imports and reading of data
         previous = signal.signal(number, lambda *_: received.append(number))
         until = time.monotonic() + 60
         while not received and time.monotonic() < until:

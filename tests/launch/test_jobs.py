@@ -16,7 +16,7 @@ from bfsys.supervision.run_end import note_end
 
 @pytest.fixture
 def slurm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`slurm_says(scontrol, sacct)`: what they print of any job, which is by default one of the run x."""
+    """`slurm_says(scontrol, sacct)` sets their output for any job; by default the job belongs to the run x."""
 
     def say(scontrol: str, sacct: str = "", complaint: str = "", files: str = "runs/x/slurm") -> None:
         folder = tmp_path / "bin"
@@ -76,7 +76,7 @@ def test_a_waiting_job(run: Path, slurm_says, capsys) -> None:
     [
         ("JobState=TIMEOUT EndTime=2026-11-21T18:30:00 Restarts=0", "", "TIMEOUT ended 2026-11-21 18:30:00"),
         ("", "CANCELLED by 0|2026-11-21T18:30:00", "CANCELLED ended 2026-11-21 18:30:00"),
-        ("", "RUNNING|Unknown", "unknown to SLURM, "),  # its end was lost: it is in no queue
+        ("", "RUNNING|Unknown", "unknown to SLURM, "),  # its end was not recorded, and it is in no queue
         ("", "", "unknown to SLURM, "),
     ],
 )
@@ -100,7 +100,7 @@ def test_a_controller_that_is_away_is_no_end(run: Path, slurm_says, capsys) -> N
     slurm_says("", complaint="slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     assert call("slurm", ["status", str(run)]) == 0
     assert "42: SLURM does not answer" in capsys.readouterr().out
-    note_end(run, 0, "finished")  # nor does it hide one
+    note_end(run, 0, "finished")  # it does not hide the real end either
     assert call("slurm", ["status", str(run)]) == 0
     assert "ended    finished (code 0)" in capsys.readouterr().out
     (run / "ended.json").unlink()
@@ -219,7 +219,7 @@ def test_logs(run: Path, slurm_says, capsys) -> None:
     slurm_says("JobState=COMPLETED Restarts=0")
     assert call("slurm", ["logs", "--rank", "1", str(run)]) == 0
     assert capsys.readouterr().out.splitlines() == [f"rank 1 line {i}" for i in range(10, 30)]
-    assert call("slurm", ["logs", "--follow", str(run)]) == 0  # it is over already
+    assert call("slurm", ["logs", "--follow", str(run)]) == 0  # the job is over
     assert capsys.readouterr().out.splitlines()[-1] == "rank 0 line 29"
     for rank in ("7", "-1"):
         with pytest.raises(UserError, match=rf"^--rank: got {rank}; job 42 has logs of ranks 0 to 1$"):

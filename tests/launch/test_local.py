@@ -29,7 +29,7 @@ from tests.test_train import lines
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ROOT / "launchers" / "local.py"
 
-# A rank that writes its process id, and those of a child, to a file, when it is ready.
+# A rank that writes its process id and that of a child to a file when it is ready.
 BEGIN = """
 import os, signal, subprocess, sys, time
 rank = os.environ["RANK"]
@@ -46,7 +46,7 @@ def wait_for_all():
 
 @pytest.fixture
 def make_job(tmp_path) -> Iterator[Callable[[str], TrainJob]]:
-    """A job whose ranks run a script in tmp_path in the place of bfsys/train.py; what they leave is ended."""
+    """Make a job whose ranks run a script in tmp_path instead of bfsys/train.py. Remaining processes are killed."""
 
     def make(script: str) -> TrainJob:
         (tmp_path / "bfsys").mkdir()
@@ -59,7 +59,7 @@ def make_job(tmp_path) -> Iterator[Callable[[str], TrainJob]]:
 
 
 def launch(job: TrainJob, ranks: int) -> Forked:
-    """The group in a process of its own, which takes the test's signals; returns when all ranks are ready."""
+    """Run the group in a separate process, which gets the test's signals. Returns when all ranks are ready."""
     launcher = Forked(run_group, (job, ranks), {})
     wait_until(lambda: all((job.work_dir / f"pids-{r}").exists() for r in range(ranks)), 300)
     return launcher
@@ -82,7 +82,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def alive(folder: Path) -> list[int]:
-    """Processes of the ranks that are still there; a zombie is not."""
+    """Process ids of the ranks that still run, without zombies."""
 
     def running(pid: str) -> bool:
         try:
@@ -127,7 +127,7 @@ def test_an_agreed_end_is_waited_for(make_job, tmp_path, capfd):
     job = make_job('time.sleep(0.5 * int(rank)); print("closed", flush=True); sys.exit(2)')
     assert local.run_group(job, 2, tmp_path / "log") == 2
     assert "closed" in (tmp_path / "log" / "rank-1.log").read_text()
-    assert "error" not in capfd.readouterr().err  # rank 0 has said what is wrong
+    assert "error" not in capfd.readouterr().err  # rank 0 has already printed the error
 
 
 def test_signals_reach_each_rank_once(make_job, tmp_path):
@@ -142,7 +142,7 @@ print(*received)
 sys.exit(75)
 """)
     launcher = launch(job, 2)
-    for _ in range(3):  # as when a whole process group is signalled, and its members pass it on
+    for _ in range(3):  # like a signal to a whole process group, whose members forward it
         launcher.send_signal(signal.SIGUSR2)
         time.sleep(0.06)
     assert end_of(launcher) == 75
@@ -151,7 +151,7 @@ sys.exit(75)
 
 
 def test_a_stop_while_a_rank_dies_is_a_stop(make_job, tmp_path):
-    """Otherwise the crash would have the run started again, and the request be lost."""
+    """Otherwise the crash would restart the run, and the request would be lost."""
     job = make_job("""
 if rank == "1":
     ready(); wait_for_all(); time.sleep(0.5); sys.exit(1)
@@ -159,7 +159,7 @@ signal.signal(signal.SIGTERM, lambda *_: time.sleep(1.5) or sys.exit(1))
 ready(); time.sleep(100)
 """)
     launcher = launch(job, 2)
-    time.sleep(1.2)  # rank 1 is gone, rank 0 is being stopped
+    time.sleep(1.2)  # rank 1 has ended, and rank 0 is being stopped
     launcher.send_signal(signal.SIGTERM)
     assert end_of(launcher) == 130
 
@@ -172,7 +172,7 @@ def test_a_stop_before_training_has_begun_is_a_stop(make_job):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGHUP, 130), (signal.SIGUSR2, 75)])
 def test_a_stop_signal_to_a_rank_that_does_not_listen_is_a_stop(make_job, tmp_path, number, code):
-    """A rank listens from its first step to its last."""
+    """A rank handles signals from its first step to its last."""
     job = make_job(f"""
 ready(); wait_for_all()
 if rank == "1":
@@ -226,7 +226,7 @@ def test_of_a_range_a_start_after_a_killed_rank_takes_fewer(config_file, tmp_pat
 
     monkeypatch.setattr(local, "run_group", run_group)
     for asked, ends, ranks in (
-        ("1-6", [137, 1, 137, 0], [4, 2, 2, 1]),  # a crash is no lost rank
+        ("1-6", [137, 1, 137, 0], [4, 2, 2, 1]),  # a crash does not reduce the ranks
         ("2-6", [137, 137, 0], [4, 2, 2]),
         ("4", [137, 0], [4, 4]),
         (None, [137, 0], [4, 4]),
@@ -245,7 +245,7 @@ def test_dry_run_starts_nothing(config_file, tmp_path, capsys):
 
 
 def starts(run: Path, *ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[float]]:
-    """The end of a run whose starts end with (code, newest step), and the pauses between them."""
+    """Return the exit code of a run whose starts end with (code, newest step), and the pauses between them."""
     remaining, pauses = list(ends), []
 
     def start() -> int:
@@ -261,7 +261,7 @@ def starts(run: Path, *ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_repeated_request_ends_at_once_only_if_a_person_makes_it(make_job, tmp_path, monkeypatch):
-    """A SLURM job's second SIGTERM comes when its grace time ends, while a checkpoint may still be written."""
+    """A SLURM job gets a second SIGTERM at the end of its grace time, while it may still write a checkpoint."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     job = make_job("""
 received = []
@@ -307,7 +307,7 @@ def test_three_starts_again_without_progress_are_enough(tmp_path, monkeypatch, c
 
 
 def test_training_survives_a_killed_rank_and_its_terminal_and_continues_to_its_end(config_file, tmp_path):
-    """A rank is killed, then nobody reads the console any more, then SIGHUP comes, as when a terminal goes away."""
+    """First a rank is killed. Then the console is closed and SIGHUP is sent, like at the end of a terminal."""
     run = tmp_path / "runs" / "tiny"
     command = [sys.executable, LAUNCHER, "--ranks", "2", config_file, "train.steps=150", "train.save_every=5"]
     command += ["train.micro_batch_tokens=1000"]
@@ -332,7 +332,7 @@ def test_training_survives_a_killed_rank_and_its_terminal_and_continues_to_its_e
     assert (run / "checkpoints" / "latest").read_text() == f"step_{stopped:08}\n"
     assert how_it_ended(run)["exit_code"] == 130
 
-    last = min(stopped + 5, 150)  # the run is not that long, once it goes on
+    last = min(stopped + 5, 150)  # the run has only 150 steps
     again = Forked(run_python, [*map(str, command[1:]), f"train.steps={last}"], {})
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, out + err

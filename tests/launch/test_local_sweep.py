@@ -28,7 +28,7 @@ def start(*arguments: object, act: Callable = run_python) -> Forked:
 
 
 def run_with_slow_steps(*arguments: str) -> None:
-    """As run_python, with a pause before each step of training."""
+    """Like run_python, with a pause before each training step."""
     train_step = train.train_step
     train.train_step = lambda *given: time.sleep(0.5) or train_step(*given)
     run_python(*arguments)
@@ -51,7 +51,7 @@ def test_runs_train_at_once_and_finished_ones_are_not_trained_again(config_file,
         assert "step 10/10" in (run / "log" / "console.log").read_text()
         assert [line["step"] for line in lines(run)] == list(range(1, 11))
     assert "step 10/10" not in out
-    assert len({line["loss"] for run in runs for line in lines(run)}) == 20  # no seed twice
+    assert len({line["loss"] for run in runs for line in lines(run)}) == 20  # the seeds differ
     head, row = out.splitlines()[-2:]
     assert head.split()[:2] == ["seeds", "top-1"]
     assert row.split()[0] == "2"
@@ -72,7 +72,7 @@ def test_a_run_that_fails_does_not_stop_the_others(config_file, tmp_path):
     assert how_it_ended(finished)["exit_code"] == 0
     assert f"{failed}: ended with code 65: bad steps again" in err
     assert f"error: 1 of 2 runs failed: {failed}\n" in err
-    assert "step 20/20" in out  # one at a time, on the console
+    assert "step 20/20" in out  # runs that train one at a time print to the console
     assert out.splitlines()[-1] == (
         "1 of 2 runs have no evaluation after their last step: each has its own row, with its latest one"
     )

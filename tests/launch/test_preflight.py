@@ -31,7 +31,7 @@ def test_a_good_run_has_no_problems(config_file: Path) -> None:
     assert "each of 2 ranks needs" in checked.notes[-1]
     assert preflight.CHECK_FIRST not in checked.notes
     assert preflight.CHECK_FIRST in preflight.check_run(load_config(config_file), 2, on_gpu=True).notes
-    assert not preflight.check_run(load_config(config_file), 3, on_gpu=False).notes  # which do not fit
+    assert not preflight.check_run(load_config(config_file), 3, on_gpu=False).notes  # three ranks do not fit
 
 
 def test_missing_and_cut_shards_are_named(config_file: Path, datasets: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_run_directory_that_cannot_be(config_file: Path, tmp_path: Path) -> No
 def test_file_systems_of_this_machine_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = {Path("/"): "ext4", Path("/dev/shm"): "tmpfs", Path("/home"): "nfs4", Path("/home/fast"): "xfs"}
     monkeypatch.setattr(preflight, "_mounts", lambda: mounts)
-    monkeypatch.setattr(preflight.sys, "base_prefix", "/dev/shm/python")  # every node may have an equal one
+    monkeypatch.setattr(preflight.sys, "base_prefix", "/dev/shm/python")  # every node may have an equal copy
     checked = preflight.check_places({
         "run directory": Path("/home/me/runs/x"), "data": Path("/dev/shm/data"), "current folder": Path("/srv"),
     })  # fmt: skip
@@ -93,7 +93,7 @@ def test_mounts_of_this_machine_are_read() -> None:
 
 @pytest.fixture
 def slurm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """`slurm_says(sbatch, sinfo)`: shell commands that play them."""
+    """`slurm_says(sbatch, sinfo)` replaces them by shell commands."""
 
     def say(sbatch: str, sinfo: str) -> None:
         for name, script in (("sbatch", sbatch), ("sinfo", sinfo)):
@@ -143,8 +143,8 @@ def test_nodes_that_are_away_for_now_are_waited_for(slurm_says) -> None:
     checked = preflight.check_slurm("", None, 3, 60)
     assert not checked.problems
     assert "could not start the job with the nodes that are up" in checked.notes[0]
-    assert preflight.check_slurm("", None, 4, 60).problems  # there are three
-    assert preflight.check_slurm("", "long", 3, 60).problems  # all are there, so it is something else
+    assert preflight.check_slurm("", None, 4, 60).problems  # the partition has three nodes
+    assert preflight.check_slurm("", "long", 3, 60).problems  # all nodes are up, so the error has another reason
 
 
 def test_a_qos_may_allow_more_time(slurm_says) -> None:

@@ -26,8 +26,8 @@ OUT_OF_TIME = "JobState=COMPLETING Reason=TimeLimit PreemptTime=None"
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the file `facts`, of the job that `JOB` names, and `asked`, once it is to be requeued. So many
-    questions as the file `away` says get no answer."""
+    """A folder that simulates SLURM. It has `facts` of the job that `JOB` names, and `asked` after a requeue. The file
+    `away` is the number of requests that get no answer."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(
         "#!/bin/sh\n"
@@ -49,7 +49,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def ends(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, bool]]:
-    """`ends(code, facts)`: the script's code, and whether SLURM was asked to start the job again, without pauses."""
+    """`ends(code, facts)` returns the script's exit code, and whether it asked for a requeue. There are no pauses."""
     monkeypatch.setattr(requeue, "END_WAIT_S", 0)
     monkeypatch.setattr(requeue, "PAUSES_S", (0, 0, 0))
     monkeypatch.setattr(requeue, "TRY_PAUSE_S", 0)
@@ -77,7 +77,7 @@ def test_an_end_that_another_start_would_not_change(ends, code: int) -> None:
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "NODE_FAIL"])
 @pytest.mark.parametrize("code", [1, 75, 130, 137])
 def test_a_job_that_slurm_is_ending_is_left_to_it(ends, state: str, code: int) -> None:
-    """It was cancelled and would come back, or comes back anyway."""
+    """The job was cancelled, or SLURM requeues it."""
     assert ends(code, f"JobState={state} Reason=None PreemptTime=None") == (code, False)
 
 
@@ -133,7 +133,7 @@ def test_at_the_time_limit_a_controller_that_is_away_makes_no_stop_on_request(en
 
 
 def test_a_requeue_whose_answer_got_lost_is_none_that_failed(ends, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("REFUSE", "Job is pending execution for job 42")  # the try before was heard
+    monkeypatch.setenv("REFUSE", "Job is pending execution for job 42")  # the previous try has succeeded
     assert ends(1) == (1, False)
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("REFUSE", "Unexpected message received for job 42")
@@ -152,7 +152,7 @@ def test_three_starts_again_without_progress_are_enough(ends, tmp_path: Path) ->
     assert ends(1) == (EXIT_NO_PROGRESS, False)
     assert how_it_ended(tmp_path)["exit_code"] == EXIT_NO_PROGRESS
     assert json.loads((tmp_path / requeue.FILE).read_text()) == {"step": 8, "without_progress": 3}
-    requeue.forget(tmp_path)  # a person has submitted it again
+    requeue.forget(tmp_path)  # a person submits it again
     assert [ends(1)[1] for _ in range(4)] == [True, True, True, False]
 
 
@@ -162,7 +162,7 @@ def test_a_count_that_is_torn_is_none(ends, tmp_path: Path) -> None:
 
 
 def start(slurm: Path, tasks: str, *runs: str) -> subprocess.Popen:
-    """The script, with a shell command for its tasks; returns when that has written the file `began`."""
+    """Start the script with a shell command as its tasks. Returns when the command has written the file `began`."""
     command = [sys.executable, "-m", "bfsys.launch.requeue", *(runs or [str(slurm)]), "--", "sh", "-c",
                f"touch {slurm}/began; {tasks}"]  # fmt: skip
     process = subprocess.Popen(command, cwd=REPOSITORY)
@@ -198,7 +198,7 @@ def test_the_tasks_code_is_the_jobs(slurm: Path) -> None:
     assert not (slurm / "asked").exists()
     crashed = start(slurm, "kill -9 $$")
     wait_for(slurm / "asked")
-    crashed.kill()  # as SLURM does then
+    crashed.kill()  # like SLURM after a requeue
     crashed.wait()
 
 
@@ -227,7 +227,7 @@ def test_a_cancelled_job_waits_for_its_tasks_and_stays_away(slurm: Path) -> None
 
 
 def test_tasks_that_outlast_the_time_limit_do_not_keep_the_job_away(slurm: Path) -> None:
-    """KillWait is 9 s here: it must ask before that."""
+    """KillWait is 9 s here, and the script must ask before its end."""
     process = start(slurm, "trap '' TERM; sleep 30")
     (slurm / "facts").write_text(OUT_OF_TIME)
     process.send_signal(signal.SIGTERM)
@@ -245,7 +245,7 @@ def test_at_the_time_limit_the_script_asks_until_slurm_says_so(slurm: Path) -> N
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     wait_for(slurm / "asked")
-    assert 3 < time.monotonic() - began < 9  # it asks every two seconds
+    assert 3 < time.monotonic() - began < 9  # it retries every two seconds
     process.kill()
     process.wait()
 
@@ -265,7 +265,7 @@ def test_a_pause_ends_when_the_time_does(slurm: Path) -> None:
     (slurm / requeue.FILE).write_text('{"step": 0, "without_progress": 2}')
     process = start(slurm, "exit 1")
     time.sleep(1.5)
-    assert not (slurm / "asked").exists()  # 300 s
+    assert not (slurm / "asked").exists()  # the pause is 300 s
     (slurm / "facts").write_text(OUT_OF_TIME)
     process.send_signal(signal.SIGTERM)
     wait_for(slurm / "asked")
@@ -274,7 +274,7 @@ def test_a_pause_ends_when_the_time_does(slurm: Path) -> None:
 
 
 def test_an_elastic_job_has_its_tasks_stopped_when_it_can_grow(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It trains on 2 of its 3 nodes. The tasks end when they get the signal, and the script asks for another start."""
+    """It trains on 2 of its 3 nodes. The tasks end after the signal, and the script asks for a requeue."""
     scripts = {
         "srun": f"echo $* > {slurm}/began; while [ ! -e {slurm}/cancelled ]; do sleep 0.1; done; exit 75",
         "sbatch": f"echo to start at {datetime.datetime.now().isoformat(timespec='seconds')} using 2 processors",
@@ -294,7 +294,7 @@ def test_an_elastic_job_has_its_tasks_stopped_when_it_can_grow(slurm: Path, monk
         assert (slurm / "asked").read_text() == "update JobId=42 NumNodes=2\n"
         (slurm / "asked").unlink()
         time.sleep(1)
-        assert not (slurm / "cancelled").exists()  # nothing was saved
+        assert not (slurm / "cancelled").exists()  # no checkpoint was saved
         save(slurm, 4)
         wait_for(slurm / "asked")
         assert (slurm / "cancelled").read_text() == "--signal=USR2 42\n"

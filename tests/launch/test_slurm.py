@@ -42,7 +42,7 @@ def no_slurm(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch) -> Callable[[str], None]:
-    """`sbatch(script)` puts a command of that name, alone, in front of PATH."""
+    """`sbatch(script)` puts a command `sbatch` at the front of PATH."""
 
     def make(script: str) -> None:
         folder = tmp_path / "bin"
@@ -198,7 +198,7 @@ def test_one_submission_of_a_run_at_a_time(config_file, tmp_path, sbatch):
         (problem,) = problems_of("--nodes", 2, ON_CPUS, config_file)
     assert f"run directory {tmp_path}/runs/tiny: another submission of this run is in progress" in problem
     assert not (tmp_path / "submitted").exists()
-    # One that ends between the check and the submission is seen, too.
+    # A job that ends between the check and the submission is handled too.
     count = f"{tmp_path}/count"
     log = tmp_path / "runs" / "tiny" / "slurm" / "7_0_log.out"
     jobs.note_submission(tmp_path / "runs" / "tiny", jobs.Submitted("7", str(log), "", ""))
@@ -354,7 +354,7 @@ def test_an_elastic_job_asks_for_the_numbers_of_nodes_that_fit(config_file, tmp_
     assert f"bfsys.launch.requeue --fit=1,2 --grow-every-s=600 {tmp_path}/runs/tiny -- srun " in script
     assert " --cpus-per-task=3 --ntasks-per-node=2 " in script
     assert "note: --nodes: got 1-7; the lanes can be shared by 1, 2 nodes" in notes
-    fixed = script_of(config_file, capsys, "--nodes=3-5", ON_CPUS)  # four lanes allow one number
+    fixed = script_of(config_file, capsys, "--nodes=3-5", ON_CPUS)  # four lanes allow only one number
     assert "#SBATCH --nodes=4\n" in fixed
     assert "--fit" not in fixed
 

@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PAD = -1  # in x
-PAD_ROW = 256  # of the embedding: zero, and never trained
+PAD = -1  # padding in x
+PAD_ROW = 256  # row of the embedding that is zero and not trained
 MODES = ("released", "intended")
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """Written out layer by layer; `merge[i]`: token merging follows layer i."""
+    """The config of a reference model. `merge[i]`: token merging follows layer i."""
 
     dim: int
     heads: int
@@ -50,13 +50,13 @@ class ReferenceConfig:
 
 
 def pad(files: Sequence[bytes], min_pad: int) -> Tensor:
-    """Files as int64 [B, L], each padded on the right with -1, the longest by `min_pad`."""
+    """Return files as int64 [B, L], padded on the right with -1; the longest by `min_pad`."""
     longest = max(len(file) for file in files)
     return torch.tensor([list(file) + [PAD] * (longest - len(file) + min_pad) for file in files])
 
 
 def weight_shapes(config: ReferenceConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight under its published name."""
+    """The shape of every weight by its published name."""
     d = config.dim
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.weight": (257, d),
@@ -86,10 +86,10 @@ def weight_shapes(config: ReferenceConfig) -> dict[str, tuple[int, ...]]:
 
 
 def random_weights(config: ReferenceConfig, seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Weights so large that the logits depend on the bytes.
+    """Draw weights that are so large that the logits depend on the bytes.
 
-    With the published initialisation an untrained network answers nearly the same to every input, and
-    comparing two such answers would show nothing.
+    With the published initialisation, an untrained network returns nearly the same logits for every input, and a
+    comparison would show nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     d = config.dim
@@ -193,10 +193,10 @@ def windowed_block(
 
 
 def shift_mask(batch: int, per_file: int, window: int, shift: int, dtype: torch.dtype) -> Tensor:
-    """[N, W, W]: in each file's last window, what a shift brought round from the start is kept apart.
+    """[N, W, W]: in each file's last window, tokens that the shift moved from the start are masked from the others.
 
-    A shift of a multiple of the window gives an empty slice, and so no mask. (The published slices say
-    something useless for other shifts above the window, and no configuration has one.)
+    A shift by a multiple of the window gives an empty slice, and therefore no mask. (For other shifts above the window
+    the published slices are meaningless. No configuration has one.)
     """
     mask = torch.zeros(batch, per_file, window, window, dtype=dtype)
     if shift > 0:
@@ -228,7 +228,7 @@ def mlp(weights: Mapping[str, Tensor], layer: int, windows: Tensor) -> Tensor:
 
 
 def merge_tokens(weights: Mapping[str, Tensor], layer: int, tokens: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Two neighbours become one, [B, T, D] -> [B, ceil(T / 2), D]; features interleave: c0t0, c0t1, c1t0 …"""
+    """Merge pairs of neighbours, [B, T, D] -> [B, ceil(T / 2), D]. Features are interleaved: c0t0, c0t1, c1t0 …"""
     merge = f"downsamplers.downsample_{layer}"
     tokens = torch.where((padding == 0)[:, :, None], tokens, 0)
     fill = tokens.shape[1] % 2

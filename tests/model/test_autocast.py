@@ -20,7 +20,7 @@ def autocast_for_gpus(monkeypatch: pytest.MonkeyPatch) -> torch.autocast:
 def test_norms_do_not_widen_the_residual_stream(
     dtype: torch.dtype, autocast_for_gpus: torch.autocast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ZeRO 0 trains in bfloat16 by autocast, which on GPUs gives layer norms in float32, and on CPUs does not."""
+    """ZeRO 0 trains in bfloat16 with autocast. It computes layer norms in float32 on GPUs, but not on CPUs."""
     monkeypatch.setattr("bfsys.model.norm.kernels_for", lambda *_: None)  # as on GPUs without Triton
     with FakeTensorMode(), torch.device("cuda"):
         merge, x = Merge(16), torch.randn(8, 16, dtype=dtype)

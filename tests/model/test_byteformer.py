@@ -34,7 +34,7 @@ from tests.model.vectors import CASES, FILES, load_corenet, needs_vectors
 PUBLISHED_MODE = {"masked": "intended", "as_released": "released"}
 MODES = tuple(PUBLISHED_MODE)
 
-TINY = ReferenceConfig(  # every mechanism at least once: a shift, odd counts before and after a merging
+TINY = ReferenceConfig(  # has every mechanism at least once: a shift, odd counts before and after a merging
     dim=8,
     heads=2,
     kernel=4,
@@ -60,7 +60,7 @@ def architecture_of(config: ReferenceConfig) -> Architecture:
 
 
 def build(config: ReferenceConfig, weights: dict[str, Tensor], mode: str) -> ByteFormer:
-    """The real model with weights that bear CoreNet's names, in their precision."""
+    """The real model with weights by CoreNet's names, in their precision."""
     model = ByteFormer(architecture_of(config), config.classes, mode=mode)
     model = model.to(weights["classifier.weight"].dtype)
     load_corenet(model, weights)
@@ -79,14 +79,14 @@ def random_files(lengths: Sequence[int], seed: int) -> list[bytes]:
 
 
 def reference_answers(weights: dict[str, Tensor], config: ReferenceConfig, files: Sequence[bytes], mode: str) -> Tensor:
-    """Logits [B, classes] that the model must give: padded by a kernel, or each file by itself, unpadded."""
+    """The expected logits [B, classes]: for files padded by a kernel, or for each file alone and unpadded."""
     if mode == "masked":
         return reference_logits(weights, config, pad(files, config.kernel), "intended")
     return torch.cat([reference_logits(weights, config, pad([f], 0), "released") for f in files])
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
-    """`tolerance` is absolute where the largest wanted value is below 1, else relative to it."""
+    """Compare. `tolerance` is relative to the largest expected value, or absolute if that is below 1."""
     scale = max(1.0, want.detach().abs().max().item())
     torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=tolerance)
 
@@ -94,7 +94,7 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
 def assert_same_as_reference(
     config: ReferenceConfig, weights: dict[str, Tensor], files: Sequence[bytes], mode: str
 ) -> None:
-    """Logits, and the gradients of all parameters of a loss that weighs each logit differently."""
+    """Compare logits, and the gradients of all parameters for a loss that weights each logit differently."""
     weights = {name: w.clone().requires_grad_() for name, w in weights.items()}
     want = reference_answers(weights, config, files, mode)
     loss_weights = torch.linspace(-1, 2, want.numel(), dtype=want.dtype).view_as(want)
@@ -115,10 +115,10 @@ def assert_same_as_reference(
 
 
 def comparable_rows(x: Tensor, kernel: int, mode: str) -> Tensor:
-    """Rows of a published batch whose answer bfsys must give too, bool [B].
+    """Rows of a published batch with logits that bfsys must reproduce, bool [B].
 
-    masked: padded by at least a kernel; else the published convolution drops tokens that hold real bytes.
-    as_released: not padded at all; else the published answer depends on the neighbours.
+    masked: rows that are padded by at least a kernel; else the published convolution drops tokens with real bytes.
+    as_released: rows without padding; else the published logits depend on the other rows.
     """
     padding = (x == PAD).sum(1)
     return padding >= kernel if mode == "masked" else padding == 0
@@ -142,14 +142,14 @@ def test_logits_are_the_published_ones(file: str, mode: str) -> None:
                 want = v.arrays[f"{case}/{PUBLISHED_MODE[mode]}/logits64"][rows]
                 torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
                 compared += len(files)
-    assert compared >= 2 * 8  # of 28 rows, in two precisions: the comparison is not empty
+    assert compared >= 2 * 8  # of 28 rows, in two precisions, so the comparison is not empty
 
 
 @needs_vectors
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("file", FILES)
 def test_gradients_with_the_published_weights_are_those_of_the_reference(file: str, mode: str) -> None:
-    """No published batch has only comparable rows, so the gradient is compared through the reference."""
+    """No published batch has only comparable rows, so the gradient is compared with the reference."""
     v = vectors.load(file)
     files = v.files("tail_longer_than_window")
     assert_same_as_reference(v.config, v.weights(torch.float64), files, mode)
@@ -163,10 +163,10 @@ def configs(draw) -> ReferenceConfig:
     heads = draw(st.integers(1, 3))
     layers = draw(st.integers(1, 5))
     window = draw(st.integers(1, 12))
-    # Below the window, or a multiple of it: the published mask is meaningless for other shifts.
+    # Shifts below the window, or multiples of it. For others, the published mask is meaningless.
     shifts = st.integers(0, window - 1) | st.sampled_from([window, 2 * window])
     return ReferenceConfig(
-        dim=heads * draw(st.sampled_from([4, 8])),  # a LayerNorm over 2 values turns rounding into noise
+        dim=heads * draw(st.sampled_from([4, 8])),  # a LayerNorm over 2 values amplifies rounding errors
         heads=heads,
         kernel=draw(st.sampled_from([2, 4, 6, 8])),
         window=window,
@@ -200,7 +200,7 @@ def test_as_released_is_the_reference_as_released_one_file_at_a_time(
 
 
 def test_published_shape_of_windows_and_mergings_against_the_reference() -> None:
-    """Window 128, shifts 0/64, merging after 0, 1, 3, 5, 7, 9: as trained, in a narrow model."""
+    """Window 128, shifts 0/64 and merging after 0, 1, 3, 5, 7, 9, like the published models, in a narrow model."""
     arch = architecture("custom", dim=8, layers=12, heads=1, kernel=4, max_tokens=1000)
     config = ReferenceConfig(
         dim=8,
@@ -249,7 +249,7 @@ def test_a_files_logits_do_not_depend_on_its_neighbours(
 
 
 def test_every_byte_counts_when_masked() -> None:
-    """Also the last bytes, which the published convolution drops."""
+    """This includes the last bytes, which the published convolution drops."""
     model = TINY_MODELS["masked", torch.float64]
     (file,) = random_files([61], seed=0)
     changed = [file[:i] + bytes([file[i] ^ 1]) + file[i + 1 :] for i in range(len(file))]
@@ -259,7 +259,7 @@ def test_every_byte_counts_when_masked() -> None:
 
 
 def test_pad_bytes_are_not_byte_zero() -> None:
-    """Windows past the end of a file are filled up with nothing, not with zeros."""
+    """Windows past the end of a file contain padding, not byte 0."""
     model = TINY_MODELS["masked", torch.float64]
     with torch.no_grad():
         logits = model(batch_of([b"abcde", b"abcde\0"]))
@@ -318,7 +318,7 @@ def test_activation_checkpointing_keeps_the_input_of_a_block_only() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_blocks_in_chunks_give_the_same(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks hold whole windows: of answers without gradients, and of activation checkpointing."""
+    """Chunks contain whole windows, both in inference and in activation checkpointing."""
     batch, results, most = batch_of(random_files([900, 7, 1, 333, 64], seed=0)), [], 0
 
     def count(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -395,7 +395,7 @@ def test_parameter_counts_are_the_published_ones(
 def test_initialisation_is_the_published_one() -> None:
     torch.manual_seed(0)
     model = ByteFormer(architecture("tiny", max_tokens=2000), 1000)
-    stds = {  # of the published tiny with kernel 32 and 1000 classes
+    stds = {  # those of the published tiny with kernel 32 and 1000 classes
         "stem.kernel": 0.0074,
         "stem.positions": 0.0722,
         "blocks.0.qkv.weight": 0.0512,
@@ -409,7 +409,7 @@ def test_initialisation_is_the_published_one() -> None:
     for name, std in stds.items():
         weight = parameters[name]
         assert weight.std().item() == pytest.approx(std, rel=0.02), name
-        # Uniform ends at sqrt(3) standard deviations, normal goes on.
+        # A uniform distribution ends at sqrt(3) standard deviations; a normal one does not.
         uniform = name != "stem.positions"
         assert (weight.abs().max() < 1.75 * weight.std()) == uniform, name
     embedding = parameters["stem.embedding"]

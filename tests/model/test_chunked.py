@@ -18,7 +18,7 @@ SHAPE = architecture("custom", dim=4, layers=2, heads=2, kernel=2, window=4, shi
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks, of which the last is shorter."""
+    """Use several chunks; the last one is shorter."""
     monkeypatch.setattr(chunked, "CHUNK_TOKENS", 5)
 
 
@@ -31,7 +31,7 @@ def test_mlp() -> None:
     assert gradcheck(ChunkedMLP.apply, (x, *weights))
 
 
-@pytest.mark.parametrize("layer", [0, 1])  # of the first layer windows are aligned, of the second one shifted
+@pytest.mark.parametrize("layer", [0, 1])  # the windows of layer 0 are aligned, those of layer 1 are shifted
 def test_attention(layer: int) -> None:
     torch.manual_seed(0)
     layout = make_layout(torch.tensor([1, 9, 3, 15]), SHAPE, "masked")
@@ -44,7 +44,7 @@ def test_attention(layer: int) -> None:
 
 
 def test_norm() -> None:
-    """In float32, which it computes in, against PyTorch's."""
+    """The norm computes in float32, and is compared with PyTorch's."""
     torch.manual_seed(0)
     shapes = ((12, 4), (4,), (4,))
     ours = [torch.randn(shape, requires_grad=True) for shape in shapes]

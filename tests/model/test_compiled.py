@@ -19,9 +19,9 @@ def batch_of(lengths: list[int]) -> ByteBatch:
 
 
 def test_lengths_and_blocks_share_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._dynamo.testing import CompileCounterWithBackend  # imports the compiler, which takes two seconds
+    from torch._dynamo.testing import CompileCounterWithBackend  # this import takes two seconds
 
-    # Training on CPUs in this process may have turned the compiler off before it was imported.
+    # Training on CPUs in this process may have disabled the compiler before its import.
     monkeypatch.setattr(torch._dynamo.config, "disable", False)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -30,7 +30,7 @@ def test_an_answer_is_made_on_one_device(mode: str, checkpointing: bool, monkeyp
     batch = ByteBatch.from_samples([Sample("", np.full(n, 7, np.uint8)) for n in (5, 33, 200, 90)])
     layout = make_layout(batch.lengths, a, mode)
     model = ByteFormer(a, 5, mode, activation_checkpointing=checkpointing)
-    monkeypatch.setattr(byteformer, "make_layout", lambda *_: layout)  # it reads values
+    monkeypatch.setattr(byteformer, "make_layout", lambda *_: layout)  # the real function reads values
     monkeypatch.setattr(attention, "_kernels", lambda _: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     with FakeTensorMode(allow_non_fake_inputs=True):

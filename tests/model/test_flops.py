@@ -50,14 +50,14 @@ def custom(shift: int, kernel: int = 4, max_tokens: int = 4096) -> Architecture:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_whole_windows_are_counted_as_pytorch_does(backward: bool) -> None:
-    """Without shifts, lengths can be whole windows at every level, so no slot is blank, and the counts are equal."""
+    """Without shifts, lengths can be whole windows at every level. Then no slot is empty, and the counts are equal."""
     a, lengths = custom(shift=0), [2 * 128 * 4, 2 * 128 * 4 * 2]
     expected = counted(ByteFormer(a, CLASSES), batch_of(lengths), backward)
     assert flops_per_step(np.array(lengths), a, CLASSES, backward).matrix == pytest.approx(expected, rel=1e-9)
 
 
 def test_shifted_windows_are_counted_as_pytorch_does() -> None:
-    """A shift cuts a window into two halves per file; computed whole, these are 1 % here."""
+    """A shift cuts one window of each file into two halves. Both are computed as whole windows, which adds 1 % here."""
     a, lengths = custom(shift=64), [2 * 2048]
     expected = counted(ByteFormer(a, CLASSES), batch_of(lengths), True)
     assert flops_per_step(np.array(lengths), a, CLASSES).matrix == pytest.approx(expected, rel=0.01)
@@ -108,7 +108,7 @@ def test_files_add_up_but_for_the_table() -> None:
     ],
 )
 def test_published_multiply_adds(length: int, kernel: int, gmac: float, stem_share: float) -> None:
-    """The counts of one file equal those of a profiler in the released code."""
+    """The counts for one file equal those that a profiler reports for the released code."""
     classes = 1000 if length in (150_668, 48_564) else 12
     flops = published_flops(np.array([length]), architecture("tiny", kernel=kernel), classes, backward=False)
     assert flops.total / 2e9 == pytest.approx(gmac, abs=0.006)
@@ -117,7 +117,7 @@ def test_published_multiply_adds(length: int, kernel: int, gmac: float, stem_sha
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_published_form_is_counted_as_pytorch_does(backward: bool) -> None:
-    """Whole convolution windows, so that the baseline's padding adds none; other padding is part of the count."""
+    """The files are whole convolution windows, so the baseline's padding adds none. Other padding is counted."""
     a, lengths = custom(shift=64, kernel=8, max_tokens=400), [300, 4 * 400 - 4]
     x = pad(random_files(lengths), a)
     expected = counted(PublishedForm(a, CLASSES), x, backward)
@@ -126,6 +126,6 @@ def test_published_form_is_counted_as_pytorch_does(backward: bool) -> None:
 
 
 def test_counting_takes_no_time() -> None:
-    """30 us when nothing else runs; the bound is for busy machines."""
+    """It takes 30 us on an idle machine; the bound allows for busy ones."""
     a, lengths = architecture("tiny", kernel=8), np.random.default_rng(0).integers(1_000, 60_000, 16)
     assert min(timeit.repeat(lambda: flops_per_step(lengths, a, 1000), number=100, repeat=10)) / 100 < 300e-6

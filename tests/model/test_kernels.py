@@ -43,7 +43,7 @@ STEMS = [  # kernel, dim, alignment, whole windows only
 def test_stem_sums_table_rows_and_its_gradient_is_the_transpose(
     kernels, kernel, dim, alignment, whole, dtype, monkeypatch
 ):
-    monkeypatch.setattr(kernels, "_processors", lambda device: 3 * kernel)  # two to six splits
+    monkeypatch.setattr(kernels, "_processors", lambda device: 3 * kernel)  # gives two to six splits
     sizes = {"kernel": kernel, "dim": dim, "alignment": alignment, "longest": LONGEST}
     all_right(stem_case(kernels, DEVICE, dtype=dtype, tail=not whole, **sizes))
 
@@ -61,7 +61,7 @@ def test_positions_backward_sums_over_files(kernels, dim, rows, dtype):
         (192, 7000, 25, 2),  # base, K = 32
         (6, 7000, 1, 22),  # tiny, K = 4: one whole wave
         (1, 7000, 200, 1),  # memory
-        (48, 7, 6, 5),  # no more parts than blocks of tokens
+        (48, 7, 6, 5),  # there are no more parts than blocks of tokens
     ],
 )
 def test_splits_fill_the_gpu(kernels, tiles, blocks, megabytes, expected):
@@ -126,8 +126,8 @@ def test_kernels_compile_for_hopper(dtype, dim, kernel, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("rows", [600, 20])
 def test_the_model_computes_the_same_by_kernels(kernels_and_norms, monkeypatch, rows):
-    """Answers and gradients of a model whose stem, norms and attention are the kernels', and of one by PyTorch alone;
-    with positions for every token, and for a part of them."""
+    """Logits and gradients are equal with the kernels for stem, norms and attention, and with PyTorch alone. Positions
+    exist for every token, or for a part of them."""
     a = architecture(
         "custom", dim=32, layers=3, heads=2, kernel=8, window=16, shift=8, max_tokens=rows, merge_after=(0,)
     )

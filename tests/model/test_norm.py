@@ -28,7 +28,7 @@ def kernels() -> Iterator[ModuleType]:
         yield module
 
 
-# All pairs of a dimension, a type and `adds`; on a CPU, the other half of the triples is slow.
+# All combinations of dimension, type and `adds`. On a CPU half of them are slow; the other half covers all pairs.
 TRIPLES = list(itertools.product([24, 192, 384, 768, 1280], NORM_TOLERANCE, [True, False]))
 SLOW = () if ON_GPU else TRIPLES[1::4] + TRIPLES[2::4]
 
@@ -38,14 +38,14 @@ SLOW = () if ON_GPU else TRIPLES[1::4] + TRIPLES[2::4]
     [pytest.param(*t, id=f"{t[0]}-{t[1]}-{t[2]}", marks=pytest.mark.slow if t in SLOW else ()) for t in TRIPLES],
 )
 def test_forward_and_backward_against_float64(kernels, dim, dtype, adds):
-    for rows in ROWS if ON_GPU or dim < 1024 else (1, 7, 29):  # of which each is a block of its own there
-        weight_dtype = torch.float32 if rows == 7 else dtype  # as at ZeRO 0, whose weights stay in float32
+    for rows in ROWS if ON_GPU or dim < 1024 else (1, 7, 29):  # each row is a separate block there
+        weight_dtype = torch.float32 if rows == 7 else dtype  # like at ZeRO 0, where weights stay in float32
         sizes = {"weight_dtype": weight_dtype, "dim": dim, "rows": rows}
         all_right(norm_case(kernels, DEVICE, dtype=dtype, adds=adds, **sizes))
 
 
 def test_nothing_outside_the_rows_is_touched(kernels):
-    """Rows are slices of larger tensors, whose other rows are NaN and must stay so."""
+    """The rows are slices of larger tensors. Their other rows are NaN, and must stay NaN."""
     dim, rows = 192, 13
     given = norm_inputs(rows + 2, dim, torch.float32, torch.float32)
     t = {name: value.to(DEVICE) for name, value in given.items()}
@@ -58,7 +58,7 @@ def test_nothing_outside_the_rows_is_touched(kernels):
 
 
 def test_autograd_sees_the_same_with_and_without_kernels(kernels, monkeypatch):
-    """A block uses x beside its norm; the sum may be used alone, and the norm alone."""
+    """A block uses x in addition to its norm. The sum or the norm may also be used alone."""
     dim, rows = 48, 37
     layer = nn.LayerNorm(dim).to(DEVICE)
     given = {name: value.to(DEVICE) for name, value in norm_inputs(rows, dim, torch.float32, torch.float32).items()}
@@ -116,7 +116,7 @@ def test_no_register_is_spilled(capability, dtype, dim, monkeypatch, tmp_path):
 
 
 def resources(program, folder: Path) -> tuple[int, int]:
-    """(registers of a thread, bytes that it spills) of a compiled program, by the assembler that Triton brings."""
+    """(registers, spilled bytes) of a thread of a compiled program, from Triton's assembler."""
     from triton.backends.nvidia import compiler
 
     (folder / "program.ptx").write_text(program.asm["ptx"])

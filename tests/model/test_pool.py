@@ -31,7 +31,7 @@ def attention_pool(scale: float = 1.0, dtype: torch.dtype = torch.float64) -> At
 
 
 def reference(x: Tensor, counts: list[int], query: Tensor) -> Tensor:
-    """File by file, as the formula says."""
+    """Compute the formula file by file."""
     return torch.stack([(file @ query).softmax(0) @ file for file in x.split(counts)])
 
 

@@ -30,7 +30,7 @@ def answers(model: ByteFormer, autocast: bool = False) -> dict[str, Tensor]:
 def made(checkpointing: bool = False) -> ByteFormer:
     torch.manual_seed(0)
     model = ByteFormer(SHAPE, 5, activation_checkpointing=checkpointing)
-    for p in model.parameters():  # weights that bfloat16 holds, so that only what is computed differs
+    for p in model.parameters():  # weights that are exact in bfloat16, so that only the computation differs
         p.data = p.data.bfloat16().float()
     return model
 
@@ -61,7 +61,7 @@ def test_precisions_agree_with_float64(
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_products_have_the_precision_of_the_processor(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, 1 + 2^-9 is not rounded before it is multiplied."""
+    """In float32, 1 + 2^-9 is not rounded before the multiplication."""
     layer = precision.Linear(2, 1, bias=False).requires_grad_(False)
     layer.weight.copy_(torch.tensor([[1 + 2**-9, -1.0]]))
     seen = {}
@@ -75,7 +75,7 @@ def test_products_have_the_precision_of_the_processor(autocast: bool, monkeypatc
 
 
 def test_gradients_of_norms_are_not_summed_in_bfloat16() -> None:
-    """40,000 tokens: a bfloat16 sum stops growing long before."""
+    """A bfloat16 sum stops growing long before 40,000 tokens."""
     torch.manual_seed(0)
     x = torch.randn(40_000, 16).bfloat16()
     grads = {}

@@ -31,7 +31,7 @@ SMALL = ReferenceConfig(
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
-    """`tolerance` is absolute for values around 1, relative for larger ones."""
+    """Compare. `tolerance` is absolute for values around 1, relative for larger ones."""
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 

@@ -14,7 +14,7 @@ from tests.model.test_byteformer import MODES, TINY, batch_of, build, random_fil
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("rows", "tokens"), [(300, 299), (300, 300), (300, 301), (300, 1000), (7, 30), (1, 9)])
 def test_longer_files_repeat_the_second_half_of_the_positions(mode: str, rows: int, tokens: int) -> None:
-    """Answers and gradients equal those of a model whose table has the repeated positions."""
+    """Logits and gradients equal those of a model whose table contains the repeated positions."""
     weights = random_weights(replace(TINY, max_tokens=rows), seed=0)
     model = build(replace(TINY, max_tokens=rows), weights, mode)
     row_of = list(range(rows))

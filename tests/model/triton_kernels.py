@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 def loaded(*names: str) -> Iterator[list[ModuleType]]:
-    """The modules bfsys.model.NAME, for the body of a fixture."""
+    """Yield the modules bfsys.model.NAME, for the body of a fixture."""
     pytest.importorskip("triton")
     if ON_GPU:
         yield [importlib.import_module(f"bfsys.model.{name}") for name in names]

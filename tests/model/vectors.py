@@ -48,21 +48,21 @@ needs_vectors = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Vectors:
-    """One file of numbers: one set of weights, and several batches."""
+    """A file with one set of weights and several batches."""
 
     config: ReferenceConfig
     arrays: Mapping[str, Tensor]
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """Arrays below `prefix`, by the rest of their names."""
+        """The arrays whose names begin with `prefix`, by the rest of their names."""
         return {name[len(prefix) :]: a for name, a in self.arrays.items() if name.startswith(prefix)}
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Fresh copies under CoreNet's names."""
+        """New copies of the weights by CoreNet's names."""
         return {name: a.to(dtype, copy=True) for name, a in self.under("param/").items()}
 
     def x(self, case: str) -> Tensor:
-        """int64 [B, L], right padding -1."""
+        """int64 [B, L], padded on the right with -1."""
         return self.arrays[f"{case}/x"].to(torch.int64)
 
     def files(self, case: str) -> list[bytes]:
@@ -87,5 +87,5 @@ def load(name: str) -> Vectors:
 
 
 def load_corenet(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill a bfsys model with weights that bear CoreNet's names."""
+    """Load weights by CoreNet's names into a bfsys model."""
     model.load_state_dict(to_bfsys(weights))

@@ -21,7 +21,7 @@ def find() -> str | None:
 
 
 class Browser:
-    """One page of a browser that keeps its profile in `folder`. A context manager, which ends the browser."""
+    """One page of a browser with its profile in `folder`. It is a context manager that ends the browser."""
 
     def __init__(self, folder: Path) -> None:
         from_us, self._requests = os.pipe()
@@ -48,7 +48,7 @@ class Browser:
         self._numbers = itertools.count(1)
         self._session: str | None = None
         self.requested: list[str] = []
-        """Every address that the page asked for."""
+        """Every address that the page requested."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "DOM", "Network"):
@@ -59,7 +59,7 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):
-            os.close(self._requests)  # the browser ends when the pipe does
+            os.close(self._requests)  # the browser ends when the pipe is closed
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
@@ -68,7 +68,7 @@ class Browser:
         self._answers.close()
 
     def call(self, method: str, **parameters: Any) -> dict:
-        """The result of a method of the DevTools protocol."""
+        """Call a method of the DevTools protocol, and return its result."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": parameters}
         if self._session:
@@ -105,7 +105,7 @@ class Browser:
             time.sleep(0.02)
 
     def choose(self, selector: str, *paths: Path) -> None:
-        """Choose files in an input of the page, as a person does."""
+        """Choose files in an input of the page, like a person."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])

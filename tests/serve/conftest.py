@@ -18,7 +18,7 @@ LIMIT_S = 120
 
 
 class Server:
-    """A process of `bfsys serve`, which is ready."""
+    """A process of `bfsys serve` that is ready."""
 
     def __init__(self, *arguments: str | Path) -> None:
         command = [sys.executable, "-m", "bfsys", "serve", *map(str, arguments)]
@@ -35,7 +35,7 @@ class Server:
         self.url = found[1]
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """(exit code, what it printed since it was ready)."""
+        """Stop it, and return (exit code, output since it was ready)."""
         self.process.send_signal(number)
         try:
             printed = self.process.communicate(timeout=LIMIT_S)
@@ -50,7 +50,7 @@ def server(finished_run: Path) -> Iterator[Server]:
     started = Server(finished_run, "--port", "0", "--timeout", "100")
     yield started
     code, printed = started.stop()
-    assert (code, printed) == (0, "")  # nothing of any request was logged
+    assert (code, printed) == (0, "")  # no request was logged
 
 
 @pytest.fixture

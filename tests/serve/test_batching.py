@@ -12,7 +12,7 @@ from bfsys.serve.batching import Worker
 
 
 class Held:
-    """Computes when it is let, and notes what it was given together. Negative numbers fail."""
+    """Computes when the test allows it, and records the items of each batch. Negative numbers fail."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -34,7 +34,7 @@ def held() -> Held:
 
 @pytest.fixture
 def worker(held: Held) -> Iterator[Worker[int, int]]:
-    """Items cost what they are; a batch may cost 10."""
+    """The cost of an item is its value. A batch may cost 10."""
     made: Worker[int, int] = Worker(held, abs, 10)
     yield made
     held.go.set()
@@ -55,7 +55,7 @@ def test_what_waits_is_computed_together_up_to_the_budget(held: Held, worker: Wo
         others = [asyncio.create_task(worker.answers(items)) for items in ([4, 6], [3], [30], [1, 1])]
         await until(lambda: worker.waiting == 6)
         held.go.set()
-        assert await first == [10]  # computed at once, and alone
+        assert await first == [10]  # computed at once and alone
         assert await asyncio.gather(*others) == [[40, 60], [30], [300], [10, 10]]
 
     asyncio.run(ask())

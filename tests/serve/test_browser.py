@@ -49,7 +49,7 @@ def test_files_are_classified(server: Server, browser: Browser, finished_run: Pa
 
     browser.value(DROP)
     browser.wait("document.body.dataset.done === '2'")
-    assert browser.value(ROWS)[0].startswith("<b>dropped</b>\n")  # a name is text
+    assert browser.value(ROWS)[0].startswith("<b>dropped</b>\n")  # a name is shown as text, not as HTML
     assert browser.value("document.querySelector('#answers b')") is None
 
     browser.value("document.querySelector('button.explain').click()")

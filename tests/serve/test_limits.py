@@ -54,13 +54,13 @@ def test_too_much(url: str) -> None:
     assert status(400, 400, 400) == 200
     assert status(2001) == 413
     assert status(1, 1, 1, 1) == 413
-    assert status(2000, 2000, 2000) == 422  # within what may be sent; above what the model may read
+    assert status(2000, 2000, 2000) == 422  # within the request limit, but above the model limit
     assert "more than 3 files" in refused(url, 413, PART * 20 + END)
     assert "larger than 8,000 bytes" in refused(url, 413, PART * 10_000 + END)
 
 
 def test_a_body_without_a_length_is_refused_while_it_arrives(small: Server, url: str) -> None:
-    """An endless file: what is refused never is in memory."""
+    """The file is endless, so refused bytes must not be stored."""
     process = psutil.Process(small.process.pid)
     before = process.memory_info().rss
     sent = 0
@@ -76,7 +76,7 @@ def test_a_body_without_a_length_is_refused_while_it_arrives(small: Server, url:
         answered = httpx.post(f"{url}/predict", content=endless(), headers=FORM, timeout=60)
         assert answered.status_code == 413
     except httpx.TransportError:
-        pass  # the server may close the connection, rather than read on
+        pass  # the server may close the connection instead of reading on
     assert process.memory_info().rss - before < 50_000_000
 
 
@@ -95,7 +95,7 @@ def test_bodies_of_another_kind(url: str) -> None:
 
 
 def test_random_bodies(url: str) -> None:
-    """Damage of a good body: an answer, or a refusal, and never a crash."""
+    """A damaged body gets an answer or a refusal, and never causes a crash."""
     rng = np.random.default_rng(0)
     good = np.frombuffer(PART + PART + END, np.uint8)
     with httpx.Client() as client:
@@ -117,7 +117,7 @@ def test_archives_stay_bytes(url: str) -> None:
 
 
 def test_names_that_are_hostile(url: str) -> None:
-    """They come back as data, and nothing else is done with them."""
+    """The service returns them as data, and does not interpret them."""
     for name in ("../../etc/passwd", "<script>alert(1)</script>", "ü\u202e", "x" * 1000):
         answered = httpx.post(f"{url}/predict", files=[("files", (name, b"abc"))])
         assert answered.json()["answers"][0]["name"] == name

@@ -23,7 +23,7 @@ def test_answers_are_as_described(server: Server) -> None:
         )  # fmt: skip
         @given(case=operation.as_strategy())
         def follows_the_description(case) -> None:
-            # A file may be empty and a class unknown, which no schema says.
+            # A file may be empty and a class unknown, which a schema cannot express.
             case.call_and_validate(timeout=120, excluded_checks=[schemathesis.checks.positive_data_acceptance])
 
         follows_the_description()

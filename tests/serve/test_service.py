@@ -82,7 +82,7 @@ def test_other_sites_and_other_names_are_refused(server: Server) -> None:
 
     own = server.url.removeprefix("http://")
     assert status("POST", sec_fetch_site="cross-site") == 403
-    assert status("POST", sec_fetch_site="same-site") == 403  # a page of another port of this machine
+    assert status("POST", sec_fetch_site="same-site") == 403  # a page on another port of this machine
     assert status("POST", origin="http://elsewhere.example") == 403
     assert status("GET", host="elsewhere.example") == 400
     assert status("POST", sec_fetch_site="same-origin") == status("POST", origin=f"http://{own}") == 415
@@ -109,13 +109,13 @@ def test_a_second_signal_does_not_wait(finished_run: Path, start: Callable[..., 
         while "bfsys_file_bytes_total 8.1e+06" not in httpx.get(f"{server.url}/metrics").text:
             time.sleep(0.005)
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)  # signals that come together are one
+        time.sleep(0.3)  # signals that arrive together count as one
         assert server.stop() == (0, "")
         assert waiting.result().status_code == 503
 
 
 def test_no_file_is_written(finished_run: Path, start: Callable[..., Server]) -> None:
-    """The kernel refuses it every write to a file; multipart libraries put files above 1 MB on the disk."""
+    """The kernel refuses every write to a file. Multipart libraries write files above 1 MB to disk."""
     server = start(finished_run, "--port", "0")
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, 0))
     answered = post(server.url, [bytes(3_000_000), b"good", bytes(1_500_000)])

@@ -86,7 +86,7 @@ class Job:
 
 @pytest.fixture
 def submit(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """`submit(options, overrides…)` submits a run on two nodes; cancelled at the end."""
+    """`submit(options, overrides…)` submits a run on two nodes. Jobs are cancelled at the end."""
     submitted = []
 
     def submit(options: str, *overrides: str) -> Job:
@@ -106,7 +106,7 @@ def submit(config_file: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run on two processes of this machine, from its beginning to its end."""
+    """The same run on two processes of this machine, without interruption."""
     return run_here(2, datasets, tmp_path_factory.mktemp("undisturbed"))
 
 
@@ -133,7 +133,7 @@ def processes_of(job: str, rank: int) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             env, words = process.environ(), process.cmdline()
-            # The job's script and srun hold the command, too, and the environment of a rank 0.
+            # The job's script and srun also contain the command, and the environment of a rank 0.
             is_task = "submitit.core._submit" in words and Path(words[0]).name.startswith("python")
             is_task = is_task and "bfsys.launch.requeue" not in words
             if is_task and env.get("SLURM_JOB_ID") == job and env.get("SLURM_PROCID") == str(rank):
@@ -158,7 +158,7 @@ def test_nodes_train_as_one_process_does_while_status_and_logs_tell(submit, undi
     assert second.returncode == 2
     assert f"job {job.id} is already pending or running" in second.stderr
     following = subprocess.Popen([*LAUNCHER, "logs", "--follow", str(job.run)], stdout=subprocess.PIPE, text=True)
-    alone = run_here(1, datasets, tmp_path_factory.mktemp("alone"))  # it asks SLURM every 15 s whether the job is over
+    alone = run_here(1, datasets, tmp_path_factory.mktemp("alone"))  # --follow polls SLURM every 15 s
     followed, _ = following.communicate(timeout=300)
     assert followed.rstrip().endswith(f"are in {job.run}")
     assert_finished(job, undisturbed)
@@ -180,12 +180,12 @@ def test_a_job_that_is_warned_before_its_end_goes_on(submit, undisturbed):
 
 
 def test_jobs_that_run_out_of_time_go_on_also_if_their_tasks_do_not_leave_in_time(submit):
-    """Two jobs at the same time, since SLURM takes more than a minute to end each."""
+    """Two jobs run at the same time, since SLURM takes more than a minute to end each."""
     endless = ["--time 1", "train.steps=1000000", "train.log_every=10"]
     stuck = submit(*endless, "name=stuck", "train.hang_timeout_s=300")
     stuck.wait_for_step(30)
     ranks = processes_of(stuck.id, rank=1)
-    send(signal.SIGSTOP, ranks)  # as in a step that takes minutes
+    send(signal.SIGSTOP, ranks)  # simulates a step that takes minutes
     job = submit(*endless, "name=warned")
     until = time.monotonic() + 180
     while "asking SLURM" not in stuck.said():  # SLURM sends SIGCONT with its signals
@@ -225,7 +225,7 @@ def first_node(job: str) -> str:
 
 
 def nodes_of(job: str) -> list[str]:
-    """The nodes of a job that runs."""
+    """The nodes of a running job."""
     hosts = subprocess.check_output(["squeue", "--noheader", "--jobs", job, "--format=%N"], text=True).strip()
     return subprocess.check_output(["scontrol", "show", "hostnames", hosts], text=True).split()
 
@@ -292,7 +292,7 @@ def test_a_stopped_job_saves_and_stays_away_until_it_is_submitted_again_on_other
     again = submit("--nodes 1")
     again.wait_for_end()
     assert "finished: " in again.said()
-    assert job.state.name == "CANCELLED"  # still
+    assert job.state.name == "CANCELLED"  # it was not requeued
     assert job.starts == 1
     assert losses(again.run) == pytest.approx(losses(undisturbed), rel=2e-4)
 
@@ -330,7 +330,7 @@ def test_a_sweep_is_an_array_of_runs(config_file, tmp_path, undisturbed):
     try:
         members[0].wait_for_step(30)
         number = ask("squeue", "--noheader", "--jobs", members[0].id, "--format=%A").output.strip()
-        for process in processes_of(number, rank=0):  # one of them goes on by itself
+        for process in processes_of(number, rank=0):  # only one of them resumes
             process.kill()
         assert_finished(members[0], undisturbed)
         members[1].wait_for_end()

@@ -41,7 +41,7 @@ def test_an_evaluation_shows_what_is_taken_for_what(tmp_path: Path) -> None:
         show_evaluation(board, 7, CLASSES, answers, lambda source, sample: f"{source}_{sample}")
     events = read_back(tmp_path)
     matrix = picture_of(events, "evaluation/confusion")
-    corners = matrix[MARGIN + 1 :: CELL, MARGIN + 1 :: CELL][:3, :3]  # of each cell, beside its number
+    corners = matrix[MARGIN + 1 :: CELL, MARGIN + 1 :: CELL][:3, :3]  # of each cell, where its number is not drawn
     assert (corners[1, 1] == BLUE).all()
     assert (corners[2] == 255).all()  # a class without files
     assert corners[0, 1].mean() > corners[0, 0].mean() > corners[1, 1].mean()

@@ -42,7 +42,7 @@ def test_a_clock_that_is_set_back_makes_no_duration_negative(tmp_path: Path) -> 
         {"event": "start", "time": 1000, "step": 0},
         {"event": "begin", "time": 1010},
         note(1050, 4),
-        {"event": "start", "time": 500, "step": 4},  # half an hour back, between two starts
+        {"event": "start", "time": 500, "step": 4},  # the clock was set back by half an hour between two starts
         {"event": "begin", "time": 520},
         note(560, 8),
     ])  # fmt: skip
@@ -81,7 +81,7 @@ def test_a_torn_line_is_no_event(tmp_path: Path) -> None:
     st.randoms(use_true_random=False),
 )
 def test_causes_add_up_to_the_wall_time(tmp_path_factory: pytest.TempPathFactory, lives, rng) -> None:
-    """Whatever is killed when, and resumed from where."""
+    """This holds for kills at any time and resumes from any step."""
     events, now, made = [], 1000.0, [0]
     for pause, begins, notes in lives:
         now += pause

@@ -30,7 +30,7 @@ STATES = ("weight", "exp_avg", "exp_avg_sq", "ema")
 
 
 def samples_of_step(config_file: Path, step: int, lane: int = 0) -> list[tuple[int, int]]:
-    """(source, sample) of a micro-batch of the `step`-th step, from 1."""
+    """(source, sample) of a micro-batch of step number `step`, from 1."""
     config = load_config(config_file)
     micro_batch = make_plan(config, open_training(config)).micro_batch(step - 1, lane)
     return [(int(s), int(i)) for s, i in zip(micro_batch.source, micro_batch.sample, strict=True)]
@@ -45,10 +45,10 @@ def run_poisoned(
     )
 
 
-# Each run has a bad step of each kind, every second one; the state is compared to the bit around the last one.
+# In each run every second step is bad, one of each kind. The state around the last one is compared bit for bit.
 KINDS = {"fp32": ("nan", "loss", "gradient"), "bf16": ("nan", "gradient")}
 COMBINATIONS = [(stage, precision, kind) for stage in (0, 1, 2, 3) for precision in KINDS for kind in KINDS[precision]]
-# Every stage with every precision, and both with every kind; the others are slow.
+# These cover all pairs of stage and precision, and of precision and kind. The other combinations are slow.
 FAST = [c for c in COMBINATIONS if c[2] == KINDS[c[1]][(c[0] + (c[1] == "bf16")) % len(KINDS[c[1]])]]
 
 
@@ -104,7 +104,7 @@ def test_a_step_that_is_no_number_changes_nothing(
     steps = max(kinds)
     good = [step for step in range(1, steps + 1) if step not in kinds]
     saved = {step: run / "checkpoints" / checkpoint_name(step) for step in range(steps + 1)}
-    # Nothing is saved while it goes badly, unless the run ends there.
+    # Nothing is saved after a bad step, unless the run ends there.
     assert [step for step, path in saved.items() if path.exists()] == [0, steps - 1, steps]
     assert [read_manifest(saved[step])["updates"] for step in (steps - 1, steps)] == [len(good)] * 2
     for state in STATES:
@@ -112,7 +112,7 @@ def test_a_step_that_is_no_number_changes_nothing(
         assert before
         assert all(torch.equal(before[name], after[name]) for name in before), state
         assert all(tensor.isfinite().all() for tensor in after.values())
-    assert [line["step"] for line in lines(run)] == good  # there is no loss to tell of the others
+    assert [line["step"] for line in lines(run)] == good  # the others have no loss
     assert all(math.isfinite(loss) for loss in losses(run))
     bad = lines(run, "bad_step")
     assert [line["step"] for line in bad] == list(kinds)
@@ -172,7 +172,7 @@ def test_bad_steps_in_a_row_are_gone_around(config_file: Path, tmp_path: Path) -
     assert (rollback["from"], rollback["to"], rollback["steps"]) == (7, 4, [5, 6, 7])
     assert all(bad["samples"] for bad in rollback["bad"])
     assert "rolled back from step 7 to 4; skipping steps 5-7" in ranks.said()
-    assert "skipping steps 5-7 (rollbacks.json)" in ranks.said()  # the start that follows says so too
+    assert "skipping steps 5-7 (rollbacks.json)" in ranks.said()  # the next start prints it too
     assert "grad nan" not in ranks.said().partition("rolled back")[2]
     assert read_manifest(newest(run))["updates"] == 7
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 8, 9, 10]
@@ -182,9 +182,9 @@ def test_bad_steps_in_a_row_are_gone_around(config_file: Path, tmp_path: Path) -
 def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_nothing(
     config_file: Path, tmp_path: Path, stage: int
 ) -> None:
-    """Three steps whose losses, and updates, are far too large; a second start must pass them over like the first."""
+    """The losses and updates of three steps are far too large. A second start must skip them like the first."""
     good, config = LEAST_STEPS + 1, yaml.safe_load(config_file.read_text())
-    # One micro-batch of each rank in a step, through one block: that many steps take long.
+    # Each rank has one micro-batch and one block in a step, because many steps take long.
     config["data"]["lanes"], config["model"]["layers"] = 2, 1
     config_file.write_text(yaml.safe_dump(config))
     poison = [pair for step in range(good + 1, good + 4) for pair in samples_of_step(config_file, step)]
@@ -196,7 +196,7 @@ def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_no
     assert all("a spike" in bad["problem"] for bad in rollback["bad"])
     assert [line["step"] for line in lines(run)][-3:] == [good, good + 4, good + 5]
 
-    again = run.with_name("again")  # as a kill just after the roll-back would have left it; its samples are good now
+    again = run.with_name("again")  # like after a kill just after the roll-back; its samples are good now
     shutil.copytree(run, again)
     for path in all_checkpoints(again):
         if step_of(path) > good:
@@ -211,7 +211,7 @@ def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_no
 
 
 def test_a_run_that_stays_bad_ends_with_its_samples(config_file: Path, tmp_path: Path) -> None:
-    """Every step from 5 on is bad: the run rolls back to 4 three times, skips three steps each time, and then ends."""
+    """Every step from 5 on is bad. The run rolls back to 4 three times, skips three steps each time, and then ends."""
     good = {pair for step in range(1, 5) for lane in range(4) for pair in samples_of_step(config_file, step, lane)}
     poison = [(source, i) for source, size in ((0, 120), (1, 80)) for i in range(size) if (source, i) not in good]
     run, ranks = run_poisoned(config_file, tmp_path / "log", "bad", "nan", poison, "train.steps=20", "model.layers=1")
@@ -246,7 +246,7 @@ def test_a_file_of_rollbacks_that_contradicts_itself_is_refused(content: str, tm
 
 
 def restored(guard: Guard, train: Train) -> Guard:
-    """A new guard with the state that `guard` gives to a checkpoint."""
+    """Return a new guard with the state that `guard` stores in a checkpoint."""
     new = Guard(train, [])
     new.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     return new
@@ -270,7 +270,7 @@ def test_a_young_run_has_no_spikes() -> None:
 
 
 def test_no_false_alarm_on_losses_as_they_are() -> None:
-    """Falling, noisy, with heavy tails (log-normal of sigma 0.7 around a curve that falls hundredfold)."""
+    """The losses fall by a factor of 100, with log-normal noise of sigma 0.7."""
     rng = random.Random(1)
     guard = Guard(Train(), [])
     verdicts = [guard.judge(3 * 100 ** (-i / 5000) * math.exp(rng.gauss(0, 0.7)), 1.0) for i in range(5000)]
@@ -288,7 +288,7 @@ def test_what_a_checkpoint_carries_gives_the_same_verdicts() -> None:
 
 def test_what_comes_after_a_checkpoint_is_not_in_it() -> None:
     guard = Guard(Train(), [])
-    state = guard.state_dict()  # written while training goes on
+    state = guard.state_dict()  # written while training continues
     guard.record(7, "loss is nan", [])
     assert state["in_a_row"] == []
     assert guard.state_dict()["in_a_row"][0]["step"] == 7

@@ -32,11 +32,11 @@ def test_tensorboard_compares_runs_by_hyperparameters_and_scores(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each run is one session with the scores of its latest evaluation, also after a resume."""
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # which Metrics replaces
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restore it after Metrics replaces it
     for name, rate, evaluations in (("one", 0.5, {0: 0.1, 4: 0.25, 8: 0.75}), ("two", 0.125, {0: 0.5})):
         config = load_config(config_file, [f"name={name}", f"optim.lr={rate}"])
         config.run_dir.mkdir(parents=True)
-        for first_step, top1 in evaluations.items():  # of the starts of a run, each evaluated a step later
+        for first_step, top1 in evaluations.items():  # each start of a run is evaluated one step later
             ledger = Ledger(config.run_dir, is_rank_zero=True)
             metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=first_step)
             scores = {"loss": 1 - top1, "top1": top1, "top5": 1.0, "samples": 4}

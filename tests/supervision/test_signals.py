@@ -29,8 +29,8 @@ def stop():
         ([signal.SIGUSR2], EXIT_REQUEUE),
         ([signal.SIGTERM], EXIT_STOPPED),
         ([signal.SIGINT], EXIT_STOPPED),
-        ([signal.SIGHUP], EXIT_STOPPED),  # the terminal has gone
-        ([signal.SIGINT, signal.SIGINT], EXIT_STOPPED),  # a terminal's and a launcher's
+        ([signal.SIGHUP], EXIT_STOPPED),  # the terminal was closed
+        ([signal.SIGINT, signal.SIGINT], EXIT_STOPPED),  # from a terminal and from a launcher
         ([signal.SIGUSR2, signal.SIGTERM], EXIT_STOPPED),  # a cancellation outweighs a time limit
         ([signal.SIGTERM, signal.SIGUSR2], EXIT_STOPPED),
     ],
@@ -56,7 +56,7 @@ def test_a_late_repetition_ends_at_once_and_another_signal_does_not() -> None:
 
 
 def test_a_scheduler_may_repeat_sigterm(stop: StopRequests, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM sends it when a grace time begins, and again when it ends, with KillWait left to save."""
+    """SLURM sends it at the begin and at the end of a grace time. After the second one, KillWait is left to save."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(signals, "REPEAT_S", -1.0)
     for _ in range(3):

@@ -52,7 +52,7 @@ def test_the_rank_that_is_behind_is_named_and_all_stacks_are_written(tmp_path: P
 
 
 def test_on_gpus_the_flight_record_lies_beside_the_stacks(tmp_path: Path) -> None:
-    """There all ranks come to the same place, since kernels are queued; the record tells which rank is behind."""
+    """All ranks reach the same place in the code, since kernels are queued. The record shows which rank is behind."""
     record = 'Ranks.device = property(lambda ranks: torch.device("cuda", 0))\nimport torch\n'
     process = start(tmp_path, 0, f"{record}time.sleep(60)")
     _, errors = process.communicate(timeout=300)
@@ -100,7 +100,7 @@ def test_the_limit_is_learned(tmp_path: Path) -> None:
         dog.beat("step 1")
         dog.times_are_known()
         assert dog.limit_s == LEAST_S
-        dog._last -= 30  # as if a step had taken 30 s
+        dog._last -= 30  # simulates a step of 30 s
         dog.beat("step 2")
         assert 300 <= dog.limit_s < 310
         with dog.patient("a save"):
@@ -113,7 +113,7 @@ def test_the_limit_is_learned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_remote", [False, True])
 def test_a_model_that_is_compiled_again_does_not_hang(is_remote: bool, tmp_path: Path) -> None:
-    """However soon the ranks give up otherwise."""
+    """This also holds if `patience_s` is shorter."""
     dog = Watchdog(
         tmp_path, ALONE, limit_s=0, patience_s=90, least_s=least_limit_s(90, is_remote=is_remote, is_compiled=True)
     )

@@ -74,7 +74,7 @@ class PlainCNN(nn.Module):
 
 
 def picture(content: bytes, side: int) -> Tensor:
-    """float32 [3, side, side], of any picture: squeezed to a square."""
+    """Return any picture as float32 [3, side, side], resized to a square."""
     from PIL import Image
 
     pixels = Image.fromarray(decode_image(content))
@@ -84,7 +84,7 @@ def picture(content: bytes, side: int) -> Tensor:
 
 
 def spectrogram() -> Callable[[bytes], Tensor]:
-    """A function to float32 [1, bands, frames], of any sound's first second."""
+    """Return a function from any sound to float32 [1, bands, frames] of its first second."""
     from torchaudio.transforms import MelSpectrogram
 
     to_mel = MelSpectrogram(SOUND_RATE_HZ, n_fft=512, hop_length=160, n_mels=MEL_BANDS)
@@ -117,7 +117,7 @@ def decode_all(decode: Callable[[bytes], Tensor], batch: ByteBatch) -> Tensor:
 
 
 def decoded(config: Config, training: Sources, validation: Sources, side: int) -> tuple[float, int, float]:
-    """Top-1 of the convolutional network after the run's steps, its parameters, and the seconds that it took."""
+    """Train the convolutional network for the run's steps. Returns top-1, number of parameters, and seconds."""
     began = time.perf_counter()
     torch.manual_seed(config.train.seed)
     batches = batches_for_training(config, training, config.train.steps)

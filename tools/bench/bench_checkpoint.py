@@ -81,7 +81,7 @@ Parts = Iterator[tuple[str, int, int]]  # (parameter, first element, end)
 
 
 def contiguous(shapes: dict[str, tuple[int, ...]], ranks: int, rank: int) -> Parts:
-    """A rank's part of all parameters in a row."""
+    """A rank's part of the concatenated parameters."""
     sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     total, start = sum(sizes.values()), 0
     first, end = (total * number // ranks for number in (rank, rank + 1))
@@ -92,7 +92,7 @@ def contiguous(shapes: dict[str, tuple[int, ...]], ranks: int, rank: int) -> Par
 
 
 def of_each(shapes: dict[str, tuple[int, ...]], ranks: int, rank: int) -> Parts:
-    """A rank's part of each parameter, as ZeRO stage 3 divides them."""
+    """A rank's part of each parameter, as ZeRO stage 3 shards them."""
     for name, shape in shapes.items():
         size = torch.Size(shape).numel()
         share = -(-size // ranks)

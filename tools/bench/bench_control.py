@@ -36,7 +36,7 @@ from bfsys import dist
 from bfsys.errors import UserError, run_command, summary_of
 
 NUMBERS = 5  # numbers in a control message
-BLOCKS = 5  # blocks of steps, the fastest of which counts
+BLOCKS = 5  # blocks of steps; the fastest block counts
 PAIR_RANKS = (2, 4, 16, 64, 256, 1024)
 TIMEOUT_S = 300
 LOCAL_RANKS = 8
@@ -49,9 +49,9 @@ class Exchange:
     name: str
     act: Callable[[list[float]], object]
     as_one_of: Callable[[int, int], None]
-    """(ranks, the other process): what a rank does among so many ranks, all of whose messages are with one other."""
+    """(ranks, the other process): act as one of so many ranks. The other process replaces all other ranks."""
     messages: Callable[[int], int]
-    """The number that a rank sends, by the number of ranks; each is a round that waits for the one before."""
+    """Messages that a rank sends, by the number of ranks. Each message waits for the one before."""
 
 
 def ring(values: list[float]) -> None:
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(ranks: int, mesh: str, steps: int) -> dict:
-    """The figures of a group of that many processes: CPU times are the mean of the ranks, wall times the longest."""
+    """Measure a group of `ranks` processes. CPU times are the mean over the ranks, wall times the maximum."""
     figures = run_processes(ranks, mesh, functools.partial(exchange_steps, steps=steps))
     return {
         "ranks": ranks,
@@ -145,7 +145,7 @@ def measure(ranks: int, mesh: str, steps: int) -> dict:
 
 
 def run_processes(ranks: int, mesh: str, act: Callable[[int], dict]) -> list[dict]:
-    """The results of `act(rank)` in each process of a group, by rank, and the cost of their start."""
+    """Return the results of `act(rank)` in each process of a group, by rank, and the cost of their start."""
     context = multiprocessing.get_context("fork")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -176,7 +176,7 @@ def be_rank(rank: int, ranks: int, port: int, mesh: str, act: Callable[[int], di
 
 
 def exchange_steps(rank: int, steps: int) -> dict:
-    """The control messages of `steps` steps, by each exchange; and the sockets that are then open."""
+    """Time the control messages of `steps` steps with each exchange, and count the sockets that are open afterwards."""
     figures: dict = {}
     for exchange in EXCHANGES:
         figures[exchange.name] = time_of(functools.partial(exchange.act, [float(rank)] * NUMBERS), steps)
@@ -187,7 +187,7 @@ def exchange_steps(rank: int, steps: int) -> dict:
 
 
 def as_one_of_many(rank: int) -> dict:
-    """The cost of what one of so many ranks does, measured with two processes, by exchange and number of ranks."""
+    """Time the work of one of many ranks, with two processes, by exchange and number of ranks."""
     return {
         exchange.name: {
             ranks: time_of(functools.partial(exchange.as_one_of, ranks, 1 - rank), 5) for ranks in PAIR_RANKS
@@ -226,7 +226,7 @@ class Clock:
 
 
 def fit(exchange: Exchange, figures: dict[int, dict], args: argparse.Namespace) -> dict:
-    """The line through (messages, wall time) of a pair, and what the largest number of ranks takes with the network."""
+    """Fit a line through (messages, wall time) of a pair, and estimate the time of the largest number of ranks."""
     messages = [exchange.messages(ranks) for ranks in figures]
     slope, constant = np.polyfit(messages, [of_ranks["wall_us"] for of_ranks in figures.values()], 1)
     for ranks, of_ranks in figures.items():

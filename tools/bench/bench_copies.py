@@ -68,7 +68,7 @@ def wait_for(port: int) -> None:
 
 
 def engine_and_step(files: int) -> tuple[Engine, Callable[[], float]]:
-    """An engine of `tiny`, and a training step with it, which returns its seconds."""
+    """Return an engine of `tiny`, and a function that makes a training step and returns its seconds."""
     from bfsys import dist
     from bfsys.batch import ByteBatch, Sample
     from bfsys.config import Config, Data
@@ -124,7 +124,7 @@ def measure(folder: Path, port: int, log: Path, copies: int, files: int) -> dict
     for _ in range(copies):
         alone_s += [step_s() for _ in range(STEPS_BETWEEN)]
         manifest = path / MANIFEST
-        manifest.write_bytes(manifest.read_bytes() + b" ")  # another one, of which there is no copy yet
+        manifest.write_bytes(manifest.read_bytes() + b" ")  # a different manifest, so that there is no copy yet
         before = log.read_bytes().count(b"\n")
         began = time.perf_counter()
         copier.offer()

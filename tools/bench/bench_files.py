@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_marked(command: Sequence[str]) -> int | None:
-    """`bfsys COMMAND …` with marks in its trace."""
+    """Run `bfsys COMMAND …` with marks in its trace."""
     import bfsys.train as training
     from bfsys.cli import dispatch
     from bfsys.supervision.supervisor import Supervisor
@@ -118,7 +118,7 @@ def mark(phase: str) -> None:
 
 
 def trace(folder: Path, ranks: int, launch: bool) -> dict[str, list[Call]]:
-    """Train; the calls of each rank with its children, and those of the launcher."""
+    """Train, and return the calls of each rank with its children, and those of the launcher."""
     make_datasets(folder / "data")
     config = folder / "tiny.json"  # JSON is YAML
     config.write_text(json.dumps(config_tree(folder)))
@@ -191,7 +191,7 @@ def config_tree(folder: Path) -> dict:
 
 
 def read_trace(folder: Path) -> tuple[list[Call], dict[int, int]]:
-    """The calls with a file name in their order, and the parent of each process."""
+    """Return the calls with a file name, in order, and the parent of each process."""
     calls, parents = [], {}
     for file in folder.iterdir():
         process = int(file.suffix[1:])
@@ -213,7 +213,7 @@ def read_trace(folder: Path) -> tuple[list[Call], dict[int, int]]:
 
 
 def by_rank(traced: tuple[list[Call], dict[int, int]]) -> dict[str, list[Call]]:
-    """A process is of the rank that marked it, or that marked its nearest ancestor."""
+    """Group calls by rank. A process belongs to the rank whose mark it has, or whose mark its nearest ancestor has."""
     calls, parents = traced
     rank_of = {
         call.process: f"rank {call.path.removeprefix(MARK + 'rank/')}"
@@ -242,7 +242,7 @@ def place_of(path: str, folder: Path) -> str:
 
 
 def occasions(calls: Sequence[Call], folder: Path) -> Iterator[tuple[str, Call]]:
-    """What each call was made for. The programs that a rank starts write its checkpoints, beside its own calls."""
+    """Yield each call with its occasion. A rank's checkpoints are written by programs that it starts."""
     programs = {call.process for call in calls if call.name == "execve"} - {calls[0].process}
     phase, run = "start", str(folder / "runs" / "tiny")
     for call in calls:
@@ -268,7 +268,7 @@ def count(calls: Sequence[Call], folder: Path) -> dict[str, dict[str, int]]:
 
 
 def show(who: str, table: dict[str, dict[str, int]]) -> None:
-    """A table of the calls for one step, log line, save or evaluation."""
+    """Print a table of the calls for one step, log line, save or evaluation."""
     columns = (*PLACES, "fsync")
     print(f"{f'calls of {who}':20}" + "".join(f"{column:>14}" for column in columns))
     for phase, counts in table.items():
@@ -283,7 +283,7 @@ def show_opened(calls: Sequence[Call], folder: Path) -> None:
 
 
 def show_names(who: str, calls: Sequence[Call], folder: Path) -> None:
-    """Calls on datasets and in the run directory by occasion: how often, which, and on what."""
+    """Print the calls on datasets and in the run directory by occasion: number, name and file."""
     seen: Counter[tuple[str, str, str]] = Counter()
     for occasion, call in occasions(calls, folder):
         if place_of(call.path, folder) in ("datasets", "run directory"):

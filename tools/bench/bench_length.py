@@ -38,7 +38,7 @@ LIMIT_S = 900
 
 
 def measure(job: dict) -> dict:
-    """{"ms", "mib"} of an answer, or of a step, for one file."""
+    """Measure {"ms", "mib"} of an answer, or of a step, for one file."""
     device, dtype = torch.device(job["device"]), torch.bfloat16 if job["precision"] == "bf16" else torch.float32
     shape: dict = {k: tuple(v) if isinstance(v, list) else v for k, v in job["architecture"].items()}
     batches = [ByteBatch.from_samples([Sample("", f)]).to(device) for f in random_files([1000, job["length"]])]
@@ -77,7 +77,7 @@ def in_child(job: dict) -> dict:
 
 
 def bytes_of(text: str) -> int:
-    """64k -> 64,000"""
+    """Convert 64k to 64,000."""
     unit = UNITS.get(text[-1:].lower())
     return int(text[:-1]) * unit if unit else int(text)
 

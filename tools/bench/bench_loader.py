@@ -63,7 +63,7 @@ def sample_lengths(samples: int) -> np.ndarray:
 
 
 def sample(number: int, lengths: np.ndarray) -> tuple[bytes, int]:
-    """Payload and label. The payload is random but for its first eight bytes, which are the sample's number."""
+    """Return payload and label. The payload begins with eight bytes of the sample's number; the rest is random."""
     payload = np.random.default_rng([1, number]).bytes(int(lengths[number]) - 8)
     return number.to_bytes(8, "little") + payload, number % 10
 
@@ -99,7 +99,7 @@ def write_litdata(folder: Path, lengths: np.ndarray) -> None:
 
 
 def bfsys_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
-    """An epoch of (data uint8 [bytes], offsets int64 [samples + 1], …), tensors or arrays; and so do the next ones."""
+    """Yield an epoch of (data uint8 [bytes], offsets int64 [samples + 1], …), like the functions below."""
     from bfsys.config import Config, Data, Model, Source, Train
     from bfsys.data.streaming.loader import training_batches
     from bfsys.data.streaming.run_data import open_run_data
@@ -139,14 +139,14 @@ def litdata_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
 
 
 def flat_batch(samples: Sequence[tuple[bytes, int]]) -> tuple:
-    """The peers' batches. Arrays, since torch hands a tensor over from a worker at half to the same speed."""
+    """The peers' batches, as arrays: torch is up to twice as slow if a worker passes tensors."""
     offsets = np.zeros(len(samples) + 1, np.int64)
     np.cumsum([len(payload) for payload, _ in samples], out=offsets[1:])
     data = np.concatenate([np.frombuffer(payload, np.uint8) for payload, _ in samples])
     return data, offsets, np.array([label for _, label in samples])
 
 
-# The form that each reads, and its batches.
+# By loader: the storage format, and the function that yields its batches.
 LOADERS: dict[str, tuple[str, Callable[[Path, int, int], Iterator[tuple]] | None]] = {
     RAW_READ: ("tars", None),
     "bfsys": ("tars", bfsys_batches),
@@ -160,7 +160,7 @@ def run_job(job: dict) -> dict:
     record_shared_memory(Path(job["ledger"]))
     folder, lengths, checked = Path(job["folder"]), sample_lengths(job["samples"]), {}
     if "write" in job:
-        if not folder.exists():  # it has its name only when it is whole
+        if not folder.exists():  # it gets its name when it is complete
             part = folder.with_name(f"{folder.name}.part")
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
@@ -170,7 +170,7 @@ def run_job(job: dict) -> dict:
     _, batches = LOADERS[job["loader"]]
     if batches is None:
         timed = partial(timed_read, folder, lengths)
-        timed()  # uncounted
+        timed()  # warm-up
     else:
         start = partial(batches, folder, job["workers"], len(lengths) // BATCH_SAMPLES)
         checked = check_epoch(start(), lengths)
@@ -222,8 +222,8 @@ def timed_epoch(start: Callable[[], Iterator[tuple]], lengths: np.ndarray, secon
 
 
 def timed_read(folder: Path, lengths: np.ndarray) -> dict:
-    """Every shard from end to end, into one buffer. The rate is that of the payload in them."""
-    buffer = bytearray(SHARD_BYTES)  # in memory, as batches are; one that stays in a core's cache fills 1.7 x as fast
+    """Time reading every shard from end to end into one buffer. The rate counts only the payload."""
+    buffer = bytearray(SHARD_BYTES)  # larger than a core's cache, in which it would fill 1.7 x as fast
     begin = time.perf_counter()
     for path in sorted(folder.glob("*.tar")):
         with open(path, "rb", buffering=0) as file:
@@ -234,15 +234,15 @@ def timed_read(folder: Path, lengths: np.ndarray) -> dict:
 
 
 def forget_pages(folder: Path) -> None:
-    """Have the next reader fetch the shards from the disk."""
+    """Drop the page cache of the shards, so that the next reader reads from the disk."""
     for path in folder.glob("*.tar"):
         with open(path, "rb") as file:
-            os.fsync(file.fileno())  # pages that are not written yet would stay
+            os.fsync(file.fileno())  # dirty pages would stay in the cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def record_shared_memory(ledger: Path) -> None:
-    """Write down the named shared memory that this process and its workers make: mosaicml-streaming may leave it."""
+    """Record the named shared memory of this process and its workers, because mosaicml-streaming may not remove it."""
     original = SharedMemory.__init__
 
     def recorded(self: SharedMemory, name: str | None = None, create: bool = False, size: int = 0) -> None:
@@ -255,12 +255,12 @@ def record_shared_memory(ledger: Path) -> None:
 
 
 def in_child(job: dict) -> dict:
-    """Do a job in a new process group and leave nothing of it behind. Returns its result, with any problem."""
+    """Do a job in a new process group, and clean up after it. Returns its result, with any problem."""
     with tempfile.TemporaryDirectory(prefix="bench_loader-") as scratch:
         result, ledger = Path(scratch, "result"), Path(scratch, "ledger")
         job = {**job, "result": str(result), "ledger": str(ledger)}
         env = {**os.environ, "TMPDIR": scratch, "LITDATA_DISABLE_VERSION_CHECK": "1"}
-        env["DS_ACCELERATOR"] = "cpu"  # bfsys would pin its batches for a GPU, and the peers would not
+        env["DS_ACCELERATOR"] = "cpu"  # otherwise bfsys would pin its batches for a GPU; the peers do not
         try:
             return result_of_child([sys.executable, __file__, "--child", json.dumps(job)], result, LIMIT_S, env)
         finally:
@@ -268,7 +268,7 @@ def in_child(job: dict) -> dict:
 
 
 def remove_shared_memory(ledger: Path) -> None:
-    """Remove what is left of that in the ledger, but not what others have made by the same name since."""
+    """Remove the recorded shared memory that is left, unless another process has made it again by the same name."""
     for line in ledger.read_text().splitlines() if ledger.exists() else ():
         inode, path = line.split(" ", 1)
         if os.path.exists(path) and os.stat(path).st_ino == int(inode):
@@ -276,10 +276,10 @@ def remove_shared_memory(ledger: Path) -> None:
 
 
 def measure_all(args: argparse.Namespace, folder: Path, loaders: Sequence[str]) -> list[dict]:
-    """The rows of the table, each from a process of its own, and their ratios to others as warm or cold."""
+    """Measure the rows of the table, each in a new process, with their ratios to other rows, warm and cold apart."""
     from bfsys.data.storage.shards import FORMAT
 
-    stored = f"{{}}-{args.samples}-format{FORMAT}"  # kept samples are not used once the format has changed
+    stored = f"{{}}-{args.samples}-format{FORMAT}"  # stored samples are not reused after a change of the format
     problems = {}
     for form in dict.fromkeys(LOADERS[name][0] for name in loaders):
         print(f"writing {form} …", file=sys.stderr)
@@ -319,7 +319,7 @@ COLUMNS = {
 
 
 def show(rows: Sequence[dict]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 240)  # a log has no width, and would be cut to 80
+    console = Console(width=None if sys.stdout.isatty() else 240)  # a log file has no width, and rich would use 80
     table = Table("loader", "workers", box=box.SIMPLE if sys.stdout.isatty() else None)
     for key, (title, _) in COLUMNS.items():
         table.add_column(title, justify="left" if key == "problem" else "right", overflow="fold")
@@ -387,5 +387,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if "--child" not in sys.argv:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and processes are cleaned up
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
     run_command(main)

@@ -67,7 +67,7 @@ def measure(config: Config, ranks: Ranks, batch: ByteBatch, repeats: int) -> dic
     for repeat in range(repeats + 1):
         for name in NAMES if repeat % 2 else reversed(NAMES):
             _step(engines[name], batch, config, times[name])
-    for seconds in times.values():  # the first step allocates
+    for seconds in times.values():  # without the first step, which allocates
         del seconds.step_s[0], seconds.update_s[0], seconds.update_cpu_s[0]
     return {name: dist.gather_numbers(times[name].best()).amax(0).tolist() for name in NAMES}
 
@@ -81,7 +81,7 @@ def _step(engine: Engine, batch: ByteBatch, config: Config, times: Times) -> Non
         return all_to_all(values, counts, received)
 
     all_to_all = dist.all_to_all
-    dist.gather_to_all(None)  # all ranks begin together
+    dist.gather_to_all(None)  # a barrier
     began = time.perf_counter()
     loss, _ = loss_and_sums(engine.forward(batch), batch, 1, config.optim.label_smoothing)
     engine.backward(loss)
@@ -132,7 +132,7 @@ def main() -> None:
     if ranks.is_rank_zero:
         Console(width=None if sys.stdout.isatty() else 120).print(table)
     dist.stop()
-    dist.hard_exit(0)  # gloo may abort a process that ends while another still closes its connections
+    dist.hard_exit(0)  # gloo may abort a process that ends while another one still closes its connections
 
 
 if __name__ == "__main__":

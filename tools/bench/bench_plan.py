@@ -38,7 +38,7 @@ SHARD_SAMPLES = 10_000
 MEDIAN_BYTES, SIGMA = 12_000, 0.7
 KEY_BYTES = 12
 MIB = 2**20
-# Shards whose rows are all written; of more, only those that are looked at.
+# Up to so many shards, all rows are written; of more, only the rows that are read.
 SMALL_SHARDS = 2_000
 AMPLIFICATION_LANES = 64
 
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_index(folder: Path, shards: int, run: dict) -> None:
-    """dataset.json and the index of a dataset without tars."""
+    """Write dataset.json and the index of a dataset without tars."""
     samples = shards * SHARD_SAMPLES
     index = open_memmap(folder / "sim-train.samples.npy", "w+", SAMPLE, (samples,))
     open_memmap(folder / "sim-train.keys.npy", "w+", np.dtype("u1"), (samples * KEY_BYTES,)).flush()
@@ -116,7 +116,7 @@ def _rank(run: dict) -> int:
 
 
 def _looked_at(folder: Path, run: dict, shards: int) -> list[int]:
-    """The shards whose rows the rank proves, or reads at the start and at 90 % of an epoch."""
+    """The shards whose rows the rank verifies, or reads at the start and at 90 % of an epoch."""
     plan = _plan(run)
     steps = [int(share * shards * SHARD_SAMPLES / run["batch"]) for share in (0, 0.9)]
     lanes = lanes_of_rank(run["lanes"], _rank(run), run["ranks"])
@@ -145,7 +145,7 @@ def _plan(run: dict) -> Plan:
 
 
 def measure(run: dict, steps: int) -> dict:
-    """Start-up, steps and memory of the middle rank."""
+    """Measure start-up, steps and memory of the middle rank."""
     before = _memory_mib()
     began = time.perf_counter()
     split = open_split(run["folder"], "train")
@@ -179,7 +179,7 @@ def measure(run: dict, steps: int) -> dict:
 
 
 def first_batch_ms(run: dict, share: float) -> float:
-    """Time from an open split to the first micro-batch after that share of an epoch."""
+    """Time from an open split to the first micro-batch after a share of an epoch."""
     plan = _plan(run)
     step = int(share * len(plan.splits[0]) / run["batch"])
     began = time.perf_counter()
@@ -188,7 +188,7 @@ def first_batch_ms(run: dict, share: float) -> float:
 
 
 def count_fetches(run: dict, finer: int, nodes: int) -> dict:
-    """The shards that each node reads in the first epoch, with shards of 1 / `finer` of their size."""
+    """Count the shards that each node reads in the first epoch, if their size is divided by `finer`."""
     split = open_split(run["folder"], "train")
     per_shard = SHARD_SAMPLES // finer
     split = replace(split, shards=(Shard("", per_shard, 0, ""),) * (len(split) // per_shard))

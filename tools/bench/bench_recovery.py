@@ -50,7 +50,7 @@ STEPS_PER_SAVE, SAVES = 10, 3
 
 
 def train_and_save(how: str, folder: Path, kernel: int, file_bytes: int, files: int) -> dict:
-    """{"steps_s", "stalls_s", "beside_s", "mib"} of a model in training; `how` is none, waiting or beside."""
+    """Measure {"steps_s", "stalls_s", "beside_s", "mib"} of a training; `how` is none, waiting or beside."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     from bfsys import dist
@@ -104,7 +104,7 @@ def train_and_save(how: str, folder: Path, kernel: int, file_bytes: int, files: 
 
 
 def throttled(disk_mb_s: float | None, folder: Path) -> bool:
-    """Have this process and its children write to the folder's disk no faster; False if the system does not let us."""
+    """Limit the write speed of this process and its children to the folder's disk. Returns False if not permitted."""
     if disk_mb_s is None:
         return False
     device = os.stat(folder).st_dev
@@ -210,7 +210,7 @@ def bench_attacks(args: argparse.Namespace) -> dict:
                         killed += 1
             wall_s = time.monotonic() - began
             seconds = read_seconds(run)
-            os.killpg(launcher.pid, signal.SIGKILL)  # its ranks die with it
+            os.killpg(launcher.pid, signal.SIGKILL)  # its ranks are killed with it
             restarts = (Path(name) / "launcher.log").read_text().count("restarting in ")
         finally:
             with suppress(ProcessLookupError):
@@ -227,7 +227,7 @@ def bench_attacks(args: argparse.Namespace) -> dict:
 
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
-    """The ranks that are running, by the name that their launcher gives them."""
+    """The running ranks, found by their process name."""
     found = []
     for process in psutil.Process(launcher).children():
         with suppress(psutil.Error):
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             print(json.dumps(train_and_save(args.child, Path(name), args.kernel, args.file_bytes, args.files)))
         sys.stdout.flush()
-        os._exit(0)  # as dist.hard_exit, which says why
+        os._exit(0)  # for the reason, see dist.hard_exit
     result = bench_saving(args) if args.command == "saving" else bench_attacks(args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -50,11 +50,11 @@ from bfsys.errors import UserError, run_command, summary_of
 from bfsys.ranks import Ranks
 
 SHARD_SAMPLES, MEAN_BYTES = 24, 3_600  # of 100 kB with tar's headers
-LANE_SAMPLES = 2  # of a step
-BLOCKS = 4  # of a lane's slice of an epoch
+LANE_SAMPLES = 2  # samples of a lane in a step
+BLOCKS = 4  # blocks of a lane's slice of an epoch
 CHUNK_BYTES = 16 << 10
 WINDOW_S = 0.25  # requests after the outage are counted in windows of this length
-WATCH_S = 0.2  # interval at which the size of the caches is looked at
+WATCH_S = 0.2  # interval at which the size of the caches is measured
 FAULTS = ("503", "reset", "truncate")
 forked = multiprocessing.get_context("fork")
 
@@ -91,7 +91,7 @@ class Request:
 
 @dataclass
 class Bucket:
-    """A web server of a folder, with a total rate and failures. An outage begins with the first request of an index."""
+    """A web server of a folder, with a total rate and failures. The first request of an index begins an outage."""
 
     folder: Path
     rate: float
@@ -205,7 +205,7 @@ def train_as(rank: int, config: Config, args: argparse.Namespace, folder: Path, 
         ranks = Ranks(rank, args.nodes * args.ranks_per_node, local, args.ranks_per_node)
         together.wait()
         described = folder / "descriptions"
-        if rank == 0:  # which sends them to all ranks
+        if rank == 0:  # it reads the metadata and sends it to all ranks
             described.write_text(json.dumps(fetch_descriptions(config)))
         together.wait()
         data = open_run_data(config, ranks, json.loads(described.read_text()))
@@ -263,7 +263,7 @@ def measure(dataset: Path, args: argparse.Namespace, failures: float, outage_s: 
 
 
 def _size_bytes(folder: Path) -> int:
-    with suppress(FileNotFoundError):  # not made yet
+    with suppress(FileNotFoundError):  # the folder does not exist yet
         return Cache(folder, 1).size_bytes()
     return 0
 
@@ -323,7 +323,7 @@ def _most_in_a_window(times: list[float]) -> int:
 
 
 def _most_from(per_step: np.ndarray, first: Sequence[int]) -> int:
-    """The largest number of requests in one of these steps and the two after each: it takes a moment to ask."""
+    """The largest number of requests in one step of `first` or the two steps after it, since requests are delayed."""
     return int(max(per_step[step : step + 3].max() for step in first))
 
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.files import replace_file
 
-VARIANTS = {"batches": None, "one by one": 1}  # byte budget; None: that of the run
+VARIANTS = {"batches": None, "one by one": 1}  # byte budget; None: the run's budget
 BOUNDARY = "frontier"
 LIMIT_S = 300
 CHILD = """
@@ -83,7 +83,7 @@ def request_with(content: bytes) -> bytes:
 
 
 async def client(port: int, requests: Sequence[bytes], until: float) -> int:
-    """Requests that were answered before `until`."""
+    """Send requests, and return the number that were answered before `until`."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     answered = 0
     try:
@@ -101,7 +101,7 @@ async def client(port: int, requests: Sequence[bytes], until: float) -> int:
 
 
 async def rate(port: int, clients: int, file_bytes: int, seconds: float) -> float:
-    """Requests per second."""
+    """Measure requests per second."""
     rng = np.random.default_rng(0)
     requests = [[request_with(rng.bytes(file_bytes)) for _ in range(4)] for _ in range(clients)]
     until = time.monotonic() + seconds

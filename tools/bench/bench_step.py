@@ -60,7 +60,7 @@ from tools.bench.step_measurement import (
     make_architecture,
 )
 
-# Main memory that the published form wants for each token and each byte of a padded batch, by dim (tiny, float32).
+# Main memory of the published form for each token and each byte of a padded batch, by dim (tiny, float32).
 PADDED_TOKEN_BYTES_PER_DIM, PADDED_BYTE_BYTES_PER_DIM = 240, 16
 SHARE_OF_MEMORY = 0.7  # share of free memory that a measurement on the CPU may use
 
@@ -77,18 +77,18 @@ def workloads() -> dict[str, Workload]:
 
 
 def trial_workloads() -> dict[str, Workload]:
-    """The same in small, to see whether everything works."""
+    """The same workloads in small, for a quick trial."""
     return {n: Workload(w.kernel, 12, tuple(i // 40 for i in w.lengths[:4])) for n, w in workloads().items()}
 
 
 def with_files(workload: Workload, files: int | None) -> Workload:
-    """The first `files` of its files, again from the first one where it has fewer; all of them by default."""
+    """Take the first `files` files, and repeat them if there are fewer; by default take all."""
     lengths = workload.lengths
     return replace(workload, lengths=tuple(lengths[i % len(lengths)] for i in range(files or len(lengths))))
 
 
 def that_fits(workload: Workload, a: Architecture) -> Workload:
-    """The workload with so few files that their padded form fits into main memory."""
+    """Reduce the files so that their padded form fits into main memory."""
     available = available_bytes()
     for count in range(len(workload.lengths), 0, -1):
         lengths = workload.lengths[:count]
@@ -105,7 +105,7 @@ def available_bytes() -> int:
 
 
 def measure_workload(name: str, workload: Workload, args: argparse.Namespace, run: Callable[[dict], dict]) -> dict:
-    """A row. `run` does a job."""
+    """Measure a row. `run` does a job."""
     workload = with_files(workload, args.files)
     if args.device == "cpu":
         workload = that_fits(workload, make_architecture(args.size, workload))
@@ -167,7 +167,7 @@ COLUMNS = {
 
 
 def show(rows: Sequence[dict]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 280)  # a log has no width, and would be cut to 80
+    console = Console(width=None if sys.stdout.isatty() else 280)  # a log file has no width, and rich would use 80
     table = Table("workload", box=box.SIMPLE if sys.stdout.isatty() else None)
     for key, (title, _) in COLUMNS.items():
         table.add_column(title, justify="left" if key == "problem" else "right", overflow="fold")
@@ -178,7 +178,7 @@ def show(rows: Sequence[dict]) -> None:
 
 
 def describe(done: dict) -> str:
-    """A measurement in words."""
+    """Describe a measurement in words."""
     if "problem" in done:
         return done["problem"]
     parts = [f"{name} {describe_part(part)}" for name, part in done["parts"].items()]
@@ -205,7 +205,7 @@ def machine(device: str) -> dict:
 
 
 def bf16_instructions() -> str:
-    """The instructions of the processor that multiply bfloat16."""
+    """Name the processor's instructions that multiply bfloat16."""
     known = {"AVX512_BF16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
     return ", ".join(name for name, is_there in known.items() if is_there) or "none (products in float32)"
 
@@ -250,7 +250,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] | None = None) -> int:
-    """`run` does a job: by default `in_child` or `in_this_process`."""
+    """`run` does a job; by default it is `in_child` or `in_this_process`."""
     args = parse_arguments(arguments)
     run = run or (in_this_process if args.one_process else in_child)
     os.makedirs(args.json.parent if args.json else ".", exist_ok=True)
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] | N
     rows: list[dict] = []
     for name in args.workloads:
         rows.append(measure_workload(name, all_workloads[name], args, run))
-        show(rows[-1:])  # what was measured stays, whatever becomes of the rest
+        show(rows[-1:])  # show each row at once, so that a later failure does not lose it
         if args.json:
             date = datetime.now(UTC).isoformat(timespec="seconds")
             replace_file(args.json, json.dumps({"rows": rows, **report, "date": date}, indent=1) + "\n")
@@ -276,5 +276,5 @@ def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] | N
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that folders and processes are cleaned up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
     run_command(main)

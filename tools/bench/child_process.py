@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def result_of_child(command: Sequence[str], result: Path, limit_s: float, env: Mapping[str, str] | None = None) -> dict:
-    """Run a command that writes a JSON object to the file `result`; returns the object, or {"problem": …}.
+    """Run a command that writes a JSON object to the file `result`. Returns the object, or {"problem": …}.
 
     The command gets a new process group, which is killed at its end. Its output goes into a file beside `result`.
     """

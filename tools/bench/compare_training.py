@@ -69,10 +69,10 @@ def losses_in(metrics: Path) -> list[float]:
 
 
 def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]:
-    """The loss of every step, from the initial weights of this config; `nudged`: with their last bit changed."""
+    """Yield the loss of every step, from the initial weights of this config. `nudged` changes their last bit."""
     sources, optim = open_training(config), config.optim
     plan = make_plan(config, sources)
-    if notes := long_files(config, sources):  # beyond its positions the published form computes nothing
+    if notes := long_files(config, sources):  # the published form cannot compute files with more tokens than positions
         raise UserError(*notes)
     torch.manual_seed(config.train.seed)
     architecture, num_classes = config.model.architecture(), len(sources.classes)
@@ -105,11 +105,11 @@ def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]
 
 
 def targets_of(batch: ByteBatch, num_classes: int) -> Tensor:
-    """float32 [B, classes]; of a mixture of two sounds, both classes by their shares."""
+    """Return float32 [B, classes]. A mixture of two sounds has both classes, weighted by their shares."""
     targets = F.one_hot(batch.labels, num_classes).float()
     if batch.second_labels is None:
         return targets
-    assert batch.second_share is not None  # they come together
+    assert batch.second_share is not None  # both are set together
     return torch.lerp(targets, F.one_hot(batch.second_labels, num_classes).float(), batch.second_share.float()[:, None])
 
 

@@ -40,7 +40,7 @@ from bfsys.ranks import Ranks
 from tools.bench.child_process import result_of_child
 
 MIB = 2**20
-LIMIT_S = 900  # limit of a measurement in a process of its own
+LIMIT_S = 900  # limit of a measurement in a separate process
 MEET_S = 60  # limit of the engine's start, whose only rank is this process
 
 
@@ -78,7 +78,7 @@ def measure(job: dict) -> dict:
     make = SIDES[job["side"]]
     workload = Workload(**job["workload"])
     if (job["side"] == "bfsys_engine" or device.type == "cuda") and not torch.distributed.is_initialized():
-        dist.start(Ranks(), MEET_S)  # its settings for a GPU then hold for all sides
+        dist.start(Ranks(), MEET_S)  # all sides then use DeepSpeed's settings for a GPU
     small = architecture("custom", kernel=4, window=8, shift=4, dim=64, layers=2, heads=1, max_tokens=50)
     make(random_files([100, 90]), small, 2, device, bf16)()
     synchronize(device)
@@ -104,8 +104,8 @@ def measure(job: dict) -> dict:
 
 
 def measure_parts(step: Step, device: torch.device, repeats: int) -> dict[str, dict]:
-    """Measure forward, backward and update: the number of PyTorch's operations, of those that launch something, and (on
-    a GPU) of kernels and copies; and the fastest of `repeats` times, with a synchronisation after each."""
+    """Measure forward, backward and update: the number of PyTorch's operations, of launching operations and (on a GPU)
+    of kernels and copies, and the fastest of `repeats` times, each with a synchronisation."""
     loss: list = [None]
 
     def forward() -> None:
@@ -147,7 +147,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def bytes_in_proc(file: str, name: str) -> int:
-    """A figure that the system gives in kB."""
+    """Read a figure in kB from /proc, and return bytes."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc", file).read_text())
     assert found, f"/proc/{file} says nothing of {name}"
     return int(found[1]) * 1024
@@ -157,18 +157,18 @@ def in_this_process(job: dict) -> dict:
     """`measure(job)`, or {"problem": …}."""
     try:
         return measure(job)
-    except Exception as error:  # what a model, the memory of the device, or a compiler may raise
+    except Exception as error:  # errors of the model, the device memory or the compiler
         return {"problem": traceback.format_exception_only(error)[-1].strip()}
     finally:
         if job["side"] == "bfsys_compiled":
-            torch.compiler.reset()  # after some models, PyTorch would compile no more
+            torch.compiler.reset()  # PyTorch compiles only a limited number of models
         gc.collect()
         if job["device"] == "cuda":
             torch.cuda.empty_cache()
 
 
 def in_child(job: dict) -> dict:
-    """`measure(job)` in a process of its own, or {"problem": …}."""
+    """`measure(job)` in a separate process, or {"problem": …}."""
     with tempfile.TemporaryDirectory(prefix="bench_step-") as scratch:
         result = Path(scratch, "result")
         return result_of_child([sys.executable, __file__, json.dumps(job), str(result)], result, LIMIT_S)

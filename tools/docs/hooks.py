@@ -22,7 +22,7 @@ from mkdocs.structure.pages import Page
 from tools.docs import notebooks, reference
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Pages that lie outside docs/, by their place on the site.
+# Pages outside docs/, by their path on the site.
 OUTSIDE = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
@@ -34,7 +34,7 @@ GENERATED = {
     "reference/commands.md": reference.command_reference,
     "reference/python.md": reference.python_reference,
 }
-CONFIG_SOURCE = "bfsys/config.py"  # links to it lead to the reference
+CONFIG_SOURCE = "bfsys/config.py"  # links to it are changed to the reference
 SOURCE = "source"  # the folder of the site with files of the repository
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
@@ -60,7 +60,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point relative links, which are right on GitHub, to pages of the site."""
+    """Change relative links, which are valid on GitHub, to pages of the site."""
     place = page.file.src_uri
     if place in GENERATED or place.startswith(f"{SOURCE}/"):
         return markdown
@@ -80,12 +80,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _resolved(path: str, origin: str) -> str:
-    """The path in the repository of a link in the file `origin`."""
+    """Return the path in the repository of a link in the file `origin`."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(origin), path))
 
 
 def _place(path: str) -> str:
-    """The place of a file of the repository on the site."""
+    """Return the path on the site of a file of the repository."""
     if path == CONFIG_SOURCE:
         return "reference/config.md"
     for place, outside in OUTSIDE.items():
@@ -99,7 +99,7 @@ def _place(path: str) -> str:
 def _targets(origin: str) -> Iterator[str]:
     """The files of the repository that a page links to."""
     if not origin.endswith(".md") or not (REPOSITORY / origin).exists():
-        return  # a page that was generated
+        return  # a generated page
     for part in CODE.split((REPOSITORY / origin).read_text()):
         for link in () if part.startswith("`") else LINK.findall(part):
             path = link.partition("#")[0]
@@ -108,7 +108,7 @@ def _targets(origin: str) -> Iterator[str]:
 
 
 def _as_page(path: str) -> str:
-    """A page with the text of a file of the repository."""
+    """Return a page with the text of a file of the repository."""
     if not (REPOSITORY / path).is_file():
         raise PluginError(f"a page links to {path}, which is not a file of the repository")
     language = "python" if path.endswith(".py") else "text"

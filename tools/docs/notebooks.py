@@ -16,12 +16,12 @@ CELL_TIMEOUT_S = 1800
 
 
 def execute(text: str) -> nbformat.NotebookNode:
-    """The notebook with its outputs, computed on the CPU.
+    """Execute a notebook on the CPU, and return it with its outputs.
 
     Raises CellExecutionError if a cell fails, and CellTimeoutError after CELL_TIMEOUT_S seconds in a cell.
     """
     notebook = nbformat.reads(text, as_version=4)
-    # One thread: several are much slower on cores that other processes use.
+    # One thread, since several are much slower if other processes use the cores.
     on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     nbclient.NotebookClient(notebook, timeout=CELL_TIMEOUT_S, coalesce_streams=True).execute(env=on_cpu)
     return notebook
@@ -29,7 +29,7 @@ def execute(text: str) -> nbformat.NotebookNode:
 
 @functools.cache  # `mkdocs serve` builds the site again after each change of a file
 def page_of(name: str, text: str) -> tuple[str, dict[str, bytes]]:
-    """(Markdown, pictures by their paths relative to the page) of the notebook `name`, which is executed."""
+    """Execute the notebook `name`. Returns Markdown, and pictures by their path relative to the page."""
     import nbconvert  # only the site needs it
 
     names = {"unique_key": name, "output_files_dir": f"{name}_files"}

@@ -24,9 +24,9 @@ import bfsys
 from bfsys import cli, config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Methods and properties of public classes that serve other modules of bfsys.
+# Methods and properties of public classes that only other modules of bfsys use.
 INTERNAL = {"Model": ("reader", "with_messages", "answers", "probabilities_of")}
-# Annotations that have a meaning of their own.
+# Descriptions of special annotations.
 NAMED_TYPES = {
     config.Location: "path or URL",
     config.Transform: "name of a transform",
@@ -87,21 +87,21 @@ def _keys(section: type) -> Iterator[Key]:
     hints, texts = get_type_hints(section, include_extras=True), attribute_docstrings(section)
     for field in dataclasses.fields(section):
         if dataclasses.is_dataclass(hints[field.name]):
-            continue  # it has a heading of its own
+            continue  # it has its own heading
         is_required = field.default is dataclasses.MISSING
         default = "required" if is_required else f"default `{_yaml(field.default)}`"
         yield Key(field.name, describe_type(hints[field.name]), default, texts.get(field.name, ""))
 
 
 def attribute_docstrings(section: type) -> dict[str, str]:
-    """The string that follows each annotated attribute of a class, as one paragraph."""
+    """Return the string that follows each annotated attribute of a class, as one paragraph."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(node, ast.ClassDef)
     return dict(_attributes(node))
 
 
 def _attributes(node: ast.ClassDef | ast.FunctionDef) -> Iterator[tuple[str, str]]:
-    """(name, text) of each annotated attribute that a string follows; of `self` in a function."""
+    """Yield (name, text) of each annotated attribute with a string after it; in a function, of attributes of `self`."""
     for statement, after in zip(node.body, node.body[1:], strict=False):
         match statement, after:
             case ast.AnnAssign(target=target), ast.Expr(value=ast.Constant(value=str(text))):
@@ -109,7 +109,7 @@ def _attributes(node: ast.ClassDef | ast.FunctionDef) -> Iterator[tuple[str, str
 
 
 def describe_type(hint: Any) -> str:
-    """The values that a key takes, as text: `whole number of at least 1`."""
+    """Describe the values that a key takes: `whole number of at least 1`."""
     for known, text in NAMED_TYPES.items():
         if hint == known:
             return text
@@ -218,7 +218,7 @@ def _is_property(node: ast.FunctionDef) -> bool:
 
 
 def _function(node: Any, name: str) -> list[str]:
-    """The signature, an argument to a line if it is long, and the docstring."""
+    """Format the signature, with one argument per line if it is long, and the docstring."""
     assert isinstance(node, ast.FunctionDef)
     node.args.args = [argument for argument in node.args.args if argument.arg != "self"]
     result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
@@ -246,10 +246,10 @@ def _argument(argument: ast.arg, default: ast.expr | None) -> str:
 
 
 def docstring_markdown(docstring: str) -> str:
-    """A docstring as Markdown: examples and indented lines as code, columns of names and texts as a list."""
+    """Convert a docstring to Markdown: examples and indented lines become code, columns of names and texts a list."""
     blocks: list[str] = []
     for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
-        if blocks and block.startswith("    ") and blocks[-1].startswith("    "):  # blank lines in code
+        if blocks and block.startswith("    ") and blocks[-1].startswith("    "):  # a blank line within code
             blocks[-1] += f"\n\n{block}"
         else:
             blocks.append(block)
@@ -270,7 +270,7 @@ def _block(block: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text in which nothing but `code` means something in Markdown."""
+    """Escape everything in a text that has a meaning in Markdown, except `code`."""
     parts = re.split(r"(`[^`]+`)", text)
     return "".join(p if p.startswith("`") else re.sub(r"([<*\[\]])", r"\\\1", p) for p in parts)
 

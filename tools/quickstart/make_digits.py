@@ -51,7 +51,7 @@ from rich.progress import Progress
 from bfsys.errors import UserError, run_command
 from tools.quickstart.spoken_digits import make_utterances
 
-RECIPE = 1  # raise when the same settings make other files, so that older trees are not taken for new ones
+RECIPE = 1  # increase it if the same settings make different files, so that older trees are not reused
 
 IMAGE_SIDE_PX = 16
 SOURCE_GREYS = 17
@@ -73,7 +73,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image file to be made: a source image, and the number of its version (0 is as it is)."""
+    """One image file to be made: a source image, and the number of its version (0 is unchanged)."""
 
     split: str
     digit: int
@@ -101,8 +101,8 @@ def plan_pictures(labels: np.ndarray, image_versions: int, rng: np.random.Genera
 
 
 def draw_picture(image: np.ndarray, version: int, rng: np.random.Generator) -> np.ndarray:
-    """Scale an 8×8 image of 0…16 up to bytes, smoothly; versions from 1 on are moved and turned a little."""
-    from scipy import ndimage  # slow to import, and comes with scikit-learn only
+    """Scale an 8×8 image of 0…16 up to bytes, smoothly. Versions from 1 on are shifted and rotated a little."""
+    from scipy import ndimage  # slow to import, and only installed with scikit-learn
 
     turn_rad, scale, contrast = 0.0, 1.0, 1.0
     shift_px = np.zeros(2)  # in source pixels
@@ -118,8 +118,8 @@ def draw_picture(image: np.ndarray, version: int, rng: np.random.Generator) -> n
     large = ndimage.affine_transform(
         image, matrix, offset, output_shape=(IMAGE_SIDE_PX, IMAGE_SIDE_PX), order=1, mode="nearest"
     )
-    # As many greys as the source has: to a byte model 256 greys are 256 unrelated symbols, and with few images
-    # most of its time would go into learning that 200 is like 201.
+    # Use as many greys as the source has. For a byte model, 256 greys are 256 unrelated symbols, and with few images it
+    # would spend most of its time on learning that 200 is like 201.
     greys = np.clip(np.rint(large * contrast), 0, SOURCE_GREYS - 1)
     return (greys * (255 // (SOURCE_GREYS - 1))).astype(np.uint8)  # [side, side]
 
@@ -131,14 +131,14 @@ def encode_tiff(pixels: np.ndarray) -> bytes:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Greyscale, 8 bits, filter "none" in each row, stored."""
+    """Encode as 8-bit greyscale PNG, stored, with filter "none" in each row."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(name + content)
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
     height, width = pixels.shape
-    rows = np.pad(pixels, ((0, 0), (1, 0))).tobytes()  # a zero before each row: its filter
+    rows = np.pad(pixels, ((0, 0), (1, 0))).tobytes()  # each row begins with its filter, 0
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows, level=0)), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
@@ -147,7 +147,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def make_pictures(
     image_versions: int, plan_rng: np.random.Generator, draw_rng: np.random.Generator
 ) -> tuple[Counter, Iterator[tuple[Picture, bytes]]]:
-    """The number of images of each split, and an iterator over the images and their bytes."""
+    """Return the number of images of each split, and an iterator over the images and their bytes."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -179,9 +179,8 @@ def check_packages() -> None:
 def write_files(
     folder: Path, modality: str, class_stem: str, seed: int, make: Callable, progress: Progress
 ) -> list[dict]:
-    """Write one modality's files; returns their rows of the manifest."""
-    # Planning and drawing have generators of their own, as does each modality: settings of one leave the
-    # other as it is.
+    """Write the files of one modality. Returns their rows of the manifest."""
+    # Planning, drawing and each modality have separate generators, so settings of one do not change the others.
     seeds = np.random.SeedSequence([seed, *modality.encode()]).spawn(3)
     plan_rng, draw_rng, number_rng = (np.random.default_rng(s) for s in seeds)
     n_files, encoded = make(plan_rng, draw_rng)
@@ -202,7 +201,7 @@ def write_files(
 
 
 def write_tree(folder: Path, settings: Settings, progress: Progress) -> list[dict]:
-    """Write all files and the manifest; returns the manifest's rows."""
+    """Write all files and the manifest. Returns the manifest's rows."""
     clips_per_class = {"train": settings.speech_per_class, "val": settings.val_speech_per_class}
     pictures = partial(make_pictures, settings.image_versions)
     utterances = partial(make_utterances, clips_per_class)
@@ -235,7 +234,7 @@ def describe(settings: Settings, rows: list[dict]) -> dict:
 
 
 def find_earlier(out: Path, settings: Settings) -> dict | None:
-    """The description of OUT if these settings made it; an error if something else is there."""
+    """Return the description of OUT if it was made with these settings. Raises an error if OUT has other content."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     advice = "give another OUT, or remove this one"
@@ -257,11 +256,11 @@ def find_earlier(out: Path, settings: Settings) -> dict | None:
 
 def is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)  # signal 0 only asks
+        os.kill(pid, 0)  # signal 0 only checks that it exists
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # a process of another user
     return True
 
 
@@ -274,7 +273,7 @@ def remove_remains(parent: Path, prefix: str) -> None:
 
 
 def make_tree(out: Path, settings: Settings, progress: Progress) -> dict:
-    """Make the tree beside OUT and rename it when whole, so that OUT is never there in part."""
+    """Make the tree beside OUT and rename it when it is complete, so that OUT is never incomplete."""
     prefix = f".{out.name}.making-{socket.gethostname()}-"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

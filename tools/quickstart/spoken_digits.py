@@ -31,22 +31,22 @@ import numpy as np
 from bfsys.errors import UserError, run_command
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# All English accents of espeak-ng but the Shavian script, which sounds as `en`. `en` is British; espeak-ng
-# knows it as `en-gb` too, but then takes no variant.
+# All English accents of espeak-ng except the Shavian script, which sounds like `en`. `en` is British. espeak-ng also
+# has it as `en-gb`, but without variants.
 ACCENTS = (
     "en", "en-029", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-gb-x-rp", "en-us", "en-us-nyc",
 )  # fmt: skip
 VAL_SHARE_OF_VARIANTS = 0.15
-# Variants of which a classifier trained on the others gets more than 10 % wrong, where it gets 0.5 % of the
-# rest wrong (a small convolutional net on spectrograms of 8,000 Hz, four-fold by variant): whispers, and far formants.
+# Variants on which a classifier that was trained on the others makes more than 10 % errors; on the rest it makes 0.5 %
+# (a small convolutional net on spectrograms of 8,000 Hz, four folds by variant). They whisper or have unusual formants.
 EXCLUDED_VARIANTS = {"Alicia", "kaukovalta", "klatt", "klatt2", "shelby", "whisper", "whisperf", "zac"}
-RATES_WPM = (250, 320)  # slower, most words overrun the clip; faster, "two" is under 80 ms and vowels go
+RATES_WPM = (250, 320)  # slower: most words exceed the clip; faster: "two" is under 80 ms and loses its vowel
 MAX_RATE_WPM = 450
-PITCHES = (30, 70)  # espeak-ng's scale: 0 to 99, 50 is the voice's own pitch
+PITCHES = (30, 70)  # espeak-ng's scale: 0 to 99; 50 is the voice's default
 ESPEAK_RATE_HZ = 22_050
-CLIP_RATE_HZ = 5_000  # the vowels' formants fit, and a byte model has a third fewer tokens than at 8,000
+CLIP_RATE_HZ = 5_000  # enough for the vowels' formants, and a third fewer tokens than at 8,000
 CLIP_SAMPLES = 1_750  # 0.35 s
-MAX_WORD_SAMPLES = 1_650  # 0.33 s: the rest leaves even the longest word some room to move
+MAX_WORD_SAMPLES = 1_650  # 0.33 s, so that even the longest word can be shifted
 TRIM_BELOW_PEAK_DB = 40
 PEAKS = (0.6, 0.95)  # shares of full scale
 NOISE_RMS = (0.002, 0.006)  # shares of full scale; one step of 8 bits is 0.008
@@ -67,7 +67,7 @@ class Utterance:
 
 
 class Synthesizer:
-    """espeak-ng in this process, within a `with`. One at a time: its state is global to the process."""
+    """espeak-ng in this process, as a context manager. Only one may exist, because its state is global."""
 
     # From espeak-ng's speak_lib.h.
     AUDIO_OUTPUT_SYNCHRONOUS = 2
@@ -79,7 +79,7 @@ class Synthesizer:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.pieces: list[bytes] = []
-        self.callback = self.CALLBACK(self._take)  # kept here: espeak-ng holds only a pointer to it
+        self.callback = self.CALLBACK(self._take)  # keep a reference: espeak-ng has only a pointer to it
 
     def __enter__(self) -> "Synthesizer":
         import espeakng_loader as loader
@@ -103,10 +103,10 @@ class Synthesizer:
     def _take(self, samples, n_samples: int, events) -> int:
         if samples and n_samples > 0:
             self.pieces.append(ctypes.string_at(samples, 2 * n_samples))
-        return 0  # go on
+        return 0  # continue
 
     def say(self, text: str, voice: str, rate_wpm: int, pitch: int) -> np.ndarray:
-        """Speak; returns int16 samples at 22,050 Hz."""
+        """Speak, and return int16 samples at 22,050 Hz."""
         self.pieces.clear()
         encoded = text.encode() + b"\0"
         if self.espeak.espeak_SetVoiceByName(voice.encode()) != 0:
@@ -127,7 +127,7 @@ def list_variants() -> list[str]:
 
 
 def split_variants(variants: list[str], rng: np.random.Generator) -> dict[str, list[str]]:
-    """Whole families go to one side: a family is the variants whose names differ only in a final number."""
+    """Put whole families into one split. A family is the variants whose names differ only in a final number."""
     families: dict[str, list[str]] = {}
     for variant in variants:
         families.setdefault(variant.lower().rstrip("0123456789"), []).append(variant)
@@ -139,7 +139,7 @@ def split_variants(variants: list[str], rng: np.random.Generator) -> dict[str, l
 
 
 def plan_utterances(clips_per_class: dict[str, int], rng: np.random.Generator) -> list[Utterance]:
-    """Every class has the same voices equally often; shuffled, so that no class follows on another."""
+    """Plan the same voices equally often for every class, in random order."""
     utterances = []
     for split, variants in split_variants(list_variants(), rng).items():
         for digit in range(10):
@@ -159,20 +159,20 @@ def trim(samples: np.ndarray) -> np.ndarray:
 
 
 def resample(samples: np.ndarray) -> np.ndarray:
-    """22,050 → 5,000 Hz = 441 → 100, by cutting the spectrum; returns float32, peak 1.
+    """Resample from 22,050 to 5,000 Hz (441 to 100) by cutting the spectrum. Returns float32, peak 1.
 
-    On its own grid of 441 samples that is exact, and needs no SciPy in the speaking processes.
+    On a grid of 441 samples this is exact, and needs no SciPy in the speaking processes.
     """
-    blocks = -(-len(samples) // 441) + 1  # one more: silence for what rings on at the borders
+    blocks = -(-len(samples) // 441) + 1  # one more block of silence, for the ringing at the borders
     spectrum = np.fft.rfft(samples.astype(np.float32), n=441 * blocks)[: 50 * blocks + 1]
     word = np.fft.irfft(spectrum, n=100 * blocks)[: -(-len(samples) * 100 // 441)]
     return (word / np.abs(word).max()).astype(np.float32)
 
 
 def speak(utterances: list[Utterance], seed: int) -> list[tuple[int, np.ndarray]]:
-    """Speak in this process, a long word faster than asked if it must, so that it fits the clip whole.
+    """Speak in this process. A long word is spoken faster if necessary, so that all of it fits into the clip.
 
-    Returns of each utterance the rate in words per minute and the word.
+    Returns the rate in words per minute and the word for each utterance.
     """
     spoken = []
     with Synthesizer(seed) as synthesizer:
@@ -190,13 +190,13 @@ def speak(utterances: list[Utterance], seed: int) -> list[tuple[int, np.ndarray]
 
 
 def speak_in_fresh_process(utterances: list[Utterance], seed: int) -> list[tuple[Utterance, np.ndarray]]:
-    """Run this file as a program that speaks; returns each utterance as it was spoken, and the word.
+    """Run this file as a program that speaks. Returns each utterance with its actual rate, and the word.
 
-    Rejected alternative: multiprocessing. When the main process is killed, the workers of its ProcessPoolExecutor live
-    on for ever; when a spawned process dies as it starts, the main one waits for ever.
+    Rejected alternative: multiprocessing. If the main process is killed, the workers of its ProcessPoolExecutor never
+    end. If a spawned process dies at its start, the main process waits for ever.
     """
     order = pickle.dumps((seed, [astuple(u) for u in utterances]))
-    # A session of its own keeps Ctrl-C for the main process. If that one dies, this one's output pipe breaks.
+    # In a new session, Ctrl-C reaches only the main process. If that dies, the output pipe of this one breaks.
     process = subprocess.run(
         [sys.executable, __file__], input=order, capture_output=True, start_new_session=True, check=False
     )
@@ -209,14 +209,14 @@ def speak_in_fresh_process(utterances: list[Utterance], seed: int) -> list[tuple
 
 
 def main() -> None:
-    """Speak in the fresh process: read utterances from standard input, and write words to standard output."""
+    """Speak in the new process: read utterances from standard input, and write words to standard output."""
     seed, utterances = pickle.load(sys.stdin.buffer)
     with open(1, "wb", closefd=False) as answer:
         answer.write(pickle.dumps(speak([Utterance(*u) for u in utterances], seed)))
 
 
 def make_clip(word: np.ndarray, rng: np.random.Generator) -> bytes:
-    """The word at a random place and loudness over noise, as a WAV file of fixed length."""
+    """Put the word at a random place and loudness over noise, as a WAV file of fixed length."""
     clip = rng.uniform(*NOISE_RMS) * rng.standard_normal(CLIP_SAMPLES, dtype=np.float32)
     start = rng.integers(CLIP_SAMPLES - len(word), endpoint=True)
     clip[start : start + len(word)] += rng.uniform(*PEAKS) * word
@@ -230,7 +230,7 @@ def make_clip(word: np.ndarray, rng: np.random.Generator) -> bytes:
 def make_utterances(
     clips_per_class: dict[str, int], plan_rng: np.random.Generator, clip_rng: np.random.Generator
 ) -> tuple[Counter, Iterator[tuple[Utterance, bytes]]]:
-    """The number of clips of each split, and an iterator over the clips and their bytes."""
+    """Return the number of clips of each split, and an iterator over the clips and their bytes."""
     utterances = plan_utterances(clips_per_class, plan_rng)
     chunks = [utterances[i : i + CHUNK_UTTERANCES] for i in range(0, len(utterances), CHUNK_UTTERANCES)]
     seeds = plan_rng.integers(2**31, size=len(chunks)).tolist()
@@ -240,7 +240,7 @@ def make_utterances(
             try:
                 for spoken in threads.map(speak_in_fresh_process, chunks, seeds):
                     yield from ((utterance, make_clip(word, clip_rng)) for utterance, word in spoken)
-            except BaseException:  # Ctrl-C too: do not speak the rest first
+            except BaseException:  # also Ctrl-C: do not wait for the rest
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise
 

@@ -110,7 +110,7 @@ def test_large_pictures_have_none_and_are_not_decoded(kind: str, monkeypatch: py
 
 @pytest.mark.parametrize("with_id3", [False, True])
 def test_tags_at_the_end_of_an_mp3_change_nothing_and_print_nothing(with_id3: bool, capfd) -> None:
-    """libmpg123 prints to standard error by itself."""
+    """libmpg123 prints its warnings to standard error."""
     item = struct.pack("<II", 900, 0) + b"Title\0" + bytes(900)
     fields = (2000, len(item) + 32, 1)
     head, foot = (b"APETAGEX" + struct.pack("<IIII", *fields, flags) + bytes(8) for flags in (0xA0000000, 0x80000000))
@@ -122,7 +122,7 @@ def test_tags_at_the_end_of_an_mp3_change_nothing_and_print_nothing(with_id3: bo
         change_sound(tagged, lambda clip: clip)
     assert capfd.readouterr().err == ""
     soundfile.SoundFile(io.BytesIO(tagged)).close()
-    assert "Xing stream size off" in capfd.readouterr().err  # it would be seen here
+    assert "Xing stream size off" in capfd.readouterr().err  # shows that the check above can fail
 
 
 def test_samples_as_large_as_numbers_go_warn_of_nothing() -> None:
@@ -132,7 +132,7 @@ def test_samples_as_large_as_numbers_go_warn_of_nothing() -> None:
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
-    """Ranks on machines with other numbers of cores read the same file, and a resume may have others, too."""
+    """Ranks on machines with different numbers of cores read the same file, and a resume may use other machines."""
     program = """
 import hashlib, io, numpy as np, soundfile
 from bfsys.data.media.content import content_of

@@ -78,7 +78,7 @@ def test_jpeg_has_the_quality_asked_for_and_colour_at_half_resolution():
         ("uint8", "PCM_U8", [0, 63, 127, 159, 255]),
     ],
 )
-@pytest.mark.parametrize("length", [4, 5])  # an odd number of bytes needs one to fill up
+@pytest.mark.parametrize("length", [4, 5])  # an odd number of bytes is padded
 def test_wav_is_read_back_by_soundfile(sample_type, subtype, expected, length):
     clip = Clip(np.array([-1.0, -0.5, 0.0, 0.25, 1.0], np.float32)[:length], 8000)
     file = io.BytesIO(parse_encoding(f"wav:{sample_type}").encode(clip))
@@ -88,7 +88,7 @@ def test_wav_is_read_back_by_soundfile(sample_type, subtype, expected, length):
     read, _ = soundfile.read(file, dtype="float32" if sample_type == "float32" else "int32")
     if sample_type == "float32":
         assert np.array_equal(read, clip.wave)
-    else:  # soundfile puts narrower types into the upper bits
+    else:  # soundfile stores narrower types in the upper bits
         shift = {"int32": 0, "int16": 16, "uint8": 24}[sample_type]
         assert (read >> shift).tolist() == [v - 128 * (shift == 24) for v in expected[:length]]
 
@@ -147,7 +147,7 @@ def test_a_strip_becomes_a_square_without_its_length(shape, monkeypatch):
 
 def test_resize_centres():
     pixels = np.zeros((256, 356, 3), np.uint8)
-    pixels[:, 66:290] = 255  # just the middle 224 columns
+    pixels[:, 66:290] = 255  # exactly the middle 224 columns
     assert resize_and_crop(pixels, 224).min() == 255
 
 

@@ -85,7 +85,7 @@ def test_kinds_are_known_by_their_first_bytes(name: str) -> None:
 
 def test_other_files_are_of_no_kind() -> None:
     assert kind_of(as_array(b"BMxt")) is None
-    assert kind_of(np.full(100, 255, np.uint8)) is None  # white pixels, and no MP3
+    assert kind_of(np.full(100, 255, np.uint8)) is None  # white pixels, not an MP3
     assert kind_of(as_array(b"RIFF\0\0\0\0WEBPVP8 ")).name == "a WebP"  # type: ignore[union-attr]
 
 

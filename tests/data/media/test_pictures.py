@@ -28,7 +28,7 @@ def saved_array(values, file_format="TIFF"):
 
 
 def png(header, rows):
-    """A PNG of any bit depth and colour type, from `struct.pack(">IIBBBBB", …)` and the bytes of its rows."""
+    """Make a PNG of any bit depth and colour type, from `struct.pack(">IIBBBBB", …)` and the bytes of its rows."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -43,7 +43,7 @@ def deep_png(channels, colour_type):
 
 
 def tiff(content, bits, sample_format=1, white_is_zero=False):
-    """A grey TIFF of 64 × 6 pixels, of kinds that Pillow reads and does not write."""
+    """Make a grey TIFF of 64 × 6 pixels, of kinds that Pillow can read but not write."""
     tags = {256: 64, 257: 6, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1, 278: 6}
     tags |= {279: len(content), 339: sample_format}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
@@ -95,7 +95,7 @@ def test_grey_of_16_bits_becomes_what_colour_of_16_bits_does():
 
 @pytest.mark.parametrize("channels", [2, 3])
 def test_colours_whose_upper_bytes_are_empty_are_refused(channels):
-    """Pillow reads the upper bytes of 16-bit colours: such a picture would be black."""
+    """Pillow reads only the upper bytes of 16-bit colours, so such a picture would be black."""
     values = np.repeat((LEVELS * 4)[:, :, None], channels, axis=2).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     picture = png(struct.pack(">IIBBBBB", 64, 6, 16, {2: 4, 3: 2}[channels], 0, 0, 0), rows)
@@ -111,7 +111,7 @@ def test_where_white_is_zero_a_ramp_falls():
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 def test_small_values_in_16_bits_stay(file_format):
-    """Masks and labels are stored like that; their upper bytes are all zero."""
+    """Masks and labels are stored like this. Their upper bytes are zero."""
     grey = (LEVELS * 4).astype(np.uint16)
     assert np.array_equal(decode_image(saved_array(grey, file_format))[:, :, 0], grey)
 
@@ -158,7 +158,7 @@ def test_alpha_is_dropped_and_a_palette_with_alpha_causes_no_warning():
         assert decode_image(palette)[0, 0].tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize("side", [9460, 30_000])  # Pillow warns of the one and refuses the other
+@pytest.mark.parametrize("side", [9460, 30_000])  # Pillow warns about the first and refuses the second
 def test_too_many_pixels_are_refused_before_they_are_decoded(side):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -85,7 +85,7 @@ def test_a_jpeg_keeps_its_tables(options: dict) -> None:
 
 
 def interlaced() -> bytes:
-    header = LOSSLESS["png"][12:28] + b"\1"  # the pixels do not matter here
+    header = LOSSLESS["png"][12:28] + b"\1"  # the pixels are not important here
     return LOSSLESS["png"][:12] + header + zlib.crc32(header).to_bytes(4, "big") + LOSSLESS["png"][33:]
 
 

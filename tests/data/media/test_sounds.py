@@ -41,7 +41,7 @@ def patched(content, place, new):
 
 
 def of_unknown_length(flac):
-    """A WAV file as programs write it to a pipe."""
+    """Make a WAV file as programs write it to a pipe, without a length."""
     return patched(flac, 21, bytes([flac[21] & 0xF0, 0, 0, 0, 0]))
 
 
@@ -225,7 +225,7 @@ def refusal(content):
 
 @pytest.mark.parametrize("name", ["._", ".AppleDouble"])
 def test_the_current_folder_does_not_decide_what_a_sound_is(name, tmp_path, monkeypatch):
-    """libsndfile looks for a Mac resource fork there, of files that it knows by no name."""
+    """libsndfile looks there for a Mac resource fork if a file has no name."""
     mp3 = sound("MP3", "MPEG_LAYER_III")
     expected = decode_audio(mp3)
     monkeypatch.chdir(tmp_path)

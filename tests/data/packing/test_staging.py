@@ -15,7 +15,7 @@ SMALL = ("--shard-bytes", "9K")
 
 
 class Killed(BaseException):
-    """Stands for the death of the process."""
+    """Simulates the death of the process."""
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _no_fsync(monkeypatch):
 
 @pytest.fixture
 def packed(tmp_path):
-    """(source, folder): a dataset whose source has changed since."""
+    """(source, folder): a dataset whose source has changed since it was packed."""
     src = make_tree(tmp_path / "src")
     folder = pack(src, tmp_path / "out", *SMALL)
     (src / "cat" / "001.jpg").write_bytes(b"x" * 9301)
@@ -76,12 +76,12 @@ def test_killed_while_files_are_put_into_place_the_next_command_completes_it(pac
         patch.setattr(os, "replace", move)
         with pytest.raises(Killed):
             pack(src, folder.parent, *SMALL)
-    assert not (folder / "dataset.json").exists()  # nobody takes it for whole
+    assert not (folder / "dataset.json").exists()  # so it does not count as complete
     other = pack(src, folder.parent.parent / "other", *SMALL)
     (src / "cat" / "empty").write_bytes(b"")
     assert "is empty" in problems_of(src, folder.parent, *SMALL)
     assert without_progress(folder).keys() >= without_progress(other).keys()
-    assert contents(folder)["cat/001"][2] == b"x" * 9301  # even by a command that is refused
+    assert contents(folder)["cat/001"][2] == b"x" * 9301  # also after a command that is refused
     (src / "cat" / "empty").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(shard_jobs, "write_shard", None)
@@ -141,7 +141,7 @@ def test_a_second_process_is_refused(packed):
         f"{folder}: another process is packing into this folder; wait until it has ended, or choose another --name"
     )
     assert without_progress(folder) == before
-    pack(src, folder.parent, *SMALL)  # the lock is gone
+    pack(src, folder.parent, *SMALL)  # the lock was released
 
 
 def test_a_process_that_packed_meanwhile_is_noticed(tmp_path, monkeypatch):

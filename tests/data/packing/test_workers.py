@@ -16,8 +16,8 @@ PNG = ("--split", "train", "--encoding", "png", "--shard-bytes", "1K")
 
 
 def odd_codec(data, encoding, fitting):
-    """A codec that some files are fatal to."""
-    faulthandler.disable()  # that of pytest
+    """A codec that crashes on some files."""
+    faulthandler.disable()  # pytest's handler
     if data == b"abort":
         os.abort()
     if data == b"kill":
@@ -31,7 +31,7 @@ def odd_codec(data, encoding, fitting):
 
 @pytest.fixture
 def src(tmp_path, monkeypatch):
-    """Ten pictures, and a codec that is as odd in the processes, which are forked so that they have it, too."""
+    """Ten pictures, and `odd_codec` in this process and in the workers, which are forked so that they inherit it."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(shard_jobs, "reencode", odd_codec)
     monkeypatch.setattr(workers, "CONTEXT", multiprocessing.get_context("fork"))

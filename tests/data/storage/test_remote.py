@@ -29,7 +29,7 @@ from tests.data.conftest import CONTENT, eventually, make_cache, names, put, sha
 from tests.data.http_server import FaultyServer
 
 pytestmark = pytest.mark.usefixtures("no_orphans")
-forked = multiprocessing.get_context("fork")  # the modules are there already, and importing torch takes seconds
+forked = multiprocessing.get_context("fork")  # a new process would need seconds to import torch
 
 
 def test_a_file_is_fetched_once(server: FaultyServer, cache: Cache) -> None:
@@ -58,7 +58,7 @@ FAULTS = {
 
 
 def stall_s(fault: str) -> float:
-    return 0.3 if fault == "stall" else 20.0  # where no stall is meant, a busy machine shall not make one
+    return 0.3 if fault == "stall" else 20.0  # so long that a busy machine does not cause a stall
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -102,7 +102,7 @@ def test_a_server_that_dies_and_comes_back(server: FaultyServer, tmp_path: Path)
     )
     fetching.start()
     assert server.dead.wait(60)
-    eventually(lambda: cache.retries >= 2)  # so that one try found nobody there
+    eventually(lambda: cache.retries >= 2)  # at least one try has failed
     server.start()
     fetching.join()
     assert result[0].read_bytes() == CONTENT
@@ -115,7 +115,7 @@ def test_small_files(server: FaultyServer, tmp_path: Path) -> None:
     assert patient.read(f"{server.url}/x.tar") == CONTENT
     assert patient.retries >= 4
     cache = make_cache(tmp_path)
-    assert not cache.folder.exists()  # nothing is made for a run whose data are all on this machine
+    assert not cache.folder.exists()  # no folder is made for a run with only local data
     with pytest.raises(UserError, match="holds more than 1,000 bytes"):
         cache.read(f"{server.url}/x.tar", limit_bytes=1000)
     with pytest.raises(UserError, match="HTTP status 404; 2: "):
@@ -137,14 +137,14 @@ def test_each_try_that_fails_is_said_while_somebody_waits(
     server.fail("/x.tar", itertools.repeat("503"))
     with pytest.raises(UserError, match="could not be fetched in 4 tries"):
         cache.read(url)
-    assert len(capfd.readouterr().err.splitlines()) == 3  # the error says why the last one failed
+    assert len(capfd.readouterr().err.splitlines()) == 3  # the error contains the reason of the last one
     with pytest.raises(UserError, match="could not be fetched in 3 tries"):
         cache.read(f"{server.url}/y.tar")
     assert [line.partition(" failed")[0][-6:] for line in capfd.readouterr().err.splitlines()] == ["1 of 3", "2 of 3"]
 
 
 def test_processes_that_fail_together_do_not_come_back_together(tmp_path: Path) -> None:
-    """A server that was down for a moment would otherwise meet all nodes of a run at once, again and again."""
+    """Otherwise all nodes of a run would retry at the same time, and overload a server that was down for a moment."""
     cache = make_cache(tmp_path, back_off_s=1.0, attempts=9, stall_s=10.0)
     with forked.Pool(8) as pool:
         pauses = pool.map(cache._pause_s, [3] * 64, chunksize=8)
@@ -207,7 +207,7 @@ def test_each_file_is_fetched_once_for_all_processes(server: FaultyServer, cache
 def test_a_killed_download_is_taken_over(
     server: FaultyServer, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # who is killed leaves what curl complained of
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a killed process leaves curl's error file
     server.fail("/x.tar", ["stall"])
     file = RemoteFile(f"{server.url}/x.tar", sha256(CONTENT), len(CONTENT))
     process = forked.Process(target=cache.fetch, args=(file,))
@@ -223,7 +223,7 @@ def test_a_killed_download_is_taken_over(
     assert result[0].read_bytes() == CONTENT
     assert names(cache) == [result[0].name]
     assert server.requests["/x.tar"] == 2
-    for orphan in left:  # it would end by itself: when data comes, or when curl finds that none does
+    for orphan in left:  # it would end without help, but late
         with suppress(psutil.Error):
             orphan.kill()
 
@@ -354,7 +354,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, cache: Cache) -> None:
     file = put(tmp_path, "a", 100)
     with pytest.raises(UserError, match=r"the cache cannot be used \(.*point data\.cache_dir"):
         Cache(Path("/dev/null/cache"), 1000).fetch(file)
-    assert cache.fetch(file).exists()  # made again
+    assert cache.fetch(file).exists()  # fetched again
     cache.discard(cache.fetch(file))
     cache.folder.rmdir()
     cache.folder.write_bytes(b"")
@@ -366,7 +366,7 @@ def test_prefetch(server: FaultyServer, cache: Cache) -> None:
     files = {f"/{i}.tar": CONTENT[i:] for i in range(4)}
     server.files.update(files)
     items = [RemoteFile(server.url + path, sha256(content), len(content)) for path, content in files.items()]
-    server.fail("/0.tar", ["503"] * 3)  # a prefetch gives up on it, without a word
+    server.fail("/0.tar", ["503"] * 3)  # a prefetch gives up silently
     prefetcher = Prefetcher(cache)
     assert not prefetcher._threads
     prefetcher.want(items + items)

@@ -34,7 +34,7 @@ key_parts = st.text(
 members = st.lists(
     st.builds(
         Member,
-        # WebDataset leaves out what lies in a folder named __like this__
+        # WebDataset ignores files in a folder named __like this__
         st.tuples(key_parts.map("c{}".format), key_parts, key_parts).map("/".join),
         st.sampled_from(["jpg", "bin", "wav"]),
         st.binary(min_size=1, max_size=1500),
@@ -119,7 +119,7 @@ def test_quantiles_are_lengths_that_occur():
     assert list(quantiles) == ["min", "1%", "10%", "25%", "50%", "75%", "90%", "99%", "max"]
 
 
-# Each damages a dataset; what opening it must say
+# Each entry damages a dataset, and has the error of opening it
 def described(path):
     return json.loads((path / DESCRIPTION).read_text())
 

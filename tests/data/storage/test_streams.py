@@ -134,7 +134,7 @@ def test_a_silent_command_is_ended_with_all_it_started(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the command did not end after 4 bytes"):
         make_cache(tmp_path, stall_s=1.0, attempts=1).read(
             "pipe:echo abc; exec >/dev/null; sleep 1000; true"
-        )  # the fixture looks for what is left
+        )  # the fixture checks for files that are left
 
 
 def test_unknown_schemes_and_missing_programs(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_unknown_schemes_and_missing_programs(cache: Cache, monkeypatch: pytest.
 
 
 def test_google_storage(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "gsutil"  # stands in for the real one
+    program = tmp_path / "gsutil"  # replaces the real program
     program.write_text('#!/bin/sh\necho "$@"\necho ServiceException: 401 >&2\nexit $FAIL\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -160,7 +160,7 @@ def test_google_storage(tmp_path: Path, cache: Cache, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[dict[str, str]]:
-    """An S3 server with a file, and the environment in which programs find it."""
+    """An S3 server with a file. Yields the environment with which programs find it."""
     moto = pytest.importorskip("moto.server", reason="needs moto[server]")
     boto3 = pytest.importorskip("boto3")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -41,7 +41,7 @@ def problems_of(path: Path) -> tuple[str, ...]:
 
 
 def set_fields(path: Path, name: str, fields: dict[int, bytes]) -> None:
-    """Overwrite bytes in a member's header, and put its checksum right."""
+    """Overwrite bytes in a member's header, and correct its checksum."""
     data = bytearray(path.read_bytes())
     start = data.index(name.encode() + b"\0")
     for position, value in fields.items():
@@ -78,7 +78,7 @@ def test_a_name_with_a_control_character_is_refused(tmp_path: Path, name: str) -
 
 
 def test_a_backup_by_gnu_tar_has_its_names(tmp_path: Path) -> None:
-    """The header of an incremental backup holds times where other formats hold the beginning of the name."""
+    """The header of an incremental backup has times where other formats have the beginning of the name."""
     folder, _ = regular("cat/", b"", type=b"D")
     members = (folder, b""), regular("cat/a.bin"), regular("cat/a.cls", b"1")
     path = tar_of(tmp_path / "x.tar", *members, layout=tarfile.GNU_FORMAT)

@@ -22,7 +22,7 @@ from bfsys.data.streaming.augment import BACKGROUND_GAIN, Augmentation, change_s
 from bfsys.errors import UserError
 from tests.forked import server_context
 
-# A picture whose every pixel is its own, so that crops, flips and erasing can be told from the result
+# A picture with a different value in every pixel, so that the result shows crops, flips and erasing
 PIXELS = np.stack(
     np.broadcast_arrays(np.linspace(10, 250, 96)[:, None], np.linspace(10, 250, 128)[None], np.full((96, 128), 90)), 2
 ).astype(np.uint8)
@@ -30,7 +30,7 @@ PICTURE = parse_encoding("png").encode(PIXELS)
 TONE = Clip((0.4 * np.sin(np.arange(16_000) * 0.1)).astype(np.float32), 16_000)
 WAV = parse_encoding("wav:float32").encode(TONE)
 OTHER_WAV = parse_encoding("wav:float32").encode(Clip(np.linspace(-0.5, 0.5, 12_000, dtype=np.float32), 16_000))
-# An impulse shows where it was rolled to
+# An impulse, whose position shows the shift
 IMPULSE = parse_encoding("wav:float32").encode(Clip(np.eye(1, 16_000, 8_000, dtype=np.float32)[0], 16_000))
 
 
@@ -49,7 +49,7 @@ def recorded(folder, name, wave, rate_hz=16_000):
 
 @pytest.fixture
 def background(tmp_path):
-    """Three recordings that are told apart by their height, among files that are none."""
+    """Three recordings of different amplitude, among files that are not recordings."""
     folder = tmp_path / "background"
     for i, name in enumerate(("a.wav", "deep/b.WAV", "c.wav")):
         recorded(folder, name, np.full(20_000, 0.1 * (i + 1)))
@@ -100,7 +100,7 @@ def test_odd_pictures(width, height):
 
 @pytest.fixture
 def cases(background):
-    """Pairs of an augmentation and what it is called with, next to the generator."""
+    """Pairs of an augmentation and its arguments, without the generator."""
     sound = augmentation("wav:int16", background=background, speeds=(0.9, 1.0, 1.1))
     return [(augmentation("jpeg", image_size=64), (PICTURE, None)), (sound, (WAV, OTHER_WAV))]
 
@@ -116,7 +116,7 @@ def outcomes(cases):
 
 def test_equal_generators_give_equal_bytes_in_any_order_and_copy(cases):
     expected = outcomes(cases)
-    torch.rand(7)  # moves the global generator on
+    torch.rand(7)  # advances the global generator
     assert outcomes(cases) == expected
     assert [call(case, seed) for case in cases[::-1] for seed in range(9, -1, -1)] == expected[::-1]
     assert outcomes(pickle.loads(pickle.dumps(cases))) == expected
@@ -158,7 +158,7 @@ def test_nothing_global_is_drawn_from_or_seeded(cases):
 
 @pytest.fixture
 def plain_colours(monkeypatch):
-    """No RandAugment, whose effects would hide those of the other transforms."""
+    """Disable RandAugment, whose effects would hide those of the other transforms."""
     monkeypatch.setattr(augment, "RAND_AUGMENT_OPERATIONS", 0)
 
 
@@ -172,7 +172,7 @@ def pictures(count, size=32):
 def test_half_the_pictures_are_flipped_a_quarter_erased_and_crops_vary(plain_colours):
     flipped, erased, corners = 0, 0, set()
     for pixels in pictures(400):
-        black = (pixels == 0).all(2)  # blue is 90 everywhere but where it was erased
+        black = (pixels == 0).all(2)  # blue is 90 except where it was erased
         erased += black.any()
         row = pixels[np.argmin(black.sum(1)), :, 1]
         row = row[row > 0]
@@ -190,19 +190,19 @@ def test_half_the_pictures_are_flipped_a_quarter_erased_and_crops_vary(plain_col
 def test_crops_have_the_published_scale_and_ratio(plain_colours, monkeypatch):
     monkeypatch.setattr(augment, "ERASED_SHARE", 0.0)
     sides = []
-    for pixels in pictures(300):  # 32 pixel centres span 31/32 of a crop, and 240 is what all of the picture spans
+    for pixels in pictures(300):  # 32 pixel centres span 31/32 of a crop; the whole picture spans 240
         height, width = (np.ptp(pixels[:, :, c]) / 240 * 32 / 31 for c in (0, 1))
         sides.append((95 * height, 127 * width))
     height, width = np.array(sides).T
     areas, ratios = height * width / (96 * 128), width / height
 
-    # As published: drawn until the crop lies within the picture
+    # Like the published code, draw until the crop lies within the picture
     rng = np.random.default_rng(0)
     area, ratio = rng.uniform(0.08, 1, 20_000), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), 20_000))
     fits = (np.sqrt(area * 96 * 128 * ratio) <= 128) & (np.sqrt(area * 96 * 128 / ratio) <= 96)
     assert abs(areas.mean() - area[fits].mean()) < 0.06  # 4 standard deviations
     assert abs(ratios.mean() - ratio[fits].mean()) < 0.05
-    # Looser, as bicubic filter and rounding move the ends of small crops
+    # Looser, because the bicubic filter and rounding shift the borders of small crops
     assert 0.06 < areas.min() < 0.11
     assert areas.max() > 0.9
     assert 0.65 < ratios.min() < 0.85
@@ -237,7 +237,7 @@ def test_mixup_is_the_weighted_sum_of_two_augmented_sounds():
     assert augmented.mixes
     rng, again = np.random.default_rng(2), np.random.default_rng(2)
     mixed, share = augmented(WAV, rng, OTHER_WAV)
-    first, second = wave_of(augmented(WAV, again)), wave_of(augmented(OTHER_WAV, again))  # draw one after the other
+    first, second = wave_of(augmented(WAV, again)), wave_of(augmented(OTHER_WAV, again))  # drawn one after the other
     assert share == again.random()
     assert np.array_equal(decode_audio(mixed).wave, (1 - share) * first + share * second)
     assert not np.array_equal(first, TONE.wave)
@@ -265,7 +265,7 @@ def test_background_is_added_50_db_down(background):
         wave = wave_of(augmented(silence, np.random.default_rng(seed)))
         assert np.ptp(wave) == 0
         heights[round(float(wave[0]) / BACKGROUND_GAIN, 3)] += 1
-    # a.wav, b_damaged.wav, c.wav, deep/b.WAV: the damaged one is replaced by the next
+    # The recordings are a.wav, b_damaged.wav, c.wav and deep/b.WAV. The damaged one is replaced by the next one.
     assert heights.keys() == {0.1, 0.2, 0.3}
     assert heights[0.3] > max(heights[0.1], heights[0.2])
     assert pytest.approx(10**-2.5) == BACKGROUND_GAIN
@@ -390,7 +390,7 @@ def test_a_missing_torchvision_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.transforms", None)
     with pytest.raises(UserError, match=r"needs the torchvision .*: pip install -e '\.\[train\]'"):
         augmentation("tiff")
-    augmentation("wav:int16")  # needs none
+    augmentation("wav:int16")  # needs no recordings
 
 
 def test_every_kind_of_picture_and_sound_goes_in():

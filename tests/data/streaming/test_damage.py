@@ -33,7 +33,7 @@ from bfsys.evaluate import evaluate
 from tests.conftest import _run_ranks, tiny_config
 from tests.test_train import assert_success, cut_short, lines, newest, tensors
 
-DAMAGED = 5  # the sample that is hit
+DAMAGED = 5  # number of the damaged sample
 ALONE = Ranks()
 
 
@@ -57,7 +57,7 @@ def write_config(folder: Path, datasets: Path, dataset: Path, name: str = "tiny"
 
 
 def place(split: Split) -> tuple[Path, int, int]:
-    """(tar, first byte, length) of the sample that is hit."""
+    """(tar, first byte, length) of the damaged sample."""
     row = split.samples[DAMAGED]
     return split.path / split.shards[row["shard"]].file, int(row["offset"]), int(row["length"])
 
@@ -113,7 +113,7 @@ def relabel_in_index(dataset: Path) -> None:
 
 
 def take_other_index(dataset: Path) -> None:
-    """Replace the index by that of a dataset with as many samples."""
+    """Replace the index by that of another dataset with the same number of samples."""
     split = open_split(dataset, "train")
     order = np.random.default_rng(0).permutation(len(split))
     samples = np.load(dataset / "a-train.samples.npy")
@@ -122,14 +122,14 @@ def take_other_index(dataset: Path) -> None:
     np.save(dataset / "a-train.samples.npy", samples)
 
 
-# Damage that training meets when it reads, and the message of --verify.
+# Damage that training finds when it reads, and the message of --verify.
 READ: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "truncated tar": (truncate, "bytes early", "lie past its end"),
     "flipped byte in payload": (flip_payload, "checksum", "its bytes differ from the checksum"),
     "missing member": (remove_member, "checksum", "has no payload"),
     "vanished shard": (remove_shard, "its shard is missing", "the shard is missing"),
 }
-# Damage that does not harm training, which does not read it.
+# Damage that training does not read, so that it does no harm.
 UNREAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "flipped byte in header": (flip_header, "bad checksum"),
     "wrong label in the tar": (relabel_in_tar, "class"),
@@ -142,7 +142,7 @@ REFUSED: dict[str, Callable[[Path], None]] = {
 
 
 def drawn(config: Config, ranks: Ranks = ALONE, first_step: int = 0, known: Quarantine | None = None):
-    """(step, source, sample, label, bytes) of all samples that a rank gets, and what it found bad."""
+    """(step, source, sample, label, bytes) of all samples of a rank, and its bad samples."""
     sources = open_training(config)
     plan = make_plan(config, sources)
     quarantine = known or Quarantine()
@@ -184,7 +184,7 @@ def test_a_bad_sample_is_named_and_replaced_alike_on_every_rank_and_replay(
             assert now == before
     assert replaced >= 1
 
-    # Other ranks, other workers, a replay from the middle, and one that knows the quarantine choose the same.
+    # Other ranks, other workers, a replay from the middle and a replay with the quarantine choose the same samples.
     assert sorted(drawn(config, Ranks(0, 2))[0] + drawn(config, Ranks(1, 2))[0]) == sorted(got)
     with_workers = load_config(dataset.parent / "tiny.yaml", ["train.steps=60", "data.workers=2"])
     assert drawn(with_workers)[0] == got
@@ -198,7 +198,7 @@ def test_a_bad_sample_is_named_and_replaced_alike_on_every_rank_and_replay(
 
 
 def test_a_sample_is_bad_from_the_step_that_met_it(config: Config, dataset: Path) -> None:
-    """A replay of earlier steps, when it was good, reads it again; later ones leave it out, though it was repaired."""
+    """A replay of earlier steps, in which it was good, reads it again. Later steps replace it, even if repaired."""
     whole, _ = drawn(config)
     steps = [step for step, source, sample, *_ in whole if (source, sample) == (0, DAMAGED)]
     assert len(steps) > 1
@@ -251,7 +251,7 @@ def foreign_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def test_an_empty_file_of_foreign_tars_is_left_out(tmp_path: Path, datasets: Path) -> None:
-    """tools/pack.py refuses empty files; tars made elsewhere may hold some."""
+    """`bfsys pack` refuses empty files, but tars that were made elsewhere may contain them."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     content = [b"" if i == DAMAGED else bytes([i]) * 9 for i in range(40)]
@@ -277,7 +277,7 @@ def test_a_key_that_comes_twice_is_refused(tmp_path: Path, shards: int) -> None:
 def test_a_file_that_vanishes_in_mid_run_is_noticed(
     config: Config, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once its descriptor is closed; until then the system keeps the file."""
+    """The shard is missing only after its descriptor is closed; until then the system keeps the file."""
     monkeypatch.setattr(reader_module, "OPEN_SHARDS", 1)
     sources = open_training(config)
     quarantine = Quarantine()
@@ -383,7 +383,7 @@ def test_the_file_survives_a_torn_line(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "x\n9\ttrain\n9\ttrain\ta\t8\ta.t")
     again = Quarantine.load(tmp_path, ALONE)
     assert again.bad_from("train", "a") == {7: 3}
-    again.found([row._replace(step=5), row._replace(sample=8, step=9)])  # the first is known, and earlier
+    again.found([row._replace(step=5), row._replace(sample=8, step=9)])  # the first is known from an earlier step
     assert [r.sample for r in again.share(ALONE, {("train", "a"): 100}, 1)] == [8]
     assert Quarantine.load(tmp_path, ALONE).bad_from("train", "a") == {7: 3, 8: 9}
     with pytest.raises(AgreedError, match="2 of 100 samples of train"):
@@ -415,7 +415,7 @@ def test_an_evaluation_of_nothing_is_an_error_with_the_list(dataset: Path, confi
 
 
 def test_the_culprit_of_a_mixture_is_found(tmp_path: Path, datasets: Path) -> None:
-    """A sound without samples decodes, and cannot be resampled. Its partners are not to blame."""
+    """A sound without samples can be decoded but not resampled. Its partners are not bad."""
     folder = tmp_path / "sounds"
     folder.mkdir()
     members = []

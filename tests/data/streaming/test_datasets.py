@@ -76,9 +76,9 @@ def test_augmented_files_are_looked_into(tmp_path):
     augmented = replace(config, data=replace(config.data, sources=(source,)))
     (note,) = notes_on_data(open_training(augmented))
     assert note.startswith(f"{path}: 2 of the first 5 files have an EXIF orientation")
-    (path / "pets-train-000002.tar").unlink()  # training will say so
+    (path / "pets-train-000002.tar").unlink()  # training reports it
     assert notes_on_data(open_training(augmented))[0].startswith(f"{path}: 1 of the first 5 files have")
-    os.mkfifo(path / "pets-train-000002.tar")  # into which nobody ever writes
+    os.mkfifo(path / "pets-train-000002.tar")  # no process ever writes to it
     assert notes_on_data(open_training(augmented))[0].startswith(f"{path}: 1 of the first 5 files have")
 
 

@@ -40,7 +40,7 @@ def picture(rng: np.random.Generator) -> bytes:
 
 @pytest.fixture(scope="module")
 def augmented(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Sounds that are mixed, over a recording, pictures, and both in their own formats; then transforms that draw."""
+    """Mixed sounds over a recording, pictures, and jitter of both formats, followed by random byte transforms."""
     folder, rng = tmp_path_factory.mktemp("augmented"), np.random.default_rng(0)
     (folder / "recordings").mkdir()
     (folder / "recordings" / "hum.wav").write_bytes(sound(rng))
@@ -68,7 +68,7 @@ NOISE = ("noise:-100:100", "random_shuffle")
 
 
 def made(config: Config, cut: int = 0, world_size: int = 1) -> dict[tuple, tuple]:
-    """(source, epoch, sample) → all that came of it, in a run that is resumed after `cut` steps."""
+    """(source, epoch, sample) → all results for it, in a run that is resumed after `cut` steps."""
     steps = read_steps(config, 0, cut) + read_steps(config, cut, world_size=world_size)
     plan = make_plan(config, open_training(config))
     found = {}
@@ -105,7 +105,7 @@ def test_determinism_for_any_ranks_workers_and_resume(
 def test_determinism_in_any_order(
     augmented: Config, reference: dict, lanes: int, more: int, block: int, weight: float
 ) -> None:
-    """Runs that come to a file at another step, in another lane and beside others make the same of it."""
+    """Runs that read a file in another step, in another lane and in another batch get the same result."""
     first, *others = augmented.data.sources
     data = replace(
         augmented.data,
@@ -178,7 +178,7 @@ def test_hand_over_leaves_nothing_behind_a_sigkill(tmp_path: Path) -> None:
         eventually(lambda: process.said()[0].endswith("\n"))
         workers = [psutil.Process(int(pid)) for pid in process.said()[0].split()]
         assert len(workers) == 2
-        names = resource_names() - before  # of other processes too, which remove theirs
+        names = resource_names() - before  # may include names of other processes, which remove them
     finally:
         process.kill()
     eventually(lambda: not any(alive(worker) for worker in workers))
@@ -186,7 +186,7 @@ def test_hand_over_leaves_nothing_behind_a_sigkill(tmp_path: Path) -> None:
 
 
 def alive(process: psutil.Process) -> bool:
-    """An orphan that ended may wait for init to notice."""
+    """Whether a process runs. An orphan that has ended may be a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

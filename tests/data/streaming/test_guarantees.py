@@ -37,7 +37,7 @@ from tests.data.packed import (
 )
 
 EXAMPLES = settings.default.max_examples  # of the profile in use
-few = settings(max_examples=EXAMPLES // 10)  # with worker processes, of which each start takes a tenth of a second
+few = settings(max_examples=EXAMPLES // 10)  # for tests with worker processes, which take a tenth of a second to start
 
 
 def with_workers(config: Config, workers: int) -> Config:
@@ -125,7 +125,7 @@ def test_elastic_a_world_size_that_does_not_fit_names_those_that_do(case: Case, 
 
 
 class CountedRows(np.ndarray):
-    """An index that counts how many of its rows are looked at."""
+    """An index that counts how many of its rows are read."""
 
     looked_at = 0
 
@@ -138,7 +138,7 @@ class CountedRows(np.ndarray):
 
 
 def rows_for_a_first_batch(epochs: float, lane: int, weights: list[float]) -> int:
-    """The number of rows of the index that a start after so many epochs of a source of a million samples reads."""
+    """The number of rows of the index that a start after `epochs` epochs of a source of a million samples reads."""
     splits = [split_in_memory([10_000] * 100, name="large"), split_in_memory([1000], name="small")][: len(weights)]
     for split in splits:
         object.__setattr__(split, "samples", split.samples.view(CountedRows))
@@ -158,7 +158,7 @@ def test_o1_a_late_start_looks_at_no_more_of_a_million_rows_than_an_early_one(la
 @settings(max_examples=12)
 @given(st.floats(0, 1000), st.integers(0, 63), st.floats(0.001, 1))
 def test_o1_a_start_anywhere_looks_at_two_blocks_of_a_source_at_most(epochs: float, lane: int, weight: float) -> None:
-    """Two where a batch goes over the border of a block; slices of the small source are 16 long, and several to it."""
+    """A batch reads two blocks if it crosses their border. Slices of the small source have 16 samples."""
     draws_of_small = 512 / (1 + weight) / 64 + 1
     assert rows_for_a_first_batch(epochs, lane, [weight, 1]) <= 2 * 4096 + 2 * 16 + draws_of_small
 
@@ -169,8 +169,8 @@ def test_o1_a_start_anywhere_looks_at_two_blocks_of_a_source_at_most(epochs: flo
 @few
 @given(st.sampled_from([8, 16, 32]), st.sampled_from([8, 12, 16, 20]), st.integers(0, 99))
 def test_balance_lanes_of_a_step_cost_alike(lanes: int, per_lane: int, seed: int) -> None:
-    """Over three epochs, in bytes and in tokens, for lanes with 1,500 files or more of each source, and a whole number
-    of samples of each source in a micro-batch."""
+    """The costs are bytes and tokens over three epochs. A lane has at least 1,500 files of each source, and a
+    micro-batch a whole number of samples of each source."""
     for unit, ratios in costs_of_lanes(lanes, per_lane, seed).items():
         # With 8 samples a lane, a few seeds cost more: 1.059 was seen with 32 lanes and seed 36.
         assert np.mean(ratios) <= (1.05 if per_lane > 8 else 1.08), unit
@@ -188,7 +188,7 @@ def test_balance_is_off_by_a_sample_of_each_source_where_lanes_cannot_have_equal
 
 
 def costs_of_lanes(lanes: int, per_lane: int, seed: int) -> dict[object, list[float]]:
-    """Most costly lane over the mean lane, for some steps of three epochs: log-normal pictures with clips of 32 KB."""
+    """Largest cost of a lane over the mean, for some steps of three epochs of log-normal pictures and 32 KB clips."""
     rng = np.random.default_rng(seed)
     lengths = rng.lognormal(np.log(12_000), 0.7, 2048 * lanes).astype(np.int64)
     plan = Plan(
@@ -219,7 +219,7 @@ def lengths_of(plan: Plan, step: int, lane: int) -> np.ndarray:
 
 
 def tokens(kernel: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The tokens of files of these lengths, as the model counts them."""
+    """A function from lengths of files to their tokens, as the model counts them."""
     shape = architecture("tiny", kernel=kernel, window=128, max_tokens=50_000, shift=64)
     return lambda lengths: token_counts(lengths.astype(np.int64), shape, MASKED)
 
@@ -227,8 +227,8 @@ def tokens(kernel: int) -> Callable[[np.ndarray], np.ndarray]:
 @given(st.integers(0, 999))
 @settings(max_examples=20)
 def test_balance_rounding_sequences_up_adds_little(seed: int) -> None:
-    """Rounding adds less than 1 % to files around 12 KB at kernel 8, and less than 4 % at kernel 32. A file of 100
-    bytes has 25 tokens of 64 there, one of 1 KB 250 of 256: on very short files the rounding is most of the work."""
+    """Rounding adds less than 1 % to files around 12 KB at kernel 8, and less than 4 % at kernel 32. For very short
+    files it is most of the work: 100 bytes have 25 tokens of 64, 1 KB has 250 of 256."""
     lengths = np.random.default_rng(seed).lognormal(np.log(12_000), 0.7, 2000).astype(np.int64)
     for kernel, most in ((8, 0.01), (32, 0.04)):
         real = tokens(kernel)(lengths)
@@ -251,7 +251,7 @@ def test_mixture_many_equal_sources_do_not_come_all_at_once(small: int) -> None:
 
 
 def check_shares(shares: np.ndarray, counts: np.ndarray) -> None:
-    """`counts` of each source after every draw: int64 [draws + 1, sources]."""
+    """Check `counts` of each source after every draw, int64 [draws + 1, sources]."""
     per_window = counts[10_000:] - counts[:-10_000]
     assert np.abs(per_window / 10_000 - shares).max() <= 1e-3
     strayed = np.abs(counts - np.arange(len(counts))[:, None] * shares)  # in every prefix
@@ -282,7 +282,7 @@ def test_mixture_also_where_ten_thousand_samples_span_a_resume(case: Case, cut: 
 @given(cases(max_lanes=2), st.integers(1, 2))
 def test_hand_over_a_batch_that_is_kept_is_not_overwritten(case: Case, workers: int) -> None:
     with case.packed() as config, mock.patch.object(loader, "REQUEST_BYTES", 1):  # many more requests than slots
-        kept = read_steps(with_workers(config, workers))  # all of them, compared at the end only
+        kept = read_steps(with_workers(config, workers))  # keep all of them, and compare them at the end
         assert contents(kept) == contents(read_steps(config))
 
 
@@ -290,7 +290,7 @@ def test_hand_over_a_batch_that_is_kept_is_not_overwritten(case: Case, workers: 
 def test_hand_over_of_what_does_not_fit_a_slot(
     over_mean: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files of up to 40 KB through slots of a few KB, which some fit and others do not."""
+    """Files have up to 40 KB and slots a few KB, so some files fit and others do not."""
     monkeypatch.setattr(loader, "SLOT_OVER_MEAN", over_mean)
     path = pack(tmp_path, "a", {"train": random_shards([30, 30], np.random.default_rng(0), 40_000)})
     data = Data(sources=(Source(str(path)),), batch_samples=6, lanes=3)

@@ -69,7 +69,7 @@ def test_a_share_of_the_files_goes_in_as_stored(data: bytes) -> None:
 
 
 def middles(jitter: Jitter) -> np.ndarray:
-    """[200, 2]: where the dot lies in changed pictures."""
+    """[200, 2]: the position of the dot in changed pictures."""
     return np.array([np.argwhere(pixels(data)[..., 0]).mean(0) for data in drawn(jitter, PICTURE)])
 
 

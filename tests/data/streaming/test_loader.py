@@ -75,7 +75,7 @@ def test_lanes_are_laid_together_in_their_order(micro_batches: int, workers: int
 
 
 def test_a_request_to_stop_the_job_does_not_end_loader_processes(config_file: Path) -> None:
-    """It goes to all processes of a job, and training wants batches until it has saved."""
+    """The signal reaches all processes of a job, and training needs batches until it has saved."""
     config = load_config(config_file, ["data.workers=2"])
     sources = open_training(config)
     batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
@@ -90,7 +90,7 @@ def test_a_request_to_stop_the_job_does_not_end_loader_processes(config_file: Pa
 
 
 class Aborting:
-    """An augmentation whose codec ends its process at one file."""
+    """An augmentation whose codec kills the process on one file."""
 
     mixes, compresses, least_bytes = False, True, 1
 

@@ -47,7 +47,7 @@ def facts_of(config: Config) -> dict:
 
 
 def refusal(config: Config, path: Path) -> str:
-    """The error of a resume with this config; nothing if it continues."""
+    """The error of a resume with this config; empty if it resumes."""
     try:
         loading.check_same_run(path, facts_of(config))
     except UserError as error:
@@ -155,7 +155,7 @@ def test_another_recipe_is_answered_with_the_settings_that_resume(run: tuple[Con
     assert "to resume it, add optim.content_loss=5.0\n" in refusal(
         replace(now, optim=replace(recommended, content_loss=0)), saved(now, tmp_path / "other")
     )
-    # The weight may change, and where bytes are moved the loss is off whatever it is.
+    # The weight may change. With transforms that move bytes, the loss is off in any case.
     lighter = replace(now, optim=replace(recommended, content_loss=2.0))
     assert refusal(lighter, tmp_path / "other" / "checkpoints" / "step_00000001") == ""
     moved = change_data(now, byte_transforms=("reverse",))

@@ -47,14 +47,14 @@ def test_every_sample_once_per_epoch(plan: Plan, steps: int) -> None:
         for source, epoch, sample in drawn:
             if source == s:
                 epochs.setdefault(epoch, set()).add(sample)
-        for epoch in sorted(epochs)[:-1]:  # an epoch is whole before the next but one begins
+        for epoch in sorted(epochs)[:-1]:  # an epoch is complete before the second next one begins
             if epoch + 1 < max(epochs):
                 assert epochs[epoch] == set(range(len(split)))
 
 
 @given(plans(), st.integers(0, 5))
 def test_epochs_are_consecutive_draws(plan: Plan, step: int) -> None:
-    """After any number of steps the epoch numbers of a source are those of its running draw count."""
+    """The epoch numbers of a source follow from its number of draws, after any number of steps."""
     for s, split in enumerate(plan.splits):
         before, after = plan.mixture.counts(np.array([step, step + 1]) * plan.batch_samples)[:, s]
         expected = sorted((np.arange(before, after) // len(split)).tolist())
@@ -63,7 +63,7 @@ def test_epochs_are_consecutive_draws(plan: Plan, step: int) -> None:
 
 @given(plans(), st.lists(st.integers(0, 40), min_size=1, max_size=6))
 def test_any_step_in_any_order(plan: Plan, steps: list[int]) -> None:
-    """A plan that comes to a step directly agrees with one that went through all steps before."""
+    """A plan that starts at a step agrees with one that made all steps before it."""
     walked = {step: step_samples(plan, step) for step in range(max(steps) + 1)}
     for step in steps:
         fresh = Plan(
@@ -82,7 +82,7 @@ def test_lanes_share_a_step_evenly(plan: Plan, step: int) -> None:
     sizes = [len(plan.micro_batch(step, lane)) for lane in range(plan.lanes)]
     assert sum(sizes) == plan.batch_samples
     assert max(sizes) - min(sizes) <= len(plan.splits)
-    if plan.batch_samples >= plan.lanes * len(plan.splits):  # what a config must grant
+    if plan.batch_samples >= plan.lanes * len(plan.splits):  # a config must guarantee this
         assert min(sizes) >= 1
 
 
@@ -103,7 +103,7 @@ def test_a_lane_touches_few_shards() -> None:
 
 
 def test_lanes_ask_for_their_next_blocks_at_different_times() -> None:
-    """All lanes begin a block in the same step: a server would meet requests of all nodes in that one step."""
+    """All lanes begin a block in the same step. A server must not get the requests of all nodes in that step."""
     lanes, block_steps = 64, 32
     splits = [split_in_memory([10] * 1024)]
     plan = Plan(splits, [1], batch_samples=lanes, lanes=lanes, shuffle_block=block_steps, seed=0)

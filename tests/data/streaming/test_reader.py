@@ -56,7 +56,7 @@ def test_few_files_stay_open(limit: str, reader: ShardReader, monkeypatch: pytes
     if limit == "of the reader":
         monkeypatch.setattr(reader_module, "OPEN_SHARDS", 2)
     else:
-        monkeypatch.setattr(reader_module, "open_files_limit", lambda: 8)  # a third of them
+        monkeypatch.setattr(reader_module, "open_files_limit", lambda: 8)  # a third of the shards
     split = reader.splits[0]
     assert len(split.shards) > 2
     one_by_one = [reader.read(micro_batch([i])).data.tolist() for i in range(len(split))]
@@ -75,7 +75,7 @@ def test_too_many_open_files_are_said_and_not_waited_for(reader: ShardReader, mo
 
 
 def test_want_of_memory_makes_no_file_bad(reader: ShardReader) -> None:
-    """Another process may take the memory: the same file is intact on another machine, or a minute later."""
+    """Another process may use the memory. The file is intact, on another machine or a minute later."""
 
     class Hungry:
         mixes = False
@@ -103,7 +103,7 @@ def test_a_file_that_shows_nothing_is_decoded_once(sources: Sources, monkeypatch
         assert np.isnan(content[0]).all()
         assert not content[1].any()
     assert len(tried) == 3
-    # Jitter may make a sound too long for a table, and the next draw not: another process must find the same.
+    # Jitter may make a sound too long for a table, but not in the next draw. Another process must find the same.
     reader = ShardReader(sources, with_content=True)
     reader.jitters = (lambda content, rng: content,)
     for _ in range(2):

@@ -32,7 +32,7 @@ from tests.data.http_server import FaultyServer
 ALONE = Ranks()
 STEPS = 8
 ATTEMPTS = 3
-# (lanes, samples of a step) for 13 + 9 shards: fewer lanes than shards and more
+# (lanes, samples of a step) for 13 + 9 shards: fewer lanes than shards, and more
 FEW_LANES, MANY_LANES = (4, 16), (32, 64)
 forked = multiprocessing.get_context("fork")
 
@@ -43,7 +43,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Watched(Prefetcher):
-    """Asks for files one by one, in the order in which they were wanted."""
+    """Fetches files one by one, in the order of the requests."""
 
     made: list[Watched]
 
@@ -57,7 +57,7 @@ class Watched(Prefetcher):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
-    """The prefetchers of all loaders, which then end with all that was wanted fetched: see `training`."""
+    """The prefetchers of all loaders. They end after they have fetched all requested files: see `training`."""
     monkeypatch.setattr(Watched, "made", [], raising=False)
     monkeypatch.setattr(loader, "Prefetcher", Watched)
     return Watched.made
@@ -112,8 +112,8 @@ def test_batches_are_those_of_the_folder(
     assert plans[0].facts == plans[1].facts
     expected = training(local)
     assert len(expected) == STEPS * shape[0]
-    assert training(remote) == expected  # nothing is cached
-    assert training(remote, first_step=5) == expected[5 * shape[0] :]  # much is
+    assert training(remote) == expected  # with an empty cache
+    assert training(remote, first_step=5) == expected[5 * shape[0] :]  # with much in the cache
     fresh = config_of(tmp_path, *places, *change, f"data.cache_dir={tmp_path / 'fresh'}")
     assert training(fresh, first_step=5) == expected[5 * shape[0] :]
     assert evaluation(remote) == evaluation(local)
@@ -157,7 +157,7 @@ def test_the_ranks_of_a_node_fetch_every_shard_once(
 def test_shards_are_asked_for_in_the_order_of_need(
     served: FaultyServer, packed: Path, tmp_path: Path, watched: list[Watched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The prefetcher asks in this order too, so shards are there when they are read, if it had the time."""
+    """The prefetcher uses this order too, so shards are in the cache when they are read, if there was enough time."""
     want = Watched.want
     monkeypatch.setattr(Watched, "want", lambda self, items: (want(self, items), self.drain()))
     remote = config_of(tmp_path, f"{served.url}/a", None, "data.shuffle_block=4", "train.steps=7")
@@ -165,20 +165,20 @@ def test_shards_are_asked_for_in_the_order_of_need(
     training(remote)
     (prefetcher,) = watched
     assert prefetcher._cache.files_fetched == len(tars(served))
-    # With 4 samples of a lane's step and as many in a block, every step is a block.
+    # A lane has 4 samples in a step and 4 in a block, so every step is a block.
     needed_at = {}
     for step, lane in itertools.product(range(remote.train.steps), range(plan.lanes)):
         for path in read_by(plan, range(step, step + 1), range(lane, lane + 1)):
             needed_at.setdefault(path, step)
     steps = [needed_at.get(path, remote.train.steps) for path in tars(served)]
     assert steps[: len({path_of(plan, *plan.shards_ahead(0, lane)[0]) for lane in range(plan.lanes)})][-1] == 0
-    assert all(step >= max(steps[: i + 1]) - 1 for i, step in enumerate(steps)), steps  # the next block comes along
+    assert all(step >= max(steps[: i + 1]) - 1 for i, step in enumerate(steps)), steps  # with the next block
 
 
 def test_workers_are_forked_before_the_prefetcher_runs(
     served: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They would inherit the locks that its threads hold."""
+    """Forked processes would inherit the locks that its threads hold."""
     start, threads = multiprocessing.process.BaseProcess.start, []
 
     def watch(process: multiprocessing.process.BaseProcess) -> None:
@@ -220,7 +220,7 @@ def test_a_server_that_fails_now_and_then(
     monkeypatch.setitem(Cache.__init__.__kwdefaults__, "stall_s", 1.0)
     faults = [["503"] * 4, ["wrong"], ["reset", "truncate"], ["unsized", "503"], ["wrong", "503", "reset"]]
     for path, script in zip(sorted(served.files), itertools.cycle(faults), strict=False):
-        served.fail(path, script if not path.endswith(".json") else ["503", "reset"])  # nothing proves dataset.json
+        served.fail(path, script if not path.endswith(".json") else ["503", "reset"])  # dataset.json has no checksum
     served.fail("/a/a-train-000003.tar", ["stall"])
     expected = training(config_of(tmp_path, packed / "a", packed / "b"))
     quarantine = Quarantine()
@@ -255,7 +255,7 @@ def found(quarantine: Quarantine) -> set[BadSample]:
 def test_a_shard_that_is_damaged_where_it_comes_from(
     served: FaultyServer, packed: Path, tmp_path: Path, damage: str
 ) -> None:
-    """Its samples are replaced as if it were damaged in a folder, on every rank and in every replay."""
+    """Its samples are replaced like those of a damaged local shard, on every rank and in every replay."""
     local = config_of(tmp_path, shutil.copytree(packed / "a", tmp_path / "a"))
     whole = training(local)
     lost = Path(sorted(read_by(make_plan(local, open_training(local)), range(1), range(4)))[0]).name
@@ -273,7 +273,7 @@ def test_a_shard_that_is_damaged_where_it_comes_from(
     assert found(alone) == found(expected_bad) != set()
     reason = {"wrong": "sha256 of the", "404": "HTTP status 404"}[damage]
     assert all("its shard could not be fetched intact" in row.reason and reason in row.reason for row in alone._found)
-    # Tried by the reader once, and ahead of it when a lane comes near; not for every sample.
+    # The reader tries once, and the prefetcher when a lane comes near. There is no try for every sample.
     assert served.requests[f"/a/{lost}"] <= ATTEMPTS * 5
     shared = [Quarantine() for _ in range(2)]
     halves = [training(remote, rank(n, 2), quarantine=shared[n]) for n in range(2)]
@@ -289,7 +289,7 @@ def test_a_shard_that_is_damaged_where_it_comes_from(
 
 
 def damage_cached(folder: Path, file: str, position: int) -> None:
-    """Damage a cached file as a disk does: in place, while others may have it open."""
+    """Damage a cached file in place, like a disk error, while other processes may have it open."""
     (path,) = folder.glob(f"*-{file}")
     with open(path, "r+b") as cached:
         cached.seek(position)
@@ -315,7 +315,7 @@ def test_a_cached_shard_that_is_damaged_is_fetched_anew(
     for one in readers:
         one.read(batch_of(first))
     damage_cached(tmp_path / "cache", file, int(split.samples["offset"][second]))
-    for one in readers:  # all have the damaged file open, the first one replaces it
+    for one in readers:  # all have the damaged file open; the first one replaces it
         fetched = one.read(batch_of(second))
         assert not fetched.bad
         one.close()
@@ -337,7 +337,7 @@ def test_a_cached_index_that_is_damaged_is_fetched_anew(
     remote = config_of(tmp_path, f"{served.url}/a")
     expected = open_training(remote).splits[0].samples.copy()
     damage_cached(tmp_path / "cache", file, position)
-    for part in range(2):  # also where another rank proves what is damaged
+    for part in range(2):  # also if another rank verifies the damaged rows
         training = open_run_data(remote, rank(part, 2)).training
         assert np.array_equal(training.splits[0].samples, expected)
         assert training.splits[0].damaged_index(range(len(training.splits[0].shards))) == []
@@ -363,7 +363,7 @@ def test_an_index_that_is_damaged_where_it_comes_from_is_an_error(
 def test_a_node_fetches_what_its_lanes_read(
     served: FaultyServer, packed: Path, tmp_path: Path, watched: list[Watched]
 ) -> None:
-    """Eight nodes, one epoch, each with a cache of its own: the plan says which shards a node asks for, and when."""
+    """Eight nodes read one epoch, each with its own cache. The plan decides which shards a node requests, and when."""
     nodes = 8
     change = [f"data.lanes={nodes}", "data.batch_samples=24", "data.shuffle_block=8", "train.steps=5"]
     fetched = read = 0
@@ -380,12 +380,12 @@ def test_a_node_fetches_what_its_lanes_read(
         assert read_here <= ahead
         fetched, read = fetched + len(ahead), read + len(read_here)
     shards = len(plan.splits[0].shards)
-    assert shards <= read <= shards + nodes - 1  # slices of neighbours share at most the shard of their border
-    assert read <= fetched <= read + 2 * nodes  # and what the next epoch begins with
+    assert shards <= read <= shards + nodes - 1  # neighbouring slices share at most the shard at their border
+    assert read <= fetched <= read + 2 * nodes  # the rest are the first shards of the next epoch
 
 
 def test_nodes_share_the_shards_of_an_evaluation(served: FaultyServer, tmp_path: Path) -> None:
-    """As in training: otherwise each of many nodes would fetch the whole split."""
+    """Otherwise each node would fetch the whole split."""
     nodes = 4
     for node in range(nodes):
         change = f"data.cache_dir={tmp_path / f'node{node}'}"

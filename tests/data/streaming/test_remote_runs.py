@@ -59,7 +59,7 @@ def test_a_run_that_loses_its_server_ends_and_goes_on(
     overrides = ["data.shuffle_block=4", "data.batch_samples=8"]
     ended = run_ranks(2, ["-c", IMPATIENT_RUN, str(tmp_path / "remote.yaml"), *overrides])
     output = "".join(rank.stderr for rank in ended)
-    assert {rank.returncode for rank in ended} == {1}, output  # launchers start it again: the server may come back
+    assert {rank.returncode for rank in ended} == {1}, output  # launchers restart it, since the server may recover
     assert f"{served.url}/" in output
     assert "could not be fetched in 3 tries (1: HTTP status 503; 2: " in output
     assert "Traceback" not in output
@@ -70,7 +70,7 @@ def test_a_run_that_loses_its_server_ends_and_goes_on(
     both = [f"name={name} {' '.join(overrides)} data.sources.0.path={a} data.sources.1.path={b}" for name, a, b in (
         ("local", packed / "a", packed / "b"), ("remote", f"{served.url}/a", f"{served.url}/b"))]  # fmt: skip
     assert_success(run_ranks(2, ["tests/worker.py", str(tmp_path / "remote.yaml"), *both]))
-    assert served.requests["/a/dataset.json"] == served.requests["/b/dataset.json"] == 1  # by all ranks together
+    assert served.requests["/a/dataset.json"] == served.requests["/b/dataset.json"] == 1  # one request for all ranks
     assert comparable(remote.run_dir) == comparable(remote.run_dir.parent / "local")
     assert not (remote.run_dir / "quarantine.tsv").exists()
 
@@ -81,7 +81,7 @@ def tars_of(server: FaultyServer) -> set[str]:
 
 @pytest.fixture
 def few_shards(datasets: Path, tmp_path: Path) -> Path:
-    """The tree `a` in few shards: fetching a file from S3 starts a program that takes a second."""
+    """The tree `a` in few shards, because each fetch from S3 starts a program that takes a second."""
     call(
         "pack", [str(datasets / "trees" / "a"), str(tmp_path), "--name", "a", "--shard-bytes", "200K", "--workers", "1"]
     )
@@ -90,7 +90,7 @@ def few_shards(datasets: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bucket(few_shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 server that has a dataset, and the environment in which programs find it."""
+    """An S3 server with a dataset, and the environment with which programs find it."""
     moto = pytest.importorskip("moto.server", reason="needs moto[server]")
     boto3 = pytest.importorskip("boto3")
     if shutil.which("aws") is None or subprocess.run(["aws", "--version"], capture_output=True).returncode != 0:
@@ -119,7 +119,7 @@ def test_a_run_on_s3(bucket: str, few_shards: Path, tmp_path: Path, run_ranks) -
 
 
 def test_a_shard_that_s3_does_not_have_is_damage(bucket: str, tmp_path: Path) -> None:
-    """A missing shard is not an outage: the answer means the same as HTTP's 404."""
+    """A missing shard is not an outage; the answer means the same as HTTP 404."""
     cache = Cache(tmp_path / "cache", 10**6, attempts=1)
     with pytest.raises(WrongContentError, match="404"):
         cache.fetch(RemoteFile(f"{bucket}/none.tar", "0" * 64))

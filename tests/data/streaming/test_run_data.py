@@ -32,18 +32,18 @@ def config(dataset: Path, datasets: Path, tmp_path: Path) -> Config:
 
 
 def test_a_dataset_that_is_packed_again_in_place_ends_the_run(dataset: Path, config: Config) -> None:
-    """Its index and its shards fit each other, so that every checksum is right."""
+    """Its index and its shards fit each other, so every checksum is valid."""
     data = open_run_data(config, Ranks())
     data.check_unchanged()
     description = json.loads((dataset / DESCRIPTION).read_text())
-    (dataset / DESCRIPTION).write_text(json.dumps(description))  # the same, as another program writes it
+    (dataset / DESCRIPTION).write_text(json.dumps(description))  # the same content in another formatting
     data.check_unchanged()
     description["splits"]["train"]["bytes"] += 1
     (dataset / DESCRIPTION).write_text(json.dumps(description))
     with pytest.raises(UserError, match="was packed again while the run trains on it"):
         data.check_unchanged()
     (dataset / DESCRIPTION).unlink()
-    data.check_unchanged()  # a file server that is away
+    data.check_unchanged()  # a file server that is unavailable
 
 
 def test_a_misspelt_evaluation_split_is_refused(config: Config) -> None:

@@ -39,7 +39,7 @@ def test_byte_counts_see_values_and_no_sizes() -> None:
 
 
 def test_first_bytes_see_places() -> None:
-    """Files with a mark at byte 5 or at byte 7, among bytes of any value; some are shorter than the table."""
+    """Files have a mark at byte 5 or at byte 7 among random bytes. Some are shorter than the table."""
     rng = np.random.default_rng(0)
 
     def files(count: int) -> Table:
@@ -61,7 +61,7 @@ def test_the_largest_class() -> None:
 
 @pytest.fixture
 def colours(tmp_path: Path) -> Path:
-    """A config on pictures of two colours, all of one size."""
+    """A config on pictures of two colours and one size."""
     rng = np.random.default_rng(0)
     names = {
         f"{split}/{name}/{i}.png": png_bytes(8, 8, value + int(rng.integers(40)))

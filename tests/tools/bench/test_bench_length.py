@@ -12,7 +12,7 @@ from tools.bench import bench_length
 def test_rows_hold_what_was_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_child, jobs = bench_length.in_child, itertools.count()  # of which each imports PyTorch: one is enough
+    in_child, jobs = bench_length.in_child, itertools.count()  # each child imports PyTorch, so one is enough
     monkeypatch.setattr(
         bench_length, "in_child", lambda job: bench_length.measure(job) if next(jobs) else in_child(job)
     )

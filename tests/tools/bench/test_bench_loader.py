@@ -29,7 +29,7 @@ def batches_of(lengths: np.ndarray, numbers: list[int]) -> list[tuple[np.ndarray
 def test_small_run_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each job in a forked process, since new ones would import PyTorch; the next test starts those."""
+    """Each job runs in a forked process, since new ones would import PyTorch. The next test starts new ones."""
     ledgers = (tmp_path / f"ledger-{i}" for i in itertools.count())
 
     def in_forked_child(job: dict) -> dict:
@@ -50,7 +50,7 @@ def test_small_run_end_to_end(
     rows = report["rows"]
     cases = [(row["loader"], row["workers"]) for row in rows]
     assert cases == [(RAW_READ, 0), ("bfsys", 0), ("bfsys", 1), ("webdataset", 0), ("webdataset", 1)]
-    assert [row["problem"] for row in rows] == [None] * 5  # a loader that loses or repeats samples has one
+    assert [row["problem"] for row in rows] == [None] * 5  # a loader that loses or repeats samples would have one
     assert all(row[key] is not None for row in rows[1:] for key in NUMBERS)
     assert all(0.2 < row["padded_share"] < 0.9 and row["padding_share"] == 0 for row in rows[1:])
     assert rows[2]["vs_webdataset"] == pytest.approx(rows[2]["mb_per_s"] / rows[4]["mb_per_s"])
@@ -124,13 +124,13 @@ def test_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="named shared memory is elsewhere here")
 def test_only_own_shared_memory_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = SharedMemory(create=True, size=8)
-    monkeypatch.setattr(SharedMemory, "__init__", SharedMemory.__init__)  # is put back afterwards
+    monkeypatch.setattr(SharedMemory, "__init__", SharedMemory.__init__)  # restored after the test
     ledger = tmp_path / "ledger"
     bench_loader.record_shared_memory(ledger)
     mine = SharedMemory(create=True, size=8)
-    SharedMemory(mine.name).close()  # attached, not made
+    SharedMemory(mine.name).close()  # attached, not created
     with open(ledger, "a") as file:
-        file.write(f"1 /dev/shm/{other.name}\n")  # of the same name, but made later by another
+        file.write(f"1 /dev/shm/{other.name}\n")  # has the same name, but another process made it later
     bench_loader.remove_shared_memory(ledger)
     assert not os.path.exists(f"/dev/shm/{mine.name}")
     assert os.path.exists(f"/dev/shm/{other.name}")

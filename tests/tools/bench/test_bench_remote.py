@@ -23,7 +23,7 @@ def test_it_counts_what_nodes_ask_for(tmp_path: Path) -> None:
         assert row["reads of a sample"] == [2, 2]
         assert 0 < row["largest cache, of its limit"] <= 1
     assert rows["no failures"]["requests"]["dataset.json"] == 1
-    assert rows["no failures"]["requests"]["index"] == 4  # two files for each node
+    assert rows["no failures"]["requests"]["index"] == 4  # each node requests two files
     assert not rows["no failures"]["failed"]
     assert rows["failures"]["failed"]
     assert rows["outage"]["failed"].keys() == {"503"}

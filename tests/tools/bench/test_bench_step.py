@@ -28,11 +28,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("fused_attention", [False, True])
 @pytest.mark.parametrize(("window", "shift"), [(8, 4), (8, 8), (4, 3)])
 def test_baseline_gives_the_logits_of_bfsys(fused_attention: bool, window: int, shift: int) -> None:
-    """Whatever the lengths, and so the padding; in float64, where a wrong mask cannot hide in rounding."""
+    """This holds for any lengths and padding. In float64, rounding cannot hide a wrong mask."""
     torch.manual_seed(0)
     a = architecture("custom", kernel=4, window=window, shift=shift, dim=24, layers=6, heads=3, max_tokens=300)
     model = ByteFormer(a, 5).double()
-    with torch.no_grad():  # as drawn, the logits hardly depend on the bytes
+    with torch.no_grad():  # with the initial weights, the logits hardly depend on the bytes
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
         model.stem.embedding[PAD_BYTE] = 0
@@ -47,7 +47,7 @@ def test_baseline_gives_the_logits_of_bfsys(fused_attention: bool, window: int, 
 @pytest.mark.parametrize("side", [side for side in SIDES if side not in ("bfsys_compiled", "bfsys_engine")])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_step_trains(side: str, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step's loss is below the one before; and in bfloat16 too the optimizer has float32 weights."""
+    """The loss falls in each step. In bfloat16, the optimizer still has float32 weights."""
     losses, optimizers = [], []
     entropy, adamw = F.cross_entropy, torch.optim.AdamW
 
@@ -78,7 +78,7 @@ def test_child_measures(side: str) -> None:
     workload = bench_step.trial_workloads()["wav"]
     job = {"side": side, "workload": asdict(workload), "size": "custom", "repeats": 1, "times": True}
     job |= {"device": "cpu", "precision": "fp32"}
-    # A program as users start it; and for the other side, whose imports take long, a forked process.
+    # bfsys runs in a new process, as users start it. The other side, whose imports are slow, runs in a forked process.
     done = in_child(job) if side == "bfsys" else answer_of(step_measurement.measure, job)
     parts = done.pop("parts")
     assert parts.keys() == {"forward", "backward", "update"}
@@ -111,7 +111,7 @@ def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_one_process_measures_all_sides_of_all_workloads(tmp_path: Path, run_ranks) -> None:
-    """The engine too, which has one process group in a process. A process of its own would have no time."""
+    """This includes the engine, which has one process group in a process. A separate process would take too long."""
     out = tmp_path / "out.json"
     script = """
 import sys
@@ -147,7 +147,7 @@ def test_all_workloads_and_a_failure(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (rows[1]["sdpa_ms"], rows[1]["sdpa_ratio"], rows[1]["ratio"]) == (None, None, 1.0)
     assert printed[0] == ""
     assert printed[1] == "  tiff, 4 files, baseline: 10.0 ms, 20 MiB\n", "it is printed before the next is measured"
-    assert sum("out of memory" in text for text in [*printed, capsys.readouterr().out]) >= 2  # of its row, and of all
+    assert sum("out of memory" in text for text in [*printed, capsys.readouterr().out]) >= 2  # in its row and below
 
 
 def test_workloads() -> None:

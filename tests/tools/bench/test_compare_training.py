@@ -34,12 +34,12 @@ def test_all_steps_are_the_published_ones(steps: int, config_file: Path, capsys:
 def test_a_difference_is_seen(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """The comparison would notice if bfsys used another optimizer."""
+    """The comparison must detect another optimizer."""
     few = [*MODEL, "train.steps=30"]
     other = list(compare_training.published_losses(load_config(config_file, [*few, "optim.beta2=0.99"])))
     monkeypatch.setattr(compare_training, "bfsys_losses", lambda *arguments: other)
     assert compare_training.main([str(config_file), *few, "--steps", "30", "--control"]) == 1
-    assert 0 < float(capsys.readouterr().out.split()[-1]) < 1e-4  # of the published form to itself, a bit beside
+    assert 0 < float(capsys.readouterr().out.split()[-1]) < 1e-4  # the published form with nudged weights
 
 
 def test_files_beyond_the_positions_are_refused(config_file: Path) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("ipykernel")
 pytest.importorskip("matplotlib")
 
 NOTEBOOKS = REPOSITORY / "docs" / "notebooks"
-SLOW = {"fit_and_explain": [pytest.mark.slow, pytest.mark.timeout(3600)]}  # it trains
+SLOW = {"fit_and_explain": [pytest.mark.slow, pytest.mark.timeout(3600)]}  # this notebook trains
 
 
 def notebooks() -> list:

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-if not all(map(find_spec, ("espeakng_loader", "sklearn"))):  # importing them here would take seconds of every worker
+if not all(map(find_spec, ("espeakng_loader", "sklearn"))):  # importing them here would cost every worker seconds
     pytest.skip("needs espeakng-loader and scikit-learn", allow_module_level=True)
 
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "quickstart" / "make_digits.py"
 SMALL = ("--speech-per-class", "10", "--val-speech-per-class", "5", "--image-versions", "2")
-HEADER_BYTES = {"tiff": 122, "png": 48, "wav": 44}  # what stands before the first pixel or sample
+HEADER_BYTES = {"tiff": 122, "png": 48, "wav": 44}  # bytes before the first pixel or sample
 FILE_BYTES = {"tiff": 378, "png": 340, "wav": 1794}
 
 
@@ -55,13 +55,13 @@ def trees(tmp_path_factory) -> tuple[Path, Path]:
     trees = parent / "first", parent / "second"
     for process in [start(tree, *SMALL) for tree in trees]:
         assert finish(process)[0] == 0
-    assert sorted(parent.iterdir()) == sorted(trees)  # nothing else left beside them
+    assert sorted(parent.iterdir()) == sorted(trees)  # no other files are left
     return trees
 
 
 @pytest.fixture(scope="module")
 def files(trees) -> list[dict]:
-    """The manifest's rows, each with the file's content."""
+    """The manifest's rows with the content of each file."""
     with open(trees[0] / "manifest.csv") as file:
         rows = list(csv.DictReader(file))
     return [{**row, "content": (trees[0] / row["path"]).read_bytes()} for row in rows]
@@ -86,7 +86,7 @@ def test_length_and_header_do_not_tell_the_class(files):
 
 
 def test_first_64_bytes_and_file_number_are_no_better_than_chance(files):
-    """For each feature, the class means differ by no more than the means of shuffled classes would."""
+    """For each feature, class means differ no more than with shuffled classes."""
     rng = np.random.default_rng(0)
     for encoding in HEADER_BYTES:
         train = [f for f in files if f["encoding"] == encoding and f["split"] == "train"]
@@ -100,7 +100,7 @@ def test_first_64_bytes_and_file_number_are_no_better_than_chance(files):
 
 
 def class_spread(features: np.ndarray, labels: np.ndarray) -> float:
-    """The variance between classes as a share of all variance, the largest over the features."""
+    """The variance between classes as a share of the total variance; the maximum over the features."""
     means = np.stack([features[labels == digit].mean(axis=0) for digit in range(10)])  # [10, features]
     return float((means.var(axis=0) / (features.var(axis=0) + 1e-9)).max())
 
@@ -150,7 +150,7 @@ def test_clips_are_wav_files_with_a_word_in_noise(files):
                 assert file.getparams()[:4] == (1, 1, 5000, 1750)
                 samples = np.frombuffer(file.readframes(2800), np.uint8).astype(int) - 128
             assert np.abs(samples).max() > 40  # 0.4 of full scale is 51
-            assert len(set(samples[:100])) > 1  # not silent, even where nobody speaks
+            assert len(set(samples[:100])) > 1  # not silent, even before the word
             assert len(set(samples[-100:])) > 1
 
 
@@ -201,4 +201,4 @@ def stop_while_it_speaks(out: Path, how: int) -> tuple[int, str]:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(how)
-    return finish(process)  # that its pipes end says that the speaking processes ended, too
+    return finish(process)  # its pipes end only when the speaking processes have ended too
