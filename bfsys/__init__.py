@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation", "Model", "Prediction", "UserError", "files_in", "fit", "load"]
 
-# PyTorch is imported when a name is asked for, and not for `bfsys --help`.
+# A name is imported when it is first used, so `bfsys --help` does not import PyTorch.
 _MODULES = {
     "Explanation": "bfsys.explain.explanation",
     "Model": "bfsys.predict",
@@ -36,7 +36,7 @@ _MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker would take any name for one that exists
+if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept any name
 
     def __getattr__(name: str) -> object:
         if name not in _MODULES:

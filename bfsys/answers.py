@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prediction:
-    """One class that a file may be of."""
+    """A class, and its probability for a file."""
 
     class_name: str
     index: int
@@ -18,7 +18,7 @@ class Prediction:
     probability: float
 
     def to_dict(self) -> dict:
-        """As the commands and the server write it in JSON."""
+        """The prediction as a tree for the JSON of commands and server."""
         return {"class": self.class_name, "index": self.index, "probability": self.probability}
 
 

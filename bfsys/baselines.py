@@ -16,13 +16,13 @@ from bfsys.data.streaming.loader import evaluation_rounds, training_batches
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.ranks import Ranks
 
-FIRST_BYTES = 64  # hold the header of most formats
-NO_BYTE = 256  # past the end of a shorter file
+FIRST_BYTES = 64  # contain the header of most formats
+NO_BYTE = 256  # value past the end of a shorter file
 
 
 @dataclass
 class Table:
-    """Files as the simple models see them."""
+    """The features of files that the simple models use."""
 
     lengths: np.ndarray  # int64 [files]
     counts: np.ndarray  # float64 [files, 256]: share of each byte value
@@ -59,12 +59,12 @@ def byte_counts(train: Table, val: Table) -> float:
     from sklearn.preprocessing import StandardScaler
 
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    model.fit(np.sqrt(train.counts), train.labels)  # square roots: shares spread over orders of magnitude
+    model.fit(np.sqrt(train.counts), train.labels)  # square roots, since shares differ by orders of magnitude
     return float(model.score(np.sqrt(val.counts), val.labels))
 
 
 def first_bytes(train: Table, val: Table) -> float:
-    """A linear model that knows the value of each of the first bytes: it finds magic numbers and header fields."""
+    """The accuracy of a linear model of the first byte values. It can find magic numbers and header fields."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder
@@ -75,13 +75,13 @@ def first_bytes(train: Table, val: Table) -> float:
 
 
 def unmixed(config: Config) -> Sources:
-    """The training data without mixup, because the baselines take one class for each file."""
+    """The training data without mixup, because the baselines need one class per file."""
     sources = [replace(s, augment=replace(s.augment, mixup=False)) if s.augment else s for s in config.data.sources]
     return open_training(replace(config, data=replace(config.data, sources=tuple(sources))))
 
 
 def batches_for_training(config: Config, sources: Sources, steps: int) -> Iterator[ByteBatch]:
-    optim = replace(config.optim, content_loss=0.0)  # these models predict classes alone
+    optim = replace(config.optim, content_loss=0.0)  # these models predict only classes
     config = replace(config, optim=optim, train=replace(config.train, steps=steps))
     return training_batches(config, sources, make_plan(config, sources), Ranks(), first_step=0)
 
@@ -91,7 +91,7 @@ def batches_for_evaluation(config: Config, sources: Sources) -> Iterator[ByteBat
 
 
 def tables_of(config: Config, training: Sources, validation: Sources) -> tuple[Table, Table]:
-    """One epoch of the run's training files, and its evaluation files."""
+    """The tables of one epoch of the run's training files, and of its evaluation files."""
     epoch = -(-sum(len(split) for split in training.splits) // config.data.batch_samples)
     train = Table.of(batches_for_training(config, unmixed(config), epoch))
     return train, Table.of(batches_for_evaluation(config, validation))

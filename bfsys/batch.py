@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 NO_LABEL = -1
-# The shape of the table that says what a file shows
+# Shape of the content table of a file (data/media/content.py)
 CONTENT_ROWS, CONTENT_COLUMNS = 64, 48
 
 
@@ -31,7 +31,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ByteBatch:
-    """B files as one buffer.
+    """B files in one buffer.
 
     data     uint8 [total bytes], on the device of the model
     offsets  int64 [B + 1] from 0, on the CPU, where index arithmetic is done; file i is
@@ -39,11 +39,11 @@ class ByteBatch:
     labels   int64 [B], class index in the run's class list, or NO_LABEL
     sources  int64 [B], position of the file's source in the run's source list
     samples  int64 [B], position of the file in its source's index, or -1 if it has none
-    second_labels, second_share   int64 [B] and float32 [B]: with mixup, the class of the other sound in a file and
-             how much of the target is that class's; None where nothing is mixed
-    content  float16 [B, CONTENT_ROWS, CONTENT_COLUMNS]: what each file shows (data/media/content.py), for the content
-             loss; None without it
-    replaced how many of the files stand in for others that could not be read
+    second_labels, second_share   int64 [B] and float32 [B]: with mixup, the class of the sound that is mixed in, and
+             its share of the target; None without mixup
+    content  float16 [B, CONTENT_ROWS, CONTENT_COLUMNS]: content tables of the files (data/media/content.py) for the
+             content loss; None without it
+    replaced number of files that replace unreadable ones
     """
 
     data: Tensor
@@ -65,11 +65,11 @@ class ByteBatch:
         return self.offsets[1:] - self.offsets[:-1]
 
     def files(self) -> list[np.ndarray]:
-        """uint8 [bytes] of each file; views, of a batch on the CPU."""
+        """uint8 [bytes] of each file, as views. The batch must be on the CPU."""
         return np.split(self.data.numpy(), self.offsets[1:-1].numpy())
 
     def to(self, device: torch.device | str) -> ByteBatch:
-        """What the model and the loss take, on `device`; offsets and sample numbers stay on the CPU."""
+        """The batch with the inputs of model and loss on `device`. Offsets and sample numbers stay on the CPU."""
         return replace(
             self,
             data=self.data.to(device, non_blocking=True),
@@ -82,7 +82,7 @@ class ByteBatch:
 
     @staticmethod
     def from_samples(samples: Sequence[Sample]) -> ByteBatch:
-        """Lay files one behind the other (for prediction and tests; the reader fills its buffer directly)."""
+        """Concatenate files (for prediction and tests; the reader fills its buffer directly)."""
         offsets = np.zeros(len(samples) + 1, np.int64)
         np.cumsum([len(s.data) for s in samples], out=offsets[1:])
         data = np.concatenate([s.data for s in samples]) if samples else np.zeros(0, np.uint8)

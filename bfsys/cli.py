@@ -50,11 +50,11 @@ COMMANDS = {
     "import-corenet": "turn CoreNet's ByteFormer weights into a run directory",
 }
 TAKE_OVERRIDES = ("plan", "train", "launch", "slurm")
-INTERMIXED = (*TAKE_OVERRIDES, "explain")  # positional arguments may stand among options, and there may be none
+INTERMIXED = (*TAKE_OVERRIDES, "explain")  # positional arguments may be among options, and may be absent
 OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other arguments of `slurm` submit a job
 WIDTH = 78  # columns of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
-# Arguments that are completed by file names, besides those that are a path by their type.
+# Arguments that the shell completes with file names, besides those whose type is a path.
 FILES = ("config", "dataset", "files", "permute", "run", "to")
 
 
@@ -69,7 +69,7 @@ def run_as(name: str, prog: str) -> None:
 
 
 def dispatch(arguments: Sequence[str]) -> int | None:
-    """`bfsys ARGUMENT…`: the exit code."""
+    """Run `bfsys ARGUMENT…`. Returns the exit code."""
     if arguments and arguments[0] in COMMANDS:
         return call(arguments[0], arguments[1:])
     if arguments and not arguments[0].startswith("-"):
@@ -105,9 +105,9 @@ def overview() -> str:
 
 
 def call(name: str, arguments: Sequence[str], prog: str | None = None) -> int | None:
-    """Parse the arguments of a command and run it: its exit code. Exceptions come through.
+    """Parse the arguments of a command and run it. Returns its exit code. Exceptions are not caught.
 
-    `prog` is what the command is called in its usage.
+    `prog` is the command's name in its usage text.
     """
     module = module_of("slurm_jobs" if name == "slurm" and arguments[:1] and arguments[0] in OF_SLURM_JOBS else name)
     parser = parser_of(module, prog or f"bfsys {name}")
@@ -130,7 +130,7 @@ def parser_of(module: ModuleType, prog: str) -> argparse.ArgumentParser:
 
 
 def completion(shell: str) -> str:
-    """A script that completes commands, options and file names in a shell."""
+    """A shell script that completes commands, options and file names."""
     import shtab
 
     from bfsys.commands.arguments import local_path
@@ -154,7 +154,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help in two columns, of which the first is as wide as most options need."""
+    """Help in two columns. The first is as wide as most options need."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=26)

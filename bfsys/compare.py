@@ -44,7 +44,7 @@ WITHOUT_INFLUENCE = frozenset((
     "train.hang_timeout_s", "train.collective_timeout_s",
 ))  # fmt: skip
 SEED, STEPS = "train.seed", "train.steps"
-TRAINING = ("productive", "stall", "data_wait")  # causes of the ledger, without restarts and steps that were lost
+TRAINING = ("productive", "stall", "data_wait")  # causes in the ledger, without restarts and lost steps
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Run:
     """All config keys that influence results, without the seed, by their dotted names."""
     seed: int
     step: int
-    """Steps made so far."""
+    """Number of steps so far."""
     scores: dict | None
-    """The latest evaluation: step, loss, top1, and the same of each source in `sources`."""
+    """The latest evaluation: step, loss, top1, and in `sources` the scores of each source."""
     minutes: float | None
-    """Training time with waiting for data and saving, without restarts and the steps that they repeat."""
+    """Training time, including waits for data and saves, without restarts and the steps that they repeat."""
     parameters: int | None
     """The number of parameters; None before the first checkpoint."""
 
@@ -75,28 +75,29 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """Repetitions of one config that are finished, or one run that is not."""
+    """The finished repetitions of one config, or one unfinished run."""
 
     settings: dict[str, Any]
-    """The keys that differ between rows. A key that a run lacks, such as one of a second source, is absent."""
+    """The keys that differ between rows. A key that the run lacks, such as one of a second source, is absent."""
     runs: list[Run]
 
     def values(self, score: str, source: str | None = None) -> list[float]:
-        """A score of each run that has it."""
+        """This score of each run that has it."""
         parts = [run.scores["sources"].get(source, {}) if source else run.scores for run in self.runs if run.scores]
         return [part[score] for part in parts if score in part]
 
 
 def influential_settings(config: Config) -> dict[str, Any]:
-    """All keys that influence results, by their dotted names; the seed is one of them."""
+    """All keys that influence results, including the seed, by their dotted names."""
     settings = typed_yaml.flatten(typed_yaml.to_tree(config))
     return {key: value for key, value in settings.items() if key not in WITHOUT_INFLUENCE}
 
 
 def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs of run directories and of folders that hold run directories, and what cannot be read of a folder's.
+    """The runs in run directories and in folders of run directories, and problems of unreadable runs in folders.
 
-    Raises UserError if a path holds no run, a run that is named cannot be read, or no run was evaluated yet.
+    Raises UserError if a path contains no run, if a run directory in `paths` cannot be read, or if no run was evaluated
+    yet.
     """
     problems: list[str] = []
     unreadable: list[str] = []
@@ -161,7 +162,7 @@ def _parameters(run_dir: Path) -> int | None:
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
-    """The best first, by top-1; runs that are not finished come last."""
+    """The rows of a table, sorted by top-1, the best first. Unfinished runs come last."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     differing = [key for key in keys if key != STEPS and len({_text_of(run, key) for run in runs}) > 1]
     groups: dict[str, list[Run]] = {}
@@ -180,7 +181,7 @@ def _text_of(run: Run, key: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as plain text, a line each, with notes below."""
+    """The rows as plain text, one line each, with notes below."""
     runs = [run for row in rows for run in row.runs]
     sources = dict.fromkeys(name for run in runs if run.scores for name in run.scores["sources"])
     several = any(len(run.scores["sources"]) > 1 for run in runs if run.scores)
@@ -226,7 +227,7 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _short_names(keys: list[str]) -> dict[str, str]:
-    """The last part of each dotted key, or the whole key where several end alike."""
+    """The last part of each dotted key, or the whole key if several keys have the same last part."""
     ends = [key.rpartition(".")[2] for key in keys]
     return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
 
@@ -241,7 +242,7 @@ def _mean(values: Sequence[float], scale: float, digits: int) -> str:
     """The mean ± sample standard deviation."""
     if not values:
         return "-"
-    mean = math.fsum(values) / len(values)  # statistics.stdev raises an AttributeError where a loss is NaN
+    mean = math.fsum(values) / len(values)  # statistics.stdev raises AttributeError on NaN
     text = f"{scale * mean:.{digits}f}"
     if len(values) == 1:
         return text

@@ -30,8 +30,8 @@ def _with_expanded_key_file(transform: str, info: ValidationInfo) -> str:
 
 Location = Annotated[str, AfterValidator(expanded)]
 Transform = Annotated[str, AfterValidator(_with_expanded_key_file)]
-MOST = 2**40  # for every count: a larger number is a mistake, and a product of two could overflow 64 bits
-MOST_WIDE = 2**20  # for sizes that are allocated at once
+MOST = 2**40  # limit of all counts: larger ones are mistakes, and a product of two could overflow 64 bits
+MOST_WIDE = 2**20  # limit of sizes that are allocated at once
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Whole = Annotated[int, Field(ge=0, le=MOST)]
 Width = Annotated[int, Field(ge=1, le=MOST_WIDE)]
@@ -68,16 +68,15 @@ class Augment:
 
 @dataclass(frozen=True)
 class Jitter:
-    """Small random changes to a source's training files, each written again in its own format: see
-    data/streaming/jitter.py. Files other than pictures and lossless sounds are not changed. Evaluation files are not
-    changed either."""
+    """Small random changes to a source's training files. Each file keeps its own format: see data/streaming/jitter.py.
+    Only pictures and lossless sounds are changed. Evaluation files are not changed."""
 
     __pydantic_config__ = _STRICT
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Probability that a file is changed when it is read."""
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
-    """Largest angle by which a picture is turned, to either side."""
+    """Largest angle by which a picture is rotated, in either direction."""
     zoom: Share = 0.1
     """Largest share by which a picture's width and height grow or shrink, independently of each other."""
     shift: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
@@ -98,13 +97,13 @@ class Source:
     __pydantic_config__ = _STRICT
 
     path: Location
-    """Folder that tools/pack.py made (it holds dataset.json), or its URL: s3://, gs://, http(s)://, or a command
+    """Folder that `bfsys pack` made (it contains dataset.json), or its URL: s3://, gs://, http(s)://, or a command
     that prints one of its files, such as `pipe:ssh host cat /data/{file}`."""
     weight: Positive = 1.0
-    """Share of the samples of every step, relative to the other sources' weights; see data.mixture."""
+    """Relative share of the samples of every step; see data.mixture."""
     eval_path: Location | None = None
-    """Dataset for evaluation; default: `path`. Needed for augmented sources, whose training files are stored unchanged:
-    pack the evaluation files in the encoding that the model reads."""
+    """Dataset for evaluation; default: `path`. Augmented sources need it, since their training files are stored
+    unchanged: pack the evaluation files in the encoding that the model reads."""
     augment: Augment | None = None
     """Decode, augment and re-encode files during training."""
     jitter: Jitter | None = None
@@ -131,10 +130,10 @@ class Data:
     """Number of equal parts of the global batch, which is fixed for a run. The world size must divide it; a rank
     processes lanes / world size of them. train.micro_batch_tokens decides how many are computed together."""
     micro_batch_bytes: Count | None = None
-    """Byte budget of the smallest micro-batch, which is a lane's samples of a step. A start is refused if their mean
-    size would exceed the budget (the plan keeps each micro-batch near the mean)."""
+    """Byte budget of the smallest micro-batch, which is a lane's samples of a step. If their mean size exceeds the
+    budget, the run does not start (the plan keeps each micro-batch near the mean)."""
     shuffle_block: Count = 4096
-    """Size of a block in samples: the samples of a block are shuffled together, and dealt to steps by length."""
+    """Size of a block in samples. The samples of a block are shuffled together, and assigned to steps by length."""
     eval_batch_bytes: Count = 1_000_000
     """Byte budget of a micro-batch during evaluation; a single larger file forms its own batch."""
     byte_transforms: tuple[Transform, ...] = ()
@@ -151,9 +150,9 @@ class Data:
     """Cache for shards of remote sources, on a disk that the ranks of a node share. Default: a folder of the user in
     the system's temporary folder."""
     fetch_tries: Count = 9
-    """Number of tries for a remote file while its server fails. The pauses between tries are about 1, 2, 4, … s, 4
-    minutes in all by default, and differ between processes by up to a quarter. Each failed try is printed on standard
-    error. After the last one the run ends with code 1, and launchers restart it."""
+    """Number of tries for a remote file. The pauses between tries are about 1, 2, 4, … s, with a random jitter of up to
+    a quarter; by default they are 4 minutes in all. Each failed try is printed on standard error. After the last one,
+    the run ends with code 1, and launchers restart it."""
     cache_gb: Positive = 100.0
     """Size of the cache in 1e9 bytes; the least recently used shard is evicted."""
 
@@ -173,7 +172,7 @@ class Model:
     """Tokens by which the windows of every second layer are shifted."""
     max_tokens: Count = 50_000
     """Rows of the learned position table. For a file of more than max_tokens * kernel / 2 bytes, the second half of
-    the table is repeated, see model/stem.py."""
+    the table is repeated: see model/stem.py."""
     dim: Width | None = None
     """Channels, for `size: custom` only; likewise layers, heads (default: dim / 64) and merge_after."""
     layers: Width | None = None
@@ -182,7 +181,7 @@ class Model:
     """Layers after which pairs of tokens are merged (default: the published 0, 1, 3, 5, 7, 9)."""
     mode: Literal["masked", "as_released"] = "masked"
     """masked: padding and neighbouring files never change an answer. as_released: the arithmetic of Apple's released
-    code, for weights that were trained with it (tools/import_corenet.py); files then need at least `kernel` bytes."""
+    code, for weights that were trained with it (`bfsys import-corenet`); files then need at least `kernel` bytes."""
     pool: Literal["mean", "attention"] = "mean"
     """How the tokens of a file become one vector. mean: as published. attention: a weighted mean with learned weights,
     so that a few tokens of a long file, such as its header, can decide the class: see model/pool.py."""
@@ -192,7 +191,7 @@ class Model:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass, which needs less memory and about a fifth more time."""
     compiled: bool = False
-    """Fuse the operations between matrix products with torch.compile. It takes some minutes at each start, and has no
+    """Fuse the operations between matrix products with torch.compile. This takes some minutes at each start, and has no
     effect on a CPU."""
 
     def architecture(self) -> sizes.Architecture:
@@ -217,13 +216,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with a cosine schedule, as published, or Muon beside it."""
+    """AdamW with a cosine schedule, as published, or Muon together with AdamW."""
 
     __pydantic_config__ = _STRICT
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: the matrices of blocks and token merges and the stem's kernel are updated by Muon, everything else by
-    AdamW: see optim.py."""
+    """muon: Muon updates the matrices of blocks and token merges and the stem's kernel, and AdamW everything else: see
+    optim.py."""
     lr: Positive = 1e-3
     """Peak learning rate of AdamW; with `name: muon`, of embedding, positions, head, norms and biases only."""
     muon_lr: Positive = 5e-3
@@ -246,12 +245,11 @@ class Optim:
     label_smoothing: Share = 0.1
     """Label smoothing, in training only."""
     content_loss: NotNegative = 0.0
-    """Weight of the content loss: in training, the loader decodes pictures and sounds, and tokens also predict what
-    the file shows at their place (data/media/content.py). 0: no content loss and no decoding (published). It has no
-    effect together with data.byte_transforms, which move or hide what bytes show."""
+    """Weight of the content loss: in training, the loader decodes pictures and sounds, and tokens also predict the
+    decoded content at their place (data/media/content.py). 0: no content loss and no decoding (published). It has no
+    effect together with data.byte_transforms, which move or hide content."""
     ema_decay: Share = 0.9999
-    """Decay of the averaged copy of the weights, which evaluations during training, bfsys.evaluate and bfsys.predict
-    use; 0 keeps no average."""
+    """Decay of the average of the weights, which evaluation and prediction use by default; 0: no average."""
 
 
 @dataclass(frozen=True)
@@ -265,16 +263,16 @@ class Train:
     seed: Whole = 0
     """Seed of the initial weights and the data order."""
     init_from: Location | None = None
-    """Run, or imported weights, whose weights (the averaged ones, if there are any) are the initial weights. The
+    """Run or imported weights from which the initial weights are copied (the averaged ones, if there are any). The
     architecture must be the same; init_from.py explains which heads and positions may differ. A resumed run ignores
-    it."""
+    this setting."""
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 gradients, 3 parameters divided among the ranks."""
     micro_batch_tokens: Whole = 0
-    """Largest number of tokens for which lanes of a rank are joined into one micro-batch; a single lane may have more.
-    0 means 2^27 / dim tokens on GPUs, which keep a GPU busy and whose activations take about 11 GB in bf16, and one
-    lane per micro-batch on CPUs. It may change at a resume: the gradient stays the same up to rounding."""
+    """Lanes of a rank are joined into micro-batches of at most this many tokens; a single lane may have more. 0 means
+    one lane per micro-batch on CPUs and 2^27 / dim tokens on GPUs, which keep a GPU busy and whose activations take
+    about 11 GB in bf16. It may change at a resume: the gradient stays the same up to rounding."""
     log_every: Count = 20
     """Steps between lines in metrics.jsonl, TensorBoard and the console."""
     eval_every: Whole = 5000
@@ -282,8 +280,8 @@ class Train:
     save_every: Count = 1000
     """Steps between checkpoints; the last step is always saved."""
     checkpoint_copy: Location | None = None
-    """URL of a folder in an object store, such as s3://bucket/folder, to which every checkpoint is copied while
-    training goes on, as URL/NAME/checkpoints/step_…. A start without a checkpoint on its disk continues from there."""
+    """URL of a folder in an object store, such as s3://bucket/folder. Every checkpoint is copied there during training,
+    as URL/NAME/checkpoints/step_…. A start without a checkpoint on its disk resumes from the copy."""
     keep_checkpoints: Count = 3
     """Number of newest checkpoints that stay on disk."""
     keep_every: Whole = 0
@@ -293,16 +291,15 @@ class Train:
     best_metric: Literal["top1", "top5", "loss"] = "top1"
     """Metric that decides which checkpoints are best, jointly over all sources."""
     max_bad_steps: Count = 3
-    """Bad steps in a row (non-finite, or a spike of the loss) after which the run rolls back to the checkpoint before
-    them and skips them. A single non-finite step is skipped and recorded: see guard.py."""
+    """Number of consecutive bad steps (non-finite, or a spike of the loss) after which the run rolls back to the
+    checkpoint before them and skips them. A single non-finite step is skipped and recorded: see guard.py."""
     spike_zscore: NotNegative = 10.0
-    """Robust z-score of the log-loss above which a loss is a spike; 0 disables the test."""
+    """A loss is a spike if the robust z-score of its logarithm is above this; 0 disables the test."""
     hang_timeout_s: NotNegative = 0.0
-    """Seconds without progress after which a run counts as hung: it is ended, and launchers restart it. 0: a minute or
+    """Seconds without progress after which the watchdog ends the run as hung, and launchers restart it. 0: a minute or
     ten times the longest interval so far, whichever is longer."""
     collective_timeout_s: Count = 600
-    """Seconds after which a rank that waits for the others gives up; also the watchdog's limit while a run starts,
-    saves or evaluates."""
+    """Timeout of collectives. It is also the watchdog's limit while a run starts, saves or evaluates."""
 
 
 # Values that a recipe sets if the config does not. The recommended recipe learns faster from few files
@@ -326,9 +323,9 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     recipe: Literal["published", "recommended"] = "published"
-    """Defaults of model and optim. published: those that are documented here. recommended: model.pool is attention,
-    model.init smooth, optim.name muon, optim.clip_norm 1 and optim.content_loss 5; it learns faster from small
-    datasets. The config.yaml in a run directory gives every value, so the recipe changes nothing there."""
+    """Defaults of model and optim. published: the defaults that are documented here. recommended: model.pool is
+    attention, model.init smooth, optim.name muon, optim.clip_norm 1 and optim.content_loss 5; it learns faster from
+    small datasets. The config.yaml in a run directory gives every value, so the recipe has no effect there."""
     name: str = ""
     """Name of the run's directory; default: the config file's name."""
     runs_dir: Location = "runs"
@@ -340,12 +337,12 @@ class Config:
 
     @property
     def content_weight(self) -> float:
-        """The weight of the content loss as it is applied."""
+        """The effective weight of the content loss."""
         return 0.0 if self.data.byte_transforms else self.optim.content_loss
 
     @property
     def copy_url(self) -> str:
-        """URL of the run's copy in an object store; "" if there is to be none."""
+        """URL of the run's copy in an object store; "" without train.checkpoint_copy."""
         return f"{self.train.checkpoint_copy.rstrip('/')}/{self.name}" if self.train.checkpoint_copy else ""
 
 
@@ -371,7 +368,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if any("\ud800" <= character <= "\udfff" for character in text):
             problems.append(f"{key}: got {text!r}, which is not text in UTF-8; TensorBoard and safetensors want that")
     if data.sources and data.batch_samples < data.lanes * len(data.sources):
-        problems.append(  # fewer could leave a lane without a sample in some step
+        problems.append(  # with fewer, a lane could have no sample in a step
             f"data.batch_samples: got {data.batch_samples}; with {data.lanes} lanes (data.lanes) and "
             f"{len(data.sources)} sources, at least {data.lanes * len(data.sources)} are needed"
         )

@@ -26,14 +26,14 @@ from bfsys.errors import UserError
 from bfsys.files import replace_file, replacing
 
 MOST_CLASSES_DRAWN = 2000
-MOST_CLASSES_NAMED = 60  # beside rows and columns
-MOST_CLASSES_COUNTED = 30  # up to here, each cell shows its number of files
+MOST_CLASSES_NAMED = 60  # up to this number, rows and columns are labelled
+MOST_CLASSES_COUNTED = 30  # up to this number, each cell shows its number of files
 WORST_PAIRS = 5
 WORST_FILES = 10
 
 
 class Judged(NamedTuple):
-    """A file and what was answered."""
+    """A file, and the model's answer."""
 
     probability: float  # the probability of the file's own class
     label: int
@@ -43,12 +43,12 @@ class Judged(NamedTuple):
 
 
 class Answers:
-    """The answers of an evaluation: how often each class got each answer, and the files that were judged worst."""
+    """The answers of an evaluation: the count of each pair of class and answer, and the worst files."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.worst: list[Judged] = []
-        """The WORST_FILES of which the right class got the lowest probability, the lowest first."""
+        """The WORST_FILES files with the lowest probability of their own class, the lowest first."""
         self._pairs: list[np.ndarray] = [np.zeros(0, np.int64)]  # [files], class · number of classes + answer
 
     def add(self, batch: ByteBatch, logits: Tensor) -> None:
@@ -62,20 +62,20 @@ class Answers:
         self.worst = sorted([*self.worst, *found])[:WORST_FILES]
 
     def counts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """int64 [pairs] each: class, answer, files, of the pairs that occur."""
+        """int64 [pairs] each: class, answer and number of files of the pairs that occur."""
         values, counts = np.unique(np.concatenate(self._pairs), return_counts=True)
         labels, answers = np.divmod(values, self.num_classes)
         return labels, answers, counts
 
     def totals(self) -> np.ndarray:
-        """float64 [2, classes]: files of each class, and how many of them were classified correctly."""
+        """float64 [2, classes]: the number of files of each class, and of those that were classified correctly."""
         labels, answers, counts = self.counts()
         right = np.where(labels == answers, counts, 0)
         of_classes = [np.bincount(labels, weights, minlength=self.num_classes) for weights in (counts, right)]
         return np.stack(of_classes).astype(np.float64)  # without answers, bincount gives integers
 
     def over_ranks(self) -> Answers:
-        """The answers of all ranks on rank 0, and none on the other ranks; collective."""
+        """The answers of all ranks on rank 0; empty on the other ranks; collective."""
         everyones = Answers(self.num_classes)
         for labels, answers, counts, worst in gather_to_rank0((*self.counts(), self.worst)):
             everyones._pairs.append(np.repeat(labels * self.num_classes + answers, counts))
@@ -85,7 +85,7 @@ class Answers:
 
 
 class Report:
-    """Files about the answers of an evaluation."""
+    """Writes files on the answers of an evaluation."""
 
     def __init__(self, classes: Sequence[str], folder: Path) -> None:
         self.classes, self.folder = tuple(classes), folder
@@ -95,7 +95,7 @@ class Report:
             raise UserError(f"--report {folder}: cannot be made: {error.strerror}") from None
 
     def write(self, all_answers: Answers) -> list[str]:
-        """Write the files; lines that sum them up."""
+        """Write the files. Returns lines that summarise them."""
         labels, answers, counts = all_answers.counts()
         files, right = all_answers.totals().astype(np.int64)
         mistakes = sorted(
@@ -103,7 +103,7 @@ class Report:
             for label, answer, count in zip(labels, answers, counts, strict=True)
             if label != answer
         )
-        worst: dict[int, tuple[int, int]] = {}  # class → most frequent wrong answer, how often
+        worst: dict[int, tuple[int, int]] = {}  # class → most frequent wrong answer, its count
         for minus_count, label, answer in mistakes:
             worst.setdefault(label, (answer, -minus_count))
         try:
@@ -136,9 +136,9 @@ class Report:
         _write_table(self.folder / "classes.tsv", columns, rows)
 
     def _draw(self, labels: np.ndarray, answers: np.ndarray, counts: np.ndarray, files: np.ndarray) -> str:
-        """Draw the matrix of the classes that occur; says where it is, or why not."""
+        """Draw the matrix of the classes that occur. Returns a note with its path or with the reason for none."""
         try:
-            from matplotlib.figure import Figure  # without pyplot there is no display to look for
+            from matplotlib.figure import Figure  # not pyplot, which would look for a display
         except ImportError:
             return "(no picture: pip install matplotlib)"
         shown = np.union1d(np.flatnonzero(files), answers)
@@ -155,7 +155,7 @@ class Report:
         axes.set(xlabel="answer", ylabel="class")
         if len(shown) <= MOST_CLASSES_NAMED:
             names = [self.classes[number] for number in shown]
-            # parse_math: a class may be called $5_$10
+            # No parse_math, since a class may have a name such as $5_$10
             axes.set_xticks(range(len(shown)), names, rotation=90, parse_math=False)
             axes.set_yticks(range(len(shown)), names, parse_math=False)
         if len(shown) <= MOST_CLASSES_COUNTED:

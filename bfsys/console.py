@@ -19,9 +19,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# A pipe that is ready for writing takes at least as many bytes without blocking (PIPE_BUF).
+# A pipe that is ready for writing accepts at least this many bytes without blocking (PIPE_BUF).
 PART_BYTES = 4096
-# A console that takes nothing for this long counts as stopped. Until it takes something again, nobody waits for it.
+# A console that accepts no bytes for this long counts as stopped. Writing does not wait for it until it accepts again.
 PATIENCE_S = 5.0
 
 
@@ -37,12 +37,11 @@ class Console(io.TextIOBase):
     """A text stream to standard output or error that writes whole lines. Characters that the console's encoding lacks
     are written as backslash escapes."""
 
-    encoding = ""  # in the place of the base class's, which cannot be set
+    encoding = ""  # overrides the attribute of the base class, which is read-only
 
     def __init__(self, descriptor: int, name: str, encoding: str, *, fails: bool) -> None:
-        """Write to `descriptor`. If `fails` is true, errors raise OutputError, and writing waits for a stopped console.
-        Otherwise lines that cannot be written go to the file `log`, once it is set. A `descriptor` of -1 means a closed
-        console."""
+        """Write to `descriptor`; -1 means a closed console. If `fails` is true, errors raise OutputError, and writing
+        waits for a stopped console. Otherwise lines that cannot be written go to the file `log` if it is set."""
         self.log: Path | None = None
         self.fails = fails
         self._descriptor, self._name, self.encoding = descriptor, name, encoding
@@ -72,9 +71,9 @@ class Console(io.TextIOBase):
             self.write_bytes(text.encode(self.encoding, "backslashreplace"))
 
     def write_bytes(self, content: bytes) -> None:
-        """Write what is encoded already."""
+        """Write encoded text."""
         if self._descriptor < 0 and self.fails:
-            return  # closing it said that nobody wants to read it
+            return  # the output was closed on purpose
         problem: str | None = "it takes nothing"
         try:
             while content and (self.fails or self._is_ready()):
@@ -89,7 +88,7 @@ class Console(io.TextIOBase):
                 self._write_to_log(self.log, content, problem)
 
     def _is_ready(self) -> bool:
-        """Whether a write would not block, or would fail at once."""
+        """Whether a write would return or fail without blocking."""
         if self._descriptor < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         poll = select.poll()
@@ -107,16 +106,16 @@ class Console(io.TextIOBase):
 
 
 def prepare() -> None:
-    """Make standard output and error safe to use: to be called before a command does anything else.
+    """Make standard output and standard error safe to use. Call this before a command does anything else.
 
-    A closed descriptor would be given to the next file that is opened, and what is printed would be written into it.
-    Standard error never raises; standard output does, until `go_on_without` is called.
+    Otherwise, the next file that is opened would get the number of a closed descriptor, and output would be written
+    into it. Standard error never raises. Standard output does, until `go_on_without` is called.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
     for name, shown_as, descriptor in (("stdout", "standard output", 1), ("stderr", "standard error", 2)):
         stream = getattr(sys, name)
         if stream is None:  # it was closed when Python started
@@ -128,14 +127,14 @@ def prepare() -> None:
 
 
 def go_on_without(log: Path | None = None) -> None:
-    """Ignore failures of the console from now on; lines that cannot be printed go to `log`."""
+    """Ignore errors of the console from now on. Lines that cannot be printed go to `log`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Console):
             stream.fails, stream.log = False, log
 
 
 def discard_output() -> None:
-    """Let what is still printed go nowhere, after the reader of standard output has ended."""
+    """Discard further output, after the reader of standard output has ended."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

@@ -15,11 +15,11 @@ from bfsys.errors import UserError
 from bfsys.json_lines import NUMBER, read_json_lines
 
 PANELS_PER_ROW = 4
-SMOOTHED = 20  # the window is this part of the lines
+SMOOTHED = 20  # the smoothing window is 1 / SMOOTHED of the lines
 
 
 def read(run: Path, score: str, problems: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """{source or "all": {"train" and "eval": float64 [lines, 2] of step and score}}."""
+    """Read {source or "all": {"train" and "eval": float64 [lines, 2] of step and score}}."""
     try:
         lines = list(read_json_lines(run / METRICS, {"kind": str, "step": int, "sources": dict, score: NUMBER}))
     except OSError as error:

@@ -26,20 +26,20 @@ from bfsys.ranks import Ranks, env_number
 
 T = TypeVar("T")
 
-# Ranks that do not meet within this time are named, while the others keep waiting.
+# Ranks that do not join within this time are reported, while the others keep waiting.
 SAY_AFTER_S = 15.0
 MEET_POLL_S = 0.05
-# Events that NCCL keeps for the watchdog: what each rank called last, and how far it came.
+# Collectives that NCCL records for the watchdog: the last calls of each rank, and their progress.
 FLIGHT_RECORDER_EVENTS = "2000"
-# A GPU's rank computes indices only on the CPU, and shares the cores with other ranks and loader processes.
+# With a GPU, a rank computes only indices on the CPU, and shares the cores with other ranks and loader processes.
 THREADS_BESIDE_A_GPU = 4
-# With 1, gloo connects two ranks when they first exchange something; otherwise it connects all of them at the start.
+# With 1, gloo connects two ranks at their first exchange; otherwise it connects all ranks at the start.
 CONNECT_ON_DEMAND = "TORCH_GLOO_LAZY_INIT"
-# Among more ranks, connections of all to all would take more open files than many machines allow a process, and a start
-# that grows with the square of the ranks. Among fewer ranks they remain: a rank that is lost before it connects leaves
-# others waiting until the watchdog ends them.
+# With more ranks, connecting all pairs would need more open files than many machines allow, and the time of a start
+# would grow with the square of the ranks. Fewer ranks are all connected at the start, because with connections on
+# demand, a rank that is lost before it connects leaves others waiting until the watchdog ends them.
 MOST_RANKS_ALL_CONNECTED = 64
-# Messages of gloo and NCCL when a peer has ended. Other errors of theirs are about the network, or are timeouts.
+# Messages of gloo and NCCL when a peer has ended. Their other errors are network errors or timeouts.
 LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -51,14 +51,14 @@ LOST_CONNECTION = (
 
 
 class AgreedError(UserError):
-    """A UserError that every rank raises, so that one of them can say it for all."""
+    """A UserError that every rank raises, so one rank can report it for all."""
 
 
 def start(ranks: Ranks, timeout_s: int) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. `timeout_s` bounds every collective, and the wait for the
-    other ranks.
+    """Join the process group: NCCL on GPUs, gloo on CPUs. `timeout_s` is the timeout of every collective, and of the
+    wait for the other ranks.
 
-    Raises UserError if the ranks cannot meet, with the code of a crash where another start may do better.
+    Raises UserError if the ranks cannot connect, with the exit code of a crash if a restart may help.
     """
     device = ranks.device
     if device.type == "cuda":
@@ -68,17 +68,17 @@ def start(ranks: Ranks, timeout_s: int) -> None:
                 f"per GPU is allowed, or DS_ACCELERATOR=cpu for CPU ranks"
             )
         torch.cuda.set_device(device)
-        # A weight's gradient is a sum over a million tokens, the parts of which cuBLAS would otherwise add in bfloat16.
+        # A weight's gradient is a sum over a million tokens. By default, cuBLAS may add its parts in bfloat16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.set_num_threads(min(torch.get_num_threads(), THREADS_BESIDE_A_GPU))
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)  # read when NCCL starts
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
-    # DeepSpeed takes LOCAL_RANK for the number of the GPU.
+    # DeepSpeed uses LOCAL_RANK as the number of the GPU.
     local = ranks.local_rank if device.index is None else device.index
     for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world_size), ("LOCAL_RANK", local)):
         os.environ[name] = str(value)
-    if ranks.world_size == 1:  # a process on its own needs no port, which another one might use
+    if ranks.world_size == 1:  # a single process needs no port, which might be in use
         store: dist.Store = dist.HashStore()
     else:
         store = _store_of_all(ranks, timeout_s)
@@ -102,7 +102,7 @@ def start(ranks: Ranks, timeout_s: int) -> None:
 
 
 def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
-    """The key-value store at MASTER_ADDR:MASTER_PORT, which rank 0 keeps unless its launcher does."""
+    """The key-value store at MASTER_ADDR:MASTER_PORT. Rank 0 serves it, unless the launcher does."""
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(
@@ -112,7 +112,7 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
     if not 0 < env_number("MASTER_PORT", 0) < 2**16:
         raise UserError(f"MASTER_PORT is {os.environ['MASTER_PORT']}; a port is a number from 1 to 65535")
     host, port = os.environ["MASTER_ADDR"], env_number("MASTER_PORT", 0)
-    # torchrun may have a store already, which lives on while its ranks are started again.
+    # torchrun may serve a store already, which survives restarts of its ranks. The prefix separates the starts.
     is_given = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}" if is_given else "start"
     said = f"rank {ranks.rank} has waited {SAY_AFTER_S:.0f} s for rank 0 to answer at {host}:{port}"
@@ -144,7 +144,7 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
 
 
 def _meet(store: dist.Store, ranks: Ranks, identity: str, timeout_s: float) -> list[str]:
-    """Wait until all ranks are there; everybody's `identity`, by rank. Rank 0 names those that are late."""
+    """Wait until all ranks have joined. Returns every rank's `identity`, by rank. Rank 0 reports late ranks."""
     names = [f"rank {rank}" for rank in range(ranks.world_size)]
     store.set(names[ranks.rank], identity)
     if not ranks.is_rank_zero:
@@ -175,14 +175,14 @@ def _missing(store: dist.Store, names: list[str]) -> str:
 
 
 def _device_identity(device: torch.device) -> str:
-    """An identifier of the rank's GPU; empty for a CPU, which ranks may share."""
+    """An identifier of the rank's GPU; empty on a CPU, which ranks may share."""
     if device.type != "cuda":
         return ""
     return f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
 
 
 def _check_gpus(identities: list[str]) -> None:
-    """Raise AgreedError for ranks that would share a GPU, by the `_device_identity` of each."""
+    """Raise AgreedError if ranks would share a GPU, given the `_device_identity` of each."""
     ranks_on: dict[str, list[int]] = {}
     for rank, identity in enumerate(identities):
         ranks_on.setdefault(identity, []).append(rank)
@@ -197,8 +197,7 @@ def _check_gpus(identities: list[str]) -> None:
 
 
 def bound_all_groups(timeout_s: int) -> None:
-    """Give every process group the timeout of `start`: those that libraries make have PyTorch's default, which is 30
-    minutes."""
+    """Set the timeout of every process group. Groups that libraries made have PyTorch's default of 30 minutes."""
     for group in list(dist.distributed_c10d._world.pg_map):
         group.set_timeout(timedelta(seconds=timeout_s))
 
@@ -209,11 +208,11 @@ def stop() -> None:
 
 
 def hard_exit(exit_code: int) -> NoReturn:
-    """End this process without tearing it down; to be called when all is written.
+    """End this process without cleanup. Call this when everything is written.
 
-    Threads of process groups that DeepSpeed still holds abort the process while C++ is torn down, in 5 of 83
-    two-rank runs ("terminate called without an active exception", torch 2.12 and DeepSpeed 0.19), and a finished run
-    would look like a crashed one.
+    Otherwise, threads of process groups that DeepSpeed still holds may abort the process during C++ cleanup. This
+    happened in 5 of 83 two-rank runs ("terminate called without an active exception", torch 2.12 and DeepSpeed 0.19),
+    and a finished run would look like a crashed one.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -221,7 +220,7 @@ def hard_exit(exit_code: int) -> NoReturn:
 
 
 def lost_connection(error: RuntimeError) -> str:
-    """The error of a collective that failed because another rank was lost; "" if it failed for another reason."""
+    """The message of a collective that failed because another rank was lost; "" if it failed for another reason."""
     text = str(error)
     return _first_line(error) if any(sign in text for sign in LOST_CONNECTION) else ""
 
@@ -247,7 +246,7 @@ def agree_on_max(*values: int) -> tuple[int, ...]:
 
 
 def broadcast_from_rank0(value: T) -> T:
-    """Rank 0's value, on every rank. What is read from disk or clock is decided there."""
+    """Rank 0's value, on every rank. Use it for values that depend on the disk or the clock."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
@@ -256,7 +255,7 @@ def broadcast_from_rank0(value: T) -> T:
 
 
 def gather_numbers(values: Sequence[float]) -> Tensor:
-    """Every rank's numbers, float64 [ranks, numbers] on the CPU: control messages do not wait for the GPU's queue."""
+    """Every rank's numbers, float64 [ranks, numbers], gathered on the CPU so that messages do not wait for the GPU."""
     mine = torch.tensor(values, dtype=torch.float64)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return mine[None]
@@ -285,7 +284,7 @@ def gather_to_rank0(value: T) -> list[T]:
 
 
 def _pickled(value: object) -> tuple[Tensor, list[int]]:
-    """(the value as bytes, padded to the length of the longest of all ranks, the lengths without padding by rank)."""
+    """(the value as bytes, padded to the longest of all ranks; the lengths without padding, by rank)."""
     content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
     sizes = [int(size) for size in gather_numbers([len(content)]).flatten().tolist()]
     return torch.cat([content, content.new_zeros(max(sizes) - len(content))]), sizes
@@ -296,7 +295,7 @@ def _unpickled(rows: Tensor, sizes: list[int]) -> list:
 
 
 def _gather_rows(mine: Tensor) -> Tensor:
-    """Every rank's tensor, [ranks, …] by rank; all have the shape of `mine`, and are on the CPU."""
+    """Every rank's tensor, [ranks, …] by rank. All tensors have the same shape and are on the CPU."""
     return RowExchange(mine.shape, mine.dtype, dist.get_world_size(), dist.get_rank()).gather(mine)
 
 
@@ -310,8 +309,8 @@ class _Round(NamedTuple):
 class RowExchange:
     """Gathers a tensor of every rank on all ranks, over gloo.
 
-    This is Bruck's algorithm: in each round a rank sends all that it has to another rank, so log2(ranks) rounds of one
-    message each suffice. The all-gather of gloo takes ranks - 1 rounds, and its all-reduce twice as many.
+    This is Bruck's algorithm. In each round, a rank sends all rows that it has to another rank, so log2(ranks) rounds
+    of one message each suffice. The all-gather of gloo takes ranks - 1 rounds, and its all-reduce twice as many.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, ranks: int, rank: int) -> None:
@@ -330,7 +329,7 @@ class RowExchange:
         group = dist.group.WORLD
         assert group is not None
         self._rows[0] = mine
-        # All receives are posted first: gloo asks a receiver that is not ready, and waits for its answer.
+        # All receives are posted first. Otherwise gloo sends a request to the receiver and waits for its answer.
         arrivals = [group.recv([each.arriving], each.source, 0) for each in self.rounds]
         departures = []
         for each, arrival in zip(self.rounds, arrivals, strict=True):
@@ -343,7 +342,7 @@ class RowExchange:
 
 @functools.cache
 def _exchange_of_numbers(numbers: int, ranks: int, rank: int) -> RowExchange:
-    """The exchange for messages of a length, kept for the next one: a third of its time is making its tensors."""
+    """The exchange for messages of a length. It is cached, since creating its tensors takes a third of the time."""
     return RowExchange([numbers], torch.float64, ranks, rank)
 
 
@@ -355,7 +354,7 @@ def broadcast(value: Tensor, source: int) -> Tensor:
 
 
 def all_reduce(values: Tensor) -> Tensor:
-    """Elementwise sum on every rank, in an order of the library's choice; in place."""
+    """Elementwise sum on every rank, in place. The library chooses the order of the sum."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -364,7 +363,7 @@ def all_reduce(values: Tensor) -> Tensor:
 def all_to_all(values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
     """Send `sent[r]` numbers of a flat tensor to rank r, in the order of ranks; collective.
 
-    Returns what all ranks send here, in the order of ranks: `received[r]` numbers from rank r.
+    Returns the numbers that this rank receives, in the order of ranks: `received[r]` numbers from rank r.
     """
     result = values.new_empty(sum(received))
     dist.all_to_all_single(result, values, list(received), list(sent))
@@ -372,9 +371,9 @@ def all_to_all(values: Tensor, sent: Sequence[int], received: Sequence[int]) -> 
 
 
 def same_errors_on_all(act: Callable[[], T]) -> T:
-    """`act()`; if a rank fails with UserError or OSError, all raise AgreedError with everybody's problems.
+    """`act()` on every rank. If a rank fails with UserError or OSError, all ranks raise AgreedError with all problems.
 
-    An error of a file server that may pass has the code of a crash, so that launchers start the run again.
+    If the error may be transient, its exit code is that of a crash, so launchers restart the run.
     """
     results: list[T] = []
     problems: tuple[str, ...] = ()
@@ -394,6 +393,6 @@ def same_errors_on_all(act: Callable[[], T]) -> T:
 
 
 def on_rank0(act: Callable[[], T], ranks: Ranks) -> T:
-    """`act()` on rank 0; its result on every rank. An error of rank 0 is raised on all, as by `same_errors_on_all`."""
+    """`act()` on rank 0. Returns its result on every rank. All ranks raise its errors, as `same_errors_on_all` does."""
     mine = same_errors_on_all(lambda: [act()] if ranks.is_rank_zero else [])
     return broadcast_from_rank0(mine)[0]

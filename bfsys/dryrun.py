@@ -21,12 +21,12 @@ from bfsys.model.byteformer import ByteFormer, parameter_count
 from bfsys.model.layout import token_counts
 from bfsys.run_dir import newest_checkpoint, run_facts
 
-# Times that a remote file is asked for. A person waits for the answer, and asks again if its server was away.
+# Tries for a remote file. There are few, since a user waits for the result and can run the command again.
 DRY_RUN_TRIES = 2
 
 
 def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
-    """Print it; raises UserError with every problem of config and data."""
+    """Print what a run would do. Raises UserError with all problems of config and data."""
     print(typed_yaml.dump(config))
     tries = min(DRY_RUN_TRIES, config.data.fetch_tries)
     config = replace(config, data=replace(config.data, fetch_tries=tries))
@@ -71,7 +71,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
 
 
 def check_copies(config: Config) -> list[str]:
-    """Prove that the object store of train.checkpoint_copy, if any, can be written; raises UserError if it cannot."""
+    """Check that the object store of train.checkpoint_copy, if any, can be written. Raises UserError if it cannot."""
     if not config.copy_url:
         return []
     try:
@@ -82,8 +82,8 @@ def check_copies(config: Config) -> list[str]:
 
 
 def notes_on_start(data: RunData) -> list[str]:
-    """The checkpoint that a start would continue from, or the weights that train.init_from would copy. Raises UserError
-    if such a start is impossible."""
+    """Notes on the checkpoint from which a run would resume, or on the weights that train.init_from would copy. Raises
+    UserError if the run could not start."""
     if path := newest_checkpoint(data.config, run_facts(data)):
         return [f"checkpoint  {path}: a start continues from it, if it is intact"]
     classes = data.training.classes

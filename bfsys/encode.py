@@ -42,32 +42,32 @@ class Notes:
             try:
                 name, made_from = json.loads(line)
                 self._noted[name] = made_from
-            except (ValueError, TypeError):  # the end of a line that a full disk or a crash has cut, or other JSON
+            except (ValueError, TypeError):  # a line that a full disk or a crash truncated, or other JSON
                 continue
 
     def has(self, source: Path, target: Path) -> bool:
-        """Whether a target that exists was made from the source as it is now, in the way that is asked for."""
+        """Whether an existing target was made from the current source with the current settings."""
         return self._noted.get(self._name(target)) == self.hash_of(source)
 
     def add(self, target: Path, made_from: str) -> None:
-        """Add a note. Call this before the target gets its name: a stop in between must not leave a file without a
-        note."""
+        """Add a note. Call this before the target gets its final name, so that a stop in between leaves no file without
+        a note."""
         with open(self._path, "ab") as file:
-            # It begins with a line break, since the line before may have been cut
+            # It begins with a line break, since the previous line may be truncated
             file.write(b"\n" + json.dumps([self._name(target), made_from]).encode() + b"\n")
 
     def _name(self, target: Path) -> str:
         return str(target.relative_to(self._out))
 
     def hash_of(self, source: Path) -> str:
-        """Hash of the source as it is now and of what is asked for. It tells neither to those who receive OUT."""
+        """Hash of the current source and settings. It does not reveal them to the recipients of OUT."""
         status = source.stat()
         identity = [*self._how, str(source.resolve()), status.st_size, status.st_mtime_ns]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
 def targets_of(src: Path, out: Path, encoding: Encoding, problems: list[str]) -> dict[Path, Path]:
-    """The target of each file. Files that differ in the extension alone get it appended to the name."""
+    """The target of each file. If files differ only in the extension, it is appended to their names."""
     if not src.exists():
         problems.append(f"{src}: there is no such file or folder")
         return {}
@@ -93,7 +93,7 @@ def targets_of(src: Path, out: Path, encoding: Encoding, problems: list[str]) ->
 
 
 def kept_of(targets: dict[Path, Path], notes: Notes, problems: list[str]) -> set[Path]:
-    """The targets that an earlier start has made; others that exist are problems."""
+    """The targets that an earlier start made. Other existing targets are problems."""
     existing = {source: target for source, target in targets.items() if target.exists()}
     kept = {target for source, target in existing.items() if notes.has(source, target)}
     problems += [
@@ -110,14 +110,14 @@ class CannotDecode(UserError):
 
 
 def encoded(name: str, content: bytes, encoding: Encoding, fitting: Fitting) -> bytes:
-    """The bytes of a file as a model is given them. Raises CannotDecode, and UserError for want of memory."""
+    """The file in the given encoding. Raises CannotDecode, and UserError if there is not enough memory."""
     if encoding.encode is None:
         return content
     try:
         return reencode(content, encoding, fitting)
     except MemoryError:
         raise UserError(f"{name}: memory does not suffice for this file") from None
-    except Exception as error:  # decoders raise anything
+    except Exception as error:  # decoders raise any exception
         raise CannotDecode(f"{name}: cannot be decoded as {encoding.modality}: {error}") from None
 
 
@@ -129,7 +129,7 @@ def make(
     transforms: Sequence[ByteTransform],
     notes: Notes,
 ) -> str | None:
-    """Make one file: None, or why this one cannot be made. UserError if nothing can be written."""
+    """Make one file. Returns None, or the problem of this file. Raises UserError if no file can be written."""
     try:
         made_from, content = notes.hash_of(source), read_regular(source)
     except MemoryError:
@@ -148,7 +148,7 @@ def make(
             notes.add(target, made_from)
     except OSError as error:
         problem = f"{target}: cannot be written: {error.strerror}"
-        if error.errno == errno.ENAMETOOLONG:  # others can be
+        if error.errno == errno.ENAMETOOLONG:  # other files may have shorter names
             return problem
         raise UserError(problem) from None
     return None

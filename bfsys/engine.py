@@ -37,17 +37,17 @@ BUCKET_ELEMENTS = 500_000_000  # gradient elements that are reduced together; De
 
 
 class StateValues(Protocol):
-    """Tensors by parameter name: a dict, or tensors that the ranks send each other on demand (loading._FromOwners)."""
+    """Tensors by parameter name: a dict, or tensors that ranks exchange on demand (checkpoint/loading.py)."""
 
     def __getitem__(self, name: str) -> Tensor: ...
 
 
 class Engine:
-    """A model in training. `micro_batches` forward/backward pairs, then one step."""
+    """A model in training. A step is `micro_batches` pairs of `forward` and `backward`, then one `step`."""
 
     def __init__(self, model: ByteFormer, config: Config, ranks: Ranks, micro_batches: int | None = None) -> None:
-        """Every rank must pass the same model and number of `micro_batches` per step (default: one for each of its
-        lanes). The model is moved to the rank's device and, below fp32, cast."""
+        """Every rank must pass the same model and the same number of `micro_batches` per step (default: one per lane).
+        The model is moved to the rank's device and, below fp32, cast."""
         deepspeed = import_deepspeed()
         self.micro_batches = micro_batches or config.data.lanes // ranks.world_size
         self.stage, self.device = config.train.zero_stage, ranks.device
@@ -57,13 +57,13 @@ class Engine:
         self._loss_scale = ranks.world_size * self.micro_batches / config.data.batch_samples
         self._clip_norm = config.optim.clip_norm
         self.optimizer = Optimizer(model, config.optim)
-        if self.stage == 3:  # a block's parts are not called one by one, so its parameters must come together
+        if self.stage == 3:  # a block does not call its parts as modules, so its parameters are gathered together
             deepspeed.utils.set_z3_leaf_modules(model, [Block, Merge])
-        # A bf16 engine of stage 0 sets it for its whole process. A later engine of stage 3 would then reduce gradients
-        # in another way than in a process of its own.
+        # A bf16 engine of stage 0 sets this for the whole process. A later engine of stage 3 would then reduce
+        # gradients differently.
         deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo")
-        with redirect_stdout(io.StringIO()):  # it prints pages of memory figures at any log level
+        with redirect_stdout(io.StringIO()):  # it prints memory statistics at any log level
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
@@ -74,12 +74,12 @@ class Engine:
             )
         self._shapes = {name: _whole_shape(p) for name, p in self._engine.module.named_parameters()}
         asked = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        # Nodes may have other processors, and ranks exchange what they compute with.
+        # Nodes may have different processors, but ranks must agree on the dtype, since they exchange operands.
         (is_wide,) = dist.agree_on_max(product_dtype(asked, self.device.type) == torch.float32)
         products = torch.float32 if is_wide else asked
         self.optimizer.init_state(self._updated_together(), list(self._held()), ranks, products)
         if self.stage in (1, 2):
-            # DeepSpeed links its by-name access to the state after the first step; a resume needs it before.
+            # DeepSpeed sets up its access to the state by name after the first step; a resume needs it before.
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
@@ -87,26 +87,26 @@ class Engine:
         return self._engine.module
 
     def forward(self, batch: ByteBatch) -> Any:
-        """What the model gives for a batch: logits [B, classes], and with content a pair; collective at stage 3."""
+        """The model's output for a batch: logits [B, classes], or a pair if it has content; collective at stage 3."""
         return self._engine(batch)
 
     def backward(self, loss_sum: Tensor) -> None:
         """Add the gradient of a micro-batch's summed loss; NaN if the loss is not finite."""
         self._engine.backward(loss_sum * (self._loss_scale + 0 * loss_sum.detach()))
         if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # only counts the micro-batch; the update is `step`'s
+            self._engine.step()  # only counts the micro-batch; `step` makes the update
 
     def step(self, learning_rate: float, ema_decay: float) -> float:
         """Update the weights and their average; returns the norm of the global gradient before clipping.
 
-        If that is not finite, on any rank and so on all, weights, moments and average stay as they are, to the bit.
+        If the norm is non-finite, which all ranks see, then weights, moments and average do not change at all.
         """
         norm = None
         if self.stage == 0:  # gradients are whole on every rank, and DeepSpeed reports no norm
             limit = self._clip_norm or float("inf")
             norm = float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
         self.optimizer.prepare(learning_rate, ema_decay, skips=norm is not None and not math.isfinite(norm))
-        self._engine.step()  # at stages 1 to 3 it looks at the norm itself (0.19.8; earlier ones not in fp32)
+        self._engine.step()  # at stages 1 to 3 it checks the norm itself (in fp32 since 0.19.8)
         norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
         self.updates += math.isfinite(norm)
         return norm
@@ -116,14 +116,14 @@ class Engine:
         return (WEIGHT, *self.optimizer.state_names)
 
     def parameter_shapes(self, state: str) -> dict[str, tuple[int, ...]]:
-        """Whole shapes by name of the parameters that have a state, also where stage 3 holds a share only."""
+        """Whole shapes by name of the parameters that have a state, also if this rank holds only parts (stage 3)."""
         has = self.optimizer.has_state
         return {name: shape for name, shape in self._shapes.items() if state == WEIGHT or has(name, state)}
 
     def read_pieces(self, state: str) -> Iterator[tuple[str, int, Tensor]]:
-        """(parameter name, number of the first element, float32 [elements]) of what this rank holds of a state.
+        """This rank's pieces of a state: (parameter name, number of the first element, float32 [elements]).
 
-        Nothing is sent. The pieces of all ranks are the whole state, each element once.
+        There is no communication. The pieces of all ranks contain each element of the state once.
         """
         names = self.parameter_shapes(state)
         parts = [held for held in self.optimizer.held if held.span.name in names]
@@ -132,7 +132,7 @@ class Engine:
         for held in parts:
             name, first, end = held.span
             value = held.of(self._values(held.tensor, state))
-            if self.stage == 0:  # every rank has everything, and gives a share of all parameters in a row
+            if self.stage == 0:  # every rank has the whole state; it returns a contiguous share of all parameters
                 size = end
                 first, end = (min(max(bound - start, 0), size) for bound in share)
                 value, start = value[first:end], start + size
@@ -140,12 +140,12 @@ class Engine:
                 yield name, first, value
 
     def write_state(self, state: str, values: StateValues) -> None:
-        """Set whole tensors, `values[parameter name]`, on every rank; each is asked for once."""
+        """Set whole tensors, `values[parameter name]`, on every rank. Each is looked up once."""
         if self.stage == 3:
             self._drop_gathered()
         held: dict[str, Held] = {part.span.name: part for part in self.optimizer.held}
         for name in self.parameter_shapes(state):
-            value = values[name]  # on all ranks, for it may come from one of them
+            value = values[name]  # on all ranks, since the look-up may be collective
             if part := held.get(name):
                 span = value.flatten()[part.span.first : part.span.end]
                 part.of(self._values(part.tensor, state)).copy_(span)
@@ -158,8 +158,8 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model computes with the average of its weights, where the run keeps one, until the context ends; then its
-        weights are as before, to the bit. Collective."""
+        """Within this context, the model computes with the average of its weights, if the run keeps one. Afterwards its
+        weights are restored exactly. Collective."""
         if EMA not in self.optimizer.state_names:
             yield
             return
@@ -175,8 +175,8 @@ class Engine:
             self._finish_copies()
 
     def _take_average(self) -> list[Tensor]:
-        """Give the model the average, in its precision; returns the weights at stage 0, where they are kept nowhere
-        else."""
+        """Copy the average into the model, in the model's precision. At stage 0, returns the weights, of which there is
+        no other copy."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         kept = []
@@ -196,11 +196,11 @@ class Engine:
         return kept
 
     def _drop_gathered(self) -> None:
-        """Stage 3: forget what a step has gathered in advance for the next one, which would keep its old values."""
+        """Stage 3: drop parameters that were prefetched for the next step, which would keep their old values."""
         self._engine.optimizer.checkpoint_event_prologue()
 
     def _finish_copies(self) -> None:
-        """Wait for copies into the model: the stream on which ZeRO-3 gathers weights does not."""
+        """Wait for copies into the model, since the stream on which ZeRO-3 gathers weights does not wait for them."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -212,7 +212,7 @@ class Engine:
         self._engine.global_steps, self.updates = step, updates
 
     def _updated_together(self) -> list[tuple[bool, list[Tensor]]]:
-        """The tensors that one call of the optimizer's step updates, and whether by Muon: the weights, or this rank's
+        """The tensors that one call of the optimizer's step updates, and whether Muon does: the weights, or this rank's
         parts of them in float32."""
         groups, zero = self.optimizer.param_groups, self._engine.optimizer
         if self.stage == 3:
@@ -229,7 +229,7 @@ class Engine:
         if self.stage == 0:
             for name, p in parameters.items():
                 yield Held(Span(name, 0, p.numel()), p, 0)
-        elif self.stage == 3:  # each parameter is divided into equal parts, the last of which are padded
+        elif self.stage == 3:  # each parameter is divided into equal parts; the last ones are padded
             for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
                 offset = 0
                 for p in group:
@@ -238,7 +238,7 @@ class Engine:
                     if first < elements:
                         yield Held(Span(names[p], first, min(first + length, elements)), flat, offset)
                     offset += length
-        else:  # all parameters of a group lie one after the other, and the ranks hold equal parts of that
+        else:  # the parameters of a group are concatenated, and the ranks hold equal parts
             for name, p in parameters.items():
                 if mapping := p._hp_mapping:
                     span, place = mapping.lp_fragment_address, mapping.hp_fragment_address
@@ -263,19 +263,19 @@ def _whole_shape(p: nn.Parameter) -> tuple[int, ...]:
 
 
 def deepspeed_config(config: Config, world_size: int, micro_batches: int, parameters: int) -> dict:
-    """DeepSpeed's JSON for a run with `micro_batches` per step, of a model with this number of `parameters`."""
+    """DeepSpeed's config for a run with `micro_batches` per step and a model with this number of `parameters`."""
     stage, bf16 = config.train.zero_stage, config.train.precision == "bf16"
     result: dict = {
-        # DeepSpeed counts batches, not samples: ragged micro-batches have no fixed size.
+        # DeepSpeed counts batches, not samples, since ragged micro-batches have no fixed size.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "train_batch_size": world_size * micro_batches,
         "gradient_clipping": config.optim.clip_norm if stage else 0.0,
         "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,  # it is our own
-        # DeepSpeed holds buffers of this many elements, 2 GB by default, however small the model is.
+        "zero_allow_untested_optimizer": True,  # this is bfsys.optim.Optimizer
+        # DeepSpeed allocates buffers of this many elements, by default 2 GB, even for a small model.
         "zero_optimization": {"stage": stage, "reduce_bucket_size": min(BUCKET_ELEMENTS, parameters)},
-        # The timer's figures are not used, and it waits for the GPU twice in every micro-batch.
+        # The timer's figures are not used, and it synchronises with the GPU twice per micro-batch.
         "timers": {"throughput": {"enabled": False}},
     }
     if bf16 and stage == 0:
@@ -284,43 +284,43 @@ def deepspeed_config(config: Config, world_size: int, micro_batches: int, parame
     elif bf16:
         result["bf16"] = {"enabled": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
-        # By default they are summed over ranks in bfloat16: the more ranks, the more is lost.
+        # By default, gradients are summed over ranks in bfloat16, which loses more precision with more ranks.
         result["communication_data_type"] = "fp32"
     return result
 
 
 def import_deepspeed() -> ModuleType:
-    """The module, made quiet. The first time takes seconds."""
+    """Import DeepSpeed without its warnings. The first import takes seconds."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed 0.19.8 calls them by names that PyTorch 2.14 warns about, at stage 3 several times per step.
+    # DeepSpeed 0.19.8 uses names that are deprecated in PyTorch 2.14, at stage 3 several times per step.
     old_names = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
     warnings.filterwarnings("ignore", old_names, FutureWarning)
     import deepspeed
 
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        # DeepSpeed probes all of its operators when this table is imported. On a GPU that looks for nvcc and prints a
-        # warning for each operator, for nothing.
+        # DeepSpeed probes all of its operators when this table is imported. On a GPU, the probe looks for nvcc and
+        # prints useless warnings.
         from deepspeed.ops import __compatible_ops__
 
-        # An all-reduce for inference, which training never calls: building it takes 25 s and a compiler.
+        # An all-reduce for inference, which training never calls. Its build takes 25 s and needs a compiler.
         __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings are about choices made here on purpose
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings are about intended settings
     _import_muon_uncompiled()
     return deepspeed
 
 
 def _import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon, which DeepSpeed imports when it looks at the class of an optimizer.
+    """Import DeepSpeed's Muon, which DeepSpeed imports to check the class of an optimizer, without torch.compile.
 
-    That compiles a function, for which PyTorch's compiler is imported: 700 modules and 2 s of a start. bfsys has a Muon
-    of its own and never calls the function, so it stays as it is written.
+    Its module compiles a function, which imports PyTorch's compiler: 700 modules, which take 2 s. bfsys has its own
+    Muon and never calls the function, so it need not be compiled.
     """
     compiler = torch.compile
     torch.compile = lambda function, *_, **__: function  # type: ignore[assignment]
     try:
-        with suppress(ImportError):  # another version may have it elsewhere
+        with suppress(ImportError):  # other versions may have another path
             importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         torch.compile = compiler

@@ -17,15 +17,15 @@ from unicodedata import category
 
 from bfsys import console, process
 
-# Exit codes of training, from sysexits.h where one fits. After any other code, a crash, a run may be started again.
-EXIT_CRASHED = 1  # Python's own of an exception: another start may do better
-EXIT_USER_ERROR = 2  # bad input: nothing will change until a person changes it
-EXIT_DIVERGED = 65  # EX_DATAERR: bad steps came back after every roll-back
-EXIT_HUNG = 70  # EX_SOFTWARE: the watchdog ended a run without progress; to be started again
+# Exit codes of training, from sysexits.h if one fits. Any other code means a crash, after which a run may be restarted.
+EXIT_CRASHED = 1  # Python's exit code after an exception; a restart may help
+EXIT_USER_ERROR = 2  # bad input; a restart cannot help
+EXIT_DIVERGED = 65  # EX_DATAERR: bad steps recurred after every roll-back
+EXIT_HUNG = 70  # EX_SOFTWARE: the watchdog ended a run without progress; restart it
 EXIT_STORAGE = 74  # EX_IOERR: no checkpoint can be written
-EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop and to be started again
-EXIT_NO_PROGRESS = 76  # exit code of a launcher whose run crashed repeatedly
-EXIT_STOPPED = 130  # asked to stop
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped on request; requeue the run
+EXIT_NO_PROGRESS = 76  # a launcher stopped because its run crashed repeatedly
+EXIT_STOPPED = 130  # stopped on request
 
 # These are often transient on network file systems. Any other errno needs human action.
 TRANSIENT_ERRNOS = {
@@ -39,7 +39,7 @@ TRANSIENT_ERRNOS = {
 }
 
 
-JOINERS = "\u200c\u200d"  # between letters of Persian and the like, and between the parts of an emoji
+JOINERS = "\u200c\u200d"  # between letters of Persian and similar scripts, and between the parts of an emoji
 
 
 class UserError(Exception):
@@ -59,8 +59,8 @@ class UserError(Exception):
 
 @contextmanager
 def collecting(problems: list[str]) -> Iterator[None]:
-    """Put the problems of a `UserError` into the list instead of stopping at it. One that may pass, by its exit code,
-    is raised: another start may do better, and what is in the list would hide that."""
+    """Catch a `UserError`, and add its problems to the list. An error with another exit code is not caught, so that the
+    exit code is kept: a restart may help."""
     try:
         yield
     except UserError as error:
@@ -70,18 +70,18 @@ def collecting(problems: list[str]) -> Iterator[None]:
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """The hint " (did you mean 'x'?)" with the nearest allowed name, to be appended; empty if none is near."""
+    """A hint to append to a message: " (did you mean 'x'?)" with the nearest allowed name; empty if none is near."""
     near = difflib.get_close_matches(name, list(allowed), 1, 0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def one_line(text: str) -> str:
-    """The text with line breaks and other control characters escaped, as names of files may hold."""
+    """The text with line breaks and other control characters escaped. File names may contain them."""
     return "".join(c if is_printable(c) else ascii(c)[1:-1] for c in text)
 
 
 def is_printable(text: str) -> bool:
-    """Whether text can be shown: also the blanks and joiners of other scripts, which `str.isprintable` refuses."""
+    """Whether text can be printed. Unlike `str.isprintable`, this accepts the spaces and joiners of other scripts."""
     return text.isprintable() or all(c.isprintable() or c in JOINERS or category(c) == "Zs" for c in text)
 
 
@@ -91,14 +91,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def summary_of(docstring: str | None) -> str:
-    """The first paragraph of a module's docstring, for `--help`; nothing under `python -OO`, which removes it."""
+    """The first paragraph of a module's docstring, for `--help`; empty under `python -OO`, which removes docstrings."""
     return (docstring or "").partition("\n\n")[0]
 
 
 def run_command(main: Callable[[], int | None], *, output_is_optional: bool = False) -> None:
-    """Run a command's `main` and exit with its code, as `exit_code_of` says; an OSError is one line and code 2.
+    """Run a command's `main`, and exit with the code of `exit_code_of`. An OSError about a file gives one line and
+    code 2.
 
-    `output_is_optional`: the command's work is not its output, so it continues when the output cannot be written.
+    `output_is_optional`: the command continues if its output cannot be written.
     """
 
     def act() -> int | None:
@@ -127,8 +128,8 @@ def _check_current_folder() -> None:
 
 
 def exit_code_of(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`: its code; one line per problem on a `UserError`, with its code (2); 130 on Ctrl-C; 1 and
-    a traceback on other exceptions."""
+    """Run a command's `main`. Returns its exit code. A `UserError` prints one line per problem and has its own code (by
+    default 2). Ctrl-C gives 130. Other exceptions print a traceback and give 1."""
     console.prepare()
     process.prepare()
     try:
@@ -140,7 +141,7 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
         code = main() or 0
         sys.stdout.flush()
         return code
-    except SystemExit as end:  # argparse's
+    except SystemExit as end:  # raised by argparse
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
             return EXIT_CRASHED
@@ -152,7 +153,7 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("stopped on request", file=sys.stderr)
         return EXIT_STOPPED
-    except console.OutputClosed:  # `… | head` has seen enough: nothing is wrong, and nobody reads what is left to say
+    except console.OutputClosed:  # the reader ended on purpose, as in `… | head`
         console.discard_output()
         return 0
     except console.OutputError as error:

@@ -24,8 +24,8 @@ from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.errors import UserError
 from bfsys.loss import COLUMNS, SAMPLES, loss_and_sums, scores
 
-MOST_CLASSES_SCORED = 1000  # one by one; a line of metrics.jsonl holds them all
-# Damage of files: bytes change, the end or the start is missing
+MOST_CLASSES_SCORED = 1000  # with more, there are no scores per class, which are in one line of metrics.jsonl
+# Damage of files: changed bytes, a missing end or a missing start
 DAMAGE = ("flip:0.0001", "flip:0.001", "flip:0.01", "flip:0.1", "truncate:0.9", "truncate:0.5", "skip:16", "skip:256")
 
 
@@ -40,10 +40,11 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     answers: Answers | None = None,
 ) -> dict:
-    """Scores as `scores` gives them, over all ranks; collective. `forward` must be in eval mode.
+    """The result of `scores` over all ranks; collective. The model of `forward` must be in eval mode.
 
-    Files that cannot be read are left out, and recorded in `quarantine` as found at `step`. `answers` collects
-    those of this rank. The scores then also hold `classes`: by name, the files of a class and their top-1.
+    Files that cannot be read are left out, and recorded in `quarantine` as found at `step`. If `answers` is given, the
+    answers of this rank are added to it. The result then also has `classes`: by name, the number of files of a class
+    and their top-1.
     """
     sums = torch.zeros(len(sources.splits), COLUMNS, dtype=torch.float64)
     total = sum(len(split) for split in sources.splits)
@@ -58,7 +59,7 @@ def evaluate(
         progress(int(sums[:, SAMPLES].sum()) * ranks.world_size, total)
     dist.sum_over_ranks(sums)
     if not sums[:, SAMPLES].any():
-        quarantine.share(ranks, sources.sizes, config.data.max_bad_share)  # says why, if too many are bad
+        quarantine.share(ranks, sources.sizes, config.data.max_bad_share)  # raises if too many are bad
         raise dist.AgreedError(f"not one file of {', '.join(s.dataset.location for s in sources.splits)} can be read")
     result = scores(sums, sources.names)
     if answers and answers.num_classes <= MOST_CLASSES_SCORED:
@@ -70,7 +71,7 @@ def evaluate(
 
 
 def with_datasets(config: Config, datasets: Sequence[str], run: Path) -> Config:
-    """The config with these datasets for its sources, if there are any."""
+    """The config with `datasets`, if there are any, as its sources."""
     if not datasets and not config.data.sources:
         raise UserError(f"{run}: imported weights, which come without data; give a packed dataset with --data DATASET")
     if not datasets:

@@ -49,10 +49,10 @@ SAFETENSORS, TORCH, ONNX = "safetensors", "torch", "onnx"
 FORMATS = {SAFETENSORS: "model.safetensors", TORCH: "model.pt2", ONNX: "model.onnx"}
 FORMAT = 1  # version of model.json
 DESCRIPTION = "model.json"
-MOST_BYTES = 2**31 - 1  # largest file that a program takes
+MOST_BYTES = 2**31 - 1  # largest file that a program accepts
 MOST_BYTES_CHECKED = 100_000
 TOLERANCE = {TORCH: 1e-5, ONNX: 1e-4}  # largest difference of a probability
-ONNX_LIMIT_BYTES = 1_900_000_000  # a protocol buffer holds 2 GiB; larger weights go into a file beside it
+ONNX_LIMIT_BYTES = 1_900_000_000  # a protocol buffer is limited to 2 GiB; larger weights go into a separate file
 
 
 def export(
@@ -64,16 +64,16 @@ def export(
     weights: str,
     scores: dict | None = None,
 ) -> dict:
-    """Write the files of `formats`, model.json and the model card into the empty folder `out`; returns what model.json
-    says.
+    """Write the files of `formats`, model.json and the model card into the empty folder `out`. Returns the content of
+    model.json.
 
     `model` is in eval mode on the CPU. `scores` are those of the run's evaluation after the manifest's step, if there
-    was one. Raises UserError if a program's answers are not the model's.
+    was one. Raises UserError if the answers of a program differ from the model's.
     """
     facts = describe(model, config, manifest, weights)
     if SAFETENSORS in formats:
         tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
-        # safetensors' own `save_file` makes a file that nobody else may read.
+        # safetensors' `save_file` makes a file that other users cannot read.
         files.replace_file(out / FORMATS[SAFETENSORS], save(tensors, metadata={"format": "pt"}))
     if TORCH in formats or ONNX in formats:
         program = as_program(model, facts["least_bytes"])
@@ -111,10 +111,10 @@ def describe(model: ByteFormer, config: Config, manifest: dict, weights: str) ->
 
 
 def read_exported(folder: Path) -> tuple[ByteFormer, Config, dict]:
-    """(model in eval mode on the CPU, config, what model.json says) of a folder that `export` wrote with safetensors.
+    """(model in eval mode on the CPU, config, facts) of a folder that `export` wrote with safetensors.
 
-    The dictionary has the keys of a checkpoint's manifest that prediction needs. Raises UserError for what is damaged
-    or missing.
+    The facts are the content of model.json, with the keys of a checkpoint's manifest that prediction needs. Raises
+    UserError for damaged or missing files.
     """
     path, weights = folder / DESCRIPTION, folder / FORMATS[SAFETENSORS]
     try:
@@ -137,15 +137,15 @@ def read_exported(folder: Path) -> tuple[ByteFormer, Config, dict]:
         raise UserError(
             f"{path}: is damaged, or no description that bfsys export wrote; export the run again"
         ) from None
-    # Exports of earlier versions do not say by which key their run permuted bytes.
+    # Exports of earlier versions do not identify the key of `permute`.
     facts["plan"] = {"byte_transforms": facts["transform_identities"]} if "transform_identities" in facts else None
     return model.eval(), config, facts
 
 
 def as_program(model: ByteFormer, least_bytes: int) -> torch.export.ExportedProgram:
-    """The model on one file: uint8 [n] -> float32 [classes], n least_bytes or more."""
+    """The model for one file: uint8 [n] -> float32 [classes], with n >= least_bytes."""
     dense = DenseByteFormer(model).eval()
-    # Any length of the example will do, except 0 and 1, which would be taken for constants.
+    # The example may have any length except 0 and 1, which would become constants.
     example = torch.zeros(max(least_bytes, 1000), dtype=torch.uint8)
     length = torch.export.Dim("n", min=least_bytes, max=MOST_BYTES)
     with torch.no_grad(), _quiet():
@@ -166,7 +166,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def torch_runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """uint8 [n] -> probabilities, by an exported program."""
+    """A function uint8 [n] -> probabilities that runs an exported program."""
     with _quiet():
         module = torch.export.load(path).module()
 
@@ -178,7 +178,7 @@ def torch_runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def onnx_runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """uint8 [n] -> probabilities, by ONNX Runtime."""
+    """A function uint8 [n] -> probabilities that runs ONNX Runtime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -186,7 +186,7 @@ def onnx_runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def check(name: str, answer: Callable[[np.ndarray], np.ndarray], model: ByteFormer, facts: dict) -> float:
-    """The largest difference from the model's probabilities; raises UserError if it is no rounding error."""
+    """The largest difference from the model's probabilities. Raises UserError if it is above TOLERANCE."""
     rng, worst = np.random.default_rng(0), 0.0
     for length in lengths_to_check(model, facts["least_bytes"]):
         data = rng.integers(0, 256, length, dtype=np.uint8)
@@ -201,7 +201,8 @@ def check(name: str, answer: Callable[[np.ndarray], np.ndarray], model: ByteForm
 
 
 def lengths_to_check(model: ByteFormer, least_bytes: int) -> list[int]:
-    """Bytes: shorter than a token, odd, one whole window, several; more than a small table has positions for."""
+    """Lengths in bytes: shorter than a token, odd, one window, several windows, and longer than a small position
+    table."""
     a = model.architecture
     window = a.window * a.stride
     wanted = (1, 2, a.kernel - 1, a.kernel, a.kernel + 1, window, window + 1, 3 * window + a.stride + 1)
@@ -216,7 +217,7 @@ def probabilities(model: ByteFormer, data: np.ndarray) -> Tensor:
 
 @contextmanager
 def _quiet():
-    """Hide the exporters' progress lines and warnings, which are about their own internals."""
+    """Hide the exporters' progress lines and warnings, which concern only their internals."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

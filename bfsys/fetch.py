@@ -28,7 +28,7 @@ UNKNOWN, SILENCE = "_unknown_", "_silence_"
 OF_EACH_PER_WORD_FILE = 0.1
 SILENCE_S = 1.0
 PARTS = {"train": (0.0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1.0)}
-"""The part of each recording of noise from which a split's silence is cut."""
+"""The part of each noise recording from which a split's silence is cut."""
 
 SPEECH_COMMANDS = "speech_commands_v0.02"
 SPEECH_COMMANDS_URL = f"http://download.tensorflow.org/data/{SPEECH_COMMANDS}.tar.gz"
@@ -54,7 +54,7 @@ def speech_commands(out: Path) -> None:
 
 
 def download_speech_commands(out: Path) -> Path:
-    """The folder of the extracted archive, which may have been there before."""
+    """Download and extract the archive, unless it exists already. Returns its folder."""
     from torchaudio.datasets import SPEECHCOMMANDS
 
     out.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def wrong_counts(
 
 
 def divide(files: Sequence[SourceFile], noise: Path, out: Path) -> None:
-    """Make out/twelve and out/background, each under a temporary name until it is whole."""
+    """Make out/twelve and out/background, each under a temporary name until it is complete."""
     twelve, background = out / "twelve", out / "background"
     if twelve.is_dir() and background.is_dir():
         print(f"{twelve}, {background}: are there already")
@@ -115,12 +115,13 @@ def link(file: SourceFile, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(file.path, target)
-    except OSError:  # some file systems have no links
+    except OSError:  # some file systems have no hard links
         shutil.copyfile(file.path, target)
 
 
 def write_silence(clips: dict[str, Clip], split: str, count: int, folder: Path) -> None:
-    """Cuts of one second from the split's parts of the recordings, which are drawn in proportion to their length."""
+    """Write clips of one second from the split's parts of the recordings. Recordings are drawn in proportion to their
+    length."""
     folder.mkdir(parents=True)
     names = list(clips)
     weights = np.array([len(clips[name].wave) for name in names], np.float64)
@@ -136,7 +137,7 @@ def write_silence(clips: dict[str, Clip], split: str, count: int, folder: Path) 
 
 
 def write_background(clips: dict[str, Clip], folder: Path) -> None:
-    """Write the parts of the recordings that no silence of val and test is cut from."""
+    """Write the parts of the recordings that are not used for silence in val and test."""
     folder.mkdir(parents=True)
     for name, (wave, rate_hz) in clips.items():
         of_training = wave[: round(PARTS["train"][1] * len(wave))]

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 CHUNK_BYTES = 1 << 20
-LONGEST_NAME_BYTES = 200  # of a file while it is written: file systems take 255, a process number and `.tmp` included
+LONGEST_NAME_BYTES = 200  # used in a temporary name, which also has a process number; file systems allow 255
 
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends; an exception leaves `path` as it was.
+    """A new file that atomically replaces `path` when the block ends. After an exception, `path` is unchanged.
 
-    Its name until then is `.NAME.PID.tmp`, with the beginning of a long NAME. A killed process leaves it behind.
+    Until then its name is `.NAME.PID.tmp`; a long NAME is truncated. A killed process leaves this file behind.
     """
     name = os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME_BYTES])
     temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
@@ -39,20 +39,20 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = str(path)  # the name that the user knows
+            error.filename = str(path)  # users know this name
         raise
     if durable:
         sync_folder(path.parent)
 
 
 def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Give `path` this content, text in UTF-8."""
+    """Replace `path` atomically with a file of this content; text is encoded in UTF-8."""
     with replacing(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_folder(path: Path) -> None:
-    """Put the names in a folder on the disk: of files that were made, renamed or removed in it."""
+    """Flush a folder to disk, so that new, renamed and removed names survive a crash."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -7,10 +7,10 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-FILE = "git-state.txt"  # in a copy of the code that a launcher made
+FILE = "git-state.txt"  # in copies of the code, which launchers make
 
 
-@cache  # three processes of git take as long as a small checkpoint
+@cache  # the three git processes take as long as a small checkpoint
 def git_state() -> str | None:
     """The commit of this code at the first call, with a + if files were changed since; None outside a repository."""
     here = Path(__file__).resolve().parents[1]
@@ -19,7 +19,7 @@ def git_state() -> str | None:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            # A killed process would leave the lock that `git status` takes to refresh its index.
+            # Without the lock that `git status` takes to refresh its index: a killed process would leave it behind.
             ["git", "--no-optional-locks", "-C", str(here), *arguments],
             capture_output=True,
             text=True,

@@ -30,14 +30,14 @@ from bfsys.errors import UserError, collecting
 from bfsys.model.layout import AS_RELEASED
 from bfsys.model.sizes import BYTE_VALUES, HEAD_DIM, PAD_BYTE, PUBLISHED_MERGES, PUBLISHED_SHIFT, SIZES
 
-NESTS = ("ema_model_state_dict", "model_state_dict", "state_dict", "model")  # the first that is there counts
+NESTS = ("ema_model_state_dict", "model_state_dict", "state_dict", "model")  # the first existing one is used
 PREFIX = "module."
 EMBEDDING, KERNEL, POSITIONS = "embeddings.weight", "token_reduction_net.weight", "pos_embed.pos_embed.pos_embed"
 HEAD = "classifier.weight"
-DECISIVE = {EMBEDDING: 2, KERNEL: 3, POSITIONS: 4, HEAD: 2}  # name: dimensions
+DECISIVE = {EMBEDDING: 2, KERNEL: 3, POSITIONS: 4, HEAD: 2}  # name: number of dimensions
 NAMES_SHOWN = 6
 
-# CoreNet's names and bfsys'
+# CoreNet's names: names in bfsys
 WHOLE_NAMES = {EMBEDDING: "stem.embedding", KERNEL: "stem.kernel", POSITIONS: "stem.positions"}
 MODULES = {
     "pre_norm_mha.0": "norm1",
@@ -52,7 +52,7 @@ MODULES = {
 
 
 class Weights:
-    """Tensors under bfsys' names, as `save` wants them."""
+    """Tensors with bfsys' names, as a StateSource for `save`."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -77,7 +77,7 @@ def import_weights(
     heads: int | None = None,
     byte_transforms: Sequence[str] = (),
 ) -> None:
-    """Make the directory `out` of the state dict in `weights`. Raises UserError for what does not fit."""
+    """Make the run directory `out` from the state dict in `weights`. Raises UserError for weights that do not fit."""
     check_windows(window, shift)
     transforms = parse_transforms(byte_transforms)
     named, nest = read_state_dict(weights)
@@ -95,7 +95,7 @@ def import_weights(
     config = Config(
         data=Data(sources=(), byte_transforms=tuple(byte_transforms)),
         model=model,
-        optim=Optim(ema_decay=0.0),  # the average, where there is one, is all there is
+        optim=Optim(ema_decay=0.0),  # the imported weights, averaged or not, are the only ones
         name=out.resolve().name,
         runs_dir=str(out.parent),
     )
@@ -127,7 +127,7 @@ def check_windows(window: int, shift: int) -> None:
 
 
 def read_state_dict(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """(tensors by CoreNet's names, the key under which they lay or None); nothing in the file is executed."""
+    """(tensors by CoreNet's names, the key that held them or None). No code in the file is executed."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -140,7 +140,7 @@ def read_state_dict(path: Path) -> tuple[dict[str, Tensor], str | None]:
                 f"save its state dict alone: torch.save(model.state_dict(), …)"
             ) from None
         raise UserError(f"{path}: not a file that torch.save wrote, or damaged") from None
-    except Exception:  # whatever a damaged archive raises: RuntimeError, EOFError, KeyError, UnicodeDecodeError, …
+    except Exception:  # damaged archives raise RuntimeError, EOFError, KeyError, UnicodeDecodeError, …
         raise UserError(f"{path}: not a file that torch.save wrote, or damaged") from None
     nest = None
     if isinstance(found, Mapping):
@@ -159,7 +159,7 @@ def read_state_dict(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def describe_model(named: Mapping[str, Tensor], window: int, shift: int, heads: int | None) -> Model:
-    """The model that the names and shapes speak of. Raises UserError for shapes that no architecture has."""
+    """Derive the model from the names and shapes. Raises UserError for shapes that no architecture has."""
     problems = [f"tensor {name}: missing" for name in DECISIVE if name not in named]
     problems += [
         f"tensor {name}: has {named[name].ndim} dimensions, not {dimensions}"
@@ -191,7 +191,7 @@ def describe_model(named: Mapping[str, Tensor], window: int, shift: int, heads: 
 
 
 def check_tensors(named: Mapping[str, Tensor], model: Model) -> None:
-    """Raise UserError unless the tensors are exactly those of the model, of its shapes and of finite numbers."""
+    """Raise UserError unless the tensors are exactly those of the model, with the right shapes and finite values."""
     expected = expected_shapes(model, len(named[HEAD]))
     missing, superfluous = sorted(expected.keys() - named.keys()), sorted(named.keys() - expected.keys())
     problems = [f"tensors missing: {_some(missing)}"] if missing else []
@@ -214,7 +214,7 @@ def check_tensors(named: Mapping[str, Tensor], model: Model) -> None:
 
 
 def expected_shapes(model: Model, classes: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of such a model under CoreNet's name."""
+    """The shape of every tensor of such a model, by CoreNet's name."""
     a = model.architecture()
     d = a.dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -245,7 +245,7 @@ def expected_shapes(model: Model, classes: int) -> dict[str, tuple[int, ...]]:
 
 
 def to_bfsys(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights, or gradients, under CoreNet's names and in its layout -> bfsys'."""
+    """Convert weights or gradients from CoreNet's names and layout to those of bfsys."""
     converted = {}
     for name, tensor in named.items():
         if name == POSITIONS:
@@ -271,7 +271,7 @@ def bfsys_name(name: str) -> str:
 
 
 def class_names(path: Path | None, count: int) -> list[str]:
-    """The names in the file, a line each; or numbers of equal width."""
+    """The names in the file, one per line; without a file, numbers of equal width."""
     if path is None:
         return [f"{i:0{len(str(count - 1))}}" for i in range(count)]
     try:

@@ -28,10 +28,10 @@ POSITIONS = "stem.positions"
 def initial_weights(
     model: nn.Module, config: Config, classes: Sequence[str], ranks: dist.Ranks
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """(float32 weights by name, what was taken over and what was not) for a run at step 0; collective.
+    """(float32 weights by name, notes on what was copied) for a run at step 0; collective.
 
-    Nothing, if train.init_from asks for nothing. Where nothing fits, the weights are `model`'s own. Raises
-    AgreedError if there is no whole checkpoint, or it is of another architecture.
+    Both are empty without train.init_from. Weights that cannot be copied are those of `model`. Raises AgreedError if
+    there is no intact checkpoint, or if its architecture is different.
     """
     origin = config.train.init_from
     if origin is None:
@@ -79,7 +79,7 @@ def _take_over(
 
 def _check_architecture(config: Config, other: Config, path: Path) -> None:
     ours, theirs = config.model.architecture(), other.model.architecture()
-    # Attention pooling starts as the mean
+    # Attention pooling initially equals the mean
     pool = ours.pool if theirs.pool == "mean" else theirs.pool
     different = asdict(replace(theirs, max_tokens=ours.max_tokens, pool=pool))
     problems = [

@@ -33,16 +33,16 @@ Input: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | np.
 ALLOWED = "a path, bytes, a NumPy array uint8 [n], or a file opened in binary mode"
 MOST_BYTES = 2**31 - 1  # of an input: as many as an exported program takes
 SMALL_BYTES = 64 << 20
-TEXT_SHOWN = 200  # characters of what may be no path
-# While they work, decoders change what all threads share: the filters of warnings, the number of PyTorch's threads.
+TEXT_SHOWN = 200  # characters that a message shows of a string that may not be a path
+# Decoders temporarily change global state: the filters of warnings, and the number of PyTorch's threads.
 _DECODING = threading.Lock()
 
 
 def files_in(folder: str | os.PathLike[str]) -> list[str]:
     """The paths of the files in a folder and in the folders below it, sorted, as `bfsys predict FOLDER` takes them.
 
-    Hidden files and those of the operating system are left out, and named on standard error. Raises UserError if it is
-    not a folder, holds no file, or holds something that is not a regular file.
+    Hidden files and those of the operating system are left out, and named on standard error. Raises UserError if
+    `folder` is not a folder, contains no files, or contains something that is not a regular file.
 
     >>> files_in("photos")
     ['photos/cat/001.jpg', 'photos/dog/001.jpg']
@@ -60,7 +60,7 @@ def files_in(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def is_one(inputs: Input | Iterable[Input]) -> bool:
-    """Whether this is one input, rather than several. Arrays of other libraries are one too, which is refused later."""
+    """Whether this is a single input. Arrays of other libraries also count as one input, and are refused later."""
     return (
         isinstance(inputs, str | os.PathLike | bytes | bytearray | memoryview)
         or hasattr(inputs, "__array__")
@@ -70,7 +70,7 @@ def is_one(inputs: Input | Iterable[Input]) -> bool:
 
 
 def named(inputs: Input | Iterable[Input]) -> Iterator[tuple[str, Input]]:
-    """Each input with the name that messages give it: a path, or its place among the inputs."""
+    """Each input with its name in messages: a path, or its position among the inputs."""
     if is_one(inputs):
         yield _name_of(inputs, "the input"), inputs  # type: ignore[misc]
         return
@@ -87,30 +87,30 @@ def _name_of(one: object, otherwise: str) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads inputs as a model was trained to read files. Holds no state."""
+    """Reads inputs in the way in which the model read its training files. It has no state."""
 
     origin: str
-    """The name of the model in messages: the path that it was loaded from."""
+    """The name of the model in messages: the path from which it was loaded."""
     formats: tuple[InputFormat, ...]
     """The known formats of the training files."""
     reads_any_format: bool
-    """Some training files went in as they were, and their formats are not known."""
+    """Whether some training files were used as they were, so their formats are unknown."""
     transforms: tuple[ByteTransform, ...]
     least_bytes: int
-    """Length of the shortest file that the model takes, after the transforms."""
+    """Length of the shortest file that the model accepts, after the transforms."""
     references: ReferenceFiles | None = None
-    """Files that the run was evaluated on; None where the checkpoint does not hold them."""
+    """A description of the run's evaluation files; None if the checkpoint has none."""
     encode_option: str = "--encode (encode=True in Python)"
     """The name in messages of the option to encode files."""
 
     def samples(
         self, inputs: Iterable[tuple[str, Input]], problems: list[str], say: Callable[[str], None], *, encode: bool
     ) -> Iterator[Sample]:
-        """Named inputs one by one; what is wrong with those that cannot be used goes to `problems`.
+        """Read named inputs one by one. Problems of inputs that cannot be used are added to `problems`.
 
-        `encode` puts pictures and sounds into a format of the training files. Without it, `say` is called for the first
-        input that is in none of them, or whose out-of-distribution score is above 1. Raises UserError if no format is
-        known.
+        `encode` converts pictures and sounds into a format of the training files. Raises UserError then if no format is
+        known. Otherwise `say` is called for the first input that has none of these formats. It is also called for the
+        first input whose out-of-distribution score is above 1; in all, it is called once at most.
         """
         if encode and not self.formats:
             raise UserError(
@@ -137,7 +137,7 @@ class Reader:
                 yield sample
 
     def transformed(self, name: str, data: np.ndarray) -> Sample:
-        """A file (uint8 [n]) after the run's transforms. Raises UserError if nothing or too little is left of it."""
+        """A file (uint8 [n]) after the run's transforms. Raises UserError if the result is empty or too short."""
         data = apply(self.transforms, data, np.random.default_rng(0))
         if not len(data):
             raise UserError(f"{name}: empty; there is nothing to classify")
@@ -146,9 +146,9 @@ class Reader:
         return Sample(name, data)
 
     def _encoded(self, name: str, data: np.ndarray) -> np.ndarray:
-        """The file in the first format of its modality. A file of no known kind is tried as a picture and as a sound.
+        """The file in the first format of its modality. A file of unknown kind is tried as a picture and as a sound.
 
-        A file for which no format is known stays as it is, if the model reads files of any format.
+        If the model reads files of any format, a file without a matching format stays as it is.
         """
         kind = kind_of(data)
         formats = self._formats_for(kind)
@@ -166,7 +166,7 @@ class Reader:
         raise UserError(f"{name}: {'; '.join(reasons)}")
 
     def _formats_for(self, kind: FileKind | None) -> list[InputFormat]:
-        """The first format of each modality, or of that of `kind` alone."""
+        """The first format of each modality, or only of the modality of `kind`."""
         first: dict[str | None, InputFormat] = {}
         for one in self.formats:
             if kind is None or one.encoding.modality == kind.modality:
@@ -198,9 +198,9 @@ class Reader:
 
 
 def read_input(name: str, one: Input) -> np.ndarray:
-    """The bytes of an input, uint8 [n]; an open file is read from where it stands to its end.
+    """The bytes of an input, uint8 [n]; an open file is read from its current position to its end.
 
-    Raises UserError, with `name`, for what cannot be read or is of another type.
+    Raises UserError, with `name`, if the input cannot be read or has another type.
     """
     try:
         if isinstance(one, str | os.PathLike):

@@ -18,7 +18,7 @@ Fields = Mapping[str, type | UnionType]
 
 
 def read_json_lines(path: Path, fields: Fields) -> Iterator[dict]:
-    """The objects in a file, one a line, that have these fields of these types; none if there is no such file."""
+    """The objects in a file, one per line, that have these fields of these types; none if the file does not exist."""
     content = read_regular(path) if path.exists() else b""
     return parse_json_lines(content.split(b"\n"), fields)
 

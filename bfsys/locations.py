@@ -15,12 +15,12 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 
 
 def is_remote(location: str) -> bool:
-    """Whether `location` is a URL, or a command that prints a file, rather than a path."""
+    """Whether `location` is a URL, or a command that prints a file; otherwise it is a path."""
     return location.startswith(PIPE) or _SCHEME.match(location) is not None
 
 
 def expanded(path: str, info: ValidationInfo) -> str:
-    """The path with ~ and variables expanded. Raises ValueError if it is empty or a variable is not set."""
+    """The path with ~ and environment variables expanded. Raises ValueError if it is empty or a variable is not set."""
     if not info.context:
         return path
     if not path:

@@ -19,7 +19,7 @@ COLUMNS = 5
 def training_loss(
     outputs: Tensor | tuple[Tensor, Tensor], batch: ByteBatch, num_sources: int, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """The loss whose gradient a micro-batch adds, and what was summed per source; from what a model gives for it."""
+    """The training loss of a micro-batch, a sum over its files, and the sums per source, from the model's outputs."""
     logits, errors = outputs if isinstance(outputs, tuple) else (outputs, None)
     loss, sums = loss_and_sums(logits, batch, num_sources, config.optim.label_smoothing, errors)
     return (loss if errors is None else loss + config.content_weight * errors.sum()), sums
@@ -32,28 +32,28 @@ def loss_and_sums(
     label_smoothing: float = 0.0,
     content_errors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of a micro-batch, and what was summed per source.
+    """Summed cross entropy of a micro-batch, and the sums per source.
 
-    logits [B, classes] -> (scalar with gradient, float64 [sources, COLUMNS] without). Losses are computed in
-    float32 or better, whatever the precision of the logits. `content_errors` [B] are only summed.
+    logits [B, classes] -> (scalar with gradient, float64 [sources, COLUMNS] without). Losses are computed in at least
+    float32, whatever the precision of the logits. `content_errors` [B] are only summed.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)  # [B]
     if batch.second_labels is not None:  # cross entropy is linear in the target, so mixed targets mix losses
-        assert batch.second_share is not None  # they come together
+        assert batch.second_share is not None  # both are set or neither
         second = F.cross_entropy(logits, batch.second_labels, reduction="none", label_smoothing=label_smoothing)
         losses = torch.lerp(losses, second, batch.second_share.to(losses.dtype))
     with torch.no_grad():
         content = torch.zeros_like(losses) if content_errors is None else content_errors
         label_logit = logits.gather(1, batch.labels[:, None])
-        # A label is among the top k if fewer than k classes come before it: a higher score, or the same and a lower
-        # number (bfloat16 has few values, so that the best is often not alone). NaN counts as wrong.
+        # A label is among the top k if fewer than k classes precede it, with a higher score, or with the same score and
+        # a lower number (ties are frequent in bfloat16). NaN counts as wrong.
         lower = torch.arange(logits.shape[1], device=logits.device) < batch.labels[:, None]
         before = (logits > label_logit) | ((logits == label_logit) & lower)
         rank = before.sum(1).masked_fill(label_logit[:, 0].isnan(), 5)
         columns = torch.stack([losses.detach().double(), (rank < 1).double(), (rank < 5).double(),
                                torch.ones_like(losses, dtype=torch.float64), content.double()], dim=1)  # fmt: skip
-        # Not index_add_, which adds up in any order on GPUs: equal runs log equal figures.
+        # Not index_add_, whose order is not fixed on GPUs: equal runs must log equal figures.
         of_source = batch.sources == torch.arange(num_sources, device=logits.device)[:, None]  # [sources, B]
         sums = torch.where(of_source[:, :, None], columns, 0.0).sum(1)
     return losses.sum(), sums

@@ -19,13 +19,13 @@ from bfsys.data.streaming.plan import lane_groups, lanes_of_rank
 from bfsys.data.streaming.run_data import FIRST_STEPS, RunData
 from bfsys.model.layout import token_counts
 
-# Tokens times channels of a micro-batch on a GPU, if the config does not say. These are 700,000 tokens for tiny and
-# 175,000 for base, which take longer than their launches (docs/performance.md). Their activations take 11 GB in bf16.
+# Default of tokens times channels of a micro-batch on a GPU. This is 700,000 tokens for tiny and 175,000 for base. They
+# take longer than their kernel launches (docs/performance.md), and their activations take 11 GB in bf16.
 GPU_NUMBERS = 2**27
 
 
 def agree_on_micro_batches(data: RunData, ranks: dist.Ranks) -> tuple[int, str]:
-    """(micro-batches that every rank makes of each step, a line about them); collective."""
+    """(number of micro-batches per step on every rank, a note about them); collective."""
     lanes = data.plan.lanes // ranks.world_size
     (lane_tokens,) = dist.agree_on_max(largest_micro_batch(data, ranks, lanes)[1])
     count = micro_batches_of(lanes, lane_tokens, data.config, on_gpu=ranks.device.type == "cuda")
@@ -34,7 +34,8 @@ def agree_on_micro_batches(data: RunData, ranks: dist.Ranks) -> tuple[int, str]:
 
 
 def micro_batches_of(lanes: int, lane_tokens: int, config: Config, *, on_gpu: bool) -> int:
-    """The number of micro-batches that the lanes of a rank make; the largest lane has `lane_tokens` tokens."""
+    """The number of micro-batches into which the lanes of a rank are grouped; the largest lane has `lane_tokens`
+    tokens."""
     automatic = GPU_NUMBERS // config.model.architecture().dim if on_gpu else 0
     together = max(1, (config.train.micro_batch_tokens or automatic) // max(1, lane_tokens))
     return -(-lanes // together)

@@ -15,7 +15,7 @@ from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.media.input_formats import input_format
 from bfsys.model.sizes import Architecture
 
-NAME = "README.md"  # most hosts of models show this file first
+NAME = "README.md"  # most model hubs show this file first
 SOURCE = re.compile(r"(?P<name>.*) \S+: (?P<samples>[\d,]+) samples, .* shards, (?P<bytes>[\d,]+) bytes, .*")
 WITHOUT_BFSYS = {
     "model.pt2": """\
@@ -44,8 +44,8 @@ session = onnxruntime.InferenceSession("model.onnx")
 def model_card(facts: Mapping, manifest: Mapping, config: Config, parameters: int, scores: Mapping | None) -> str:
     """The card in Markdown.
 
-    `facts` is what model.json says, with its files; `manifest` that of the checkpoint; `scores` those of the run's
-    evaluation after the exported step, as metrics.jsonl holds them, or None.
+    `facts` is the content of model.json, including its files. `manifest` is the checkpoint's. `scores` is the line of
+    metrics.jsonl on the run's evaluation after the exported step, or None.
     """
     sections = {
         "Model": _model(facts, manifest, parameters),
@@ -205,5 +205,5 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _literal(text: str) -> str:
-    """Text that Markdown shows as it is; names of classes may hold anything."""
+    """Text with Markdown escaped, since names of classes may contain any characters."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", text)

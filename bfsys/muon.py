@@ -25,11 +25,11 @@ from bfsys import dist
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # coefficients of the quintic Newton-Schulz iteration
 ITERATIONS = 5
-TINY = 1e-7  # added to norms
+TINY = 1e-7  # added to norms, against division by zero
 
 
 class Span(NamedTuple):
-    """Elements [first, end) of a flattened parameter, which a rank holds."""
+    """Elements [first, end) of a flattened parameter that a rank holds."""
 
     name: str
     first: int
@@ -55,12 +55,12 @@ class Stack(NamedTuple):
 
 
 def step_scale(shape: Sequence[int]) -> float:
-    """Factor on the step of a parameter [rows, …]: sqrt(max(1, rows / columns)), with qkv as one matrix."""
+    """Factor of the update of a parameter [rows, …]: sqrt(max(1, rows / columns)), with qkv as one matrix."""
     return max(1.0, shape[0] / math.prod(shape[1:])) ** 0.5
 
 
 def orthogonalise(x: Tensor) -> Tensor:
-    """[n, rows, columns] -> the same, with the singular values of each matrix moved to between about 0.7 and 1.2."""
+    """[n, rows, columns] -> the same, with the singular values of each matrix changed to about 0.7 … 1.2."""
     if x.shape[1] > x.shape[2]:
         return orthogonalise(x.mT).mT
     a, b, c = COEFFICIENTS
@@ -72,17 +72,17 @@ def orthogonalise(x: Tensor) -> Tensor:
 
 
 class Orthogonaliser:
-    """Orthogonalises matrices that lie in pieces on all ranks. Making one is collective, and so is calling it."""
+    """Orthogonalises matrices whose pieces are distributed over all ranks. Constructor and call are collective."""
 
     def __init__(self, stacks: dict[str, Stack], mine: Sequence[Span], ranks: dist.Ranks, dtype: torch.dtype) -> None:
-        """`mine` are the spans that this rank holds of the parameters in `stacks`. Products are computed in `dtype`, in
-        which pieces are sent, too."""
+        """`mine` are this rank's spans of the parameters in `stacks`. Products are computed, and pieces are sent, in
+        `dtype`."""
         self.rank, self.device, self.dtype = ranks.rank, ranks.device, dtype
         self.spans: list[list[Span]] = dist.gather_to_all(list(mine))  # by rank
         names = {span.name for of_rank in self.spans for span in of_rank}
         self.owners = assign({name: stack for name, stack in stacks.items() if name in names}, ranks.world_size)
         self.owned = {name: stacks[name] for name, owner in self.owners.items() if owner == self.rank}
-        self.names: dict[tuple[int, int], list[str]] = defaultdict(list)  # of owned stacks, by the shape of a matrix
+        self.names: dict[tuple[int, int], list[str]] = defaultdict(list)  # of owned stacks, by shape of their matrices
         for name, (_, rows, columns) in self.owned.items():
             self.names[rows, columns].append(name)
         complete = [
@@ -107,14 +107,14 @@ class Orthogonaliser:
         return self._broadcast(done) if self.is_replicated else self._hand_out(done)
 
     def _collect(self, mine: dict[Span, Tensor]) -> dict[Span, Tensor]:
-        """The pieces of the matrices that this rank owns and does not hold completely."""
+        """Receive the pieces of matrices that this rank owns but does not hold completely."""
         send = [[mine[span] for span in spans] for spans in self._by_owner(self.sent[self.rank])]
         receive = [[span for span in of_rank if span.name in self.owned] for of_rank in self.sent]
         return self._exchange(send, receive)
 
     def _join(self, *found: dict[Span, Tensor]) -> dict[tuple[int, int], Tensor]:
-        """All matrices that this rank owns, [n, rows, columns] by shape, from their pieces. A dict holds pieces of one
-        dtype, which a GPU copies together."""
+        """Join pieces into all matrices that this rank owns, [n, rows, columns] by shape. The pieces in a dict have one
+        dtype, so a GPU copies them together."""
         joined: dict[tuple[int, int], Tensor] = {}
         whole: dict[str, Tensor] = {}
         for shape, names in self.names.items():
@@ -131,7 +131,7 @@ class Orthogonaliser:
         return dict(zip(names, matrices.flatten().split([self.owned[name].elements for name in names]), strict=True))
 
     def _orthogonalise(self, joined: dict[tuple[int, int], Tensor]) -> dict[str, Tensor]:
-        """Matrices of equal shape, or of which one is the other's transposed, are one batch."""
+        """Orthogonalise matrices. Matrices of equal or transposed shape form one batch."""
         batches: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         for shape, matrices in joined.items():
             batches[tuple(sorted(shape))].append(matrices)
@@ -145,14 +145,14 @@ class Orthogonaliser:
         return done
 
     def _hand_out(self, done: dict[str, Tensor]) -> list[Tensor]:
-        """This rank's pieces of all results, in the order of its spans."""
+        """Send the results' pieces to their ranks. Returns this rank's pieces in the order of its spans."""
         send = [[done[name][first:end] for name, first, end in of_rank if name in self.owned] for of_rank in self.spans]
         mine = self.spans[self.rank]
         received = self._exchange(send, self._by_owner(mine))
         return [received[span] for span in mine]
 
     def _broadcast(self, done: dict[str, Tensor]) -> list[Tensor]:
-        """Send all results to every rank, in the order of its spans."""
+        """Broadcast all results to every rank. Returns them in the order of its spans."""
         mine = self.spans[self.rank]
         results: dict[Span, Tensor] = {}
         for rank, spans in enumerate(self._by_owner(mine)):
@@ -168,7 +168,7 @@ class Orthogonaliser:
         return [[span for span in spans if self.owners[span.name] == rank] for rank in range(len(self.spans))]
 
     def _exchange(self, send: list[list[Tensor]], receive: list[list[Span]]) -> dict[Span, Tensor]:
-        """Send flat tensors to each rank, and split what each rank sends into spans."""
+        """Send flat tensors to each rank, and split the received ones into spans."""
         parts = [part for of_rank in send for part in of_rank]
         flat = torch.cat(parts) if parts else torch.empty(0, device=self.device)
         sent = [sum(len(part) for part in of_rank) for of_rank in send]
@@ -179,7 +179,7 @@ class Orthogonaliser:
 
 
 def assign(stacks: dict[str, Stack], ranks: int) -> dict[str, int]:
-    """An owner for each parameter, such that all ranks have about as much to compute."""
+    """An owner for each parameter, chosen so that all ranks have about the same work."""
     load, owners = [0] * ranks, {}
     for name, stack in sorted(stacks.items(), key=lambda item: -item[1].flops):
         owners[name] = load.index(min(load))

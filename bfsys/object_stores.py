@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 EXAMPLE = "s3://bucket/folder"
 MAGIC = re.compile(r"[*\[\]{}?#]")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-EXTRAS = {"s3": "s3", "s3a": "s3"}  # extras of bfsys by scheme; fsspec names the package of every other one
+EXTRAS = {"s3": "s3", "s3a": "s3"}  # extras of bfsys, by scheme; for other schemes, fsspec names the package
 NOT_KEPT = {
     "http": "a web server, to which bfsys cannot write",
     "https": "a web server, to which bfsys cannot write",
@@ -20,9 +20,9 @@ NOT_KEPT = {
 
 
 def problem_of_url(url: str, given: str = "") -> str:
-    """What is wrong with the URL of a place that is to hold checkpoints; "" if nothing is. A secret is not repeated.
+    """The problem of a URL for checkpoints; "" if there is none. The message contains no secrets.
 
-    `given` is the part of it that a person wrote.
+    `given` is the part of the URL that the user wrote.
     """
     given = given or url
     if not URL.match(given):

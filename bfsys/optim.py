@@ -30,10 +30,10 @@ EMA = "ema"
 
 
 def learning_rate(step: int, steps: int, optim: Optim) -> float:
-    """Learning rate of the step that is the `step`-th (from 0) of `steps`.
+    """Learning rate of the `step`-th (from 0) of `steps` steps.
 
-    A line from warmup_lr to lr over warmup_steps, then half a cosine down to final_lr. (The published code
-    moves the cosine once per epoch; per step is its limit.)
+    It rises linearly from warmup_lr to lr over warmup_steps, then falls to final_lr as half a cosine. (The published
+    code updates the cosine once per epoch.)
     """
     if step < optim.warmup_steps:
         return optim.warmup_lr + (optim.lr - optim.warmup_lr) * step / optim.warmup_steps
@@ -44,15 +44,15 @@ def learning_rate(step: int, steps: int, optim: Optim) -> float:
 def ema_decay(step: int, optim: Optim) -> float:
     """Decay of the average at the `step`-th step (from 0).
 
-    min(decay, (1 + t) / (10 + t)): the initial weights are forgotten within a run of any length. (Published: the
-    constant decay from the first step, which makes no difference to runs much longer than 1 / (1 - decay).)
+    It is min(decay, (1 + t) / (10 + t)), so that the initial weights lose their influence in a run of any length. (The
+    published code uses the constant decay. This makes no difference in runs much longer than 1 / (1 - decay).)
     """
     return min(optim.ema_decay, (1 + step) / (10 + step))
 
 
 def parameter_groups(model: ByteFormer, optim: Optim) -> list[dict]:
-    """Parameters that are updated alike. Those of two or more dimensions have weight decay, as published (positions
-    included)."""
+    """Groups of parameters with the same settings. Parameters with two or more dimensions, including positions, have
+    weight decay, as published."""
     stacks = model.stacks() if optim.name == "muon" else {}
     matrices = [p for name, p in model.named_parameters() if name in stacks]
     rest = [p for name, p in model.named_parameters() if name not in stacks]
@@ -67,7 +67,7 @@ def parameter_groups(model: ByteFormer, optim: Optim) -> list[dict]:
 
 @dataclass(frozen=True)
 class Held:
-    """A span of a parameter that this rank updates: it lies at `offset` in `tensor`, which the optimizer knows."""
+    """A span of a parameter that this rank updates. It is at `offset` in `tensor`, a tensor of the optimizer."""
 
     span: Span
     tensor: Tensor
@@ -75,18 +75,18 @@ class Held:
 
     @property
     def place(self) -> slice:
-        """Where its elements lie in the flattened tensor."""
+        """The position of the span in the flattened tensor."""
         return slice(self.offset, self.offset + self.span.end - self.span.first)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The span's elements of a tensor that is like `tensor`: the weights, a moment or a gradient; a view."""
+        """A view of the span in a tensor with the layout of `tensor`: the weights, a moment or a gradient."""
         return tensor.detach().view(-1)[self.place]
 
 
 class Optimizer(torch.optim.AdamW):
-    """torch.optim.AdamW, and Muon for the groups that say so.
+    """torch.optim.AdamW, and Muon for groups with `is_muon`.
 
-    It keeps `state[p]["ema"]`, the exponential moving average of p, beside the moments.
+    Besides the moments, `state[p]["ema"]` is the exponential moving average of p.
     """
 
     def __init__(self, model: ByteFormer, optim: Optim) -> None:
@@ -101,7 +101,7 @@ class Optimizer(torch.optim.AdamW):
         self.prepare(optim.lr, optim.ema_decay)
 
     def prepare(self, learning_rate: float, ema_decay: float, skips: bool = False) -> None:
-        """Set what changes from step to step. `skips`: the next step changes nothing."""
+        """Set the values of the next step. `skips`: the next step changes nothing."""
         self.skips = skips
         for group in self.param_groups:
             group["lr"] = learning_rate * (self.relative_rate if group["is_muon"] else 1)
@@ -113,7 +113,7 @@ class Optimizer(torch.optim.AdamW):
         return (*names, EMA) if self.keeps_average else names
 
     def has_state(self, parameter: str, state: str) -> bool:
-        """Whether the parameter of that name has such a state."""
+        """Whether the parameter has this state."""
         return state == EMA or (state == MOMENTUM) == (parameter in self.stacks)
 
     def init_state(
@@ -123,10 +123,10 @@ class Optimizer(torch.optim.AdamW):
         ranks: dist.Ranks,
         products: torch.dtype,
     ) -> None:
-        """Make the state of step 0 now rather than in the first step, so that a checkpoint can fill it; collective.
+        """Create the state of step 0 before the first step, so that a checkpoint can be loaded into it; collective.
 
-        `together` are the tensors that are updated in one call of `step`, and whether by Muon, in the same order on all
-        ranks; `held` says where parameters lie in them. Muon's products are computed in the dtype `products`.
+        `together` are the tensors that one call of `step` updates, and whether Muon does, in the same order on all
+        ranks. `held` gives the positions of parameters in them. Muon's products are computed in the dtype `products`.
         """
         self.held = held
         for is_muon, tensors in together:
@@ -144,7 +144,7 @@ class Optimizer(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of the groups that DeepSpeed has put into `param_groups`; collective where Muon is one of them."""
+        """Update the groups that DeepSpeed has put into `param_groups`; collective if one of them uses Muon."""
         if self.skips:
             return None
         groups = self.param_groups
@@ -161,7 +161,7 @@ class Optimizer(torch.optim.AdamW):
         return result
 
     def _update_matrices(self, group: dict) -> None:
-        """Nesterov momentum, orthogonalised, with decoupled weight decay."""
+        """Update with the orthogonalised Nesterov momentum and decoupled weight decay."""
         tensors, rate = group["params"], group["lr"]
         gradients, momenta = [p.grad for p in tensors], [self.state[p][MOMENTUM] for p in tensors]
         torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
@@ -171,7 +171,7 @@ class Optimizer(torch.optim.AdamW):
         flat = {p: (p.view(-1), gradient.view(-1)) for p, gradient in zip(tensors, gradients, strict=True)}
         weights, steps = ([flat[part.tensor][i][part.place] for part in mine] for i in (0, 1))
         directions = orthogonalise(steps)
-        if mine:  # into the gradients' memory: on a GPU, foreach operations are fast for tensors of one dtype
+        if mine:  # into the gradients' memory, since foreach operations on a GPU are fast only for one dtype
             torch._foreach_copy_(steps, directions)
         by_scale: dict[float, list[list[Tensor]]] = defaultdict(list)
         for part, *pair in zip(mine, weights, steps, strict=True):

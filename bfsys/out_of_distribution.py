@@ -20,25 +20,25 @@ import numpy as np
 
 from bfsys.errors import UserError
 
-FILES = 128  # references that a run keeps
-FEWEST = 20  # references, below which no share of them can be called usual
+FILES = 128  # reference files of a run
+FEWEST = 20  # with fewer reference files, no usual distance can be estimated
 HEADER_BYTES = 16
 USUAL_SHARE = 0.98
-LEAST_USUAL = 0.02  # files that are all equal have a distance of zero
+LEAST_USUAL = 0.02  # lower limit of the usual distance, which is 0 if all files are equal
 PAST_THE_END = -1
 
 
 @dataclass(frozen=True)
 class ReferenceFiles:
-    """The description of the files that a run is evaluated on, as the model reads them."""
+    """A description of the run's evaluation files, as the model reads them."""
 
-    headers: np.ndarray  # int16 [files, HEADER_BYTES]; PAST_THE_END where a file has no more bytes
+    headers: np.ndarray  # int16 [files, HEADER_BYTES]; PAST_THE_END after the end of a file
     roots: np.ndarray  # uint8 [files, 256]: square roots of the shares of the byte values, 255 for 1
     usual: float
-    """The distance to the nearest other reference file that USUAL_SHARE of them stay within."""
+    """USUAL_SHARE of the reference files have at most this distance to their nearest other reference file."""
 
     def score(self, data: np.ndarray) -> float:
-        """The score of a file, uint8 [n], as the model reads it: above 1, it looks like none of the references."""
+        """The score of a file, uint8 [n], as the model reads it. Above 1, the file resembles no reference file."""
         return float(_distances(*_descriptors([data]), self.headers, self.roots).min()) / self.usual
 
     def to_tree(self) -> dict:
@@ -48,7 +48,7 @@ class ReferenceFiles:
 
 
 def reference_files(contents: Iterable[np.ndarray]) -> ReferenceFiles | None:
-    """The references made of files, uint8 [n] each and none of them empty; None if there are fewer than FEWEST."""
+    """Describe files, uint8 [n] each, none of them empty. Returns None for fewer than FEWEST files."""
     headers, roots = _descriptors(contents)
     if len(headers) < FEWEST:
         return None
@@ -59,14 +59,14 @@ def reference_files(contents: Iterable[np.ndarray]) -> ReferenceFiles | None:
 
 
 def from_tree(tree: dict | None) -> ReferenceFiles | None:
-    """The references of which `to_tree` made `tree`; None for None, as in checkpoints of earlier versions and imported
-    weights. Raises UserError for a damaged tree."""
+    """The inverse of `to_tree`. None gives None, as in checkpoints of earlier versions and imported weights. Raises
+    UserError for a damaged tree."""
     if tree is None:
         return None
     try:
         files, usual = int(tree["files"]), float(tree["usual"])
         split, size = files * HEADER_BYTES * 2, files * (HEADER_BYTES * 2 + 256)
-        # The limit keeps a foreign checkpoint from taking up all memory.
+        # The limit prevents a malicious checkpoint from using all memory.
         content = zlib.decompressobj().decompress(base64.b64decode(tree["descriptors"]), size + 1)
         if files < 1 or len(content) != size or not usual > 0:
             raise ValueError
@@ -77,7 +77,7 @@ def from_tree(tree: dict | None) -> ReferenceFiles | None:
 
 
 def _descriptors(contents: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The headers and roots of files, as `ReferenceFiles` has them."""
+    """The `headers` and `roots` of a ReferenceFiles for these files."""
     headers, roots = [], []
     for data in contents:
         header = np.full(HEADER_BYTES, PAST_THE_END, np.int16)
@@ -88,12 +88,12 @@ def _descriptors(contents: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray
 
 
 def _distances(headers: np.ndarray, roots: np.ndarray, to_headers: np.ndarray, to_roots: np.ndarray) -> np.ndarray:
-    """float64 [n, m]: from each of n files to each of m."""
+    """float64 [n, m]: the distance from each of n files to each of m files."""
     differ = (headers[:, None] != to_headers[None]).mean(2)
     return differ + 1 - _unit(roots) @ _unit(to_roots).T
 
 
 def _unit(roots: np.ndarray) -> np.ndarray:
-    """float64 [n, 256] of length 1, from which rounding has moved them a little."""
+    """float64 [n, 256], normalised to length 1, since the stored roots are rounded."""
     lengths = np.linalg.norm(roots.astype(np.float64), axis=1, keepdims=True)
     return roots / lengths

@@ -35,31 +35,31 @@ from bfsys.model.layout import token_counts
 from bfsys.run_time import RunTime, sent_bytes
 from bfsys.supervision.goodput import count_starts, read_seconds
 
-KEPT_PER_TOKEN = 16  # numbers, times dim, of each layer
-KEPT_PER_MERGED = 3  # for each pair that becomes one: the pair, and the input of the norm
+KEPT_PER_TOKEN = 16  # saved numbers per token and layer, divided by dim
+KEPT_PER_MERGED = 3  # the same per merged pair: the pair, and the input of the norm
 GB = 1e9
-REACHED = ((192, 0.10), (384, 0.22), (768, 0.36))  # dim, share of an H200's peak: tiny, small and base
+REACHED = ((192, 0.10), (384, 0.22), (768, 0.36))  # (dim, share of an H200's peak) of tiny, small and base
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The figures are those of one rank unless they say otherwise; memory is in bytes, times are in seconds."""
+    """The needs of a run. Figures are per rank unless stated otherwise; memory is in bytes, times are in seconds."""
 
     ranks: int
     micro_batches: int
-    """Number of micro-batches that a step has on each rank."""
+    """Number of micro-batches per step on each rank."""
     parameters: int
     state_bytes: int
     """Memory of weights, gradients, moments and average."""
     activation_bytes: int
     sent_bytes: float
-    """Sent by a rank in a step, for gradients and weights."""
+    """Bytes that a rank sends in a step, for gradients and weights."""
     step_flops: float
-    """Operations of a step of all ranks together, as a mean over the first steps."""
+    """Operations of a step on all ranks together, as a mean over the first steps."""
     busiest: float
-    """Operations of the busiest rank of a step over the mean rank's."""
+    """Operations of the busiest rank in a step, relative to the mean of the ranks."""
     step_bytes: float
-    """Bytes of files that all ranks together read in a step."""
+    """Bytes of files that all ranks together read in a step, as a mean over the first steps."""
     checkpoint_bytes: int
     steps: int
 
@@ -68,7 +68,7 @@ class Estimate:
         return self.state_bytes + self.activation_bytes
 
     def step_s(self, flops_per_s: float) -> float:
-        """Seconds of a step at the mean rate of a rank in FLOP/s."""
+        """Seconds of a step if a rank computes at this mean rate in FLOP/s."""
         return self.step_flops / self.ranks / flops_per_s
 
     def describe(self) -> str:
@@ -84,7 +84,7 @@ class Estimate:
 
 
 def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
-    """Estimate what a run needs on a number of ranks. Raises UserError if the ranks do not divide the lanes."""
+    """Estimate the needs of a run on a number of ranks. Raises UserError if the ranks do not divide the lanes."""
     config = data.config
     lanes_of_ranks = [lanes_of_rank(config.data.lanes, rank, ranks) for rank in range(ranks)]
     architecture, classes = config.model.architecture(), len(data.training.classes)
@@ -123,12 +123,12 @@ def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
 
 
 def _state_bytes(config: Config, parameters: int, moments: int, ranks: int) -> int:
-    """The bytes of the state on a rank. The optimizer owns float32 weights, `moments` numbers of moments, and the
+    """The bytes of the state on a rank. The optimizer holds float32 weights, moments (`moments` numbers) and the
     average: see `bfsys.engine.deepspeed_config`."""
     stage, is_small = config.train.zero_stage, config.train.precision == "bf16" and config.train.zero_stage > 0
     weights = 2 if is_small else 4
     optimizer = 4 * moments + (8 if is_small else 4) * parameters
-    share = [1, 1, 1, 1]  # divisors of weights, gradients, gradients that are added up in float32, optimizer
+    share = [1, 1, 1, 1]  # divisors: weights, gradients, gradients that are accumulated in float32, optimizer
     for part in {0: (), 1: (3,), 2: (1, 2, 3), 3: (0, 1, 2, 3)}[stage]:
         share[part] = ranks
     each = (weights * parameters, weights * parameters, 4 * parameters if is_small else 0, optimizer)
@@ -149,25 +149,26 @@ def _activation_bytes(config: Config, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run that was trained tells about another one."""
+    """Measurements of a trained run, from which the time of another run is estimated."""
 
     config: Config
     ranks: int
     flops_per_s: float
-    """The rate of a rank: the median of the latest measurements, with its waiting for data and for the busiest rank."""
+    """The rate of a rank: the median of the latest measurements, including waits for data and for the busiest rank."""
     flops_per_byte: float
-    """Operations of a step over the bytes that it read."""
+    """Operations of a step divided by the bytes that it read."""
     checkpoint_bytes: int
     save_s: float
-    """The time that training waited for a checkpoint."""
+    """The time that training waits for a checkpoint."""
     restart_s: float
-    """From a start to its first step; the mean of all starts."""
+    """Time from a start to its first step, as a mean over all starts."""
     evaluation_s: float
-    """The median evaluation on all ranks together; 0 if there was none."""
+    """Median time of an evaluation; 0 if there was none."""
 
 
 def measured(run: Path) -> Measured:
-    """Raises UserError if there is no run, or if it has no checkpoint, metrics or record of its time."""
+    """Measurements of a run. Raises UserError if there is no run, or if it has no checkpoint, metrics or record of its
+    time."""
     if not (run / "config.yaml").is_file():
         got = "there is no such folder" if not run.exists() else "it has no config.yaml"
         raise UserError(f"--like {run}: {got}; give the folder of a run that was trained, such as runs/NAME")
@@ -198,8 +199,8 @@ def measured(run: Path) -> Measured:
 
 
 def run_time(plan: Estimate, config: Config, like: Measured | None, step_s: float) -> RunTime:
-    """The time of all steps; with a run that was measured, also saves, by the bytes of a rank, evaluations, by the
-    operations for a byte, and starts."""
+    """The time of all steps. With `like`, a measured run, it also includes saves (scaled by the bytes per rank),
+    evaluations (scaled by the operations per byte) and starts."""
     train = config.train
     if not like:
         return RunTime(steps=train.steps, step_s=step_s, save_every=train.save_every)
@@ -216,6 +217,6 @@ def run_time(plan: Estimate, config: Config, like: Measured | None, step_s: floa
 
 
 def usual_utilisation(dim: int) -> float:
-    """The share of an H200's peak that training reached on TIFFs in batches that fill it (docs/performance.md)."""
+    """The share of an H200's peak that training reached on TIFFs in large enough batches (docs/performance.md)."""
     dims, shares = zip(*REACHED, strict=True)
     return float(np.interp(np.log(dim), np.log(dims), shares))

@@ -50,12 +50,12 @@ class Model:
     """A trained model, as `load` returns it. Threads may use it at the same time.
 
     Its methods take one input or several. An input is a path, the content of a file as bytes, bytearray or memoryview,
-    a NumPy array uint8 [n], or a file that is open in binary mode, which is read from where it stands. One input has
-    one answer; a list, tuple or other iterable of n inputs has n answers in their order. `files_in` lists the files of
-    a folder.
+    a NumPy array uint8 [n], or a file that is open in binary mode, which is read from its current position. One input
+    has one answer; a list, tuple or other iterable of n inputs has n answers in the same order. `files_in` lists the
+    files of a folder.
 
-    Inputs are read one after the other, and only those that are computed together are in memory. One UserError names
-    all problems of a call, which then has no answer.
+    Inputs are read one after the other, and only those that are computed together are in memory. If any input has a
+    problem, the call raises one UserError with all problems and returns no answers.
 
     >>> model = load("runs/tiny")
     >>> model.classes
@@ -72,33 +72,34 @@ class Model:
     """
 
     def __init__(self, network: ByteFormer, config: Config, facts: dict, reader: Reader) -> None:
-        """Use `load` instead. `network` is in eval mode and on its device; `facts` are those of a checkpoint or an
+        """Use `load` instead. `network` is in eval mode and on its device. `facts` come from a checkpoint or an
         export."""
         self._network, self._reader = network, reader
-        self._references: tuple[int, list[LabelledFile]] | None = None  # the seed that drew them, and the files
+        self._references: tuple[int, list[LabelledFile]] | None = None  # seed, and the files drawn with it
         self.config: Config = config
         """Every setting of the run."""
         self.classes: tuple[str, ...] = tuple(facts["classes"])
         """Names of the classes, by index."""
         self.step: int = facts["step"]
-        """Step of the run whose weights these are."""
+        """The step at which the weights were saved."""
         self.least_bytes: int = reader.least_bytes
-        """Length of the shortest file that the model takes, after data.byte_transforms."""
+        """Length of the shortest file that the model accepts, after data.byte_transforms."""
         self.max_bytes: int = network.architecture.max_bytes
-        """Length of a file up to which each token has a position of its own. Longer files are taken too."""
+        """Length of the longest file whose tokens all have different positions. Longer files are accepted too."""
         self.rounding_bytes: int = network.architecture.rounding_bytes
         """A shorter file takes as much memory and time as one of this length."""
         self.input_formats: tuple[str, ...] = tuple(f.describe() for f in reader.formats)
-        """Formats that pictures and sounds had in training, such as `wav:uint8 of 1 s at 16,000 Hz`; empty where files
-        went in as they are, or the checkpoint does not say."""
+        """Formats of pictures and sounds in training, such as `wav:uint8 of 1 s at 16,000 Hz`; empty if files were used
+        as they were, or if the checkpoint does not contain the formats."""
 
     @property
     def reader(self) -> Reader:
-        """Reads files as the model was trained to."""
+        """Reads files in the way in which the model read its training files."""
         return self._reader
 
     def with_messages(self, origin: str, encode_option: str) -> Model:
-        """The same model, whose messages call it `origin` and its option to encode files `encode_option`."""
+        """The same model with other names in messages: `origin` for the model, `encode_option` for the option to encode
+        files."""
         other = copy.copy(self)
         other._reader = replace(self._reader, origin=origin, encode_option=encode_option)
         return other
@@ -125,8 +126,8 @@ class Model:
     ) -> list[Prediction] | list[list[Prediction]]:
         """The `top` likeliest classes of each input (all, if there are fewer), the likeliest first.
 
-        `encode` puts pictures and sounds that are in no format of the training files into one, in memory, as `bfsys
-        encode` does. Without it, a warning names the first of them. Raises UserError for inputs that cannot be used.
+        `encode` converts pictures and sounds that have no format of the training files into one, in memory, as `bfsys
+        encode` does. Without it, a warning names the first such input. Raises UserError for inputs that cannot be used.
 
         >>> model = load("runs/tiny")
         >>> first, second = model.predict(b"one file", top=2)
@@ -161,10 +162,10 @@ class Model:
         return values[0] if is_one(inputs) else values
 
     def out_of_distribution(self, inputs: Input | Iterable[Input], *, encode: bool = False) -> np.ndarray:
-        """float32 [] of one input, [n] of n: how unlike the files that the run is evaluated on each input is. Above 1,
-        it looks like none of them, and its answer may mean little; see `bfsys.out_of_distribution`.
+        """float32 [] of one input, [n] of n: the out-of-distribution score of each input. Above 1, an input resembles
+        none of the run's evaluation files, and its answer may be unreliable; see `bfsys.out_of_distribution`.
 
-        `encode` as for `predict`. Raises UserError for inputs that cannot be used, and where the checkpoint holds no
+        `encode` as for `predict`. Raises UserError for inputs that cannot be used, and if the checkpoint has no
         reference files: imported weights, runs of fewer than 20 files, and checkpoints of earlier versions have none.
 
         >>> load("runs/tiny").out_of_distribution([b"a text", bytes(1000)]).shape
@@ -185,11 +186,11 @@ class Model:
     def explain(
         self, input: Input, class_name: str | None = None, seed: int = 0, *, encode: bool = False
     ) -> Explanation:
-        """Explain which bytes of one input speak for a class: its likeliest one, or `class_name`.
+        """Explain which bytes of one input are evidence for a class: its likeliest one, or `class_name`.
 
-        Bytes are replaced by those of files of other classes from the run's evaluation split, which the seed draws, and
-        by those of the input itself, in another order, where that split is not on this machine. `encode` as for
-        `predict`. Raises UserError for an input that cannot be used and a class that the model does not have.
+        Bytes are replaced by bytes of files of other classes from the run's evaluation split, drawn with the seed. If
+        the split is not on this machine, they are replaced by the input's own bytes in another order. `encode` as for
+        `predict`. Raises UserError for an input that cannot be used and for an unknown class.
 
         >>> explanation = load("runs/tiny").explain(bytes([40] * 30))
         >>> explanation.summary()
@@ -221,8 +222,8 @@ class Model:
         )
 
     def _references_of(self, seed: int) -> list[LabelledFile]:
-        """The files that a seed draws for explanations, read once for all inputs that are explained with it."""
-        known = self._references  # one read: threads may replace it
+        """The files drawn with a seed for explanations. They are cached for further explanations with the same seed."""
+        known = self._references  # read only once, since other threads may replace it
         if known is None or known[0] != seed:
             known = self._references = (seed, candidates(self.config, self.classes, self._reader.transforms, seed))
         return known[1]
@@ -235,8 +236,8 @@ class Model:
         return self.classes.index(name)
 
     def shortcuts(self, split: str | None = None, limit: int = 200, seed: int = 0) -> Shortcuts:
-        """Test whether the model reads headers, metadata or lengths in place of content. The test uses `limit` files of
-        a split of the run's data (by default data.eval_split). Raises UserError if they cannot be read.
+        """Test whether the model uses headers, metadata or lengths instead of content. The test uses at most `limit`
+        files of a split of the run's data (by default data.eval_split). Raises UserError if they cannot be read.
         """
         if not isinstance(limit, int) or limit < 2:
             raise UserError(f"limit: got {limit!r}; a whole number of at least 2 is needed")
@@ -260,10 +261,10 @@ class Model:
         top: int = 3,
         encode: bool = False,
     ) -> Iterator[tuple[str, list[Prediction], float | None]]:
-        """(name, classes, out-of-distribution score where the run has reference files) of each named input that can be
-        used, as soon as they are computed: for `bfsys predict`.
+        """For `bfsys predict`: yield (name, classes, out-of-distribution score if the run has reference files) of each
+        usable named input, as soon as it is computed.
 
-        What is wrong with other inputs goes to `problems`, and what `predict` warns of to `say`.
+        Problems of other inputs are added to `problems`. `say` receives the warnings of `predict`.
         """
         references = self._reader.references
         for batch in self._batches(inputs, problems, say, encode):
@@ -273,14 +274,14 @@ class Model:
                     yield sample.key, classes, references.score(sample.data) if references else None
 
     def probabilities_of(self, samples: list[Sample]) -> Tensor:
-        """float32 [n, classes] on the CPU, of samples that `reader` prepared, computed together: for `bfsys serve`."""
+        """For `bfsys serve`: float32 [n, classes] on the CPU, of samples from `reader`, computed as one batch."""
         return self._forward(self._probabilities_of, samples)
 
     def _compute(
         self, inputs: Input | Iterable[Input], function: Callable[[ByteBatch], Tensor], encode: bool
     ) -> Tensor:
-        """float32 [n, …] on the CPU: `function` of all inputs. After a problem the others are only read, to find what
-        is wrong with them."""
+        """float32 [n, …] on the CPU: `function` of all inputs. After a problem, further inputs are only read, to
+        collect all problems."""
         problems: list[str] = []
         notes: list[str] = []
         parts: list[Tensor] = []
@@ -291,7 +292,7 @@ class Model:
             raise UserError(*problems)
         for note in notes:
             warnings.warn(note, stacklevel=3)
-        if not parts:  # no inputs: the shape is that of other answers
+        if not parts:  # without inputs, a dummy gives the shape of answers
             return self._forward(function, [Sample("", np.zeros(self.least_bytes, np.uint8))])[:0]
         return torch.cat(parts)
 
@@ -327,16 +328,16 @@ def load(
     permute: str | os.PathLike[str] | None = None,
     transformed: bool = False,
 ) -> Model:
-    """The model of a run directory (of its newest intact checkpoint), of one checkpoint directory, of weights that
-    `bfsys import-corenet` took over, or of a folder that `bfsys export` wrote with safetensors.
+    """Load the model of a run directory (of its newest intact checkpoint), of one checkpoint directory, of weights from
+    `bfsys import-corenet`, or of a folder that `bfsys export` wrote with safetensors.
 
-    weights      "ema": averaged, where the run keeps an average; "last": those of the last step
-    device       such as "cpu" or "cuda:1"; by default the GPU that PyTorch takes first, or else the CPU
+    weights      "ema": the average, if the run keeps one; "last": the weights of the last step
+    device       such as "cpu" or "cuda:1"; by default PyTorch's first GPU, or else the CPU
     precision    "fp32", or faster and less exact: "tf32" on GPUs, "bf16" (bfsys/model/precision.py)
-    permute      key file of the run's byte transform `permute`, if it does not lie where training had it
-    transformed  inputs went through the run's data.byte_transforms before, so no key is needed
+    permute      key file of the run's byte transform `permute`, if its path has changed since training
+    transformed  the run's data.byte_transforms have been applied to inputs already, so no key is needed
 
-    Raises UserError for a path that holds no whole model, a wrong key, and arguments that do not fit.
+    Raises UserError for a path without an intact model, a wrong key, and invalid arguments.
 
     >>> load("runs/tiny", device="cpu")
     <bfsys.Model runs/tiny, step 120: reads files of up to 256 bytes; 5 classes; on cpu>
@@ -357,7 +358,7 @@ def load(
     transforms: tuple[ByteTransform, ...] = ()
     if not transformed:
         transforms = parse_transforms(with_key(config.data.byte_transforms, None if permute is None else Path(permute)))
-        if facts["plan"] is not None:  # imported weights and exports of earlier versions have no note of a key
+        if facts["plan"] is not None:  # imported weights and old exports do not identify a key
             check_transforms(transforms, facts)
     elif not config.data.byte_transforms:
         raise UserError(f"--transformed: {path} was trained on files as they are; leave the option out")
@@ -370,7 +371,7 @@ def load(
         least_bytes=config.model.least_bytes,
         references=from_tree(facts.get("reference_files")),
     )
-    # Explanations need gradients of tokens, never of weights, and recompute each block for the sake of memory.
+    # Explanations need gradients of tokens, not of weights, and recompute each block to save memory.
     network.requires_grad_(False)
     set_precision(network, precision)
     for module in network.modules():
@@ -385,7 +386,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-        if found.type not in ("cpu", "cuda"):  # meta takes tensors, and computes nothing
+        if found.type not in ("cpu", "cuda"):  # such as meta, which computes nothing
             raise RuntimeError
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
         reason = str(error).partition("\n")[0].partition("Expected one of")[0].strip()
@@ -397,6 +398,6 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def batches_of(samples: Iterator[Sample], budget_bytes: int, least_bytes: int = 1) -> Iterator[list[Sample]]:
-    """Samples in their order, in lists of at most `budget_bytes` (or of one larger sample); shorter ones than
-    `least_bytes` count as so many."""
+    """Group samples in order into lists of at most `budget_bytes`, or of one larger sample. Samples shorter than
+    `least_bytes` count as `least_bytes`."""
     return within_budget(((max(len(sample.data), least_bytes), sample) for sample in samples), budget_bytes)

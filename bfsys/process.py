@@ -9,19 +9,19 @@ import resource
 from contextlib import suppress
 from importlib import metadata
 
-# The oldest releases that work, as in setup.cfg. pip checks them when it installs bfsys, but a container may have been
-# made for something else, and installing another package may replace them.
+# The oldest releases that work, as in setup.cfg. pip checks them when it installs bfsys, but a container may have other
+# versions, and installing another package may replace them.
 OLDEST = {"torch": "2.11", "pydantic": "2.6", "deepspeed": "0.19.8"}
 
 
 def prepare() -> None:
-    """Raise the limit of open files as far as this user may, and give a user without a passwd entry a name.
+    """Raise the limit of open files as far as allowed, and set a name for a user without a passwd entry.
 
-    Containers run under such users (`docker run --user 12345`, OpenShift). PyTorch asks for the user's name when it is
-    imported, and fails where there is none.
+    Containers may run under such users (`docker run --user 12345`, OpenShift). PyTorch reads the user's name when it is
+    imported, and fails if there is none.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # some systems promise more than they allow
+    with suppress(OSError, ValueError):  # some systems report a higher limit than they allow
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
         try:
@@ -36,15 +36,15 @@ def open_files_limit() -> int:
 
 
 def outdated_packages() -> list[str]:
-    """A problem for each installed package that is older than OLDEST allows. Imports none of them.
+    """A problem for each installed package that is older than OLDEST allows. No package is imported.
 
-    A pre-release counts as its release: NVIDIA's containers have such builds of PyTorch ("2.11.0a0+a6d1dd2").
+    A pre-release counts as its release, since NVIDIA's containers have such builds of PyTorch ("2.11.0a0+a6d1dd2").
     """
     problems = []
     for name, oldest in OLDEST.items():
         with suppress(metadata.PackageNotFoundError):  # only some commands need DeepSpeed
             found = metadata.version(name)
-            if found and _release(found) < _release(oldest):  # None of a package whose metadata are broken
+            if found and _release(found) < _release(oldest):  # None if the metadata of a package are broken
                 problems.append(
                     f"{name} {found} is installed, but bfsys needs {name} {oldest} or newer; upgrade it in this "
                     f"environment (pip install '{name}>={oldest}'), or use another environment"

@@ -22,7 +22,7 @@ _BOTH_OR_NEITHER = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among the ranks of a run; by default a process on its own."""
+    """The rank of this process in a run; by default the only rank."""
 
     rank: int = 0
     world_size: int = 1
@@ -35,27 +35,27 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """One GPU per rank; the CPU where there is none, or where DS_ACCELERATOR asks for it."""
+        """One GPU per rank; the CPU if there is no GPU or if DS_ACCELERATOR is cpu."""
         import torch
 
         gpus = gpu_count()
         if not gpus:
             return torch.device("cpu")
-        # A launcher may show each rank its own GPU only.
+        # A launcher may make only one GPU visible to each rank.
         return torch.device("cuda", 0 if gpus == 1 else self.local_rank)
 
 
 def gpu_count() -> int:
-    """The GPUs of this machine that ranks use; 0 where DS_ACCELERATOR asks for the CPU."""
+    """The number of GPUs of this machine that ranks use; 0 if DS_ACCELERATOR is cpu."""
     import torch
 
     return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
 
 
 def ranks_from_environment() -> Ranks:
-    """Read the launcher's variables; without a launcher this is rank 0 of 1.
+    """Read the launcher's environment variables; without a launcher, this is rank 0 of 1.
 
-    Raises UserError for variables that are missing, are not numbers, or do not fit together.
+    Raises UserError for variables that are missing, are not numbers, or contradict each other.
     """
     env = os.environ
     if "RANK" not in env and env_number("WORLD_SIZE", 1) > 1:
@@ -68,7 +68,7 @@ def ranks_from_environment() -> Ranks:
 
 
 def env_number(variable: str, default: int) -> int:
-    """A variable that a launcher sets; the default where it is not set. Raises UserError if it is not a number."""
+    """A variable of a launcher, or the default if it is not set. Raises UserError if it is not a number."""
     text = os.environ.get(variable) or str(default)
     if not text.strip().isdecimal():
         raise UserError(f"{variable} is {text!r}, which is not a number; {_BOTH_OR_NEITHER}")

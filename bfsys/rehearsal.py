@@ -26,14 +26,14 @@ from bfsys.micro_batches import largest_micro_batch
 
 
 def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
-    """Run forward and backward on zero bytes of the lengths of the largest micro-batch of this rank's first steps.
+    """Run forward and backward on zero bytes, with the lengths of the largest micro-batch of this rank's first steps.
 
-    Returns the gradient of each parameter (None for one that takes no part); nothing at stage 3. Raises UserError if it
-    does not fit into memory."""
+    Returns the gradient of each parameter (None for an unused one). At stage 3 nothing is run, and the list is empty.
+    Raises UserError if the micro-batch does not fit into memory."""
     if engine.stage == 3:
         return []
     lengths, tokens = largest_micro_batch(data, ranks, engine.micro_batches)
-    lengths = np.maximum(lengths, data.config.model.least_bytes)  # shorter files will be replaced when they are read
+    lengths = np.maximum(lengths, data.config.model.least_bytes)  # reading replaces files that are too short
     batch = ByteBatch.from_samples([Sample("", np.zeros(n, np.uint8), label=0) for n in lengths.tolist()])
     if data.config.content_weight:
         content = torch.zeros(len(lengths), CONTENT_ROWS, CONTENT_COLUMNS, dtype=torch.float16)
@@ -41,7 +41,7 @@ def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
     try:
         batch = batch.to(ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=engine.uses_autocast):
-            outputs = engine.module(batch)  # not through the engine, which would expect a backward pass of its own
+            outputs = engine.module(batch)  # not through the engine, which would expect its own backward pass
         loss, _ = training_loss(outputs, batch, len(data.training.splits), data.config)
         return list(torch.autograd.grad(loss, list(engine.module.parameters()), allow_unused=True))
     except torch.OutOfMemoryError as error:

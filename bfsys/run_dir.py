@@ -31,14 +31,14 @@ from bfsys.supervision.guard import FILE as ROLLBACKS
 from bfsys.supervision.run_end import forget_end
 from bfsys.supervision.watchdog import HANGS
 
-LOCK_WAIT_S = 20.0  # a start that was killed may have loader processes that take a moment to notice
-# After a node was lost, a file server keeps its lock for a while (NFSv4: 90 s). In a job nobody is kept waiting, and
-# ending would be for good. Other ranks wait for train.collective_timeout_s, so rank 0 waits for half of it at most.
+LOCK_WAIT_S = 20.0  # loader processes of a killed start hold the lock until they end
+# A file server keeps the lock of a lost node for a while (NFSv4: 90 s). In a job, a longer wait costs little, and a run
+# that ends here is not requeued. Other ranks wait for train.collective_timeout_s; rank 0 waits at most half of it.
 LOCK_WAIT_IN_JOB_S = 300.0
 
 
 def run_facts(data: RunData) -> dict:
-    """The facts that make a checkpoint self-contained, and that a resume must agree with."""
+    """The facts that make a checkpoint self-contained, and with which a resume must agree."""
     return {
         "classes": list(data.training.classes),
         "plan": data.facts,
@@ -50,12 +50,12 @@ def run_facts(data: RunData) -> dict:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run directory that this run may use, as rank 0 found it."""
+    """A run directory that this run may use, as rank 0 sees it."""
 
     is_new: bool
     """Whether the directory holds no checkpoint."""
     notes: list[str]
-    """The changes that were made to it."""
+    """The changes that were made to the directory."""
     hold: BinaryIO | None
     """Rank 0's lock on the directory."""
 
@@ -69,9 +69,9 @@ class RunDirectory:
 
 
 def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirectory:
-    """Lock the run directory, check that it holds this run or none, and write config.yaml there; collective.
+    """Lock the run directory, check that it contains this run or none, and write config.yaml into it; collective.
 
-    Raises AgreedError if it holds another run, or another process is training in it.
+    Raises AgreedError if it contains another run, or if another process is training in it.
     """
     hold: BinaryIO | None = None
 
@@ -79,7 +79,7 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirect
         nonlocal hold
         with _errors_of(config.run_dir):
             config.run_dir.mkdir(parents=True, exist_ok=True)
-            # First, so that what another process writes while this one waits is seen.
+            # First, so that files that another process writes during the wait are seen.
             hold = hold_directory(config.run_dir, longest_s=config.train.collective_timeout_s / 2)
 
     try:
@@ -94,10 +94,11 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirect
 
 
 def _fetch_newer(config: Config, facts: dict, ranks: dist.Ranks) -> list[str]:
-    """Fetch the newest copy from the object store if the run directory has no checkpoint that is as new; collective.
+    """Fetch the newest copy from the object store if it is newer than all checkpoints in the run directory; collective.
     Returns notes.
 
-    Raises AgreedError if the store does not answer and the directory has nothing to continue from.
+    Raises AgreedError if there is no checkpoint in the directory, and the store does not respond or has only damaged
+    copies.
     """
     run_dir, url = config.run_dir, config.copy_url
     path, _ = dist.on_rank0(lambda: newest_readable(run_dir), ranks)
@@ -136,11 +137,11 @@ def newest_checkpoint(config: Config, facts: dict) -> Path | None:
 
 
 def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
-    """(whether the directory holds no checkpoint, the changes that were made to it)"""
+    """Prepare the locked directory. Returns whether it has no checkpoint, and the changes that were made."""
     run_dir, path = config.run_dir, newest_checkpoint(config, facts)
     with _errors_of(run_dir):
         notes = [] if path else set_aside_earlier_run(run_dir)
-        # At the first hang, other nodes would not see a folder that they know not to exist (NFS caches that).
+        # If it were made at the first hang, other nodes might not see it, since NFS caches missing names.
         (run_dir / HANGS).mkdir(exist_ok=True)
         if path and step_of(path) >= config.train.steps:
             notes += _notes_on_finished(config, step_of(path))
@@ -151,7 +152,7 @@ def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
 
 
 def _notes_on_finished(config: Config, step: int) -> list[str]:
-    """What a start must know whose run has made all of its steps: config.yaml stays that of these steps."""
+    """A note for a start of a run that has made all of its steps: its config.yaml is not replaced."""
     file = config.run_dir / "config.yaml"
     with suppress(UserError):
         theirs = typed_yaml.load(Config, file)
@@ -165,7 +166,7 @@ def _notes_on_finished(config: Config, step: int) -> list[str]:
 
 @contextmanager
 def _errors_of(run_dir: Path) -> Iterator[None]:
-    """Turn errors of the disk that do not pass into a UserError about the run directory."""
+    """Turn permanent errors of the disk into a UserError about the run directory."""
     try:
         yield
     except OSError as error:
@@ -179,8 +180,8 @@ def _errors_of(run_dir: Path) -> Iterator[None]:
 
 
 def set_aside_earlier_run(run_dir: Path) -> list[str]:
-    """Move what a run without checkpoints has left into a folder of its own: its skipped steps, its bad samples and its
-    history mean other data. Returns a line about it, if there was anything."""
+    """Move the files of an earlier run without checkpoints into a separate folder, since its skipped steps, bad samples
+    and history refer to other data. Returns a note if there were any."""
     left = [run_dir / name for name in (ROLLBACKS, QUARANTINE, METRICS, GOODPUT, "tb") if _has_content(run_dir / name)]
     if not left:
         return []
@@ -198,10 +199,11 @@ def _has_content(path: Path) -> bool:
 
 
 def hold_directory(run_dir: Path, name: str = ".lock", longest_s: float = math.inf) -> BinaryIO:
-    """Lock the directory against other processes until this is closed, or this process ends. `name` is the lock's file.
+    """Lock the directory against other processes, until the returned file is closed or this process ends. `name` is the
+    lock file.
 
-    Raises UserError if another one keeps its lock, after `longest_s` at most. Two starts would write over each other's
-    checkpoints.
+    Raises UserError if another process holds the lock, after at most `longest_s`. Without the lock, two starts would
+    overwrite each other's checkpoints.
     """
     hold = open(run_dir / name, "wb")  # noqa: SIM115 (for the life of the run)
     wait_s = min(longest_s, LOCK_WAIT_IN_JOB_S if os.environ.get("SLURM_JOB_ID") else LOCK_WAIT_S)

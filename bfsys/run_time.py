@@ -17,7 +17,7 @@ DAY = 24 * HOUR
 
 @dataclass(frozen=True)
 class RunTime:
-    """The seconds of a run on its way to the last step, without failures."""
+    """The parts of the time of a run, in seconds, without failures."""
 
     steps: int
     step_s: float
@@ -26,13 +26,13 @@ class RunTime:
     save_s: float = 0.0
     """The time that training waits for one checkpoint."""
     evaluations_s: float = 0.0
-    """All evaluations together."""
+    """The time of all evaluations together."""
     restart_s: float = 0.0
-    """From a failure, or the first command, to the next step."""
+    """The time from a failure, or from the first start, to the next step."""
 
     @property
     def work_s(self) -> float:
-        """Steps and evaluations."""
+        """The time of steps and evaluations."""
         return self.steps * self.step_s + self.evaluations_s
 
     @property
@@ -41,7 +41,7 @@ class RunTime:
 
     @property
     def interval_s(self) -> float:
-        """Work between two checkpoints."""
+        """The time of steps and evaluations between two checkpoints."""
         return self.work_s * min(1.0, self.save_every / self.steps)
 
     def expected_s(self, mtbf_s: float = math.inf) -> float:
@@ -51,12 +51,12 @@ class RunTime:
         try:
             of_interval_s = mtbf_s * math.exp(self.restart_s / mtbf_s)
             of_interval_s *= math.expm1((self.interval_s + self.save_s) / mtbf_s)
-        except OverflowError:  # failures come so often that hardly any interval is completed
+        except OverflowError:  # failures are so frequent that hardly any interval is completed
             return math.inf
         return self.restart_s + of_interval_s * self.work_s / self.interval_s
 
     def best_save_every(self, mtbf_s: float) -> int:
-        """The number of steps between checkpoints with the shortest expected time, at most all steps."""
+        """The number of steps between checkpoints that gives the shortest expected time; at most all steps."""
         if math.isinf(mtbf_s) or not self.save_s:
             return self.steps if math.isinf(mtbf_s) else 1
         x = self.save_s / (2 * mtbf_s)
@@ -67,20 +67,20 @@ class RunTime:
 def sent_bytes(
     stage: int, parameters: int, ranks: int, micro_batches: int, *, bf16: bool, muon_parameters: int = 0
 ) -> float:
-    """Bytes that one rank sends in a step, for gradients, weights and Muon's matrices, all of them in rings.
+    """Bytes that one rank sends in a step for gradients, weights and Muon's matrices, if all collectives use rings.
 
     Gradients are reduced in float32: all-reduced at stages 0 to 2 (DeepSpeed 0.19.8), reduce-scattered at stage 3.
-    Stages 2 and 3 do so for every micro-batch. The updated weights are gathered once in a step, at stage 3 twice in
-    every micro-batch. Small parameters, which stage 3 keeps gathered, are not told apart.
+    Stages 2 and 3 do so for every micro-batch. The updated weights are gathered once per step; at stage 3, twice per
+    micro-batch. Small parameters count in the same way, although stage 3 keeps them gathered.
     """
     others = (ranks - 1) / ranks
     gradients, weights = 4 * parameters * others, (2 if bf16 and stage else 4) * parameters * others
     matrices = (2 if bf16 else 4) * muon_parameters * others
-    if stage == 0:  # the owner of a matrix sends its result to all ranks
+    if stage == 0:  # the owner of a matrix broadcasts its result
         return 2 * gradients + matrices
     of_stage = {
         1: 2 * gradients + weights,
         2: micro_batches * 2 * gradients + weights,
         3: micro_batches * (gradients + 2 * weights),
     }
-    return of_stage[stage] + 2 * matrices / ranks  # pieces go to the owner of a matrix, and come back
+    return of_stage[stage] + 2 * matrices / ranks  # pieces are sent to the owner of a matrix and back

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # launchers put this file's folder first, where its modules would shadow others
+if __name__ == "__main__":  # launchers put this file's folder first in sys.path; its modules would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
     from bfsys.start import run_as
@@ -51,11 +51,11 @@ ROLLED_BACK = -1  # instead of an exit code: continue from the checkpoint that i
 
 
 def train(config: Config, ranks: dist.Ranks) -> int:
-    """Train to the last step, or until a stop is requested; returns the exit code. Called on every rank."""
-    descriptions = dist.on_rank0(lambda: fetch_descriptions(config), ranks)  # one request, and all ranks read the same
+    """Train to the last step, or until a stop is requested; returns the exit code. Collective."""
+    descriptions = dist.on_rank0(lambda: fetch_descriptions(config), ranks)  # so that all ranks have the same
     data = dist.same_errors_on_all(lambda: open_run_data(config, ranks, descriptions))
-    facts = dist.on_rank0(lambda: run_facts(data), ranks)  # asks git
-    # Before the supervisor exists, a signal ends the process: there is nothing to save, and waits may be long.
+    facts = dist.on_rank0(lambda: run_facts(data), ranks)  # runs git
+    # Before the supervisor exists, a signal ends the process at once: there is nothing to save, and waits may be long.
     with prepare_run_dir(config, facts, ranks) as directory, Supervisor(data, facts, ranks) as supervisor:
         supervisor.load_quarantine()
         micro_batches, note = agree_on_micro_batches(data, ranks)
@@ -78,7 +78,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
         dist.bound_all_groups(config.train.collective_timeout_s)
         if ranks.device.type == "cuda":
             dist.same_errors_on_all(lambda: rehearse(engine, data, ranks))
-        if weights:  # in float32, where the engine has rounded the model to its precision
+        if weights:  # set in float32, since the engine has rounded the model to its precision
             set_weights(engine, weights)
         if directory.is_new:
             references = dist.on_rank0(data.read_reference_files, ranks)
@@ -99,14 +99,14 @@ def train(config: Config, ranks: dist.Ranks) -> int:
 
 
 def run_steps(data: RunData, engine: Engine, supervisor: Supervisor, step: int) -> int:
-    """Train on after `step` steps, to the end (0), to a stop (its exit code) or to a roll-back (ROLLED_BACK)."""
+    """Continue after `step` steps. Returns 0 at the end of the run, the exit code of a stop, or ROLLED_BACK."""
     config, ranks = data.config, supervisor.ranks
     batches = training_batches(
         config, data.training, data.plan, ranks,
         first_step=step, micro_batches=engine.micro_batches, quarantine=supervisor.quarantine,
     )  # fmt: skip
     supervisor.ledger.first_step_begins()
-    evaluate_if_due(data, engine, supervisor, step)  # a stop may have come between a checkpoint and its evaluation
+    evaluate_if_due(data, engine, supervisor, step)  # a stop may have been between a checkpoint and its evaluation
     exit_code = 0
     while step < config.train.steps and not exit_code:
         outcome = train_step(data, engine, supervisor, batches, step)
@@ -129,9 +129,9 @@ def run_steps(data: RunData, engine: Engine, supervisor: Supervisor, step: int) 
 def train_step(
     data: RunData, engine: Engine, supervisor: Supervisor, batches: Iterator[ByteBatch], step: int
 ) -> StepOutcome:
-    """The step after `step` steps: forward and backward for each of the rank's micro-batches, then one update.
+    """Make the step after `step` steps: forward and backward for each of the rank's micro-batches, then one update.
 
-    The data of a step that is skipped are drawn and dropped, so that all other steps keep theirs.
+    The data of a skipped step are drawn and dropped, so the data of other steps do not change.
     """
     config, beat, drawn = data.config, supervisor.watchdog.beat, []
     rate = learning_rate(step, config.train.steps, config.optim)
@@ -156,13 +156,13 @@ def train_step(
 
 
 def evaluate_if_due(data: RunData, engine: Engine, supervisor: Supervisor, step: int) -> None:
-    """Evaluate, if an evaluation is due after `step` steps or the run is at its end; at most once for a step."""
+    """Evaluate if an evaluation is due after `step` steps or at the end of the run; at most once per step."""
     config, ranks, metrics = data.config, supervisor.ranks, supervisor.metrics
     every = config.train.eval_every
     due = step >= config.train.steps or (every and step and step % every == 0)
     if not data.validation.splits or not due or metrics.last_evaluation == step:
         return
-    if supervisor.saver.under_way:  # so that it counts if the evaluation fails, or is all that a stop leaves time for
+    if supervisor.saver.under_way:  # commit the checkpoint first, in case the evaluation fails or is interrupted
         supervisor.finish_save(step)
     where = f"step {step}: evaluation"
     began = time.perf_counter()
@@ -183,7 +183,8 @@ def evaluate_if_due(data: RunData, engine: Engine, supervisor: Supervisor, step:
 
 @contextmanager
 def collecting_garbage_by_hand() -> Iterator[None]:
-    """Garbage is collected by the supervisor only, on all ranks at the same step; what exists already is left alone."""
+    """Disable automatic garbage collection. The supervisor collects garbage, on all ranks at the same step. Existing
+    objects are excluded."""
     gc.freeze()
     gc.disable()
     try:
@@ -193,13 +194,13 @@ def collecting_garbage_by_hand() -> Iterator[None]:
 
 
 def train_rank(config: Config, ranks: dist.Ranks) -> int:
-    """The process of one rank, from its config to its end; the exit code.
+    """Run one rank from its config to its end. Returns the exit code.
 
-    Raises AgreedError on the first rank of each node alone, which is enough to say what all ranks know.
+    Raises AgreedError only on the first rank of each node, so that the error is printed once per node.
     """
     console.go_on_without(config.run_dir / "log" / f"rank-{ranks.rank}.log")
     try:
-        # Every ragged batch wants blocks of other sizes, and fixed blocks would leave gaps that none of them fits.
+        # Every ragged batch needs blocks of other sizes, and blocks of fixed size would fragment the memory.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         dist.start(ranks, config.train.collective_timeout_s)
         exit_code = train(config, ranks)
@@ -226,6 +227,6 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
         )
         return EXIT_CRASHED
     finally:
-        # While other ranks wait for this one, NCCL cannot be taken down: that would wait for them.
+        # With other ranks, NCCL cannot be shut down here: that would wait for ranks that wait for this one.
         if ranks.world_size == 1:
             dist.stop()

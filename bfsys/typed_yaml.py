@@ -30,16 +30,16 @@ from pydantic_core import ErrorDetails
 from bfsys.errors import UserError, collecting, did_you_mean
 
 T = TypeVar("T")
-SHOWN_TEXT = 60  # characters of a value in a message
-MOST_BYTES = 16_000_000  # of a file
-MOST_VALUES = 100_000  # in a file, with those that its aliases stand for
+SHOWN_TEXT = 60  # characters of a value that a message shows
+MOST_BYTES = 16_000_000  # size of a file
+MOST_VALUES = 100_000  # number of values in a file, with aliases expanded
 _adapter: Callable[[type], TypeAdapter] = functools.cache(TypeAdapter)
-# File names that are not UTF-8 hold lone surrogates, which JSON parsers refuse: each is hidden behind a mark.
+# File names that are not UTF-8 contain lone surrogates, which JSON parsers reject. They become _MARK and their code.
 _MARK = "\U0010ffff"
 _ODD = re.compile(f"[\ud800-\udfff{_MARK}]")
 _MARKED = re.compile(f"{_MARK}([0-9a-f]{{6}})")
 _QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
-# Messages by pydantic's name of an error in a type.
+# Messages by pydantic's names of type errors.
 _REMEDIES = {
     "string_type": "text is expected; put it in quotes",
     "bool_type": "write true or false",
@@ -49,7 +49,7 @@ _REMEDIES = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of version 1.2, and duplicate keys refused."""
+    """YAML with the scalars of version 1.2. Duplicate keys are errors."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -92,12 +92,12 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read as the string that it is."""
+    """Quotes strings that `_Loader` would read as another type."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
-        """Text with a line break or the like in double quotes, with escapes: other styles fold some line breaks."""
+        """Write unprintable text, such as line breaks, with escapes in double quotes; other styles fold line breaks."""
         return self.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"')
 
 
@@ -110,8 +110,8 @@ def load(
     """Read `path` (UTF-8, or UTF-16 with a byte order mark) into dataclass `cls`, then apply overrides
     `section.key=value`.
 
-    `presets` are trees of values by a key of the top level and its value: {"recipe": {"fast": {"optim": {…}}}}. A
-    preset value applies where neither the file nor an override gives one.
+    `presets` are trees of values, by a top-level key and its value: {"recipe": {"fast": {"optim": {…}}}}. A preset
+    value applies if neither the file nor an override gives one.
 
     Raises UserError with one message per problem.
     """
@@ -150,26 +150,25 @@ def load(
 
 
 def from_tree(cls: type[T], tree: dict, where: str, *, is_typed: bool = False) -> T:
-    """Check a tree of plain values against dataclass `cls`; raises UserError with one message per problem.
+    """Check a tree of plain values against dataclass `cls`. Raises UserError with one message per problem.
 
-    `is_typed`: a person wrote the values, in which validators then replace what stands for something else. They find it
-    as their `info.context`.
+    `is_typed`: a user wrote the values, so validators expand ~ and variables. It is their `info.context`.
     """
     try:
-        # Through JSON, since pydantic's strict mode then still takes objects for dataclasses and lists for tuples.
+        # Through JSON, since pydantic's strict mode then accepts objects as dataclasses and lists as tuples.
         text = _ODD.sub(lambda found: f"{_MARK}{ord(found[0]):06x}", json.dumps(tree, ensure_ascii=False))
         config = _adapter(cls).validate_json(text, strict=True, context=is_typed)
         return _with_odd(config) if _MARK in text else config
     except ValidationError as error:
         details = error.errors(include_url=False)
         raise UserError(*dict.fromkeys(f"{where}: {sentence}" for sentence in _sentences(cls, details))) from None
-    except (TypeError, ValueError) as error:  # from json.dumps: a type that JSON lacks, a list that holds itself
+    except (TypeError, ValueError) as error:  # from json.dumps: a type that JSON lacks, a list that contains itself
         raise UserError(f"{where}: {error}") from None
 
 
 def _check_plain(tree: dict) -> None:
-    """Raise ValueError for what no config may hold: values of other types than JSON's, values that hold themselves, and
-    aliases that stand for a multitude of values."""
+    """Raise ValueError for values that a config must not contain: types that JSON lacks, values that contain
+    themselves, and aliases that expand to too many values."""
     count = 0
 
     def check(value: Any, key: str, around: tuple[int, ...]) -> None:
@@ -190,7 +189,7 @@ def _check_plain(tree: dict) -> None:
 
 
 def to_tree(config: Any) -> dict:
-    """The plain values of a config dataclass: what `from_tree` takes back."""
+    """The plain values of a config dataclass; the inverse of `from_tree`."""
     return json.loads(json.dumps(dataclasses.asdict(config), ensure_ascii=False))
 
 
@@ -211,7 +210,7 @@ def dump(config: Any) -> str:
 
 
 def _with_odd(value: Any) -> Any:
-    """A checked config with the characters that had to be hidden from pydantic."""
+    """A checked config with the surrogates that were hidden from pydantic."""
     if isinstance(value, str):
         return _MARKED.sub(lambda found: chr(int(found[1], 16)), value)
     if isinstance(value, tuple):
@@ -224,7 +223,7 @@ def _with_odd(value: Any) -> Any:
 
 
 def _fill_up(tree: dict, preset: Mapping) -> None:
-    """Add what `tree` lacks of `preset`, in place."""
+    """Add missing values from `preset` to `tree`, in place."""
     for key, value in preset.items():
         if not isinstance(value, dict):
             tree.setdefault(key, value)
@@ -273,7 +272,7 @@ def _apply(cls: type, tree: dict, override: str) -> None:
 
 
 def _override_value(kind: Any, text: str, where: str) -> Any:
-    """The value of an override of a field of type `kind`, as the module's docstring says."""
+    """The value of an override for a field of type `kind`, by the rules in the module's docstring."""
     members = get_args(kind) or (kind,)
     if quoted := _QUOTED.fullmatch(text):
         return quoted[2]
@@ -288,7 +287,7 @@ def _override_value(kind: Any, text: str, where: str) -> Any:
 
 
 def _flow(text: str, where: str) -> Any:
-    """A list or mapping of YAML, all of the text."""
+    """Parse the whole text as a list or mapping of YAML."""
     remedy = "; close every bracket, and put a text with a # in quotes, since a comment begins at a # after a blank"
     with _yaml_errors(where, remedy):
         loader = _Loader(text)
@@ -316,7 +315,7 @@ def _position(node: list, part: str, name: str, override: str) -> int:
 
 
 def _sentences(cls: type, details: Sequence[ErrorDetails]) -> list[str]:
-    """A sentence per field: pydantic reports a value that fits no member of a union once for each member."""
+    """One sentence per field. For a union, pydantic reports an error for each member."""
     of_fields: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
     for detail in details:
         of_fields.setdefault(_field_of(cls, detail), []).append(detail)
@@ -348,7 +347,7 @@ def _rule(detail: ErrorDetails) -> str:
 
 
 def _field_of(cls: type, detail: ErrorDetails) -> tuple[int | str, ...]:
-    """The place of an error, without the names that pydantic gives to validators and to members of a union."""
+    """The location of an error, without pydantic's names of validators and of members of a union."""
     location = tuple(part for part in detail["loc"] if not str(part).startswith("function-"))
     if detail["type"] != "unexpected_keyword_argument" and _type_at(cls, location) is _type_at(cls, location[:-1]):
         return location[:-1]
@@ -356,7 +355,7 @@ def _field_of(cls: type, detail: ErrorDetails) -> tuple[int | str, ...]:
 
 
 def _type_at(cls: Any, location: Sequence[str | int]) -> Any:
-    """The type of the field at a location such as ("data", "sources", 0), without what Annotated adds."""
+    """The type of the field at a location such as ("data", "sources", 0), without Annotated."""
     for part in location:
         parents = (cls, *get_args(cls))
         owner = next((kind for kind in parents if dataclasses.is_dataclass(kind)), None)
@@ -364,7 +363,7 @@ def _type_at(cls: Any, location: Sequence[str | int]) -> Any:
             cls = hints[part]
         elif get_origin(cls) is tuple and str(part).isdecimal():
             cls = get_args(cls)[0]
-        # Else pydantic names a member of a union here, and the type is the one found.
+        # Otherwise the part names a member of a union, and the type does not change.
     return cls
 
 

@@ -34,8 +34,8 @@ from bfsys.checkpoint.store import Store, StoreError
 from bfsys.checkpoint.writer import read_task
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError
 
-MOST_PROBLEMS = 20  # in an answer, which must fit into a pipe: nobody reads it before this process has ended
-STALL_S = 120.0  # without a sign of life from the store, after which a copy is given up
+MOST_PROBLEMS = 20  # per answer, which must fit into a pipe: it is read only after this process has ended
+STALL_S = 120.0  # a copy is abandoned after this time without progress
 WATCH_S = 1.0
 
 
@@ -48,7 +48,7 @@ def main() -> None:
 
     def answer(what: dict) -> None:
         os.write(descriptor, json.dumps(what).encode())
-        os._exit(0)  # threads that wait for the store do not hold it up
+        os._exit(0)  # does not wait for threads that are blocked on the store
 
     def watch(store: Store) -> None:
         threading.Thread(target=_watch, args=(store, answer), daemon=True).start()
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def outcome(task: dict, watch: Callable[[Store], None] = lambda store: None) -> dict:
-    """What was done, or why it could not be done. `watch` receives the store once it is opened."""
+    """Do the task. Returns the result, or why it failed. `watch` is called with the opened store."""
     try:
         store = Store(task["url"])
         watch(store)
@@ -80,7 +80,7 @@ def _watch(store: Store, answer) -> None:
 
 
 def copy(store: Store, task: dict) -> dict:
-    """Copy a checkpoint, and remove what the retention policy does not name."""
+    """Copy a checkpoint, and remove the copies that the retention policy does not keep."""
     path, run_dir = Path(task["path"]), Path(task["run_dir"])
     manifest = read_manifest(path)
     if is_after_bad_steps(manifest) and manifest["step"] < manifest["config"]["train"]["steps"]:
@@ -89,7 +89,7 @@ def copy(store: Store, task: dict) -> dict:
     try:
         store.prune(RetentionPolicy(**task["keep"]), evaluations(run_dir))
     except StoreError as error:
-        return {"note": str(error)}  # the copy is made
+        return {"note": str(error)}  # the copy itself succeeded
     return {}
 
 
@@ -98,11 +98,11 @@ def is_after_bad_steps(manifest: dict) -> bool:
 
 
 def fetch(store: Store, task: dict) -> dict:
-    """Fetch the newest whole copy of a step after `task["after"]`, into a folder beside the checkpoints of the run. If
-    there is none, a run that is new checks that it can write to the store."""
+    """Fetch the newest intact copy of a step after `task["after"]` into a folder beside the run's checkpoints. If there
+    is none, a new run checks that it can write to the store."""
     skipped: list[str] = []
     damaged: list[str] = []
-    is_first = task["after"] < 0 and task["until"] is None  # the disk has nothing
+    is_first = task["after"] < 0 and task["until"] is None  # the disk holds no checkpoint
     root = checkpoints_dir(Path(task["run_dir"]))
     for name in reversed(store.names()):
         if task["until"] is not None and step_of_name(name) > task["until"]:
@@ -114,7 +114,7 @@ def fetch(store: Store, task: dict) -> dict:
         except Damaged as error:
             skipped += error.problems
             continue
-        if manifest is None:  # it was cut short
+        if manifest is None:  # the copy is incomplete
             continue
         work = root / f".{checkpoint_name(manifest['step'])}.{os.getpid()}.part"
         new_work_dir(work)
@@ -133,14 +133,16 @@ def fetch(store: Store, task: dict) -> dict:
 
 
 def first_of(problems: list[str]) -> list[str]:
-    """As many problems as an answer may hold, and how many more there are."""
+    """The first MOST_PROBLEMS problems, and the number of the others."""
     rest = len(problems) - MOST_PROBLEMS
     return problems[:MOST_PROBLEMS] + ([f"and {rest:,} more damaged files"] if rest > 0 else [])
 
 
 def disown_all(store: Store, damaged: list[str]) -> None:
-    """Delete the manifests of damaged copies, so that retention ignores them and no start fetches them again. A run
-    that has nothing else keeps them: without their manifests, its next start would take itself for a new run."""
+    """Delete the manifests of damaged copies, so that retention ignores them and no start fetches them again.
+
+    Do not call it for a run that has no other checkpoint: without any manifest, its next start would begin a new run.
+    """
     for name in damaged:
         store.disown(name)
 

@@ -33,35 +33,36 @@ from bfsys.errors import EXIT_CRASHED, UserError
 
 POLL_S = 0.05
 TRIES_AGAIN = "training goes on, and the next save tries again"
-STOP_WAIT_S = 120.0  # a run that was asked to stop waits this long for its last copy
+STOP_WAIT_S = 120.0  # a run that stops on request waits this long for its last copy
 
 
 class Copies:
     """Copies the checkpoints of a run, one at a time; for rank 0."""
 
     def __init__(self, run_dir: Path, url: str, keep: RetentionPolicy) -> None:
-        """`url` is that of the run in the store."""
+        """`url` is the URL of the run in the store."""
         self.run_dir, self.url, self.keep = run_dir, url, keep
         self.problem = ""
-        """Why the store does not take copies; empty if it does."""
+        """Why copying fails; empty if it works."""
         self.copying: Path | None = None
-        """The checkpoint that is being copied, which nobody must remove."""
+        """The checkpoint that is being copied. It must not be removed."""
         self.newest_is_left_out = False
-        """The latest checkpoint that was looked at is not to be copied, and that is no problem."""
+        """Whether the last processed checkpoint was left out on purpose, since it was saved after a bad step."""
         self._process: subprocess.Popen | None = None
         self._is_wanted = False
-        self._is_offered = False  # since the copy that is being made was begun
-        self._done: dict[tuple[str, int], str] = {}  # checkpoints that are not to be tried again, with their problem
+        self._is_offered = False  # whether `offer` was called since the present copy began
+        self._done: dict[tuple[str, int], str] = {}  # problem ("" if none) of checkpoints that are not tried again
         self._said = ""
         self._unsaid = ""
 
     def offer(self) -> None:
-        """There may be checkpoints without a copy."""
+        """Look for checkpoints without a copy, and start to copy them."""
         self._is_wanted = self._is_offered = True
         self._start_next()
 
     def attend(self) -> str:
-        """Go on with the next copy if one has ended. Returns what has changed, for the console; empty if nothing."""
+        """Start the next copy if the present one has ended. Returns a message for the console; empty if nothing has
+        changed."""
         if self._process is None:
             news, self._unsaid = self._unsaid, ""
             return news
@@ -83,7 +84,7 @@ class Copies:
         return problem and f"checkpoint {newest}: is whole, but has no copy in {self.url}: {problem}"
 
     def close(self) -> None:
-        """End a copy that is being made; what it wrote does not count."""
+        """Kill the copying process. The incomplete copy has no manifest, so it does not count."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -94,7 +95,7 @@ class Copies:
             return
         keys: dict[Path, tuple[str, int]] = {}
         for one in reversed(all_checkpoints(self.run_dir)):
-            with suppress(FileNotFoundError):  # no manifest, or `bfsys checkpoint prune` removes it
+            with suppress(FileNotFoundError):  # it has no manifest, or `bfsys checkpoint prune` has removed it
                 keys[one] = _key(one)
         path = next((path for path, key in keys.items() if key not in self._done), None)
         if path is None:
@@ -104,7 +105,7 @@ class Copies:
         try:
             self._process, self.copying = _start(self.run_dir, self.url, task), path
             self._is_offered = False
-        except OSError as error:  # no process or no memory is left for it
+        except OSError as error:  # the limit of processes or of memory is reached
             self.problem, self._is_wanted = f"the copying process cannot be started: {error.strerror}", False
             if self._said != "failing":
                 self._unsaid = f"{path.name} is not copied: {self.problem}; {TRIES_AGAIN}"
@@ -112,11 +113,11 @@ class Copies:
         self._copied_key = keys[path]
 
     def _take(self, answer: dict) -> str:
-        """Note what the copying process did; what has changed."""
+        """Record the result of the copying process. Returns a message if it differs from the last one."""
         before, self.problem = self._said, answer.get("problem", "")
         name = self._copied_key[0]
         if self.problem:
-            self._is_wanted = self._is_offered  # if not, until the next save
+            self._is_wanted = self._is_offered  # without an offer in between, retry only after the next save
             self._said = "failing"
             news = f"{name} is not copied: {self.problem}; {TRIES_AGAIN}"
             return news if before != self._said else ""
@@ -134,7 +135,7 @@ class Copies:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The copies of a run that are wanted: of steps after `after`, and until `until` if that is given."""
+    """The copies of a run to choose from: those of steps after `after` and, if it is given, up to `until`."""
 
     run_dir: Path
     url: str
@@ -145,10 +146,10 @@ class Wanted:
 def fetch_newest(
     wanted: Wanted, ranks: dist.Ranks, *, check: Callable[[Path], None], wait: Callable[[], None] = lambda: None
 ) -> Fetched:
-    """Fetch the newest whole copy of those that are wanted into the run directory, on rank 0; collective.
+    """Fetch the newest intact copy of those in `wanted` into the run directory, on rank 0; collective.
 
-    `check` raises UserError if the checkpoint is of another run. `wait` is called again and again: the copying process
-    itself gives up when the store no longer answers.
+    `check` raises UserError if the checkpoint belongs to another run. `wait` is called repeatedly meanwhile. There is
+    no timeout here: the copying process ends by itself if the store does not respond.
     """
     process: subprocess.Popen | None = None
 
@@ -180,14 +181,14 @@ def fetch_newest(
 
 
 class Fetched(NamedTuple):
-    """What came of a `fetch_newest`."""
+    """The result of `fetch_newest`."""
 
     name: str | None
-    """The checkpoint that the run directory has now; None if there is no whole copy."""
+    """The checkpoint that was fetched; None if there is no intact copy."""
     problem: str
     """Why the store could not be read; empty if it could."""
     exit_code: int
-    """The code to end with on account of the problem."""
+    """The exit code for the problem."""
     notes: list[str]
 
 
@@ -204,5 +205,5 @@ def _answer_of(process: subprocess.Popen) -> dict:
 
 
 def _key(path: Path) -> tuple[str, int]:
-    """What tells a checkpoint from another one of the same step."""
+    """The identity of a checkpoint. It differs from that of another checkpoint of the same step."""
     return path.name, (path / MANIFEST).stat().st_mtime_ns

@@ -47,11 +47,11 @@ T = TypeVar("T")
 FORMAT = 2
 MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"
-# Beginning of the names of parameters that only training has (model/content_head.py)
+# Prefix of the names of parameters that only training uses (model/content_head.py)
 CONTENT_HEAD = "content_head."
 LATEST = "latest"
-PAUSES_S = (1.0, 4.0, 10.0)  # before a file is asked for again
-READERS = 16  # threads that read a checkpoint: each hashes without Python's lock, or waits for a file server
+PAUSES_S = (1.0, 4.0, 10.0)  # before each retry of a read
+READERS = 16  # threads that read a checkpoint; they release the GIL while they hash and while they wait for a server
 NAME = re.compile(r"step_(\d{8,})")
 REMOVED = ".removed"  # suffix of a directory that was a checkpoint and is being deleted
 
@@ -89,18 +89,18 @@ def step_of(path: Path) -> int:
 
 
 def piece_name(parameter: str, first: int, end: int) -> str:
-    """The name of elements first … end of a parameter."""
+    """The name of the piece with elements [first, end) of a parameter."""
     return f"{parameter}[{first}:{end}]"
 
 
 def parse_piece(name: str) -> tuple[str, int | None, int | None]:
-    """(parameter, first element, end) of a tensor's name; None of a whole one."""
+    """(parameter, first element, end) of a tensor's name; both numbers are None for a whole parameter."""
     match = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
     return (match[1], int(match[2]), int(match[3])) if match else (name, None, None)
 
 
 def cover(pieces: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether tensors of these names are all elements of all parameters, each once."""
+    """Whether tensors of these names hold every element of every parameter exactly once."""
     spans: dict[str, list[tuple[int, int]]] = {name: [] for name in shapes}
     for piece in pieces:
         name, first, end = parse_piece(piece)
@@ -119,7 +119,7 @@ def cover(pieces: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> bool:
 
 
 def new_work_dir(work: Path) -> None:
-    """An empty `work` directory, and none that killed saves left behind."""
+    """Make an empty `work` directory, and remove those that killed saves left behind."""
     root = work.parent
     for left_over in (*root.glob(".step_*.part"), *root.glob(f".step_*{REMOVED}")):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -127,20 +127,20 @@ def new_work_dir(work: Path) -> None:
 
 
 def commit(work: Path, final: Path, facts: dict, files: Mapping[str, dict]) -> None:
-    """Write the manifest, give the directory its name, point `latest` at it.
+    """Write the manifest, rename the directory, and point `latest` at it.
 
-    `files` are names with their `describe`. Until the rename nothing of an earlier checkpoint is touched.
+    `files` holds the result of `describe` by file name. Earlier checkpoints are not changed before the rename.
     """
     manifest = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
     manifest["sha256"] = fingerprint(manifest)
-    replace_file(work / MANIFEST, json.dumps(manifest, indent=1))  # and with it the names of all other files
+    replace_file(work / MANIFEST, json.dumps(manifest, indent=1))  # also flushes the names of all other files
     name_checkpoint(work, final)
 
 
 def name_checkpoint(work: Path, final: Path) -> None:
-    """Give a whole checkpoint, all of which is on the disk, its name, and point `latest` at it."""
+    """Rename a complete, flushed checkpoint to its final name, and point `latest` at it."""
     root = final.parent
-    if final.exists():  # a damaged one of the same step, or one that the run was rolled back before
+    if final.exists():  # a damaged checkpoint of this step, or one from before a roll-back to an earlier step
         remove(final)
     os.rename(work, final)
     sync_folder(root)
@@ -148,9 +148,9 @@ def name_checkpoint(work: Path, final: Path) -> None:
 
 
 def take_over(work: Path, final: Path) -> None:
-    """Give a checkpoint that was fetched from elsewhere its name in a run directory; a damaged one is moved aside.
+    """Move a fetched checkpoint to its final name in a run directory; a damaged one of that name is moved aside.
 
-    What it holds besides tensors are files of the run directory. They only grow, so the longer one stays there.
+    Besides tensors, a checkpoint holds files of the run directory. They only grow, so the longer version is kept.
     """
     for name in read_manifest(work)["files"]:
         live = final.parent.parent / name
@@ -163,13 +163,13 @@ def take_over(work: Path, final: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint. What a kill leaves of it does not look like a checkpoint any more."""
+    """Remove a checkpoint. If the process is killed meanwhile, the rest does not count as a checkpoint."""
     shutil.rmtree(retire(path), ignore_errors=True)  # a network file system may refuse to delete an open file
 
 
 def retire(path: Path) -> Path:
-    """Rename a checkpoint, so that it no longer counts, and return its new path, which is to be removed. The next save
-    removes it if the caller does not."""
+    """Rename a checkpoint, so that it no longer counts. Returns its new path, which the caller should remove; otherwise
+    the next save does."""
     going = path.with_name(f".{path.name}{REMOVED}")
     shutil.rmtree(going, ignore_errors=True)
     with suppress(FileNotFoundError):  # `bfsys checkpoint prune` and a run may both remove it
@@ -187,7 +187,7 @@ def move_aside(path: Path) -> Path:
 
 
 def point_to_newest(root: Path) -> None:
-    """Let `latest` name the newest checkpoint of a folder of checkpoints, after some of them were removed."""
+    """Point `latest` at the newest checkpoint in a folder, after some checkpoints were removed."""
     paths = all_checkpoints(root.parent)
     if paths:
         replace_file(root / LATEST, paths[-1].name + "\n")
@@ -196,8 +196,8 @@ def point_to_newest(root: Path) -> None:
 
 
 def steps_to_keep(steps: Sequence[int], keep: RetentionPolicy, scores: Mapping[int, Mapping[str, float]]) -> set[int]:
-    """The steps of intact checkpoints to keep: the `last` newest, each that `every` divides, and the `best` by the
-    scores of their evaluations (the newer one of equals)."""
+    """The steps of the intact checkpoints to keep: the `last` newest, the multiples of `every`, and the `best` by the
+    scores of their evaluations. Of equal scores, the newer one is kept."""
     kept = set(sorted(steps)[-keep.last :])
     if keep.every:
         kept |= {step for step in steps if step and step % keep.every == 0}
@@ -209,7 +209,7 @@ def steps_to_keep(steps: Sequence[int], keep: RetentionPolicy, scores: Mapping[i
 
 
 def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> list[Path]:
-    """The checkpoints of a run that `keep` does not name."""
+    """The checkpoints of a run that `keep` does not keep."""
     kept = steps_to_keep([step_of(path) for path in paths], keep, evaluations(run_dir))
     return [path for path in paths if step_of(path) not in kept]
 
@@ -256,7 +256,7 @@ def as_url(text: str) -> str:
 
 
 def problem_of_place(run: Path) -> str:
-    """What is wrong with a run directory that is given as a URL; "" if it is none."""
+    """The problem of a run directory that is given as a URL; "" if it is not a URL."""
     url = as_url(str(run))
     if not url:
         return ""
@@ -266,7 +266,7 @@ def problem_of_place(run: Path) -> str:
 def find_whole(run: Path) -> Path:
     """The newest intact checkpoint of a run directory, or `run` itself if it is a checkpoint.
 
-    Newer ones that are damaged are named on standard error. Raises UserError if there is no whole one.
+    Damaged newer checkpoints are reported on standard error. Raises UserError if there is no intact checkpoint.
     """
     if not run.is_dir():
         if problem := problem_of_place(run):
@@ -309,16 +309,16 @@ def checksum_mismatch(file: Path) -> str:
 
 
 class Damaged(UserError):
-    """A checkpoint, or a copy of one, that is not whole."""
+    """A checkpoint or a copy of one is damaged or incomplete."""
 
 
 class Unreachable(UserError):
-    """A file server does not give a file, of which nobody can tell, then, whether it is damaged."""
+    """A file cannot be read because of a possibly transient error, so it is unknown whether the file is intact."""
 
 
 def with_retries(read: Callable[[Path], T], path: Path) -> T:
-    """The result of `read(path)`, which is tried several times if it fails. Raises Unreachable for what may pass on a
-    network file system and did not, and OSError for all else."""
+    """The result of `read(path)`, with retries on errors that are often transient. Raises Unreachable if such an error
+    persists, and OSError for any other error at once."""
     pauses_s = iter(PAUSES_S)
     while True:
         try:
@@ -337,7 +337,7 @@ def with_retries(read: Callable[[Path], T], path: Path) -> T:
 
 
 def manifest_or_problems(path: Path) -> tuple[dict | None, list[str]]:
-    """The manifest of a checkpoint, and what is wrong with it. Raises Unreachable if nobody can tell."""
+    """The manifest of a checkpoint, or None and its problems. Raises Unreachable if the file cannot be read now."""
     try:
         return read_manifest(path), []
     except Damaged as error:
@@ -345,7 +345,7 @@ def manifest_or_problems(path: Path) -> tuple[dict | None, list[str]]:
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest of a checkpoint; raises Damaged if there is none, or it is not as it was written."""
+    """The manifest of a checkpoint. Raises Damaged if it is missing or damaged."""
     try:
         text = with_retries(read_regular, path / MANIFEST)
     except OSError as error:
@@ -354,7 +354,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def parse_manifest(text: bytes, path: str) -> dict:
-    """The manifest of the checkpoint at `path`, from the content of its file; raises Damaged if that is another."""
+    """Parse the manifest of the checkpoint at `path`. Raises Damaged on a checksum mismatch or another format."""
     try:
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
@@ -372,7 +372,7 @@ def fingerprint(manifest: dict) -> str:
 
 
 def make_empty_folder(path: Path) -> None:
-    """Make `path`, or take it if it is an empty folder; raises UserError otherwise."""
+    """Make `path`, unless it is an empty folder already. Raises UserError if it is not empty or cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):

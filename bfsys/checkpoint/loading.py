@@ -50,8 +50,8 @@ def resume(
 ) -> dict:
     """Restore the newest intact checkpoint of a run into the engine; collective. Returns its manifest.
 
-    Says what is wrong with newer ones, and sets them aside, unless `replace_damaged`, which is collective too, puts a
-    copy in the place of one. Raises AgreedError if none is whole.
+    Damaged newer checkpoints are reported through `say` and moved aside. `replace_damaged` (collective) may replace one
+    with a copy first, and returns whether it did. Raises AgreedError if no checkpoint is intact.
     """
     damaged: list[Path] = []
     for path in dist.on_rank0(lambda: list(reversed(all_checkpoints(run_dir))), ranks):
@@ -76,8 +76,8 @@ def _load_checkpoint(engine: Engine, path: Path, ranks: dist.Ranks) -> tuple[dic
 
 
 def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> None:
-    """Tidy up after `path` was loaded: restore the run's history if a crash of the machine took it, and make sure that
-    damaged checkpoints do not count as kept ones."""
+    """Tidy up after `path` was loaded: restore the run's history if a crash of the machine lost it, and move damaged
+    checkpoints aside, so that retention does not count them."""
     if METRICS in manifest["files"]:
         history, live = read_regular(path / METRICS), run_dir / METRICS
         if not live.exists() or not read_regular(live).startswith(history):
@@ -87,12 +87,14 @@ def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> Non
 
 
 def _load(engine: Engine, path: Path, manifest: dict, ranks: dist.Ranks) -> list[str]:
-    """Restore weights, moments and average; collective. Returns what is damaged: the engine is then loaded in part, and
-    the caller must load another checkpoint. Raises AgreedError if a file server does not give files that may well be
-    whole."""
+    """Restore weights, moments and average; collective.
+
+    Returns the problems of a damaged checkpoint. The engine is then only partly loaded, and the caller must load
+    another checkpoint. Raises AgreedError if files cannot be read but may be intact.
+    """
     stored = {name.partition("-")[0] for name in manifest["files"]}
     for state in engine.state_names():
-        # A run that kept no average so far starts it at the weights.
+        # If the checkpoint has no average, the average starts at the weights.
         origin = WEIGHT if state == EMA and EMA not in stored else state
         mine, problems = dist.same_errors_on_all(partial(_read_share, path, manifest, origin, ranks))
         if dist.agree_on_max(bool(problems))[0]:
@@ -130,8 +132,8 @@ def _read_share(path: Path, manifest: dict, state: str, ranks: dist.Ranks) -> tu
 
 
 class _FromOwners:
-    """Whole tensors by parameter name, of the pieces that the ranks have read: each element by one rank. All ranks must
-    ask for the same ones in the same order."""
+    """Whole tensors by parameter name, from the pieces that the ranks have read. Each element was read by one rank.
+    Look-ups are collective: all ranks must make the same ones in the same order."""
 
     def __init__(self, mine: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
         self._shapes, self._device = shapes, device
@@ -141,7 +143,7 @@ class _FromOwners:
             self._pieces.setdefault(parse_piece(piece)[0], []).append(piece)
 
     def __getitem__(self, name: str) -> Tensor:
-        # One sum for a parameter, where there may be a piece of each rank. A sum of bits and zeros changes no bit.
+        # One all-reduce per parameter, however many ranks have pieces. Adding zeros to integers changes no bit.
         whole = torch.zeros(math.prod(self._shapes[name]), dtype=torch.int32, device=self._device)
         for piece in self._pieces.get(name, ()):
             _, first, end = parse_piece(piece)
@@ -159,7 +161,7 @@ def _check_shapes(expected: dict, found: dict, path: Path) -> None:
 
 
 def set_weights(engine: Engine, weights: Mapping[str, Tensor]) -> None:
-    """Give an engine at step 0 other float32 weights, from which its average starts too; collective."""
+    """Set the float32 weights, and the average, of an engine at step 0; collective."""
     engine.write_state(WEIGHT, weights)
     if EMA in engine.state_names():
         engine.write_state(EMA, weights)
@@ -177,7 +179,7 @@ def newest_readable(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
-    """Raise UserError, with what differs, unless the checkpoint belongs to this model, these classes and data.
+    """Raise UserError with the differences unless the checkpoint has this model, these classes and this data.
 
     `origin` is the URL that it was fetched from.
     """
@@ -188,7 +190,7 @@ def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
             f"{where}: imported weights, not a run that can be resumed; give this run a name of its own (name=…) and "
             f"train.init_from={path.parent.parent}"
         )
-    # Knobs that came later than the checkpoint had their default then.
+    # Settings that are newer than the checkpoint get their defaults.
     theirs, ours = (
         {
             "model": typed_yaml.to_tree(Model()) | c["model"],
@@ -218,15 +220,14 @@ def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
 
 
 def _of_optim(config: dict) -> dict:
-    """The settings of the optimizer that decide which parameters and states there are."""
+    """The settings of the optimizer that decide which parameters and states exist."""
     optim = config["optim"]
     is_on = optim.get("content_loss", Optim.content_loss) and not config.get("data", {}).get("byte_transforms")
     return {"name": optim.get("name", Optim.name), "content_loss": "on" if is_on else "off"}
 
 
 def _remedy(theirs: dict, ours: dict) -> str:
-    """The overrides that give a config the recipe of a checkpoint's, where a resume would not work without them; "" if
-    none are needed."""
+    """The overrides with which this config can resume the checkpoint if their recipes differ; "" if none are needed."""
     old, new = (
         {
             f"{section}.{key}": value
@@ -254,7 +255,7 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
             break
         except (OSError, UserError):
             if path.exists() or path == run:
-                raise  # else training has pruned it meanwhile, and a newer one is there
+                raise  # otherwise training has pruned it meanwhile, and there is a newer one
     model = ByteFormer(config.model.architecture(), len(manifest["classes"]), config.model.mode)
     model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(CONTENT_HEAD)})
     return model.eval(), config, manifest

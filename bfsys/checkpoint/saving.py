@@ -53,7 +53,7 @@ POLL_S = 0.05
 
 
 class StateSource(Protocol):
-    """The source of a checkpoint: an Engine, or imported weights."""
+    """The source of a checkpoint's tensors: an Engine, or imported weights."""
 
     def state_names(self) -> tuple[str, ...]: ...
 
@@ -65,7 +65,7 @@ class StateSource(Protocol):
 
 
 class Saver:
-    """The checkpoints of a run, one save at a time. Between `start` and `finish` one is `under_way`, on all ranks."""
+    """Saves a run's checkpoints, one at a time. Between `start` and `finish` a save is `under_way` on all ranks."""
 
     def __init__(
         self,
@@ -76,8 +76,8 @@ class Saver:
         history: Sequence[str] = (METRICS,),
         in_use: Callable[[], Path | None] = lambda: None,
     ) -> None:
-        """`history` are files of the run directory that go into every checkpoint, where they exist. The checkpoint
-        that is `in_use` is not removed."""
+        """`history` names files of the run directory that are copied into every checkpoint if they exist. The
+        checkpoint that `in_use` returns is not removed."""
         self.run_dir, self.ranks, self.keep, self.history, self.in_use = run_dir, ranks, keep, history, in_use
         self._facts: dict | None = None
         self._work, self._written_bytes = run_dir, 0
@@ -98,16 +98,16 @@ class Saver:
         return self._process is not None and self._process.poll() is None
 
     def start(self, source: StateSource, facts: dict) -> None:
-        """Take a copy of all state, and have it written as the checkpoint of step `facts["step"]`; collective.
+        """Copy all state, and start to write it as the checkpoint of step `facts["step"]`; collective.
 
-        `facts` goes into the manifest as it is. No other save may be under way.
+        `facts` goes into the manifest unchanged. No other save may be under way.
         """
         assert not self.under_way
         final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
 
         @_errors_of_saving(final)
         def make_work_dir() -> Path:
-            # The name is unique: a writer that is left over from an earlier start does not write here.
+            # The name is unique, so a writer that survives from an earlier start cannot write here.
             work = final.with_name(f".{final.name}.{os.getpid()}-{time.time_ns()}.part")
             new_work_dir(work)
             return work
@@ -126,10 +126,10 @@ class Saver:
         self._process = _start_writer(work, self._memory, files, copies) if files or copies else None
 
     def finish(self, wait: Callable[[], None] = lambda: None) -> Path:
-        """Wait for all ranks' files, and let the checkpoint count; collective. Returns its directory.
+        """Wait for all ranks' files, and commit the checkpoint; collective. Returns its directory.
 
-        `wait` is called whenever more was written. If a rank cannot write, all ranks raise AgreedError, and the earlier
-        checkpoints stay in force.
+        `wait` is called whenever more bytes were written. If a rank cannot write, all ranks raise AgreedError, and the
+        earlier checkpoints stay valid.
         """
         facts = self._facts
         assert facts is not None, "no save is under way"
@@ -148,18 +148,18 @@ class Saver:
             self._wait_for_removal()
             commit(self._work, final, facts, files)
             is_bad = bool((facts.get("guard") or {}).get("in_a_row"))
-            if not is_bad:  # or the run may have to go back further
+            if not is_bad:  # after a bad step, the run may need an older checkpoint to roll back to
                 paths, used = all_checkpoints(self.run_dir), self.in_use()
                 going = [retire(path) for path in to_prune(self.run_dir, paths, self.keep) if path != used]
                 self._removal = threading.Thread(target=_remove_all, args=[going], name="removal of checkpoints")
                 self._removal.start()
 
-        dist.on_rank0(let_it_count, self.ranks)  # nobody goes on before the checkpoint counts
+        dist.on_rank0(let_it_count, self.ranks)  # all ranks wait until the checkpoint is committed
         return final
 
     def _check_pieces(self) -> None:
-        """Assert that the pieces of all ranks are the whole state; collective. Rank 0 does it, once for a division of
-        the state: it has millions of pieces if every rank has a part of every parameter."""
+        """Assert that the pieces of all ranks are the whole state; collective. Rank 0 does it, and only if the division
+        of the state has changed: there are millions of pieces if every rank has a part of every parameter."""
         if not dist.agree_on_max(self._pieces != self._pieces_checked)[0]:
             return
         self._pieces_checked = self._pieces
@@ -176,7 +176,7 @@ class Saver:
             self._removal.join()
 
     def close(self) -> None:
-        """End a writer that is still at work; what it wrote does not count."""
+        """Kill a writer that is still running. Its checkpoint is not committed."""
         self._wait_for_removal()
         if self._process is not None:
             self._process.kill()
@@ -207,7 +207,7 @@ class Saver:
         return files
 
     def _written_files(self, final: Path) -> dict[str, dict]:
-        """Size and sha256 of this rank's files, when they are written. Raises UserError if they cannot be."""
+        """Wait for the writer. Returns size and sha256 of this rank's files; raises UserError if it failed."""
         process, self._process = self._process, None
         if process is None:
             return {}
@@ -224,7 +224,7 @@ class Saver:
 class HostMemory:
     """Anonymous memory that a child process can inherit; it is freed when its processes end.
 
-    `report`, a number behind its `size_bytes`, is how many bytes the child has written.
+    `report`, an int64 after the first `size_bytes`, is the number of bytes that the child has written.
     """
 
     def __init__(self, size_bytes: int) -> None:
@@ -251,7 +251,7 @@ class HostMemory:
 
 def _remove_all(folders: Sequence[Path]) -> None:
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)  # a file that somebody reads may not go on a network file system
+        shutil.rmtree(folder, ignore_errors=True)  # a network file system may refuse to delete an open file
 
 
 def save(source: StateSource, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep: RetentionPolicy) -> Path:
@@ -269,7 +269,7 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
         "tensors": files,
         "copies": copies,
     }
-    # Nothing from the current folder or the environment; site-packages would take a third of its start.
+    # Isolated from the current folder and the environment; without site-packages it starts in two thirds of the time.
     return start_child(["-I", "-S", writer.__file__], task, [memory.descriptor] if memory else [])
 
 
@@ -286,6 +286,6 @@ def _save_error(final: Path, problem: str, number: int | None) -> UserError:
     """The error for a checkpoint that cannot be written; `number` is the errno."""
     text = f"checkpoint {final}: cannot be written: {problem}; earlier ones are untouched"
     if number in TRANSIENT_ERRNOS:
-        return UserError(text, exit_code=EXIT_CRASHED)  # a launcher starts the run again
+        return UserError(text, exit_code=EXIT_CRASHED)  # launchers restart the run
     remedy = "free disk space" if number in (errno.ENOSPC, errno.EDQUOT) else "repair that"
     return UserError(f"{text}; {remedy}, and run the same command to resume", exit_code=EXIT_STORAGE)

@@ -39,21 +39,21 @@ from bfsys.object_stores import problem_of_url
 
 T = TypeVar("T")
 
-PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before a request is made again; the libraries below make some of their own
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each retry of a request; the libraries below also retry
 BLOCK_BYTES = 16 << 20
 MOST_BLOCKS = 5000  # of a file; S3 takes 10,000 parts
 FILES_AT_A_TIME = 4
-# Errors that another try would not change.
+# Errors that are not retried, by type and by errno.
 LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)
-LASTING_NUMBERS = (errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError
+LASTING_NUMBERS = (errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StoreError(UserError):
-    """The store cannot be read or written. The exit code is that of a crash if it may pass."""
+    """The store cannot be read or written. The exit code is that of a crash if the error may be transient."""
 
 
 class _DiskError(Exception):
-    """An OSError of this machine's disk, among those of the store; `Store._tried` raises the OSError itself."""
+    """Wraps an OSError of the local disk, to distinguish it from the store's. `Store._tried` raises the OSError."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(error)
@@ -69,28 +69,28 @@ def _on_disk() -> Iterator[None]:
 
 
 class Store:
-    """The checkpoints of one run in a store. Methods raise StoreError if the store fails, after several tries."""
+    """The checkpoints of one run in a store. Methods retry, and raise StoreError if the store still fails."""
 
     def __init__(
         self, url: str, *, pauses_s: tuple[float, ...] = PAUSES_S, say: Callable[[str], None] = lambda text: None
     ) -> None:
-        """`url` is that of the run: URL/checkpoints holds its checkpoints. Raises UserError if it is not valid. `say`
-        receives errors after which the store is asked again."""
+        """`url` is the URL of the run, whose checkpoints are in URL/checkpoints. Raises UserError if it is not valid.
+        `say` receives the errors that are retried."""
         if problem := problem_of_url(url):
             raise UserError(problem)
         import fsspec
 
         self.url, self._pauses_s, self._say = f"{url.rstrip('/')}/checkpoints", pauses_s, say
         self.moved = time.monotonic()
-        """The time of the last sign of life from the store."""
-        # A listing that was kept would not show what other processes do.
+        """The time of the last progress or retry."""
+        # A cached listing would not show changes by other processes.
         options: dict = {"skip_instance_cache": True, "use_listings_cache": False}
-        if url.startswith(("file:", "local:")):  # folders, which object stores do not have
+        if url.startswith(("file:", "local:")):  # these need folders; object stores have none
             options["auto_mkdir"] = True
         self._fs, self._root = self._tried("is not opened", lambda: fsspec.url_to_fs(self.url, **options))
 
     def names(self) -> list[str]:
-        """The names of all copies, whole or not, the oldest first."""
+        """The names of all copies, complete or not, the oldest first."""
 
         def listed() -> list[str]:
             try:
@@ -102,7 +102,7 @@ class Store:
         return sorted(filter(NAME.fullmatch, names), key=step_of_name)
 
     def has_manifest(self, name: str) -> bool:
-        def found() -> bool:  # fsspec's `exists` would take any error for a no
+        def found() -> bool:  # fsspec's `exists` returns False on any error
             try:
                 self._fs.info(self._path(name, MANIFEST))
             except FileNotFoundError:
@@ -112,12 +112,12 @@ class Store:
         return self._tried("cannot be read", found)
 
     def manifest(self, name: str) -> dict | None:
-        """The manifest of a copy; None if it has none. Raises Damaged if it is not as written."""
+        """The manifest of a copy; None if it has none. Raises Damaged if the manifest is damaged."""
         text = self._manifest_text(name)
         return None if text is None else parse_manifest(text, f"{self.url}/{name}")
 
     def manifest_or_error(self, name: str) -> dict:
-        """The manifest of a copy; raises Damaged if it has none, or one that is not as written."""
+        """The manifest of a copy. Raises Damaged if it is missing or damaged."""
         manifest = self.manifest(name)
         if manifest is None:
             raise Damaged(f"{self.url}/{name}: has no {MANIFEST}: it is being copied, was cut short, or never existed")
@@ -133,8 +133,8 @@ class Store:
         return self._tried("cannot be read", read)
 
     def put(self, path: Path, manifest: Mapping) -> None:
-        """Copy a checkpoint from the disk, unless there is an equal copy. Raises Damaged if a file is not as the
-        manifest says, OSError if it cannot be read."""
+        """Copy a checkpoint from the disk, unless there is an equal copy. Raises Damaged on a checksum mismatch, and
+        OSError if a file cannot be read."""
         text = read_regular(path / MANIFEST)
         old = self._manifest_text(path.name)
         if old == text:
@@ -150,7 +150,7 @@ class Store:
         self._tried("cannot be written", lambda: self._fs.pipe_file(self._path(path.name, MANIFEST), text))
 
     def fetch(self, name: str, manifest: Mapping, folder: Path) -> list[str]:
-        """Copy the files of a checkpoint, its manifest last, into an empty folder. Returns what is damaged.
+        """Copy the files of a checkpoint into an empty folder, the manifest last. Returns problems of damaged files.
 
         Raises OSError if the folder cannot be written.
         """
@@ -170,7 +170,7 @@ class Store:
         return problems
 
     def problems_of(self, name: str) -> list[str]:
-        """The problems of a copy; none if every file is there and has its sha256. Reads every byte."""
+        """The problems of a copy; none if every file exists and has its sha256. Reads every byte."""
         try:
             manifest = self.manifest_or_error(name)
         except Damaged as error:
@@ -211,7 +211,7 @@ class Store:
         self._tried("cannot be changed", remove_files)
 
     def prune(self, keep: RetentionPolicy, scores: Mapping[int, Mapping[str, float]]) -> None:
-        """Remove the copies that `keep` does not name, and what copies that were cut short have left."""
+        """Remove the copies that `keep` does not keep, and the files of incomplete copies."""
         names = self.names()
         kept = steps_to_keep([step_of_name(name) for name in names if self.has_manifest(name)], keep, scores)
         for name in names:
@@ -230,7 +230,7 @@ class Store:
         return "/".join((self._root, *names))
 
     def _write(self, path: str, source: Path, entry: Mapping) -> None:
-        """Write a file; the upload is given up if the file is not as `entry` describes it."""
+        """Upload a file. The upload is aborted if the file's sha256 is not that of `entry`."""
         digest = hashlib.sha256()
         target = self._fs.open(path, "wb", block_size=max(BLOCK_BYTES, entry["bytes"] // MOST_BLOCKS + 1))
         try:
@@ -245,14 +245,14 @@ class Store:
                 raise Damaged(f"{checksum_mismatch(source)}; it is not copied")
             target.close()
         except BaseException:
-            with suppress(Exception):  # a file in a folder has nothing to give up
-                target.discard()  # the parts of an upload that is not finished would stay, and cost
-                target.closed = True  # or it would write what it has when it is deleted
+            with suppress(Exception):  # a local file has nothing to discard
+                target.discard()  # parts of an unfinished upload would stay in the store, and cost money
+                target.closed = True  # otherwise the destructor would write the buffered bytes
             raise
         self.moved = time.monotonic()
 
     def _problem_of_file(self, name: str, file_name: str, entry: Mapping, target: BinaryIO | None) -> str:
-        """Read a file, into `target` if that is given; its problem, or "" if it is as `entry` describes it."""
+        """Read a file, and write it to `target` if that is given. Returns its problem, or "" if it matches `entry`."""
 
         def read() -> str:
             digest, size_bytes = hashlib.sha256(), 0
@@ -280,12 +280,12 @@ class Store:
         return self._tried("cannot be read", read_if_there)
 
     def _strange_names(self, name: str, manifest: Mapping) -> list[str]:
-        """A manifest from elsewhere must not name files outside of its folder."""
+        """Problems of file names in a manifest. A foreign manifest must not name files outside its folder."""
         strange = [file for file in manifest["files"] if "/" in file or "\0" in file or file.startswith(".")]
         return [f"{self.url}/{name}/{MANIFEST}: names {file!r}, which is no file of a checkpoint" for file in strange]
 
     def _tried(self, what_fails: str, act: Callable[[], T]) -> T:
-        """The result of `act`, which is tried again if an error may pass."""
+        """The result of `act`, with retries on errors that may be transient."""
         for pause_s in (*self._pauses_s, None):
             try:
                 result = act()
@@ -295,7 +295,7 @@ class Store:
                 raise error.error from None
             except UserError:
                 raise
-            except Exception as error:  # every library has its own
+            except Exception as error:  # each library has its own errors
                 is_lasting = isinstance(error, LASTING) or getattr(error, "errno", None) in LASTING_NUMBERS
                 from bfsys.data.storage.streams import hide  # takes a while to import
 
@@ -320,7 +320,8 @@ def _reason(error: Exception) -> str:
 
 
 def _of_all(act: Callable[[str], T], names: Mapping[str, object]) -> list[T]:
-    """What `act` returns for several files at a time, without empty results. The first error ends it."""
+    """Call `act` for each name, FILES_AT_A_TIME at once. Returns the results that are not empty; raises the first
+    error."""
     with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
         futures = [pool.submit(act, name) for name in names]
         try:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CHUNK_BYTES = 8 << 20
-NICE = 10  # training comes first
+NICE = 10  # training has priority
 
 
 def main() -> None:
@@ -37,8 +37,8 @@ def main() -> None:
 
 
 def read_task() -> dict:
-    """The task from standard input. From now on this process ends with its parent, and has a low priority."""
-    if sys.platform.startswith("linux"):  # a writer that outlived its rank would write into the next save
+    """Read the task from standard input. Also make this process end with its parent, and lower its priority."""
+    if sys.platform.startswith("linux"):  # otherwise a writer would survive its killed rank
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.nice(NICE)
     task = json.load(sys.stdin)
@@ -48,11 +48,11 @@ def read_task() -> dict:
 
 
 def write_all(task: dict) -> dict[str, dict]:
-    """Size and sha256 of each file that was written into task["folder"]."""
+    """Write the files into task["folder"]. Returns size and sha256 of each."""
     written, done = {}, 0
 
     def reporting(parts: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-        """Tell training how far the files are, behind the tensors: it need not ask the file system."""
+        """Report progress to training through the shared memory after the tensors."""
         nonlocal done
         for part in parts:
             yield part
@@ -97,7 +97,7 @@ def safetensors(memory: memoryview, entries: dict[str, tuple[list[int], int, int
 
 
 def beginning(path: str, size_bytes: int) -> Iterator[bytes]:
-    """The first bytes of a file that others may append to."""
+    """The first `size_bytes` of a file to which other processes may append."""
     with open(path, "rb") as f:
         while size_bytes and (part := f.read(min(CHUNK_BYTES, size_bytes))):
             yield part

@@ -28,10 +28,10 @@ from bfsys.model.byteformer import ByteFormer
 from bfsys.model.layout import make_layout
 from bfsys.model.stem import table_rows
 
-WINDOWS = 64  # per file, about
+WINDOWS = 64  # most windows per file
 DRAWS = 4  # references per file
-# Nodes of the Gauss-Legendre rule along the path. Where the answer of a trained model turns suddenly, a dozen may miss
-# the turn, and the sum is then off by as much as the difference itself.
+# Nodes of the Gauss-Legendre rule along the path. If a trained model's answer changes abruptly, 12 nodes may miss the
+# change, and the error of the sum is then as large as the difference itself.
 LEAST_NODES, MOST_NODES = 12, 96
 TOLERANCE = 0.02
 CHUNK_TOKENS = 1024  # tokens whose table rows are looked up at a time
@@ -39,7 +39,7 @@ CHUNK_TOKENS = 1024  # tokens whose table rows are looked up at a time
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network, and how many bytes of files it may compute at once. Changes nothing in the network."""
+    """A network, and the number of bytes of files that it may compute at once. The network is not changed."""
 
     network: ByteFormer
     budget_bytes: int
@@ -74,7 +74,7 @@ def occlusion(
     index: int,
     windows: list[tuple[int, int]],
 ) -> np.ndarray:
-    """float64 [windows]: by how much the log-probability of class `index` drops, on average over the references.
+    """float64 [windows]: the drop of the log-probability of class `index`, as a mean over the references.
 
     data and each reference: uint8 [n]
     """
@@ -94,11 +94,11 @@ def occlusion(
 def integrated_gradients(
     classifier: Classifier, data: np.ndarray, references: Sequence[np.ndarray], index: int
 ) -> tuple[np.ndarray, float]:
-    """float64 [n]: what each byte adds to the log-odds of class `index`, on average over the references; and the error.
+    """The contribution of each byte to the log-odds of class `index`, float64 [n], a mean over the references; error.
 
-    data and each reference: uint8 [n]. The sum is the log-odds of the file less the mean log-odds of the references.
-    The nodes along the path are doubled until that holds within TOLERANCE for a reference, or there are MOST_NODES. The
-    error is the largest that is left, relative to the difference (of 1 at least).
+    data and each reference: uint8 [n]. The sum of the contributions is the log-odds of the file minus the mean log-odds
+    of the references. For each reference, the number of nodes is doubled until this holds within TOLERANCE, or until
+    there are MOST_NODES. The error is the largest remaining one, relative to the difference (or to 1, if that is more).
     """
     total, worst = np.zeros(len(data)), 0.0
     of_file = _log_odds_of(classifier, data, index)
@@ -147,14 +147,14 @@ def log_odds(logits: Tensor, index: int) -> Tensor:
 
 
 def _tokens(network: ByteFormer, data: np.ndarray) -> Tensor:
-    """[N, D] of one file, with positions, which are equal all along the path."""
+    """[N, D] of one file, with positions, which are constant along the path."""
     device = network.head.weight.device
     batch = ByteBatch.from_samples([Sample("", data)]).to(device)
     return network.stem(batch.data, make_layout(batch.lengths, network.architecture, network.mode).to(device).files)
 
 
 def _gradient(network: ByteFormer, tokens: Tensor, length: int, index: int) -> Tensor:
-    """[B, N, D]: of the log-odds with respect to the tokens [B, N, D] of files of `length` bytes."""
+    """[B, N, D]: the gradient of the log-odds with respect to the tokens [B, N, D] of files of `length` bytes."""
     lengths = torch.full((len(tokens),), length)
     layout = make_layout(lengths, network.architecture, network.mode).to(tokens.device)
     flat = tokens.flatten(0, 1).requires_grad_()
@@ -168,7 +168,7 @@ def _gradient(network: ByteFormer, tokens: Tensor, length: int, index: int) -> T
 def _shared_out(
     network: ByteFormer, table: Tensor, gradient: Tensor, data: np.ndarray, reference: np.ndarray
 ) -> np.ndarray:
-    """float64 [n]: the change of each token times its gradient [N, D], by the bytes that the change comes from."""
+    """float64 [n]: the change of each token times its gradient [N, D], attributed to the bytes that cause it."""
     kernel, stride = network.architecture.kernel, network.architecture.stride
     device = table.device
     files = make_layout(torch.tensor([len(data)]), network.architecture, network.mode).to(device).files
@@ -182,6 +182,6 @@ def _shared_out(
             shares = torch.einsum("ckd,cd->ck", change.to(gradient.dtype), gradient[chunk][part]).double()
             token = torch.arange(chunk.start + begin, chunk.start + begin + len(shares), device=device)
             byte = token[:, None] * stride + torch.arange(kernel, device=device)
-            # Rows past the end of the file are those of no byte on both sides: their share is zero.
+            # Past the end of the file, both sides have the padding row, so the share is zero.
             values.index_add_(0, byte.clamp_(max=len(values) - 1).flatten(), shares.flatten())
     return values[: len(data)].cpu().numpy()

@@ -48,7 +48,7 @@ class Without:
     predictions: tuple[Prediction, ...]
     """The likeliest classes, by their mean probability over the references."""
     probability: float
-    """The probability that is left for the explained class, as a mean over the references."""
+    """The remaining probability of the explained class, as a mean over the references."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +60,19 @@ class Explanation:
     stored: np.ndarray
     """uint8: the file."""
     data: np.ndarray
-    """uint8 [n]: what the model reads, which is the file unless the run has byte transforms."""
+    """uint8 [n]: the bytes that the model reads. They differ from the file if the run has byte transforms."""
     format: str
     """The file format, such as `PNG`."""
     explained: Prediction
-    """The class that the evidence is for: the likeliest one, unless another was asked for."""
+    """The class that the evidence is for: by default the likeliest one."""
     predictions: list[Prediction]
     """The likeliest classes."""
     windows: tuple[Window, ...]
     """Evidence by occlusion, over all bytes in their order."""
     gradients: np.ndarray
-    """float32 [n]: integrated gradients. The sum is the log-odds of the class less that of the references."""
+    """float32 [n]: integrated gradients. Their sum is the log-odds of the class minus those of the references."""
     parts: tuple[Part, ...]
-    """The structure of the file. The shares sum to 1, or are all 0 where nothing speaks for the class."""
+    """The structure of the file. The shares sum to 1, or are all 0 if there is no positive evidence."""
     without: Without
     """The answer without the most important part."""
     reference: str
@@ -169,7 +169,7 @@ def explain(
 
 
 def _structure_of(stored: np.ndarray, data: np.ndarray, transforms: Sequence[ByteTransform]) -> Structure:
-    """The structure of what is read of the stored file if its bytes keep their places; otherwise one range."""
+    """The structure of the bytes that are read, if the transforms keep their places; otherwise a single range."""
     if all(transform.keeps_places for transform in transforms):
         return structure(stored, len(data))
     return Structure("transformed", (Range(0, len(data), "transformed bytes", "content"),))
@@ -180,8 +180,8 @@ def _shares(
 ) -> list[float]:
     """Share of each range in the positive evidence by occlusion.
 
-    Occlusion says how much a window is worth. Where a window lies in several ranges, its evidence is divided in the
-    proportion of the positive integrated gradients there, or evenly where there are none.
+    Occlusion gives the evidence of a window. If a window overlaps several ranges, its evidence is divided in proportion
+    to their positive integrated gradients in the window, or evenly if there are none.
     """
     per_byte = np.zeros(len(gradients))
     for (first, end), worth in zip(windows, evidence.clip(min=0), strict=True):

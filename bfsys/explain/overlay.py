@@ -14,10 +14,10 @@ from bfsys.explain.ranges import Range
 from bfsys.explain.structure import structure
 
 MOST_BYTES = 4_000_000  # largest file that is shown as a picture
-SIDE = 512  # pixels of the longer side that a page holds
+SIDE = 512  # pixels of a shown picture's longer side
 BINS = 240  # along a waveform
-PICTURES = {"PNG": "png", "JPEG": "jpeg", "GIF": "gif", "WebP": "webp", "BMP": "bmp"}  # that browsers show
-# Unsigned bytes, signed integers, floats: by bits per sample
+PICTURES = {"PNG": "png", "JPEG": "jpeg", "GIF": "gif", "WebP": "webp", "BMP": "bmp"}  # formats that browsers show
+# Sample types by (format tag, bits per sample)
 SAMPLES = {(1, 8): "u1", (1, 16): "i2", (1, 32): "i4", (3, 32): "f4"}
 EXTENSIBLE = 0xFFFE
 
@@ -30,7 +30,7 @@ class Picture:
     width: int
     height: int
     evidence: np.ndarray | None
-    """float64 [height, width], at the picture's size or reduced; None where bytes are not pixels."""
+    """float64 [height, width], at the picture's size or reduced; None if bytes do not correspond to pixels."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Waveform:
 
 
 def picture_of(format: str, stored: np.ndarray, gradients: np.ndarray | None) -> Picture | None:
-    """The picture that a file (uint8 [n]) is, if browsers or Pillow can show it.
+    """The picture in a file (uint8 [n]), if browsers or Pillow can show it.
 
-    gradients: float32 [n], or None where they are not those of the file's bytes
+    gradients: float32 [n], or None if they do not belong to the bytes of the file
     """
     if format not in (*PICTURES, "TIFF", "PNM") or len(stored) > MOST_BYTES:
         return None
@@ -70,15 +70,15 @@ def _decoded(stored: np.ndarray) -> np.ndarray | None:
                 if image.width * image.height > MOST_BYTES:
                     return None
                 return np.asarray(image)
-    except Exception:  # decoders raise anything when they meet a damaged file
+    except Exception:  # decoders raise any exception on a damaged file
         return None
 
 
 def _evidence_of_pixels(stored: np.ndarray, pixels: np.ndarray, gradients: np.ndarray) -> np.ndarray | None:
-    """[height, width]; None where pixels are not bytes of the file.
+    """[height, width]; None if pixels are not bytes of the file.
 
-    Which byte is which pixel, the decoder says itself: it decodes the file again with the bytes' places, digit by
-    digit, in their stead. No layout of rows, planes or colours needs to be known.
+    The decoder maps bytes to pixels: each byte is replaced by its offset in the file, digit by digit, and the file is
+    decoded again. So the layout of rows, planes and colours need not be known.
     """
     if pixels.dtype != np.uint8 or pixels.size > len(stored):
         return None

@@ -15,7 +15,7 @@ from bfsys.explain.style import LEVELS, document
 
 ROW = 16  # bytes in a line of the hex view
 SHOWN = 4096  # bytes in the hex view
-BEGINNING = 256  # this many of them are the first of the file
+BEGINNING = 256  # of these, bytes at the beginning of the file
 MOST_PARTS = 40  # rows of the table
 SMALL_PICTURE = 128  # pixels, up to which a picture is shown as squares
 FOR, AGAINST = (230, 97, 0), (93, 58, 155)
@@ -58,7 +58,7 @@ def _classes(e: Explanation) -> str:
 
 
 def _seen(e: Explanation) -> str:
-    """The picture or the waveform, with the evidence over it where bytes are pixels or samples."""
+    """The picture or the waveform, overlaid with the evidence if bytes are pixels or samples."""
     at_their_places = len(e.stored) == len(e.data) and e.format != "transformed"
     picture = picture_of(e.format, e.stored, e.gradients if at_their_places else None)
     if picture:
@@ -183,7 +183,7 @@ def _what_if(e: Explanation) -> str:
 
 
 def _hex(e: Explanation) -> str:
-    """The bytes, coloured by integrated gradients: all of a small file, or its beginning and the most telling rows."""
+    """Bytes coloured by integrated gradients: a whole small file, or the beginning and the rows with most evidence."""
     most = _strongest(e.gradients)
     levels = np.zeros(len(e.data), np.int64)
     if most:
@@ -246,7 +246,7 @@ def _how(e: Explanation) -> str:
 
 
 def _strongest(evidence: np.ndarray) -> float:
-    """The evidence that has the full colour: of few outliers, one is enough."""
+    """The evidence that gets the full colour: the 99th percentile, so that few outliers do not fade the rest."""
     strengths = np.abs(evidence[evidence != 0])
     return float(np.quantile(strengths, 0.99)) if len(strengths) else 0.0
 

@@ -29,7 +29,7 @@ class Range:
     name: str
     """The name of the part, such as `IDAT`."""
     kind: Kind
-    """header: what a reader of the format needs; metadata: what it may ignore; content: pixels, samples, text."""
+    """header: needed by a reader of the format; metadata: may be ignored; content: pixels, samples, text."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Structure:
 
 
 def covering(found: Iterable[Found], length: int) -> list[Range]:
-    """Ranges that cover 0 … length exactly; neighbours of one name and kind become one."""
+    """Ranges that cover [0, length) exactly. Neighbours of the same name and kind are merged."""
     ranges: list[Range] = []
 
     def add(first: int, end: int, name: str, kind: Kind) -> None:

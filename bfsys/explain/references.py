@@ -23,18 +23,18 @@ from bfsys.explain.structure import structure
 from bfsys.locations import is_remote
 
 SHUFFLED = "the bytes of the file itself in another order"
-READ = 64  # files of the split, of which the references are chosen
+READ = 64  # files of the split from which the references are chosen
 
 
 @dataclass(frozen=True)
 class LabelledFile:
-    """A file of a packed split, as it is stored, and what the model reads of it."""
+    """A file of a packed split, as it is stored and as the model reads it."""
 
     stored: np.ndarray  # uint8 [bytes]
     data: np.ndarray  # uint8 [bytes], after the byte transforms
-    label: int  # in the run's classes
-    source: int  # in Sources.splits
-    structure: Structure  # the structure of `stored`, as far as `data` is long
+    label: int  # position in the run's classes
+    source: int  # position in Sources.splits
+    structure: Structure  # of `stored`, up to the length of `data`
 
 
 def open_split(config: Config, split: str, classes: Sequence[str]) -> Sources:
@@ -46,7 +46,7 @@ def open_split(config: Config, split: str, classes: Sequence[str]) -> Sources:
 def read_files(
     sources: Sources, transforms: Sequence[ByteTransform], count: int, seed: int
 ) -> tuple[list[LabelledFile], int]:
-    """`count` files of a split, drawn by the seed, or all; and how many of them could not be read."""
+    """`count` files of a split, drawn with the seed, or all of them; and the number that could not be read."""
     sizes = [len(split) for split in sources.splits]
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(sum(sizes), min(count, sum(sizes)), replace=False))
@@ -69,11 +69,11 @@ def read_files(
 def candidates(
     config: Config, classes: Sequence[str], transforms: Sequence[ByteTransform], seed: int
 ) -> list[LabelledFile]:
-    """Files of the evaluation split; none where they do not lie on this machine, or cannot be read as the model reads
+    """Files of the evaluation split; none if they are not on this machine, or cannot be read as the model reads
     files."""
-    if len(transforms) != len(config.data.byte_transforms):  # files were transformed by a key that is not here
+    if len(transforms) != len(config.data.byte_transforms):  # a transform's key is missing
         return []
-    # Remote sources are not even opened: to explain a file with another's run must not run its `pipe:` command.
+    # Remote sources are not opened: explaining a file with a foreign run must not execute its `pipe:` command.
     if any(is_remote(source.eval_path or source.path) for source in config.data.sources):
         return []
     try:
@@ -88,7 +88,7 @@ def candidates(
 def choose(
     files: Sequence[LabelledFile], data: np.ndarray, format: str, index: int, count: int, seed: int
 ) -> tuple[list[np.ndarray], str]:
-    """`count` references uint8 [n] for a file uint8 [n] of a format and class, and what they are."""
+    """`count` references uint8 [n] for a file uint8 [n] of a format and class, and a description of them."""
     rng = np.random.default_rng([seed, 1])
     others = [one for one in files if one.label != index and len(one.data)]
     alike = [one for one in others if one.structure.format == format]

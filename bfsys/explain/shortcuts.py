@@ -33,7 +33,7 @@ DONORS = 2  # per file
 LOST_WITHOUT_HEADERS = 0.25  # share lost when headers and metadata are replaced
 LEFT_WITHOUT_CONTENT = 0.5  # share left when content is replaced
 LEFT_FROM_LENGTH = 0.25  # share left when everything is replaced
-ERRORS = 2  # standard errors that a difference must exceed as well
+ERRORS = 2  # a difference must also exceed this many standard errors
 # Kinds of ranges that are replaced, by the name of the result.
 REPLACED: dict[str, tuple[str, ...]] = {
     "header": ("header",),
@@ -46,16 +46,16 @@ REPLACED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Files of one class or source, or all. Accuracies and shares are between 0 and 1."""
+    """The results of one class, of one source or of all files. Accuracies and shares are between 0 and 1."""
 
     files: int
     accuracy: float
     without_header_and_metadata: float
-    """Accuracy that is left when headers and metadata are replaced."""
+    """Accuracy when headers and metadata are replaced."""
     without_content: float
-    """Accuracy that is left when content is replaced."""
+    """Accuracy when content is replaced."""
     from_length: float
-    """Accuracy that is left when everything but the length is replaced."""
+    """Accuracy when everything except the length is replaced."""
     header_share: float
     """Share of the positive evidence that lies in headers. The three shares sum to 1, or are all 0."""
     metadata_share: float
@@ -89,7 +89,7 @@ def shortcuts(
     limit: int,
     seed: int,
 ) -> Shortcuts:
-    """The report on at most `limit` files of a split, drawn by the seed. Raises UserError."""
+    """The report on at most `limit` files of a split, drawn with the seed. Raises UserError."""
     sources = open_split(config, split, classes)
     if not sources.splits:
         raise no_such_split(config, split)
@@ -177,10 +177,11 @@ def _donors(files: Sequence[LabelledFile], one: LabelledFile, rng: np.random.Gen
 
 
 def transplanted(one: LabelledFile, donor: LabelledFile, chosen: Callable[[Range], bool]) -> np.ndarray:
-    """uint8 [n]: what the model would read of `one` if its chosen ranges held the donor's bytes, cut or repeated to
-    their length.
+    """uint8 [n]: what the model would read of `one` if its chosen ranges held bytes of the donor, truncated or repeated
+    to the same length.
 
-    Ranges get the bytes of the donor's ranges of the same name and kind, or else of its kind, or else of the whole.
+    A range gets the bytes of the donor's ranges of the same name and kind, or else of the same kind, or else of the
+    whole donor.
     """
     result = one.data.copy()
     groups: dict[tuple[str, str], list[Range]] = {}

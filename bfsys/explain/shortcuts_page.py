@@ -9,7 +9,7 @@ from bfsys.explain.ranges import KINDS
 from bfsys.explain.shortcuts import Row, Shortcuts
 from bfsys.explain.style import document
 
-MOST_CLASSES = 20  # in a table: those with the most evidence outside of content
+MOST_CLASSES = 20  # rows of a table: the classes with the most evidence outside content
 NO_WARNING = "the report found no shortcut in these files"
 COLUMNS = ("files", "top-1", "−headers", "−content", "length", "header", "metadata", "content")
 

@@ -20,9 +20,9 @@ from bfsys.explain.formats import chunked, pictures, programs, sounds
 from bfsys.explain.ranges import Found, Parser, Structure, covering
 
 MOST_FOUND = 4096
-LOOKED_AT = 65_536  # bytes, to tell text from other files
+LOOKED_AT = 65_536  # bytes that decide whether a file is text
 
-# The first that matches the start of a file reads it.
+# The first format that matches the start of a file is used.
 FORMATS: tuple[tuple[str, re.Pattern[bytes], Parser], ...] = tuple(
     (name, re.compile(magic, re.DOTALL), parser)
     for name, magic, parser in (
@@ -52,8 +52,7 @@ NOT_TEXT = bytes({*range(32), 127} - {7, 8, 9, 10, 11, 12, 13, 27})
 
 
 def structure(data: np.ndarray, length: int | None = None) -> Structure:
-    """The structure of a file, uint8 [n], or of its first `length` bytes. There is one for any bytes: an unknown file
-    is one range of content."""
+    """The structure of a file, uint8 [n], or of its first `length` bytes. An unknown file is one range of content."""
     content = data.tobytes()
     name, parser = _parser_of(content)
     return Structure(name, tuple(covering(_found(parser, content), len(content) if length is None else length)))
@@ -62,14 +61,14 @@ def structure(data: np.ndarray, length: int | None = None) -> Structure:
 def _found(parser: Parser, content: bytes) -> list[Found]:
     """The ranges that the parser finds before the first one that it cannot read."""
     found: list[Found] = []
-    with suppress(struct.error, IndexError, OverflowError):  # the file ends, or lies about where it does
+    with suppress(struct.error, IndexError, OverflowError):  # the file is truncated or has wrong lengths
         for one in itertools.islice(parser(content), MOST_FOUND):
-            found.append(one)  # ranges before an error count
+            found.append(one)  # keeps the ranges before an error
     return found
 
 
 def _parser_of(content: bytes) -> tuple[str, Parser]:
-    """The format of a file, and what reads it."""
+    """The format of a file, and its parser."""
     for name, magic, parser in FORMATS:
         if magic.match(content):
             return name, parser
@@ -77,7 +76,7 @@ def _parser_of(content: bytes) -> tuple[str, Parser]:
 
 
 def _is_text(start: bytes) -> bool:
-    """UTF-8 without control characters; a character at the end may be cut."""
+    """Whether this is UTF-8 without control characters; the last character may be incomplete."""
     if not start or start.translate(None, NOT_TEXT) != start:
         return False
     try:

@@ -50,7 +50,7 @@ figcaption{font-size:.875rem;color:var(--faint)}
 
 
 def document(title: str, body: str) -> str:
-    """A page. Both are HTML already."""
+    """An HTML page. `title` and `body` must be escaped already."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{GENERATOR}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -59,4 +59,4 @@ def document(title: str, body: str) -> str:
 
 
 GENERATOR = "bfsys explain"
-"""Marks a page as one that may be written again."""
+"""Marks a page that bfsys wrote and may overwrite."""

@@ -40,7 +40,7 @@ class Rearrange(torch.autograd.Function):
 
 
 class SegmentAttention(torch.autograd.Function):
-    """Attention of a GPU: one kernel forward, one backward, and nothing but qkv is kept."""
+    """Attention on a GPU: one kernel for the forward pass, one for the backward. Only qkv is saved."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, segments: Segments, heads: int) -> Tensor:
@@ -69,7 +69,7 @@ def _kernels_of(qkv: Tensor) -> ModuleType:
 
 @cache
 def _kernels(device: torch.device) -> ModuleType | None:
-    """None for GPUs that they are not made for, and where PyTorch comes without Triton. UserError where Triton cannot
+    """The kernels; None for unsupported GPUs and for PyTorch without Triton. Raises UserError if Triton cannot
     compile."""
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return None
@@ -79,7 +79,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
         return None
     try:
         kernels.try_compiler(device)
-    except Exception as error:  # Triton raises what its compiler, its driver and the linker raise
+    except Exception as error:  # Triton passes on errors of its compiler, its driver and the linker
         raise UserError(
             f"the GPU kernels cannot be compiled ({error}): Triton needs a C compiler and the headers of Python; "
             "install gcc and python3-dev, or load your cluster's modules with them; `bfsys check-gpu` tests them"
@@ -90,7 +90,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
 def attend(qkv: Tensor, where: Segments | Windows, heads: int, blank_qkv: Tensor | None = None) -> Tensor:
     """Attention of every token to the tokens of its segment, or window: [N, 3D] -> [N, D].
 
-    `blank_qkv` [3D] stands in the slots of windows that hold no token, where these take part (as_released).
+    `blank_qkv` [3D] fills the slots of windows that hold no token, if these are attended to (as_released).
     """
     if isinstance(where, Segments):
         if _has_kernel(qkv, where, heads):
@@ -104,7 +104,7 @@ def attend(qkv: Tensor, where: Segments | Windows, heads: int, blank_qkv: Tensor
 
 
 def attend_by_sdpa(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor | None = None) -> Tensor:
-    """The same with PyTorch's own attention; on a CPU in float32 at least, since it is slower in bfloat16
+    """The same with PyTorch's own attention. On a CPU it uses at least float32, since bfloat16 is slower there
     (docs/performance.md)."""
     dim = qkv.shape[1] // 3
     w = windows
@@ -127,7 +127,7 @@ def _has_kernel(qkv: Tensor, segments: Segments, heads: int) -> bool:
 
 
 def segment_mean(rows: Tensor, counts: Tensor) -> Tensor:
-    """Mean of each run of `counts` rows: [N, D] -> [B, D]; summed in float32 at least, which bfloat16 sums need."""
+    """Mean of each run of `counts` rows: [N, D] -> [B, D]; summed in at least float32."""
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    mean = torch.segment_reduce(wide, "mean", lengths=counts, axis=0, unsafe=True)  # unsafe: counts are checked
+    mean = torch.segment_reduce(wide, "mean", lengths=counts, axis=0, unsafe=True)  # counts are valid, so no check
     return mean.to(rows.dtype)

@@ -33,7 +33,7 @@ from bfsys.model.stem import Stem
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, [N, D] -> [N, D]; rows outside all windows hold anything."""
+    """Pre-norm attention and MLP, [N, D] -> [N, D]; rows outside all windows are undefined."""
 
     def __init__(self, dim: int, heads: int, mode: str) -> None:
         super().__init__()
@@ -53,13 +53,13 @@ class Block(nn.Module):
             trainable = [p for p in self.parameters() if p.requires_grad]
             return _InChunks.apply(x, self, where.in_chunks(CHUNK_TOKENS), *trainable)
         if checkpointing:
-            # No random number is drawn in a block, so no generator's state must be saved.
+            # A block draws no random numbers, so the state of the generator need not be saved.
             return checkpoint(self.compute, x, where, use_reentrant=False, preserve_rng_state=False)
         return self.compute(x, where)
 
     def compute(self, x: Tensor, where: Segments | Windows) -> Tensor:
         blank_qkv = None
-        if self.mode == AS_RELEASED:  # a blank slot enters the block as a zero row, normed like any other
+        if self.mode == AS_RELEASED:  # a blank slot enters the block as a zero row, to which the norm is applied
             blank_qkv = self.qkv(self.norm1(x.new_zeros(1, x.shape[1])))[0]
         x, qkv = self.before_attention(x)
         return self.after_attention(x, attend(qkv, where, self.heads, blank_qkv))
@@ -86,11 +86,11 @@ class Block(nn.Module):
 
 
 class _InChunks(torch.autograd.Function):
-    """`Block.compute` on one chunk of tokens after the other; the backward computes each chunk once more.
+    """`Block.compute` on one chunk of tokens after the other; the backward pass recomputes each chunk.
 
-    So what lies inside of a block takes the memory of a chunk, however long the files are. Gradients of weights are
-    summed in float32 at least. Rejected alternative: PyTorch's checkpoint on each chunk. Its answers would be pieces
-    between freed blocks of the C library, which then grew to several times the memory.
+    The activations inside a block therefore take the memory of one chunk, however long the files are. Gradients of
+    weights are summed in at least float32. Rejected alternative: PyTorch's checkpoint on each chunk. Its results
+    fragmented the heap of the C library, which then took several times the memory.
     """
 
     @staticmethod
@@ -121,7 +121,7 @@ class _InChunks(torch.autograd.Function):
 
 
 class Merge(nn.Module):
-    """Pairs of tokens become one, [N, D] -> [N / 2, D]; the norm comes after the projection, as published."""
+    """Merges pairs of tokens, [N, D] -> [N / 2, D]; the norm comes after the projection, as published."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Merge(nn.Module):
         self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor, rounding: Tensor) -> Tensor:
-        if len(rounding):  # the partner of a last odd token must be zero
+        if len(rounding):  # an odd last token must be merged with zeros
             x = x.index_fill(0, rounding, 0)
         return add_norm(self.norm, self.reduction(x.view(len(x) // 2, -1)))[1]
 
@@ -168,14 +168,14 @@ class ByteFormer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # Last, so that the other weights of a seed are the same with it and without it
+        # Created last, so that the other weights of a seed do not depend on it
         self.content_head = ContentHead(dim) if with_content else None
 
     def stacks(self) -> dict[str, tuple[int, int, int]]:
-        """The parameters that Muon updates, by name, each as a stack of matrices: (how many, rows, columns).
+        """The parameters that Muon updates, by name, each as a stack of matrices: (number, rows, columns).
 
-        They are those between channels of tokens: queries, keys and values have a matrix each, and the stem's kernel is
-        one matrix, from all bytes of a token to its channels.
+        These are the maps between channels of tokens. Queries, keys and values have one matrix each. The stem's kernel
+        is one matrix, from all bytes of a token to its channels.
         """
         stacks = {"stem.kernel": (1, len(self.stem.kernel), self.stem.kernel[0].numel())}
         for name, module in self.named_modules():
@@ -185,7 +185,7 @@ class ByteFormer(nn.Module):
         return stacks
 
     def forward(self, batch: ByteBatch) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits; for a batch that has content, logits and the content head's error of each file [B]."""
+        """Logits; for a batch with content, logits and the content head's error of each file [B]."""
         x, counts = self.last_tokens(batch)
         logits = self.head(self.pool(x, counts))
         if batch.content is None or self.content_head is None:
@@ -193,7 +193,7 @@ class ByteFormer(nn.Module):
         return logits, self.content_head(x, counts, batch.content)
 
     def features(self, batch: ByteBatch) -> Tensor:
-        """[B, D]: the pooled tokens of each file, which the head takes."""
+        """[B, D]: the pooled tokens of each file, which are the input of the head."""
         return self.pool(*self.last_tokens(batch))
 
     def last_tokens(self, batch: ByteBatch) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ class ByteFormer(nn.Module):
         return self._blocks_and_norm(self.stem(batch.data, layout.files), layout), layout.tokens
 
     def features_of_tokens(self, x: Tensor, layout: Layout) -> Tensor:
-        """[B, D], from the stem's tokens [N, D] of files that lie as `layout` says."""
+        """[B, D], from the stem's tokens [N, D] of files at the positions in `layout`."""
         return self.pool(self._blocks_and_norm(x, layout), layout.tokens)
 
     def _blocks_and_norm(self, x: Tensor, layout: Layout) -> Tensor:
@@ -215,7 +215,7 @@ class ByteFormer(nn.Module):
 
 
 def parameter_count(architecture: Architecture, num_classes: int) -> int:
-    """Parameters of such a model, without building it."""
+    """The number of parameters of such a model. It is not built."""
     with torch.device("meta"):
         model = ByteFormer(architecture, num_classes)
     return sum(p.numel() for p in model.parameters())

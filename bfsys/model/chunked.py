@@ -24,8 +24,9 @@ CHUNK_TOKENS = 2048
 class ChunkedNorm(torch.autograd.Function):
     """The layer norm of rows in float32: [N, D] -> [N, D] in the dtype of its input.
 
-    PyTorch computes it in bfloat16, and sums the gradients of its weights over all tokens in bfloat16: of 40,000 tokens
-    they are wrong by half of their norm (torch 2.12.1). Converted as a whole, its input would be kept in float32.
+    PyTorch computes it in bfloat16, and sums the gradients of its weights over all tokens in bfloat16. With 40,000
+    tokens, their error is half of their norm (torch 2.12.1). If the whole input were converted, a float32 copy of it
+    would be saved.
     """
 
     @staticmethod
@@ -84,8 +85,8 @@ class ChunkedMLP(torch.autograd.Function):
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """Attention inside windows: qkv [N, 3D] -> [N, D]. Nothing but qkv is kept; the backward pass computes the scores
-    once more. The softmax is computed in float32 and rounded."""
+    """Attention inside windows: qkv [N, 3D] -> [N, D]. Only qkv is saved; the backward pass recomputes the scores. The
+    softmax is computed in float32 and rounded."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, chunks: tuple[Windows, ...], heads: int) -> Tensor:
@@ -120,7 +121,7 @@ class ChunkedAttention(torch.autograd.Function):
 
 
 def rows_of(chunks: tuple[Windows, ...]) -> Iterator[tuple[slice, Windows]]:
-    """The chunks of a level, with their tokens in it."""
+    """Yield the token range of each chunk of a level, and the chunk."""
     first = 0
     for chunk in chunks:
         yield slice(first, first + chunk.tokens), chunk
@@ -137,7 +138,7 @@ def _into_slots(rows: Tensor, w: Windows) -> Tensor:
 
 
 def _from_slots(slots: Tensor, w: Windows, out: Tensor) -> None:
-    """Write slots, [W, width, …], to the tokens that they hold, [N, C], and zero to tokens outside all windows."""
+    """Write slots [W, width, …] to their tokens in `out` [N, C], and zeros to tokens outside all windows."""
     torch.index_select(slots.reshape(-1, out.shape[1]), 0, w.inverse, out=out).index_fill_(0, w.outside, 0)
 
 
@@ -148,7 +149,7 @@ def _by_head(slots: Tensor, width: int, heads: int, parts: int) -> Tensor:
 
 
 def _shares(q: Tensor, k: Tensor, w: Windows) -> Tensor:
-    """The share of each key in the answer to each query, [W * H, width, width]."""
+    """The attention weights of each query over the keys, [W * H, width, width]."""
     scale, k = q.shape[2] ** -0.5, k.transpose(1, 2)
     if w.added is None:
         return torch.baddbmm(q.new_empty(1, 1, 1), q, k, beta=0, alpha=scale).softmax(-1)

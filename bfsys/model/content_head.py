@@ -14,7 +14,7 @@ from bfsys.batch import CONTENT_COLUMNS as COLUMNS
 from bfsys.batch import CONTENT_ROWS as ROWS
 from bfsys.model.attention import segment_mean
 
-# A token predicts three rows: the one at its own place, and those so many rows, a twelfth of the file, before and after
+# A token predicts three rows: the one at its place, and those this many rows (a twelfth of the file) before and after
 REACH = 5
 
 

@@ -27,7 +27,7 @@ from bfsys.model.sizes import PAD_BYTE
 class DenseByteFormer(nn.Module):
     """Bytes of one file, uint8 [n] -> probabilities of its classes, float32 [C].
 
-    n may be from 1 (masked) or K (as_released); it is not checked.
+    n must be at least 1 (masked) or K (as_released). This is not checked.
     """
 
     table: Tensor
@@ -62,19 +62,19 @@ class DenseByteFormer(nn.Module):
         return self.head(pooled).softmax(0)
 
     def _stem(self, data: Tensor, tokens: int) -> Tensor:
-        """uint8 [n] -> [N, D]; the row after the last token holds anything."""
+        """uint8 [n] -> [N, D]; the row after the last token is undefined."""
         a = self.architecture
         token = torch.arange(tokens + 1, device=data.device)
         place = token[:, None] * a.stride + torch.arange(a.kernel, device=data.device)  # [N, K]
         inside = place < data.shape[0]
         seen = torch.where(inside, data[torch.where(inside, place, 0)].to(torch.int64), PAD_BYTE)  # [N, K]
         x = self._positions(token)
-        for j in range(a.kernel):  # one after the other: [N, K, D] would be the largest tensor by far
+        for j in range(a.kernel):  # in a loop, since [N, K, D] would be by far the largest tensor
             x = x + self.table[j][seen[:, j]]
         return x
 
     def _positions(self, token: Tensor) -> Tensor:
-        """[N, D], of which the second half is repeated for longer files, as in stem.py."""
+        """[N, D]. For longer files, the second half of the table is repeated, as in stem.py."""
         rows = self.architecture.max_tokens
         repeated = (rows + 1) // 2
         return self.positions[torch.where(token < rows, token, rows - repeated + (token - rows) % repeated)]
@@ -83,11 +83,11 @@ class DenseByteFormer(nn.Module):
         """One pre-norm block on the buffer of a level, whose last row is zero: [N, D] -> [N, D]."""
         width, dim = self.architecture.window, self.architecture.dim
         lead = width - shift if self.masked and shift else 0  # empty slots before the file
-        windows = (tokens + lead + width - 1) // width + 1  # W; the last is not read
+        windows = (tokens + lead + width - 1) // width + 1  # W; the last one is not used
         end = (windows - 1) * width
         slot = torch.arange(windows, device=x.device)[:, None] * width + torch.arange(width, device=x.device)
         token = slot - lead
-        if not self.masked:  # around the end of the sequence
+        if not self.masked:  # the shift wraps around the end of the sequence
             token = torch.where(slot + shift < end, slot + shift, slot + shift - end)
         real = (token >= 0) & (token < tokens)  # [W, width]
         # [W, width, 3 D]; a blank slot holds a row of zeros
@@ -96,7 +96,7 @@ class DenseByteFormer(nn.Module):
         q, k, v = qkv.unflatten(2, (3, block.heads, dim // block.heads)).permute(2, 0, 3, 1, 4).unbind(0)
         mask = None
         if self.masked:
-            mask = (real | ~real.any(1, keepdim=True))[:, None, None]  # [W, 1, 1, width]; of nothing, all: no NaN
+            mask = (real | ~real.any(1, keepdim=True))[:, None, None]  # [W, 1, 1, width]; empty windows: all True
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [W, H, width, D / H]
         out = out.transpose(1, 2).flatten(2)  # [W, width, D]
         row = torch.arange(tokens + 1, device=x.device)
@@ -107,5 +107,5 @@ class DenseByteFormer(nn.Module):
 
 
 def _blanked(x: Tensor, tokens: int) -> Tensor:
-    """[N, D] with the row after the last token zero."""
+    """[N, D], in which the row after the last token is zero."""
     return torch.where(torch.arange(tokens + 1, device=x.device)[:, None] < tokens, x, 0.0)

@@ -30,7 +30,7 @@ from bfsys.model.layout import MASKED, token_counts
 from bfsys.model.precision import product_dtype
 from bfsys.model.sizes import BYTE_VALUES, MLP_RATIO, Architecture
 
-BACKWARD = 2  # products of a backward, for each of the forward
+BACKWARD = 2  # matrix products of the backward pass for each one of the forward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +76,11 @@ class Flops:
 def flops_per_step(lengths: np.ndarray, architecture: Architecture, num_classes: int, backward: bool = True) -> Flops:
     """Operations of one micro-batch of files of `lengths` bytes (int64 [B]) in bfsys' model (masked), real tokens only.
 
-    Takes 30 us for 16 files, and so may be called for every micro-batch.
+    A call takes 30 us for 16 files, so it may be made for every micro-batch.
     """
     a = architecture
     levels, shifts, merge_levels = _layers(a)
-    # Rounding up at each merging is rounding up once: ceil(ceil(n / 2) / 2) = ceil(n / 4).
+    # Rounding up at each merging equals rounding up once: ceil(ceil(n / 2) / 2) = ceil(n / 4).
     tokens = token_counts(np.asarray(lengths, np.int64), a, MASKED)
     in_layer = -(-tokens >> levels)  # [layers, B]
     lead = np.minimum(in_layer, shifts)  # a shifted layer's first window
@@ -101,7 +101,7 @@ def flops_per_step(lengths: np.ndarray, architecture: Architecture, num_classes:
 
 
 def published_flops(lengths: np.ndarray, architecture: Architecture, num_classes: int, backward: bool = True) -> Flops:
-    """Operations of the same micro-batch in the published form, with all padding that it computes on."""
+    """Operations of the same micro-batch in the published form, including those on padding."""
     a = architecture
     files, longest = len(lengths), int(np.max(lengths))
     levels, _, merge_levels = _layers(a)
@@ -121,9 +121,9 @@ def published_flops(lengths: np.ndarray, architecture: Architecture, num_classes
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of the fastest of several large matrix products, measured here and now. (peaks.py has the data sheets'.)
+    """FLOP/s of the fastest of several large matrix products, measured now. (peaks.py has the figures of data sheets.)
 
-    Ranks that share a CPU measure at once, and so each gets the part that it has in training.
+    Ranks that share a CPU measure at the same time, so each measures its share of the CPU.
     """
     dtype, n = product_dtype(dtype, device.type), 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
@@ -137,7 +137,7 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
         torch.mm(a, b, out=out)
         _wait_for(device)
         best = min(best, time.perf_counter() - began)
-    if device.type == "cuda":  # no trace of it in what a run says of its memory
+    if device.type == "cuda":  # the measurement must not appear in a run's memory statistics
         del a, b, out
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -161,12 +161,12 @@ def _layers(architecture: Architecture) -> tuple[np.ndarray, np.ndarray, np.ndar
 def _flops(
     a: Architecture, *, stem: int, lookups: int, rows: int, pairs: int, merged: int, head: int, backward: bool
 ) -> Flops:
-    """`rows` and `pairs` of all layers: tokens, and query-key pairs; `merged`: tokens that come out of token merges."""
+    """`rows` and `pairs`: tokens and query-key pairs of all layers; `merged`: tokens that token merges produce."""
     times, twice = (1 + BACKWARD, 2) if backward else (1, 1)
     square = 2 * rows * a.dim**2  # the product of every token with one [D, D] matrix
     return Flops(
         stem=times * stem,
-        lookups=twice * lookups,  # a gradient is added to as many rows as were summed
+        lookups=twice * lookups,  # the backward pass adds a gradient to each row that was summed
         qkv=times * 3 * square,
         scores=times * 2 * pairs * a.dim,
         values=times * 2 * pairs * a.dim,

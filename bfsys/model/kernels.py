@@ -16,19 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 VALUES = tl.constexpr(257)
-BYTES = tl.constexpr(256)  # values that are bytes; the one after them is the padding
+BYTES = tl.constexpr(256)  # number of byte values; value 256 is the padding
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# Index tensors are slices of one tensor (layout.py), so that their alignment changes from batch to batch. Triton would
-# compile each kernel once more for each combination.
+# Index tensors are slices of one tensor (layout.py), so their alignment changes from batch to batch. Triton would
+# recompile each kernel for each combination of alignments.
 FILE_INDEX = ["first_byte", "end_byte", "first_token", "tokens"]
 SEGMENT_INDEX = ["start", "length"]
 
-BLOCK_D = 64  # channels per program: rows of 128 bytes in bfloat16, one cache line, and no waste in any named size
+BLOCK_D = 64  # channels per program: a row in bfloat16 is one cache line (128 bytes), and it divides dim of all sizes
 WIDEST = 128  # tokens of a segment that one program can hold
 WIDEST_HEAD = 64  # channels, likewise
-# For the partial sums of the table's gradient, unless one part takes more. At K = 32 on an H200, 11 parts of 6 MB for
-# tiny and 2 of 25 MB for base.
+# Memory for the partial sums of the table's gradient; one part may take more. At K = 32 on an H200, these are 11 parts
+# of 6 MB for tiny and 2 of 25 MB for base.
 PARTIAL_BYTES = 256 * 2**20
 
 
@@ -55,8 +55,8 @@ def try_compiler(device: torch.device) -> None:
 
 @triton.jit
 def _locate(n, rows, file, first_byte, end_byte, first_token, tokens, stride):
-    """The place of rows n (int64): position in their file, the file's tokens (0 for rows that are not tokens), first
-    byte in `data`, and bytes from there to the file's end (0 or less if there are none)."""
+    """For rows n (int64): position in the file, the file's number of tokens (0 for rows that are not tokens), first
+    byte in `data`, and bytes from there to the end of the file (0 or less past the end)."""
     f = tl.load(file + n, mask=n < rows, other=0)
     place = n - tl.load(first_token + f)
     count = tl.load(tokens + f)
@@ -87,23 +87,23 @@ def stem_forward(
     table: Tensor, positions: Tensor, data: Tensor, file: Tensor, first_byte: Tensor, end_byte: Tensor,
     first_token: Tensor, tokens: Tensor, stride: int,
 ) -> Tensor:  # fmt: skip
-    """Sum of the table's rows of the bytes that each token sees, plus its position: [N, D] in the table's dtype.
+    """For each token, the sum of the table's rows of its bytes, plus its position: [N, D] in the table's dtype.
 
     table        [K * V, D]   float32 or bfloat16
     positions    [P, D]       added in files of at most P tokens; the caller adds those of longer files
     data         uint8        the files' bytes; file i's begin at first_byte[i] and end before end_byte[i]
     file         [N]          each row's file
     first_byte, end_byte, first_token, tokens  [B]
-    stride                    bytes from a token to the next; a token sees K
+    stride                    bytes from a token to the next; a token covers K bytes
 
-    Rows that are no token become zero. Summed in float32.
+    Rows that are not tokens become zero. Sums are in float32.
     """
     rows, dim = len(file), table.shape[1]
     out = table.new_empty(rows, dim)
-    # Each thread sums 8 channels (4 in float32) of 4 tokens and has two byte positions' rows on their way: about 90
-    # registers, so that two programs of 8 warps fit on a multiprocessor. With a token for every thread, Triton would
-    # pass the bytes through shared memory. Programs of one channel block are neighbours: its slice of the table
-    # (1 MB at K = 32) stays in the L2, whose bandwidth bounds this kernel.
+    # Each thread sums 8 channels (4 in float32) of 4 tokens, with loads for two byte positions in flight. This takes
+    # about 90 registers, so two programs of 8 warps fit on a multiprocessor. With one token per thread, Triton would
+    # pass the bytes through shared memory. Programs of the same channel block are neighbours, so its slice of the table
+    # (1 MB at K = 32) stays in the L2 cache, whose bandwidth limits this kernel.
     block = 256 // table.element_size()
     grid = (triton.cdiv(rows, block), triton.cdiv(dim, BLOCK_D))
     with torch.cuda.device_of(table):
@@ -143,8 +143,8 @@ def _stem_backward(
     j = 2 * tl.program_id(0)
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     split = tl.program_id(2).to(tl.int64)
-    # Loaded rather than computed: Triton compares in the registers that the matrix units read only where both sides
-    # come from memory; otherwise every one-hot matrix makes a detour through shared memory.
+    # Loaded, not computed: only if both operands are loaded does Triton compare them in the register layout that the
+    # matrix units read. Otherwise every one-hot matrix passes through shared memory.
     byte = tl.load(numbers + tl.arange(0, BYTES))
     even = tl.zeros([BYTES, BLOCK_D], tl.float32)
     odd = tl.zeros([BYTES, BLOCK_D], tl.float32)
@@ -155,7 +155,7 @@ def _stem_backward(
         n = first + tl.arange(0, BLOCK_N)
         g = tl.load(grad + n.to(tl.int64)[:, None] * D, mask=(n < count)[:, None] & (d < D), other=0)
         even_value, odd_value = tl.load(values + n), tl.load(values + pitch + n)
-        if g.dtype == tl.float32:  # three bfloat16 numbers hold a float32: exact products, by the fast matrix units
+        if g.dtype == tl.float32:  # split into three bfloat16 numbers: exact products, on the fast matrix units
             for _ in tl.static_range(3):
                 part = g.to(tl.bfloat16)
                 even = tl.dot(_one_hot(even_value, byte, tl.bfloat16), part, even)
@@ -170,8 +170,8 @@ def _stem_backward(
 
 
 def _split_count(tiles: int, blocks: int, partial_bytes: int, processors: int) -> int:
-    """The number of parts to split the tokens into, where every part makes `tiles` programs, one per multiprocessor at
-    a time: the fewest that leave the smallest share of the last wave idle."""
+    """The number of parts to split the tokens into. Each part has `tiles` programs, and a multiprocessor runs one
+    program at a time. The result is the fewest parts that leave the smallest share of the last wave idle."""
     most = max(1, min(blocks, 4 * processors // tiles + 1, PARTIAL_BYTES // partial_bytes))
     return max(range(1, most + 1), key=lambda s: tiles * s / (-(-tiles * s // processors) * processors))
 
@@ -182,21 +182,21 @@ def stem_backward(
 ) -> Tensor:  # fmt: skip
     """Gradient of the table from that of the tokens, grad [N, D]: float32 [K * V, D], zero in the padding's rows.
 
-    The transpose of a lookup is a product with one-hot matrices, which the matrix units do faster than memory could
-    take scattered additions, and in a fixed order. Parts of the tokens are summed by different programs, and the
-    parts' sums are added afterwards.
+    The transpose of a lookup is a product with one-hot matrices. On the matrix units it is faster than scattered
+    additions to memory, and its order is fixed. Different programs sum parts of the tokens, and the partial sums are
+    added afterwards.
     """
     rows, dim = grad.shape
     grad = grad.contiguous()
-    # Two byte positions share a program, so that the gradient is read half as often. Their sums, 2 x [256, 64], take
-    # 128 registers of each thread of 8 warps and the one-hot matrices most of the others: one program per
-    # multiprocessor. Three stages keep two blocks of the gradient on their way.
+    # A program computes two byte positions, which halves the reads of the gradient. Their sums, 2 x [256, 64], take 128
+    # registers of each thread of 8 warps, and the one-hot matrices take most of the others. So one program fits on a
+    # multiprocessor. With three stages, loads of two blocks of the gradient are in flight.
     block = 32 if grad.dtype == torch.float32 else 64
     tiles, blocks = kernel // 2 * triton.cdiv(dim, BLOCK_D), max(1, triton.cdiv(rows, block))
     splits = _split_count(tiles, blocks, 4 * kernel * BYTES.value * dim, _processors(grad.device))
     split_rows = triton.cdiv(blocks, splits) * block
     pitch = splits * split_rows  # whole blocks, so that the loop below needs no mask for bytes
-    values = grad.new_empty(kernel, pitch, dtype=torch.bfloat16)  # bytes are exact, and two are compared at once
+    values = grad.new_empty(kernel, pitch, dtype=torch.bfloat16)  # exact for bytes; two are compared at once
     numbers = torch.arange(BYTES.value, dtype=values.dtype, device=grad.device)
     partial = grad.new_empty(splits, kernel, BYTES.value, dim, dtype=torch.float32)
     with torch.cuda.device_of(grad):
@@ -224,9 +224,9 @@ def _positions_backward(
         f = i + tl.arange(0, BLOCK_F)
         count = tl.load(tokens + f, mask=f < files, other=0).to(tl.int32)
         longest = tl.maximum(longest, tl.where(count <= rows, count, 0))
-    used = tl.program_id(0) * BLOCK_P < tl.max(longest, 0)  # most rows are past the end of every file
+    used = tl.program_id(0) * BLOCK_P < tl.max(longest, 0)  # most positions are beyond the longest file
     acc = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-    for i in tl.range(0, tl.where(used, files, 0), loop_unroll_factor=4):  # four files' rows on their way
+    for i in tl.range(0, tl.where(used, files, 0), loop_unroll_factor=4):  # loads for four files in flight
         count = tl.load(tokens + i)
         n = tl.load(first_token + i).to(tl.int64) + p
         mask = ((p < count) & (count <= rows))[:, None] & (d < D)
@@ -241,7 +241,7 @@ def positions_backward(grad: Tensor, first_token: Tensor, tokens: Tensor, rows: 
     """
     dim = grad.shape[1]
     out = grad.new_empty(rows, dim, dtype=torch.float32)
-    block = 16  # small, since only the places that files reach have work, and each walks through all files
+    block = 16  # small, since only positions within a file have work, and each program loops over all files
     with torch.cuda.device_of(grad):
         _positions_backward[(triton.cdiv(rows, block), triton.cdiv(dim, BLOCK_D))](
             grad.contiguous(), out, first_token, tokens, len(tokens), rows,
@@ -283,8 +283,8 @@ def _attention_backward(
     qkv, grad, out, start, length,
     D: tl.constexpr, H: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Scores stand on their side, a query per column: so their products with the queries and the output's gradient,
-    summed over the queries, take them from the registers where they are."""
+    """Scores are transposed, with a query per column. The products that sum over queries can then take them from the
+    registers that hold them."""
     segment, head = tl.program_id(0) // H, tl.program_id(0) % H
     first, count = tl.load(start + segment).to(tl.int64), tl.load(length + segment).to(tl.int32)
     qkv += first * 3 * D + head * E
@@ -317,8 +317,8 @@ def _attention_backward(
 
 
 def supports_attention(dtype: torch.dtype, width: int, dim: int, heads: int) -> bool:
-    """Whether `attention_forward` and `attention_backward` can compute segments of up to `width` tokens of this kind.
-    Wider heads than the published 64 channels would spill registers in the backward, and leave fast memory short."""
+    """Whether `attention_forward` and `attention_backward` support segments of up to `width` tokens of this kind. With
+    more than the published 64 channels per head, the backward pass would spill registers and lack shared memory."""
     known = dtype in (torch.float32, torch.bfloat16, torch.float16)
     return known and width <= WIDEST and dim % heads == 0 and dim // heads <= WIDEST_HEAD
 
@@ -339,13 +339,13 @@ def attention_forward(
     length     [S]      its rows, from 1 to `width`
     outside    int64    the rows of no segment, zero in the result
 
-    A program holds the keys and values of one head of one segment, and nothing is read twice. The softmax is float32.
+    A program holds the keys and values of one head of one segment, so nothing is read twice. The softmax is in float32.
     """
     rows, dim = len(qkv), qkv.shape[1] // 3
     tiles, wide = _tiles(width, dim, heads), qkv.dtype == torch.float32
     out = qkv.new_empty(rows, dim)
-    # 64 queries at a time are what four warps multiply at once, and their scores against 128 keys take half of the
-    # registers: three programs on a multiprocessor wait for memory together. float32 goes without matrix units.
+    # Four warps multiply 64 queries at a time, and the scores against 128 keys take half of the registers. Three
+    # programs fit on a multiprocessor, which hides waits for memory. float32 does not use the matrix units.
     block = min(tiles["TILE"], 32 if wide else 64)
     warps = tiles["TILE"] // 8 if wide else block // 16
     with torch.cuda.device_of(qkv):
@@ -358,12 +358,12 @@ def attention_forward(
 def attention_backward(
     qkv: Tensor, grad: Tensor, start: Tensor, length: Tensor, width: int, heads: int, outside: Tensor
 ) -> Tensor:  # [N, 3D], [N, D] -> [N, 3D]
-    """Gradient of qkv from that of the output. The probabilities are computed again: the scores of a segment cost less
-    than reading a stored sum of theirs, and dq, dk and dv leave in one pass."""
+    """Gradient of qkv from that of the output. The probabilities are recomputed, since the scores of a segment cost
+    less than reading their stored sum. dq, dk and dv are written in one pass."""
     tiles, wide = _tiles(width, qkv.shape[1] // 3, heads), qkv.dtype == torch.float32
     out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    # 32 queries at a time against 128 keys, so that the sums of dk and dv (64 registers per thread of 8 warps) leave
-    # room. On sm_90 the compiler would take 147 registers; held to 128, it spills none, and two programs fit.
+    # 32 queries at a time against 128 keys, so that the sums of dk and dv (64 registers per thread of 8 warps) fit. On
+    # sm_90 the compiler would use 147 registers. Limited to 128, it spills none, and two programs fit.
     block = min(tiles["TILE"], 16 if wide else 32)
     warps = tiles["TILE"] // 8 if wide or tiles["TILE"] < 64 else tiles["TILE"] // 16
     tight = _generation(qkv.device) == 9 and not wide and tiles["TILE"] == 128 and tiles["BLOCK_E"] <= 64

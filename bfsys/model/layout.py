@@ -33,7 +33,7 @@ Record = TypeVar("Record", bound="Files | Segments | Windows")
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Tokens of a level, or of a part of it, sorted into windows of equal width, and back.
+    """Index tensors that sort the tokens of a level, or of a part of it, into windows of equal width, and back.
 
     index    int64 [W * width]  token in each slot (any token where the slot is blank)
     blank    int64 [slots]      slots without a token
@@ -56,7 +56,7 @@ class Windows:
 
     @cached_property
     def added(self) -> Tensor | None:
-        """The mask that is added to scores, 0 or -inf: [W, 1, 1, width] in float32."""
+        """The mask to add to scores, 0 or -inf: [W, 1, 1, width] in float32."""
         if self.mask is None:
             return None
         return torch.zeros(self.mask.shape, device=self.mask.device).masked_fill_(~self.mask, -math.inf)[:, None, None]
@@ -66,12 +66,12 @@ class Windows:
 class Segments:
     """Runs of tokens that attend to each other, in the order of the buffer; none is empty.
 
-    start    int64 [S]       first token of each
-    length   int64 [S]       tokens, at most the model's window
+    start    int64 [S]       first token of each segment
+    length   int64 [S]       tokens of each segment, at most the model's window
     outside  int64 [tokens]  tokens of no segment: the rounding of the sequences
-    width    the longest segment
+    width    length of the longest segment
     tokens   N of the level
-    on_cpu   start, length and outside once more, for what is made of them on demand
+    on_cpu   copies of start, length and outside on the CPU, from which windows are made on demand
     """
 
     start: Tensor
@@ -88,9 +88,9 @@ class Segments:
         return _with_tensors(windows, (t.to(self.start.device) for t in _tensors(windows).values()))
 
     def in_chunks(self, chunk_tokens: int) -> tuple[Windows, ...]:
-        """The segments as windows, in parts of at least `chunk_tokens` tokens that cover the level; made once.
+        """The segments as windows, in parts of at least `chunk_tokens` tokens that cover the level. Cached.
 
-        Rows of a part count from its first token.
+        Rows of a part are numbered from its first token.
         """
         if chunk_tokens not in self._chunks:
             self._chunks[chunk_tokens] = tuple(self._make_chunks(chunk_tokens))
@@ -100,7 +100,7 @@ class Segments:
 
     def _make_chunks(self, chunk_tokens: int) -> Iterator[Windows]:
         start, length, outside = self.on_cpu
-        # A chunk ends where a segment begins, the first one `chunk_tokens` or more after the chunk's own beginning.
+        # A chunk ends at the first segment that begins `chunk_tokens` or more after the start of the chunk.
         first = i = 0
         while i < len(start):
             j = int(np.searchsorted(start, first + chunk_tokens))
@@ -115,8 +115,8 @@ class Files:
 
     first_byte, end_byte  int64 [B], in the byte buffer
     first_token, tokens   int64 [B], in the token buffer of level 0
-    rounded               int64 [B], tokens with the rounding
-    places                first_token and tokens of each file once more, for loops
+    rounded               int64 [B], tokens including the rounding
+    places                first_token and tokens of each file as integers, for loops
     total                 N of level 0
     """
 
@@ -139,10 +139,10 @@ class Files:
 class Layout:
     """The index tensors of one batch.
 
-    files     where files and their tokens lie
-    layers    per layer, what its attention runs over: segments (masked) or windows (as_released)
-    rounding  per merge, int64 [tokens] that carry nothing and must enter it as zeros
-    tokens    int64 [B]   tokens per file after the last merging, all of them real
+    files     positions of files and their tokens
+    layers    per layer, the segments (masked) or windows (as_released) of its attention
+    rounding  per merge, int64 [tokens] that only round sequences up and must enter the merge as zeros
+    tokens    int64 [B]   tokens per file after the last merging, without rounding
     """
 
     files: Files
@@ -151,7 +151,7 @@ class Layout:
     tokens: Tensor
 
     def to(self, device: torch.device) -> Layout:
-        """The layout on a device. A GPU gets all index tensors in one copy, which the host does not wait for."""
+        """The layout on a device. All index tensors go to a GPU in one asynchronous copy."""
         if self.tokens.device.type == device.type:
             return self
         layers = list(dict.fromkeys(self.layers))
@@ -190,7 +190,7 @@ def token_counts(lengths: np.ndarray, architecture: Architecture, mode: str) -> 
 def make_layout(lengths: Tensor, architecture: Architecture, mode: str = MASKED) -> Layout:
     """Index tensors for files of `lengths` bytes (int64 [B], on the CPU), on the CPU.
 
-    Raises UserError for a file that has no byte, or (as released) is shorter than the kernel.
+    Raises UserError for a file that is empty, or (as released) shorter than the kernel.
     """
     sizes = lengths.numpy()
     assert len(sizes), "an empty batch has no logits"
@@ -211,7 +211,7 @@ def make_layout(lengths: Tensor, architecture: Architecture, mode: str = MASKED)
     )
     layers: list[Segments | Windows] = []
     rounding: list[Tensor] = []
-    made: dict[int, Segments | Windows] = {}  # by shift, at the present level
+    made: dict[int, Segments | Windows] = {}  # by shift, at the current level
     make = _segments if mode == MASKED else _wrapped_windows
     for layer, shift in enumerate(architecture.shifts):
         shift %= architecture.window
@@ -235,19 +235,19 @@ def _between(rising: np.ndarray, first: int, end: int) -> np.ndarray:
 
 
 def _ragged_range(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the sequence, the place in it) of each item of sequences of `counts` items, laid end to end."""
+    """(sequence, position in it) of each item of concatenated sequences of `counts` items."""
     sequence = np.repeat(np.arange(len(counts)), counts)
     return sequence, np.arange(len(sequence)) - _starts(counts)[sequence]
 
 
 def _rounding(tokens: np.ndarray, aligned: np.ndarray) -> np.ndarray:
-    """Tokens of the buffer that fill up the sequences of `tokens` to `aligned` tokens."""
+    """The tokens of the buffer that round sequences of `tokens` tokens up to `aligned` tokens."""
     file, place = _ragged_range(aligned - tokens)
     return (_starts(aligned) + tokens)[file] + place
 
 
 def _segments(tokens: np.ndarray, aligned: np.ndarray, window: int, shift: int) -> Segments:
-    """A file's first `shift` tokens are a segment of their own, then whole windows follow, and what is left."""
+    """The segments of each file: its first `shift` tokens, then whole windows, then the rest."""
     lead = np.minimum(tokens, shift)
     counts = (lead > 0) + -(-(tokens - lead) // window)
     file, number = _ragged_range(counts)
@@ -259,7 +259,7 @@ def _segments(tokens: np.ndarray, aligned: np.ndarray, window: int, shift: int) 
 
 
 def _windows_of(start: np.ndarray, length: np.ndarray, outside: np.ndarray, tokens: int) -> Windows:
-    """Segments of a buffer of `tokens` rows as windows, a segment each."""
+    """Segments of a buffer of `tokens` rows as windows, one per segment."""
     width = int(length.max())
     segment, place = _ragged_range(length)
     token, slot = start[segment] + place, segment * width + place

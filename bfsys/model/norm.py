@@ -10,14 +10,14 @@ from torch import Tensor
 from bfsys.model.attention import kernels_for
 from bfsys.model.precision import LayerNorm
 
-# Rows times channels from which our kernels pay: below, PyTorch's operations take less time on an H200, and a function
-# of our own costs the host more (docs/performance.md).
+# Rows times channels from which the kernels of bfsys are faster. Below, PyTorch's operations take less time on an H200,
+# and an autograd function in Python costs the host more (docs/performance.md).
 LEAST_NUMBERS = 2**24
 
 
 class AddNorm(torch.autograd.Function):
-    """(x + added, its norm). Only the sum is kept. The backward takes both gradients at once, so that autograd makes no
-    addition of its own."""
+    """(x + added, its norm). Only the sum is saved. The backward pass takes both gradients at once, so autograd need
+    not add them."""
 
     @staticmethod
     def forward(
@@ -42,10 +42,10 @@ class AddNorm(torch.autograd.Function):
 
 
 def add_norm(norm: LayerNorm, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(x + added, norm(x + added)), both [N, D] in the dtype of `x`; (x, norm(x)) where nothing is added.
+    """(x + added, norm(x + added)), both [N, D] in the dtype of `x`; (x, norm(x)) if `added` is None.
 
-    The norm's own forward is not called, so at ZeRO-3 a leaf module must call this and hold the norm. Autocast on GPUs
-    would give the norm in float32, only for the next product to round it.
+    The norm's own forward is not called. So at ZeRO-3 a leaf module must call this and contain the norm. Autocast on
+    GPUs would return the norm in float32, and the next product would round it anyway.
     """
     kernels = norm_kernels_for(x, added)
     if kernels:
@@ -55,7 +55,7 @@ def add_norm(norm: LayerNorm, x: Tensor, added: Tensor | None = None) -> tuple[T
 
 
 def norm_kernels_for(x: Tensor, added: Tensor | None) -> ModuleType | None:
-    """The kernels of bfsys if they are faster for these rows, else None. A compiled model fuses norms by itself."""
+    """The kernels of bfsys if they are faster for these rows, else None. A compiled model fuses norms without them."""
     if torch.compiler.is_compiling() or x.numel() < LEAST_NUMBERS or kernels_for(x.device, x.dtype) is None:
         return None
     from bfsys.model import norm_kernels

@@ -16,15 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 WIDEST = 2048  # channels: one row per program
-# Numbers in a program's tile: 16 for each thread of 4 warps. The backward, which holds two sums and two inputs of that
-# size, then takes at most 128 registers of a thread, so that four programs fit on a multiprocessor.
+# Numbers in a program's tile: 16 for each thread of 4 warps. The backward kernel holds two sums and two inputs of that
+# size. It then takes at most 128 registers per thread, so four programs fit on a multiprocessor.
 TILE = 2048
 PROGRAMS_PER_PROCESSOR = 4  # programs of the backward, which all run at the same time
 
 
 @triton.jit
 def _normed(value, inside, EPS: tl.constexpr, D: tl.constexpr):
-    """The rows with mean 0 and variance 1, zero outside, and what they were multiplied with."""
+    """The rows with mean 0 and variance 1 (zero outside), and the factor of each row."""
     centred = tl.where(inside, value - (tl.sum(value, 1) / D)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 1) / D + EPS)
     return centred * scale[:, None], scale
@@ -93,8 +93,8 @@ def _tiles(dim: int) -> dict[str, int]:
 def norm_forward(
     x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:  # [M, D] each
-    """(x + added, its LayerNorm), in the dtype of `x`; x itself where nothing is added. weight and bias [D] may have
-    another dtype."""
+    """(x + added, its LayerNorm), in the dtype of `x`; the first is x itself if `added` is None. weight and bias [D]
+    may have another dtype."""
     rows, dim = x.shape
     x, out, tiles = x.contiguous(), x.new_empty(rows, dim), _tiles(dim)
     total = x if added is None else torch.empty_like(x)
@@ -112,7 +112,7 @@ def norm_backward(
     """Gradients of the rows `total` that were normed, in their dtype, and of weight and bias, in float32.
 
     grad [M, D] is the gradient of the normed rows, and total_grad [M, D] that of `total` itself, if it has one.
-    `processors`: multiprocessors of the GPU, which decide the order of the sums.
+    `processors`: number of multiprocessors of the GPU. It determines the order of the sums.
     """
     rows, dim = total.shape
     tiles = _tiles(dim)

@@ -25,8 +25,8 @@ class Peak(NamedTuple):
     """The peak in float32 itself, not TF32: PyTorch's default, which bfsys keeps."""
 
 
-# Words of the names that PyTorch gives; the first entry whose words are all there counts. Data sheets that state only
-# the rate with sparsity are halved.
+# By words of PyTorch's name of the GPU; the first entry whose words all occur in it is used. Rates of data sheets that
+# state only the rate with sparsity are halved.
 PEAKS = {
     # nvidia.com/en-us/data-center/gb200-nvl72 and /hgx: 5 and 4.5 PFLOP/s with sparsity
     "GB200": Peak(2500, 80),
@@ -59,19 +59,19 @@ PEAKS = {
     # amd.com: Instinct MI300X data sheet
     "MI300X": Peak(1307.4, 163.4),
 }
-# Other parts of a name, such as in NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3.
+# Other words of a name, as in NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3.
 OTHER_WORDS = re.compile(r"NVIDIA|AMD|TESLA|GEFORCE|INSTINCT|SXM\d*|PCIE|HBM\d\w*|\d+GB?")
 
 
 def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s of a device in bfloat16 or float32; None where the table has none."""
+    """FLOP/s of a device in bfloat16 or float32; None if the table has no entry."""
     import torch
 
     return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
 def peak_of(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of the GPU of that name in bfloat16 or float32; None where the table has none."""
+    """FLOP/s of the GPU of that name in bfloat16 or float32; None if the table has no entry."""
     import torch
 
     words = set(name.upper().replace("-", " ").split())

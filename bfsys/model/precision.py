@@ -18,7 +18,7 @@ def set_precision(model: nn.Module, precision: Precision) -> None:
     """Choose the precision in which a trained model computes answers.
 
     fp32  as stored
-    tf32  products of float32 numbers with 10 bits of mantissa on GPUs, of the whole process; as fp32 on CPUs
+    tf32  products of float32 numbers with 10 bits of mantissa on GPUs, for the whole process; same as fp32 on CPUs
     bf16  weights and activations in bfloat16
     """
     if precision == "bf16":
@@ -28,17 +28,17 @@ def set_precision(model: nn.Module, precision: Precision) -> None:
 
 
 def stored_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of activations: that of the weights, or under autocast (bf16 at ZeRO stage 0) autocast's."""
+    """The dtype of activations: autocast's under autocast (bf16 at ZeRO stage 0), otherwise that of the weights."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 @cache
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype of the operands of matrix products if activations are stored as `dtype`; the same in each process.
+    """The dtype of the operands of matrix products if activations are stored as `dtype`.
 
-    A CPU without instructions for bfloat16 converts operands inside of each product, which takes four times as long
-    as a product in float32 (Cascade Lake, 2026-11-21). There they are converted beforehand.
+    A CPU without instructions for bfloat16 converts operands inside each product, which takes four times as long as a
+    product in float32 (Cascade Lake, 2026-11-21). On such a CPU, operands are converted beforehand.
     """
     if dtype != torch.bfloat16 or device_type != "cpu" or cpu_multiplies_bf16():
         return dtype
@@ -51,7 +51,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 class Linear(nn.Linear):
-    """A linear layer, [N, in] -> [N, out] in the dtype of its input; operands of the product are in `product_dtype`."""
+    """A linear layer, [N, in] -> [N, out] in the dtype of its input. Operands of the product are in `product_dtype`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not _is_bfloat16_on_cpu(x):
@@ -63,10 +63,10 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """A layer norm, [N, D] -> [N, D] in the dtype of its input, computed in float32 at least.
+    """A layer norm, [N, D] -> [N, D] in the dtype of its input, computed in at least float32.
 
-    Autocast on GPUs returns float32; without the conversion the residual stream would be float32 from the first merging
-    on, and take twice the memory.
+    Autocast on GPUs returns float32. Without the conversion, the residual stream would be float32 from the first
+    merging on, and would take twice the memory.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def is_native_bfloat16(x: Tensor) -> bool:
-    """Whether `x` is bfloat16 on a CPU that multiplies bfloat16 itself."""
+    """Whether `x` is bfloat16 on a CPU with instructions for products in bfloat16."""
     return _is_bfloat16_on_cpu(x) and product_dtype(x.dtype, "cpu") == x.dtype
 
 

@@ -31,7 +31,7 @@ NEVER = float("-inf")
 
 
 def pad(files: Sequence[np.ndarray], architecture: Architecture) -> Tensor:
-    """Files as int32 [B, L], on the right filled up with -1."""
+    """Files as int32 [B, L], padded with -1 on the right."""
     stride, kernel = architecture.stride, architecture.kernel
     longest = max(len(file) for file in files)
     padded = np.full((len(files), (-(-longest // stride) - 1) * stride + kernel), PAD, np.int32)
@@ -41,7 +41,7 @@ def pad(files: Sequence[np.ndarray], architecture: Architecture) -> Tensor:
 
 
 class PublishedBlock(nn.Module):
-    """Pre-norm attention and MLP on windows, all of it: [N, W, D] -> [N, W, D]."""
+    """Pre-norm attention and MLP on windows, including padding: [N, W, D] -> [N, W, D]."""
 
     def __init__(self, dim: int, heads: int, fused_attention: bool) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class PublishedBlock(nn.Module):
 
 
 class PublishedMerge(nn.Module):
-    """Pairs of tokens become one, [B, T, D] -> [B, ceil(T / 2), D]."""
+    """Merges pairs of tokens, [B, T, D] -> [B, ceil(T / 2), D]."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -129,23 +129,23 @@ class PublishedForm(nn.Module):
 
 
 def window_mask(padding: Tensor, window: int, shift: int, dtype: torch.dtype) -> Tensor:
-    """The mask that is added to the scores, 0 or -inf: [N, 1, W, W]."""
+    """The mask to add to the scores, 0 or -inf: [N, 1, W, W]."""
     files = len(padding)
     mask = torch.zeros(files, padding.shape[1] // window, window, window, dtype=dtype, device=padding.device)
     shift %= window
-    if shift:  # tokens that the shift brought round from the start are kept apart
+    if shift:  # tokens that were shifted from the start to the end form a separate region
         mask[:, -1, : window - shift, -shift:] = NEVER
         mask[:, -1, -shift:, : window - shift] = NEVER
     mask.masked_fill_(padding.view(files, -1, 1, window), NEVER)
-    hopeless = (mask == NEVER).all(-1, keepdim=True)  # padding that sees only padding: a softmax of nothing is NaN
+    hopeless = (mask == NEVER).all(-1, keepdim=True)  # padding that attends only to padding; its softmax would be NaN
     return mask.masked_fill_(hopeless, 0).flatten(0, 1)[:, None]
 
 
 def load_bfsys_weights(model: PublishedForm, weights: dict[str, Tensor]) -> None:
-    """Give it the weights of a bfsys model, by its `state_dict`."""
+    """Load the `state_dict` of a bfsys model into `model`."""
     renamed = {"stem.embedding": "embedding.weight", "stem.kernel": "conv.weight", "stem.positions": "positions"}
     state = {renamed.get(name, name): weight for name, weight in weights.items()}
     for name in [name for name in state if name.endswith("reduction.weight")]:
-        first, second = state[name].chunk(2, dim=1)  # the halves of each pair; here they interleave
+        first, second = state[name].chunk(2, dim=1)  # the two tokens of each pair; the published form interleaves them
         state[name] = torch.stack([first, second], dim=2).flatten(1)
     model.load_state_dict(state)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from bfsys.errors import UserError
 
 BYTE_VALUES = 256
-PAD_BYTE = 256  # row of the embedding that stands for "no byte": zero, and without gradient
+PAD_BYTE = 256  # row of the embedding for padding: zero, and without gradient
 HEAD_DIM = 64
 MLP_RATIO = 4  # width of a block's MLP over dim
 PUBLISHED_MERGES = (0, 1, 3, 5, 7, 9)
-PUBLISHED_SHIFT = 64  # the released configurations keep it at window 32 too, where it shifts nothing
+PUBLISHED_SHIFT = 64  # the released configurations also use it with window 32, where it has no effect
 
 # name: (dim, layers, heads). Section "Sizes" of the published configuration.
 SIZES = {
@@ -30,10 +30,10 @@ SIZES = {
 class Architecture:
     """The values that determine the parameters' shapes and the order of computation.
 
-    kernel       bytes that one token sees; its stride is half of that
-    window       tokens that attend to each other
-    shifts       one per layer: how far the windows' borders are moved, in tokens
-    merge_after  layers after which pairs of tokens become one
+    kernel       bytes that one token covers; the stride is half of it
+    window       length of an attention window in tokens
+    shifts       one per layer: shift of the window borders in tokens
+    merge_after  layers after which pairs of tokens are merged
     max_tokens   rows of the learned position table
     pool         mean or attention: how the tokens of a file become one vector, see pool.py
     """
@@ -83,17 +83,17 @@ class Architecture:
 
     @property
     def alignment(self) -> int:
-        """Tokens that a sequence is rounded up to, so that every merging is a view."""
+        """A sequence is rounded up to a multiple of this number of tokens, so that every merging is a view."""
         return 2 ** len(self.merge_after)
 
     @property
     def rounding_bytes(self) -> int:
-        """The smallest number of bytes that a file costs, even if it is shorter."""
+        """A shorter file takes as much memory and time as one of this length."""
         return self.alignment * self.stride
 
     @property
     def max_bytes(self) -> int:
-        """The longest file of which each token has a position of its own; see stem.py for longer ones."""
+        """Length of the longest file whose tokens all have different positions; see stem.py for longer files."""
         return self.max_tokens * self.stride
 
 

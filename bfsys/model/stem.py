@@ -28,7 +28,7 @@ from bfsys.model.layout import Files
 from bfsys.model.precision import product_dtype, stored_dtype
 from bfsys.model.sizes import BYTE_VALUES, PAD_BYTE, Architecture
 
-# Tokens at a time on a CPU, whose rows of the table and of the gradient lie in the cache.
+# Tokens per chunk on a CPU, so that their rows of the table and of the gradient stay in the cache.
 CHUNK_TOKENS = 8192
 # Length of the RBF kernel in byte values, and share of the variance that is independent for each value
 # (docs/experiments.md).
@@ -39,8 +39,8 @@ class Tokens(torch.autograd.Function):
     """tokens[n] = sum_j table[row[n, j]] + positions[place[n]], zero for those that only round a sequence up.
 
     table [K * V, D], positions [P, D] -> [N, D] in the table's precision; exact in both directions. Gradients are
-    summed in float32 (float64 for float64 tables): a row collects thousands of bfloat16 gradients, which would drown
-    in each other.
+    summed in float32 (float64 for float64 tables). A row sums thousands of gradients, and a sum in bfloat16 would lose
+    most of them.
     """
 
     @staticmethod
@@ -54,7 +54,7 @@ class Tokens(torch.autograd.Function):
             tokens = kernels.stem_forward(
                 table, positions, data, f.file, f.first_byte, f.end_byte, f.first_token, f.tokens, kernel // 2
             )
-            places = [p for p in files.places if p[1] > len(positions)]  # the kernel leaves these out
+            places = [p for p in files.places if p[1] > len(positions)]  # the kernel skips these
         else:
             tokens, places = sum_of_rows(table, data, files, kernel), files.places
         for first, count in places:
@@ -83,8 +83,8 @@ class Tokens(torch.autograd.Function):
 
 
 def sum_of_rows(table: Tensor, data: Tensor, files: Files, kernel: int) -> Tensor:
-    """[N, D]. (`embedding_bag` with `padding_idx` would take seven times as long; the table's rows of no byte are
-    zero.)"""
+    """[N, D]. Padding needs no `padding_idx`, since its rows of the table are zero; `embedding_bag` would take seven
+    times as long with it."""
     tokens = table.new_empty(len(files.file), table.shape[1])
     for chunk, rows in table_rows(data, files, kernel):
         tokens[chunk] = F.embedding_bag(rows, table, mode="sum")
@@ -92,8 +92,8 @@ def sum_of_rows(table: Tensor, data: Tensor, files: Files, kernel: int) -> Tenso
 
 
 def rows_gradient(grad: Tensor, data: Tensor, files: Files, kernel: int, rows_of_table: int) -> Tensor:
-    """The gradient of a sum of looked-up rows is one, too: a row collects the gradients of the tokens that it was
-    added to, found by sorting. Half the time of `index_add_` (2 CPU cores, 2026-11-21). [N, D] -> [K * V, D]"""
+    """The gradient of the table, [N, D] -> [K * V, D]. A row's gradient is the sum of those of the tokens to which it
+    was added, which are found by sorting. This takes half the time of `index_add_` (2 CPU cores, 2026-11-21)."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     table_grad = grad.new_zeros(rows_of_table, grad.shape[1], dtype=wide)
     for chunk, rows in table_rows(data, files, kernel):
@@ -105,8 +105,8 @@ def rows_gradient(grad: Tensor, data: Tensor, files: Files, kernel: int, rows_of
 
 
 def table_rows(data: Tensor, files: Files, kernel: int) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of tokens, and the row of the table for each byte that each of them sees, int32 [C, K]: of PAD_BYTE past
-    the end of its file."""
+    """Runs of tokens, and the row of the table for each of their bytes, int32 [C, K]. Past the end of a file it is the
+    row of PAD_BYTE."""
     offset = torch.arange(kernel, device=data.device)
     first_row = (offset * (BYTE_VALUES + 1)).to(torch.int32)
     for start in range(0, len(files.file), CHUNK_TOKENS):
@@ -120,7 +120,7 @@ def table_rows(data: Tensor, files: Files, kernel: int) -> Iterator[tuple[slice,
 
 
 def position_runs(tokens: int, rows: int) -> Iterator[tuple[int, int, int]]:
-    """The positions of a file's tokens as runs: (first token, its row of the table, tokens)."""
+    """The positions of a file's tokens as runs: (first token, its row of the position table, number of tokens)."""
     repeated = (rows + 1) // 2
     yield 0, 0, min(tokens, rows)
     for first in range(rows, tokens, repeated):
@@ -128,7 +128,7 @@ def position_runs(tokens: int, rows: int) -> Iterator[tuple[int, int, int]]:
 
 
 class Stem(nn.Module):
-    """Bytes [total] and where the files lie -> tokens [N, D] with positions (published: after the convolution)."""
+    """Bytes [total] and the places of the files -> tokens [N, D] with positions (published: after the convolution)."""
 
     def __init__(self, architecture: Architecture, init: str) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Stem(nn.Module):
         return Tokens.apply(self.table(), self.positions, data, files, self.kernel.shape[2])
 
     def table(self) -> Tensor:
-        """[K * V, D]; the rows of no byte are zero, even if the embedding is not zero there."""
+        """[K * V, D]; the rows of PAD_BYTE are zero, even if its embedding is not."""
         stored = stored_dtype(self.embedding)
         dtype = product_dtype(stored, self.embedding.device.type)
         with torch.autocast(self.embedding.device.type, enabled=False):
@@ -167,9 +167,9 @@ class Stem(nn.Module):
 def smooth_embedding(dim: int) -> Tensor:
     """[256, dim]: each channel is a random smooth function of the byte's value, with a standard deviation of dim^-0.5.
 
-    Values lie on a circle, since 255 and 0 are neighbours in two's complement, and the low byte of a longer integer
-    wraps around. The functions are draws from a Gaussian process with an RBF kernel and white noise, which keeps
-    neighbours apart.
+    Byte values lie on a circle, since 255 and 0 are neighbours in two's complement, and the low byte of a longer
+    integer wraps around. The functions are draws from a Gaussian process with an RBF kernel plus white noise. The noise
+    distinguishes neighbouring values.
     """
     distance = (torch.arange(BYTE_VALUES)[:, None] - torch.arange(BYTE_VALUES)).abs()
     distance = torch.minimum(distance, BYTE_VALUES - distance)

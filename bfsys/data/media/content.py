@@ -26,11 +26,11 @@ from bfsys.data.media.sounds import Clip, announced_samples, decode_audio, open_
 COLOURS = 3
 WINDOW_S = 0.032
 LOWEST_HZ = 60.0
-# Longer sounds and larger pictures have no table: each would be decoded in every epoch, for up to seconds
+# Longer sounds and larger pictures have no table: decoding one would take up to seconds in every epoch
 LONGEST_S, MOST_PIXELS = 120.0, 2**24
 # Power, relative to the loudest of a sound, below which everything counts as silence
 SILENCE, LEAST_POWER = 1e-4, 1e-9
-# Added to a table's standard deviation, so that a uniform picture or silence is not made of its noise
+# Added to a table's standard deviation, so that the noise of a uniform picture or of silence is not amplified
 LEAST_PICTURE_DEVIATION, LEAST_SOUND_DEVIATION = 0.1, 1e-3
 NONE = np.full((ROWS, COLUMNS), np.nan, np.float16)  # the table of a file that has none
 
@@ -43,11 +43,11 @@ def content_of(data: bytes) -> np.ndarray:
         if kind and kind.modality == "image" and not _is_large(data):
             return _normalised(_strips(decode_image(data)), LEAST_PICTURE_DEVIATION)
         if kind and kind.modality == "audio" and not _is_long(data):
-            with np.errstate(all="ignore"):  # samples of a float file may be as large as its numbers
+            with np.errstate(all="ignore"):  # samples of a float file may be huge
                 return _normalised(_spectra(decode_audio(data)), LEAST_SOUND_DEVIATION)
     except MemoryError:
         raise
-    except Exception:  # decoders raise anything; the model takes bytes, whether or not they can be decoded
+    except Exception:  # decoders raise any exception; the model also reads files that cannot be decoded
         pass
     return NONE
 
@@ -62,7 +62,7 @@ def _is_long(data: bytes) -> bool:
 
     with suppress(soundfile.LibsndfileError), open_sound(data, announced_samples(data)) as file:
         return file.frames > LONGEST_S * file.samplerate
-    return False  # decode_audio reads some that libsndfile does not, and says what is wrong with the others
+    return False  # decode_audio reads some files that libsndfile does not, and reports the problem of the others
 
 
 def _normalised(table: np.ndarray, least_deviation: float) -> np.ndarray:
@@ -70,7 +70,7 @@ def _normalised(table: np.ndarray, least_deviation: float) -> np.ndarray:
 
 
 def _strips(pixels: np.ndarray) -> np.ndarray:
-    """float32 [ROWS, COLUMNS]: the means of 16 cells of each strip, in three colours."""
+    """float32 [ROWS, COLUMNS]: the means of 16 cells per strip, in three colours."""
     from PIL import Image
 
     small = Image.fromarray(pixels).resize((COLUMNS // COLOURS, ROWS), Image.Resampling.BOX)
@@ -78,15 +78,14 @@ def _strips(pixels: np.ndarray) -> np.ndarray:
 
 
 def _spectra(clip: Clip) -> np.ndarray:
-    """float32 [ROWS, COLUMNS]: logarithms of the power in mel bands, of windows whose middles divide the sound
-    evenly."""
+    """float32 [ROWS, COLUMNS]: logarithms of the power in mel bands, in windows whose centres are evenly spaced."""
     width = max(2, round(WINDOW_S * clip.rate_hz))
     padded = np.pad(clip.wave, (width, width))
     middle = (np.arange(ROWS) + 0.5) / ROWS * len(clip.wave) + width
     frames = padded[(middle - width / 2).astype(int)[:, None] + np.arange(width)]
     spectrum = np.fft.rfft(frames * np.hanning(width).astype(np.float32), n=2 * width, axis=1)
     power = np.abs(spectrum).astype(np.float32) ** 2
-    # Not a product of matrices, whose last bits depend on the number of threads, which machines differ in
+    # Not a matrix product: its last bits depend on the number of threads, which differs between machines
     power = np.einsum("rf,fc->rc", power, _mel_bands(clip.rate_hz, width))
     return np.log(power + SILENCE * power.max() + LEAST_POWER)
 

@@ -26,15 +26,15 @@ from bfsys.errors import UserError, did_you_mean, is_out_of_memory
 
 AS_STORED = "as_stored"
 
-# Resize to 256 and crop to 224, whatever the size asked for
+# Ratio of resizing to cropping, as in 256 and 224 pixels, for any size
 RESIZE_OVER_CROP = 256 / 224
 BICUBIC_REACH = 3  # pixels on each side, when a picture is enlarged
 
-# Largest kernel of torchaudio's resampling (64 MB): the old rate times the new one, both divided by what they share.
+# Largest kernel of torchaudio's resampling (64 MB): old rate times new rate, both divided by their common divisor.
 MOST_KERNEL = 2**24
-# Equal to torchaudio's: zero crossings of the sinc on each side, and the share of the band that is kept
+# As in torchaudio: zero crossings of the sinc on each side, and the share of the band that is kept
 ZERO_CROSSINGS, ROLLOFF = 6, 0.99
-# Weights of a resampling without that kernel that are computed at a time
+# Weights that resampling without that kernel computes at a time
 BLOCK_WEIGHTS = 2**20
 
 MP3_BITS_PER_SAMPLE = 1.5  # 24 kbit/s at 16 kHz
@@ -53,8 +53,7 @@ WAV_TYPES = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """An encoding as asked for. Two of the same text are equal. `as_stored` has neither modality nor extension nor
-    function."""
+    """An encoding. Two encodings of the same text are equal. `as_stored` has no modality, extension or function."""
 
     text: str  # in full: jpeg:100, not jpeg
     modality: str | None = None
@@ -63,7 +62,7 @@ class Encoding:
 
     @property
     def compresses(self) -> bool:
-        """The length of a file depends on its content, and not on its size in pixels or samples alone."""
+        """Whether the length of a file depends on its content, not only on its size in pixels or samples."""
         return self.text.partition(":")[0] in ("jpeg", "flac")
 
     def file_of(self, content: np.ndarray | Clip) -> bytes:
@@ -76,7 +75,7 @@ class Encoding:
 class Row:
     modality: str
     extension: str
-    encode: Callable[..., bytes]  # takes the option, if there are options, and what the modality decodes to
+    encode: Callable[..., bytes]  # arguments: the option, if there are options, then the decoded content
     options: tuple[str, ...] = ()
     default: str | None = None
 
@@ -159,10 +158,11 @@ def encode_flac(clip: Clip) -> bytes:
 
 
 def _written_by_libsndfile(clip: Clip, **kind) -> bytes:
-    """Values beyond ±1 are clipped. ValueError for samples that are not finite, and for a rate that a format lacks."""
+    """The clip as a file. Values beyond ±1 are clipped. Raises ValueError for non-finite samples and for a sample rate
+    that the format does not support."""
     import soundfile
 
-    check_finite(clip.wave)  # LAME ends the process on NaN
+    check_finite(clip.wave)  # LAME aborts the process on NaN
     file = io.BytesIO()
     try:
         soundfile.write(file, np.clip(clip.wave, -1, 1), clip.rate_hz, **kind)
@@ -184,7 +184,7 @@ ENCODINGS = {
 
 
 def parse_encoding(text: str) -> Encoding:
-    """The encoding that `as_stored`, `png`, `jpeg:60`, `wav:int16`, … asks for."""
+    """Parse an encoding such as `as_stored`, `png`, `jpeg:60` or `wav:int16`."""
     name, colon, option = text.partition(":")
     if text == AS_STORED:
         return Encoding(AS_STORED)
@@ -212,7 +212,7 @@ def _spelling(name: str) -> str:
 
 
 def library_version(encoding: Encoding) -> str:
-    """The library whose version decides the bytes that an encoding makes; empty if none does."""
+    """The library, with its version, that determines the encoded bytes; empty if there is none."""
     if encoding.modality == "image":
         import PIL
 
@@ -245,10 +245,10 @@ def reencode(data: bytes, encoding: Encoding, fitting: Fitting) -> bytes:
 
 
 def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The middle square of a picture whose shorter side is made a little longer than the square's.
+    """Resize a picture so that its shorter side is a little longer than `size`, and crop the middle square.
 
-    uint8 [H, W, 3] → uint8 [size, size, 3]. A strip that would become a huge picture is enlarged in its middle alone,
-    where rounding may make a value differ by 2 from that of the whole.
+    uint8 [H, W, 3] → uint8 [size, size, 3]. If resizing would make a huge picture, as for a narrow strip, only the
+    middle is resized. Rounding may then change a value by up to 2.
     """
     from PIL import Image
 
@@ -263,22 +263,22 @@ def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     columns, from_column = _around(left * width / new_width, (left + size) * width / new_width, width)
     rows, from_row = _around(top * height / new_height, (top + size) * height / new_height, height)
     part = Image.fromarray(pixels[rows, columns])
-    # Across first, as Pillow does when it enlarges a picture
+    # Horizontally first, as Pillow does when it enlarges a picture
     part = part.resize((size, part.height), Image.Resampling.BICUBIC, (from_column[0], 0, from_column[1], part.height))
     return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC, (0, from_row[0], size, from_row[1])))
 
 
 def _around(start: float, end: float, length: int) -> tuple[slice, tuple[float, float]]:
-    """The pixels of a row that decide an enlarged part of it, and the place of that part among them."""
+    """The pixels of a row that an enlarged part of it depends on, and the position of the part among them."""
     first = max(0, math.floor(start) - BICUBIC_REACH)
     return slice(first, min(length, math.ceil(end) + BICUBIC_REACH)), (start - first, end - first)
 
 
 def resample(clip: Clip, rate_hz: int) -> Clip:
-    """The clip at another rate, of as many samples as fill its time, rounded up.
+    """The clip at another sample rate. The number of samples is rounded up.
 
-    By torchaudio, unless the two rates have so little in common (44,101 and 16,000 Hz) that its kernel would take up
-    gigabytes. ValueError for more than MOST_SAMPLES.
+    torchaudio resamples it, unless the common divisor of the rates is so small (44,101 and 16,000 Hz) that its kernel
+    would take gigabytes. Raises ValueError for more than MOST_SAMPLES.
     """
     if clip.rate_hz == rate_hz:
         return clip
@@ -295,7 +295,7 @@ def _resample_by_torchaudio(wave: np.ndarray, old: int, new: int) -> np.ndarray:
     import torch
     from torchaudio.functional import resample as resample_wave
 
-    # On several threads the sums have other last bits, and machines and loader processes differ in their threads.
+    # The last bits of the sums depend on the number of threads, which differs between machines and processes.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -309,7 +309,7 @@ def _resample_by_torchaudio(wave: np.ndarray, old: int, new: int) -> np.ndarray:
 
 
 def _resample_one_by_one(wave: np.ndarray, old: int, new: int) -> np.ndarray:
-    """The same sums, with the weights of each new sample computed for it alone: float32 [ceil(n · new / old)]."""
+    """The same sums, with weights computed separately for each new sample: float32 [ceil(n · new / old)]."""
     samples = -(-len(wave) * new // old)
     band = ROLLOFF * min(old, new) / old  # share of the old band
     reach = math.ceil(ZERO_CROSSINGS / band)  # old samples on each side of a new one
@@ -326,7 +326,7 @@ def _resample_one_by_one(wave: np.ndarray, old: int, new: int) -> np.ndarray:
 
 
 def set_length(clip: Clip, seconds: float) -> Clip:
-    """Cut at the end, or fill up with silence."""
+    """Truncate the clip, or pad it with silence."""
     samples = round(seconds * clip.rate_hz)
     if samples < 1:
         raise ValueError(f"{seconds} s at {clip.rate_hz:,} Hz is less than one sample")

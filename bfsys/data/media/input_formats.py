@@ -22,11 +22,11 @@ from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, parse_encod
 from bfsys.data.media.modalities import Clip
 from bfsys.errors import UserError
 
-# Sizes of examples where the format leaves them open; together they differ in every byte of a header that may differ.
+# Sizes of examples for formats without a fixed size. Together they differ in every header byte that can differ.
 PICTURE_SIZES = ((24, 40), (300, 700))  # height and width, in pixels
 SOUND_SIZES = ((8_000, 500), (16_000, 70_000), (44_100, 2_000), (192_000, 5_000))  # Hz, samples
-# The largest examples that are made in the size of the format; larger files are compared by what does not depend on
-# their size.
+# The largest examples that are made in the size of the format. Of larger formats, only bytes that do not depend on the
+# size are compared.
 LARGEST_PICTURE = 1_024  # pixels, of a square
 LONGEST_SOUND = 2**22  # samples
 
@@ -57,18 +57,18 @@ KINDS = tuple(
     )
 )
 LONGEST_MAGIC = 12
-FLAC_HEADER_BYTES = 26  # up to the checksum of the samples; sizes of frames, which vary, come before the rate
+FLAC_HEADER_BYTES = 26  # up to the checksum of the samples; includes the sizes of frames, which vary
 
 
 def kind_of(data: np.ndarray) -> FileKind | None:
-    """The kind of picture or sound that a file (uint8 [n]) begins as; None for any other file."""
+    """The kind of picture or sound that the first bytes of a file (uint8 [n]) indicate; None for any other file."""
     start = data[:LONGEST_MAGIC].tobytes()
     return next((kind for kind in KINDS if kind.magic.match(start)), None)
 
 
 @dataclass(frozen=True)
 class InputFormat:
-    """An encoding, and what is done to a file before it. `as_stored` stands for files of any format."""
+    """An encoding, and the size to which files are fitted before it. `as_stored` means files of any format."""
 
     encoding: Encoding
     fitting: Fitting
@@ -90,12 +90,12 @@ class InputFormat:
         return {"encoding": self.encoding.text, **asdict(self.fitting)}
 
     def matches(self, data: np.ndarray) -> bool:
-        """Whether a file (uint8 [n]) looks as if it had been made in this format, which must be known."""
+        """Whether a file (uint8 [n]) appears to have this format. Not for `as_stored`."""
         common = _common_to_all(self.encoding.text, self.fitting)
         if common.length is not None:
             if len(data) != common.length:
                 return False
-        elif not len(common.places):  # nothing but pixels, of any number
+        elif not len(common.places):  # the format has no header and no fixed size
             return kind_of(data) is None
         if len(common.places) and common.places[-1] >= len(data):
             return False
@@ -103,9 +103,10 @@ class InputFormat:
 
 
 def input_format(encoding: str, sizes: Mapping[str, object]) -> InputFormat:
-    """The format that a manifest, a dataset.json or a config describes. `sizes` has the names of a Fitting, and others.
+    """The format that a manifest, a dataset.json or a config describes. `sizes` holds the fields of a Fitting; other
+    keys are ignored.
 
-    An encoding that this version does not know counts as `as_stored`: people and other programs write it, too.
+    An unknown encoding counts as `as_stored`, since a person or another program may have written it.
     """
     try:
         parsed = parse_encoding(encoding)
@@ -138,7 +139,7 @@ class _Common(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _common_to_all(encoding_text: str, fitting: Fitting) -> _Common:
     encoding = parse_encoding(encoding_text)
-    of_sizes = list(_examples(encoding, fitting)) or list(_examples(encoding, Fitting()))  # a rate that it lacks
+    of_sizes = list(_examples(encoding, fitting)) or list(_examples(encoding, Fitting()))  # a rate it lacks
     files = [file for of_size in of_sizes for file in of_size]
     header = FLAC_HEADER_BYTES if encoding.text == "flac" else min(map(_common_start, of_sizes))
     stacked = _stacked(files, header)
@@ -173,7 +174,7 @@ def _examples(encoding: Encoding, fitting: Fitting) -> Iterator[list[bytes]]:
         is_fitted = fitting.seconds is not None and fitted <= LONGEST_SOUND
         try:
             yield [encoding.file_of(Clip(wave, rate_hz)) for wave in _waves(fitted if is_fitted else samples)]
-        except ValueError:  # a format that lacks this rate
+        except ValueError:  # the format does not support this rate
             continue
         if rate and is_fitted:
             return

@@ -15,7 +15,7 @@ __all__ = ["MODALITIES", "PECULIARITIES", "Clip", "Modality", "decode_audio", "d
 
 @dataclass(frozen=True)
 class Modality:
-    extensions: tuple[str, ...]  # lower case; tells a misplaced file before anything is decoded
+    extensions: tuple[str, ...]  # lower case; a file with another extension is rejected without decoding
 
 
 MODALITIES = {
@@ -25,5 +25,5 @@ MODALITIES = {
 
 
 def peculiarities_of(data: bytes, modality: str | None) -> tuple[str, ...]:
-    """The keys of PECULIARITIES that apply to a file of this modality: what decoding drops."""
+    """The keys of PECULIARITIES that apply to a file of this modality: content that decoding drops."""
     return peculiarities_of_image(data) if modality == "image" else ()

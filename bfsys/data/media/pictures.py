@@ -12,14 +12,14 @@ from contextlib import contextmanager
 
 import numpy as np
 
-# Pillow warns above this. A file of a few kilobytes can hold as many.
+# Pillow warns above this number. A file of a few kilobytes can hold more.
 MOST_PIXELS = 89_478_485
 # Values of a deep picture that are converted at a time
 BLOCK_VALUES = 2**20
 # Tags of TIFF and EXIF
 BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339
 WHITE_IS_ZERO, UNSIGNED = 0, 1
-# Where nothing takes Pillow's log, Python would print it. It does not name the file, and an error says the same.
+# Without a handler, Python would print Pillow's log messages. They do not name the file, and an error reports the same.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 PECULIARITIES = {
@@ -29,18 +29,18 @@ PECULIARITIES = {
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3], of the first frame. ValueError for a file that is not a picture or is too large; for a damaged
-    one whatever Pillow raises.
+    """uint8 [H, W, 3], of the first frame. Raises ValueError for a file that is not a picture or is too large, and
+    Pillow's error for a damaged one.
 
-    Alpha is dropped, and the orientation noted by a camera (EXIF) is not applied, as in ImageNet training; that of a
-    TIFF is, by Pillow. Pictures of more than 8 bits:
+    Alpha is dropped. The orientation that a camera records (EXIF) is not applied, as in ImageNet training; Pillow
+    applies that of a TIFF. Pictures of more than 8 bits:
 
-    unsigned 16 bits   0 … 65,535 becomes 0 … 255, by the upper byte; 0 … 4,095 becomes the same where TIFF has 12 bits;
-                       grey values that all lie in 0 … 255 stay, since their upper bytes would be black; such colours
-                       are refused, since Pillow reads their upper bytes only
+    unsigned 16 bits   0 … 65,535 becomes 0 … 255, by the upper byte; so does 0 … 4,095 in a TIFF of 12 bits. Grey
+                       values that all lie in 0 … 255 stay, since their upper bytes would be black. Such colours are
+                       refused, since Pillow reads only their upper bytes.
     float              0 … 1 becomes 0 … 255, if all values lie in it
-    other              (32 bits, signed, float): whole numbers that all lie in 0 … 255 stay; else the picture's own
-                       least value becomes 0 and its greatest 255
+    other              (32 bits, signed, float): integers that all lie in 0 … 255 stay; otherwise the picture's least
+                       value becomes 0 and its greatest 255
     """
     with opened(data) as image:
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -54,7 +54,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def _has_deep_colours(image, data: bytes) -> bool:
-    """Pillow reads colours of 16 bits by their upper bytes."""
+    """Whether colours have 16 bits, of which Pillow reads the upper bytes."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) == 16
     return data[24] == 16 if image.format == "PNG" else image.format == "PPM" and b"65535" in data[:100]
@@ -67,11 +67,11 @@ def peculiarities_of_image(data: bytes) -> tuple[str, ...]:
     try:
         with opened(data) as image:
             has_frames = getattr(image, "is_animated", False)
-            # Not image.getexif, which decodes a whole PNG to look behind the pixels
+            # Not image.getexif, which decodes a whole PNG to read the chunks after the pixels
             turned = image.format != "TIFF" and Image.Image.getexif(image).get(ORIENTATION, 1) in range(2, 9)
     except MemoryError:
         raise
-    except Exception:  # Pillow raises anything on a damaged file, and what cannot be read is named elsewhere
+    except Exception:  # Pillow raises any exception on a damaged file; such files are reported elsewhere
         return ()
     found = {"frames": has_frames, "orientation": turned}
     return tuple(key for key in PECULIARITIES if found[key])
@@ -103,21 +103,21 @@ def _three_channels(grey: np.ndarray) -> np.ndarray:
 
 
 def _upper_byte(image) -> np.ndarray:
-    """uint8 [H, W], of unsigned values of 16 bits, or of 12 in TIFF, by the rules of `decode_image`."""
+    """uint8 [H, W], from unsigned values of 16 bits (12 in TIFF), by the rules of `decode_image`."""
     values = np.asarray(image)
     bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16
     return _white_is_high(image, (values if values.max() <= 255 else values >> (bits - 8)).astype(np.uint8))
 
 
 def _white_is_high(image, grey: np.ndarray) -> np.ndarray:
-    """uint8 [H, W]; a TIFF may say that white is 0."""
+    """uint8 [H, W], inverted if a TIFF declares that white is 0."""
     return 255 - grey if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
 
 
 def _values(image) -> np.ndarray:
     """int32, uint32 or float32 [H, W]."""
     values = np.asarray(image)
-    # Pillow has no unsigned type of 32 bits, and reads such a TIFF as a signed one
+    # Pillow has no unsigned type of 32 bits, and reads such a TIFF as signed
     if image.format == "TIFF" and image.tag_v2.get(BITS_PER_SAMPLE) == (32,) and image.mode == "I":
         return values.view(np.uint32) if image.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == UNSIGNED else values
     return values

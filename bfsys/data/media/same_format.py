@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 PICTURE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF")
 PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
-# Lossless formats of libsndfile, and what distinguishes their sample types
+# Lossless formats of libsndfile, and their sample types
 SOUND_FORMATS = ("AIFF", "AU", "FLAC", "WAV", "WAVEX")
 SOUND_TYPES = ("ALAW", "DOUBLE", "FLOAT", "PCM_16", "PCM_24", "PCM_32", "PCM_S8", "PCM_U8", "ULAW")
-LONGEST_S = 120.0  # Longer sounds are not changed; each would be decoded and written in every epoch
-COARSEST = 255  # value of a quantisation table that any reader of JPEG takes
+LONGEST_S = 120.0  # longer sounds are not changed, since each would be decoded and written in every epoch
+COARSEST = 255  # largest value of a quantisation table that every JPEG reader accepts
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_AND_DEPTH, INTERLACED = slice(24, 26), 28  # bytes of a PNG
 
@@ -62,7 +62,7 @@ def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) ->
 
 
 def _options(image, data: bytes) -> dict:
-    """Arguments of Pillow's `save` with which a picture is written as its file was, as far as Pillow tells."""
+    """Arguments of Pillow's `save` that write a picture as its file was, as far as Pillow reports it."""
     if image.format == "JPEG":
         from PIL import JpegImagePlugin
 
@@ -82,10 +82,10 @@ def _options(image, data: bytes) -> dict:
 
 
 def _compression_level(data: bytes) -> int:
-    """The level of a PNG's compression that its zlib stream names: 1, 6 (zlib's default) or 9; 0 for stored pixels."""
+    """The compression level in the zlib header of a PNG: 1, 6 (zlib's default) or 9; 0 for stored pixels."""
     start = data.find(b"IDAT") + 4
     level = (1, 1, 6, 9)[data[start + 1] >> 6]
-    is_stored = not data[start + 2] >> 1 & 3  # type of the first block of deflate
+    is_stored = not data[start + 2] >> 1 & 3  # type of the first deflate block
     return 0 if level == 1 and is_stored else level
 
 
@@ -99,7 +99,7 @@ def _with_chunks_of(stored: bytes, written: bytes) -> bytes:
 
 
 def _pixels_of(png: bytes) -> tuple[int, int]:
-    """The offsets at which the chunks IDAT begin and end."""
+    """The offsets at which the IDAT chunks begin and end."""
     place, first = len(PNG_SIGNATURE), 0
     while True:
         length, name = struct.unpack_from(">I4s", png, place)
@@ -113,8 +113,8 @@ def _pixels_of(png: bytes) -> tuple[int, int]:
 def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
     """A sound of the same rate and sample type, changed channel by channel and written as its file was.
 
-    All channels must come out in the same length. Raises NotRewritableError, or soundfile.LibsndfileError for a damaged
-    file.
+    All changed channels must have the same length. Raises NotRewritableError, or soundfile.LibsndfileError for a
+    damaged file.
     """
     import soundfile
 
@@ -123,7 +123,7 @@ def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
         raise NotRewritableError("MP3")
     with soundfile.SoundFile(Content(data)) as file:
         rate_hz, kind = file.samplerate, {"format": file.format, "subtype": file.subtype, "endian": file.endian}
-        # libsndfile writes the time of day into floating-point AIFF files
+        # libsndfile writes the current time into floating-point AIFF files
         has_time = file.format == "AIFF" and file.subtype in ("FLOAT", "DOUBLE")
         if file.format not in SOUND_FORMATS or file.subtype not in SOUND_TYPES or has_time:
             raise NotRewritableError(f"{file.format} of {file.subtype}")

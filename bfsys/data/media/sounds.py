@@ -15,28 +15,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Samples of a channel (268 MB). Longer sounds are refused, unless only their beginning is wanted.
+# Samples of a channel (268 MB). Longer sounds are refused, unless only their beginning is needed.
 MOST_SAMPLES = 2**26
-# Up to here all of a sound is decoded, even if only its beginning is wanted: resampling a part gives other last bits.
+# Up to this length a whole sound is decoded, even if only its beginning is needed: resampling a part gives other last
+# bits.
 WHOLE_SAMPLES = 2**24
-# Seconds of a longer sound that are decoded beyond the wanted ones, so that resampling has what it needs at the edge.
+# Seconds of a longer sound that are decoded beyond the needed ones, since resampling needs them at the edge.
 EDGE_S = 2.0
-# Decoded at a time, of all channels.
+# Samples of all channels that are decoded at a time.
 BLOCK_SAMPLES = 2**20
 LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 1_000, 1_000_000
-# A header that announces no bytes, or at least so many, was written before its writer knew the length.
+# If a header announces 0 bytes, or at least this many, its writer did not know the length.
 UNKNOWN_BYTES = 0x7F000000
 W64_SAMPLES = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
 CHUNKS_LOOKED_AT = 10_000
 EMPTY_ID3 = b"ID3\x04" + bytes(5) + b"\x0a" + bytes(10)  # a header, and 10 bytes of padding
-# The first frame of an MP3, with the name of what it holds in the place of sound
+# The first frame of an MP3, if it holds a Xing or Info tag instead of sound
 XING = re.compile(rb"\xff[\xe0-\xff].{7,36}?(?:Xing|Info)", re.DOTALL)
 
 
 class Clip(NamedTuple):
     """A sound with one channel."""
 
-    wave: np.ndarray  # float32 [samples], in -1 … 1 unless a float file goes beyond
+    wave: np.ndarray  # float32 [samples], in -1 … 1, except in some float files
     rate_hz: int
 
 
@@ -62,7 +63,7 @@ LAYOUTS = {
 
 
 class Announced(NamedTuple):
-    """The range of bytes that a header announces after it."""
+    """The range of bytes that a header announces for the samples."""
 
     start: int  # offset of the first byte
     size: int  # bytes
@@ -71,15 +72,15 @@ class Announced(NamedTuple):
 
 class Content(io.BytesIO):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """A damaged header sends libsndfile to before the beginning, where soundfile would print a traceback."""
+        """Seek; negative offsets become 0. Damaged headers cause them, and soundfile would print a traceback."""
         return super().seek(max(0, offset) if whence == io.SEEK_SET else offset, whence)
 
 
 def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
     """The mean of the channels, as published.
 
-    With `seconds`, a long sound (above WHOLE_SAMPLES) is decoded only so far, and EDGE_S further. ValueError for a file
-    that is no sound, or is cut, empty, not finite, too long, or of a rate that no recording has.
+    With `seconds`, only the first `seconds` + EDGE_S of a long sound (above WHOLE_SAMPLES) are decoded. Raises
+    ValueError for a file that is not a sound, is truncated, empty, non-finite or too long, or has an implausible rate.
     """
     import soundfile  # slow to import, and unused by runs on files as stored
 
@@ -118,7 +119,7 @@ def open_sound(data: bytes, announced: Announced | None):
 
 
 def check_finite(wave: np.ndarray) -> None:
-    """Raise ValueError for NaN or an infinity among float32 [samples]; LAME ends the process on one."""
+    """Raise ValueError for non-finite values in float32 [samples]; LAME aborts the process on them."""
     if not np.isfinite(wave).all():
         raise ValueError("holds samples that are not finite (NaN or infinite)")
 
@@ -130,20 +131,20 @@ def _read(file, seconds: float | None) -> np.ndarray:
         raise ValueError(
             f"has a sample rate of {rate_hz:,} Hz; allowed are {LOWEST_RATE_HZ:,} to {HIGHEST_RATE_HZ:,} Hz"
         )
-    length_is_known = length < 2**62  # libsndfile gives the largest integer for a stream of unknown length
+    length_is_known = length < 2**62  # libsndfile reports the largest integer for a stream of unknown length
     wanted = length if length_is_known else MOST_SAMPLES + 1
     if seconds is not None and length > WHOLE_SAMPLES:
         wanted = min(wanted, math.ceil((seconds + EDGE_S) * rate_hz))
     elif length_is_known and length > MOST_SAMPLES:
         raise _too_long(f"{length:,}")
     if file.seekable() and length_is_known:
-        file.seek(0)  # the decoder of MP3 gives other last bits without it
-    # After each block soundfile would seek to where it is: MP3 gives other last bits after that, and a FLAC of unknown
-    # length fails.
+        file.seek(0)  # without it, the MP3 decoder gives other last bits
+    # After each block, soundfile would seek to its current position. After that, MP3 gives other last bits, and a FLAC
+    # of unknown length fails.
     file.seekable = lambda: False
     parts: list[np.ndarray] = []
     got = 0
-    with np.errstate(over="ignore", invalid="ignore"):  # the result is found to be non-finite
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for non-finite results
         while got < wanted:
             block = min(max(1, BLOCK_SAMPLES // file.channels), wanted - got)
             part = file.read(block, dtype="float32", always_2d=True).mean(axis=1)
@@ -206,7 +207,7 @@ def _announced_in_chunk(data: bytes, layout: Layout) -> Announced | None:
 
 
 def _announced_by_nist(data: bytes) -> Announced | None:
-    """NIST SPHERE, in which TIMIT comes as .wav: a header in plain text."""
+    """NIST SPHERE, the format of TIMIT's .wav files: a header in plain text."""
     start = re.match(rb"NIST_1A\s+(\d{1,6})\s", data)
     if not start:
         return None
@@ -229,7 +230,7 @@ def _last_page_of_ogg(data: bytes) -> Announced:
 
 
 def _is_chained(data: bytes) -> bool:
-    """Whether another stream begins in an Ogg file after pages of the first one."""
+    """Whether a second stream begins in an Ogg file after pages of the first one."""
     place, has_begun = 0, False
     while (head := data[place : place + 27])[:4] == b"OggS" and len(head) == 27:
         begins = bool(head[5] & 2)
@@ -241,7 +242,7 @@ def _is_chained(data: bytes) -> bool:
 
 
 def without_id3(data: bytes) -> bytes:
-    """The same file; one that is no MP3 without the ID3 tag before it, for which libsndfile gets the lengths wrong."""
+    """The file. If it is not an MP3, an ID3 tag before it is removed, since libsndfile would misread the lengths."""
     start = _size_of_id3(data)
     magic = data[start : start + 4]
     return data[start:] if start and (magic in LAYOUTS or magic in (b"fLaC", b"OggS")) else data
@@ -255,7 +256,7 @@ def _size_of_id3(data: bytes) -> int:
 
 
 def _announced_by_xing(data: bytes) -> Announced | None:
-    """MP3, whose first frame may hold the number of bytes of the stream instead of sound (Xing, LAME)."""
+    """MP3. Its first frame may hold the number of bytes of the stream instead of sound (Xing, LAME)."""
     start = _size_of_id3(data)
     tag = XING.search(data, start, start + 4096)
     if not tag:
@@ -267,23 +268,23 @@ def _announced_by_xing(data: bytes) -> Announced | None:
 
 
 def _with_magic(data: bytes) -> bytes:
-    """The same file; an MP3 that begins with its first frame gets an empty ID3 tag, by which libsndfile knows it.
+    """The file. An MP3 that begins with its first frame gets an empty ID3 tag, by which libsndfile recognises it.
 
-    Without one it looks for a Mac resource fork in the current folder (._ or .AppleDouble) before it tries MP3, and
-    what it finds there decides whether the file is a sound.
+    Without a tag, libsndfile looks for a Mac resource fork in the current folder (._ or .AppleDouble) before it tries
+    MP3, and the result would depend on that fork.
     """
     is_mp3_frame = len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0
     return EMPTY_ID3 + data if is_mp3_frame else data
 
 
 def _readable_to_the_end(data: bytes, announced: Announced | None) -> bytes:
-    """The same file, with a length that libsndfile reads to the end, where 0 is written for a length not known yet.
+    """The file. A length of 0, which means unknown, is replaced so that libsndfile reads to the end.
 
-    An MP3 that has tags behind the announced bytes gets a length that includes them. Otherwise libmpg123 prints a
-    warning, which names no file.
+    An MP3 with tags after the announced bytes gets a length that includes them. Otherwise libmpg123 prints a warning
+    that names no file.
     """
     if announced and announced.at and announced.start + announced.size < len(data):
-        is_tagged = data[-128:-125] == b"TAG"  # libmpg123 knows of these 128 bytes
+        is_tagged = data[-128:-125] == b"TAG"  # libmpg123 recognises this tag of 128 bytes
         size = len(data) - announced.start - 128 * is_tagged
         return data[: announced.at] + struct.pack(">I", size) + data[announced.at + 4 :]
     if not announced or announced.size or len(data) - announced.start < 8:
@@ -294,7 +295,7 @@ def _readable_to_the_end(data: bytes, announced: Announced | None) -> bytes:
         return data[:28] + struct.pack("<Q", len(data) - announced.start) + data[36:]
     if data[:4] not in (b"RIFF", b"RIFX"):
         return data
-    # After a chunk that is really empty another one follows, which has a name and ends within the file
+    # A chunk that is really empty is followed by another chunk, which has a name and ends within the file
     name, size = LAYOUTS[data[:4]].head.unpack_from(data, announced.start)
     if name.isascii() and name.decode("ascii").isprintable() and announced.start + 8 + size <= len(data):
         return data

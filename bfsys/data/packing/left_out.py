@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bfsys.errors import is_printable
 
-# Files that Windows, macOS, Linux and network storage add to the user's files, in small letters
+# Files that Windows, macOS, Linux and network storage add to the user's files, in lower case
 SYSTEM_NAMES = {
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "zbthumbnail.info"),
     *("$recycle.bin", "system volume information", "icon\r", "icon\uf00d", "desktop db", "desktop df"),
@@ -24,7 +24,7 @@ SHOWN = 3  # names of each kind
 
 
 class LeftOut(NamedTuple):
-    """A file, or a folder with all that is in it."""
+    """A file, or a folder with everything in it, that is not packed."""
 
     path: str
     reason: str
@@ -42,7 +42,7 @@ def is_of_system(name: str) -> bool:
 
 
 def left_out_note(left_out: Sequence[LeftOut]) -> str:
-    """One line that counts and names them; empty if there are none."""
+    """One line that counts and names the files; empty if there are none."""
     by_reason = defaultdict(list)
     for path, reason in left_out:
         by_reason[reason].append("".join(c if is_printable(c) else "_" for c in path))

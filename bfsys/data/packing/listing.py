@@ -28,10 +28,10 @@ from bfsys.files import read_up_to
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
 SPEECH_COMMANDS_LISTS = {"validation_list.txt": "val", "testing_list.txt": "test"}
 BACKGROUND_NOISE = "_background_noise_"
-OUTSIDE = re.compile(r"^/*(\.\./)*")  # the part of a path that leads out of the list's folder
+OUTSIDE = re.compile(r"^/*(\.\./)*")  # the part of a path that leaves the list's folder
 SKIPPED_BY_WEBDATASET = re.compile(r"__.*__")
 MOST_LIST_BYTES = 2**30  # some ten million lines
-SHOWN_LINES = 20  # lines of a list that are named when they cannot be used
+SHOWN_LINES = 20  # unusable lines of a list that an error shows
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -58,7 +58,7 @@ class Listing:
     problems: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     spellings: dict[str, Spelling] = field(default_factory=lambda: defaultdict(Spelling))  # as found
-    divided: bool = False  # into train and val, by `check_files`
+    divided: bool = False  # whether `check_files` divided the files into train and val
 
 
 def sample_name(class_name: str, inner_path: str) -> tuple[str, str]:
@@ -80,7 +80,7 @@ def _printable(text: str) -> str:
 
 
 def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool) -> Listing:
-    """SRC/<split>/[subdir/]<class>/… or SRC/[subdir/]<class>/…; with `split_folders` only the former."""
+    """List SRC/<split>/[subdir/]<class>/… or SRC/[subdir/]<class>/…; with `split_folders` only the former."""
     listing, top = Listing(), Listing()
     visible = _folders(src, src, "beside the split folders", top)
     splits = {name: of_folder for name in visible if (of_folder := split_of_name(name))}
@@ -113,7 +113,7 @@ def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool)
 
 
 def list_speech_commands(src: Path) -> Listing:
-    """The extracted Speech Commands archive: a folder per word, and two lists that decide val and test."""
+    """List the extracted Speech Commands archive: a folder per word, and two lists of the files of val and test."""
     listing = Listing()
     listed: dict[str, str] = {}
     for name, split in SPEECH_COMMANDS_LISTS.items():
@@ -131,7 +131,7 @@ def list_speech_commands(src: Path) -> Listing:
 
 
 def list_filelist(src: Path, split: str | None) -> Listing:
-    """Lines of `path<TAB>class` or `path<TAB>class<TAB>split`; paths are relative to the list's folder."""
+    """Read lines of `path<TAB>class` or `path<TAB>class<TAB>split`; paths are relative to the list's folder."""
     listing = Listing()
     try:
         lines = _lines_of(src)
@@ -180,7 +180,8 @@ def _listed_file(src: Path, path: str, spelled: str, split: str) -> SourceFile:
 
 
 def _lines_of(path: Path) -> list[str]:
-    """Lines without their ends and byte order marks. Raises OSError, and ValueError if it is not UTF-8 or -16."""
+    """The lines, without line ends and byte order marks. Raises OSError, and ValueError for text that is not UTF-8 or
+    UTF-16."""
     with open(path, "rb") as file:
         content = read_up_to(file, MOST_LIST_BYTES)
     if len(content) > MOST_LIST_BYTES:
@@ -213,7 +214,7 @@ def _wrong_line(parts: list[str], columns: int, split: str | None) -> str:
 
 
 def _wrong_again(path: str, split: str, lines: dict[str, int]) -> str:
-    """What is wrong with a path in a split that was listed before in these splits, each in this line."""
+    """The problem of a path that was listed before; `lines` holds its earlier line in each split."""
     if split in lines:
         return f"{path} is listed twice, first in line {lines[split]}; remove one of the lines"
     if lines and "train" in (split, *lines):
@@ -234,7 +235,7 @@ def _wrong_class(name: str) -> str:
 
 
 def _list_classes(listing: Listing, src: Path, root: Path, split: str, known: Sequence[str] = ()) -> None:
-    """Add the class folders in `root` and their files, at any depth; what is `known` is neither class nor left out."""
+    """Add the class folders in `root` and their files, at any depth. Names in `known` are skipped silently."""
     classes = _folders(src, root, "beside the class folders", listing, known)
     if not classes and root.is_dir():
         listing.problems.append(f"{root}: has no class folders; files must lie in a folder named after their class")
@@ -259,7 +260,7 @@ def _list_classes(listing: Listing, src: Path, root: Path, split: str, known: Se
 
 
 def _folders(src: Path, root: Path, beside: str, listing: Listing, known: Sequence[str] = ()) -> list[str]:
-    """The names of the folders in `root`; files lie `beside` them and are left out."""
+    """The names of the folders in `root`. Files in `root` are left out; `beside` describes them in messages."""
     try:
         names = sorted(os.listdir(root))
     except OSError as error:
@@ -284,7 +285,7 @@ def visible_files(
     folder: str, problems: list[str], left_out: list[LeftOut], ancestors: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[str]:
     """The files below a folder, in order. Hidden files and those of the operating system go to `left_out`. Links are
-    followed, but not round in circles."""
+    followed; a link to a folder that contains it is a problem."""
     try:
         status = os.stat(folder)
         names = sorted(os.listdir(folder))
@@ -306,9 +307,9 @@ def visible_files(
 
 
 def regular_files(folder: str, problems: list[str]) -> list[str]:
-    """The visible files that can be read to an end; pipes, devices and links to nothing are problems.
+    """The visible regular files; pipes, devices and broken links are problems.
 
-    What is left out is named on standard error.
+    Files that are left out are named on standard error.
     """
     left_out: list[LeftOut] = []
     paths = list(visible_files(folder, problems, left_out))
@@ -321,12 +322,12 @@ def regular_files(folder: str, problems: list[str]) -> list[str]:
 
 
 def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding, val_share: float) -> None:
-    """Sort out the bad files, add size and time to the good ones, divide them, and make the keys unique."""
+    """Separate bad files, add size and time to the good ones, divide them into splits, and make the keys unique."""
     good = []
     for file in listing.files:
         try:
             status = os.stat(file.path)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in a path of a list
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
             listing.bad.append(BadFile(file.path, f"cannot be read ({getattr(error, 'strerror', error)})"))
             continue
         reason = _why_bad(file, status, max_file_bytes, encoding)
@@ -346,7 +347,7 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
 
 
 def _divided(files: list[SourceFile], val_share: float, problems: list[str]) -> list[SourceFile]:
-    """The files, each in train or val, as splits.py explains."""
+    """The files, each assigned to train or val: see splits.py."""
     by_class = defaultdict(list)
     for number, file in enumerate(files):
         by_class[file.class_name].append(number)
@@ -379,7 +380,7 @@ def _why_bad(file: SourceFile, status: os.stat_result, max_file_bytes: int | Non
 
 
 def _with_unique_keys(files: list[SourceFile], problems: list[str]) -> list[SourceFile]:
-    """Files that differ in the extension alone get it appended to the key; other likeness is a problem."""
+    """If files differ only in the extension, it is appended to their keys. Other equal keys are a problem."""
     count = Counter((file.split, file.key) for file in files)
     unique: dict[tuple[str, str], SourceFile] = {}
     for file in files:

@@ -32,7 +32,7 @@ from bfsys.data.storage.shards import seen_from
 from bfsys.errors import UserError
 
 DEFAULT_VAL_SHARE = 0.1
-SECONDS_BETWEEN_LINES = 15  # between lines of progress without a terminal, which gets a bar
+SECONDS_BETWEEN_LINES = 15  # between lines of progress if there is no terminal for a progress bar
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Packing:
 
     src: Path
     folder: Path
-    """The name of the dataset that is made."""
+    """Folder of the dataset; its name is the name of the dataset."""
     layout: str
-    """tree, imagefolder, filelist or speech_commands: how SRC says classes and splits."""
+    """tree, imagefolder, filelist or speech_commands: how SRC gives classes and splits."""
     subdir: str
     split: str | None
     """The split of all files."""
     splits: str | None
-    """The only ones that are packed, separated by commas."""
+    """The splits to pack, separated by commas."""
     val_share: float | None
     encoding: Encoding
     fitting: Fitting
@@ -64,9 +64,9 @@ class Packing:
 
 
 def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
-    """Write the dataset, unless it is there already: whether it was written, and what of the source was left out.
+    """Write the dataset, unless it exists already. Returns whether it was written, and a note on files left out.
 
-    Raises UserError with `problems`, which the caller knows of, and with all that are found.
+    Raises UserError with the caller's `problems` and all others.
     """
     folder, problems = packing.folder, list(problems)
     staging.recover(folder)
@@ -92,7 +92,7 @@ def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
     try:
         with staging.locked(folder):
             is_new = write(packing, jobs, listing)
-    except OSError as error:  # only writing fails here: unreadable files were sorted out
+    except OSError as error:  # only from writing: unreadable files are handled before
         raise UserError(
             f"{error.filename or folder}: cannot be written ({error.strerror or error}); put that right and run "
             f"the same command again: finished shards are kept"
@@ -101,7 +101,7 @@ def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
 
 
 def write(packing: Packing, jobs: Sequence[shard_jobs.Job], listing: Listing) -> bool:
-    """Write the dataset, unless it is there already; whether it was written. The folder is locked."""
+    """Write the dataset, unless it exists already. Returns whether it was written. The folder is locked."""
     folder = packing.folder
     problems = shard_jobs.target_problems(folder, {job.split for job in jobs})  # another may have packed meanwhile
     if problems:
@@ -141,7 +141,7 @@ def list_source(packing: Packing) -> Listing:
 
 
 def keep_splits(listing: Listing, wanted: Sequence[str]) -> None:
-    """Leave out the files of other splits; the classes stay."""
+    """Remove the files of other splits; the classes stay."""
     present = {file.split for file in listing.files}
     wanted = [split_of_name(split) or split for split in wanted]
     if listing.files and listing.divided:
@@ -177,7 +177,7 @@ def write_all(jobs: Sequence[shard_jobs.Job], workers: int, skip_bad: bool) -> l
 
 @contextmanager
 def progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, and now and then a line elsewhere; both on stderr."""
+    """Show progress on standard error: a bar on a terminal, otherwise a line at intervals."""
     if sys.stderr.isatty():
         with Progress(console=Console(stderr=True), transient=True) as shown:
             task = shown.add_task("packing", total=total_bytes)

@@ -14,13 +14,13 @@ from bfsys.data.storage.tars import TarIndex, how_to_decompress, join_shards, re
 from bfsys.errors import UserError, collecting, is_printable
 
 REBUILT = "tools/inspect_shards.py --rebuild"  # in dataset.json
-# A foreign tar may have this many classes, or so many for each of its samples, whichever is more.
+# Foreign tars may have LEAST_CLASS_LIMIT classes, or CLASSES_PER_SAMPLE per sample, whichever is more.
 LEAST_CLASS_LIMIT, CLASSES_PER_SAMPLE = 10_000, 10
 COMPRESSED_TAR = re.compile(r"(.+)\.(?:tar\.\w+|t[gx]z|tbz2?|tzst)", re.IGNORECASE)
 
 
 def rebuild(folder: Path, split: str | None) -> None:
-    """Index the tars in a folder. What only the maker knew (encoding, class names) is put in as far as seen."""
+    """Index the tars in a folder. Encoding and class names are derived from the tars as far as possible."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     if (folder / DESCRIPTION).exists():
@@ -60,7 +60,8 @@ def keys_in_two_shards(shards: Sequence[TarIndex]) -> list[str]:
 
 
 def absurd_class_numbers(folder: Path, shards: Sequence[TarIndex]) -> list[str]:
-    """Class numbers that no classifier of so few samples has. Each number below the largest is a class of its own."""
+    """Problems of class numbers that are implausibly large for so few samples. All numbers up to the largest are
+    classes."""
     limit = max(LEAST_CLASS_LIMIT, CLASSES_PER_SAMPLE * sum(len(index.samples) for index in shards))
     problems = []
     for index in shards:
@@ -76,7 +77,7 @@ def absurd_class_numbers(folder: Path, shards: Sequence[TarIndex]) -> list[str]:
 
 
 def tars_by_split(folder: Path, split: str | None) -> dict[str, list[Path]]:
-    """The tars of each split, by the split in their names or all of the one given."""
+    """The tars of each split, by the split in their names; all tars if `split` is given."""
     files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     tars = [path for path in files if path.suffix.lower() == ".tar"]
     decompressed = {path.stem.lower() for path in tars}
@@ -110,7 +111,7 @@ def tars_by_split(folder: Path, split: str | None) -> dict[str, list[Path]]:
 
 
 def class_names(shards: Sequence[TarIndex]) -> list[str]:
-    """The names of the key's first folder, if they match the class numbers one to one; else the numbers."""
+    """The first folders in the keys, if they match the class numbers one to one; otherwise the numbers."""
     samples, keys = join_shards(shards)
     labels = samples["label"].tolist()
     ends = samples["key_end"].tolist()

@@ -31,7 +31,7 @@ from bfsys.data.storage.tars import Member, Shard, TarIndex, size_in_tar_bytes, 
 from bfsys.errors import UserError, one_line
 from bfsys.files import replace_file, replacing
 
-VERSION = 2  # raise it when the same input gives other bytes
+VERSION = 2  # increase it if the same input gives other bytes
 ADDRESS = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")  # address of a Python object in a decoder's message
 
 
@@ -54,9 +54,9 @@ class Job:
 
 class Outcome(NamedTuple):
     job: Job
-    contents: TarIndex | None  # None if there are bad files and they are not to be skipped
+    contents: TarIndex | None  # None if there are bad files that must not be skipped
     bad: list[BadFile]
-    peculiar: dict[str, list[str]]  # keys of the files that have each of PECULIARITIES
+    peculiar: dict[str, list[str]]  # keys of the files with each of the PECULIARITIES
 
 
 class BadFilesError(Exception):
@@ -72,10 +72,10 @@ def plan_jobs(
     shard_bytes: int,
     seed: int,
 ) -> list[Job]:
-    """Shuffle the files of each split and cut them into shards of like size, about `shard_bytes` at most.
+    """Shuffle the files of each split and divide them into shards of similar size, about `shard_bytes` at most.
 
-    Shuffling sorts by a hash of seed and key, so that it depends on neither the order of listing nor the
-    version of a random generator.
+    Shuffling sorts by a hash of seed and key. So it does not depend on the order of the list or on the version of a
+    random generator.
     """
     number_of = {name: label for label, name in enumerate(classes)}
     base = [VERSION, encoding.text, library_version(encoding), asdict(fitting)]
@@ -96,7 +96,7 @@ def plan_jobs(
 
 
 def _cut(files: list[SourceFile], shard_bytes: int) -> Iterator[tuple[SourceFile, ...]]:
-    """Cut into equal shards rather than full ones: a small last shard would serve one rank badly."""
+    """Divide files into shards of similar size. Full shards with a small last one would balance ranks badly."""
     total = sum(size_in_tar_bytes(file.size_bytes) for file in files)
     shards = -(-total // shard_bytes)
     before = 0
@@ -105,17 +105,17 @@ def _cut(files: list[SourceFile], shard_bytes: int) -> Iterator[tuple[SourceFile
         nonlocal before
         size = size_in_tar_bytes(file.size_bytes)
         before += size
-        return (2 * before - size) * shards // (2 * total)  # the one that the file's middle falls in
+        return (2 * before - size) * shards // (2 * total)  # the shard in which the middle of the file lies
 
     for _, group in itertools.groupby(files, shard_of):
         yield tuple(group)
 
 
 def write_job(job: Job, skip_bad: bool, fatal: Mapping[str, str], position: c_long) -> Outcome:
-    """Write a shard and its sidecar, unless both are there and belong to the same input.
+    """Write a shard and its sidecar, unless both exist and belong to the same input.
 
-    `fatal` are files that ended a process that decoded them, with the reason. `position.value` is set to the number of
-    the file that is being packed. Raises UserError if memory does not suffice for a file.
+    `fatal` holds files that crashed a process that decoded them, with the reason. `position.value` is set to the number
+    of the file that is being packed. Raises UserError if there is not enough memory for a file.
     """
     done = _read_sidecar(job)
     if done and (skip_bad or not done.bad):
@@ -146,7 +146,7 @@ def _read_sidecar(job: Job) -> Outcome | None:
         if fingerprint == job.fingerprint and job.path.stat().st_size == index.shard.bytes:
             return Outcome(job, index, [BadFile(*one) for one in bad], peculiar)
     except (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile):
-        pass  # it is not there, is damaged, or is of another version: the shard is written again
+        pass  # it is missing, damaged or of another version: the shard is written again
     return None
 
 
@@ -184,13 +184,13 @@ def _packed_bytes(
             outcome.peculiar[name].append(file.key)
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise anything when they meet a damaged file
+    except Exception as error:  # decoders raise any exception on a damaged file
         return f"cannot be made {encoding.text} ({ADDRESS.sub('', str(error))})"
     return encoded
 
 
 def target_problems(folder: Path, splits: set[str]) -> list[str]:
-    """The reasons why `folder` must not be packed into: nothing that another command made is ever overwritten."""
+    """The reasons why `folder` cannot be packed into. Files of other commands are never overwritten."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return [f"{folder}: cannot be written: {existing} is not a folder that this user may write to"]
@@ -213,13 +213,13 @@ def target_problems(folder: Path, splits: set[str]) -> list[str]:
 
 
 def inputs_fingerprint(jobs: Sequence[Job], arguments: dict, skipped: Sequence[BadFile]) -> str:
-    """A fingerprint of everything that went into a dataset. It covers file times, so it is not part of dataset.json."""
+    """A fingerprint of all inputs of a dataset. It covers file times, so it is not part of dataset.json."""
     identity = json.dumps([VERSION, [job.fingerprint for job in jobs], arguments, skipped])
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def is_packed(folder: Path, fingerprint: str) -> bool:
-    """Whether the folder holds the finished dataset of these inputs, with every file in place."""
+    """Whether the folder holds the complete dataset of these inputs."""
     try:
         if (staging.folder_of(folder) / staging.INPUTS).read_text() != fingerprint:
             return False
@@ -242,7 +242,7 @@ def finish(
     skipped: Sequence[BadFile],
     fingerprint: str,
 ) -> None:
-    """Write the index and dataset.json, and put all into place."""
+    """Write the index and dataset.json, and move all files into place."""
     indexes: dict[str, list[TarIndex]] = {outcome.job.split: [] for outcome in outcomes}
     for outcome in outcomes:
         contents = outcome.contents
@@ -268,7 +268,7 @@ def finish(
 
 
 def _notes(outcomes: Sequence[Outcome], total: int) -> list[str]:
-    """A sentence about each peculiarity of the files, of which there are `total`."""
+    """A sentence on each peculiarity that occurs; `total` is the number of files."""
     notes = []
     for name, text in PECULIARITIES.items():
         keys = [key for outcome in sorted(outcomes, key=lambda o: o.job.path) for key in outcome.peculiar[name]]

@@ -25,12 +25,13 @@ SPLIT_FOLDERS = {
 
 
 def split_of_name(name: str) -> str | None:
-    """The split (train, val or test) that a folder, a column of a list or a part of a tar's name means, if any."""
+    """The split (train, val or test) that a name means, if any. The name is a folder, a column of a list or a part of a
+    tar's name."""
     return SPLIT_FOLDERS.get(re.sub(r"[\s_-]*(set|data|images|split)?$", "", name.strip().casefold()))
 
 
 def files_for_val(keys: Sequence[str], val_share: float) -> list[int]:
-    """Positions in `keys`, those of all files of one class, of the files that go to val."""
+    """The positions of the files that go to val. `keys` are those of all files of one class."""
     if len(keys) < 2 or val_share == 0:
         return []
     hashes = [xxhash.xxh3_64_intdigest(key.encode()) for key in keys]

@@ -23,7 +23,7 @@ from bfsys.errors import UserError
 from bfsys.files import sync_folder
 
 INPUTS, LOCK, SKIPPED_LIST = "inputs", "lock", "skipped.txt"
-NEW_INPUTS = "inputs.new"  # become INPUTS with the dataset
+NEW_INPUTS = "inputs.new"  # is renamed to INPUTS when the dataset is moved into place
 
 
 def folder_of(folder: Path) -> Path:
@@ -32,9 +32,10 @@ def folder_of(folder: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock the folder for packing; raises UserError if another process has locked it. The lock ends with its process.
+    """Lock the folder for packing. Raises UserError if another process holds the lock. It is released when its process
+    ends.
 
-    Where the file system has no locks, nothing is locked.
+    On a file system without locks, nothing is locked.
     """
     folder_of(folder).mkdir(parents=True, exist_ok=True)
     with open(folder_of(folder) / LOCK, "a") as file:
@@ -45,7 +46,7 @@ def locked(folder: Path) -> Iterator[None]:
 def recover(folder: Path) -> None:
     """Complete a run that was killed while it moved files into place.
 
-    Raises UserError if another process packs into the folder.
+    Raises UserError if another process is packing into the folder.
     """
     lock = folder_of(folder) / LOCK
     if lock.exists() and os.access(lock, os.W_OK):
@@ -71,7 +72,7 @@ def start(folder: Path) -> None:
 
 
 def put_into_place(folder: Path) -> None:
-    """Move the staged files that were not moved yet, and dataset.json last; until then the folder is not a dataset."""
+    """Move the remaining staged files, dataset.json last. Until then, the folder is not a dataset."""
     staged = folder_of(folder)
     names = [name for name in (*_files_of(staged), SKIPPED_LIST) if (staged / name).exists()]
     with _undisturbed():
@@ -87,7 +88,7 @@ def put_into_place(folder: Path) -> None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ignore requests to stop for these milliseconds."""
+    """Ignore stop signals in this block, which takes milliseconds."""
     former = {
         number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
@@ -99,8 +100,8 @@ def _undisturbed() -> Iterator[None]:
 
 
 def tidy(folder: Path) -> None:
-    """Remove shards and index files of former, larger datasets, an empty list of skipped files, what other runs left in
-    the staging folder, and temporary files."""
+    """Remove shards and index files of earlier, larger datasets, an empty list of skipped files, remains of other runs
+    in the staging folder, and temporary files."""
     wanted = set(_files_of(folder))
     ours = re.compile(rf"{re.escape(folder.name)}-\w+(-\d{{6}}\.tar|\.(samples|keys)\.npy)|\..*\.tmp")
     for path in sorted(folder.iterdir()):
@@ -108,7 +109,7 @@ def tidy(folder: Path) -> None:
         if (is_empty_list or (ours.fullmatch(path.name) and path.name not in wanted)) and not path.is_dir():
             path.unlink()
     for path in sorted(folder_of(folder).iterdir()):
-        if path.name not in (INPUTS, LOCK) and not path.is_dir():  # storage devices make folders everywhere
+        if path.name not in (INPUTS, LOCK) and not path.is_dir():  # some storage devices add folders everywhere
             path.unlink()
 
 

@@ -13,7 +13,7 @@ from bfsys.files import describe
 
 
 def verify_split(split: Split) -> list[str]:
-    """Read everything, and name all that differs from dataset.json and the index."""
+    """Read everything, and report all differences from dataset.json and the index."""
     problems = verify_index(split)
     for number in range(len(split.shards)):
         problems += verify_shard(split, number)
@@ -31,7 +31,7 @@ def verify_index(split: Split) -> list[str]:
 
 
 def _wrong_classes(split: Split) -> list[str]:
-    """Classes whose number of samples, or whose name in the keys that tools/pack.py gives, is another."""
+    """Problems of classes whose number of samples, or whose name in the keys of `bfsys pack`, differs."""
     description, labels = split.dataset.description, split.samples["label"]
     stated = description["splits"][split.split]["class_counts"]
     keys_hold_names = description.get("made_by", {}).get("tool") == PACKED_BY
@@ -51,7 +51,7 @@ def _wrong_classes(split: Split) -> list[str]:
 
 
 def verify_shard(split: Split, number: int) -> list[str]:
-    """Compare one tar with its size, its sha256 and the index: key, class, place and bytes of each sample."""
+    """Compare one tar with its size, its sha256 and the index: key, class, offset and bytes of each sample."""
     shard = split.shards[number]
     path = split.path / shard.file
     first, end = split.shard_starts[number : number + 2].tolist()
@@ -71,7 +71,7 @@ def verify_shard(split: Split, number: int) -> list[str]:
         rows = split.samples[first:end]
         ends = rows["offset"] + rows["length"]
         lost = np.flatnonzero(ends > size_bytes)
-        if len(lost):  # one line: a shard cut in its middle would otherwise fill thousands
+        if len(lost):  # in one line: a truncated shard would otherwise give thousands
             problems.append(
                 f"{path}: {len(lost):,} of {shard.samples:,} samples lie past its end, "
                 f"the first of them is {split.key(first + int(lost[0]))!r}"
@@ -89,7 +89,7 @@ def verify_shard(split: Split, number: int) -> list[str]:
 
 
 def _differences(split: Split, number: int, found: TarIndex) -> list[str]:
-    """The samples of one shard according to the index and according to the tar."""
+    """Compare the samples of one shard in the index with those in the tar."""
     path = split.path / split.shards[number].file
     first, end = split.shard_starts[number : number + 2].tolist()
     if len(found.samples) != end - first:

@@ -22,21 +22,21 @@ from bfsys.data.packing.shard_jobs import Job, Outcome, write_job
 from bfsys.data.packing.staging import remove_temporary
 from bfsys.errors import UserError
 
-# Spawned, not forked: a fork of a process with threads (the progress bar's) may hang.
+# Spawned, not forked: a forked process may hang if its parent has threads (here the progress bar's).
 CONTEXT = multiprocessing.get_context("spawn")
 CODEC_FAULTS: tuple[int, ...] = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
-MOST_CODEC_FAULTS = 100  # more of them are the library's fault rather than the files'
+MOST_CODEC_FAULTS = 100  # more of them indicate a damaged library rather than damaged files
 
 
 class Worker:
-    """One process, from the outside."""
+    """A worker process, as its parent sees it."""
 
     def __init__(self, skip_bad: bool, job: Job, fatal: dict[str, str]) -> None:
         """Start the worker with `job`."""
         self.position = CONTEXT.RawValue(c_long, 0)
         self.connection, theirs = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=_work, args=(theirs, self.position, skip_bad), daemon=True)
-        # The process inherits the mask: Ctrl-C goes to all of a terminal's processes, and this one ends the others.
+        # The process inherits the mask: Ctrl-C goes to all processes of a terminal, and this one ends its workers.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
@@ -47,7 +47,7 @@ class Worker:
 
     def give(self, job: Job, fatal: dict[str, str]) -> None:
         self.job, self.position.value = job, -1
-        with suppress(ConnectionError):  # it has died, as `outcome` will find
+        with suppress(ConnectionError):  # the process has crashed; `outcome` detects that
             self.connection.send((job, fatal))
 
     def outcome(self) -> Outcome | OSError | UserError | None:
@@ -59,7 +59,7 @@ class Worker:
             return None
 
     def name_fatal_file(self, fatal: dict[str, str]) -> None:
-        """Add the file that the dead process was at; raises UserError if the file is not to blame."""
+        """Add the file that the crashed process was packing. Raises UserError if the file is not the cause."""
         code, number = self._process.exitcode, self.position.value
         assert code is not None, "`outcome` has waited for its end"
         end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -86,15 +86,15 @@ class Worker:
 
 
 def write_jobs(jobs: Sequence[Job], count: int, skip_bad: bool) -> Iterator[Outcome]:
-    """Write all shards, in no particular order, by `count` processes.
+    """Write all shards with `count` processes; outcomes come in any order.
 
-    Raises UserError and OSError as `write_job` does, and UserError if a process dies without a file's fault.
+    Raises UserError and OSError as `write_job` does, and UserError if a process crashes for another reason than a file.
     """
     count = min(count, len(jobs))
     if count == 1 and not parse_encoding(jobs[0].encoding).modality:
         yield from (write_job(job, skip_bad, {}, c_long()) for job in jobs)
         return
-    resource_tracker.ensure_running()  # starting it later would unblock SIGINT
+    resource_tracker.ensure_running()  # started later, it would unblock SIGINT
     waiting = deque(jobs)
     fatal: dict[str, str] = {}
     workers: dict[Connection, Worker] = {}
@@ -141,7 +141,7 @@ def _work(connection: Connection, position: c_long, skip_bad: bool) -> None:
 
 
 def _exit_with_parent() -> None:
-    """An orphan would write beside the next run."""
+    """End this process when its parent ends. Otherwise it would write at the same time as the next run."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "this process was started by one"
 

@@ -24,7 +24,7 @@ def stored_name(name: str) -> str:
 
 
 def too_alike(spellings: Mapping[str, Spelling]) -> list[str]:
-    """One problem for each set of names that differ only in capitals, in blanks or in their Unicode form."""
+    """A problem for each set of names that differ only in case, in whitespace or in their Unicode form."""
     groups = defaultdict(list)
     for name in spellings:
         groups[stored_name(" ".join(stored_name(name).lower().split()))].append(name)
@@ -49,7 +49,7 @@ def _describe(group: Mapping[str, Spelling]) -> str:
 
 
 def notes_on_classes(training_files: Mapping[str, int] | None, classes: int) -> list[str]:
-    """Notes on a number of classes and on their counts of training files, which are None without a training split."""
+    """Notes on the number of classes and on their numbers of training files (None without a training split)."""
     notes = ["one class: there is nothing to learn"] if classes == 1 else []
     lost = sorted(name for name, count in (training_files or {}).items() if not count)
     if lost:
@@ -59,5 +59,5 @@ def notes_on_classes(training_files: Mapping[str, int] | None, classes: int) -> 
 
 
 def some(names: list[str]) -> str:
-    """The first few of many names."""
+    """The first SHOWN names, as text."""
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NotRequired
 
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
+from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 
 class IndexFile(TypedDict):

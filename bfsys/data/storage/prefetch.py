@@ -11,21 +11,22 @@ from bfsys.data.storage.remote import Cache, RemoteFile
 
 
 class Prefetcher:
-    """Fetches ahead of need, in daemon threads that the first `want` starts: none runs while loaders are forked.
+    """Fetches files before they are needed, in daemon threads. The first `want` starts the threads, so none runs while
+    loader processes are forked.
 
-    Errors are for the fetch that needs the file: it tries again, and says why it failed.
+    Errors are ignored. The fetch that needs the file retries and reports its errors.
     """
 
     def __init__(self, cache: Cache, threads: int = 2, queue_limit: int = 1000) -> None:
         self._cache, self._threads_wanted, self._queue_limit = cache, threads, queue_limit
         self._queue: deque[RemoteFile] = deque()
-        self._wanted: set[str] = set()  # sha256 of what is queued or under way
+        self._wanted: set[str] = set()  # sha256 of files that are queued or being fetched
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
     def want(self, files: Iterable[RemoteFile]) -> None:
-        """Add files to the end of the queue. Files that do not fit are fetched when they are needed."""
+        """Add files to the queue. If it is full, files are fetched when they are needed."""
         with self._changed:
             for file in files:
                 if self._stop.is_set() or len(self._queue) >= self._queue_limit:
@@ -40,13 +41,13 @@ class Prefetcher:
                 thread.start()
 
     def close(self) -> None:
-        """End at once: running downloads are killed."""
+        """Stop at once, and kill running downloads."""
         with self._changed:
             self._stop.set()
             self._queue.clear()
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(timeout=10)  # a disk that hangs is no reason to hang as well
+            thread.join(timeout=10)  # a disk that hangs must not block the end of the run
 
     def _work(self) -> None:
         while True:

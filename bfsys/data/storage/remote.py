@@ -37,20 +37,20 @@ T = TypeVar("T")
 
 CACHED = re.compile(r"[0-9a-f]{16}-.*(?<!\.lock)")
 PART, LOCK, EVICT = ".part", ".lock", "evict"
-CERTAIN_AFTER = 3  # answers that are whole and wrong; an outage is waited for longer
-SAY_AFTER_S = 10.0  # then standard error says that a file is waited for
+CERTAIN_AFTER = 3  # complete but wrong answers before giving up; an outage is retried more often
+SAY_AFTER_S = 10.0  # a slower fetch is reported on standard error
 SMALL_FILE_BYTES = 64 << 20
-ROOM_POLL_S = 0.1  # interval at which a wait for room looks for it
-GROWTH_PARTS = 64  # a file of unknown size reserves room in steps of this part of the cache
-JITTER = (0.75, 1.25)  # range of the factor by which a pause differs from its mean
-# Draws the jitter from the kernel. Nodes that failed at the same time come back at different times, and the random
-# states that training depends on are left alone.
+ROOM_POLL_S = 0.1  # interval of checks for free space in the cache
+GROWTH_PARTS = 64  # a file of unknown size reserves space in steps of 1 / GROWTH_PARTS of the cache
+JITTER = (0.75, 1.25)  # range of the factor between a pause and its mean
+# Jitter is drawn from the kernel's generator. Nodes that failed together then retry at different times, and the random
+# states of training do not change.
 _kernel_random = random.SystemRandom()
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file elsewhere, and the content that it must have."""
+    """A remote file, and the hash and size of its content."""
 
     url: str
     sha256: str
@@ -58,13 +58,13 @@ class RemoteFile:
 
 
 class WrongContentError(UserError):
-    """A server that answers well each time, with something else than was packed: no outage, but damage."""
+    """A server delivered wrong content in every try. This means damage, not an outage."""
 
 
 @contextmanager
 def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock called `path` + .lock, against threads and processes. Yields False if another holder has it and
-    `wait` is false."""
+    """Hold the lock file `path` + .lock, which excludes other threads and processes. Yields False if the lock is taken
+    and `wait` is false."""
     path = path.with_name(path.name + LOCK)
     descriptor = _lock(path, wait)
     try:
@@ -72,7 +72,7 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     finally:
         if descriptor is not None:
             path.unlink(missing_ok=True)
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a loader process forked meanwhile has the descriptor, too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a loader process that was forked meanwhile has the descriptor too
             os.close(descriptor)
 
 
@@ -89,7 +89,7 @@ def _lock(path: Path, wait: bool) -> int | None:
             if isinstance(error, BlockingIOError):
                 return None
             raise
-        os.close(descriptor)  # the one that had it removed it: others use a new file by now
+        os.close(descriptor)  # the previous holder removed this file, so others may lock a new one
 
 
 @contextmanager
@@ -109,10 +109,10 @@ def too_long(where: str | Path, limit_bytes: int) -> UserError:
 
 
 class Cache:
-    """Remote files in a local folder of at most `limit_bytes`; the least recently used make room.
+    """Remote files in a local folder of at most `limit_bytes`. The least recently used files are evicted.
 
-    One per process, or a pickled copy of it; the counters are this process's.
-    The limit must hold all files in use and all prefetched files; otherwise files are fetched again and again.
+    Several processes may use one folder. Each has its own Cache, or a pickled copy, and counters of its own. The limit
+    must cover all files in use and all prefetched files. Otherwise files are fetched repeatedly.
     """
 
     def __init__(
@@ -154,29 +154,33 @@ class Cache:
         return path
 
     def open(self, file: RemoteFile) -> BinaryIO:
-        """Fetch and open a file. It stays readable when it is evicted, even before it was opened."""
+        """Fetch and open a file. The open file stays readable if it is evicted. If it is evicted before it is opened,
+        it is fetched again."""
         while True:
             with suppress(FileNotFoundError):
                 return open(self.fetch(file), "rb")
 
     def prefetch(self, file: RemoteFile, stop: threading.Event) -> None:
-        """Fetch unless somebody is at it, without a word. Raises something when `stop` is set before the end.
+        """Fetch a file without messages, unless another process is fetching it. Raises an exception if it fails or if
+        `stop` is set.
 
-        The file's lock is free between tries, so that who needs the file now takes over, and says why it has to wait.
+        The file's lock is released between tries. A fetch that needs the file now can then take over, and it reports
+        errors.
         """
         self._try_often(file.url, lambda: self._fetch(file, stop, wait=False), stop, is_awaited=False)
 
     def path_of(self, file: RemoteFile) -> Path:
-        """The path that the file has in the cache, whether or not it is there."""
+        """The path of the file in the cache, whether or not it exists."""
         name = re.sub(r"[^\w.+-]", "_", base_name(file.url), flags=re.ASCII)[-100:]
         if name.endswith((PART, LOCK)):
             name += "_"
         return self.folder / f"{file.sha256[:16].lower()}-{name}"
 
     def discard(self, path: Path, seen: os.stat_result | None = None) -> None:
-        """Drop a cached file that turned out damaged, so that the next fetch brings a new one.
+        """Remove a damaged file from the cache, so that the next access fetches it again.
 
-        With `seen`, the status of the damaged one, only if no process has brought a new one yet.
+        `seen` is the status of the damaged file. If it is given and another process has replaced the file already, the
+        file stays.
         """
         assert path.parent == self.folder, path
         with suppress(FileNotFoundError):
@@ -185,23 +189,23 @@ class Cache:
 
     @property
     def patience_s(self) -> float:
-        """The longest time that a fetch takes if its server fails each time."""
+        """The longest time that a fetch takes if every try fails."""
         return self.attempts * self.stall_s + JITTER[1] * self.back_off_s * (2 ** (self.attempts - 1) - 1)
 
     def size_bytes(self) -> int:
-        """The size of the cache, including the space reserved for running downloads."""
+        """The size of the cache, including the space that running downloads have reserved."""
         with _locked(self.folder / EVICT):
             return sum(size for _, size, _ in self._files())
 
     def _fetch(self, file: RemoteFile, stop: threading.Event, wait: bool) -> tuple[Path, bool]:
-        """The local file, and whether this call has brought it."""
+        """The local file, and whether this call fetched it."""
         path = self.path_of(file)
         try:
             if self._mark_used(path, file.size_bytes):
                 return path, False
             if file.size_bytes is not None and file.size_bytes > self.limit_bytes:
                 raise self._too_large(file.url, f"{file.size_bytes:,}")
-            self.folder.mkdir(parents=True, exist_ok=True)  # again: some clean /tmp while we run
+            self.folder.mkdir(parents=True, exist_ok=True)  # again, since some systems clean /tmp during a run
             with _locked(path, wait=wait) as mine:
                 if not mine or self._mark_used(path, file.size_bytes):
                     return path, False
@@ -225,14 +229,14 @@ class Cache:
             if size_bytes is not None and path.stat().st_size != size_bytes:
                 self.discard(path)
                 return False
-            now_ns = time.time_ns()  # finer than the kernel's own stamps, and the same for all processes
+            now_ns = time.time_ns()  # finer than the kernel's time stamps, and comparable between processes
             os.utime(path, ns=(now_ns, now_ns))
         except FileNotFoundError:
             return False
         return True
 
     def _download(self, file: RemoteFile, path: Path, stop: threading.Event) -> None:
-        """One try of a file whose lock is held. On a full disk once more, with the file's size evicted first."""
+        """Try once to download a file whose lock is held. On a full disk, evict the file's size and try once more."""
         for again in (True, False):
             try:
                 return self._write(file, path, stop)
@@ -252,13 +256,13 @@ class Cache:
                 ) from error
 
     def _write(self, wanted: RemoteFile, path: Path, stop: threading.Event) -> None:
-        """Write the file. The .part is as long as the file will be, so that what it reserves counts as taken."""
+        """Write the file. The .part file gets its final length at once, so that its space counts as used."""
         part, url, size_bytes = path.with_name(path.name + PART), wanted.url, wanted.size_bytes
         digest, written, reserved = hashlib.sha256(), 0, 0
         try:
             with open(part, "wb") as file, closing(stream(url, self.stall_s, stop, size_bytes)) as source:
                 while size_bytes is not None and not self._reserve(file, size_bytes):
-                    if stop.wait(ROOM_POLL_S):  # downloads that are under way hold the room; they end, well or badly
+                    if stop.wait(ROOM_POLL_S):  # running downloads hold the space; they end in any case
                         raise Stopped
                 for data in source:
                     written += len(data)
@@ -274,8 +278,8 @@ class Cache:
                 if got != expected:
                     raise WrongContent(f"sha256 of the {written:,} bytes differs: {got}, not {expected}")
                 file.truncate(written)
-                os.fsync(file.fileno())  # a name that outlives a power cut must have its content, too
-            with _locked(self.folder / EVICT):  # whoever adds up the sizes sees one name of it
+                os.fsync(file.fileno())  # if the name survives a power failure, so must the content
+            with _locked(self.folder / EVICT):  # so that sums of sizes count the file once
                 self._mark_used(part, None)
                 os.replace(part, path)
         finally:
@@ -283,7 +287,8 @@ class Cache:
         self._count(bytes_fetched=written, files_fetched=1)
 
     def _reserve(self, file: BinaryIO, size_bytes: int) -> bool:
-        """Evict until the .part may be that long, and make it so; False where files being written take the room."""
+        """Evict files until the .part file can have this length, and extend it. Returns False if the space is taken by
+        other downloads."""
         with _locked(self.folder / EVICT):
             grow_bytes = size_bytes - os.fstat(file.fileno()).st_size
             if not self._evict(self.limit_bytes - grow_bytes):
@@ -295,12 +300,12 @@ class Cache:
         if written > self.limit_bytes:
             raise self._too_large(url, f"more than {self.limit_bytes:,}")
         size_bytes = min(self.limit_bytes, written + self.limit_bytes // GROWTH_PARTS)
-        if not self._reserve(file, size_bytes):  # not waited for: it may wait for what this one holds
+        if not self._reserve(file, size_bytes):  # no wait, since the other download may wait for this one
             raise TryFailed(f"no room in the cache after {written:,} bytes: other downloads take it")
         return size_bytes
 
     def _files(self) -> list[tuple[int, int, Path]]:
-        """Time of last use, size and path of everything in the cache, with its .part files."""
+        """Time of last use, size and path of all files in the cache, including .part files."""
         files = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -311,7 +316,8 @@ class Cache:
         return files
 
     def _evict(self, keep_bytes: int) -> bool:
-        """Remove what killed processes left, then the least recently used, until `keep_bytes` or less remain."""
+        """Evict until at most `keep_bytes` remain: first .part files of killed processes, then the least recently used
+        files. Returns whether that was possible."""
         files = sorted(self._files())
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files, key=lambda file: not file[2].name.endswith(PART)):
@@ -323,12 +329,13 @@ class Cache:
                         continue
                     path.unlink(missing_ok=True)
             else:
-                path.unlink(missing_ok=True)  # who has it open keeps it
+                path.unlink(missing_ok=True)  # readers that have it open can go on
             total -= size
         return total <= keep_bytes
 
     def _try_often(self, url: str, once: Callable[[], T], stop: threading.Event, *, is_awaited: bool = True) -> T:
-        """Try until it succeeds. Where somebody waits for it, standard error says why each try failed."""
+        """Call `once` until it succeeds, with back-off, `attempts` times at most. If `is_awaited`, failures are
+        reported on standard error."""
         reasons: list[str] = []
         wrong, tries = True, self.attempts
         while len(reasons) < tries:
@@ -338,7 +345,7 @@ class Cache:
             except TryFailed as failed:
                 reasons.append(str(failed))
                 wrong = wrong and isinstance(failed, WrongContent)
-            tries = min(self.attempts, CERTAIN_AFTER) if wrong else self.attempts  # if wrong, the server is well
+            tries = min(self.attempts, CERTAIN_AFTER) if wrong else self.attempts  # wrong content is no outage
             if len(reasons) < tries:
                 pause_s = self._pause_s(len(reasons))
                 if is_awaited:
@@ -356,10 +363,10 @@ class Cache:
         )
         if wrong:
             raise WrongContentError(problem)
-        raise UserError(problem, exit_code=EXIT_CRASHED)  # launchers start the run again: the server may come back
+        raise UserError(problem, exit_code=EXIT_CRASHED)  # launchers restart the run
 
     def _pause_s(self, failed: int) -> float:
-        """Seconds to wait after the given number of tries: the mean is doubled each time."""
+        """Seconds to wait after this number of failed tries. The mean doubles each time."""
         return self.back_off_s * 2 ** (failed - 1) * _kernel_random.uniform(*JITTER)
 
     def _too_large(self, url: str, size: str) -> UserError:

@@ -39,7 +39,7 @@ from bfsys.files import describe, open_regular, read_up_to, replace_file, replac
 FORMAT = 2
 DESCRIPTION = "dataset.json"
 PACKED_BY = "tools/pack.py"
-LISTED = 20  # problems of a damaged dataset.json
+LISTED = 20  # problems of a damaged dataset.json that an error lists
 PACK_AGAIN = (
     f"a damaged {DESCRIPTION} cannot be trusted; pack the dataset again, or copy it again from where it was whole"
 )
@@ -55,9 +55,9 @@ class Split:
     shards: tuple[Shard, ...]
     samples: np.ndarray  # SAMPLE [samples], memory-mapped
     keys: np.ndarray  # uint8 [bytes of all keys], memory-mapped
-    bytes: int  # size of all files together
+    bytes: int  # total size of all files
     length_quantiles: dict[str, int]  # lengths in bytes by quantile: min, 1%, …, 50%, …, max
-    fingerprint: str  # changes whenever anything of the split changes
+    fingerprint: str  # differs if anything in the split differs
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -80,19 +80,20 @@ class Split:
 
     @cached_property
     def shard_starts(self) -> np.ndarray:
-        """int64 [shards + 1], the number of each shard's first sample, and the number of samples."""
+        """int64 [shards + 1]: the number of each shard's first sample, then the number of samples."""
         return np.cumsum([0, *(shard.samples for shard in self.shards)], dtype=np.int64)
 
     def open_shard(self, number: int) -> int:
-        """A descriptor of a tar; a remote one is fetched if it is not cached. Raises OSError, or UserError."""
+        """An open descriptor of a tar. A remote tar is fetched if it is not cached. Raises OSError or UserError."""
         if self.dataset.cache is None:
-            # O_NONBLOCK: in the place of a tar, a pipe is an error rather than a wait for its writer.
+            # O_NONBLOCK: if the file is a pipe, opening it fails instead of waiting for a writer.
             return os.open(self.path / self.shards[number].file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with self.dataset.cache.open(self.remote_shard(number)) as file:
             return os.dup(file.fileno())
 
     def drop_shard(self, number: int, descriptor: int) -> bool:
-        """Drop the cached copy of a remote tar that `descriptor` reads, so that it is fetched again. False if local."""
+        """Remove the cached copy of a remote tar that `descriptor` reads, so that it is fetched again. Returns False
+        for a local tar."""
         cache = self.dataset.cache
         if cache is None:
             return False
@@ -105,10 +106,10 @@ class Split:
         return self.dataset.remote_file(shard.file, shard.sha256, shard.bytes)
 
     def damaged_index(self, shards: Iterable[int]) -> list[str]:
-        """Problems of the index: shards whose rows are not those that were packed.
+        """Problems of the index: shards whose rows do not match dataset.json.
 
-        The ranks of a run divide the shards at its start, so that the proof of a large index costs little: a row
-        that is not as packed would mean a wrong label or, for every file, a wrong checksum.
+        A damaged row would cause a wrong label or a checksum mismatch. The ranks of a run divide the shards among them
+        at its start, so the check of a large index takes little time.
         """
         starts = self.shard_starts.tolist()
         bad = [
@@ -136,7 +137,7 @@ def index_digest(samples: np.ndarray, keys: np.ndarray, first: int, end: int) ->
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A packed dataset: where it lies, and what its dataset.json says."""
+    """A packed dataset: its location, and the content of its dataset.json."""
 
     location: str  # folder or URL, as the user gave it
     description: dict
@@ -165,7 +166,7 @@ class Dataset:
         return sorted(self.description["splits"])
 
     def file(self, name: str, sha256: str, size_bytes: int | None = None) -> Path:
-        """A file of the dataset on this machine."""
+        """The local path of a file of the dataset; a remote file is fetched."""
         if isinstance(self.place, Path):
             return self.place / name
         return self.place.fetch(self.remote_file(name, sha256, size_bytes))
@@ -175,17 +176,17 @@ class Dataset:
         return RemoteFile(url_of(self.location, name), sha256, size_bytes)
 
     def open(self, split: str) -> Split:
-        """Open one split. Checks that the parts fit together, and hashes nothing: see `Split.damaged_index`.
+        """Open one split. It is checked that its files match each other; hashes are not: see `Split.damaged_index`.
 
-        Cached copies of a remote index are the exception: they are verified (at 13 GB/s) and fetched again if they
-        are damaged, since they are this machine's alone, and the ranks that divide the proof may be on others.
+        Cached copies of a remote index are an exception. They are verified (at 13 GB/s), and fetched again if they are
+        damaged. Other machines have other copies, so the ranks cannot divide this check among them.
         """
         if self.cache is not None:
             self._drop_damaged_index(split, self.cache)
         return self._open(split)
 
     def was_replaced(self) -> bool:
-        """Whether the folder of a local dataset now holds another one. A folder that cannot be read says nothing."""
+        """Whether the folder of a local dataset now holds another dataset; False if it cannot be read."""
         if self.cache is not None:
             return False
         with suppress(OSError, UserError):
@@ -194,13 +195,13 @@ class Dataset:
 
     def _drop_damaged_index(self, split: str, cache: Cache) -> None:
         seen: dict[Path, os.stat_result] = {}
-        with suppress(KeyError, TypeError):  # `_open` says what is wrong
+        with suppress(KeyError, TypeError):  # `_open` reports the problem
             for entry in self.description["splits"][split]["index"].values():
                 path = cache.path_of(self.remote_file(**entry))
                 with suppress(FileNotFoundError, NotADirectoryError):
                     seen[path] = path.stat()
         if not seen:
-            return  # files that will be fetched are verified by their sha256
+            return  # fetched files are verified by their sha256
         try:
             opened = self._open(split)
             damaged = bool(opened.damaged_index(range(len(opened.shards))))
@@ -238,8 +239,8 @@ class Dataset:
 
 
 def open_dataset(location: str | Path, cache: Cache | None = None, description: dict | None = None) -> Dataset:
-    """The dataset in a folder, or at a URL, whose files are fetched into `cache`; `description` is that of
-    `fetch_description`, if it was fetched before."""
+    """The dataset in a folder or at a URL. Files at a URL are fetched into `cache`. `description` is the result of an
+    earlier `fetch_description`, if there is one."""
     location = str(location)
     if not is_remote(location):
         return Dataset(location, read_description(Path(location)), Path(location))
@@ -284,8 +285,8 @@ def read_description(path: Path) -> dict:
 
 
 def seen_from(path: Path) -> str:
-    """A note with the folder that a relative path starts from, for a message that the path does not exist; empty for an
-    absolute path."""
+    """For messages about a missing path: a note with the folder to which a relative path refers; empty for an absolute
+    path."""
     return "" if path.is_absolute() else f" in the current folder, which is {Path.cwd()}"
 
 
@@ -351,7 +352,7 @@ def write_split(path: Path, name: str, split: str, classes: Sequence[str], shard
 
 
 def length_quantiles(lengths: np.ndarray) -> dict[str, int]:
-    """Lengths in bytes that some sample has, by per cent of the samples that are no longer."""
+    """Quantiles of lengths in bytes, without interpolation, by the percentage of samples that are not longer."""
     values = np.quantile(lengths, [percent / 100 for percent in QUANTILES_PERCENT], method="inverted_cdf")
     names = ["min", *(f"{percent}%" for percent in QUANTILES_PERCENT[1:-1]), "max"]
     return {name: int(value) for name, value in zip(names, values, strict=True)}
@@ -366,8 +367,8 @@ def write_description(
     splits: dict[str, dict],
     notes: Sequence[str] = (),
 ) -> None:
-    """Write dataset.json, and with it declare the folder whole. `splits` are the results of `write_split`; `notes` say
-    what was seen of the files that training would not show."""
+    """Write dataset.json, which marks the folder as complete. `splits` are the results of `write_split`. `notes` are
+    peculiarities of the source files that training would not reveal."""
     description = {
         "format": FORMAT,
         "name": name,

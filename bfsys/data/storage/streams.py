@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 PIPE_EXAMPLE = "pipe:aws s3 cp s3://bucket/dir/{file} -"
 PROGRAMS = {"http": "curl", "https": "curl", "ftps": "curl", "sftp": "curl", "scp": "curl", "s3": "aws", "gs": "gsutil"}
-# The file's name comes from a dataset.json that somebody else may have written, and goes into a shell command.
+# The file's name comes from a dataset.json of unknown origin, and is inserted into a shell command.
 HARMLESS_IN_SHELL = re.compile(r"[\w.+=@%:,][\w.+=@%:,/-]*")
-GONE = ("404", "410")  # HTTP: the server is well and the file is not there
-CANNOT_RUN = (126, 127)  # exit status of a shell: the command is not executable, or not there
+GONE = ("404", "410")  # HTTP status: the server works and the file does not exist
+CANNOT_RUN = (126, 127)  # exit status of a shell: the command is not executable or not found
 ERROR_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|\?xml)\b", re.IGNORECASE)
 CHUNK_BYTES = 1 << 20
 POLL_S = 0.1  # interval at which a download checks whether to stop
 
 
 class TryFailed(Exception):
-    """One try came to nothing; another one may do better."""
+    """One try failed; a retry may succeed."""
 
 
 class WrongContent(TryFailed):
-    """The answer was complete, and not the file that was asked for."""
+    """The answer was complete, but it was not the requested file."""
 
 
 class Stopped(Exception):
@@ -72,8 +72,8 @@ def url_of(location: str, file: str) -> str:
 
 
 def base_name(url: str) -> str:
-    """The file's name at its origin, for messages."""
-    if url.startswith(PIPE):  # the last word of the command that ends like a path to a file
+    """The name of the remote file, for messages."""
+    if url.startswith(PIPE):  # the last word of the command that looks like the path of a file
         names = re.findall(r"[^/\s'\"]/([^/\s'\"?]+\.[^/\s'\"?]+)(?=[\s'\"?]|$)", url)
         return names[-1] if names else "file"
     name = url.rstrip("/").rpartition("/")[2]
@@ -81,7 +81,7 @@ def base_name(url: str) -> str:
 
 
 def hide(text: str) -> str:
-    """The location without what may be a secret: user names and queries of URLs, and the arguments of commands."""
+    """The location without possible secrets: user names and queries of URLs, and arguments of commands."""
     if text.startswith(PIPE):
         words = [word for word in text[len(PIPE) :].split() if "=" not in word]
         return f"{PIPE}{words[0] if words else ''} … {base_name(text)}"
@@ -90,7 +90,7 @@ def hide(text: str) -> str:
 
 
 def _command(url: str, stall_s: float) -> str | None:
-    """The shell command that prints the file; None where gopen's own way is good enough."""
+    """The shell command that prints the file; None if gopen can read the URL itself."""
     if url.startswith(PIPE):
         return url[len(PIPE) :]
     from webdataset.gopen import gopen_ais, gopen_schemes
@@ -104,11 +104,11 @@ def _command(url: str, stall_s: float) -> str | None:
             f"or give the place of the dataset as a command that prints a file, such as {PIPE_EXAMPLE}"
         )
     if scheme in ("http", "https"):
-        # gopen's own curl retries by itself, 30 times, and after half a file sends its beginning once more.
-        # curl ends itself on a stall only after we would have ended it: for when we are no more.
+        # gopen's own curl command retries 30 times, and a retry after half a file repeats its beginning.
+        # curl's limit on stalls is longer than ours. It ends curl if this process no longer exists.
         speed = f"--speed-limit 1 --speed-time {int(stall_s) + 2}"
         return f"curl -f -sS -L --globoff --connect-timeout {stall_s:g} {speed} -- {shlex.quote(url)}"
-    if program == "aws":  # gopen has no s3://
+    if program == "aws":  # gopen does not support s3://
         return f"aws s3 cp --only-show-errors {shlex.quote(url)} -"
     if program == "gsutil":
         return f"gsutil -q cat {shlex.quote(url)}"
@@ -116,13 +116,13 @@ def _command(url: str, stall_s: float) -> str | None:
 
 
 def _open(url: str, stall_s: float, errors: str) -> BinaryIO | Pipe:
-    """Open a URL; what a command complains of goes to the file named `errors`."""
-    from webdataset.gopen import gopen, gopen_schemes, rewrite_url  # imports torch: not for tools that read folders
+    """Open a URL. The error output of a command goes to the file named `errors`."""
+    from webdataset.gopen import gopen, gopen_schemes, rewrite_url  # imports torch, which local folders do not need
 
     try:
         url = rewrite_url(url)
         command = _command(url, stall_s)
-        if command is not None:  # the line break: a command may end in a comment
+        if command is not None:  # with a line break, since a command may end in a comment
             url = f"{PIPE}{{ {command}\n}} 2>{shlex.quote(errors)} </dev/null"
         return gopen(url, "rb")
     except (ValueError, ImportError) as error:
@@ -133,13 +133,13 @@ def _open(url: str, stall_s: float, errors: str) -> BinaryIO | Pipe:
 
 
 def _end_tree(process: subprocess.Popen) -> None:
-    """End a command and all that it started. Not by its process group: gopen starts it in ours."""
+    """Kill a command and all its descendants. It shares our process group, so the group cannot be killed."""
     tree: list[psutil.Process] = []
     with suppress(psutil.Error):
         tree.append(psutil.Process(process.pid))
-    for member in tree:  # grows
+    for member in tree:  # the list grows in the loop
         with suppress(psutil.Error):
-            member.suspend()  # first, lest it start another one after it was asked for those it has
+            member.suspend()  # first, so that it cannot start another child after its children are listed
             tree.extend(member.children())
     for member in tree:
         with suppress(psutil.Error):
@@ -150,10 +150,10 @@ def _end_tree(process: subprocess.Popen) -> None:
 def stream(
     url: str, stall_s: float, stop: threading.Event, size_bytes: int | None = None
 ) -> Generator[bytes, None, None]:
-    """The content of a URL, in chunks as they arrive. Leaves no process behind.
+    """The content of a URL, in chunks as they arrive. No process is left running.
 
-    Raises TryFailed where it stalls or ends badly or a server's page comes instead, and UserError where another try
-    would do no better.
+    Raises TryFailed if the download stalls, fails or delivers a web page instead, and UserError if a retry would be
+    useless.
     """
     received = 0
     with tempfile.NamedTemporaryFile(prefix="bfsys-") as errors:
@@ -175,13 +175,13 @@ def stream(
                 _end_tree(process)
             file.close()
         complaint = _last_line(errors)
-        if status != 0 or (received == 0 and complaint):  # a pipeline's status is that of its last command
+        if status != 0 or (received == 0 and complaint):  # the status is only that of a pipeline's last command
             of = "" if size_bytes is None else f" of {size_bytes:,}"
             raise _failure(url, status, complaint, f"{received:,}{of}")
 
 
 def _failure(url: str, status: int, complaint: str, received: str) -> Exception:
-    """The meaning of a command's exit status and error output, given how many bytes it delivered."""
+    """The error for a command's exit status and error output; `received` is the number of bytes it delivered."""
     why = f"exit status {status}" + (f": {complaint}" if complaint else "")
     if status in CANNOT_RUN:
         return UserError(f"{hide(url)}: the command cannot be run ({why}); install it, or correct the command")

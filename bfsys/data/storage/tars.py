@@ -33,17 +33,17 @@ SAMPLE = np.dtype(
         ("key_end", "<u8"),  # key i is keys[key_end[i - 1] : key_end[i]]
     ]
 )
-BLOCK_BYTES = 512  # tar's unit: headers are one block, payloads are filled up to whole blocks
-RECORD_BYTES = 20 * BLOCK_BYTES  # tar files are filled up to whole records, after two empty blocks
+BLOCK_BYTES = 512  # tar's unit: a header is one block, payloads are padded to whole blocks
+RECORD_BYTES = 20 * BLOCK_BYTES  # a tar ends with two empty blocks and is padded to whole records
 CLASS_NUMBER = re.compile(rb"\s*(?:0|[1-9][0-9]{0,8})\s*")
 NOT_PAYLOAD = ("cls", "json")
-# tarfile's own functions that read names and numbers.
+# tarfile's private functions that read names and numbers.
 _nts, _nti = tarfile.nts, tarfile.nti  # type: ignore[attr-defined]  # not in typeshed
-# Members that are not files: folders, also in GNU tar's form for backups, and the label of an archive.
+# Members that are not files: folders, GNU tar's folders for backups, and the label of an archive.
 NOT_FILES = (tarfile.DIRTYPE, b"D", b"V")
 MULTIVOLUME = b"M"
 GNU_MAGIC = b"ustar  \0"
-CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f]")  # a sample's key stands in lists, a line for each
+CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f]")  # not allowed in keys, which are listed one per line
 UNREADABLE = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a symbolic link",
@@ -52,7 +52,7 @@ UNREADABLE = {
     tarfile.FIFOTYPE: "a pipe",
     MULTIVOLUME: "the rest of a file that begins on another volume",
 }
-# First bytes: the format, the command that decompresses a file, and the suffixes that the command takes.
+# By first bytes: the format, the command that decompresses a file, and the suffixes that the command accepts.
 COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip", (".gz", ".tgz")),
     b"BZh": ("bzip2", "bunzip2", (".bz2", ".tbz2", ".tbz")),
@@ -68,7 +68,7 @@ class Shard:
     samples: int
     bytes: int  # size of the tar
     sha256: str  # hash of the tar
-    index_xxh3: str = ""  # hash of the shard's rows in the dataset's index, once it is part of one
+    index_xxh3: str = ""  # hash of the shard's rows in the dataset's index; empty before the index is written
 
 
 class Member(NamedTuple):
@@ -81,7 +81,7 @@ class Member(NamedTuple):
 
 
 class TarIndex(NamedTuple):
-    """The index of one shard. Shard numbers are 0 and key ends count from 0 until shards are joined."""
+    """The index of one shard. Until shards are joined, shard numbers are 0 and key ends start from 0."""
 
     shard: Shard
     samples: np.ndarray  # SAMPLE [samples]
@@ -131,22 +131,21 @@ def _header(name: str, size_bytes: int) -> bytes:
 
 
 def read_shard(path: Path) -> TarIndex:
-    """Read a WebDataset tar, whoever wrote it, and index it. UserError where it is damaged or not one."""
+    """Read and index a WebDataset tar of any origin. Raises UserError if it is damaged or not such a tar."""
     try:
         with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             sha256 = hashlib.sha256(content).hexdigest()
             return _index_samples(path, content, sha256)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); fetch or pack this shard again") from error
-    # ValueError: an empty file cannot be mapped. Headers that are crafted lead tarfile to the others.
+    # ValueError: an empty file cannot be mapped. Malicious headers make tarfile raise the other errors.
     except (ValueError, OverflowError, RecursionError, MemoryError, tarfile.TarError) as error:
         remedy = how_to_decompress(path) or f"cannot be read as a tar ({error}); fetch or pack this shard again"
         raise UserError(f"{path}: {remedy}") from error
 
 
 def how_to_decompress(path: Path) -> str:
-    """A message for a compressed archive, recognised by its first bytes, that says how to decompress it; empty for
-    other files.
+    """A message on how to decompress a compressed archive, recognised by its first bytes; empty for other files.
 
     Raises OSError if the file cannot be read.
     """
@@ -197,9 +196,9 @@ def _index_samples(path: Path, content: mmap.mmap, sha256: str) -> TarIndex:
 def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, dict[str, tarfile.TarInfo]], dict[str, bytes]]:
     """The payloads of a tar by key and extension, and its class numbers by key.
 
-    A file whose bytes do not lie in the tar in one piece is refused, and so is a name that comes twice: tar takes the
-    last one, and other readers take the first. `tarfile` takes a broken header in mid-file for the end of the archive,
-    without a word. So what follows the last member must be the end mark: zeros, at least one block of them.
+    A file whose bytes are not contiguous in the tar is refused. So is a duplicate name, of which tar uses the last
+    member and other readers the first. `tarfile` silently treats a damaged header as the end of the archive. So the
+    last member must be followed by the end mark, which is at least one block of zeros.
     """
     payloads: dict[str, dict[str, tarfile.TarInfo]] = {}
     labels: dict[str, bytes] = {}
@@ -221,7 +220,7 @@ def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, dict[str, tarfil
             if wrong:
                 problems.append(f"{path}: member {info.name!r} {wrong}")
                 if not info.offset_data <= end <= len(content):
-                    break  # the rest cannot be found
+                    break  # later members cannot be found
             elif member[1] == "cls":
                 labels[key] = content[info.offset_data : info.offset_data + info.size]
             elif key and member[1] not in NOT_PAYLOAD:
@@ -239,21 +238,21 @@ def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, dict[str, tarfil
 def _normal_name(info: tarfile.TarInfo, header: bytes) -> str:
     """A member's name as tar extracts it: without leading slashes, empty parts and dots."""
     name = info.name
-    if header.startswith(GNU_MAGIC, 257):  # times lie here; tarfile takes them for the beginning of the name
+    if header.startswith(GNU_MAGIC, 257):  # this field holds times, which tarfile would prepend to the name
         name = name.removeprefix(_nts(header[345:500], "utf-8", "surrogateescape") + "/")
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:
-    """WebDataset: a key ends at the first dot of the name's last part. Both are empty where there is no such dot."""
+    """Split a name as WebDataset does: the key ends at the first dot of the last part. Both are empty without a dot."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return (folder + slash + stem, extension) if stem and dot else ("", "")
 
 
 def _why_unreadable(info: tarfile.TarInfo, header: bytes, bytes_left: int) -> str:
-    """The reason why the `info.size` bytes at `info.offset_data` are not a file's content; empty if they are. The tar
-    has `bytes_left` bytes from there."""
+    """The reason why the `info.size` bytes at `info.offset_data` are not a file's content; empty if they are.
+    `bytes_left` is the number of bytes of the tar from there."""
     kind = UNREADABLE.get(info.type, "" if info.isreg() else f"of the unknown type {info.type!r}")
     if info.issparse() or any(name.startswith(("GNU.sparse.", "SCHILY.realsize")) for name in info.pax_headers):
         kind = "a sparse file, whose holes are not stored"
@@ -277,7 +276,7 @@ def _why_unreadable(info: tarfile.TarInfo, header: bytes, bytes_left: int) -> st
 
 
 def join_shards(shards: Iterable[TarIndex]) -> tuple[np.ndarray, bytes]:
-    """The samples and keys of several shards as those of one dataset."""
+    """The samples and keys of several shards, joined into one index."""
     samples, keys = [], bytearray()
     for number, index in enumerate(shards):
         rows = index.samples.copy()

@@ -22,7 +22,7 @@ from bfsys.data.media.encodings import ENCODINGS, Encoding, parse_encoding, resa
 from bfsys.data.media.modalities import MODALITIES, Clip, decode_audio, decode_image
 from bfsys.errors import UserError
 
-# The released code's, of picture and sound
+# Values of the released code, for pictures and sounds
 CROP_SCALE = (0.08, 1.0)  # range of the share of the picture's area
 CROP_RATIO = (3 / 4, 4 / 3)  # width : height
 FLIP_SHARE = 0.5
@@ -31,10 +31,10 @@ ERASED_SHARE = 0.25  # share of the pictures
 ROLL_S = 0.1
 BACKGROUND_GAIN = 10 ** (-50 / 20)  # -50 dB
 
-RECORDINGS_KEPT = 10  # in memory, per process; a minute at 16 kHz is 4 MB
+RECORDINGS_KEPT = 10  # recordings in memory per process; a minute at 16 kHz is 4 MB
 RECORDING_S = 1200.0  # only the beginning of a longer recording is used
 
-# Speeds are whole hundredths, since resampling by a ratio of large numbers needs gigabytes
+# Speeds are multiples of 1 / SPEED_STEPS, since resampling by a ratio of large numbers needs gigabytes
 SPEED_STEPS = 100
 SLOWEST, FASTEST = 0.5, 2.0
 
@@ -43,19 +43,19 @@ class Augmentation:
     """The augmentation of a source's training files. Can be pickled and forked."""
 
     def __init__(self, options: Augment) -> None:
-        """Raises UserError for what cannot be made."""
+        """Raises UserError for options that are not possible."""
         encoding = parse_encoding(options.encoding)
         _check(encoding, options)
         self.encoding, self._options = encoding, options
         self.mixes = encoding.modality == "audio" and options.mixup
-        """A second file is wanted."""
+        """Whether a second file is needed."""
         self._transform_picture = _picture_transforms(options.image_size) if encoding.modality == "image" else None
         background = options.background
         self._recordings = _Recordings(Path(background), options.sample_rate_hz) if background else None
         self.background = self._recordings.fingerprint if self._recordings else None
         """A fingerprint of a folder of recordings, independent of its path."""
         self.least_bytes = self._encoded_bytes()
-        """Length of a file without content: that of every file, unless the encoding `compresses`."""
+        """Length of an encoded black picture or silence; that of every file, unless the encoding `compresses`."""
         self.compresses = encoding.compresses
 
     def __call__(self, data: bytes, rng: np.random.Generator, second: bytes | None = None) -> tuple[bytes, float]:
@@ -68,29 +68,29 @@ class Augmentation:
             return self.encoding.file_of(_picture(data, self._transform_picture, rng)), 0.0
         clip, share = self._clip(data, rng), 0.0
         if second is not None:
-            # As published: uniform, and in the wave, before it is encoded
+            # As published, the share is uniform, and waves are mixed before they are encoded
             other, share = self._clip(second, rng), rng.random()
             clip = Clip((1 - share) * clip.wave + share * other.wave, clip.rate_hz)
         return self.encoding.file_of(clip), share
 
     def _encoded_bytes(self) -> int:
-        """The length of an encoded black picture or silence. It also shows at the start what the encoder cannot do."""
+        """The length of an encoded black picture or silence. It also tests the encoder when a run starts."""
         options = self._options
         try:
             if self._transform_picture:
                 return len(self.encoding.file_of(np.zeros((options.image_size, options.image_size, 3), np.uint8)))
             silence = np.zeros(round(options.seconds * options.sample_rate_hz), np.float32)
             return len(self.encoding.file_of(Clip(silence, options.sample_rate_hz)))
-        except Exception as error:  # encoders raise anything
+        except Exception as error:  # encoders raise any exception
             raise UserError(f"augmentation with encoding {self.encoding.text!r} cannot be made: {error}") from None
 
     def fails_on(self, data: bytes) -> bool:
-        """Whether the file is the cause if it cannot be augmented."""
+        """Whether this file cannot be augmented even without a second file."""
         try:
             self(data, np.random.default_rng(0))
         except MemoryError:
             raise
-        except Exception:  # decoders raise anything
+        except Exception:  # decoders raise any exception
             return True
         return False
 
@@ -108,7 +108,7 @@ class Augmentation:
 
 
 def _picture(data: bytes, transform: Callable, rng: np.random.Generator) -> np.ndarray:
-    """A picture transformed: uint8 [image_size, image_size, 3]."""
+    """The transformed picture: uint8 [image_size, image_size, 3]."""
     from PIL import Image
 
     pixels = decode_image(data)
@@ -117,7 +117,7 @@ def _picture(data: bytes, transform: Callable, rng: np.random.Generator) -> np.n
 
 
 def _check(encoding: Encoding, options: Augment) -> None:
-    """Raise one UserError for all that cannot be."""
+    """Raise one UserError with all impossible options."""
     problems = []
     if encoding.modality is None:
         problems.append(
@@ -144,7 +144,7 @@ def _check(encoding: Encoding, options: Augment) -> None:
 def change_speed(clip: Clip, factor: float) -> Clip:
     """Play faster (factor > 1) or slower: the clip's length is divided by the factor, its pitch multiplied.
 
-    That is, take it as recorded at `factor` times its rate, and resample to its rate.
+    The clip is treated as recorded at `factor` times its rate, and resampled to its rate.
     """
     steps = round(factor * SPEED_STEPS)
     if steps == SPEED_STEPS:
@@ -163,7 +163,7 @@ def _picture_transforms(size: int) -> Callable:
             f"({error}): pip install -e '.[train]'"
         ) from None
 
-    # On PIL images, not tensors, whose bicubic and bilinear results differ, as the publication's did.
+    # On PIL images, as published; on tensors, bicubic and bilinear results differ.
     return v2.Compose(
         [
             v2.RandomResizedCrop(size, CROP_SCALE, CROP_RATIO, InterpolationMode.BICUBIC),
@@ -178,12 +178,12 @@ def _picture_transforms(size: int) -> Callable:
 
 @contextmanager
 def _seeded_torch(rng: np.random.Generator) -> Iterator[None]:
-    """Seed PyTorch's global generator from ours, and put its state back at the end."""
+    """Seed PyTorch's global generator from `rng`, and restore its state at the end."""
     import torch
 
     seed = int(rng.integers(2**63))
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would also seed the GPUs' generators, and those are not put back
+        # Not torch.manual_seed, which also seeds the GPUs' generators; these are not restored
         torch.default_generator.manual_seed(seed)
         yield
 
@@ -191,15 +191,15 @@ def _seeded_torch(rng: np.random.Generator) -> Iterator[None]:
 class _Recordings:
     """The sounds below a folder, each decoded when it is first drawn; a few stay in memory.
 
-    A file that cannot be decoded is replaced by the one that follows it in sorted order, so that what is drawn
-    depends on the folder and the generator only, never on what is in memory.
+    A file that cannot be decoded is replaced by the next one in sorted order. So a draw depends only on the folder and
+    the generator, not on the recordings in memory.
     """
 
     def __init__(self, folder: Path, rate_hz: int) -> None:
         extensions = {f".{extension}" for extension in MODALITIES["audio"].extensions}
         self._folder, self._rate_hz = folder, rate_hz
         self._files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions and path.is_file())
-        self._waves: OrderedDict[int, np.ndarray] = OrderedDict()  # the latest used last
+        self._waves: OrderedDict[int, np.ndarray] = OrderedDict()  # the most recently used is last
         if not self._files:
             raise UserError(
                 f"augmentation with background {folder}: there is no sound below this folder; "
@@ -209,10 +209,10 @@ class _Recordings:
         self.fingerprint = hashlib.sha256(repr(names_and_sizes).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_waves": OrderedDict()}  # each process decodes what it draws
+        return self.__dict__ | {"_waves": OrderedDict()}  # each process decodes the recordings that it draws
 
     def crop(self, samples: int, rng: np.random.Generator) -> np.ndarray:
-        """float32 [samples] from anywhere in any recording; one that is too short is repeated."""
+        """float32 [samples] from a random place in a random recording; a recording that is too short is repeated."""
         wave = self._wave_from(int(rng.integers(len(self._files))))
         if len(wave) < samples:
             wave = np.resize(wave, samples)
@@ -232,7 +232,7 @@ class _Recordings:
         )
 
     def _wave(self, number: int) -> np.ndarray:
-        """float32 [n]; of no length if the file cannot be decoded."""
+        """float32 [n]; n is 0 if the file cannot be decoded."""
         if number not in self._waves:
             if len(self._waves) >= RECORDINGS_KEPT:
                 self._waves.popitem(last=False)
@@ -243,11 +243,11 @@ class _Recordings:
     def _decode(self, path: Path) -> np.ndarray:
         try:
             data = path.read_bytes()
-        except OSError as error:  # not passed over: another process may be able to read it, and would draw otherwise
+        except OSError as error:  # not skipped: another process may read it, and the draws would differ
             raise UserError(f"augmentation with background {path}: cannot be read: {error.strerror}") from None
         try:
             return resample(decode_audio(data, RECORDING_S), self._rate_hz).wave
         except MemoryError:
             raise
-        except Exception:  # decoders raise anything when they meet a damaged file
+        except Exception:  # decoders raise any exception on a damaged file
             return np.zeros(0, np.float32)

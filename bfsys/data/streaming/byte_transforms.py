@@ -28,11 +28,11 @@ from bfsys.errors import UserError, collecting, did_you_mean
 RELEASED_SEED = 2147483647  # seed of every fixed permutation in the released code
 
 BYTE_VALUES = 256
-LARGEST_NOISE = 255  # beyond, values only come round again
+LARGEST_NOISE = 255  # larger values wrap around
 KEY_NUMBERS_PER_LINE = 16
-LONGEST_KEY_BYTES = 1 << 16  # a key has about 1 kB; /dev/zero has no end
+LONGEST_KEY_BYTES = 1 << 16  # a key has about 1 kB; the limit is for files such as /dev/zero
 
-# Lengths of files whose kept positions stay in memory: at 224 × 224 pixels about a megabyte each
+# Number of file lengths whose kept positions stay in memory: about a megabyte each at 224 × 224 pixels
 MASKS_KEPT = 32
 
 Apply = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -40,20 +40,20 @@ Apply = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 @dataclass(frozen=True)
 class ByteTransform:
-    """A transform as asked for. Two of the same text are equal; a key does not show when one is printed."""
+    """A byte transform. Two transforms of the same text are equal. Its `repr` does not contain the key."""
 
     text: str
     apply: Apply = field(repr=False, compare=False)  # uint8 [n] → a new uint8 [m]
     lengths: Callable[[np.ndarray], np.ndarray] | None = field(default=None, repr=False, compare=False)
-    """int64 [files] → int64 [files]; None: as they were."""
+    """Lengths after the transform, int64 [files] → int64 [files]; None: unchanged."""
     randomised: bool = False
-    """Draws from the generator; otherwise equal bytes become equal bytes."""
+    """Whether it draws from the generator; otherwise equal bytes become equal bytes."""
     key_sha256: str = field(default="", repr=False, compare=False)
     """A fingerprint of the key, which does not reveal it."""
 
     @property
     def keeps_places(self) -> bool:
-        """Each output byte depends only on the input byte at the same position."""
+        """Whether each output byte depends only on the input byte at the same position."""
         return self.text.partition(":")[0] in ("head", "truncate", "noise", "permute", "flip")
 
     @property
@@ -63,12 +63,12 @@ class ByteTransform:
 
 
 def apply(transforms: Sequence[ByteTransform], data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The transforms one after the other, as listed.
+    """Apply the transforms in the order of the list.
 
     data   uint8 [n], which is not changed
-    rng    what random_shuffle and noise draw from; the others leave it alone
+    rng    generator for the `randomised` transforms; the others do not use it
 
-    Returns a new, contiguous uint8 [m], with m as `lengths_after` says.
+    Returns a new, contiguous uint8 [m]; `lengths_after` gives m.
     """
     assert (data.dtype, data.ndim) == (np.uint8, 1)
     result = data if transforms else data.copy()
@@ -78,7 +78,7 @@ def apply(transforms: Sequence[ByteTransform], data: np.ndarray, rng: np.random.
 
 
 def lengths_after(transforms: Sequence[ByteTransform], lengths: np.ndarray) -> np.ndarray:
-    """int64 [files]: how long files of these lengths (int64 [files], in bytes) are after the transforms."""
+    """int64 [files]: the lengths in bytes after the transforms, of files of these lengths (int64 [files])."""
     lengths = lengths.astype(np.int64)
     for transform in transforms:
         if transform.lengths:
@@ -91,9 +91,9 @@ def _reverse(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _random_shuffle(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw another order for every file and epoch, so that the model has the byte counts only."""
+    """Draw another order for every file and epoch, so that only the byte counts are left."""
     result = data.copy()
-    rng.shuffle(result)  # rng.permutation refuses an empty array that is read-only
+    rng.shuffle(result)  # rng.permutation raises on an empty read-only array
     return result
 
 
@@ -102,11 +102,11 @@ def _cyclic_half_length(data: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 
 def _stride(step: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """data[0::step], data[1::step], … one after the other."""
+    """data[0::step], data[1::step], … concatenated."""
     step = max(1, min(step, len(data)))
     rows, rest = divmod(len(data), step)
     grid = data[: rows * step].reshape(rows, step)
-    # The first `rest` columns are one longer. Two transposes are quicker than `step` slices.
+    # The first `rest` columns are one longer. Two transposes are faster than `step` slices.
     longer = np.vstack([grid[:, :rest], data[rows * step :]])
     return np.concatenate([longer.T.ravel(), grid[:, rest:].T.ravel()])
 
@@ -114,9 +114,8 @@ def _stride(step: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray
 def _window_shuffle(window: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One permutation for every full window; the bytes after the last full one stay.
 
-    The released code draws a new permutation for every batch. No two batches then agree on the order
-    within a window, and evaluation agrees with none: noise that cannot be learned. What is meant, and done
-    here, is one fixed permutation per window size.
+    The released code draws a new permutation for every batch, also in evaluation. The order within a window is then
+    noise that cannot be learned. This code uses what is probably meant: a fixed permutation per window size.
     """
     result = data.copy()
     full = len(data) // window * window
@@ -130,7 +129,7 @@ def _keep(fraction: float, data: np.ndarray, rng: np.random.Generator) -> np.nda
 
 
 def _kept_lengths(fraction: float, lengths: np.ndarray) -> np.ndarray:
-    """int(fraction · length), as published, but never nothing of something."""
+    """int(fraction · length), as published, but at least 1 unless the length is 0."""
     return np.minimum(lengths, np.maximum(1, (fraction * lengths).astype(np.int64)))
 
 
@@ -144,7 +143,7 @@ def _permute(key: np.ndarray, data: np.ndarray, rng: np.random.Generator) -> np.
 
 
 def _flip(share: float, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each byte becomes some other value with this probability."""
+    """Change each byte to another value with this probability."""
     hit = np.flatnonzero(rng.random(len(data)) < share)
     result = data.copy()
     result[hit] += rng.integers(1, BYTE_VALUES, len(hit), dtype=np.uint8)
@@ -172,8 +171,8 @@ def _lengths_after_skip(count: int, lengths: np.ndarray) -> np.ndarray:
 
 
 def _fixed_permutation(n: int) -> np.ndarray:
-    """int64 [n]: a permutation of 0 … n - 1, the same for ever."""
-    import torch  # slow to import, and only its numbers are the published ones
+    """int64 [n]: a permutation of 0 … n - 1. It is always the same."""
+    import torch  # slow to import; its generator gives the published permutations
 
     return torch.randperm(n, generator=torch.Generator().manual_seed(RELEASED_SEED)).numpy()
 
@@ -185,8 +184,8 @@ _window_order = functools.lru_cache(maxsize=4)(_fixed_permutation)
 def _kept_positions(fraction: float, length: int) -> np.ndarray:
     """int64 [kept], ascending: the same positions in every file of this length.
 
-    The released code takes the positions of a batch from its first file and fails if another is longer or
-    shorter. One set per length equals it where it works.
+    The released code takes the positions of a batch from its first file, and fails if another file has another length.
+    If all lengths are equal, the result is the same.
     """
     kept = int(_kept_lengths(fraction, np.array(length)))
     return np.sort(_fixed_permutation(length)[:kept])
@@ -241,7 +240,7 @@ def _permute_option(option: str) -> dict:
 
 
 def _integer(text: str) -> int:
-    if not re.fullmatch(r"-?[0-9]{1,15}", text):  # int() also takes 1_000 and blanks
+    if not re.fullmatch(r"-?[0-9]{1,15}", text):  # int() also accepts 1_000 and whitespace
         raise ValueError
     return int(text)
 
@@ -249,7 +248,7 @@ def _integer(text: str) -> int:
 @dataclass(frozen=True)
 class Row:
     spelling: str
-    parse: Callable[[str], dict]  # from the text after the colon; ValueError: not as the spelling says
+    parse: Callable[[str], dict]  # of the text after the colon; ValueError: wrong syntax
 
 
 TRANSFORMS = {
@@ -278,9 +277,9 @@ TRANSFORMS = {
 
 
 def parse_transform(text: str) -> ByteTransform:
-    """The transform that `reverse`, `stride:1024`, `keep:0.1`, `noise:-5:5`, `permute`, … asks for.
+    """Parse a transform such as `reverse`, `stride:1024`, `keep:0.1`, `noise:-5:5` or `permute`.
 
-    `permute:FILE` reads the key file now. Raises UserError for a wrong spelling or a wrong file.
+    `permute:FILE` reads the key file now. Raises UserError for wrong syntax or a wrong file.
     """
     name, colon, option = text.partition(":")
     if name not in TRANSFORMS:
@@ -299,7 +298,7 @@ def parse_transform(text: str) -> ByteTransform:
 
 
 def parse_transforms(texts: Sequence[str]) -> tuple[ByteTransform, ...]:
-    """Each as `parse_transform` reads it; one UserError holds all problems."""
+    """Parse several transforms with `parse_transform`. Raises one UserError with all problems."""
     problems: list[str] = []
     transforms = []
     for text in texts:
@@ -324,7 +323,8 @@ def _name(text: str) -> str:
 
 
 def read_key(path: Path) -> np.ndarray:
-    """uint8 [256]: byte value → the value put in its place. A UserError says what is wrong, but not the key."""
+    """uint8 [256]: byte value → its replacement. Raises UserError for a wrong file; the message does not contain the
+    key."""
     try:
         with open(path, "rb") as file:
             words = file.read(LONGEST_KEY_BYTES).decode("ascii").split()
@@ -337,14 +337,14 @@ def read_key(path: Path) -> np.ndarray:
         raise UserError(f"key file {path} holds something other than numbers; {wanted}")
     if len(words) != BYTE_VALUES:
         raise UserError(f"key file {path} has {len(words)} numbers; {wanted}")
-    # Lengths first: int() refuses words of thousands of digits
+    # Lengths first, since int() raises on words of thousands of digits
     if any(len(word) > 9 for word in words) or sorted(map(int, words)) != list(range(BYTE_VALUES)):
         raise UserError(f"key file {path} has a number twice or above {BYTE_VALUES - 1}; {wanted}")
     return np.array(words, dtype=np.int64).astype(np.uint8)
 
 
 def write_key(path: Path) -> None:
-    """Make a key file that nobody can foresee, readable by its owner only. Raises UserError if there is a file."""
+    """Write a random key file that only its owner can read. Raises UserError if the file exists."""
     key = list(range(BYTE_VALUES))
     secrets.SystemRandom().shuffle(key)
     lines = (key[i : i + KEY_NUMBERS_PER_LINE] for i in range(0, BYTE_VALUES, KEY_NUMBERS_PER_LINE))

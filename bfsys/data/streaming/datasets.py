@@ -28,7 +28,7 @@ from bfsys.errors import UserError, collecting
 
 # The content of dataset.json by the location of a remote dataset.
 Descriptions = Mapping[str, dict]
-# Files of an augmented source that a dry run looks into.
+# Files of an augmented source whose peculiarities are noted.
 LOOKED_INTO = 200
 
 
@@ -36,8 +36,8 @@ LOOKED_INTO = 200
 class Sources:
     """One split of each dataset.
 
-    A source that lacks the split (an evaluation split, say) is left out: `numbers` are positions in the config,
-    and `names` the same for every split. `label_maps` give the number in `classes` of each of a dataset's labels.
+    A source without the split (for example, an evaluation split) is left out. `numbers` are the positions of the
+    sources in the config. `names` do not depend on the split. `label_maps[source][label]` is the position in `classes`.
     """
 
     classes: tuple[str, ...]
@@ -45,18 +45,18 @@ class Sources:
     numbers: tuple[int, ...]
     names: tuple[str, ...]
     label_maps: tuple[np.ndarray, ...]
-    origins: tuple[str, ...]  # names for the quarantine: a dataset of its own for evaluation has one of its own
+    origins: tuple[str, ...]  # names for the quarantine; a separate evaluation dataset has a separate name
     transforms: tuple[ByteTransform, ...] = ()
     augmentations: tuple[Augmentation | None, ...] = ()
     jitters: tuple[Jitter | None, ...] = ()
 
     @property
     def sizes(self) -> dict[tuple[str, str], int]:
-        """Samples by (split, source), as `Quarantine.share` wants them."""
+        """Number of samples by (split, source), for `Quarantine.share`."""
         return {(split.split, origin): len(split) for origin, split in zip(self.origins, self.splits, strict=True)}
 
     def key_of(self, source: int, sample: int) -> str:
-        """A name of the sample for people: its source and its key there."""
+        """A readable name of the sample: its source and its key."""
         return f"{self.names[source]}/{self.splits[source].key(sample)}"
 
 
@@ -66,7 +66,7 @@ def make_cache(config: Config) -> Cache:
 
 
 def open_training(config: Config, descriptions: Descriptions | None = None) -> Sources:
-    """The training split of every source, and the union of their classes: the rows of the head.
+    """The training split of every source, and the union of their classes, which are the rows of the head.
 
     Raises UserError with all problems.
     """
@@ -78,19 +78,19 @@ def open_training(config: Config, descriptions: Descriptions | None = None) -> S
 def open_evaluation(
     config: Config, split: str, classes: Sequence[str], descriptions: Descriptions | None = None
 ) -> Sources:
-    """A split of the sources that have it, which may be none. Raises UserError with all problems."""
+    """A split of the sources that have it; possibly of no source. Raises UserError with all problems."""
     datasets = _open_datasets(config, _evaluated(config), descriptions or {})
     return _open_sources(config, datasets, split, classes, training=False)
 
 
 def no_such_split(config: Config, split: str) -> UserError:
-    """The error for a split that no source has. It names the splits that there are."""
+    """The error for a split that no source has. It names the existing splits."""
     there = ", ".join(evaluable_splits(config, {}))
     return UserError(f"--split: no source of the run has a split {split!r}; there are: {there}")
 
 
 def evaluable_splits(config: Config, descriptions: Descriptions) -> list[str]:
-    """The names of the splits that a source's evaluation data has."""
+    """The names of all splits in the sources' evaluation data."""
     datasets = _open_datasets(config, _evaluated(config), descriptions)
     return sorted({name for dataset in datasets for name in dataset.splits})
 
@@ -181,7 +181,7 @@ def _spellings(datasets: Sequence[Dataset]) -> dict[str, Spelling]:
 
 
 def source_names(config: Config) -> list[str]:
-    """A short name for each source: its folder's, with the source's number where two are alike."""
+    """A short name for each source: the name of its folder, with the source's number if two are equal."""
     names = [_folder_name(source.path) for source in config.data.sources]
     unique = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
     return unique if len(set(unique)) == len(unique) else [f"{name}_{i}" for i, name in enumerate(names)]
@@ -189,7 +189,7 @@ def source_names(config: Config) -> list[str]:
 
 def _folder_name(location: str) -> str:
     if location.startswith(PIPE):
-        name = re.search(r"([\w.+-]+)/\{file\}", location)  # and not the command around it, which may hold a secret
+        name = re.search(r"([\w.+-]+)/\{file\}", location)  # without the command around it, which may contain a secret
         return name[1] if name else "pipe"
     return Path(location.partition("?")[0]).name if is_remote(location) else Path(location).resolve().name
 
@@ -220,8 +220,8 @@ def check_transforms(transforms: Sequence[ByteTransform], manifest: dict) -> Non
 
 
 def content_facts(config: Config, sources: Sources) -> dict:
-    """The settings that change the bytes of the files that the plan names: equal facts mean equal bytes. Empty if files
-    go in unchanged."""
+    """The settings that change the bytes of files between the dataset and the model. Equal facts mean equal bytes.
+    Empty if files are not changed."""
     facts: dict = {}
     if sources.transforms:
         facts["byte_transforms"] = [transform.identity for transform in sources.transforms]
@@ -241,7 +241,7 @@ def make_plan(config: Config, sources: Sources) -> Plan:
     """The data order; raises UserError if its micro-batches would exceed the byte budget."""
     data = config.data
     weights = [data.sources[n].weight for n in sources.numbers]
-    # An augmented file's length is known where the encoding does not compress.
+    # The length of an augmented file is known if the encoding does not compress.
     means = [
         augmentation.least_bytes if augmentation and not augmentation.compresses else split.bytes // max(1, len(split))
         for split, augmentation in zip(sources.splits, sources.augmentations, strict=True)
@@ -266,7 +266,7 @@ def make_plan(config: Config, sources: Sources) -> Plan:
 
 
 def index_problems(sources: Sources, share: int, of: int) -> list[str]:
-    """Problems of the index of part `share` of the shards of each source: see `Split.damaged_index`."""
+    """Problems of the index, for part `share` of `of` parts of each source's shards: see `Split.damaged_index`."""
     return [problem for split in sources.splits for problem in split.damaged_index(range(share, len(split.shards), of))]
 
 
@@ -275,7 +275,7 @@ def any_remote(sources: Sources) -> bool:
 
 
 def long_files(config: Config, sources: Sources) -> list[str]:
-    """A note for each source with files of more tokens than the model has positions; see model/stem.py."""
+    """A note for each source with files that have more tokens than the model has positions; see model/stem.py."""
     architecture, notes = config.model.architecture(), []
     for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
         longest = int(lengths_after(sources.transforms, np.array([split.length_quantiles["max"]]))[0])
@@ -292,7 +292,7 @@ def long_files(config: Config, sources: Sources) -> list[str]:
 
 
 def notes_on_data(sources: Sources) -> list[str]:
-    """Notes on the training data: classes that cannot be learned, and files that are not read in full."""
+    """Notes on the training data: classes that cannot be learned, and files of which decoding drops content."""
     counts = dict.fromkeys(sources.classes, 0)
     for split in sources.splits:
         for name, count in split.dataset.description["splits"][split.split]["class_counts"].items():
@@ -301,7 +301,7 @@ def notes_on_data(sources: Sources) -> list[str]:
     for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
         where = split.dataset.location
         notes += [f"{where}: {note}" for note in split.dataset.description.get("notes", [])]
-        if augmentation and split.dataset.cache is None:  # a remote shard is not fetched for a note
+        if augmentation and split.dataset.cache is None:  # remote shards are not fetched for notes
             modality = augmentation.encoding.modality
             found = Counter(name for data in _first_files(split) for name in peculiarities_of(data, modality))
             looked = min(len(split), LOOKED_INTO)
@@ -312,7 +312,7 @@ def notes_on_data(sources: Sources) -> list[str]:
 
 
 def _first_files(split: Split) -> Iterator[bytes]:
-    """The content of the first files of a split on this machine; training names a shard that cannot be read."""
+    """The content of the first files of a local split. Unreadable shards are skipped; training reports them."""
     rows = split.samples[:LOOKED_INTO]
     for number in np.unique(rows["shard"]).tolist():
         with suppress(OSError), open(split.open_shard(number), "rb") as file:

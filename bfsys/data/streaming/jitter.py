@@ -36,10 +36,10 @@ class Jitter:
 
     options: config.Jitter
     least_bytes: int
-    """A file that would become shorter goes in as it is."""
+    """A file is not changed if it would become shorter than this."""
 
     def __call__(self, data: bytes, rng: np.random.Generator) -> bytes:
-        """The bytes of the changed file, or the same bytes."""
+        """The bytes of the changed file, or `data` if it is not changed."""
         kind = kind_of(np.frombuffer(data, np.uint8))
         if kind is None or rng.random() >= self.options.share:
             return data
@@ -47,11 +47,11 @@ class Jitter:
             if kind.modality == "image":
                 changed = change_picture(data, lambda image: self._picture(image, rng))
             else:
-                seed = int(rng.integers(2**63))  # for each channel the same
+                seed = int(rng.integers(2**63))  # the same for each channel
                 changed = change_sound(data, lambda clip: self._sound(clip, np.random.default_rng(seed)))
         except MemoryError:
             raise
-        except Exception:  # decoders raise anything; the model takes bytes, whether or not they can be decoded
+        except Exception:  # decoders raise any exception; the model also reads files that cannot be decoded
             return data
         return changed if len(changed) >= self.least_bytes else data
 
@@ -64,13 +64,13 @@ class Jitter:
         moved = np.rint(rng.uniform(-options.shift, options.shift, 2) * image.size)
         mirrored = -1 if options.mirror and rng.random() < 0.5 else 1
         turned = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        # From a place in the changed picture to one in the stored picture, around the middle
+        # Maps positions in the changed picture to positions in the stored picture, around the middle
         matrix = turned @ np.diag(1 / scale) @ np.diag([mirrored, 1])
         middle = np.array(image.size) / 2
         offset = middle - matrix @ (middle + moved)
         coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
         by = Image.Resampling.BICUBIC if image.format == "JPEG" else Image.Resampling.NEAREST
-        # What comes in from outside has the colour of the first pixel
+        # Areas outside the stored picture get the colour of its first pixel
         corner = image.getpixel((0, 0))
         return image.transform(image.size, Image.Transform.AFFINE, coefficients, by, fillcolor=corner)
 

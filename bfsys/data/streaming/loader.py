@@ -44,16 +44,16 @@ from bfsys.errors import UserError
 
 T = TypeVar("T")
 
-# Requests that each worker may be ahead.
+# Requests that each worker reads in advance.
 PREFETCH = 3
-# A request is one micro-batch, or several small ones that have about this many bytes together: what a request costs
-# beside the reading (0.4 ms of both processes) is then divided among them.
+# A request is one micro-batch, or several small ones of about this many bytes together. They then share the overhead of
+# a request (0.4 ms in the two processes).
 REQUEST_BYTES = 4 << 20
-# Samples that are announced to the system (posix_fadvise) before they are read, while they come from a disk. A call
-# costs 1 us, a third of reading a sample from memory, so it ends so many micro-batches after the last slow one.
+# Samples that are announced to the system (posix_fadvise) before they are read, if they come from a disk. A call costs
+# 1 us, a third of reading a sample from memory, so it stops ANNOUNCED_AFTER_SLOW micro-batches after the last slow one.
 READ_AHEAD_SAMPLES = 256
 ANNOUNCED_AFTER_SLOW = 64
-# A slot holds this many times a request's mean; what is beyond it is pickled. Memory is taken as it is touched.
+# Size of a slot relative to the mean of a request; data beyond it is pickled. Only touched memory is allocated.
 SLOT_OVER_MEAN = 4
 # Reports of worker processes: their process id, and the (source, sample) that they are decoding.
 _POSITION = np.dtype([("process", "<i8"), ("position", "<i8", 2)])
@@ -71,8 +71,8 @@ def training_batches(
 ) -> Generator[ByteBatch, None, None]:
     """The rank's micro-batches from `first_step` to the end of the run, lane by lane within a step.
 
-    Its lanes of a step make so many `micro_batches`; by default, each lane makes one. `quarantine` records samples
-    that could not be read.
+    The rank's lanes are grouped into `micro_batches` per step; by default, each lane is one. `quarantine` records
+    samples that could not be read.
     """
     quarantine = quarantine if quarantine is not None else Quarantine()
     bad_from = [quarantine.bad_from(s.split, name) for s, name in zip(sources.splits, sources.origins, strict=True)]
@@ -95,7 +95,7 @@ def training_batches(
             if fetched.slow:
                 requests.to_announce = ANNOUNCED_AFTER_SLOW
             batch = _byte_batch(fetched, pinned)
-            del fetched  # a slot is in use as long as something refers to it
+            del fetched  # a slot is in use as long as an array refers to it
             yield batch
             del batch
     finally:
@@ -107,9 +107,9 @@ def training_batches(
 def evaluation_rounds(
     config: Config, sources: Sources, ranks: Ranks, quarantine: Quarantine, step: int
 ) -> Iterator[tuple[ByteBatch, bool]]:
-    """Every sample once over all ranks, in equally many rounds on each, but for those that cannot be read.
+    """Every readable sample once over all ranks. All ranks have the same number of rounds.
 
-    Yields (batch, counts). Where batches run out, or nothing of one can be read, a rank gets some batch with counts
+    Yields (batch, counts). A rank without a further batch, or with an unreadable one, gets a dummy batch with counts
     False, since the forward passes of ZeRO-3 are collective.
     """
     least_bytes = config.model.architecture().rounding_bytes
@@ -131,12 +131,12 @@ def evaluation_rounds(
 
 
 class _Requests:
-    """The rank's micro-batches. What will be read soon is announced to the system or the prefetcher."""
+    """The rank's micro-batches. They are announced to the system or the prefetcher before they are read."""
 
     def __init__(
         self, plan: Plan, groups: list[range], steps: range, reader: ShardReader, prefetcher: Prefetcher | None
     ) -> None:
-        """`groups` of lanes: each makes a micro-batch of every step."""
+        """Each of the `groups` of lanes is a micro-batch of every step."""
         self.plan, self.groups, self.steps = plan, groups, steps
         self.reader, self.prefetcher = reader, prefetcher
         self.to_announce = ANNOUNCED_AFTER_SLOW
@@ -148,7 +148,7 @@ class _Requests:
         return (self.plan.micro_batch_of(step, lanes) for step in self.steps for lanes in self.groups)
 
     def _read_ahead(self) -> Iterator[MicroBatch]:
-        """Announces a micro-batch some READ_AHEAD_SAMPLES before it is asked for."""
+        """Announces a micro-batch about READ_AHEAD_SAMPLES samples before it is yielded."""
         ahead: deque[MicroBatch] = deque()
         samples_ahead = 0
         for wanted in self._planned():
@@ -163,10 +163,10 @@ class _Requests:
         yield from ahead
 
     def _fetched_ahead(self, prefetcher: Prefetcher) -> Iterator[MicroBatch]:
-        """Has the shards of a lane's block fetched, and then those of the next one: see `Plan.shards_ahead`."""
+        """Prefetches the shards of each lane's current block, then those of its next one: see `Plan.shards_ahead`."""
         lanes = itertools.chain(*self.groups)
         announced = {lane: self.plan.shards_ahead(self.steps.start, lane) for lane in lanes}
-        for of_each_lane in itertools.zip_longest(*announced.values()):  # all lanes begin at once
+        for of_each_lane in itertools.zip_longest(*announced.values()):  # interleaved, since all lanes begin at once
             self._want(prefetcher, (shard for shard in of_each_lane if shard))
         for wanted, group in zip(self._planned(), itertools.cycle(self.groups), strict=False):
             for lane in group:
@@ -186,10 +186,10 @@ def _read_by_workers(
 ) -> Iterator[RawBatch]:
     """Micro-batches in their order, read by worker processes."""
     per_request = max(1, int(REQUEST_BYTES / mean_bytes)) if reader.is_plain else 1
-    # Two more than are under way: the consumer may have one and come for the next.
+    # Two more than the requests under way, since the consumer may hold one and take the next.
     ring = Ring(workers * PREFETCH + 2, int(SLOT_OVER_MEAN * per_request * mean_bytes))
     positions = np.frombuffer(mmap.mmap(-1, workers * _POSITION.itemsize), _POSITION)
-    # RunData.notes says it in the terms of the config.
+    # RunData.notes gives this warning in terms of the config.
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     loader = DataLoader(
         _Reads(reader, ring),
@@ -219,7 +219,7 @@ def _read_by_workers(
 
 
 class _WithSlots(Sampler[tuple[int | None, list[MicroBatch]]]):
-    """Requests to the workers: micro-batches, and the slot for them; None if all are in use."""
+    """Requests to the workers: the slot, or None if all are in use, and the micro-batches."""
 
     def __init__(self, requests: _Requests, per_request: int, ring: Ring) -> None:
         self.requests, self.per_request, self.ring = requests, per_request, ring
@@ -240,7 +240,7 @@ class _Reads(Dataset):
         slot, batches = request
         try:
             return slot, list(self._read(slot, batches))
-        except UserError as error:  # raised in a worker process, it would arrive wrapped in a traceback
+        except UserError as error:  # raised in a worker, it would arrive as a traceback
             return error
 
     def _read(self, slot: int | None, batches: list[MicroBatch]) -> Iterator[RawBatch]:
@@ -262,7 +262,7 @@ class _Reads(Dataset):
 
 
 def _naming_files(answers: Iterable, reader: ShardReader, positions: np.ndarray) -> Iterator:
-    """Pass `answers` on. If a worker process dies, for example of a codec that aborts, the error names its current
+    """Yield `answers`. If a worker process crashes, for example because a codec aborts, the error names its current
     file."""
     try:
         yield from answers
@@ -286,11 +286,11 @@ def _begin_worker(parent: int, reader: ShardReader, positions: np.ndarray, worke
 
 
 def _end_with_parent(parent: int) -> None:
-    """End when the training process ends or asks for it, and at no other request: SLURM and shells send SIGTERM to all
-    processes of a job, and training wants batches until it has saved.
+    """End this worker when the training process ends or sends SIGTERM. Ignore SIGTERM from other processes.
 
-    PyTorch's workers would die of it; and they notice that the training process was killed, but then wait for ever for
-    it to take what they have read, if that is more than a pipe holds.
+    SLURM and shells send SIGTERM to all processes of a job, and training needs batches until it has saved. PyTorch's
+    workers would end at once. They would also hang after the training process was killed, if a pipe cannot hold all
+    that they have read.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -309,7 +309,7 @@ def _as_it_is(answer: T) -> T:
 
 
 def _pinned_buffer(size_bytes: int) -> np.ndarray:
-    """Memory that a GPU copies from without waiting. PyTorch keeps it and uses it again."""
+    """Pinned memory, from which copies to a GPU are asynchronous. PyTorch caches and reuses it."""
     return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
 
 

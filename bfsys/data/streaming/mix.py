@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Exponent of the sample counts by the names that a config uses.
+# Exponent of the sample counts, by the names of the rules in a config.
 EXPONENTS = {"weights": 0.0, "sqrt": 0.5, "proportional": 1.0}
 
 # Draws after which the pattern repeats. Shares are rounded to 1 / PERIOD.
@@ -24,7 +24,7 @@ PERIOD = 65_536
 
 
 class Mixture:
-    """Counts, at any point of the endless sequence of draws, how many fell on each source."""
+    """An endless, periodic sequence of sources. `counts` gives the draws of each source up to any point."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         """`weights`: one positive number per source, in any unit."""
@@ -32,7 +32,7 @@ class Mixture:
         if share.size == 0 or not np.all(np.isfinite(share)) or np.any(share <= 0):
             raise ValueError(f"weights must be positive numbers, got {list(weights)}")
         per_period = _round_to_sum(share / share.sum() * PERIOD, PERIOD)
-        counts = {2 * share.size - 2: np.arange(PERIOD + 1)}  # counts of the pair that holds all
+        counts = {2 * share.size - 2: np.arange(PERIOD + 1)}  # counts of the root
         for pair, first, second, first_share, both_shares in reversed(_pairs(per_period.tolist())):
             counts[first] = (2 * counts[pair] * first_share + both_shares) // (2 * both_shares)  # rounded to nearest
             counts[second] = counts.pop(pair) - counts[first]
@@ -49,7 +49,7 @@ class Mixture:
         return periods[..., None] * self._counts[-1] + self._counts[rest]
 
     def places(self, source: int, nth: np.ndarray) -> np.ndarray:
-        """The places in the sequence of a source's draws number `nth`: int64 [n] -> int64 [n]."""
+        """The places in the sequence of the `nth` draws of a source: int64 [n] -> int64 [n]."""
         periods, rest = np.divmod(nth, self._counts[-1, source])
         return periods * PERIOD + np.searchsorted(self._counts[1:, source], rest, side="right")
 
@@ -57,8 +57,8 @@ class Mixture:
 def mixture_weights(rule: str | float, weights: Sequence[float], samples: Sequence[int]) -> np.ndarray:
     """Weights of the sources for a `Mixture`: float64 [sources], w · n^(1/T) for a temperature T.
 
-    `rule` is a name of EXPONENTS or T itself: 1 is proportional, 2 the square root, and large ones come near the
-    given weights alone.
+    `rule` is a name in EXPONENTS or T itself. T = 1 is proportional and 2 is the square root. A large T approaches the
+    given weights.
     """
     exponent = EXPONENTS[rule] if isinstance(rule, str) else 1 / rule
     scaled = exponent * np.log(np.asarray(samples, np.float64))
@@ -66,10 +66,11 @@ def mixture_weights(rule: str | float, weights: Sequence[float], samples: Sequen
 
 
 def _pairs(shares: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
-    """(number of the pair, of its first, of its second, share of its first, of both) of the Huffman tree, leaves first.
+    """The inner nodes of the Huffman tree, leaves first: (number of the pair, its first member, its second member,
+    share of the first, share of both).
 
-    Two divisions in a row leave a member at most half: so the deviations, of which each division adds up to 1/2, fade
-    on the way down, and sum to at most 1/2 + 1/2 + 1/4 + 1/4 + … = 2.
+    After two divisions, a member has at most half of the share. Each division adds a deviation of up to 1/2, and
+    deviations shrink with the share on the way down. Their sum is at most 1/2 + 1/2 + 1/4 + 1/4 + … = 2.
     """
     heap = [(share, number) for number, share in enumerate(shares)]
     heapq.heapify(heap)
@@ -89,6 +90,6 @@ def _round_to_sum(values: np.ndarray, total: int) -> np.ndarray:
     missing = total - int(floor.sum())
     if missing >= 0:
         floor[np.argsort(floor - values, kind="stable")[:missing]] += 1
-    else:  # tiny sources were lifted to one draw: the largest source gives it up
+    else:  # tiny sources were raised to one draw; the largest source loses these draws
         floor[np.argmax(floor)] += missing
     return floor

@@ -31,9 +31,9 @@ from bfsys.errors import UserError
 T = TypeVar("T")
 Lanes = TypeVar("Lanes", int, np.ndarray)
 
-# Part of a block after which the next one is fetched at the latest: the rest of the block is time enough.
+# The next block is fetched at the latest after this part of a block. The rest of the block leaves enough time.
 LATEST_NEXT_BLOCK = 0.5
-# Multiples of it, modulo 1, lie evenly between 0 and 1, for successive lanes and for all of them.
+# Multiples of it, modulo 1, are evenly spread between 0 and 1, for any run of successive lanes.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
@@ -43,8 +43,8 @@ class MicroBatch:
 
     source  position in the list of sources
     sample  number in that source's index
-    epoch   how often the source was worked through before (for augmentation: seed, epoch, sample)
-    step    the step that it is for
+    epoch   number of completed epochs of the source (augmentation is seeded with seed, epoch, sample)
+    step    the step of the micro-batch
     """
 
     source: np.ndarray
@@ -67,14 +67,14 @@ class _Slices:
         self._shard_order: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, shards, their ends
 
     def lane_draws(self, draws: int, lane: Lanes) -> Lanes:
-        """The number of the lane's draws among the source's first `draws`; for several lanes, that of each lane."""
+        """The number of the lane's draws among the source's first `draws`; for several lanes, an array."""
         return (draws - lane + self.lanes - 1) // self.lanes
 
     def epoch_start(self, epoch: int, lane: int) -> int:
         return self.lane_draws(epoch * self.samples, lane)
 
     def block_samples(self, epoch: int, lane: int, first: int, stop: int) -> np.ndarray:
-        """Samples at places first … stop of the lane's slice, shuffled: int64 [stop - first]."""
+        """The samples at places [first, stop) of the lane's slice, shuffled: int64 [stop - first]."""
         place, nth, shards, ends = self._places(epoch, lane, np.arange(first, stop))
         shard = shards[nth]
         sample = self.split.shard_starts[shard] + place - (ends[nth] - self._shard_sizes[shard])
@@ -82,13 +82,13 @@ class _Slices:
         return rng.permutation(sample)
 
     def block_shards(self, epoch: int, lane: int, first: int, stop: int) -> list[int]:
-        """The shards of places first … stop of the lane's slice."""
+        """The shards of places [first, stop) of the lane's slice."""
         _, nth, shards, _ = self._places(epoch, lane, np.array([first, stop - 1]))
         return shards[nth[0] : nth[1] + 1].tolist()
 
     def _places(self, epoch: int, lane: int, in_slice: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(places in the epoch's sequence of samples, the place of each one's shard in the epoch, these shards, their
-        ends)."""
+        """(places in the epoch's sequence of samples, place of each sample's shard in the epoch's sequence of shards,
+        the shards in that order, their ends)."""
         before = np.arange(lane)
         slice_start = int(
             np.sum(self.lane_draws((epoch + 1) * self.samples, before) - self.lane_draws(epoch * self.samples, before))
@@ -106,7 +106,7 @@ class _Slices:
 
 
 class Plan:
-    """The data order of a run. `facts` is all that it depends on: equal facts, equal order."""
+    """The data order of a run. It depends only on `facts`: equal facts give an equal order."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class Plan:
         seed: int,
         mean_bytes: Sequence[float] | None = None,
     ) -> None:
-        """`mean_bytes` is the mean size of each source's files as the model gets them, if it differs from the stored
+        """`mean_bytes` is the mean size of each source's files as the model reads them, if it differs from the stored
         size."""
         empty = [f"{s.dataset.location}: split {s.split!r} has no samples" for s in splits if not len(s)]
         if empty:
@@ -168,11 +168,11 @@ class Plan:
         return MicroBatch(source, sample, epoch, step)
 
     def shards_ahead(self, step: int, lane: int) -> list[tuple[int, int]]:
-        """(source, shard) that the lane reads in its present block, and in the next one once a part of the present
-        block is drawn, sooner ones first.
+        """(source, shard) pairs of the lane's current blocks, then of its next blocks once a part of a current block is
+        drawn.
 
-        All lanes begin their blocks in the same step. That part differs from lane to lane, so that the lanes do not ask
-        the server for their next blocks in the same moment.
+        All lanes begin their blocks in the same step. The part differs between lanes, so that they do not all request
+        their next blocks from the server at the same time.
         """
         found: dict[tuple[int, int], None] = {}
         drawn_before_next = lane * GOLDEN_RATIO % 1 * LATEST_NEXT_BLOCK
@@ -199,8 +199,8 @@ class Plan:
         return float(self.mixture.shares @ self._mean_bytes) * self.batch_samples / self.lanes
 
     def _block_of(self, source: int, lane: int, draw: int) -> tuple[int, int, int, int]:
-        """The block of one of the lane's draws: (epoch, the lane's first draw of it, the block's first place in the
-        lane's slice, its last place + 1)."""
+        """The block of one of the lane's draws: (epoch, the lane's first draw of the epoch, the block's first place in
+        the lane's slice, its last place + 1)."""
         slices = self._slices[source]
         epoch = (draw * self.lanes + lane) // slices.samples
         start = slices.epoch_start(epoch, lane)
@@ -209,7 +209,7 @@ class Plan:
         return epoch, start, first, min(first + slices.shuffle_block, length)
 
     def _piece(self, source: int, lane: int, first: int, stop: int) -> tuple[int, np.ndarray]:
-        """The lane's draws first … stop of a source, as far as they lie in one block."""
+        """The epoch and samples of the lane's draws [first, stop) of a source, up to the end of the first block."""
         epoch, start, block, block_stop = self._block_of(source, lane, first)
         known = self._blocks.get((source, lane))
         if known is None or known[0] != (epoch, block):
@@ -218,14 +218,14 @@ class Plan:
         return epoch, known[1][first - start - block : min(stop - start, block_stop) - block]
 
     def _deal(self, source: int, lane: int, epoch: int, start: int, first: int, stop: int) -> np.ndarray:
-        """The block's samples in the order in which they are drawn."""
+        """The block's samples in the order of their draws."""
         slices = self._slices[source]
         samples = slices.block_samples(epoch, lane, first, stop)
         lengths = self.splits[source].samples["length"][samples].astype(np.int64)
         return samples[deal_evenly(lengths, self._steps_of_draws(source, lane, start + first, start + stop))]
 
     def _steps_of_draws(self, source: int, lane: int, first: int, stop: int) -> np.ndarray:
-        """The number of the lane's draws first … stop in each of the steps that they span."""
+        """The number of the lane's draws [first, stop) in each step."""
         draws = np.arange(first, stop) * self.lanes + lane
         _, counts = np.unique(self.mixture.places(source, draws) // self.batch_samples, return_counts=True)
         return counts
@@ -235,9 +235,10 @@ def deal_evenly(costs: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
     """Divide items into groups of given sizes so that each group's mean cost is about the common mean.
 
     costs int64 [n], group_sizes int64 [g] with sum n -> order int64 [n]: the first group_sizes[0] entries are
-    the first group's items, and so on. Largest items first, in rounds: the half of the groups that lack most take one
-    each. 4,096 log-normal lengths (sigma 0.7) in groups of 12 then spread by 0.7 % (standard deviation), as with
-    each item going to the group that lacks most, at a third of the time; by chance they spread by 22 %.
+    the first group's items, and so on. Items are dealt in rounds, the largest first. In a round, the half of the groups
+    that lack most get one item each. With 4,096 log-normal lengths (sigma 0.7) in groups of 12, the standard deviation
+    of the groups' means is 0.7 %, and 22 % with random groups. Giving each item to the group that lacks most is not
+    better, and takes three times as long.
     """
     items = np.argsort(-costs, kind="stable")
     lack = group_sizes * (costs.sum() / max(1, len(costs)))
@@ -258,12 +259,12 @@ def deal_evenly(costs: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
 
 
 def fitting_world_sizes(lanes: int) -> str:
-    """The numbers of ranks that share the lanes evenly, as readable text."""
+    """The numbers of ranks that divide the number of lanes, as readable text."""
     return ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
 
 
 def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
-    """The lanes that a rank carries; raises UserError naming the world sizes that divide the lanes."""
+    """The lanes of a rank. If the world size does not divide the lanes, raises UserError with those that do."""
     if lanes % world_size:
         raise UserError(
             f"data.lanes: {lanes} lanes cannot be shared evenly by {world_size} ranks; "
@@ -282,7 +283,7 @@ def lane_groups(lanes: range, groups: int) -> list[range]:
 def evaluation_batches(splits: Sequence[Split], budget_bytes: int, least_bytes: int = 1) -> list[MicroBatch]:
     """Every sample of every split once, shard by shard, in micro-batches of at most `budget_bytes`.
 
-    Shorter files than `least_bytes` count as so many. A single longer file than the budget is a batch of its own.
+    Files shorter than `least_bytes` count as `least_bytes`. A file above the budget is a batch of its own.
     """
     source = np.concatenate([np.full(len(s), i) for i, s in enumerate(splits)])
     sample = np.concatenate([np.arange(len(s)) for s in splits])
@@ -292,9 +293,10 @@ def evaluation_batches(splits: Sequence[Split], budget_bytes: int, least_bytes: 
 
 
 def evaluation_share(batches: Sequence[MicroBatch], splits: Sequence[Split], rank: int, ranks: int) -> list[MicroBatch]:
-    """The micro-batches of a rank. They are neighbours, so a node fetches few shards, and ranks differ by one at most.
+    """The micro-batches of a rank. They are neighbours, so a node fetches few shards. Their numbers differ by one at
+    most between ranks.
 
-    The one with the longest file comes first, so that running out of memory shows at once.
+    The one with the longest file comes first, so that a lack of memory shows at once.
     """
 
     def longest(batch: MicroBatch) -> int:
@@ -307,8 +309,8 @@ def evaluation_share(batches: Sequence[MicroBatch], splits: Sequence[Split], ran
 
 
 def within_budget(items: Iterable[tuple[int, T]], budget: int) -> Iterator[list[T]]:
-    """Group (cost, item) pairs in their order into lists of items that cost `budget` or less together. An item that
-    costs more is a list of its own."""
+    """Group (cost, item) pairs in order into lists of items with a total cost of at most `budget`. An item above the
+    budget is a list of its own."""
     batch: list[T] = []
     spent = 0
     for cost, item in items:

@@ -24,14 +24,14 @@ from bfsys.errors import UserError
 from bfsys.files import read_regular
 
 FILE = "quarantine.tsv"
-# Problems that an error lists; the file has them all.
+# Problems that an error lists; the file lists all of them.
 LISTED = 20
 
 
 class BadSample(NamedTuple):
     """A row of quarantine.tsv."""
 
-    step: int  # steps made before it was drawn
+    step: int  # number of steps before the sample was drawn
     split: str
     source: str
     sample: int  # number in the split's index
@@ -47,11 +47,10 @@ HEADING = "\t".join(BadSample._fields).encode()
 
 
 class Quarantine:
-    """The bad samples of a run. Rank 0 keeps the file; after `share` all ranks know the same."""
+    """The bad samples of a run. Rank 0 writes the file. After `share`, all ranks have the same list."""
 
     def __init__(self, run_dir: Path | None = None) -> None:
-        """Keep the list in a directory; without one, nothing is written. Call on rank 0 only what concerns the file:
-        see `load`."""
+        """Keep the list in a directory; without one, nothing is written. To read an existing list, use `load`."""
         self.path = run_dir / FILE if run_dir else None
         self._rows: dict[tuple[str, str, int], BadSample] = {}
         self._found: list[BadSample] = []
@@ -65,24 +64,24 @@ class Quarantine:
         return quarantine
 
     def bad_from(self, split: str, source: str) -> dict[int, int]:
-        """{sample: first step that it is bad at} of a source."""
+        """{sample: first step at which it is bad} of a source."""
         return {row.sample: row.step for (*of, _), row in self._rows.items() if of == [split, source]}
 
     def count_until(self, step: int) -> int:
-        """The number of samples that were found to be bad in the first `step` steps."""
+        """The number of bad samples that were found in the first `step` steps."""
         return bisect_left(self._steps, step)
 
     @property
     def news(self) -> int:
-        """The bad samples that this rank found and has not yet passed to `share`."""
+        """The number of bad samples that this rank has found since the last `share`."""
         return len(self._found)
 
     def found(self, rows: Iterable[BadSample]) -> None:
-        """Note what this rank met."""
+        """Record bad samples that this rank has found."""
         self._found += [row for row in rows if self._is_new(row)]
 
     def share(self, ranks: dist.Ranks, sizes: dict[tuple[str, str], int], max_bad_share: float) -> list[BadSample]:
-        """Tell all ranks and the file, and `check`; collective. Returns what is new."""
+        """Share the bad samples of all ranks, add them to the file, and `check`; collective. Returns the new ones."""
         found = sorted({row for rows in dist.gather_to_all(self._found) for row in rows})
         self._found = []
         new = self._take(found)
@@ -92,9 +91,9 @@ class Quarantine:
         return new
 
     def check(self, sizes: dict[tuple[str, str], int], max_bad_share: float) -> None:
-        """Raise AgreedError with the list where more than `max_bad_share` of a source is bad.
+        """Raise AgreedError with a list if more than `max_bad_share` of a source is bad.
 
-        `sizes` are the samples of each (split, source) to be looked at.
+        `sizes` is the number of samples of each (split, source) to check.
         """
         for (split, source), count in Counter(key[:2] for key in self._rows).items():
             size = sizes.get((split, source))
@@ -124,7 +123,7 @@ class Quarantine:
 
 
 def _read(path: Path) -> list[BadSample]:
-    """The rows of the file. Invalid rows are reported on standard error and ignored; their samples are found again."""
+    """The rows of the file. Invalid rows are reported on standard error and ignored."""
     *lines, torn = read_regular(path).split(b"\n") if path.exists() else [b""]
     rows, unreadable = [], []
     for number, line in enumerate([*lines, torn] if torn and not lines else lines, start=1):
@@ -147,7 +146,7 @@ def _append(path: Path, rows: list[BadSample]) -> None:
         with open(path, "ab+") as file:
             file.seek(0)
             whole = file.read().rpartition(b"\n")[0]
-            file.truncate(len(whole) + 1 if whole else 0)  # drop a line that a kill has torn
+            file.truncate(len(whole) + 1 if whole else 0)  # drop an incomplete last line
             file.write((b"" if whole else HEADING + b"\n") + lines.encode(errors="backslashreplace"))
             file.flush()
             os.fsync(file.fileno())

@@ -30,17 +30,17 @@ from bfsys.data.streaming.quarantine import LISTED, BadSample
 from bfsys.errors import UserError
 from bfsys.process import open_files_limit
 
-# Shards that a reader keeps open at a time, but at most a third of the files that the process may have open: it may
-# have a reader for evaluation too. Each lane reads from the shards of its block in turn, and opening a shard again is a
-# request to the server of a network file system.
+# Shards that a reader keeps open at a time. The limit is also a third of the files that the process may open, since it
+# may have a reader for evaluation too. Each lane reads from the shards of its block in turn, and opening a shard again
+# is a request to the server of a network file system.
 OPEN_SHARDS = 4096
-# Other samples that are tried instead of a bad one.
+# Replacement candidates that are tried for a bad sample.
 STAND_INS = 100
-# Longer than this, reading waits for a disk.
+# If reading takes longer than this, it waits for a disk.
 SLOW_S_PER_SAMPLE, SLOW_S_PER_BYTE = 10e-6, 1e-9
-# Samples around one, of which another is mixed into it.
+# Mixup partners come from this many samples around a sample.
 PARTNERS = 4096
-# A network file system may fail for a moment: seconds before each further try.
+# Seconds before each retry, for transient errors of a network file system.
 RETRY_AFTER_S = (0.1, 0.5, 2.0)
 # Streams of random numbers, apart from those of the plan (0, 1).
 _AUGMENTATION, _STAND_IN, _PARTNER = 2, 3, 4
@@ -48,14 +48,14 @@ _AUGMENTATION, _STAND_IN, _PARTNER = 2, 3, 4
 
 @dataclass
 class RawBatch:
-    """A micro-batch as it was read; what `ByteBatch` holds, in NumPy.
+    """A micro-batch as it was read: the content of a `ByteBatch` as NumPy arrays.
 
-    bad         what could not be read
-    slow        reading took longer than from memory
-    slot_start  where the data lie in a loader worker's slot, as long as they are not here; None if they are
+    bad         samples that could not be read
+    slow        whether reading took longer than from memory
+    slot_start  offset of the data in a loader worker's slot; None if they are in `data`
     """
 
-    data: np.ndarray  # uint8 [bytes]; nothing while they lie in a slot
+    data: np.ndarray  # uint8 [bytes]; empty if the data are in a slot
     offsets: np.ndarray  # int64 [samples + 1]
     labels: np.ndarray  # int64 [samples]
     sources: np.ndarray  # int64 [samples]
@@ -74,13 +74,13 @@ def new_buffer(size_bytes: int) -> np.ndarray:
 
 
 class Example(NamedTuple):
-    """A sample as the model gets it."""
+    """A sample as the model reads it."""
 
     content: np.ndarray  # uint8 [bytes]
     label: int
     second_label: int
     second_share: float
-    shown: np.ndarray | None = None  # what it shows: float16 [rows, columns]
+    shown: np.ndarray | None = None  # float16 [rows, columns]: the table of its content
 
 
 class BadFileError(Exception):
@@ -99,23 +99,23 @@ class ShardReader:
         replace_bad: bool = True,
         with_content: bool = False,
     ) -> None:
-        """`bad_from[s]` is what the quarantine says of source s: {sample: first step that it is bad at}. Without
-        `replace_bad`, bad samples are left out. `with_content`: what files show is decoded too."""
+        """`bad_from[s]` holds the bad samples of source s from the quarantine: {sample: first step at which it is bad}.
+        Without `replace_bad`, bad samples are left out. `with_content`: files are also decoded for the content loss."""
         self.splits, self.label_maps, self.names = sources.splits, sources.label_maps, sources.origins
         self.seed, self.transforms, self.replace_bad = seed, sources.transforms, replace_bad
         self.augmentations, self.jitters = sources.augmentations, sources.jitters
         self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in self.splits]
         self._rows = [np.asarray(split.samples) for split in self.splits]
-        self._files: dict[tuple[int, int], int] = {}  # the one opened first is closed first
-        # Shards that cannot be had, and why, and those of which a sample could not be read in all its tries: to find
-        # out takes long, and each has thousands of samples.
+        self._files: dict[tuple[int, int], int] = {}  # the first opened is the first closed
+        # Shards that cannot be fetched, with the reason, and shards of which a sample could not be read in any retry.
+        # They are recorded because retries take long, and a shard has thousands of samples.
         self._lost: dict[tuple[int, int], str] = {}
         self._failing: set[tuple[int, int]] = set()
         self.with_content = with_content
         self._shows_nothing: set[tuple[int, int]] = set()
         self.is_plain = not (self.transforms or any(self.augmentations) or any(self.jitters) or with_content)
         self.position = np.zeros(2, np.int64)
-        """(source, sample) that is being read with care, for whoever shares this memory."""
+        """(source, sample) that is being decoded, in memory that another process may share."""
 
     def read(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray] = new_buffer) -> RawBatch:
         """The bytes, classes and origins of a micro-batch, in a buffer from `allocate(bytes)`."""
@@ -127,13 +127,13 @@ class ShardReader:
         return fetched
 
     def will_need(self, wanted: MicroBatch) -> None:
-        """Ask the system to have a micro-batch in memory soon; returns at once."""
+        """Ask the system to read a micro-batch into memory (posix_fadvise); returns at once."""
         for source, row in zip(wanted.source.tolist(), self._rows_of(wanted).tolist(), strict=True):
             shard, _, offset, length, *_ = row
             try:
                 os.posix_fadvise(self._open(source, shard), offset, length, os.POSIX_FADV_WILLNEED)
             except (OSError, UserError):
-                return  # reading will say why
+                return  # reading will report the error
 
     def name_of(self, source: int, sample: int) -> str:
         """The name of a sample for messages: dataset, shard and key."""
@@ -176,7 +176,7 @@ class ShardReader:
                 if os.preadv(descriptor, (part,), offset) != length or xxhash.xxh3_64_intdigest(part) != checksum:
                     return None
             labels = self._labels_of(wanted.source, rows["label"])
-        except (OSError, WrongContentError, IndexError):  # and not what an outage raises: it was tried often enough
+        except (OSError, WrongContentError, IndexError):  # an outage is raised: it has been retried already
             return None
         whole = bool(rows["length"].all())  # an empty file has nothing to classify
         return RawBatch(data, offsets, labels, wanted.source, wanted.sample) if whole else None
@@ -191,7 +191,7 @@ class ShardReader:
         return labels
 
     def _read_slowly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> RawBatch:
-        """One by one: with stand-ins for bad samples, augmented and transformed as the run asks for."""
+        """Read a micro-batch sample by sample: replace bad samples, augment and transform."""
         bad: list[BadSample] = []
         parts, labels, origins, seconds, shares, shown, replaced = [], [], [], [], [], [], 0
         drawn = zip(wanted.source.tolist(), wanted.sample.tolist(), wanted.epoch.tolist(), strict=True)
@@ -243,7 +243,7 @@ class ShardReader:
             yield from (int(rng.integers(len(self.splits[source]))) for _ in range(STAND_INS))
 
     def _make(self, source: int, sample: int, epoch: int, step: int, bad: list[BadSample]) -> Example | None:
-        """A sample as the model gets it; or None, with the reason in `bad` if it is new."""
+        """A sample as the model reads it; None if it is bad. A newly found bad sample is added to `bad`."""
         if self._is_bad(source, sample, step):
             return None
         self.position[:] = source, sample
@@ -266,8 +266,8 @@ class ShardReader:
             return None
 
     def _shown_by(self, source: int, sample: int, content: np.ndarray) -> np.ndarray:
-        """The table of what a file shows that is the same in each epoch. One that has none is not decoded again: that
-        would take as long again, and decoders print what they find in a damaged file."""
+        """The content table of a file that is the same in each epoch. A file without a table is decoded only once, to
+        save time and the messages that decoders print on damaged files."""
         if (source, sample) in self._shows_nothing:
             return NONE
         table = content_of(content.tobytes())
@@ -286,8 +286,8 @@ class ShardReader:
         step: int,
         bad: list[BadSample],
     ) -> tuple[Example, np.random.Generator]:
-        """Augment a file. With mixup, a partner that cannot be decoded is set aside, and the next one is taken, as a
-        replay will do."""
+        """Augment a file. With mixup, a partner that cannot be decoded is recorded as bad, and the next one is used. A
+        replay of the step uses the same one."""
         content = made.content.tobytes()
         for partner in self._partners(source, sample, epoch) if augmentation.mixes else (None,):
             second, second_label, rng = None, made.label, self._rng(_AUGMENTATION, source, epoch, sample)
@@ -301,7 +301,7 @@ class ShardReader:
                 return Example(np.frombuffer(encoded, np.uint8), made.label, second_label, share), rng
             except (UserError, MemoryError):
                 raise
-            except Exception as error:  # decoders raise anything when they meet a damaged file
+            except Exception as error:  # decoders raise any exception on a damaged file
                 problem = str(error) if isinstance(error, BadFileError) else f"cannot be decoded ({error})"
                 if partner is None or augmentation.fails_on(content):
                     raise BadFileError(problem) from None
@@ -309,8 +309,8 @@ class ShardReader:
         raise UserError(f"{self.splits[source].dataset.location}: no sample can be read that could be mixed in")
 
     def _partners(self, source: int, sample: int, epoch: int) -> Iterator[int]:
-        """Samples to be mixed into one: of its neighbourhood, which packing has shuffled, so that a node does not
-        fetch every shard of a remote source for it."""
+        """Candidates for mixup with a sample. They are its neighbours, which packing has shuffled, so that a node need
+        not fetch every shard of a remote source."""
         rng, samples = self._rng(_PARTNER, source, epoch, sample), len(self.splits[source])
         first = max(0, min(sample - PARTNERS // 2, samples - PARTNERS))
         return (int(rng.integers(first, min(first + PARTNERS, samples))) for _ in range(STAND_INS))
@@ -367,7 +367,7 @@ class ShardReader:
         if (source, shard) in self._lost:
             raise WrongContentError(self._lost[source, shard])
         for one in list(self._files) if self.splits[source].dataset.cache else ():
-            if os.fstat(self._files[one]).st_nlink == 0:  # evicted: open, it would take up the disk all the same
+            if os.fstat(self._files[one]).st_nlink == 0:  # evicted; while it is open, it still uses disk space
                 self._forget(*one)
         if len(self._files) >= max(1, min(OPEN_SHARDS, open_files_limit() // 3)):
             os.close(self._files.pop(next(iter(self._files))))
@@ -391,7 +391,8 @@ class ShardReader:
             os.close(descriptor)
 
     def _refetch(self, source: int, shard: int) -> bool:
-        """Delete a damaged copy of a remote shard, so that the next try fetches it again. False if there is none."""
+        """Remove a damaged copy of a remote shard from the cache, so that the next try fetches it again. Returns False
+        if there is none."""
         descriptor = self._files.get((source, shard))
         dropped = descriptor is not None and self.splits[source].drop_shard(shard, descriptor)
         self._forget(source, shard)

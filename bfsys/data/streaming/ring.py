@@ -14,11 +14,11 @@ import numpy as np
 
 
 class Ring:
-    """The training process reserves a slot for a request, a worker fills it, and it is free again when nothing refers
-    to what was in it."""
+    """Slots of shared memory. The training process reserves a slot for a request, and a worker fills it. The slot is
+    free again when no array refers to its content."""
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
-        """Memory is taken as it is touched, so slots may be made large."""
+        """Only touched memory is allocated, so slots may be large."""
         self.slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self._memory = mmap.mmap(-1, slots * self.slot_bytes)
         self._in_use: list[weakref.ref | bool] = [False] * slots
@@ -32,12 +32,12 @@ class Ring:
         return None
 
     def fill(self, slot: int, start: int, size_bytes: int) -> np.ndarray:
-        """uint8 [size_bytes] from byte `start` of a slot on, for a worker to write into."""
+        """uint8 [size_bytes], starting at byte `start` of a slot, for a worker to write into."""
         return np.frombuffer(self._memory, np.uint8, size_bytes, slot * self.slot_bytes + start)
 
     def release(self, slot: int) -> np.ndarray:
-        """The content of a filled slot: uint8 [slot_bytes]. The slot is free when this array and all views of it are
-        gone."""
+        """The content of a filled slot: uint8 [slot_bytes]. The slot becomes free when this array and all its views are
+        deleted."""
         content = self.fill(slot, 0, self.slot_bytes)
         self._in_use[slot] = weakref.ref(content)
         return content

@@ -35,16 +35,16 @@ from bfsys.dist import Ranks
 from bfsys.errors import UserError
 from bfsys.out_of_distribution import FILES, ReferenceFiles, reference_files
 
-FIRST_STEPS = 20  # the plan deals lengths evenly, so later steps are hardly different
+FIRST_STEPS = 20  # the plan balances lengths, so later steps are similar
 
 
 class Planned(NamedTuple):
-    """A micro-batch, before it is read."""
+    """A micro-batch that is not yet read."""
 
     stored_bytes: int
-    """The size of all its files as they are read."""
+    """The total size of its files in the shards."""
     lengths: np.ndarray
-    """Bytes of each file as the model gets it, int64 [B]; see `RunData.lengths_of`."""
+    """Bytes of each file as the model reads it, int64 [B]; see `RunData.lengths_of`."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ class RunData:
 
     @property
     def is_remote(self) -> bool:
-        """Shards of a training source are fetched during the run."""
+        """Whether a training source is remote, so that shards are fetched during the run."""
         return any_remote(self.training)
 
     @property
     def facts(self) -> dict:
-        """Everything that determines the data of every step: equal facts mean equal bytes in equal order."""
+        """Everything that determines the data of every step. Equal facts mean equal bytes in equal order."""
         return {**self.plan.facts, **content_facts(self.config, self.training)}
 
     @property
     def input_formats(self) -> list[InputFormat]:
-        """The format in which the model reads the files of each training source: the one that augmentation makes, or
-        else the one that its files were packed in, those for evaluation first."""
+        """The format in which the model reads the files of each training source: that of the augmentation or, without
+        one, that of the packed files, preferably of those for evaluation."""
         evaluated = dict(zip(self.validation.numbers, self.validation.splits, strict=True))
         formats = []
         for number, split in zip(self.training.numbers, self.training.splits, strict=True):
@@ -82,9 +82,8 @@ class RunData:
         return formats
 
     def read_reference_files(self) -> ReferenceFiles | None:
-        """The first files of each source as the model reads them: of its evaluation split, or, without one, of its
-        training split. None if too few can be read. Packing has drawn their order by hash, so they are a fair sample.
-        """
+        """The first files of each source as the model reads them, from its evaluation split or, without one, from its
+        training split. None if too few can be read. Packing has shuffled the files, so they are a random sample."""
         sources = self.validation if self.validation.splits else self.training
         most = -(-FILES // len(sources.splits))
         counts = [min(most, len(split)) for split in sources.splits]
@@ -97,8 +96,8 @@ class RunData:
             reader.close()
 
     def check_unchanged(self) -> None:
-        """Raise UserError if a dataset on this machine was replaced by another one since it was opened. Its new index
-        fits its new shards, so no checksum would tell."""
+        """Raise UserError if a local dataset was replaced by another one since it was opened. The new index matches the
+        new shards, so checksums would not detect it."""
         splits = (*self.training.splits, *self.validation.splits)
         for dataset in {split.dataset.location: split.dataset for split in splits}.values():
             if dataset.was_replaced():
@@ -131,12 +130,12 @@ class RunData:
         ]
 
     def lengths_of(self, step: int, lanes: Sequence[int]) -> np.ndarray:
-        """Bytes of each file of some lanes as the model gets it, int64 [B]; of files that are encoded again and
-        compressed, as stored."""
+        """Bytes of each file of some lanes as the model reads it, int64 [B]. For files that are encoded again with
+        compression, it is the stored size."""
         return self._lengths(self.plan.micro_batch_of(step, lanes))
 
     def first_steps(self) -> list[list[Planned]]:
-        """The micro-batches of the run's first steps, FIRST_STEPS at most, by step and lane."""
+        """The micro-batches of the run's first steps (at most FIRST_STEPS), by step and lane."""
         batches = (
             [self.plan.micro_batch(step, lane) for lane in range(self.plan.lanes)]
             for step in range(min(FIRST_STEPS, self.config.train.steps))
@@ -167,7 +166,7 @@ def open_run_data(config: Config, ranks: Ranks, descriptions: Descriptions | Non
     training = open_training(config, descriptions)
     validation = open_evaluation(config, config.data.eval_split, training.classes, descriptions)
     split = config.data.eval_split
-    if not validation.splits:  # on purpose, of which there is a note, or by a misspelling
+    if not validation.splits:  # on purpose, which is noted, or because the split is misspelled
         there = evaluable_splits(config, descriptions)
         longer = [name for name in there if split.lower().startswith(name)]  # as validation is for val
         if meant := difflib.get_close_matches(split, there, 1, 0.7) or longer:
@@ -181,7 +180,7 @@ def open_run_data(config: Config, ranks: Ranks, descriptions: Descriptions | Non
 
 
 def short_files(config: Config, sources: Sources) -> list[str]:
-    """Problems of the sources' files that are shorter than the model takes. Empty files are set aside."""
+    """Problems of files that are shorter than the model accepts. Empty files do not count; reading replaces them."""
     least, problems = config.model.least_bytes, []
     for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
         if least > 1 and not augmentation:
