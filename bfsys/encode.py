@@ -116,7 +116,7 @@ def encoded(name: str, content: bytes, encoding: Encoding, fitting: Fitting) -> 
     try:
         return reencode(content, encoding, fitting)
     except MemoryError:
-        raise UserError(f"{name}: memory does not suffice for this file") from None
+        raise UserError(f"{name}: not enough memory for this file") from None
     except Exception as error:  # decoders raise any exception
         raise CannotDecode(f"{name}: cannot be decoded as {encoding.modality}: {error}") from None
 
@@ -133,7 +133,7 @@ def make(
     try:
         made_from, content = notes.hash_of(source), read_regular(source)
     except MemoryError:
-        raise UserError(f"{source}: memory does not suffice for this file") from None
+        raise UserError(f"{source}: not enough memory for this file") from None
     except OSError as error:
         return f"{source}: cannot be read: {error.strerror}"
     try:

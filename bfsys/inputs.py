@@ -216,7 +216,7 @@ def read_input(name: str, one: Input) -> np.ndarray:
         if hasattr(one, "read"):
             return np.frombuffer(_read_open_file(name, one), np.uint8)
     except MemoryError:
-        raise UserError(f"{name}: memory does not suffice to read it") from None
+        raise UserError(f"{name}: not enough memory to read it") from None
     kind = f"{type(one).__module__}.{type(one).__qualname__}".removeprefix("builtins.")
     raise UserError(f"{name}: got {kind}; allowed is {ALLOWED}")
 

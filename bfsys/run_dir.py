@@ -108,13 +108,13 @@ def _fetch_newer(config: Config, facts: dict, ranks: dist.Ranks) -> list[str]:
         check=lambda work: check_same_run(work, facts, origin=url),
     )
     if path:
-        unanswered = f"{url} was not asked for newer checkpoints: {fetched.problem}"
+        unanswered = f"{url} did not answer whether it has newer checkpoints: {fetched.problem}"
         return [*fetched.notes, *([unanswered] if fetched.problem else [])]
     if fetched.problem:
         remedy = "repair that, or leave train.checkpoint_copy out"
         raise dist.AgreedError(f"train.checkpoint_copy: {fetched.problem}; {remedy}", exit_code=fetched.exit_code)
     if fetched.notes and not fetched.name:
-        raise dist.AgreedError(*fetched.notes, f"{url}: no copy is whole; to start from scratch, give another name=…")
+        raise dist.AgreedError(*fetched.notes, f"{url}: no copy is intact; to start from scratch, give another name=…")
     return fetched.notes
 
 

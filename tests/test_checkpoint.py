@@ -328,7 +328,7 @@ def test_the_command_lists_verifies_and_shows(finished_run: Path, tmp_path: Path
     assert "       60  " in listed
     assert "loss" in listed.splitlines()[-1]
     assert call("checkpoint", ["verify", str(copy)]) == 0
-    assert capsys.readouterr().out.count(": whole") == 3
+    assert capsys.readouterr().out.count(": intact") == 3
     assert call("checkpoint", ["show", str(copy)]) == 0
     assert "exp_avg_sq" in capsys.readouterr().out
 
@@ -339,7 +339,7 @@ def test_the_command_lists_verifies_and_shows(finished_run: Path, tmp_path: Path
     assert call("checkpoint", ["verify", str(copy)]) == 1
     captured = capsys.readouterr()
     assert "step_00000060: damaged" in captured.out
-    assert "step_00000120: whole" in captured.out
+    assert "step_00000120: intact" in captured.out
     assert str(file) in captured.err
     assert call("checkpoint", ["verify", str(copy / "checkpoints" / "step_00000120")]) == 0
     file.write_bytes(content[:-1])

@@ -158,7 +158,7 @@ def test_damage_and_a_store_that_does_not_answer(runs: Runs) -> None:
     runs.s3.fault = lambda request: 403
     code, said = runs.train("train.steps=11")
     assert code == EXIT_STORAGE
-    assert "was not asked for newer checkpoints" in said
+    assert "did not answer whether it has newer checkpoints" in said
     assert find_newest(runs.run)[0] == runs.run / "checkpoints" / "step_00000011"
     runs.lose_disk()
     code, said = runs.train()

@@ -203,7 +203,7 @@ def verify(args: argparse.Namespace) -> int:
     for checkpoint in checkpoints_of(args.run):
         problems = checkpoint.problems()
         damaged += bool(problems)
-        print(one_line(f"{checkpoint}: {'damaged' if problems else 'whole'}"))
+        print(one_line(f"{checkpoint}: {'damaged' if problems else 'intact'}"))
         for problem in problems:
             print(one_line(f"  {problem}"), file=sys.stderr)
     return int(damaged > 0)
@@ -263,14 +263,14 @@ def copy(args: argparse.Namespace) -> int:
                 return 0
             for problem in problems:
                 print(one_line(f"skipped a damaged copy: {problem}"), file=sys.stderr)
-    raise UserError(f"{args.run}: no copy is whole")
+    raise UserError(f"{args.run}: no copy is intact")
 
 
 def fetch(checkpoint: InStore, run_dir: Path) -> list[str]:
     """Fetch a checkpoint into a run directory. Returns its damage. Raises UserError if the directory has it intact."""
     final = checkpoints_dir(run_dir) / checkpoint.name
     if final.exists() and not problems_of(final):
-        raise UserError(f"{final}: there is a whole checkpoint of this name; give another folder")
+        raise UserError(f"{final}: this checkpoint exists and is intact; give another folder")
     try:
         manifest = checkpoint.manifest()
     except Damaged as error:
@@ -288,7 +288,10 @@ def fetch(checkpoint: InStore, run_dir: Path) -> list[str]:
 
 def remove_others(args: argparse.Namespace) -> int:
     if not isinstance(args.run, Path):
-        raise UserError(f"{args.run}: prune takes a run directory; in a store, training removes by the run's own rules")
+        raise UserError(
+            f"{args.run}: prune takes a run directory; in a store, only training removes checkpoints, by the run's "
+            f"retention settings"
+        )
     paths = paths_of(args.run)
     manifests = (manifest_or_problems(path)[0] for path in reversed(paths))
     manifest = next(filter(None, manifests), None) or read_manifest(paths[-1])  # raises, since no manifest can be read
@@ -309,7 +312,7 @@ def remove_others(args: argparse.Namespace) -> int:
         if not path.exists():  # the run has removed it in the meantime
             continue
         if problems:
-            print(one_line(f"damaged, left alone: {path}"))
+            print(one_line(f"damaged, not removed: {path}"))
         else:
             whole.append(path)
     console.go_on_without()  # a reader that ends, as in `… | head`, must not stop the removal

@@ -54,4 +54,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {written:,} files" + (f", and {len(kept):,} that were there" if kept else ""))
     if failed:
         missing = len(targets) - len(kept) - written
-        raise UserError(*failed, f"{missing:,} of {len(targets):,} files were not made; the same command continues")
+        raise UserError(
+            *failed, f"{missing:,} of {len(targets):,} files were not written; run the same command again to continue"
+        )

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from bfsys.ranks import Ranks
 
     if (args.run / DESCRIPTION).exists():
-        raise UserError(f"{args.run}: an export, which names no data; evaluate the run that it was made from")
+        raise UserError(f"{args.run}: is an export and has no data; evaluate the run from which it was exported")
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
     transforms = with_key(config.data.byte_transforms, args.permute)
     config = replace(config, data=replace(config.data, byte_transforms=transforms))

@@ -133,7 +133,7 @@ def _write(path: Path, text: str) -> None:
     """Write or overwrite a page. Raises UserError if the file exists and is not a page of this command."""
     try:
         if path.exists() and GENERATOR.encode() not in path.read_bytes()[:MARKED]:
-            raise UserError(f"{path}: is not a page of `{GENERATOR}`, and stays as it is; choose another --out")
+            raise UserError(f"{path}: is not a page of `{GENERATOR}` and was not overwritten; choose another --out")
         replace_file(path, text.encode(errors="backslashreplace"), durable=False)  # names may not be UTF-8
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None

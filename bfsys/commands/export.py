@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{args.out}: cannot be written: {reason}; what is there is not whole: delete it, and run the command again"
+            f"{args.out}: cannot be written: {reason}; the export is incomplete: delete "
+            f"the folder, and run the command again"
         ) from None
     for name, entry in facts["files"].items():
         print(one_line(f"{args.out / name}: {entry['bytes']:,} bytes, sha256 {entry['sha256']}"))

@@ -57,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
     is_packed = (args.folder / "dataset.json").exists()
     for option, folder in [("--runs", args.runs)] + ([] if is_packed else [("--shards", args.shards)]):
         if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(args.folder)):
-            problems.append(f"{option} {folder}: lies in {args.folder}, and would be trained on; give another {option}")
+            problems.append(
+                f"{option} {folder}: lies in {args.folder}, so its files would become training data; give "
+                f"another {option}"
+            )
         elif not is_writable(folder):
             problems.append(f"{option} {folder}: cannot be written")
     missing = [name for module, name in NEEDED.items() if find_spec(module) is None]

@@ -72,7 +72,7 @@ def inspect(args: argparse.Namespace) -> int:
         else:
             list_shards(split)
     if args.verify:
-        print(f"whole: all {sum(map(len, splits)):,} samples are as they were packed")
+        print(f"intact: all {sum(map(len, splits)):,} samples match their checksums")
     return 0
 
 

@@ -21,4 +21,4 @@ def run(args: argparse.Namespace) -> None:
     from bfsys.data.streaming.byte_transforms import write_key
 
     write_key(args.file)
-    print(f"{args.file}: a new key; keep a copy, since no file made with it can be read without it")
+    print(f"{args.file}: a new key; keep a copy: files that are transformed with it cannot be read without it")

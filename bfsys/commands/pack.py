@@ -110,7 +110,7 @@ def option_problems(args: argparse.Namespace, packing: Packing) -> list[str]:
     if args.workers is not None and args.workers < 1:
         problems.append(f"--workers {args.workers}: must be 1 or more")
     if Path(os.path.realpath(packing.folder)).is_relative_to(os.path.realpath(args.src)):
-        problems.append(f"{packing.folder}: lies in SRC, and would be packed next time; choose another OUT")
+        problems.append(f"{packing.folder}: lies in SRC, so the next run would pack it too; choose another OUT")
     return problems
 
 

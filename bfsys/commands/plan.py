@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     elif args.gpu:
         share = args.utilisation or usual_utilisation(config.model.architecture().dim)
         step_s = plan.step_s(PEAKS[args.gpu] * share / plan.busiest)
-        meant = f"if {100 * share:.0f} % of the peak of an {args.gpu} is reached and launches do not limit it"
+        meant = (
+            f"if {100 * share:.0f} % of the peak of an {args.gpu} is reached and kernel launches are not the bottleneck"
+        )
     else:
         print(
             json.dumps(asdict(plan), indent=1)
@@ -91,7 +93,10 @@ def run(args: argparse.Namespace) -> int:
             section, _, key = what.partition(".")
             theirs, ours = (getattr(getattr(one, section), key) for one in (like.config, config))
             if theirs != ours:
-                print(f"note: {what} is {ours}, and was {theirs} in {args.like}: its rate may not apply")
+                print(
+                    f"note: {what} is {ours}, and was {theirs} in {args.like}: its measured rate may not "
+                    f"apply to this run"
+                )
     if best:
         print(
             f"{expected_s / mtbf_s:.2g} failures are expected and {_duration(expected_s)} in all, of which "
@@ -123,7 +128,7 @@ def _check(args: argparse.Namespace) -> None:
         problems.append("--mtbf-days needs --like: a run whose saves and starts were measured")
     for name in ("network", "price"):
         if getattr(args, name) is not None and not (args.like or args.gpu):
-            problems.append(f"--{name} needs --like or --gpu: without a rate there is no time")
+            problems.append(f"--{name} needs --like or --gpu: the time cannot be estimated without a rate")
     if problems:
         raise UserError(*problems)
 

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from bfsys.ranks import Ranks, ranks_from_environment
 
     if args.no_data and not args.dry_run:
-        raise UserError("--no-data: goes with --dry-run")
+        raise UserError("--no-data needs --dry-run")
     if not args.dry_run:
         console.go_on_without()  # a closed console must not stop training
     ranks = Ranks()

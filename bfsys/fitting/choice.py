@@ -64,7 +64,7 @@ class Format:
     """Whether files get the published augmentation."""
     jittered: bool = False
     """Whether files get small changes in their own format, if training makes at least JITTER_PASSES passes."""
-    reason: str = "the files go in as they are"
+    reason: str = "the files are used as stored"
     """A sentence, or its beginning if the name of the format completes it."""
 
     def lengths(self, survey: Survey) -> np.ndarray:

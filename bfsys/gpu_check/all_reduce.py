@@ -68,7 +68,7 @@ def measure(ranks: Ranks) -> list[Finding]:
     dist.stop()
     what = f"{backend} among {n} ranks" if n > 1 else f"{backend} with one rank"
     if not is_right:
-        advice = f"data arrives changed on rank {ranks.rank}: try NCCL_P2P_DISABLE=1, and have the machine looked at"
+        advice = f"rank {ranks.rank} receives corrupted data: try NCCL_P2P_DISABLE=1, and have the hardware checked"
         return [Finding(what, Verdict.WRONG, "the sum is not exact", advice)]
     megabytes = 4e-6 * len(own)
     if n == 1:

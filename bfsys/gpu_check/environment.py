@@ -41,7 +41,7 @@ def _versions() -> Finding:
 def _gpu(device: torch.device) -> Finding:
     if device.type != "cuda":
         if os.environ.get("DS_ACCELERATOR") == "cpu":
-            return Finding("GPU", Verdict.SKIPPED, "DS_ACCELERATOR=cpu asks for the CPU", "unset it")
+            return Finding("GPU", Verdict.SKIPPED, "DS_ACCELERATOR=cpu selects the CPU", "unset it")
         if not (Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()):
             return Finding("GPU", Verdict.SKIPPED, "this machine has none (no /dev/nvidia*)")
         advice = "nvidia-smi shows the driver; install the PyTorch that is built for it (pytorch.org)"
@@ -50,7 +50,7 @@ def _gpu(device: torch.device) -> Finding:
     detail = f"{name}, sm_{capability[0]}{capability[1]}, driver {_driver()}"
     torch.ones(1, device=device).add_(1).item()  # raises, which ends the check, if PyTorch was not built for this GPU
     if capability < OLDEST_CAPABILITY:
-        advice = "training works by PyTorch's own operations, without our kernels and bfloat16 units"
+        advice = "training uses PyTorch's operations instead of bfsys's kernels, and this GPU has no bfloat16 units"
         return Finding("GPU", Verdict.SLOW, detail, advice)
     if data_sheet_peak(device, torch.bfloat16) is None:
         return Finding("GPU", Verdict.OK, f"{detail}; it is not in model/peaks.py, so runs log no mfu")

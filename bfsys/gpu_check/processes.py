@@ -39,7 +39,7 @@ def run_checks(
         check, left = CHECKS[name], until - time.monotonic()
         if left < LEAST_S:
             more = "give more --seconds, or this check alone with --only"
-            results[name] = [Finding("all of it", Verdict.SKIPPED, "no time was left", more)]
+            results[name] = [Finding("whole check", Verdict.SKIPPED, "no time was left", more)]
         else:
             variables = dict(os.environ) if check.is_collective else variables_of_one(os.environ, ranks)
             with TemporaryDirectory(prefix="bfsys-check-") as folder:
@@ -83,9 +83,9 @@ def finish(
         code = child.wait(limit_s)
     except subprocess.TimeoutExpired:
         if is_cut_short:
-            said = f"it had not ended when the time was up, after {limit_s:.0f} s"
-            return [Finding("all of it", Verdict.SKIPPED, said, "give more --seconds")]
-        return [Finding("all of it", Verdict.WRONG, f"it hung: no end after {limit_s:.0f} s", _hint(name))]
+            said = f"stopped after {limit_s:.0f} s, because the time was used up"
+            return [Finding("whole check", Verdict.SKIPPED, said, "give more --seconds")]
+        return [Finding("whole check", Verdict.WRONG, f"it hung: no end after {limit_s:.0f} s", _hint(name))]
     finally:  # kill the check and the processes that it started
         with suppress(ProcessLookupError):  # a part of a check has no group of its own
             os.killpg(child.pid, signal.SIGKILL)
@@ -97,7 +97,7 @@ def finish(
     lines = (folder / "output").read_text(errors="replace").splitlines()
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     how = f"code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-    return [Finding("all of it", Verdict.WRONG, f"it ended with {how}: {last}", _hint(name))]
+    return [Finding("whole check", Verdict.WRONG, f"it ended with {how}: {last}", _hint(name))]
 
 
 def _hint(name: str) -> str:

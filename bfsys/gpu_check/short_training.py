@@ -76,7 +76,9 @@ def compare_runs(whole: Path, again: Path) -> Finding:
     if not differ and losses[0] == losses[1]:
         return Finding("resume", Verdict.OK, f"from step {HALF}: the same bits of {len(x)} files, the same losses")
     detail = f"from step {HALF}: other bits in {', '.join(differ) or 'the losses'}"
-    advice = "a resumed run would not be the same run; is an operation here not deterministic? Run --only kernels"
+    advice = (
+        "a resumed run differs from an uninterrupted one; an operation may be non-deterministic. Run --only kernels"
+    )
     return Finding("resume", Verdict.WRONG, detail, advice)
 
 

@@ -51,7 +51,7 @@ def same_answers(device: torch.device, make: Callable[..., ByteFormer] = ByteFor
         expected = published.to(device)(pad(files, a).to(device))
     error = float((answers - expected).abs().max() / expected.abs().max())
     if error <= ANSWERS_AGREE:
-        return Finding("answers", Verdict.OK, f"as of the published form, within {error:.1e} of the largest")
+        return Finding("answers", Verdict.OK, f"equal to the published form; largest relative difference {error:.1e}")
     detail = f"differ from the published form's by {error:.1e} of the largest; allowed are {ANSWERS_AGREE:.0e}"
     return Finding("answers", Verdict.WRONG, detail, "do not train here; see which kernel is wrong: --only kernels")
 

@@ -102,6 +102,6 @@ def use_nodes(fit: Sequence[int]) -> int:
     )
     if used < got:
         released = ask("scontrol", "update", f"JobId={os.environ['SLURM_JOB_ID']}", f"NumNodes={used}").is_good
-        line += f"; {got - used} {'given back' if released else 'left idle: SLURM does not take them back'}"
+        line += f"; {got - used} {'released' if released else 'idle: SLURM refused to release them'}"
     print(line, flush=True)
     return used

@@ -204,8 +204,8 @@ def show_status(run_dir: Path) -> int:
         has_log = Path(submitted[-1].log).exists()
         is_stopped = shown[-1][1].name == "CANCELLED" and not has_log
         failed = not is_stopped
-        why = "its log says why" if has_log else "it left no log: do the nodes see its folder?"
-        text = f"training exited without recording why; {why}" if failed else "the job was cancelled before it began"
+        why = "its log says why" if has_log else "it left no log: check that the nodes can see its folder"
+        text = f"training ended without a recorded reason; {why}" if failed else "the job was cancelled before it began"
         print(f"ended    {text}")
     if is_known and (failed or is_stopped):
         what = "fix the cause, then run" if failed else "to go on, run"
@@ -258,7 +258,7 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> int:
         has = f"has logs of ranks 0 to {max(ranks)}" if ranks else "has no log yet; ranks are numbered from 0"
         raise UserError(f"--rank: got {rank}; job {job.job} {has}")
     if not log.exists() and not follow:
-        raise UserError(f"{log}: not there (yet); the job: {state_of(job).name}")
+        raise UserError(f"{log}: does not exist yet; state of the job: {state_of(job).name}")
     if ranks and rank not in ranks:
         print(f"waiting for {log}; job {job.job} has logs of ranks 0 to {max(ranks)}", file=sys.stderr)
     try:

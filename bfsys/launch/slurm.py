@@ -135,7 +135,7 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
     if has_sound_nodes and len(nodes) < len(nodes_of(args)):
         notes.append(
             f"--nodes: got {args.nodes}; the lanes can be shared by {', '.join(map(str, nodes))} nodes, "
-            f"and nodes beyond such a number are given back when the job starts"
+            f"and the job releases additional nodes when it starts"
         )
     seen = preflight.check_places(seen_by_nodes(configs))
     problems, notes = problems + seen.problems, notes + seen.notes
@@ -299,7 +299,7 @@ def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
             ) from None
         raise UserError(f"sbatch refused the job: {reason}") from None
     except FailedSubmissionError as error:
-        raise UserError(f"sbatch's answer is not understood, see squeue for what it did: {error}") from None
+        raise UserError(f"unexpected output of sbatch; squeue shows whether the job was submitted: {error}") from None
 
 
 def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: list[str]) -> int:

@@ -43,7 +43,7 @@ def _wrong_axes(sweep: Sequence[str]) -> Iterator[str]:
         if key in keys:
             yield f"--sweep: {key} is given twice; give all of its values at once, {key}=A,B,…"
         if key in ("name", "runs_dir"):
-            yield f"--sweep: {key} decides no result; each run gets a name of its own"
+            yield f"--sweep: {key} does not influence the result; each run is named automatically"
         if "" in map(str.strip, values.split(",")):
             yield f"--sweep: got {text!r}, which has an empty value between commas or at an end"
         if "[" in values or "{" in values:

@@ -226,7 +226,7 @@ class Service:
                 status = 500
                 if isinstance(row, BaseException):
                     log(row)
-                one.error = "the model fails on this file; its answer is not finite, or memory does not suffice"
+                one.error = "the model failed on this file: non-finite output, or not enough memory"
             else:
                 answered[id(one)] = row
         self.metrics.refused_files.inc(len(prepared) - len(answered))

@@ -83,7 +83,7 @@ def test_files_that_cannot_be_decoded_are_named_and_the_others_made(tmp_path: Pa
     first, second, total = error.value.problems
     assert first.startswith(f"{src}/a.wav: cannot be decoded as audio: is not a sound that libsndfile can read")
     assert second.startswith(f"{src}/c.wav: cannot be decoded as audio: is cut")
-    assert total == "2 of 3 files were not made; the same command continues"
+    assert total == "2 of 3 files were not written; run the same command again to continue"
     assert (tmp_path / "out" / "b.wav").stat().st_size == 16_044
 
 
@@ -94,7 +94,7 @@ def test_a_name_that_is_too_long_for_another_extension_is_named_and_the_others_m
         call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tiff"])
     long, total = error.value.problems
     assert long.endswith("b.tiff: cannot be written: File name too long")
-    assert total == "1 of 3 files were not made; the same command continues"
+    assert total == "1 of 3 files were not written; run the same command again to continue"
 
 
 def test_want_of_memory_is_not_blamed_on_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_want_of_memory_is_not_blamed_on_a_file(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(encode, "reencode", fail)
     src = make_files(tmp_path / "src", {"a.png": png_bytes(9, 9, 1)})
-    with pytest.raises(UserError, match=r"a\.png: memory does not suffice for this file"):
+    with pytest.raises(UserError, match=r"a\.png: not enough memory for this file"):
         call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tiff"])
 
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_written_is_told_with_what_could_not_be_decoded(tmp_path:
     first, second, total = error.value.problems
     assert "a.png: cannot be decoded" in first
     assert second.startswith(f"{tmp_path}/out/b/c.tiff: cannot be written: ")
-    assert total.startswith("3 of 3 files were not made")
+    assert total.startswith("3 of 3 files were not written")
 
 
 def test_a_folder_is_not_encoded_into_itself(tmp_path: Path) -> None:

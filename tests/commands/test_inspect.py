@@ -58,7 +58,7 @@ def test_it_lists_samples_of_one_split(dataset, capsys):
 
 def test_verify_exits_0_if_whole_and_1_if_damaged(dataset, capsys):
     assert call("inspect", [str(dataset), "--verify"]) == 0
-    assert "whole: all 40 samples are as they were packed" in capsys.readouterr().out
+    assert "intact: all 40 samples match their checksums" in capsys.readouterr().out
     split = open_split(dataset, "train")
     for number in (0, 1):
         tar = dataset / split.shards[number].file

@@ -221,7 +221,7 @@ def test_nothing_made_by_others_is_overwritten(tmp_path):
     src = make_tree(tmp_path / "src")
     (tmp_path / "file").write_text("")
     assert "file is not a folder that this user may write to" in problems_of(src, tmp_path / "file")
-    assert "lies in SRC, and would be packed next time" in problems_of(src, src)
+    assert "lies in SRC, so the next run would pack it too" in problems_of(src, src)
     make_files(tmp_path / "foreign" / "pets", {"pets-train-000000.tar": b"tar"})
     assert "holds tars that tools/pack.py did not make" in problems_of(src, tmp_path / "foreign")
     rebuilt = pack(src, tmp_path / "rebuilt")

@@ -178,7 +178,8 @@ def test_output_inside_of_the_folder_is_refused(option: str, tmp_path: Path, mon
     monkeypatch.chdir(src)
     options = {"--runs": str(tmp_path / "runs"), "--shards": str(tmp_path / "shards")} | {option: "new/folder"}
     with pytest.raises(
-        UserError, match=f"{option} new/folder: lies in ., and would be trained on; give another {option}"
+        UserError,
+        match=f"{option} new/folder: lies in ., so its files would become training data; give another {option}",
     ):
         call("fit", [".", *(word for pair in options.items() for word in pair)])
     (tmp_path / "file").touch()

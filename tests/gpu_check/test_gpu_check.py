@@ -256,7 +256,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert call("check-gpu", ["--only", "environment", "--seconds", "60", "--json", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "environment  skipped  GPU: DS_ACCELERATOR=cpu asks for the CPU" in shown
+    assert "environment  skipped  GPU: DS_ACCELERATOR=cpu selects the CPU" in shown
     report = json.loads(out.read_text())
     assert list(report["checks"]) == ["environment"]
     assert report["checks"]["environment"][0]["verdict"] == "ok"
@@ -266,7 +266,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch:
     assert call("check-gpu", ["--only", "kernels", "--seconds", "1"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "kernels      wrong    stem: 1 of 2", f"{'':21} → look",
-        "kernels      skipped  all of it: no time was left",
+        "kernels      skipped  whole check: no time was left",
         f"{'':21} → give more --seconds, or this check alone with --only",
     ]  # fmt: skip
     quiet = check_gpu.rows("kernels", [*wrong, Finding("x", Verdict.OK, "")], "rank 1 on n1", shows_all=False)

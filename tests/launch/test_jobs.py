@@ -85,7 +85,7 @@ def test_a_job_that_is_over(run: Path, slurm_says, capsys, scontrol: str, sacct:
     assert call("slurm", ["status", str(run)]) == 1
     out = capsys.readouterr().out
     assert f"42: {shown}" in out
-    assert "training exited without recording why; its log says why" in out
+    assert "training ended without a recorded reason; its log says why" in out
     (run / "slurm" / "42_0_log.out").unlink()
     note_end(run, 65, "diverged at step 7")
     assert call("slurm", ["status", str(run)]) == 1
@@ -226,7 +226,7 @@ def test_logs(run: Path, slurm_says, capsys) -> None:
             call("slurm", ["logs", "--rank", rank, str(run)])
     for log in (run / "slurm").glob("42_*"):
         log.unlink()
-    with pytest.raises(UserError, match=r"42_7_log.out: not there \(yet\); the job: COMPLETED"):
+    with pytest.raises(UserError, match=r"42_7_log.out: does not exist yet; state of the job: COMPLETED"):
         call("slurm", ["logs", "--rank", "7", str(run)])
     with pytest.raises(UserError, match=r"^--rank: got -1; job 42 has no log yet; ranks are numbered from 0$"):
         call("slurm", ["logs", "--rank", "-1", str(run)])

@@ -32,7 +32,7 @@ def test_all_problems_are_named_at_once(config_file: Path) -> None:
     assert sweep_configs(str(config_file), [], sweep, problems) == []
     assert len(problems) == 5
     for part in ("got 'lr'; KEY=A,B,… is expected", "an empty value", "train.seed is given twice",
-                 "name decides no result", "lists and mappings cannot be swept"):  # fmt: skip
+                 "name does not influence the result", "lists and mappings cannot be swept"):  # fmt: skip
         assert any(problem.startswith("--sweep: ") and part in problem for problem in problems), part
     problems = []
     assert len(sweep_configs(str(config_file), [], ["train.steps=20,20"], problems)) == 2

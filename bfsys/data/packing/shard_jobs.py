@@ -129,7 +129,7 @@ def write_job(job: Job, skip_bad: bool, fatal: Mapping[str, str], position: c_lo
     except MemoryError:
         path = job.files[position.value].path
         raise UserError(
-            f"{path}: memory does not suffice to pack this file; run the same command again with fewer --workers, or "
+            f"{path}: not enough memory to pack this file; run the same command again with fewer --workers, or "
             "leave large files out by --max-file-bytes: finished shards are kept"
         ) from None
     with replacing(job.sidecar) as file:

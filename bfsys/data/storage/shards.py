@@ -315,7 +315,7 @@ def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
         ) from error
     if array.dtype != dtype or array.shape != (length,):
         raise UserError(
-            f"{file}: the index holds {array.shape} of {array.dtype}, {DESCRIPTION} speaks of ({length},) of "
+            f"{file}: the index holds {array.shape} of {array.dtype}, {DESCRIPTION} names ({length},) of "
             f"{dtype}: they are not of one dataset; pack it again, "
             f"or delete {DESCRIPTION} and run bfsys inspect --rebuild"
         )

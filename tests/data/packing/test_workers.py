@@ -63,7 +63,7 @@ def test_a_single_shard_is_decoded_in_a_process_of_its_own(src, tmp_path):
     [
         (b"kill", "the process that packed this file ended with signal SIGKILL, perhaps for lack of memory; run the"),
         (b"exit", "the process that packed this file ended with exit code 3; run the same command again with fewer"),
-        (b"memory", "memory does not suffice to pack this file; run the same command again with fewer --workers"),
+        (b"memory", "not enough memory to pack this file; run the same command again with fewer --workers"),
     ],
 )
 def test_a_lack_of_memory_ends_packing_and_names_the_file(src, tmp_path, content, message):
@@ -95,7 +95,7 @@ def test_files_as_stored_that_do_not_fit_into_memory_are_named(tmp_path, monkeyp
         return read(path)
 
     monkeypatch.setattr(shard_jobs.Path, "read_bytes", read_small)
-    assert f"{src}/a/large: memory does not suffice" in problems_of(src, tmp_path, "--split", "train")
+    assert f"{src}/a/large: not enough memory" in problems_of(src, tmp_path, "--split", "train")
 
 
 def test_errors_of_writing_come_from_the_processes(src, tmp_path, monkeypatch):
