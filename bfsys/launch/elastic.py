@@ -16,6 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,7 +102,11 @@ def use_nodes(fit: Sequence[int]) -> int:
         f"nodes: the job has {got}, training takes {used} (of {', '.join(map(str, fit))}, which share the lanes evenly)"
     )
     if used < got:
-        released = ask("scontrol", "update", f"JobId={os.environ['SLURM_JOB_ID']}", f"NumNodes={used}").is_good
+        job = os.environ["SLURM_JOB_ID"]
+        released = ask("scontrol", "update", f"JobId={job}", f"NumNodes={used}").is_good
+        for shell in ("sh", "csh"):  # scontrol writes scripts that would update the variables of an interactive shell
+            with suppress(OSError):
+                Path(f"slurm_job_{job}_resize.{shell}").unlink()
         line += f"; {got - used} {'released' if released else 'idle: SLURM refused to release them'}"
     print(line, flush=True)
     return used

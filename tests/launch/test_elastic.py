@@ -130,12 +130,14 @@ def test_a_job_takes_the_largest_number_that_it_has_and_gives_back_the_rest(
     slurm_says, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "42")
-    slurm_says(scontrol=f'echo "$*" >> {tmp_path}/asked; exit "${{REFUSED:-0}}"')
+    monkeypatch.chdir(tmp_path)
+    slurm_says(scontrol='echo "$*" >> asked; touch slurm_job_42_resize.sh slurm_job_42_resize.csh; exit ${REFUSED:-0}')
     for got, used, said in (("2", 2, "takes 2 "), ("4", 4, "takes 4 "), ("7", 4, "; 3 released")):
         monkeypatch.setenv("SLURM_JOB_NUM_NODES", got)
         assert elastic.use_nodes([2, 4, 8]) == used
         assert said in capsys.readouterr().out
     assert (tmp_path / "asked").read_text() == "update JobId=42 NumNodes=4\n"
+    assert not list(tmp_path.glob("slurm_job_*"))
     monkeypatch.setenv("REFUSED", "1")
     assert elastic.use_nodes([2, 4, 8]) == 4
     assert "3 idle: SLURM refused" in capsys.readouterr().out
