@@ -32,7 +32,7 @@ from bfsys.checkpoint.files import (
 from bfsys.config import Config, load_config
 from bfsys.errors import UserError, collecting, one_line
 from bfsys.files import open_regular, read_regular
-from bfsys.json_lines import parse_json_lines
+from bfsys.json_lines import NUMBER, parse_json_lines
 
 CONFIG = "config.yaml"
 WITHOUT_INFLUENCE = frozenset((
@@ -150,7 +150,8 @@ def last_train_line(path: Path) -> dict | None:
     """The last line about steps in a metrics.jsonl; None if there is none."""
     lines = read_regular(path).split(b"\n") if path.exists() else []
     found = parse_json_lines(lines[::-1], {"kind": str, "step": int, "seconds": dict})
-    return next((line for line in found if line["kind"] == "train"), None)
+    of_steps = (line for line in found if line["kind"] == "train")
+    return next((line for line in of_steps if all(isinstance(s, NUMBER) for s in line["seconds"].values())), None)
 
 
 def _parameters(run_dir: Path) -> int | None:

@@ -366,7 +366,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         )
     for key, text in (("name", config.name), ("runs_dir", config.runs_dir)):
         if any("\ud800" <= character <= "\udfff" for character in text):
-            problems.append(f"{key}: got {text!r}, which is not text in UTF-8; TensorBoard and safetensors want that")
+            problems.append(f"{key}: got {text!r}, which is not UTF-8, as TensorBoard and safetensors require")
     if data.sources and data.batch_samples < data.lanes * len(data.sources):
         problems.append(  # with fewer, a lane could have no sample in a step
             f"data.batch_samples: got {data.batch_samples}; with {data.lanes} lanes (data.lanes) and "

@@ -76,12 +76,12 @@ class Answers:
 
     def over_ranks(self) -> Answers:
         """The answers of all ranks on rank 0; empty on the other ranks; collective."""
-        everyones = Answers(self.num_classes)
+        gathered = Answers(self.num_classes)
         for labels, answers, counts, worst in gather_to_rank0((*self.counts(), self.worst)):
-            everyones._pairs.append(np.repeat(labels * self.num_classes + answers, counts))
-            everyones.worst += worst
-        everyones.worst = sorted(everyones.worst)[:WORST_FILES]
-        return everyones
+            gathered._pairs.append(np.repeat(labels * self.num_classes + answers, counts))
+            gathered.worst += worst
+        gathered.worst = sorted(gathered.worst)[:WORST_FILES]
+        return gathered
 
 
 class Report:

@@ -152,7 +152,7 @@ def _meet(store: dist.Store, ranks: Ranks, identity: str, timeout_s: float) -> l
             return json.loads(store.get("all ranks"))
         except RuntimeError as error:
             raise UserError(
-                f"rank 0 did not confirm that all ranks are there: {_first_line(error)}", exit_code=EXIT_CRASHED
+                f"rank 0 did not confirm that all ranks have joined: {_first_line(error)}", exit_code=EXIT_CRASHED
             ) from None
     began, said = time.monotonic(), False
     while not store.check(names):

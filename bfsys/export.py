@@ -29,12 +29,15 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import NotRequired
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 from bfsys import files, model_card, typed_yaml
 from bfsys.batch import ByteBatch, Sample
@@ -53,6 +56,26 @@ MOST_BYTES = 2**31 - 1  # largest file that a program accepts
 MOST_BYTES_CHECKED = 100_000
 TOLERANCE = {TORCH: 1e-5, ONNX: 1e-4}  # largest difference of a probability
 ONNX_LIMIT_BYTES = 1_900_000_000  # a protocol buffer is limited to 2 GiB; larger weights go into a separate file
+
+
+class _InputFormat(TypedDict):
+    encoding: str
+
+
+class _Facts(TypedDict):
+    """The keys of a model.json that prediction needs. Their types are checked, since people edit the file."""
+
+    format: int
+    classes: list[str]
+    step: int
+    files: dict[str, dict]
+    config: dict
+    input_formats: NotRequired[list[_InputFormat]]
+    transform_identities: NotRequired[list[str]]
+    reference_files: NotRequired[dict | None]
+
+
+_FACTS = TypeAdapter(_Facts)
 
 
 def export(
@@ -121,6 +144,7 @@ def read_exported(folder: Path) -> tuple[ByteFormer, Config, dict]:
         facts = json.loads(files.read_regular(path))
         if facts["format"] != FORMAT:
             raise UserError(f"{path}: format {facts['format']!r}; this version reads {FORMAT}")
+        _FACTS.validate_python(facts, strict=True)
         classes, entry = facts["classes"], facts["files"].get(weights.name)
         if entry is None:
             raise UserError(f"{folder}: holds no {weights.name}; export the run again with --format {SAFETENSORS}")

@@ -88,7 +88,7 @@ def divide(files: Sequence[SourceFile], noise: Path, out: Path) -> None:
     """Make out/twelve and out/background, each under a temporary name until it is complete."""
     twelve, background = out / "twelve", out / "background"
     if twelve.is_dir() and background.is_dir():
-        print(f"{twelve}, {background}: are there already")
+        print(f"{twelve}, {background}: exist already")
         return
     clips = {path.stem: decode_audio(path.read_bytes()) for path in sorted(noise.glob("*.wav"))}
     if not clips:

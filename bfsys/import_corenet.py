@@ -198,7 +198,7 @@ def check_tensors(named: Mapping[str, Tensor], model: Model) -> None:
     problems += [f"superfluous tensors: {_some(superfluous)}"] if superfluous else []
     common = [name for name in expected if name in named]
     problems += [
-        f"tensor {name}: shape {list(named[name].shape)}, and not {list(expected[name])} as the others ask for"
+        f"tensor {name}: shape {list(named[name].shape)}; the other tensors require {list(expected[name])}"
         for name in common
         if tuple(named[name].shape) != expected[name]
     ][:NAMES_SHOWN]

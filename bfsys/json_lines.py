@@ -1,7 +1,7 @@
-"""JSON lines that a process appends to, and how they are read after faults.
+"""Records in JSON: files of lines that a process appends to, and files of one object. How they are read after faults.
 
-A kill may truncate the last line, and a crash of the machine or an edit may damage any line. Invalid lines are ignored,
-because these files are records, and a damaged record must not end a run.
+A kill may truncate the last line, and a crash of the machine or an edit may damage any part. Invalid records are
+ignored, because a damaged record must not end a run.
 """
 
 from __future__ import annotations
@@ -24,10 +24,21 @@ def read_json_lines(path: Path, fields: Fields) -> Iterator[dict]:
 
 
 def parse_json_lines(lines: list[bytes], fields: Fields) -> Iterator[dict]:
-    for text in lines:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in fields.items()):
-            yield line
+    return (line for line in (_parse(text, fields) for text in lines) if line is not None)
+
+
+def read_json_object(path: Path, fields: Fields) -> dict | None:
+    """The object in a file, if the file can be read and the object has these fields of these types."""
+    try:
+        return _parse(read_regular(path), fields)
+    except OSError:
+        return None
+
+
+def _parse(text: bytes, fields: Fields) -> dict | None:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_valid = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in fields.items())
+    return record if is_valid else None

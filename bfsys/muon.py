@@ -104,7 +104,7 @@ class Orthogonaliser:
         done = self._orthogonalise(self._join(kept, self._collect(mine) if any(self.sent) else {}))
         if len(self.spans) == 1:
             return [done[span.name] for span in mine]
-        return self._broadcast(done) if self.is_replicated else self._hand_out(done)
+        return self._broadcast(done) if self.is_replicated else self._return_pieces(done)
 
     def _collect(self, mine: dict[Span, Tensor]) -> dict[Span, Tensor]:
         """Receive the pieces of matrices that this rank owns but does not hold completely."""
@@ -144,7 +144,7 @@ class Orthogonaliser:
                     done |= self._by_name(result if x.shape[1] == short else result.mT)
         return done
 
-    def _hand_out(self, done: dict[str, Tensor]) -> list[Tensor]:
+    def _return_pieces(self, done: dict[str, Tensor]) -> list[Tensor]:
         """Send the results' pieces to their ranks. Returns this rank's pieces in the order of its spans."""
         send = [[done[name][first:end] for name, first, end in of_rank if name in self.owned] for of_rank in self.spans]
         mine = self.spans[self.rank]

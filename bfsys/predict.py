@@ -312,7 +312,7 @@ class Model:
         longest = max(samples, key=lambda sample: len(sample.data))
         beside = f", and for {len(samples) - 1:,} files beside it" if len(samples) > 1 else ""
         raise UserError(
-            f"{longest.key}: the memory of {self.device} does not suffice for its {len(longest.data):,} bytes{beside}"
+            f"{longest.key}: not enough memory on {self.device} for its {len(longest.data):,} bytes{beside}"
         )
 
     def _probabilities_of(self, batch: ByteBatch) -> Tensor:

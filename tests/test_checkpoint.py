@@ -436,6 +436,15 @@ def test_the_averaged_weights_are_the_default(finished_run: Path) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(averaged.parameters(), last.parameters(), strict=True))
 
 
+def test_weights_of_another_version_are_named(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
+    """The model of the config has other parameters than the checkpoint."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_run, copy)
+    monkeypatch.setattr(loading, "ByteFormer", lambda *arguments: torch.nn.Linear(2, 3))
+    with pytest.raises(UserError, match=r"its weights are not those of the model that its config describes"):
+        loading.load_model(copy)
+
+
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)

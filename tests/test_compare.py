@@ -90,6 +90,14 @@ def test_the_same_seed_twice_is_noted(make_run, capsys):
     assert cells(capsys, *runs, runs[0])[-1] == [f"note: {runs[0]} = {runs[1]}: the same settings and the same seed"]
 
 
+def test_a_line_with_damaged_seconds_is_ignored(make_run, capsys) -> None:
+    run = make_run("damaged", {10: 0.5})
+    want = cells(capsys, run)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 10, "seconds": {"productive": null}}\n')
+    assert cells(capsys, run) == want
+
+
 def test_a_run_that_was_trained(finished_run: Path) -> None:
     """The command does not import PyTorch, and prints plain text to a pipe."""
     script = f"import sys; from bfsys import cli; cli.dispatch(['compare', {str(finished_run)!r}])"

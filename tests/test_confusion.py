@@ -85,9 +85,9 @@ def test_the_files_that_were_judged_worst() -> None:
     own = logits.softmax(1)[torch.arange(40), labels]
     assert [file.sample for file in answers.worst] == own.argsort()[:WORST_FILES].tolist()
     assert answers.worst[0].probability == pytest.approx(float(own.min()))
-    everyones = answers.over_ranks()
-    assert everyones.worst == answers.worst
-    assert all((a == b).all() for a, b in zip(everyones.counts(), answers.counts(), strict=True))
+    gathered = answers.over_ranks()
+    assert gathered.worst == answers.worst
+    assert all((a == b).all() for a, b in zip(gathered.counts(), answers.counts(), strict=True))
 
 
 def test_without_matplotlib_the_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

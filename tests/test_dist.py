@@ -262,8 +262,8 @@ def main():
         mine = [1 / (3 + ranks.rank + step), ranks.rank == step, math.nan if ranks.rank == 1 else -0.0]
         rows = torch.empty(ranks.world_size, 3, dtype=torch.float64)
         flat.all_gather(list(rows.unbind()), torch.tensor(mine, dtype=torch.float64))
-        everyones = dist.gather_numbers(mine)
-        assert everyones.numpy().tobytes() == rows.numpy().tobytes(), (everyones, rows)
+        gathered = dist.gather_numbers(mine)
+        assert gathered.numpy().tobytes() == rows.numpy().tobytes(), (gathered, rows)
         total = dist.sum_over_ranks(torch.tensor(mine, dtype=torch.float64))
         assert total.numpy().tobytes() == rows.sum(0).numpy().tobytes(), (total, rows)
     words = [chr(97 + rank) * (5 - rank) for rank in range(ranks.world_size)]

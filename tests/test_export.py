@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,6 +139,18 @@ def test_programs_alone_hold_no_weights(exported: Path, tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match=r"holds no model\.safetensors; export the run again with --format safetensors"):
         bfsys.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"input_formats": None}, {"input_formats": [{}]}, {"step": "6"}, {"classes": [1]}, {"files": []}, {"config": 5}],
+)
+def test_a_changed_description_is_named(change: dict, exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "copy")
+    path = tmp_path / "copy" / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=r"model\.json: is damaged, or no description that bfsys export wrote"):
+        bfsys.load(tmp_path / "copy")
 
 
 def test_the_last_weights_can_be_had(finished_run: Path, tmp_path: Path, capsys) -> None:

@@ -44,7 +44,7 @@ def test_fields_are_of_their_types(tmp_path: Path) -> None:
 def test_a_ledger_with_damage_counts_the_rest(tmp_path: Path) -> None:
     (tmp_path / "goodput.jsonl").write_bytes(
         b'{"event": "start", "time": 100, "step": 0}\n\xff\n{"event": "note", "time": 105}\n'
-        b'{"event": "begin", "time": 110}\n[1]\n'
+        b'{"event": "begin", "time": 110}\n[1]\n{"event": "another", "time": 120}\n'
         b'{"event": "note", "time": 150, "step": 4, "stall_s": 1, "wait_s": 2}\n{"ev'
     )
     assert read_seconds(tmp_path) == {"productive": 37, "lost": 0, "restart": 10, "stall": 1, "data_wait": 2}

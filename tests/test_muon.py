@@ -98,12 +98,12 @@ for trial in range(40):
     for dtype in (torch.float32, torch.bfloat16):
         counted.clear(), exchanged.clear()
         results = Orthogonaliser(stacks, spans, ranks, dtype)([whole[s.name][s.first : s.end] for s in spans])
-        everyones = int(dist.gather_numbers([sum(counted)]).sum())
+        total = int(dist.gather_numbers([sum(counted)]).sum())
         for span, result in zip(spans, results, strict=True):
             stack = stacks[span.name]
             expected = orthogonalise(whole[span.name].to(dtype).view(stack)).flatten()[span.first : span.end]
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5 if dtype == torch.float32 else 0.05)
-        assert everyones == sum(stack.elements for stack in stacks.values()), "a matrix was orthogonalised twice"
+        assert total == sum(stack.elements for stack in stacks.values()), "a matrix was orthogonalised twice"
         assert trial % 4 != 1 or not exchanged, "all ranks had all pieces"
 print("all equal")
 dist.stop()

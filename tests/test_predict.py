@@ -95,8 +95,8 @@ def test_a_file_for_which_memory_does_not_suffice_costs_no_other_answer(finished
     inputs = [("one", bytes(30)), ("long", bytes(9000)), ("two", bytes(30))]
     named = [name for name, *_ in model.answers(inputs, problems, lambda _: None)]
     assert named == ["one", "two"]
-    assert problems == ["long: the memory of cpu does not suffice for its 9,000 bytes"]
-    with pytest.raises(UserError, match=r"inputs\[1\]: the memory of cpu does not suffice"):
+    assert problems == ["long: not enough memory on cpu for its 9,000 bytes"]
+    with pytest.raises(UserError, match=r"inputs\[1\]: not enough memory on cpu"):
         model.predict([bytes(30), bytes(9000)])
 
 

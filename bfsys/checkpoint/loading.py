@@ -257,7 +257,13 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
             if path.exists() or path == run:
                 raise  # otherwise training has pruned it meanwhile, and there is a newer one
     model = ByteFormer(config.model.architecture(), len(manifest["classes"]), config.model.mode)
-    model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(CONTENT_HEAD)})
+    try:
+        model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(CONTENT_HEAD)})
+    except RuntimeError:  # other names or shapes
+        raise UserError(
+            f"{path}: its weights are not those of the model that its config describes; it was written by another "
+            f"version of bfsys ({manifest.get('versions', {}).get('bfsys', 'unknown')}), or changed"
+        ) from None
     return model.eval(), config, manifest
 
 

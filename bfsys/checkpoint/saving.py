@@ -144,7 +144,7 @@ class Saver:
         self._check_pieces()
 
         @_errors_of_saving(final)
-        def let_it_count() -> None:
+        def commit_and_prune() -> None:
             self._wait_for_removal()
             commit(self._work, final, facts, files)
             is_bad = bool((facts.get("guard") or {}).get("in_a_row"))
@@ -154,7 +154,7 @@ class Saver:
                 self._removal = threading.Thread(target=_remove_all, args=[going], name="removal of checkpoints")
                 self._removal.start()
 
-        dist.on_rank0(let_it_count, self.ranks)  # all ranks wait until the checkpoint is committed
+        dist.on_rank0(commit_and_prune, self.ranks)  # all ranks wait until the checkpoint is committed
         return final
 
     def _check_pieces(self) -> None:

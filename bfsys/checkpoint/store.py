@@ -44,8 +44,8 @@ BLOCK_BYTES = 16 << 20
 MOST_BLOCKS = 5000  # of a file; S3 takes 10,000 parts
 FILES_AT_A_TIME = 4
 # Errors that are not retried, by type and by errno.
-LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)
-LASTING_NUMBERS = (errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)
+PERMANENT_ERRNOS = (errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StoreError(UserError):
@@ -223,7 +223,7 @@ class Store:
         path, content = self._path(f".probe-{uuid.uuid4().hex}"), b"bfsys may write here"
         self._tried("cannot be written", lambda: self._fs.pipe_file(path, content))
         if self._tried("cannot be read", lambda: self._fs.cat_file(path)) != content:
-            raise StoreError(f"{self.url}: gives back other bytes than were written", exit_code=EXIT_USER_ERROR)
+            raise StoreError(f"{self.url}: returns other bytes than were written", exit_code=EXIT_USER_ERROR)
         self._tried("objects cannot be removed", lambda: self._fs.rm_file(path))
 
     def _path(self, *names: str) -> str:
@@ -296,12 +296,12 @@ class Store:
             except UserError:
                 raise
             except Exception as error:  # each library has its own errors
-                is_lasting = isinstance(error, LASTING) or getattr(error, "errno", None) in LASTING_NUMBERS
+                is_permanent = isinstance(error, PERMANENT_ERRORS) or getattr(error, "errno", None) in PERMANENT_ERRNOS
                 from bfsys.data.storage.streams import hide  # takes a while to import
 
                 problem = f"{self.url}: {what_fails}: {hide(_reason(error))}"
-                if is_lasting or pause_s is None:
-                    raise StoreError(problem, exit_code=EXIT_USER_ERROR if is_lasting else EXIT_CRASHED) from error
+                if is_permanent or pause_s is None:
+                    raise StoreError(problem, exit_code=EXIT_USER_ERROR if is_permanent else EXIT_CRASHED) from error
                 self._say(f"{problem}; trying again in {pause_s:g} s")
                 self.moved = time.monotonic()
                 time.sleep(pause_s)

@@ -28,7 +28,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STOPPED
-from bfsys.files import read_regular, replace_file
+from bfsys.files import replace_file
+from bfsys.json_lines import read_json_object
 from bfsys.launch import elastic
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 from bfsys.launch.slurm_commands import Answer, ask, fields_of
@@ -102,10 +103,9 @@ class JobSupervisor:
         is_preempted = job.get("PreemptTime", "None") != "None"
         if code == EXIT_STOPPED and (is_out_of_time(job) or is_preempted):
             code = EXIT_REQUEUE  # SLURM requested the stop, not a person
-        path, counted = self.run_dir / FILE, {}
-        with suppress(OSError, ValueError):
-            counted = json.loads(read_regular(path))
-        restarts = Restarts(self.run_dir, counted.get("step", 0), counted.get("without_progress", 0), PAUSES_S)
+        path = self.run_dir / FILE
+        counted = read_json_object(path, {"step": int, "without_progress": int}) or {"step": 0, "without_progress": 0}
+        restarts = Restarts(self.run_dir, counted["step"], counted["without_progress"], PAUSES_S)
         # A pre-emption does not count as a restart without progress.
         pause_s = 0.0 if is_preempted and code not in FINAL_CODES else restarts.pause_s(code)
         if pause_s is None:

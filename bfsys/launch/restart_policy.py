@@ -49,7 +49,7 @@ class Restarts:
         before, self.step = self.step, newest_step(self.run_dir)
         if self.step != before:  # it is smaller if later checkpoints were damaged
             self.without_progress = 0
-        if self.without_progress == MAX_RESTARTS:
+        if self.without_progress >= MAX_RESTARTS:
             reason = (
                 f"gave up after {MAX_RESTARTS} restarts without a new checkpoint; the last start ended with code {code}"
             )

@@ -137,7 +137,7 @@ class Ledger:
             self._attempts = [*self._attempts[-1:], _Attempt(now, event["step"])]
         elif self._attempts and event["event"] == "begin":
             self._attempts[-1].began = now
-        elif self._attempts:
+        elif self._attempts and event["event"] == "note":
             self._attempts[-1].notes.append((now, event["step"], event["stall_s"], event["wait_s"]))
 
 

@@ -208,10 +208,10 @@ class Metrics:
         self, step: int, classes: Sequence[str], answers: Answers, key_of: Callable[[int, int], str], embedding: Tensor
     ) -> None:
         """Show pictures and tables of an evaluation; collective. `embedding` is empty if ZeRO 3 shards it."""
-        everyones = answers.over_ranks()
+        gathered = answers.over_ranks()
         if self._outputs:
             with self._noting_problems():
-                show_evaluation(self._outputs.tensorboard, step, classes, everyones, key_of)
+                show_evaluation(self._outputs.tensorboard, step, classes, gathered, key_of)
                 if len(embedding):
                     show_embedding(self._outputs.tensorboard, step, embedding)
                 self._outputs.tensorboard.flush()

@@ -7,7 +7,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from bfsys.files import read_regular, replace_file
+from bfsys.files import replace_file
+from bfsys.json_lines import read_json_object
 
 FILE = "ended.json"
 
@@ -26,8 +27,5 @@ def forget_end(run_dir: Path) -> None:
 
 
 def how_it_ended(run_dir: Path) -> dict | None:
-    """Return {"exit_code", "reason", "time"} of a run that has ended, else None."""
-    try:
-        return json.loads(read_regular(run_dir / FILE))
-    except (OSError, ValueError):
-        return None
+    """Return {"exit_code", "reason", "time"} of a run that has ended, else None; a damaged record gives None, too."""
+    return read_json_object(run_dir / FILE, {"exit_code": int, "reason": str, "time": str})

@@ -165,11 +165,11 @@ class Supervisor:
         loss = torch.stack([micro_batch.loss.double() for micro_batch in drawn]).sum().item() if drawn else 0.0
         problem_code = self.metrics.problem_code
         flags = self.stop.exit_code, self.quarantine.news > 0, self.saver.is_writing(), problem_code
-        everyones = dist.gather_numbers([loss, *flags])  # [ranks, 5]
-        exit_code, has_bad_files, is_writing, problem_code = everyones[:, 1:].amax(0).int().tolist()
+        gathered = dist.gather_numbers([loss, *flags])  # [ranks, 5]
+        exit_code, has_bad_files, is_writing, problem_code = gathered[:, 1:].amax(0).int().tolist()
         if problem_code:
             raise dist.AgreedError(dist.broadcast_from_rank0(self.metrics.problem), exit_code=problem_code)
-        mean_loss = everyones[:, 0].sum().item() / self.config.data.batch_samples
+        mean_loss = gathered[:, 0].sum().item() / self.config.data.batch_samples
         return Agreed(mean_loss, exit_code, bool(has_bad_files), bool(is_writing))
 
     def judge(self, step: int, outcome: StepOutcome, agreed: Agreed) -> None:

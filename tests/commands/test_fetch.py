@@ -92,7 +92,7 @@ def test_it_is_the_same_everywhere_and_made_once(archive: Path, tmp_path: Path, 
     call("fetch", ["speech_commands", str(archive)])
     first = made(archive / "twelve")
     call("fetch", ["speech_commands", str(archive)])
-    assert "are there already" in capsys.readouterr().out
+    assert "exist already" in capsys.readouterr().out
     (archive / "twelve").rename(tmp_path / "earlier")
     call("fetch", ["speech_commands", str(archive)])
     assert made(archive / "twelve") == first

@@ -81,7 +81,7 @@ def test_verify_finds_classes_that_were_renamed(dataset, classes, capsys):
         part["class_counts"] = dict(zip(classes, part["class_counts"].values(), strict=True))
     file.write_text(json.dumps({**description, "classes": classes}))
     assert call("inspect", [str(dataset), "--verify"]) == 1
-    assert f"class {classes[0]!r}: its samples are called otherwise, such as 'cat/" in capsys.readouterr().err
+    assert f"class {classes[0]!r}: its samples have keys of another class, such as 'cat/" in capsys.readouterr().err
 
 
 def test_verify_counts_the_samples_of_each_class(dataset, capsys):
@@ -90,7 +90,7 @@ def test_verify_counts_the_samples_of_each_class(dataset, capsys):
     description["splits"]["train"]["class_counts"]["cat"] += 1
     file.write_text(json.dumps(description))
     assert call("inspect", [str(dataset), "--verify"]) == 1
-    assert "class 'cat': 19 samples of train are stated, and 18 are there" in capsys.readouterr().err
+    assert "class 'cat': dataset.json states 19 samples of train, and the index holds 18" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [("Cat", "cat"), ("cat", "cat "), ("caf\u00e9", "cafe\u0301")])

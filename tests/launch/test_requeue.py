@@ -156,9 +156,15 @@ def test_three_starts_again_without_progress_are_enough(ends, tmp_path: Path) ->
     assert [ends(1)[1] for _ in range(4)] == [True, True, True, False]
 
 
-def test_a_count_that_is_torn_is_none(ends, tmp_path: Path) -> None:
-    (tmp_path / requeue.FILE).write_text('{"st')
+@pytest.mark.parametrize("damage", ['{"st', "[]", "{}", '{"step": null, "without_progress": "3"}'])
+def test_a_damaged_count_is_none(damage: str, ends, tmp_path: Path) -> None:
+    (tmp_path / requeue.FILE).write_text(damage)
     assert ends(1) == (1, True)
+
+
+def test_a_count_above_the_limit_is_the_limit(ends, tmp_path: Path) -> None:
+    (tmp_path / requeue.FILE).write_text('{"step": 0, "without_progress": 99}')
+    assert ends(1) == (EXIT_NO_PROGRESS, False)
 
 
 def start(slurm: Path, tasks: str, *runs: str) -> subprocess.Popen:

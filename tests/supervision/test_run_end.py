@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bfsys.supervision.run_end import forget_end, how_it_ended, note_end
 from tests.conftest import REPOSITORY
 
@@ -19,6 +21,12 @@ def test_the_end_is_noted_until_the_run_goes_on(tmp_path: Path) -> None:
     assert how_it_ended(tmp_path) is None
     note_end(tmp_path / "nowhere", 1, "of no run")
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '"stopped"', "{}", '{"exit_code": "1", "reason": "", "time": ""}'])
+def test_a_damaged_record_counts_as_none(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "ended.json").write_text(damage)
+    assert how_it_ended(tmp_path) is None
 
 
 def test_a_full_disk_does_not_hide_the_reason(tmp_path: Path) -> None:

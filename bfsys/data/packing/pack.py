@@ -94,8 +94,8 @@ def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
             is_new = write(packing, jobs, listing)
     except OSError as error:  # only from writing: unreadable files are handled before
         raise UserError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error}); put that right and run "
-            f"the same command again: finished shards are kept"
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); mend that and run "
+            f"the same command again; finished shards are kept"
         ) from error
     return is_new, left_out
 

@@ -41,12 +41,13 @@ def _wrong_classes(split: Split) -> list[str]:
         where = f"{split.path / DESCRIPTION}: class {name!r}"
         if counts[label] != stated[name]:
             problems.append(
-                f"{where}: {stated[name]:,} samples of {split.split} are stated, and {counts[label]:,} are there"
+                f"{where}: dataset.json states {stated[name]:,} samples of {split.split}, and the index holds "
+                f"{counts[label]:,}"
             )
         if keys_hold_names and counts[label]:
             key = split.key(int(np.argmax(labels == label)))
             if not key.startswith(f"{name.replace('.', '_')}/"):
-                problems.append(f"{where}: its samples are called otherwise, such as {key!r}")
+                problems.append(f"{where}: its samples have keys of another class, such as {key!r}")
     return problems
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NotRequired
+from typing import Annotated, NotRequired
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class IndexFile(TypedDict):
     name: str
     sha256: str
-    size_bytes: int
+    size_bytes: Count
 
 
 class Index(TypedDict):
@@ -21,8 +23,8 @@ class Index(TypedDict):
 
 class ShardFile(TypedDict):
     file: str
-    samples: int
-    bytes: int
+    samples: Count
+    bytes: Count
     sha256: str
     index_xxh3: str
 
@@ -30,10 +32,10 @@ class ShardFile(TypedDict):
 class Part(TypedDict):
     """A split."""
 
-    samples: int
-    bytes: int
-    length_quantiles: dict[str, int]
-    class_counts: dict[str, int]
+    samples: Count
+    bytes: Count
+    length_quantiles: dict[str, Count]
+    class_counts: dict[str, Count]
     index: Index
     shards: list[ShardFile]
 

@@ -59,8 +59,8 @@ def url_of(location: str, file: str) -> str:
             raise UserError(f"{hide(location)}: lacks {{file}}, which stands for a file's name: {PIPE_EXAMPLE}")
         if not HARMLESS_IN_SHELL.fullmatch(file):
             raise UserError(
-                f"{hide(location)}: the name {file!r} is not put into a command; letters, digits and _.+=@%:,/- "
-                f"are. Rename the dataset, or read it by another scheme"
+                f"{hide(location)}: the name {file!r} cannot be used in a command; allowed are letters, digits and "
+                f"_.+=@%:,/-. Rename the dataset, or read it by another scheme"
             )
         return location.replace("{file}", file)
     if "://" in location and not urlsplit(location).netloc and not location.startswith("file:"):

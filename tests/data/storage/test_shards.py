@@ -161,6 +161,12 @@ OPENING = {
     "a pipe for an index": (lambda p: make_pipe(p, "pets-train.keys.npy"), "cannot be read (is not a regular file"),
     "too long": (lambda p: os.truncate(p / DESCRIPTION, 2**40), "holds more than 67,108,864 bytes; is it the right"),
     "nested": (lambda p: (p / DESCRIPTION).write_text("[" * 100_000), "cannot be read as dataset.json"),
+    "a huge number": (
+        lambda p: (p / DESCRIPTION).write_text(
+            (p / DESCRIPTION).read_text().replace('"bytes": ', '"bytes": 9' + "0" * 30)
+        ),
+        "splits.train.bytes: Input should be less than 9223372036854775808",
+    ),
     "notes": (lambda p: change_description(p, notes=5), "notes: Input should be a valid array"),
     "header of the index": (
         lambda p: (p / "pets-train.samples.npy").write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': [(        \n"),
