@@ -104,7 +104,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     runs: dict[Path, Run] = {}
     for path in paths:
         is_run = (path / CONFIG).is_file()
-        found = [path] if is_run else sorted(config.parent for config in path.glob(f"*/{CONFIG}"))
+        found = [path] if is_run else _runs_in(path)
         if not found and (problem := problem_of_place(path)):
             problems.append(problem)
         elif not found:
@@ -122,6 +122,18 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     if problems:
         raise UserError(*problems)
     return list(runs.values()), unreadable
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folders in a folder that have a config, or that cannot be read."""
+
+    def may_be_run(path: Path) -> bool:
+        try:
+            return (path / CONFIG).exists()
+        except OSError:
+            return True
+
+    return sorted(path for path in folder.iterdir() if may_be_run(path)) if folder.is_dir() else []
 
 
 def read_run(run_dir: Path) -> Run:

@@ -291,8 +291,10 @@ def deepspeed_config(config: Config, world_size: int, micro_batches: int, parame
 
 def import_deepspeed() -> ModuleType:
     """Import DeepSpeed without its warnings. The first import takes seconds."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not os.environ.get("DS_ACCELERATOR"):
+        os.environ.pop("DS_ACCELERATOR", None)  # DeepSpeed rejects an empty value
+        if not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 uses names that are deprecated in PyTorch 2.14, at stage 3 several times per step.
     old_names = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"

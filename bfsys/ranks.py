@@ -46,10 +46,16 @@ class Ranks:
 
 
 def gpu_count() -> int:
-    """The number of GPUs of this machine that ranks use; 0 if DS_ACCELERATOR is cpu."""
+    """The number of GPUs of this machine that ranks use; 0 if DS_ACCELERATOR is cpu. Raises UserError if the variable
+    selects something that bfsys or this machine does not have."""
     import torch
 
-    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    selected = os.environ.get("DS_ACCELERATOR", "")
+    gpus = 0 if selected == "cpu" else torch.cuda.device_count()
+    if selected not in ("", "cpu", "cuda") or (selected == "cuda" and not gpus):
+        allowed = "cpu or cuda" if gpus else "cpu, since PyTorch finds no GPU"
+        raise UserError(f"environment variable DS_ACCELERATOR: got {selected!r}; allowed is {allowed}; or unset it")
+    return gpus
 
 
 def ranks_from_environment() -> Ranks:

@@ -174,9 +174,7 @@ def _errors_of(run_dir: Path) -> Iterator[None]:
             raise
         code = EXIT_STORAGE if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
         where = f"{error.filename}: " if error.filename and error.filename != str(run_dir) else ""
-        raise UserError(
-            f"run directory {run_dir}: cannot be written: {where}{error.strerror}", exit_code=code
-        ) from None
+        raise UserError(f"run directory {run_dir}: cannot be used: {where}{error.strerror}", exit_code=code) from None
 
 
 def set_aside_earlier_run(run_dir: Path) -> list[str]:

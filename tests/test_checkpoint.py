@@ -187,6 +187,49 @@ def test_a_file_server_that_is_away_is_waited_for_and_damages_nothing(
     assert [p.name for p in files.all_checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]
 
 
+@pytest.mark.parametrize(("error", "code"), [(errno.EACCES, 2), (errno.EMFILE, 2), (errno.ESTALE, 1), (errno.EIO, 1)])
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(
+    tmp_path: Path, error: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a run would start over, and set its history aside."""
+    save(tmp_path, 1)
+    really_scan = os.scandir
+
+    def scan(path):
+        if Path(path).name == "checkpoints":
+            raise OSError(error, os.strerror(error), str(path))
+        return really_scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    monkeypatch.setattr(files, "PAUSES_S", (0.0,))
+    for read in (loading.newest_readable, files.find_whole, files.all_checkpoints, resume):
+        with pytest.raises(UserError, match=rf"checkpoints: cannot be read.*: {os.strerror(error)}") as raised:
+            read(tmp_path)
+        assert raised.value.exit_code == code
+        assert "remove" not in str(raised.value)
+
+
+@pytest.mark.parametrize("what", [files.MANIFEST, "weight-0-of-1.safetensors"])
+def test_a_file_without_permission_is_not_taken_for_damaged(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    really_open = io.open
+
+    def open_or_not(path, *arguments, **options):
+        if str(path).endswith(f"step_00000002/{what}"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really_open(path, *arguments, **options)
+
+    for module in (io, builtins):
+        monkeypatch.setattr(module, "open", open_or_not)
+    for read in (resume, files.find_whole):
+        with pytest.raises(UserError, match=f"{what}: cannot be read: Permission denied"):
+            read(tmp_path)
+    assert [p.name for p in files.all_checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]
+
+
 @pytest.mark.parametrize("moment", ["copied", "half written", "written", "manifest", "renamed", "latest"])
 def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, moment: str, monkeypatch) -> None:
     """The process ends at some point of a save. The next save handles its remains."""

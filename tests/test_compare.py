@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,23 @@ def test_a_run_of_a_folder_that_cannot_be_read_is_named_and_the_others_are_shown
     out = capsys.readouterr().out
     assert "odd\\x1b[31m/metrics.jsonl: Is a directory" in out
     assert "\x1b" not in out
+
+
+def test_a_run_without_permission_is_named(make_run, monkeypatch, capsys) -> None:
+    good, bad = make_run("good", {10: 0.5}), make_run("bad", {10: 0.6})
+    really_stat, really_open = os.stat, os.open
+
+    def denied(act, path, *arguments, **options):
+        if str(path).startswith(f"{bad}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return act(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", partial(denied, really_stat))
+    monkeypatch.setattr(os, "open", partial(denied, really_open))
+    assert call("compare", [str(good.parent)]) == 0
+    out = capsys.readouterr().out
+    assert "50.00" in out
+    assert f"not read: {bad / 'config.yaml'}: Permission denied" in out
 
 
 def test_a_recipe_is_only_a_name_for_values(make_run, capsys) -> None:

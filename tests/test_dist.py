@@ -114,6 +114,16 @@ def test_ranks_that_would_share_a_gpu_are_refused() -> None:
         dist._check_gpus(["GPU-1 of n1", "GPU-2 of n1", "GPU-1 of n1"])
 
 
+@pytest.mark.parametrize("value", ["bogus", "CPU", "cuda"])
+def test_an_accelerator_that_is_not_there_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("DS_ACCELERATOR", value)
+    with pytest.raises(UserError, match=f"DS_ACCELERATOR: got '{value}'; allowed is cpu, since PyTorch finds no GPU"):
+        _ = dist.Ranks().device
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    assert dist.Ranks().device.type == "cpu"
+
+
 def test_one_visible_gpu_and_two_ranks_are_refused_before_nccl_starts(
     launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

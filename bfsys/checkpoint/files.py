@@ -22,6 +22,7 @@ torch.save, which loads a file with a flipped byte without an error.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -53,6 +54,8 @@ LATEST = "latest"
 PAUSES_S = (1.0, 4.0, 10.0)  # before each retry of a read
 READERS = 16  # threads that read a checkpoint; they release the GIL while they hash and while they wait for a server
 NAME = re.compile(r"step_(\d{8,})")
+# Errors that say nothing about a file's content: no permission, too many open files, no memory
+DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 REMOVED = ".removed"  # suffix of a directory that was a checkpoint and is being deleted
 
 
@@ -75,9 +78,19 @@ def checkpoint_name(step: int) -> str:
 
 
 def all_checkpoints(run_dir: Path) -> list[Path]:
-    """Directories with a checkpoint's name, intact or not, the oldest first."""
-    paths = (p for p in checkpoints_dir(run_dir).glob("step_*") if NAME.fullmatch(p.name) and p.is_dir())
-    return sorted(paths, key=step_of)
+    """Directories with a checkpoint's name, intact or not, the oldest first.
+
+    Raises Unreachable or OSError if they cannot be listed. `Path.glob` would return none, and the run would start over.
+    """
+    try:
+        return sorted(with_retries(_named_as_checkpoints, checkpoints_dir(run_dir)), key=step_of)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _named_as_checkpoints(root: Path) -> list[Path]:
+    with os.scandir(root) as entries:
+        return [root / entry.name for entry in entries if NAME.fullmatch(entry.name) and entry.is_dir()]
 
 
 def step_of_name(name: str) -> int:
@@ -313,25 +326,27 @@ class Damaged(UserError):
 
 
 class Unreachable(UserError):
-    """A file cannot be read because of a possibly transient error, so it is unknown whether the file is intact."""
+    """A file cannot be read, but for a reason that is outside it, so it is unknown whether the file is intact."""
 
 
 def with_retries(read: Callable[[Path], T], path: Path) -> T:
     """The result of `read(path)`, with retries on errors that are often transient. Raises Unreachable if such an error
-    persists, and OSError for any other error at once."""
+    persists, and at once for one of DENIED_ERRNOS; OSError for any other error."""
     pauses_s = iter(PAUSES_S)
     while True:
         try:
             return read(path)
         except OSError as error:
+            if error.errno in DENIED_ERRNOS:
+                text = f"{path}: cannot be read: {error.strerror}; nothing is known about its content"
+                raise Unreachable(text) from None
             if error.errno not in TRANSIENT_ERRNOS:
                 raise
             pause_s = next(pauses_s, None)
             if pause_s is None:
-                text = (
-                    f"{path}: cannot be read at the moment: {error.strerror}; start again when its server is back. "
-                    f"If the disk is broken, remove {path.parent}; the run then resumes from the one before"
-                )
+                text = f"{path}: cannot be read at the moment: {error.strerror}; start again when its server is back"
+                if NAME.fullmatch(path.parent.name):
+                    text += f". If the disk is broken, remove {path.parent}; the run then resumes from the one before"
                 raise Unreachable(text, exit_code=EXIT_CRASHED) from None
         time.sleep(pause_s)
 

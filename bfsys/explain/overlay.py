@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import struct
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 
+from bfsys.data.media.pictures import opened
 from bfsys.explain.ranges import Range
 from bfsys.explain.structure import structure
 
@@ -61,15 +61,9 @@ def picture_of(format: str, stored: np.ndarray, gradients: np.ndarray | None) ->
 
 def _decoded(stored: np.ndarray) -> np.ndarray | None:
     """The pixels as Pillow gives them, [height, width] or [height, width, channels]; None if it cannot read them."""
-    from PIL import Image
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(stored.tobytes())) as image:
-                if image.width * image.height > MOST_BYTES:
-                    return None
-                return np.asarray(image)
+        with opened(stored.tobytes()) as image:
+            return np.asarray(image) if image.width * image.height <= MOST_BYTES else None
     except Exception:  # decoders raise any exception on a damaged file
         return None
 
@@ -105,10 +99,8 @@ def _contents(stored: np.ndarray, size: int) -> list[slice]:
 
 
 def _as_png(stored: np.ndarray) -> bytes:
-    from PIL import Image
-
     file = io.BytesIO()
-    with Image.open(io.BytesIO(stored.tobytes())) as image:
+    with opened(stored.tobytes()) as image:
         shown = image.convert("RGB")
         shown.thumbnail((SIDE, SIDE))
         shown.save(file, "PNG")

@@ -50,6 +50,20 @@ def test_permissions(tmp_path, monkeypatch):
     assert "out is not a folder that this user may write to" in message
 
 
+def test_a_class_folder_that_cannot_be_listed_is_named_once(tmp_path, monkeypatch):
+    src, really_list = make_tree(tmp_path / "src"), os.listdir
+
+    def listed(path):
+        if str(path).endswith("/cat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_list(path)
+
+    monkeypatch.setattr(os, "listdir", listed)
+    message = problems_of(src, tmp_path / "out")
+    assert message.count("/cat") == 1
+    assert "cat: the folder cannot be listed (Permission denied)" in message
+
+
 WRONG_INPUT = {
     "nothing there": ({}, "src: has no class folders"),
     "files without classes": (
@@ -246,7 +260,7 @@ def test_the_disk_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_jobs, "write_shard", full)
     message = problems_of(make_tree(tmp_path / "src"), tmp_path)
     assert "pets: cannot be written (No space left on device)" in message
-    assert "run the same command again: finished shards are kept" in message
+    assert "run the same command again; finished shards are kept" in message
 
 
 def test_one_line_of_another_kind_does_not_make_all_lines_wrong(tmp_path):

@@ -87,6 +87,8 @@ def opened(data: bytes) -> Iterator:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(io.BytesIO(data)) as image:
+                if image.format == "EPS":  # Pillow would run Ghostscript, which executes the file
+                    raise ValueError("is a PostScript program, which bfsys does not run; convert it to PNG")
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(
                         f"has {image.width:,} × {image.height:,} pixels; allowed are {MOST_PIXELS:,} in all"

@@ -246,6 +246,7 @@ def _list_classes(listing: Listing, src: Path, root: Path, split: str, known: Se
             continue
         class_name, folder = stored_name(spelled), os.path.abspath(root / spelled)
         left_out: list[LeftOut] = []
+        problems_before = len(listing.problems)
         paths = list(visible_files(folder, listing.problems, left_out))
         inside = os.path.relpath(root / spelled, src)
         listing.left_out += [LeftOut(f"{inside}/{os.path.relpath(path, folder)}", why) for path, why in left_out]
@@ -254,7 +255,7 @@ def _list_classes(listing: Listing, src: Path, root: Path, split: str, known: Se
             listing.files.append(SourceFile(path, class_name, split, key, extension))
         if paths:
             _note_spelling(listing, spelled, str(root / spelled), split)
-        else:
+        elif len(listing.problems) == problems_before:
             listing.problems.append(f"{folder}: the class folder has no files; fill it or remove it")
         listing.classes.append(class_name)
 

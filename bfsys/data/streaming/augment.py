@@ -10,6 +10,7 @@ alternative: other transforms, because results could not be compared with the pu
 """
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -188,6 +189,16 @@ def _seeded_torch(rng: np.random.Generator) -> Iterator[None]:
         yield
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The regular files below a folder. Raises UserError if a part cannot be listed; `Path.rglob` would skip it."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"augmentation with background {folder}: {error.filename}: {error.strerror}")
+
+    for root, _, names in os.walk(folder, onerror=fail):
+        yield from (path for path in (Path(root, name) for name in names) if path.is_file())
+
+
 class _Recordings:
     """The sounds below a folder, each decoded when it is first drawn; a few stay in memory.
 
@@ -198,7 +209,7 @@ class _Recordings:
     def __init__(self, folder: Path, rate_hz: int) -> None:
         extensions = {f".{extension}" for extension in MODALITIES["audio"].extensions}
         self._folder, self._rate_hz = folder, rate_hz
-        self._files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions and path.is_file())
+        self._files = sorted(path for path in _files_below(folder) if path.suffix.lower() in extensions)
         self._waves: OrderedDict[int, np.ndarray] = OrderedDict()  # the most recently used is last
         if not self._files:
             raise UserError(

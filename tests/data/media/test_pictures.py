@@ -7,10 +7,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import GifImagePlugin, Image
+from PIL import EpsImagePlugin, GifImagePlugin, Image
 
 from bfsys.data.media import pictures
 from bfsys.data.media.modalities import PECULIARITIES, decode_image, peculiarities_of
+from bfsys.explain.overlay import _decoded
 
 LEVELS = np.tile(np.arange(64), (6, 1))
 DEEP = (LEVELS * 1040).astype(np.uint16)  # 0 … 65,520
@@ -178,6 +179,19 @@ def test_what_is_no_picture_is_told_without_an_object_and_a_cut_one_is_refused()
             decode_image(content)
     with pytest.raises(OSError, match="truncated"):
         decode_image(saved(RED.resize((200, 200)), "JPEG")[:-300])
+
+
+def test_a_postscript_program_is_not_run(tmp_path, monkeypatch):
+    """Pillow gives EPS files to Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/was_run\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it again
+    content = saved(RED, "EPS")
+    with pytest.raises(ValueError, match=r"^is a PostScript program, which bfsys does not run; convert it to PNG"):
+        decode_image(content)
+    assert _decoded(np.frombuffer(content, np.uint8)) is None
+    assert not (tmp_path / "was_run").exists()
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "PNG", "TIFF", "WEBP"])

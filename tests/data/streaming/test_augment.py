@@ -297,8 +297,11 @@ def test_few_recordings_stay_in_memory_and_that_changes_nothing(tmp_path):
 
 
 def test_background_that_cannot_be_had_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"background .*missing: there is no sound below this folder; looked for \.aif"):
+    with pytest.raises(UserError, match=r"background .*missing: .*missing: No such file or directory"):
         augmentation("wav:int16", background=tmp_path / "missing")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match=r"background .*none: there is no sound below this folder; looked for \.aif"):
+        augmentation("wav:int16", background=tmp_path / "none")
     (tmp_path / "folder.wav").mkdir()
     with pytest.raises(UserError, match="there is no sound below"):
         augmentation("wav:int16", background=tmp_path)
