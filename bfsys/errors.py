@@ -37,6 +37,8 @@ TRANSIENT_ERRNOS = {
     errno.ECONNRESET,
     errno.EHOSTDOWN,
 }
+# Access is denied, for a reason outside the file: no permission, too many open files, no memory.
+DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 JOINERS = "\u200c\u200d"  # between letters of Persian and similar scripts, and between the parts of an emoji

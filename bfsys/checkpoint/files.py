@@ -22,7 +22,6 @@ torch.save, which loads a file with a flipped byte without an error.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -39,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from bfsys.errors import EXIT_CRASHED, TRANSIENT_ERRNOS, UserError
+from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, TRANSIENT_ERRNOS, UserError
 from bfsys.files import describe, read_regular, replace_file, sync_folder
 from bfsys.json_lines import NUMBER, Fields, parse_json_lines
 
@@ -54,8 +53,6 @@ LATEST = "latest"
 PAUSES_S = (1.0, 4.0, 10.0)  # before each retry of a read
 READERS = 16  # threads that read a checkpoint; they release the GIL while they hash and while they wait for a server
 NAME = re.compile(r"step_(\d{8,})")
-# Errors that say nothing about a file's content: no permission, too many open files, no memory
-DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 REMOVED = ".removed"  # suffix of a directory that was a checkpoint and is being deleted
 
 

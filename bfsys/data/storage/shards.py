@@ -154,6 +154,11 @@ class Dataset:
         return self.place if isinstance(self.place, Cache) else None
 
     @property
+    def is_reachable(self) -> bool:
+        """Whether the folder of a local dataset can be reached now; True for a remote one."""
+        return not isinstance(self.place, Path) or os.path.exists(self.place / DESCRIPTION)
+
+    @property
     def name(self) -> str:
         return self.description["name"]
 

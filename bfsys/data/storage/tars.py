@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from bfsys.errors import UserError
+from bfsys.errors import DENIED_ERRNOS, UserError
 from bfsys.files import open_regular, replacing
 
 SAMPLE = np.dtype(
@@ -133,11 +133,13 @@ def _header(name: str, size_bytes: int) -> bytes:
 def read_shard(path: Path) -> TarIndex:
     """Read and index a WebDataset tar of any origin. Raises UserError if it is damaged or not such a tar."""
     try:
-        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            sha256 = hashlib.sha256(content).hexdigest()
-            return _index_samples(path, content, sha256)
+        with open_regular(path) as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # before mmap, in which an I/O error is a SIGBUS
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _index_samples(path, content, sha256)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); fetch or pack this shard again") from error
+        remedy = "" if error.errno in DENIED_ERRNOS else "; fetch or pack this shard again"
+        raise UserError(f"{path}: cannot be read ({error.strerror}){remedy}") from error
     # ValueError: an empty file cannot be mapped. Malicious headers make tarfile raise the other errors.
     except (ValueError, OverflowError, RecursionError, MemoryError, tarfile.TarError) as error:
         remedy = how_to_decompress(path) or f"cannot be read as a tar ({error}); fetch or pack this shard again"

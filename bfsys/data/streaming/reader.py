@@ -27,7 +27,7 @@ from bfsys.data.streaming.byte_transforms import apply
 from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.plan import MicroBatch
 from bfsys.data.streaming.quarantine import LISTED, BadSample
-from bfsys.errors import UserError
+from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, TRANSIENT_ERRNOS, UserError
 from bfsys.process import open_files_limit
 
 # Shards that a reader keeps open at a time. The limit is also a third of the files that the process may open, since it
@@ -41,7 +41,7 @@ SLOW_S_PER_SAMPLE, SLOW_S_PER_BYTE = 10e-6, 1e-9
 # Mixup partners come from this many samples around a sample.
 PARTNERS = 4096
 # Seconds before each retry, for transient errors of a network file system.
-RETRY_AFTER_S = (0.1, 0.5, 2.0)
+RETRY_AFTER_S = (0.1, 0.5, 2.0, 10.0)
 # Streams of random numbers, apart from those of the plan (0, 1).
 _AUGMENTATION, _STAND_IN, _PARTNER = 2, 3, 4
 
@@ -328,7 +328,7 @@ class ShardReader:
         bad.append(BadSample(step, split.split, self.names[source], sample, shard, split.key(sample), reason))
 
     def _read_sample(self, source: int, sample: int) -> tuple[np.ndarray, int]:
-        """A file's bytes and its class; raises BadFileError."""
+        """A file's bytes and its class; raises BadFileError, and UserError if the reason lies outside the file."""
         shard, label, offset, length, checksum, _ = self._rows[source][sample].tolist()
         if label >= len(self.label_maps[source]):
             raise BadFileError(f"has class {label} of {len(self.label_maps[source])} classes")
@@ -341,13 +341,15 @@ class ShardReader:
             time.sleep(wait_s)
             try:
                 got = os.preadv(self._open(source, shard), [content.data], offset)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                self._check_access(source, shard, error)
                 raise BadFileError("its shard is missing") from None
             except WrongContentError as error:
                 raise BadFileError(f"its shard could not be fetched intact: {error}") from None
             except OSError as error:
                 problem = f"cannot be read: {error.strerror}"
                 if wait_s == RETRY_AFTER_S[-1]:
+                    self._check_access(source, shard, error)
                     self._failing.add((source, shard))
                 self._refetch(source, shard)
                 continue
@@ -358,6 +360,17 @@ class ShardReader:
                 break
             may_refetch = False
         raise BadFileError(problem)
+
+    def _check_access(self, source: int, shard: int, error: OSError) -> None:
+        """Raise UserError if an error says nothing about the content of a shard, because access is denied or a file
+        server is away. Otherwise intact samples would be recorded as bad, and the weights would depend on an outage."""
+        dataset, file = self.splits[source].dataset, self.splits[source].shards[shard].file
+        text = f"{dataset.location}: {file} cannot be read: {error.strerror}"
+        if error.errno in DENIED_ERRNOS:
+            raise UserError(f"{text}; mend that, and start again") from None
+        if error.errno in TRANSIENT_ERRNOS - {errno.EIO} or not dataset.is_reachable:
+            text += "; start again when its file server is back"
+            raise UserError(text, exit_code=EXIT_CRASHED) from None
 
     def _open(self, source: int, shard: int) -> int:
         """Descriptor of a shard; raises OSError, or UserError if it cannot be fetched."""

@@ -1,6 +1,9 @@
 """Shards that are written are read back, by bfsys and by webdataset; damage of every kind is found and named."""
 
+import errno
+import hashlib
 import json
+import mmap
 import os
 import tarfile
 from pathlib import Path
@@ -12,7 +15,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfsys.data.packing.verify import verify_split
+from bfsys.data.packing.verify import verify_shard, verify_split
 from bfsys.data.storage.shards import (
     DESCRIPTION,
     SAMPLE,
@@ -264,6 +267,28 @@ def test_verify_names_the_damage(tmp_path, case):
     problems = verify_split(split)
     assert any(message in problem for problem in problems), problems
     assert all(split.shards[1].file in problem for problem in problems)
+
+
+def test_a_broken_sector_is_named_and_no_bus_error(tmp_path, monkeypatch):
+    """In a mapped file, an I/O error would be a SIGBUS. Missing permission is not damage."""
+    split = open_split(make_dataset(tmp_path), "train")
+    number, really_digest = errno.EIO, hashlib.file_digest
+
+    def digest(file, name):
+        if str(file.name).endswith("000001.tar"):
+            raise OSError(number, os.strerror(number), file.name)
+        return really_digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    monkeypatch.setattr(mmap, "mmap", lambda *_, **__: pytest.fail("mapped"))
+    assert verify_shard(split, 1) == [f"{tmp_path / split.shards[1].file}: cannot be read: Input/output error"]
+    with pytest.raises(UserError, match=r"000001\.tar: cannot be read \(Input/output error\); fetch or pack"):
+        read_shard(tmp_path / split.shards[1].file)
+    number = errno.EACCES
+    with pytest.raises(PermissionError):
+        verify_shard(split, 1)
+    with pytest.raises(UserError, match=r"000001\.tar: cannot be read \(Permission denied\)$"):
+        read_shard(tmp_path / split.shards[1].file)
 
 
 @pytest.mark.parametrize("field", ["shard", "label", "offset", "length", "checksum", "key_end"])

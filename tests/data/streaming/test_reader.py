@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,57 @@ def test_too_many_open_files_are_said_and_not_waited_for(reader: ShardReader, mo
     monkeypatch.setattr(reader_module, "RETRY_AFTER_S", (600.0,))
     with pytest.raises(UserError, match=r"too many open files: .*raise the limit \(ulimit -n"):
         reader.read(micro_batch([0]))
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "text"),
+    [
+        (errno.ESTALE, 1, "start again when its file server is back"),
+        (errno.ETIMEDOUT, 1, "start again when its file server is back"),
+        (errno.EACCES, 2, "mend that, and start again"),
+        (errno.ENOMEM, 2, "mend that, and start again"),
+    ],
+)
+def test_an_outage_makes_no_sample_bad(
+    number: int, code: int, text: str, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any place: the shard cannot be opened, or an open one cannot be read."""
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(reader_module, "RETRY_AFTER_S", (0.0, 0.0))
+    for owner, name in ((Split, "open_shard"), (os, "preadv")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(UserError, match=rf"a-train-\d+\.tar cannot be read: .*; {text}") as error:
+                ShardReader(sources).read(micro_batch([0]))
+        assert error.value.exit_code == code
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT])
+def test_a_shard_is_bad_if_its_dataset_can_be_reached(
+    number: int, datasets: Path, tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken sector and a server that times out give the same error; so do a deleted shard and a lost mount."""
+    dataset = shutil.copytree(datasets / "a", tmp_path / "a")
+    reader = ShardReader(replace(sources, splits=(open_split(dataset, "train"),)))
+    really_open, failing = Split.open_shard, {reader.splits[0].samples["shard"][0]}
+
+    def open_shard(split: Split, shard: int) -> int:
+        if shard in failing:
+            raise OSError(number, os.strerror(number))
+        return really_open(split, shard)
+
+    monkeypatch.setattr(Split, "open_shard", open_shard)
+    monkeypatch.setattr(reader_module, "RETRY_AFTER_S", (0.0,))
+    assert [row.sample for row in reader.read(micro_batch([0])).bad][:1] == [0]
+    shutil.rmtree(dataset)
+    failing = set(range(len(reader.splits[0].shards)))
+    reader.close()
+    with pytest.raises(UserError, match=r"cannot be read: .*; start again when its file server is back") as error:
+        reader.read(micro_batch(list(range(1, len(reader.splits[0])))))
+    assert error.value.exit_code == 1
 
 
 def test_want_of_memory_makes_no_file_bad(reader: ShardReader) -> None:
