@@ -27,9 +27,8 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped on request; requeue the run
 EXIT_NO_PROGRESS = 76  # a launcher stopped because its run crashed repeatedly
 EXIT_STOPPED = 130  # stopped on request
 
-# These are often transient on network file systems. Any other errno needs human action.
-TRANSIENT_ERRNOS = {
-    errno.EIO,
+# A file server does not answer.
+OUTAGE_ERRNOS = {
     errno.ESTALE,
     errno.ETIMEDOUT,
     errno.EAGAIN,
@@ -37,8 +36,12 @@ TRANSIENT_ERRNOS = {
     errno.ECONNRESET,
     errno.EHOSTDOWN,
 }
-# Access is denied, for a reason outside the file: no permission, too many open files, no memory.
-DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# These are often transient on network file systems. EIO may also be a broken disk. Any other errno needs human action.
+TRANSIENT_ERRNOS = OUTAGE_ERRNOS | {errno.EIO}
+# The process has too many open files, or there is no memory.
+EXHAUSTED_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# Access is denied, for a reason outside the file.
+DENIED_ERRNOS = EXHAUSTED_ERRNOS | {errno.EACCES, errno.EPERM}
 
 
 JOINERS = "\u200c\u200d"  # between letters of Persian and similar scripts, and between the parts of an emoji

@@ -1,7 +1,9 @@
 """Everything wrong is named at once, before anything is written."""
 
+import errno
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,23 @@ def test_skip_bad_leaves_them_out_and_lists_them(tmp_path):
     dataset = pack(src, tmp_path, "--split", "train", "--skip-bad")
     assert set(contents(dataset)) == {"cat/a", "dog/b"}
     assert (dataset / "skipped.txt").read_text() == f"{src}/cat/empty\tis empty\n"
+
+
+@pytest.mark.parametrize("place", ["stat", "read"])
+def test_an_outage_leaves_no_file_out(place, tmp_path, monkeypatch):
+    """--skip-bad is for bad files."""
+    src, really_stat, really_read = make_tree(tmp_path / "src"), os.stat, Path.read_bytes
+
+    def fail(act, wanted, path, *arguments, **options):
+        if str(path).endswith("cat/001.jpg") and place == wanted:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return act(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", partial(fail, really_stat, "stat"))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: fail(really_read, "read", path))
+    message = problems_of(src, tmp_path / "out", "--skip-bad", "--workers", "1")
+    assert "cat/001.jpg: cannot be read (Stale file handle); mend that and run the same command again" in message
+    assert not list((tmp_path / "out").glob("*/dataset.json"))
 
 
 def test_permissions(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from bfsys.data.packing.left_out import LeftOut, is_of_system, left_out_note, wh
 from bfsys.data.packing.splits import SPLIT_FOLDERS, files_for_val, split_of_name
 from bfsys.data.storage.classes import Spelling, stored_name, too_alike
 from bfsys.data.storage.tars import NOT_PAYLOAD
-from bfsys.errors import is_printable
+from bfsys.errors import EXHAUSTED_ERRNOS, OUTAGE_ERRNOS, UserError, is_printable
 from bfsys.files import read_up_to
 
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
@@ -329,7 +329,7 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
         try:
             status = os.stat(file.path)
         except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
-            listing.bad.append(BadFile(file.path, f"cannot be read ({getattr(error, 'strerror', error)})"))
+            listing.bad.append(BadFile(file.path, why_unreadable(file.path, error)))
             continue
         reason = _why_bad(file, status, max_file_bytes, encoding)
         if reason:
@@ -345,6 +345,15 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
     if listing.divided:
         good = _divided(good, val_share, listing.problems)
     listing.files = _with_unique_keys(good, listing.problems)
+
+
+def why_unreadable(path: str, error: OSError | ValueError) -> str:
+    """The reason why a file is bad. Raises UserError if the error says nothing about the file: --skip-bad would leave
+    out intact files."""
+    reason = f"cannot be read ({getattr(error, 'strerror', error)})"
+    if isinstance(error, OSError) and error.errno in OUTAGE_ERRNOS | EXHAUSTED_ERRNOS:
+        raise UserError(f"{path}: {reason}; mend that and run the same command again; finished shards are kept")
+    return reason
 
 
 def _divided(files: list[SourceFile], val_share: float, problems: list[str]) -> list[SourceFile]:

@@ -25,7 +25,7 @@ import xxhash
 from bfsys.data.media.encodings import Encoding, Fitting, library_version, parse_encoding, reencode
 from bfsys.data.media.modalities import PECULIARITIES, peculiarities_of
 from bfsys.data.packing import staging
-from bfsys.data.packing.listing import BadFile, SourceFile
+from bfsys.data.packing.listing import BadFile, SourceFile, why_unreadable
 from bfsys.data.storage.shards import DESCRIPTION, PACKED_BY, read_description, write_description, write_split
 from bfsys.data.storage.tars import Member, Shard, TarIndex, size_in_tar_bytes, write_shard
 from bfsys.errors import UserError, one_line
@@ -115,7 +115,8 @@ def write_job(job: Job, skip_bad: bool, fatal: Mapping[str, str], position: c_lo
     """Write a shard and its sidecar, unless both exist and belong to the same input.
 
     `fatal` holds files that crashed a process that decoded them, with the reason. `position.value` is set to the number
-    of the file that is being packed. Raises UserError if there is not enough memory for a file.
+    of the file that is being packed. Raises UserError if there is not enough memory for a
+    file, or if a file server does not answer.
     """
     done = _read_sidecar(job)
     if done and (skip_bad or not done.bad):
@@ -173,7 +174,7 @@ def _packed_bytes(
     try:
         data = Path(file.path).read_bytes()
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return why_unreadable(file.path, error)
     if len(data) != file.size_bytes:
         return f"changed during packing: {file.size_bytes:,} to {len(data):,} bytes"
     if not encoding.modality:
