@@ -18,7 +18,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
 
 from bfsys import typed_yaml
 from bfsys.errors import UserError, collecting
-from bfsys.locations import expanded, is_remote
+from bfsys.locations import expanded, expanded_folder, is_remote
 from bfsys.model import sizes
 from bfsys.object_stores import problem_of_url
 
@@ -29,6 +29,7 @@ def _with_expanded_key_file(transform: str, info: ValidationInfo) -> str:
 
 
 Location = Annotated[str, AfterValidator(expanded)]
+Folder = Annotated[str, AfterValidator(expanded_folder)]
 Transform = Annotated[str, AfterValidator(_with_expanded_key_file)]
 MOST = 2**40  # limit of all counts: larger ones are mistakes, and a product of two could overflow 64 bits
 MOST_WIDE = 2**20  # limit of sizes that are allocated at once
@@ -58,7 +59,7 @@ class Augment:
     """Sample rate to which sound is resampled."""
     seconds: Positive = 1.0
     """Length to which sound is cut or padded with silence."""
-    background: Location | None = None
+    background: Folder | None = None
     """Folder of recordings; a quiet part of one is added to every sound. Default: no background."""
     mixup: bool = True
     """Blend every sound with another one, and their classes in the same proportion."""
@@ -146,7 +147,7 @@ class Data:
     in the run's quarantine.tsv; above this share the run stops."""
     workers: Whole = 0
     """Loader processes per rank. 0 reads in the training process, which is fastest when nothing is decoded."""
-    cache_dir: Location | None = None
+    cache_dir: Folder | None = None
     """Cache for shards of remote sources, on a disk that the ranks of a node share. Default: a folder of the user in
     the system's temporary folder."""
     fetch_tries: Count = 9
@@ -328,7 +329,7 @@ class Config:
     small datasets. The config.yaml in a run directory gives every value, so the recipe has no effect there."""
     name: str = ""
     """Name of the run's directory; default: the config file's name."""
-    runs_dir: Location = "runs"
+    runs_dir: Folder = "runs"
     """Folder of run directories."""
 
     @property

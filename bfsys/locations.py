@@ -33,3 +33,10 @@ def expanded(path: str, info: ValidationInfo) -> str:
         if name not in os.environ:
             raise ValueError(f"got {path!r}; the environment variable {name!r} is not set: set it, or write its value")
     return os.path.expanduser(os.path.expandvars(path))
+
+
+def expanded_folder(path: str, info: ValidationInfo) -> str:
+    """As `expanded`. Raises ValueError for a URL too: as a path it would be a folder `s3:` in the current one."""
+    if info.context and is_remote(path):
+        raise ValueError(f"got {path!r}; must be a folder on this machine or on a shared file system, and no URL")
+    return expanded(path, info)

@@ -29,6 +29,7 @@ INTERNAL = {"Model": ("reader", "with_messages", "answers", "probabilities_of")}
 # Descriptions of special annotations.
 NAMED_TYPES = {
     config.Location: "path or URL",
+    config.Folder: "path of a folder",
     config.Transform: "name of a transform",
     config.Share: "number from 0 to below 1",
     config.Positive: "number above 0",
@@ -40,8 +41,8 @@ NAMED_TYPES = {
 def config_reference() -> str:
     """Every key of a config, with its type, default and explanation."""
     sections = [("", config.Config), ("data", config.Data), ("data.sources[]", config.Source)]
-    sections += [("data.sources[].augment", config.Augment), ("model", config.Model), ("optim", config.Optim)]
-    sections += [("train", config.Train)]
+    sections += [("data.sources[].augment", config.Augment), ("data.sources[].jitter", config.Jitter)]
+    sections += [("model", config.Model), ("optim", config.Optim), ("train", config.Train)]
     lines = ["# Config keys", "", *_config_introduction()]
     for prefix, section in sections:
         lines += ["", f"## {f'`{prefix}`' if prefix else 'Top level'}", "", _escaped(inspect.getdoc(section) or "")]
