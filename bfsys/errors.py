@@ -62,6 +62,12 @@ class UserError(Exception):
         return "\n".join(self.args)
 
 
+def code_of(error: Exception) -> int:
+    """The exit code of a `UserError` that reports another error: that of a crash if a restart may help."""
+    is_transient = isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS
+    return EXIT_CRASHED if is_transient else EXIT_USER_ERROR
+
+
 @contextmanager
 def collecting(problems: list[str]) -> Iterator[None]:
     """Catch a `UserError`, and add its problems to the list. An error with another exit code is not caught, so that the
@@ -101,8 +107,8 @@ def summary_of(docstring: str | None) -> str:
 
 
 def run_command(main: Callable[[], int | None], *, output_is_optional: bool = False) -> None:
-    """Run a command's `main`, and exit with the code of `exit_code_of`. An OSError about a file gives one line and
-    code 2.
+    """Run a command's `main`, and exit with the code of `exit_code_of`. An OSError about a file gives one line and the
+    code of `code_of`.
 
     `output_is_optional`: the command continues if its output cannot be written.
     """
@@ -115,7 +121,7 @@ def run_command(main: Callable[[], int | None], *, output_is_optional: bool = Fa
         except OSError as error:
             if error.filename is None or isinstance(error, console.OutputError):
                 raise
-            raise UserError(f"{error.filename}: {error.strerror}") from None
+            raise UserError(f"{error.filename}: {error.strerror}", exit_code=code_of(error)) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

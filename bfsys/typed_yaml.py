@@ -27,7 +27,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from bfsys.errors import UserError, collecting, did_you_mean
+from bfsys.errors import UserError, code_of, collecting, did_you_mean
 
 T = TypeVar("T")
 SHOWN_TEXT = 60  # characters of a value that a message shows
@@ -123,7 +123,7 @@ def load(
         is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
     except OSError as error:
-        raise UserError(f"config {path}: {error.strerror}") from None
+        raise UserError(f"config {path}: {error.strerror}", exit_code=code_of(error)) from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"config {path}: is not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"

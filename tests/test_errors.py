@@ -70,6 +70,14 @@ def test_a_file_that_cannot_be_read_is_named(capsys: pytest.CaptureFixture) -> N
     assert capsys.readouterr().err == "error: /nowhere/folder: No such file or directory\n"
 
 
+def test_an_outage_has_the_code_of_a_crash_so_that_a_launcher_restarts(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", "/shared/metrics.jsonl")
+
+    assert ends_with(main) == 1
+    assert capsys.readouterr().err == "error: /shared/metrics.jsonl: Stale file handle\n"
+
+
 def test_a_problem_is_one_line_whatever_a_file_is_called(capsys: pytest.CaptureFixture) -> None:
     def main() -> None:
         raise UserError("a\nb\x1b[31m·\udcff: is empty")

@@ -34,7 +34,7 @@ from bfsys.checkpoint.files import (
 )
 from bfsys.config import Train
 from bfsys.data.streaming.datasets import Sources
-from bfsys.errors import EXIT_DIVERGED, UserError
+from bfsys.errors import EXIT_DIVERGED, UserError, code_of
 from bfsys.files import read_regular, replace_file
 
 FILE = "rollbacks.json"
@@ -104,7 +104,8 @@ def read_rollbacks(run_dir: Path) -> list[dict]:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); restore it, or delete it to train on its steps again"
+            f"{path}: cannot be read ({error}); restore it, or delete it to train on its steps again",
+            exit_code=code_of(error),
         ) from None
 
 

@@ -30,7 +30,7 @@ from typing import BinaryIO, TypeVar
 
 from bfsys.data.storage.streams import Stopped, TryFailed, WrongContent, base_name, hide, stream
 from bfsys.data.storage.streams import url_of as url_of
-from bfsys.errors import EXIT_CRASHED, UserError
+from bfsys.errors import EXIT_CRASHED, UserError, code_of
 from bfsys.locations import is_remote as is_remote
 
 T = TypeVar("T")
@@ -219,7 +219,8 @@ class Cache:
                     once()
         except OSError as error:
             raise UserError(
-                f"{path}: the cache cannot be used ({error}); point data.cache_dir at a folder of your own"
+                f"{path}: the cache cannot be used ({error}); point data.cache_dir at a folder of your own",
+                exit_code=code_of(error),
             ) from error
         return path, True
 

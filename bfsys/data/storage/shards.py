@@ -33,7 +33,7 @@ from bfsys.data.storage.classes import notes_on_classes, some
 from bfsys.data.storage.description import check_description
 from bfsys.data.storage.remote import SMALL_FILE_BYTES, Cache, RemoteFile, is_remote, too_long, url_of
 from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, join_shards
-from bfsys.errors import UserError, one_line
+from bfsys.errors import UserError, code_of, one_line
 from bfsys.files import describe, open_regular, read_up_to, replace_file, replacing
 
 FORMAT = 2
@@ -271,19 +271,20 @@ def split_names(path: str | Path) -> list[str]:
 
 def read_description(path: Path) -> dict:
     """The content of dataset.json in the folder at `path`."""
-    if not os.path.isdir(path):
-        raise UserError(f"{path}: there is no such folder{seen_from(path)}; run bfsys pack to make a packed dataset")
     file = path / DESCRIPTION
-    if not file.exists():
-        raise UserError(
-            f"{path}: holds no {DESCRIPTION}. If packing was not finished, run the same command "
-            f"again; for tars made elsewhere, run: bfsys inspect {path} --rebuild"
-        )
     try:
         with open_regular(file) as opened:
             content = bytes(read_up_to(opened, SMALL_FILE_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
+        if not os.path.isdir(path):
+            what = f"there is no such folder{seen_from(path)}; run bfsys pack to make a packed dataset"
+            raise UserError(f"{path}: {what}") from None
+        raise UserError(
+            f"{path}: holds no {DESCRIPTION}. If packing was not finished, run the same command "
+            f"again; for tars made elsewhere, run: bfsys inspect {path} --rebuild"
+        ) from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror})", exit_code=code_of(error)) from error
     if len(content) > SMALL_FILE_BYTES:
         raise too_long(file, SMALL_FILE_BYTES)
     return parse_description(content, file)
@@ -316,7 +317,8 @@ def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
     except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # a damaged header
         raise UserError(
             f"{file}: the index cannot be read ({getattr(error, 'strerror', None) or error}); pack the dataset again, "
-            f"or delete {DESCRIPTION} and run bfsys inspect --rebuild"
+            f"or delete {DESCRIPTION} and run bfsys inspect --rebuild",
+            exit_code=code_of(error),
         ) from error
     if array.dtype != dtype or array.shape != (length,):
         raise UserError(

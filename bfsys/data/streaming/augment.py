@@ -21,7 +21,7 @@ import numpy as np
 from bfsys.config import Augment
 from bfsys.data.media.encodings import ENCODINGS, Encoding, parse_encoding, resample, set_length
 from bfsys.data.media.modalities import MODALITIES, Clip, decode_audio, decode_image
-from bfsys.errors import UserError
+from bfsys.errors import UserError, code_of
 
 # Values of the released code, for pictures and sounds
 CROP_SCALE = (0.08, 1.0)  # range of the share of the picture's area
@@ -193,7 +193,8 @@ def _files_below(folder: Path) -> Iterator[Path]:
     """The regular files below a folder. Raises UserError if a part cannot be listed; `Path.rglob` would skip it."""
 
     def fail(error: OSError) -> None:
-        raise UserError(f"augmentation with background {folder}: {error.filename}: {error.strerror}")
+        text = f"augmentation with background {folder}: {error.filename}: {error.strerror}"
+        raise UserError(text, exit_code=code_of(error))
 
     for root, _, names in os.walk(folder, onerror=fail):
         yield from (path for path in (Path(root, name) for name in names) if path.is_file())
@@ -255,7 +256,8 @@ class _Recordings:
         try:
             data = path.read_bytes()
         except OSError as error:  # not skipped: another process may read it, and the draws would differ
-            raise UserError(f"augmentation with background {path}: cannot be read: {error.strerror}") from None
+            text = f"augmentation with background {path}: cannot be read: {error.strerror}"
+            raise UserError(text, exit_code=code_of(error)) from None
         try:
             return resample(decode_audio(data, RECORDING_S), self._rate_hz).wave
         except MemoryError:

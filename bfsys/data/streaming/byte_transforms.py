@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bfsys.errors import UserError, collecting, did_you_mean
+from bfsys.errors import UserError, code_of, collecting, did_you_mean
 
 RELEASED_SEED = 2147483647  # seed of every fixed permutation in the released code
 
@@ -329,7 +329,7 @@ def read_key(path: Path) -> np.ndarray:
         with open(path, "rb") as file:
             words = file.read(LONGEST_KEY_BYTES).decode("ascii").split()
     except OSError as error:
-        raise UserError(f"key file {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"key file {path} cannot be read: {error.strerror}", exit_code=code_of(error)) from None
     except UnicodeDecodeError:
         words = ["not text"]
     wanted = f"a key is the numbers 0 … {BYTE_VALUES - 1}, each once, in any order, separated by blanks or line breaks"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bfsys import dist
-from bfsys.errors import UserError
+from bfsys.errors import UserError, code_of
 from bfsys.files import read_regular
 
 FILE = "quarantine.tsv"
@@ -151,7 +151,7 @@ def _append(path: Path, rows: list[BadSample]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be written: {error.strerror}", exit_code=code_of(error)) from None
 
 
 def _one_line(field: object) -> str:

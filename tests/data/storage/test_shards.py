@@ -199,6 +199,24 @@ def test_opening_something_broken_says_what_is_broken(tmp_path, case):
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize(("number", "code"), [(errno.ESTALE, 1), (errno.EACCES, 2)])
+@pytest.mark.parametrize("file", [DESCRIPTION, "pets-train.samples.npy"])
+def test_an_outage_at_the_start_has_the_code_of_a_crash(tmp_path, file, number, code, monkeypatch):
+    """Launchers restart a crash and no bad input."""
+    make_dataset(tmp_path)
+    really_open = os.open
+
+    def open_or_not(path, *arguments, **options):
+        if str(path).endswith(file):
+            raise OSError(number, os.strerror(number), str(path))
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", open_or_not)
+    with pytest.raises(UserError, match=f"{file}.* cannot be read .{os.strerror(number)}") as error:
+        open_split(tmp_path, "train")
+    assert error.value.exit_code == code
+
+
 def test_a_summary_shows_what_others_wrote_on_one_line(tmp_path):
     description = described(make_dataset(tmp_path))
     description["classes"][0] = "c\x1b[31mat"
