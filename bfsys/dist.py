@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError
+from bfsys.errors import EXIT_CRASHED, UserError, code_of
 from bfsys.ranks import Ranks, env_number
 
 T = TypeVar("T")
@@ -385,7 +385,7 @@ def same_errors_on_all(act: Callable[[], T]) -> T:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         problems = (f"{where}{error.strerror or error}",)
-        code = EXIT_CRASHED if error.errno in TRANSIENT_ERRNOS else EXIT_USER_ERROR
+        code = code_of(error)
     code, has_failed = agree_on_max(code, bool(problems))
     if has_failed:
         raise AgreedError(*dict.fromkeys(p for of_rank in gather_to_all(problems) for p in of_rank), exit_code=code)
