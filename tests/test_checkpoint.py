@@ -488,6 +488,19 @@ def test_weights_of_another_version_are_named(finished_run: Path, tmp_path: Path
         loading.load_model(copy)
 
 
+def test_a_model_that_has_not_trained_is_noted(finished_run: Path, tmp_path: Path, capsys) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished_run, copy)
+    loading.load_model(copy)
+    assert capsys.readouterr().err == ""
+    paths = files.all_checkpoints(copy)
+    assert step_of(paths[0]) == 0
+    for path in paths[1:]:
+        shutil.rmtree(path)
+    loading.load_model(copy)
+    assert capsys.readouterr().err == f"note: {paths[0]}: the run has saved no step of training yet\n"
+
+
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -264,6 +265,8 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
             f"{path}: its weights are not those of the model that its config describes; it was written by another "
             f"version of bfsys ({manifest.get('versions', {}).get('bfsys', 'unknown')}), or changed"
         ) from None
+    if not manifest["step"] and "imported" not in manifest:
+        print(f"note: {path}: the run has saved no step of training yet", file=sys.stderr)
     return model.eval(), config, manifest
 
 
