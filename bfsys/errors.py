@@ -98,7 +98,8 @@ def is_printable(text: str) -> bool:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory did not suffice, which PyTorch says in ways of its own."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "CUDA out of memory" in str(error)
+    signs = ("can't allocate memory", "CUDA out of memory", "failed to map segment")  # the last from importing PyTorch
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def summary_of(docstring: str | None) -> str:
@@ -122,7 +123,9 @@ def run_command(main: Callable[[], int | None], *, output_is_optional: bool = Fa
             if error.filename is None or isinstance(error, console.OutputError):
                 raise
             raise UserError(f"{error.filename}: {error.strerror}", exit_code=code_of(error)) from None
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, ImportError) as error:
+            if isinstance(error, RuntimeError) and os.strerror(errno.EMFILE) in str(error):  # from Gloo
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None
             if not is_out_of_memory(error):
                 raise
             what = f": {str(error).splitlines()[0]}" if str(error) else ""

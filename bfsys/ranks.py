@@ -74,10 +74,11 @@ def ranks_from_environment() -> Ranks:
 
 
 def env_number(variable: str, default: int) -> int:
-    """A variable of a launcher, or the default if it is not set. Raises UserError if it is not a number."""
+    """A variable of a launcher, or the default if it is not set. Raises UserError if it is not a whole number of 0
+    or more."""
     text = os.environ.get(variable) or str(default)
     if not text.strip().isdecimal():
-        raise UserError(f"{variable} is {text!r}, which is not a number; {_BOTH_OR_NEITHER}")
+        raise UserError(f"{variable} is {text!r}, which is not a whole number of 0 or more; {_BOTH_OR_NEITHER}")
     return int(text)
 
 

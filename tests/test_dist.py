@@ -56,11 +56,11 @@ def test_ranks_come_from_the_launcher(variables: dict[str, str], ranks: dist.Ran
     [
         ({"RANK": "0"}, "RANK is '0', but WORLD_SIZE is not set"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
-        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first', which is not a number"),
-        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1', which is not a number"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first', which is not a whole number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1', which is not a whole number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK is 2, but there are 2 ranks \(WORLD_SIZE\), numbered from 0"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK is 0, but there are 0 ranks"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', which is not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', which is not a whole number"),
     ],
 )
 def test_a_half_set_environment_is_named(variables: dict[str, str], problem: str, launcher) -> None:
@@ -75,7 +75,7 @@ def test_a_half_set_environment_is_named(variables: dict[str, str], problem: str
         ({}, "MASTER_ADDR and MASTER_PORT are not set, so 2 ranks cannot meet"),
         ({"MASTER_PORT": "12345"}, "MASTER_ADDR is not set, so 2 ranks cannot meet"),
         ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
-        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "ssh"}, "MASTER_PORT is 'ssh', which is not a number"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "ssh"}, "MASTER_PORT is 'ssh', which is not a whole number"),
         ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "a port is a number from 1 to 65535"),
         ({"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "12345"}, "is not a host that this machine knows"),
     ],

@@ -90,6 +90,12 @@ def test_a_problem_is_one_line_whatever_a_file_is_called(capsys: pytest.CaptureF
     ("error", "code", "said"),
     [
         (OSError(errno.EMFILE, "Too many open files"), 2, "raise the limit (ulimit -n 65536)"),
+        (RuntimeError("[enforce fail] pipe: Too many open files"), 2, "raise the limit (ulimit -n 65536)"),
+        (
+            ImportError("lib.so: failed to map segment from shared object"),
+            1,
+            "error: there is not enough memory: lib.so",
+        ),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory\nstack"),
             1,

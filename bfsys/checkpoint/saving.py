@@ -138,6 +138,15 @@ class Saver:
                 wait()
             time.sleep(POLL_S)
         self._facts = None
+        try:
+            return self._commit(facts)
+        except dist.AgreedError:
+            if self.ranks.is_rank_zero:  # no rank writes any more; on a full disk, the space is needed
+                shutil.rmtree(self._work, ignore_errors=True)
+            raise
+
+    def _commit(self, facts: dict) -> Path:
+        """Make the files of all ranks a checkpoint; collective. Returns its directory."""
         final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
         mine = dist.same_errors_on_all(partial(self._written_files, final))
         files = {name: entry for of_rank in dist.gather_to_rank0(mine) for name, entry in of_rank.items()}

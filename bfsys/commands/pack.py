@@ -98,7 +98,9 @@ def option_problems(args: argparse.Namespace, packing: Packing) -> list[str]:
     """Return the problems of single options and of combinations without effect."""
     problems = []
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", args.name):
-        problems.append(f"--name {args.name!r}: may hold letters, digits, _ - . only")
+        problems.append(
+            f"--name {args.name!r}: may hold letters, digits, _ - . only, and begins with a letter, a digit or _"
+        )
     if packing.split is not None and not re.fullmatch(r"[A-Za-z0-9_]+", packing.split):
         problems.append(f"--split {args.split!r}: may hold letters, digits and _ only")
     if not 0 <= packing.share_for_val < 1:

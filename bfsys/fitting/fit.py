@@ -47,6 +47,7 @@ from bfsys.supervision.signals import EXIT_CODES
 
 RECORD = "# bfsys fit: "  # begins the line of the config that records the request as JSON
 CONTENT = "content"  # key of the record: what the folder contained
+LONGEST_NAME = 100  # of a run; file systems allow names of 255 bytes
 TRIAL_STEPS = 6
 PASSED_OVER_STEPS = 2  # the first steps, which allocate memory, are not measured
 EVALUATIONS = 5  # four during the run, one for the report
@@ -101,8 +102,8 @@ class Trial:
 
 
 def name_for(folder: Path) -> str:
-    """Derive the name of a run from the name of its folder."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.absolute().name).strip("._-") or "fit"
+    """Derive the name of a run from the name of its folder. Names of files contain it, so a long one is cut."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", folder.absolute().name)[:LONGEST_NAME].strip("._-") or "fit"
 
 
 def prepare(request: Request, began_s: float) -> Config | int:

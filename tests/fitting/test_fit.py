@@ -206,6 +206,7 @@ def test_the_time_that_is_suggested_suffices() -> None:
 def test_names_of_runs() -> None:
     assert name_for(Path("/data/My photos (2)")) == "My_photos_2"
     assert name_for(Path("/")) == "fit"
+    assert name_for(Path("/data") / ("y" * 250)) == "y" * 100
 
 
 @pytest.mark.parametrize(

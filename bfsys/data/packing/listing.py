@@ -228,6 +228,8 @@ def _wrong_again(path: str, split: str, lines: dict[str, int]) -> str:
 
 def _wrong_class(name: str) -> str:
     if not is_printable(name):
+        if sys.getfilesystemencoding() != "utf-8" and any("\ud800" <= c <= "\udfff" for c in name):
+            return f"class {name!r}: the locale of this shell is not UTF-8; run the command with PYTHONUTF8=1"
         return f"class {name!r} has characters that cannot be printed; rename it"
     if "/" in name or SKIPPED_BY_WEBDATASET.fullmatch(name.replace(".", "_")):
         return f"class {name!r}: a class may not hold a / nor look like __this__ (WebDataset skips those)"
