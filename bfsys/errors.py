@@ -124,8 +124,6 @@ def run_command(main: Callable[[], int | None], *, output_is_optional: bool = Fa
                 raise
             raise UserError(f"{error.filename}: {error.strerror}", exit_code=code_of(error)) from None
         except (MemoryError, RuntimeError, ImportError) as error:
-            if isinstance(error, RuntimeError) and os.strerror(errno.EMFILE) in str(error):  # from Gloo
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None
             if not is_out_of_memory(error):
                 raise
             what = f": {str(error).splitlines()[0]}" if str(error) else ""
@@ -173,16 +171,12 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     except console.OutputError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
+    except BaseException as error:
+        # Gloo raises RuntimeError
+        too_many = next((t for t in map(os.strerror, (errno.EMFILE, errno.ENFILE)) if t in str(error)), None)
+        if too_many is None or not isinstance(error, OSError | RuntimeError):
             traceback.print_exc()
             return EXIT_CRASHED
         limit = process.open_files_limit()
-        print(
-            f"error: {error.strerror}: this process may have {limit:,}; raise the limit (ulimit -n 65536)",
-            file=sys.stderr,
-        )
+        print(f"error: {too_many}: this process may have {limit:,}; raise the limit (ulimit -n 65536)", file=sys.stderr)
         return EXIT_USER_ERROR
-    except BaseException:
-        traceback.print_exc()
-        return EXIT_CRASHED
