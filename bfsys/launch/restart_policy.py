@@ -18,6 +18,7 @@ from bfsys.errors import (
     EXIT_STOPPED,
     EXIT_STORAGE,
     EXIT_USER_ERROR,
+    TRANSIENT_ERRNOS,
 )
 from bfsys.files import read_regular
 from bfsys.supervision.run_end import note_end
@@ -46,7 +47,7 @@ class Restarts:
         self.exit_code = code
         if code in FINAL_CODES:
             return None
-        before, self.step = self.step, newest_step(self.run_dir)
+        before, self.step = self.step, newest_step(self.run_dir, self.step)
         if self.step != before:  # it is smaller if later checkpoints were damaged
             self.without_progress = 0
         if self.without_progress >= MAX_RESTARTS:
@@ -61,9 +62,11 @@ class Restarts:
         return self.pauses_s[self.without_progress - 1] if self.step == before else 0.0
 
 
-def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint; 0 if there is none."""
+def newest_step(run_dir: Path, unknown: int = 0) -> int:
+    """The step of the newest checkpoint; 0 if there is none, and `unknown` if a file server does not answer."""
     try:
         return int(read_regular(checkpoints_dir(run_dir) / LATEST).removeprefix(b"step_"))
-    except (OSError, ValueError):
+    except OSError as error:
+        return unknown if error.errno in TRANSIENT_ERRNOS else 0
+    except ValueError:
         return 0

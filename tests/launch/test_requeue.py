@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bfsys.errors import EXIT_NO_PROGRESS
-from bfsys.launch import requeue, slurm_commands
+from bfsys.launch import requeue, restart_policy, slurm_commands
 from bfsys.launch.restart_policy import FINAL_CODES
 from bfsys.supervision.run_end import how_it_ended
 from tests.conftest import REPOSITORY
@@ -160,6 +161,19 @@ def test_three_starts_again_without_progress_are_enough(ends, tmp_path: Path) ->
 def test_a_damaged_count_is_none(damage: str, ends, tmp_path: Path) -> None:
     (tmp_path / requeue.FILE).write_text(damage)
     assert ends(1) == (1, True)
+
+
+def test_an_outage_is_no_progress(ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it were, there would be no pause before the next start."""
+    save(tmp_path, 8)
+    assert ends(1) == (1, True)
+
+    def away(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(restart_policy, "read_regular", away)
+    assert ends(1) == (1, True)
+    assert json.loads((tmp_path / requeue.FILE).read_text()) == {"step": 8, "without_progress": 2}
 
 
 def test_a_count_above_the_limit_is_the_limit(ends, tmp_path: Path) -> None:
