@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -58,9 +59,8 @@ def read_files(
     finally:
         reader.close()
     files = []
-    for stored, label, place in zip(
-        np.split(raw.data, raw.offsets[1:-1]), raw.labels.tolist(), raw.sources.tolist(), strict=True
-    ):
+    contents = [raw.data[first:end] for first, end in pairwise(raw.offsets)]
+    for stored, label, place in zip(contents, raw.labels.tolist(), raw.sources.tolist(), strict=True):
         data = apply(transforms, stored, np.random.default_rng(0))
         files.append(LabelledFile(stored, data, label, place, structure(stored, len(data))))
     return files, len(raw.bad)

@@ -21,3 +21,11 @@ def test_the_config_of_anothers_run_makes_explain_run_no_command(tmp_path: Path,
     assert not ran.exists()
     config = Config(data=Data(sources=(Source(str(local)),)), name="x")
     assert [file.label for file in candidates(config, ("x", "y"), (), 0)] == [1]
+
+
+def test_without_readable_files_there_are_no_references(tmp_path: Path) -> None:
+    local = pack(tmp_path, "local", {"train": [[(0, b"abc")]], "val": [[(1, b"abd")]]})
+    for tar in local.glob("*.tar"):
+        tar.unlink()
+    config = Config(data=Data(sources=(Source(str(local)),)), name="x")
+    assert candidates(config, ("x", "y"), (), 0) == []

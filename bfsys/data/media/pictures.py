@@ -22,6 +22,9 @@ WHITE_IS_ZERO, UNSIGNED = 0, 1
 # Without a handler, Python would print Pillow's log messages. They do not name the file, and an error reports the same.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
+# Pillow would run Ghostscript, which executes an EPS file. An IPTC file contains another picture, which may be one.
+MAY_HOLD_PROGRAMS = ("EPS", "IPTC")
+
 PECULIARITIES = {
     "frames": "more frames than the first, which is the only one that is used",
     "orientation": "an EXIF orientation, which is not applied",
@@ -87,8 +90,8 @@ def opened(data: bytes) -> Iterator:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(io.BytesIO(data)) as image:
-                if image.format == "EPS":  # Pillow would run Ghostscript, which executes the file
-                    raise ValueError("is a PostScript program, which bfsys does not run; convert it to PNG")
+                if image.format in MAY_HOLD_PROGRAMS:
+                    raise ValueError(f"is an {image.format} file, which may hold a program; convert it to PNG")
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(
                         f"has {image.width:,} × {image.height:,} pixels; allowed are {MOST_PIXELS:,} in all"

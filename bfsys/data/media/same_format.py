@@ -150,7 +150,10 @@ def _with_chunks_of_wav(stored: bytes, written: bytes, samples: int) -> bytes:
     size = struct.Struct("<I" if stored[:4] == b"RIFF" else ">I")
     size.pack_into(file, 4, len(file) - 8)
     size.pack_into(file, before.start - 4, len(content))
-    fact = stored.find(b"fact", 12, before.start)
-    if fact > 0:
-        size.pack_into(file, fact + 8, samples)
+    place = 12
+    while place < before.start - 8:  # chunks before that of the samples
+        name, (length,) = stored[place : place + 4], size.unpack_from(stored, place + 4)
+        if name == b"fact" and length >= size.size:
+            size.pack_into(file, place + 8, samples)
+        place += 8 + length + length % 2
     return bytes(file)

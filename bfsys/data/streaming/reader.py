@@ -87,6 +87,14 @@ class BadFileError(Exception):
     """A file that cannot be read intact; the argument is the reason."""
 
 
+def _read_at(descriptor: int, content: memoryview, offset: int) -> int:
+    """Fill `content` from an offset of a file. Returns the number of bytes read. One `preadv` reads at most 2 GiB."""
+    got = 0
+    while got < len(content) and (part := os.preadv(descriptor, [content[got:]], offset + got)):
+        got += part
+    return got
+
+
 class ShardReader:
     """Reads micro-batches of one or more sources."""
 
@@ -336,11 +344,11 @@ class ShardReader:
             raise BadFileError("is empty")
         content = new_buffer(length)
         problem, may_refetch = "", True
-        retries = () if (source, shard) in self._failing else RETRY_AFTER_S
-        for wait_s in (0, *retries):
+        waits_s = (0.0,) if (source, shard) in self._failing else (0.0, *RETRY_AFTER_S)
+        for wait_s in waits_s:
             time.sleep(wait_s)
             try:
-                got = os.preadv(self._open(source, shard), [content.data], offset)
+                got = _read_at(self._open(source, shard), content.data, offset)
             except FileNotFoundError as error:
                 self._check_access(source, shard, error)
                 raise BadFileError("its shard is missing") from None
@@ -348,7 +356,7 @@ class ShardReader:
                 raise BadFileError(f"its shard could not be fetched intact: {error}") from None
             except OSError as error:
                 problem = f"cannot be read: {error.strerror}"
-                if wait_s == RETRY_AFTER_S[-1]:
+                if wait_s == waits_s[-1]:
                     self._check_access(source, shard, error)
                     self._failing.add((source, shard))
                 self._refetch(source, shard)

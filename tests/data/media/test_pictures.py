@@ -181,14 +181,21 @@ def test_what_is_no_picture_is_told_without_an_object_and_a_cut_one_is_refused()
         decode_image(saved(RED.resize((200, 200)), "JPEG")[:-300])
 
 
-def test_a_postscript_program_is_not_run(tmp_path, monkeypatch):
-    """Pillow gives EPS files to Ghostscript."""
+def iptc_around(content):
+    """An IPTC file whose "compressed JPEG" is any other picture."""
+    fields = [((3, 60), b"\1\0"), ((3, 20), b"\10"), ((3, 30), b"\6"), ((3, 120), b"\5"), ((8, 10), content)]
+    return b"".join(struct.pack(">BBBH", 0x1C, *tag, len(data)) + data for tag, data in fields)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "IPTC"])
+def test_a_postscript_program_is_not_run(kind, tmp_path, monkeypatch):
+    """Pillow gives EPS files to Ghostscript, also if they are in another file."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/was_run\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it again
-    content = saved(RED, "EPS")
-    with pytest.raises(ValueError, match=r"^is a PostScript program, which bfsys does not run; convert it to PNG"):
+    content = saved(RED, "EPS") if kind == "EPS" else iptc_around(saved(RED, "EPS"))
+    with pytest.raises(ValueError, match=rf"^is an {kind} file, which may hold a program; convert it to PNG"):
         decode_image(content)
     assert _decoded(np.frombuffer(content, np.uint8)) is None
     assert not (tmp_path / "was_run").exists()

@@ -1,6 +1,7 @@
 """Files that are changed and written again keep their format, as far as a model of bytes can see it."""
 
 import io
+import struct
 import zlib
 
 import numpy as np
@@ -141,6 +142,20 @@ def test_a_changed_sound_keeps_rate_channels_and_sample_type(
         for fact in ("format", "subtype", "endian", "samplerate", "channels"):
             assert getattr(after, fact) == getattr(before, fact)
         assert np.allclose(after.read(), before.read()[50:250] * 0.5, atol=0.02)
+
+
+def test_the_text_in_a_wav_is_kept_and_its_number_of_samples_is_changed() -> None:
+    """A text may contain the name of the chunk that holds the number."""
+    stored = sound("WAV", "FLOAT")
+    text = b"recorded in a factory"
+    comment = b"LIST" + struct.pack("<I", len(text) + 1) + text + b"\0"
+    start = stored.index(b"fmt ")
+    stored = stored[:start] + comment + stored[start:]
+    stored = stored[:4] + struct.pack("<I", len(stored) - 8) + stored[8:]
+    assert struct.unpack_from("<I", stored, stored.index(b"fact\4") + 8) == (300,)
+    changed = change_sound(stored, lambda clip: Clip(clip.wave[:200], clip.rate_hz))
+    assert changed[start : start + len(comment)] == comment
+    assert struct.unpack_from("<I", changed, changed.index(b"fact\4") + 8) == (200,)
 
 
 def test_lossy_and_empty_sounds_are_refused() -> None:

@@ -66,6 +66,18 @@ def test_few_files_stay_open(limit: str, reader: ShardReader, monkeypatch: pytes
     assert one_by_one == [reader.read(micro_batch([i])).data.tolist() for i in range(len(split))]
 
 
+def test_a_read_is_continued(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call reads 2 GiB at most, and a signal may end it earlier."""
+    want, really_read = reader.read(micro_batch([0, 1])).data.tolist(), os.preadv
+
+    def read_little(descriptor: int, buffers: list, offset: int) -> int:
+        return really_read(descriptor, [memoryview(buffers[0])[:3]], offset)
+
+    monkeypatch.setattr(os, "preadv", read_little)
+    batch = reader.read(micro_batch([0, 1]))
+    assert (batch.data.tolist(), batch.bad) == (want, ())
+
+
 def test_too_many_open_files_are_said_and_not_waited_for(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_shard(self, number: int) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -94,6 +106,12 @@ def test_an_outage_makes_no_sample_bad(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(reader_module, "RETRY_AFTER_S", (0.0, 0.0))
+    reader = ShardReader(sources)
+    reader._failing = {(0, shard) for shard in range(len(sources.splits[0].shards))}  # of bad sectors, for example
+    with monkeypatch.context() as patch:
+        patch.setattr(Split, "open_shard", fail)
+        with pytest.raises(UserError, match=text):
+            reader.read(micro_batch([0]))
     for owner, name in ((Split, "open_shard"), (os, "preadv")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
