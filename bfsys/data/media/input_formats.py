@@ -47,6 +47,7 @@ KINDS = tuple(
         ("a TIFF", "image", rb"II\*\0|MM\0\*"),
         ("a GIF", "image", rb"GIF8[79]a"),
         ("a BMP", "image", rb"BM.{4}\0{4}"),
+        ("a PNM", "image", rb"P[1-6][\s#]"),
         ("a WebP", "image", rb"RIFF.{4}WEBP"),
         ("a WAV", "audio", rb"(?:RIFF|RIFX|RF64).{4}WAVE"),
         ("an AIFF", "audio", rb"FORM.{4}AIF[FC]"),

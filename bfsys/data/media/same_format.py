@@ -3,8 +3,8 @@
 A model of bytes sees how a file was written, so as much as possible of the stored file is kept: the mode and palette of
 a picture, the quantisation tables of a JPEG, all chunks of a PNG besides its pixels, the rate and sample type of a
 sound, all chunks of a WAV besides its samples. Files that cannot be written in this way are refused, and the callers
-leave them unchanged: lossy sounds, animations, interlaced or deep pictures, formats that Pillow and libsndfile do not
-write.
+leave them unchanged: lossy sounds, animations, interlaced or deep pictures, pictures whose layout Pillow does not write
+(big-endian TIFF, BMP of 4 bits), formats that Pillow and libsndfile do not write.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ LONGEST_S = 120.0  # longer sounds are not changed, since each would be decoded 
 COARSEST = 255  # largest value of a quantisation table that every JPEG reader accepts
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_AND_DEPTH, INTERLACED = slice(24, 26), 28  # bytes of a PNG
+BMP_HEADER_BYTES = 40  # headers of OS/2 are shorter
+# Tags of TIFF with their defaults: bits, compression, whether white is 0, planes, predictor
+TIFF_LAYOUT = {258: (1,), 259: 1, 262: None, 284: 1, 317: 1}
 
 
 class NotRewritableError(ValueError):
@@ -58,7 +61,20 @@ def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) ->
     file = io.BytesIO()
     changed.save(file, kind, **options)
     written = file.getvalue()
+    if _layout(kind, written) != _layout(kind, data):
+        raise NotRewritableError(f"{kind} of a layout that Pillow does not write")
     return _with_chunks_of(data, written) if kind == "PNG" else written
+
+
+def _layout(kind: str, data: bytes) -> tuple:
+    """How the pixels of a picture lie in its file, for formats in which Pillow writes one of several layouts."""
+    if kind == "BMP":
+        (header_bytes,), (height,) = struct.unpack_from("<I", data, 14), struct.unpack_from("<i", data, 22)
+        return header_bytes >= BMP_HEADER_BYTES, height > 0, data[28:34]  # bits of a pixel, compression
+    if kind == "TIFF":
+        with opened(data) as image:
+            return data[:2], *(image.tag_v2.get(tag, default) for tag, default in TIFF_LAYOUT.items())
+    return (data[:2],) if kind == "PPM" else ()
 
 
 def _options(image, data: bytes) -> dict:
@@ -75,7 +91,8 @@ def _options(image, data: bytes) -> dict:
             **kept,
         }
     if image.format == "TIFF":
-        return {"compression": image.info.get("compression", "raw")}
+        texts = {tag: text for tag, text in image.tag_v2.items() if isinstance(text, str)}  # such as a description
+        return {"compression": image.info.get("compression", "raw"), "tiffinfo": texts}
     if image.format == "PNG":
         return {"compress_level": _compression_level(data)}
     return {}

@@ -35,7 +35,7 @@ def _wrong_classes(split: Split) -> list[str]:
     description, labels = split.dataset.description, split.samples["label"]
     stated = description["splits"][split.split]["class_counts"]
     keys_hold_names = description.get("made_by", {}).get("tool") == PACKED_BY
-    counts = np.bincount(labels, minlength=len(split.classes))
+    counts = np.bincount(labels[labels < len(split.classes)], minlength=len(split.classes))
     problems = []
     for label, name in enumerate(split.classes):
         where = f"{split.path / DESCRIPTION}: class {name!r}"

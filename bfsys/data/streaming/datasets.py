@@ -24,7 +24,7 @@ from bfsys.data.streaming.byte_transforms import ByteTransform, lengths_after, p
 from bfsys.data.streaming.jitter import Jitter
 from bfsys.data.streaming.mix import mixture_weights
 from bfsys.data.streaming.plan import Plan
-from bfsys.errors import UserError, collecting
+from bfsys.errors import UserError, collecting, one_line
 
 # The content of dataset.json by the location of a remote dataset.
 Descriptions = Mapping[str, dict]
@@ -160,7 +160,7 @@ def _open_sources(
         splits=tuple(part for _, part in opened),
         numbers=tuple(number for number, _ in opened),
         names=tuple(names[n] for n, _ in opened),
-        origins=tuple(f"{names[n]} (eval_path)" if separate[n] else names[n] for n, _ in opened),
+        origins=tuple(one_line(f"{names[n]} (eval_path)" if separate[n] else names[n]) for n, _ in opened),
         label_maps=tuple(np.array([number_of[name] for name in part.classes]) for _, part in opened),
         transforms=transforms,
         augmentations=tuple(augmentations),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bfsys import dist
-from bfsys.errors import UserError, code_of
+from bfsys.errors import UserError, code_of, one_line
 from bfsys.files import read_regular
 
 FILE = "quarantine.tsv"
@@ -141,7 +141,7 @@ def _read(path: Path) -> list[BadSample]:
 
 
 def _append(path: Path, rows: list[BadSample]) -> None:
-    lines = "".join("\t".join(_one_line(field) for field in row) + "\n" for row in rows)
+    lines = "".join("\t".join(one_line(str(field)) for field in row) + "\n" for row in rows)
     try:
         with open(path, "ab+") as file:
             file.seek(0)
@@ -152,7 +152,3 @@ def _append(path: Path, rows: list[BadSample]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}", exit_code=code_of(error)) from None
-
-
-def _one_line(field: object) -> str:
-    return " ".join(str(field).split())

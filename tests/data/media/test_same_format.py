@@ -47,6 +47,7 @@ LOSSLESS = {
     "png, with text and gamma": saved(COLOURS, "PNG", pnginfo=TEXT, dpi=(72, 72)),
     "tiff": saved(COLOURS, "TIFF"),
     "tiff, deflate": saved(COLOURS, "TIFF", compression="tiff_adobe_deflate"),
+    "tiff, with text": saved(COLOURS, "TIFF", tiffinfo={270: "a description", 305: "a program"}),
     "tiff, grey, lzw": saved(COLOURS.convert("L"), "TIFF", compression="tiff_lzw"),
     "bmp": saved(COLOURS, "BMP"),
     "ppm": saved(COLOURS, "PPM"),
@@ -90,6 +91,21 @@ def interlaced() -> bytes:
     return LOSSLESS["png"][:12] + header + zlib.crc32(header).to_bytes(4, "big") + LOSSLESS["png"][33:]
 
 
+def tiff(order: str, photometric: int) -> bytes:
+    """A grey picture of 8 x 8 pixels."""
+    fields = ((256, 8), (257, 8), (258, 8), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 8), (279, 64))
+    entries = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in fields)
+    head = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + 64)
+    return head + bytes(range(64)) + struct.pack(f"{order}H", len(fields)) + entries + bytes(4)
+
+
+def bmp(bits: int, height: int) -> bytes:
+    """A picture with 16 colours that is 8 pixels wide."""
+    pixels, start = bytes(range(bits * 8)), 14 + 40 + 64
+    header = struct.pack("<IiiHHIIiiII", 40, 8, height, 1, bits, 0, len(pixels), 0, 0, 16, 16)
+    return struct.pack("<2sIHHI", b"BM", start + len(pixels), 0, 0, start) + header + bytes(range(64)) + pixels
+
+
 REFUSED = {
     "animation": lambda: saved(COLOURS, "PNG", save_all=True, append_images=[mirrored(COLOURS)]),
     "deep": lambda: saved(Image.fromarray(np.full((4, 4), 60_000, np.uint16)), "PNG"),
@@ -97,6 +113,12 @@ REFUSED = {
     "gif": lambda: saved(COLOURS.quantize(9), "GIF"),
     "cmyk": lambda: saved(COLOURS.convert("CMYK"), "JPEG"),
     "interlaced": interlaced,
+    "big-endian tiff": lambda: tiff(">", 1),
+    "tiff in which white is 0": lambda: tiff("<", 0),
+    "tiff with a predictor": lambda: saved(COLOURS, "TIFF", compression="tiff_lzw", tiffinfo={317: 2}),
+    "bmp of 4 bits": lambda: bmp(4, 8),
+    "bmp that begins at the top": lambda: bmp(8, -8),
+    "pgm in text": lambda: b"P2 2 1 255 7 9\n",
     "coarse": lambda: saved(COLOURS, "JPEG", qtables=[[1000] * 64] * 2),
 }
 

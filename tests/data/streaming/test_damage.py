@@ -210,6 +210,16 @@ def test_a_sample_is_bad_from_the_step_that_met_it(config: Config, dataset: Path
     assert changed == steps[1:]
 
 
+def test_a_list_of_a_folder_with_blanks_in_its_name_is_applied_again(datasets: Path, tmp_path: Path) -> None:
+    dataset = shutil.copytree(datasets / "a", tmp_path / "my  two\tblanks ")
+    sources = open_training(load_config(write_config(tmp_path, datasets, dataset)))
+    origin = sources.origins[0]
+    quarantine = Quarantine(tmp_path)
+    quarantine.found([BadSample(3, "train", origin, DAMAGED, "a.tar", "key", "is\tempty")])
+    quarantine.share(ALONE, sources.sizes, 1)
+    assert Quarantine.load(tmp_path, ALONE).bad_from("train", origin) == {DAMAGED: 3}
+
+
 @pytest.mark.parametrize("kind", UNREAD)
 def test_what_training_does_not_read_does_not_harm_it_and_is_named_by_verify(
     kind: str, config: Config, dataset: Path, capsys: pytest.CaptureFixture
