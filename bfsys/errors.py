@@ -27,14 +27,22 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped on request; requeue the run
 EXIT_NO_PROGRESS = 76  # a launcher stopped because its run crashed repeatedly
 EXIT_STOPPED = 130  # stopped on request
 
-# A file server does not answer.
+# A file server does not answer, as NFS, Lustre (ESHUTDOWN) and FUSE (ENOTCONN) report it.
 OUTAGE_ERRNOS = {
-    errno.ESTALE,
-    errno.ETIMEDOUT,
     errno.EAGAIN,
-    errno.EINTR,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
     errno.ECONNRESET,
     errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EINTR,
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.ENETUNREACH,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
 }
 # These are often transient on network file systems. EIO may also be a broken disk. Any other errno needs human action.
 TRANSIENT_ERRNOS = OUTAGE_ERRNOS | {errno.EIO}

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 CHUNK_BYTES = 1 << 20
+# `flock` fails with one of these on a file system without locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 LONGEST_NAME_BYTES = 200  # used in a temporary name, which also has a process number; file systems allow 255
 
 

@@ -24,7 +24,7 @@ from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError
-from bfsys.files import replace_file
+from bfsys.files import NO_LOCKS, replace_file
 from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
 from bfsys.supervision.guard import FILE as ROLLBACKS
@@ -221,7 +221,10 @@ def hold_directory(run_dir: Path, name: str = ".lock", longest_s: float = math.i
                 print(text, file=sys.stderr, flush=True)
                 said = True
             time.sleep(0.2)
-        except OSError:  # a file system without locks
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                hold.close()
+                raise
             return hold
         else:
             return hold

@@ -214,8 +214,13 @@ def steps_to_keep(steps: Sequence[int], keep: RetentionPolicy, scores: Mapping[i
     if keep.best:
         sign = -1 if keep.metric == "loss" else 1
         scored = [(sign * scores[step][keep.metric], step) for step in steps if step in scores]
-        kept |= {step for _, step in sorted(scored)[-keep.best :]}
+        kept |= {step for _, step in sorted(scored, key=_with_nan_first)[-keep.best :]}
     return kept
+
+
+def _with_nan_first(scored: tuple[float, int]) -> tuple[bool, float, int]:
+    score, step = scored
+    return (False, 0.0, step) if math.isnan(score) else (True, score, step)
 
 
 def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> list[Path]:
@@ -225,10 +230,13 @@ def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> lis
 
 
 def evaluations(run_dir: Path) -> dict[int, dict]:
-    """The scores of every evaluation in metrics.jsonl, by step."""
+    """The scores of every evaluation in metrics.jsonl, by step.
+
+    Raises Unreachable or OSError if the file cannot be read: without scores, the best checkpoints would be removed.
+    """
     try:
-        return evaluations_in(read_regular(run_dir / METRICS))
-    except OSError:
+        return evaluations_in(with_retries(read_regular, run_dir / METRICS))
+    except FileNotFoundError:
         return {}
 
 

@@ -25,6 +25,7 @@ from bfsys.checkpoint.files import METRICS
 from bfsys.compare import last_train_line
 from bfsys.config import load_config
 from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError
+from bfsys.files import NO_LOCKS
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.restart_policy import newest_step
 from bfsys.launch.slurm_commands import IS_IT_UP, ask, fields_of
@@ -73,8 +74,9 @@ def submitting(run_dir: Path) -> Iterator[None]:
                 f"run directory {run_dir}: another submission of this run is in progress; see bfsys slurm status "
                 f"{run_dir} when it is done"
             ) from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 

@@ -43,7 +43,7 @@ import psutil
 from bfsys.config import Config
 from bfsys.data.streaming.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
-from bfsys.errors import EXIT_HUNG, EXIT_REQUEUE, UserError
+from bfsys.errors import EXIT_CRASHED, EXIT_HUNG, EXIT_REQUEUE, UserError, code_of, one_line
 from bfsys.launch.elastic import describe, fitting, parse_range
 from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
@@ -77,11 +77,17 @@ class Group:
             import_what_ranks_need()
             start = fork_rank
         port = free_port()
-        for rank, log in enumerate(self.logs):
-            variables = rank_variables(rank, world_size, rank, world_size, master_addr="127.0.0.1", master_port=port)
-            with open(log, "ab") as output:
-                output.write(f"--- {time.strftime('%F %T')} {shlex.join(job.command())}\n".encode())
-            self._running[rank] = start(job, rank, {**os.environ, **variables}, log)
+        try:
+            for rank, log in enumerate(self.logs):
+                variables = rank_variables(
+                    rank, world_size, rank, world_size, master_addr="127.0.0.1", master_port=port
+                )
+                with open(log, "ab") as output:
+                    output.write(f"--- {time.strftime('%F %T')} {shlex.join(job.command())}\n".encode())
+                self._running[rank] = start(job, rank, {**os.environ, **variables}, log)
+        except OSError:
+            self.close()
+            raise
 
     def wait(self, show: Callable[[], None]) -> int:
         """Wait for all ranks, forward signals, and stop the others if one fails. Returns the exit code of the run.
@@ -99,8 +105,10 @@ class Group:
             if ended and kill_at == float("inf"):
                 stop_at = min(stop_at, now + TOGETHER_S)
             if first_code == 0 and any(ended.values()):
-                # If several ranks have failed, the likelier cause is one that was killed by a signal.
-                code, first_rank = min((code, rank) for rank, code in ended.items() if code)
+                # If several ranks have failed, the likelier cause is one that was killed by a signal, and then one that
+                # names its reason: the others crash because they lose the connection to it.
+                failed = ((code > 0, code == EXIT_CRASHED, code, rank) for rank, code in ended.items() if code)
+                *_, code, first_rank = min(failed)
                 first_code = self._exit_code(code, was_told=kill_at < float("inf"))
                 if first_code == EXIT_HUNG:  # a hung rank does not react to SIGTERM
                     kill_at = now
@@ -171,8 +179,9 @@ class Group:
         log = self.logs[rank]
         print(f"error: rank {rank} ended with code {code}, so the others were stopped; see {log}", file=sys.stderr)
         if rank:  # rank 0's lines are already shown
-            lines = log.read_text(errors="replace").splitlines()
-            print("\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]), file=sys.stderr)
+            with suppress(OSError):
+                lines = log.read_text(errors="replace").splitlines()
+                print("\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]), file=sys.stderr)
 
 
 def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
@@ -184,26 +193,44 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
         log_dir.mkdir(parents=True, exist_ok=True)
         # Ranks lock the run directory later. Until then, two launchers would show the output of each other's rank 0.
         hold = hold_directory(log_dir.parent, f"{log_dir.name}/.lock")
-        with open(log_dir / "rank-0.log", "ab") as log:
-            shown_from = log.tell()
     except OSError as error:
-        raise UserError(f"log folder {log_dir}: cannot be written: {error.strerror}") from None
-    group = Group(job, world_size, log_dir)
-    try:
-        with hold, open(group.logs[0], "rb") as log:
-            log.seek(shown_from)
-            decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-            code = group.wait(lambda: show_new(log, decoder))
-            show_new(log, decoder)
-    finally:
-        group.close()
+        raise _log_error(log_dir, error) from None
+    with hold:
+        try:
+            with open(log_dir / "rank-0.log", "ab") as log:
+                shown_from = log.tell()
+            group = Group(job, world_size, log_dir)
+        except OSError as error:
+            raise _log_error(log_dir, error) from None
+        try:
+            with open(group.logs[0], "rb") as shown:
+                shown.seek(shown_from)
+                decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+                code = group.wait(lambda: show_new(shown, decoder))
+                show_new(shown, decoder)
+        finally:
+            group.close()
     return code
+
+
+def _log_error(log_dir: Path, error: OSError) -> UserError:
+    return UserError(f"log folder {log_dir}: cannot be written: {error.strerror}", exit_code=code_of(error))
 
 
 def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
     """Call `start()`, which returns the run's exit code, and restart as the policy says. Returns the last code."""
     restarts = Restarts(run_dir, newest_step(run_dir))
-    while (code := start()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
+
+    def attempt() -> int:
+        try:
+            return start()
+        except UserError as error:
+            if error.exit_code in FINAL_CODES:
+                raise
+            print(*(f"error: {one_line(problem)}" for problem in error.problems), sep="\n", file=sys.stderr, flush=True)
+            return error.exit_code
+
+    while (code := attempt()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
         print(f"restarting in {pause_s:.0f} s from step {restarts.step}", file=sys.stderr, flush=True)
         previous = {n: signal.signal(n, lambda number, _: sys.exit(EXIT_CODES[number])) for n in stop_signals()}
         time.sleep(pause_s)
@@ -214,7 +241,10 @@ def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
 
 def show_new(log: BinaryIO, decoder: codecs.IncrementalDecoder) -> None:
     """Print the new part of the log. The decoder keeps an incomplete character for the next call."""
-    text = decoder.decode(log.read())
+    try:
+        text = decoder.decode(log.read())
+    except OSError:  # the ranks may still train
+        return
     if text:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -27,6 +27,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from bfsys import console
 from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STOPPED
 from bfsys.files import replace_file
 from bfsys.json_lines import read_json_object
@@ -237,4 +238,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    console.prepare()
+    console.go_on_without()  # the job is requeued even if its log cannot be written
     sys.exit(main(sys.argv[1:]))

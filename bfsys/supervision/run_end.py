@@ -16,8 +16,8 @@ FILE = "ended.json"
 def note_end(run_dir: Path, exit_code: int, reason: str) -> None:
     """Record how a run ended. Errors are ignored: if the disk is full, the caller's error says so."""
     note = {"exit_code": exit_code, "reason": reason, "time": time.strftime("%F %T %z")}
-    if run_dir.is_dir():
-        with suppress(OSError):
+    with suppress(OSError):
+        if run_dir.is_dir():
             replace_file(run_dir / FILE, json.dumps(note, indent=1) + "\n", durable=False)
 
 

@@ -318,6 +318,9 @@ class Supervisor:
             steps = f"{step} steps" + (f", {step - updates} of which were skipped" if updates < step else "")
             self.metrics.say(f"finished: {steps}; checkpoints, TensorBoard logs and metrics are in {self.run_dir}")
         try:
+            (problem_code,) = dist.agree_on_max(self.metrics.problem_code)  # of the last step and its evaluation
+            if problem_code:
+                raise dist.AgreedError(dist.broadcast_from_rank0(self.metrics.problem), exit_code=problem_code)
             if not updates and not exit_code:
                 raise dist.AgreedError(
                     f"{self.run_dir}: all {step} steps were skipped, so the weights are still the initial ones; "

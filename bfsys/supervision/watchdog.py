@@ -133,10 +133,11 @@ class Watchdog:
 
     def _end(self, waited_s: float) -> None:
         """Write the state of this rank, name the rank at fault, and end the process."""
-        print(f"error: rank {self._ranks.rank}: no progress for {waited_s:.0f} s, after {self._where}", file=sys.stderr)
-        # If the file system hangs too, this ends the process.
-        faulthandler.dump_traceback_later(10 * GRACE_S, exit=True)
         try:
+            # If the file system or the console hangs too, this ends the process.
+            threading.Timer(10 * GRACE_S, os._exit, [EXIT_HUNG]).start()
+            what = f"no progress for {waited_s:.0f} s, after {self._where}"
+            print(f"error: rank {self._ranks.rank}: {what}", file=sys.stderr, flush=True)
             self._incident.mkdir(parents=True, exist_ok=True)
             self._write_stacks(waited_s)
             try:
@@ -152,7 +153,7 @@ class Watchdog:
                 note_end(self._run_dir, EXIT_HUNG, verdict)
         except Exception as error:
             print(f"error: {self._incident}: {error}", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback()
+            faulthandler.dump_traceback(2)  # the descriptor, since the stream may have none
         finally:
             os._exit(EXIT_HUNG)
 

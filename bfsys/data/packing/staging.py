@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bfsys.data.storage.shards import DESCRIPTION, read_description
 from bfsys.errors import UserError
-from bfsys.files import sync_folder
+from bfsys.files import NO_LOCKS, sync_folder
 
 INPUTS, LOCK, SKIPPED_LIST = "inputs", "lock", "skipped.txt"
 NEW_INPUTS = "inputs.new"  # is renamed to INPUTS when the dataset is moved into place
@@ -62,8 +62,9 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise UserError(
             f"{folder}: another process is packing into this folder; wait until it has ended, or choose another --name"
         ) from None
-    except OSError:  # a file system without locks
-        return
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def start(folder: Path) -> None:
