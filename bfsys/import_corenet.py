@@ -109,7 +109,7 @@ def import_weights(
         "imported": {"file": weights.name, "part": nest, "sha256": sha256(weights)},
     }
     path = save(Weights(to_bfsys(named)), out, facts, ranks=Ranks(), keep=RetentionPolicy(1))
-    (out / "config.yaml").write_text(typed_yaml.dump(config))
+    (out / "config.yaml").write_text(typed_yaml.dump(config), encoding="utf-8")
     describe(config, len(classes), nest, path)
 
 
@@ -275,7 +275,7 @@ def class_names(path: Path | None, count: int) -> list[str]:
     if path is None:
         return [f"{i:0{len(str(count - 1))}}" for i in range(count)]
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().split("\n")]
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except OSError as error:
         raise UserError(f"--classes {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -203,7 +203,9 @@ class Model:
         index = None if class_name is None else self.class_index(class_name)
         problems: list[str] = []
         notes: list[str] = []
-        plain = replace(self._reader, transforms=(), least_bytes=1)
+        # The references describe transformed files
+        references = None if self._reader.transforms else self._reader.references
+        plain = replace(self._reader, transforms=(), least_bytes=1, references=references)
         stored = next(plain.samples(named(input), problems, notes.append, encode=encode), None)
         if stored is None:
             raise UserError(*problems)

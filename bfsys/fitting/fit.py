@@ -193,12 +193,16 @@ def survey_folder(request: Request) -> Survey:
     """Survey the folder. Raises UserError if it cannot be packed or trained on."""
     if is_packed(request.folder):
         found = survey_of_packed(request.folder)
+        counts = read_description(request.folder)["splits"]["train"]["class_counts"]
+        trained = [name for name, count in counts.items() if count]
     else:
         listing = listed(request)
         check_splits(request.folder, {file.split for file in listing.files})
         found = survey_of(listing.files, listing.classes)
-    if len(found.classes) < 2:
-        raise UserError(f"{request.folder}: has only one class, {found.classes[0]!r}; a classifier needs at least 2")
+        trained = sorted({file.class_name for file in listing.files if file.split == "train"})
+    if len(trained) < 2:
+        names = "".join(map(repr, trained)) or "none"
+        raise UserError(f"{request.folder}: only one class has training files, {names}; a classifier needs at least 2")
     return found
 
 
@@ -306,7 +310,7 @@ def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Tria
     with tempfile.TemporaryDirectory(prefix="bfsys-fit-") as folder:
         file = Path(folder) / "trial.yaml"
         settings = settings_of(choice, str(Path(data).absolute()), str(Path(eval_data).absolute()), TRIAL_STEPS, 0)
-        file.write_text(to_yaml(settings, []))
+        file.write_text(to_yaml(settings, []), encoding="utf-8")
         overrides = (f"runs_dir={folder}", "train.log_every=1", "train.eval_every=0", f"train.save_every={TRIAL_STEPS}")
         config = load_config(file, overrides)
         job = TrainJob(file, overrides, Path(__file__).resolve().parents[2], Path.cwd())

@@ -212,7 +212,10 @@ def test_names_of_runs() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"one/1.bin": b"a", "one/2.bin": b"b"}, "has only one class, 'one'; a classifier needs at least 2"),
+        (
+            {"one/1.bin": b"a", "one/2.bin": b"b"},
+            "only one class has training files, 'one'; a classifier needs at least 2",
+        ),
         ({"train/a/1.bin": b"a", "train/b/2.bin": b"b"}, "has the split train alone"),
         ({"a/1.bin": b"a", "a/2.bin": b"", "b/1.bin": b"c"}, "2.bin: is empty"),
         ({"a.bin": b"a"}, "has no class folders"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -32,9 +32,12 @@ LONGEST_S = 120.0  # longer sounds are not changed, since each would be decoded 
 COARSEST = 255  # largest value of a quantisation table that every JPEG reader accepts
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_AND_DEPTH, INTERLACED = slice(24, 26), 28  # bytes of a PNG
-BMP_HEADER_BYTES = 40  # headers of OS/2 are shorter
-# Tags of TIFF with their defaults: bits, compression, whether white is 0, planes, predictor
-TIFF_LAYOUT = {258: (1,), 259: 1, 262: None, 284: 1, 317: 1}
+# Tags of TIFF with their defaults: bits, compression, whether white is 0, order of bits, samples, planes, predictor
+TIFF_LAYOUT = {258: (1,), 259: 1, 262: None, 266: 1, 277: 1, 284: 1, 317: 1}
+STRIPS, STRIP_BYTES = 273, 279
+# The Huffman tables that the JPEG standard suggests: the beginning of one. Most programs compute tables of their own.
+USUAL_TABLES = bytes.fromhex("01020300041105122131410613516107")
+RESTARTS = b"\xff\xdd"  # marker of a JPEG that Pillow does not write
 
 
 class NotRewritableError(ValueError):
@@ -54,6 +57,8 @@ def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) ->
             raise NotRewritableError("interlaced PNG")
         if kind == "JPEG" and max(map(max, image.quantization.values())) > COARSEST:
             raise NotRewritableError("JPEG with tables of 16 bits")
+        if kind == "JPEG" and RESTARTS in data[: data.find(b"\xff\xda")]:
+            raise NotRewritableError("JPEG with restart markers")
         options = _options(image, data)
         changed = change(image)
         if mode == "P":
@@ -61,20 +66,59 @@ def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) ->
     file = io.BytesIO()
     changed.save(file, kind, **options)
     written = file.getvalue()
-    if _layout(kind, written) != _layout(kind, data):
+    if kind == "PNG":
+        return _with_chunks_of(data, written)
+    return written if kind == "JPEG" else _with_pixels_of(kind, data, written)
+
+
+def _with_pixels_of(kind: str, stored: bytes, written: bytes) -> bytes:
+    """The stored file with the pixels of the written one if they are not compressed, and else the written file."""
+    before, after = _Pixels.of(kind, stored), _Pixels.of(kind, written)
+    if before.layout != after.layout:
         raise NotRewritableError(f"{kind} of a layout that Pillow does not write")
-    return _with_chunks_of(data, written) if kind == "PNG" else written
+    if before.places is None or after.places is None:
+        if stored[:2] != written[:2]:
+            raise NotRewritableError("big-endian TIFF")
+        return written
+    content = b"".join(written[place] for place in after.places)
+    if sum(place.stop - place.start for place in before.places) != len(content):
+        raise NotRewritableError(f"{kind} of another size")
+    file = bytearray(stored)
+    for place in before.places:
+        file[place], content = content[: place.stop - place.start], content[place.stop - place.start :]
+    return bytes(file)
 
 
-def _layout(kind: str, data: bytes) -> tuple:
-    """How the pixels of a picture lie in its file, for formats in which Pillow writes one of several layouts."""
-    if kind == "BMP":
-        (header_bytes,), (height,) = struct.unpack_from("<I", data, 14), struct.unpack_from("<i", data, 22)
-        return header_bytes >= BMP_HEADER_BYTES, height > 0, data[28:34]  # bits of a pixel, compression
-    if kind == "TIFF":
+class _Pixels(NamedTuple):
+    """The pixels of a TIFF, BMP or PNM in its file."""
+
+    layout: tuple
+    """Whatever decides what a byte of a pixel means."""
+    places: list[slice] | None
+    """None if they are compressed."""
+
+    @classmethod
+    def of(cls, kind: str, data: bytes) -> _Pixels:
         with opened(data) as image:
-            return data[:2], *(image.tag_v2.get(tag, default) for tag, default in TIFF_LAYOUT.items())
-    return (data[:2],) if kind == "PPM" else ()
+            if kind == "TIFF":
+                tags, layout = (
+                    image.tag_v2,
+                    tuple(image.tag_v2.get(tag, default) for tag, default in TIFF_LAYOUT.items()),
+                )
+                if image.info.get("compression", "raw") != "raw":
+                    return cls(layout, None)
+                if STRIPS not in tags:
+                    raise NotRewritableError("TIFF of tiles")
+                strips = zip(tags[STRIPS], tags[STRIP_BYTES], strict=True)
+                return cls(layout, [slice(first, first + size) for first, size in strips])
+            codec, _, start, _ = image.tile[0]
+            if codec != "raw":
+                raise NotRewritableError(f"{kind} of a layout that Pillow does not write")
+            if kind == "PPM":
+                return cls((data[:2],), [slice(start, len(data))])
+            (height,), bits_and_compression = struct.unpack_from("<i", data, 22), data[28:34]
+            row_bytes = (image.width * data[28] + 31) // 32 * 4
+            return cls((height > 0, bits_and_compression), [slice(start, start + row_bytes * image.height)])
 
 
 def _options(image, data: bytes) -> dict:
@@ -88,6 +132,7 @@ def _options(image, data: bytes) -> dict:
             "qtables": image.quantization,
             "subsampling": sampling if sampling >= 0 else 0,
             "progressive": bool(image.info.get("progressive")),
+            "optimize": USUAL_TABLES not in data,
             **kept,
         }
     if image.format == "TIFF":

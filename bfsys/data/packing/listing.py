@@ -349,11 +349,15 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
     listing.files = _with_unique_keys(good, listing.problems)
 
 
+UNREADABLE = "cannot be read"  # begins the reasons of files that may be readable later
+
+
 def why_unreadable(path: str, error: OSError | ValueError) -> str:
-    """The reason why a file is bad. Raises UserError if the error says nothing about the file: --skip-bad would leave
-    out intact files."""
-    reason = f"cannot be read ({getattr(error, 'strerror', error)})"
-    if isinstance(error, OSError) and error.errno in OUTAGE_ERRNOS | EXHAUSTED_ERRNOS:
+    """The reason why a file is bad. Raises UserError if the error says nothing about the file, or if its folder cannot
+    be reached: --skip-bad would leave out intact files."""
+    reason = f"{UNREADABLE} ({getattr(error, 'strerror', error)})"
+    is_outage = isinstance(error, OSError) and error.errno in OUTAGE_ERRNOS | EXHAUSTED_ERRNOS
+    if is_outage or not os.path.isdir(os.path.dirname(path).partition("\0")[0]):
         raise UserError(f"{path}: {reason}; mend that and run the same command again; finished shards are kept")
     return reason
 

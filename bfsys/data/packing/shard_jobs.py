@@ -25,13 +25,14 @@ import xxhash
 from bfsys.data.media.encodings import Encoding, Fitting, library_version, parse_encoding, reencode
 from bfsys.data.media.modalities import PECULIARITIES, peculiarities_of
 from bfsys.data.packing import staging
-from bfsys.data.packing.listing import BadFile, SourceFile, why_unreadable
+from bfsys.data.packing.listing import UNREADABLE, BadFile, SourceFile, why_unreadable
 from bfsys.data.storage.shards import DESCRIPTION, PACKED_BY, read_description, write_description, write_split
 from bfsys.data.storage.tars import Member, Shard, TarIndex, size_in_tar_bytes, write_shard
 from bfsys.errors import UserError, one_line
 from bfsys.files import replace_file, replacing
 
 VERSION = 2  # increase it if the same input gives other bytes
+MOST_SHARDS = 100_000  # dataset.json has a few hundred bytes for each, and is read if it has at most 64 MiB
 ADDRESS = re.compile(r"\s*<[^<>]* at 0x[0-9a-f]+>")  # address of a Python object in a decoder's message
 
 
@@ -75,7 +76,7 @@ def plan_jobs(
     """Shuffle the files of each split and divide them into shards of similar size, about `shard_bytes` at most.
 
     Shuffling sorts by a hash of seed and key. So it does not depend on the order of the list or on the version of a
-    random generator.
+    random generator. Raises UserError for too many shards.
     """
     number_of = {name: label for label, name in enumerate(classes)}
     base = [VERSION, encoding.text, library_version(encoding), asdict(fitting)]
@@ -92,6 +93,8 @@ def plan_jobs(
             fingerprint = hashlib.sha256(identity).hexdigest()
             path = staging.folder_of(folder) / name
             jobs.append(Job(path, split, group, labels, encoding.text, fitting, fingerprint))
+    if len(jobs) > MOST_SHARDS:
+        raise UserError(f"--shard-bytes: gives {len(jobs):,} shards; allowed are {MOST_SHARDS:,}: raise it")
     return jobs
 
 
@@ -119,7 +122,7 @@ def write_job(job: Job, skip_bad: bool, fatal: Mapping[str, str], position: c_lo
     file, or if a file server does not answer.
     """
     done = _read_sidecar(job)
-    if done and (skip_bad or not done.bad):
+    if done and (skip_bad or not done.bad) and not any(bad.reason.startswith(UNREADABLE) for bad in done.bad):
         return done
     job.sidecar.unlink(missing_ok=True)
     outcome = Outcome(job, None, [], {name: [] for name in PECULIARITIES})

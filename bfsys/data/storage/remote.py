@@ -19,6 +19,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -116,9 +117,17 @@ class Cache:
     """
 
     def __init__(
-        self, folder: Path, limit_bytes: int, *, attempts: int = 5, stall_s: float = 30.0, back_off_s: float = 1.0
+        self,
+        folder: Path,
+        limit_bytes: int,
+        *,
+        attempts: int = 5,
+        stall_s: float = 30.0,
+        back_off_s: float = 1.0,
+        is_private: bool = False,
     ) -> None:
-        self.folder, self.limit_bytes = Path(folder), limit_bytes
+        """`is_private`: the folder must belong to this user, since others may write beside it."""
+        self.folder, self.limit_bytes, self.is_private = Path(folder), limit_bytes, is_private
         self.attempts, self.stall_s, self.back_off_s = attempts, stall_s, back_off_s
         self.bytes_fetched = self.files_fetched = self.hits = self.retries = 0
         self._counting = threading.Lock()
@@ -205,7 +214,7 @@ class Cache:
                 return path, False
             if file.size_bytes is not None and file.size_bytes > self.limit_bytes:
                 raise self._too_large(file.url, f"{file.size_bytes:,}")
-            self.folder.mkdir(parents=True, exist_ok=True)  # again, since some systems clean /tmp during a run
+            self._make_folder()  # again, since some systems clean /tmp during a run
             with _locked(path, wait=wait) as mine:
                 if not mine or self._mark_used(path, file.size_bytes):
                     return path, False
@@ -223,6 +232,13 @@ class Cache:
                 exit_code=code_of(error),
             ) from error
         return path, True
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(mode=0o700 if self.is_private else 0o777, parents=True, exist_ok=True)
+        if self.is_private:
+            status = self.folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                raise UserError(f"{self.folder}: is not a folder of this user; point data.cache_dir at one")
 
     def _mark_used(self, path: Path, size_bytes: int | None) -> bool:
         """Mark a file as the most recently used one; returns whether it is there."""

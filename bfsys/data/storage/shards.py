@@ -38,6 +38,8 @@ from bfsys.files import describe, open_regular, read_up_to, replace_file, replac
 
 FORMAT = 2
 DESCRIPTION = "dataset.json"
+# Not for datasets of `bfsys pack`: rebuilding takes the names of classes from keys, in which some characters differ.
+REBUILD = f"if its tars were made elsewhere, rename {DESCRIPTION} and run bfsys inspect --rebuild"
 PACKED_BY = "tools/pack.py"
 LISTED = 20  # problems of a damaged dataset.json that an error lists
 PACK_AGAIN = (
@@ -122,7 +124,7 @@ class Split:
         return [
             f"{self.dataset.location}: the index of {self.split!r} is damaged or belongs to other shards: its rows do "
             f"not match {DESCRIPTION} for {len(bad):,} of {len(self.shards):,} shards, first for {bad[0]}; copy or "
-            f"pack the dataset again, or delete {DESCRIPTION} and run bfsys inspect --rebuild"
+            f"pack the dataset again; {REBUILD}"
         ]
 
 
@@ -155,8 +157,13 @@ class Dataset:
 
     @property
     def is_reachable(self) -> bool:
-        """Whether the folder of a local dataset can be reached now; True for a remote one."""
-        return not isinstance(self.place, Path) or os.path.exists(self.place / DESCRIPTION)
+        """Whether the dataset.json can be read now; that of a remote dataset must also have the same content."""
+        if isinstance(self.place, Path):
+            return os.path.exists(self.place / DESCRIPTION)
+        try:
+            return fetch_description(self.location, self.place) == self.description
+        except UserError:
+            return False
 
     @property
     def name(self) -> str:
@@ -316,15 +323,14 @@ def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
         array = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # a damaged header
         raise UserError(
-            f"{file}: the index cannot be read ({getattr(error, 'strerror', None) or error}); pack the dataset again, "
-            f"or delete {DESCRIPTION} and run bfsys inspect --rebuild",
+            f"{file}: the index cannot be read ({getattr(error, 'strerror', None) or error}); copy or pack the "
+            f"dataset again; {REBUILD}",
             exit_code=code_of(error),
         ) from error
     if array.dtype != dtype or array.shape != (length,):
         raise UserError(
             f"{file}: the index holds {array.shape} of {array.dtype}, {DESCRIPTION} names ({length},) of "
-            f"{dtype}: they are not of one dataset; pack it again, "
-            f"or delete {DESCRIPTION} and run bfsys inspect --rebuild"
+            f"{dtype}: they are not of one dataset; copy or pack it again; {REBUILD}"
         )
     return array
 

@@ -62,7 +62,12 @@ class Sources:
 
 def make_cache(config: Config) -> Cache:
     folder = config.data.cache_dir or Path(tempfile.gettempdir()) / f"bfsys-cache-{os.getuid()}"
-    return Cache(Path(folder), int(config.data.cache_gb * 1e9), attempts=config.data.fetch_tries)
+    return Cache(
+        Path(folder),
+        int(config.data.cache_gb * 1e9),
+        attempts=config.data.fetch_tries,
+        is_private=config.data.cache_dir is None,
+    )
 
 
 def open_training(config: Config, descriptions: Descriptions | None = None) -> Sources:
@@ -150,7 +155,7 @@ def _open_sources(
             part = dataset.open(split)
             opened.append((number, part))
             augmentations.append(augmentation)
-            jitters.append(make_jitter(config, number) if training else None)
+            jitters.append(make_jitter(config, number, transforms) if training else None)
     if problems:
         raise UserError(*problems)
     names = source_names(config)
@@ -199,9 +204,9 @@ def make_augmentation(config: Config, source: int) -> Augmentation | None:
     return Augmentation(options) if options else None
 
 
-def make_jitter(config: Config, source: int) -> Jitter | None:
+def make_jitter(config: Config, source: int, transforms: tuple[ByteTransform, ...]) -> Jitter | None:
     options = config.data.sources[source].jitter
-    return Jitter(options, config.model.least_bytes) if options else None
+    return Jitter(options, config.model.least_bytes, transforms) if options else None
 
 
 def trained_transforms(manifest: dict) -> list[str]:

@@ -25,6 +25,7 @@ from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.same_format import change_picture, change_sound
 from bfsys.data.media.sounds import Clip
 from bfsys.data.streaming.augment import SPEED_STEPS, change_speed
+from bfsys.data.streaming.byte_transforms import ByteTransform, lengths_after
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +37,8 @@ class Jitter:
 
     options: config.Jitter
     least_bytes: int
-    """A file is not changed if it would become shorter than this."""
+    """A file is not changed if it would become shorter than this, after the `transforms`."""
+    transforms: tuple[ByteTransform, ...] = ()
 
     def __call__(self, data: bytes, rng: np.random.Generator) -> bytes:
         """The bytes of the changed file, or `data` if it is not changed."""
@@ -53,7 +55,8 @@ class Jitter:
             raise
         except Exception:  # decoders raise any exception; the model also reads files that cannot be decoded
             return data
-        return changed if len(changed) >= self.least_bytes else data
+        length = int(lengths_after(self.transforms, np.array([len(changed)]))[0])
+        return changed if length >= self.least_bytes else data
 
     def _picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         from PIL import Image

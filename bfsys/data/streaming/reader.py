@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 
 from bfsys.data.media.content import NONE, content_of
+from bfsys.data.media.input_formats import kind_of
 from bfsys.data.storage.remote import WrongContentError
 from bfsys.data.streaming.augment import Augmentation
 from bfsys.data.streaming.byte_transforms import apply
@@ -280,7 +281,8 @@ class ShardReader:
             return NONE
         table = content_of(content.tobytes())
         if np.isnan(table).any():
-            self._shows_nothing.add((source, sample))
+            if kind_of(content):  # other files are not decoded at all
+                self._shows_nothing.add((source, sample))
             return NONE
         return table
 
@@ -303,6 +305,7 @@ class ShardReader:
                 if partner is not None:
                     if self._is_bad(source, partner, step):
                         continue
+                    self.position[:] = source, partner
                     read, second_label = self._read_sample(source, partner)
                     second = read.tobytes()
                 encoded, share = augmentation(content, rng, second)
@@ -402,6 +405,9 @@ class ShardReader:
                 f"{open_files_limit():,}, and {len(self._files):,} are shards; raise the limit (ulimit -n 65536)"
             ) from None
         except WrongContentError as error:
+            if not self.splits[source].dataset.is_reachable:
+                text = f"{error}; its dataset.json cannot be fetched either: start again when its server is back"
+                raise UserError(text, exit_code=EXIT_CRASHED) from None
             self._lost[source, shard] = str(error)
             raise
         return descriptor

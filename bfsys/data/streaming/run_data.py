@@ -82,12 +82,12 @@ class RunData:
         return formats
 
     def read_reference_files(self) -> ReferenceFiles | None:
-        """The first files of each source as the model reads them, from its evaluation split or, without one, from its
-        training split. None if too few can be read. Packing has shuffled the files, so they are a random sample."""
+        """Files of each source as the model reads them, from its evaluation split or, without one, from its training
+        split, at equal distances, since tars made elsewhere may be sorted by class. None if too few can be read."""
         sources = self.validation if self.validation.splits else self.training
         most = -(-FILES // len(sources.splits))
-        counts = [min(most, len(split)) for split in sources.splits]
-        wanted = [(source, sample) for source, count in enumerate(counts) for sample in range(count)]
+        spread = [np.linspace(0, len(split) - 1, min(most, len(split))).astype(int) for split in sources.splits]
+        wanted = [(source, sample) for source, samples in enumerate(spread) for sample in samples.tolist()]
         reader = ShardReader(sources, seed=self.config.train.seed, replace_bad=False)
         try:  # one at a time, since files may be large
             contents = (reader.read(MicroBatch(*np.array([*one, 0])[:, None])).data for one in wanted)

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.modalities import Clip
-from bfsys.data.media.same_format import NotRewritableError, change_picture, change_sound
+from bfsys.data.media.same_format import USUAL_TABLES, NotRewritableError, change_picture, change_sound
 
 RNG = np.random.default_rng(0)
 COLOURS = Image.fromarray(np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((4, 4, 1))).astype(np.uint8))
@@ -68,6 +68,24 @@ def test_a_changed_picture_keeps_size_mode_and_kind(name: str) -> None:
     assert np.array_equal(np.asarray(after.convert("RGBA")), np.asarray(mirrored(before.convert("RGBA"))))
 
 
+@pytest.mark.parametrize("name", ["big-endian tiff", "pgm with a comment", "bmp of 8 bits"])
+def test_all_but_the_pixels_is_kept_as_other_programs_wrote_it(name: str) -> None:
+    pixels = bytes(range(64))
+    stored = {"big-endian tiff": tiff(">", 1), "pgm with a comment": b"P5\n# by hand\n8 8 255\n" + pixels,
+              "bmp of 8 bits": bmp(8, 8)}[name]  # fmt: skip
+    assert change_picture(stored, lambda image: image.copy()) == stored
+    changed = change_picture(stored, mirrored)
+    assert np.array_equal(np.asarray(picture(changed).convert("L")), np.asarray(mirrored(picture(stored).convert("L"))))
+    start = stored.rindex(pixels)
+    assert (changed[:start], changed[start + 64 :]) == (stored[:start], stored[start + 64 :])
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+def test_a_jpeg_keeps_its_kind_of_huffman_tables(optimize: bool) -> None:
+    stored = saved(COLOURS, "JPEG", optimize=optimize)
+    assert change_picture(stored, lambda image: image.copy()).count(USUAL_TABLES) == stored.count(USUAL_TABLES)
+
+
 def test_a_png_keeps_its_other_chunks() -> None:
     changed = picture(change_picture(LOSSLESS["png, with text and gamma"], mirrored))
     assert isinstance(changed.info["dpi"], tuple)
@@ -113,7 +131,8 @@ REFUSED = {
     "gif": lambda: saved(COLOURS.quantize(9), "GIF"),
     "cmyk": lambda: saved(COLOURS.convert("CMYK"), "JPEG"),
     "interlaced": interlaced,
-    "big-endian tiff": lambda: tiff(">", 1),
+    "restarts": lambda: saved(COLOURS, "JPEG", restart_marker_rows=1),
+    "pgm of 15 greys": lambda: b"P5 2 1 15 " + bytes(2),
     "tiff in which white is 0": lambda: tiff("<", 0),
     "tiff with a predictor": lambda: saved(COLOURS, "TIFF", compression="tiff_lzw", tiffinfo={317: 2}),
     "bmp of 4 bits": lambda: bmp(4, 8),
