@@ -167,6 +167,7 @@ def test_a_file_that_shows_nothing_is_decoded_once(sources: Sources, monkeypatch
         return NONE if data == tried[0] else np.zeros_like(NONE)
 
     monkeypatch.setattr(reader_module, "content_of", content_of)
+    monkeypatch.setattr(reader_module, "kind_of", lambda content: "a PNG")
     reader = ShardReader(sources, with_content=True)
     for _ in range(2):
         content = reader.read(micro_batch([0, 1])).content
