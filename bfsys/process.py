@@ -6,6 +6,7 @@ import os
 import pwd
 import re
 import resource
+import signal
 from contextlib import suppress
 from importlib import metadata
 
@@ -15,11 +16,15 @@ OLDEST = {"torch": "2.11", "pydantic": "2.6", "deepspeed": "0.19.8"}
 
 
 def prepare() -> None:
-    """Raise the limit of open files as far as allowed, and set a name for a user without a passwd entry.
+    """Raise the limit of open files as far as allowed, set a name for a user without a passwd entry, and let the ends
+    of child processes be seen.
 
     Containers may run under such users (`docker run --user 12345`, OpenShift). PyTorch reads the user's name when it is
-    imported, and fails if there is none.
+    imported, and fails if there is none. A parent that ignores SIGCHLD hands that down, and a child's exit code would
+    then be lost.
     """
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # some systems report a higher limit than they allow
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

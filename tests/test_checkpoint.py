@@ -356,6 +356,33 @@ def test_the_best_of_losses_is_the_least() -> None:
     assert files.steps_to_keep(range(10), RetentionPolicy(1, 0, 2, "loss"), told) == {9, 5, 6}
 
 
+def test_a_loss_that_is_not_a_number_is_the_worst() -> None:
+    told = {step: {"loss": float("nan") if step % 2 else float(step)} for step in range(6)}
+    assert files.steps_to_keep(range(6), RetentionPolicy(1, 0, 2, "loss"), told) == {5, 0, 2}
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN, errno.EACCES])
+def test_the_best_checkpoints_stay_if_the_scores_cannot_be_read(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "eval", "step": 1, "top1": 0.9, "loss": 1.0}\n')
+    keep = RetentionPolicy(last=1, best=1)
+    for step in (1, 2):
+        save(tmp_path, step, keep=keep)
+    really_read = files.read_regular
+
+    def read(path: Path) -> bytes:
+        if path == tmp_path / "metrics.jsonl":
+            raise OSError(number, os.strerror(number), str(path))
+        return really_read(path)
+
+    monkeypatch.setattr(files, "PAUSES_S", ())
+    monkeypatch.setattr(files, "read_regular", read)
+    with pytest.raises(AgreedError, match=rf"metrics\.jsonl: cannot be read.*: {os.strerror(number)}"):
+        save(tmp_path, 3, keep=keep)
+    assert [step_of(path) for path in files.all_checkpoints(tmp_path)] == [1, 2, 3]
+
+
 def test_a_run_keeps_what_it_was_told_to(tmp_path: Path) -> None:
     lines = [{"kind": "eval", "step": step, "top1": top1, "loss": 1.0} for step, top1 in ((2, 0.9), (4, 0.5), (6, 0.7))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

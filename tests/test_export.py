@@ -133,6 +133,24 @@ def test_what_is_written_says_what_it_is(exported: Path, finished_run: Path) -> 
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_an_export_has_no_secrets_of_its_data(finished_run: Path, tmp_path: Path) -> None:
+    """Others get it. A URL may contain a password or a token."""
+    model, config, manifest = load_model(finished_run)
+    sources = tuple(
+        replace(config.data.sources[0], path=path, eval_path=None)
+        for path in (
+            "https://me:secret@host/a?token=secret",
+            "pipe:curl --header secret https://host/{file}",
+            "/data/b",
+        )
+    )
+    config = replace(config, data=replace(config.data, sources=sources))
+    facts = export.export(model, config, manifest, tmp_path, [export.SAFETENSORS], "ema")
+    assert "secret" not in "".join(path.read_text(errors="replace") for path in tmp_path.iterdir())
+    assert facts["config"]["data"]["sources"][2]["path"] == "/data/b"
+    assert bfsys.load(tmp_path, device="cpu").classes == tuple(facts["classes"])
+
+
 def test_programs_alone_hold_no_weights(exported: Path, tmp_path: Path) -> None:
     facts = json.loads((exported / "model.json").read_text())
     del facts["files"]["model.safetensors"]  # like the output of --format torch

@@ -22,6 +22,18 @@ def limits() -> Iterator[tuple[int, int]]:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+def test_the_end_of_a_child_is_seen_if_the_parent_ignored_such_ends() -> None:
+    code = (
+        "import subprocess, sys; from bfsys import process; process.prepare(); "
+        "sys.exit(subprocess.run([sys.executable, '-c', 'raise SystemExit(7)']).returncode)"
+    )
+    ignore = (
+        "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", ignore, sys.executable, "-c", code], cwd=REPOSITORY, timeout=60)
+    assert done.returncode == 7
+
+
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(limits: tuple[int, int]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
     process.prepare()

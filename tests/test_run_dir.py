@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +95,24 @@ def test_what_the_last_holder_of_a_directory_wrote_is_seen(
     with pytest.raises(UserError, match="seed was 0, is now 1"):
         prepare_run_dir(config, facts_of(config), ALONE)
     hold_directory(config.run_dir).close()  # a refused start does not keep the lock
+
+
+@pytest.mark.parametrize(("number", "is_held"), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EIO, False)])
+def test_an_outage_is_not_taken_for_a_file_system_without_locks(
+    number: int, is_held: bool, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise two starts could train in one directory."""
+
+    def flock(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_module.fcntl, "flock", flock)
+    config.run_dir.mkdir(parents=True)
+    if is_held:
+        run_module.hold_directory(config.run_dir).close()
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            run_module.hold_directory(config.run_dir)
 
 
 def test_a_directory_that_another_process_keeps_is_waited_for_and_then_refused(

@@ -180,8 +180,8 @@ def remove(path: Path) -> None:
 def retire(path: Path) -> Path:
     """Rename a checkpoint, so that it no longer counts. Returns its new path, which the caller should remove; otherwise
     the next save does."""
-    going = path.with_name(f".{path.name}{REMOVED}")
-    shutil.rmtree(going, ignore_errors=True)
+    # The name is unique, since a network file system may refuse to delete an earlier one.
+    going = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}{REMOVED}")
     with suppress(FileNotFoundError):  # `bfsys checkpoint prune` and a run may both remove it
         os.rename(path, going)
     return going

@@ -27,7 +27,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from bfsys import console
+from bfsys import console, process
 from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STOPPED
 from bfsys.files import replace_file
 from bfsys.json_lines import read_json_object
@@ -238,6 +238,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    process.prepare()
     console.prepare()
     console.go_on_without()  # the job is requeued even if its log cannot be written
     sys.exit(main(sys.argv[1:]))

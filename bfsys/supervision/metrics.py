@@ -52,6 +52,7 @@ COUNTER_NAMES = ("files", "bytes", "tokens", "rounded_tokens", "flops", "replace
 COUNTERS = len(COUNTER_NAMES)
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
+MOST_LENGTHS = 1_000_000  # they are read from the index at every start
 # TensorBoard sorts by name. These tags come before those of the system.
 SCORE_TAGS = {"loss": "loss", "top1": "accuracy", "top5": "accuracy_top5"}
 LINE = {"kind": str, "step": int}  # fields that every line of metrics.jsonl has
@@ -199,10 +200,11 @@ class Metrics:
                 show_event(self._outputs.tensorboard, step, kind, {"what": text})
 
     def show_lengths(self, lengths: Mapping[str, np.ndarray]) -> None:
-        """Show the lengths in bytes of the stored training files of each source."""
+        """Show the lengths in bytes of the stored training files of each source, or of MOST_LENGTHS of them."""
         for source, values in lengths.items() if self._outputs else ():
             with self._noting_problems():
-                show_lengths(self._outputs.tensorboard, self.first_step, source, values)  # type: ignore[union-attr]
+                some = values[:: -(-len(values) // MOST_LENGTHS)]
+                show_lengths(self._outputs.tensorboard, self.first_step, source, some)  # type: ignore[union-attr]
 
     def show_answers(
         self, step: int, classes: Sequence[str], answers: Answers, key_of: Callable[[int, int], str], embedding: Tensor

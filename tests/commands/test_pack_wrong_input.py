@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +60,28 @@ def test_an_outage_leaves_no_file_out(place, tmp_path, monkeypatch):
     message = problems_of(src, tmp_path / "out", "--skip-bad", "--workers", "1")
     assert "cat/001.jpg: cannot be read (Stale file handle); mend that and run the same command again" in message
     assert not list((tmp_path / "out").glob("*/dataset.json"))
+
+
+def test_a_file_that_can_be_read_later_is_packed_then(tmp_path, monkeypatch):
+    src, really_read = make_tree(tmp_path / "src"), Path.read_bytes
+
+    def read(path):
+        if path.name == "001.jpg" and path.parent.name == "cat":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return really_read(path)
+
+    arguments = (src, tmp_path, "--split", "train", "--skip-bad", "--workers", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        dataset = pack(*arguments)
+        assert "cat/001" not in contents(dataset)
+    assert f"{src}/cat/001.jpg\tcannot be read (Input/output error)" in (dataset / "skipped.txt").read_text()
+
+
+def test_too_many_shards_are_refused_before_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_jobs, "MOST_SHARDS", 2)
+    message = problems_of(make_tree(tmp_path / "src"), tmp_path / "out", "--shard-bytes", "1000")
+    assert re.search(r"--shard-bytes: gives \d+ shards; allowed are 2: raise it", message)
 
 
 def test_permissions(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import os
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from bfsys import run_dir
 from bfsys.cli import call
 from bfsys.config import load_config
 from bfsys.errors import EXIT_NO_PROGRESS, UserError
-from bfsys.launch import local
+from bfsys.launch import local, restart_policy
 from bfsys.launch.job import TrainJob
 from bfsys.supervision.goodput import read_seconds
 from bfsys.supervision.run_end import how_it_ended
@@ -112,6 +114,33 @@ time.sleep(100)
     assert "  rank 1 is there" in err
     ranks = [int((tmp_path / f"pids-{rank}").read_text().split()[0]) for rank in range(3)]
     assert not set(ranks) & set(alive(tmp_path))
+
+
+def test_a_reason_is_preferred_to_a_lost_connection(make_job, tmp_path, capfd):
+    job = make_job('ready(); wait_for_all(); sys.exit(1 if rank == "0" else 65)')
+    assert local.run_group(job, 2, tmp_path / "log") in (65, 1)  # both end within one poll, or the crash is seen first
+    group = object.__new__(local.Group)
+    group._running, group._received, group._last_sent, group.logs = {0: None}, [], {}, []
+    ended = [{0: 1, 1: 65}]
+    group._newly_ended = lambda: group._running.clear() or ended.pop()
+    assert group.wait(lambda: None) == 65
+
+
+@pytest.mark.parametrize("place", ["lock", "log"])
+def test_an_outage_of_the_log_folder_is_a_crash_and_not_the_end(make_job, tmp_path, monkeypatch, place, capfd):
+    really_open, failures = open, iter(range(2))
+
+    def open_or_not(path, *arguments, **options):
+        if str(path).endswith(f"rank-1.{place}" if place == "log" else ".lock") and next(failures, None) is not None:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return really_open(path, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", open_or_not)
+    monkeypatch.setattr(restart_policy, "PAUSES_S", (0.0, 0.0, 0.0))
+    job = make_job("")
+    code = local.run_until_done(lambda: local.run_group(job, 2, tmp_path / "log"), tmp_path)
+    assert code == 0
+    assert capfd.readouterr().err.count("cannot be written: Stale file handle") == 2
 
 
 def test_a_killed_rank_gives_the_shells_code_and_logs_are_appended(make_job, tmp_path, capfd):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,15 @@ def test_the_end_is_noted_until_the_run_goes_on(tmp_path: Path) -> None:
     assert how_it_ended(tmp_path) is None
     note_end(tmp_path / "nowhere", 1, "of no run")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_outage_does_not_hide_the_error_that_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(path: Path, **options: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "stat", away)
+    monkeypatch.setattr(Path, "is_dir", away)
+    note_end(tmp_path, 1, "a crash")
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '"stopped"', "{}", '{"exit_code": "1", "reason": "", "time": ""}'])

@@ -60,6 +60,14 @@ def test_on_gpus_the_flight_record_lies_beside_the_stacks(tmp_path: Path) -> Non
     assert "version" in json.loads((tmp_path / "hangs" / "this" / "rank-0.nccl.json").read_text())
 
 
+def test_without_a_console_a_hang_is_ended_too(tmp_path: Path) -> None:
+    close = "from bfsys import console\nos.close(2)\nsys.stderr = None\nconsole.prepare()\n"
+    process = start(tmp_path, 0, f"{close}time.sleep(60)")
+    process.communicate(timeout=300)
+    assert process.returncode == EXIT_HUNG
+    assert (tmp_path / "hangs" / "this" / "rank-0.txt").exists()
+
+
 def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
     process = start(tmp_path, 1, "time.sleep(60)")
     _, errors = process.communicate(timeout=300)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bfsys import config
+from bfsys.data.streaming.byte_transforms import lengths_after, parse_transforms
 from bfsys.data.streaming.jitter import Jitter
 
 NOTHING = config.Jitter(share=1, rotation_degrees=0, zoom=0, shift=0, mirror=False, speed=0, gain_db=0)
@@ -132,3 +133,12 @@ def test_what_cannot_be_changed_goes_in_as_it_is(data: bytes) -> None:
 def test_a_file_that_would_become_too_short_goes_in_as_it_is() -> None:
     shortest = replace(ALL, least_bytes=len(SOUND))
     assert all(len(data) >= len(SOUND) for data in drawn(shortest, SOUND, 50))
+
+
+def test_a_file_that_transforms_would_make_too_short_is_not_changed() -> None:
+    transforms = parse_transforms(["keep:0.1"])
+    options = replace(NOTHING, speed=0.5)
+    least = int(lengths_after(transforms, np.array([len(SOUND)]))[0])
+    lengths = {len(data) for data in drawn(Jitter(options, least, transforms), SOUND, 30)}
+    assert len(lengths) > 3
+    assert min(lengths) == len(SOUND)

@@ -247,6 +247,18 @@ def test_a_server_that_is_not_there(served: FaultyServer, tmp_path: Path) -> Non
         assert not quarantine.news
 
 
+def test_a_server_that_has_lost_its_files_makes_no_sample_bad(served: FaultyServer, tmp_path: Path) -> None:
+    """It answers 404 for everything, as a web server does whose disk is not mounted."""
+    remote = config_of(tmp_path, f"{served.url}/a")
+    sources, quarantine = open_training(remote), Quarantine()
+    plan = make_plan(remote, sources)
+    served.files.clear()
+    with pytest.raises(UserError, match=r"its dataset\.json cannot be fetched either: start again") as error:
+        list(training_batches(remote, sources, plan, ALONE, first_step=0, quarantine=quarantine))
+    assert error.value.exit_code == 1
+    assert not quarantine.news
+
+
 def found(quarantine: Quarantine) -> set[BadSample]:
     return {row._replace(reason="") for row in quarantine._found}
 
