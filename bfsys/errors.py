@@ -27,7 +27,7 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped on request; requeue the run
 EXIT_NO_PROGRESS = 76  # a launcher stopped because its run crashed repeatedly
 EXIT_STOPPED = 130  # stopped on request
 
-# A file server does not answer, as NFS, Lustre (ESHUTDOWN) and FUSE (ENOTCONN) report it.
+# A file server does not answer, as NFS (ESTALE, EREMOTEIO), Lustre (ESHUTDOWN) and FUSE (ENOTCONN) report it.
 OUTAGE_ERRNOS = {
     errno.EAGAIN,
     errno.ECONNABORTED,
@@ -39,17 +39,22 @@ OUTAGE_ERRNOS = {
     errno.ENETDOWN,
     errno.ENETRESET,
     errno.ENETUNREACH,
+    errno.ENOLINK,
     errno.ENOTCONN,
+    errno.EPROTO,
+    errno.EREMOTEIO,
     errno.ESHUTDOWN,
     errno.ESTALE,
     errno.ETIMEDOUT,
 }
-# These are often transient on network file systems. EIO may also be a broken disk. Any other errno needs human action.
-TRANSIENT_ERRNOS = OUTAGE_ERRNOS | {errno.EIO}
-# The process has too many open files, or there is no memory.
-EXHAUSTED_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-# Access is denied, for a reason outside the file.
-DENIED_ERRNOS = EXHAUSTED_ERRNOS | {errno.EACCES, errno.EPERM}
+# The system has too many open files, or no memory.
+SHORTAGE_ERRNOS = {errno.ENFILE, errno.ENOMEM}
+# These may pass, and a restart may help. EIO may also be a broken disk. Any other errno needs human action.
+TRANSIENT_ERRNOS = OUTAGE_ERRNOS | SHORTAGE_ERRNOS | {errno.EIO}
+# Access is denied, for a reason outside the file: no permission, or too many open files of this process.
+DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE}
+# The file is missing, or is something else than a regular file.
+MISSING_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENAMETOOLONG, errno.ENXIO}
 
 
 JOINERS = "\u200c\u200d"  # between letters of Persian and similar scripts, and between the parts of an emoji
@@ -72,8 +77,10 @@ class UserError(Exception):
 
 def code_of(error: Exception) -> int:
     """The exit code of a `UserError` that reports another error: that of a crash if a restart may help."""
-    is_transient = isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS
-    return EXIT_CRASHED if is_transient else EXIT_USER_ERROR
+    number = error.errno if isinstance(error, OSError) else None
+    if number in TRANSIENT_ERRNOS:
+        return EXIT_CRASHED
+    return EXIT_STORAGE if number in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
 
 
 @contextmanager

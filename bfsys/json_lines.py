@@ -24,18 +24,19 @@ def read_json_lines(path: Path, fields: Fields) -> Iterator[dict]:
 
 
 def parse_json_lines(lines: list[bytes], fields: Fields) -> Iterator[dict]:
-    return (line for line in (_parse(text, fields) for text in lines) if line is not None)
+    return (line for line in (parse_json_object(text, fields) for text in lines) if line is not None)
 
 
 def read_json_object(path: Path, fields: Fields) -> dict | None:
     """The object in a file, if the file can be read and the object has these fields of these types."""
     try:
-        return _parse(read_regular(path), fields)
+        return parse_json_object(read_regular(path), fields)
     except OSError:
         return None
 
 
-def _parse(text: bytes, fields: Fields) -> dict | None:
+def parse_json_object(text: bytes, fields: Fields) -> dict | None:
+    """The object in a text, if it has these fields of these types."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):

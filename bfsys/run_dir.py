@@ -23,7 +23,7 @@ from bfsys.checkpoint.loading import check_same_run, newest_readable
 from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
-from bfsys.errors import EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError
 from bfsys.files import NO_LOCKS, replace_file
 from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
@@ -212,9 +212,11 @@ def hold_directory(run_dir: Path, name: str = ".lock", longest_s: float = math.i
         except BlockingIOError:
             if time.monotonic() > deadline:
                 hold.close()
+                # In a job, the file server may still hold the lock of a lost node, and a later start may help.
                 raise UserError(
                     f"run directory {run_dir}: another process is training in it; stop that one, or give this run a "
-                    f"name of its own (name=…)"
+                    f"name of its own (name=…)",
+                    exit_code=EXIT_CRASHED if os.environ.get("SLURM_JOB_ID") else EXIT_USER_ERROR,
                 ) from None
             if not said:
                 text = f"run directory {run_dir}: waiting for another process to release it, for up to {wait_s:.0f} s"

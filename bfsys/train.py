@@ -114,6 +114,7 @@ def run_steps(data: RunData, engine: Engine, supervisor: Supervisor, step: int) 
         agreed = supervisor.agree(outcome.drawn)
         supervisor.judge(step, outcome, agreed)
         if supervisor.guard.wants_rollback:
+            supervisor.watchdog.be_patient("rolling back")
             batches.close()
             supervisor.roll_back(step)
             return ROLLED_BACK

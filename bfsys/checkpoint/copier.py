@@ -30,7 +30,7 @@ from bfsys.checkpoint.files import (
     read_manifest,
     step_of_name,
 )
-from bfsys.checkpoint.store import Store, StoreError
+from bfsys.checkpoint.store import Store
 from bfsys.checkpoint.writer import read_task
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError
 
@@ -88,7 +88,7 @@ def copy(store: Store, task: dict) -> dict:
     store.put(path, manifest)
     try:
         store.prune(RetentionPolicy(**task["keep"]), evaluations(run_dir))
-    except StoreError as error:
+    except (UserError, OSError) as error:
         return {"note": str(error)}  # the copy itself succeeded
     return {}
 

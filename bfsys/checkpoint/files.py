@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, TRANSIENT_ERRNOS, UserError
+from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, MISSING_ERRNOS, UserError
 from bfsys.files import describe, read_regular, replace_file, sync_folder
 from bfsys.json_lines import NUMBER, Fields, parse_json_lines
 
@@ -191,6 +191,8 @@ def move_aside(path: Path) -> Path:
     """Rename a damaged checkpoint, so that it is no longer used but can still be inspected."""
     aside = path.with_name(f"damaged_{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():  # a network file system may refuse to delete an open file
+        aside = aside.with_name(f"{aside.name}-{time.time_ns()}")
     os.rename(path, aside)
     point_to_newest(path.parent)
     return aside
@@ -225,7 +227,7 @@ def _with_nan_first(scored: tuple[float, int]) -> tuple[bool, float, int]:
 
 def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> list[Path]:
     """The checkpoints of a run that `keep` does not keep."""
-    kept = steps_to_keep([step_of(path) for path in paths], keep, evaluations(run_dir))
+    kept = steps_to_keep([step_of(path) for path in paths], keep, evaluations(run_dir) if keep.best else {})
     return [path for path in paths if step_of(path) not in kept]
 
 
@@ -335,18 +337,19 @@ class Unreachable(UserError):
 
 
 def with_retries(read: Callable[[Path], T], path: Path) -> T:
-    """The result of `read(path)`, with retries on errors that are often transient. Raises Unreachable if such an error
-    persists, and at once for one of DENIED_ERRNOS; OSError for any other error."""
+    """The result of `read(path)`, with retries. Raises OSError at once if the file is missing, or is no regular file;
+    Unreachable if access is denied, or if any other error persists."""
     pauses_s = iter(PAUSES_S)
     while True:
         try:
             return read(path)
         except OSError as error:
-            if error.errno in DENIED_ERRNOS:
-                text = f"{path}: cannot be read: {error.strerror}; nothing is known about its content"
-                raise Unreachable(text) from None
-            if error.errno not in TRANSIENT_ERRNOS:
+            if error.errno in MISSING_ERRNOS:
                 raise
+            if error.errno in DENIED_ERRNOS:
+                raise Unreachable(
+                    f"{path}: cannot be read: {error.strerror}; nothing is known about its content"
+                ) from None
             pause_s = next(pauses_s, None)
             if pause_s is None:
                 text = f"{path}: cannot be read at the moment: {error.strerror}; start again when its server is back"

@@ -90,7 +90,10 @@ def can_start(nodes: int, job: dict[str, str]) -> bool:
     starts = re.search(r"to start at (\S+)", answer.output + answer.errors)
     if not answer.is_good or not starts:
         return False
-    return (datetime.datetime.fromisoformat(starts[1]) - datetime.datetime.now()).total_seconds() < SOON_S
+    try:
+        return (datetime.datetime.fromisoformat(starts[1]) - datetime.datetime.now()).total_seconds() < SOON_S
+    except ValueError:  # not a time
+        return False
 
 
 def use_nodes(fit: Sequence[int]) -> int:

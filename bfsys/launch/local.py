@@ -199,11 +199,12 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
         try:
             with open(log_dir / "rank-0.log", "ab") as log:
                 shown_from = log.tell()
+            shown = open(log_dir / "rank-0.log", "rb")  # noqa: SIM115 (below)
             group = Group(job, world_size, log_dir)
         except OSError as error:
             raise _log_error(log_dir, error) from None
         try:
-            with open(group.logs[0], "rb") as shown:
+            with shown:
                 shown.seek(shown_from)
                 decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
                 code = group.wait(lambda: show_new(shown, decoder))

@@ -29,8 +29,8 @@ from pathlib import Path
 
 from bfsys import console, process
 from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STOPPED
-from bfsys.files import replace_file
-from bfsys.json_lines import read_json_object
+from bfsys.files import read_regular, replace_file
+from bfsys.json_lines import parse_json_object
 from bfsys.launch import elastic
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 from bfsys.launch.slurm_commands import Answer, ask, fields_of
@@ -105,8 +105,7 @@ class JobSupervisor:
         if code == EXIT_STOPPED and (is_out_of_time(job) or is_preempted):
             code = EXIT_REQUEUE  # SLURM requested the stop, not a person
         path = self.run_dir / FILE
-        counted = read_json_object(path, {"step": int, "without_progress": int}) or {"step": 0, "without_progress": 0}
-        restarts = Restarts(self.run_dir, counted["step"], counted["without_progress"], PAUSES_S)
+        restarts = Restarts(self.run_dir, *_read_count(path, self.run_dir), PAUSES_S)
         # A pre-emption does not count as a restart without progress.
         pause_s = 0.0 if is_preempted and code not in FINAL_CODES else restarts.pause_s(code)
         if pause_s is None:
@@ -171,6 +170,18 @@ def forget(run_dir: Path) -> None:
         _write_count(run_dir / FILE, step, 0)
     else:
         (run_dir / FILE).unlink(missing_ok=True)
+
+
+def _read_count(path: Path, run_dir: Path) -> tuple[int, int]:
+    """(step of the newest checkpoint before this start, restarts without progress). If a file server does not answer,
+    there is no progress, so that there is a pause before the next start."""
+    try:
+        counted = parse_json_object(read_regular(path), {"step": int, "without_progress": int})
+    except FileNotFoundError:
+        counted = None
+    except OSError:
+        return newest_step(run_dir), 1
+    return (counted["step"], counted["without_progress"]) if counted else (0, 0)
 
 
 def _write_count(path: Path, step: int, without_progress: int) -> None:

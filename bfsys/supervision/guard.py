@@ -102,10 +102,11 @@ def read_rollbacks(run_dir: Path) -> list[dict]:
         return rollbacks
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", exit_code=code_of(error)) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); restore it, or delete it to train on its steps again",
-            exit_code=code_of(error),
+            f"{path}: cannot be read ({error}); restore it, or delete it to train on its steps again"
         ) from None
 
 

@@ -52,7 +52,7 @@ COUNTER_NAMES = ("files", "bytes", "tokens", "rounded_tokens", "flops", "replace
 COUNTERS = len(COUNTER_NAMES)
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
-MOST_LENGTHS = 1_000_000  # they are read from the index at every start
+MOST_LENGTHS, BLOCKS = 1_000_000, 100  # they are read from the index at every start
 # TensorBoard sorts by name. These tags come before those of the system.
 SCORE_TAGS = {"loss": "loss", "top1": "accuracy", "top5": "accuracy_top5"}
 LINE = {"kind": str, "step": int}  # fields that every line of metrics.jsonl has
@@ -203,7 +203,7 @@ class Metrics:
         """Show the lengths in bytes of the stored training files of each source, or of MOST_LENGTHS of them."""
         for source, values in lengths.items() if self._outputs else ():
             with self._noting_problems():
-                some = values[:: -(-len(values) // MOST_LENGTHS)]
+                some = _blocks_of(values, MOST_LENGTHS)
                 show_lengths(self._outputs.tensorboard, self.first_step, source, some)  # type: ignore[union-attr]
 
     def show_answers(
@@ -391,3 +391,13 @@ def _clock(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
+
+
+def _blocks_of(values: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` values, in BLOCKS blocks at equal distances, since they are read from a memory-mapped file."""
+    if len(values) <= most:
+        return values
+    size = most // BLOCKS
+    return np.concatenate(
+        [values[first : first + size] for first in np.linspace(0, len(values) - size, BLOCKS, dtype=int)]
+    )

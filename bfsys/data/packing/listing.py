@@ -6,6 +6,7 @@ name or place shows that they are not samples (hidden files, those of the operat
 folders) are `left_out`, and are named, too.
 """
 
+import errno
 import os
 import re
 import stat
@@ -22,7 +23,7 @@ from bfsys.data.packing.left_out import LeftOut, is_of_system, left_out_note, wh
 from bfsys.data.packing.splits import SPLIT_FOLDERS, files_for_val, split_of_name
 from bfsys.data.storage.classes import Spelling, stored_name, too_alike
 from bfsys.data.storage.tars import NOT_PAYLOAD
-from bfsys.errors import EXHAUSTED_ERRNOS, OUTAGE_ERRNOS, UserError, is_printable
+from bfsys.errors import OUTAGE_ERRNOS, SHORTAGE_ERRNOS, UserError, is_printable
 from bfsys.files import read_up_to
 
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
@@ -356,7 +357,7 @@ def why_unreadable(path: str, error: OSError | ValueError) -> str:
     """The reason why a file is bad. Raises UserError if the error says nothing about the file, or if its folder cannot
     be reached: --skip-bad would leave out intact files."""
     reason = f"{UNREADABLE} ({getattr(error, 'strerror', error)})"
-    is_outage = isinstance(error, OSError) and error.errno in OUTAGE_ERRNOS | EXHAUSTED_ERRNOS
+    is_outage = isinstance(error, OSError) and error.errno in {*OUTAGE_ERRNOS, *SHORTAGE_ERRNOS, errno.EMFILE}
     if is_outage or not os.path.isdir(os.path.dirname(path).partition("\0")[0]):
         raise UserError(f"{path}: {reason}; mend that and run the same command again; finished shards are kept")
     return reason

@@ -28,7 +28,7 @@ from bfsys.data.streaming.byte_transforms import apply
 from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.plan import MicroBatch
 from bfsys.data.streaming.quarantine import LISTED, BadSample
-from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, OUTAGE_ERRNOS, UserError
+from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, OUTAGE_ERRNOS, SHORTAGE_ERRNOS, UserError
 from bfsys.process import open_files_limit
 
 # Shards that a reader keeps open at a time. The limit is also a third of the files that the process may open, since it
@@ -379,8 +379,8 @@ class ShardReader:
         text = f"{dataset.location}: {file} cannot be read: {error.strerror}"
         if error.errno in DENIED_ERRNOS:
             raise UserError(f"{text}; mend that, and start again") from None
-        if error.errno in OUTAGE_ERRNOS or not dataset.is_reachable:
-            text += "; start again when its file server is back"
+        if error.errno in OUTAGE_ERRNOS | SHORTAGE_ERRNOS or not dataset.is_reachable:
+            text += "; start again when the server or this machine has recovered"
             raise UserError(text, exit_code=EXIT_CRASHED) from None
 
     def _open(self, source: int, shard: int) -> int:

@@ -91,10 +91,10 @@ def test_too_many_open_files_are_said_and_not_waited_for(reader: ShardReader, mo
 @pytest.mark.parametrize(
     ("number", "code", "text"),
     [
-        (errno.ESTALE, 1, "start again when its file server is back"),
-        (errno.ETIMEDOUT, 1, "start again when its file server is back"),
+        (errno.ESTALE, 1, "start again when the server or this machine has recovered"),
+        (errno.ETIMEDOUT, 1, "start again when the server or this machine has recovered"),
         (errno.EACCES, 2, "mend that, and start again"),
-        (errno.ENOMEM, 2, "mend that, and start again"),
+        (errno.ENOMEM, 1, "start again when the server or this machine has recovered"),
     ],
 )
 def test_an_outage_makes_no_sample_bad(
@@ -140,7 +140,9 @@ def test_a_shard_is_bad_if_its_dataset_can_be_reached(
     shutil.rmtree(dataset)
     failing = set(range(len(reader.splits[0].shards)))
     reader.close()
-    with pytest.raises(UserError, match=r"cannot be read: .*; start again when its file server is back") as error:
+    with pytest.raises(
+        UserError, match=r"cannot be read: .*; start again when the server or this machine has recovered"
+    ) as error:
         reader.read(micro_batch(list(range(1, len(reader.splits[0])))))
     assert error.value.exit_code == 1
 
