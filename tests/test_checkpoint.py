@@ -209,6 +209,31 @@ def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(
         assert "remove" not in str(raised.value)
 
 
+@pytest.mark.parametrize("number", [errno.EREMOTEIO, errno.EPROTO, errno.EBUSY])
+def test_an_error_that_no_list_has_damages_nothing(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a file that is missing, or that is something else than a file, is damage."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    really_read, failing = files.read_regular, [files.MANIFEST]
+
+    def read(path: Path) -> bytes:
+        if Path(path).name in failing:
+            raise OSError(number, os.strerror(number), str(path))
+        return really_read(path)
+
+    for module in (files, loading):
+        monkeypatch.setattr(module, "read_regular", read)
+    monkeypatch.setattr(files, "PAUSES_S", ())
+    for name in (files.MANIFEST, "weight-0-of-1.safetensors"):
+        failing[:] = [name]
+        with pytest.raises(AgreedError, match=f"{name}: cannot be read at the moment") as error:
+            resume(tmp_path)
+        assert error.value.exit_code == 1
+    assert [p.name for p in files.all_checkpoints(tmp_path)] == ["step_00000001", "step_00000002"]
+
+
 @pytest.mark.parametrize("what", [files.MANIFEST, "weight-0-of-1.safetensors"])
 def test_a_file_without_permission_is_not_taken_for_damaged(
     tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch

@@ -290,7 +290,7 @@ def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
             return [executor.submit(tasks[0])] if len(tasks) == 1 else executor.map_array(TrainJob.__call__, tasks)
     except FailedJobError as error:
         for path in set(folder.iterdir()) - before:
-            if path.name.startswith("submission_file") or path.suffix == ".pkl":  # not a log of another job
+            if path.name.startswith(".submission_file") or path.suffix == ".pkl":  # not a log of another job
                 path.unlink()
         reason = re.sub(r"^sbatch: (error: )?", "", str(error).strip(), flags=re.MULTILINE).replace("\n", "; ")
         if is_unreached(reason):

@@ -176,6 +176,22 @@ def test_an_outage_is_no_progress(ends, tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads((tmp_path / requeue.FILE).read_text()) == {"step": 8, "without_progress": 2}
 
 
+def test_an_outage_of_the_count_is_no_progress(ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a job would be requeued at once, again and again."""
+    pauses = []
+    monkeypatch.setattr(requeue.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(restart_policy.Restarts, "pause_s", lambda restarts, code: pauses.append(
+        (restarts.step, restarts.without_progress)) or 0.0)  # fmt: skip
+    save(tmp_path, 8)
+
+    def away(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(requeue, "read_regular", away)
+    assert [ends(1)[1] for _ in range(2)] == [True, True]
+    assert pauses == [(8, 1), (8, 1)]
+
+
 def test_a_count_above_the_limit_is_the_limit(ends, tmp_path: Path) -> None:
     (tmp_path / requeue.FILE).write_text('{"step": 0, "without_progress": 99}')
     assert ends(1) == (EXIT_NO_PROGRESS, False)

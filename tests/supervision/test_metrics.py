@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
@@ -15,7 +16,7 @@ from tensorboard.plugins.hparams.list_session_groups import Handler
 from bfsys.config import load_config
 from bfsys.ranks import Ranks
 from bfsys.supervision.goodput import Ledger
-from bfsys.supervision.metrics import Metrics, _open_lines
+from bfsys.supervision.metrics import Metrics, _blocks_of, _open_lines
 
 
 def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
@@ -72,3 +73,11 @@ def sessions(folder: Path) -> dict[str, tuple[float, dict[str, float]]]:
         )
         for group in answer.session_groups
     }
+
+
+def test_lengths_are_read_in_blocks() -> None:
+    assert _blocks_of(np.arange(7), 1000).tolist() == list(range(7))
+    some = _blocks_of(np.arange(1_000_000), 10_000)
+    assert len(some) == 10_000
+    assert (some[0], some[-1]) == (0, 999_999)
+    assert np.count_nonzero(np.diff(some) > 1) == 99  # between 100 blocks
