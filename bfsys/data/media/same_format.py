@@ -101,10 +101,8 @@ class _Pixels(NamedTuple):
     def of(cls, kind: str, data: bytes) -> _Pixels:
         with opened(data) as image:
             if kind == "TIFF":
-                tags, layout = (
-                    image.tag_v2,
-                    tuple(image.tag_v2.get(tag, default) for tag, default in TIFF_LAYOUT.items()),
-                )
+                tags = image.tag_v2
+                layout = tuple(tags.get(tag, default) for tag, default in TIFF_LAYOUT.items())
                 if image.info.get("compression", "raw") != "raw":
                     return cls(layout, None)
                 if STRIPS not in tags:
