@@ -28,7 +28,7 @@ from bfsys.files import NO_LOCKS, replace_file
 from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
 from bfsys.supervision.guard import FILE as ROLLBACKS
-from bfsys.supervision.run_end import forget_end
+from bfsys.supervision.run_end import forget_end, note_end
 from bfsys.supervision.watchdog import HANGS
 
 LOCK_WAIT_S = 20.0  # loader processes of a killed start hold the lock until they end
@@ -91,6 +91,18 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirect
             hold.close()
         raise
     return RunDirectory(is_new, [*fetched, *notes], hold)
+
+
+@contextmanager
+def noting_failed_start(config: Config, ranks: dist.Ranks) -> Iterator[None]:
+    """Record an error as the run's end, unless the directory is missing or another process trains in it."""
+    try:
+        yield
+    except dist.AgreedError as error:
+        if ranks.is_rank_zero:
+            with suppress(OSError, UserError), hold_directory(config.run_dir, longest_s=0.0):
+                note_end(config.run_dir, error.exit_code, str(error))
+        raise
 
 
 def _fetch_newer(config: Config, facts: dict, ranks: dist.Ranks) -> list[str]:

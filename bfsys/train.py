@@ -42,7 +42,7 @@ from bfsys.micro_batches import agree_on_micro_batches
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import ema_decay, learning_rate
 from bfsys.rehearsal import rehearse
-from bfsys.run_dir import prepare_run_dir, run_facts
+from bfsys.run_dir import noting_failed_start, prepare_run_dir, run_facts
 from bfsys.supervision.guard import Drawn
 from bfsys.supervision.run_end import note_end
 from bfsys.supervision.supervisor import StepOutcome, Supervisor
@@ -52,11 +52,13 @@ ROLLED_BACK = -1  # instead of an exit code: continue from the checkpoint that i
 
 def train(config: Config, ranks: dist.Ranks) -> int:
     """Train to the last step, or until a stop is requested; returns the exit code. Collective."""
-    descriptions = dist.on_rank0(lambda: fetch_descriptions(config), ranks)  # so that all ranks have the same
-    data = dist.same_errors_on_all(lambda: open_run_data(config, ranks, descriptions))
-    facts = dist.on_rank0(lambda: run_facts(data), ranks)  # runs git
+    with noting_failed_start(config, ranks):
+        descriptions = dist.on_rank0(lambda: fetch_descriptions(config), ranks)  # so that all ranks have the same
+        data = dist.same_errors_on_all(lambda: open_run_data(config, ranks, descriptions))
+        facts = dist.on_rank0(lambda: run_facts(data), ranks)  # runs git
+        directory = prepare_run_dir(config, facts, ranks)
     # Before the supervisor exists, a signal ends the process at once: there is nothing to save, and waits may be long.
-    with prepare_run_dir(config, facts, ranks) as directory, Supervisor(data, facts, ranks) as supervisor:
+    with directory, Supervisor(data, facts, ranks) as supervisor:
         supervisor.load_quarantine()
         micro_batches, note = agree_on_micro_batches(data, ranks)
         notes = [*directory.notes, *(data.notes if ranks.is_rank_zero else ()), note]

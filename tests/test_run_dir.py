@@ -15,10 +15,11 @@ from bfsys import run_dir as run_module
 from bfsys.config import Config, load_config
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import open_run_data
-from bfsys.dist import Ranks
+from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import UserError
 from bfsys.run_dir import prepare_run_dir, run_facts
 from bfsys.supervision.guard import read_rollbacks
+from bfsys.supervision.run_end import how_it_ended
 
 ALONE = Ranks()
 ROLLBACK = {"from": 7, "to": 4, "updates": 4, "steps": [5, 6, 7], "bad": []}
@@ -130,3 +131,23 @@ def test_a_directory_that_another_process_keeps_is_waited_for_and_then_refused(
         prepare_run_dir(replace(config, train=replace(config.train, collective_timeout_s=1)), facts_of(config), ALONE)
     assert "for up to 0 s" in capsys.readouterr().err
     assert not (config.run_dir / "config.yaml").exists()
+
+
+def test_a_start_that_fails_is_the_runs_end_unless_another_trains(config: Config, monkeypatch, capsys) -> None:
+    def fail() -> None:
+        with run_module.noting_failed_start(config, ALONE):
+            raise AgreedError("the data are gone")
+
+    with pytest.raises(AgreedError):
+        fail()
+    assert not config.run_dir.exists()
+    config.run_dir.mkdir(parents=True)
+    with run_module.hold_directory(config.run_dir), pytest.raises(AgreedError):
+        fail()
+    assert how_it_ended(config.run_dir) is None
+    with pytest.raises(AgreedError):
+        fail()
+    end = how_it_ended(config.run_dir)
+    assert (end["exit_code"], end["reason"]) == (2, "the data are gone")
+    assert capsys.readouterr().err == ""
+    run_module.hold_directory(config.run_dir, longest_s=0).close()  # it is not kept
