@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PICTURE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF")
+PIXELS_KNOWN = ("BMP", "PPM", "TIFF")  # formats of which it is known where the pixels are
 PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 # Lossless formats of libsndfile, and their sample types
 SOUND_FORMATS = ("AIFF", "AU", "FLAC", "WAV", "WAVEX")
@@ -60,20 +61,22 @@ def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) ->
         if kind == "JPEG" and RESTARTS in data[: data.find(b"\xff\xda")]:
             raise NotRewritableError("JPEG with restart markers")
         options = _options(image, data)
+        before = _Pixels.of(image, data) if kind in PIXELS_KNOWN else None  # decoding forgets where they were
         changed = change(image)
         if mode == "P":
             changed.putpalette(image.getpalette(image.palette.mode), image.palette.mode)
     file = io.BytesIO()
     changed.save(file, kind, **options)
     written = file.getvalue()
-    if kind == "PNG":
-        return _with_chunks_of(data, written)
-    return written if kind == "JPEG" else _with_pixels_of(kind, data, written)
+    if before:
+        return _with_pixels_of(kind, data, before, written)
+    return _with_chunks_of(data, written) if kind == "PNG" else written
 
 
-def _with_pixels_of(kind: str, stored: bytes, written: bytes) -> bytes:
+def _with_pixels_of(kind: str, stored: bytes, before: _Pixels, written: bytes) -> bytes:
     """The stored file with the pixels of the written one if they are not compressed, and else the written file."""
-    before, after = _Pixels.of(kind, stored), _Pixels.of(kind, written)
+    with opened(written) as image:
+        after = _Pixels.of(image, written)
     if before.layout != after.layout:
         raise NotRewritableError(f"{kind} of a layout that Pillow does not write")
     if before.places is None or after.places is None:
@@ -98,25 +101,25 @@ class _Pixels(NamedTuple):
     """None if they are compressed."""
 
     @classmethod
-    def of(cls, kind: str, data: bytes) -> _Pixels:
-        with opened(data) as image:
-            if kind == "TIFF":
-                tags = image.tag_v2
-                layout = tuple(tags.get(tag, default) for tag, default in TIFF_LAYOUT.items())
-                if image.info.get("compression", "raw") != "raw":
-                    return cls(layout, None)
-                if STRIPS not in tags:
-                    raise NotRewritableError("TIFF of tiles")
-                strips = zip(tags[STRIPS], tags[STRIP_BYTES], strict=True)
-                return cls(layout, [slice(first, first + size) for first, size in strips])
-            codec, _, start, _ = image.tile[0]
-            if codec != "raw":
-                raise NotRewritableError(f"{kind} of a layout that Pillow does not write")
-            if kind == "PPM":
-                return cls((data[:2],), [slice(start, len(data))])
-            (height,), bits_and_compression = struct.unpack_from("<i", data, 22), data[28:34]
-            row_bytes = (image.width * data[28] + 31) // 32 * 4
-            return cls((height > 0, bits_and_compression), [slice(start, start + row_bytes * image.height)])
+    def of(cls, image, data: bytes) -> _Pixels:
+        """`image` is opened and not decoded yet, and `data` is its file."""
+        if image.format == "TIFF":
+            tags = image.tag_v2
+            layout = tuple(tags.get(tag, default) for tag, default in TIFF_LAYOUT.items())
+            if image.info.get("compression", "raw") != "raw":
+                return cls(layout, None)
+            if STRIPS not in tags:
+                raise NotRewritableError("TIFF of tiles")
+            strips = zip(tags[STRIPS], tags[STRIP_BYTES], strict=True)
+            return cls(layout, [slice(first, first + size) for first, size in strips])
+        codec, _, start, _ = image.tile[0]
+        if codec != "raw":
+            raise NotRewritableError(f"{image.format} of a layout that Pillow does not write")
+        if image.format == "PPM":
+            return cls((data[:2],), [slice(start, len(data))])
+        (height,), bits_and_compression = struct.unpack_from("<i", data, 22), data[28:34]
+        row_bytes = (image.width * data[28] + 31) // 32 * 4
+        return cls((height > 0, bits_and_compression), [slice(start, start + row_bytes * image.height)])
 
 
 def _options(image, data: bytes) -> dict:
