@@ -58,7 +58,8 @@ def test_the_dense_form_is_the_model(config: ReferenceConfig, mode: str, length:
     data = file_of(max(length, config.kernel if mode == "as_released" else 1))
     with torch.no_grad():
         got = DenseByteFormer(model)(torch.from_numpy(data))
-    torch.testing.assert_close(got, export.probabilities(model, data), rtol=0, atol=1e-5)
+    # Norms over four channels amplify rounding: 2.7e-5 was seen once in thousands of examples.
+    torch.testing.assert_close(got, export.probabilities(model, data), rtol=0, atol=1e-4)
 
 
 def test_the_program_is_the_model_at_every_length(exported: Path, finished_run: Path) -> None:
