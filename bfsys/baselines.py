@@ -90,8 +90,12 @@ def batches_for_evaluation(config: Config, sources: Sources) -> Iterator[ByteBat
     return (batch for batch, counts in evaluation_rounds(config, sources, Ranks(), Quarantine(), 0) if counts)
 
 
-def tables_of(config: Config, training: Sources, validation: Sources) -> tuple[Table, Table]:
-    """The tables of one epoch of the run's training files, and of its evaluation files."""
-    epoch = -(-sum(len(split) for split in training.splits) // config.data.batch_samples)
-    train = Table.of(batches_for_training(config, unmixed(config), epoch))
+def tables_of(
+    config: Config, training: Sources, validation: Sources, most_files: int | None = None
+) -> tuple[Table, Table]:
+    """The tables of one epoch of the run's training files, or of its first `most_files`, and of its evaluation
+    files."""
+    files = sum(len(split) for split in training.splits)
+    steps = -(-min(files, most_files or files) // config.data.batch_samples)
+    train = Table.of(batches_for_training(config, unmixed(config), steps))
     return train, Table.of(batches_for_evaluation(config, validation))

@@ -32,9 +32,9 @@ from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STOPPED
 from bfsys.files import read_regular, replace_file
 from bfsys.json_lines import parse_json_object
 from bfsys.launch import elastic
-from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
+from bfsys.launch.restart_policy import ERROR_CODES, FINAL_CODES, Restarts, newest_step
 from bfsys.launch.slurm_commands import Answer, ask, fields_of
-from bfsys.supervision.run_end import note_end
+from bfsys.supervision.run_end import forget_end, how_it_ended, note_end
 
 FILE = "restarts.json"
 # Before restarts without progress. SLURM assigns a lost node until SlurmdTimeout has passed, 300 s by default.
@@ -75,7 +75,9 @@ class JobSupervisor:
         signal.signal(signal.SIGTERM, self._end)
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # they are for the tasks
             signal.signal(number, signal.SIG_IGN)
-        return self.after(self._wait_for(subprocess.Popen(command)))
+        with suppress(OSError):
+            forget_end(self.run_dir)  # of an earlier start
+        return self.after(self._cause_of(self._wait_for(subprocess.Popen(command))))
 
     def _wait_for(self, tasks: subprocess.Popen) -> int:
         ask_at, next_try = None, 0.0
@@ -93,6 +95,12 @@ class JobSupervisor:
                 stop_tasks()
             time.sleep(POLL_S)
         return code if code >= 0 else 128 - code
+
+    def _cause_of(self, code: int) -> int:
+        """The exit code of the rank that failed first. srun returns the highest code of all ranks, which is 137 if
+        other ranks waited for that rank on their GPUs until srun killed them."""
+        ended = None if code in FINAL_CODES else how_it_ended(self.run_dir)
+        return ended["exit_code"] if ended and ended["exit_code"] in ERROR_CODES else code
 
     def after(self, code: int) -> int:
         """Requeue the job if necessary, after the tasks have ended with `code`. Returns the exit code of the job."""

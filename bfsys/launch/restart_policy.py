@@ -23,8 +23,9 @@ from bfsys.errors import (
 from bfsys.files import read_regular
 from bfsys.supervision.run_end import note_end
 
-# All ranks end with such a code at nearly the same time, and another start would end in the same way.
-FINAL_CODES = (0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE, EXIT_STOPPED)
+# After these, another start would end in the same way.
+ERROR_CODES = (EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE)
+FINAL_CODES = (0, *ERROR_CODES, EXIT_STOPPED)
 MAX_RESTARTS = 3  # restarts without a new checkpoint
 PAUSES_S = (1.0, 10.0, 60.0)  # before them, for temporary failures such as an unavailable file server
 

@@ -14,13 +14,24 @@ import pytest
 from PIL import Image
 
 import bfsys
+from bfsys.baselines import FIRST_BYTES, Table, byte_counts
 from bfsys.cli import call
 from bfsys.config import load_config
 from bfsys.data.storage.shards import read_description
 from bfsys.errors import UserError, exit_code_of
 from bfsys.fitting import choice as rules
 from bfsys.fitting.choice import Machine, choose
-from bfsys.fitting.fit import RECORD, Request, Trial, listed, name_for, pack_all, survey_folder
+from bfsys.fitting.fit import (
+    LOGISTIC_CLASSES,
+    RECORD,
+    Request,
+    Trial,
+    listed,
+    logistic,
+    name_for,
+    pack_all,
+    survey_folder,
+)
 from bfsys.fitting.survey import Survey, survey_of
 from tests.commands.packing_helpers import make_files, png_bytes, wav_bytes
 from tests.forked import Forked
@@ -50,6 +61,19 @@ def _fit_in_few_steps(*arguments: object) -> None:
     rules.ENOUGH_FOR_FEW_FILES, rules.MOST_PASSES = rules.LEAST_STEPS, 0
     rules.SMALL = {"dim": 32, "layers": 2, "heads": 2, "merge_after": [0], "window": 16, "shift": 8}
     sys.exit(exit_code_of(lambda: call("fit", [*map(str, arguments)])))
+
+
+def test_a_logistic_regression_of_many_classes_is_left_out() -> None:
+    """With 10,000 classes it would take hours, and gigabytes of memory."""
+
+    def table_of(classes: int) -> Table:
+        labels = np.arange(2 * classes) % classes
+        counts = np.random.default_rng(0).random((len(labels), 256))
+        return Table(np.ones_like(labels), counts, np.zeros((len(labels), FIRST_BYTES), np.int16), labels)
+
+    few, many = table_of(3), table_of(LOGISTIC_CLASSES + 1)
+    assert re.fullmatch(r" +\d+\.\d\d %   \(logistic regression\)", logistic(byte_counts, few, few))
+    assert logistic(byte_counts, many, many).startswith("left out: ")
 
 
 def test_a_folder_becomes_a_model_that_beats_byte_counts(

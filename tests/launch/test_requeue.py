@@ -17,8 +17,8 @@ import pytest
 
 from bfsys.errors import EXIT_NO_PROGRESS
 from bfsys.launch import requeue, restart_policy, slurm_commands
-from bfsys.launch.restart_policy import FINAL_CODES
-from bfsys.supervision.run_end import how_it_ended
+from bfsys.launch.restart_policy import ERROR_CODES, FINAL_CODES
+from bfsys.supervision.run_end import how_it_ended, note_end
 from tests.conftest import REPOSITORY
 
 RUNNING = "JobId=42 JobState=RUNNING Reason=None PreemptTime=None"
@@ -235,6 +235,22 @@ def test_the_tasks_code_is_the_jobs(slurm: Path) -> None:
     crashed = start(slurm, "kill -9 $$")
     wait_for(slurm / "asked")
     crashed.kill()  # like SLURM after a requeue
+    crashed.wait()
+
+
+@pytest.mark.parametrize("code", ERROR_CODES)
+def test_the_noted_error_of_one_rank_counts_more_than_the_end_of_the_others(slurm: Path, code: int) -> None:
+    """Ranks that wait on their GPUs for one that failed are killed, and srun returns the highest code."""
+    note = json.dumps({"exit_code": code, "reason": "rank 3: no such file", "time": ""})
+    assert start(slurm, f"echo '{note}' > {slurm}/ended.json; exit 137").wait(timeout=300) == code
+    assert not (slurm / "asked").exists()
+
+
+def test_the_noted_end_of_an_earlier_start_does_not_count(slurm: Path) -> None:
+    note_end(slurm, 2, "no such file")
+    crashed = start(slurm, "exit 137")
+    wait_for(slurm / "asked")
+    crashed.kill()
     crashed.wait()
 
 

@@ -11,6 +11,8 @@ import yaml
 from bfsys.baselines import FIRST_BYTES, Table
 from bfsys.batch import ByteBatch, Sample
 from bfsys.cli import call
+from bfsys.config import load_config
+from bfsys.data.streaming.datasets import open_evaluation, open_training
 from bfsys.errors import UserError
 from tests.commands.packing_helpers import make_files, png_bytes
 from tools.bench import baselines
@@ -88,6 +90,15 @@ def test_the_table_of_a_run(colours: Path, capsys: pytest.CaptureFixture) -> Non
     percent = {line[2:16].strip(): float(line[16:].split()[0]) for line in lines[1:]}
     assert percent["largest class"] == 50.0
     assert percent["decoded"] >= 90.0
+
+
+def test_a_limit_on_training_files_leaves_all_evaluation_files(colours: Path) -> None:
+    config = load_config(colours)
+    training = open_training(config)
+    validation = open_evaluation(config, "val", training.classes)
+    tables = baselines.tables_of(config, training, validation, 16)
+    assert [len(each.labels) for each in tables] == [16, 12]
+    assert set(tables[0].labels) == {0, 1}, "the first files in the order of training are of all classes"
 
 
 def test_what_cannot_be_decoded_is_said(config_file: Path) -> None:
