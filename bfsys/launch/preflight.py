@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from bfsys.launch.slurm_options import parse_minutes
 OF_THIS_MACHINE = {"tmpfs", "ramfs", "devtmpfs"}
 SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "orangefs", "afs", "cifs",
           "smb3", "9p", "virtiofs"}  # fmt: skip
+MOUNTS = Path("/proc/self/mounts")
 NOT_NOW = "Requested node configuration is not available"
 CHECK_FIRST = "on a cluster that is new to you, let `bfsys check-gpu` prove GPUs and network first (docs/slurm.md)"
 
@@ -84,19 +85,19 @@ def _writable(run_dir: Path) -> Iterator[str]:
         yield f"run directory {run_dir}: less than 1 GiB or no file is left on its disk"
 
 
-def check_places(places: dict[str, Path]) -> Checked:
-    """Check that the nodes can see some places. `places` maps a description to each."""
+def check_places(places: Sequence[tuple[str, Path]]) -> Checked:
+    """Check that the nodes can see some places, each of which has a description."""
     problems, mounts = [], _mounts()
     # Each node may have its own copy of Python, even in memory.
     unsure = {_file_system(Path(sys.base_prefix), mounts): ["Python"]}
-    for what, path in places.items():
+    for what, path in places:
         kind = _file_system(path, mounts)
         if kind in OF_THIS_MACHINE:
             problems.append(f"{what} {path}: is on {kind}, which other machines cannot see; use a shared file system")
         elif kind not in SHARED and not kind.startswith("fuse"):
             unsure.setdefault(kind, []).append(what)
     notes = [
-        f"{', '.join(whats)}: on {kind}; make sure that the nodes can see it"
+        f"{', '.join(dict.fromkeys(whats))}: on {kind}; make sure that the nodes can see it"
         for kind, whats in unsure.items()
         if kind not in SHARED
     ]
@@ -106,10 +107,11 @@ def check_places(places: dict[str, Path]) -> Checked:
 def _mounts() -> dict[Path, str]:
     """File system kinds by mount point. Later mounts hide earlier ones."""
     kinds = {}
-    with open("/proc/self/mounts") as mounts:
+    with MOUNTS.open("rb") as mounts:
         for line in mounts:
-            _, place, kind, *_ = line.split(" ")
-            kinds[Path(place.encode().decode("unicode_escape"))] = kind  # "\040" is a space
+            _, place, kind, *_ = line.split(b" ")
+            place = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), place)  # "\040" is a space
+            kinds[Path(os.fsdecode(place))] = kind.decode()
     return kinds
 
 

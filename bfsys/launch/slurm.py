@@ -22,7 +22,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import submitit
@@ -137,6 +137,7 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
             f"--nodes: got {args.nodes}; the lanes can be shared by {', '.join(map(str, nodes))} nodes, "
             f"and the job releases additional nodes when it starts"
         )
+    problems += container_problems(args, configs)
     seen = preflight.check_places(seen_by_nodes(configs))
     problems, notes = problems + seen.problems, notes + seen.notes
     if with_slurm and is_sound:
@@ -176,20 +177,33 @@ def without_jobs(args: argparse.Namespace, configs: Sequence[Config], problems: 
     return list(configs)
 
 
-def seen_by_nodes(configs: Sequence[Config]) -> dict[str, Path]:
-    """The paths that a job needs on every node, by description, without Python."""
-    data = dict.fromkeys(
-        Path(path).absolute()
-        for config in configs
-        for source in config.data.sources
-        for path in (source.path, source.eval_path)
-        if path and not is_remote(path)
-    )
-    return {
-        **{f"run directory {config.name}": config.run_dir.absolute() for config in configs},
-        "current folder": Path.cwd(),
-        **{f"data {path.name}": path for path in data},
-    }
+def seen_by_nodes(configs: Sequence[Config]) -> list[tuple[str, Path]]:
+    """The paths that a job needs on every node, each after its description, without Python."""
+    places = [("current folder", Path.cwd())]
+    for config in configs:
+        scheme, _, folder = (config.train.checkpoint_copy or "").partition("://")
+        needed = (
+            *(("data", path) for source in config.data.sources for path in (source.path, source.eval_path)),
+            ("train.init_from", config.train.init_from),
+            ("train.checkpoint_copy", folder if scheme in ("file", "local") else None),
+        )
+        places += [(f"run directory {config.name}", config.run_dir.absolute())]
+        places += [(what, Path(path).absolute()) for what, path in needed if path and not is_remote(path)]
+    return list(dict.fromkeys(places))
+
+
+def container_problems(args: argparse.Namespace, configs: Sequence[Config]) -> Iterator[str]:
+    """Yield why the container cannot be used: its image is missing, or a folder cannot be mounted in it."""
+    if not args.container:
+        return
+    if args.container.endswith(".sif") and not os.path.isfile(args.container):
+        yield f"--container: {args.container} is not a file here; give the path of an image that all nodes see"
+    for what, path in seen_by_nodes(configs):
+        if found := [character for character in ",:" if character in str(path)]:
+            yield (
+                f"--container: {what} {path} cannot be mounted, because {found[0]!r} separates the parts of a mount; "
+                "choose another folder"
+            )
 
 
 def snapshot(config: Config) -> Path:
@@ -217,7 +231,7 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
     python, srun_args = shlex.quote(sys.executable), []
     folder = jobs.slurm_folder(base)
     if args.container:
-        places = ",".join(dict.fromkeys(map(str, [folder, *seen_by_nodes(configs).values()])))
+        places = ",".join(dict.fromkeys(map(str, [folder, *(path for _, path in seen_by_nodes(configs))])))
         python = "python3"
         if args.container.endswith(".sif"):
             nv = "--nv " if args.gpus_per_node else ""

@@ -74,9 +74,9 @@ def test_file_systems_of_this_machine_alone_are_refused(monkeypatch: pytest.Monk
     mounts = {Path("/"): "ext4", Path("/dev/shm"): "tmpfs", Path("/home"): "nfs4", Path("/home/fast"): "xfs"}
     monkeypatch.setattr(preflight, "_mounts", lambda: mounts)
     monkeypatch.setattr(preflight.sys, "base_prefix", "/dev/shm/python")  # every node may have an equal copy
-    checked = preflight.check_places({
-        "run directory": Path("/home/me/runs/x"), "data": Path("/dev/shm/data"), "current folder": Path("/srv"),
-    })  # fmt: skip
+    checked = preflight.check_places([
+        ("run directory", Path("/home/me/runs/x")), ("data", Path("/dev/shm/data")), ("current folder", Path("/srv")),
+    ])  # fmt: skip
     assert checked.problems == [
         "data /dev/shm/data: is on tmpfs, which other machines cannot see; use a shared file system"
     ]
@@ -89,6 +89,13 @@ def test_file_systems_of_this_machine_alone_are_refused(monkeypatch: pytest.Monk
 def test_mounts_of_this_machine_are_read() -> None:
     assert Path("/") in preflight._mounts()
     assert preflight._mounts()[Path("/proc")] == "proc"
+
+
+def test_mounts_of_any_name_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_bytes("nas:/a /données\\040brutes nfs4 rw 0 0\n".encode() + b"nas:/b /\xe9t\\134 lustre rw 0 0\n")
+    monkeypatch.setattr(preflight, "MOUNTS", mounts)
+    assert preflight._mounts() == {Path("/données brutes"): "nfs4", Path("/\udce9t\\"): "lustre"}
 
 
 @pytest.fixture

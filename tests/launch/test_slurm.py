@@ -314,14 +314,35 @@ def test_a_sweep_has_a_run_for_each_combination(config_file, tmp_path, sbatch, c
     assert problems_of("--nodes", 2, ON_CPUS, "--sweep", "lr", config_file)[0].startswith("--sweep: got 'lr'")
 
 
-def test_containers(config_file, capsys):
-    script = script_of(config_file, capsys, "--nodes=2", "--gpus-per-node=2", "--container=/images/bfsys.sif")
+def test_containers(config_file, tmp_path, capsys):
+    image = tmp_path / "bfsys.sif"
+    problem = f"--container: {image} is not a file here; give the path of an image that all nodes see"
+    assert problem in problems_of("--nodes=2", ON_CPUS, f"--container={image}", config_file)
+    image.touch()
+    script = script_of(config_file, capsys, "--nodes=2", "--gpus-per-node=2", f"--container={image}")
     assert "apptainer exec --nv --bind " in script
-    assert " /images/bfsys.sif python3 -u -m submitit.core._submit" in script
+    assert f" {image} python3 -u -m submitit.core._submit" in script
     script = script_of(config_file, capsys, "--nodes=2", ON_CPUS, "--container=nvcr.io#nvidia/pytorch:25.10-py3")
     assert "--container-image=nvcr.io#nvidia/pytorch:25.10-py3" in script
-    assert f"--container-mounts={config_file.parent}/runs/tiny/slurm,{config_file.parent}/runs/tiny," in script
+    mounts = re.search(r"--container-mounts=(\S+)", script)[1].split(",")
+    assert {f"{tmp_path}/runs/tiny/slurm", f"{tmp_path}/runs/tiny", str(Path.cwd())} < set(mounts)
     assert " python3 -u -m submitit.core._submit" in script
+
+
+def test_a_container_sees_all_folders_of_a_run(config_file, tmp_path, capsys):
+    """Two datasets may have the same name in two folders."""
+    source, *_ = load_config(config_file).data.sources
+    for path in ("a/shards", "b/shards"):
+        shutil.copytree(source.path, tmp_path / path)
+    config = load_config(
+        config_file,
+        [f"data.sources=[{{path: {tmp_path}/a/shards, eval_path: {tmp_path}/b/shards}}]",
+         f"train.init_from={tmp_path}/old", f"train.checkpoint_copy=file://{tmp_path}/copies"],
+    )  # fmt: skip
+    places = [str(path) for _, path in slurm.seen_by_nodes([config])]
+    assert {f"{tmp_path}/{path}" for path in ("a/shards", "b/shards", "old", "copies")} < set(places)
+    problems = problems_of("--nodes=2", ON_CPUS, "--container=pytorch", config_file, f"runs_dir={tmp_path}/a:b")
+    assert any(f"run directory tiny {tmp_path}/a:b/tiny cannot be mounted" in problem for problem in problems)
 
 
 def test_a_submission_from_within_a_job_is_not_bound_by_it(config_file, tmp_path, sbatch, monkeypatch):
