@@ -72,6 +72,9 @@ class Job:
     def wait_for_step(self, step: int) -> None:
         self.wait_for(lambda: re.search(rf"^step +{step}/", self.said(), re.MULTILINE) is not None)
 
+    def wait_for_save(self) -> None:
+        self.wait_for(lambda: re.search(r"^saved ", self.said(), re.MULTILINE) is not None)
+
     def wait_for_end(self, seconds: float = 300) -> None:
         self.wait_for(lambda: self.state.is_over, seconds)
 
@@ -208,7 +211,7 @@ def send(number: int, processes: list[psutil.Process]) -> None:
 
 def test_a_job_that_an_operator_requeues_and_that_is_preempted_goes_on(submit, undisturbed):
     job = submit(f"--partition {LOW}")
-    job.wait_for_step(30)
+    job.wait_for_save()
     subprocess.run(["scontrol", "requeue", job.id], check=True)
     job.wait_for(lambda: "continuing " in job.said())
     job.wait_for_step(60)
@@ -232,7 +235,7 @@ def nodes_of(job: str) -> list[str]:
 
 def test_a_job_whose_rank_is_killed_goes_on(submit, undisturbed):
     job = submit("")
-    job.wait_for_step(30)
+    job.wait_for_save()
     for process in processes_of(job.id, rank=1):
         process.kill()
     assert_finished(job, undisturbed)
@@ -261,7 +264,7 @@ def test_an_elastic_job_goes_on_with_fewer_nodes_and_grows_when_they_are_back(su
     if not kill or not restore:
         pytest.skip("BFSYS_KILL_NODE and BFSYS_RESTORE_NODE are not set")
     job = submit("--nodes 2-4 --grow-every 0.1")
-    job.wait_for_step(30)
+    job.wait_for_save()
     if "the job has 4, training takes 4" not in job.said():
         pytest.skip("SLURM has not given the job four nodes")
     node = nodes_of(job.id)[-1]
