@@ -231,7 +231,7 @@ class Optim:
     muon_momentum: Share = 0.95
     """Momentum of the running mean of gradients, which Muon orthogonalises."""
     final_lr: NotNegative = 2e-5
-    """Learning rate at the last step."""
+    """Learning rate at the last step. It is not reached if warmup_steps leaves fewer than two steps."""
     warmup_lr: NotNegative = 1e-6
     """Learning rate of the first step."""
     warmup_steps: Whole = 7500
@@ -250,7 +250,9 @@ class Optim:
     decoded content at their place (data/media/content.py). 0: no content loss and no decoding (published). It has no
     effect together with data.byte_transforms, which move or hide content."""
     ema_decay: Share = 0.9999
-    """Decay of the average of the weights, which evaluation and prediction use by default; 0: no average."""
+    """Decay of the average of the weights, which evaluation and prediction use by default; 0: no average. After t steps
+    it is at most (1 + t) / (10 + t), so in shorter runs than 9 / (1 - ema_decay) steps a greater value changes nothing.
+    """
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,6 @@ def start(ranks: Ranks, timeout_s: int) -> None:
     """
     device = ranks.device
     if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"{ranks.local_world_size} ranks on this machine, but {torch.cuda.device_count()} GPUs; one rank "
-                f"per GPU is allowed, or DS_ACCELERATOR=cpu for CPU ranks"
-            )
         torch.cuda.set_device(device)
         # A weight's gradient is a sum over a million tokens. By default, cuBLAS may add its parts in bfloat16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

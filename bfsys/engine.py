@@ -34,6 +34,8 @@ from bfsys.optim import EMA, Held, Optimizer
 
 WEIGHT = "weight"
 BUCKET_ELEMENTS = 500_000_000  # gradient elements that are reduced together; DeepSpeed's default
+# The square of a greater norm overflows in float32. Stage 3 reports such norms as finite, the other stages do not.
+LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 class StateValues(Protocol):
@@ -74,6 +76,8 @@ class Engine:
             )
         self._shapes = {name: _whole_shape(p) for name, p in self._engine.module.named_parameters()}
         asked = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        if self.stage == 3:
+            self.optimizer.overflows = lambda: float(self._engine.optimizer._global_grad_norm) > LARGEST_NORM
         # Nodes may have different processors, but ranks must agree on the dtype, since they exchange operands.
         (is_wide,) = dist.agree_on_max(product_dtype(asked, self.device.type) == torch.float32)
         products = torch.float32 if is_wide else asked
@@ -99,7 +103,8 @@ class Engine:
     def step(self, learning_rate: float, ema_decay: float) -> float:
         """Update the weights and their average; returns the norm of the global gradient before clipping.
 
-        If the norm is non-finite, which all ranks see, then weights, moments and average do not change at all.
+        If the norm is not finite in float32, which all ranks see, then it is infinite or NaN, and weights, moments and
+        average do not change at all.
         """
         norm = None
         if self.stage == 0:  # gradients are whole on every rank, and DeepSpeed reports no norm
@@ -108,6 +113,7 @@ class Engine:
         self.optimizer.prepare(learning_rate, ema_decay, skips=norm is not None and not math.isfinite(norm))
         self._engine.step()  # at stages 1 to 3 it checks the norm itself (in fp32 since 0.19.8)
         norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
+        norm = math.inf if norm > LARGEST_NORM else norm
         self.updates += math.isfinite(norm)
         return norm
 

@@ -151,8 +151,8 @@ class Model:
         return values[0] if is_one(inputs) else values
 
     def embed(self, inputs: Input | Iterable[Input], *, encode: bool = False) -> np.ndarray:
-        """float32 [dim] of one input, [n, dim] of n: the mean over a file's tokens after the last norm, from which the
-        head computes the classes. `encode` and errors as for `predict`.
+        """float32 [dim] of one input, [n, dim] of n: the mean over a file's tokens after the last norm, weighted as
+        model.pool says, from which the head computes the classes. `encode` and errors as for `predict`.
 
         >>> model = load("runs/tiny")
         >>> model.embed([b"one file", b"another one"]).shape == (2, model.config.model.dim)

@@ -35,14 +35,21 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """One GPU per rank; the CPU if there is no GPU or if DS_ACCELERATOR is cpu."""
+        """One GPU per rank; the CPU if there is no GPU or if DS_ACCELERATOR is cpu. Raises UserError if the machine has
+        fewer GPUs than ranks."""
         import torch
 
         gpus = gpu_count()
         if not gpus:
             return torch.device("cpu")
         # A launcher may make only one GPU visible to each rank.
-        return torch.device("cuda", 0 if gpus == 1 else self.local_rank)
+        index = 0 if gpus == 1 else self.local_rank
+        if index >= gpus:
+            raise UserError(
+                f"{self.local_world_size} ranks on this machine, but {gpus} GPUs; one rank per GPU is allowed, or "
+                "DS_ACCELERATOR=cpu for CPU ranks"
+            )
+        return torch.device("cuda", index)
 
 
 def gpu_count() -> int:

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # launchers put this file's folder first in sys.path
     run_as("train", "bfsys/train.py")
 
 import gc
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -151,7 +152,7 @@ def train_step(
         supervisor.metrics.count(batch, sums)
         drawn.append(Drawn(sources, samples, sums[:, LOSS].sum()))
     if not drawn:
-        return StepOutcome(drawn, rate, 0.0, has_updated=False)
+        return StepOutcome(drawn, rate, math.nan, has_updated=False)
     beat(f"step {step + 1}: update")
     before = engine.updates
     grad_norm = engine.step(rate, ema_decay(step, config.optim))

@@ -124,6 +124,14 @@ def test_an_accelerator_that_is_not_there_is_named(value: str, monkeypatch: pyte
     assert dist.Ranks().device.type == "cpu"
 
 
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert dist.Ranks(1, 3, 1, 3).device == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="3 ranks on this machine, but 2 GPUs; one rank per GPU is allowed"):
+        _ = dist.Ranks(2, 3, 2, 3).device
+
+
 def test_one_visible_gpu_and_two_ranks_are_refused_before_nccl_starts(
     launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,7 +112,7 @@ def attend_by_sdpa(qkv: Tensor, windows: Windows, heads: int, blank_qkv: Tensor 
     if slots.device.type == "cpu":
         slots = slots.to(torch.promote_types(slots.dtype, torch.float32))
     if blank_qkv is not None and len(w.blank):
-        slots = slots.index_add(0, w.blank, blank_qkv.expand(len(w.blank), -1))
+        slots = slots.index_add(0, w.blank, blank_qkv.to(slots.dtype).expand(len(w.blank), -1))
     q, k, v = slots.view(-1, w.width, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)  # [W, H, width, E]
     added = None if w.added is None else w.added.to(q.dtype)
     with torch.autocast("cpu", enabled=False):

@@ -47,7 +47,9 @@ def _write_one(out):
 
 def try_compiler(device: torch.device) -> None:
     """Compile and launch the smallest kernel. Raises Triton's own errors if it cannot compile."""
-    _write_one[1,](torch.empty(1, dtype=torch.int32, device=device))
+    out = torch.empty(1, dtype=torch.int32, device=device)
+    with torch.cuda.device_of(out):  # Triton launches on the current GPU
+        _write_one[1,](out)
 
 
 # --- Stem --------------------------------------------------------------------------------------------------------

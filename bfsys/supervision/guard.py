@@ -58,9 +58,10 @@ class Guard:
         """The state for a checkpoint."""
         return {"losses": list(self._losses), "in_a_row": list(self.bad_in_a_row)}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, *, is_same_loss: bool = True) -> None:
+        """Load a checkpoint's state. Its losses are not comparable unless the run still has the same loss function."""
         self.bad_in_a_row = list(state["in_a_row"])
-        self._losses = deque(state["losses"], WINDOW_STEPS)
+        self._losses = deque(state["losses"] if is_same_loss else [], WINDOW_STEPS)
 
     def judge(self, loss: float, grad_norm: float) -> str:
         """Return the problem of a step with this mean loss and gradient norm, or "" for a good step."""

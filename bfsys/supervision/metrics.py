@@ -12,7 +12,7 @@ import math
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
@@ -57,6 +57,8 @@ MOST_LENGTHS, BLOCKS = 1_000_000, 100  # they are read from the index at every s
 SCORE_TAGS = {"loss": "loss", "top1": "accuracy", "top5": "accuracy_top5"}
 LINE = {"kind": str, "step": int}  # fields that every line of metrics.jsonl has
 
+BAD_STEP = "bad_step"  # kind of a line
+
 
 class _Outputs(NamedTuple):
     """The outputs that rank 0 writes."""
@@ -77,7 +79,9 @@ class Metrics:
         *,
         ledger: Ledger,
         first_step: int,
+        skipped_steps: Collection[int] = (),
     ) -> None:
+        """`skipped_steps` are those that roll-backs skip. metrics.jsonl keeps the lines that name their samples."""
         self.ledger, self.run_dir = ledger, config.run_dir
         self.ranks, self.source_names, self.first_step = ranks, source_names, first_step
         self.architecture, self.mode = config.model.architecture(), config.model.mode
@@ -94,12 +98,12 @@ class Metrics:
         self._steps_in_line = self._skipped = 0
         self.problem, self.problem_code = "", 0  # why rank 0 cannot write, and the exit code for it
         self._outputs: _Outputs | None = None
-        self.last_evaluation = dist.on_rank0(lambda: self._open(config, first_step), ranks)
+        self.last_evaluation = dist.on_rank0(lambda: self._open(config, first_step, skipped_steps), ranks)
 
-    def _open(self, config: Config, first_step: int) -> int:
+    def _open(self, config: Config, first_step: int, skipped_steps: Collection[int]) -> int:
         """Open the outputs of rank 0. Returns the step of the latest evaluation."""
         threading.excepthook = _without_tensorboard(threading.excepthook)
-        lines, last_evaluation = _open_lines(self.run_dir / METRICS, first_step)
+        lines, last_evaluation = _open_lines(self.run_dir / METRICS, first_step, skipped_steps)
         tensorboard = open_board(self.run_dir / "tb", first_step, hyperparameters(config))
         tensorboard.add_custom_scalars(_overview(self.source_names))
         tensorboard.add_text("run/config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
@@ -365,12 +369,17 @@ def _overview(source_names: tuple[str, ...]) -> dict:
     }
 
 
-def _open_lines(path: Path, first_step: int) -> tuple[TextIO, int]:
-    """Open metrics.jsonl for appending, without lines after the checkpoint that the run resumes from.
+def _open_lines(path: Path, first_step: int, skipped_steps: Collection[int]) -> tuple[TextIO, int]:
+    """Open metrics.jsonl for appending, without lines after the checkpoint that the run resumes from, except those of
+    bad steps that are skipped.
 
     Also returns the step of the latest evaluation in the file, or -1.
     """
-    kept = [line for line in read_json_lines(path, LINE) if line["step"] <= first_step]
+    kept = [
+        line
+        for line in read_json_lines(path, LINE)
+        if line["step"] <= first_step or (line["kind"] == BAD_STEP and line["step"] in skipped_steps)
+    ]
     last_evaluation = max((line["step"] for line in kept if line["kind"] == "eval"), default=-1)
     replace_file(path, "".join(json.dumps(line) + "\n" for line in kept), durable=False)
     return open(path, "a"), last_evaluation

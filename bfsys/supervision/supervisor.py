@@ -24,6 +24,7 @@ from bfsys.checkpoint.copies import POLL_S, STOP_WAIT_S, Copies, Wanted, fetch_n
 from bfsys.checkpoint.files import METRICS, RetentionPolicy, step_of
 from bfsys.checkpoint.loading import check_same_run
 from bfsys.checkpoint.saving import Saver
+from bfsys.config import Optim
 from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.quarantine import Quarantine
@@ -33,7 +34,7 @@ from bfsys.errors import EXIT_CRASHED, EXIT_DIVERGED, EXIT_REQUEUE, EXIT_STORAGE
 from bfsys.supervision.goodput import Ledger
 from bfsys.supervision.guard import FILE as ROLLBACKS
 from bfsys.supervision.guard import Drawn, Guard, ranges_of, read_rollbacks, return_to_good_checkpoint, samples_of
-from bfsys.supervision.metrics import Metrics
+from bfsys.supervision.metrics import BAD_STEP, Metrics
 from bfsys.supervision.run_end import note_end
 from bfsys.supervision.signals import StopRequests
 from bfsys.supervision.watchdog import Watchdog, least_limit_s
@@ -128,15 +129,18 @@ class Supervisor:
         step = manifest["step"]
         self.ledger.resumed(step)
         training = self.data.training
-        self.metrics = Metrics(
-            self.config, self.ranks, training.names, len(training.classes), ledger=self.ledger, first_step=step
-        )
-        if manifest["metrics"]:
-            self.metrics.load_state_dict(manifest["metrics"])
         self.rollbacks = dist.on_rank0(lambda: read_rollbacks(self.run_dir), self.ranks)
         self.guard = Guard(self.config.train, self.rollbacks)
         if manifest.get("guard"):
-            self.guard.load_state_dict(manifest["guard"])
+            smoothing = manifest["config"].get("optim", {}).get("label_smoothing", Optim.label_smoothing)
+            is_same_loss = smoothing == self.config.optim.label_smoothing
+            self.guard.load_state_dict(manifest["guard"], is_same_loss=is_same_loss)
+        self.metrics = Metrics(
+            self.config, self.ranks, training.names, len(training.classes),
+            ledger=self.ledger, first_step=step, skipped_steps=self.guard.skipped_steps,
+        )  # fmt: skip
+        if manifest["metrics"]:
+            self.metrics.load_state_dict(manifest["metrics"])
         self.save_pending, self.updates = False, 0
         skipped = sorted(later for later in self.guard.skipped_steps if later > step)
         said = [
@@ -186,7 +190,7 @@ class Supervisor:
         )  # fmt: skip
         if problem:
             samples = self.guard.bad_in_a_row[-1]["samples"]
-            self.metrics.event("bad_step", step, {"problem": problem, "samples": samples})
+            self.metrics.event(BAD_STEP, step, {"problem": problem, "samples": samples})
             what = "its update stays" if outcome.has_updated else "its update is skipped"
             self.metrics.say(f"step {step} · bad step: {problem}; {what}, and metrics.jsonl lists its samples")
 

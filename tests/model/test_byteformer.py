@@ -248,6 +248,20 @@ def test_a_files_logits_do_not_depend_on_its_neighbours(
     torch.testing.assert_close(together, backwards, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("is_native", [True, False])
+def test_bfloat16_gives_nearly_the_same(mode: str, is_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last windows of files have slots without a token, which as_released attends to."""
+    monkeypatch.setattr("bfsys.model.precision.cpu_multiplies_bf16", lambda: is_native)
+    batch = batch_of(random_files([4, 61, 333], seed=0))
+    model = build(TINY, {name: w.bfloat16() for name, w in TINY_WEIGHTS.items()}, mode)
+    with torch.no_grad():
+        logits = model(batch).float()
+        torch.testing.assert_close(logits, TINY_MODELS[mode, torch.float32](batch), rtol=0, atol=0.05)
+    model(batch).float().square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_every_byte_counts_when_masked() -> None:
     """This includes the last bytes, which the published convolution drops."""
     model = TINY_MODELS["masked", torch.float64]

@@ -176,6 +176,9 @@ def test_bad_steps_in_a_row_are_gone_around(config_file: Path, tmp_path: Path) -
     assert "grad nan" not in ranks.said().partition("rolled back")[2]
     assert read_manifest(newest(run))["updates"] == 7
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4, 8, 9, 10]
+    bad = lines(run, "bad_step")
+    assert [line["step"] for line in bad] == [5, 6, 7]
+    assert [line["samples"] for line in bad] == [step["samples"] for step in rollback["bad"]]
 
 
 @pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 2)), 3])
@@ -284,6 +287,19 @@ def test_what_a_checkpoint_carries_gives_the_same_verdicts() -> None:
         loss = math.exp(rng.gauss(0, 0.3)) * (40 if i % 50 == 49 else 1)
         assert whole.judge(loss, 1.0) == parts.judge(loss, 1.0)
         parts = restored(parts, Train())
+
+
+def test_losses_of_another_loss_function_are_not_compared() -> None:
+    """A resume may change optim.label_smoothing, which raises all losses."""
+    guard = Guard(Train(), [])
+    for _ in range(300):
+        assert not guard.judge(0.02, 1.0)
+    state = guard.state_dict()
+    same, other = Guard(Train(), []), Guard(Train(), [])
+    same.load_state_dict(state)
+    other.load_state_dict(state, is_same_loss=False)
+    assert same.judge(0.47, 1.0)
+    assert not other.judge(0.47, 1.0)
 
 
 def test_what_comes_after_a_checkpoint_is_not_in_it() -> None:

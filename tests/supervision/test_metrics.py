@@ -23,10 +23,18 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     kept = '{"kind": "train", "step": 1}\n{"kind": "eval", "step": 1}\n{"kind": "train", "step": 2}\n'
     path.write_text(kept + '{"kind": "train", "step": 3}\n{"ste')
-    file, last_evaluation = _open_lines(path, 2)
+    file, last_evaluation = _open_lines(path, 2, ())
     file.close()
     assert path.read_text() == kept
     assert last_evaluation == 1
+
+
+def test_lines_of_bad_steps_that_are_skipped_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"kind": "{kind}", "step": {step}}}\n' for step in range(4) for kind in ("bad_step", "train")]
+    path.write_text("".join(lines))
+    _open_lines(path, 1, {3})[0].close()
+    assert path.read_text() == "".join([*lines[:4], lines[6]])
 
 
 def test_tensorboard_compares_runs_by_hyperparameters_and_scores(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +42,19 @@ def test_a_difference_is_seen(
     monkeypatch.setattr(compare_training, "bfsys_losses", lambda *arguments: other)
     assert compare_training.main([str(config_file), *few, "--steps", "30", "--control"]) == 1
     assert 0 < float(capsys.readouterr().out.split()[-1]) < 1e-4  # the published form with nudged weights
+
+
+def test_a_loss_that_is_not_finite_or_missing_is_a_difference(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [str(config_file), *MODEL, "train.steps=22", "--steps", "3"]
+    losses = list(compare_training.published_losses(load_config(config_file, few[1:-2])))[:3]
+    for last in (losses[2], math.nan):
+        monkeypatch.setattr(compare_training, "bfsys_losses", lambda *_, last=last: [*losses[:2], last])
+        assert compare_training.main(few) == int(math.isnan(last))
+    lines = [{"kind": "train", "step": 1, "loss": 0.5}, {"kind": "train", "step": 3, "loss": 0.25}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert compare_training.losses_in(tmp_path / "metrics.jsonl") == {1: 0.5, 3: 0.25}
 
 
 def test_files_beyond_the_positions_are_refused(config_file: Path) -> None:
