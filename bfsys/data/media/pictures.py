@@ -52,7 +52,9 @@ def decode_image(data: bytes) -> np.ndarray:
             return _three_channels(_white_is_high(image, _by_range(_values(image))))
         pixels = np.asarray(image.convert("RGB"))
         if pixels.max() <= 1 and _has_deep_colours(image, data):
-            raise ValueError("has colours of 16 bits of which only the lower 8 are used; store it in 8 bits")
+            raise ValueError(
+                "has colours of 16 bits, and is black in their upper 8, which are read; store it in 8 bits"
+            )
         return pixels
 
 

@@ -1,10 +1,10 @@
 """Pictures and sounds that are decoded, changed, and written again in the format of their own file.
 
 A model of bytes sees how a file was written, so as much as possible of the stored file is kept: the mode and palette of
-a picture, the quantisation tables of a JPEG, all chunks of a PNG besides its pixels, the rate and sample type of a
+a picture, the quantisation tables and metadata of a JPEG, all chunks of a PNG besides its pixels, the rate and sample type of a
 sound, all chunks of a WAV besides its samples. Files that cannot be written in this way are refused, and the callers
 leave them unchanged: lossy sounds, animations, interlaced or deep pictures, pictures whose layout Pillow does not write
-(big-endian TIFF, BMP of 4 bits), formats that Pillow and libsndfile do not write.
+(big-endian or turned TIFF, JPEG 4:4:0, BMP of 4 bits), formats that Pillow and libsndfile do not write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from bfsys.data.media.input_formats import kind_of
-from bfsys.data.media.pictures import opened
+from bfsys.data.media.pictures import ORIENTATION, opened
 from bfsys.data.media.sounds import Clip, Content, announced_samples
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ TIFF_LAYOUT = {258: (1,), 259: 1, 262: None, 266: 1, 277: 1, 284: 1, 317: 1}
 STRIPS, STRIP_BYTES = 273, 279
 # The Huffman tables that the JPEG standard suggests: the beginning of one. Most programs compute tables of their own.
 USUAL_TABLES = bytes.fromhex("01020300041105122131410613516107")
-RESTARTS = b"\xff\xdd"  # marker of a JPEG that Pillow does not write
+# Second bytes of markers in a JPEG: frames that Pillow writes (sequential, progressive), restarts, the scan
+FRAMES, RESTARTS, SCAN = {0xC0, 0xC2}, 0xDD, 0xDA
+METADATA = {*range(0xE0, 0xF0), 0xFE}  # segments of programs (JFIF, EXIF, XMP, ICC, …) and comments
 
 
 class NotRewritableError(ValueError):
@@ -56,10 +58,10 @@ def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) ->
             raise NotRewritableError(f"{kind} of mode {mode}")
         if kind == "PNG" and data[INTERLACED]:
             raise NotRewritableError("interlaced PNG")
-        if kind == "JPEG" and max(map(max, image.quantization.values())) > COARSEST:
-            raise NotRewritableError("JPEG with tables of 16 bits")
-        if kind == "JPEG" and RESTARTS in data[: data.find(b"\xff\xda")]:
-            raise NotRewritableError("JPEG with restart markers")
+        if kind == "TIFF" and image.tag_v2.get(ORIENTATION, 1) != 1:  # Pillow would turn the pixels
+            raise NotRewritableError("turned TIFF")
+        if kind == "JPEG":
+            _check_jpeg(image, data)
         options = _options(image, data)
         before = _Pixels.of(image, data) if kind in PIXELS_KNOWN else None  # decoding forgets where they were
         changed = change(image)
@@ -70,7 +72,22 @@ def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) ->
     written = file.getvalue()
     if before:
         return _with_pixels_of(kind, data, before, written)
-    return _with_chunks_of(data, written) if kind == "PNG" else written
+    return _with_chunks_of(data, written) if kind == "PNG" else _with_metadata_of(data, written)
+
+
+def _check_jpeg(image, data: bytes) -> None:
+    """Raise NotRewritableError for a JPEG that Pillow would write in another form."""
+    from PIL import JpegImagePlugin
+
+    if max(map(max, image.quantization.values())) > COARSEST:
+        raise NotRewritableError("JPEG with tables of 16 bits")
+    markers = {marker for marker, _ in _segments(data)}
+    if RESTARTS in markers or not markers & FRAMES:
+        raise NotRewritableError("JPEG with restart markers, or of a frame that Pillow does not write")
+    if image.mode == "RGB" and JpegImagePlugin.get_sampling(image) < 0:
+        raise NotRewritableError("JPEG of a sampling that Pillow does not write")
+    if image.info.get("adobe_transform") == 0 or [component[0] for component in image.layer] == [82, 71, 66]:
+        raise NotRewritableError("JPEG of red, green and blue")
 
 
 def _with_pixels_of(kind: str, stored: bytes, before: _Pixels, written: bytes) -> bytes:
@@ -127,14 +144,11 @@ def _options(image, data: bytes) -> dict:
     if image.format == "JPEG":
         from PIL import JpegImagePlugin
 
-        sampling = JpegImagePlugin.get_sampling(image)
-        kept = {name: image.info[name] for name in ("exif", "icc_profile", "dpi") if name in image.info}
         return {
             "qtables": image.quantization,
-            "subsampling": sampling if sampling >= 0 else 0,
+            "subsampling": max(0, JpegImagePlugin.get_sampling(image)),  # grey pictures have none
             "progressive": bool(image.info.get("progressive")),
             "optimize": USUAL_TABLES not in data,
-            **kept,
         }
     if image.format == "TIFF":
         texts = {tag: text for tag, text in image.tag_v2.items() if isinstance(text, str)}  # such as a description
@@ -142,6 +156,27 @@ def _options(image, data: bytes) -> dict:
     if image.format == "PNG":
         return {"compress_level": _compression_level(data)}
     return {}
+
+
+def _segments(jpeg: bytes) -> list[tuple[int, slice]]:
+    """(second byte of the marker, place) of each segment before the first scan."""
+    segments, place = [], 2
+    while (marker := jpeg[place + 1]) != SCAN:
+        if marker == 0xFF:  # a fill byte
+            place += 1
+            continue
+        end = place + 2 + struct.unpack_from(">H", jpeg, place + 2)[0]
+        segments.append((marker, slice(place, end)))
+        place = end
+    return segments
+
+
+def _with_metadata_of(stored: bytes, written: bytes) -> bytes:
+    """The written JPEG with the metadata of the stored one."""
+    metadata = [stored[place] for marker, place in _segments(stored) if marker in METADATA]
+    segments = _segments(written)
+    others = [written[place] for marker, place in segments if marker not in METADATA]
+    return b"".join([written[:2], *metadata, *others, written[segments[-1][1].stop :]])
 
 
 def _compression_level(data: bytes) -> int:
@@ -192,10 +227,13 @@ def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
             raise NotRewritableError(f"{file.format} of {file.subtype}")
         if not 0 < file.frames <= LONGEST_S * rate_hz:
             raise NotRewritableError(f"{file.frames:,} samples")
-        waves = file.read(dtype="float32", always_2d=True)
+        # Samples of 32 bits and more keep their lower bits
+        dtype = "float64" if file.subtype in ("DOUBLE", "PCM_32") else "float32"
+        waves = file.read(dtype=dtype, always_2d=True)
+        is_bounded = file.subtype not in ("DOUBLE", "FLOAT")
     changed = np.stack([change(Clip(wave, rate_hz)).wave for wave in waves.T], axis=1)
     written = io.BytesIO()
-    soundfile.write(written, np.clip(changed, -1, 1), rate_hz, **kind)
+    soundfile.write(written, np.clip(changed, -1, 1) if is_bounded else changed, rate_hz, **kind)
     if data[:4] in (b"RIFF", b"RIFX"):
         return _with_chunks_of_wav(data, written.getvalue(), len(changed))
     return written.getvalue()

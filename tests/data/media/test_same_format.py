@@ -104,6 +104,22 @@ def test_a_jpeg_keeps_its_tables(options: dict) -> None:
         assert JpegImagePlugin.get_sampling(after) == JpegImagePlugin.get_sampling(before)
 
 
+def test_a_jpeg_keeps_its_metadata() -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # an orientation, which is not applied
+    plain = saved(COLOURS, "JPEG", exif=exif, dpi=(72, 72), comment=b"by hand", icc_profile=b"colours")
+    xmp = b"\xff\xe1\x00\x20http://ns.adobe.com/xap/1.0/\0x"
+    stored = plain[:2] + b"\xff" + xmp + plain[2:]  # with a fill byte
+    changed = change_picture(stored, mirrored)
+    before, after = picture(stored), picture(changed)
+    assert xmp in changed
+    for name in ("exif", "icc_profile", "dpi", "comment"):
+        assert after.info[name] == before.info[name]
+    assert changed.count(b"JFIF\0") == 1
+    difference = np.asarray(after, np.int16) - np.asarray(mirrored(before), np.int16)
+    assert np.abs(difference).mean() < 10
+
+
 def interlaced() -> bytes:
     header = LOSSLESS["png"][12:28] + b"\1"  # the pixels are not important here
     return LOSSLESS["png"][:12] + header + zlib.crc32(header).to_bytes(4, "big") + LOSSLESS["png"][33:]
@@ -139,6 +155,11 @@ REFUSED = {
     "bmp that begins at the top": lambda: bmp(8, -8),
     "pgm in text": lambda: b"P2 2 1 255 7 9\n",
     "coarse": lambda: saved(COLOURS, "JPEG", qtables=[[1000] * 64] * 2),
+    "turned tiff": lambda: saved(COLOURS, "TIFF", tiffinfo={274: 6}),
+    "turned tiff, deflate": lambda: saved(COLOURS, "TIFF", compression="tiff_adobe_deflate", tiffinfo={274: 3}),
+    "jpeg of rgb": lambda: saved(COLOURS, "JPEG", keep_rgb=True),
+    "jpeg 4:4:0": lambda: saved(COLOURS, "JPEG", subsampling=0).replace(b"\x03\x01\x11", b"\x03\x01\x12"),
+    "jpeg, extended": lambda: saved(COLOURS, "JPEG").replace(b"\xff\xc0", b"\xff\xc1"),
 }
 
 
@@ -183,6 +204,21 @@ def test_a_changed_sound_keeps_rate_channels_and_sample_type(
         for fact in ("format", "subtype", "endian", "samplerate", "channels"):
             assert getattr(after, fact) == getattr(before, fact)
         assert np.allclose(after.read(), before.read()[50:250] * 0.5, atol=0.02)
+
+
+@pytest.mark.parametrize("subtype", ["DOUBLE", "FLOAT"])
+def test_floating_point_sounds_keep_all_bits_and_values_above_one(subtype: str) -> None:
+    file, dtype = io.BytesIO(), {"DOUBLE": np.float64, "FLOAT": np.float32}[subtype]
+    wave = RNG.uniform(-2, 2, (300, 2)).astype(dtype)
+    soundfile.write(file, wave, 8000, format="WAV", subtype=subtype)
+    changed = change_sound(file.getvalue(), lambda clip: clip)
+    assert np.array_equal(soundfile.read(io.BytesIO(changed), dtype=np.dtype(dtype).name)[0], wave)
+
+
+def test_samples_of_32_bits_use_all_of_them() -> None:
+    changed = change_sound(sound("WAV", "PCM_32"), lambda clip: Clip(clip.wave * 0.7, clip.rate_hz))
+    samples, _ = soundfile.read(io.BytesIO(changed), dtype="int32")
+    assert len(np.unique(samples & 255)) > 100
 
 
 def test_the_text_in_a_wav_is_kept_and_its_number_of_samples_is_changed() -> None:
