@@ -101,7 +101,7 @@ class Source:
     """Folder that `bfsys pack` made (it contains dataset.json), or its URL: s3://, gs://, http(s)://, or a command
     that prints one of its files, such as `pipe:ssh host cat /data/{file}`."""
     weight: Positive = 1.0
-    """Relative share of the samples of every step; see data.mixture."""
+    """Relative share of the samples of every step; see data.mixture. Shares are rounded to multiples of 1/65,536."""
     eval_path: Location | None = None
     """Dataset for evaluation; default: `path`. Augmented sources need it, since their training files are stored
     unchanged: pack the evaluation files in the encoding that the model reads."""

@@ -62,7 +62,7 @@ class Notes:
     def hash_of(self, source: Path) -> str:
         """Hash of the current source and settings. It does not reveal them to the recipients of OUT."""
         status = source.stat()
-        identity = [*self._how, str(source.resolve()), status.st_size, status.st_mtime_ns]
+        identity = [*self._how, str(source.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 

@@ -102,8 +102,10 @@ def export(
     if TORCH in formats or ONNX in formats:
         program = as_program(model, facts["least_bytes"])
         if TORCH in formats:
+            content = io.BytesIO()  # PyTorch aborts the process if the disk is full
             with _quiet():
-                torch.export.save(program, out / FORMATS[TORCH])
+                torch.export.save(program, content)
+            files.replace_file(out / FORMATS[TORCH], content.getvalue())
             check(TORCH, torch_runner(out / FORMATS[TORCH]), model, facts)
         if ONNX in formats:
             write_onnx(program, out / FORMATS[ONNX])

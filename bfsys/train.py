@@ -180,7 +180,7 @@ def evaluate_if_due(data: RunData, engine: Engine, supervisor: Supervisor, step:
             )  # fmt: skip
             embedding = engine.module.get_parameter("stem.embedding").detach().clone()
         engine.module.train()
-    metrics.evaluation(step, result, time.perf_counter() - began)
+    metrics.evaluation(step, result, time.perf_counter() - began, data.evaluated)
     metrics.show_answers(step, data.training.classes, answers, data.validation.key_of, embedding)
     supervisor.report_bad_files(data.validation)
 

@@ -134,13 +134,14 @@ def load(
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: expected `key: value` lines at the top, got {_kind(tree)}")
     problems: list[str] = []
-    for override in overrides:
-        with collecting(problems):
-            _apply(cls, tree, override)
-    if problems:
-        raise UserError(*problems)
     try:
-        _check_plain(tree)
+        tree = _plain(tree)
+        for override in overrides:
+            with collecting(problems):
+                _apply(cls, tree, override)
+        if problems:
+            raise UserError(*problems)
+        tree = _plain(tree)
     except (ValueError, RecursionError) as error:
         raise UserError(f"config {path}: {error}") from None
     for key, trees in presets.items():
@@ -166,26 +167,32 @@ def from_tree(cls: type[T], tree: dict, where: str, *, is_typed: bool = False) -
         raise UserError(f"{where}: {error}") from None
 
 
-def _check_plain(tree: dict) -> None:
-    """Raise ValueError for values that a config must not contain: types that JSON lacks, values that contain
-    themselves, and aliases that expand to too many values."""
+def _plain(tree: dict) -> dict:
+    """A copy of the tree in which each alias is a value of its own, so that an override changes only one place.
+
+    Raises ValueError for values that a config must not contain: types that JSON lacks, values that contain themselves,
+    and aliases that expand to too many values.
+    """
     count = 0
 
-    def check(value: Any, key: str, around: tuple[int, ...]) -> None:
+    def copy(value: Any, key: str, around: tuple[int, ...]) -> Any:
         nonlocal count
         count += 1
         if count > MOST_VALUES:
             raise ValueError(f"holds more than {MOST_VALUES:,} values, with those that its aliases stand for")
         if id(value) in around:
             raise ValueError(f"{key}: an alias in it stands for itself")
-        if isinstance(value, dict | list):
-            for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-                check(inner, f"{key}.{name}" if key else str(name), (*around, id(value)))
-        elif not isinstance(value, str | int | float | None):
+        inside = (*around, id(value))
+        if isinstance(value, dict):
+            return {name: copy(inner, f"{key}.{name}" if key else str(name), inside) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [copy(inner, f"{key}.{number}", inside) for number, inner in enumerate(value)]
+        if not isinstance(value, str | int | float | None):
             kind = type(value).__name__
             raise ValueError(f"{key}: got {kind}; text, numbers, true, false, null, lists and mappings are allowed")
+        return value
 
-    check(tree, "", ())
+    return copy(tree, "", ())
 
 
 def to_tree(config: Any) -> dict:

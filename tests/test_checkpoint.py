@@ -273,6 +273,17 @@ def test_what_is_kept(steps: set[int], last: int, every: int, best: int, scores:
     assert len(kept) <= last + best + (len(steps) if every else 0)
 
 
+def test_scores_of_other_evaluation_files_are_not_compared() -> None:
+    scores = {
+        1: {"top1": 0.9, "evaluated": "a"},
+        2: {"top1": 0.5, "evaluated": "b"},
+        3: {"top1": 0.4, "evaluated": "b"},
+    }
+    assert files.comparable(scores) == {2: scores[2], 3: scores[3]}
+    assert files.comparable({0: {"top1": 0.1}, **scores}).keys() == {0, 2, 3}  # earlier versions recorded no files
+    assert files.comparable({}) == {}
+
+
 def test_the_best_of_losses_is_the_least() -> None:
     told = {step: {"loss": float(abs(step - 5))} for step in range(10)}
     assert files.steps_to_keep(range(10), RetentionPolicy(1, 0, 2, "loss"), told) == {9, 5, 6}

@@ -314,6 +314,13 @@ def test_aliases_that_stand_for_a_multitude_of_values_are_refused_at_once(home: 
         load(Config, config_file)
 
 
+def test_an_override_changes_one_of_two_places_with_the_same_alias(home: Path) -> None:
+    config_file = home / "some.yaml"
+    config_file.write_text("data: {lanes: 1, sources: [{path: a, jitter: &j {share: 0.5}}, {path: b, jitter: *j}]}\n")
+    config = load_config(config_file, ["data.sources.0.jitter.share=0.9"])
+    assert [source.jitter.share for source in config.data.sources if source.jitter] == [0.9, 0.5]
+
+
 def test_a_path_that_no_file_can_have_is_refused(home: Path) -> None:
     config_file = home / "some.yaml"
     config_file.write_text('data: {sources: [{path: "a\\ud800"}], lanes: 1}\n')

@@ -25,6 +25,7 @@ from bfsys.checkpoint.files import (
     RetentionPolicy,
     checkpoint_name,
     checkpoints_dir,
+    comparable,
     evaluations,
     new_work_dir,
     read_manifest,
@@ -87,7 +88,7 @@ def copy(store: Store, task: dict) -> dict:
         return {"left_out": "it was saved after a bad step, so the run may have to roll back further"}
     store.put(path, manifest)
     try:
-        store.prune(RetentionPolicy(**task["keep"]), evaluations(run_dir))
+        store.prune(RetentionPolicy(**task["keep"]), comparable(evaluations(run_dir)))
     except (UserError, OSError) as error:
         return {"note": str(error)}  # the copy itself succeeded
     return {}

@@ -227,7 +227,8 @@ def _with_nan_first(scored: tuple[float, int]) -> tuple[bool, float, int]:
 
 def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> list[Path]:
     """The checkpoints of a run that `keep` does not keep."""
-    kept = steps_to_keep([step_of(path) for path in paths], keep, evaluations(run_dir) if keep.best else {})
+    scores = comparable(evaluations(run_dir)) if keep.best else {}
+    kept = steps_to_keep([step_of(path) for path in paths], keep, scores)
     return [path for path in paths if step_of(path) not in kept]
 
 
@@ -247,6 +248,12 @@ def evaluations_in(metrics: bytes) -> dict[int, dict]:
     lines = [line for line in metrics.split(b"\n") if b'"kind": "eval"' in line]
     fields: Fields = {"step": int, "top1": NUMBER, "loss": NUMBER}
     return {scores["step"]: scores for scores in parse_json_lines(lines, fields)}
+
+
+def comparable(scores: dict[int, dict]) -> dict[int, dict]:
+    """Of the scores by step, those on the files of the latest evaluation. Earlier versions did not record the files."""
+    latest = scores[max(scores)].get("evaluated") if scores else None
+    return {step: each for step, each in scores.items() if each.get("evaluated", latest) == latest}
 
 
 def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:

@@ -98,17 +98,18 @@ class Metrics:
         self._steps_in_line = self._skipped = 0
         self.problem, self.problem_code = "", 0  # why rank 0 cannot write, and the exit code for it
         self._outputs: _Outputs | None = None
-        self.last_evaluation = dist.on_rank0(lambda: self._open(config, first_step, skipped_steps), ranks)
+        opened = dist.on_rank0(lambda: self._open(config, first_step, skipped_steps), ranks)
+        self.last_evaluation, self.last_evaluated = opened
 
-    def _open(self, config: Config, first_step: int, skipped_steps: Collection[int]) -> int:
-        """Open the outputs of rank 0. Returns the step of the latest evaluation."""
+    def _open(self, config: Config, first_step: int, skipped_steps: Collection[int]) -> tuple[int, str | None]:
+        """Open the outputs of rank 0. Returns the step and the files of the latest evaluation."""
         threading.excepthook = _without_tensorboard(threading.excepthook)
-        lines, last_evaluation = _open_lines(self.run_dir / METRICS, first_step, skipped_steps)
+        lines, latest = _open_lines(self.run_dir / METRICS, first_step, skipped_steps)
         tensorboard = open_board(self.run_dir / "tb", first_step, hyperparameters(config))
         tensorboard.add_custom_scalars(_overview(self.source_names))
         tensorboard.add_text("run/config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
         self._outputs = _Outputs(lines, tensorboard)
-        return last_evaluation
+        return latest.get("step", -1), latest.get("evaluated")
 
     def begin_step(self) -> None:
         self._step_began = time.perf_counter()
@@ -227,10 +228,11 @@ class Metrics:
         self._counters.zero_()
         self._steps_in_line = self._skipped = 0
 
-    def evaluation(self, step: int, result: dict, seconds: float) -> None:
-        """Write the scores that `evaluate` returned, and remember the step in `last_evaluation`."""
+    def evaluation(self, step: int, result: dict, seconds: float, evaluated: str) -> None:
+        """Write the scores that `evaluate` returned for the files `evaluated` (see `RunData`), and remember the step in
+        `last_evaluation`."""
         self.last_evaluation = step
-        self._write({"kind": "eval", "step": step, **result, "seconds": seconds})
+        self._write({"kind": "eval", "step": step, **result, "seconds": seconds, "evaluated": evaluated})
         self.say(f"step {step:>{len(str(self.total_steps))}} · evaluation: {describe_scores(result)} · {seconds:.1f} s")
 
     def say(self, line: str) -> None:
@@ -369,20 +371,20 @@ def _overview(source_names: tuple[str, ...]) -> dict:
     }
 
 
-def _open_lines(path: Path, first_step: int, skipped_steps: Collection[int]) -> tuple[TextIO, int]:
+def _open_lines(path: Path, first_step: int, skipped_steps: Collection[int]) -> tuple[TextIO, dict]:
     """Open metrics.jsonl for appending, without lines after the checkpoint that the run resumes from, except those of
     bad steps that are skipped.
 
-    Also returns the step of the latest evaluation in the file, or -1.
+    Also returns the line of the latest evaluation in the file; empty if there is none.
     """
     kept = [
         line
         for line in read_json_lines(path, LINE)
         if line["step"] <= first_step or (line["kind"] == BAD_STEP and line["step"] in skipped_steps)
     ]
-    last_evaluation = max((line["step"] for line in kept if line["kind"] == "eval"), default=-1)
+    latest = max((line for line in kept if line["kind"] == "eval"), key=lambda line: line["step"], default={})
     replace_file(path, "".join(json.dumps(line) + "\n" for line in kept), durable=False)
-    return open(path, "a"), last_evaluation
+    return open(path, "a"), latest
 
 
 def _without_tensorboard(hook: Callable) -> Callable:

@@ -121,7 +121,7 @@ class Supervisor:
 
     def load_quarantine(self) -> None:
         """Read the bad samples of earlier starts; collective. Raises AgreedError if there are too many."""
-        self.quarantine = Quarantine.load(self.run_dir, self.ranks)
+        self.quarantine = Quarantine.load(self.run_dir, self.ranks, self.data.check_unchanged)
         self.quarantine.check(self.data.training.sizes, self.config.data.max_bad_share)
 
     def resume(self, manifest: dict, notes: list[str]) -> None:
@@ -141,6 +141,12 @@ class Supervisor:
         )  # fmt: skip
         if manifest["metrics"]:
             self.metrics.load_state_dict(manifest["metrics"])
+        if self.metrics.last_evaluated not in (None, self.data.evaluated):
+            notes = [
+                *notes,
+                f"the evaluation files are not those of step {self.metrics.last_evaluation}: earlier scores are not "
+                "comparable, and do not decide which checkpoints are kept",
+            ]
         self.save_pending, self.updates = False, 0
         skipped = sorted(later for later in self.guard.skipped_steps if later > step)
         said = [

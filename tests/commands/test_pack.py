@@ -234,6 +234,18 @@ def test_a_file_changed_in_place_is_packed_again(tmp_path):
     assert contents(pack(src, tmp_path))["cat/001"][2] == b"x" * 301
 
 
+def test_a_file_of_the_same_size_and_time_is_packed_again(tmp_path):
+    """Archives may set the same time for all files."""
+    src = make_tree(tmp_path / "src")
+    path = src / "cat" / "001.jpg"
+    os.utime(path, (0, 0))
+    pack(src, tmp_path)
+    changed = path.read_bytes()[::-1]
+    path.write_bytes(changed)
+    os.utime(path, (0, 0))
+    assert contents(pack(src, tmp_path))["cat/001"][2] == changed
+
+
 # Killed and stopped
 
 

@@ -215,6 +215,12 @@ def test_links_in_a_circle(tmp_path):
     assert "again: links back to a folder that it lies in" in problems_of(src, tmp_path / "out")
 
 
+def test_folders_that_are_nested_too_deeply_are_refused(tmp_path, monkeypatch):
+    src = make_files(tmp_path / "src", {f"cat/{'d/' * 5}1.jpg": b"x"})
+    monkeypatch.setattr(listing, "DEEPEST", 3)
+    assert "more than 3 folders are inside each other" in problems_of(src, tmp_path / "out")
+
+
 def test_a_relative_source_that_is_missing_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = f"photos: there is no such file or folder in the current folder, which is {tmp_path}"

@@ -23,10 +23,10 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     kept = '{"kind": "train", "step": 1}\n{"kind": "eval", "step": 1}\n{"kind": "train", "step": 2}\n'
     path.write_text(kept + '{"kind": "train", "step": 3}\n{"ste')
-    file, last_evaluation = _open_lines(path, 2, ())
+    file, latest = _open_lines(path, 2, ())
     file.close()
     assert path.read_text() == kept
-    assert last_evaluation == 1
+    assert latest["step"] == 1
 
 
 def test_lines_of_bad_steps_that_are_skipped_are_kept(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_tensorboard_compares_runs_by_hyperparameters_and_scores(
             ledger = Ledger(config.run_dir, is_rank_zero=True)
             metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=first_step)
             scores = {"loss": 1 - top1, "top1": top1, "top5": 1.0, "samples": 4}
-            metrics.evaluation(first_step + 1, {**scores, "sources": {"a": scores, "b": scores}}, 1.0)
+            metrics.evaluation(first_step + 1, {**scores, "sources": {"a": scores, "b": scores}}, 1.0, "some files")
             metrics.close()
             ledger.close()
     assert sessions(tmp_path / "runs") == {

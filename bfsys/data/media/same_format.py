@@ -3,8 +3,8 @@
 A model of bytes sees how a file was written, so as much as possible of the stored file is kept: the mode and palette of
 a picture, the quantisation tables and metadata of a JPEG, all chunks of a PNG besides its pixels, the rate and sample
 type of a sound, all chunks of a WAV besides its samples. Files that cannot be written in this way are refused, and the
-callers leave them unchanged: lossy sounds, animations, interlaced or deep pictures, pictures of a layout that Pillow does
-not write (big-endian or turned TIFF, JPEG 4:4:0, BMP of 4 bits), formats that Pillow and libsndfile do not write.
+callers leave them unchanged: lossy sounds, animations, interlaced or deep pictures, pictures of a layout that Pillow
+does not write (big-endian or turned TIFF, JPEG 4:4:0, BMP of 4 bits), formats that Pillow and libsndfile do not write.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ class SourceFile(NamedTuple):
     extension: str  # lower case, without a dot
     size_bytes: int = 0
     mtime_ns: int = 0
+    ctime_ns: int = 0  # unlike mtime_ns, programs cannot set it
 
 
 class BadFile(NamedTuple):
@@ -285,6 +286,9 @@ def _folders(src: Path, root: Path, beside: str, listing: Listing, known: Sequen
     return folders
 
 
+DEEPEST = 200  # folders inside each other; the listing is recursive
+
+
 def visible_files(
     folder: str, problems: list[str], left_out: list[LeftOut], ancestors: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[str]:
@@ -297,6 +301,9 @@ def visible_files(
         problems.append(f"{folder}: the folder cannot be listed ({error.strerror})")
         return
     here = (status.st_dev, status.st_ino)
+    if len(ancestors) > DEEPEST:
+        problems.append(f"{folder[:200]}…: more than {DEEPEST} folders are inside each other; make them fewer")
+        return
     if here in ancestors:
         problems.append(f"{folder}: links back to a folder that it lies in; remove the link")
         return
@@ -338,7 +345,8 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
         if reason:
             listing.bad.append(BadFile(file.path, reason))
         else:
-            good.append(file._replace(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns))
+            file = file._replace(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
+            good.append(file)
     lost = {file.class_name for file in listing.files} - {file.class_name for file in good}
     listing.problems += [f"class {name!r}: not one of its files can be packed" for name in sorted(lost)]
     alike = too_alike(listing.spellings)

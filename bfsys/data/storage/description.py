@@ -85,4 +85,10 @@ def check_description(content: bytes) -> list[str]:
         for split, part in splits.items()
         if part["class_counts"].keys() != set(classes)
     ]
+    problems += [
+        f"splits.{split}.length_quantiles: has no {name!r}"
+        for split, part in splits.items()
+        for name in ("50%", "max")
+        if name not in part["length_quantiles"]
+    ]
     return problems

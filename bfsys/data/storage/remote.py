@@ -138,8 +138,11 @@ class Cache:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _counting=threading.Lock())
 
-    def read(self, url: str, *, limit_bytes: int = SMALL_FILE_BYTES) -> bytes:
-        """The content of a small file whose hash is not known, such as dataset.json. Not cached."""
+    def read(
+        self, url: str, check: Callable[[bytes], None] = lambda _: None, *, limit_bytes: int = SMALL_FILE_BYTES
+    ) -> bytes:
+        """The content of a small file whose hash is not known, such as dataset.json. Not cached. `check` raises
+        WrongContent for other content."""
         stop = threading.Event()
 
         def once() -> bytes:
@@ -151,6 +154,7 @@ class Cache:
                         raise too_long(hide(url), limit_bytes)
             if not content:
                 raise WrongContent("the answer is empty")
+            check(bytes(content))
             return bytes(content)
 
         return self._try_often(url, once, stop)

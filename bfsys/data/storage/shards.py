@@ -32,6 +32,7 @@ import xxhash
 from bfsys.data.storage.classes import notes_on_classes, some
 from bfsys.data.storage.description import check_description
 from bfsys.data.storage.remote import SMALL_FILE_BYTES, Cache, RemoteFile, is_remote, too_long, url_of
+from bfsys.data.storage.streams import WrongContent
 from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, join_shards
 from bfsys.errors import UserError, code_of, one_line
 from bfsys.files import describe, open_regular, read_up_to, replace_file, replacing
@@ -262,8 +263,15 @@ def open_dataset(location: str | Path, cache: Cache | None = None, description: 
 
 
 def fetch_description(location: str, cache: Cache) -> dict:
-    """The content of the dataset.json at a URL."""
-    return parse_description(cache.read(url_of(location, DESCRIPTION)), location)
+    """The content of the dataset.json at a URL. An answer that is something else is fetched again."""
+
+    def check(content: bytes) -> None:
+        try:
+            _parsed(content)
+        except ValueError as error:
+            raise WrongContent(f"the answer is not a {DESCRIPTION}: {error}") from None
+
+    return parse_description(cache.read(url_of(location, DESCRIPTION), check), location)
 
 
 def open_split(path: str | Path, split: str) -> Split:
@@ -303,13 +311,24 @@ def seen_from(path: Path) -> str:
     return "" if path.is_absolute() else f" in the current folder, which is {Path.cwd()}"
 
 
+def _parsed(content: bytes) -> dict:
+    """The object in a JSON file with the key `format`. Raises ValueError."""
+    try:
+        description = json.loads(content)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+    if not isinstance(description, dict) or "format" not in description:
+        raise ValueError("it has no 'format'")
+    return description
+
+
 def parse_description(content: bytes, where: str | Path) -> dict:
     """The content of a dataset.json; `where` is for messages."""
     try:
-        description = json.loads(content)
-        number = description["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{where}: cannot be read as {DESCRIPTION} ({error!r}); pack the dataset again") from error
+        description = _parsed(content)
+    except ValueError as error:
+        raise UserError(f"{where}: cannot be read as {DESCRIPTION} ({error}); pack the dataset again") from error
+    number = description["format"]
     if number != FORMAT:
         raise UserError(f"{where}: has format {number!r}; this version reads format {FORMAT}: pack the dataset again")
     if problems := check_description(content):

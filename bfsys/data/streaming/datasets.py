@@ -308,7 +308,7 @@ def notes_on_data(sources: Sources) -> list[str]:
         notes += [f"{where}: {note}" for note in split.dataset.description.get("notes", [])]
         if augmentation and split.dataset.cache is None:  # remote shards are not fetched for notes
             modality = augmentation.encoding.modality
-            found = Counter(name for data in _first_files(split) for name in peculiarities_of(data, modality))
+            found = Counter(name for data in first_files(split) for name in peculiarities_of(data, modality))
             looked = min(len(split), LOOKED_INTO)
             notes += [
                 f"{where}: {n} of the first {looked} files have {PECULIARITIES[name]}" for name, n in found.items()
@@ -316,7 +316,7 @@ def notes_on_data(sources: Sources) -> list[str]:
     return notes
 
 
-def _first_files(split: Split) -> Iterator[bytes]:
+def first_files(split: Split) -> Iterator[bytes]:
     """The content of the first files of a local split. Unreadable shards are skipped; training reports them."""
     rows = split.samples[:LOOKED_INTO]
     for number in np.unique(rows["shard"]).tolist():

@@ -14,7 +14,7 @@ import os
 import sys
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -49,17 +49,20 @@ HEADING = "\t".join(BadSample._fields).encode()
 class Quarantine:
     """The bad samples of a run. Rank 0 writes the file. After `share`, all ranks have the same list."""
 
-    def __init__(self, run_dir: Path | None = None) -> None:
-        """Keep the list in a directory; without one, nothing is written. To read an existing list, use `load`."""
+    def __init__(self, run_dir: Path | None = None, check_data: Callable[[], None] = lambda: None) -> None:
+        """Keep the list in a directory; without one, nothing is written. To read an existing list, use `load`.
+
+        `check_data` raises UserError if the data were replaced, since intact samples of other data look damaged."""
         self.path = run_dir / FILE if run_dir else None
+        self._check_data = check_data
         self._rows: dict[tuple[str, str, int], BadSample] = {}
         self._found: list[BadSample] = []
         self._steps: list[int] = []  # steps of the rows, in order
 
     @classmethod
-    def load(cls, run_dir: Path, ranks: dist.Ranks) -> Quarantine:
+    def load(cls, run_dir: Path, ranks: dist.Ranks, check_data: Callable[[], None] = lambda: None) -> Quarantine:
         """Load the bad samples that earlier starts of the run found; collective."""
-        quarantine = cls(run_dir)
+        quarantine = cls(run_dir, check_data)
         quarantine._take(dist.on_rank0(lambda: _read(run_dir / FILE), ranks))
         return quarantine
 
@@ -83,6 +86,8 @@ class Quarantine:
     def share(self, ranks: dist.Ranks, sizes: dict[tuple[str, str], int], max_bad_share: float) -> list[BadSample]:
         """Share the bad samples of all ranks, add them to the file, and `check`; collective. Returns the new ones."""
         found = sorted({row for rows in dist.gather_to_all(self._found) for row in rows})
+        if found:
+            dist.on_rank0(self._check_data, ranks)
         self._found = []
         new = self._take(found)
         if new and self.path:
@@ -95,15 +100,19 @@ class Quarantine:
 
         `sizes` is the number of samples of each (split, source) to check.
         """
+        remedy = "Repair the dataset or pack it again."
+        if self.path:
+            remedy = (
+                f"{self.path} lists all of them. Repair the dataset and remove that file, or raise "
+                "data.max_bad_share; the same command then resumes."
+            )
         for (split, source), count in Counter(key[:2] for key in self._rows).items():
             size = sizes.get((split, source))
             if size is not None and count > max_bad_share * size:
                 bad = [row for row in self._rows.values() if (row.split, row.source) == (split, source)]
                 raise dist.AgreedError(
                     f"{source}: {count:,} of {size:,} samples of {split} are unreadable or damaged, more than "
-                    f"data.max_bad_share {max_bad_share:g} allows; {self.path or FILE} lists all of them. Repair the "
-                    "dataset and remove that file, or raise data.max_bad_share; the same command then resumes. The "
-                    "first are",
+                    f"data.max_bad_share {max_bad_share:g} allows. {remedy} The first are",
                     *(row.describe() for row in bad[:LISTED]),
                 )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 
 from bfsys.config import Config
 from bfsys.data.media.encodings import AS_STORED
-from bfsys.data.media.input_formats import InputFormat, input_format
+from bfsys.data.media.input_formats import InputFormat, input_format, kind_of
 from bfsys.data.streaming.byte_transforms import lengths_after
 from bfsys.data.streaming.datasets import (
     Descriptions,
@@ -22,6 +23,7 @@ from bfsys.data.streaming.datasets import (
     content_facts,
     evaluable_splits,
     fetch_descriptions,
+    first_files,
     index_problems,
     long_files,
     make_plan,
@@ -66,6 +68,12 @@ class RunData:
     def facts(self) -> dict:
         """Everything that determines the data of every step. Equal facts mean equal bytes in equal order."""
         return {**self.plan.facts, **content_facts(self.config, self.training)}
+
+    @property
+    def evaluated(self) -> str:
+        """A fingerprint of the evaluation files. Scores of different files are not comparable."""
+        files = [(split.split, split.fingerprint) for split in self.validation.splits]
+        return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
     @property
     def input_formats(self) -> list[InputFormat]:
@@ -124,10 +132,39 @@ class RunData:
             )
         return [
             *notes,
+            *self._notes_on_evaluation(),
+            *self._notes_on_jitter(),
             *notes_on_data(self.training),
             *long_files(self.config, self.training),
             *long_files(self.config, self.validation),
         ]
+
+    def _notes_on_evaluation(self) -> Iterator[str]:
+        """Sources that are not evaluated, or in another format than they are trained in."""
+        evaluated = dict(zip(self.validation.numbers, self.validation.splits, strict=True))
+        for number, name, format in zip(self.training.numbers, self.training.names, self.input_formats, strict=True):
+            split = evaluated.get(number)
+            if split is None and evaluated:
+                yield f"{name}: has no split {self.config.data.eval_split!r}, so its files are not evaluated"
+            if split is None or split.dataset.cache is not None or not self.config.data.sources[number].augment:
+                continue
+            files = [np.frombuffer(data, np.uint8) for data in first_files(split)]
+            if files and not any(format.matches(data) for data in files):
+                yield (
+                    f"{split.dataset.location}: the files of {split.split} are not {format.describe()}, as training "
+                    "makes them, so scores do not show what the model has learned; pack them with --encoding "
+                    f"{format.encoding.text}, and give that dataset as eval_path"
+                )
+
+    def _notes_on_jitter(self) -> Iterator[str]:
+        for number, split in zip(self.training.numbers, self.training.splits, strict=True):
+            if self.config.data.sources[number].jitter and split.dataset.cache is None:
+                files = [np.frombuffer(data, np.uint8) for data in first_files(split)]
+                if files and not any(map(kind_of, files)):
+                    yield (
+                        f"{split.dataset.location}: jitter changes pictures and sounds, and the first {len(files)} "
+                        "files are neither"
+                    )
 
     def lengths_of(self, step: int, lanes: Sequence[int]) -> np.ndarray:
         """Bytes of each file of some lanes as the model reads it, int64 [B]. For files that are encoded again with

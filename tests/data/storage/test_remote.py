@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import multiprocessing
 import os
 import pickle
@@ -24,6 +25,7 @@ import pytest
 from bfsys.data.storage import remote
 from bfsys.data.storage.prefetch import Prefetcher
 from bfsys.data.storage.remote import Cache, RemoteFile, WrongContentError, url_of
+from bfsys.data.storage.shards import fetch_description
 from bfsys.errors import UserError
 from tests.data.conftest import CONTENT, eventually, make_cache, names, put, sha256
 from tests.data.http_server import FaultyServer
@@ -182,6 +184,21 @@ def test_an_answer_that_is_not_the_file_is_shown(
     server.files["/d/dataset.json"] = answer
     with pytest.raises(WrongContentError, match=f"in 3 tries .1: {said}"):
         make_cache(tmp_path, attempts=9).read(f"{server.url}/d/dataset.json")
+
+
+@pytest.mark.parametrize("answer", [b'{"error": "rate limited"}', b'{"form', b"\x1f\x8b\x08\0", b"[]"])
+def test_an_answer_that_is_not_a_description_is_fetched_again(
+    server: FaultyServer, tmp_path: Path, answer: bytes, packed: Path
+) -> None:
+    good = (packed / "a" / "dataset.json").read_bytes()
+    server.files["/d/dataset.json"] = answer
+    cache = make_cache(tmp_path, attempts=9)
+    with pytest.raises(WrongContentError, match=r"in 3 tries .1: the answer is not a dataset\.json: ") as error:
+        fetch_description(f"{server.url}/d", cache)
+    assert "pack the dataset again" not in str(error.value)
+    server.files["/d/dataset.json"] = good
+    server.fail("/d/dataset.json", ["wrong", "unsized"])
+    assert fetch_description(f"{server.url}/d", cache) == json.loads(good)
 
 
 def test_each_file_is_fetched_once_for_all_processes(server: FaultyServer, cache: Cache) -> None:

@@ -164,6 +164,14 @@ OPENING = {
     "a pipe for an index": (lambda p: make_pipe(p, "pets-train.keys.npy"), "cannot be read (is not a regular file"),
     "too long": (lambda p: os.truncate(p / DESCRIPTION, 2**40), "holds more than 67,108,864 bytes; is it the right"),
     "nested": (lambda p: (p / DESCRIPTION).write_text("[" * 100_000), "cannot be read as dataset.json"),
+    "not text": (
+        lambda p: (p / DESCRIPTION).write_bytes((p / DESCRIPTION).read_bytes() + b"\xff"),
+        "cannot be read as dataset.json ('utf-8' codec can't decode byte 0xff in position ",
+    ),
+    "lengths": (
+        lambda p: (p / DESCRIPTION).write_text((p / DESCRIPTION).read_text().replace('"50%"', '"49%"')),
+        "splits.train.length_quantiles: has no '50%'",
+    ),
     "a huge number": (
         lambda p: (p / DESCRIPTION).write_text(
             (p / DESCRIPTION).read_text().replace('"bytes": ', '"bytes": 9' + "0" * 30)
@@ -197,6 +205,7 @@ def test_opening_something_broken_says_what_is_broken(tmp_path, case):
         open_split(tmp_path, "train")
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ESTALE, 1), (errno.EACCES, 2)])

@@ -400,6 +400,21 @@ def test_the_file_survives_a_torn_line(tmp_path: Path) -> None:
         Quarantine.load(tmp_path, ALONE).check({("train", "a"): 100}, 0.01)
 
 
+def test_samples_of_data_that_were_replaced_are_not_recorded(tmp_path: Path) -> None:
+    """They look damaged, since the index is that of the earlier data."""
+
+    def check_data() -> None:
+        raise UserError("was packed again")
+
+    quarantine = Quarantine.load(tmp_path, ALONE, check_data)
+    quarantine.share(ALONE, {("train", "a"): 100}, 1)  # nothing was found
+    quarantine.found([BadSample(3, "train", "a", 7, "a.tar", "key", "has a checksum mismatch")])
+    with pytest.raises(AgreedError, match="was packed again"):
+        quarantine.share(ALONE, {("train", "a"): 100}, 1)
+    assert not (tmp_path / FILE).exists()
+    assert quarantine.bad_from("train", "a") == {}
+
+
 @pytest.mark.parametrize("damage", [b"\xff" * 300, b"junk\n", b"1\ttrain\ta\tx\ta.tar\tk\tr\n"])
 def test_rows_that_cannot_be_read_are_named(damage: bytes, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     quarantine = Quarantine(tmp_path)

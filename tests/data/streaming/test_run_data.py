@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bfsys.config import Config, load_config
+from bfsys.cli import call
+from bfsys.config import Augment, Config, Jitter, Source, load_config
 from bfsys.data.storage.shards import DESCRIPTION
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
+from tests.commands.packing_helpers import make_files, png_bytes
 from tests.conftest import tiny_config
 
 
@@ -44,6 +46,54 @@ def test_a_dataset_that_is_packed_again_in_place_ends_the_run(dataset: Path, con
         data.check_unchanged()
     (dataset / DESCRIPTION).unlink()
     data.check_unchanged()  # a file server that is unavailable
+
+
+def test_scores_are_of_the_evaluation_files(dataset: Path, config: Config, tmp_path: Path) -> None:
+    before = open_run_data(config, Ranks()).evaluated
+    moved = shutil.copytree(dataset, tmp_path / "moved")
+    first, *others = config.data.sources
+    source = replace(first, path=str(moved))
+    assert (
+        open_run_data(replace(config, data=replace(config.data, sources=(source, *others))), Ranks()).evaluated
+        == before
+    )
+    other = replace(first, eval_path=config.data.sources[1].path)
+    changed = replace(config, data=replace(config.data, sources=(other, *others)))
+    assert open_run_data(changed, Ranks()).evaluated != before
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> list[str]:
+    """Packed datasets: PNGs with and without a validation split, the PNGs as TIFFs, and files that are no pictures."""
+    files = {f"{split}/{name}/{i}": value for split in ("train", "val") for name in "xy" for i in range(4)
+             for value in [40 * i + 9 * (name == "x") + (split == "val")]}  # fmt: skip
+    pictures = {f"{name}.png": png_bytes(8, 8, value) for name, value in files.items()}
+    others = {f"{name}.bin": bytes([value]) * 50 for name, value in files.items()}
+    train_only = {name: content for name, content in pictures.items() if name.startswith("train")}
+    made = {"png": (pictures, ()), "no-val": (train_only, ()), "bin": (others, ()),
+            "tiff": (pictures, ("--encoding", "tiff", "--image-size", "8"))}  # fmt: skip
+    for name, (contents, options) in made.items():
+        make_files(tmp_path / "raw" / name, contents)
+        call(
+            "pack", [str(tmp_path / "raw" / name), str(tmp_path / "packed"), "--name", name, "--workers", "1", *options]
+        )
+    return [str(tmp_path / "packed" / name) for name in made]
+
+
+def test_settings_without_effect_and_scores_of_another_format_are_noted(config: Config, mixed: list[str]) -> None:
+    def notes_of(*sources: Source) -> str:
+        of_sources = replace(config, data=replace(config.data, sources=sources))
+        return "\n".join(open_run_data(of_sources, Ranks()).notes)
+
+    png, no_val, other, tiff = mixed
+    augment = Augment("tiff", image_size=8)
+    wrong = "the files of val are not tiff of 8 × 8 pixels, as training makes them"
+    assert f"{png}: {wrong}" in notes_of(Source(png, augment=augment))
+    assert wrong not in notes_of(Source(png, eval_path=tiff, augment=augment)) + notes_of(Source(png))
+    assert "no-val: has no split 'val', so its files are not evaluated" in notes_of(Source(png), Source(no_val))
+    ineffective = "jitter changes pictures and sounds, and the first 8 files are neither"
+    assert f"{other}: {ineffective}" in notes_of(Source(other, jitter=Jitter()))
+    assert ineffective not in notes_of(Source(png, jitter=Jitter())) + notes_of(Source(other))
 
 
 def test_a_misspelt_evaluation_split_is_refused(config: Config) -> None:
