@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 FILE = "git-state.txt"  # in copies of the code, which launchers make
+# Variables that select a repository, as hooks of git have them. It may be another one than that of this code.
+OF_A_REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"}
 
 
 @cache  # the three git processes take as long as a small checkpoint
@@ -17,6 +20,8 @@ def git_state() -> str | None:
     with suppress(OSError):
         return (here / FILE).read_text() or None
 
+    env = {name: value for name, value in os.environ.items() if name not in OF_A_REPOSITORY}
+
     def git(*arguments: str) -> str:
         return subprocess.run(
             # Without the lock that `git status` takes to refresh its index: a killed process would leave it behind.
@@ -24,6 +29,7 @@ def git_state() -> str | None:
             capture_output=True,
             text=True,
             timeout=10,
+            env=env,
             check=True,
         ).stdout.strip()
 

@@ -15,14 +15,18 @@ from importlib import metadata
 OLDEST = {"torch": "2.11", "pydantic": "2.6", "deepspeed": "0.19.8"}
 
 
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD}
+
+
 def prepare() -> None:
-    """Raise the limit of open files as far as allowed, set a name for a user without a passwd entry, and let the ends
-    of child processes be seen.
+    """Raise the limit of open files as far as allowed, set a name for a user without a passwd entry, and let signals
+    and the ends of child processes be seen.
 
     Containers may run under such users (`docker run --user 12345`, OpenShift). PyTorch reads the user's name when it is
     imported, and fails if there is none. A parent that ignores SIGCHLD hands that down, and a child's exit code would
-    then be lost.
+    then be lost. A parent that blocks signals hands that down, too.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

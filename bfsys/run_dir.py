@@ -59,6 +59,15 @@ class RunDirectory:
     hold: BinaryIO | None
     """Rank 0's lock on the directory."""
 
+    def check_same(self) -> None:
+        """Raise UserError if another directory has taken the place of this one, as a backup that is restored does."""
+        with suppress(FileNotFoundError):
+            if self.hold and not os.path.samestat(os.stat(self.hold.name), os.fstat(self.hold.fileno())):
+                raise UserError(
+                    f"run directory {Path(self.hold.name).parent}: was replaced by another one while this run trains, "
+                    "so their checkpoints would be mixed; decide which one to keep, and start the run again"
+                )
+
     def __enter__(self) -> RunDirectory:
         return self
 

@@ -59,7 +59,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
         facts = dist.on_rank0(lambda: run_facts(data), ranks)  # runs git
         directory = prepare_run_dir(config, facts, ranks)
     # Before the supervisor exists, a signal ends the process at once: there is nothing to save, and waits may be long.
-    with directory, Supervisor(data, facts, ranks) as supervisor:
+    with directory, Supervisor(data, facts, ranks, directory.check_same) as supervisor:
         supervisor.load_quarantine()
         micro_batches, note = agree_on_micro_batches(data, ranks)
         notes = [*directory.notes, *(data.notes if ranks.is_rank_zero else ()), note]

@@ -4,6 +4,7 @@ import configparser
 import os
 import pwd
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,16 @@ def test_the_end_of_a_child_is_seen_if_the_parent_ignored_such_ends() -> None:
     )
     done = subprocess.run([sys.executable, "-c", ignore, sys.executable, "-c", code], cwd=REPOSITORY, timeout=60)
     assert done.returncode == 7
+
+
+def test_signals_arrive_if_the_parent_blocked_them() -> None:
+    code = "import os, signal; from bfsys import process; process.prepare(); os.kill(os.getpid(), signal.SIGTERM)"
+    block = (
+        "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); "
+        "os.execv(sys.executable, sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", block, sys.executable, "-c", code], cwd=REPOSITORY, timeout=60)
+    assert done.returncode == -signal.SIGTERM
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(limits: tuple[int, int]) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import UserError
+from bfsys.git_state import git_state
 from bfsys.run_dir import prepare_run_dir, run_facts
 from bfsys.supervision.guard import read_rollbacks
 from bfsys.supervision.run_end import how_it_ended
@@ -151,3 +153,27 @@ def test_a_start_that_fails_is_the_runs_end_unless_another_trains(config: Config
     assert (end["exit_code"], end["reason"]) == (2, "the data are gone")
     assert capsys.readouterr().err == ""
     run_module.hold_directory(config.run_dir, longest_s=0).close()  # it is not kept
+
+
+def test_a_directory_that_takes_the_place_of_the_runs_is_noticed(config: Config) -> None:
+    """A backup that is restored while the run trains has a lock file of its own."""
+    directory = prepare_run_dir(config, facts_of(config), ALONE)
+    with directory:
+        directory.check_same()
+        backup = shutil.copytree(config.run_dir, config.run_dir.with_name("backup"))
+        config.run_dir.rename(config.run_dir.with_name("away"))
+        directory.check_same()  # a missing directory is noticed when a file is written into it
+        backup.rename(config.run_dir)
+        with pytest.raises(UserError, match="again: was replaced by another one while this run trains"):
+            directory.check_same()
+
+
+def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks of git have the variables of another repository."""
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    git_state.cache_clear()
+    here = git_state()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
+    git_state.cache_clear()
+    assert git_state() == here

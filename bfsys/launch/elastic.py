@@ -24,16 +24,18 @@ from bfsys.launch.restart_policy import newest_step
 from bfsys.launch.slurm_commands import ask
 
 ASK_EVERY_S = 60.0  # many users share the controller
+MOST = 100_000  # nodes or ranks
 SOON_S = 30.0  # a start that SLURM expects within this time does not wait for another job to end
 
 
 def parse_range(text: str) -> range | None:
-    """Parse "N" or "MIN-MAX". Returns None for other text, for a number below 1, and if MIN is above MAX."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text, re.ASCII)
+    """Parse "N" or "MIN-MAX". Returns None for other text, for numbers below 1 or above MOST, and if MIN is above
+    MAX."""
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text, re.ASCII)
     if not match:
         return None
-    numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
-    return numbers if numbers and numbers.start else None
+    first, last = int(match[1]), int(match[2] or match[1])
+    return range(first, last + 1) if 1 <= first <= last <= MOST else None
 
 
 def describe(numbers: range) -> str:

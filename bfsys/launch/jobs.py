@@ -126,6 +126,8 @@ class State:
 UNKNOWN = State("unknown to SLURM")
 ANOTHER = State("unknown to SLURM", "(its number is another job's)")
 NO_ANSWER = State("SLURM does not answer")
+# scontrol's answers for a job, and for a member of an array whose other members are in the queue
+NOT_IN_QUEUE = ("Invalid job id", " not found")
 
 
 def state_of(submitted: Submitted, *, also_ended: bool = True) -> State:
@@ -141,7 +143,7 @@ def state_of(submitted: Submitted, *, also_ended: bool = True) -> State:
         if f" StdOut={folder}" in answer.output:
             return _state_in_queue(name, facts)
         unknown = ANOTHER
-    elif not answer.is_good and "Invalid job id" not in answer.errors:
+    elif not answer.is_good and not any(text in answer.output + answer.errors for text in NOT_IN_QUEUE):
         return NO_ANSWER
     if also_ended:
         form = "--format=State,End,SubmitLine"

@@ -44,7 +44,7 @@ from bfsys.config import Config
 from bfsys.data.streaming.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
 from bfsys.errors import EXIT_CRASHED, EXIT_HUNG, EXIT_REQUEUE, UserError, code_of, one_line
-from bfsys.launch.elastic import describe, fitting, parse_range
+from bfsys.launch.elastic import MOST, describe, fitting, parse_range
 from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 from bfsys.ranks import gpu_count
@@ -215,6 +215,9 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
 
 
 def _log_error(log_dir: Path, error: OSError) -> UserError:
+    if error.filename is None:
+        problem = f"a process for a rank cannot be started: {error.strerror}; see ulimit -u and the memory that is free"
+        return UserError(problem, exit_code=code_of(error))
     return UserError(f"log folder {log_dir}: cannot be written: {error.strerror}", exit_code=code_of(error))
 
 
@@ -265,8 +268,10 @@ class Forked:
         )
         # In the child, signals stay blocked until the handlers of this process are removed.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
-        self._process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert self._process.pid is not None  # it was started
         self.pid = self._process.pid
 
@@ -394,7 +399,9 @@ def parse_ranks(text: str | None) -> range | None:
     if text is None:
         return None
     if (asked := parse_range(text)) is None:
-        raise UserError(f"--ranks: got {text!r}; N or MIN-MAX is allowed, for example 4 or 1-4, from 1 on, MIN first")
+        raise UserError(
+            f"--ranks: got {text!r}; N or MIN-MAX is allowed, for example 4 or 1-4, from 1 to {MOST:,}, MIN first"
+        )
     return asked
 
 

@@ -169,7 +169,9 @@ def _partitions() -> dict[str, Partition]:
     answer = ask("sinfo", "--noheader", "--format=%P %l %D %t")
     partitions: dict[str, Partition] = {}
     for line in answer.output.splitlines() if answer.is_good else ():  # one line for each node state
-        name, limit, number, state = line.split()
+        if len(fields := line.split()) != 4:  # with SLURM_CLUSTERS, a line names the cluster
+            continue
+        name, limit, number, state = fields
         before = partitions.get(name.rstrip("*"), Partition())
         is_away = state.rstrip("*~#!%$@^-").startswith(("down", "drain", "drng", "fail", "maint", "boot", "resv"))
         partitions[name.rstrip("*")] = Partition(

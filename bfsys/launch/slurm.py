@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,13 @@ class Executor(submitit.SlurmExecutor):
         supervise = [sys.executable, "-m", "bfsys.launch.requeue", *self.elastic, *map(str, self.run_dirs), "--"]
         srun = ["srun", "--unbuffered", "--output", log, "--kill-on-bad-exit=1", "--open-mode=append", *self.srun]
         return f"exec {shlex.join([*supervise, *srun])} {super()._submitit_command_str}"
+
+    @staticmethod
+    def _get_job_id_from_submission_command(string: bytes | str) -> str:
+        """The id in sbatch's output, in which a site may print lines of its own."""
+        text = string if isinstance(string, str) else string.decode(errors="replace")
+        found = re.findall(r"^Submitted batch job (\d+)", text, re.MULTILINE)
+        return found[-1] if found else submitit.SlurmExecutor._get_job_id_from_submission_command(text)
 
     def _num_tasks(self) -> int:
         return 1 if self.elastic else super()._num_tasks()  # SLURM decides; submitit would multiply by a range of nodes
@@ -332,9 +340,27 @@ def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: l
             locks.enter_context(jobs.submitting(config.run_dir))
         if not args.dependency and (found := [p for config in configs if (p := problem_of_jobs(config))]):
             raise UserError(*found)  # submitted since the check
-        submitted = submit_and_note(args, configs)
-    tell(args, configs, submitted)
+        with holding_stop_signals():
+            submitted = submit_and_note(args, configs)
+            tell(args, configs, submitted)
     return jobs.follow(configs[0].run_dir) if args.follow else 0
+
+
+@contextlib.contextmanager
+def holding_stop_signals() -> Iterator[None]:
+    """Deliver stop signals after the block, so that each submitted job is recorded."""
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    received: list[int] = []
+    previous = {n: signal.signal(n, lambda number, _: received.append(number)) for n in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # for sbatch, which inherits it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number in received[:1]:
+            os.kill(os.getpid(), number)
 
 
 def submit_and_note(args: argparse.Namespace, configs: Sequence[Config]) -> list[jobs.Submitted]:

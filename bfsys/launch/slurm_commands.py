@@ -44,7 +44,15 @@ def ask(*command: str, env: Mapping[str, str] | None = None, limit_s: float | No
     """Run a SLURM command, by default in the environment of this process and for at most LIMIT_S."""
     limit_s = LIMIT_S if limit_s is None else limit_s
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False, env=env)
+        ended = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="backslashreplace",
+            timeout=limit_s,
+            env=env,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return Answer("", f"no answer within {limit_s:g} s", None)
     except OSError as error:

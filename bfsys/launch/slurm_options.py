@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from bfsys.config import Config
 from bfsys.errors import UserError, is_printable
-from bfsys.launch.elastic import parse_range
+from bfsys.launch.elastic import MOST, parse_range
 from bfsys.launch.sweep import sweep_configs
 
 LONGEST_NAME = 250  # bytes; a file system has 255 for NAME.yaml
@@ -36,7 +36,7 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield the problems of the command line itself."""
     nodes = parse_range(args.nodes)
     if nodes is None:
-        yield f"--nodes: got {args.nodes!r}; N or MIN-MAX is allowed, for example 8 or 4-8, from 1 on, MIN first"
+        yield f"--nodes: got {args.nodes!r}; N or MIN-MAX is allowed, such as 8 or 4-8, from 1 to {MOST:,}, MIN first"
     elif args.grow is not None and len(nodes) == 1:
         yield f"--grow: got --nodes {args.nodes}; a job grows within a range: give --nodes MIN-MAX"
     if args.grow is not None and not (0 < args.grow < math.inf):
@@ -60,8 +60,13 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
         value = getattr(args, name)
         if value is not None and not is_printable(value):
             yield f"--{name}: got {value!r}; one line of printable characters is allowed"
+    if clusters := os.environ.get("SBATCH_CLUSTERS"):
+        yield (
+            f"SBATCH_CLUSTERS: got {clusters!r}; other commands of SLURM do not read it and would not find the job; "
+            "unset it, and set SLURM_CLUSTERS or use a login node of that cluster"
+        )
     for assignment in args.env:
-        if not re.fullmatch(r"[A-Za-z_]\w*=.*", assignment, re.DOTALL):
+        if not re.fullmatch(r"[A-Za-z_]\w*=.*", assignment, re.DOTALL | re.ASCII):
             yield f"--env: got {assignment!r}; NAME=VALUE is expected"
 
 

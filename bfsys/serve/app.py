@@ -15,13 +15,14 @@ import hashlib
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from bfsys.answers import ranked
 from bfsys.batch import Sample
-from bfsys.errors import UserError
+from bfsys.errors import UserError, did_you_mean
 from bfsys.explain.page import html
 from bfsys.predict import Model
 from bfsys.serve.batching import Worker
@@ -311,12 +312,16 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
     async def health() -> JSONResponse:
         return JSONResponse({"status": "ready", "step": model.step, "device": str(model.device)})
 
+    for path, answer_to_get in (("/", index), ("/health", health)):  # as probes ask
+        app.add_api_route(path, answer_to_get, methods=["HEAD"], include_in_schema=False)
+
     @app.get("/metrics", summary="Counters for Prometheus", response_class=Response)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.post(
         "/predict", summary="Classes of files", response_model=Answers, responses=REFUSALS,
+        dependencies=[Depends(check_arguments)],
         openapi_extra={"requestBody": BODY},
         description="A file that cannot be classified has an `error` in its answer, and the others are answered all "
         "the same. If no file can be classified, the status is 422, or 500 if the model failed on each of them.",
@@ -333,6 +338,7 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
     @app.post(
         "/explain", summary="Which bytes of a file speak for a class", response_model=dict[str, Any],
         responses=REFUSALS | {200: {"content": {"text/html": {}}}}, openapi_extra={"requestBody": BODY},
+        dependencies=[Depends(check_arguments)],
         description="Of one file, and of its likeliest class unless another is named. A page for `Accept: text/html`.",
     )  # fmt: skip
     async def explain(
@@ -357,6 +363,17 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
     app.add_exception_handler(RequestValidationError, _on_wrong_argument)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     return Guard(app, service.metrics, PATHS, hosts)
+
+
+async def check_arguments(request: Request) -> None:
+    """Refuse arguments in the URL that the path does not have, which would be ignored, and those given twice."""
+    allowed = [argument.alias for argument in request.scope["route"].dependant.query_params]
+    for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if name not in allowed:
+            known = f"allowed are {', '.join(allowed)}{did_you_mean(name, allowed)}"
+            raise HTTPException(422, f"{name[:100]}: is not an argument of {request.url.path}; {known}")
+        if count > 1:
+            raise HTTPException(422, f"{name}: is given {count} times; once is allowed")
 
 
 async def _on_wrong_argument(_: Request, error: Exception) -> JSONResponse:

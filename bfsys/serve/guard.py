@@ -80,7 +80,10 @@ def _is_of_another_site(headers: Headers) -> bool:
     if site := headers.get("sec-fetch-site"):
         return site not in OWN_SITE
     origin = headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc != headers.get("host")
+    try:
+        return origin is not None and urlsplit(origin).netloc != headers.get("host")
+    except ValueError:  # not a URL
+        return True
 
 
 def log(error: BaseException) -> None:

@@ -6,8 +6,10 @@ limit is checked.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from fastapi import HTTPException, Request
 from python_multipart.exceptions import FormParserError
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 FIELD = "files"
 FORM = "multipart/form-data"
+# A name in other letters than ASCII, as some clients send it (RFC 5987): its encoding, and the name
+EXTENDED_NAME = re.compile(rb";\s*filename\*\s*=\s*(utf-8|iso-8859-1)'[^']*'([^;\s]+)", re.IGNORECASE)
 
 
 @dataclass
@@ -99,20 +103,26 @@ class _Form:
         self._header_value += data[start:end]
 
     def _on_header_end(self) -> None:
-        if self._header_name.lower() == b"content-disposition":
-            self._disposition = bytes(self._header_value)
+        name, value = bytes(self._header_name).lower(), bytes(self._header_value)
+        if name == b"content-disposition":
+            self._disposition = value
+        if name == b"content-transfer-encoding" and value.strip().lower() not in (b"binary", b"8bit", b"7bit"):
+            shown = value.decode(errors="replace")[:100]
+            raise HTTPException(415, f"Content-Transfer-Encoding: got {shown!r}; send the files as they are")
         self._header_name.clear()
         self._header_value.clear()
 
     def _on_headers_finished(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        self._disposition = b""
+        disposition, self._disposition = self._disposition, b""
+        _, options = parse_options_header(disposition)
         name = options.get(b"name", b"").decode(errors="replace")
         if name != FIELD:
             raise HTTPException(422, f"got a field named {name[:100]!r}; send files in fields named {FIELD!r}")
         if len(self.uploads) == self._limits.files:
             raise HTTPException(413, f"the request holds more than {self._limits.files:,} files; send fewer at a time")
         file_name = options.get(b"filename", b"").decode(errors="replace")
+        if extended := EXTENDED_NAME.search(disposition):
+            file_name = unquote(extended[2].decode(errors="replace"), extended[1].decode(), "replace")
         self.uploads.append(Upload(file_name or f"file {len(self.uploads) + 1}"))
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:

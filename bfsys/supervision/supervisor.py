@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -74,8 +74,10 @@ class Supervisor:
     metrics: Metrics
     guard: Guard
 
-    def __init__(self, data: RunData, facts: dict, ranks: dist.Ranks) -> None:
-        """`facts` are stored in every checkpoint. From now on, a signal asks the run to stop after a step."""
+    def __init__(self, data: RunData, facts: dict, ranks: dist.Ranks, check_directory: Callable[[], None]) -> None:
+        """`facts` are stored in every checkpoint. `check_directory` raises UserError if the run directory is another
+        one. From now on, a signal asks the run to stop after a step."""
+        self._check_directory = check_directory
         self.data, self.config, self.facts, self.ranks = data, data.config, facts, ranks
         self.run_dir, train = self.config.run_dir, self.config.train
         self.stop = StopRequests()
@@ -228,12 +230,16 @@ class Supervisor:
         self.saver.finish(wait=lambda: self.watchdog.beat(where))
 
     def _start_save(self, engine: Engine, step: int) -> None:
-        dist.on_rank0(self.data.check_unchanged, self.ranks)
+        dist.on_rank0(self._check_places, self.ranks)
         self.ledger.record_progress(step)
         with self.watchdog.patient(f"step {step}: copy for the checkpoint"), self.ledger.stalled():
             progress = {"step": step, "updates": engine.updates}
             states = {"metrics": self.metrics.state_dict(), "guard": self.guard.state_dict()}
             self.saver.start(engine, {**progress, **states, **self.facts})
+
+    def _check_places(self) -> None:
+        self.data.check_unchanged()
+        self._check_directory()
 
     def finish_save(self, step: int) -> None:
         """Wait for the save in progress, and commit it; collective."""

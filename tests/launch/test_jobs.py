@@ -111,6 +111,23 @@ def test_a_controller_that_is_away_is_no_end(run: Path, slurm_says, capsys) -> N
     assert "42: unknown to SLURM" in capsys.readouterr().out
 
 
+def test_a_member_of_an_array_that_slurm_has_forgotten_is_over(run: Path, slurm_says, tmp_path: Path) -> None:
+    """While other members are in the queue, scontrol says so on its standard output, without an error."""
+    slurm_says("")
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'Job 42_0 not found'; exit 1\n")
+    (job,) = jobs.submissions(run)
+    assert jobs.state_of(job) == jobs.UNKNOWN
+    assert jobs.active(run) == []
+
+
+def test_output_that_is_not_text_is_shown(run: Path, slurm_says, capsys) -> None:
+    slurm_says(RUNNING.replace("NodeList", "Comment=COMMENT NodeList"))
+    path = run.parents[1] / "bin" / "scontrol"
+    path.write_bytes(path.read_bytes().replace(b"COMMENT", b"m\xfcde"))
+    assert call("slurm", ["status", str(run)]) == 0
+    assert "42: RUNNING" in capsys.readouterr().out
+
+
 def test_a_controller_that_is_away_is_asked_once(run: Path, slurm_says, tmp_path: Path, capsys) -> None:
     for number in range(43, 50):
         jobs.note_submission(run, jobs.Submitted(str(number), str(run / "slurm" / "log"), "", "again"))

@@ -143,6 +143,26 @@ def test_an_outage_of_the_log_folder_is_a_crash_and_not_the_end(make_job, tmp_pa
     assert capfd.readouterr().err.count("cannot be written: Stale file handle") == 2
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_process_that_cannot_be_started_is_a_crash_and_signals_arrive_afterwards(
+    make_job, tmp_path, monkeypatch, first, capfd
+):
+    really_fork, calls = os.fork, iter(range(99))
+
+    def fork_or_not():
+        if next(calls) == first:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return really_fork()
+
+    monkeypatch.setattr(os, "fork", fork_or_not)
+    monkeypatch.setattr(restart_policy, "PAUSES_S", (0.0, 0.0, 0.0))
+    job = make_job("")
+    assert local.run_until_done(lambda: local.run_group(job, 2, tmp_path / "log"), tmp_path) == 0
+    said = capfd.readouterr().err
+    assert said.count("a process for a rank cannot be started: Resource temporarily unavailable; see ulimit -u") == 1
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_a_killed_rank_gives_the_shells_code_and_logs_are_appended(make_job, tmp_path, capfd):
     job = make_job('os.kill(os.getpid(), signal.SIGKILL) if rank == "1" else time.sleep(100)')
     assert local.run_group(job, 2, tmp_path / "log") == 137

@@ -139,6 +139,13 @@ def test_a_time_limit_beyond_the_partitions_is_found(slurm_says, partition, minu
     )
 
 
+def test_the_name_of_a_cluster_is_no_partition(slurm_says) -> None:
+    """With SLURM_CLUSTERS, sinfo prints it in spite of --noheader."""
+    slurm_says("exit 0", PARTITIONS.replace("<<END", "<<END\nCLUSTER: alpha"))
+    (problem,) = preflight.check_slurm("", None, 2, 1441).problems
+    assert "partition batch allows 1440" in problem
+
+
 def test_what_slurm_refuses_is_one_sentence(slurm_says) -> None:
     slurm_says("echo 'sbatch: error: invalid partition' >&2; echo 'allocation failure: x' >&2; exit 1", "exit 1")
     (problem,) = preflight.check_slurm("", "nope", 2, 60).problems

@@ -6,6 +6,7 @@ The tests on a cluster (pytest -m slurm) need a folder that its nodes share: --b
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import re
 import shutil
@@ -120,6 +121,9 @@ def test_node_counts_that_fit_are_named(config_file):
 def test_all_problems_are_reported_at_once(config_file, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     counts = ("--nodes=0", "--gpus-per-node=2", "--tasks-per-node=3", "--cpus-per-task=0")
+    for nodes in ("1-99999999999999999999", "1-2000000000", "0", "4-2"):
+        assert any("--nodes: got" in problem for problem in problems_of("--nodes", nodes, ON_CPUS, config_file))
+    assert any("--env: got" in problem for problem in problems_of("--nodes=1", ON_CPUS, "--env", "Aé=1", config_file))
     others = ("--time=1h", "--mem=lots", "--env=X", "data.sources.0.path=/no/where")
     problems = problems_of(*counts, config_file, *others)
     wrong = ["--nodes", "--cpus-per-task", "--tasks-per-node", "--time", "--mem", "--env", "sbatch", "/no/where"]
@@ -343,6 +347,30 @@ def test_a_container_sees_all_folders_of_a_run(config_file, tmp_path, capsys):
     assert {f"{tmp_path}/{path}" for path in ("a/shards", "b/shards", "old", "copies")} < set(places)
     problems = problems_of("--nodes=2", ON_CPUS, "--container=pytorch", config_file, f"runs_dir={tmp_path}/a:b")
     assert any(f"run directory tiny {tmp_path}/a:b/tiny cannot be mounted" in problem for problem in problems)
+
+
+def test_a_job_is_recorded_although_a_person_interrupts_its_submission(config_file, tmp_path, sbatch, capsys):
+    """sbatch has submitted the job before Ctrl-C arrives, and answers later."""
+    sbatch(
+        f"#!/bin/sh\n[ $1 = --test-only ] && exit\nkill -INT {os.getpid()}\nsleep 0.3\necho Submitted batch job 42\n"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        call("slurm", ["--nodes=2", ON_CPUS, str(config_file)])
+    assert [job.job for job in jobs.submissions(tmp_path / "runs" / "tiny")] == ["42"]
+    assert capsys.readouterr().out.startswith("job 42: ")
+
+
+def test_the_id_of_a_job_is_found_among_lines_of_the_site(config_file, tmp_path, sbatch):
+    sbatch("#!/bin/sh\necho 'Your job 2 nodes limit: OK'\necho Submitted batch job 35\necho 'See job 7 for help'\n")
+    assert call("slurm", ["--nodes=2", ON_CPUS, str(config_file)]) == 0
+    assert [job.job for job in jobs.submissions(tmp_path / "runs" / "tiny")] == ["35"]
+
+
+def test_a_cluster_that_other_commands_do_not_ask_is_refused(config_file, sbatch, monkeypatch):
+    sbatch(ACCEPTING)
+    monkeypatch.setenv("SBATCH_CLUSTERS", "beta")
+    (problem,) = problems_of("--nodes=2", ON_CPUS, config_file)
+    assert problem.startswith("SBATCH_CLUSTERS: got 'beta'; other commands of SLURM do not read it")
 
 
 def test_a_submission_from_within_a_job_is_not_bound_by_it(config_file, tmp_path, sbatch, monkeypatch):

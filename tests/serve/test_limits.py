@@ -91,6 +91,8 @@ def test_bodies_of_another_kind(url: str) -> None:
     assert "not a valid" in refused(url, 422, b"\0" * 100)
     assert "no file" in refused(url, 422, END)
     assert "field named 'file'" in refused(url, 422, PART.replace(b'"files"', b'"file"') + END)
+    encoded = PART.replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: base64\r\n\r\n", 1)
+    assert "Content-Transfer-Encoding: got 'base64'" in refused(url, 415, encoded + END)
     assert "field named ''" in refused(url, 422, b"--frontier\r\n\r\nabc\r\n" + END)
 
 
@@ -127,6 +129,17 @@ def test_names_that_are_hostile(url: str) -> None:
         assert "<script" not in page.text
         if page.status_code == 200:
             assert page.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
+
+
+def test_names_in_the_form_of_rfc_5987(url: str) -> None:
+    for header, name in (
+        (b"filename*=UTF-8''%e2%82%ac.png", "€.png"),
+        (b"filename=\"e.png\"; filename*=utf-8'en'%e2%82%ac.png", "€.png"),
+        (b"filename*=iso-8859-1''%a3.png", "£.png"),
+    ):
+        body = b'--frontier\r\nContent-Disposition: form-data; name="files"; ' + header + b"\r\n\r\nabc\r\n" + END
+        answered = httpx.post(f"{url}/predict", content=body, headers=FORM, timeout=60)
+        assert answered.json()["answers"][0]["name"] == name
 
 
 def raw(url: str) -> socket.socket:

@@ -62,6 +62,22 @@ def test_a_bad_file_fails_alone(server: Server) -> None:
     assert post(server.url, [b"x"], top=0).json()["detail"].startswith("top: ")
 
 
+def test_arguments_that_would_be_ignored_are_refused(server: Server) -> None:
+    unknown = post(server.url, [b"x"], tpo="1")
+    assert (unknown.status_code, unknown.json()["detail"]) == (
+        422, "tpo: is not an argument of /predict; allowed are top, encode (did you mean 'top'?)",
+    )  # fmt: skip
+    twice = httpx.post(f"{server.url}/predict?top=1&top=2", files=[("files", b"x")])
+    assert (twice.status_code, twice.json()["detail"]) == (422, "top: is given 2 times; once is allowed")
+    assert httpx.post(f"{server.url}/explain?top=1", files=[("files", b"x")]).status_code == 422
+
+
+def test_probes_may_use_head(server: Server) -> None:
+    for path in ("/health", "/"):
+        answered = httpx.head(server.url + path)
+        assert (answered.status_code, answered.content) == (200, b"")
+
+
 def test_what_it_says_of_itself(server: Server) -> None:
     health = httpx.get(f"{server.url}/health").json()
     assert health == {"status": "ready", "step": 120, "device": "cpu"}
@@ -85,6 +101,7 @@ def test_other_sites_and_other_names_are_refused(server: Server) -> None:
     assert status("POST", sec_fetch_site="cross-site") == 403
     assert status("POST", sec_fetch_site="same-site") == 403  # a page on another port of this machine
     assert status("POST", origin="http://elsewhere.example") == 403
+    assert status("POST", origin="http://[") == 403
     assert status("GET", host="elsewhere.example") == 400
     assert status("POST", sec_fetch_site="same-origin") == status("POST", origin=f"http://{own}") == 415
 

@@ -34,7 +34,7 @@ from bfsys.data.storage.description import check_description
 from bfsys.data.storage.remote import SMALL_FILE_BYTES, Cache, RemoteFile, is_remote, too_long, url_of
 from bfsys.data.storage.streams import WrongContent
 from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, join_shards
-from bfsys.errors import UserError, code_of, one_line
+from bfsys.errors import MISSING_ERRNOS, UserError, code_of, one_line
 from bfsys.files import describe, open_regular, read_up_to, replace_file, replacing
 
 FORMAT = 2
@@ -341,9 +341,10 @@ def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
         open_regular(file).close()
         array = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:  # a damaged header
+        is_damaged = not isinstance(error, OSError) or error.errno in MISSING_ERRNOS
         raise UserError(
-            f"{file}: the index cannot be read ({getattr(error, 'strerror', None) or error}); copy or pack the "
-            f"dataset again; {REBUILD}",
+            f"{file}: the index cannot be read ({getattr(error, 'strerror', None) or error})"
+            + (f"; copy or pack the dataset again; {REBUILD}" if is_damaged else ""),
             exit_code=code_of(error),
         ) from error
     if array.dtype != dtype or array.shape != (length,):

@@ -224,6 +224,7 @@ def test_an_outage_at_the_start_has_the_code_of_a_crash(tmp_path, file, number, 
     with pytest.raises(UserError, match=f"{file}.* cannot be read .{os.strerror(number)}") as error:
         open_split(tmp_path, "train")
     assert error.value.exit_code == code
+    assert "again" not in str(error.value)  # the dataset is intact
 
 
 def test_a_summary_shows_what_others_wrote_on_one_line(tmp_path):
