@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 
 from bfsys.config import Config
 from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.media.input_formats import input_format
+from bfsys.errors import one_line
 from bfsys.model.sizes import Architecture
 
 NAME = "README.md"  # most model hubs show this file first
@@ -49,7 +51,7 @@ def model_card(facts: Mapping, manifest: Mapping, config: Config, parameters: in
     """
     sections = {
         "Model": _model(facts, manifest, parameters),
-        "Classes": [", ".join(_literal(name) for name in facts["classes"])],
+        "Classes": ["The classes are: " + ", ".join(_literal(name) for name in facts["classes"])],
         "Data": _data(facts, manifest, config),
         "Scores": _scores(facts, config, scores),
         "Training": _training(manifest, config),
@@ -205,5 +207,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _literal(text: str) -> str:
-    """Text with Markdown escaped, since names of classes may contain any characters."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", text)
+    """One line of Markdown that shows the text as it is, since names of classes may contain any characters.
+
+    HTML is escaped with entities, which all renderers of Markdown know; some of them ignore a backslash before `<`.
+    """
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", escape(one_line(text), quote=False))
