@@ -80,8 +80,10 @@ def _files(model: Model, args: argparse.Namespace) -> int:
         _write(page, html(explanation))
         results.append({**explanation.as_dict(), "page": str(page)})
         if not args.json:
-            one = explanation.explained
-            print(one_line(f"{name}: {one.class_name} {100 * one.probability:.1f} %; {explanation.summary()}"))
+            answer, one = explanation.predictions[0], explanation.explained
+            scope = "" if one.index == answer.index else f"for {one.class_name} ({100 * one.probability:.1f} %), "
+            shown = f"{answer.class_name} {100 * answer.probability:.1f} %; {scope}{explanation.summary()}"
+            print(one_line(f"{name}: {shown}"))
             print(one_line(f"  {page}"), flush=True)
     if args.json:
         print(json.dumps(results, indent=1))

@@ -65,6 +65,17 @@ def test_json_and_another_class(explain: Explain, files: Path, tmp_path: Path) -
     assert found["reference"].startswith("4 validation")
 
 
+def test_the_answer_is_printed_also_if_another_class_is_explained(
+    explain: Explain, files: Path, tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "pages")
+    answer = explain(files / "one.bin", *out).split("%")[0]
+    other = "b1" if answer.split()[-2] != "b1" else "a0"
+    assert re.match(
+        rf"{re.escape(answer)}%; for {other} \([\d.]+ %\), ", explain(files / "one.bin", "--class", other, *out)
+    )
+
+
 def test_bad_input_is_one_line_each(explain: Explain, files: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "folder").mkdir()
