@@ -21,8 +21,8 @@ SMALL_PICTURE = 128  # pixels, up to which a picture is shown as squares
 FOR, AGAINST = (230, 97, 0), (93, 58, 155)
 
 
-def html(explanation: Explanation) -> str:
-    """The page. Whatever comes from the file or from class names is escaped."""
+def html(explanation: Explanation, origin: str = "") -> str:
+    """The page. Whatever comes from the file or from class names is escaped. `origin` is that of `style.document`."""
     e = explanation
     sections = (
         _answer(e),
@@ -34,7 +34,9 @@ def html(explanation: Explanation) -> str:
         _hex(e),
         _how(e),
     )
-    return document(f"{escape(e.name)}: {escape(e.predictions[0].class_name)}", "\n".join(filter(None, sections)))
+    return document(
+        f"{escape(e.name)}: {escape(e.predictions[0].class_name)}", "\n".join(filter(None, sections)), origin
+    )
 
 
 def _answer(e: Explanation) -> str:
