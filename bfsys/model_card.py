@@ -16,6 +16,7 @@ from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.media.input_formats import input_format
 from bfsys.errors import one_line
 from bfsys.model.sizes import Architecture
+from bfsys.out_of_distribution import from_tree
 
 NAME = "README.md"  # most model hubs show this file first
 SOURCE = re.compile(r"(?P<name>.*) \S+: (?P<samples>[\d,]+) samples, .* shards, (?P<bytes>[\d,]+) bytes, .*")
@@ -165,14 +166,14 @@ def _training(manifest: Mapping, config: Config) -> list[str]:
 
 
 def _unusual_input(facts: Mapping) -> list[str]:
-    if not facts["reference_files"]:
+    references = from_tree(facts["reference_files"])
+    if references is None:
         return ["The run recorded no reference files, so there is no out-of-distribution score."]
     return [
-        f"`model.json` describes {facts['reference_files']['files']:,} files of the run: their first 16 bytes and "
-        "their byte counts. The out-of-distribution score of a file compares it with them. Above 1, the file looks "
-        "like none of them, and its answer should not be trusted. `bfsys predict` prints a note, and "
-        "`bfsys.load(…).predict` warns. The score knows formats and the look of bytes, not meaning. The programs "
-        "without bfsys give no score."
+        f"`model.json` describes {references.describe()} of the run: their first 16 bytes and their byte counts. The "
+        "out-of-distribution score of a file compares it with them. Above 1, the file looks like none of them, and its "
+        "answer should not be trusted. `bfsys predict` prints a note, and `bfsys.load(…).predict` warns. The score "
+        "knows formats and the look of bytes, not meaning. The programs without bfsys give no score."
     ]
 
 
