@@ -44,6 +44,7 @@ WITHOUT_INFLUENCE = frozenset((
     "train.hang_timeout_s", "train.collective_timeout_s",
 ))  # fmt: skip
 SEED, STEPS = "train.seed", "train.steps"
+DATA = ("data.sources", "data.train_split", "data.eval_split")  # beginnings of the keys that select files
 TRAINING = ("productive", "stall", "data_wait")  # causes in the ledger, without restarts and lost steps
 
 
@@ -63,6 +64,14 @@ class Run:
     """Training time, including waits for data and saves, without restarts and the steps that they repeat."""
     parameters: int | None
     """The number of parameters; None before the first checkpoint."""
+    training_data: str | None
+    """What the newest checkpoint records of the training files; None before the first checkpoint."""
+
+    @property
+    def evaluation_data(self) -> str | None:
+        """The number of files of each source in the latest evaluation."""
+        sources = self.scores["sources"] if self.scores else {}
+        return json.dumps({name: part.get("samples") for name, part in sources.items()}) if sources else None
 
     @property
     def steps(self) -> int:
@@ -144,6 +153,7 @@ def read_run(run_dir: Path) -> Run:
     scores = evaluations(run_dir)
     newest = {"sources": {}, **scores[max(scores)]} if scores else None
     trained = last_train_line(run_dir / METRICS)
+    manifest = _newest_manifest(run_dir)
     seconds = [float(trained["seconds"].get(cause, 0)) for cause in TRAINING] if trained else []
     return Run(
         path=run_dir,
@@ -154,7 +164,8 @@ def read_run(run_dir: Path) -> Run:
         ),
         scores=newest,
         minutes=sum(seconds) / 60 if seconds else None,
-        parameters=_parameters(run_dir),
+        parameters=_parameters(manifest) if manifest else None,
+        training_data=_training_data(manifest) if manifest else None,
     )
 
 
@@ -166,12 +177,18 @@ def last_train_line(path: Path) -> dict | None:
     return next((line for line in of_steps if all(isinstance(s, NUMBER) for s in line["seconds"].values())), None)
 
 
-def _parameters(run_dir: Path) -> int | None:
-    for path in reversed(all_checkpoints(run_dir)):
-        manifest, _ = manifest_or_problems(path)
-        if manifest:
-            return sum(math.prod(s) for name, s in manifest["shapes"].items() if not name.startswith(CONTENT_HEAD))
-    return None
+def _newest_manifest(run_dir: Path) -> dict | None:
+    manifests = (manifest_or_problems(path)[0] for path in reversed(all_checkpoints(run_dir)))
+    return next(filter(None, manifests), None)
+
+
+def _parameters(manifest: dict) -> int:
+    return sum(math.prod(s) for name, s in manifest["shapes"].items() if not name.startswith(CONTENT_HEAD))
+
+
+def _training_data(manifest: dict) -> str | None:
+    sources = {name: fact for name, fact in (manifest["plan"] or {}).items() if name.startswith("source ")}
+    return json.dumps(sources, sort_keys=True) if sources else None
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
@@ -225,11 +242,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
-    unfinished = sum(not run.is_finished for row in rows for run in row.runs)
-    if unfinished:
-        runs = sum(len(row.runs) for row in rows)
+    runs = [run for row in rows for run in row.runs]
+    if unfinished := sum(not run.is_finished for run in runs):
         known = "have no evaluation after their last step: each has its own row, with its latest one"
-        yield f"{unfinished} of {runs} runs {known}"
+        yield f"{unfinished} of {len(runs)} runs {known}"
     for row in rows:
         seeds: dict[int, list[str]] = {}
         for run in row.runs:
@@ -237,6 +253,27 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
         yield from (
             f"note: {' = '.join(same)}: the same settings and the same seed" for same in seeds.values() if len(same) > 1
         )
+    yield from _notes_on_data(runs)
+
+
+def _notes_on_data(runs: Sequence[Run]) -> Iterator[str]:
+    """Notes on runs with equal data settings and different data, such as before and after packing a dataset again."""
+    alike: dict[tuple[str, str], dict[str, list[str]]] = {}  # (what was done, data settings) → data → runs
+    for run in runs:
+        settings = json.dumps({key: value for key, value in run.settings.items() if key.startswith(DATA)})
+        for what, data in (("trained", run.training_data), ("evaluated", run.evaluation_data)):
+            if data:
+                alike.setdefault((what, settings), {}).setdefault(data, []).append(one_line(str(run.path)))
+    for (what, _), groups in alike.items():
+        if len(groups) > 1:
+            named = [
+                f"{first} and {len(others)} other{'s' * (len(others) > 1)}" if others else first
+                for first, *others in groups.values()
+            ]
+            yield (
+                f"note: {' / '.join(named)}: they were {what} on different files, although their data settings are "
+                "equal, so their scores cannot be compared"
+            )
 
 
 def _short_names(keys: list[str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from bfsys.data.streaming.byte_transforms import ByteTransform, apply
 from bfsys.encode import CannotDecode, encoded
 from bfsys.errors import UserError, collecting
 from bfsys.files import read_up_to
-from bfsys.out_of_distribution import ReferenceFiles
+from bfsys.out_of_distribution import ReferenceFiles, text_of
 
 Input: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | BinaryIO
 """A path, the content of a file, a uint8 array [n], or a file that is open for reading in binary mode."""
@@ -99,7 +99,7 @@ class Reader:
     least_bytes: int
     """Length of the shortest file that the model accepts, after the transforms."""
     references: ReferenceFiles | None = None
-    """A description of the run's evaluation files; None if the checkpoint has none."""
+    """A description of files of the run; None if the checkpoint has none."""
     encode_option: str = "--encode (encode=True in Python)"
     """The name in messages of the option to encode files."""
 
@@ -131,7 +131,11 @@ class Reader:
                         said = True
                 sample = self.transformed(name, data)
             if sample and self.references and not said and (score := self.references.score(sample.data)) > 1:
-                say(self._unlike(name, score))
+                say(
+                    f"{name} looks like none of {self.references.describe()} of {self.origin} with which it was "
+                    f"compared (out-of-distribution score {text_of(score)}; above 1 is unusual), so the prediction may "
+                    "be unreliable"
+                )
                 said = True
             if sample:
                 yield sample
@@ -179,12 +183,6 @@ class Reader:
         return (
             f"{name} {self._what(kind)}, but {self.origin} was trained on {self._trained_on()}, so the prediction may "
             f"be unreliable{remedy}"
-        )
-
-    def _unlike(self, name: str, score: float) -> str:
-        return (
-            f"{name} looks like none of the files that {self.origin} was trained on (out-of-distribution score "
-            f"{score:.1f}; above 1 is unusual), so the prediction may be unreliable"
         )
 
     def _trained_on(self) -> str:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 
 from bfsys.config import Config
 from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.media.input_formats import input_format
+from bfsys.errors import one_line
 from bfsys.model.sizes import Architecture
+from bfsys.out_of_distribution import from_tree
 
 NAME = "README.md"  # most model hubs show this file first
 SOURCE = re.compile(r"(?P<name>.*) \S+: (?P<samples>[\d,]+) samples, .* shards, (?P<bytes>[\d,]+) bytes, .*")
@@ -49,7 +52,7 @@ def model_card(facts: Mapping, manifest: Mapping, config: Config, parameters: in
     """
     sections = {
         "Model": _model(facts, manifest, parameters),
-        "Classes": [", ".join(_literal(name) for name in facts["classes"])],
+        "Classes": ["The classes are: " + ", ".join(_literal(name) for name in facts["classes"])],
         "Data": _data(facts, manifest, config),
         "Scores": _scores(facts, config, scores),
         "Training": _training(manifest, config),
@@ -163,14 +166,14 @@ def _training(manifest: Mapping, config: Config) -> list[str]:
 
 
 def _unusual_input(facts: Mapping) -> list[str]:
-    if not facts["reference_files"]:
+    references = from_tree(facts["reference_files"])
+    if references is None:
         return ["The run recorded no reference files, so there is no out-of-distribution score."]
     return [
-        f"`model.json` describes {facts['reference_files']['files']:,} files of the run: their first 16 bytes and "
-        "their byte counts. The out-of-distribution score of a file compares it with them. Above 1, the file looks "
-        "like none of them, and its answer should not be trusted. `bfsys predict` prints a note, and "
-        "`bfsys.load(…).predict` warns. The score knows formats and the look of bytes, not meaning. The programs "
-        "without bfsys give no score."
+        f"`model.json` describes {references.describe()} of the run: their first 16 bytes and their byte counts. The "
+        "out-of-distribution score of a file compares it with them. Above 1, the file looks like none of them, and its "
+        "answer should not be trusted. `bfsys predict` prints a note, and `bfsys.load(…).predict` warns. The score "
+        "knows formats and the look of bytes, not meaning. The programs without bfsys give no score."
     ]
 
 
@@ -205,5 +208,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _literal(text: str) -> str:
-    """Text with Markdown escaped, since names of classes may contain any characters."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", text)
+    """One line of Markdown that shows the text as it is, since names of classes may contain any characters.
+
+    HTML is escaped with entities, which all renderers of Markdown know; some of them ignore a backslash before `<`.
+    """
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", escape(one_line(text), quote=False))

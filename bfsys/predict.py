@@ -163,10 +163,11 @@ class Model:
 
     def out_of_distribution(self, inputs: Input | Iterable[Input], *, encode: bool = False) -> np.ndarray:
         """float32 [] of one input, [n] of n: the out-of-distribution score of each input. Above 1, an input resembles
-        none of the run's evaluation files, and its answer may be unreliable; see `bfsys.out_of_distribution`.
+        none of the run's reference files, and its answer may be unreliable; see `bfsys.out_of_distribution`.
 
         `encode` as for `predict`. Raises UserError for inputs that cannot be used, and if the checkpoint has no
-        reference files: imported weights, runs of fewer than 20 files, and checkpoints of earlier versions have none.
+        reference files: imported weights, runs of fewer than 20 readable files, and some checkpoints of earlier
+        versions have none.
 
         >>> load("runs/tiny").out_of_distribution([b"a text", bytes(1000)]).shape
         (2,)
@@ -174,7 +175,7 @@ class Model:
         if self._reader.references is None:
             raise UserError(
                 f"{self._reader.origin}: its checkpoint holds no reference files, to which inputs could be compared; "
-                "runs that were trained by this version on 20 files or more have them"
+                "runs that this version started with 20 readable files or more have them"
             )
         problems: list[str] = []
         samples = self._reader.samples(named(inputs), problems, lambda _: None, encode=encode)

@@ -92,6 +92,41 @@ def test_the_same_seed_twice_is_noted(make_run, capsys):
     assert cells(capsys, *runs, runs[0])[-1] == [f"note: {runs[0]} = {runs[1]}: the same settings and the same seed"]
 
 
+def with_samples(run: Path, samples: int) -> Path:
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"top1"', f'"samples": {samples}, "top1"'))
+    return run
+
+
+def test_runs_that_were_evaluated_on_different_files_are_noted(make_run, capsys) -> None:
+    runs = [
+        with_samples(make_run("one", {10: 0.5}), 24),
+        with_samples(make_run("two", {10: 0.5}, "train.seed=1"), 9999),
+        with_samples(make_run("three", {10: 0.4}, "optim.lr=1"), 24),
+    ]
+    assert cells(capsys, *runs)[-1] == [
+        f"note: {runs[0]} and 1 other / {runs[1]}: they were evaluated on different files, although their data "
+        "settings are equal, so their scores cannot be compared"
+    ]
+    other = with_samples(make_run("four", {10: 0.4}, "data.sources.0.weight=2"), 7)
+    assert "different files" not in cells(capsys, runs[0], runs[2], other)[-1][0]
+
+
+def test_runs_that_were_trained_on_different_files_are_noted(make_run, monkeypatch, capsys) -> None:
+    runs = [make_run(f"{seed}", {10: 0.5}, f"train.seed={seed}") for seed in range(3)]
+    for run in runs:
+        (run / "checkpoints" / "step_00000010").mkdir(parents=True)
+
+    def manifest(path: Path) -> tuple[dict, list]:
+        seed = int(path.parent.parent.name)
+        files = 50 if seed else 40
+        return {"shapes": {}, "plan": {"source 0": f"a train: {files} samples", "seed": seed}}, []
+
+    monkeypatch.setattr(compare, "manifest_or_problems", manifest)
+    (note,) = cells(capsys, *runs)[-1]
+    assert note.startswith(f"note: {runs[0]} / {runs[1]} and 1 other: they were trained on different files")
+
+
 def test_a_line_with_damaged_seconds_is_ignored(make_run, capsys) -> None:
     run = make_run("damaged", {10: 0.5})
     want = cells(capsys, run)

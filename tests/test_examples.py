@@ -54,7 +54,7 @@ def run_example(name: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.filterwarnings("ignore:.*looks like none of the files")
+@pytest.mark.filterwarnings("ignore:.*looks like none of")
 @pytest.mark.parametrize(("name", "program"), [("load_pytorch.py", "exported"), ("load_onnx.py", "exported_onnx")])
 def test_an_example_classifies_as_the_model_does(
     name: str, program: str, exported: Path, some_files: list[Path], request: pytest.FixtureRequest

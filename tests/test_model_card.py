@@ -91,8 +91,28 @@ def test_names_of_classes_are_shown_as_they_are(facts: dict) -> None:
     manifest = {"plan": None, "step": 7}
     scores = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "samples": 2, "classes": {"a|b": {"samples": 2, "top1": 0.5}}}
     card = model_card(facts, manifest, Config(Data(()), optim=Optim(ema_decay=0)), 10, scores)
-    assert r"a\|b, \<i\>, x\_y" in card
+    assert r"The classes are: a\|b, &lt;i&gt;, x\_y" in card
     assert r"| a\|b | 2 | 50.0 |" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("&lt;script>", "&amp;lt;script&gt;"),
+        ("two\nlines", r"two\\nlines"),
+        ("`code`", r"\`code\`"),
+        ("    indented", "    indented"),
+        ("x" * 5000, "x" * 5000),
+    ],
+)
+def test_names_of_any_characters_stay_in_their_cell(facts: dict, name: str, shown: str) -> None:
+    scores = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "samples": 2, "classes": {name: {"samples": 2, "top1": 0.5}}}
+    facts |= {"classes": [name], "run": name}
+    card = model_card(facts, {"plan": None, "step": 7}, Config(Data(()), optim=Optim(ema_decay=0)), 10, scores)
+    lines = card.splitlines()
+    assert lines[0] == f"# {shown}"
+    assert f"The classes are: {shown}" in lines
+    assert f"| {shown} | 2 | 50.0 |" in lines
 
 
 def test_formats_transforms_and_augmentation_are_named(facts: dict) -> None:

@@ -13,9 +13,9 @@ import pytest
 import bfsys
 from bfsys.cli import call
 from bfsys.config import Config, Data, Source
-from bfsys.data.streaming.run_data import open_run_data
+from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.errors import UserError
-from bfsys.out_of_distribution import FEWEST, FILES, from_tree, reference_files
+from bfsys.out_of_distribution import FEWEST, FILES, from_tree, reference_files, text_of
 from bfsys.ranks import Ranks
 from tests.data.packed import pack
 
@@ -68,7 +68,10 @@ def test_what_a_manifest_keeps_gives_equal_scores() -> None:
     assert len(json.dumps(tree)) < 60_000
     for file in (*sounds(5, 3), of(b"x"), of(bytes(100))):
         assert from_tree(tree).score(file) == references.score(file)
+        assert from_tree(tree).describe() == references.describe() == "128 evaluation files"
     assert from_tree(None) is None
+    del tree["training_files"]  # of an earlier version
+    assert from_tree(tree).describe() == "128 files"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,8 @@ def test_what_a_manifest_keeps_gives_equal_scores() -> None:
         {"files": 0},
         {"usual": "x"},
         {"usual": 0},
+        {"training_files": 129},
+        {"training_files": "x"},
     ],
 )
 def test_damaged_references_are_one_line(change: dict) -> None:
@@ -112,6 +117,45 @@ def test_they_are_read_from_the_evaluation_split_or_else_from_the_training_split
     stored = sounds(70, len(splits) - 1) * 2
     expected = [stored[i] for i in np.linspace(0, 139, FILES).astype(int)][1:]  # of all classes, if sorted by class
     np.testing.assert_array_equal(found.headers, reference_files(expected).headers)
+    assert found.describe() == f"127 {'evaluation' if 'val' in splits else 'training'} files"
+
+
+def run_data(*datasets: Path, **options: str) -> RunData:
+    sources = tuple(Source(str(dataset)) for dataset in datasets)
+    return open_run_data(Config(data=Data(sources=sources, lanes=1, **options), name="x"), Ranks())
+
+
+def labelled(files: list[np.ndarray]) -> list[list[tuple[int, bytes]]]:
+    return [[(0, bytes(file)) for file in files]]
+
+
+def test_training_files_are_added_to_a_small_evaluation_split(tmp_path: Path) -> None:
+    training, evaluation = sounds(162, 0), sounds(18, 1)
+    dataset = pack(tmp_path, "small", {"train": labelled(training), "val": labelled(evaluation)})
+    found = run_data(dataset).read_reference_files()
+    assert found.describe() == "18 evaluation files and 110 training files"
+    expected = [*evaluation, *(training[i] for i in np.linspace(0, 161, 110).astype(int))]
+    np.testing.assert_array_equal(found.headers, reference_files(expected).headers)
+    assert run_data(dataset, eval_split="train").read_reference_files().describe() == "128 evaluation files"
+
+
+def test_a_source_without_an_evaluation_split_has_training_files_as_references(tmp_path: Path) -> None:
+    texts = [of(f"title: page {i}\n".encode() + b"the words of a page " * (10 + i)) for i in range(80)]
+    whole = pack(tmp_path, "sounds", {"train": labelled(sounds(80, 0)), "val": labelled(sounds(80, 1))})
+    without = pack(tmp_path, "texts", {"train": labelled(texts)})
+    found = run_data(whole, without).read_reference_files()
+    assert found.describe() == "64 evaluation files and 64 training files"
+    assert all(found.score(text) < 2 for text in texts)
+
+
+def test_files_used_twice_are_not_added(tmp_path: Path) -> None:
+    """With the training split as the evaluation split, a file would be its own nearest neighbour."""
+    dataset = pack(tmp_path, "few", {"train": labelled(sounds(12, 0))})
+    assert run_data(dataset, eval_split="train").read_reference_files() is None
+
+
+def test_a_score_above_1_is_never_shown_as_1() -> None:
+    assert [text_of(score) for score in (0.5, 1.0, 1.0001, 1.04, 28.999)] == ["0.50", "1.00", "1.01", "1.04", "29.00"]
 
 
 def test_a_run_and_its_export_say_it(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +165,7 @@ def test_a_run_and_its_export_say_it(finished_run: Path, tmp_path: Path, capsys:
     scores = []
     for path in (finished_run, tmp_path / "out"):
         model = bfsys.load(path, device="cpu")
-        with pytest.warns(UserWarning, match=r"foreign looks like none of the files that .* was trained on \(out-of-"):
+        with pytest.warns(UserWarning, match=r"foreign looks like none of 35 evaluation files of .* \(out-of-dist"):
             model.predict(foreign)
         scores.append(model.out_of_distribution(foreign))
         assert model.out_of_distribution([foreign, foreign]).tolist() == [scores[-1]] * 2
@@ -129,7 +173,7 @@ def test_a_run_and_its_export_say_it(finished_run: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert call("predict", [str(finished_run), str(foreign)]) == 0
     printed = capsys.readouterr()
-    assert f"(out-of-distribution score: {scores[0]:.1f})" in printed.out
+    assert f"(out-of-distribution score: {text_of(float(scores[0]))})" in printed.out
     assert "out-of-distribution score" in printed.err
     assert call("predict", [str(finished_run), str(foreign), "--json"]) == 0
     (answer,) = json.loads(capsys.readouterr().out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -14,14 +15,14 @@ from bfsys.commands.arguments import add_weights, local_path
 from bfsys.commands.predict import STDIN, named_inputs
 from bfsys.errors import UserError, collecting, one_line
 from bfsys.explain.style import GENERATOR
-from bfsys.files import LONGEST_NAME_BYTES, replace_file
+from bfsys.files import LONGEST_NAME_BYTES, open_regular, replace_file
 
 if TYPE_CHECKING:
     from bfsys.predict import Model
 
 FOLDER = Path("explain")
 LIMIT = 200
-MARKED = 300  # bytes at the start of a page that contain GENERATOR
+MARKED = 300  # bytes at the start of a page that contain GENERATOR and the page's origin
 NOTES = """\
 Each FILE gets a page FOLDER/FILE.html, which needs no network. Evidence is
 measured against files of the run's validation split (docs/explain.md)."""
@@ -66,7 +67,7 @@ def _files(model: Model, args: argparse.Namespace) -> int:
     folder = _folder(args.out or FOLDER)
     problems: list[str] = []
     results: list[dict] = []
-    used: set[str] = set()
+    used: set[Path] = set()
     for name, source in named_inputs(args.files, problems):
         explanation = None
         with collecting(problems), warnings.catch_warnings(record=True) as notes:
@@ -76,12 +77,16 @@ def _files(model: Model, args: argparse.Namespace) -> int:
             print(one_line(str(note.message)), file=sys.stderr, flush=True)
         if explanation is None:
             continue
-        page = folder / _page_name(name, used)
-        _write(page, html(explanation))
+        # A hash, since a page that is published should not show more of the path than the user gave.
+        origin = hashlib.sha256(os.fsencode(os.path.abspath(name))).hexdigest()
+        page = _page_of(name, origin, folder, used)
+        _write(page, html(explanation, origin))
         results.append({**explanation.as_dict(), "page": str(page)})
         if not args.json:
-            one = explanation.explained
-            print(one_line(f"{name}: {one.class_name} {100 * one.probability:.1f} %; {explanation.summary()}"))
+            answer, one = explanation.predictions[0], explanation.explained
+            scope = "" if one.index == answer.index else f"for {one.class_name} ({100 * one.probability:.1f} %), "
+            shown = f"{answer.class_name} {100 * answer.probability:.1f} %; {scope}{explanation.summary()}"
+            print(one_line(f"{name}: {shown}"))
             print(one_line(f"  {page}"), flush=True)
     if args.json:
         print(json.dumps(results, indent=1))
@@ -117,23 +122,35 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _page_name(name: str, used: set[str]) -> str:
-    """Return the name of a file's page, and add it to `used`. Files of the same name are numbered."""
+def _page_of(name: str, origin: str, folder: Path, used: set[Path]) -> Path:
+    """Return the path of a file's page, and add it to `used`. Files of the same name are numbered, also if an earlier
+    command explained one of them."""
     # With a number and `.html`, the name must fit into the 255 bytes that file systems allow.
     stem = "standard-input" if name == STDIN else os.fsdecode(os.fsencode(Path(name).name)[:LONGEST_NAME_BYTES])
-    page, number = f"{stem}.html", 1
-    while page in used:
+    page, number = folder / f"{stem}.html", 1
+    while page in used or (GENERATOR.encode() in (head := _head(page)) and origin.encode() not in head):
         number += 1
-        page = f"{stem}-{number}.html"
+        page = folder / f"{stem}-{number}.html"
     used.add(page)
     return page
 
 
+def _head(path: Path) -> bytes:
+    """The beginning of an existing page; empty if there is none."""
+    try:
+        with open_regular(path) as file:
+            return file.read(MARKED)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; choose another --out") from None
+
+
 def _write(path: Path, text: str) -> None:
     """Write or overwrite a page. Raises UserError if the file exists and is not a page of this command."""
+    if GENERATOR.encode() not in _head(path) and path.exists():
+        raise UserError(f"{path}: is not a page of `{GENERATOR}` and was not overwritten; choose another --out")
     try:
-        if path.exists() and GENERATOR.encode() not in path.read_bytes()[:MARKED]:
-            raise UserError(f"{path}: is not a page of `{GENERATOR}` and was not overwritten; choose another --out")
         replace_file(path, text.encode(errors="backslashreplace"), durable=False)  # names may not be UTF-8
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None

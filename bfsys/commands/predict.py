@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--top: got {args.top}; at least 1 is needed")
     if args.encode and args.transformed:
         raise UserError("--encode: files that were transformed before cannot be decoded; leave out one of the options")
+    from bfsys.out_of_distribution import text_of
     from bfsys.predict import load
 
     model = load(
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         answers.append({"path": path, "top": ranked} | ({} if score is None else {"out_of_distribution": score}))
         if not args.json:
             shown = "   ".join(f"{c.class_name} {100 * c.probability:.1f} %" for c in classes)
-            unlike = f"   (out-of-distribution score: {score:.1f})" if score is not None and score > 1 else ""
+            unlike = f"   (out-of-distribution score: {text_of(score)})" if score is not None and score > 1 else ""
             print(one_line(f"{path}: {shown}{unlike}"), flush=True)
     if args.json:
         print(json.dumps(answers, indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class Explanation:
     explained: Prediction
     """The class that the evidence is for: by default the likeliest one."""
     predictions: list[Prediction]
-    """The likeliest classes."""
+    """The likeliest classes; the first one is the model's answer."""
     windows: tuple[Window, ...]
     """Evidence by occlusion, over all bytes in their order."""
     gradients: np.ndarray
@@ -86,10 +87,13 @@ class Explanation:
 
     def summary(self) -> str:
         """One sentence, such as `71 % of the evidence lies in IDAT, 22 % in tEXt`."""
-        shares = self.shares()
+        shares = {name: share for name, share in self.shares().items() if share > 0}
+        if not shares:
+            return f"no bytes speak for {self.explained.class_name}"
         named = [(name, share) for name, share in shares.items() if share >= WORTH_NAMING][:NAMED]
         if not named:
-            return f"no bytes speak for {self.explained.class_name}"
+            most = math.ceil(100 * max(shares.values()))
+            return f"the evidence is spread over {len(shares)} parts, with at most {most} % in each"
         first, *others = (f"{100 * share:.0f} %" for _, share in named)
         names = [name for name, _ in named]
         return ", ".join(
@@ -143,8 +147,9 @@ def explain(
 
     stored, data: uint8, before and after the transforms
     """
-    log_probabilities = classifier.log_probabilities([data])[0]
-    index = int(log_probabilities.argmax()) if index is None else index
+    probabilities = np.exp(classifier.log_probabilities([data])[0])
+    predictions = _ranked(probabilities, classes)
+    index = predictions[0].index if index is None else index
     layout = _structure_of(stored, data, transforms)
     references, reference = choose(files, data, layout.format, index, DRAWS, seed)
     windows = windows_of(len(data), classifier.network.architecture.stride)
@@ -157,8 +162,8 @@ def explain(
         stored=stored,
         data=data,
         format=layout.format,
-        explained=Prediction(classes[index], index, float(np.exp(log_probabilities[index]))),
-        predictions=_ranked(np.exp(log_probabilities), classes),
+        explained=Prediction(classes[index], index, float(probabilities[index])),
+        predictions=predictions,
         windows=tuple(Window(*window, float(worth)) for window, worth in zip(windows, evidence, strict=True)),
         gradients=gradients.astype(np.float32),
         parts=parts,
@@ -252,8 +257,8 @@ def _notes(
         )
     if largest < LEAST_DROP:
         notes.append(
-            f"No window matters by itself (the largest drop of the log-probability is {largest:.2g}): the answer "
-            "rests on many places, or on none, and the shares of parts are uncertain."
+            f"No window matters by itself (the largest drop of the log-probability is {largest:.2g}): the "
+            "evidence lies in many places, or in none, and the shares of parts are uncertain."
         )
     if reference == SHUFFLED:
         notes.append("No validation files of other classes were at hand, so evidence is less exact.")

@@ -21,8 +21,8 @@ SMALL_PICTURE = 128  # pixels, up to which a picture is shown as squares
 FOR, AGAINST = (230, 97, 0), (93, 58, 155)
 
 
-def html(explanation: Explanation) -> str:
-    """The page. Whatever comes from the file or from class names is escaped."""
+def html(explanation: Explanation, origin: str = "") -> str:
+    """The page. Whatever comes from the file or from class names is escaped. `origin` is that of `style.document`."""
     e = explanation
     sections = (
         _answer(e),
@@ -34,16 +34,22 @@ def html(explanation: Explanation) -> str:
         _hex(e),
         _how(e),
     )
-    return document(f"{escape(e.name)}: {escape(e.explained.class_name)}", "\n".join(filter(None, sections)))
+    return document(
+        f"{escape(e.name)}: {escape(e.predictions[0].class_name)}", "\n".join(filter(None, sections)), origin
+    )
 
 
 def _answer(e: Explanation) -> str:
     size = f"{len(e.data):,} bytes"
     what = escape(e.format if e.format != "unknown" else "unknown format")
+    best = e.predictions[0]
+    answer = f"<b>{escape(best.class_name)}</b> with {_percent(best.probability)}"
+    if e.explained.index != best.index:
+        name = escape(e.explained.class_name)
+        answer += f"; the evidence below is for <b>{name}</b>, which has {_percent(e.explained.probability)}"
     return (
         f'<h1>{escape(e.name)}</h1><p class="faint">{what}, {size}</p>'
-        f'<p class="answer"><b>{escape(e.explained.class_name)}</b> with {_percent(e.explained.probability)}; '
-        f"{escape(e.summary())}.</p>"
+        f'<p class="answer">{answer}; {escape(e.summary())}.</p>'
     )
 
 
@@ -144,9 +150,9 @@ def _along(e: Explanation) -> str:
         f'<svg viewBox="0 0 1000 100" height="180" preserveAspectRatio="none" role="img" '
         f'aria-label="evidence along the file">{"".join(bars)}</svg>'
         f'<p class="faint ends"><span>byte 0</span><span>byte {length - 1:,}</span></p>'
-        f'<p class="faint">Above: how much the answer suffers when other files’ bytes take the place of a window '
-        f"({_key('for')} it suffers, {_key('against')} it gains); the largest "
-        f"bar is a change of {most:.2g} in the log-probability. Below: the structure: {kinds}.</p>{_parts(e)}"
+        f'<p class="faint">Above: how much the log-probability of {escape(e.explained.class_name)} changes when '
+        f"other files’ bytes take the place of a window ({_key('for')} it falls, {_key('against')} it rises); the "
+        f"largest bar is a change of {most:.2g}. Below: the structure: {kinds}.</p>{_parts(e)}"
     )
 
 
@@ -171,14 +177,11 @@ def _parts(e: Explanation) -> str:
 def _what_if(e: Explanation) -> str:
     w, name = e.without, escape(e.explained.class_name)
     now = w.predictions[0]
-    answer = (
-        f"the answer stays <b>{name}</b>"
-        if now.index == e.explained.index
-        else f"the answer becomes <b>{escape(now.class_name)}</b> ({_percent(now.probability)})"
-    )
+    change = "stays" if now.index == e.predictions[0].index else "becomes"
     return (
-        f"<h2>What if</h2><p>Without <b>{escape(w.name)}</b>, {answer}; {name} has {_percent(w.probability)}, "
-        f"and {_percent(e.explained.probability)} with it.</p>"
+        f"<h2>What if</h2><p>Without <b>{escape(w.name)}</b>, the answer {change} <b>{escape(now.class_name)}</b> "
+        f"({_percent(now.probability)}); {name} has {_percent(w.probability)}, and "
+        f"{_percent(e.explained.probability)} with it.</p>"
     )
 
 

@@ -49,11 +49,12 @@ figcaption{font-size:.875rem;color:var(--faint)}
 """
 
 
-def document(title: str, body: str) -> str:
-    """An HTML page. `title` and `body` must be escaped already."""
+def document(title: str, body: str, origin: str = "") -> str:
+    """An HTML page. `title` and `body` must be escaped already. `origin` identifies the file that the page explains; it
+    is plain text near the beginning of the page."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="{GENERATOR}">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta name="origin" content="{origin}"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 

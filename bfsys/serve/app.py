@@ -61,7 +61,7 @@ class FileAnswer(BaseModel):
     error: str | None = Field(None, description="Why the file has no answer")
     note: str | None = Field(None, description="Why the prediction may be unreliable")
     out_of_distribution: float | None = Field(
-        None, description="How unlike the files of the run it is: above 1, it looks like none of them"
+        None, description="How unlike the reference files of the run it is: above 1, it looks like none of them"
     )
 
 

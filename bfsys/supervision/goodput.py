@@ -8,7 +8,8 @@ to the wall time. A process reads the wall clock once and measures from there, s
 wrong. If the clock was set back between two starts, no time is counted between them.
 
     restart     from the last note of a process to the first step of the next one, also before the very first step
-    lost        steps that were repeated, because no checkpoint contained them (and that were noted)
+    lost        steps that were repeated, because the checkpoint of a later start did not contain them (and that were
+                noted)
     stall       waiting for a checkpoint: the copy to host memory, a slow writer, the commit
     data_wait   waiting for data
     productive  the rest: steps that count, and evaluations
@@ -19,6 +20,7 @@ Rejected alternative: sums that checkpoints carry, because they would not includ
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -42,6 +44,7 @@ CAUSES = ("productive", "lost", "restart", "stall", "data_wait")
 class _Attempt:
     """A process, or the part of it between two roll-backs."""
 
+    idle_since: float  # the end of the attempt before it; of the first attempt, its start
     start: float
     step: int  # the step that it resumes from
     notes: list[tuple[float, int, float, float]] = field(default_factory=list)  # (time, step, stall_s, wait_s)
@@ -60,7 +63,6 @@ class Ledger:
         self.stall_s = self.wait_s = 0.0
         self._file: TextIO | None = None
         self._attempts: list[_Attempt] = []
-        self._closed = dict.fromkeys(CAUSES, 0.0)  # seconds of all attempts but the last
         self._clock_offset_s = time.time() - time.monotonic()
         # The launcher's imports count as part of the first start.
         self._start = float(os.environ.get(STARTED) or psutil.Process().create_time())
@@ -103,9 +105,11 @@ class Ledger:
 
     def seconds(self) -> dict[str, float]:
         """Seconds by cause, until the latest event."""
-        total = dict(self._closed)
-        if self._attempts:
-            _account(total, self._attempts[-2] if len(self._attempts) > 1 else None, self._attempts[-1], None)
+        total = dict.fromkeys(CAUSES, 0.0)
+        resumed_from = math.inf  # the smallest step from which a later attempt resumes
+        for attempt in reversed(self._attempts):
+            _account(total, attempt, resumed_from)
+            resumed_from = min(resumed_from, attempt.step)
         return total
 
     def close(self) -> None:
@@ -119,7 +123,7 @@ class Ledger:
 
     @property
     def _latest(self) -> float:
-        return max((attempt.end for attempt in self._attempts), default=0.0)
+        return self._attempts[-1].end if self._attempts else 0.0
 
     def _add(self, event: dict) -> None:
         if self._file:
@@ -131,10 +135,7 @@ class Ledger:
     def _take(self, event: dict) -> None:
         now = max(event["time"], self._latest)
         if event["event"] == "start":
-            if self._attempts:
-                before = self._attempts[-2] if len(self._attempts) > 1 else None
-                _account(self._closed, before, self._attempts[-1], event["step"])
-            self._attempts = [*self._attempts[-1:], _Attempt(now, event["step"])]
+            self._attempts.append(_Attempt(self._latest if self._attempts else now, now, event["step"]))
         elif self._attempts and event["event"] == "begin":
             self._attempts[-1].began = now
         elif self._attempts and event["event"] == "note":
@@ -159,12 +160,12 @@ def goodput(seconds: dict[str, float]) -> float:
     return seconds["productive"] / max(1e-9, sum(seconds.values()))
 
 
-def _account(total: dict[str, float], before: _Attempt | None, attempt: _Attempt, resumed_from: int | None) -> None:
-    """Add an attempt's seconds to the causes. The next attempt, if any, resumes from `resumed_from`."""
+def _account(total: dict[str, float], attempt: _Attempt, resumed_from: float) -> None:
+    """Add an attempt's seconds to the causes. Later attempts repeat the steps after `resumed_from`."""
     began = attempt.end if attempt.began is None else attempt.began
-    total["restart"] += began - (before.end if before else attempt.start)
-    count = (n for n in reversed(attempt.notes) if resumed_from is None or n[1] <= resumed_from)
-    last = next(count, (began, attempt.step, 0.0, 0.0))
+    total["restart"] += began - attempt.idle_since
+    kept = (note for note in reversed(attempt.notes) if note[1] <= resumed_from)
+    last = next(kept, (began, attempt.step, 0.0, 0.0))
     total["stall"] += last[2]
     total["data_wait"] += last[3]
     total["productive"] += last[0] - began - last[2] - last[3]

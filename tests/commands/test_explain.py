@@ -48,6 +48,20 @@ def test_each_file_gets_a_page_of_its_own(explain: Explain, files: Path, tmp_pat
     assert (tmp_path / "pages" / "one.bin.html").read_text() == first
 
 
+def test_a_page_is_overwritten_only_by_that_of_the_same_file(
+    explain: Explain, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def page(*arguments: object) -> str:
+        return Path(explain(*arguments, "--out", tmp_path / "pages").splitlines()[1].strip()).name
+
+    assert page(files / "one.bin") == "one.bin.html"
+    assert page(files / "sub" / "one.bin") == "one.bin-2.html"
+    assert page(files / "one.bin", "--class", "b1") == "one.bin.html"
+    monkeypatch.chdir(files / "sub")
+    assert page("one.bin") == "one.bin-2.html"
+    assert str(files) not in (tmp_path / "pages" / "one.bin-2.html").read_text()  # a page may be published
+
+
 def test_pages_go_to_a_folder_here_by_default(explain: Explain, files: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     explain(files / "one.bin")
@@ -63,6 +77,17 @@ def test_json_and_another_class(explain: Explain, files: Path, tmp_path: Path) -
     )
     assert Path(found["page"]).is_file()
     assert found["reference"].startswith("4 validation")
+
+
+def test_the_answer_is_printed_also_if_another_class_is_explained(
+    explain: Explain, files: Path, tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "pages")
+    answer = explain(files / "one.bin", *out).split("%")[0]
+    other = "b1" if answer.split()[-2] != "b1" else "a0"
+    assert re.match(
+        rf"{re.escape(answer)}%; for {other} \([\d.]+ %\), ", explain(files / "one.bin", "--class", other, *out)
+    )
 
 
 def test_bad_input_is_one_line_each(explain: Explain, files: Path, tmp_path: Path) -> None:

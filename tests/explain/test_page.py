@@ -14,6 +14,7 @@ from PIL import Image
 from bfsys.answers import Prediction
 from bfsys.explain import overlay, page
 from bfsys.explain.explanation import Explanation, Part, Window, Without
+from bfsys.explain.ranges import Range
 from bfsys.explain.structure import structure
 from tests.explain.tiny import png_file, wav_file
 
@@ -98,6 +99,36 @@ def test_nothing_speaks_for_a_class() -> None:
     e = explained(bytes(100), np.zeros(100, np.float32))
     e = replace(e, parts=tuple(replace(p, share=0.0) for p in e.parts), windows=(Window(0, 100, 0.0),))
     assert "no bytes speak for" in checked(e)
+
+
+def test_many_small_parts_speak_for_a_class_together() -> None:
+    e = explained(bytes(60))
+    ranges = [Range(i, i + 1, f"chunk {i}", "content") for i in range(60)]
+    shares = [0.036, *[0.964 / 54] * 54, *[0.0] * 5]
+    e = replace(e, parts=tuple(Part(*pair) for pair in zip(ranges, shares, strict=True)))
+    assert e.summary() == "the evidence is spread over 55 parts, with at most 4 % in each"
+
+
+@pytest.mark.parametrize(
+    ("explained_class", "answer_without", "told"),
+    [
+        ("bold", "bold", "the answer stays <b>bold</b> (50.0 %); bold has 40.0 %, and 46.0 % with it"),
+        ("bold", "light", "the answer becomes <b>light</b> (50.0 %); bold has 40.0 %, and 46.0 % with it"),
+        ("light", "bold", "the answer stays <b>bold</b> (50.0 %); light has 40.0 %, and 30.0 % with it"),
+        ("light", "light", "the answer becomes <b>light</b> (50.0 %); light has 40.0 %, and 30.0 % with it"),
+    ],
+)
+def test_what_if_compares_with_the_answer_and_not_with_the_explained_class(
+    explained_class: str, answer_without: str, told: str
+) -> None:
+    classes = {"bold": Prediction("bold", 0, 0.46), "light": Prediction("light", 1, 0.3)}
+    e = explained(bytes(100))
+    without = replace(e.without, predictions=(replace(classes[answer_without], probability=0.5),))
+    e = replace(e, explained=classes[explained_class], predictions=list(classes.values()), without=without)
+    text = page.html(e)
+    assert told in text
+    assert '<p class="answer"><b>bold</b> with 46.0 %; ' in text
+    assert ("evidence below is for <b>light</b>, which has 30.0 %" in text) == (explained_class == "light")
 
 
 def test_a_large_file_shows_its_beginning_and_the_most_telling_bytes() -> None:

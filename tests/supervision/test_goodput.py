@@ -37,6 +37,23 @@ def test_every_second_has_its_cause(tmp_path: Path) -> None:
     assert goodput(seconds) == pytest.approx(62 / 125)
 
 
+def test_steps_of_all_earlier_attempts_that_are_repeated_are_lost(tmp_path: Path) -> None:
+    """The third attempt resumes from step 50, because the checkpoints after it were damaged."""
+    run = write(tmp_path, [
+        {"event": "start", "time": 0, "step": 0},
+        {"event": "begin", "time": 0},
+        note(50, 50, stall_s=1),
+        note(100, 100, stall_s=3),
+        {"event": "start", "time": 100, "step": 100},
+        {"event": "begin", "time": 100},
+        note(200, 200, wait_s=7),
+        {"event": "start", "time": 200, "step": 50},
+        {"event": "begin", "time": 200},
+        note(350, 200),
+    ])  # fmt: skip
+    assert read_seconds(run) == {"productive": 49 + 150, "lost": 150, "restart": 0, "stall": 1, "data_wait": 0}
+
+
 def test_a_clock_that_is_set_back_makes_no_duration_negative(tmp_path: Path) -> None:
     run = write(tmp_path, [
         {"event": "start", "time": 1000, "step": 0},

@@ -35,7 +35,7 @@ from bfsys.data.streaming.plan import MicroBatch, Plan, lanes_of_rank
 from bfsys.data.streaming.reader import ShardReader
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
-from bfsys.out_of_distribution import FILES, ReferenceFiles, reference_files
+from bfsys.out_of_distribution import FEWEST, FILES, ReferenceFiles, reference_files
 
 FIRST_STEPS = 20  # the plan balances lengths, so later steps are similar
 
@@ -90,16 +90,27 @@ class RunData:
         return formats
 
     def read_reference_files(self) -> ReferenceFiles | None:
-        """Files of each source as the model reads them, from its evaluation split or, without one, from its training
-        split, at equal distances, since tars made elsewhere may be sorted by class. None if too few can be read."""
-        sources = self.validation if self.validation.splits else self.training
-        most = -(-FILES // len(sources.splits))
-        spread = [np.linspace(0, len(split) - 1, min(most, len(split))).astype(int) for split in sources.splits]
-        wanted = [(source, sample) for source, samples in enumerate(spread) for sample in samples.tolist()]
+        """Evaluation files of each source as the model reads them, and training files of the sources with too few of
+        those. None if too few files can be read."""
+        most, fewest = (-(-count // len(self.training.splits)) for count in (FILES, FEWEST))
+        evaluated = dict(zip(self.validation.numbers, map(len, self.validation.splits), strict=True))
+        there = [evaluated.get(number, 0) for number in self.training.numbers]
+        is_other = self.config.data.eval_split != self.config.data.train_split
+        missing = [most - files if files < fewest and is_other else 0 for files in there]
+        return reference_files(
+            self._spread(self.validation, [most] * len(self.validation.splits)), self._spread(self.training, missing)
+        )
+
+    def _spread(self, sources: Sources, counts: Sequence[int]) -> Iterator[np.ndarray]:
+        """At most `counts` files of each source, uint8 [n] each. They are at equal distances, since tars made elsewhere
+        may be sorted by class. Files that are empty or cannot be read are left out."""
         reader = ShardReader(sources, seed=self.config.train.seed, replace_bad=False)
         try:  # one at a time, since files may be large
-            contents = (reader.read(MicroBatch(*np.array([*one, 0])[:, None])).data for one in wanted)
-            return reference_files(content for content in contents if len(content))
+            for source, (split, count) in enumerate(zip(sources.splits, counts, strict=True)):
+                for sample in np.linspace(0, len(split) - 1, min(count, len(split))).astype(int):
+                    data = reader.read(MicroBatch(*np.array([source, sample, 0])[:, None])).data
+                    if len(data):
+                        yield data
         finally:
             reader.close()
 
