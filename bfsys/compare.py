@@ -69,7 +69,9 @@ class Run:
 
     @property
     def evaluation_data(self) -> str | None:
-        """The number of files of each source in the latest evaluation."""
+        """The files of the latest evaluation; of runs of earlier versions, their number in each source."""
+        if self.scores and "evaluated" in self.scores:
+            return str(self.scores["evaluated"])
         sources = self.scores["sources"] if self.scores else {}
         return json.dumps({name: part.get("samples") for name, part in sources.items()}) if sources else None
 
