@@ -175,7 +175,7 @@ class Report:
             warnings.simplefilter("always")  # also those that were given before
             figure.savefig(file, format="png", dpi=dpi)
         lacks_letters = any("missing from" in str(warning.message) for warning in warned)
-        return f"picture: {path}" + lacks_letters * " (its font lacks letters of some classes, which the tables have)"
+        return f"picture: {path}" + lacks_letters * " (its font lacks letters of some names; the tables have them)"
 
 
 def _label(name: str) -> str:

@@ -79,7 +79,7 @@ def test_class_names_of_any_length_and_script_are_drawn_without_warnings(
     assert "x" * 200 in (tmp_path / "long" / "classes.tsv").read_text()
     for names in (["猫" * 40, "dog"], ["🐕", "🐈"]):
         said = Report(names, tmp_path / names[1]).write(answers)
-        assert said[-1].endswith("confusion.png (its font lacks letters of some classes, which the tables have)")
+        assert said[-1].endswith("confusion.png (its font lacks letters of some names; the tables have them)")
     assert not recwarn.list
 
 
