@@ -4,6 +4,7 @@ by their first bytes. A model that does not beat them has not learned the conten
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -42,14 +43,21 @@ class Table:
         return cls(np.array(lengths), np.array(counts), np.array(first), np.array(labels))
 
 
-def largest_class(train: Table, val: Table) -> float:
-    return float((val.labels == np.bincount(train.labels).argmax()).mean())
+def largest_class(training: Sources, val: Table) -> float:
+    counts: Counter[str] = Counter()
+    for split in training.splits:
+        counts.update(split.dataset.description["splits"][split.split]["class_counts"])
+    largest = max(training.classes, key=counts.__getitem__)
+    return float((val.labels == training.classes.index(largest)).mean())
 
 
 def nearest_size(train: Table, val: Table) -> float:
+    """The accuracy of choosing the class with the nearest mean logarithm of the length. Byte transforms may leave
+    nothing of a file; then the logarithm is that of one byte."""
+    of_train, of_val = (np.log(np.maximum(1, table.lengths)) for table in (train, val))
     classes = np.unique(train.labels)
-    means = np.array([np.log(train.lengths[train.labels == c]).mean() for c in classes])
-    nearest = np.abs(np.log(val.lengths)[:, None] - means).argmin(1)
+    means = np.array([of_train[train.labels == c].mean() for c in classes])
+    nearest = np.abs(of_val[:, None] - means).argmin(1)
     return float((classes[nearest] == val.labels).mean())
 
 
@@ -80,10 +88,11 @@ def unmixed(config: Config) -> Sources:
     return open_training(replace(config, data=replace(config.data, sources=tuple(sources))))
 
 
-def batches_for_training(config: Config, sources: Sources, steps: int) -> Iterator[ByteBatch]:
+def batches_for_training(config: Config, sources: Sources, steps: int, every: int = 1) -> Iterator[ByteBatch]:
+    """The batches of each `every`-th of `steps` steps."""
     optim = replace(config.optim, content_loss=0.0)  # these models predict only classes
     config = replace(config, optim=optim, train=replace(config.train, steps=steps))
-    return training_batches(config, sources, make_plan(config, sources), Ranks(), first_step=0)
+    return training_batches(config, sources, make_plan(config, sources), Ranks(), first_step=0, every=every)
 
 
 def batches_for_evaluation(config: Config, sources: Sources) -> Iterator[ByteBatch]:
@@ -93,9 +102,13 @@ def batches_for_evaluation(config: Config, sources: Sources) -> Iterator[ByteBat
 def tables_of(
     config: Config, training: Sources, validation: Sources, most_files: int | None = None
 ) -> tuple[Table, Table]:
-    """The tables of one epoch of the run's training files, or of its first `most_files`, and of its evaluation
-    files."""
+    """The tables of one epoch of the run's training files and of its evaluation files.
+
+    With `most_files`, training files come from steps at equal distances in the epoch, because the files of tars made
+    elsewhere may be sorted by class.
+    """
     files = sum(len(split) for split in training.splits)
-    steps = -(-min(files, most_files or files) // config.data.batch_samples)
-    train = Table.of(batches_for_training(config, unmixed(config), steps))
+    steps = -(-files // config.data.batch_samples)
+    every = -(-files // most_files) if most_files else 1
+    train = Table.of(batches_for_training(config, unmixed(config), steps, every))
     return train, Table.of(batches_for_evaluation(config, validation))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from bfsys.batch import ByteBatch
+from bfsys.data.storage.classes import some
 from bfsys.dist import gather_to_rank0
 from bfsys.errors import UserError
 from bfsys.files import replace_file, replacing
@@ -28,6 +30,8 @@ from bfsys.files import replace_file, replacing
 MOST_CLASSES_DRAWN = 2000
 MOST_CLASSES_NAMED = 60  # up to this number, rows and columns are labelled
 MOST_CLASSES_COUNTED = 30  # up to this number, each cell shows its number of files
+LONGEST_LABEL = 30  # characters of a class on the picture; longer names are cut in the middle
+CHARACTER_INCHES = 0.09  # mean width of a character of a label
 WORST_PAIRS = 5
 WORST_FILES = 10
 
@@ -114,7 +118,7 @@ class Report:
             note = self._draw(labels, answers, counts, files)
         except OSError as error:
             raise UserError(f"--report {self.folder}: cannot be written: {error.strerror}") from None
-        seen = np.flatnonzero(files)
+        seen, unseen = np.flatnonzero(files), np.flatnonzero(files == 0)
         lowest = min(seen, key=lambda c: right[c] / files[c])
         return [
             f"lowest top-1 of a class: {self.classes[lowest]} {100 * right[lowest] / files[lowest]:.1f} % "
@@ -123,6 +127,7 @@ class Report:
                 f"  {self.classes[label]} taken for {self.classes[answer]}: {-minus_count} of {files[label]} files"
                 for minus_count, label, answer in mistakes[:WORST_PAIRS]
             ),
+            *_note_on_unseen([self.classes[number] for number in unseen]),
             f"by class: {self.folder}/classes.tsv   by pair: {self.folder}/confusion.tsv   {note}",
         ]
 
@@ -147,14 +152,15 @@ class Report:
         matrix = np.zeros((len(shown), len(shown)))
         matrix[np.searchsorted(shown, labels), np.searchsorted(shown, answers)] = counts
         share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+        names = [_label(self.classes[number]) for number in shown] if len(shown) <= MOST_CLASSES_NAMED else []
         side = min(16.0, 4 + 0.3 * len(shown))
-        figure = Figure((side + 1, side), layout="constrained")
+        margin = CHARACTER_INCHES * max(map(len, names), default=0)
+        figure = Figure((side + margin + 1, side + margin), layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         figure.colorbar(image, label="share of the class's files")
         axes.set(xlabel="answer", ylabel="class")
-        if len(shown) <= MOST_CLASSES_NAMED:
-            names = [self.classes[number] for number in shown]
+        if names:
             # No parse_math, since a class may have a name such as $5_$10
             axes.set_xticks(range(len(shown)), names, rotation=90, parse_math=False)
             axes.set_yticks(range(len(shown)), names, parse_math=False)
@@ -164,10 +170,27 @@ class Report:
                 count = f"{matrix[row, column]:.0f}"
                 axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=7)
         path = self.folder / "confusion.png"
-        with replacing(path, durable=False) as file:
-            dpi = 120 if len(shown) <= MOST_CLASSES_NAMED else math.ceil(len(shown) / side)
+        dpi = 120 if names else math.ceil(len(shown) / side)
+        with replacing(path, durable=False) as file, warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")  # also those that were given before
             figure.savefig(file, format="png", dpi=dpi)
-        return f"picture: {path}"
+        lacks_letters = any("missing from" in str(warning.message) for warning in warned)
+        return f"picture: {path}" + lacks_letters * " (its font lacks letters of some names; the tables have them)"
+
+
+def _label(name: str) -> str:
+    """The name of a class for the picture. The middle of a long name is left out, since many names begin alike."""
+    if len(name) <= LONGEST_LABEL:
+        return name
+    return f"{name[: LONGEST_LABEL // 2]}…{name[1 - LONGEST_LABEL // 2 :]}"
+
+
+def _note_on_unseen(names: list[str]) -> list[str]:
+    """A line on classes of which no file was evaluated, if there are any."""
+    if not names:
+        return []
+    subject, verb = ("1 class has", "is") if len(names) == 1 else (f"{len(names):,} classes have", "are")
+    return [f"{subject} no file here and {verb} not in the score: {some(names)}"]
 
 
 def _write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -6,6 +6,7 @@ several sources, each source has a colour.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,7 @@ def draw(curves: dict[Path, dict], score: str, out: Path) -> None:
     for panel in panels[len(curves) :]:
         panel.remove()
     try:
-        figure.savefig(out, dpi=110)
+        with warnings.catch_warnings(action="ignore"):  # that the font lacks letters of a name
+            figure.savefig(out, dpi=110)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from None

@@ -69,6 +69,27 @@ def test_names_are_not_taken_for_formulas(tmp_path: Path) -> None:
     assert f"picture: {tmp_path}/confusion.png" in Report(["$5_$10", "x^$y_$"], tmp_path).write(answers)[-1]
 
 
+def test_class_names_of_any_length_and_script_are_drawn_without_warnings(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    answers = Answers(2)
+    answers.add(batch_of(torch.tensor([0, 1])), torch.eye(2))
+    said = Report(["x" * 200, "y" * 200], tmp_path / "long").write(answers)
+    assert said[-1].endswith(f"picture: {tmp_path}/long/confusion.png")
+    assert "x" * 200 in (tmp_path / "long" / "classes.tsv").read_text()
+    for names in (["猫" * 40, "dog"], ["🐕", "🐈"]):
+        said = Report(names, tmp_path / names[1]).write(answers)
+        assert said[-1].endswith("confusion.png (its font lacks letters of some names; the tables have them)")
+    assert not recwarn.list
+
+
+def test_classes_without_files_are_named(tmp_path: Path) -> None:
+    assert answered(tmp_path, PAIRS)[-2] == "1 class has no file here and is not in the score: c2"
+    few = answered(tmp_path, [(0, 0), (1, 1)], 9)
+    assert few[-2] == "7 classes have no file here and are not in the score: c2, c3, c4, c5, c6, …"
+    assert not any("no file here" in line for line in answered(tmp_path, [(0, 0), (1, 1)], 2))
+
+
 def test_many_classes_need_no_matrix(tmp_path: Path) -> None:
     pairs = [(i, (i * 7) % 3000) for i in range(0, 3000)]
     assert "no picture of more than 2,000 classes" in answered(tmp_path, pairs, 3000)[-1]

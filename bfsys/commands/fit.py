@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if problems:
         raise UserError(*problems)
     console.go_on_without()  # a closed console must not stop training
-    from bfsys.fitting.fit import Request, name_for, next_commands, prepare, report, train
+    from bfsys.fitting.fit import Request, name_for, next_commands, prepare, train
+    from bfsys.fitting.report import report
     from bfsys.supervision.signals import EXIT_CODES
 
     request = Request(
@@ -89,6 +90,10 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"training failed with exit code {code}, see above")
         return code
-    print("\n".join(["", *report(request), "", f"took {(time.monotonic() - began_s) / 60:.1f} minutes; try next:"]))
+    print(
+        "\n".join(
+            ["", *report(request.run_dir), "", f"took {(time.monotonic() - began_s) / 60:.1f} minutes; try next:"]
+        )
+    )
     print("\n".join(f"  {line}" for line in next_commands(request, config)))
     return 0

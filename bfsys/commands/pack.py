@@ -121,10 +121,6 @@ def print_summary(folder: Path, left_out: str) -> None:
     from bfsys.data.storage.shards import read_description, summarise
 
     print(summarise(read_description(folder)))
-    if left_out:
-        print(f"  {left_out}")
-    if (folder / staging.SKIPPED_LIST).exists():
-        skipped = (folder / staging.SKIPPED_LIST).read_text(encoding="utf-8").count("\n")
-        files = "file" if skipped == 1 else "files"
-        print(f"  left out: {skipped:,} bad {files}, named in {folder / staging.SKIPPED_LIST}")
+    for line in filter(None, (left_out, staging.note_on_skipped(folder))):
+        print(f"  {line}")
     print(f"to train on it, put these lines into a config:\ndata:\n  sources:\n    - path: {one_line(str(folder))}")

@@ -171,8 +171,9 @@ def choose(survey: Survey, machine: Machine, train_s: float, *, as_stored: bool)
         form = smaller
 
 
-def choice_of(survey: Survey, machine: Machine, form: Format) -> Choice:
-    lengths = form.lengths(survey)
+def choice_of(survey: Survey, machine: Machine, form: Format, lengths: np.ndarray | None = None) -> Choice:
+    """The choices for a format. `lengths` are those of the packed training files; without them they are estimated."""
+    lengths = form.lengths(survey) if lengths is None else lengths
     median = float(np.median(lengths))
     kernel = next((kernel for limit, kernel in KERNELS if median <= limit), LARGEST_KERNEL)
     longest = max(int(lengths.max()), survey.longest if form.encoding == "as_stored" else 0)

@@ -15,27 +15,22 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
-from bfsys.baselines import FIRST_BYTES, Table, byte_counts, first_bytes, largest_class, nearest_size, tables_of
-from bfsys.checkpoint.files import METRICS, find_newest, step_of
-from bfsys.checkpoint.loading import load_model
+from bfsys.checkpoint.files import METRICS, evaluations, find_newest, step_of
 from bfsys.config import Config, load_config
-from bfsys.confusion import Answers, Report
-from bfsys.curves import draw, read
 from bfsys.data.media.encodings import AS_STORED, Fitting, parse_encoding
 from bfsys.data.packing.listing import Listing, check_files
 from bfsys.data.packing.pack import Packing, list_source, name_bad_files, pack
+from bfsys.data.packing.staging import note_on_skipped, skipped_files
 from bfsys.data.storage.shards import DESCRIPTION, open_split, read_description
-from bfsys.data.streaming.datasets import open_evaluation, open_training
-from bfsys.data.streaming.quarantine import Quarantine
+from bfsys.data.streaming.datasets import evaluable_splits
 from bfsys.errors import UserError, one_line
-from bfsys.evaluate import evaluate
 from bfsys.files import read_regular, replace_file
 from bfsys.fitting.choice import LEAST_STEPS, Choice, Format, Machine, choice_of, choose, settings_of, to_yaml
 from bfsys.fitting.survey import Survey, survey_of
@@ -43,7 +38,7 @@ from bfsys.json_lines import read_json_lines
 from bfsys.launch.job import TrainJob
 from bfsys.launch.local import choose_ranks, launch, run_group
 from bfsys.model.precision import cpu_multiplies_bf16
-from bfsys.ranks import Ranks, gpu_count
+from bfsys.ranks import gpu_count
 from bfsys.supervision.signals import EXIT_CODES
 
 RECORD = "# bfsys fit: "  # begins the line of the config that records the request as JSON
@@ -54,8 +49,6 @@ PASSED_OVER_STEPS = 2  # the first steps, which allocate memory, are not measure
 EVALUATIONS = 5  # four during the run, one for the report
 SHARE_OF_TIME = 0.9  # share of the remaining time for training; machines are not always as fast as in the trial
 REPORT_S = 15.0  # loads the model, computes the baselines and draws the plots
-BASELINE_FILES = 20_000  # training files of the baselines, which would else take longer than the training
-LOGISTIC_CLASSES = 200  # the time and memory of logistic regression grow with the number of classes
 SHARD_BYTES = 100_000_000
 FITTED = "fitted"  # extension of the file beside a dataset that names its source folder
 
@@ -128,6 +121,9 @@ def prepare(request: Request, began_s: float) -> Config | int:
         )
     while True:
         data, eval_data = pack_all(request, choice)
+        check_classes(request.folder, trained_classes(Path(eval_data)))
+        lengths = open_split(eval_data, "train").samples["length"].astype(np.int64)  # bad files are left out of these
+        choice = choice_of(survey, machine, choice.format, lengths)
         trial = try_out(request, choice, data, eval_data)
         if isinstance(trial, int):
             return trial
@@ -178,35 +174,53 @@ def note_changes(request: Request, record: dict) -> None:
     except UserError as error:
         print(f"note: {error.problems[0]}; this run continues with the packed files", file=sys.stderr)
         return
-    if packed not in (None, now):
-        before, after = (f"{c['files']:,} files and {c['train_bytes']:,} bytes for training" for c in (packed, now))
-        print(
-            f"note: {request.folder} has changed since its files were packed: it had {before}, and has {after} now. "
-            "This run continues with the packed files; to train on the current ones, give another --name",
-            file=sys.stderr,
-        )
+    if packed is None or packed.items() <= now.items():  # a config of an earlier version has no digest
+        return
+    before, after = (f"{c['files']:,} files and {c['train_bytes']:,} bytes for training" for c in (packed, now))
+    what = f"it had {before}, and has {after} now"
+    if before == after:
+        what = f"it still has {before}, but names, classes, splits, times or bytes of files differ"
+    print(
+        f"note: {request.folder} has changed since this run began: {what}. The run was begun with the earlier "
+        "files; to train on the current ones, give another --name",
+        file=sys.stderr,
+    )
 
 
-def content_of(survey: Survey) -> dict[str, int]:
-    """Counts that show whether the folder has changed since it was packed."""
-    return {"files": sum(survey.files.values()), "train_bytes": int(survey.train_bytes.sum())}
+def content_of(survey: Survey) -> dict[str, int | str]:
+    """Values that show whether the folder has changed."""
+    return {
+        "files": sum(survey.files.values()),
+        "train_bytes": int(survey.train_bytes.sum()),
+        "digest": survey.digest,
+    }
 
 
 def survey_folder(request: Request) -> Survey:
     """Survey the folder. Raises UserError if it cannot be packed or trained on."""
     if is_packed(request.folder):
         found = survey_of_packed(request.folder)
-        counts = read_description(request.folder)["splits"]["train"]["class_counts"]
-        trained = [name for name, count in counts.items() if count]
+        trained = trained_classes(request.folder)
     else:
         listing = listed(request)
         check_splits(request.folder, {file.split for file in listing.files})
         found = survey_of(listing.files, listing.classes)
         trained = sorted({file.class_name for file in listing.files if file.split == "train"})
+    check_classes(request.folder, trained)
+    return found
+
+
+def trained_classes(dataset: Path) -> list[str]:
+    """The classes of a packed dataset that have training files."""
+    counts = read_description(dataset)["splits"]["train"]["class_counts"]
+    return [name for name, count in counts.items() if count]
+
+
+def check_classes(folder: Path, trained: list[str]) -> None:
+    """Raise UserError unless two classes have training files."""
     if len(trained) < 2:
         names = "".join(map(repr, trained)) or "none"
-        raise UserError(f"{request.folder}: only one class has training files, {names}; a classifier needs at least 2")
-    return found
+        raise UserError(f"{folder}: only one class has training files, {names}; a classifier needs at least 2")
 
 
 def is_packed(folder: Path) -> bool:
@@ -217,7 +231,8 @@ def survey_of_packed(folder: Path) -> Survey:
     """Survey a packed dataset. Its files are not re-encoded."""
     description = read_description(folder)
     check_splits(folder, set(description["splits"]))
-    lengths = {split: open_split(folder, split).samples["length"].astype(np.int64) for split in description["splits"]}
+    splits = {split: open_split(folder, split) for split in description["splits"]}
+    lengths = {name: split.samples["length"].astype(np.int64) for name, split in splits.items()}
     return Survey(
         classes=tuple(description["classes"]),
         files={split: len(of_split) for split, of_split in lengths.items()},
@@ -227,6 +242,7 @@ def survey_of_packed(folder: Path) -> Survey:
         modality=None,
         typical_size=0.0,
         rate_hz=0,
+        digest=xxhash.xxh3_128_hexdigest("".join(split.fingerprint for split in splits.values()).encode()),
     )
 
 
@@ -259,12 +275,24 @@ def pack_all(request: Request, choice: Choice) -> tuple[str, str]:
     """Return the packed training data and evaluation data. They are one dataset unless training files are augmented."""
     if is_packed(request.folder):
         return str(request.folder), str(request.folder)
-    as_stored, encoded = packing_of(request, Format()), packing_of(request, choice.format)
-    for packing in (as_stored, encoded) if choice.format.augmented else (encoded,):
-        claim(packing.folder, request.folder)
-        pack(packing)
-        print(f"packed      {packing.folder} ({packing.encoding.text})", flush=True)
-    return str((as_stored if choice.format.augmented else encoded).folder), str(encoded.folder)
+    encoded = packing_of(request, choice.format)
+    pack_one(request, encoded)
+    if not choice.format.augmented:
+        return str(encoded.folder), str(encoded.folder)
+    # Augmentation decodes the stored files, so those that cannot be decoded are left out here, too
+    stored = replace(packing_of(request, Format()), known_bad=skipped_files(encoded.folder))
+    pack_one(request, stored)
+    return str(stored.folder), str(encoded.folder)
+
+
+def pack_one(request: Request, packing: Packing) -> None:
+    claim(packing.folder, request.folder)
+    pack(packing)
+    parts = read_description(packing.folder)["splits"].items()
+    files = ", ".join(f"{part['samples']:,} {name}" for name, part in parts)
+    print(f"packed      {packing.folder} ({packing.encoding.text}): {files}", flush=True)
+    if note := note_on_skipped(packing.folder):
+        print(f"  {note}", flush=True)
 
 
 def claim(folder: Path, source: Path) -> None:
@@ -355,45 +383,19 @@ def write_config(request: Request, survey: Survey, choice: Choice, data: str, ev
 
 
 def train(request: Request, config: Config) -> int:
-    """Train or resume until the last step. Returns the exit code."""
+    """Train or resume until the last step and its evaluation. Returns the exit code."""
     path, _ = find_newest(request.run_dir)
-    if path and step_of(path) >= config.train.steps:
+    if path and step_of(path) >= config.train.steps and is_evaluated(request.run_dir, config):
         print(f"{request.run_dir}: training has already finished ({config.train.steps} steps)", flush=True)
         return 0
     return launch(config, request.config_file, overrides_of(request), None, is_dry_run=False)
 
 
-def report(request: Request) -> list[str]:
-    """Evaluate the averaged weights, compare with baselines and draw the plots. Returns lines to print."""
-    model, config, manifest = load_model(request.run_dir, average=True)
-    ranks, folder = Ranks(), request.run_dir / "report"
-    training = open_training(config)
-    sources = open_evaluation(config, config.data.eval_split, manifest["classes"])
-    confusion, answers = Report(sources.classes, folder), Answers(len(sources.classes))
-    bad_files = Quarantine()
-    result = evaluate(model.to(ranks.device), config, sources, ranks, bad_files, manifest["step"], answers=answers)
-    for bad in bad_files.share(ranks, sources.sizes, config.data.max_bad_share):
-        print(f"left out: {one_line(bad.describe())}", file=sys.stderr)
-    train, held_out = tables_of(config, training, sources, BASELINE_FILES)
-    problems: list[str] = []
-    lines = [
-        f"held-out files ({config.data.eval_split})      {result['samples']:>8,}",
-        f"top-1 of this model         {100 * result['top1']:8.2f} %",
-        f"top-1 from byte counts      {logistic(byte_counts, train, held_out)}",
-        f"top-1 from {FIRST_BYTES} first bytes   {logistic(first_bytes, train, held_out)}",
-        f"top-1 from file sizes       {100 * nearest_size(train, held_out):8.2f} %",
-        f"top-1 of the largest class  {100 * largest_class(train, held_out):8.2f} %",
-        *confusion.write(answers),
-    ]
-    draw({request.run_dir: read(request.run_dir, "top1", problems)}, "top1", folder / "learning_curve.png")
-    return [*lines, f"learning curve: {folder / 'learning_curve.png'}"]
-
-
-def logistic(baseline: Callable[[Table, Table], float], train: Table, held_out: Table) -> str:
-    """The accuracy of a baseline that is a logistic regression, or why it is left out."""
-    if len(np.unique(train.labels)) > LOGISTIC_CLASSES:
-        return f"left out: logistic regression takes long with more than {LOGISTIC_CLASSES} classes"
-    return f"{100 * baseline(train, held_out):8.2f} %   (logistic regression)"
+def is_evaluated(run_dir: Path, config: Config) -> bool:
+    """Whether the evaluation after the last step is recorded, or there is none. A kill may come before it."""
+    if max(evaluations(run_dir), default=0) >= config.train.steps:
+        return True
+    return config.data.eval_split not in evaluable_splits(config, {})
 
 
 def next_commands(request: Request, config: Config) -> list[str]:

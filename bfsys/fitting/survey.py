@@ -6,12 +6,14 @@ values; packing reads every file later.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from bfsys.data.media.input_formats import FileKind, kind_of
 from bfsys.data.media.sounds import announced_samples, open_sound
@@ -45,6 +47,8 @@ class Survey:
     """Median sample rate of sounds; else 0."""
     kinds_tell_classes: bool = False
     """Whether the kind of a file tells much about its class, for example if the classes are formats."""
+    digest: str = ""
+    """It differs if any file has another name, class, split, size or time of modification."""
 
     @property
     def is_compressed(self) -> bool:
@@ -103,6 +107,7 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
         typical_size=float(np.quantile(sizes, 0.5 if modality == "image" else 0.95)) if modality else 0.0,
         rate_hz=int(np.median(rates)) if modality == "audio" else 0,
         kinds_tell_classes=_tell_classes(list(by_kind.values())),
+        digest=xxhash.xxh3_128_hexdigest(json.dumps(sorted(files)).encode()),
     )
 
 

@@ -49,7 +49,7 @@ def check_run(config: Config, ranks: int, *, on_gpu: bool) -> Checked:
     with collecting(problems):
         data = open_run_data(config, Ranks())
         problems += missing_shards(data.training) + missing_shards(data.validation)
-        notes += notes_on_start(data)
+        notes += data.notes_on_content + notes_on_start(data)
         if on_gpu and not all_checkpoints(config.run_dir):
             notes.append(CHECK_FIRST)
         if config.data.lanes % ranks == 0:  # the caller reports numbers that do not fit

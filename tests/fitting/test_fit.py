@@ -6,7 +6,10 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +17,23 @@ import pytest
 from PIL import Image
 
 import bfsys
-from bfsys.baselines import FIRST_BYTES, Table, byte_counts
+from bfsys.checkpoint.files import METRICS, evaluations
 from bfsys.cli import call
-from bfsys.config import load_config
+from bfsys.config import Config, load_config
 from bfsys.data.storage.shards import read_description
 from bfsys.errors import UserError, exit_code_of
 from bfsys.fitting import choice as rules
+from bfsys.fitting import fit
 from bfsys.fitting.choice import Machine, choose
 from bfsys.fitting.fit import (
-    LOGISTIC_CLASSES,
     RECORD,
     Request,
     Trial,
+    is_evaluated,
     listed,
-    logistic,
     name_for,
     pack_all,
+    prepare,
     survey_folder,
 )
 from bfsys.fitting.survey import Survey, survey_of
@@ -63,19 +67,6 @@ def _fit_in_few_steps(*arguments: object) -> None:
     sys.exit(exit_code_of(lambda: call("fit", [*map(str, arguments)])))
 
 
-def test_a_logistic_regression_of_many_classes_is_left_out() -> None:
-    """With 10,000 classes it would take hours, and gigabytes of memory."""
-
-    def table_of(classes: int) -> Table:
-        labels = np.arange(2 * classes) % classes
-        counts = np.random.default_rng(0).random((len(labels), 256))
-        return Table(np.ones_like(labels), counts, np.zeros((len(labels), FIRST_BYTES), np.int16), labels)
-
-    few, many = table_of(3), table_of(LOGISTIC_CLASSES + 1)
-    assert re.fullmatch(r" +\d+\.\d\d %   \(logistic regression\)", logistic(byte_counts, few, few))
-    assert logistic(byte_counts, many, many).startswith("left out: ")
-
-
 def test_a_folder_becomes_a_model_that_beats_byte_counts(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,10 +97,14 @@ def test_a_folder_becomes_a_model_that_beats_byte_counts(
     with pytest.raises(UserError, match=r"slopes\.yaml: was chosen for minutes 30\.0, and this command asks for 4"):
         call("fit", [str(src), *options, "--minutes", "4"])
     (src / "rising" / "more.bin").write_bytes(b"x" * 60)
+    scores, lines = evaluations(run), (run / METRICS).read_text().splitlines(keepends=True)
+    (run / METRICS).write_text("".join(lines[:-1]))  # as after a kill during the last evaluation
+    assert max(evaluations(run)) < max(scores)
     bfsys.fit(src, minutes=30, shards="shards")
     errors = capsys.readouterr().err
+    assert evaluations(run).keys() == scores.keys()
     assert re.search(
-        r"note: .*/slopes has changed since its files were packed: it had 140 files and .*, and has 141 files", errors
+        r"note: .*/slopes has changed since this run began: it had 140 files and .*, and has 141 files", errors
     )
     (src / "rising" / "none.bin").touch()
     bfsys.fit(src, minutes=30, shards="shards")
@@ -166,10 +161,103 @@ def test_packed_data_stay_as_they_are(datasets: Path, tmp_path: Path) -> None:
     assert pack_all(request, choice) == (str(datasets / "b"), str(datasets / "b"))
 
 
-def test_bad_files_are_left_out_on_request(tmp_path: Path) -> None:
-    folder = make_files(tmp_path / "src", {"a/1": b"x", "a/2": b"", "a/3": b"y", "b/1": b"z", "b/2": b"z"})
-    request = Request(folder, "x", 1.0, False, True, tmp_path / "s", tmp_path / "r")
-    assert len(listed(request).files) == 4
+def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch, *, skip_bad: bool = False) -> Config:
+    """The config for a folder on a machine that needs no time for anything."""
+    root = folder.parent
+    monkeypatch.setattr(fit, "try_out", lambda *_: Trial(bytes_per_s=1e9, start_s=0.0, evaluation_s=0.0))
+    config = prepare(Request(folder, "x", 9.0, False, skip_bad, root / "shards", root / "runs"), time.monotonic())
+    assert isinstance(config, Config)
+    return config
+
+
+def pictures(format: str, side: int, cut: int) -> dict[str, bytes]:
+    """60 noise pictures of each of two classes. The last `cut` of the second class are truncated."""
+    rng, files = np.random.default_rng(0), {}
+    for number in range(120):
+        image = Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8))
+        image.save(file := io.BytesIO(), format)
+        content = file.getvalue() if number < 120 - cut else file.getvalue()[:1000]
+        files[f"{'ab'[number // 60]}/{number}.{format.lower()}"] = content
+    return files
+
+
+def test_bad_files_are_named_and_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_files(tmp_path / "src", {**pictures("PNG", 32, 30), "a/empty.png": b""})
+    with pytest.raises(UserError, match=r"empty\.png: is empty"):
+        prepared(folder, monkeypatch)
+    config = prepared(folder, monkeypatch, skip_bad=True)
+    packed = Path(config.data.sources[0].path)
+    files = {name: part["samples"] for name, part in read_description(packed)["splits"].items()}
+    assert sum(files.values()) == 90
+    said = capsys.readouterr().out
+    assert f"packed      {packed} (tiff): {files['train']} train, {files['val']} val\n" in said
+    assert f"left out: 31 bad files, named in {packed}/skipped.txt" in said
+    text = (tmp_path / "runs" / "x.yaml").read_text()
+    assert f"# {files['train']} files of 3,2" in text
+    passes = config.train.steps * config.data.batch_samples / files["train"]
+    assert f"{passes:.1f} passes over the training files" in text
+
+
+def test_training_files_that_cannot_be_augmented_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = prepared(make_files(tmp_path / "src", pictures("JPEG", 72, 30)), monkeypatch, skip_bad=True)
+    (source,) = config.data.sources
+    assert source.augment
+    stored, encoded = (read_description(Path(path)) for path in (source.path, source.eval_path) if path)
+    assert (stored["encoding"], encoded["encoding"]) == ("as_stored", "tiff")
+    counts = [[part["samples"] for part in each["splits"].values()] for each in (stored, encoded)]
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) == 90
+
+
+def test_a_class_of_which_all_files_are_bad_cannot_be_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_files(tmp_path / "src", pictures("PNG", 32, 60))
+    with pytest.raises(UserError, match="src: only one class has training files, 'a'; a classifier needs at least 2"):
+        prepared(folder, monkeypatch, skip_bad=True)
+
+
+def test_changes_of_the_folder_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of(tmp_path / "src", 20)
+
+    def note() -> str:
+        prepared(folder, monkeypatch)
+        return capsys.readouterr().err
+
+    config_file = tmp_path / "runs" / "x.yaml"
+    assert note() == note() == ""
+    (folder / "rising" / "3.bin").rename(folder / "falling" / "moved.bin")
+    assert re.search("note: .*/src has changed since this run began: it still has 40 files .*, but names, ", note())
+    config_file.write_text(re.sub(r', "digest": "\w+"', "", config_file.read_text()))  # as an earlier version wrote it
+    assert note() == ""
+    (folder / "rising" / "more.bin").write_bytes(b"x" * 60)
+    assert "it had 40 files and" in note()
+
+
+def test_a_dataset_that_was_packed_again_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src, packed = folder_of(tmp_path / "src", 20), tmp_path / "packed"
+    call("pack", [str(src), str(tmp_path), "--name", "packed"])
+    prepared(packed, monkeypatch)
+    prepared(packed, monkeypatch)
+    assert "note: " not in capsys.readouterr().err
+    (src / "rising" / "3.bin").rename(src / "falling" / "moved.bin")
+    call("pack", [str(src), str(tmp_path), "--name", "packed"])
+    prepared(packed, monkeypatch)
+    assert "packed has changed since this run began" in capsys.readouterr().err
+
+
+def test_a_run_without_its_last_evaluation_is_not_finished(finished_run: Path, tmp_path: Path) -> None:
+    config = load_config(finished_run / "config.yaml")
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    assert is_evaluated(run, config)
+    lines = (run / METRICS).read_text().splitlines(keepends=True)
+    (run / METRICS).write_text("".join(line for line in lines if f'"step": {config.train.steps},' not in line))
+    assert not is_evaluated(run, config)
+    assert is_evaluated(run, replace(config, data=replace(config.data, eval_split="none")))
 
 
 def test_packed_files_of_another_folder_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

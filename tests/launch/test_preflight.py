@@ -11,6 +11,7 @@ import pytest
 
 from bfsys.config import load_config
 from bfsys.launch import preflight, slurm_commands
+from tests.data.packed import pack
 from tests.test_train import newest
 
 
@@ -32,6 +33,14 @@ def test_a_good_run_has_no_problems(config_file: Path) -> None:
     assert preflight.CHECK_FIRST not in checked.notes
     assert preflight.CHECK_FIRST in preflight.check_run(load_config(config_file), 2, on_gpu=True).notes
     assert not preflight.check_run(load_config(config_file), 3, on_gpu=False).notes  # three ranks do not fit
+
+
+def test_peculiarities_of_the_data_are_noted(config_file: Path, tmp_path: Path) -> None:
+    twins = pack(tmp_path, "twins", {"train": [[(0, b"same" * 20), (1, b"same" * 20)]]})
+    config = load_config(config_file, [f"data.sources.0.path={twins}", "data.workers=5000"])
+    notes = preflight.check_run(config, 1, on_gpu=False).notes
+    assert "2 training files are byte-identical to training files of another class" in notes
+    assert not any("loader processes" in note for note in notes), "the job runs on another machine"
 
 
 def test_missing_and_cut_shards_are_named(config_file: Path, datasets: Path, tmp_path: Path) -> None:

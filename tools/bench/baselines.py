@@ -159,10 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError("--decoded: pictures and sounds do not go through one such network; give one source at a time")
     train, val = tables_of(config, training, validation)
     print(f"{len(training.classes)} classes, learned from {len(train.labels):,} files, judged by {len(val.labels):,}")
-    for name, judge in (
-        ("largest class", largest_class), ("file size", nearest_size), ("byte counts", byte_counts),
-        ("first bytes", first_bytes),
-    ):  # fmt: skip
+    print(f"  {'largest class':<14} {100 * largest_class(training, val):6.2f} %")
+    for name, judge in (("file size", nearest_size), ("byte counts", byte_counts), ("first bytes", first_bytes)):
         print(f"  {name:<14} {100 * judge(train, val):6.2f} %", flush=True)
     if args.decoded:
         top1, parameters, seconds = decoded(config, training, validation, args.side)

@@ -7,9 +7,9 @@ are reported at once.
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -29,7 +29,7 @@ from bfsys.data.packing.listing import (
 from bfsys.data.packing.splits import split_of_name
 from bfsys.data.packing.workers import write_jobs
 from bfsys.data.storage.shards import seen_from
-from bfsys.errors import UserError
+from bfsys.errors import UserError, one_line
 
 DEFAULT_VAL_SHARE = 0.1
 SECONDS_BETWEEN_LINES = 15  # between lines of progress if there is no terminal for a progress bar
@@ -57,6 +57,8 @@ class Packing:
     skip_bad: bool
     workers: int
     seed: int
+    known_bad: Mapping[str, str] = field(default_factory=dict)
+    """Files to leave out, with the reasons, as `staging.skipped_files` of another encoding of them returns them."""
 
     @property
     def share_for_val(self) -> float:
@@ -74,6 +76,9 @@ def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
     if packing.splits:
         keep_splits(listing, packing.splits.split(","))
     check_files(listing, packing.max_file_bytes, packing.encoding, packing.share_for_val)
+    reasons = [packing.known_bad.get(one_line(file.path)) for file in listing.files]
+    listing.bad += [BadFile(file.path, why) for file, why in zip(listing.files, reasons, strict=True) if why]
+    listing.files = [file for file, why in zip(listing.files, reasons, strict=True) if not why]
     left_out = left_out_note(listing.left_out)
     if left_out:
         print(f"{packing.src}: {left_out}", file=sys.stderr)

@@ -55,6 +55,20 @@ def recover(folder: Path) -> None:
                 put_into_place(folder)
 
 
+def skipped_files(folder: Path) -> dict[str, str]:
+    """The bad files that were left out of the dataset in the folder, with the reasons; see `one_line` for the paths."""
+    path = folder / SKIPPED_LIST
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {path: reason for path, _, reason in (line.partition("\t") for line in lines)}
+
+
+def note_on_skipped(folder: Path) -> str:
+    """A line on the bad files that were left out of the dataset in the folder; empty if there are none."""
+    if not (count := len(skipped_files(folder))):
+        return ""
+    return f"left out: {count:,} bad file{'s' * (count > 1)}, named in {folder / SKIPPED_LIST}"
+
+
 def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

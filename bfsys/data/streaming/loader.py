@@ -66,10 +66,12 @@ def training_batches(
     ranks: Ranks,
     *,
     first_step: int,
+    every: int = 1,
     micro_batches: int | None = None,
     quarantine: Quarantine | None = None,
 ) -> Generator[ByteBatch, None, None]:
-    """The rank's micro-batches from `first_step` to the end of the run, lane by lane within a step.
+    """The rank's micro-batches from `first_step` to the end of the run, lane by lane within a step; of each `every`-th
+    step.
 
     The rank's lanes are grouped into `micro_batches` per step; by default, each lane is one. `quarantine` records
     samples that could not be read.
@@ -82,7 +84,7 @@ def training_batches(
     pinned = ranks.device.type == "cuda"
     prefetcher = Prefetcher(make_cache(config)) if any_remote(sources) else None
     groups = lane_groups(lanes, micro_batches or len(lanes))
-    requests = _Requests(plan, groups, range(first_step, config.train.steps), reader, prefetcher)
+    requests = _Requests(plan, groups, range(first_step, config.train.steps, every), reader, prefetcher)
     try:
         if config.data.workers:
             mean_bytes = plan.mean_micro_batch_bytes * len(lanes) / len(groups)

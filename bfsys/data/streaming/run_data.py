@@ -16,6 +16,7 @@ from bfsys.config import Config
 from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.media.input_formats import InputFormat, input_format, kind_of
 from bfsys.data.streaming.byte_transforms import lengths_after
+from bfsys.data.streaming.copies import notes_on_copies
 from bfsys.data.streaming.datasets import (
     Descriptions,
     Sources,
@@ -127,25 +128,33 @@ class RunData:
 
     @cached_property
     def notes(self) -> list[str]:
-        """Warnings about the data, one line each."""
-        notes, cores = [], len(os.sched_getaffinity(0))
+        """Warnings about the data and about loading them on this machine, one line each."""
+        workers, cores = self.config.data.workers, len(os.sched_getaffinity(0))
+        if workers <= cores:
+            return self.notes_on_content
+        return [
+            *self.notes_on_content,
+            f"data.workers: {workers} loader processes for each rank, which has {cores} core{'s' * (cores > 1)}; more "
+            "processes than cores make loading slower",
+        ]
+
+    @cached_property
+    def notes_on_content(self) -> list[str]:
+        """Warnings about the data, which hold on any machine, one line each."""
+        notes, evaluated = [], self.config.data.eval_split
         if not self.validation.splits:
-            notes.append(f"no source has a split {self.config.data.eval_split!r}: nothing will be evaluated")
-        elif self.config.data.eval_split == self.config.data.train_split:
+            notes.append(f"no source has a split {evaluated!r}: nothing will be evaluated")
+        elif evaluated == self.config.data.train_split:
             notes.append(
-                f"data.eval_split: {self.config.data.eval_split!r} is the split that the run trains on; its scores say "
-                "nothing about other files"
-            )
-        if self.config.data.workers > cores:
-            notes.append(
-                f"data.workers: {self.config.data.workers} loader processes for each rank, which has {cores} "
-                f"core{'s' * (cores > 1)}; more processes than cores make loading slower"
+                f"data.eval_split: {evaluated!r} is the split that the run trains on; its scores say nothing about "
+                "other files"
             )
         return [
             *notes,
             *self._notes_on_evaluation(),
             *self._notes_on_jitter(),
             *notes_on_data(self.training),
+            *notes_on_copies(self.training, self.validation, evaluated),
             *long_files(self.config, self.training),
             *long_files(self.config, self.validation),
         ]

@@ -1,0 +1,63 @@
+"""The report at the end of `bfsys fit`: the model's accuracy beside those of simple baselines, tables and plots."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from bfsys.baselines import FIRST_BYTES, Table, byte_counts, first_bytes, largest_class, nearest_size, tables_of
+from bfsys.checkpoint.loading import load_model
+from bfsys.confusion import Answers, Report
+from bfsys.curves import draw, read
+from bfsys.data.streaming.copies import notes_on_copies
+from bfsys.data.streaming.datasets import open_evaluation, open_training
+from bfsys.data.streaming.quarantine import Quarantine
+from bfsys.errors import one_line
+from bfsys.evaluate import evaluate
+from bfsys.ranks import Ranks
+
+BASELINE_FILES = 20_000  # training files of the baselines, which would else take longer than the training
+LOGISTIC_CLASSES = 200  # the time and memory of logistic regression grow with the number of classes
+
+
+def report(run_dir: Path) -> list[str]:
+    """Evaluate the averaged weights, compare with baselines and draw the plots. Returns lines to print."""
+    model, config, manifest = load_model(run_dir, average=True)
+    ranks, folder = Ranks(), run_dir / "report"
+    training = open_training(config)
+    sources = open_evaluation(config, config.data.eval_split, manifest["classes"])
+    confusion, answers = Report(sources.classes, folder), Answers(len(sources.classes))
+    bad_files = Quarantine()
+    result = evaluate(model.to(ranks.device), config, sources, ranks, bad_files, manifest["step"], answers=answers)
+    for bad in bad_files.share(ranks, sources.sizes, config.data.max_bad_share):
+        print(f"left out: {one_line(bad.describe())}", file=sys.stderr)
+    train, held_out = tables_of(config, training, sources, BASELINE_FILES)
+    files = sum(len(split) for split in training.splits)
+    problems: list[str] = []
+    lines = [
+        f"held-out files ({config.data.eval_split})      {result['samples']:>8,}",
+        f"top-1 of this model         {100 * result['top1']:8.2f} %",
+        f"top-1 from byte counts      {logistic(byte_counts, train, held_out)}",
+        f"top-1 from {FIRST_BYTES} first bytes   {logistic(first_bytes, train, held_out)}",
+        f"top-1 from file sizes       {100 * nearest_size(train, held_out):8.2f} %",
+        f"top-1 of the largest class  {100 * largest_class(training, held_out):8.2f} %",
+    ]
+    if len(train.labels) < files:
+        lines.append(f"the first three baselines learned from {len(train.labels):,} of {files:,} training files")
+    lines += [f"note: {note}" for note in notes_on_copies(training, sources, config.data.eval_split)]
+    lines += confusion.write(answers)
+    draw({run_dir: read(run_dir, "top1", problems)}, "top1", folder / "learning_curve.png")
+    return [*lines, f"learning curve: {folder / 'learning_curve.png'}"]
+
+
+def logistic(baseline: Callable[[Table, Table], float], train: Table, held_out: Table) -> str:
+    """The accuracy of a baseline that is a logistic regression, or why it is left out."""
+    classes = len(np.unique(train.labels))
+    if classes > LOGISTIC_CLASSES:
+        return f"left out: logistic regression takes long with more than {LOGISTIC_CLASSES} classes"
+    if classes == 1:
+        return "left out: the training files have one class only"
+    return f"{100 * baseline(train, held_out):8.2f} %   (logistic regression)"
