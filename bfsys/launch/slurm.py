@@ -359,8 +359,8 @@ def holding_stop_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for number in received[:1]:
-            os.kill(os.getpid(), number)
+        if received:
+            os.kill(os.getpid(), received[0])
 
 
 def submit_and_note(args: argparse.Namespace, configs: Sequence[Config]) -> list[jobs.Submitted]:
