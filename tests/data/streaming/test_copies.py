@@ -33,7 +33,8 @@ def test_evaluated_files_that_are_training_files_are_noted(tmp_path: Path) -> No
     assert note.startswith(f"{tmp_path}/same: 2 of 3 files in val are byte-identical to training files, so ")
     assert len(notes_of(same, eval_split="train")) == 1, "that the training split is evaluated is one note"
     other = packed(tmp_path, "other", train=[[(0, C), (1, b"d")]])
-    (note,) = notes_of(apart, other)
+    without_val, note = notes_of(apart, other)
+    assert without_val.startswith("other: has no split 'val'")
     assert note.startswith(f"{tmp_path}/apart: 1 of 1 files in val")
 
 
