@@ -76,8 +76,6 @@ class Engine:
             )
         self._shapes = {name: _whole_shape(p) for name, p in self._engine.module.named_parameters()}
         asked = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        if self.stage == 3:
-            self.optimizer.overflows = lambda: float(self._engine.optimizer._global_grad_norm) > LARGEST_NORM
         # Nodes may have different processors, but ranks must agree on the dtype, since they exchange operands.
         (is_wide,) = dist.agree_on_max(product_dtype(asked, self.device.type) == torch.float32)
         products = torch.float32 if is_wide else asked
@@ -110,12 +108,18 @@ class Engine:
         if self.stage == 0:  # gradients are whole on every rank, and DeepSpeed reports no norm
             limit = self._clip_norm or float("inf")
             norm = float(nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
-        self.optimizer.prepare(learning_rate, ema_decay, skips=norm is not None and not math.isfinite(norm))
-        self._engine.step()  # at stages 1 to 3 it checks the norm itself (in fp32 since 0.19.8)
+        self.optimizer.prepare(learning_rate, ema_decay, skips=lambda: self._is_too_large(norm))
+        self._engine.step()  # at stages 1 to 3 it skips non-finite norms itself (in fp32 since 0.19.8)
         norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
         norm = math.inf if norm > LARGEST_NORM else norm
         self.updates += math.isfinite(norm)
         return norm
+
+    def _is_too_large(self, norm: float | None) -> bool:
+        """Whether a step with this norm of the gradient must change nothing; None if DeepSpeed computes the norm."""
+        if self.stage == 3:
+            norm = float(self._engine.optimizer._global_grad_norm)
+        return norm is not None and not norm <= LARGEST_NORM
 
     def state_names(self) -> tuple[str, ...]:
         """The state of parameters: the float32 weight and the optimizer's tensors."""

@@ -11,6 +11,7 @@ for matrices that ZeRO has divided.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -94,16 +95,16 @@ class Optimizer(torch.optim.AdamW):
         self.stacks = {n: Stack(*shape) for n, shape in model.stacks().items()} if optim.name == "muon" else {}
         self.scales = {name: step_scale(model.get_parameter(name).shape) for name in self.stacks}
         self.momentum, self.relative_rate = optim.muon_momentum, optim.muon_lr / optim.lr
-        self.overflows: Callable[[], bool] = lambda: False  # whether the gradients of this step are too large
         self.held: list[Held] = []
         self._orthogonalisers: dict[Tensor, tuple[list[Held], Orthogonaliser]] = {}
         groups, betas = parameter_groups(model, optim), (optim.beta1, optim.beta2)
         super().__init__(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
         self.prepare(optim.lr, optim.ema_decay)
 
-    def prepare(self, learning_rate: float, ema_decay: float, skips: bool = False) -> None:
-        """Set the values of the next step. `skips`: the next step changes nothing."""
-        self.skips = skips
+    def prepare(self, learning_rate: float, ema_decay: float, skips: Callable[[], bool] = lambda: False) -> None:
+        """Set the values of the next step. `skips` is called once, when the gradients are there, and returns whether
+        the step changes nothing."""
+        self._skips = functools.cache(skips)
         for group in self.param_groups:
             group["lr"] = learning_rate * (self.relative_rate if group["is_muon"] else 1)
             group["ema_decay"] = ema_decay
@@ -146,7 +147,7 @@ class Optimizer(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         """Update the groups that DeepSpeed has put into `param_groups`; collective if one of them uses Muon."""
-        if self.skips or self.overflows():
+        if self._skips():
             return None
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["is_muon"]]
