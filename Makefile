@@ -11,7 +11,7 @@ CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml
-	@echo "== Installing into $(VENV) (about 6 GB, most of it PyTorch)"
+	@echo "== Installing into $(VENV) (about 7 GB, most of it PyTorch)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --upgrade pip setuptools wheel
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -e '.[train,fit,serve,report,digits,export,test]'
