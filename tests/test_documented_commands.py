@@ -52,14 +52,14 @@ NOT_RUN = {
     "python launchers/slurm.py --nodes 8 configs/joint.yaml": CLUSTER,
     "python launchers/slurm.py --nodes 2-8 --grow configs/joint.yaml": CLUSTER,
     "srun --nodes 1 --gpus-per-node 1 --time 10 bfsys check-gpu": f"{CLUSTER} with GPUs",
-    "bfsys slurm --nodes 2 --gpus-per-node 8 --time 60 --dry-run configs/joint.yaml": CLUSTER,
-    "bfsys slurm --nodes 2 --gpus-per-node 8 --time 10 configs/joint.yaml name=first train.steps=50 "
+    "bfsys slurm --nodes 2 --gpus-per-node 8 --cpus-per-task 13 --time 60 --dry-run configs/joint.yaml": CLUSTER,
+    "bfsys slurm --nodes 2 --gpus-per-node 8 --cpus-per-task 13 --time 10 configs/joint.yaml name=first train.steps=50 "
     "optim.warmup_steps=5": CLUSTER,
     "bfsys slurm status runs/first": CLUSTER,
     "bfsys slurm logs runs/first --follow": CLUSTER,
-    "bfsys slurm --nodes 2-8 --grow --gpus-per-node 8 --time 720 configs/joint.yaml": CLUSTER,
+    "bfsys slurm --nodes 2-8 --grow --gpus-per-node 8 --cpus-per-task 13 --time 720 configs/joint.yaml": CLUSTER,
     "bfsys slurm stop runs/joint": CLUSTER,
-    "bfsys slurm --nodes 4 --gpus-per-node 8 --time 720 configs/joint.yaml": CLUSTER,
+    "bfsys slurm --nodes 4 --gpus-per-node 8 --cpus-per-task 13 --time 720 configs/joint.yaml": CLUSTER,
 }
 # Parts of commands that are replaced before they run, to save time.
 REPLACED = {

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     key.add_argument(
         "--transformed", action="store_true", help="the run's byte_transforms are already applied to the files"
     )
-    add("--json", action="store_true", help='print [{"path", "top": [{"class", …}]}]')
+    add("--json", action="store_true", help='print [{"path", "top": [{"class", …}], …}]')
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,11 +21,12 @@ def fit(
     runs: str | os.PathLike[str] = "runs",
     shards: str | os.PathLike[str] = "data/shards",
 ) -> Path:
-    """Train and evaluate a model on a folder with a folder of files per class. Returns the run directory for `load`.
+    """Train and evaluate a model on a folder of files, as `bfsys fit` accepts it. Returns the run directory for `load`.
 
     It runs `bfsys fit` in a separate process and prints its output, because training forks, and this process may hold
     threads and a GPU. The same call resumes after a stop. A finished training is not repeated.
 
+    folder     a folder with a folder of files per class, a list of files, or a packed dataset
     name       name of the run; by default the name of the folder
     minutes    time for the whole call
     as_stored  never re-encode the files

@@ -211,10 +211,10 @@ def show_status(run_dir: Path) -> int:
         why = "its log says why" if has_log else "it left no log: check that the nodes can see its folder"
         text = f"training ended without a recorded reason; {why}" if failed else "the job was cancelled before it began"
         print(f"ended    {text}")
-    if is_known and (failed or is_stopped):
+    if is_known and submitted and (failed or is_stopped):
         what = "fix the cause, then run" if failed else "to go on, run"
         print(f"next     {what} this command again; it resumes from the newest checkpoint:")
-        print(f"         {submitted[-1].command}" if submitted else "")
+        print(f"         {submitted[-1].command}")
     return int(failed)
 
 

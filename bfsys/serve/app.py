@@ -324,7 +324,7 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
         dependencies=[Depends(check_arguments)],
         openapi_extra={"requestBody": BODY},
         description="A file that cannot be classified has an `error` in its answer, and the others are answered all "
-        "the same. If no file can be classified, the status is 422, or 500 if the model failed on each of them.",
+        "the same. If no file can be classified, the status is 422, or 500 if the model failed on one of them.",
     )  # fmt: skip
     async def predict(
         request: Request,

@@ -111,6 +111,14 @@ def test_a_controller_that_is_away_is_no_end(run: Path, slurm_says, capsys) -> N
     assert "42: unknown to SLURM" in capsys.readouterr().out
 
 
+def test_a_run_that_was_not_submitted_names_no_command(run: Path, slurm_says, capsys) -> None:
+    slurm_says("")
+    (run / "slurm" / "jobs.jsonl").unlink()
+    note_end(run, 2, "no such file")
+    assert call("slurm", ["status", str(run)]) == 1
+    assert "next" not in capsys.readouterr().out
+
+
 def test_a_member_of_an_array_that_slurm_has_forgotten_is_over(run: Path, slurm_says, tmp_path: Path) -> None:
     """While other members are in the queue, scontrol says so on its standard output, without an error."""
     slurm_says("")

@@ -12,7 +12,7 @@ Takes the config of a run, and measures top-1 on its evaluation split:
                     batches (same files, augmentation, order and number of steps), decoded; one source only
 
 The first four learn from one epoch of the run's batches. A model of bytes that does not beat them has learned nothing
-that the files do not give away on their outside; the last is what may be had for decoding.
+that the files do not give away on their outside. The last is the accuracy of a network on decoded files.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add_config(parser)
     parser.add_argument("--decoded", action="store_true", help="train the convolutional network too")
-    parser.add_argument("--side", type=int, default=64, metavar="N", help="it sees pictures of N × N (default 64)")
+    parser.add_argument(
+        "--side", type=int, default=64, metavar="N", help="the network sees pictures of N × N pixels (default 64)"
+    )
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
     training = open_training(config)

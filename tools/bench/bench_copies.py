@@ -39,7 +39,9 @@ STEPS_BETWEEN = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     parser.add_argument("--copies", type=int, default=6, help="default: %(default)s")
-    parser.add_argument("--files", type=int, default=4, help="of each step, 20,000 bytes long (default: %(default)s)")
+    parser.add_argument(
+        "--files", type=int, default=4, help="files of each step, of 20,000 bytes (default: %(default)s)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -333,7 +333,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
     add("--json", type=Path, metavar="OUT", help="write the rows to this file too")
-    add("--samples", type=int, default=20_000, help="a multiple of 32, at least 64 (default: 20000, 500 MB)")
+    add("--samples", type=int, default=20_000, help="a multiple of 32, at least 64 (default: 20000, 390 MB)")
     add("--data", type=Path, metavar="FOLDER", help="keep the samples here and use them again (default: a temporary)")
     add("--loaders", default=",".join(LOADERS), metavar="A,B", help="default: %(default)s")
     add("--workers", default="0,1,2", metavar="N,M", help="loader processes (default: %(default)s)")

@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--ranks", type=int, action="append", help="of the run, for each --samples (default: 8 and 1,024)")
     add("--lanes-per-rank", type=int, default=1)
     add("--batch-samples", type=int, default=12, help="per lane and step")
-    add("--steps", type=int, default=2000, help="to be planned")
+    add("--steps", type=int, default=2000, help="steps that are planned (default: %(default)s)")
     add("--nodes", type=int, default=8, help="that share the lanes, to count the shards that each fetches")
     add("--json", type=Path, metavar="OUT")
     args = parser.parse_args(arguments)
