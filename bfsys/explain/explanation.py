@@ -89,7 +89,7 @@ class Explanation:
         """One sentence, such as `71 % of the evidence lies in IDAT, 22 % in tEXt`."""
         shares = {name: share for name, share in self.shares().items() if share > 0}
         if not shares:
-            return f"no bytes speak for {self.explained.class_name}"
+            return f"no byte is evidence for {self.explained.class_name}"
         named = [(name, share) for name, share in shares.items() if share >= WORTH_NAMING][:NAMED]
         if not named:
             most = math.ceil(100 * max(shares.values()))

@@ -336,7 +336,7 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
         return JSONResponse(detail | {"answers": answers}, status)
 
     @app.post(
-        "/explain", summary="Which bytes of a file speak for a class", response_model=dict[str, Any],
+        "/explain", summary="Which bytes of a file are evidence for a class", response_model=dict[str, Any],
         responses=REFUSALS | {200: {"content": {"text/html": {}}}}, openapi_extra={"requestBody": BODY},
         dependencies=[Depends(check_arguments)],
         description="Of one file, and of its likeliest class unless another is named. A page for `Accept: text/html`.",
@@ -344,7 +344,7 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
     async def explain(
         request: Request,
         class_name: Annotated[str | None, Query(alias="class", description="One of the model's classes")] = None,
-        seed: Annotated[int, Query(ge=0, le=2**31 - 1, description="Draws what takes the place of bytes")] = 0,
+        seed: Annotated[int, Query(ge=0, le=2**31 - 1, description="Seed of the choice of reference files")] = 0,
         encode: Annotated[bool, Query(description="Put a picture or sound into the model's format first")] = False,
     ) -> Response:
         as_html = "text/html" in request.headers.get("accept", "")

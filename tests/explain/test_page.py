@@ -98,7 +98,7 @@ def test_a_page_is_whole_and_safe(content: bytes) -> None:
 def test_nothing_speaks_for_a_class() -> None:
     e = explained(bytes(100), np.zeros(100, np.float32))
     e = replace(e, parts=tuple(replace(p, share=0.0) for p in e.parts), windows=(Window(0, 100, 0.0),))
-    assert "no bytes speak for" in checked(e)
+    assert "no byte is evidence for" in checked(e)
 
 
 def test_many_small_parts_speak_for_a_class_together() -> None:
