@@ -18,8 +18,9 @@ from typing import BinaryIO
 
 from bfsys import dist, typed_yaml
 from bfsys.checkpoint.copies import Wanted, fetch_newest
-from bfsys.checkpoint.files import METRICS, step_of
+from bfsys.checkpoint.files import METRICS, read_manifest, step_of
 from bfsys.checkpoint.loading import check_same_run, newest_readable
+from bfsys.checkpoint.rollbacks import FILE as ROLLBACKS
 from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
@@ -27,8 +28,7 @@ from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_
 from bfsys.files import NO_LOCKS, replace_file
 from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
-from bfsys.supervision.guard import FILE as ROLLBACKS
-from bfsys.supervision.run_end import forget_end, note_end
+from bfsys.supervision.run_end import forget_end, how_it_ended, note_end
 from bfsys.supervision.watchdog import HANGS
 
 LOCK_WAIT_S = 20.0  # loader processes of a killed start hold the lock until they end
@@ -104,13 +104,16 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirect
 
 @contextmanager
 def noting_failed_start(config: Config, ranks: dist.Ranks) -> Iterator[None]:
-    """Record an error as the run's end, unless the directory is missing or another process trains in it."""
+    """Record an error as the run's end, unless the directory is missing, another process trains in it, or the run has
+    finished."""
     try:
         yield
     except dist.AgreedError as error:
         if ranks.is_rank_zero:
             with suppress(OSError, UserError), hold_directory(config.run_dir, longest_s=0.0):
-                note_end(config.run_dir, error.exit_code, str(error))
+                ended = how_it_ended(config.run_dir)
+                if not ended or ended["exit_code"]:
+                    note_end(config.run_dir, error.exit_code, str(error))
         raise
 
 
@@ -165,6 +168,9 @@ def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
         # If it were made at the first hang, other nodes might not see it, since NFS caches missing names.
         (run_dir / HANGS).mkdir(exist_ok=True)
         if path and step_of(path) >= config.train.steps:
+            if not (run_dir / "config.yaml").exists():  # of a checkpoint that was fetched
+                trained = typed_yaml.from_tree(Config, read_manifest(path)["config"], str(path))
+                replace_file(run_dir / "config.yaml", typed_yaml.dump(trained))
             notes += _notes_on_finished(config, step_of(path))
         else:
             replace_file(run_dir / "config.yaml", typed_yaml.dump(config))

@@ -273,6 +273,59 @@ def test_what_is_kept(steps: set[int], last: int, every: int, best: int, scores:
     assert len(kept) <= last + best + (len(steps) if every else 0)
 
 
+@pytest.mark.parametrize("older", [True, False], ids=["an older one on the disk", "the only one on the disk"])
+def test_an_older_copy_takes_the_place_of_a_damaged_checkpoint(tmp_path: Path, older: bool) -> None:
+    """The store has fewer checkpoints than the disk, and none of the damaged step."""
+    run, there = tmp_path / "run", tmp_path / "store"
+    for step in (3, 6) if older else (6,):
+        path = save(run, step)
+    (path / "weight-0-of-1.safetensors").write_bytes(b"")
+    copy = save(there, 5)
+    asked = []
+
+    def fetch(damaged: Path, after: int) -> Path | None:
+        asked.append((damaged.name, after))
+        return copy.rename(damaged.with_name(copy.name))
+
+    engine = Tensors(-1)
+    assert loading.resume(engine, run, ALONE, lambda _: None, fetch)["step"] == 5
+    assert same(engine, Tensors(5))
+    assert asked == [("step_00000006", 3 if older else -1)]
+    left = sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
+    assert left == ["damaged_step_00000006", *["step_00000003"] * older, "step_00000005"]
+
+
+def test_checkpoints_on_a_disk_that_is_not_mounted_are_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "scratch")
+    with pytest.raises(files.Unreachable, match=f"links to {tmp_path}/scratch, which is not there") as error:
+        files.all_checkpoints(tmp_path)
+    assert error.value.exit_code == EXIT_CRASHED
+    (tmp_path / "scratch").mkdir()
+    assert files.all_checkpoints(tmp_path) == []
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints: is not a folder"):
+        files.all_checkpoints(other)
+
+
+def test_a_checkpoint_of_another_format_is_not_damaged(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    manifest = files.read_manifest(path)
+    manifest["format"] = 3
+    manifest["sha256"] = files.fingerprint(manifest)
+    (path / files.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has format 3, and this version of bfsys reads 2") as error:
+        files.manifest_or_problems(path)
+    assert not isinstance(error.value, files.Damaged)
+
+
+def test_a_dangling_link_does_not_stop_a_save(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000003").symlink_to(tmp_path / "nowhere")
+    assert files.problems_of(save(tmp_path, 3)) == []
+
+
 def test_scores_of_other_evaluation_files_are_not_compared() -> None:
     scores = {
         1: {"top1": 0.9, "evaluated": "a"},

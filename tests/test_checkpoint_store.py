@@ -24,6 +24,7 @@ from bfsys.checkpoint.files import (
     read_manifest,
     take_over,
 )
+from bfsys.checkpoint.rollbacks import was_rolled_back
 from bfsys.checkpoint.store import Store, StoreError
 from bfsys.cli import call
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
@@ -360,6 +361,75 @@ def test_a_checkpoint_that_is_left_out_is_not_called_copied(tmp_path: Path) -> N
     )
     assert copies.newest_is_left_out
     assert copies.problem_of_newest() == ""
+
+
+ROLLBACK = {"from": 5, "to": 3, "updates": 3, "steps": [4, 5], "bad": []}
+
+
+def test_copies_that_a_roll_back_has_undone_are_not_used(tmp_path: Path) -> None:
+    """The run's last step was bad when it was copied. Then the run was given more steps, and rolled back."""
+    store, run = Store(f"file://{tmp_path}/copies/mine"), tmp_path / "run"
+    for step in (3, 4):
+        put(store, save(run, step))
+    task = {"run_dir": str(run), "after": 3, "until": None}
+    work = Path(copier.fetch(store, task)["work"])
+    assert work.name.startswith(".step_00000004")
+    (run / "rollbacks.json").write_text(json.dumps([ROLLBACK]))
+    assert "work" not in copier.fetch(store, task)
+    path = saving.save(Tensors(6), run, {**FACTS, "step": 6, "updates": 4}, ranks=ALONE, keep=RetentionPolicy(9))
+    copier.copy(store, {"path": str(path), "run_dir": str(run), "keep": {**KEEP, "last": 9}})
+    assert store.names() == ["step_00000003", "step_00000006"]
+
+
+@pytest.mark.parametrize(
+    ("step", "updates", "is_undone"),
+    [(3, 3, False), (4, 4, True), (4, 3, False), (5, 5, True), (5, 3, False), (6, 6, False)],
+)
+def test_a_checkpoint_of_before_a_roll_back_has_more_updates(step: int, updates: int, is_undone: bool) -> None:
+    assert was_rolled_back({"step": step, "updates": updates}, [ROLLBACK]) == is_undone
+
+
+def test_a_copy_that_has_lost_a_file_is_repaired(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    url, run = f"file://{tmp_path}/copies/mine", tmp_path / "run"
+    store = Store(url)
+    path = save(run, 4)
+    put(store, path)
+    weights = tmp_path / "copies" / "mine" / "checkpoints" / path.name / "weight-0-of-1.safetensors"
+    weights.unlink()
+    put(store, path)
+    assert store.problems_of(path.name) == []
+    weights.write_bytes(weights.read_bytes()[::-1])  # of the same size
+    call("checkpoint", ["copy", str(run), url])
+    assert store.problems_of(path.name) == []
+
+
+def test_a_copy_is_named_by_its_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    url = f"file://{tmp_path}/copies/mine"
+    best = save(tmp_path / "run", 4).rename(tmp_path / "best")
+    call("checkpoint", ["copy", str(best), url])
+    assert Store(url).names() == ["step_00000004"]
+    assert f"copied {best} to {url}/checkpoints/step_00000004" in capsys.readouterr().out
+
+
+def test_a_folder_for_copies_must_exist(tmp_path: Path) -> None:
+    """Otherwise the copies of a run whose disk is not mounted look like none, and the run starts over."""
+    with pytest.raises(StoreError, match=f"{tmp_path}/nas: there is no such folder; make it, or mount the disk"):
+        Store(f"file://{tmp_path}/nas/mine").probe()
+    (tmp_path / "nas").mkdir()
+    Store(f"file://{tmp_path}/nas/mine").probe()
+
+
+def test_an_interrupted_fetch_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(f"file://{tmp_path}/copies/mine", pauses_s=())
+    put(store, save(tmp_path / "run", 1))
+
+    def refuse(*_: object) -> None:
+        raise StoreError("403")
+
+    monkeypatch.setattr(store, "fetch", refuse)
+    with pytest.raises(StoreError):
+        copier.fetch(store, {"run_dir": str(tmp_path / "other"), "after": -1, "until": None})
+    assert list((tmp_path / "other" / "checkpoints").iterdir()) == []
 
 
 def test_an_answer_with_many_problems_fits_into_the_pipe(tmp_path: Path) -> None:

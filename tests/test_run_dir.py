@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from bfsys import run_dir as run_module
+from bfsys.checkpoint.rollbacks import read_rollbacks
 from bfsys.config import Config, load_config
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import UserError
 from bfsys.git_state import git_state
-from bfsys.run_dir import prepare_run_dir, run_facts
-from bfsys.supervision.guard import read_rollbacks
+from bfsys.run_dir import noting_failed_start, prepare_run_dir, run_facts
 from bfsys.supervision.run_end import how_it_ended
 
 ALONE = Ranks()
@@ -153,6 +153,26 @@ def test_a_start_that_fails_is_the_runs_end_unless_another_trains(config: Config
     assert (end["exit_code"], end["reason"]) == (2, "the data are gone")
     assert capsys.readouterr().err == ""
     run_module.hold_directory(config.run_dir, longest_s=0).close()  # it is not kept
+
+
+def test_a_refused_start_is_not_the_end_of_a_finished_run(finished_run: Path, config: Config) -> None:
+    ended = how_it_ended(finished_run)
+    assert ended
+    assert ended["exit_code"] == 0
+    other = replace(config, name=finished_run.name, runs_dir=str(finished_run.parent))
+    with pytest.raises(AgreedError), noting_failed_start(other, ALONE):
+        raise AgreedError("other settings")
+    assert how_it_ended(finished_run) == ended
+
+
+def test_a_finished_run_that_is_fetched_has_its_config(finished_run: Path, config: Config, tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "fetched" / finished_run.name)
+    trained = (run / "config.yaml").read_text()
+    (run / "config.yaml").unlink()
+    theirs = load_config(finished_run / "config.yaml", [f"runs_dir={run.parent}"])
+    with prepare_run_dir(theirs, facts_of(theirs), ALONE):
+        pass
+    assert (run / "config.yaml").read_text() == trained
 
 
 def test_a_directory_that_takes_the_place_of_the_runs_is_noticed(config: Config) -> None:

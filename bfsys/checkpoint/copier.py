@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import shutil
+from contextlib import suppress
 
 from bfsys.checkpoint.files import (
     Damaged,
@@ -31,6 +32,7 @@ from bfsys.checkpoint.files import (
     read_manifest,
     step_of_name,
 )
+from bfsys.checkpoint.rollbacks import read_rollbacks, was_rolled_back
 from bfsys.checkpoint.store import Store
 from bfsys.checkpoint.writer import read_task
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError
@@ -88,10 +90,21 @@ def copy(store: Store, task: dict) -> dict:
         return {"left_out": "it was saved after a bad step, so the run may have to roll back further"}
     store.put(path, manifest)
     try:
+        disown_rolled_back(store, run_dir)
         store.prune(RetentionPolicy(**task["keep"]), comparable(evaluations(run_dir)))
     except (UserError, OSError) as error:
         return {"note": str(error)}  # the copy itself succeeded
     return {}
+
+
+def disown_rolled_back(store: Store, run_dir: Path) -> None:
+    """Disown the copies whose updates a roll-back has undone, so that a start without the run's disk does not use
+    them."""
+    rollbacks = read_rollbacks(run_dir)
+    for name in store.names() if rollbacks else ():
+        with suppress(Damaged):
+            if (manifest := store.manifest(name)) and was_rolled_back(manifest, rollbacks):
+                store.disown(name)
 
 
 def is_after_bad_steps(manifest: dict) -> bool:
@@ -104,7 +117,7 @@ def fetch(store: Store, task: dict) -> dict:
     skipped: list[str] = []
     damaged: list[str] = []
     is_first = task["after"] < 0 and task["until"] is None  # the disk holds no checkpoint
-    root = checkpoints_dir(Path(task["run_dir"]))
+    root, rollbacks = checkpoints_dir(Path(task["run_dir"])), read_rollbacks(Path(task["run_dir"]))
     for name in reversed(store.names()):
         if task["until"] is not None and step_of_name(name) > task["until"]:
             continue
@@ -115,11 +128,15 @@ def fetch(store: Store, task: dict) -> dict:
         except Damaged as error:
             skipped += error.problems
             continue
-        if manifest is None:  # the copy is incomplete
+        if manifest is None or was_rolled_back(manifest, rollbacks):  # the first are incomplete
             continue
         work = root / f".{checkpoint_name(manifest['step'])}.{os.getpid()}.part"
         new_work_dir(work)
-        problems = store.fetch(name, manifest, work)
+        try:
+            problems = store.fetch(name, manifest, work)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         if not problems:
             disown_all(store, damaged)
             return {"work": str(work), "step": manifest["step"], "skipped": first_of(skipped)}

@@ -79,9 +79,16 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
 
     Raises Unreachable or OSError if they cannot be listed. `Path.glob` would return none, and the run would start over.
     """
+    root = checkpoints_dir(run_dir)
     try:
-        return sorted(with_retries(_named_as_checkpoints, checkpoints_dir(run_dir)), key=step_of)
+        return sorted(with_retries(_named_as_checkpoints, root), key=step_of)
     except (FileNotFoundError, NotADirectoryError):
+        if root.is_symlink():  # the disk with the checkpoints may not be mounted
+            raise Unreachable(
+                f"{root}: links to {os.readlink(root)}, which is not there", exit_code=EXIT_CRASHED
+            ) from None
+        if os.path.lexists(root):
+            raise UserError(f"{root}: is not a folder; move it away") from None
         return []
 
 
@@ -150,7 +157,7 @@ def commit(work: Path, final: Path, facts: dict, files: Mapping[str, dict]) -> N
 def name_checkpoint(work: Path, final: Path) -> None:
     """Rename a complete, flushed checkpoint to its final name, and point `latest` at it."""
     root = final.parent
-    if final.exists():  # a damaged checkpoint of this step, or one from before a roll-back to an earlier step
+    if os.path.lexists(final):  # a damaged checkpoint of this step, or one from before a roll-back to an earlier step
         remove(final)
     os.rename(work, final)
     sync_folder(root)
@@ -384,16 +391,20 @@ def read_manifest(path: Path) -> dict:
 
 
 def parse_manifest(text: bytes, path: str) -> dict:
-    """Parse the manifest of the checkpoint at `path`. Raises Damaged on a checksum mismatch or another format."""
+    """Parse the manifest of the checkpoint at `path`. Raises Damaged on a checksum mismatch, and UserError for another
+    format."""
     try:
         manifest = json.loads(text)
-        if manifest["format"] != FORMAT:
-            raise Damaged(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
         intact = manifest.pop("sha256") == fingerprint(manifest)
+        number = manifest["format"]
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
         raise Damaged(f"{path}/{MANIFEST}: checksum mismatch, the file is corrupt")
+    if number != FORMAT:
+        raise UserError(
+            f"{path}: has format {number!r}, and this version of bfsys reads {FORMAT}; use the version that saved it"
+        )
     return manifest
 
 

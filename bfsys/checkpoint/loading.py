@@ -32,6 +32,7 @@ from bfsys.checkpoint.files import (
     move_aside,
     parse_piece,
     read_manifest,
+    step_of,
     with_retries,
 )
 from bfsys.config import Config, Model, Optim
@@ -47,19 +48,24 @@ def resume(
     run_dir: Path,
     ranks: dist.Ranks,
     say: Callable[[str], None],
-    replace_damaged: Callable[[Path], bool] = lambda path: False,
+    replace_damaged: Callable[[Path, int], Path | None] = lambda path, after: None,
 ) -> dict:
     """Restore the newest intact checkpoint of a run into the engine; collective. Returns its manifest.
 
-    Damaged newer checkpoints are reported through `say` and moved aside. `replace_damaged` (collective) may replace one
-    with a copy first, and returns whether it did. Raises AgreedError if no checkpoint is intact.
+    Damaged newer checkpoints are reported through `say` and moved aside. `replace_damaged` (collective) gets one, and
+    the step of the next older checkpoint (-1 if there is none). It may fetch a copy of a step between them, and returns
+    its path. Raises AgreedError if no checkpoint is intact.
     """
     damaged: list[Path] = []
-    for path in dist.on_rank0(lambda: list(reversed(all_checkpoints(run_dir))), ranks):
+    paths = dist.on_rank0(lambda: list(reversed(all_checkpoints(run_dir))), ranks)
+    for path, after in zip(paths, [*map(step_of, paths[1:]), -1], strict=True):
         manifest, problems = _load_checkpoint(engine, path, ranks)
         for problem in problems:
             say(f"skipped a damaged checkpoint: {problem}")
-        if problems and replace_damaged(path):
+        if problems and (copy := replace_damaged(path, after)):
+            if copy != path:  # otherwise the copy has taken its place
+                damaged.append(path)
+            path = copy
             manifest, problems = _load_checkpoint(engine, path, ranks)
         if manifest is not None and not problems:
             dist.on_rank0(partial(_tidy, run_dir, path, manifest, damaged), ranks)

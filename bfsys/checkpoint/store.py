@@ -28,6 +28,7 @@ from bfsys.checkpoint.files import (
     NAME,
     Damaged,
     RetentionPolicy,
+    checkpoint_name,
     checksum_mismatch,
     parse_manifest,
     step_of_name,
@@ -133,21 +134,25 @@ class Store:
         return self._tried("cannot be read", read)
 
     def put(self, path: Path, manifest: Mapping) -> None:
-        """Copy a checkpoint from the disk, unless there is an equal copy. Raises Damaged on a checksum mismatch, and
-        OSError if a file cannot be read."""
-        text = read_regular(path / MANIFEST)
-        old = self._manifest_text(path.name)
+        """Copy a checkpoint from the disk. Files of an equal copy are copied only if their size differs.
+
+        Raises Damaged on a checksum mismatch, and OSError if a file cannot be read.
+        """
+        text, name, files = read_regular(path / MANIFEST), checkpoint_name(manifest["step"]), manifest["files"]
+        old = self._manifest_text(name)
         if old == text:
-            return
-        if old is not None:
-            self.disown(path.name)
+            sizes = self.sizes(name)
+            files = {file: entry for file, entry in files.items() if sizes.get(file) != entry["bytes"]}
+        if old is not None and files:
+            self.disown(name)
 
-        def put_file(name: str) -> None:
-            target = self._path(path.name, name)
-            self._tried("cannot be written", lambda: self._write(target, path / name, manifest["files"][name]))
+        def put_file(file: str) -> None:
+            target = self._path(name, file)
+            self._tried("cannot be written", lambda: self._write(target, path / file, files[file]))
 
-        _of_all(put_file, manifest["files"])
-        self._tried("cannot be written", lambda: self._fs.pipe_file(self._path(path.name, MANIFEST), text))
+        if files:
+            _of_all(put_file, files)
+            self._tried("cannot be written", lambda: self._fs.pipe_file(self._path(name, MANIFEST), text))
 
     def fetch(self, name: str, manifest: Mapping, folder: Path) -> list[str]:
         """Copy the files of a checkpoint into an empty folder, the manifest last. Returns problems of damaged files.
@@ -219,7 +224,12 @@ class Store:
                 self.remove(name)
 
     def probe(self) -> None:
-        """Write a small object, read it and remove it."""
+        """Write a small object, read it and remove it. A folder for the copies of runs must exist, since a new one may
+        be on another disk than the one that is to be mounted there."""
+        folder = Path(self._root).parents[1]
+        if self.url.startswith(("file:", "local:")) and not folder.is_dir():
+            problem = f"{folder}: there is no such folder; make it, or mount the disk that it is on"
+            raise StoreError(problem, exit_code=EXIT_USER_ERROR)
         path, content = self._path(f".probe-{uuid.uuid4().hex}"), b"bfsys may write here"
         self._tried("cannot be written", lambda: self._fs.pipe_file(path, content))
         if self._tried("cannot be read", lambda: self._fs.cat_file(path)) != content:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from bfsys.checkpoint.files import (
     RetentionPolicy,
     all_checkpoints,
     as_url,
+    checkpoint_name,
     checkpoints_dir,
     evaluations,
     evaluations_in,
@@ -99,7 +101,11 @@ class OnDisk:
 
     def sizes(self) -> dict[str, int]:
         """Sizes in bytes of the existing files, by name."""
-        return {entry.name: entry.stat().st_size for entry in os.scandir(self.path)}
+        sizes = {}
+        for entry in os.scandir(self.path):
+            with suppress(OSError):  # a link without a target counts as missing
+                sizes[entry.name] = entry.stat().st_size
+        return sizes
 
     def saved_at(self) -> float:
         return (self.path / MANIFEST).stat().st_mtime
@@ -202,6 +208,9 @@ def verify(args: argparse.Namespace) -> int:
     damaged = 0
     for checkpoint in checkpoints_of(args.run):
         problems = checkpoint.problems()
+        if problems and isinstance(checkpoint, OnDisk) and not checkpoint.path.exists():
+            print(one_line(f"{checkpoint}: removed by the run in the meantime"))
+            continue
         damaged += bool(problems)
         print(one_line(f"{checkpoint}: {'damaged' if problems else 'intact'}"))
         for problem in problems:
@@ -247,8 +256,12 @@ def copy(args: argparse.Namespace) -> int:
     if isinstance(args.run, Path):
         path = find_whole(args.run)
         store = store_at(args.to)
-        store.put(path, read_manifest(path))
-        print(one_line(f"copied {path} to {store.url}/{path.name}"))
+        manifest = read_manifest(path)
+        copied = InStore(store, checkpoint_name(manifest["step"]))  # the folder may have another name
+        if store.has_manifest(copied.name) and copied.problems():
+            store.disown(copied.name)
+        store.put(path, manifest)
+        print(one_line(f"copied {path} to {copied}"))
         return 0
     from bfsys.run_dir import hold_directory  # imports torch
 

@@ -43,13 +43,14 @@ import psutil
 from bfsys.config import Config
 from bfsys.data.streaming.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
-from bfsys.errors import EXIT_CRASHED, EXIT_HUNG, EXIT_REQUEUE, UserError, code_of, one_line
+from bfsys.errors import EXIT_CRASHED, EXIT_HUNG, EXIT_REQUEUE, EXIT_STORAGE, UserError, code_of, one_line
 from bfsys.launch.elastic import MOST, describe, fitting, parse_range
 from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 from bfsys.ranks import gpu_count
 from bfsys.run_dir import hold_directory
 from bfsys.supervision.goodput import STARTED
+from bfsys.supervision.run_end import how_it_ended
 from bfsys.supervision.signals import EXIT_CODES, REPEAT_S, ends_at_once, stop_signals
 
 T = TypeVar("T")
@@ -240,6 +241,9 @@ def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
         time.sleep(pause_s)
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if code == EXIT_STORAGE and not how_it_ended(run_dir):  # the logs of the ranks cannot be written either
+        problem = f"training ended with code {code}: {run_dir} cannot be written, and the reason could not be recorded"
+        print(f"error: {problem} there; is its disk full or read-only?", file=sys.stderr)
     return code if code == EXIT_REQUEUE else restarts.exit_code
 
 

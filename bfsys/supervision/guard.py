@@ -32,12 +32,12 @@ from bfsys.checkpoint.files import (
     remove,
     step_of,
 )
+from bfsys.checkpoint.rollbacks import FILE
 from bfsys.config import Train
 from bfsys.data.streaming.datasets import Sources
-from bfsys.errors import EXIT_DIVERGED, UserError, code_of
-from bfsys.files import read_regular, replace_file
+from bfsys.errors import EXIT_DIVERGED, UserError
+from bfsys.files import replace_file
 
-FILE = "rollbacks.json"
 MAX_ROLLBACKS = 3
 WINDOW_STEPS = 128  # number of good losses that a loss is compared with
 LEAST_STEPS = 32  # with fewer good losses, spikes are not detected
@@ -91,24 +91,6 @@ class Guard:
         median = statistics.median(logs)
         deviation = 1.4826 * statistics.median(abs(x - median) for x in logs)  # normal distribution
         return (math.log(max(loss, 1e-12)) - median) / max(deviation, LEAST_DEVIATION)
-
-
-def read_rollbacks(run_dir: Path) -> list[dict]:
-    """The roll-backs of a run, the oldest first. Raises UserError if the file is damaged."""
-    path = run_dir / FILE
-    try:
-        rollbacks = json.loads(read_regular(path))
-        if not all(r["to"] < min(r["steps"]) and r["updates"] >= 0 for r in rollbacks):
-            raise ValueError("its steps contradict each other")
-        return rollbacks
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})", exit_code=code_of(error)) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); restore it, or delete it to train on its steps again"
-        ) from None
 
 
 def return_to_good_checkpoint(run_dir: Path, rollbacks: list[dict], bad: list[dict]) -> str:

@@ -23,6 +23,8 @@ from bfsys.batch import ByteBatch
 from bfsys.checkpoint.copies import POLL_S, STOP_WAIT_S, Copies, Wanted, fetch_newest
 from bfsys.checkpoint.files import METRICS, RetentionPolicy, step_of
 from bfsys.checkpoint.loading import check_same_run
+from bfsys.checkpoint.rollbacks import FILE as ROLLBACKS
+from bfsys.checkpoint.rollbacks import read_rollbacks
 from bfsys.checkpoint.saving import Saver
 from bfsys.config import Optim
 from bfsys.data.streaming.datasets import Sources
@@ -32,8 +34,7 @@ from bfsys.data.streaming.run_data import RunData
 from bfsys.engine import Engine
 from bfsys.errors import EXIT_CRASHED, EXIT_DIVERGED, EXIT_REQUEUE, EXIT_STORAGE, UserError
 from bfsys.supervision.goodput import Ledger
-from bfsys.supervision.guard import FILE as ROLLBACKS
-from bfsys.supervision.guard import Drawn, Guard, ranges_of, read_rollbacks, return_to_good_checkpoint, samples_of
+from bfsys.supervision.guard import Drawn, Guard, ranges_of, return_to_good_checkpoint, samples_of
 from bfsys.supervision.metrics import BAD_STEP, Metrics
 from bfsys.supervision.run_end import note_end
 from bfsys.supervision.signals import StopRequests
@@ -348,20 +349,20 @@ class Supervisor:
             self.ledger.record_progress(step)
             self.metrics.close()
 
-    def replace_damaged(self, path: Path) -> bool:
-        """Replace a damaged checkpoint by its copy in the object store, if that is intact; collective."""
+    def replace_damaged(self, path: Path, after: int) -> Path | None:
+        """Fetch the newest intact copy of a step after `after`, up to that of a damaged checkpoint, from the object
+        store; collective. Returns its path, if there is one."""
         if not self.config.copy_url:
-            return False
-        step = step_of(path)
+            return None
         fetched = fetch_newest(
-            Wanted(self.run_dir, self.config.copy_url, after=step - 1, until=step),
+            Wanted(self.run_dir, self.config.copy_url, after=after, until=step_of(path)),
             self.ranks,
             check=lambda work: check_same_run(work, self.facts, origin=self.config.copy_url),
-            wait=lambda: self.watchdog.beat(f"fetching a copy of {path.name}"),
+            wait=lambda: self.watchdog.beat(f"fetching a copy instead of {path.name}"),
         )
         for note in (*fetched.notes, *([fetched.problem] if fetched.problem else [])):
             self.say(note)
-        return fetched.name is not None
+        return path.with_name(fetched.name) if fetched.name else None
 
     def say(self, text: str) -> None:
         """Print a line on standard error, from rank 0."""

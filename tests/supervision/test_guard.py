@@ -14,11 +14,12 @@ import torch
 import yaml
 
 from bfsys.checkpoint.files import all_checkpoints, checkpoint_name, commit, read_manifest, step_of
+from bfsys.checkpoint.rollbacks import read_rollbacks
 from bfsys.config import Train, load_config
 from bfsys.data.streaming.datasets import make_plan, open_training
 from bfsys.errors import EXIT_DIVERGED, UserError
 from bfsys.launch.restart_policy import newest_step
-from bfsys.supervision.guard import LEAST_STEPS, Guard, ranges_of, read_rollbacks, return_to_good_checkpoint
+from bfsys.supervision.guard import LEAST_STEPS, Guard, ranges_of, return_to_good_checkpoint
 from bfsys.supervision.run_end import how_it_ended
 from bfsys.supervision.supervisor import Agreed, Supervisor
 from tests.chaos.ranks import Ranks, train_several
