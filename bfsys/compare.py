@@ -69,9 +69,7 @@ class Run:
 
     @property
     def evaluation_data(self) -> str | None:
-        """The files of the latest evaluation; of runs of earlier versions, their number in each source."""
-        if self.scores and "evaluated" in self.scores:
-            return str(self.scores["evaluated"])
+        """The number of files of each source in the latest evaluation."""
         sources = self.scores["sources"] if self.scores else {}
         return json.dumps({name: part.get("samples") for name, part in sources.items()}) if sources else None
 
@@ -261,9 +259,12 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
 def _notes_on_data(runs: Sequence[Run]) -> Iterator[str]:
     """Notes on runs with equal data settings and different data, such as before and after packing a dataset again."""
     alike: dict[tuple[str, str], dict[str, list[str]]] = {}  # (what was done, data settings) → data → runs
+    # Earlier versions did not record which files they evaluated.
+    is_recorded = all("evaluated" in run.scores for run in runs if run.scores)
     for run in runs:
         settings = json.dumps({key: value for key, value in run.settings.items() if key.startswith(DATA)})
-        for what, data in (("trained", run.training_data), ("evaluated", run.evaluation_data)):
+        evaluated = run.scores.get("evaluated") if run.scores and is_recorded else run.evaluation_data
+        for what, data in (("trained", run.training_data), ("evaluated", evaluated)):
             if data:
                 alike.setdefault((what, settings), {}).setdefault(data, []).append(one_line(str(run.path)))
     for (what, _), groups in alike.items():

@@ -46,7 +46,7 @@ class ReferenceFiles:
         if self.training_files is None:
             return f"{len(self.headers)} files"
         counts = {"evaluation": len(self.headers) - self.training_files, "training": self.training_files}
-        return " and ".join(f"{count} {kind} files" for kind, count in counts.items() if count)
+        return " and ".join(f"{count} {kind} file{'s' * (count > 1)}" for kind, count in counts.items() if count)
 
     def score(self, data: np.ndarray) -> float:
         """The score of a file, uint8 [n], as the model reads it. Above 1, the file resembles no reference file."""

@@ -112,6 +112,20 @@ def test_runs_that_were_evaluated_on_different_files_are_noted(make_run, capsys)
     assert "different files" not in cells(capsys, runs[0], runs[2], other)[-1][0]
 
 
+def with_files(run: Path, files: str) -> Path:
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"top1"', f'"evaluated": "{files}", "top1"', 1))
+    return run
+
+
+def test_the_files_of_evaluations_are_compared_if_all_runs_record_them(make_run, capsys) -> None:
+    runs = [with_samples(make_run(f"{seed}", {10: 0.5}, f"train.seed={seed}"), 24) for seed in range(3)]
+    with_files(runs[0], "a")
+    assert "different files" not in cells(capsys, *runs)[-1][0]  # two runs are of an earlier version
+    with_files(runs[1], "b")
+    assert cells(capsys, *runs[:2])[-1][0].startswith(f"note: {runs[0]} / {runs[1]}: they were evaluated on different")
+
+
 def test_runs_that_were_trained_on_different_files_are_noted(make_run, monkeypatch, capsys) -> None:
     runs = [make_run(f"{seed}", {10: 0.5}, f"train.seed={seed}") for seed in range(3)]
     for run in runs:

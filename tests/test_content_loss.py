@@ -87,6 +87,7 @@ def test_a_run_resumes_to_the_bit_with_other_workers(stage: int, runs: tuple[Pat
         assert all(torch.equal(one[name], other[name]) for name in one), state
 
 
+@pytest.mark.filterwarnings("ignore:.*out-of-distribution score")
 def test_the_model_that_answers_has_no_content_head(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run = runs[1] / "s1"
     model, _, _ = load_model(run)

@@ -192,7 +192,8 @@ def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.Mon
     """Hooks of git have the variables of another repository."""
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     git_state.cache_clear()
-    here = git_state()
+    if (here := git_state()) is None:
+        pytest.skip("this is no clone of the repository")
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
     monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
     git_state.cache_clear()

@@ -101,7 +101,10 @@ def disown_rolled_back(store: Store, run_dir: Path) -> None:
     """Disown the copies whose updates a roll-back has undone, so that a start without the run's disk does not use
     them."""
     rollbacks = read_rollbacks(run_dir)
+    undone = {step for rollback in rollbacks for step in range(rollback["to"] + 1, max(rollback["steps"]) + 1)}
     for name in store.names() if rollbacks else ():
+        if step_of_name(name) not in undone:
+            continue
         with suppress(Damaged):
             if (manifest := store.manifest(name)) and was_rolled_back(manifest, rollbacks):
                 store.disown(name)
@@ -116,7 +119,7 @@ def fetch(store: Store, task: dict) -> dict:
     is none, a new run checks that it can write to the store."""
     skipped: list[str] = []
     damaged: list[str] = []
-    is_first = task["after"] < 0 and task["until"] is None  # the disk holds no checkpoint
+    is_alone = task["after"] < 0  # the disk holds no intact checkpoint
     root, rollbacks = checkpoints_dir(Path(task["run_dir"])), read_rollbacks(Path(task["run_dir"]))
     for name in reversed(store.names()):
         if task["until"] is not None and step_of_name(name) > task["until"]:
@@ -143,9 +146,9 @@ def fetch(store: Store, task: dict) -> dict:
         shutil.rmtree(work, ignore_errors=True)
         skipped += problems
         damaged.append(name)
-    if not is_first:
+    if not is_alone:
         disown_all(store, damaged)
-    elif not skipped:
+    elif not skipped and task["until"] is None:
         store.probe()
     return {"skipped": first_of(skipped)}
 

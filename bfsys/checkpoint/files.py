@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, MISSING_ERRNOS, UserError
+from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, EXIT_STORAGE, MISSING_ERRNOS, UserError
 from bfsys.files import describe, read_regular, replace_file, sync_folder
 from bfsys.json_lines import NUMBER, Fields, parse_json_lines
 
@@ -88,7 +88,7 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
                 f"{root}: links to {os.readlink(root)}, which is not there", exit_code=EXIT_CRASHED
             ) from None
         if os.path.lexists(root):
-            raise UserError(f"{root}: is not a folder; move it away") from None
+            raise UserError(f"{root}: is not a folder; move it away", exit_code=EXIT_STORAGE) from None
         return []
 
 

@@ -58,7 +58,7 @@ def resume(
     """
     damaged: list[Path] = []
     paths = dist.on_rank0(lambda: list(reversed(all_checkpoints(run_dir))), ranks)
-    for path, after in zip(paths, [*map(step_of, paths[1:]), -1], strict=True):
+    for path, after in zip(paths, [*map(step_of, paths), -1][1:], strict=True):
         manifest, problems = _load_checkpoint(engine, path, ranks)
         for problem in problems:
             say(f"skipped a damaged checkpoint: {problem}")

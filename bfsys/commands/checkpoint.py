@@ -103,7 +103,7 @@ class OnDisk:
         """Sizes in bytes of the existing files, by name."""
         sizes = {}
         for entry in os.scandir(self.path):
-            with suppress(OSError):  # a link without a target counts as missing
+            with suppress(FileNotFoundError):  # a link without a target counts as missing
                 sizes[entry.name] = entry.stat().st_size
         return sizes
 

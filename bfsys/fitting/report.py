@@ -46,7 +46,9 @@ def report(run_dir: Path) -> list[str]:
         f"top-1 of the largest class  {100 * largest_class(training, held_out):8.2f} %",
     ]
     if len(train.labels) < files:
-        lines.append(f"the first three baselines learned from {len(train.labels):,} of {files:,} training files")
+        lines.append(
+            f"the baselines, except the largest class, learned from {len(train.labels):,} of {files:,} training files"
+        )
     lines += [f"note: {note}" for note in notes_on_copies(training, sources, config.data.eval_split)]
     lines += confusion.write(answers)
     draw({run_dir: read(run_dir, "top1", problems)}, "top1", folder / "learning_curve.png")
@@ -59,5 +61,5 @@ def logistic(baseline: Callable[[Table, Table], float], train: Table, held_out: 
     if classes > LOGISTIC_CLASSES:
         return f"left out: logistic regression takes long with more than {LOGISTIC_CLASSES} classes"
     if classes == 1:
-        return "left out: the training files have one class only"
+        return "left out: the training files that it would learn from have one class only"
     return f"{100 * baseline(train, held_out):8.2f} %   (logistic regression)"

@@ -28,7 +28,7 @@ from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError
 from bfsys.files import NO_LOCKS
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.restart_policy import newest_step
-from bfsys.launch.slurm_commands import IS_IT_UP, ask, fields_of
+from bfsys.launch.slurm_commands import IS_IT_UP, Answer, ask, fields_of
 from bfsys.supervision.goodput import goodput, read_seconds
 from bfsys.supervision.run_end import how_it_ended, note_end
 
@@ -126,8 +126,6 @@ class State:
 UNKNOWN = State("unknown to SLURM")
 ANOTHER = State("unknown to SLURM", "(its number is another job's)")
 NO_ANSWER = State("SLURM does not answer")
-# scontrol's answers for a job, and for a member of an array whose other members are in the queue
-NOT_IN_QUEUE = ("Invalid job id", " not found")
 
 
 def state_of(submitted: Submitted, *, also_ended: bool = True) -> State:
@@ -143,7 +141,7 @@ def state_of(submitted: Submitted, *, also_ended: bool = True) -> State:
         if f" StdOut={folder}" in answer.output:
             return _state_in_queue(name, facts)
         unknown = ANOTHER
-    elif not answer.is_good and not any(text in answer.output + answer.errors for text in NOT_IN_QUEUE):
+    elif not answer.is_good and not is_missing(submitted.job, answer):
         return NO_ANSWER
     if also_ended:
         form = "--format=State,End,SubmitLine"
@@ -154,6 +152,12 @@ def state_of(submitted: Submitted, *, also_ended: bool = True) -> State:
             if folder in command and name in OVER:  # a running job would be in the queue
                 return State(name, f"ended {end.replace('T', ' ')}")
     return unknown
+
+
+def is_missing(job: str, answer: Answer) -> bool:
+    """Whether scontrol says that a job is not in the queue. For a member of an array whose other members are there, it
+    says so on its standard output."""
+    return "Invalid job id" in answer.errors or f"Job {job} not found" in answer.output + answer.errors
 
 
 def _state_in_queue(name: str, facts: dict[str, str]) -> State:

@@ -75,8 +75,9 @@ class JobSupervisor:
         signal.signal(signal.SIGTERM, self._end)
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # they are for the tasks
             signal.signal(number, signal.SIG_IGN)
-        with suppress(OSError):
-            forget_end(self.run_dir)  # of an earlier start
+        if (ended := how_it_ended(self.run_dir)) and ended["exit_code"]:
+            with suppress(OSError):
+                forget_end(self.run_dir)  # of an earlier start, which would be taken for that of this one
         return self.after(self._cause_of(self._wait_for(subprocess.Popen(command))))
 
     def _wait_for(self, tasks: subprocess.Popen) -> int:

@@ -85,7 +85,10 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     413: {"model": Problem, "description": "A file or the request is too large, or holds too many files"},
     415: {"model": Problem, "description": f"The body is not {FORM}"},
     422: {"model": NoAnswers, "description": "An argument is wrong, or no file of the request can be classified"},
-    500: {"model": NoAnswers, "description": "The model fails on every file of the request"},
+    500: {
+        "model": NoAnswers,
+        "description": "No file of the request has an answer, and the model failed on one of them",
+    },
     503: {"model": Problem, "description": "Too many requests, or no answer in time; Retry-After says when to retry"},
 }
 BODY = {

@@ -148,7 +148,7 @@ class Supervisor:
             notes = [
                 *notes,
                 f"the evaluation files are not those of step {self.metrics.last_evaluation}: earlier scores are not "
-                "comparable, and do not decide which checkpoints are kept",
+                "comparable, and do not decide which checkpoints are kept after the next evaluation",
             ]
         self.save_pending, self.updates = False, 0
         skipped = sorted(later for later in self.guard.skipped_steps if later > step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,9 @@ def test_a_member_of_an_array_that_slurm_has_forgotten_is_over(run: Path, slurm_
     slurm_says("")
     (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'Job 42_0 not found'; exit 1\n")
     (job,) = jobs.submissions(run)
-    assert jobs.state_of(job) == jobs.UNKNOWN
-    assert jobs.active(run) == []
+    assert jobs.state_of(replace(job, job="42_0")) == jobs.UNKNOWN
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho 'scontrolx: not found' >&2; exit 127\n")
+    assert jobs.state_of(job) == jobs.NO_ANSWER
 
 
 def test_output_that_is_not_text_is_shown(run: Path, slurm_says, capsys) -> None:

@@ -254,6 +254,12 @@ def test_the_noted_end_of_an_earlier_start_does_not_count(slurm: Path) -> None:
     crashed.wait()
 
 
+def test_a_finished_run_keeps_its_end_until_training_takes_its_directory(slurm: Path) -> None:
+    note_end(slurm, 0, "finished")
+    assert start(slurm, "exit 2").wait(timeout=300) == 2
+    assert how_it_ended(slurm)["exit_code"] == 0
+
+
 def test_each_of_an_array_has_its_run(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [slurm / name for name in "abc"]
     for run in runs:

@@ -84,7 +84,9 @@ def _check_jpeg(image, data: bytes) -> None:
     markers = {marker for marker, _ in _segments(data)}
     if RESTARTS in markers or not markers & FRAMES:
         raise NotRewritableError("JPEG with restart markers, or of a frame that Pillow does not write")
-    if image.mode == "RGB" and JpegImagePlugin.get_sampling(image) < 0:
+    if image.mode != "RGB":  # grey
+        return
+    if JpegImagePlugin.get_sampling(image) < 0:
         raise NotRewritableError("JPEG of a sampling that Pillow does not write")
     if image.info.get("adobe_transform") == 0 or [component[0] for component in image.layer] == [82, 71, 66]:
         raise NotRewritableError("JPEG of red, green and blue")

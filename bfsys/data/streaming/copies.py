@@ -6,6 +6,7 @@ search sorts all checksums. For very large datasets and for remote ones there is
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 
 import numpy as np
@@ -21,7 +22,7 @@ NOTHING = np.uint64(xxhash.xxh3_64_intdigest(b""))  # empty files are never read
 
 def notes_on_copies(training: Sources, validation: Sources, evaluated: str) -> list[str]:
     """Notes for the data of a run that evaluates the split `evaluated`, one line each."""
-    trained = {(split.dataset.location, split.split) for split in training.splits}
+    trained = {_key(split, split.split) for split in training.splits}
     parts = _local_parts(training, validation, evaluated)
     sizes = [len(split) for split, _ in parts.values()]
     if not 0 < sum(sizes) <= MOST_FILES:
@@ -41,9 +42,9 @@ def notes_on_copies(training: Sources, validation: Sources, evaluated: str) -> l
     is_content_trained = np.bincount(content[is_trained], minlength=len(repeated)) > 0
     seen = np.bincount(part[~is_trained & is_content_trained[content]], minlength=len(parts)).tolist()
     notes = [
-        f"{location}: {count:,} of {size:,} files in {split} are byte-identical to training files, so their score says "
-        "nothing about new files"
-        for (location, split), count, size in zip(parts, seen, sizes, strict=True)
+        f"{split.dataset.location}: {count:,} of {size:,} files in {split.split} are byte-identical to training files, "
+        "so their score says nothing about new files"
+        for (split, _), count, size in zip(parts.values(), seen, sizes, strict=True)
         if count
     ]
     content, labels = content[is_trained], labels[is_trained]
@@ -52,6 +53,11 @@ def notes_on_copies(training: Sources, validation: Sources, evaluated: str) -> l
     if ambiguous:
         notes.append(f"{ambiguous:,} training files are byte-identical to training files of another class")
     return notes
+
+
+def _key(split: Split, name: str) -> tuple[str, str]:
+    """The identity of a split called `name` in the dataset of `split`, whose folder may have several paths."""
+    return os.path.realpath(split.dataset.location), name
 
 
 def _local_parts(
@@ -66,8 +72,8 @@ def _local_parts(
     for sources in (training, validation):
         for split, labels in zip(sources.splits, sources.label_maps, strict=True):
             if split.dataset.cache is None:
-                parts[split.dataset.location, split.split] = split, labels
+                parts[_key(split, split.split)] = split, labels
                 if evaluated in split.dataset.splits:
                     with suppress(UserError):  # of an index that the run does not need
-                        parts[split.dataset.location, evaluated] = split.dataset.open(evaluated), labels
+                        parts[_key(split, evaluated)] = split.dataset.open(evaluated), labels
     return parts

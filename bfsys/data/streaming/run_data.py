@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import numpy as np
 from bfsys.config import Config
 from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.media.input_formats import InputFormat, input_format, kind_of
+from bfsys.data.storage.shards import Split
 from bfsys.data.streaming.byte_transforms import lengths_after
 from bfsys.data.streaming.copies import notes_on_copies
 from bfsys.data.streaming.datasets import (
@@ -168,8 +169,7 @@ class RunData:
                 yield f"{name}: has no split {self.config.data.eval_split!r}, so its files are not evaluated"
             if split is None or split.dataset.cache is not None or not self.config.data.sources[number].augment:
                 continue
-            files = [np.frombuffer(data, np.uint8) for data in first_files(split)]
-            if files and not any(format.matches(data) for data in files):
+            if _others_among_first(split, format.matches):
                 yield (
                     f"{split.dataset.location}: the files of {split.split} are not {format.describe()}, as training "
                     "makes them, so scores do not show what the model has learned; pack them with --encoding "
@@ -178,13 +178,13 @@ class RunData:
 
     def _notes_on_jitter(self) -> Iterator[str]:
         for number, split in zip(self.training.numbers, self.training.splits, strict=True):
-            if self.config.data.sources[number].jitter and split.dataset.cache is None:
-                files = [np.frombuffer(data, np.uint8) for data in first_files(split)]
-                if files and not any(map(kind_of, files)):
-                    yield (
-                        f"{split.dataset.location}: jitter changes pictures and sounds, and the first {len(files)} "
-                        "files are neither"
-                    )
+            if not self.config.data.sources[number].jitter or split.dataset.cache is not None:
+                continue
+            if others := _others_among_first(split, lambda data: kind_of(data) is not None):
+                yield (
+                    f"{split.dataset.location}: jitter changes pictures and sounds, and the first {others} files are "
+                    "neither"
+                )
 
     def lengths_of(self, step: int, lanes: Sequence[int]) -> np.ndarray:
         """Bytes of each file of some lanes as the model reads it, int64 [B]. For files that are encoded again with
@@ -207,6 +207,16 @@ class RunData:
                 stored = np.full_like(stored, augmentation.least_bytes)
             lengths.append(lengths_after(self.training.transforms, stored))
         return np.concatenate(lengths)
+
+
+def _others_among_first(split: Split, is_such: Callable[[np.ndarray], bool]) -> int:
+    """The number of the first files of a split, uint8 [n] each, if none of them is such a file; otherwise 0."""
+    count = 0
+    for data in first_files(split):  # one at a time, since files may be large
+        if is_such(np.frombuffer(data, np.uint8)):
+            return 0
+        count += 1
+    return count
 
 
 def _packed_format(description: dict) -> InputFormat:

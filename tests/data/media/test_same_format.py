@@ -104,6 +104,14 @@ def test_a_jpeg_keeps_its_tables(options: dict) -> None:
         assert JpegImagePlugin.get_sampling(after) == JpegImagePlugin.get_sampling(before)
 
 
+def test_a_grey_jpeg_of_an_adobe_program_is_changed() -> None:
+    """Its segment says that there is no conversion of colours."""
+    plain = saved(COLOURS.convert("L"), "JPEG")
+    stored = plain[:2] + b"\xff\xee\x00\x0eAdobe\0d\0\0\0\0\0" + plain[2:]
+    assert picture(stored).info["adobe_transform"] == 0
+    assert picture(change_picture(stored, mirrored)).mode == "L"
+
+
 def test_a_jpeg_keeps_its_metadata() -> None:
     exif = Image.Exif()
     exif[274] = 6  # an orientation, which is not applied
