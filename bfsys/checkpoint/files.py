@@ -258,7 +258,7 @@ def evaluations_in(metrics: bytes) -> dict[int, dict]:
 
 
 def comparable(scores: dict[int, dict]) -> dict[int, dict]:
-    """Of the scores by step, those on the files of the latest evaluation. Earlier versions did not record the files."""
+    """The scores, by step, on the files of the latest evaluation. Earlier versions did not record the files."""
     latest = scores[max(scores)].get("evaluated") if scores else None
     return {step: each for step, each in scores.items() if each.get("evaluated", latest) == latest}
 
