@@ -1,0 +1,88 @@
+"""Which checkpoints of a run are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bfsys.checkpoint import files
+from bfsys.checkpoint.files import RetentionPolicy
+from bfsys.checkpoint.store import Store
+from bfsys.cli import call
+from tests.test_checkpoint import FACTS, save
+from tests.test_checkpoint_store import put
+
+
+@given(
+    steps=st.sets(st.integers(0, 200), min_size=1),
+    last=st.integers(1, 4),
+    every=st.integers(0, 30),
+    best=st.integers(0, 3),
+    scores=st.dictionaries(st.integers(0, 200), st.floats(0, 1)),
+)
+def test_what_is_kept(steps: set[int], last: int, every: int, best: int, scores: dict[int, float]) -> None:
+    told = {step: {"top1": score, "loss": 1 - score} for step, score in scores.items()}
+    kept = files.steps_to_keep(sorted(steps), RetentionPolicy(last, every, best, "top1"), told)
+    assert kept <= steps
+    assert set(sorted(steps)[-last:]) <= kept
+    assert not every or {step for step in steps if step and step % every == 0} <= kept
+    scored = sorted(scores[step] for step in steps if step in scores)
+    if best and scored:
+        assert max(scored) == max(scores[step] for step in kept if step in scores)
+    assert len(kept) <= last + best + (len(steps) if every else 0)
+
+
+def test_scores_of_other_evaluation_files_are_not_compared() -> None:
+    scores = {
+        1: {"top1": 0.9, "evaluated": "a"},
+        2: {"top1": 0.5, "evaluated": "b"},
+        3: {"top1": 0.4, "evaluated": "b"},
+    }
+    assert files.comparable(scores) == {2: scores[2], 3: scores[3]}
+    assert files.comparable({0: {"top1": 0.1}, **scores}).keys() == {0, 2, 3}  # earlier versions recorded no files
+    assert files.comparable({}) == {}
+
+
+def test_the_best_of_losses_is_the_least() -> None:
+    told = {step: {"loss": float(abs(step - 5))} for step in range(10)}
+    assert files.steps_to_keep(range(10), RetentionPolicy(1, 0, 2, "loss"), told) == {9, 5, 6}
+
+
+def test_a_loss_that_is_not_a_number_is_the_worst() -> None:
+    told = {step: {"loss": float("nan") if step % 2 else float(step)} for step in range(6)}
+    assert files.steps_to_keep(range(6), RetentionPolicy(1, 0, 2, "loss"), told) == {5, 0, 2}
+
+
+def test_a_run_keeps_what_it_was_told_to(tmp_path: Path) -> None:
+    lines = [{"kind": "eval", "step": step, "top1": top1, "loss": 1.0} for step, top1 in ((2, 0.9), (4, 0.5), (6, 0.7))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in range(8):
+        save(tmp_path, step, keep=RetentionPolicy(last=1, every=5, best=1))
+    assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [2, 5, 7]
+
+
+def test_the_command_removes_what_is_not_to_be_kept(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(FACTS, "config", {"train": {"keep_checkpoints": 2}})
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_00000004" / "weight-0-of-1.safetensors").unlink()
+    assert call("checkpoint", ["prune", str(tmp_path), "--dry-run"]) == 0
+    assert "would be removed" in capsys.readouterr().out
+    assert len(files.all_checkpoints(tmp_path)) == 4
+    assert call("checkpoint", ["prune", str(tmp_path), "--keep", "1"]) == 0
+    files.remove(tmp_path / "checkpoints" / "step_00000002")  # like a run that removes it at the same time
+    # A damaged checkpoint does not count for retention, and is not removed.
+    assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [3, 4]
+    (tmp_path / "checkpoints" / "step_00000004" / "manifest.json").write_text("{}")
+    assert call("checkpoint", ["prune", str(tmp_path), "--dry-run"]) == 0  # the older manifest has the rules too
+
+
+def test_the_copies_follow_the_retention_policy(tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/copies/mine")
+    for step in range(6):
+        put(store, save(tmp_path / "run", step))
+    store.prune(RetentionPolicy(last=1, every=3, best=1), {4: {"top1": 0.9}, 2: {"top1": 0.1}})
+    assert store.names() == [f"step_{step:08d}" for step in (3, 4, 5)]
