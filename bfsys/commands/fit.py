@@ -90,10 +90,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"training failed with exit code {code}, see above")
         return code
-    print(
-        "\n".join(
-            ["", *report(request.run_dir), "", f"took {(time.monotonic() - began_s) / 60:.1f} minutes; try next:"]
-        )
-    )
+    print("\n".join(["", *report(request.run_dir)]))
+    print(f"\ntook {(time.monotonic() - began_s) / 60:.1f} minutes; try next:")
     print("\n".join(f"  {line}" for line in next_commands(request, config)))
     return 0
