@@ -220,7 +220,8 @@ class Service:
                 _or_error(one, u) for one, u in zip(await self._decoding.answers(uploads), uploads, strict=True)
             ]
         else:
-            prepared = [self._prepared(upload, encode=False) for upload in uploads]
+            # Large files take tenths of a second; meanwhile the event loop answers other requests.
+            prepared = await asyncio.to_thread(lambda: [self._prepared(upload, encode=False) for upload in uploads])
         waiting = [one for one in prepared if one.sample is not None]
         rows = await self._computing.answers([one.sample for one in waiting if one.sample is not None])
         status = 422
@@ -234,7 +235,8 @@ class Service:
             else:
                 answered[id(one)] = row
         self.metrics.refused_files.inc(len(prepared) - len(answered))
-        return [self._answer(one, answered.get(id(one)), top) for one in prepared], 200 if answered else status
+        contents = await asyncio.to_thread(lambda: [self._answer(one, answered.get(id(one)), top) for one in prepared])
+        return contents, 200 if answered else status
 
     def _prepared(self, upload: Upload, *, encode: bool) -> Prepared:
         problems: list[str] = []

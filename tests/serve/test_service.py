@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -151,6 +153,34 @@ def test_no_file_is_written(finished_run: Path, start: Callable[..., Server]) ->
 def test_connections_do_not_wait_to_send() -> None:
     with bind("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP  # asyncio's condition for TCP_NODELAY
+
+
+def test_the_event_loop_reads_no_files(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bfsys.serve.app import Service
+    from bfsys.serve.limits import Limits
+    from bfsys.serve.uploads import Upload
+
+    service = Service(bfsys.load(finished_run), Limits())
+    threads = {}
+
+    def traced(name: str) -> Callable[..., object]:
+        method = getattr(service, name)
+
+        def call(*args: object, **options: bool) -> object:
+            threads[name] = threading.current_thread()
+            return method(*args, **options)
+
+        return call
+
+    for name in ("_prepared", "_answer"):
+        monkeypatch.setattr(service, name, traced(name))
+    try:
+        answers, status = asyncio.run(service.answers([Upload("a", bytearray(range(256)))], top=1, encode=False))
+    finally:
+        assert service.close(60)
+    assert (status, len(answers)) == (200, 1)
+    assert threads.keys() == {"_prepared", "_answer"}
+    assert threading.main_thread() not in threads.values()
 
 
 def fails(*arguments: str | Path, **variables: str) -> str:
