@@ -9,6 +9,7 @@ the publication used are not available, so its _unknown_ and _silence_ hold othe
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tarfile
 from collections import Counter
@@ -166,7 +167,7 @@ def imagenet(folder: Path) -> None:
         unpack_again = f"{folder}: if unpacking was cut short, remove train/ or val/ there, and run this again"
         raise UserError(*(f"{folder}: {problem}" for problem in problems), unpack_again)
     print(f"{folder}: {IMAGENET_CLASSES:,} classes, " + ", ".join(f"{n:,} for {s}" for s, n in IMAGENET_FILES.items()))
-    print(f"next: bfsys pack {folder} data/shards --name imagenet --from imagefolder")
+    print(f"next: bfsys pack {shlex.quote(str(folder))} data/shards --name imagenet --from imagefolder")
 
 
 def unpack_imagenet(folder: Path) -> None:

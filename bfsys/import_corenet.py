@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -298,7 +299,7 @@ def describe(config: Config, classes: int, nest: str | None, path: Path) -> None
         f"shift {model.shift}, pairs merged after layers {', '.join(map(str, a.merge_after)) or 'none'}, "
         f"{a.max_tokens:,} positions, {classes} classes" + (f", from {nest}" if nest else "")
     )
-    print(f"wrote {path}; use it by\n  bfsys predict {path.parent.parent} FILE…")
+    print(f"wrote {path}; use it by\n  bfsys predict {shlex.quote(str(path.parent.parent))} FILE…")
 
 
 def sha256(path: Path) -> str:

@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--rank, --follow: only logs takes these, got {args.action}")
     if not args.run.is_dir():
         raise UserError(f"{args.run}: no such directory; give a run directory (runs/NAME)")
+    if not jobs.slurm_folder(args.run).exists() and not (args.run / "config.yaml").exists():
+        raise UserError(f"{args.run}: holds no run; give a run directory (runs/NAME)")
     if members := jobs.members(args.run):
         if args.action == "status":
             return jobs.show_status_of_all(members)

@@ -72,7 +72,7 @@ def submitting(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(
                 f"run directory {run_dir}: another submission of this run is in progress; see bfsys slurm status "
-                f"{run_dir} when it is done"
+                f"{shlex.quote(str(run_dir))} when it is done"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -273,7 +273,7 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> int:
         for text in _added_to(log, job) if follow else (_shown(_last_lines(log, SHOWN_LINES)),):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
-        print(f"\nthe job continues; bfsys slurm stop {run_dir} ends it", file=sys.stderr)
+        print(f"\nthe job continues; bfsys slurm stop {shlex.quote(str(run_dir))} ends it", file=sys.stderr)
     return 0
 
 
@@ -338,5 +338,5 @@ def stop(run_dir: Path) -> int:
         if state.name == "PENDING":
             done = "cancelled while it waited"
             note_end(run_dir, EXIT_STOPPED, f"job {submitted.job} was {done}")
-        print(f"job {submitted.job}: {done}; see bfsys slurm status {run_dir}")
+        print(f"job {submitted.job}: {done}; see bfsys slurm status {shlex.quote(str(run_dir))}")
     return 0

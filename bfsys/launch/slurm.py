@@ -166,7 +166,8 @@ def problem_of_jobs(config: Config) -> str | None:
             raise UserError(f"run {config.run_dir}: SLURM does not answer whether job {job.job} is over; {IS_IT_UP}")
         return (
             f"run {config.run_dir}: job {job.job} is already pending or running; stop it with bfsys slurm stop "
-            f"{config.run_dir}, queue behind it with --dependency singleton, or start another run with name=…"
+            f"{shlex.quote(str(config.run_dir))}, queue behind it with --dependency singleton, or start another run "
+            "with name=…"
         )
     return None
 

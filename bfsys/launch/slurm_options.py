@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 
 from bfsys.config import Config
@@ -68,6 +69,11 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
     for assignment in args.env:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", assignment, re.DOTALL | re.ASCII):
             yield f"--env: got {assignment!r}; NAME=VALUE is expected"
+    if args.setup:
+        commands = os.fsencode("\n".join(args.setup))
+        parsed = subprocess.run(["bash", "-n"], input=commands, capture_output=True, check=False)
+        if parsed.returncode:
+            yield f"--setup: bash cannot parse it: {'; '.join(parsed.stderr.decode(errors='replace').splitlines())}"
 
 
 def nodes_of(args: argparse.Namespace) -> range:

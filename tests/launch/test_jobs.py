@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -260,9 +261,11 @@ def test_logs(run: Path, slurm_says, capsys) -> None:
 
 
 def test_stop(run: Path, slurm_says, tmp_path: Path, capsys) -> None:
+    run = run.rename(run.with_name("it's x"))  # messages quote it for a shell
     slurm_says(RUNNING)
     assert call("slurm", ["stop", str(run)]) == 0
     assert (tmp_path / "cancelled").read_text() == "42\n"
+    assert f"see bfsys slurm status {shlex.quote(str(run))}" in capsys.readouterr().out
     slurm_says("JobState=COMPLETED Restarts=0")
     with pytest.raises(UserError, match="this run has no pending or running job"):
         call("slurm", ["stop", str(run)])
@@ -272,10 +275,15 @@ def test_what_is_no_run_is_refused(tmp_path: Path, slurm_says, capsys) -> None:
     slurm_says("")
     with pytest.raises(UserError, match="no such directory"):
         call("slurm", ["status", str(tmp_path / "nowhere")])
-    (tmp_path / "empty").mkdir()
+    other = tmp_path / "a folder of runs"
+    other.mkdir()
+    for action in ("status", "logs", "stop"):
+        with pytest.raises(UserError, match=r"a folder of runs: holds no run; give a run directory"):
+            call("slurm", [action, str(other)])
+    (other / "config.yaml").touch()  # of a run without SLURM
     with pytest.raises(UserError, match="no job was submitted for this run"):
-        call("slurm", ["logs", str(tmp_path / "empty")])
-    assert call("slurm", ["status", str(tmp_path / "empty")]) == 0
+        call("slurm", ["logs", str(other)])
+    assert call("slurm", ["status", str(other)]) == 0
     assert "none was submitted from here" in capsys.readouterr().out
 
 

@@ -124,6 +124,9 @@ def test_all_problems_are_reported_at_once(config_file, tmp_path, monkeypatch):
     for nodes in ("1-99999999999999999999", "1-2000000000", "0", "4-2"):
         assert any("--nodes: got" in problem for problem in problems_of("--nodes", nodes, ON_CPUS, config_file))
     assert any("--env: got" in problem for problem in problems_of("--nodes=1", ON_CPUS, "--env", "Aé=1", config_file))
+    setup = ("--setup", "module load cuda", "--setup", "echo 'oops")
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    assert any("--setup: bash cannot" in problem for problem in problems_of("--nodes=1", ON_CPUS, *setup, config_file))
     others = ("--time=1h", "--mem=lots", "--env=X", "data.sources.0.path=/no/where")
     problems = problems_of(*counts, config_file, *others)
     wrong = ["--nodes", "--cpus-per-task", "--tasks-per-node", "--time", "--mem", "--env", "sbatch", "/no/where"]

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import tokenize
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -296,7 +297,7 @@ def read_description(path: Path) -> dict:
             raise UserError(f"{path}: {what}") from None
         raise UserError(
             f"{path}: holds no {DESCRIPTION}. If packing was not finished, run the same command "
-            f"again; for tars made elsewhere, run: bfsys inspect {path} --rebuild"
+            f"again; for tars made elsewhere, run: bfsys inspect {shlex.quote(str(path))} --rebuild"
         ) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})", exit_code=code_of(error)) from error
