@@ -23,10 +23,10 @@ from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.ranks import Ranks, ranks_from_environment
 
 LEAST_S = 10  # with less time left, a check is skipped: Python, PyTorch and CUDA take as long to start
-OF_LAUNCHERS = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID",
-    "SLURM_NTASKS", "SLURM_LOCALID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT",
-)  # fmt: skip
+# Variables that make a process a rank. SLURM's go too: srun sets dozens, and one of them left over would make a check a
+# task of the step again.
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PREFIXES_OF_LAUNCHERS = ("SLURM_", "TORCHELASTIC_")
 
 
 def run_checks(
@@ -53,7 +53,11 @@ def run_checks(
 
 def variables_of_one(env: Mapping[str, str], ranks: Ranks) -> dict[str, str]:
     """Return the environment of a check that a rank runs alone, on its own GPU."""
-    variables = {name: value for name, value in env.items() if name not in OF_LAUNCHERS}
+    variables = {
+        name: value
+        for name, value in env.items()
+        if name not in OF_LAUNCHERS and not name.startswith(PREFIXES_OF_LAUNCHERS)
+    }
     if ranks.world_size > 1 and ranks.device.type == "cuda":
         visible = [device for device in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
         index = ranks.device.index or 0

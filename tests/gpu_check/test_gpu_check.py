@@ -31,6 +31,7 @@ from bfsys.gpu_check import (
 from bfsys.gpu_check.checks import CHECKS
 from bfsys.gpu_check.findings import Finding, Verdict, exit_code
 from bfsys.gpu_check.interpreter import interpreted
+from bfsys.launch.job import set_slurm_variables
 from bfsys.model.byteformer import ByteFormer
 from bfsys.ranks import Ranks
 from tests.conftest import _run_ranks
@@ -249,6 +250,16 @@ def test_each_rank_checks_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.variables_of_one(env, ranks) == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": "7"}
     del env["CUDA_VISIBLE_DEVICES"]
     assert processes.variables_of_one(env, ranks) == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": "3"}
+
+
+def test_a_check_of_one_rank_is_no_task_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_step = {"STEP_NODELIST": "n[1-2]", "STEP_ID": "0", "STEP_NUM_TASKS": "16", "NODEID": "0", "PROCID": "3"}
+    env = {"HOME": "/h", "SLURM_JOB_ID": "7", **{f"SLURM_{name}": value for name, value in of_step.items()}}
+    alone = processes.variables_of_one(env, Ranks())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", alone)
+        set_slurm_variables()  # as the short training does
+    assert alone == {"HOME": "/h"}
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
