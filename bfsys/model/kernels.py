@@ -192,8 +192,11 @@ def stem_backward(
     grad = grad.contiguous()
     # A program computes two byte positions, which halves the reads of the gradient. Their sums, 2 x [256, 64], take 128
     # registers of each thread of 8 warps, and the one-hot matrices take most of the others. So one program fits on a
-    # multiprocessor. With three stages, loads of two blocks of the gradient are in flight.
-    block = 32 if grad.dtype == torch.float32 else 64
+    # multiprocessor. With three stages, loads of two blocks of the gradient are in flight. In float32, 32 rows fit on
+    # sm_90 and sm_100 only. On sm_80 a thread would spill 9 kB (Triton 3.8).
+    block = 64
+    if grad.dtype == torch.float32:
+        block = 32 if _generation(grad.device) in (9, 10) else 16
     tiles, blocks = kernel // 2 * triton.cdiv(dim, BLOCK_D), max(1, triton.cdiv(rows, block))
     splits = _split_count(tiles, blocks, 4 * kernel * BYTES.value * dim, _processors(grad.device))
     split_rows = triton.cdiv(blocks, splits) * block

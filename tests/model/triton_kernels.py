@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -48,6 +51,18 @@ def compiled_for_nvidia(capability: int, monkeypatch: pytest.MonkeyPatch) -> dic
 
     monkeypatch.setattr(JITFunction, "run", compile_launch)
     return compiled
+
+
+def stack_bytes(program) -> int:
+    """Memory for the registers that a thread of a compiled program spills."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(program.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"STACK:(\d+)", usage)[-1])
 
 
 def _compile(function, args, options, capability: int):
