@@ -113,7 +113,13 @@ def is_printable(text: str) -> bool:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory did not suffice, which PyTorch says in ways of its own."""
-    signs = ("can't allocate memory", "CUDA out of memory", "failed to map segment")  # the last from importing PyTorch
+    signs = (
+        "can't allocate memory",
+        "CUDA out of memory",  # PyTorch's own allocator
+        "CUDA error: out of memory",  # the driver, such as for the context on a GPU that is full
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "failed to map segment",  # importing PyTorch
+    )
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 

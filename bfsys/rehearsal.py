@@ -20,9 +20,14 @@ from bfsys.batch import CONTENT_COLUMNS, CONTENT_ROWS, ByteBatch, Sample
 from bfsys.data.streaming.run_data import RunData
 from bfsys.dist import Ranks
 from bfsys.engine import Engine
-from bfsys.errors import UserError
+from bfsys.errors import UserError, is_out_of_memory
 from bfsys.loss import training_loss
 from bfsys.micro_batches import largest_micro_batch
+
+TO_NEED_LESS = (
+    "Set a lower train.micro_batch_tokens, model.activation_checkpointing=true or a higher train.zero_stage, or start "
+    "a new run with more data.lanes"
+)
 
 
 def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
@@ -44,10 +49,10 @@ def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
             outputs = engine.module(batch)  # not through the engine, which would expect its own backward pass
         loss, _ = training_loss(outputs, batch, len(data.training.splits), data.config)
         return list(torch.autograd.grad(loss, list(engine.module.parameters()), allow_unused=True))
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"rank {ranks.rank}: a micro-batch of {len(lengths)} files, {lengths.sum():,} bytes and {tokens:,} tokens "
-            f"does not fit into the memory of {ranks.device}: {str(error).splitlines()[0]} Set "
-            f"a lower train.micro_batch_tokens, model.activation_checkpointing=true or a higher train.zero_stage, or "
-            f"start a new run with more data.lanes"
+            f"does not fit into the memory of {ranks.device}: {str(error).splitlines()[0]} {TO_NEED_LESS}"
         ) from None

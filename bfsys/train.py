@@ -35,14 +35,14 @@ from bfsys.data.streaming.datasets import fetch_descriptions
 from bfsys.data.streaming.loader import training_batches
 from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_CRASHED, UserError
+from bfsys.errors import EXIT_CRASHED, UserError, is_out_of_memory
 from bfsys.evaluate import evaluate
 from bfsys.init_from import initial_weights
 from bfsys.loss import LOSS, training_loss
 from bfsys.micro_batches import agree_on_micro_batches
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import ema_decay, learning_rate
-from bfsys.rehearsal import rehearse
+from bfsys.rehearsal import TO_NEED_LESS, rehearse
 from bfsys.run_dir import noting_failed_start, prepare_run_dir, run_facts
 from bfsys.supervision.guard import Drawn
 from bfsys.supervision.run_end import note_end
@@ -221,6 +221,9 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
         who = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
         raise UserError(*(who + problem for problem in error.problems), exit_code=error.exit_code) from None
     except RuntimeError as error:
+        if is_out_of_memory(error):  # another process may have filled the GPU, so a restart may help
+            problem = f"not enough memory on {ranks.device}: {str(error).splitlines()[0]} {TO_NEED_LESS}"
+            raise UserError(f"rank {ranks.rank}: {problem}", exit_code=EXIT_CRASHED) from None
         if not (lost := dist.lost_connection(error)):
             raise
         print(

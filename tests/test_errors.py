@@ -51,6 +51,22 @@ def test_control_c_is_no_traceback_after_a_start_that_let_it_end_the_process(
     assert capsys.readouterr().err == "stopped on request\n"
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_a_full_gpu_is_no_traceback(said: str, capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise RuntimeError(f"{said}\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.")
+
+    assert ends_with(main) == EXIT_CRASHED
+    assert capsys.readouterr().err == f"error: there is not enough memory: {said}\n"
+
+
 def test_our_own_mistakes_have_a_traceback(capsys: pytest.CaptureFixture) -> None:
     assert ends_with(lambda: 1 // 0) == 1
     assert "test_errors.py" in capsys.readouterr().err.partition("ZeroDivisionError")[0]

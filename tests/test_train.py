@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bfsys import train
 from bfsys.checkpoint.loading import load_model
 from bfsys.cli import call
-from bfsys.config import load_config
+from bfsys.config import Config, Data, Source, load_config
 from bfsys.data.streaming.datasets import open_evaluation
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import open_run_data
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_CRASHED, UserError
 from bfsys.evaluate import evaluate
+from bfsys.ranks import Ranks
 from bfsys.supervision.run_end import how_it_ended
 from tests.forked import run_python, start_ranks
 from tests.plain_training import ALONE, train_plainly
@@ -324,6 +326,24 @@ def test_a_rank_that_fails_alone_says_why_and_ends_at_once(config_file: Path, tm
     ended = how_it_ended(tmp_path / "runs" / "tiny")  # recorded by the rank that failed, not by the others
     assert ended["exit_code"] == 1
     assert ended["reason"] == "rank 1: MemoryError: the GPU is full"
+
+
+def test_a_gpu_without_enough_memory_is_one_line_and_may_be_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr("bfsys.dist.start", lambda *_: None)
+    monkeypatch.setattr("bfsys.console.go_on_without", lambda *_: None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    with pytest.raises(UserError) as raised:
+        train.train_rank(Config(data=Data(sources=(Source("none"),)), runs_dir=tmp_path), Ranks())
+    assert raised.value.exit_code == EXIT_CRASHED
+    (said,) = raised.value.problems
+    assert said.startswith("rank 0: not enough memory on cpu: CUDA out of memory. Tried to allocate 2.00 GiB. Set a")
 
 
 def test_bad_input_ends_with_code_2_and_says_all_once(config_file: Path, tmp_path: Path, run_ranks) -> None:
