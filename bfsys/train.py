@@ -204,8 +204,10 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
     """
     console.go_on_without(config.run_dir / "log" / f"rank-{ranks.rank}.log")
     try:
-        # Every ragged batch needs blocks of other sizes, and blocks of fixed size would fragment the memory.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        # Every ragged batch needs blocks of other sizes, and blocks of fixed size would fragment the memory. PyTorch
+        # ignores PYTORCH_ALLOC_CONF if the variable with the older name is set, too.
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         dist.start(ranks, config.train.collective_timeout_s)
         exit_code = train(config, ranks)
         if ranks.is_rank_zero:

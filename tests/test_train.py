@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -328,9 +330,10 @@ def test_a_rank_that_fails_alone_says_why_and_ends_at_once(config_file: Path, tm
     assert ended["reason"] == "rank 1: MemoryError: the GPU is full"
 
 
-def test_a_gpu_without_enough_memory_is_one_line_and_may_be_restarted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def rank_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Runs a rank that fails at its start, because its GPU is full."""
+
     def fail(*_: object) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
@@ -338,12 +341,40 @@ def test_a_gpu_without_enough_memory_is_one_line_and_may_be_restarted(
     monkeypatch.setattr("bfsys.dist.start", lambda *_: None)
     monkeypatch.setattr("bfsys.console.go_on_without", lambda *_: None)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is restored
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    config = Config(data=Data(sources=(Source("none"),)), runs_dir=tmp_path)
+    return lambda: train.train_rank(config, Ranks())
+
+
+def test_a_gpu_without_enough_memory_is_one_line_and_may_be_restarted(rank_without_memory: Callable[[], int]) -> None:
     with pytest.raises(UserError) as raised:
-        train.train_rank(Config(data=Data(sources=(Source("none"),)), runs_dir=tmp_path), Ranks())
+        rank_without_memory()
     assert raised.value.exit_code == EXIT_CRASHED
     (said,) = raised.value.problems
     assert said.startswith("rank 0: not enough memory on cpu: CUDA out of memory. Tried to allocate 2.00 GiB. Set a")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+    ],
+)
+def test_the_allocator_is_set_unless_the_user_has_set_it(
+    given: dict[str, str],
+    expected: dict[str, str],
+    rank_without_memory: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError):
+        rank_without_memory()
+    assert {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")} == expected
 
 
 def test_bad_input_ends_with_code_2_and_says_all_once(config_file: Path, tmp_path: Path, run_ranks) -> None:
