@@ -42,7 +42,7 @@ def run_checks(
             results[name] = [Finding("whole check", Verdict.SKIPPED, "no time was left", more)]
         else:
             variables = dict(os.environ) if check.is_collective else variables_of_one(os.environ, ranks)
-            with TemporaryDirectory(prefix="bfsys-check-") as folder:
+            with TemporaryDirectory(prefix="bfsys-check-", ignore_cleanup_errors=True) as folder:
                 child = start(name, check.share * seconds, Path(folder), variables)
                 results[name] = finish(
                     name, child, Path(folder), min(left, check.limit_s), is_cut_short=left < check.limit_s
@@ -68,14 +68,13 @@ def variables_of_one(env: Mapping[str, str], ranks: Ranks) -> dict[str, str]:
 def start(
     name: str, seconds: float, folder: Path, variables: Mapping[str, str], *, is_part: bool = False
 ) -> subprocess.Popen:
-    """Start a check, which writes its findings and its output to `folder`. With `is_part`, it stays in the process
-    group of this process and is killed with it."""
+    """Start a check, which writes its findings, its output and its temporary files to `folder`: if it is killed, it
+    cannot remove them. With `is_part`, it stays in the process group of this process and is killed with it."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), variables.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "bfsys.gpu_check.processes", name, str(seconds), str(folder / "findings.json")]
+    env = {**variables, "PYTHONPATH": path, "TMPDIR": str(folder)}
     with open(folder / "output", "wb") as output:
-        return subprocess.Popen(
-            command, stdout=output, stderr=output, env={**variables, "PYTHONPATH": path}, start_new_session=not is_part
-        )
+        return subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=not is_part)
 
 
 def finish(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -247,6 +250,23 @@ def test_a_check_that_ends_badly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(processes, "CHECKS", {"nonsense": CHECKS["engine"]})
     (crashed,) = processes_result("nonsense")
     assert (crashed.verdict, "KeyError" in crashed.detail) == (Verdict.WRONG, True)
+
+
+def test_a_stopped_check_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(processes, "finish", lambda name, child, *_, **__: _kill_after_its_first_file(child, tmp_path))
+    processes.run_checks(["training"], 60, Ranks(), lambda *_: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _kill_after_its_first_file(child: subprocess.Popen, folder: Path) -> list[Finding]:
+    while not list(folder.rglob("bfsys-training-*")) and child.poll() is None:
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    return []
 
 
 def test_each_rank_checks_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
