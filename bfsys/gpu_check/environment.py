@@ -96,7 +96,8 @@ def _compiler(device: torch.device) -> Finding:
 
 def _caches() -> list[Finding]:
     """Check the folders for compiled kernels."""
-    return [_writable("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache")]
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    return [_writable("TRITON_CACHE_DIR", home / ".triton" / "cache")]
 
 
 def _writable(variable: str, default: Path) -> Finding:

@@ -126,6 +126,10 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (finding,) = environment._caches()
     assert finding.verdict == Verdict.WRONG
     assert "TRITON_CACHE_DIR" in finding.advice
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path / "file"))
+    (finding,) = environment._caches()
+    assert finding.verdict == Verdict.WRONG
 
 
 def test_sums_over_ranks_and_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
