@@ -16,11 +16,12 @@ import numpy as np
 import xxhash
 
 from bfsys.data.media.input_formats import FileKind, kind_of
-from bfsys.data.media.sounds import announced_samples, open_sound
+from bfsys.data.media.sounds import UNKNOWN_FRAMES, announced_samples, decode_audio, open_sound
 from bfsys.data.packing.listing import SourceFile
 
 LOOKED_AT = 200  # files whose headers are read
 HEADER_BYTES = 1 << 16  # read from a file to determine its kind
+LONGEST_DECODED_S = 60.0  # of a sound whose header does not state its length
 SHARE_OF_MODALITY = 0.9  # least share of the sampled files; packing reports files that cannot be encoded
 COMPRESSED = ("a JPEG", "a PNG", "a GIF", "a WebP", "a FLAC", "an Ogg", "an MP3")
 PHOTOGRAPHS = ("a JPEG", "a WebP")
@@ -125,7 +126,9 @@ def _beginning(path: str) -> bytes:
 
 
 def _size_of(path: str, kind: FileKind) -> tuple[float, int] | None:
-    """(shorter side in pixels, 0) or (seconds, sample rate in Hz); None if the file's header cannot be decoded."""
+    """(shorter side in pixels, 0) or (seconds, sample rate in Hz); None if the file's header cannot be decoded.
+
+    A sound whose header does not state its length is decoded."""
     try:
         if kind.modality == "image":
             from PIL import Image
@@ -139,6 +142,9 @@ def _size_of(path: str, kind: FileKind) -> tuple[float, int] | None:
             with open_sound(data, announced_samples(data)) as file:
                 return file.frames / file.samplerate, file.samplerate
         info = soundfile.info(path)
-        return info.frames / info.samplerate, info.samplerate
+        if 0 < info.frames < UNKNOWN_FRAMES:
+            return info.frames / info.samplerate, info.samplerate
+        clip = decode_audio(Path(path).read_bytes(), LONGEST_DECODED_S)  # a program wrote it to a pipe
+        return len(clip.wave) / clip.rate_hz, clip.rate_hz
     except Exception:  # decoders raise anything
         return None

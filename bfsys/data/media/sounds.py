@@ -27,6 +27,8 @@ BLOCK_SAMPLES = 2**20
 LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 1_000, 1_000_000
 # If a header announces 0 bytes, or at least this many, its writer did not know the length.
 UNKNOWN_BYTES = 0x7F000000
+# libsndfile reports about the largest integer for a stream of unknown length.
+UNKNOWN_FRAMES = 2**62
 W64_SAMPLES = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
 CHUNKS_LOOKED_AT = 10_000
 EMPTY_ID3 = b"ID3\x04" + bytes(5) + b"\x0a" + bytes(10)  # a header, and 10 bytes of padding
@@ -131,7 +133,7 @@ def _read(file, seconds: float | None) -> np.ndarray:
         raise ValueError(
             f"has a sample rate of {rate_hz:,} Hz; allowed are {LOWEST_RATE_HZ:,} to {HIGHEST_RATE_HZ:,} Hz"
         )
-    length_is_known = length < 2**62  # libsndfile reports the largest integer for a stream of unknown length
+    length_is_known = length < UNKNOWN_FRAMES
     wanted = length if length_is_known else MOST_SAMPLES + 1
     if seconds is not None and length > WHOLE_SAMPLES:
         wanted = min(wanted, math.ceil((seconds + EDGE_S) * rate_hz))

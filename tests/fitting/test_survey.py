@@ -1,0 +1,42 @@
+"""What a survey finds in the headers of files, or in the files themselves if the headers do not say it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from bfsys.data.packing.listing import SourceFile
+from bfsys.fitting.survey import survey_of
+
+SECONDS, RATE_HZ = 1.5, 16_000
+
+
+def stored(kind: str) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.full(round(SECONDS * RATE_HZ), 0.1), RATE_HZ, format=kind)
+    return file.getvalue()
+
+
+def without_length(content: bytes) -> bytes:
+    """The sound as a program writes it to a pipe."""
+    if content.startswith(b"fLaC"):
+        return content[:21] + bytes([content[21] & 0xF0, 0, 0, 0, 0]) + content[26:]
+    at = content.index(b"data") + 4
+    return content[:at] + bytes(4) + content[at + 4 :]
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC"])
+@pytest.mark.parametrize("write", [bytes, without_length])
+def test_the_length_of_sounds_is_known(tmp_path: Path, kind: str, write) -> None:
+    content = write(stored(kind))
+    files = []
+    for number, split in enumerate(("train", "train", "val")):
+        path = tmp_path / f"{number}.{kind.lower()}"
+        path.write_bytes(content)
+        files.append(SourceFile(str(path), "ab"[number % 2], split, f"{number}", kind.lower(), len(content)))
+    found = survey_of(files, ["a", "b"])
+    assert (found.modality, found.typical_size, found.rate_hz) == ("audio", SECONDS, RATE_HZ)
