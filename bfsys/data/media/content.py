@@ -21,7 +21,7 @@ from bfsys.batch import CONTENT_COLUMNS as COLUMNS
 from bfsys.batch import CONTENT_ROWS as ROWS
 from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.pictures import decode_image, opened
-from bfsys.data.media.sounds import Clip, announced_samples, decode_audio, open_sound
+from bfsys.data.media.sounds import UNKNOWN_FRAMES, Clip, announced_samples, decode_audio, open_sound
 
 COLOURS = 3
 WINDOW_S = 0.032
@@ -43,8 +43,10 @@ def content_of(data: bytes) -> np.ndarray:
         if kind and kind.modality == "image" and not _is_large(data):
             return _normalised(_strips(decode_image(data)), LEAST_PICTURE_DEVIATION)
         if kind and kind.modality == "audio" and not _is_long(data):
-            with np.errstate(all="ignore"):  # samples of a float file may be huge
-                return _normalised(_spectra(decode_audio(data)), LEAST_SOUND_DEVIATION)
+            clip = decode_audio(data, LONGEST_S)  # of an unknown length, no more than is needed is decoded
+            if len(clip.wave) <= LONGEST_S * clip.rate_hz:
+                with np.errstate(all="ignore"):  # samples of a float file may be huge
+                    return _normalised(_spectra(clip), LEAST_SOUND_DEVIATION)
     except MemoryError:
         raise
     except Exception:  # decoders raise any exception; the model also reads files that cannot be decoded
@@ -61,7 +63,7 @@ def _is_long(data: bytes) -> bool:
     import soundfile  # slow to import
 
     with suppress(soundfile.LibsndfileError), open_sound(data, announced_samples(data)) as file:
-        return file.frames > LONGEST_S * file.samplerate
+        return LONGEST_S * file.samplerate < file.frames < UNKNOWN_FRAMES
     return False  # decode_audio reads some files that libsndfile does not, and reports the problem of the others
 
 

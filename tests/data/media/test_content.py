@@ -100,6 +100,16 @@ def test_long_sounds_have_none_and_are_not_decoded(kind: str, monkeypatch: pytes
     assert np.isnan(content_of(data)).all()
 
 
+def test_a_sound_that_does_not_state_its_length_is_used_unless_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    flac = sound(tones(300, seconds=5.0), "FLAC")
+    streamed = flac[:21] + bytes([flac[21] & 0xF0, 0, 0, 0, 0]) + flac[26:]
+    assert np.array_equal(content_of(streamed), content_of(flac))
+    assert len(decode_audio(streamed, content.LONGEST_S).wave) == 5 * RATE_HZ
+    monkeypatch.setattr(content, "LONGEST_S", 0.9)
+    assert len(decode_audio(streamed, content.LONGEST_S).wave) < 4 * RATE_HZ
+    assert np.isnan(content_of(streamed)).all()
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
 def test_large_pictures_have_none_and_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = picture(UPPER_HALF_RED, kind)
