@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bfsys.data.media.encodings import Encoding, Fitting, library_version, reencode
+from bfsys.data.media.encodings import Encoding, Fitting, WrongRateError, library_version, reencode
 from bfsys.data.packing.listing import regular_files
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
 from bfsys.errors import UserError
@@ -106,7 +106,7 @@ def kept_of(targets: dict[Path, Path], notes: Notes, problems: list[str]) -> set
 
 
 class CannotDecode(UserError):
-    """A file is not a picture or sound, or it is damaged."""
+    """A file is not a picture or sound, it is damaged, or the encoding does not support its sample rate."""
 
 
 def encoded(name: str, content: bytes, encoding: Encoding, fitting: Fitting) -> bytes:
@@ -117,6 +117,8 @@ def encoded(name: str, content: bytes, encoding: Encoding, fitting: Fitting) -> 
         return reencode(content, encoding, fitting)
     except MemoryError:
         raise UserError(f"{name}: not enough memory for this file") from None
+    except WrongRateError as error:
+        raise CannotDecode(f"{name}: cannot be made {encoding.text}: {error}") from None
     except Exception as error:  # decoders raise any exception
         raise CannotDecode(f"{name}: cannot be decoded as {encoding.modality}: {error}") from None
 

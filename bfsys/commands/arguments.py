@@ -65,8 +65,10 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
 
 def read_encoding(args: argparse.Namespace, problems: list[str]) -> tuple[Encoding, Fitting]:
     """Parse the options of `add_encoding`. Invalid values are added to `problems`."""
-    from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, parse_encoding
-    from bfsys.data.media.sounds import HIGHEST_RATE_HZ, LOWEST_RATE_HZ
+    import numpy as np
+
+    from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, WrongRateError, parse_encoding
+    from bfsys.data.media.sounds import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, Clip
 
     try:
         encoding = parse_encoding(args.encoding)
@@ -84,4 +86,9 @@ def read_encoding(args: argparse.Namespace, problems: list[str]) -> tuple[Encodi
             problems.append(f"{option} {value}: needs an encoding for {modality}, got {encoding.text}")
     if args.sample_rate and not LOWEST_RATE_HZ <= args.sample_rate <= HIGHEST_RATE_HZ:
         problems.append(f"--sample-rate {args.sample_rate}: must be {LOWEST_RATE_HZ:,} to {HIGHEST_RATE_HZ:,} Hz")
+    elif args.sample_rate and encoding.modality == "audio":
+        try:
+            encoding.file_of(Clip(np.zeros(1, np.float32), args.sample_rate))
+        except WrongRateError as error:
+            problems.append(f"--sample-rate {args.sample_rate}: {error}")
     return encoding, Fitting(args.image_size, args.sample_rate, args.seconds)

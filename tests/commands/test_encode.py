@@ -87,6 +87,17 @@ def test_files_that_cannot_be_decoded_are_named_and_the_others_made(tmp_path: Pa
     assert (tmp_path / "out" / "b.wav").stat().st_size == 16_044
 
 
+def test_a_sound_whose_rate_a_format_lacks_is_named_with_the_remedy(tmp_path: Path) -> None:
+    src = make_files(tmp_path / "src", {"a.wav": wav_bytes(0.5, 96_000), "b.wav": wav_bytes(0.5, 16_000)})
+    with pytest.raises(UserError) as error:
+        call("encode", [str(src), str(tmp_path / "out"), "--encoding", "mp3"])
+    first, total = error.value.problems
+    assert first.startswith(f"{src}/a.wav: cannot be made mp3: MP3 of 96,000 Hz cannot be written (")
+    assert first.endswith("48000); resample it first (--sample-rate of bfsys pack and encode)")
+    assert total == "1 of 2 files were not written; run the same command again to continue"
+    call("encode", [str(src), str(tmp_path / "resampled"), "--encoding", "mp3", "--sample-rate", "16000"])
+
+
 def test_a_name_that_is_too_long_for_another_extension_is_named_and_the_others_made(tmp_path: Path) -> None:
     png = png_bytes(9, 9, 1)
     src = make_files(tmp_path / "src", {"a.png": png, f"{'b' * 252}.pn": png, "c.png": png})

@@ -164,6 +164,7 @@ WRONG_OPTIONS = {
     ),
     "endless": (["--encoding", "flac", "--seconds", "inf"], "--seconds inf: must be a number above 0"),
     "rate": (["--encoding", "flac", "--sample-rate", "5"], "--sample-rate 5: must be 1,000 to 1,000,000 Hz"),
+    "rate of MP3": (["--encoding", "mp3", "--sample-rate", "96000"], "--sample-rate 96000: MP3 of 96,000 Hz cannot be"),
     "negative": (["--encoding", "png", "--image-size", "-1"], "--image-size -1: must be a number above 0"),
     "sounds as pictures": (
         ["--encoding", "flac"],

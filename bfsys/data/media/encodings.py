@@ -51,6 +51,10 @@ WAV_TYPES = {
 }
 
 
+class WrongRateError(ValueError):
+    """A format does not support the sample rate of a sound."""
+
+
 @dataclass(frozen=True)
 class Encoding:
     """An encoding. Two encodings of the same text are equal. `as_stored` has no modality, extension or function."""
@@ -158,8 +162,8 @@ def encode_flac(clip: Clip) -> bytes:
 
 
 def _written_by_libsndfile(clip: Clip, **kind) -> bytes:
-    """The clip as a file. Values beyond ±1 are clipped. Raises ValueError for non-finite samples and for a sample rate
-    that the format does not support."""
+    """The clip as a file. Values beyond ±1 are clipped. Raises WrongRateError, and ValueError for non-finite
+    samples."""
     import soundfile
 
     check_finite(clip.wave)  # LAME aborts the process on NaN
@@ -167,7 +171,8 @@ def _written_by_libsndfile(clip: Clip, **kind) -> bytes:
     try:
         soundfile.write(file, np.clip(clip.wave, -1, 1), clip.rate_hz, **kind)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{kind['format']} of {clip.rate_hz:,} Hz cannot be written ({error.error_string})") from None
+        reason = error.error_string.removeprefix("Error : ").rstrip(".")
+        raise WrongRateError(f"{kind['format']} of {clip.rate_hz:,} Hz cannot be written ({reason})") from None
     return file.getvalue()
 
 
@@ -241,7 +246,10 @@ def reencode(data: bytes, encoding: Encoding, fitting: Fitting) -> bytes:
     clip = decode_audio(data, fitting.seconds)
     if fitting.sample_rate_hz:
         clip = resample(clip, fitting.sample_rate_hz)
-    return encoding.file_of(set_length(clip, fitting.seconds) if fitting.seconds else clip)
+    try:
+        return encoding.file_of(set_length(clip, fitting.seconds) if fitting.seconds else clip)
+    except WrongRateError as error:
+        raise WrongRateError(f"{error}; resample it first (--sample-rate of bfsys pack and encode)") from None
 
 
 def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
