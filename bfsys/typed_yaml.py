@@ -28,6 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from bfsys.errors import UserError, code_of, collecting, did_you_mean
+from bfsys.files import open_regular
 
 T = TypeVar("T")
 SHOWN_TEXT = 60  # characters of a value that a message shows
@@ -116,7 +117,7 @@ def load(
     Raises UserError with one message per problem.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:  # each rank and each restart reads it again, and a pipe can be read only once
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise UserError(f"config {path}: has more than {MOST_BYTES:,} bytes; a config has a few thousand")

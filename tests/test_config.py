@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -191,6 +192,13 @@ def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_pipe_is_refused_since_ranks_and_restarts_read_a_config_again(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)  # no process ever writes to it
+    with pytest.raises(UserError, match=r"pipe\.yaml: is not a regular file, but a pipe or a device"):
+        load_config(pipe)
 
 
 def test_every_knob_but_the_obvious_is_explained() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -117,11 +118,14 @@ def test_other_scalars_are_those_of_yaml(file: Path) -> None:
     assert load(Config, file, ['data.sources=[{path: "base #2"}]']).data.sources == (Source(path="base #2"),)
 
 
-def test_numbers_and_files_without_an_end_are_no_configs(file: Path) -> None:
+def test_numbers_long_files_and_devices_are_no_configs(file: Path) -> None:
     file.write_bytes(b"3")
     with pytest.raises(UserError, match="expected `key: value` lines at the top, got a whole number"):
         load(Config, file)
-    with pytest.raises(UserError, match="config /dev/zero: has more than 16,000,000 bytes"):
+    os.truncate(file, 16_000_001)
+    with pytest.raises(UserError, match="has more than 16,000,000 bytes"):
+        load(Config, file)
+    with pytest.raises(UserError, match="config /dev/zero: is not a regular file, but a pipe or a device"):
         load(Config, "/dev/zero")
 
 
