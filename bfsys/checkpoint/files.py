@@ -346,6 +346,10 @@ class Damaged(UserError):
     """A checkpoint or a copy of one is damaged or incomplete."""
 
 
+class OtherFormat(UserError):
+    """A checkpoint or a copy of one was written in a format that this version does not read."""
+
+
 class Unreachable(UserError):
     """A file cannot be read, but for a reason that is outside it, so it is unknown whether the file is intact."""
 
@@ -391,8 +395,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def parse_manifest(text: bytes, path: str) -> dict:
-    """Parse the manifest of the checkpoint at `path`. Raises Damaged on a checksum mismatch, and UserError for another
-    format."""
+    """Parse the manifest of the checkpoint at `path`. Raises Damaged on a checksum mismatch, and OtherFormat."""
     try:
         manifest = json.loads(text)
         intact = manifest.pop("sha256") == fingerprint(manifest)
@@ -402,7 +405,7 @@ def parse_manifest(text: bytes, path: str) -> dict:
     if not intact:
         raise Damaged(f"{path}/{MANIFEST}: checksum mismatch, the file is corrupt")
     if number != FORMAT:
-        raise UserError(
+        raise OtherFormat(
             f"{path}: has format {number!r}, and this version of bfsys reads {FORMAT}; use the version that saved it"
         )
     return manifest

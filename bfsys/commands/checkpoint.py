@@ -19,6 +19,7 @@ from bfsys.checkpoint.files import (
     METRICS,
     NAME,
     Damaged,
+    OtherFormat,
     RetentionPolicy,
     all_checkpoints,
     as_url,
@@ -37,7 +38,7 @@ from bfsys.checkpoint.files import (
     to_prune,
 )
 from bfsys.checkpoint.store import Store
-from bfsys.errors import UserError, one_line
+from bfsys.errors import EXIT_USER_ERROR, UserError, one_line
 from bfsys.object_stores import URL
 
 MB = 1e6
@@ -188,6 +189,9 @@ def show_list(args: argparse.Namespace) -> int:
         except Damaged as error:
             print(one_line(f"{step:>10}  damaged: {'; '.join(error.problems)}"))
             continue
+        except OtherFormat as error:
+            print(one_line(f"{step:>10}  not read: {error}"))
+            continue
         there = checkpoint.sizes()
         wrong = [f"{name} missing" for name in manifest["files"] if name not in there]
         wrong += [
@@ -205,9 +209,14 @@ def show_list(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    damaged = 0
+    damaged = not_read = 0
     for checkpoint in checkpoints_of(args.run):
-        problems = checkpoint.problems()
+        try:
+            problems = checkpoint.problems()
+        except OtherFormat as error:
+            not_read += 1
+            print(one_line(f"not verified: {error}"))
+            continue
         if problems and isinstance(checkpoint, OnDisk) and not checkpoint.path.exists():
             print(one_line(f"{checkpoint}: removed by the run in the meantime"))
             continue
@@ -215,7 +224,9 @@ def verify(args: argparse.Namespace) -> int:
         print(one_line(f"{checkpoint}: {'damaged' if problems else 'intact'}"))
         for problem in problems:
             print(one_line(f"  {problem}"), file=sys.stderr)
-    return int(damaged > 0)
+    if damaged:
+        return 1
+    return EXIT_USER_ERROR if not_read else 0
 
 
 def newest_readable(checkpoints: Sequence[OnDisk | InStore]) -> tuple[OnDisk | InStore, dict]:
