@@ -44,9 +44,24 @@ PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each retry of a request; the lib
 BLOCK_BYTES = 16 << 20
 MOST_BLOCKS = 5000  # of a file; S3 takes 10,000 parts
 FILES_AT_A_TIME = 4
-# Errors that are not retried, by type and by errno.
+# Errors that are not retried, by type, by errno (with two that s3fs gives a wrong region, token or bucket name), and by
+# the type's name, since the libraries of the stores are not imported here.
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)
-PERMANENT_ERRNOS = (errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PERMANENT_ERRNOS = (
+    errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL, errno.EREMCHG,
+)  # fmt: skip
+ERRORS_OF_SETTINGS = (
+    "ConfigParseError",
+    "DefaultCredentialsError",  # of Google's library; the others are of botocore
+    "InvalidRegionError",
+    "NoCredentialsError",
+    "NoRegionError",
+    "ParamValidationError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "SSOTokenLoadError",
+    "UnauthorizedSSOTokenError",
+)
 
 
 class StoreError(UserError):
@@ -306,7 +321,11 @@ class Store:
             except UserError:
                 raise
             except Exception as error:  # each library has its own errors
-                is_permanent = isinstance(error, PERMANENT_ERRORS) or getattr(error, "errno", None) in PERMANENT_ERRNOS
+                is_permanent = (
+                    isinstance(error, PERMANENT_ERRORS)
+                    or getattr(error, "errno", None) in PERMANENT_ERRNOS
+                    or type(error).__name__ in ERRORS_OF_SETTINGS
+                )
                 from bfsys.data.storage.streams import hide  # takes a while to import
 
                 problem = f"{self.url}: {what_fails}: {hide(_reason(error))}"
