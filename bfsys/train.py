@@ -16,6 +16,7 @@ if __name__ == "__main__":  # launchers put this file's folder first in sys.path
 
     run_as("train", "bfsys/train.py")
 
+import faulthandler
 import gc
 import math
 import os
@@ -203,6 +204,8 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
     Raises AgreedError only on the first rank of each node, so that the error is printed once per node.
     """
     console.go_on_without(config.run_dir / "log" / f"rank-{ranks.rank}.log")
+    # Otherwise a rank says nothing if SIGBUS ends it, as after a dataset's index, which is mapped, was cut short.
+    faulthandler.enable(2, all_threads=False)
     try:
         # Every ragged batch needs blocks of other sizes, and blocks of fixed size would fragment the memory. PyTorch
         # ignores PYTORCH_ALLOC_CONF if the variable with the older name is set, too.

@@ -377,6 +377,31 @@ def test_the_allocator_is_set_unless_the_user_has_set_it(
     assert {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")} == expected
 
 
+INDEX_IS_CUT_SHORT = """
+import sys
+from bfsys import train
+from bfsys.config import load_config
+from bfsys.ranks import ranks_from_environment
+
+run_steps = train.run_steps
+
+def cut_short(data, *arguments):
+    open(data.training.splits[0].samples.filename, "wb").close()
+    return run_steps(data, *arguments)
+
+train.run_steps = cut_short
+train.train_rank(load_config(sys.argv[1], sys.argv[2:]), ranks_from_environment())
+"""
+
+
+def test_a_rank_that_sigbus_ends_shows_where(datasets: Path, config_file: Path, tmp_path: Path, run_ranks) -> None:
+    shutil.copytree(datasets / "a", tmp_path / "a")
+    (rank,) = run_ranks(1, ["-c", INDEX_IS_CUT_SHORT, str(config_file), f"data.sources.0.path={tmp_path}/a"])
+    assert rank.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in rank.stderr
+    assert "bfsys/data/streaming/reader.py" in rank.stderr.partition("Bus error")[2]
+
+
 def test_bad_input_ends_with_code_2_and_says_all_once(config_file: Path, tmp_path: Path, run_ranks) -> None:
     change = ["data.sources.0.path=/nowhere/a", "data.sources.1.path=/nowhere/b"]
     results = run_ranks(2, ["bfsys/train.py", str(config_file), *change])
