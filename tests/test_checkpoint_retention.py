@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bfsys.checkpoint import files
+from bfsys.checkpoint import files, saving
 from bfsys.checkpoint.files import RetentionPolicy
 from bfsys.checkpoint.store import Store
 from bfsys.cli import call
-from tests.test_checkpoint import FACTS, save
+from tests.test_checkpoint import ALONE, FACTS, Tensors, save
 from tests.test_checkpoint_store import put
 
 
@@ -86,3 +88,22 @@ def test_the_copies_follow_the_retention_policy(tmp_path: Path) -> None:
         put(store, save(tmp_path / "run", step))
     store.prune(RetentionPolicy(last=1, every=3, best=1), {4: {"top1": 0.9}, 2: {"top1": 0.1}})
     assert store.names() == [f"step_{step:08d}" for step in (3, 4, 5)]
+
+
+def test_a_slow_removal_at_the_end_of_a_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really_remove = saving._remove_all
+    seconds = iter((0.0, 0.3))
+
+    def remove_slowly(folders: list[Path]) -> None:
+        time.sleep(next(seconds))
+        really_remove(folders)
+
+    monkeypatch.setattr(saving, "_remove_all", remove_slowly)
+    monkeypatch.setattr(saving, "SILENT_S", 0.1)
+    for expected in (0, 1):
+        saver, said = saving.Saver(tmp_path, ALONE, RetentionPolicy(1)), []
+        saver.start(Tensors(0), {**FACTS, "step": expected, "updates": expected})
+        saver.finish()
+        saver.close(said.append)
+        assert len(said) == expected
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == ["step_00000001"]

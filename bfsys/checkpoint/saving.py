@@ -50,6 +50,7 @@ from bfsys.checkpoint.files import (
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError
 
 POLL_S = 0.05
+SILENT_S = 2.0  # the end of a run waits this long without a word for the removal of old checkpoints
 
 
 class StateSource(Protocol):
@@ -184,8 +185,12 @@ class Saver:
         if self._removal is not None:
             self._removal.join()
 
-    def close(self) -> None:
-        """Kill a writer that is still running. Its checkpoint is not committed."""
+    def close(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Kill a writer that is still running. Its checkpoint is not committed. `say` receives what takes long."""
+        if self._removal is not None:
+            self._removal.join(SILENT_S)
+            if self._removal.is_alive():
+                say(f"waiting until old checkpoints of {self.run_dir} are removed; the newer ones are complete")
         self._wait_for_removal()
         if self._process is not None:
             self._process.kill()

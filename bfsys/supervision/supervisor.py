@@ -116,7 +116,7 @@ class Supervisor:
         elif isinstance(error, Exception) and not (isinstance(error, RuntimeError) and dist.lost_connection(error)):
             note_end(self.run_dir, EXIT_CRASHED, f"rank {self.ranks.rank}: {type(error).__name__}: {error}")
         self.watchdog.close()
-        self.saver.close()
+        self.saver.close(self.say)
         if self.copies:
             self.copies.close()
         self.ledger.close()
