@@ -83,6 +83,17 @@ def code_of(error: Exception) -> int:
     return EXIT_STORAGE if number in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
 
 
+def remedy_of(number: int | None) -> str:
+    """What a user can do after an error of this errno, for the end of a message."""
+    remedies = {
+        errno.ENOSPC: "free disk space or inodes (df -h, df -i)",
+        errno.EDQUOT: "free disk space or inodes of the quota",
+        errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+        errno.EMFILE: "raise the limit of open files (ulimit -n 65536)",
+    }
+    return remedies.get(number or 0, "repair that")
+
+
 @contextmanager
 def collecting(problems: list[str]) -> Iterator[None]:
     """Catch a `UserError`, and add its problems to the list. An error with another exit code is not caught, so that the

@@ -47,7 +47,7 @@ from bfsys.checkpoint.files import (
     retire,
     to_prune,
 )
-from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError, remedy_of
 
 POLL_S = 0.05
 SILENT_S = 2.0  # the end of a run waits this long without a word for the removal of old checkpoints
@@ -250,9 +250,8 @@ class HostMemory:
         try:
             os.ftruncate(self.descriptor, size_bytes + 8)
         except OSError as error:
-            remedy = "; raise the limit on the size of files (ulimit -f)" if error.errno == errno.EFBIG else ""
-            what = f"the host memory for a checkpoint, {size_bytes:,} bytes: {error.strerror}{remedy}"
-            raise UserError(what, exit_code=EXIT_STORAGE) from None
+            problem = f"{size_bytes:,} bytes: {error.strerror}; {remedy_of(error.errno)}"
+            raise UserError(f"the host memory for a checkpoint, {problem}", exit_code=EXIT_STORAGE) from None
         self.size_bytes = size_bytes
         memory = mmap.mmap(self.descriptor, size_bytes + 8)
         self._floats = np.frombuffer(memory, np.float32, size_bytes // 4)
@@ -301,5 +300,4 @@ def _save_error(final: Path, problem: str, number: int | None) -> UserError:
     text = f"checkpoint {final}: cannot be written: {problem}; earlier ones are untouched"
     if number in TRANSIENT_ERRNOS:
         return UserError(text, exit_code=EXIT_CRASHED)  # launchers restart the run
-    remedy = "free disk space" if number in (errno.ENOSPC, errno.EDQUOT) else "repair that"
-    return UserError(f"{text}; {remedy}, and run the same command to resume", exit_code=EXIT_STORAGE)
+    return UserError(f"{text}; {remedy_of(number)}, and run the same command to resume", exit_code=EXIT_STORAGE)

@@ -26,7 +26,7 @@ from bfsys.batch import ByteBatch
 from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
 from bfsys.confusion import Answers
-from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, one_line
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, one_line, remedy_of
 from bfsys.files import replace_file
 from bfsys.json_lines import read_json_lines
 from bfsys.loss import COLUMNS, CONTENT, SAMPLES, describe_scores, scores
@@ -290,7 +290,8 @@ class Metrics:
         try:
             yield
         except OSError as error:
-            self.problem = f"{self.run_dir}: metrics cannot be written: {error.strerror}; free disk space or repair it"
+            remedy = remedy_of(error.errno)
+            self.problem = f"{self.run_dir}: metrics cannot be written: {error.strerror}; {remedy}"
             self.problem_code = EXIT_CRASHED if error.errno in TRANSIENT_ERRNOS else EXIT_STORAGE
 
     def _console_line(self, line: dict) -> str:

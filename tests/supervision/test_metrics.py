@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
 from bfsys.config import load_config
+from bfsys.errors import EXIT_STORAGE
 from bfsys.ranks import Ranks
 from bfsys.supervision.goodput import Ledger
 from bfsys.supervision.metrics import Metrics, _blocks_of, _open_lines
@@ -81,6 +84,25 @@ def sessions(folder: Path) -> dict[str, tuple[float, dict[str, float]]]:
         )
         for group in answer.session_groups
     }
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.EMFILE, "raise the limit of open files"), (errno.ENOSPC, "free disk space"), (errno.EROFS, "repair that")],
+)
+def test_metrics_that_cannot_be_written_are_reported_with_a_remedy(
+    number: int, remedy: str, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    config = load_config(config_file)
+    config.run_dir.mkdir(parents=True)
+    ledger = Ledger(config.run_dir, is_rank_zero=False)
+    metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=0)
+    with metrics._noting_problems():
+        raise OSError(number, os.strerror(number))
+    metrics.close()
+    assert metrics.problem.startswith(f"{config.run_dir}: metrics cannot be written: {os.strerror(number)}; {remedy}")
+    assert metrics.problem_code == EXIT_STORAGE
 
 
 def test_lengths_are_read_in_blocks() -> None:
