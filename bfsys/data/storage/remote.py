@@ -273,7 +273,8 @@ class Cache:
                 needed = "a file" if file.size_bytes is None else f"{file.size_bytes:,} bytes"
                 raise UserError(
                     f"{self.folder}: the disk is full: {needed} of {hide(file.url)} cannot be stored, {free:,} bytes "
-                    f"are free, the cache holds {held:,}. Free some, or set data.cache_dir to another disk"
+                    f"are free, the cache holds {held:,}. Free space or inodes (df -i), or set data.cache_dir to "
+                    "another disk"
                 ) from error
 
     def _write(self, wanted: RemoteFile, path: Path, stop: threading.Event) -> None:

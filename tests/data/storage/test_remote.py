@@ -361,7 +361,8 @@ def test_a_full_disk(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPat
         assert sha256(cache.fetch(new).read_bytes()) == new.sha256
     else:
         with pytest.raises(
-            UserError, match=r"the disk is full: 200 bytes of \S+new cannot be stored, [\d,]+ bytes are"
+            UserError,
+            match=r"the disk is full: 200 bytes of \S+new cannot be stored, [\d,]+ bytes are.* Free space or inodes",
         ):
             cache.fetch(new)
     assert (older.exists(), old.exists()) == (False, True)
