@@ -54,5 +54,5 @@ def rehearse(engine: Engine, data: RunData, ranks: Ranks) -> list[Tensor]:
             raise
         raise UserError(
             f"rank {ranks.rank}: a micro-batch of {len(lengths)} files, {lengths.sum():,} bytes and {tokens:,} tokens "
-            f"does not fit into the memory of {ranks.device}: {str(error).splitlines()[0]} {TO_NEED_LESS}"
+            f"does not fit into the memory of {ranks.device}: {str(error).splitlines()[0].rstrip('.')}. {TO_NEED_LESS}"
         ) from None

@@ -227,7 +227,8 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
         raise UserError(*(who + problem for problem in error.problems), exit_code=error.exit_code) from None
     except RuntimeError as error:
         if is_out_of_memory(error):  # another process may have filled the GPU, so a restart may help
-            problem = f"not enough memory on {ranks.device}: {str(error).splitlines()[0]} {TO_NEED_LESS}"
+            what = str(error).splitlines()[0].rstrip(".")
+            problem = f"not enough memory on {ranks.device}: {what}. {TO_NEED_LESS}"
             raise UserError(f"rank {ranks.rank}: {problem}", exit_code=EXIT_CRASHED) from None
         if not (lost := dist.lost_connection(error)):
             raise
