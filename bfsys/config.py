@@ -275,7 +275,8 @@ class Train:
     micro_batch_tokens: Whole = 0
     """Lanes of a rank are joined into micro-batches of at most this many tokens; a single lane may have more. 0 means
     one lane per micro-batch on CPUs and 2^27 / dim tokens on GPUs, which keep a GPU busy and whose activations take
-    about 11 GB in bf16. It may change at a resume: the gradient stays the same up to rounding."""
+    about 11 GB in bf16 and twice as much in fp32. If that is more than half of the smallest GPU's memory, 0 means as
+    many tokens as fit into half of it. It may change at a resume: the gradient stays the same up to rounding."""
     log_every: Count = 20
     """Steps between lines in metrics.jsonl, TensorBoard and the console."""
     eval_every: Whole = 5000

@@ -11,7 +11,10 @@ alternative: as many lanes as fit in each step, because that number differs betw
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
 
 from bfsys import dist
 from bfsys.config import Config
@@ -20,23 +23,33 @@ from bfsys.data.streaming.run_data import FIRST_STEPS, RunData
 from bfsys.model.layout import token_counts
 
 # Default of tokens times channels of a micro-batch on a GPU. This is 700,000 tokens for tiny and 175,000 for base. They
-# take longer than their kernel launches (docs/performance.md), and their activations take 11 GB in bf16.
+# take longer than their kernel launches (docs/performance.md).
 GPU_NUMBERS = 2**27
+# Activations may take this share of the memory of a smaller GPU. They take 11 GB for GPU_NUMBERS in bf16.
+MEMORY_SHARE = 0.5
+BYTES_PER_NUMBER = {"bf16": 84, "fp32": 168}
 
 
 def agree_on_micro_batches(data: RunData, ranks: dist.Ranks) -> tuple[int, str]:
     """(number of micro-batches per step on every rank, a note about them); collective."""
-    lanes = data.plan.lanes // ranks.world_size
-    (lane_tokens,) = dist.agree_on_max(largest_micro_batch(data, ranks, lanes)[1])
-    count = micro_batches_of(lanes, lane_tokens, data.config, on_gpu=ranks.device.type == "cuda")
+    lanes, on_gpu = data.plan.lanes // ranks.world_size, ranks.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else 0
+    lane_tokens, least = dist.agree_on_max(largest_micro_batch(data, ranks, lanes)[1], -memory)
+    count = micro_batches_of(lanes, lane_tokens, data.config, on_gpu=on_gpu, gpu_bytes=-least)
     (tokens,) = dist.agree_on_max(largest_micro_batch(data, ranks, count)[1])
     return count, f"each step has {count} micro-batches of up to {tokens:,} tokens on every rank, from {lanes} lanes"
 
 
-def micro_batches_of(lanes: int, lane_tokens: int, config: Config, *, on_gpu: bool) -> int:
-    """The number of micro-batches into which the lanes of a rank are grouped; the largest lane has `lane_tokens`
-    tokens."""
-    automatic = GPU_NUMBERS // config.model.architecture().dim if on_gpu else 0
+def micro_batches_of(lanes: int, lane_tokens: int, config: Config, *, on_gpu: bool, gpu_bytes: float = math.inf) -> int:
+    """The number of micro-batches into which the lanes of a rank are grouped.
+
+    lane_tokens  tokens of the largest lane
+    gpu_bytes    memory of the smallest GPU of the run; a plan does not know it, and assumes that it is large
+    """
+    automatic = 0
+    if on_gpu:
+        fitting = MEMORY_SHARE * gpu_bytes / BYTES_PER_NUMBER[config.train.precision]
+        automatic = int(min(GPU_NUMBERS, fitting)) // config.model.architecture().dim
     together = max(1, (config.train.micro_batch_tokens or automatic) // max(1, lane_tokens))
     return -(-lanes // together)
 

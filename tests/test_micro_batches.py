@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
+import torch
 
+from bfsys import dist
 from bfsys.config import Config, Data, Model, Train, load_config
 from bfsys.data.streaming.plan import lane_groups
 from bfsys.data.streaming.run_data import open_run_data
-from bfsys.micro_batches import agree_on_micro_batches, largest_micro_batch, micro_batches_of
+from bfsys.micro_batches import (
+    BYTES_PER_NUMBER,
+    MEMORY_SHARE,
+    agree_on_micro_batches,
+    largest_micro_batch,
+    micro_batches_of,
+)
 from bfsys.model.layout import token_counts
 from bfsys.ranks import Ranks
 
@@ -45,6 +56,39 @@ def test_by_default_gpus_take_several_lanes_and_cpus_one(size: str, on_gpus: int
     config = Config(data=Data(sources=()), model=Model(size=size))
     assert micro_batches_of(8, 12 * TIFF_TOKENS, config, on_gpu=True) == on_gpus
     assert micro_batches_of(8, 12 * TIFF_TOKENS, config, on_gpu=False) == 8
+
+
+@pytest.mark.parametrize(
+    ("precision", "gigabytes", "micro_batches"),
+    [
+        ("bf16", 141, 2),
+        ("bf16", 24, 2),
+        ("bf16", 12, 3),
+        ("bf16", 8, 4),
+        ("bf16", 4, 8),
+        ("fp32", 80, 2),
+        ("fp32", 24, 3),
+    ],
+)
+def test_by_default_activations_take_at_most_half_of_a_small_gpu(
+    precision: Literal["bf16", "fp32"], gigabytes: int, micro_batches: int
+) -> None:
+    """With the published ImageNet recipe and `tiny`, as above."""
+    config = Config(data=Data(sources=()), model=Model(size="tiny"), train=Train(precision=precision))
+    memory = gigabytes * 10**9
+    assert micro_batches_of(8, 12 * TIFF_TOKENS, config, on_gpu=True, gpu_bytes=memory) == micro_batches
+
+
+def test_the_smallest_gpu_of_the_ranks_decides(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_run_data(load_config(config_file), Ranks())
+    dim = data.config.model.architecture().dim
+    lane_tokens = largest_micro_batch(data, Ranks(), data.plan.lanes)[1]
+    two_lanes = math.ceil(2 * lane_tokens * dim * BYTES_PER_NUMBER[data.config.train.precision] / MEMORY_SHARE)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=10 * two_lanes))
+    monkeypatch.setattr(Ranks, "device", torch.device("cuda"))
+    monkeypatch.setattr(dist, "agree_on_max", lambda *values: tuple(map(max, values, (0, -two_lanes))))
+    count, _ = agree_on_micro_batches(data, Ranks())
+    assert count == data.plan.lanes // 2
 
 
 def test_the_largest_micro_batch_is_of_all_its_lanes(config_file: Path) -> None:
