@@ -89,9 +89,9 @@ class ByteBatch:
         return ByteBatch(
             data=torch.from_numpy(data),
             offsets=torch.from_numpy(offsets),
-            labels=torch.tensor([s.label for s in samples], dtype=torch.int64),
-            sources=torch.tensor([s.source for s in samples], dtype=torch.int64),
-            samples=torch.full((len(samples),), -1, dtype=torch.int64),
+            labels=torch.from_numpy(np.array([s.label for s in samples], np.int64)),
+            sources=torch.from_numpy(np.array([s.source for s in samples], np.int64)),
+            samples=torch.from_numpy(np.full(len(samples), -1, np.int64)),
         )
 
     @staticmethod

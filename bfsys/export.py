@@ -163,7 +163,7 @@ def read_exported(folder: Path) -> tuple[ByteFormer, Config, dict]:
         if files.describe(weights) != entry:
             raise UserError(checksum_mismatch(weights))
         config = typed_yaml.from_tree(Config, facts["config"], f"{path}: config")
-        model = ByteFormer(config.model.architecture(), len(classes), config.model.mode)
+        model = ByteFormer(config.model.architecture(), len(classes), config.model.mode).float()
         model.load_state_dict(load_file(weights))
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None

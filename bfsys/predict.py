@@ -16,6 +16,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args, overload
@@ -212,17 +213,18 @@ class Model:
             raise UserError(*problems)
         for note in notes:
             warnings.warn(note, stacklevel=2)
-        return explain(
-            self._classifier,
-            self.classes,
-            stored.key,
-            stored.data,
-            self._reader.transformed(stored.key, stored.data).data,
-            self._reader.transforms,
-            self._references_of(seed),
-            index,
-            seed,
-        )
+        with _plain_pytorch():
+            return explain(
+                self._classifier,
+                self.classes,
+                stored.key,
+                stored.data,
+                self._reader.transformed(stored.key, stored.data).data,
+                self._reader.transforms,
+                self._references_of(seed),
+                index,
+                seed,
+            )
 
     def _references_of(self, seed: int) -> list[LabelledFile]:
         """The files drawn with a seed for explanations. They are cached for further explanations with the same seed."""
@@ -249,7 +251,8 @@ class Model:
                 f"{self._reader.origin}: shortcuts are looked for with the run's key, and not --transformed"
             )
         split = split or self.config.data.eval_split
-        return shortcuts(self._classifier, self.config, self.classes, self._reader.transforms, split, limit, seed)
+        with _plain_pytorch():
+            return shortcuts(self._classifier, self.config, self.classes, self._reader.transforms, split, limit, seed)
 
     @property
     def _classifier(self) -> Classifier:
@@ -305,10 +308,10 @@ class Model:
         samples = self._reader.samples(inputs, problems, say, encode=encode)
         return batches_of(samples, self.config.data.eval_batch_bytes, self.rounding_bytes)
 
-    @torch.no_grad()
     def _forward(self, function: Callable[[ByteBatch], Tensor], samples: list[Sample]) -> Tensor:
         try:
-            return function(ByteBatch.from_samples(samples).to(self.device)).float().cpu()
+            with _plain_pytorch(), torch.no_grad():
+                return function(ByteBatch.from_samples(samples).to(self.device)).float().cpu()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -322,6 +325,15 @@ class Model:
         return self._network(batch).float().softmax(1)
 
 
+@contextmanager
+def _plain_pytorch() -> Iterator[None]:
+    """PyTorch without two settings of the caller: autocast would change answers, and explanations need gradients, which
+    do not exist in inference mode."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@_plain_pytorch()  # tensors that are made in inference mode can never be used for gradients
 def load(
     path: str | os.PathLike[str],
     *,
@@ -352,12 +364,11 @@ def load(
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"the run: got {type(path).__name__}; a path is allowed")
     target, folder = _device(device), Path(path)
-    if (folder / DESCRIPTION).exists():
-        network, config, facts = read_exported(folder)
-        if weights == "last" and facts.get("weights") == "ema":
-            raise UserError(f"{path}: holds averaged weights; export the run with --weights last, or leave that out")
-    else:
-        network, config, facts = load_model(folder, average=weights == "ema")
+    is_export = (folder / DESCRIPTION).exists()
+    with torch.device("cpu"):  # also if torch.set_default_device has set another one
+        network, config, facts = read_exported(folder) if is_export else load_model(folder, average=weights == "ema")
+    if is_export and weights == "last" and facts.get("weights") == "ema":
+        raise UserError(f"{path}: holds averaged weights; export the run with --weights last, or leave that out")
     transforms: tuple[ByteTransform, ...] = ()
     if not transformed:
         transforms = parse_transforms(with_key(config.data.byte_transforms, None if permute is None else Path(permute)))

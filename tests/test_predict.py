@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +278,43 @@ def test_threads_share_a_model(model: bfsys.Model, paths: list[str]) -> None:
     assert all(np.array_equal(answer, want) for answer in answers)
     assert all(torch.equal(kept[name], value) for name, value in model._network.state_dict().items())
     assert torch.is_grad_enabled()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(kept)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),  # as set_default_device("cuda") on a machine with a GPU
+        lambda: _default_dtype(torch.float64),
+        lambda: _default_dtype(torch.bfloat16),
+    ],
+    ids=["inference_mode", "no_grad", "autocast", "device", "float64", "bfloat16"],
+)
+def test_settings_of_pytorch_change_no_answer(
+    setting: Callable, model: bfsys.Model, finished_run: Path, paths: list[str], tmp_path: Path
+) -> None:
+    call("export", [str(finished_run), str(tmp_path / "out"), "--format", "safetensors"])
+    with setting():
+        models = [model, *(bfsys.load(origin, device="cpu") for origin in (finished_run, tmp_path / "out"))]
+        answers = [(one.probabilities(paths), one.explain(paths[0]).gradients) for one in models]
+        model.shortcuts(limit=20)
+    answers += [(one.probabilities(paths), one.explain(paths[0]).gradients) for one in models]
+    probabilities, gradients = model.probabilities(paths), model.explain(paths[0]).gradients
+    for found in answers:
+        np.testing.assert_array_equal(found[0], probabilities)
+        np.testing.assert_array_equal(found[1], gradients)
 
 
 def test_an_export_is_the_model(model: bfsys.Model, finished_run: Path, paths: list[str], tmp_path: Path) -> None:

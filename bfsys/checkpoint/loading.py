@@ -263,7 +263,7 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
         except (OSError, UserError):
             if path.exists() or path == run:
                 raise  # otherwise training has pruned it meanwhile, and there is a newer one
-    model = ByteFormer(config.model.architecture(), len(manifest["classes"]), config.model.mode)
+    model = ByteFormer(config.model.architecture(), len(manifest["classes"]), config.model.mode).float()
     try:
         model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(CONTENT_HEAD)})
     except RuntimeError:  # other names or shapes
@@ -281,7 +281,7 @@ def read_weights(path: Path, *, average: bool = True) -> tuple[dict[str, Tensor]
     manifest = read_manifest(path)
     config = typed_yaml.from_tree(Config, manifest["config"], f"{path / MANIFEST}: config")
     state = EMA if average and config.optim.ema_decay else WEIGHT
-    weights = {name: torch.empty(shape) for name, shape in manifest["shapes"].items()}
+    weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in manifest["shapes"].items()}
     pieces: list[str] = []
     for file_name in manifest["files"]:
         if file_name.startswith(f"{state}-"):

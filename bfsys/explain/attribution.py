@@ -155,7 +155,7 @@ def _tokens(network: ByteFormer, data: np.ndarray) -> Tensor:
 
 def _gradient(network: ByteFormer, tokens: Tensor, length: int, index: int) -> Tensor:
     """[B, N, D]: the gradient of the log-odds with respect to the tokens [B, N, D] of files of `length` bytes."""
-    lengths = torch.full((len(tokens),), length)
+    lengths = torch.from_numpy(np.full(len(tokens), length))
     layout = make_layout(lengths, network.architecture, network.mode).to(tokens.device)
     flat = tokens.flatten(0, 1).requires_grad_()
     with torch.enable_grad():
@@ -171,7 +171,7 @@ def _shared_out(
     """float64 [n]: the change of each token times its gradient [N, D], attributed to the bytes that cause it."""
     kernel, stride = network.architecture.kernel, network.architecture.stride
     device = table.device
-    files = make_layout(torch.tensor([len(data)]), network.architecture, network.mode).to(device).files
+    files = make_layout(torch.from_numpy(np.array([len(data)])), network.architecture, network.mode).to(device).files
     both = [torch.from_numpy(np.ascontiguousarray(one)).to(device) for one in (data, reference)]
     values = torch.zeros(len(data) + kernel, dtype=torch.float64, device=device)
     ours, theirs = (table_rows(one, files, kernel) for one in both)
