@@ -137,8 +137,7 @@ class Model:
         >>> model.classes[first.index] == first.class_name
         True
         """
-        if not isinstance(top, int) or top < 1:
-            raise UserError(f"top: got {top!r}; a whole number of at least 1 is needed")
+        top = _whole_number("top", top, 1)
         answers = ranked(self._compute(inputs, self._probabilities_of, encode), self.classes, top)
         return answers[0] if is_one(inputs) else answers
 
@@ -202,6 +201,7 @@ class Model:
         """
         if not is_one(input):
             raise UserError("explain takes one input at a time")
+        seed = _whole_number("seed", seed, 0)
         index = None if class_name is None else self.class_index(class_name)
         problems: list[str] = []
         notes: list[str] = []
@@ -244,8 +244,7 @@ class Model:
         """Test whether the model uses headers, metadata or lengths instead of content. The test uses at most `limit`
         files of a split of the run's data (by default data.eval_split). Raises UserError if they cannot be read.
         """
-        if not isinstance(limit, int) or limit < 2:
-            raise UserError(f"limit: got {limit!r}; a whole number of at least 2 is needed")
+        limit, seed = _whole_number("limit", limit, 2), _whole_number("seed", seed, 0)
         if len(self._reader.transforms) != len(self.config.data.byte_transforms):
             raise UserError(
                 f"{self._reader.origin}: shortcuts are looked for with the run's key, and not --transformed"
@@ -392,6 +391,13 @@ def load(
         if isinstance(module, Block):
             module.activation_checkpointing = True
     return Model(network.to(target), config, facts, reader)
+
+
+def _whole_number(name: str, value: object, least: int) -> int:
+    """An argument as int, also if it is one of NumPy's integers. Raises UserError for anything else."""
+    if isinstance(value, int | np.integer) and value >= least:
+        return int(value)
+    raise UserError(f"{name}: got {value!r}; a whole number of at least {least} is needed")
 
 
 def _device(device: str | torch.device | None) -> torch.device:

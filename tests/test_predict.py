@@ -237,9 +237,14 @@ def test_one_input_has_one_answer_and_many_have_many(model: bfsys.Model, paths: 
     assert all(model.classes[c.index] == c.class_name and many[i, c.index] == c.probability
                for i, classes in enumerate(ranked) for c in classes)  # fmt: skip
     assert (model.predict([]), model.probabilities([]).shape, model.embed([]).shape) == ([], (0, 5), (0, 16))
+    assert [len(model.predict(paths[0], top=top)) for top in (True, np.int64(2))] == [1, 2]  # type: ignore[call-overload]
     for top in (0, 1.5, "3"):
         with pytest.raises(UserError, match=f"top: got {top!r}; a whole number of at least 1 is needed"):
             model.predict(paths, top=top)  # type: ignore[call-overload]
+    for call_with in (model.shortcuts, lambda seed: model.explain(paths[0], seed=seed)):
+        for seed in (-1, "a"):
+            with pytest.raises(UserError, match=f"seed: got {seed!r}; a whole number of at least 0 is needed"):
+                call_with(seed=seed)  # type: ignore[arg-type]
 
 
 def test_the_head_takes_what_embed_gives(model: bfsys.Model, finished_run: Path, paths: list[str]) -> None:

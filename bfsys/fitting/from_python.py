@@ -36,6 +36,8 @@ def fit(
 
     Raises UserError if the command reports bad input, and if training ends early.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise UserError(f"the folder: got {type(folder).__name__}; a path is allowed")
     arguments = ["--minutes", str(minutes), "--runs", os.fspath(runs), "--shards", os.fspath(shards)]
     arguments += ["--name", name] if name is not None else []
     arguments += ["--as-stored"] if as_stored else []

@@ -375,3 +375,9 @@ def test_configs_of_others_are_left_alone(tmp_path: Path) -> None:
     config.write_text(RECORD + json.dumps({"folder": "/elsewhere", "minutes": 10.0, "as_stored": False}))
     with pytest.raises(UserError, match="was chosen for folder '/elsewhere'"):
         call("fit", [str(src), *options])
+
+
+def test_the_folder_is_a_path() -> None:
+    for no_path in (3, None, b"photos"):
+        with pytest.raises(UserError, match=f"the folder: got {type(no_path).__name__}; a path is allowed"):
+            bfsys.fit(no_path)  # type: ignore[arg-type]
