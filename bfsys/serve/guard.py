@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -38,7 +37,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Iterable[str], hosts: list[str] | None) -> None:
         """`hosts` are the allowed host names; None allows any."""
-        self._app = app if hosts is None else TrustedHostMiddleware(app, hosts, www_redirect=False)
+        self._app, self._hosts = app, hosts
         self._metrics, self._paths = metrics, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,11 +55,8 @@ class Guard:
             await send(message)
 
         try:
-            if scope["method"] not in ("GET", "HEAD") and _is_of_another_site(Headers(scope=scope)):
-                refusal = JSONResponse({"detail": "requests from pages of other sites are refused"}, 403)
-                await refusal(scope, receive, send_on)
-            else:
-                await self._app(scope, receive, send_on)
+            answer = self._refusal(scope["method"], Headers(scope=scope)) or self._app
+            await answer(scope, receive, send_on)
         except asyncio.CancelledError:  # a stop that does not wait for requests
             if status == CLIENT_GONE:
                 await JSONResponse({"detail": "the service has stopped"}, 503)(scope, receive, send_on)
@@ -72,6 +68,25 @@ class Guard:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, status).inc()
             self._metrics.seconds.labels(path).observe(time.monotonic() - started)
+
+    def _refusal(self, method: str, headers: Headers) -> JSONResponse | None:
+        """The answer to a request that is refused; None for others."""
+        host = headers.get("host", "")
+        if self._hosts is not None and _name_of(host) not in self._hosts:
+            names = ", ".join(dict.fromkeys(self._hosts))
+            detail = f"Host: got {host[:100]!r}; allowed are {names}, and a proxy must send one of them"
+            return JSONResponse({"detail": detail}, 400)
+        if method not in ("GET", "HEAD") and _is_of_another_site(headers):
+            return JSONResponse({"detail": "requests from pages of other sites are refused"}, 403)
+        return None
+
+
+def _name_of(host: str) -> str | None:
+    """The name in a Host header, without port and brackets; None if there is none."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:  # such as one bracket
+        return None
 
 
 def _is_of_another_site(headers: Headers) -> bool:

@@ -29,7 +29,7 @@ def serve(service: Service, listener: socket.socket, host: str) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     port = listener.getsockname()[1]
-    hosts = ["localhost", "127.0.0.1", "[::1]", "::1", host] if is_loopback(listener) else None
+    hosts = ["localhost", "127.0.0.1", "::1", host.lower()] if is_loopback(listener) else None
     with closing(listener):
         listen(listener, host)
         # h11: the implementation that every installation of uvicorn has.
