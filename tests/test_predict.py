@@ -151,7 +151,7 @@ def test_a_key_elsewhere_and_files_that_were_transformed_before(
     scores = evaluate_run(run)
     key.rename(elsewhere)
     for command in (predict_files, evaluate_run):
-        with pytest.raises(UserError, match=r"my\.key cannot be read"):
+        with pytest.raises(UserError, match=r"my\.key cannot be found; .* give that with --permute"):
             command(run, *([files] if command is predict_files else []))
     assert predict_files(run, files, "--permute", elsewhere) == answers
     assert evaluate_run(run, "--permute", elsewhere) == scores

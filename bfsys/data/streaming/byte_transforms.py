@@ -310,8 +310,16 @@ def parse_transforms(texts: Sequence[str]) -> tuple[ByteTransform, ...]:
 
 
 def with_key(texts: Sequence[str], key_file: str | Path | None) -> tuple[str, ...]:
-    """The same transforms, with the key of `permute` read from another file, if one is given."""
+    """The transforms of a run, with the key of `permute` read from another file, if one is given. Raises UserError if
+    the run's own key file is needed and cannot be found."""
     if key_file is None:
+        for text in texts:
+            path = text.partition(":")[2]
+            if _name(text) == "permute" and path and not os.path.exists(path):
+                raise UserError(
+                    f"byte transform {text!r}: key file {path} cannot be found; if it has another path "
+                    "on this machine, give that with --permute (permute=… in Python)"
+                )
         return tuple(texts)
     if not any(_name(text) == "permute" for text in texts):
         raise UserError(f"--permute {key_file}: this run does not permute byte values; leave the option out")
