@@ -48,7 +48,9 @@ Weights = Literal["ema", "last"]
 
 
 class Model:
-    """A trained model, as `load` returns it. Threads may use it at the same time.
+    """A trained model, as `load` returns it. Threads may use it at the same time. Processes may do so if they were
+    started with the method `spawn` or `forkserver`: with `fork`, which is the default of `multiprocessing` on Linux
+    before Python 3.14, PyTorch hangs once it has computed with several threads.
 
     Its methods take one input or several. An input is a path, the content of a file as bytes, bytearray or memoryview,
     a NumPy array uint8 [n], or a file that is open in binary mode, which is read from its current position. One input
