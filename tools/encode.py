@@ -1,4 +1,4 @@
-"""Encode files as a model is given them: `python tools/encode.py SRC OUT`, as `bfsys encode`."""
+"""Encode files in the form that a model reads: `python tools/encode.py SRC OUT`, as `bfsys encode`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Take over CoreNet's weights: `python tools/import_corenet.py WEIGHTS.pt OUT`, as `bfsys import-corenet`."""
+"""Import CoreNet's weights: `python tools/import_corenet.py WEIGHTS.pt OUT`, as `bfsys import-corenet`."""
 
 import sys
 from pathlib import Path

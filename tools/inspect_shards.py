@@ -1,4 +1,4 @@
-"""Look into a packed dataset: `python tools/inspect_shards.py DATASET`, as `bfsys inspect`."""
+"""Inspect a packed dataset: `python tools/inspect_shards.py DATASET`, as `bfsys inspect`."""
 
 import sys
 from pathlib import Path

@@ -11,8 +11,8 @@ Takes the config of a run, and measures top-1 on its evaluation split:
     decoded         a plain convolutional network on pixels, or on a log-mel spectrogram, that learns from the run's own
                     batches (same files, augmentation, order and number of steps), decoded; one source only
 
-The first four learn from one epoch of the run's batches. A model of bytes that does not beat them has learned nothing
-that the files do not give away on their outside. The last is the accuracy of a network on decoded files.
+The first four learn from one epoch of the run's batches. A model of bytes that does not beat them has not learned the
+content of the files. The last is the accuracy of a network on decoded files.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not validation.splits:
         raise UserError(f"no source of {args.config} has the split {config.data.eval_split}")
     if args.decoded and len(config.data.sources) > 1:
-        raise UserError("--decoded: pictures and sounds do not go through one such network; give one source at a time")
+        raise UserError("--decoded: one network cannot read both pictures and sounds; give one source at a time")
     train, val = tables_of(config, training, validation)
     print(f"{len(training.classes)} classes, learned from {len(train.labels):,} files, judged by {len(val.labels):,}")
     print(f"  {'largest class':<14} {100 * largest_class(training, val):6.2f} %")

@@ -1,11 +1,11 @@
-"""Benchmark of the checkpoint of many ranks: files and bytes, its commit, its verification, its removal.
+"""Benchmark of the checkpoint of many ranks: its files and bytes, and the times to commit, verify and remove it.
 
     python tools/bench/bench_checkpoint.py
     python tools/bench/bench_checkpoint.py --ranks 8 1024 --size tiny --folder /dev/shm
 
-Writes checkpoints in the layout of a run of so many ranks, one after the other, and removes them: four states of a
-model, of which each rank has a part. At ZeRO stages 0, 1 and 2 a rank's part is contiguous in the list of all
-parameters; at stage 3 it is a part of every parameter.
+The benchmark writes checkpoints in the layout of a run with the given number of ranks, one after the other, and removes
+them. A checkpoint holds four states of a model, and each rank has a part of each state. At ZeRO stages 0, 1 and 2 a
+rank's part is contiguous in the list of all parameters. At stage 3 it is a part of every parameter.
 """
 
 import argparse

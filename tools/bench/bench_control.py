@@ -3,12 +3,13 @@
     python tools/bench/bench_control.py
     python tools/bench/bench_control.py --ranks 2 8 32 --json control.json
 
-Processes without a model meet as the ranks of a run do (`bfsys.dist.start`) and exchange the five numbers of a control
-message: as the supervisor does, and by gloo's own all-gather (a ring). They share the cores of this machine, so their
-wall time is about ranks x CPU time / cores, and tells nothing of a cluster.
+Processes without a model form a process group as the ranks of a run do (`bfsys.dist.start`). They exchange the five
+numbers of a control message in two ways: as the supervisor does, and by gloo's own all-gather (a ring). They share the
+cores of this machine, so their wall time is about ranks x CPU time / cores, and says nothing about a cluster.
 
-Therefore two processes, each with a core, also exchange as many messages, of the same sizes, as one of N ranks does.
-Their time is that of N ranks on this machine's cores, but for the network: each round adds one way between two nodes.
+Two processes, each on its own core, therefore also exchange as many messages of the same sizes as one of N ranks does.
+Their time is that of N ranks on cores of this machine, without the network. The network adds one message between two
+nodes to each round.
 """
 
 import argparse
@@ -49,7 +50,7 @@ class Exchange:
     name: str
     act: Callable[[list[float]], object]
     as_one_of: Callable[[int, int], None]
-    """(ranks, the other process): act as one of so many ranks. The other process replaces all other ranks."""
+    """(ranks, the other process): act as one of this number of ranks. The other process replaces all other ranks."""
     messages: Callable[[int], int]
     """Messages that a rank sends, by the number of ranks. Each message waits for the one before."""
 

@@ -1,10 +1,10 @@
-"""Benchmark of copies of checkpoints in an object store: what they cost the training beside them.
+"""Benchmark of copies of checkpoints in an object store: how much they slow down training.
 
     python tools/bench/bench_copies.py            # needs s3fs and moto[server], and a gigabyte of memory
 
-A published model trains on random bytes on one CPU rank. Its checkpoint is copied to an S3 server in a process of its
-own on the same machine, again and again, and the steps beside a copy are compared with those beside none, in turns. The
-server's work counts against the steps too, so on other machines they lose less.
+A published model trains on random bytes on one CPU rank. Its checkpoint is copied repeatedly to an S3 server, which is
+a separate process on the same machine. Steps during a copy and steps without a copy are measured in turn. The server
+also takes CPU time from the steps, so a copy to another machine slows training less.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Benchmark of what a shared file system sees of a run: calls with a file name, by rank, phase and place.
+"""Benchmark of the load of a run on a shared file system: calls with a file name, by rank, phase and place.
 
     python tools/bench/bench_files.py --ranks 1 2 4
     python tools/bench/bench_files.py --ranks 2 --launch --list
 
 It trains a tiny model under strace, and counts the calls that name a file (open, stat, readlink, rename, …) and the
-fsyncs of every rank and its child processes. Each rank is a program of its own, as torchrun and srun start them; with
---launch, `bfsys launch` forks the ranks. A phase begins at a mark that this program puts into the trace, which is a
-call with the name of a file that does not exist. Every file that is made is removed.
+fsyncs of every rank and its child processes. Each rank is a separate program, as with torchrun and srun. With --launch,
+`bfsys launch` forks the ranks. A phase begins at a mark that this program puts into the trace: a call with the name of
+a file that does not exist. All files that the benchmark makes are removed.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Benchmark of one file of a given length: time and memory of an answer, and of a training step.
+"""Benchmark of one file of a given length: time and memory of a prediction, and of a training step.
 
     python tools/bench/bench_length.py --lengths 64k,256k,1m,4m,16m --json length.json
 
-Windows bound attention, so cost should grow as the length does: the last column is the time per byte over that of the
-first row. A step is forward and backward with activation checkpointing; files with more tokens than model.max_tokens
-repeat positions (bfsys/model/stem.py). Each measurement is a process of its own; memory is as in bench_step.py.
+Attention is confined to windows, so the cost should grow linearly with the length. The last column is the time per byte
+relative to that of the first row. A step is forward and backward with activation checkpointing. Files with more tokens
+than model.max_tokens repeat positions (bfsys/model/stem.py). Each measurement runs in a separate process. Memory is
+measured as in bench_step.py.
 """
 
 import argparse

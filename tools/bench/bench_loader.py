@@ -2,14 +2,16 @@
 
     python tools/bench/bench_loader.py --json loaders.json --cold
 
-Each delivers shuffled batches of 32 files, undecoded, as one uint8 buffer, int64 offsets and labels; peers read their
-own formats, and build batches in their worker processes. `raw read` is a plain sequential read of the shards.
-A measurement is a process of its own: an uncounted epoch, in which every sample must come exactly once, then as many
-new loaders as there are repeats. MB/s (of payload) and samples/s run from the first batch to the last, and the start is
-told apart: epochs are short here, long in training. What is read ahead by then (a shuffle buffer, say) is a gift.
+Each loader delivers shuffled batches of 32 files, undecoded, as one uint8 buffer, int64 offsets and labels. The other
+loaders read their own formats, and build batches in their worker processes. `raw read` is a plain sequential read of
+the shards. Each measurement runs in a separate process. In a first epoch, which is not measured, every sample must
+occur exactly once. A new loader is then measured for each repeat. MB/s (of payload) and samples/s are measured from the
+first batch to the last. The start is given separately, because epochs are short here and long in training. Data that a
+loader has read before its first batch (a shuffle buffer, for example) do not count as time, which favours that loader.
 
-Exit code 0: measured; 1: bfsys or the plain read failed or lost samples; 2: wrong arguments, or the like. Rejected
-alternative: figures of different runs in one table; on shared machines they differ by more than loaders do.
+Exit code 0: measured; 1: bfsys or the plain read failed or lost samples; 2: wrong arguments or other wrong input.
+Rejected alternative: figures of different runs in one table, because on shared machines runs differ by more than
+loaders do.
 """
 
 import argparse
@@ -139,7 +141,7 @@ def litdata_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
 
 
 def flat_batch(samples: Sequence[tuple[bytes, int]]) -> tuple:
-    """The peers' batches, as arrays: torch is up to twice as slow if a worker passes tensors."""
+    """The batches of the other loaders, as arrays: torch is up to twice as slow if a worker passes tensors."""
     offsets = np.zeros(len(samples) + 1, np.int64)
     np.cumsum([len(payload) for payload, _ in samples], out=offsets[1:])
     data = np.concatenate([np.frombuffer(payload, np.uint8) for payload, _ in samples])
@@ -186,7 +188,7 @@ def run_job(job: dict) -> dict:
 
 
 def check_epoch(batches: Iterator[tuple], lengths: np.ndarray) -> dict:
-    """Check that each sample of an epoch comes once and intact; returns the share of padding in its batches."""
+    """Check that each sample of an epoch occurs once and is intact. Returns the share of padding in its batches."""
     numbers, sizes, buffers, padded = [], [], 0, 0
     for data, offsets, *_ in batches:
         data, offsets = np.asarray(data), np.asarray(offsets)
@@ -276,7 +278,8 @@ def remove_shared_memory(ledger: Path) -> None:
 
 
 def measure_all(args: argparse.Namespace, folder: Path, loaders: Sequence[str]) -> list[dict]:
-    """Measure the rows of the table, each in a new process, with their ratios to other rows, warm and cold apart."""
+    """Measure the rows of the table, each in a new process, with their ratios to rows of the same kind, warm or
+    cold."""
     from bfsys.data.storage.shards import FORMAT
 
     stored = f"{{}}-{args.samples}-format{FORMAT}"  # stored samples are not reused after a change of the format

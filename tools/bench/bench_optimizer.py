@@ -4,9 +4,9 @@
     torchrun --standalone --nproc-per-node 2 tools/bench/bench_optimizer.py configs/quickstart.yaml --stages 0 1 2 3
 
 Both optimizers train the config's model on the same random files, `--files` on each rank, with alternating steps. The
-figures are the fastest of `--repeats` steps on the slowest rank. CPU time leaves out waiting for other ranks. Bytes are
-what a rank sends to others by all_to_all to assemble the matrices and to return results, of the rank that sends most.
-At stage 0 results are broadcast, which is not counted. What ZeRO itself sends is the same for both.
+figures are those of the fastest of `--repeats` steps on the slowest rank. CPU time does not include waiting for other
+ranks. Bytes are those that the rank that sends most sends to others by all_to_all, to assemble the matrices and to
+return results. At stage 0 results are broadcast, which is not counted. ZeRO itself sends the same for both optimizers.
 """
 
 from __future__ import annotations

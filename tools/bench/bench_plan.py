@@ -3,13 +3,14 @@
     python tools/bench/bench_plan.py
     python tools/bench/bench_plan.py --samples 1000000000 --ranks 1024 --json plan.json
 
-Makes an index of that many samples (log-normal lengths, no shards) and opens, proves and plans it as one rank
-of a run does, each figure in a process of its own. Of a large index only those rows are written that the rank
-looks at; the file is full size, with holes. Every file that is made is removed.
+The benchmark makes an index of the given number of samples (log-normal lengths, no shards). It opens, verifies and
+plans this index as one rank of a run does, and measures each figure in a separate process. In a large index only the
+rows that the rank reads are written; the file is sparse and has its full size. All files that the benchmark makes are
+removed.
 
-Fetch amplification: how often a shard is fetched in an epoch, by all nodes together, if each node keeps what it has
-fetched. Counted for the first index, in its shards and in ten times as many, with all samples of an epoch planned; and
-for a sampler that deals the shuffled samples out to the nodes.
+The fetch amplification is how often a shard is fetched in an epoch, by all nodes together, if each node keeps the
+shards that it has fetched. It is counted for the first index with all samples of an epoch, with its number of shards
+and with ten times as many. It is also counted for a sampler that deals the shuffled samples to the nodes.
 """
 
 import argparse
@@ -38,7 +39,7 @@ SHARD_SAMPLES = 10_000
 MEDIAN_BYTES, SIGMA = 12_000, 0.7
 KEY_BYTES = 12
 MIB = 2**20
-# Up to so many shards, all rows are written; of more, only the rows that are read.
+# Up to this number of shards, all rows are written; with more, only the rows that are read.
 SMALL_SHARDS = 2_000
 AMPLIFICATION_LANES = 64
 

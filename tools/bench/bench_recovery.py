@@ -1,14 +1,15 @@
-"""Benchmark of recovery: the time that training waits for checkpoints, and the goodput of a run that is attacked.
+"""Benchmark of recovery: the time that training waits for checkpoints, and the goodput of a run whose ranks are killed.
 
     python tools/bench/bench_recovery.py saving --disk-mb-s 20    # needs root and cgroup v1; without: the disk as is
     python tools/bench/bench_recovery.py attacks --minutes 20 --every-s 120
 
-saving: a published model trains on random bytes on one CPU rank, with a save every few steps, three times: without
-saves, with saves that training waits for, and as bfsys saves. Stall is what a save keeps the loop from going on; the
-share is that over the steps of the default interval. The slow-down of steps beside a writing process is told, too.
+saving: a published model trains on random bytes on one CPU rank three times: without saves, with saves that training
+waits for, and as bfsys saves. A save is made every few steps. The stall is the time for which a save blocks the
+training loop. The share is the stall divided by the time of the steps of the default interval. The benchmark also
+reports how much a writing process slows the steps down.
 
-attacks: launchers/local.py trains a small model on two ranks, and one of them, chosen at random, is killed again and
-again. The ledger's seconds are compared with a clock outside of the run.
+attacks: launchers/local.py trains a small model on two ranks, and a randomly chosen rank is killed repeatedly. The
+seconds in goodput.jsonl are compared with a clock outside of the run.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ def bench_saving(args: argparse.Namespace) -> dict:
     print(f"state {rows['none']['mib']:,.0f} MiB; disk {disk:,.0f} MB/s synced")
     Console(width=120).print(table)
     ratio = rows["waiting"]["stall_s"] / rows["beside"]["stall_s"]
-    print(f"training waits {rows['waiting']['stall_s']:.3f} s for a save that it waits for, "
-          f"{rows['beside']['stall_s']:.3f} s for one beside it: {ratio:.1f} x less")  # fmt: skip
+    print(f"training waits {rows['waiting']['stall_s']:.3f} s for a save that blocks it, "
+          f"{rows['beside']['stall_s']:.3f} s for a save in the background: {ratio:.1f} x less")  # fmt: skip
     return {"disk_mb_s": disk, "step_s": step_s, "rows": rows}
 
 

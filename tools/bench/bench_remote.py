@@ -2,11 +2,11 @@
 
     python tools/bench/bench_remote.py
 
-A dataset of many small shards lies on a web server on loopback, whose answers share a total rate. Each rank is a
-process with the training loader; the ranks of a node share a cache. They start together and go from step to step
-together, as ranks that train do. There are three runs: in the first, no answer fails; in the second, a share of them
-does (503, connection reset, end in the middle); in the third, the server refuses everybody at first. The batches of all
-runs are compared with those of the local dataset. Every file that is made is removed.
+A web server on loopback serves a dataset of many small shards, and its answers share a total rate. Each rank is a
+process with the training loader, and the ranks of a node share a cache. All ranks start together and begin each step
+together, as in training. There are three runs. In the first, no answer fails. In the second, a share of the answers
+fails (503, connection reset, end in the middle). In the third, the server refuses all requests at first. The batches of
+all runs are compared with those of the local dataset. All files that the benchmark makes are removed.
 
 All nodes request the same URLs. A header, from a .curlrc of each rank, tells the server which rank a request is from.
 """
@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--cache-shards", type=int, default=8, help="size of a node's cache")
     add("--rate-mb-s", type=float, default=12.0, help="of all answers of the server together")
     add("--failures", type=float, default=0.01, help="share of answers that fail")
-    add("--outage-s", type=float, default=5.0, help="how long the server refuses everybody at the start")
+    add("--outage-s", type=float, default=5.0, help="how long the server refuses all requests at the start")
     add("--step-s", type=float, default=0.15, help="duration of a step beside the wait for data")
     add("--json", type=Path, metavar="OUT")
     args = parser.parse_args(arguments)

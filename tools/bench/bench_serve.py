@@ -2,10 +2,10 @@
 
     python tools/bench/bench_serve.py RUN --clients 1,8,64 --file-bytes 2000 --json serve.json
 
-Two servers of the same run differ in their batch budget alone: data.eval_batch_bytes of the run, or one file. They
+Two servers of the same run differ only in their batch budget: data.eval_batch_bytes of the run, or one file. They
 are measured in turn, in the same run of this program, and the best of all rounds counts. A client sends a file of
-random bytes over one connection, and the next one after its answer. The clients are one process, which shares the
-machine.
+random bytes over one connection, and sends the next one when it has the answer. One process runs all clients, on the
+same machine as the servers.
 """
 
 import argparse

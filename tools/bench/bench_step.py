@@ -3,25 +3,25 @@
     python tools/bench/bench_step.py --precision bf16 --json step.json --checkpointing
 
 A step is forward, backward and AdamW on float32 weights. `published` is published_form.py on a padded batch in random
-order; `+ sdpa` is the same with PyTorch's fused attention. In bf16 it runs under autocast, as released code
-does; bfsys as it trains: bfloat16 weights, with float32 ones in the optimizer. Files lie on the device beforehand; what
-bfsys computes from their lengths on the CPU is part of its step.
-Time is the fastest step after warming up, since what else a machine does can only add to it; the JSON has processor
-time too. Memory is the peak of these steps above what the process held before it had a model, after a small step that
-starts PyTorch's libraries: weights, gradients and optimizer included. `of peak` is what real tokens need
-(bfsys/model/flops.py) over what a large matrix product in the same precision and process reaches.
-On the CPU each measurement is a process of its own, and memory is resident memory, freed blocks that the C library
-keeps included; MALLOC_MMAP_THRESHOLD_=262144 in the environment leaves them out, and shows what checkpointing saves. On
-a GPU, where a step takes less time than a process to start, all measurements are made in one process, and memory is
-what PyTorch has allocated.
+order. `+ sdpa` is the same with PyTorch's fused attention. In bf16, the published form runs under autocast, like the
+released code. bfsys runs as in training, with bfloat16 weights in the model and float32 weights in the optimizer. Files
+are copied to the device before the measurement. The indices that bfsys computes on the CPU are part of its step.
+Time is that of the fastest step after a warm-up, because other work on the machine can only add to it. The JSON also
+has the processor time. Memory is the peak of these steps above the memory before the model was made. It includes
+weights, gradients and optimizer. A small step loads PyTorch's libraries first. `of peak` is the rate of the operations
+that real tokens need (bfsys/model/flops.py), relative to that of a large matrix product in the same precision and
+process. On a CPU each measurement runs in a separate process, and memory is resident memory. It includes freed blocks
+that the C library keeps. With MALLOC_MMAP_THRESHOLD_=262144 in the environment it does not, which shows how much
+checkpointing saves. On a GPU a step takes less time than the start of a process. All measurements are therefore made in
+one process, and memory is the memory that PyTorch has allocated.
 
-Each measurement is printed when it is made: beside its time and memory, how many of PyTorch's operations a
-micro-batch's forward and backward and an update are, and how many of them launch something on a GPU: views and
-allocations do not. A kernel of our own is not one of these operations; on a GPU the profiler counts all kernels and
-copies.
+Each measurement is printed when it is made. Besides time and memory, it gives the number of PyTorch's operations in a
+micro-batch's forward and backward pass and in an update. It also gives the number of those that launch a kernel on a
+GPU; views and allocations do not. A kernel of bfsys is not one of these operations. On a GPU the profiler counts all
+kernels and copies.
 
-Exit code 0: measured; 1: a measurement failed; 2: wrong arguments, or the like. Rejected alternative: figures of
-different runs in one table; on shared machines they differ by more than programs do.
+Exit code 0: measured; 1: a measurement failed; 2: wrong arguments or other wrong input. Rejected alternative: figures
+of different runs in one table, because on shared machines runs differ by more than the forms do.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def workloads() -> dict[str, Workload]:
 
 
 def trial_workloads() -> dict[str, Workload]:
-    """The same workloads in small, for a quick trial."""
+    """The same workloads with small files, for a quick trial."""
     return {n: Workload(w.kernel, 12, tuple(i // 40 for i in w.lengths[:4])) for n, w in workloads().items()}
 
 

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own, of which nothing is left afterwards."""
+"""One measurement in a separate process, which leaves no process behind."""
 
 from __future__ import annotations
 

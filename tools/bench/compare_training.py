@@ -2,12 +2,12 @@
 
     python tools/bench/compare_training.py configs/small.yaml recipe=published data.sources.0.path=data/shards/digits
 
-bfsys trains as ever, in a process of its own, in float32, and is stopped after so many steps. The published form
-(published_form.py: padded batches, masks, embedding and convolution, whole score matrices) is trained by the plainest
-loop there is with torch.optim.AdamW. Exit code 1 if a loss differs by more than --tolerance.
+bfsys trains in a separate process, in float32, and is stopped after the given number of steps. The published form
+(published_form.py: padded batches, masks, embedding and convolution, whole score matrices) is trained by a minimal loop
+with torch.optim.AdamW. The exit code is 1 if a loss differs by more than --tolerance.
 
-With --control, the published form is also compared with itself, from weights that differ in their last bit: training
-magnifies roundings, and nothing can follow it more closely than it follows itself.
+With --control, the published form is also compared with itself, from weights that differ in their last bit. Training
+amplifies rounding errors, so this difference is the smallest that can be expected of bfsys.
 """
 
 from __future__ import annotations

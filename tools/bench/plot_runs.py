@@ -1,8 +1,8 @@
-"""Learning curves of runs as a picture, from their metrics.jsonl (TensorBoard shows the same while they train).
+"""Draw learning curves of runs as a picture, from their metrics.jsonl (TensorBoard shows the same during training).
 
     python tools/bench/plot_runs.py curves.png runs/joint runs/image_alone --score top1
 
-See bfsys/curves.py for what is drawn.
+bfsys/curves.py describes the picture.
 """
 
 from __future__ import annotations

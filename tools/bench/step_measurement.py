@@ -1,6 +1,6 @@
-"""One measurement of bench_step.py: steps of one side on one workload, in this process or in one of its own.
+"""One measurement of bench_step.py: steps of one side on one workload, in this process or in a separate one.
 
-A side is a form of the model and its optimizer; a job says which side, on which files, and how often.
+A side is a form of the model with its optimizer. A job names the side, the files and the number of steps.
 """
 
 from __future__ import annotations

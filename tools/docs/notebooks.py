@@ -1,7 +1,8 @@
 """The notebooks of docs/notebooks: executed, and as pages of the site.
 
 They are stored without outputs, so a change of the text is a small diff, and pictures never differ from the code.
-mkdocs-jupyter was refused: it adds 700 kB of styles to each page and does not check the links in notebooks.
+Rejected alternative: mkdocs-jupyter, which adds 700 kB of styles to each page and does not check the links in
+notebooks.
 """
 
 from __future__ import annotations

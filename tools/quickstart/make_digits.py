@@ -5,19 +5,21 @@
 writes OUT/{train,val}/{image,speech}/CLASS/NUMBER.{tif,png,wav}: `seen_0` to `seen_9` are the 1,797
 handwritten digits that come with scikit-learn, as uncompressed TIFF and as stored PNG; `heard_0` to
 `heard_9` are the words "zero" to "nine" spoken by espeak-ng in some hundred voices, as 8 kHz, 8-bit WAV.
-`manifest.csv` says of each file what it came from; `complete.json` with which settings the tree was made.
+`manifest.csv` gives the source of each file, and `complete.json` the settings with which the tree was made.
 
 Decisions:
-- Made on the spot from two pip packages, in seconds. Rejected: a download of MNIST and Speech Commands
-  (gigabytes, mirrors that move, and hours on a CPU for a first try).
-- The class can be read from the content alone. All files of an encoding have one length and one header,
-  numbers in file names are a permutation over all classes, and every clip has noise from end to end, the
-  word at a random place and loudness, so that the amount of silence tells little.
-- Validation is on sources never trained on: other handwritten images, each once per encoding as it is, and
-  other voices. Who wrote an image scikit-learn does not say, so a writer may be on both sides.
-- PNG is stored and unfiltered, and therefore written here. Rejected: Pillow's, which filters rows as it
-  sees fit (mostly Paeth). That is a harder task: an MLP on the bytes then gets 87 % right, against 99 %.
-- The tree is made beside OUT and renamed when whole: a killed run leaves no half OUT.
+- The files are made from two pip packages, in seconds. Rejected alternative: a download of MNIST and Speech
+  Commands (gigabytes, mirrors that move, and hours on a CPU for a first try).
+- Only the content of a file reveals its class. All files of an encoding have the same length and header, and
+  numbers in file names are a permutation over all classes. Every clip has noise from its beginning to its end
+  and the word at a random place and loudness, so the amount of silence reveals little.
+- Validation files have other sources than training files: other handwritten images, each once per encoding
+  and unchanged, and other voices. scikit-learn does not name the writer of an image, so a writer may be in
+  both splits.
+- PNG files are stored and unfiltered, so they are written here. Rejected alternative: Pillow, which chooses a
+  filter for each row (mostly Paeth). That is a harder task: an MLP on the bytes is then right for 87 % of the
+  files instead of 99 %.
+- The tree is made beside OUT and renamed when it is complete, so a killed run leaves no incomplete OUT.
 """
 
 import argparse
@@ -312,7 +314,7 @@ def parse_arguments() -> tuple[Path, Settings]:
     parser.add_argument("--val-speech-per-class", type=at_least(1), default=100, help="validation clips")
     parser.add_argument(
         "--image-versions", type=at_least(1), default=4,
-        help="training files per image and encoding; the first is the image as it is, the others are varied",
+        help="training files per image and encoding; the first is the unchanged image, the others are varied",
     )  # fmt: skip
     arguments = vars(parser.parse_args())
     return Path(os.path.abspath(arguments.pop("out"))), Settings(**arguments)

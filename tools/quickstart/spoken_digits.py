@@ -2,14 +2,14 @@
 
 Decisions:
 - espeak-ng keeps its state (noise, flutter, echo) in C globals that outlive even its own Terminate, and
-  seeds its noise with the clock. So a word depends on all words before it. Utterances are therefore cut
-  into chunks of fixed size, and each chunk is spoken in order by a fresh, seeded process: the clips depend
-  on the arguments alone, not on the number of cores. Rejected: a process per utterance, which costs a
-  hundred times the speech itself.
-- A variant is a voice. Validation has variants that training never has, and variants that differ only in a
-  final number (`iven`, `iven2`, …) stay on one side, for some are slight changes of one another.
-- A word is spoken whole: where it overruns the clip it is spoken again, faster. Rejected: cutting it off,
-  which makes "four" of "forty" and would tell long words by their missing ends.
+  seeds its noise with the clock. A word therefore depends on all words before it. Utterances are divided
+  into chunks of fixed size, and a new, seeded process speaks each chunk in order. The clips then depend only
+  on the arguments, not on the number of cores. Rejected alternative: a process per utterance, whose start
+  takes a hundred times as long as the speech.
+- A variant is a voice. No variant of the validation split occurs in training. Variants that differ only in a
+  final number (`iven`, `iven2`, …) are in one split, because some of them are nearly equal.
+- A word is always complete: if it is longer than the clip, it is spoken again, faster. Rejected alternative:
+  cutting it off, which turns "forty" into "four" and would reveal long words by their missing ends.
 """
 
 import ctypes
