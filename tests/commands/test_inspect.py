@@ -141,7 +141,7 @@ def test_rebuild_of_tars_made_elsewhere(tmp_path):
 
 def test_rebuild_with_the_split_given(tmp_path):
     make_tar(tmp_path / "shard-0.tar", {"a/1": 1, "b/1": 0})
-    with pytest.raises(UserError, match=r"no split in the name of shard-0\.tar; .* or say --split"):
+    with pytest.raises(UserError, match=r"no split in the name of shard-0\.tar; .* or give --split"):
         call("inspect", [str(tmp_path), "--rebuild"])
     assert call("inspect", [str(tmp_path), "--rebuild", "--split", "test"]) == 0
     assert open_split(tmp_path, "test").classes == ("b", "a")

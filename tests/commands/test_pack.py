@@ -172,7 +172,7 @@ def test_files_that_cannot_be_decoded(tmp_path):
 def test_no_file_can_be_decoded(tmp_path):
     src = make_files(tmp_path / "src", {"red/broken.png": b"no picture"})
     message = problems_of(src, tmp_path, "--split", "train", "--encoding", "png", "--skip-bad")
-    assert message == "split train: not one of its files can be packed"
+    assert message == "split train: none of its files can be packed"
 
 
 # The same input gives the same bytes

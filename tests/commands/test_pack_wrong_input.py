@@ -29,8 +29,8 @@ def test_all_bad_files_at_once(tmp_path):
         f"error: {src}/dog/gone: cannot be read (No such file or directory)\n",
         f"error: {src}/dog/pipe: is not a regular file\n",
         f"error: {src}/dog/loop: cannot be read (Too many levels of symbolic links)\n",
-        f"error: {src}/fish: is a link to something that is not there; restore that, or remove the link\n",
-        f"error: {src}/bird: the class folder has no files; fill it or remove it\n",
+        f"error: {src}/fish: is a link whose target is missing; restore the target, or remove the link\n",
+        f"error: {src}/bird: the class folder has no files; add files, or remove the folder\n",
         "error: --encoding: encoding 'pngg': there is no 'pngg' (did you mean 'png'?)",
         "error: 5 bad files: repair or remove them, or leave them out with --skip-bad\n",
     ):
@@ -58,7 +58,7 @@ def test_an_outage_leaves_no_file_out(place, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "stat", partial(fail, really_stat, "stat"))
     monkeypatch.setattr(Path, "read_bytes", lambda path: fail(really_read, "read", path))
     message = problems_of(src, tmp_path / "out", "--skip-bad", "--workers", "1")
-    assert "cat/001.jpg: cannot be read (Stale file handle); mend that and run the same command again" in message
+    assert "cat/001.jpg: cannot be read (Stale file handle); fix this and run the same command again" in message
     assert not list((tmp_path / "out").glob("*/dataset.json"))
 
 
@@ -112,7 +112,7 @@ WRONG_INPUT = {
         {"a.jpg": b"1"},
         "has no class folders; files must lie in a folder named after",
     ),
-    "all bad": ({"cat/a": b"", "dog/a": b"1"}, "class 'cat': not one of its files can be packed"),
+    "all bad": ({"cat/a": b"", "dog/a": b"1"}, "class 'cat': none of its files can be packed"),
     "same key": ({"cat/a.b": b"1", "cat/a_b.b": b"1", "cat/a.b.b": b"1"}, "has the same key 'cat/a_b-b' as"),
     "mixed": ({"train/cat/a": b"1", "extra/b": b"1"}, "holds split folders (train) and others (extra)"),
     "two for one": ({"val/cat/a": b"1", "valid/cat/a": b"1"}, "val and valid: two folders for one split"),
@@ -213,13 +213,13 @@ def test_splits_that_are_wanted_and_those_that_are_there(tmp_path):
 def test_links_in_a_circle(tmp_path):
     src = make_tree(tmp_path / "src")
     (src / "cat" / "again").symlink_to(src / "cat")
-    assert "again: links back to a folder that it lies in" in problems_of(src, tmp_path / "out")
+    assert "again: is a link to a folder that contains it" in problems_of(src, tmp_path / "out")
 
 
 def test_folders_that_are_nested_too_deeply_are_refused(tmp_path, monkeypatch):
     src = make_files(tmp_path / "src", {f"cat/{'d/' * 5}1.jpg": b"x"})
     monkeypatch.setattr(listing, "DEEPEST", 3)
-    assert "more than 3 folders are inside each other" in problems_of(src, tmp_path / "out")
+    assert "more than 3 folders are nested" in problems_of(src, tmp_path / "out")
 
 
 def test_a_relative_source_that_is_missing_says_where_it_was_looked_for(tmp_path, monkeypatch):
@@ -231,13 +231,15 @@ def test_a_relative_source_that_is_missing_says_where_it_was_looked_for(tmp_path
 def test_source_is_missing_or_a_file(tmp_path):
     assert "none: there is no such file or folder" in problems_of(tmp_path / "none", tmp_path)
     (tmp_path / "file").write_text("")
-    assert "file: is not a folder; for a list of files say --from filelist" in problems_of(tmp_path / "file", tmp_path)
+    assert "file: is not a folder; for a list of files, give --from filelist" in problems_of(
+        tmp_path / "file", tmp_path
+    )
 
 
 def test_speech_commands_with_a_list_that_does_not_fit(tmp_path):
     files = {"yes/a.wav": b"1", "validation_list.txt": b"yes/gone.wav\n", "testing_list.txt": b""}
     message = problems_of(make_files(tmp_path / "src", files), tmp_path, "--from", "speech_commands")
-    assert "src: yes/gone.wav is listed but not there" in message
+    assert "src: yes/gone.wav is listed, but the file is missing" in message
 
 
 @pytest.mark.parametrize(

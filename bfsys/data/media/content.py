@@ -36,7 +36,7 @@ NONE = np.full((ROWS, COLUMNS), np.nan, np.float16)  # the table of a file that 
 
 
 def content_of(data: bytes) -> np.ndarray:
-    """float16 [ROWS, COLUMNS] with mean 0 and standard deviation 1 or less; NONE for a file that is no picture or
+    """float16 [ROWS, COLUMNS] with mean 0 and standard deviation 1 or less; NONE for a file that is not a picture or
     sound, is too large, or cannot be decoded."""
     kind = kind_of(np.frombuffer(data, np.uint8))
     try:

@@ -107,7 +107,7 @@ def input_format(encoding: str, sizes: Mapping[str, object]) -> InputFormat:
     """The format that a manifest, a dataset.json or a config describes. `sizes` holds the fields of a Fitting; other
     keys are ignored.
 
-    An unknown encoding counts as `as_stored`, since a person or another program may have written it.
+    An unknown encoding counts as `as_stored`, since a user or another program may have written it.
     """
     try:
         parsed = parse_encoding(encoding)

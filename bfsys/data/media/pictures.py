@@ -41,7 +41,7 @@ def decode_image(data: bytes) -> np.ndarray:
     unsigned 16 bits   0 … 65,535 becomes 0 … 255, by the upper byte; so does 0 … 4,095 in a TIFF of 12 bits. Grey
                        values that all lie in 0 … 255 stay, since their upper bytes would be black. Such colours are
                        refused, since Pillow reads only their upper bytes.
-    float              0 … 1 becomes 0 … 255, if all values lie in it
+    float              0 … 1 becomes 0 … 255, if all values are in this range
     other              (32 bits, signed, float): integers that all lie in 0 … 255 stay; otherwise the picture's least
                        value becomes 0 and its greatest 255
     """
@@ -53,7 +53,7 @@ def decode_image(data: bytes) -> np.ndarray:
         pixels = np.asarray(image.convert("RGB"))
         if pixels.max() <= 1 and _has_deep_colours(image, data):
             raise ValueError(
-                "has colours of 16 bits, and is black in their upper 8, which are read; store it in 8 bits"
+                "has colours of 16 bits; only the upper 8 bits are read, and they are all black; store it in 8 bits"
             )
         return pixels
 

@@ -1,4 +1,4 @@
-"""Pictures and sounds that are decoded, changed, and written again in the format of their own file.
+"""Decode pictures and sounds, change them, and write them again in the format of the stored file.
 
 A model of bytes sees how a file was written, so as much as possible of the stored file is kept: the mode and palette of
 a picture, the quantisation tables and metadata of a JPEG, all chunks of a PNG besides its pixels, the rate and sample
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PICTURE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF")
-PIXELS_KNOWN = ("BMP", "PPM", "TIFF")  # formats of which it is known where the pixels are
+PIXELS_KNOWN = ("BMP", "PPM", "TIFF")  # formats in which the place of the pixels is known
 PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 # Lossless formats of libsndfile, and their sample types
 SOUND_FORMATS = ("AIFF", "AU", "FLAC", "WAV", "WAVEX")
@@ -36,7 +36,7 @@ COLOUR_AND_DEPTH, INTERLACED = slice(24, 26), 28  # bytes of a PNG
 # Tags of TIFF with their defaults: bits, compression, whether white is 0, order of bits, samples, planes, predictor
 TIFF_LAYOUT = {258: (1,), 259: 1, 262: None, 266: 1, 277: 1, 284: 1, 317: 1}
 STRIPS, STRIP_BYTES = 273, 279
-# The Huffman tables that the JPEG standard suggests: the beginning of one. Most programs compute tables of their own.
+# The beginning of a Huffman table that the JPEG standard suggests. Most programs compute their own tables.
 USUAL_TABLES = bytes.fromhex("01020300041105122131410613516107")
 # Second bytes of markers in a JPEG: frames that Pillow writes (sequential, progressive), restarts, the scan
 FRAMES, RESTARTS, SCAN = {0xC0, 0xC2}, 0xDD, 0xDA
@@ -63,7 +63,7 @@ def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) ->
         if kind == "JPEG":
             _check_jpeg(image, data)
         options = _options(image, data)
-        before = _Pixels.of(image, data) if kind in PIXELS_KNOWN else None  # decoding forgets where they were
+        before = _Pixels.of(image, data) if kind in PIXELS_KNOWN else None  # decoding forgets their place
         changed = change(image)
         if mode == "P":
             changed.putpalette(image.getpalette(image.palette.mode), image.palette.mode)
@@ -115,7 +115,7 @@ class _Pixels(NamedTuple):
     """The pixels of a TIFF, BMP or PNM in its file."""
 
     layout: tuple
-    """Whatever decides what a byte of a pixel means."""
+    """Everything that decides the meaning of a byte of a pixel."""
     places: list[slice] | None
     """None if they are compressed."""
 

@@ -1,10 +1,10 @@
 """Decoding of sounds to the samples of one channel.
 
-A truncated, empty or non-finite sound is a bad file, as a truncated picture is. libsndfile reads the rest of a
+A truncated, empty or non-finite sound is a bad file, like a truncated picture. libsndfile reads the rest of a
 truncated file without an error, so the length in the header is compared with the bytes of the file. Headers without a
 length, which programs write to a pipe, are accepted.
 
-The cost of a file is bounded by what is read of it, never by what its header says.
+The cost of a file is limited by the bytes that are read, not by the sizes in its header.
 """
 
 import io
@@ -92,8 +92,8 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
         raise ValueError("is a chain of Ogg streams, of which only the first would be decoded; write it as one stream")
     if announced and announced.size < UNKNOWN_BYTES and announced.start + announced.size > len(data):
         raise ValueError(
-            f"is cut: {announced.size:,} bytes are announced at byte {announced.start:,}, "
-            f"and {max(0, len(data) - announced.start):,} are there"
+            f"is cut: its header announces {announced.size:,} bytes from byte {announced.start:,}, "
+            f"but the file has only {max(0, len(data) - announced.start):,}"
         )
     try:
         file = open_sound(data, announced)
@@ -167,7 +167,7 @@ def _check_last_sample(file) -> None:
     try:
         file.seek(file.frames - 1)
     except soundfile.LibsndfileError:
-        raise ValueError(f"is cut: its header announces {file.frames:,} samples, and the last is not there") from None
+        raise ValueError(f"is cut: its header announces {file.frames:,} samples, but the last one is missing") from None
 
 
 def _too_long(samples: str) -> ValueError:

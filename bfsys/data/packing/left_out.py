@@ -1,4 +1,5 @@
-"""Files and folders that are not samples, by their names or places: hidden ones, and those of the operating system.
+"""Files and folders whose names or places show that they are not samples: hidden ones, and those of the operating
+system.
 
 All of them are reported: `left_out_note` names them.
 """

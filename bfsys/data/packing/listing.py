@@ -3,7 +3,7 @@
 All problems of the input are found here, before anything is written. They are returned and not raised, so that one run
 reports all of them. `problems` concern the input as a whole. Single `bad` files may be left out on request. Files whose
 name or place shows that they are not samples (hidden files, those of the operating system, files beside the class
-folders) are `left_out`, and are named, too.
+folders) are `left_out`, and are also named.
 """
 
 import errno
@@ -126,7 +126,7 @@ def list_speech_commands(src: Path) -> Listing:
             listing.problems.append(f"{src / name}: cannot be read ({reason}); it belongs to Speech Commands")
     _list_classes(listing, src, src, "train", known=(BACKGROUND_NOISE, *SPEECH_COMMANDS_LISTS))
     names = [os.path.relpath(file.path, os.path.abspath(src)) for file in listing.files]
-    listing.problems += [f"{src}: {name} is listed but not there" for name in sorted(listed.keys() - names)]
+    listing.problems += [f"{src}: {name} is listed, but the file is missing" for name in sorted(listed.keys() - names)]
     pairs = zip(listing.files, names, strict=True)
     listing.files = [file._replace(split=listed.get(name, "train")) for file, name in pairs]
     return listing
@@ -155,7 +155,7 @@ def list_filelist(src: Path, split: str | None) -> Listing:
             listing.left_out.append(LeftOut(parts[0], "of the operating system"))
             continue
         to_split = split_of_name(parts[2]) if len(parts) == 3 else split or UNDIVIDED
-        assert to_split is not None, "_wrong_line has looked at it"
+        assert to_split is not None, "_wrong_line has checked it"
         file = _listed_file(src, parts[0], parts[1], to_split)
         _note_spelling(listing, parts[1], f"line {number}", to_split)
         splits = lines_of[file.path]
@@ -260,7 +260,7 @@ def _list_classes(listing: Listing, src: Path, root: Path, split: str, known: Se
         if paths:
             _note_spelling(listing, spelled, str(root / spelled), split)
         elif len(listing.problems) == problems_before:
-            listing.problems.append(f"{folder}: the class folder has no files; fill it or remove it")
+            listing.problems.append(f"{folder}: the class folder has no files; add files, or remove the folder")
         listing.classes.append(class_name)
 
 
@@ -277,7 +277,7 @@ def _folders(src: Path, root: Path, beside: str, listing: Listing, known: Sequen
         reason = why_left_out(name) or ("" if os.path.isdir(path) else beside)
         if reason == beside and not os.path.exists(path):
             listing.problems.append(
-                f"{path}: is a link to something that is not there; restore that, or remove the link"
+                f"{path}: is a link whose target is missing; restore the target, or remove the link"
             )
         elif reason and name not in known:
             listing.left_out.append(LeftOut(os.path.relpath(path, src), reason))
@@ -302,10 +302,10 @@ def visible_files(
         return
     here = (status.st_dev, status.st_ino)
     if len(ancestors) > DEEPEST:
-        problems.append(f"{folder[:200]}…: more than {DEEPEST} folders are inside each other; make them fewer")
+        problems.append(f"{folder[:200]}…: more than {DEEPEST} folders are nested; reduce the depth")
         return
     if here in ancestors:
-        problems.append(f"{folder}: links back to a folder that it lies in; remove the link")
+        problems.append(f"{folder}: is a link to a folder that contains it; remove the link")
         return
     for name in names:
         path = os.path.join(folder, name)
@@ -348,7 +348,7 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
             file = file._replace(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
             good.append(file)
     lost = {file.class_name for file in listing.files} - {file.class_name for file in good}
-    listing.problems += [f"class {name!r}: not one of its files can be packed" for name in sorted(lost)]
+    listing.problems += [f"class {name!r}: none of its files can be packed" for name in sorted(lost)]
     alike = too_alike(listing.spellings)
     listing.problems += alike
     if alike:  # their files would have equal keys
@@ -367,7 +367,7 @@ def why_unreadable(path: str, error: OSError | ValueError) -> str:
     reason = f"{UNREADABLE} ({getattr(error, 'strerror', error)})"
     is_outage = isinstance(error, OSError) and error.errno in {*OUTAGE_ERRNOS, *SHORTAGE_ERRNOS, errno.EMFILE}
     if is_outage or not os.path.isdir(os.path.dirname(path).partition("\0")[0]):
-        raise UserError(f"{path}: {reason}; mend that and run the same command again; finished shards are kept")
+        raise UserError(f"{path}: {reason}; fix this and run the same command again; finished shards are kept")
     return reason
 
 

@@ -84,7 +84,7 @@ def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
         print(f"{packing.src}: {left_out}", file=sys.stderr)
     problems += listing.problems
     if packing.val_share is not None and listing.files and not listing.divided:
-        problems.append("--val-share: has no effect here, since the splits are given otherwise; drop it")
+        problems.append("--val-share: has no effect here, since --split or the input gives the splits; drop it")
     splits = set() if listing.problems else {file.split for file in listing.files}
     problems += shard_jobs.target_problems(folder, splits)
     if not packing.skip_bad:
@@ -99,7 +99,7 @@ def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
             is_new = write(packing, jobs, listing)
     except OSError as error:  # only from writing: unreadable files are handled before
         raise UserError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error}); mend that and run "
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); fix this and run "
             f"the same command again; finished shards are kept"
         ) from error
     return is_new, left_out
@@ -139,7 +139,7 @@ def list_source(packing: Packing) -> Listing:
     if packing.layout == "filelist":
         return list_filelist(packing.src, packing.split)
     if not packing.src.is_dir():
-        return Listing(problems=[f"{packing.src}: is not a folder; for a list of files say --from filelist"])
+        return Listing(problems=[f"{packing.src}: is not a folder; for a list of files, give --from filelist"])
     if packing.layout == "speech_commands":
         return list_speech_commands(packing.src)
     return list_tree(packing.src, packing.subdir, packing.split, split_folders=packing.layout == "imagefolder")

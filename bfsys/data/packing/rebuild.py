@@ -105,7 +105,7 @@ def tars_by_split(folder: Path, split: str | None) -> dict[str, list[Path]]:
     if unclear:
         raise UserError(
             f"{folder}: no split in the name of {', '.join(unclear[:3])}{' …' if len(unclear) > 3 else ''}; "
-            f"expected NAME-SPLIT-NUMBER.tar with SPLIT one of {', '.join(SPLIT_FOLDERS)}, or say --split"
+            f"expected NAME-SPLIT-NUMBER.tar with SPLIT one of {', '.join(SPLIT_FOLDERS)}, or give --split"
         )
     return by_split
 

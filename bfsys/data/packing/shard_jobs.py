@@ -255,7 +255,7 @@ def finish(
             indexes[outcome.job.split].append(contents)
     missing = [split for split, found in indexes.items() if not found]
     if missing:
-        raise UserError(*(f"split {split}: not one of its files can be packed" for split in missing))
+        raise UserError(*(f"split {split}: none of its files can be packed" for split in missing))
     staged = staging.folder_of(folder)
     splits = {
         split: write_split(staged, folder.name, split, classes, sorted(found, key=lambda i: i.shard.file))

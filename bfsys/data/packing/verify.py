@@ -57,7 +57,7 @@ def verify_shard(split: Split, number: int) -> list[str]:
     path = split.path / shard.file
     first, end = split.shard_starts[number : number + 2].tolist()
     if not path.exists():
-        return [f"{path}: the shard is missing, and with it {shard.samples:,} samples"]
+        return [f"{path}: the shard is missing; it holds {shard.samples:,} samples"]
     if not path.is_file():  # opening a pipe would wait for its writer
         return [f"{path}: the shard is not a regular file"]
     size_bytes = path.stat().st_size

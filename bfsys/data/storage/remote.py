@@ -351,7 +351,7 @@ class Cache:
                         continue
                     path.unlink(missing_ok=True)
             else:
-                path.unlink(missing_ok=True)  # readers that have it open can go on
+                path.unlink(missing_ok=True)  # readers that have it open can continue
             total -= size
         return total <= keep_bytes
 
@@ -367,7 +367,7 @@ class Cache:
             except TryFailed as failed:
                 reasons.append(str(failed))
                 wrong = wrong and isinstance(failed, WrongContent)
-            tries = min(self.attempts, CERTAIN_AFTER) if wrong else self.attempts  # wrong content is no outage
+            tries = min(self.attempts, CERTAIN_AFTER) if wrong else self.attempts  # wrong content is not an outage
             if len(reasons) < tries:
                 pause_s = self._pause_s(len(reasons))
                 if is_awaited:
@@ -380,7 +380,7 @@ class Cache:
         numbered = "; ".join(f"{number}: {reason}" for number, reason in enumerate(reasons, start=1))
         problem = (
             f"{hide(url)}: could not be fetched in {len(reasons)} tries ({numbered}). Check the address, "
-            f"the rights and the network of this machine, then start again: what was fetched is kept. If size or "
+            f"the permissions and the network of this machine, then start again: fetched files are kept. If size or "
             f"sha256 differ each time, the file there is not the one that dataset.json names: upload it again"
         )
         if wrong:
@@ -393,7 +393,7 @@ class Cache:
 
     def _too_large(self, url: str, size: str) -> UserError:
         return UserError(
-            f"{hide(url)}: has {size} bytes, the cache {self.folder} is allowed {self.limit_bytes:,}; "
+            f"{hide(url)}: has {size} bytes, and the cache {self.folder} may hold {self.limit_bytes:,}; "
             f"raise data.cache_gb, best to several times the size of a file"
         )
 

@@ -45,7 +45,7 @@ REBUILD = f"if its tars were made elsewhere, rename {DESCRIPTION} and run bfsys 
 PACKED_BY = "tools/pack.py"
 LISTED = 20  # problems of a damaged dataset.json that an error lists
 PACK_AGAIN = (
-    f"a damaged {DESCRIPTION} cannot be trusted; pack the dataset again, or copy it again from where it was whole"
+    f"a damaged {DESCRIPTION} cannot be trusted; pack the dataset again, or copy it again from an intact source"
 )
 QUANTILES_PERCENT = (0, 1, 10, 25, 50, 75, 90, 99, 100)
 

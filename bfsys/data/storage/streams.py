@@ -1,7 +1,7 @@
 """The content of a URL as a stream of bytes, which ends completely or raises the reason.
 
 webdataset's `gopen` opens URLs, so the user's schemes, credentials and proxies keep working. Rejected alternatives: its
-`Pipe` for reading, which waits for ever if a server sends nothing; and an HTTP library, which knows one of the five
+`Pipe` for reading, which waits forever if a server sends nothing; and an HTTP library, which knows one of the five
 schemes.
 """
 

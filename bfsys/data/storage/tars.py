@@ -217,7 +217,7 @@ def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, dict[str, tarfil
             member = (key, extension.lower())
             wrong = _why_unreadable(info, header, len(content) - info.offset_data)
             if not wrong and key and member in seen:
-                wrong = f"comes twice for sample {key!r}; keep one of them"
+                wrong = f"occurs twice for sample {key!r}; keep one of them"
             seen.add(member)
             if wrong:
                 problems.append(f"{path}: member {info.name!r} {wrong}")

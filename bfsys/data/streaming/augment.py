@@ -122,7 +122,7 @@ def _check(encoding: Encoding, options: Augment) -> None:
     problems = []
     if encoding.modality is None:
         problems.append(
-            f"augmentation with encoding {encoding.text!r}: an augmented file is not the stored one any more and must "
+            f"augmentation with encoding {encoding.text!r}: an augmented file differs from the stored one and must "
             f"be encoded; choose one of {', '.join(ENCODINGS)}"
         )
     if encoding.modality == "image" and (options.background or options.speeds):
@@ -160,7 +160,7 @@ def _picture_transforms(size: int) -> Callable:
     # A torchvision of another release than PyTorch's raises RuntimeError
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            "augmentation of pictures needs the torchvision that belongs to the installed torch "
+            "augmentation of pictures needs the torchvision release for the installed torch "
             f"({error}): pip install -e '.[train]'"
         ) from None
 

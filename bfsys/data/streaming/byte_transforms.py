@@ -8,7 +8,7 @@ Fixed choices are the published ones: `torch.randperm` with the seed of the rele
 the positions that `keep` keeps. Rejected alternative: NumPy's generator, with which models trained by one code could
 not read the bytes of the other.
 
-A permutation of byte values is not encryption: it hides a file from a person, not from a program that counts bytes
+A permutation of byte values is not encryption: it hides a file from a viewer, not from a program that counts bytes
 (docs/privacy.md).
 """
 
@@ -363,7 +363,7 @@ def write_key(path: Path) -> None:
                 file.write(text)
                 file.flush()
             except BaseException:
-                path.unlink()  # what is not a whole key would never be overwritten
+                path.unlink()  # an incomplete key file would never be overwritten
                 raise
     except FileExistsError:
         raise UserError(

@@ -116,8 +116,8 @@ def _open_datasets(config: Config, locations: Sequence[str], descriptions: Descr
     if any(map(is_remote, locations)) and cache.patience_s >= config.train.collective_timeout_s:
         problems.append(
             f"data.fetch_tries: {cache.attempts} tries of a server that fails may take {cache.patience_s:.0f} s, but "
-            f"ranks wait for each other for train.collective_timeout_s {config.train.collective_timeout_s} s; make the "
-            "one smaller or the other larger"
+            f"ranks wait for each other for train.collective_timeout_s {config.train.collective_timeout_s} s; lower "
+            "the one or raise the other"
         )
     for location in locations:
         with collecting(problems):

@@ -273,7 +273,7 @@ def _naming_files(answers: Iterable, reader: ShardReader, positions: np.ndarray)
             if not reader.is_plain and re.search(rf"\b{worker['process']}\b", str(error)):
                 name = reader.name_of(*worker["position"].tolist())
                 raise RuntimeError(
-                    f"{str(error).partition('. ')[0]}; it was at {name}. If it ends there again, pack the dataset "
+                    f"{str(error).partition('. ')[0]}; it was reading {name}. If it ends there again, pack the dataset "
                     "without this file"
                     + (", or set optim.content_loss=0, which decodes nothing" if reader.with_content else "")
                     + "; if it was killed by signal 9, memory was short: use fewer data.workers"

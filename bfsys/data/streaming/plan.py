@@ -283,7 +283,7 @@ def lane_groups(lanes: range, groups: int) -> list[range]:
 def evaluation_batches(splits: Sequence[Split], budget_bytes: int, least_bytes: int = 1) -> list[MicroBatch]:
     """Every sample of every split once, shard by shard, in micro-batches of at most `budget_bytes`.
 
-    Files shorter than `least_bytes` count as `least_bytes`. A file above the budget is a batch of its own.
+    Files shorter than `least_bytes` count as `least_bytes`. A file above the budget forms its own batch.
     """
     source = np.concatenate([np.full(len(s), i) for i, s in enumerate(splits)])
     sample = np.concatenate([np.arange(len(s)) for s in splits])
@@ -310,7 +310,7 @@ def evaluation_share(batches: Sequence[MicroBatch], splits: Sequence[Split], ran
 
 def within_budget(items: Iterable[tuple[int, T]], budget: int) -> Iterator[list[T]]:
     """Group (cost, item) pairs in order into lists of items with a total cost of at most `budget`. An item above the
-    budget is a list of its own."""
+    budget forms its own list."""
     batch: list[T] = []
     spent = 0
     for cost, item in items:

@@ -378,7 +378,7 @@ class ShardReader:
         dataset, file = self.splits[source].dataset, self.splits[source].shards[shard].file
         text = f"{dataset.location}: {file} cannot be read: {error.strerror}"
         if error.errno in DENIED_ERRNOS:
-            raise UserError(f"{text}; mend that, and start again") from None
+            raise UserError(f"{text}; fix this, and start again") from None
         if error.errno in OUTAGE_ERRNOS | SHORTAGE_ERRNOS or not dataset.is_reachable:
             text += "; start again when the server or this machine has recovered"
             raise UserError(text, exit_code=EXIT_CRASHED) from None

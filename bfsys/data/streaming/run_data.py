@@ -123,8 +123,8 @@ class RunData:
         for dataset in {split.dataset.location: split.dataset for split in splits}.values():
             if dataset.was_replaced():
                 raise UserError(
-                    f"{dataset.location}: was packed again while the run trains on it. The checkpoints are of the data "
-                    "before: restore these and resume, or start a new run (name=…)"
+                    f"{dataset.location}: was packed again while the run trains on it. The checkpoints belong to the "
+                    "earlier data: restore those and resume, or start a new run (name=…)"
                 )
 
     @cached_property

@@ -100,7 +100,7 @@ def test_colours_whose_upper_bytes_are_empty_are_refused(channels):
     values = np.repeat((LEVELS * 4)[:, :, None], channels, axis=2).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     picture = png(struct.pack(">IIBBBBB", 64, 6, 16, {2: 4, 3: 2}[channels], 0, 0, 0), rows)
-    with pytest.raises(ValueError, match="colours of 16 bits, and is black in their upper 8"):
+    with pytest.raises(ValueError, match="colours of 16 bits; only the upper 8 bits are read, and they are all black"):
         decode_image(picture)
     black = Image.new("RGB", (8, 6))
     assert not decode_image(saved(black, "PNG")).any()

@@ -176,7 +176,7 @@ def test_a_size_that_cannot_be_is_refused_by_name(tmp_path: Path, size: bytes, s
 def test_two_members_of_one_name_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     path = tar_of(tmp_path / "x.tar", *map(regular, names), regular("a.cls", b"0"))
     (problem,) = problems_of(path)
-    assert f"member {names[1]!r} comes twice" in problem
+    assert f"member {names[1]!r} occurs twice" in problem
 
 
 def test_a_size_that_no_computer_has_is_an_error_in_one_line(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_size_that_no_computer_has_is_an_error_in_one_line(tmp_path: Path) -> 
 def test_two_class_numbers_of_one_sample_are_refused(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "x.tar", regular("a.bin"), regular("a.cls", b"0"), regular("./a.CLS", b"1"))
     (problem,) = problems_of(path)
-    assert "member './a.CLS' comes twice" in problem
+    assert "member './a.CLS' occurs twice" in problem
 
 
 @pytest.mark.parametrize("text", ["0", "7", "7\n", " 7 \r\n", "\ufeff7\n", "999999999"])

@@ -110,7 +110,9 @@ def test_a_loader_process_that_dies_names_the_file_that_it_was_at(config_file: P
     file = (datasets / "trees" / "a" / "train" / f"{key}.bin").read_bytes()
     sources = replace(sources, augmentations=(Aborting(file), None))
     batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
-    with pytest.raises(RuntimeError, match=rf"exited unexpectedly.*; it was at .*/a, a-train-0000.*: sample '{key}'"):
+    with pytest.raises(
+        RuntimeError, match=rf"exited unexpectedly.*; it was reading .*/a, a-train-0000.*: sample '{key}'"
+    ):
         list(batches)
 
 

@@ -93,7 +93,7 @@ def test_too_many_open_files_are_said_and_not_waited_for(reader: ShardReader, mo
     [
         (errno.ESTALE, 1, "start again when the server or this machine has recovered"),
         (errno.ETIMEDOUT, 1, "start again when the server or this machine has recovered"),
-        (errno.EACCES, 2, "mend that, and start again"),
+        (errno.EACCES, 2, "fix this, and start again"),
         (errno.ENOMEM, 1, "start again when the server or this machine has recovered"),
     ],
 )
