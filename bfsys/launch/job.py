@@ -2,7 +2,7 @@
 
 A job holds what was requested and no progress. The progress is in the run directory, so the same pickle is started
 again after a node failure, a pre-emption or a time limit, and training resumes from the newest checkpoint. Rejected
-alternative: submitit's own `checkpoint()` protocol. It acts on global rank 0 alone, at any point between two byte codes
+alternative: submitit's own `checkpoint()` protocol. It acts only on global rank 0, at any point between two byte codes
 of Python, where no collective save is possible. Here all ranks agree on the step after which they save and exit, and
 the job's script asks SLURM for another start (requeue.py).
 
@@ -69,8 +69,8 @@ class TrainJob:
 
     def _train(self) -> int:
         if problems := [
-            f"node {socket.gethostname()}: does not see {path}, or sees another; it must be on a file system that the "
-            f"nodes share with the machine that submits"
+            f"node {socket.gethostname()}: does not see {path}, or sees a different one; it must be on a file "
+            f"system that the nodes share with the machine that submits"
             for path, is_seen in (
                 (self.work_dir, self.work_dir.is_dir()),
                 (self.config, self.config.is_file()),
@@ -215,7 +215,7 @@ def _hosts() -> Sequence[str]:
 def _ask_again(number: int, frame: FrameType | None) -> None:
     """Defer a stop request until training has installed its handlers, by sending the signal again after a second.
 
-    A requeue at this point could repeat for ever without progress, if the start takes longer than the job may run. If
+    A requeue at this point could repeat forever without progress, if the start takes longer than the job may run. If
     SIGTERM killed the task during a pre-emption, the job would fail, and SLURM would not requeue it.
     """
     timer = threading.Timer(1.0, os.kill, (os.getpid(), number))

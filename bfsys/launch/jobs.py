@@ -124,7 +124,7 @@ class State:
 
 
 UNKNOWN = State("unknown to SLURM")
-ANOTHER = State("unknown to SLURM", "(its number is another job's)")
+ANOTHER = State("unknown to SLURM", "(another job has its number now)")
 NO_ANSWER = State("SLURM does not answer")
 
 
@@ -212,11 +212,11 @@ def show_status(run_dir: Path) -> int:
         has_log = Path(submitted[-1].log).exists()
         is_stopped = shown[-1][1].name == "CANCELLED" and not has_log
         failed = not is_stopped
-        why = "its log says why" if has_log else "it left no log: check that the nodes can see its folder"
+        why = "its log says why" if has_log else "it wrote no log: check that the nodes can see its folder"
         text = f"training ended without a recorded reason; {why}" if failed else "the job was cancelled before it began"
         print(f"ended    {text}")
     if is_known and submitted and (failed or is_stopped):
-        what = "fix the cause, then run" if failed else "to go on, run"
+        what = "fix the cause, then run" if failed else "to continue, run"
         print(f"next     {what} this command again; it resumes from the newest checkpoint:")
         print(f"         {submitted[-1].command}")
     return int(failed)
@@ -290,7 +290,7 @@ def _added_to(log: Path, job: Submitted) -> Iterator[str]:
     """Yield the log's last lines, and new text until the job is over."""
     while not log.exists():
         if state_of(job).is_over:
-            raise UserError(f"job {job.job}: {state_of(job).name}, and it has left no {log}")
+            raise UserError(f"job {job.job}: {state_of(job).name}, and it wrote no {log}")
         time.sleep(STATE_POLL_S)
     with open(log, errors="replace") as file:
         yield "".join(deque(file, SHOWN_LINES))

@@ -4,7 +4,7 @@ Ctrl-C, SIGTERM, or SIGHUP from a closed terminal, saves a checkpoint and stops;
 second Ctrl-C, a few seconds later, ends the run at once.
 
 A run that crashes or hangs is restarted from its newest intact checkpoint: at once if it had made progress, otherwise
-after a pause (restart_policy.py). It is not restarted if only a person can help: bad input (2), diverged (65), a
+after a pause (restart_policy.py). It is not restarted if only the user can help: bad input (2), diverged (65), a
 checkpoint cannot be written (74), stopped on request (130), asked to requeue (75), or three restarts without a new
 checkpoint (76). The reason is in RUN/ended.json.
 
@@ -166,7 +166,8 @@ class Group:
 
     def _exit_code(self, code: int, *, was_told: bool) -> int:
         """Return the exit code for a rank. A rank that was killed by a stop signal had nothing to save. It gets the
-        code of a stop, and the signal is forwarded. This is not so if this process sent the signal (`was_told`)."""
+        code of a stop, and the signal is forwarded. This does not apply if this process sent the signal
+        (`was_told`)."""
         if code >= 0:
             return code
         if -code in self._last_sent:
@@ -251,7 +252,7 @@ def show_new(log: BinaryIO, decoder: codecs.IncrementalDecoder) -> None:
     """Print the new part of the log. The decoder keeps an incomplete character for the next call."""
     try:
         text = decoder.decode(log.read())
-    except OSError:  # the ranks may still train
+    except OSError:  # the ranks may still be training
         return
     if text:
         sys.stdout.write(text)

@@ -1,8 +1,8 @@
-"""A sweep on this machine: its runs train one after the other, or several at once.
+"""A sweep on this machine: its runs train one after the other, or several at a time.
 
 Each run is trained by a separate process, which does what `bfsys launch` does: it restarts the run after a crash, and
 on a signal it stops the run with a checkpoint. These processes are forked from this one, which has imported everything,
-so they start quickly. Runs that train at once have equal shares of the GPUs, or of the cores.
+so they start quickly. Concurrent runs have equal shares of the GPUs, or of the cores.
 
 The configs are read once, when the sweep starts, and each run is trained from a copy in its own directory. An edit of
 the config file does not change runs that start later. The copy is not the run's config.yaml: only the run itself writes
@@ -30,7 +30,7 @@ from bfsys.ranks import gpu_count
 from bfsys.supervision.run_end import how_it_ended
 from bfsys.supervision.signals import EXIT_CODES, stop_signals
 
-CONSOLE = Path("log", "console.log")  # output of a run if several train at once
+CONSOLE = Path("log", "console.log")  # output of a run if several train at a time
 COPY = Path("log", "sweep.yaml")  # the config that the sweep trains a run from
 
 

@@ -31,7 +31,7 @@ SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", 
           "smb3", "9p", "virtiofs"}  # fmt: skip
 MOUNTS = Path("/proc/self/mounts")
 NOT_NOW = "Requested node configuration is not available"
-CHECK_FIRST = "on a cluster that is new to you, let `bfsys check-gpu` prove GPUs and network first (docs/slurm.md)"
+CHECK_FIRST = "on a cluster that is new to you, check GPUs and network with `bfsys check-gpu` first (docs/slurm.md)"
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def missing_shards(sources: Sources) -> list[str]:
         for shard in split.shards:
             size = sizes.get(shard.file)
             if size is None:
-                problems.append(f"{split.path / shard.file}: the shard is missing, and with it {shard.samples} samples")
+                problems.append(f"{split.path / shard.file}: the shard is missing; it holds {shard.samples} samples")
             elif size != shard.bytes:
-                problems.append(f"{split.path / shard.file}: has {size:,} bytes, dataset.json says {shard.bytes:,}")
+                problems.append(f"{split.path / shard.file}: has {size:,} bytes, but {shard.bytes:,} by dataset.json")
     return problems
 
 
@@ -80,9 +80,9 @@ def _writable(run_dir: Path) -> Iterator[str]:
     if not place.is_dir():
         yield f"run directory {run_dir}: {place} is not a directory"
     elif not os.access(place, os.W_OK | os.X_OK):
-        yield f"run directory {run_dir}: {place} cannot be written by you; choose another with runs_dir=…"
+        yield f"run directory {run_dir}: you have no permission to write to {place}; choose another with runs_dir=…"
     elif (free := os.statvfs(place)).f_bavail * free.f_frsize < 2**30 or (free.f_files and not free.f_favail):
-        yield f"run directory {run_dir}: less than 1 GiB or no file is left on its disk"
+        yield f"run directory {run_dir}: less than 1 GiB, or no inode, is free on its disk; choose another with runs_dir=…"
 
 
 def check_places(places: Sequence[tuple[str, Path]]) -> Checked:
@@ -145,7 +145,7 @@ def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qo
             "SLURM could not start the job with the nodes that are up" if is_passing else "SLURM would refuse the job"
         )
         found.append(f"sbatch --test-only: {what}: {'; '.join(said)}")
-    # Without EnforcePartLimits, SLURM accepts a job above the limit, and it waits for ever.
+    # Without EnforcePartLimits, SLURM accepts a job above the limit, and it waits forever.
     if limit and limit.minutes and minutes > limit.minutes:
         (notes if qos else problems).append(  # a QOS may allow more
             f"--time: got {minutes} minutes; partition {partition} allows {limit.minutes}. A job that runs out of time "

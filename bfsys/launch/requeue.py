@@ -112,14 +112,14 @@ class JobSupervisor:
             return code  # the job was cancelled, or SLURM itself requeues it
         is_preempted = job.get("PreemptTime", "None") != "None"
         if code == EXIT_STOPPED and (is_out_of_time(job) or is_preempted):
-            code = EXIT_REQUEUE  # SLURM requested the stop, not a person
+            code = EXIT_REQUEUE  # SLURM requested the stop, not a user
         path = self.run_dir / FILE
         restarts = Restarts(self.run_dir, *_read_count(path, self.run_dir), PAUSES_S)
         # A pre-emption does not count as a restart without progress.
         pause_s = 0.0 if is_preempted and code not in FINAL_CODES else restarts.pause_s(code)
         if pause_s is None:
             return restarts.exit_code
-        with suppress(OSError):  # a wrong count is better than no restart
+        with suppress(OSError):  # a restart matters more than the right count
             _write_count(path, restarts.step, restarts.without_progress)
         pause_s = 0.0 if code == EXIT_REQUEUE or self.is_being_ended else pause_s  # no time for a pause
         step = newest_step(self.run_dir)
@@ -174,7 +174,7 @@ class JobSupervisor:
 
 
 def forget(run_dir: Path) -> None:
-    """Reset the count of restarts without progress, because a person submits the run."""
+    """Reset the count of restarts without progress, because a user submits the run."""
     if step := newest_step(run_dir):
         _write_count(run_dir / FILE, step, 0)
     else:

@@ -1,8 +1,8 @@
 """The restart policy of both launchers (launchers/local.py, requeue.py).
 
 After a crash, a hang or a lost node, a run is restarted from the newest intact checkpoint. It is not restarted if
-another start would end in the same way: finished, bad input, diverged, a checkpoint cannot be written, asked to stop.
-Nor is it restarted after three starts in a row that made no new checkpoint.
+another start would end in the same way: the run is finished, its input is bad, it has diverged, it cannot write a
+checkpoint, or it was asked to stop. Nor is it restarted after three starts in a row that made no new checkpoint.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class Executor(submitit.SlurmExecutor):
 
     @staticmethod
     def _get_job_id_from_submission_command(string: bytes | str) -> str:
-        """The id in sbatch's output, in which a site may print lines of its own."""
+        """The id in sbatch's output, to which a site may add its own lines."""
         text = string if isinstance(string, str) else string.decode(errors="replace")
         found = re.findall(r"^Submitted batch job (\d+)", text, re.MULTILINE)
         return found[-1] if found else submitit.SlurmExecutor._get_job_id_from_submission_command(text)
@@ -135,7 +135,7 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
             )
             notes.append(
                 f"--cpus-per-task: {given}; {config.name} has {config.data.workers} loader processes for each rank "
-                f"(data.workers) and wants {config.data.workers + 1} cores"
+                f"(data.workers) and needs {config.data.workers + 1} cores"
             )
         if has_sound_nodes:
             problem = lanes_problem(config.data.lanes, nodes_of(args), ranks_per_node(args))

@@ -24,7 +24,7 @@ VARIABLES_OF = {
     "output": ["OUTPUT", "ERROR"],
     "mem": ["MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"],
     "gpus-per-node": ["GPUS_PER_NODE", "GPUS", "GPUS_PER_TASK"],
-    "wckey": [],  # empty in the script, so a person's own key may stay
+    "wckey": [],  # empty in the script, so a user's own key may stay
 }
 NEVER = ["ARRAY_INX", "WAIT"]  # they make an array in one run directory, and make sbatch wait for the job
 
@@ -79,13 +79,13 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
 def nodes_of(args: argparse.Namespace) -> range:
     """The requested numbers of nodes."""
     nodes = parse_range(args.nodes)
-    assert nodes is not None, "option_problems has looked at it"
+    assert nodes is not None, "option_problems has checked it"
     return nodes
 
 
 def minutes_of(args: argparse.Namespace) -> int:
     minutes = parse_minutes(args.time)
-    assert minutes is not None, "option_problems has looked at it"
+    assert minutes is not None, "option_problems has checked it"
     return minutes
 
 
@@ -130,7 +130,7 @@ def forget_overrides(script: str) -> list[str]:
     """Remove environment variables that would override options of the script, and return their names.
 
     For sbatch, variables take precedence over the script. Variables of options that the launcher was not given, such as
-    SBATCH_ACCOUNT, are set by the site or the person, and stay.
+    SBATCH_ACCOUNT, are set by the site or the user, and stay.
     """
     options = re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)
     ends = [*NEVER, *(end for o in options for end in VARIABLES_OF.get(o, [o.upper().replace("-", "_")]))]

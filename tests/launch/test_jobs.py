@@ -159,7 +159,7 @@ def test_the_number_of_a_job_that_is_another_runs_by_now_does_not_count(
     note_end(run, 0, "finished")
     assert call("slurm", ["status", str(run)]) == 0
     out = capsys.readouterr().out
-    assert "42: unknown to SLURM (its number is another job's), submitted" in out
+    assert "42: unknown to SLURM (another job has its number now), submitted" in out
     assert "ended    finished" in out
     jobs.note_submission(run, jobs.Submitted("42", str(run / "slurm" / "42_0_log.out"), "later", "again"))
     assert [submitted.time for submitted in jobs.submissions(run)] == ["later"]
@@ -172,7 +172,7 @@ def test_after_a_stop_on_request_the_run_has_not_failed(run: Path, slurm_says, c
         assert call("slurm", ["status", str(run)]) == 0
         out = capsys.readouterr().out
         assert f"stopped on request after step 7 (code {code})" in out
-        assert "next     to go on, run this command again; it resumes from the newest checkpoint:\n" in out
+        assert "next     to continue, run this command again; it resumes from the newest checkpoint:\n" in out
         assert "fix the cause" not in out
 
 
@@ -185,11 +185,11 @@ def test_a_job_that_was_cancelled_while_it_waited(run: Path, slurm_says, capsys)
     assert call("slurm", ["status", str(run)]) == 0
     out = capsys.readouterr().out
     assert "ended    job 42 was cancelled while it waited (code 130)" in out
-    assert "next     to go on, run this command again" in out
+    assert "next     to continue, run this command again" in out
     (run / "ended.json").unlink()
     slurm_says("JobState=CANCELLED Restarts=0")  # by scancel
     assert call("slurm", ["status", str(run)]) == 0
-    assert "ended    the job was cancelled before it began\nnext     to go on, run" in capsys.readouterr().out
+    assert "ended    the job was cancelled before it began\nnext     to continue, run" in capsys.readouterr().out
 
 
 def test_a_job_that_cannot_start_by_itself(run: Path, slurm_says, capsys) -> None:

@@ -51,7 +51,7 @@ def test_missing_and_cut_shards_are_named(config_file: Path, datasets: Path, tmp
     os.truncate(cut, cut.stat().st_size - 512)
     problems = preflight.check_run(load_config(config_file, [f"data.sources.0.path={copy}"]), 1, on_gpu=False).problems
     assert problems[0].startswith(f"{gone}: the shard is missing")
-    assert problems[1].startswith(f"{cut}: has {cut.stat().st_size:,} bytes, dataset.json says")
+    assert problems[1].startswith(f"{cut}: has {cut.stat().st_size:,} bytes, but")
 
 
 def test_another_run_in_the_directory_is_found_before_it_waits(finished_run: Path) -> None:
