@@ -240,8 +240,8 @@ def _notes(
     notes = []
     if moving := [one.text.partition(":")[0] for one in transforms if not one.keeps_places]:
         notes.append(
-            f"The run's byte transform {' and '.join(moving)} moves bytes: the evidence lies over what the model "
-            "reads, and the structure of the file cannot be shown."
+            f"The run's byte transform {' and '.join(moving)} moves bytes: evidence is shown over the bytes that the "
+            "model reads, and the structure of the file cannot be shown."
         )
     elif transforms:
         notes.append(
@@ -258,8 +258,8 @@ def _notes(
     if largest < LEAST_DROP:
         notes.append(
             f"No window matters by itself (the largest drop of the log-probability is {largest:.2g}): the "
-            "evidence lies in many places, or in none, and the shares of parts are uncertain."
+            "evidence is in many places, or in none, and the shares of parts are uncertain."
         )
     if reference == SHUFFLED:
-        notes.append("No validation files of other classes were at hand, so evidence is less exact.")
+        notes.append("No validation files of other classes were available, so evidence is less exact.")
     return notes

@@ -85,7 +85,7 @@ def _picture(e: Explanation, picture: Picture) -> str:
         dimmed = f'<img class="dim{small}" src="{picture.uri}" alt="">'
         over = f'<img class="{small}" src="{overlay_uri(_colours(picture.evidence))}" alt="evidence by pixel">'
         figures += (
-            f'<figure><div class="stack">{dimmed}{over}</div><figcaption>Pixels that speak {_key("for")} for '
+            f'<figure><div class="stack">{dimmed}{over}</div><figcaption>Pixels that are evidence {_key("for")} for '
             f"{escape(e.explained.class_name)} and {_key('against')} against it</figcaption></figure>"
         )
     return f'<div class="pictures">{figures}</div>'
@@ -115,7 +115,7 @@ def _waveform(e: Explanation, wave: Waveform) -> str:
     return (
         f'<svg viewBox="0 0 {len(wave.evidence)} 100" height="140" preserveAspectRatio="none" role="img" '
         f'aria-label="waveform with evidence">{"".join(bars)}</svg>'
-        f'<p class="faint">Samples that speak {_key("for")} for {escape(e.explained.class_name)} and '
+        f'<p class="faint">Samples that are evidence {_key("for")} for {escape(e.explained.class_name)} and '
         f"{_key('against')} against it.</p>"
     )
 
@@ -151,7 +151,7 @@ def _along(e: Explanation) -> str:
         f'aria-label="evidence along the file">{"".join(bars)}</svg>'
         f'<p class="faint ends"><span>byte 0</span><span>byte {length - 1:,}</span></p>'
         f'<p class="faint">Above: how much the log-probability of {escape(e.explained.class_name)} changes when '
-        f"other files’ bytes take the place of a window ({_key('for')} it falls, {_key('against')} it rises); the "
+        f"bytes of other files replace a window ({_key('for')} it falls, {_key('against')} it rises); the "
         f"largest bar is a change of {most:.2g}. Below: the structure: {kinds}.</p>{_parts(e)}"
     )
 
@@ -242,9 +242,9 @@ def _how(e: Explanation) -> str:
     return (
         f'<h2>How to read this</h2><p class="faint">Evidence is measured against {escape(e.reference)}. The shares '
         "come from occlusion: how much the log-probability of the class drops when a window’s bytes are replaced. The "
-        "colours of single bytes come from integrated gradients. Both say what this model reads; neither says that it "
-        "is right to do so. Evidence that stands in two places can be replaced in either without a loss, and shows in "
-        "neither.</p>"
+        "colours of single bytes come from integrated gradients. Both show what this model reads, not whether "
+        "it should read it. If the same evidence is in two places, replacing one of them changes nothing, so neither "
+        "place shows evidence.</p>"
     )
 
 

@@ -95,12 +95,12 @@ def shortcuts(
         raise no_such_split(config, split)
     if moving := [one.text.partition(":")[0] for one in transforms if not one.keeps_places]:
         raise UserError(
-            f"the run's byte transform {' and '.join(moving)} moves bytes: headers cannot be told from content"
+            f"the run's byte transform {' and '.join(moving)} moves bytes: headers cannot be distinguished from content"
         )
     files, bad = read_files(sources, transforms, limit, seed)
     if len({one.label for one in files}) < 2:
-        remedy = "raise --limit" if limit < sum(map(len, sources.splits)) else "the split has no others"
-        raise UserError(f"{split}: the {len(files)} files that were read are of fewer than two classes; {remedy}")
+        remedy = "raise --limit" if limit < sum(map(len, sources.splits)) else "the split has no other files"
+        raise UserError(f"{split}: the {len(files)} files that were read belong to fewer than two classes; {remedy}")
     measured = _measure(classifier, files, seed)
     labels = np.array([one.label for one in files])
     source = np.array([one.source for one in files])
@@ -204,13 +204,13 @@ def transplanted(one: LabelledFile, donor: LabelledFile, chosen: Callable[[Range
 
 
 def _warnings(row: Row, chance: float) -> list[str]:
-    """Warnings in plain words; see the thresholds above."""
+    """Warnings as sentences; see the thresholds above."""
     gain = row.accuracy - chance
     error = ERRORS * math.sqrt(max(row.accuracy * (1 - row.accuracy), chance * (1 - chance)) / row.files)
     if gain <= error:
         return [
             f"the accuracy of {_percent(row.accuracy)} is not beyond chance ({_percent(chance)}) on these {row.files} "
-            "files, so nothing can be said of shortcuts"
+            "files, so the report cannot detect shortcuts"
         ]
     found = []
     lost = row.accuracy - row.without_header_and_metadata

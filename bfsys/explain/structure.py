@@ -2,8 +2,8 @@
 
 Parsers read forward only, so their time grows linearly with the file, and the number of their findings is limited.
 
-Rejected alternative: libraries that read these formats. No common one returns the offsets of what it found in the
-file.
+Rejected alternative: libraries that read these formats. No common one returns the offsets of the parts that it finds in
+the file.
 """
 
 from __future__ import annotations

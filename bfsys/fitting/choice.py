@@ -227,7 +227,7 @@ def _of_data(choice: Choice, data: str, eval_data: str, steps: int) -> Iterator[
         source |= {"eval_path": eval_data, "augment": of_form}
     elif form.jittered and choice.passes(steps) >= JITTER_PASSES:
         source["jitter"] = {}
-        why += f"; jitter changes them a little each time, since each is read about {choice.passes(steps):.0f} times"
+        why += f"; jitter changes them slightly each time, since each is read about {choice.passes(steps):.0f} times"
     yield Setting("data", "sources", [source], why)
     if choice.eval_split != "val":
         yield Setting("data", "eval_split", choice.eval_split, "there is no validation split")
@@ -255,9 +255,11 @@ def _of_training(choice: Choice, steps: int, minutes: float) -> Iterator[Setting
     yield Setting("optim", "warmup_steps", min(LONGEST_WARMUP, steps // 8), "an eighth of the steps")
     if not choice.shows_classes:
         yield Setting("optim", "content_loss", 0, "off, since the format of a file says much about its class")
-    yield Setting("optim", "ema_decay", 0.999 if steps >= 3000 else 0.99 if steps >= 300 else 0.95, "by the steps")
+    yield Setting(
+        "optim", "ema_decay", 0.999 if steps >= 3000 else 0.99 if steps >= 300 else 0.95, "for this many steps"
+    )
     limited = (
-        "the most for so many files"
+        "the maximum for this number of files"
         if steps == choice.most_steps()
         else f"measured: as many as {minutes:g} minutes allow"
     )

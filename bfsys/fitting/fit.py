@@ -1,7 +1,7 @@
 """The steps of `bfsys fit`: survey a folder of files, pack, choose settings, measure, train, evaluate.
 
 The settings are written to RUNS/NAME.yaml once, before training. After a stop, the same command resumes with this file,
-and a person may edit it. The number of steps follows from a short training on this machine, whose bytes per second
+and the user may edit it. The number of steps follows from a short training on this machine, whose bytes per second
 include optimizer, loader and decoding.
 """
 
@@ -161,8 +161,8 @@ def check_record(request: Request) -> dict:
     for key, asked in request.record().items():
         if record.get(key) != asked:
             raise UserError(
-                f"{path}: was chosen for {key} {record.get(key)!r}, and this command asks for {asked!r}; to begin "
-                f"again give another --name, or remove this file and {request.run_dir}"
+                f"{path}: was chosen for {key} {record.get(key)!r}, and this command asks for {asked!r}; to start "
+                f"again, give another --name, or remove this file and {request.run_dir}"
             )
     return record
 

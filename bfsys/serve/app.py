@@ -61,7 +61,7 @@ class FileAnswer(BaseModel):
     error: str | None = Field(None, description="Why the file has no answer")
     note: str | None = Field(None, description="Why the prediction may be unreliable")
     out_of_distribution: float | None = Field(
-        None, description="How unlike the reference files of the run it is: above 1, it looks like none of them"
+        None, description="Out-of-distribution score; above 1, the file resembles none of the run's reference files"
     )
 
 
@@ -291,7 +291,7 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
     model, limits = service.model, service.limits
     app = FastAPI(
         title="bfsys", version="1", docs_url=None, redoc_url=None,
-        description="Classes of files, from their bytes. Nothing that is sent is stored or logged.",
+        description="Classes of files, from their bytes. Uploaded files are neither stored nor logged.",
     )  # fmt: skip
     page = files("bfsys.serve").joinpath("page", "index.html").read_text(encoding="utf-8")
     policy = content_security_policy(page)
@@ -328,8 +328,8 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
         "/predict", summary="Classes of files", response_model=Answers, responses=REFUSALS,
         dependencies=[Depends(check_arguments)],
         openapi_extra={"requestBody": BODY},
-        description="A file that cannot be classified has an `error` in its answer, and the others are answered all "
-        "the same. If no file can be classified, the status is 422, or 500 if the model failed on one of them.",
+        description="A file that cannot be classified has an `error` in its answer, and the other files are still "
+        "answered. If no file can be classified, the status is 422, or 500 if the model failed on one of them.",
     )  # fmt: skip
     async def predict(
         request: Request,
@@ -344,7 +344,7 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
         "/explain", summary="Which bytes of a file are evidence for a class", response_model=dict[str, Any],
         responses=REFUSALS | {200: {"content": {"text/html": {}}}}, openapi_extra={"requestBody": BODY},
         dependencies=[Depends(check_arguments)],
-        description="Of one file, and of its likeliest class unless another is named. A page for `Accept: text/html`.",
+        description="Explains one file, by default for its likeliest class. Returns a page for `Accept: text/html`.",
     )  # fmt: skip
     async def explain(
         request: Request,

@@ -1,4 +1,4 @@
-"""The process of the service: its socket, its start, and its end on a signal."""
+"""The process of the service: its socket, its start, and its end after a signal."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_sounds_that_are_read_often_are_changed_a_little(
     file.write_text(to_yaml(settings_of(choice, "data/a", "data/a", steps, 10), []))
     (source,) = load_config(file).data.sources
     assert (source.jitter == Jitter(), source.augment) == (jitter, None)
-    assert ("jitter changes them a little" in file.read_text()) is jitter
+    assert ("jitter changes them slightly" in file.read_text()) is jitter
 
 
 def test_pictures_are_as_large_as_the_time_allows() -> None:

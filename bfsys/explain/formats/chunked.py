@@ -62,7 +62,7 @@ def riff(content: bytes) -> Iterator[Found]:
 
 
 def iso_boxes(content: bytes) -> Iterator[Found]:
-    """Boxes of boxes as one row: the length and type of a container, then what lies in it."""
+    """Boxes of boxes as one row: the length and type of a container, then its content."""
     at = 0
     while at < len(content):
         length, box = struct.unpack_from(">I4s", content, at)

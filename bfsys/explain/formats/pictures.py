@@ -77,7 +77,7 @@ def _integers(content: bytes, order: str, value_type: int, number: int, where: i
 
 
 def _strips(pairs: list[tuple[int, int]], name: str) -> Iterator[Found]:
-    """Strips that lie one behind the other are one range."""
+    """Adjacent strips are one range."""
     pairs.sort()
     run: tuple[int, int] | None = None
     for first, length in pairs:

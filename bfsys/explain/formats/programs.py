@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from bfsys.explain.ranges import Found, Kind
 
 AFTER_ENTRY = re.compile(rb"PK(?:\x07\x08|\x03\x04|\x01\x02)")
-SIZE_FOLLOWS = 8  # flag of an entry whose length stands behind it
+SIZE_FOLLOWS = 8  # flag of an entry whose length follows it
 MOST_SECTIONS = 1000
 METADATA_SECTIONS = (".symtab", ".strtab", ".dynstr", ".shstrtab", ".comment", ".note", ".debug", ".gnu", ".rsrc")
 PDF_STREAM = re.compile(rb"stream\r?\n")
@@ -77,7 +77,7 @@ def elf(content: bytes) -> Iterator[Found]:
     rows = [struct.unpack_from(shape, content, sections + step * i) for i in range(min(sizes[4], MOST_SECTIONS))]
     names = rows[sizes[5]][2] if sizes[5] < len(rows) else len(content)
     for name, section_type, first, length in rows:
-        if section_type not in (0, 8):  # those take no room in the file
+        if section_type not in (0, 8):  # those take no space in the file
             yield first, first + length, *_section(content[names + name : names + name + 40].partition(b"\0")[0])
 
 
