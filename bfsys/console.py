@@ -100,7 +100,7 @@ class Console(io.TextIOBase):
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as file:
             if not file.tell():
-                head = f"--- {time.strftime('%F %T')} lines that {self._name} did not take ({problem})\n"
+                head = f"--- {time.strftime('%F %T')} lines that {self._name} did not accept ({problem})\n"
                 file.write(head.encode())
             file.write(content)
 

@@ -102,7 +102,7 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
     if missing:
         raise UserError(
             f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set, so {ranks.world_size} ranks "
-            "cannot meet; launchers set them, or export the first host's name and a free port"
+            "cannot connect; launchers set them, or export the first host's name and a free port"
         )
     if not 0 < env_number("MASTER_PORT", 0) < 2**16:
         raise UserError(f"MASTER_PORT is {os.environ['MASTER_PORT']}; a port is a number from 1 to 65535")
@@ -122,7 +122,7 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
         )
         return dist.PrefixStore(start, store)
     except OSError as error:
-        problem = f"MASTER_ADDR {host!r} is not a host that this machine knows ({error.strerror})"
+        problem = f"MASTER_ADDR {host!r} cannot be resolved on this machine ({error.strerror})"
         raise UserError(problem, exit_code=EXIT_CRASHED) from None
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
@@ -132,7 +132,7 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
                 "under srun, start it again: each step has a port of its own"
             )
         else:
-            problem = f"rank {ranks.rank}: the ranks cannot meet at {host}:{port}: {_first_line(error)}"
+            problem = f"rank {ranks.rank}: the rendezvous of the ranks at {host}:{port} failed: {_first_line(error)}"
         raise UserError(problem, exit_code=EXIT_CRASHED) from error
     finally:
         waiting.cancel()

@@ -85,7 +85,7 @@ def notes_on_start(data: RunData) -> list[str]:
     """Notes on the checkpoint from which a run would resume, or on the weights that train.init_from would copy. Raises
     UserError if the run could not start."""
     if path := newest_checkpoint(data.config, run_facts(data)):
-        return [f"checkpoint  {path}: a start continues from it, if it is intact"]
+        return [f"checkpoint  {path}: a start resumes from it, if it is intact"]
     classes = data.training.classes
     with torch.device("meta"):
         model = ByteFormer(data.config.model.architecture(), len(classes), with_content=data.config.content_weight > 0)

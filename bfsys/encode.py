@@ -74,7 +74,7 @@ def targets_of(src: Path, out: Path, encoding: Encoding, problems: list[str]) ->
     root, sources = src.parent, [src]
     if src.is_dir():
         if out.resolve().is_relative_to(src.resolve()):
-            problems.append(f"{out}: lies in {src}, whose files would grow by what is made; choose an OUT outside")
+            problems.append(f"{out}: is inside {src}, so its files would become input; choose an OUT outside")
             return {}
         root, sources = src, [Path(path) for path in regular_files(str(src), problems)]
     if not encoding.extension:
@@ -97,7 +97,7 @@ def kept_of(targets: dict[Path, Path], notes: Notes, problems: list[str]) -> set
     existing = {source: target for source, target in targets.items() if target.exists()}
     kept = {target for source, target in existing.items() if notes.has(source, target)}
     problems += [
-        f"{target}: exists and is not overwritten, since it was not made from {source} as it is now by these "
+        f"{target}: exists and is not overwritten, since it was not made from the current {source} with these "
         "arguments; choose another OUT, or remove it"
         for source, target in existing.items()
         if target not in kept

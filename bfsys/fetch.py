@@ -93,7 +93,7 @@ def divide(files: Sequence[SourceFile], noise: Path, out: Path) -> None:
         return
     clips = {path.stem: decode_audio(path.read_bytes()) for path in sorted(noise.glob("*.wav"))}
     if not clips:
-        raise UserError(f"{noise}: has no recordings of noise, of which {SILENCE} is made")
+        raise UserError(f"{noise}: has no recordings of noise, from which {SILENCE} is made")
     part = out / ".twelve.part"
     shutil.rmtree(part, ignore_errors=True)
     for split in PARTS:
@@ -175,7 +175,7 @@ def unpack_imagenet(folder: Path) -> None:
 
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; make it, and put the archives of ILSVRC2012 into it")
-    print(f"proving and unpacking the archives in {folder}; 150 GB, some hours", flush=True)
+    print(f"verifying and unpacking the archives in {folder}; 150 GB, some hours", flush=True)
     for split in IMAGENET_FILES:
         try:
             ImageNet(folder, split)

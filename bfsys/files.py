@@ -63,7 +63,7 @@ def sync_folder(path: Path) -> None:
 
 
 def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Open a file of a dataset or a run for reading. Raises OSError for what is no regular file: a pipe would wait for
+    """Open a file of a dataset or a run for reading. Raises OSError if it is not a regular file: a pipe would wait for
     its writer, and a device may have no end."""
     # With O_NONBLOCK, opening a pipe does not wait; it changes nothing for regular files.
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115

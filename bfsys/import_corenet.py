@@ -152,7 +152,7 @@ def read_state_dict(path: Path) -> tuple[dict[str, Tensor], str | None]:
     others = [str(key) for key, value in found.items() if not isinstance(value, Tensor)]
     if others:
         raise UserError(
-            f"{path}: not all of it are tensors by name: {_some(others)}; keys under which a state dict is looked for: "
+            f"{path}: holds other values than tensors: {_some(others)}; keys under which a state dict is looked for: "
             f"{', '.join(NESTS)}"
         )
     prefixed = all(str(name).startswith(PREFIX) for name in found)
@@ -175,7 +175,7 @@ def describe_model(named: Mapping[str, Tensor], window: int, shift: int, heads: 
     if not layers:
         raise UserError("tensors transformer.0…: missing; these are not weights of CoreNet's ByteFormer")
     if heads is None and dim % HEAD_DIM:
-        raise UserError(f"{dim} channels are not a multiple of {HEAD_DIM}, a head's: give --heads")
+        raise UserError(f"{dim} channels are not a multiple of {HEAD_DIM}, the channels of a head; give --heads")
     heads = heads or dim // HEAD_DIM
     size = next((name for name, shape in SIZES.items() if shape == (dim, layers, heads)), "custom")
     custom = {"dim": dim, "layers": layers, "heads": heads} if size == "custom" else {}

@@ -49,7 +49,7 @@ def _take_over(
     notes = [f"starting from the {kind} of {path}"]
     weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     if manifest["classes"] == list(classes):
-        notes.append(f"  the head is taken over: the {len(classes)} classes are the same")
+        notes.append(f"  the head is copied: the {len(classes)} classes are the same")
     else:
         notes.append(
             f"  the head starts from new weights: {len(classes)} classes here, {len(manifest['classes'])} there"
@@ -62,15 +62,15 @@ def _take_over(
         rest = (
             f"the other {ours_rows - both:,} start from new weights" if ours_rows > both else "the others are left out"
         )
-        notes.append(f"  {both:,} of {their_rows:,} positions are taken over; {rest}")
+        notes.append(f"  {both:,} of {their_rows:,} positions are copied; {rest}")
         weights[POSITIONS][:both] = theirs.pop(POSITIONS)[:both]
     if config.content_weight and not their_config.content_weight:
-        notes.append("  the content head starts from new weights: there is none there")
+        notes.append("  the content head starts from new weights: the other run has none")
     elif their_config.content_weight and not config.content_weight:
-        notes.append("  the content head is left out: this run has none")
+        notes.append("  the content head is not copied: this run has none")
         theirs = {name: value for name, value in theirs.items() if not name.startswith(CONTENT_HEAD)}
     if their_config.model.pool != config.model.pool:
-        notes.append("  the query of model.pool starts at zero, so tokens are averaged at first: there is none there")
+        notes.append("  the query of model.pool starts at zero, so tokens are first averaged: the other run has none")
     if their_config.model.mode != config.model.mode:
         notes.append(f"  model.mode was {their_config.model.mode} there and is {config.model.mode} here")
     weights.update(theirs)

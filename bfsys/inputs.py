@@ -114,8 +114,8 @@ class Reader:
         """
         if encode and not self.formats:
             raise UserError(
-                f"{self.origin}: no format is known to encode files in: its training files went in as they are, or "
-                "were transformed before, or its checkpoint is older than the notes on formats; leave out "
+                f"{self.origin}: no format is known to encode files in: its training files were used unchanged or "
+                "were transformed beforehand, or its checkpoint does not record formats; leave out "
                 f"{self.encode_option}"
             )
         said = False
@@ -229,7 +229,7 @@ def _read_path(name: str, path: str | os.PathLike[str]) -> bytearray:
         number, reason = getattr(error, "errno", None), getattr(error, "strerror", str(error))
         if isinstance(path, str) and number in (None, errno.ENOENT, errno.ENAMETOOLONG):
             shown = name if len(name) <= TEXT_SHOWN else f"{name[:TEXT_SHOWN]}…"
-            reason = f"{reason}; if this is content and no path, pass bytes"
+            reason = f"{reason}; if this is content and not a path, pass bytes"
             raise UserError(f"{shown}: cannot be read: {reason}") from None
         raise UserError(f"{name}: cannot be read: {reason}") from None
 

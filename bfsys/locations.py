@@ -38,5 +38,5 @@ def expanded(path: str, info: ValidationInfo) -> str:
 def expanded_folder(path: str, info: ValidationInfo) -> str:
     """As `expanded`. Raises ValueError for a URL too: as a path it would be a folder `s3:` in the current one."""
     if info.context and is_remote(path):
-        raise ValueError(f"got {path!r}; must be a folder on this machine or on a shared file system, and no URL")
+        raise ValueError(f"got {path!r}; must be a folder on this machine or on a shared file system, not a URL")
     return expanded(path, info)

@@ -60,7 +60,7 @@ def model_card(facts: Mapping, manifest: Mapping, config: Config, parameters: in
         "Limits": _limits(facts, config),
         "How to use it": _use(facts),
         "What this card does not say": [
-            "A run records neither where its files come from, nor their licences, nor for what the model is meant. "
+            "A run records neither the origin of its files, nor their licences, nor the intended use of the model. "
             "Whoever publishes the model should add these here."
         ],
     }
@@ -173,13 +173,13 @@ def _unusual_input(facts: Mapping) -> list[str]:
         f"`model.json` describes {references.describe()} of the run: their first 16 bytes and their byte counts. The "
         "out-of-distribution score of a file compares it with them. Above 1, the file looks like none of them, and its "
         "answer should not be trusted. `bfsys predict` prints a note, and `bfsys.load(…).predict` warns. The score "
-        "knows formats and the look of bytes, not meaning. The programs without bfsys give no score."
+        "depends on formats and the statistics of bytes, not on meaning. The programs without bfsys give no score."
     ]
 
 
 def _limits(facts: Mapping, config: Config) -> list[str]:
     lines = [
-        "- The model gives one of its classes for every file, also for a file of none of them.",
+        "- The model gives one of its classes for every file, even for a file that belongs to none of them.",
         f"- The scores are those of files from the same source as the training files (the split "
         f"{_literal(config.data.eval_split)}). Other files may be classified worse.",
         "- The probabilities are not calibrated.",

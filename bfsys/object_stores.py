@@ -43,7 +43,7 @@ def problem_of_url(url: str, given: str = "") -> str:
     if "$" in given:
         return f"got {given!r}; variables in a URL are not expanded: write their values"
     if "::" in url or MAGIC.search(url):
-        return f"got {url!r}; '::' and the characters * ? # [ ] {{ }} have a meaning of their own in such a URL; rename"
+        return f"got {url!r}; '::' and the characters * ? # [ ] {{ }} have a special meaning in such a URL; rename"
     if scheme in NOT_KEPT:
         return f"got {given!r}: {NOT_KEPT[scheme]}; give an object store, such as {EXAMPLE}"
     if not urlsplit(given).netloc and scheme not in ("file", "local"):

@@ -2,7 +2,7 @@
 
 Operations are counted exactly (bfsys/model/flops.py) for the micro-batches of the first steps, which are planned as in
 training. The time is these operations divided by a rate. The rate is that of a measured run (`--like`; it includes
-waiting for data and for the slowest rank), or a share of a GPU's peak that you choose. bfsys/run_time.py estimates
+waiting for data and for the slowest rank), or a chosen share of a GPU's peak. bfsys/run_time.py estimates
 communication, saves, starts and failures. The memory is the sum of
 
     weights, gradients, moments and the average, by ZeRO stage, with the moments in float32; Muon has one moment for its

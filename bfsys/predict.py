@@ -71,7 +71,7 @@ class Model:
     Traceback (most recent call last):
         ...
     bfsys.errors.UserError: inputs[0]: empty; there is nothing to classify
-    missing.jpg: cannot be read: No such file or directory; if this is content and no path, pass bytes
+    missing.jpg: cannot be read: No such file or directory; if this is content and not a path, pass bytes
     """
 
     def __init__(self, network: ByteFormer, config: Config, facts: dict, reader: Reader) -> None:
@@ -249,7 +249,7 @@ class Model:
         limit, seed = _whole_number("limit", limit, 2), _whole_number("seed", seed, 0)
         if len(self._reader.transforms) != len(self.config.data.byte_transforms):
             raise UserError(
-                f"{self._reader.origin}: shortcuts are looked for with the run's key, and not --transformed"
+                f"{self._reader.origin}: the report on shortcuts needs the run's key; leave out --transformed"
             )
         split = split or self.config.data.eval_split
         with _plain_pytorch():
@@ -376,7 +376,7 @@ def load(
         if facts["plan"] is not None:  # imported weights and old exports do not identify a key
             check_transforms(transforms, facts)
     elif not config.data.byte_transforms:
-        raise UserError(f"--transformed: {path} was trained on files as they are; leave the option out")
+        raise UserError(f"--transformed: {path} was trained on files without transforms; leave the option out")
     formats = [input_format(tree["encoding"], tree) for tree in facts.get("input_formats", ())]
     reader = Reader(
         os.fspath(path),

@@ -1,6 +1,6 @@
 """The first moments of a command: until its modules are imported, Ctrl-C ends the process without a traceback.
 
-This module imports next to nothing, so that little can be interrupted before. `exit_code_of` takes over.
+This module imports almost nothing, so that Ctrl-C can interrupt little before this. `exit_code_of` takes over.
 """
 
 import signal
@@ -23,6 +23,7 @@ def run_as(name: str, prog: str) -> None:
 
 
 def _let_signals_end_the_process() -> None:
-    """A shell shows 130 for a process that Ctrl-C ended. A command in the background ignores Ctrl-C, and goes on to."""
+    """A shell shows 130 for a process that Ctrl-C ended. A command in the background ignores Ctrl-C, and continues to
+    do so."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -169,7 +169,7 @@ def from_tree(cls: type[T], tree: dict, where: str, *, is_typed: bool = False) -
 
 
 def _plain(tree: dict) -> dict:
-    """A copy of the tree in which each alias is a value of its own, so that an override changes only one place.
+    """A copy of the tree in which each alias is a separate value, so that an override changes only one place.
 
     Raises ValueError for values that a config must not contain: types that JSON lacks, values that contain themselves,
     and aliases that expand to too many values.
@@ -180,9 +180,9 @@ def _plain(tree: dict) -> dict:
         nonlocal count
         count += 1
         if count > MOST_VALUES:
-            raise ValueError(f"holds more than {MOST_VALUES:,} values, with those that its aliases stand for")
+            raise ValueError(f"holds more than {MOST_VALUES:,} values, counting the values of its aliases")
         if id(value) in around:
-            raise ValueError(f"{key}: an alias in it stands for itself")
+            raise ValueError(f"{key}: an alias in it contains itself")
         inside = (*around, id(value))
         if isinstance(value, dict):
             return {name: copy(inner, f"{key}.{name}" if key else str(name), inside) for name, inner in value.items()}

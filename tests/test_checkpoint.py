@@ -278,7 +278,7 @@ def test_an_older_copy_takes_the_place_of_a_damaged_checkpoint(tmp_path: Path, o
 
 def test_checkpoints_on_a_disk_that_is_not_mounted_are_not_missing(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").symlink_to(tmp_path / "scratch")
-    with pytest.raises(files.Unreachable, match=f"links to {tmp_path}/scratch, which is not there") as error:
+    with pytest.raises(files.Unreachable, match=f"links to {tmp_path}/scratch, which does not exist") as error:
         files.all_checkpoints(tmp_path)
     assert error.value.exit_code == EXIT_CRASHED
     (tmp_path / "scratch").mkdir()

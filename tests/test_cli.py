@@ -141,7 +141,7 @@ def test_a_command_that_does_not_exist_is_named(capsys: pytest.CaptureFixture) -
 @pytest.mark.parametrize(
     ("path", "told"),
     [
-        ("s3://bucket/x", "got 's3://bucket/x'; a path on this machine is needed, and no URL"),
+        ("s3://bucket/x", "got 's3://bucket/x'; a path on this machine is needed, not a URL"),
         ("", "got an empty path; write . for the current folder"),
     ],
 )

@@ -148,7 +148,7 @@ def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
         ("train.checkpoint_copy=file://folder", "three slashes begin the URL of a folder"),
         ("train.checkpoint_copy=s4://bucket", "fsspec does not know s4://"),
         ("train.checkpoint_copy=https://host/x", "a web server, to which bfsys cannot write"),
-        ("train.checkpoint_copy=s3://bucket/x*", "have a meaning of their own in such a URL"),
+        ("train.checkpoint_copy=s3://bucket/x*", "have a special meaning in such a URL"),
         ("train.checkpoint_copy=S3://bucket/x", "write the scheme in small letters: s3://"),
         ("train.checkpoint_copy=s3://bucket/$USER", "variables in a URL are not expanded"),
         (f"train.checkpoint_copy=file://{Path.cwd()}/runs", "x is the run directory itself"),

@@ -61,7 +61,7 @@ def test_what_a_closed_pipe_does_not_take_goes_to_the_log(pipe: tuple[int, int],
     print("step 1", file=out)
     print("step 2", file=out)
     head, *lines = (tmp_path / "log" / "rank-0.log").read_text().splitlines()
-    assert "lines that standard output did not take (Broken pipe)" in head
+    assert "lines that standard output did not accept (Broken pipe)" in head
     assert lines == ["step 1", "step 2"]
 
 

@@ -72,12 +72,12 @@ def test_a_half_set_environment_is_named(variables: dict[str, str], problem: str
 @pytest.mark.parametrize(
     ("variables", "problem"),
     [
-        ({}, "MASTER_ADDR and MASTER_PORT are not set, so 2 ranks cannot meet"),
-        ({"MASTER_PORT": "12345"}, "MASTER_ADDR is not set, so 2 ranks cannot meet"),
+        ({}, "MASTER_ADDR and MASTER_PORT are not set, so 2 ranks cannot connect"),
+        ({"MASTER_PORT": "12345"}, "MASTER_ADDR is not set, so 2 ranks cannot connect"),
         ({"MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
         ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "ssh"}, "MASTER_PORT is 'ssh', which is not a whole number"),
         ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}, "a port is a number from 1 to 65535"),
-        ({"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "12345"}, "is not a host that this machine knows"),
+        ({"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "12345"}, "cannot be resolved on this machine"),
     ],
 )
 def test_several_ranks_need_a_place_to_meet(variables: dict[str, str], problem: str, launcher) -> None:

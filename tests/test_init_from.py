@@ -86,7 +86,7 @@ def test_it_is_said_once_and_a_run_that_continues_takes_no_notice(
 ) -> None:
     first, second = (rank.stdout for rank in started[1])
     assert first.count(f"starting from the averaged weights of {newest(finished_run)}") == len(STAGES)
-    assert "the head is taken over: the 5 classes are the same" in first
+    assert "the head is copied: the 5 classes are the same" in first
     assert "continuing" in first.split("s3")[-1]
     assert "starting from" not in second
 
@@ -106,8 +106,8 @@ def test_other_classes_have_a_new_head(config: Config, finished_run: Path) -> No
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (80, "64 of 64 positions are taken over; the other 16 start from new weights"),
-        (50, "50 of 64 positions are taken over; the others are left out"),
+        (80, "64 of 64 positions are copied; the other 16 start from new weights"),
+        (50, "50 of 64 positions are copied; the others are left out"),
     ],
 )
 def test_positions_of_another_length_are_taken_over_as_far_as_they_go(
@@ -165,7 +165,7 @@ def test_a_run_without_an_average_gives_its_last_weights(config: Config, finishe
 def test_the_dry_run_says_what_would_be_taken_over(config: Config, capsys) -> None:
     dry_run(with_model(config, max_tokens=70), 1, with_data=True)
     printed = capsys.readouterr().out
-    assert "64 of 64 positions are taken over; the other 6 start from new weights" in printed
-    assert "the head is taken over" in printed
+    assert "64 of 64 positions are copied; the other 6 start from new weights" in printed
+    assert "the head is copied" in printed
     with pytest.raises(UserError, match="dim is 16 there and 32 here"):
         dry_run(with_model(config, dim=32), 1, with_data=True)

@@ -89,7 +89,7 @@ def pipe_that_does_not_block(path: Path) -> io.BufferedReader:
     [
         (lambda path: "some text", "some text: cannot be read: No such file or directory; if this is content and no"),
         (lambda path: "long " * 100, "^(long ){40}…: cannot be read: File name too long; if this is content and no"),
-        (lambda path: "nul\0", "nul\0: cannot be read: embedded null byte; if this is content and no path, pass bytes"),
+        (lambda path: "nul\0", "nul\0: cannot be read: embedded null byte; if this is content and not a path"),
         (lambda path: path.parent / "none", r"none: cannot be read: No such file or directory$"),
         (lambda path: path.parent, r"is a folder; pass its files: bfsys\.files_in\('.*'\)$"),
         (lambda path: np.zeros(3), r"the input: got an array float64 \[3\]; allowed is uint8 \[n\]$"),

@@ -175,7 +175,7 @@ def test_a_key_elsewhere_and_files_that_were_transformed_before(
 def test_options_that_a_run_has_no_use_for(finished_run: Path, tmp_path: Path, predict_files) -> None:
     with pytest.raises(UserError, match="this run does not permute byte values"):
         predict_files(finished_run, tmp_path, "--permute", tmp_path / "key")
-    with pytest.raises(UserError, match="was trained on files as they are"):
+    with pytest.raises(UserError, match="was trained on files without transforms"):
         predict_files(finished_run, tmp_path, "--transformed")
 
 
@@ -358,5 +358,5 @@ def test_checkpoints_and_both_kinds_of_weights(model: bfsys.Model, finished_run:
         bfsys.load(finished_run / "none")
     with pytest.raises(UserError, match="this run does not permute byte values"):
         bfsys.load(finished_run, permute="my.key")
-    with pytest.raises(UserError, match="was trained on files as they are"):
+    with pytest.raises(UserError, match="was trained on files without transforms"):
         bfsys.load(finished_run, transformed=True)

@@ -311,7 +311,7 @@ def test_dry_run_shows_config_arithmetic_and_data(config_file: Path, run_ranks) 
 def test_a_dry_run_looks_at_the_run_directory(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(finished_run / "config.yaml")
     assert call("train", [config, "--dry-run"]) == 0
-    assert f"checkpoint  {newest(finished_run)}: a start continues from it" in capsys.readouterr().out
+    assert f"checkpoint  {newest(finished_run)}: a start resumes from it" in capsys.readouterr().out
     with pytest.raises(UserError, match="model: dim was 16, is now 32"):
         call("train", [config, "--dry-run", "model.dim=32"])
     with pytest.raises(UserError, match="name too long"):

@@ -25,7 +25,7 @@ def start_child(arguments: Sequence[str], task: dict, descriptors: Sequence[int]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert process.stdin is not None  # it is a PIPE
-    with suppress(BrokenPipeError):  # it has ended already; the code that waits for it reports that
+    with suppress(BrokenPipeError):  # it has already ended; the code that waits for it reports this
         process.stdin.write(json.dumps({"parent": os.getpid(), **task}).encode())
         process.stdin.close()
     process.stdin = None  # so that `communicate` only reads

@@ -85,7 +85,7 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         if root.is_symlink():  # the disk with the checkpoints may not be mounted
             raise Unreachable(
-                f"{root}: links to {os.readlink(root)}, which is not there", exit_code=EXIT_CRASHED
+                f"{root}: links to {os.readlink(root)}, which does not exist", exit_code=EXIT_CRASHED
             ) from None
         if os.path.lexists(root):
             raise UserError(f"{root}: is not a folder; move it away", exit_code=EXIT_STORAGE) from None

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 def local_path(text: str) -> Path:
     """The type of an argument that is a path on this machine. `Path` would take a URL for a folder `https:`, and
-    nothing, as of a shell variable that is not set, for the current folder."""
+    an empty text, such as that of an unset shell variable, for the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("got an empty path; write . for the current folder")
     if is_remote(text):
-        raise argparse.ArgumentTypeError(f"got {text!r}; a path on this machine is needed, and no URL")
+        raise argparse.ArgumentTypeError(f"got {text!r}; a path on this machine is needed, not a URL")
     return Path(text)
 
 

@@ -42,7 +42,7 @@ from bfsys.errors import EXIT_USER_ERROR, UserError, one_line
 from bfsys.object_stores import URL
 
 MB = 1e6
-PAUSES_S = (1.0, 4.0)  # before a store is retried; short, because a person waits for the answer
+PAUSES_S = (1.0, 4.0)  # before a store is retried; short, because a user waits for the answer
 NOTES = """\
 list    show step, time, size, score, and whether all files are present
 verify  read every byte of every checkpoint; exit code 1 if one is damaged

@@ -80,7 +80,7 @@ def named_inputs(paths: Sequence[str], problems: list[str]) -> Iterator[tuple[st
         elif path == STDIN:
             yield path, sys.stdin.buffer
         elif not path:
-            problems.append("an empty name; give files, or . for the current folder")
+            problems.append("got an empty name; give files, or . for the current folder")
         else:
             names = regular_files(path, problems) if os.path.isdir(path) else [path]
             yield from ((name, Path(name)) for name in names)

@@ -82,7 +82,7 @@ def _writable(run_dir: Path) -> Iterator[str]:
     elif not os.access(place, os.W_OK | os.X_OK):
         yield f"run directory {run_dir}: you have no permission to write to {place}; choose another with runs_dir=…"
     elif (free := os.statvfs(place)).f_bavail * free.f_frsize < 2**30 or (free.f_files and not free.f_favail):
-        yield f"run directory {run_dir}: less than 1 GiB, or no inode, is free on its disk; choose another with runs_dir=…"
+        yield f"run directory {run_dir}: its disk has less than 1 GiB or no inode free; choose another with runs_dir=…"
 
 
 def check_places(places: Sequence[tuple[str, Path]]) -> Checked:

@@ -52,7 +52,7 @@ COUNTER_NAMES = ("files", "bytes", "tokens", "rounded_tokens", "flops", "replace
 COUNTERS = len(COUNTER_NAMES)
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
-MOST_LENGTHS, BLOCKS = 1_000_000, 100  # they are read from the index at every start
+MOST_LENGTHS, BLOCKS = 1_000_000, 100  # the lengths are read from the index at every start
 # TensorBoard sorts by name. These tags come before those of the system.
 SCORE_TAGS = {"loss": "loss", "top1": "accuracy", "top5": "accuracy_top5"}
 LINE = {"kind": str, "step": int}  # fields that every line of metrics.jsonl has

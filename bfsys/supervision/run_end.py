@@ -1,4 +1,4 @@
-"""The end of a run, recorded for people and launchers in ended.json in its directory."""
+"""The end of a run, recorded for users and launchers in ended.json in its directory."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def forget_end(run_dir: Path) -> None:
 
 
 def how_it_ended(run_dir: Path) -> dict | None:
-    """Return {"exit_code", "reason", "time"} of a run that has ended, else None; a damaged record gives None, too."""
+    """Return {"exit_code", "reason", "time"} of a run that has ended, else None; also None for a damaged record."""
     return read_json_object(run_dir / FILE, {"exit_code": int, "reason": str, "time": str})

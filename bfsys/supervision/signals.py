@@ -1,8 +1,8 @@
 """Stop requests: a signal to any rank stops all ranks after the same step, with a checkpoint.
 
 SIGUSR2 or SIGUSR1 (a job is about to run out of time) ends with EXIT_REQUEUE, so that a launcher restarts the run:
-launchers of bfsys have SLURM send SIGUSR2, and many people's own job scripts send SIGUSR1. SIGTERM, Ctrl-C and SIGHUP
-(the terminal or the ssh connection is lost) end with EXIT_STOPPED, because a requeue would undo a person's
+launchers of bfsys have SLURM send SIGUSR2, and the job scripts of many users send SIGUSR1. SIGTERM, Ctrl-C and SIGHUP
+(the terminal or the ssh connection is lost) end with EXIT_STOPPED, because a requeue would undo a user's
 cancellation. A run that was started by `nohup` ignores SIGHUP.
 """
 
@@ -16,7 +16,7 @@ from types import FrameType
 from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED
 
 # A terminal's Ctrl-C may reach a rank twice, from the terminal and from a launcher. Only a repetition after this time
-# means that a person does not want to wait for the checkpoint.
+# means that the user does not want to wait for the checkpoint.
 REPEAT_S = 2.0
 
 EXIT_CODES: dict[int, int] = {
@@ -34,7 +34,7 @@ def stop_signals() -> list[int]:
 
 
 def ends_at_once(number: int) -> bool:
-    """Whether a repeated signal comes from a person who does not want to wait for the checkpoint.
+    """Whether a repeated signal comes from a user who does not want to wait for the checkpoint.
 
     In a pre-emption with a grace time, SLURM sends SIGTERM twice, and leaves KillWait for saving after the second one.
     Schedulers may repeat SIGUSR1 and SIGUSR2, and every process that ends sends SIGHUP.

@@ -163,7 +163,7 @@ def test_notes_that_a_crash_has_cut_are_passed_over(stopped: list[str], tmp_path
 
 
 def test_what_was_made_otherwise_is_not_overwritten(stopped: list[str], tmp_path: Path) -> None:
-    message = r"a\.fhwc: exists and is not overwritten, since it was not made from .*a\.png as it is now by these"
+    message = r"a\.fhwc: exists and is not overwritten, since it was not made from the current .*a\.png with these"
     other_source = make_files(tmp_path / "other", {"a.png": png_bytes(9, 9, 7)})
     for command in ([str(other_source), *stopped[1:]], [*stopped[:-1], "noise:-8:8"], [*stopped, "--image-size", "9"]):
         with pytest.raises(UserError, match=message):
@@ -205,7 +205,7 @@ def test_what_cannot_be_written_is_told_with_what_could_not_be_decoded(tmp_path:
 def test_a_folder_is_not_encoded_into_itself(tmp_path: Path) -> None:
     src = make_files(tmp_path / "src", {"a.png": png_bytes(9, 9, 1)})
     for out in (src, src / "deep" / "out"):
-        with pytest.raises(UserError, match=r"lies in .*src, whose files would grow .*; choose an OUT outside"):
+        with pytest.raises(UserError, match=r"is inside .*src, so its files .*; choose an OUT outside"):
             call("encode", [str(src), str(out), "--encoding", "tiff"])
     assert made_in(src) == ["a.png"]
 

@@ -177,7 +177,7 @@ def test_wrong_tensors_are_named(tmp_path: Path, weights) -> None:
         tmp_path, weights | {"embeddings.weight": torch.ones(257, 48)}
     )
     assert "5 heads do not divide" in problems(tmp_path, weights, "--heads", "5")
-    assert "not all of it are tensors by name: epoch" in problems(tmp_path, {"epoch": 3})
+    assert "holds other values than tensors: epoch" in problems(tmp_path, {"epoch": 3})
     assert "holds a list" in problems(tmp_path, [torch.zeros(2)])
 
 

@@ -276,7 +276,7 @@ TAR_DAMAGE = {
     "cut off": (lambda p: p.write_bytes(p.read_bytes()[:3000]), "has 3,000 bytes"),
     "cut between members": (lambda p: p.write_bytes(p.read_bytes()[:2048]), "cut off"),
     "empty": (lambda p: p.write_bytes(b""), "the shard is empty"),
-    "missing": (lambda p: p.unlink(), "the shard is missing, and with it 4 samples"),
+    "missing": (lambda p: p.unlink(), "the shard is missing; it holds 4 samples"),
     "longer": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "has 20,481 bytes"),
     "other": (
         lambda p: write_shard(p, [Member("cat/z", "jpg", b"z", 0)]),
