@@ -429,7 +429,7 @@ def test_a_model_that_has_not_trained_is_noted(finished_run: Path, tmp_path: Pat
     assert capsys.readouterr().err == f"note: {paths[0]}: the run has saved no step of training yet\n"
 
 
-def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+def test_errors_about_missing_runs_name_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
     (tmp_path / "file").touch()

@@ -25,7 +25,9 @@ from tests.test_checkpoint_store import put
     best=st.integers(0, 3),
     scores=st.dictionaries(st.integers(0, 200), st.floats(0, 1)),
 )
-def test_what_is_kept(steps: set[int], last: int, every: int, best: int, scores: dict[int, float]) -> None:
+def test_retention_keeps_the_last_the_multiples_and_the_best(
+    steps: set[int], last: int, every: int, best: int, scores: dict[int, float]
+) -> None:
     told = {step: {"top1": score, "loss": 1 - score} for step, score in scores.items()}
     kept = files.steps_to_keep(sorted(steps), RetentionPolicy(last, every, best, "top1"), told)
     assert kept <= steps

@@ -98,7 +98,7 @@ def test_errors_after_which_a_store_is_asked_again_are_said(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("fault", "code"), [(503, EXIT_CRASHED), (403, EXIT_USER_ERROR)])
-def test_a_copy_that_is_cut_short_is_none(
+def test_an_incomplete_copy_does_not_count(
     on_s3: Store, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int, code: int
 ) -> None:
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
@@ -426,7 +426,7 @@ def test_the_command_reads_copies_and_moves_them(
         (["verify", "s3://key:secret@bucket/x"], "holds a password"),
     ],
 )
-def test_the_command_on_bad_places(s3: S3Server, arguments: list[str], says: str) -> None:
+def test_the_command_rejects_wrong_locations(s3: S3Server, arguments: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         call("checkpoint", arguments)
     assert "secret" not in str(caught.value)

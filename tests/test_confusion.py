@@ -118,7 +118,7 @@ def test_without_matplotlib_the_tables_are_written(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "confusion.png").exists()
 
 
-def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+def test_a_report_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--report .*file/report: cannot be made: Not a directory"):
         Report(["a"], tmp_path / "file" / "report")

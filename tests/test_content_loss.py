@@ -121,12 +121,12 @@ def test_compare_counts_the_parameters_of_the_model_that_answers(runs: tuple[Pat
     assert read_run(run).parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_the_published_form_has_none(runs: tuple[Path, Path]) -> None:
+def test_compare_training_refuses_a_content_loss(runs: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match=r"optim\.content_loss: got 0\.5; .* add optim\.content_loss=0"):
         compare_training.main([str(runs[0]), "--steps", "1"])
 
 
-def test_a_run_does_not_go_on_without_it(runs: tuple[Path, Path], run_ranks) -> None:
+def test_a_run_cannot_resume_without_its_content_loss(runs: tuple[Path, Path], run_ranks) -> None:
     path, _ = runs
     (result,) = run_ranks(1, ["bfsys/train.py", str(path), "name=s1", "optim.content_loss=0"])
     assert result.returncode == 2

@@ -217,7 +217,7 @@ def test_errors_are_agreed_on(error: Exception) -> None:
     assert agreed.value.exit_code == 2
 
 
-def test_what_may_pass_has_the_code_of_a_crash() -> None:
+def test_transient_errors_have_the_exit_code_of_a_crash() -> None:
     def fail() -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 

@@ -142,7 +142,7 @@ def test_help_needs_no_docstrings() -> None:
     assert summary_of(None) == ""  # with python -OO there are no docstrings
 
 
-def test_what_may_pass_is_not_collected() -> None:
+def test_transient_errors_are_not_collected() -> None:
     problems: list[str] = []
     with pytest.raises(UserError, match="away") as caught, collecting(problems):
         raise UserError("the server is away", exit_code=EXIT_CRASHED)

@@ -116,7 +116,7 @@ def test_a_program_as_released_is_the_model(tmp_path: Path) -> None:
         assert np.abs(answer(data) - export.probabilities(model, data).numpy()).max() < 1e-5, length
 
 
-def test_what_is_written_says_what_it_is(exported: Path, finished_run: Path) -> None:
+def test_model_json_describes_the_export(exported: Path, finished_run: Path) -> None:
     facts = json.loads((exported / "model.json").read_text())
     model, config, _ = load_model(finished_run)
     assert sorted(p.name for p in exported.iterdir()) == ["README.md", "model.json", "model.pt2", "model.safetensors"]

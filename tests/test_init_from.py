@@ -145,7 +145,7 @@ def test_another_architecture_is_refused(change: dict, message: str, config: Con
         start(with_model(config, **change))
 
 
-def test_what_is_no_run_is_refused(config: Config, tmp_path: Path) -> None:
+def test_missing_runs_are_refused(config: Config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         start(replace(config, train=replace(config.train, init_from=str(tmp_path / "none"))))
 

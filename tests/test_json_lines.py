@@ -23,7 +23,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: repr(damage[:12]))
-def test_damage_is_passed_over(damage: bytes, tmp_path: Path) -> None:
+def test_damaged_lines_are_ignored(damage: bytes, tmp_path: Path) -> None:
     good = b'{"kind": "eval", "step": 4, "top1": 0.5, "loss": 1.0}'
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(damage + b"\n" + good + b"\n" + damage)

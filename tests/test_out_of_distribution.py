@@ -101,7 +101,7 @@ def test_few_files_and_equal_files() -> None:
 
 
 @pytest.mark.parametrize("splits", [("train", "val"), ("train",)])
-def test_they_are_read_from_the_evaluation_split_or_else_from_the_training_split(
+def test_references_come_from_the_evaluation_split_or_else_from_the_training_split(
     tmp_path: Path, splits: tuple[str, ...]
 ) -> None:
     shards = {split: [[(0, bytes(file)) for file in sounds(70, seed)]] * 2 for seed, split in enumerate(splits)}
@@ -158,7 +158,9 @@ def test_a_score_above_1_is_never_shown_as_1() -> None:
     assert [text_of(score) for score in (0.5, 1.0, 1.0001, 1.04, 28.999)] == ["0.50", "1.00", "1.01", "1.04", "29.00"]
 
 
-def test_a_run_and_its_export_say_it(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_and_its_export_report_the_same_score(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     foreign = tmp_path / "foreign"
     foreign.write_bytes(bytes(range(256)) * 4)
     call("export", [str(finished_run), str(tmp_path / "out"), "--format", "safetensors"])

@@ -164,6 +164,6 @@ def test_a_network_failures_and_a_price_are_counted(
         (["--gpu", "h200", "--like", "runs/x"], "give one of them"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(config_file: Path, arguments: list[str], said: str) -> None:
+def test_options_without_effect_are_refused(config_file: Path, arguments: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         call("plan", [str(config_file), *arguments])

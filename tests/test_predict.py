@@ -172,7 +172,7 @@ def test_a_key_elsewhere_and_files_that_were_transformed_before(
     assert predict_files(run, hidden, "--transformed") == answers.replace(str(files), str(hidden))
 
 
-def test_options_that_a_run_has_no_use_for(finished_run: Path, tmp_path: Path, predict_files) -> None:
+def test_options_that_do_not_apply_to_the_run_are_refused(finished_run: Path, tmp_path: Path, predict_files) -> None:
     with pytest.raises(UserError, match="this run does not permute byte values"):
         predict_files(finished_run, tmp_path, "--permute", tmp_path / "key")
     with pytest.raises(UserError, match="was trained on files without transforms"):

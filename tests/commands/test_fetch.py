@@ -88,7 +88,9 @@ def test_silence_of_the_splits_and_training_noise_do_not_overlap(archive: Path) 
     assert max(highest for _, highest in places["val"]) <= min(lowest for lowest, _ in places["test"])
 
 
-def test_it_is_the_same_everywhere_and_made_once(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_fetch_is_reproducible_and_does_not_repeat_work(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     call("fetch", ["speech_commands", str(archive)])
     first = made(archive / "twelve")
     call("fetch", ["speech_commands", str(archive)])

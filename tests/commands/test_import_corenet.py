@@ -93,7 +93,9 @@ def test_whole_sizes_are_recognised_and_equal_the_reference(
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * max(1.0, want.abs().max().item()))
 
 
-def test_it_is_taken_like_a_run(tmp_path: Path, weights, predict_files, evaluate_run, datasets: Path, capsys) -> None:
+def test_imported_weights_can_be_used_like_a_run(
+    tmp_path: Path, weights, predict_files, evaluate_run, datasets: Path, capsys
+) -> None:
     (tmp_path / "names").write_text("b0\nb1\nb2\n")
     run = imported(tmp_path, weights, *SMALL_WINDOWS, "--classes", str(tmp_path / "names"))
     assert files.find_newest(run) == (run / "checkpoints" / "step_00000000", [])
@@ -146,7 +148,7 @@ def test_an_average_is_taken_before_the_last_weights(tmp_path: Path, weights, ca
     assert torch.equal(loading.load_model(run)[0].head.bias, weights["classifier.bias"])
 
 
-def test_it_is_no_run_to_continue(tmp_path: Path, weights) -> None:
+def test_imported_weights_cannot_be_resumed(tmp_path: Path, weights) -> None:
     run = imported(tmp_path, weights, *SMALL_WINDOWS)
     with pytest.raises(UserError, match="imported weights, not a run that can be resumed"):
         loading.check_same_run(run / "checkpoints" / "step_00000000", {"config": {"model": {}}, "plan": {}})

@@ -34,7 +34,7 @@ def make_tar(path: Path, labels: dict[str, int]) -> None:
             writer.write({"__key__": key, "bin": key.encode(), "cls": label})
 
 
-def test_it_shows_what_there_is(dataset, capsys):
+def test_inspect_shows_classes_splits_and_shards(dataset, capsys):
     capsys.readouterr()
     assert call("inspect", [str(dataset)]) == 0
     printed = capsys.readouterr().out
@@ -217,7 +217,7 @@ def test_rebuild_where_nothing_can_be_written(dataset):
         call("inspect", [str(dataset), "--rebuild"])
 
 
-def test_rebuild_that_cannot_be(dataset, tmp_path):
+def test_rebuild_rejects_folders_that_cannot_be_indexed(dataset, tmp_path):
     with pytest.raises(UserError, match=r"has a dataset\.json already; .* delete that file first"):
         call("inspect", [str(dataset), "--rebuild"])
     with pytest.raises(UserError, match=r"holds no \.tar files"):

@@ -98,7 +98,7 @@ def test_attributions_sum_to_the_difference_of_log_odds(
     assert not same.any()
 
 
-def test_a_sudden_turn_along_the_path_is_not_missed(classifier: Classifier) -> None:
+def test_an_abrupt_change_along_the_path_is_not_missed(classifier: Classifier) -> None:
     files, labels = planted(40, 5)
     data, reference = files[labels.index(0)], files[labels.index(1)]
     gradients, _ = integrated_gradients(classifier, data, [reference], 0)

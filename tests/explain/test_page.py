@@ -163,7 +163,7 @@ def test_evidence_lies_over_the_pixels_that_bytes_are(format: str, pixels: np.nd
 
 
 @pytest.mark.parametrize(("format", "options"), [("TIFF", {"compression": "tiff_lzw"}), ("PNG", {}), ("JPEG", {})])
-def test_compressed_pictures_are_shown_without(format: str, options: dict) -> None:
+def test_compressed_pictures_are_shown_without_evidence(format: str, options: dict) -> None:
     content = np.frombuffer(file_of(format, COLOUR, **options), np.uint8)
     picture = overlay.picture_of(format, content, np.ones(len(content), np.float32))
     assert picture

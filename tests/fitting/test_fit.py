@@ -112,7 +112,7 @@ def test_a_folder_becomes_a_model_that_beats_byte_counts(
     assert re.search(r"note: .*none\.bin: is empty; this run continues with the packed files", errors)
 
 
-def test_what_is_seen_in_a_folder(tmp_path: Path) -> None:
+def test_the_survey_detects_kinds_sizes_and_rates(tmp_path: Path) -> None:
     def seen(names: dict[str, bytes]) -> tuple:
         folder = make_files(tmp_path / str(len(list(tmp_path.iterdir()))), names)
         listing = listed(Request(folder, "x", 1.0, False, False, tmp_path / "s", tmp_path / "r"))

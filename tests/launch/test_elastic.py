@@ -56,7 +56,7 @@ def test_ranges_are_read_as_sbatch_reads_them(low: int, high: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "0-2", "-2", "2-", "2-4-8", "two", "2.5", "\u0662", "4-2"])
-def test_what_is_no_range(text: str, config_file: Path) -> None:
+def test_invalid_ranges_are_rejected(text: str, config_file: Path) -> None:
     assert elastic.parse_range(text) is None
     for command, option in (("slurm", "nodes"), ("launch", "ranks")):
         with pytest.raises(UserError) as error:

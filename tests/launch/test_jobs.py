@@ -82,7 +82,7 @@ def test_a_waiting_job(run: Path, slurm_says, capsys) -> None:
         ("", "", "unknown to SLURM, "),
     ],
 )
-def test_a_job_that_is_over(run: Path, slurm_says, capsys, scontrol: str, sacct: str, shown: str) -> None:
+def test_status_shows_why_a_job_ended(run: Path, slurm_says, capsys, scontrol: str, sacct: str, shown: str) -> None:
     slurm_says(scontrol, sacct)
     assert call("slurm", ["status", str(run)]) == 1
     out = capsys.readouterr().out
@@ -221,7 +221,7 @@ def test_the_folder_of_a_sweep_stands_for_its_runs(run: Path, slurm_says, capsys
             call("slurm", [action, str(sweep)])
 
 
-def test_what_is_followed_is_whole(run: Path, slurm_says, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_followed_logs_are_complete(run: Path, slurm_says, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm_says(RUNNING)
     monkeypatch.setattr(jobs, "POLL_S", 0)
     monkeypatch.setattr(jobs, "STATE_POLL_S", 0.2)
@@ -271,7 +271,7 @@ def test_stop(run: Path, slurm_says, tmp_path: Path, capsys) -> None:
         call("slurm", ["stop", str(run)])
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path, slurm_says, capsys) -> None:
+def test_missing_runs_are_refused(tmp_path: Path, slurm_says, capsys) -> None:
     slurm_says("")
     with pytest.raises(UserError, match="no such directory"):
         call("slurm", ["status", str(tmp_path / "nowhere")])

@@ -172,7 +172,7 @@ def test_a_killed_rank_gives_the_shells_code_and_logs_are_appended(make_job, tmp
     assert all(line.endswith(f"bfsys/train.py {tmp_path}/c.yaml a=1") for line in lines)
 
 
-def test_an_agreed_end_is_waited_for(make_job, tmp_path, capfd):
+def test_the_launcher_waits_for_all_ranks_after_an_agreed_error(make_job, tmp_path, capfd):
     job = make_job('time.sleep(0.5 * int(rank)); print("closed", flush=True); sys.exit(2)')
     assert local.run_group(job, 2, tmp_path / "log") == 2
     assert "closed" in (tmp_path / "log" / "rank-1.log").read_text()
@@ -264,7 +264,7 @@ def test_choice_of_ranks(monkeypatch):
     assert local.choose_ranks(4, range(4, 5)) == 4
 
 
-def test_of_a_range_a_start_after_a_killed_rank_takes_fewer(config_file, tmp_path, monkeypatch, capfd):
+def test_a_start_after_a_killed_rank_uses_fewer_ranks_of_the_range(config_file, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
     monkeypatch.setattr(local.time, "sleep", lambda s: None)
     codes, started = [], []

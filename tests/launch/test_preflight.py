@@ -71,7 +71,7 @@ def test_weights_to_start_from_are_looked_at(config_file: Path, finished_run: Pa
     assert "dim is 16 there and 32 here" in problems[0]
 
 
-def test_a_run_directory_that_cannot_be(config_file: Path, tmp_path: Path) -> None:
+def test_a_run_directory_below_a_file_is_rejected(config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     config = load_config(config_file, [f"runs_dir={tmp_path}/file/runs"])
     assert preflight.check_run(config, 1, on_gpu=False).problems == [

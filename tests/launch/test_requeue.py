@@ -100,7 +100,7 @@ def test_preemptions_do_not_count(ends) -> None:
     assert not ends(65, facts)[1]
 
 
-def test_of_an_array_one_job_is_started_again(ends, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_failed_member_of_an_array_is_requeued(ends, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SLURM_ARRAY_JOB_ID", "40"), ("SLURM_ARRAY_TASK_ID", "3"), ("JOB", "40_3")):
         monkeypatch.setenv(name, value)
     assert ends(1) == (1, True)

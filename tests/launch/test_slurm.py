@@ -234,7 +234,7 @@ def test_a_job_that_cannot_be_recorded_is_not_submitted_or_is_named(config_file,
     assert "`scancel 42`" in problem
 
 
-def test_sbatch_hears_the_launchers_options_and_of_the_shell_only_others(
+def test_sbatch_gets_no_variables_that_override_the_launchers_options(
     config_file, tmp_path, sbatch, capsys, monkeypatch
 ):
     sbatch(f"#!/bin/sh\nenv >> {tmp_path}/environment\n" + ACCEPTING)
@@ -250,7 +250,7 @@ def test_sbatch_hears_the_launchers_options_and_of_the_shell_only_others(
     assert f"note: {', '.join(sorted(own))}: not used; the options of the launcher decide" in capsys.readouterr().err
 
 
-def test_names_that_cannot_be(config_file):
+def test_invalid_names_are_rejected(config_file):
     for name, said in (
         ("50%", "run directory .*/runs/50%: has a % in its path, which SLURM replaces"),
         ("a\\b", r"run directory .*: has a \\ in its path"),
@@ -263,7 +263,7 @@ def test_names_that_cannot_be(config_file):
     assert problem == "--name: got 'a\\nb'; one line of printable characters is allowed"
 
 
-def test_of_a_sweep_the_runs_without_a_job_are_submitted(config_file, tmp_path, sbatch, capsys):
+def test_a_repeated_sweep_submits_the_runs_without_a_job(config_file, tmp_path, sbatch, capsys):
     sbatch(ACCEPTING)
     sweep = ["--nodes", "2", ON_CPUS, "--sweep", "train.seed=0,1,2", str(config_file)]
     assert call("slurm", sweep) == 0

@@ -52,5 +52,5 @@ def test_what_is_not_in_the_table_has_no_peak(name: str) -> None:
     assert peak_of(name, torch.float32) is None
 
 
-def test_a_cpu_has_none() -> None:
+def test_a_cpu_has_no_data_sheet_peak() -> None:
     assert data_sheet_peak(torch.device("cpu"), torch.float32) is None

@@ -104,7 +104,7 @@ def test_only_the_intended_mode_is_indifferent_to_batch_padding() -> None:
     assert change("released") > 0.01
 
 
-def test_x_is_left_alone() -> None:
+def test_the_reference_does_not_change_its_input() -> None:
     x = pad([b"some bytes"], 8)
     before = x.clone()
     reference_logits(random_weights(SMALL, seed=0), SMALL, x, "intended")

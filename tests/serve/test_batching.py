@@ -48,7 +48,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def test_what_waits_is_computed_together_up_to_the_budget(held: Held, worker: Worker[int, int]) -> None:
+def test_waiting_items_are_computed_together_up_to_the_budget(held: Held, worker: Worker[int, int]) -> None:
     async def ask() -> None:
         first = asyncio.create_task(worker.answers([1]))
         await until(held.started.is_set)
@@ -76,7 +76,7 @@ def test_an_item_fails_alone(held: Held, worker: Worker[int, int]) -> None:
     assert isinstance(failed, ValueError)
 
 
-def test_who_no_longer_waits_is_not_computed(held: Held, worker: Worker[int, int]) -> None:
+def test_cancelled_items_are_not_computed(held: Held, worker: Worker[int, int]) -> None:
     async def ask() -> None:
         first = asyncio.create_task(worker.answers([1]))
         await until(held.started.is_set)

@@ -46,7 +46,7 @@ def refused(url: str, status: int, content: bytes, headers: dict = FORM) -> str:
     return answered.json()["detail"]
 
 
-def test_too_much(url: str) -> None:
+def test_files_and_requests_above_a_limit_are_refused(url: str) -> None:
     def status(*lengths: int) -> int:
         files = [("files", (f"{n}", bytes(length))) for n, length in enumerate(lengths)]
         return httpx.post(f"{url}/predict", files=files).status_code

@@ -80,7 +80,7 @@ def test_probes_may_use_head(server: Server) -> None:
         assert (answered.status_code, answered.content) == (200, b"")
 
 
-def test_what_it_says_of_itself(server: Server) -> None:
+def test_health_model_and_metrics_describe_the_service(server: Server) -> None:
     health = httpx.get(f"{server.url}/health").json()
     assert health == {"status": "ready", "step": 120, "device": "cpu"}
     model = httpx.get(f"{server.url}/model").json()
@@ -114,7 +114,9 @@ def test_other_sites_and_other_names_are_refused(server: Server) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_it_answers_before_it_stops(finished_run: Path, start: Callable[..., Server], number: int) -> None:
+def test_requests_in_progress_are_answered_before_the_stop(
+    finished_run: Path, start: Callable[..., Server], number: int
+) -> None:
     server = start(finished_run, "--port", "0", "--max-model-bytes", "100000")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(post, server.url, [bytes(30_000)] * 4)
@@ -199,7 +201,7 @@ def fails(*arguments: str | Path, **variables: str) -> str:
     return done.stderr
 
 
-def test_what_cannot_be_served_is_one_line(server: Server, finished_run: Path) -> None:
+def test_wrong_addresses_options_and_runs_end_with_one_line(server: Server, finished_run: Path) -> None:
     port = server.url.rpartition(":")[2]
     assert "Address already in use" in fails(finished_run, "--port", port)
     assert "cannot be resolved" in fails(finished_run, "--host", "no.such.host.invalid")

@@ -80,7 +80,7 @@ def test_a_start_goes_on_from_the_latest_event_although_the_clock_was_set_back(
     assert 0.05 <= read_seconds(run)["productive"] < 60
 
 
-def test_a_torn_line_is_no_event(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_not_an_event(tmp_path: Path) -> None:
     run = write(tmp_path, [{"event": "start", "time": 0, "step": 0}, {"event": "begin", "time": 1}, note(5, 2)])
     with open(run / FILE, "a") as file:
         file.write('{"event": "note", "ti')

@@ -83,7 +83,7 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
     ],
     ids=["patient", "beats"],
 )
-def test_what_is_no_hang_is_left_alone(tmp_path: Path, script: str) -> None:
+def test_the_watchdog_does_not_end_runs_that_do_not_hang(tmp_path: Path, script: str) -> None:
     process = start(tmp_path, 0, f"{script}\ndog.close()\nprint('alive', file=sys.stderr)")
     _, errors = process.communicate(timeout=300)
     assert (process.returncode, errors.strip()) == (0, "alive")

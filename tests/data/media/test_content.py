@@ -87,12 +87,12 @@ def test_loudness_and_contrast_do_not_matter() -> None:
         pytest.param(sound(tones(300))[:50], id="cut sound"),
     ],
 )
-def test_files_that_cannot_be_decoded_have_none(data: bytes) -> None:
+def test_files_that_cannot_be_decoded_have_no_table(data: bytes) -> None:
     assert np.isnan(content_of(data)).all()
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3"])
-def test_long_sounds_have_none_and_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sounds_have_no_table_and_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = sound(tones(300, seconds=1.0), kind)
     assert not np.isnan(content_of(data)).any()
     monkeypatch.setattr(content, "LONGEST_S", 0.9)
@@ -111,7 +111,7 @@ def test_a_sound_that_does_not_state_its_length_is_used_unless_it_is_long(monkey
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
-def test_large_pictures_have_none_and_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pictures_have_no_table_and_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = picture(UPPER_HALF_RED, kind)
     monkeypatch.setattr(content, "MOST_PIXELS", 40 * 30 - 1)
     monkeypatch.setattr(content, "decode_image", lambda *_: pytest.fail("is decoded"))

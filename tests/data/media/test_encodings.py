@@ -195,7 +195,7 @@ def test_a_sound_that_resampling_makes_too_long_is_refused():
         resample(Clip(np.zeros(100_000, np.float32), 1000), 1_000_000)
 
 
-def test_want_of_memory_in_torch_is_want_of_memory(monkeypatch):
+def test_torchs_out_of_memory_error_becomes_a_memory_error(monkeypatch):
     def fail(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 

@@ -89,7 +89,7 @@ def test_other_files_are_of_no_kind() -> None:
     assert kind_of(as_array(b"RIFF\0\0\0\0WEBPVP8 ")).name == "a WebP"  # type: ignore[union-attr]
 
 
-def test_what_others_wrote_does_no_harm() -> None:
+def test_unknown_formats_and_sizes_are_ignored() -> None:
     assert not input_format("jpeg2000:9", {}).is_known
     assert not input_format("as_stored", {"image_size": 8}).is_known
     odd = input_format("png", {"image_size": "8", "seconds": 3, "more": []})

@@ -184,7 +184,7 @@ def test_a_sound_of_too_many_samples_is_refused_unless_its_beginning_is_wanted(c
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_a_long_sound_the_beginning_is_decoded_and_what_resampling_needs(kind, monkeypatch):
+def test_only_the_beginning_of_a_long_sound_and_the_edge_for_resampling_are_decoded(kind, monkeypatch):
     whole = decode_audio(sound(*kind)).wave
     monkeypatch.setattr(sounds, "EDGE_S", 0.125)
     assert np.array_equal(decode_audio(sound(*kind), 0.25).wave, whole)

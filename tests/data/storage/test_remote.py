@@ -64,7 +64,7 @@ def stall_s(fault: str) -> float:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_it_recovers(server: FaultyServer, tmp_path: Path, fault: str) -> None:
+def test_a_fetch_recovers_from_faults(server: FaultyServer, tmp_path: Path, fault: str) -> None:
     cache = make_cache(tmp_path, stall_s=stall_s(fault), attempts=9 if fault == "stall" else 3)
     server.fail("/x.tar", [fault, fault] if fault != "stall" else [fault])
     path = cache.fetch(RemoteFile(f"{server.url}/x.tar", sha256(CONTENT), len(CONTENT)))
@@ -74,7 +74,7 @@ def test_it_recovers(server: FaultyServer, tmp_path: Path, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_it_gives_up_and_says_why(server: FaultyServer, tmp_path: Path, fault: str) -> None:
+def test_a_fetch_gives_up_and_reports_the_reason(server: FaultyServer, tmp_path: Path, fault: str) -> None:
     server.files["/y.tar"] = CONTENT[::-2]
     other = make_cache(tmp_path).fetch(RemoteFile(f"{server.url}/y.tar", sha256(CONTENT[::-2])))
     cache = make_cache(tmp_path, stall_s=stall_s(fault), attempts=2)

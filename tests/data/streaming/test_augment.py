@@ -381,7 +381,7 @@ def test_want_of_memory_is_not_blamed_on_a_file(background, monkeypatch):
         augmented._recordings.crop(10, np.random.default_rng(0))
 
 
-def test_of_a_long_file_what_the_fastest_speed_needs_is_decoded(monkeypatch):
+def test_a_long_file_is_decoded_as_far_as_the_fastest_speed_needs(monkeypatch):
     asked, decode = [], decode_audio
     monkeypatch.setattr(augment, "decode_audio", lambda data, seconds: asked.append(seconds) or decode(data, seconds))
     augmentation("wav:int16", seconds=0.5, speeds=(0.8, 1.5))(WAV, np.random.default_rng(0))

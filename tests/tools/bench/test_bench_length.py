@@ -27,7 +27,7 @@ def test_rows_hold_what_was_measured(
 
 
 @pytest.mark.parametrize("lengths", ["1x", "0", "", "5,,6"])
-def test_lengths_that_are_none(lengths: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_lengths_are_rejected(lengths: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         bench_length.main(["--lengths", lengths])
     assert error.value.code == 2

@@ -33,7 +33,7 @@ def test_all_steps_are_the_published_ones(steps: int, config_file: Path, capsys:
     assert lines[-1].startswith(f"largest relative difference of {steps} steps")
 
 
-def test_a_difference_is_seen(
+def test_a_different_optimizer_is_detected(
     config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The comparison must detect another optimizer."""

@@ -39,7 +39,7 @@ def test_a_source_without_evaluation_and_an_evaluation_before_training(tmp_path:
     }  # fmt: skip
 
 
-def test_what_is_no_run_is_named(finished_run: Path, tmp_path: Path) -> None:
+def test_plot_runs_names_folders_without_measurements(finished_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no measurement; give the directory of a run"):
         plot_runs.main([str(tmp_path / "curves.png"), str(finished_run), str(tmp_path)])
     (tmp_path / "metrics.jsonl").touch()
