@@ -85,7 +85,7 @@ def resume(run: Path) -> tuple[Tensors, Path, list[str]]:
     return engine, files.checkpoints_dir(run) / files.checkpoint_name(manifest["step"]), said
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_restored(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train"}\n')
     path = save(tmp_path, 3)
     assert same(Tensors(3), resume(tmp_path)[0])
@@ -98,7 +98,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train"}\n'
 
 
-def test_training_may_go_on_while_it_is_written(tmp_path: Path) -> None:
+def test_training_may_continue_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     """The checkpoint has the state at `start`, although it changes afterwards. The memory is reused."""
     saver, source = saving.Saver(tmp_path, ALONE, RetentionPolicy(100)), Tensors(1)
     for step in (1, 2):
@@ -206,7 +206,7 @@ def test_a_writer_that_dies_ends_the_run_as_a_crash(tmp_path: Path) -> None:
     assert same(resume(tmp_path)[0], Tensors(1))
 
 
-def test_a_folder_that_vanishes_is_said_and_the_one_before_stays(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported_and_the_earlier_checkpoint_stays(tmp_path: Path) -> None:
     save(tmp_path, 1)
     saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(100))
     saver.start(Tensors(2, size=3_000_000), {"step": 2, "updates": 2, **FACTS})
@@ -218,7 +218,7 @@ def test_a_folder_that_vanishes_is_said_and_the_one_before_stays(tmp_path: Path)
     assert same(resume(tmp_path)[0], Tensors(1))
 
 
-def test_a_full_disk_is_said_and_the_one_before_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_earlier_checkpoint_stays(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
@@ -395,7 +395,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(finished_run: Path, 
     assert loading.load_model(copy)[2]["step"] == 60
 
 
-def test_a_copy_beside_the_checkpoints_is_no_trouble(finished_run: Path, tmp_path: Path) -> None:
+def test_a_backup_beside_the_checkpoints_is_ignored(finished_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished_run, copy)
     shutil.copytree(copy / "checkpoints" / "step_00000060", copy / "checkpoints" / "step_00000060.bak")

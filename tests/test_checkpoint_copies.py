@@ -202,7 +202,7 @@ def test_a_kill_in_the_middle_of_a_copy_and_a_stop(runs: Runs, tmp_path: Path) -
     assert call("checkpoint", ["verify", "s3://bucket/copies/tiny"]) == 0
 
 
-def test_a_run_that_is_asked_to_stop_while_its_last_copy_fails_is_started_again(runs: Runs) -> None:
+def test_a_run_that_is_stopped_while_its_last_copy_fails_is_restarted(runs: Runs) -> None:
     reached, asked = threading.Event(), threading.Event()
 
     def fail(request: str) -> int | None:
@@ -238,7 +238,7 @@ def test_a_run_that_is_asked_to_stop_while_its_last_copy_fails_is_started_again(
         ("s3://bucket/x", 0, "copies      s3://bucket/x/tiny: can be written"),
     ],
 )
-def test_a_dry_run_proves_that_the_store_can_be_written(runs: Runs, run_ranks, url: str, code: int, says: str) -> None:
+def test_a_dry_run_checks_that_the_store_can_be_written(runs: Runs, run_ranks, url: str, code: int, says: str) -> None:
     (ended,) = run_ranks(1, ["bfsys/train.py", str(runs.config), "--dry-run", f"train.checkpoint_copy={url}"])
     assert ended.returncode == code
     assert says in ended.stdout + ended.stderr

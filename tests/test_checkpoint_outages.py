@@ -19,7 +19,7 @@ from tests.test_checkpoint import resume, same, save
 
 
 @pytest.mark.parametrize("what", [files.MANIFEST, "weight-0-of-1.safetensors"])
-def test_a_file_server_that_is_away_is_waited_for_and_damages_nothing(
+def test_reads_are_retried_while_a_file_server_is_away(
     tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
@@ -74,7 +74,7 @@ def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(
 
 
 @pytest.mark.parametrize("number", [errno.EREMOTEIO, errno.EPROTO, errno.EBUSY])
-def test_an_error_that_no_list_has_damages_nothing(
+def test_an_unlisted_error_number_does_not_count_as_damage(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only a file that is missing, or that is something else than a file, is damage."""

@@ -83,7 +83,7 @@ def test_a_server_that_fails_for_a_while_is_asked_again(on_s3: Store, s3: S3Serv
     assert content(fetched(on_s3, path.name, tmp_path / "other")) == content(path)
 
 
-def test_errors_after_which_a_store_is_asked_again_are_said(tmp_path: Path) -> None:
+def test_retried_errors_of_a_store_are_printed(tmp_path: Path) -> None:
     said: list[str] = []
     answers = iter((TimeoutError("too slow"), 7))
 
@@ -202,7 +202,7 @@ def test_the_newest_is_copied_first_and_stays_on_the_disk_until_then(tmp_path: P
     assert Store(f"file://{tmp_path}/copies/mine").names() == ["step_00000003", "step_00000004"]
 
 
-def test_what_decides_the_future_of_a_run_travels_with_a_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_files_that_later_steps_depend_on(tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     run.mkdir()
     for name in HISTORY:
@@ -222,7 +222,7 @@ def test_what_decides_the_future_of_a_run_travels_with_a_checkpoint(tmp_path: Pa
     assert (other / "metrics.jsonl").read_text() == "some of metrics.jsonl"
 
 
-def test_failing_copies_are_said_once(tmp_path: Path) -> None:
+def test_failing_copies_are_reported_once(tmp_path: Path) -> None:
     run, place = tmp_path / "run", tmp_path / "copies"
     place.mkdir(mode=0o500)
     if os.access(place, os.W_OK):  # root may write everywhere
@@ -242,7 +242,7 @@ def test_failing_copies_are_said_once(tmp_path: Path) -> None:
     assert "step_00000002: is whole, but has no copy in file://" in copies.problem_of_newest()
 
 
-def test_a_copying_process_that_cannot_start_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copying_process_that_cannot_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
@@ -264,7 +264,7 @@ def test_a_copying_process_that_cannot_start_is_said(tmp_path: Path, monkeypatch
     assert news.endswith("/mine/checkpoints again") or news.endswith("/mine again")
 
 
-def test_errors_of_the_disk_are_no_errors_of_the_store(tmp_path: Path) -> None:
+def test_errors_of_the_disk_are_not_errors_of_the_store(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}/mine")
     put(store, save(tmp_path / "run", 1))
     (name,) = store.names()
@@ -274,7 +274,7 @@ def test_errors_of_the_disk_are_no_errors_of_the_store(tmp_path: Path) -> None:
         store.put(tmp_path / "nowhere", {})
 
 
-def test_a_file_server_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_file_server_does_not_count_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "run", 1)
     task = {"action": "copy", "url": f"file://{tmp_path}/mine", "path": str(path), "run_dir": str(tmp_path / "run"),
             "keep": KEEP}  # fmt: skip
@@ -311,7 +311,7 @@ def test_a_copy_that_fails_after_a_save_is_followed_by_that_of_the_newest(tmp_pa
     assert copies.problem_of_newest() == ""
 
 
-def test_a_disk_without_checkpoints_and_damaged_copies_are_no_new_run(tmp_path: Path) -> None:
+def test_a_run_does_not_start_over_if_all_copies_are_damaged(tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}/copies/mine")
     for step in (1, 2):
         put(store, save(tmp_path / "run", step))

@@ -156,7 +156,7 @@ def test_a_url_or_nothing_in_the_place_of_a_path_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_options_may_stand_among_overrides(config_file: Path, capsys: pytest.CaptureFixture) -> None:
+def test_options_may_be_given_among_overrides(config_file: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.dispatch(["train", str(config_file), "train.steps=7", "--no-data", "--dry-run", "optim.lr=0.5"]) == 0
     shown = capsys.readouterr().out
     assert "steps: 7" in shown

@@ -56,7 +56,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert config.name == "x"
 
 
-def test_a_recipe_stands_for_what_is_not_given(tmp_path: Path) -> None:
+def test_a_recipe_sets_the_values_that_are_not_given(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL + "optim: {lr: 2e-3}\n")
     for overrides, expected in (
         ([], ("published", "adamw", "mean", "published", 0.0, 0.0)),

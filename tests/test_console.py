@@ -50,12 +50,12 @@ def test_characters_that_an_encoding_lacks_are_escaped(pipe: tuple[int, int], en
     assert os.read(pipe[0], 100).decode(encoding) == shown + "\n"
 
 
-def test_a_file_name_that_is_no_text_is_escaped(pipe: tuple[int, int]) -> None:
+def test_a_file_name_that_is_not_text_is_escaped(pipe: tuple[int, int]) -> None:
     print(os.fsdecode(b"a\xff"), file=make_console(pipe[1]))
     assert os.read(pipe[0], 100) == b"a\\udcff\n"
 
 
-def test_what_a_closed_pipe_does_not_take_goes_to_the_log(pipe: tuple[int, int], tmp_path: Path) -> None:
+def test_lines_that_a_closed_pipe_does_not_accept_go_to_the_log(pipe: tuple[int, int], tmp_path: Path) -> None:
     os.close(pipe[0])
     out = make_console(pipe[1], tmp_path / "log" / "rank-0.log")
     print("step 1", file=out)
@@ -70,7 +70,7 @@ def test_a_full_disk_loses_no_step_even_if_the_log_is_on_it() -> None:
         print("step 1", file=make_console(full.fileno(), Path("/dev/full")))
 
 
-def test_a_closed_descriptor_is_no_error(pipe: tuple[int, int], tmp_path: Path) -> None:
+def test_a_closed_descriptor_is_not_an_error(pipe: tuple[int, int], tmp_path: Path) -> None:
     os.close(pipe[1])
     print("step 1", file=make_console(pipe[1], tmp_path / "log"))
     assert (tmp_path / "log").read_text().endswith("step 1\n")

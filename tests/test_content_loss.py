@@ -105,7 +105,7 @@ def test_weights_are_taken_over_with_the_head_or_without_it(runs: tuple[Path, Pa
     assert names["tuned-without"] == {name for name in origin if not name.startswith(CONTENT_HEAD)}
 
 
-def test_a_larger_weight_at_a_resume_is_no_spike(runs: tuple[Path, Path]) -> None:
+def test_a_larger_weight_at_a_resume_is_not_a_spike(runs: tuple[Path, Path]) -> None:
     assert [line["step"] for line in lines(runs[1] / "heavier")] == list(range(1, 13))
     assert not lines(runs[1] / "heavier", "bad_step")
 

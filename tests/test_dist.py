@@ -80,7 +80,7 @@ def test_a_half_set_environment_is_named(variables: dict[str, str], problem: str
         ({"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "12345"}, "cannot be resolved on this machine"),
     ],
 )
-def test_several_ranks_need_a_place_to_meet(variables: dict[str, str], problem: str, launcher) -> None:
+def test_several_ranks_need_a_rendezvous_address(variables: dict[str, str], problem: str, launcher) -> None:
     launcher(**variables)
     with pytest.raises(UserError, match=problem):
         dist.start(dist.Ranks(0, 2, 0, 2), timeout_s=1)
@@ -191,7 +191,7 @@ def test_every_group_has_the_runs_timeout_and_a_process_alone_needs_no_port(run_
     assert (result.returncode, result.stdout) == (0, "0:01:17\n0:01:17\n"), result.stderr
 
 
-def test_the_reason_of_a_failed_set_up_is_said(run_ranks) -> None:
+def test_the_reason_of_a_failed_set_up_is_reported(run_ranks) -> None:
     (result,) = run_ranks(1, ["-c", "import os; os.environ['GLOO_SOCKET_IFNAME'] = 'eth7'" + ALONE])
     assert result.returncode == 1
     assert "cannot be set up" in result.stderr
@@ -251,7 +251,7 @@ dist.hard_exit(exit_code_of(main))
 """
 
 
-def test_what_rank_0_does_all_know(run_ranks) -> None:
+def test_results_and_errors_of_rank_0_are_shared(run_ranks) -> None:
     first, second = run_ranks(2, ["-c", ON_RANK_0])
     assert first.stdout == "{'by': 0} None [0]\n", first.stderr
     assert second.stdout == "{'by': 0} None []\n", second.stderr

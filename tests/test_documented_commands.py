@@ -140,7 +140,7 @@ def test_a_wrong_option_and_a_wrong_key_are_found() -> None:
         check_options("deepspeed bfsys/train.py configs/small.yaml train.stepps=3")
 
 
-def test_what_is_not_run_is_documented() -> None:
+def test_commands_that_are_not_run_are_documented() -> None:
     documented = {command for page in PAGES for command in commands_of(page)}
     assert set(NOT_RUN) - documented == set()
 

@@ -120,7 +120,7 @@ def test_a_problem_is_one_line_whatever_a_file_is_called(capsys: pytest.CaptureF
         (MemoryError("Unable to allocate 3 GiB"), 1, "error: there is not enough memory: Unable to allocate 3 GiB\n"),
     ],
 )
-def test_what_a_machine_lacks_is_one_line(
+def test_errors_of_the_machine_are_one_line(
     error: Exception, code: int, said: str, capsys: pytest.CaptureFixture
 ) -> None:
     def main() -> None:
@@ -132,7 +132,7 @@ def test_what_a_machine_lacks_is_one_line(
     assert shown.count("\n") == 1
 
 
-def test_a_text_for_an_exit_code_is_said(capsys: pytest.CaptureFixture) -> None:
+def test_an_exit_code_that_is_text_is_printed(capsys: pytest.CaptureFixture) -> None:
     assert ends_with(lambda: sys.exit("a library gives up")) == 1
     assert capsys.readouterr().err == "a library gives up\n"
 
@@ -159,7 +159,7 @@ def test_collecting() -> None:
     assert problems == ["0 is wrong", "and so on", "2 is wrong", "and so on"]
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+def test_a_reader_that_closes_the_pipe_is_not_an_error() -> None:
     code = "from bfsys.errors import run_command; run_command(lambda: [print(i) for i in range(100_000)] and 0)"
     shell = f"set -o pipefail; {sys.executable} -c '{code}' | head -n 1"
     done = subprocess.run(["bash", "-c", shell], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)

@@ -40,7 +40,7 @@ def test_precisions_agree_about_the_scores(finished_run: Path, evaluate_run) -> 
     assert bf16["top1"] == pytest.approx(exact["top1"], abs=2 / 35)
 
 
-def test_a_split_that_no_source_has_is_said(finished_run: Path, evaluate_run) -> None:
+def test_a_split_that_no_source_has_is_reported(finished_run: Path, evaluate_run) -> None:
     with pytest.raises(UserError, match="has a split 'test'; there are: train, val"):
         evaluate_run(finished_run, "--split", "test")
 

@@ -16,7 +16,7 @@ DURABLE = pytest.mark.parametrize("durable", [True, False])
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device"])
-def test_what_is_no_regular_file_is_named_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+def test_files_that_are_not_regular_are_named_and_not_waited_for(tmp_path: Path, kind: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     path = tmp_path / "link" if "link" in kind else tmp_path / "pipe" if kind == "pipe" else Path("/dev/zero")
     (tmp_path / "link").symlink_to("pipe")
@@ -72,7 +72,7 @@ def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
 
 
-def test_a_disk_that_takes_no_more_leaves_the_old_content(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_content(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     code = (
@@ -94,7 +94,7 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
 
 
 @DURABLE
-def test_what_is_durable_is_on_the_disk_in_the_right_order(
+def test_durable_writes_are_flushed_in_the_right_order(
     tmp_path: Path, durable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The content is synced before the rename, and the name before the call returns."""

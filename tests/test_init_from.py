@@ -81,7 +81,7 @@ def test_weights_and_average_are_the_others_average(
             torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_it_is_said_once_and_a_run_that_continues_takes_no_notice(
+def test_copied_weights_are_reported_once_and_a_resumed_run_ignores_the_setting(
     started: tuple[Path, list[subprocess.CompletedProcess]], finished_run: Path
 ) -> None:
     first, second = (rank.stdout for rank in started[1])
@@ -127,7 +127,7 @@ def test_attention_pooling_starts_from_the_mean(config: Config) -> None:
     assert "the query of model.pool starts at zero" in notes
 
 
-def test_another_mode_is_said(config: Config) -> None:
+def test_another_mode_is_noted(config: Config) -> None:
     assert "model.mode was masked there and is as_released here" in start(with_model(config, mode="as_released"))[1]
 
 
@@ -162,7 +162,7 @@ def test_a_run_without_an_average_gives_its_last_weights(config: Config, finishe
     assert torch.equal(weights["head.weight"], tensors(path, "weight")["head.weight"])
 
 
-def test_the_dry_run_says_what_would_be_taken_over(config: Config, capsys) -> None:
+def test_the_dry_run_lists_the_weights_that_would_be_copied(config: Config, capsys) -> None:
     dry_run(with_model(config, max_tokens=70), 1, with_data=True)
     printed = capsys.readouterr().out
     assert "64 of 64 positions are copied; the other 6 start from new weights" in printed

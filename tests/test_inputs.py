@@ -50,7 +50,7 @@ def test_all_kinds_of_input_are_their_bytes(kind: Callable[[Path], Input], path:
     assert (data.dtype, data.ndim, data.tobytes()) == (np.uint8, 1, CONTENT)
 
 
-def test_an_open_file_is_read_from_where_it_stands(path: Path) -> None:
+def test_an_open_file_is_read_from_its_position(path: Path) -> None:
     with open(path, "rb") as file:
         file.seek(10)
         assert read_input("x", file).tobytes() == CONTENT[10:]
@@ -109,7 +109,7 @@ def pipe_that_does_not_block(path: Path) -> io.BufferedReader:
         (lambda path: io.StringIO("text"), r"its read\(\) gives str; open it in binary mode"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_named(
+def test_inputs_that_cannot_be_read_are_named(
     wrong: Callable[[Path], Input], told: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs, "MOST_BYTES", 3_000_000)
@@ -120,7 +120,7 @@ def test_what_cannot_be_read_is_named(
     assert len(str(error.value)) < 400
 
 
-def test_text_that_is_no_utf_8_is_no_binary_file(path: Path) -> None:
+def test_a_file_opened_as_text_is_refused(path: Path) -> None:
     path.write_bytes(b"\xff\xfe\xff")
     with open(path, encoding="utf-8") as file, pytest.raises(UserError, match="open it in binary mode"):
         read_input("x", file)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def test_other_files_of_the_kind_are_usual_and_foreign_ones_are_not() -> None:
         assert references.score(file) > 1, name
 
 
-def test_a_mixture_of_kinds_knows_each_of_them() -> None:
+def test_files_of_each_kind_of_a_mixture_are_usual() -> None:
     text = [of(f"title: page {i}\n".encode() + b"the words of a page " * (10 + i)) for i in range(128)]
     references = reference_files([*sounds(64, 0), *text[::2]])
     for file in (*sounds(20, 1), *text[1::6]):
@@ -62,7 +62,7 @@ def test_a_mixture_of_kinds_knows_each_of_them() -> None:
     assert references.score(of(np.random.default_rng(0).bytes(600))) > 3
 
 
-def test_what_a_manifest_keeps_gives_equal_scores() -> None:
+def test_references_from_a_manifest_give_equal_scores() -> None:
     references = reference_files(sounds(FILES, 0))
     tree = json.loads(json.dumps(references.to_tree()))
     assert len(json.dumps(tree)) < 60_000
@@ -182,7 +182,7 @@ def test_a_run_and_its_export_report_the_same_score(
     assert answer["out_of_distribution"] == pytest.approx(float(scores[0]))
 
 
-def test_a_checkpoint_of_an_earlier_version_says_nothing(finished_run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_earlier_version_has_no_score(finished_run: Path, tmp_path: Path) -> None:
     call("export", [str(finished_run), str(tmp_path / "old"), "--format", "safetensors"])
     description = tmp_path / "old" / "model.json"
     facts = json.loads(description.read_text())

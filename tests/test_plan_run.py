@@ -87,7 +87,7 @@ def test_muon_keeps_one_moment_of_its_matrices(config_file: Path) -> None:
     assert adamw.state_bytes - muon.state_bytes == adamw.checkpoint_bytes - muon.checkpoint_bytes == spared
 
 
-def test_what_a_run_measured_is_used(config_file: Path, finished_run: Path, capsys: pytest.CaptureFixture) -> None:
+def test_measurements_of_a_run_are_used(config_file: Path, finished_run: Path, capsys: pytest.CaptureFixture) -> None:
     rates = [json.loads(line)["model_tflop_per_s"] for line in (finished_run / "metrics.jsonl").read_text().splitlines()
              if '"train"' in line]  # fmt: skip
     like = plan_run.measured(finished_run)

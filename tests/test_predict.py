@@ -83,7 +83,7 @@ def test_a_folder_is_read_as_it_is_packed(finished_run: Path, tmp_path: Path, pr
     assert named == [f"{folder}/{n}" for n in ("b", "caf\\udce9", "link/c", "two\\nlines")]
 
 
-def test_a_file_for_which_memory_does_not_suffice_costs_no_other_answer(finished_run: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_for_memory_does_not_affect_other_answers(finished_run: Path, tmp_path: Path) -> None:
     model = predict.load(finished_run, device="cpu")
     forward = model._network.forward
 
@@ -121,7 +121,7 @@ def test_a_models_answers_need_no_deepspeed(finished_run: Path, datasets: Path) 
     assert result.returncode == 0, result.stderr
 
 
-def test_what_a_run_does_to_bytes_is_done_before_prediction_too(
+def test_prediction_applies_the_runs_byte_transforms(
     config_file: Path, datasets: Path, tmp_path: Path, run_ranks, evaluate_run, predict_files
 ) -> None:
     change = ["data.byte_transforms=[reverse, noise:-3:3, permute]", "train.steps=100", "optim.lr=1e-2",
@@ -267,7 +267,7 @@ def test_a_model_answers_in_bfloat16(model: bfsys.Model, finished_run: Path, pat
         bfsys.load(finished_run, precision="half")  # type: ignore[arg-type]
 
 
-def test_all_problems_of_a_call_are_told_at_once(model: bfsys.Model, tmp_path: Path) -> None:
+def test_all_problems_of_a_call_are_reported_at_once(model: bfsys.Model, tmp_path: Path) -> None:
     wrong = [b"good", b"", tmp_path, tmp_path / "none", np.zeros(3), "no path", 7]
     with pytest.raises(bfsys.UserError) as error:
         model.predict(wrong)  # type: ignore[arg-type]

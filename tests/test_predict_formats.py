@@ -148,7 +148,7 @@ def test_python_warns_and_encodes(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert not np.array_equal(as_they_are, made)
 
 
-def test_an_export_knows_them_too(folder: Path, tmp_path: Path) -> None:
+def test_an_export_records_the_input_formats(folder: Path, tmp_path: Path) -> None:
     call("export", [str(folder / "runs" / "tiny"), str(tmp_path / "out"), "--format", "safetensors"])
     assert bfsys.load(tmp_path / "out").input_formats == FORMATS
     facts = json.loads((tmp_path / "out" / "model.json").read_text())
@@ -159,7 +159,7 @@ def test_an_export_knows_them_too(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("age", ["older", "newer", "mixed"])
-def test_where_formats_are_not_known_nothing_is_said(
+def test_no_note_is_printed_if_formats_are_not_known(
     age: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """The cases are a checkpoint without recorded formats, one with an unknown encoding, and one with training files as

@@ -84,7 +84,7 @@ def test_a_finished_run_keeps_the_config_that_it_was_trained_with(finished_run: 
     assert file.read_text() == before
 
 
-def test_what_the_last_holder_of_a_directory_wrote_is_seen(
+def test_files_of_the_previous_holder_of_a_directory_are_seen(
     finished_run: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another run saves its first checkpoint while this one waits for the lock."""
@@ -175,7 +175,7 @@ def test_a_finished_run_that_is_fetched_has_its_config(finished_run: Path, confi
     assert (run / "config.yaml").read_text() == trained
 
 
-def test_a_directory_that_takes_the_place_of_the_runs_is_noticed(config: Config) -> None:
+def test_a_replaced_run_directory_is_detected(config: Config) -> None:
     """A backup that is restored while the run trains has a lock file of its own."""
     directory = prepare_run_dir(config, facts_of(config), ALONE)
     with directory:

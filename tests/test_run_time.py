@@ -76,7 +76,7 @@ SEEN = {
 
 
 @pytest.mark.parametrize("case", SEEN)
-def test_what_a_rank_sends_is_told(case: tuple[int, str, int, bool]) -> None:
+def test_sent_bytes_agree_with_the_network_counters(case: tuple[int, str, int, bool]) -> None:
     stage, precision, micro_batches, muon = case
     told = sent_bytes(
         stage, 909_802, 2, micro_batches, bf16=precision == "bf16", muon_parameters=866_304 if muon else 0

@@ -52,7 +52,7 @@ def test_control_c_stops_a_command_while_it_is_imported() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_command_in_the_background_goes_on_to_ignore_control_c() -> None:
+def test_a_background_command_continues_to_ignore_control_c() -> None:
     done = interrupted_at("bfsys.cli", "SIG_IGN", REPOSITORY / "bfsys" / "__main__.py")
     assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, "bfsys", "")
 

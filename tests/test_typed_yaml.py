@@ -118,7 +118,7 @@ def test_other_scalars_are_those_of_yaml(file: Path) -> None:
     assert load(Config, file, ['data.sources=[{path: "base #2"}]']).data.sources == (Source(path="base #2"),)
 
 
-def test_numbers_long_files_and_devices_are_no_configs(file: Path) -> None:
+def test_numbers_long_files_and_devices_are_not_configs(file: Path) -> None:
     file.write_bytes(b"3")
     with pytest.raises(UserError, match="expected `key: value` lines at the top, got a whole number"):
         load(Config, file)
@@ -262,7 +262,7 @@ def test_an_empty_path_is_refused(home: Path) -> None:
         load(Config, config_file, ["runs_dir="])
 
 
-def test_a_slash_behind_a_url_makes_no_other_dataset(home: Path) -> None:
+def test_a_slash_at_the_end_of_a_url_does_not_change_the_dataset(home: Path) -> None:
     config_file = home / "some.yaml"
     config_file.write_text("data: {sources: [{path: s3://bucket/a}, {path: s3://bucket/a/}], lanes: 1}\n")
     with pytest.raises(UserError, match=r"s3://bucket/a = s3://bucket/a/ is given twice"):

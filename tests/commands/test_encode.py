@@ -53,7 +53,7 @@ def test_noise_is_another_one_each_time(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "any.bin").read_bytes() != (tmp_path / "two" / "any.bin").read_bytes()
 
 
-def test_everything_wrong_is_told_at_once_and_nothing_written(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_and_nothing_is_written(tmp_path: Path) -> None:
     src = make_files(tmp_path / "src", {"a.png": b"", "a.PNG": b""})
     with pytest.raises(UserError) as error:
         call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tif", "--transform", "permut"])
@@ -108,7 +108,7 @@ def test_a_name_that_is_too_long_for_another_extension_is_named_and_the_others_m
     assert total == "1 of 3 files were not written; run the same command again to continue"
 
 
-def test_want_of_memory_is_not_blamed_on_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_not_blamed_on_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
@@ -154,7 +154,7 @@ def test_a_file_that_is_noted_and_missing_is_made(stopped: list[str], tmp_path: 
     assert made_in(tmp_path / "out") == ["a.fhwc", "b.fhwc", "c.fhwc"]
 
 
-def test_notes_that_a_crash_has_cut_are_passed_over(stopped: list[str], tmp_path: Path) -> None:
+def test_incomplete_notes_are_ignored(stopped: list[str], tmp_path: Path) -> None:
     notes = tmp_path / "out" / encode.NOTES
     notes.write_bytes(notes.read_bytes() + b'["b.fhwc", "12')
     call("encode", stopped)
@@ -162,7 +162,7 @@ def test_notes_that_a_crash_has_cut_are_passed_over(stopped: list[str], tmp_path
     assert made_in(tmp_path / "out") == ["a.fhwc", "b.fhwc", "c.fhwc"]
 
 
-def test_what_was_made_otherwise_is_not_overwritten(stopped: list[str], tmp_path: Path) -> None:
+def test_files_made_with_other_settings_are_not_overwritten(stopped: list[str], tmp_path: Path) -> None:
     message = r"a\.fhwc: exists and is not overwritten, since it was not made from the current .*a\.png with these"
     other_source = make_files(tmp_path / "other", {"a.png": png_bytes(9, 9, 7)})
     for command in ([str(other_source), *stopped[1:]], [*stopped[:-1], "noise:-8:8"], [*stopped, "--image-size", "9"]):
@@ -177,7 +177,7 @@ def test_what_was_made_otherwise_is_not_overwritten(stopped: list[str], tmp_path
     assert made_in(tmp_path / "out") == ["a.fhwc"]
 
 
-def test_notes_tell_neither_paths_nor_keys(tmp_path: Path) -> None:
+def test_notes_reveal_neither_paths_nor_keys(tmp_path: Path) -> None:
     call("make-key", [str(tmp_path / "my.key")])
     make_files(tmp_path / "private", {"any.bin": b"1"})
     command = [str(tmp_path / "private"), str(tmp_path / "out"), "--transform", f"permute:{tmp_path}/my.key"]
@@ -191,7 +191,7 @@ def test_notes_tell_neither_paths_nor_keys(tmp_path: Path) -> None:
         call("encode", command)
 
 
-def test_what_cannot_be_written_is_told_with_what_could_not_be_decoded(tmp_path: Path) -> None:
+def test_write_errors_are_reported_with_decoding_errors(tmp_path: Path) -> None:
     src = make_files(tmp_path / "src", {"a.png": b"none", "b/c.png": png_bytes(9, 9, 1), "d.png": png_bytes(9, 9, 1)})
     make_files(tmp_path / "out", {"b": b"a file in the place of a folder"})
     with pytest.raises(UserError) as error:
@@ -216,7 +216,7 @@ def test_a_key_is_not_overwritten(tmp_path: Path) -> None:
         call("make-key", [str(tmp_path / "key")])
 
 
-def test_who_knows_one_file_knows_the_key_of_its_values() -> None:
+def test_one_known_file_reveals_the_key_for_its_values() -> None:
     """docs/privacy.md says that `permute` is a substitution, not a cipher."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)

@@ -122,7 +122,7 @@ def test_an_archive_that_was_fetched_by_other_means_is_unpacked(archive: Path) -
     assert (archive / "twelve" / "val" / "yes").is_dir()
 
 
-def test_no_network_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise OSError("no route to host")
 

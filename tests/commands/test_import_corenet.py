@@ -214,7 +214,7 @@ def test_wrong_class_names_are_said(names: bytes, message: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "cut", "zip", "folder", "missing"])
-def test_what_torch_did_not_write_is_said(damage: str, tmp_path: Path, weights) -> None:
+def test_files_that_torch_did_not_write_are_reported(damage: str, tmp_path: Path, weights) -> None:
     path = tmp_path / "weights.pt"
     torch.save(weights, path)
     if damage == "folder":

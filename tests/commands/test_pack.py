@@ -294,7 +294,7 @@ def test_a_stopped_run_continues(tmp_path, pictures, how):
     assert all_bytes(dataset) == all_bytes(whole)
 
 
-def test_sidecars_of_other_input_are_not_believed(tmp_path, monkeypatch):
+def test_sidecars_of_other_input_are_not_used(tmp_path, monkeypatch):
     src = make_tree(tmp_path / "src")
     with monkeypatch.context() as patch:
         patch.setattr(shard_jobs, "write_split", None)
@@ -318,7 +318,7 @@ def test_run_as_a_script_from_anywhere(tmp_path):
     assert "pets: 2 classes (cat, dog), encoding as_stored" in result.stdout
 
 
-def test_a_console_that_takes_nothing_costs_no_work(tmp_path):
+def test_a_blocked_console_does_not_stop_the_work(tmp_path):
     with open("/dev/full", "w") as full:
         command = [sys.executable, ROOT / "tools" / "pack.py", make_tree(tmp_path / "src"), tmp_path, "--name", "pets"]
         assert subprocess.run(command, stdout=full, stderr=full, timeout=300).returncode == 0

@@ -17,19 +17,19 @@ OF_SYSTEM = [
 
 
 @pytest.mark.parametrize("name", OF_SYSTEM)
-def test_files_of_the_operating_system_are_no_samples(tmp_path, capsys, name):
+def test_files_of_the_operating_system_are_not_samples(tmp_path, capsys, name):
     src = make_files(tmp_path / "src", {"cat/a": b"1", f"cat/deep/{name}": b"x", f"dog/{name}": b"x", "dog/a": b"2"})
     assert set(contents(pack(src, tmp_path, "--split", "train"))) == {"cat/a", "dog/a"}
     assert "files and folders left out: 2 of the operating system (cat/deep/" in capsys.readouterr().out
 
 
-def test_folders_of_the_operating_system_are_no_classes(tmp_path, capsys):
+def test_folders_of_the_operating_system_are_not_classes(tmp_path, capsys):
     src = make_files(tmp_path / "src", {"cat/a": b"1", "__MACOSX/a": b"x", "@eaDir/a": b"x", "lost+found/a": b"x"})
     assert open_split(pack(src, tmp_path, "--split", "train"), "train").classes == ("cat",)
     assert "3 of the operating system (@eaDir, __MACOSX, lost+found)" in capsys.readouterr().out
 
 
-def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
+def test_left_out_files_are_counted_and_named(tmp_path, capsys):
     files = {f"java/.hidden{i}": b"x" for i in range(4)} | {".net/a": b"x", "loose.bin": b"x", "java/Thumbs.db": b"x"}
     src = make_files(tmp_path / "src", {"java/a": b"1", "perl/a": b"2"} | files)
     pack(src, tmp_path, "--split", "train")
@@ -42,7 +42,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, capsys):
     assert err == f"{src}: {note}"
 
 
-def test_what_lies_beside_split_folders_is_named(tmp_path, capsys):
+def test_files_beside_split_folders_are_named(tmp_path, capsys):
     src = make_files(tmp_path / "src", {"train/cat/a": b"1", "train/labels.csv": b"x", "extra/a": b"x", "note": b"x"})
     pack(src, tmp_path, "--from", "imagefolder")
     out = capsys.readouterr().out
@@ -79,7 +79,7 @@ def test_classes_without_training_files_are_named(tmp_path, capsys):
     assert "note: 2 classes are without training files and cannot be learned: dog, fox\n" in out
 
 
-def test_a_single_class_is_told(tmp_path, capsys):
+def test_a_single_class_is_noted(tmp_path, capsys):
     dataset = pack(make_files(tmp_path / "src", {"photos/cat/a": b"1", "photos/dog/a": b"2"}), tmp_path)
     out = capsys.readouterr().out
     assert "pets: 1 class (photos)" in out
@@ -93,7 +93,7 @@ def test_a_complete_dataset_has_no_notes(tmp_path, capsys):
     assert "notes" not in read_description(dataset)
 
 
-def test_what_pictures_hold_besides_is_noted_in_the_dataset(tmp_path, capsys):
+def test_peculiarities_of_pictures_are_noted_in_the_dataset(tmp_path, capsys):
     animated, turned = io.BytesIO(), io.BytesIO()
     frames = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (0, 99, 200)]
     frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])

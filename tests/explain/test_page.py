@@ -95,13 +95,13 @@ def test_a_page_is_whole_and_safe(content: bytes) -> None:
     assert 'name="viewport"' in text
 
 
-def test_nothing_speaks_for_a_class() -> None:
+def test_the_page_says_if_there_is_no_evidence() -> None:
     e = explained(bytes(100), np.zeros(100, np.float32))
     e = replace(e, parts=tuple(replace(p, share=0.0) for p in e.parts), windows=(Window(0, 100, 0.0),))
     assert "no byte is evidence for" in checked(e)
 
 
-def test_many_small_parts_speak_for_a_class_together() -> None:
+def test_many_small_parts_are_evidence_for_a_class_together() -> None:
     e = explained(bytes(60))
     ranges = [Range(i, i + 1, f"chunk {i}", "content") for i in range(60)]
     shares = [0.036, *[0.964 / 54] * 54, *[0.0] * 5]
@@ -185,7 +185,7 @@ def test_evidence_lies_over_the_samples_that_bytes_are() -> None:
     checked(explained(content.tobytes(), gradients))
 
 
-def test_as_a_dict_it_is_bounded() -> None:
+def test_the_dict_of_an_explanation_is_small() -> None:
     e = explained(bytes(50_000))
     found = e.as_dict()
     assert found["bytes"] == 50_000

@@ -97,7 +97,7 @@ def file_of(content: bytes, label: int = 0, found: Structure | None = None) -> L
     return LabelledFile(data, data, label, 0, found or structure(data))
 
 
-def test_parts_change_places_with_their_like() -> None:
+def test_parts_are_replaced_by_parts_of_the_same_name_or_kind() -> None:
     one = file_of(wav_file(np.arange(10, dtype=np.uint8), b"short"))
     other = file_of(wav_file(np.arange(100, 130, dtype=np.uint8), b"a longer text"))
     changed = transplanted(one, other, lambda r: r.kind == "content")

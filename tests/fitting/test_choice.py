@@ -123,6 +123,6 @@ def test_no_content_is_learned_from_files_whose_class_is_their_kind() -> None:
     assert ("optim", "content_loss") not in settings(survey("a PNG", "image", size=28), CPU, as_stored=True)
 
 
-def test_few_files_are_not_repeated_for_ever() -> None:
+def test_few_files_are_not_repeated_forever() -> None:
     few: Choice = choose(survey("other", None, 500, files=100), CPU, 36_000, as_stored=False)
     assert few.most_steps() * few.batch_samples <= max(200 * few.batch_samples, 60 * 100)

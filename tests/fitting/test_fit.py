@@ -333,7 +333,7 @@ def test_names_of_runs() -> None:
         ({"a.bin": b"a"}, "has no class folders"),
     ],
 )
-def test_a_folder_that_cannot_be_fitted(names: dict[str, bytes], message: str, tmp_path: Path) -> None:
+def test_unusable_folders_are_refused(names: dict[str, bytes], message: str, tmp_path: Path) -> None:
     src = make_files(tmp_path / "src", names)
     with pytest.raises(UserError) as error:
         call("fit", [str(src), "--runs", str(tmp_path / "runs"), "--shards", str(tmp_path / "shards")])

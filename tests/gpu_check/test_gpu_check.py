@@ -246,7 +246,7 @@ def processes_result(name: str, limit_s: float = 120, is_cut_short: bool = False
         return processes.finish(name, child, Path(folder), limit_s, is_cut_short=is_cut_short)
 
 
-def test_a_check_that_ends_badly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_that_crash_or_hang_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     (skipped,) = processes_result("engine", 0.01, is_cut_short=True)
     assert (skipped.verdict, "--seconds" in skipped.advice) == (Verdict.SKIPPED, True)
     (hung,) = processes_result("engine", 0.01)

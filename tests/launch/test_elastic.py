@@ -22,7 +22,7 @@ JOB = {"Command": "/job.sh", "Partition": "batch"}
 
 
 @given(LANES, st.integers(1, 40), st.integers(0, 40), st.integers(1, 8))
-def test_what_fits_is_every_number_that_shares_the_lanes(lanes: int, low: int, more: int, each: int) -> None:
+def test_every_number_that_shares_the_lanes_evenly_fits(lanes: int, low: int, more: int, each: int) -> None:
     numbers = range(low, low + more + 1)
     found = elastic.fitting(lanes, numbers, each)
     assert found == sorted(set(found))
@@ -82,7 +82,7 @@ def starts_in(seconds: float) -> str:
     return f"echo 'sbatch: Job 9 to start at {at} using 4 processors on nodes n3 in partition batch' >&2"
 
 
-def test_nodes_are_there_if_slurm_would_start_a_job_on_them_and_nobody_waits(slurm_says) -> None:
+def test_nodes_are_free_if_slurm_would_start_a_job_on_them_and_no_job_waits(slurm_says) -> None:
     slurm_says(sbatch=f'[ "$*" = "--test-only --dependency= --nodes=3 /job.sh" ] && {starts_in(0)}', squeue="")
     assert elastic.can_start(3, JOB)
     assert not elastic.can_start(2, JOB)  # sbatch above refuses it

@@ -138,7 +138,7 @@ def test_ports_differ_between_neighbouring_jobs_and_are_not_ephemeral():
         assert all(int(port) in MASTER_PORTS for port in ports)
 
 
-def test_gloo_is_told_an_interface_only_where_the_own_name_misleads(monkeypatch):
+def test_gloo_gets_an_interface_only_if_the_own_name_resolves_to_loopback(monkeypatch):
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
     assert gloo_interface([]) is None
     assert gloo_interface(["127.0.0.1"]) == "lo"  # the route to the other "node"
@@ -190,7 +190,7 @@ def test_a_task_leaves_with_the_code_of_training(run_task, tmp_path, code):
     assert run_task(train) == code
 
 
-def test_what_a_node_does_not_see_is_said(run_task, tmp_path, capsys):
+def test_paths_that_a_node_does_not_see_are_reported(run_task, tmp_path, capsys):
     assert run_task(lambda *_: 0, config=tmp_path / "gone.yaml", code_dir=tmp_path) == 2
     errors = capsys.readouterr().err.splitlines()
     assert [error.partition(": does not see ")[2].partition(",")[0] for error in errors] == [

@@ -98,7 +98,7 @@ def test_status_shows_why_a_job_ended(run: Path, slurm_says, capsys, scontrol: s
     assert call("slurm", ["status", str(run)]) == 0
 
 
-def test_a_controller_that_is_away_is_no_end(run: Path, slurm_says, capsys) -> None:
+def test_an_unavailable_controller_does_not_mean_that_the_job_ended(run: Path, slurm_says, capsys) -> None:
     slurm_says("", complaint="slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     assert call("slurm", ["status", str(run)]) == 0
     assert "42: SLURM does not answer" in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_output_that_is_not_text_is_shown(run: Path, slurm_says, capsys) -> None
     assert "42: RUNNING" in capsys.readouterr().out
 
 
-def test_a_controller_that_is_away_is_asked_once(run: Path, slurm_says, tmp_path: Path, capsys) -> None:
+def test_an_unavailable_controller_is_asked_once(run: Path, slurm_says, tmp_path: Path, capsys) -> None:
     for number in range(43, 50):
         jobs.note_submission(run, jobs.Submitted(str(number), str(run / "slurm" / "log"), "", "again"))
     slurm_says("")
@@ -149,9 +149,7 @@ def test_a_controller_that_is_away_is_asked_once(run: Path, slurm_says, tmp_path
     assert "job      49: SLURM does not answer" in capsys.readouterr().out
 
 
-def test_the_number_of_a_job_that_is_another_runs_by_now_does_not_count(
-    run: Path, slurm_says, tmp_path: Path, capsys
-) -> None:
+def test_a_job_number_that_belongs_to_another_run_does_not_count(run: Path, slurm_says, tmp_path: Path, capsys) -> None:
     slurm_says(RUNNING, "FAILED|2026-11-21T18:30:00", files="runs/y/slurm")
     with pytest.raises(UserError, match="this run has no pending or running job"):
         call("slurm", ["stop", str(run)])
@@ -287,7 +285,7 @@ def test_missing_runs_are_refused(tmp_path: Path, slurm_says, capsys) -> None:
     assert "none was submitted from here" in capsys.readouterr().out
 
 
-def test_a_submission_that_was_torn_is_passed_over(run: Path) -> None:
+def test_an_incomplete_record_of_a_submission_is_ignored(run: Path) -> None:
     with open(run / "slurm" / jobs.JOBS, "a") as file:
         file.write('{"job": "43", "lo')
     assert [submitted.job for submitted in jobs.submissions(run)] == ["42"]

@@ -62,7 +62,7 @@ def test_another_run_in_the_directory_is_found_before_it_waits(finished_run: Pat
     assert f"{newest(finished_run)}: model: dim was 16, is now 32" in problems
 
 
-def test_weights_to_start_from_are_looked_at(config_file: Path, finished_run: Path) -> None:
+def test_weights_to_start_from_are_checked(config_file: Path, finished_run: Path) -> None:
     start = f"train.init_from={finished_run}"
     assert f"starting from the averaged weights of {newest(finished_run)}" in "\n".join(
         preflight.check_run(load_config(config_file, [start]), 1, on_gpu=False).notes
@@ -148,14 +148,14 @@ def test_a_time_limit_beyond_the_partitions_is_found(slurm_says, partition, minu
     )
 
 
-def test_the_name_of_a_cluster_is_no_partition(slurm_says) -> None:
+def test_the_name_of_a_cluster_is_not_a_partition(slurm_says) -> None:
     """With SLURM_CLUSTERS, sinfo prints it in spite of --noheader."""
     slurm_says("exit 0", PARTITIONS.replace("<<END", "<<END\nCLUSTER: alpha"))
     (problem,) = preflight.check_slurm("", None, 2, 1441).problems
     assert "partition batch allows 1440" in problem
 
 
-def test_what_slurm_refuses_is_one_sentence(slurm_says) -> None:
+def test_a_refusal_by_slurm_is_one_sentence(slurm_says) -> None:
     slurm_says("echo 'sbatch: error: invalid partition' >&2; echo 'allocation failure: x' >&2; exit 1", "exit 1")
     (problem,) = preflight.check_slurm("", "nope", 2, 60).problems
     assert problem.endswith("SLURM would refuse the job: invalid partition; allocation failure: x")
@@ -177,7 +177,7 @@ def test_a_qos_may_allow_more_time(slurm_says) -> None:
     assert "partition batch allows 1440" in checked.notes[0]
 
 
-def test_a_controller_that_does_not_answer_is_said(slurm_says, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_controller_that_does_not_answer_is_reported(slurm_says, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_commands, "LIMIT_S", 0.2)
     slurm_says("exec sleep 5", "exit 1")
     assert "no answer within" in preflight.check_slurm("", None, 2, 60).problems[0]

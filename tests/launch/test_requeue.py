@@ -83,7 +83,7 @@ def test_a_job_that_slurm_is_ending_is_left_to_it(ends, state: str, code: int) -
 
 
 @pytest.mark.parametrize("code", [1, 75, 130, 137, 143])
-def test_a_job_that_is_out_of_time_goes_on(ends, code: int) -> None:
+def test_a_job_that_is_out_of_time_continues(ends, code: int) -> None:
     assert ends(code, OUT_OF_TIME)[1]
     assert not ends(0, OUT_OF_TIME)[1]
 
@@ -106,7 +106,7 @@ def test_only_the_failed_member_of_an_array_is_requeued(ends, monkeypatch: pytes
     assert ends(1) == (1, True)
 
 
-def test_a_refused_requeue_is_said(ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_refused_requeue_is_reported(ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("REFUSE", "Requested operation is presently disabled for job 42")
     for code, noted in ((1, 1), (75, 1), (70, 70)):
         assert ends(code) == (code, False)
@@ -122,7 +122,7 @@ def test_a_refused_requeue_is_said(ends, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("code", [1, 75])
-def test_a_controller_that_is_away_or_busy_is_asked_again(ends, tmp_path: Path, code: int, capsys) -> None:
+def test_an_unavailable_or_busy_controller_is_asked_again(ends, tmp_path: Path, code: int, capsys) -> None:
     (tmp_path / "away").write_text("20\n")
     assert ends(code) == (code, True)
     assert capsys.readouterr().err == ""
@@ -133,7 +133,7 @@ def test_at_the_time_limit_a_controller_that_is_away_makes_no_stop_on_request(en
     assert ends(130, OUT_OF_TIME)[1]
 
 
-def test_a_requeue_whose_answer_got_lost_is_none_that_failed(ends, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_requeue_whose_answer_was_lost_did_not_fail(ends, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("REFUSE", "Job is pending execution for job 42")  # the previous try has succeeded
     assert ends(1) == (1, False)
     assert capsys.readouterr().err == ""
@@ -158,12 +158,12 @@ def test_three_starts_again_without_progress_are_enough(ends, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("damage", ['{"st', "[]", "{}", '{"step": null, "without_progress": "3"}'])
-def test_a_damaged_count_is_none(damage: str, ends, tmp_path: Path) -> None:
+def test_a_damaged_count_of_restarts_is_ignored(damage: str, ends, tmp_path: Path) -> None:
     (tmp_path / requeue.FILE).write_text(damage)
     assert ends(1) == (1, True)
 
 
-def test_an_outage_is_no_progress(ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_does_not_count_as_progress(ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it were, there would be no pause before the next start."""
     save(tmp_path, 8)
     assert ends(1) == (1, True)
@@ -176,7 +176,7 @@ def test_an_outage_is_no_progress(ends, tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads((tmp_path / requeue.FILE).read_text()) == {"step": 8, "without_progress": 2}
 
 
-def test_an_outage_of_the_count_is_no_progress(ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_count_does_not_count_as_progress(ends, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a job would be requeued at once, again and again."""
     pauses = []
     monkeypatch.setattr(requeue.time, "sleep", lambda seconds: None)
@@ -273,7 +273,7 @@ def test_each_of_an_array_has_its_run(slurm: Path, monkeypatch: pytest.MonkeyPat
     assert [(run / requeue.FILE).exists() for run in runs] == [False, True, False]
 
 
-def test_a_cancelled_job_waits_for_its_tasks_and_stays_away(slurm: Path) -> None:
+def test_a_cancelled_job_waits_for_its_tasks_and_is_not_requeued(slurm: Path) -> None:
     process = start(slurm, f"trap '' TERM; while [ ! -e {slurm}/saved ]; do sleep 0.1; done; exit 130")
     (slurm / "facts").write_text("JobState=COMPLETING Reason=None PreemptTime=None")
     process.send_signal(signal.SIGTERM)
@@ -284,7 +284,7 @@ def test_a_cancelled_job_waits_for_its_tasks_and_stays_away(slurm: Path) -> None
     assert not (slurm / "asked").exists()
 
 
-def test_tasks_that_outlast_the_time_limit_do_not_keep_the_job_away(slurm: Path) -> None:
+def test_tasks_that_outlast_the_time_limit_do_not_prevent_the_requeue(slurm: Path) -> None:
     """KillWait is 9 s here, and the script must ask before its end."""
     process = start(slurm, "trap '' TERM; sleep 30")
     (slurm / "facts").write_text(OUT_OF_TIME)

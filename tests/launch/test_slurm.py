@@ -352,7 +352,7 @@ def test_a_container_sees_all_folders_of_a_run(config_file, tmp_path, capsys):
     assert any(f"run directory tiny {tmp_path}/a:b/tiny cannot be mounted" in problem for problem in problems)
 
 
-def test_a_job_is_recorded_although_a_person_interrupts_its_submission(config_file, tmp_path, sbatch, capsys):
+def test_a_job_is_recorded_although_a_user_interrupts_its_submission(config_file, tmp_path, sbatch, capsys):
     """sbatch has submitted the job before Ctrl-C arrives, and answers later."""
     sbatch(
         f"#!/bin/sh\n[ $1 = --test-only ] && exit\nkill -INT {os.getpid()}\nsleep 0.3\necho Submitted batch job 42\n"
@@ -369,7 +369,7 @@ def test_the_id_of_a_job_is_found_among_lines_of_the_site(config_file, tmp_path,
     assert [job.job for job in jobs.submissions(tmp_path / "runs" / "tiny")] == ["35"]
 
 
-def test_a_cluster_that_other_commands_do_not_ask_is_refused(config_file, sbatch, monkeypatch):
+def test_sbatch_clusters_is_refused(config_file, sbatch, monkeypatch):
     sbatch(ACCEPTING)
     monkeypatch.setenv("SBATCH_CLUSTERS", "beta")
     (problem,) = problems_of("--nodes=2", ON_CPUS, config_file)
@@ -393,7 +393,7 @@ def test_too_few_cores_for_loader_processes_are_a_note(config_file, capsys):
         )
         notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: --cpus-per-task")]
         assert len(notes) == bool(said)
-        assert all(said in note and note.endswith("wants 3 cores") for note in notes)
+        assert all(said in note and note.endswith("needs 3 cores") for note in notes)
 
 
 def test_an_elastic_job_asks_for_the_numbers_of_nodes_that_fit(config_file, tmp_path, capsys):
@@ -411,7 +411,7 @@ def test_an_elastic_job_asks_for_the_numbers_of_nodes_that_fit(config_file, tmp_
     assert "--fit" not in fixed
 
 
-def test_ranges_that_cannot_be_are_refused(config_file):
+def test_invalid_ranges_are_refused(config_file):
     assert problems_of("--nodes=5-7", ON_CPUS, "--dry-run", config_file) == [
         "data.lanes: 4 lanes cannot be shared evenly by 5 to 7 nodes with 1 ranks each; "
         "numbers of nodes that fit: 1, 2, 4"
@@ -430,7 +430,7 @@ def test_a_site_that_forbids_ranges_or_requeueing_says_so(config_file, sbatch):
     ]
 
 
-def test_a_submitted_elastic_job_is_told_in_words(config_file, sbatch, capsys):
+def test_the_submission_of_an_elastic_job_is_described(config_file, sbatch, capsys):
     sbatch(ACCEPTING)
     assert call("slurm", ["--nodes", "1-4", ON_CPUS, str(config_file)]) == 0
     assert capsys.readouterr().out.startswith("job 42: 1 to 4 nodes with 1 ranks each, on CPUs, ")

@@ -41,7 +41,7 @@ def test_an_answer_is_made_on_one_device(mode: str, checkpointing: bool, monkeyp
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_layout_moves_whole(mode: str) -> None:
+def test_a_layout_moves_all_tensors_to_a_device(mode: str) -> None:
     a = architecture("custom", dim=32, layers=4, heads=2, kernel=8, window=16, shift=8, max_tokens=200)
     layout = make_layout(torch.tensor([9, 700, 64]), a, mode)
     assert layout.to(torch.device("cpu")) is layout

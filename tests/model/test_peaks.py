@@ -47,7 +47,7 @@ def test_names_as_pytorch_gives_them(name: str, bf16: float | None, fp32: float)
         "",
     ],
 )
-def test_what_is_not_in_the_table_has_no_peak(name: str) -> None:
+def test_devices_that_are_not_in_the_table_have_no_peak(name: str) -> None:
     assert peak_of(name, torch.bfloat16) is None
     assert peak_of(name, torch.float32) is None
 

@@ -162,7 +162,7 @@ def test_a_slow_client_keeps_its_place_for_so_long(url: str) -> None:
         assert slow.recv(10_000).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_client_that_leaves_gives_its_place_back(url: str) -> None:
+def test_a_disconnected_client_frees_its_place(url: str) -> None:
     with raw(url) as leaving:
         leaving.sendall(head(1000) + PART)
         while "bfsys_requests_in_progress 1.0" not in httpx.get(f"{url}/metrics").text:

@@ -171,7 +171,7 @@ def test_nodes_train_as_one_process_does_while_status_and_logs_tell(submit, undi
     assert losses(job.run) == pytest.approx(losses(alone), rel=2e-4)
 
 
-def test_a_job_that_is_warned_before_its_end_goes_on(submit, undisturbed):
+def test_a_job_that_is_warned_before_its_end_continues(submit, undisturbed):
     job = submit("")
     job.wait_for_step(30)
     subprocess.run(["scancel", "--signal=USR1", job.id], check=True)  # time limits send USR2
@@ -182,7 +182,7 @@ def test_a_job_that_is_warned_before_its_end_goes_on(submit, undisturbed):
     assert job.starts == 2
 
 
-def test_jobs_that_run_out_of_time_go_on_also_if_their_tasks_do_not_leave_in_time(submit):
+def test_jobs_that_run_out_of_time_continue_even_if_their_tasks_do_not_exit_in_time(submit):
     """Two jobs run at the same time, since SLURM takes more than a minute to end each."""
     endless = ["--time 1", "train.steps=1000000", "train.log_every=10"]
     stuck = submit(*endless, "name=stuck", "train.hang_timeout_s=300")
@@ -209,7 +209,7 @@ def send(number: int, processes: list[psutil.Process]) -> None:
             process.send_signal(number)
 
 
-def test_a_job_that_an_operator_requeues_and_that_is_preempted_goes_on(submit, undisturbed):
+def test_a_job_that_is_requeued_by_an_operator_and_preempted_continues(submit, undisturbed):
     job = submit(f"--partition {LOW}")
     job.wait_for_save()
     subprocess.run(["scontrol", "requeue", job.id], check=True)
@@ -233,7 +233,7 @@ def nodes_of(job: str) -> list[str]:
     return subprocess.check_output(["scontrol", "show", "hostnames", hosts], text=True).split()
 
 
-def test_a_job_whose_rank_is_killed_goes_on(submit, undisturbed):
+def test_a_job_whose_rank_is_killed_continues(submit, undisturbed):
     job = submit("")
     job.wait_for_save()
     for process in processes_of(job.id, rank=1):
@@ -244,7 +244,7 @@ def test_a_job_whose_rank_is_killed_goes_on(submit, undisturbed):
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "other"])
-def test_a_job_that_loses_a_node_goes_on(submit, undisturbed, which):
+def test_a_job_that_loses_a_node_continues(submit, undisturbed, which):
     kill, restore = (os.environ.get(f"BFSYS_{name}_NODE") for name in ("KILL", "RESTORE"))
     if not kill or not restore:
         pytest.skip("BFSYS_KILL_NODE and BFSYS_RESTORE_NODE are not set")
@@ -259,7 +259,7 @@ def test_a_job_that_loses_a_node_goes_on(submit, undisturbed, which):
     assert job.starts >= 2
 
 
-def test_an_elastic_job_goes_on_with_fewer_nodes_and_grows_when_they_are_back(submit, undisturbed):
+def test_an_elastic_job_continues_with_fewer_nodes_and_grows_when_they_are_back(submit, undisturbed):
     kill, restore = (os.environ.get(f"BFSYS_{name}_NODE") for name in ("KILL", "RESTORE"))
     if not kill or not restore:
         pytest.skip("BFSYS_KILL_NODE and BFSYS_RESTORE_NODE are not set")
@@ -300,7 +300,7 @@ def test_a_stopped_job_saves_and_stays_away_until_it_is_submitted_again_on_other
     assert losses(again.run) == pytest.approx(losses(undisturbed), rel=2e-4)
 
 
-def test_the_next_job_of_a_chain_goes_on_where_the_one_before_was_cancelled(submit, undisturbed):
+def test_the_next_job_of_a_chain_resumes_where_the_previous_one_was_cancelled(submit, undisturbed):
     job = submit("")
     following = submit("--dependency singleton")
     job.wait_for_step(30)
@@ -311,7 +311,7 @@ def test_the_next_job_of_a_chain_goes_on_where_the_one_before_was_cancelled(subm
     assert (job.starts, following.starts) == (1, 1)
 
 
-def test_a_job_with_an_error_that_a_person_must_mend_is_not_started_again(submit):
+def test_a_job_with_a_permanent_error_is_not_requeued(submit):
     job = submit("", "train.keep_checkpoints=1", "optim.lr=1e30", "optim.warmup_steps=0", "train.save_every=1")
     job.wait_for_end()
     assert "bad steps again after" in job.said()
@@ -344,7 +344,7 @@ def test_a_sweep_is_an_array_of_runs(config_file, tmp_path, undisturbed):
         subprocess.run(["scancel", "--quiet", found[0][0].partition("_")[0]], check=False)
 
 
-def test_what_slurm_would_refuse_is_said_at_once_with_all_else(config_file, tmp_path):
+def test_a_refusal_by_slurm_is_reported_with_all_other_problems(config_file, tmp_path):
     answer = launcher("--nodes=3", "--gpus-per-node=0", "--partition=nope", "--time=999-0", str(config_file))
     assert answer.returncode == 2
     assert "data.lanes: 4 lanes cannot be shared evenly by 3 nodes" in answer.stderr

@@ -32,7 +32,7 @@ def picture_of(events: EventAccumulator, tag: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)))
 
 
-def test_an_evaluation_shows_what_is_taken_for_what(tmp_path: Path) -> None:
+def test_an_evaluation_shows_the_confused_classes(tmp_path: Path) -> None:
     labels, given = [0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]
     batch = ByteBatch.from_samples([Sample("", np.zeros(1, np.uint8), label) for label in labels])
     answers = Answers(3)

@@ -66,7 +66,7 @@ def test_a_clock_that_is_set_back_makes_no_duration_negative(tmp_path: Path) -> 
     assert read_seconds(run) == {"productive": 40, "lost": 0, "restart": 10, "stall": 0, "data_wait": 0}
 
 
-def test_a_start_goes_on_from_the_latest_event_although_the_clock_was_set_back(
+def test_a_start_continues_from_the_latest_event_although_the_clock_was_set_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(STARTED, "1000")

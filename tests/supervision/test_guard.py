@@ -97,9 +97,7 @@ def poisoned_runs(
     "combination",
     [pytest.param(c, id=name_of(*c), marks=() if c in FAST else pytest.mark.slow) for c in COMBINATIONS],
 )
-def test_a_step_that_is_no_number_changes_nothing(
-    combination: tuple[int, str, str], poisoned_runs: tuple[Path, Path]
-) -> None:
+def test_a_non_finite_step_changes_nothing(combination: tuple[int, str, str], poisoned_runs: tuple[Path, Path]) -> None:
     config_file, runs = poisoned_runs
     run, kinds = runs / name_of(*combination), bad_steps(*combination[1:])
     steps = max(kinds)
@@ -281,7 +279,7 @@ def test_no_false_alarm_on_losses_as_they_are() -> None:
     assert not any(verdicts)
 
 
-def test_what_a_checkpoint_carries_gives_the_same_verdicts() -> None:
+def test_a_restored_guard_gives_the_same_verdicts() -> None:
     rng = random.Random(2)
     whole, parts = Guard(Train(), []), Guard(Train(), [])
     for i in range(300):
@@ -303,7 +301,7 @@ def test_losses_of_another_loss_function_are_not_compared() -> None:
     assert not other.judge(0.47, 1.0)
 
 
-def test_what_comes_after_a_checkpoint_is_not_in_it() -> None:
+def test_a_guards_state_does_not_change_after_it_was_taken() -> None:
     guard = Guard(Train(), [])
     state = guard.state_dict()  # written while training continues
     guard.record(7, "loss is nan", [])

@@ -11,7 +11,7 @@ from bfsys.supervision.run_end import forget_end, how_it_ended, note_end
 from tests.conftest import REPOSITORY
 
 
-def test_the_end_is_noted_until_the_run_goes_on(tmp_path: Path) -> None:
+def test_the_end_is_recorded_until_the_run_resumes(tmp_path: Path) -> None:
     note_end(tmp_path, 65, "diverged")
     note_end(tmp_path, 74, "full")
     end = how_it_ended(tmp_path)

@@ -174,7 +174,7 @@ def test_nothing_to_see_or_hear_is_a_finite_table(data: bytes) -> None:
     assert np.abs(table).max() < 0.01
 
 
-def test_want_of_memory_is_no_property_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def hungry(data: bytes) -> None:
         raise MemoryError
 

@@ -234,7 +234,7 @@ def test_samples_beyond_one_are_clipped_before_they_are_compressed(encoding):
 
 
 @pytest.mark.parametrize(("encoding", "rate_hz"), [("mp3", 44_101), ("flac", 999_983)])
-def test_a_rate_that_a_format_lacks_is_told_without_an_object(encoding, rate_hz):
+def test_the_error_on_an_unsupported_rate_contains_no_object_address(encoding, rate_hz):
     with pytest.raises(ValueError, match=rf"^{encoding.upper()} of {rate_hz:,} Hz cannot be written \([^<]*\)$"):
         parse_encoding(encoding).encode(Clip(TONE.wave, rate_hz))
 

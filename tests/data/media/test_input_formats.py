@@ -56,7 +56,7 @@ def files() -> list[tuple[str, dict, np.ndarray]]:
     [{}, {"image_size": 64}, {"sample_rate_hz": 16_000}, {"sample_rate_hz": 44_100, "seconds": 0.5}],
     ids=str,
 )
-def test_files_of_a_format_are_told_from_all_others(name: str, sizes: dict, files) -> None:
+def test_files_of_a_format_are_distinguished_from_all_others(name: str, sizes: dict, files) -> None:
     wanted = input_format(name, sizes)
     sizes = {key: value for key, value in sizes.items() if getattr(wanted.fitting, key)}
     for encoding, of_file, data in files:

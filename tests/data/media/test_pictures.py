@@ -173,7 +173,7 @@ def test_too_many_pixels_are_refused_whatever_limit_pillow_has(monkeypatch):
         decode_image(png(struct.pack(">IIBBBBB", 9460, 9460, 1, 0, 0, 0, 0), b""))
 
 
-def test_what_is_no_picture_is_told_without_an_object_and_a_cut_one_is_refused():
+def test_errors_on_files_that_are_not_pictures_contain_no_object_address():
     for content in (b"", b"no picture", b"RIFF....WAVE"):
         with pytest.raises(ValueError, match=r"^is not an image that Pillow can read$"):
             decode_image(content)
@@ -202,7 +202,7 @@ def test_a_postscript_program_is_not_run(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "PNG", "TIFF", "WEBP"])
-def test_frames_that_are_not_used_are_told(file_format):
+def test_unused_frames_are_noted(file_format):
     assert peculiarities_of(saved(RED, file_format, save_all=True, append_images=[BLUE]), "image") == ("frames",)
     assert peculiarities_of(saved(RED, file_format), "image") == ()
     assert PECULIARITIES["frames"].startswith("more frames than the first")
@@ -219,7 +219,7 @@ def test_not_all_frames_are_looked_at(monkeypatch):
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
-def test_an_orientation_that_is_not_applied_is_told(file_format):
+def test_an_orientation_that_is_not_applied_is_noted(file_format):
     exif = Image.Exif()
     for orientation, expected in ((1, ()), (6, ("orientation",)), (99, ())):
         exif[pictures.ORIENTATION] = orientation
@@ -228,7 +228,7 @@ def test_an_orientation_that_is_not_applied_is_told(file_format):
         assert decode_image(content).shape == (6, 8, 3)
 
 
-def test_the_orientation_of_a_tiff_is_applied_and_not_told():
+def test_the_orientation_of_a_tiff_is_applied_and_not_noted():
     exif = Image.Exif()
     exif[pictures.ORIENTATION] = 6
     content = saved(RED, "TIFF", exif=exif)
@@ -242,14 +242,14 @@ def test_pixels_are_not_decoded_to_find_peculiarities(monkeypatch):
     assert peculiarities_of(content, "image") == ()
 
 
-def test_sounds_and_what_cannot_be_read_have_no_peculiarities():
+def test_sounds_and_unreadable_files_have_no_peculiarities():
     too_large = png(struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0), b"")
     for content in (b"", b"no picture", saved(RED, "PNG")[:20], too_large):
         assert peculiarities_of(content, "image") == ()
     assert peculiarities_of(saved(RED, "GIF", save_all=True, append_images=[BLUE]), "audio") == ()
 
 
-def test_want_of_memory_is_no_peculiarity(monkeypatch):
+def test_running_out_of_memory_is_not_a_peculiarity(monkeypatch):
     def fail(*_):
         raise MemoryError
 

@@ -172,7 +172,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_written_in_its_own_format_is_refused(name: str) -> None:
+def test_files_that_cannot_be_written_in_their_own_format_are_refused(name: str) -> None:
     with pytest.raises(NotRewritableError):
         change_picture(REFUSED[name](), mirrored)
 

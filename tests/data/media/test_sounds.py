@@ -109,7 +109,7 @@ def test_other_sounds_from_a_pipe_are_whole(size):
         assert np.array_equal(decode_audio(piped).wave, decode_audio(whole).wave)
 
 
-def test_a_missing_padding_byte_is_no_cut():
+def test_a_missing_padding_byte_does_not_count_as_a_cut():
     content = sound(subtype="PCM_U8", samples=999)
     assert len(content) % 2 == 0
     assert np.array_equal(decode_audio(content[:-1]).wave, decode_audio(content).wave)
@@ -159,7 +159,7 @@ def test_an_id3_tag_before_a_sound_costs_no_sample(kind):
     assert np.array_equal(decode_audio(tag + sound(*kind)).wave, decode_audio(sound(*kind)).wave)
 
 
-def test_what_is_no_sound_is_told_without_an_object():
+def test_errors_on_files_that_are_not_sounds_contain_no_object_address():
     without_channels, of_too_many = (patched(sound(), 22, channels) for channels in (b"\0\0", b"\xff\xff"))
     for content in (b"", b"no sound", b"RIFF\0\0\0\0WAVE", without_channels, of_too_many):
         with pytest.raises(ValueError, match=r"^is not a sound that libsndfile can read \([^<]*\)$"):
@@ -213,7 +213,7 @@ def test_a_header_that_promises_far_more_than_follows_costs_nothing(monkeypatch)
     st.sampled_from([b"RIFF", b"RF64", b"FORM", b"riff", b"caff", b".snd", b"NIST_1A", b"OggS", b"ID3\3", b"fLaC"]),
     st.binary(max_size=200),
 )
-def test_any_header_is_decoded_or_refused_in_words(magic, rest):
+def test_any_header_is_decoded_or_refused_with_an_explanation(magic, rest):
     assert " object at 0x" not in refusal(magic + rest)
 
 

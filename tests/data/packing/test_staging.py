@@ -37,7 +37,7 @@ def without_progress(folder):
 
 
 @pytest.mark.parametrize("last", ["write_shard", "write_split", "write_description"])
-def test_what_ends_before_all_is_written_leaves_the_old_dataset(packed, monkeypatch, last):
+def test_packing_that_ends_early_leaves_the_old_dataset(packed, monkeypatch, last):
     src, folder = packed
     before = without_progress(folder)
 

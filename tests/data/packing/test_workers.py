@@ -73,7 +73,7 @@ def test_a_lack_of_memory_ends_packing_and_names_the_file(src, tmp_path, content
     assert len(contents(pack(src, tmp_path, *PNG))) == 10
 
 
-def test_a_codec_that_no_file_survives_ends_packing(src, tmp_path, monkeypatch):
+def test_packing_ends_if_every_file_crashes_the_codec(src, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "MOST_CODEC_FAULTS", 2)
     make_files(src, {f"a/x{i}.png": b"abort" for i in range(3)})
     message = problems_of(src, tmp_path, *PNG, "--skip-bad")

@@ -124,7 +124,7 @@ def test_small_files(server: FaultyServer, tmp_path: Path) -> None:
         cache.read(f"{server.url}/typo.json")
 
 
-def test_each_try_that_fails_is_said_while_somebody_waits(
+def test_failed_tries_are_printed_while_a_reader_waits(
     server: FaultyServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cache = make_cache(tmp_path, attempts=4)
@@ -156,7 +156,7 @@ def test_processes_that_fail_together_do_not_come_back_together(tmp_path: Path) 
     assert cache.patience_s >= 9 * 10 + sum(max(pauses) / 4 * 2**n for n in range(8))
 
 
-def test_who_needs_a_file_does_not_wait_for_the_pauses_of_a_prefetch(
+def test_a_reader_does_not_wait_for_the_pauses_of_a_prefetch(
     server: FaultyServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cache = make_cache(tmp_path, back_off_s=1000)
@@ -330,7 +330,7 @@ def test_a_file_larger_than_the_cache(tmp_path: Path) -> None:
     assert cache.retries == 0
 
 
-def test_what_killed_processes_left_is_evicted_first(tmp_path: Path) -> None:
+def test_partial_files_of_killed_processes_are_evicted_first(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, limit_bytes=1000)
     kept = cache.fetch(put(tmp_path, "kept", 400))
     (cache.folder / ("0" * 16 + "-x.tar.part")).write_bytes(bytes(500))

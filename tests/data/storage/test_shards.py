@@ -198,7 +198,7 @@ OPENING = {
 
 
 @pytest.mark.parametrize("case", OPENING)
-def test_opening_something_broken_says_what_is_broken(tmp_path, case):
+def test_opening_a_broken_dataset_names_the_damage(tmp_path, case):
     damage, message = OPENING[case]
     damage(make_dataset(tmp_path))
     with pytest.raises(UserError) as error:
@@ -236,7 +236,7 @@ def test_a_summary_shows_what_others_wrote_on_one_line(tmp_path):
     assert "train: 12 samples of 0 classes, " in shown
 
 
-def test_opening_a_folder_that_is_not_there(tmp_path, monkeypatch):
+def test_opening_a_missing_folder_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"there is no such folder; .* bfsys pack"):
         open_split(tmp_path / "none", "train")
     monkeypatch.chdir(tmp_path)
@@ -297,7 +297,7 @@ def test_verify_names_the_damage(tmp_path, case):
     assert all(split.shards[1].file in problem for problem in problems)
 
 
-def test_a_broken_sector_is_named_and_no_bus_error(tmp_path, monkeypatch):
+def test_an_io_error_is_named_and_causes_no_bus_error(tmp_path, monkeypatch):
     """In a mapped file, an I/O error would be a SIGBUS. Missing permission is not damage."""
     split = open_split(make_dataset(tmp_path), "train")
     number, really_digest = errno.EIO, hashlib.file_digest
@@ -369,7 +369,7 @@ def test_a_tar_made_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar" * 100, b"\0" * 100])
-def test_what_is_no_tar_is_refused(tmp_path, content):
+def test_files_that_are_not_tars_are_refused(tmp_path, content):
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.tar: "):
         read_shard(tmp_path / "x.tar")

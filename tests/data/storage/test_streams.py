@@ -110,12 +110,12 @@ def test_a_command_that_cannot_be_run_is_an_error_at_once(tmp_path: Path, cache:
     assert (cache.retries, caught.value.exit_code) == (0, EXIT_USER_ERROR)
 
 
-def test_a_pipeline_that_begins_with_no_command_is_no_empty_file(cache: Cache) -> None:
+def test_a_pipeline_that_begins_with_a_missing_command_is_an_error(cache: Cache) -> None:
     with pytest.raises(UserError, match=r"ended at 0 bytes \(exit status 0: .*no_such_command_here.*not found"):
         cache.read("pipe:no_such_command_here | cat")
 
 
-def test_a_refused_connection_is_said_in_the_words_of_the_program(
+def test_a_refused_connection_is_reported_with_the_message_of_the_program(
     cache: Cache, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket() as unused:

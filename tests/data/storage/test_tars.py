@@ -111,7 +111,7 @@ def test_folders_labels_and_contiguous_files_are_read(tmp_path: Path) -> None:
         (b"Q", "is of the unknown type b'Q'"),
     ],
 )
-def test_what_is_not_a_plain_file_is_refused(tmp_path: Path, kind: bytes, said: str) -> None:
+def test_members_that_are_not_plain_files_are_refused(tmp_path: Path, kind: bytes, said: str) -> None:
     odd = regular("b.bin", b"", type=kind, linkname="a.bin")
     path = tar_of(tmp_path / "x.tar", regular("a.bin"), odd, regular("a.cls", b"0"), regular("c.cls", b"0"))
     assert [said in problem and "x.tar: member 'b.bin'" in problem for problem in problems_of(path)] == [True]
@@ -165,7 +165,7 @@ def test_sizes_that_disagree_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "said"), [(b"\xff" * 12, "-1"), (b"%011o\0" % 30_000, "30,000")])
-def test_a_size_that_cannot_be_is_refused_by_name(tmp_path: Path, size: bytes, said: str) -> None:
+def test_an_invalid_size_is_refused_by_name(tmp_path: Path, size: bytes, said: str) -> None:
     path = tar_of(tmp_path / "x.tar", regular("a.bin"), regular("a.cls", b"0"), regular("b.bin"))
     set_fields(path, "b.bin", {124: size})
     (problem,) = problems_of(path)
@@ -202,7 +202,7 @@ def test_class_numbers(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["1.0", "-1", "01 ", "1e3", "0x1", "٣", "²", "", " ", "1 2", "1000000000", "+1", "1_0"]
 )
-def test_what_is_not_a_class_number_is_named(tmp_path: Path, text: str) -> None:
+def test_invalid_class_numbers_are_named(tmp_path: Path, text: str) -> None:
     (problem,) = problems_of(tar_of(tmp_path / "x.tar", regular("a.bin"), regular("a.cls", text.encode())))
     assert f"a.cls holds {text.encode()!r}; it must hold a number from 0 to 999999999" in problem
 

@@ -296,7 +296,7 @@ def test_few_recordings_stay_in_memory_and_that_changes_nothing(tmp_path):
     assert not pickle.loads(pickle.dumps(used))._recordings._waves
 
 
-def test_background_that_cannot_be_had_is_named(tmp_path):
+def test_an_unusable_background_is_named(tmp_path):
     with pytest.raises(UserError, match=r"background .*missing: .*missing: No such file or directory"):
         augmentation("wav:int16", background=tmp_path / "missing")
     (tmp_path / "none").mkdir()
@@ -345,7 +345,7 @@ def test_wrong_speeds(speed):
         augmentation("wav:int16", speeds=(1.0, speed))
 
 
-def test_what_cannot_be_augmented_is_refused(tmp_path):
+def test_impossible_augmentations_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"'as_stored': .* must be encoded; choose one of tiff, png"):
         augmentation("as_stored")
     for options in ({"speeds": (0.9,)}, {"background": tmp_path}):
@@ -368,7 +368,7 @@ def test_damaged_files_raise_what_the_decoder_raises():
     assert not augmentation("mp3").fails_on(WAV)
 
 
-def test_want_of_memory_is_not_blamed_on_a_file(background, monkeypatch):
+def test_running_out_of_memory_is_not_blamed_on_a_file(background, monkeypatch):
     augmented = augmentation("wav:int16", background=background)
 
     def fail(*_):

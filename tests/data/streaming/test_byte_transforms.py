@@ -88,7 +88,7 @@ def test_cyclic_rolls_by_half_the_length(length):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 1100) | st.just(10**15 - 1))
-def test_stride_puts_every_so_manieth_byte_together(length, step):
+def test_stride_puts_every_nth_byte_together(length, step):
     data = data_of(length)
     expected = np.concatenate([data[i::step] for i in range(min(step, length))])
     assert np.array_equal(run(f"stride:{step}", data), expected)
@@ -209,7 +209,7 @@ def test_a_key_file_is_written_read_and_not_shown(tmp_path):
     assert not np.array_equal(read_key(tmp_path / "other"), key)
 
 
-def test_a_key_file_that_a_full_disk_has_cut_does_not_stay(tmp_path):
+def test_an_incomplete_key_file_is_removed(tmp_path):
     shell = f"ulimit -f 0; {sys.executable} -m bfsys make-key {tmp_path / 'key'}"
     done = subprocess.run(["bash", "-c", shell], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert "cannot be written: File too large" in done.stderr
@@ -305,7 +305,7 @@ def test_wrong_spellings_are_answered_with_the_right_ones(text, message):
     assert message in str(error.value)
 
 
-def test_all_problems_of_a_list_are_told_at_once():
+def test_all_problems_of_a_list_are_reported_at_once():
     with pytest.raises(UserError) as error:
         parse_transforms(["reverse", "keep:2", "permut", "noise:0:1"])
     assert [problem.split(":")[0] for problem in error.value.problems] == [

@@ -197,7 +197,7 @@ def test_a_bad_sample_is_named_and_replaced_alike_on_every_rank_and_replay(
     assert any(verified in problem for problem in verify_split(split))
 
 
-def test_a_sample_is_bad_from_the_step_that_met_it(config: Config, dataset: Path) -> None:
+def test_a_sample_is_bad_from_the_step_that_found_it(config: Config, dataset: Path) -> None:
     """A replay of earlier steps, in which it was good, reads it again. Later steps replace it, even if repaired."""
     whole, _ = drawn(config)
     steps = [step for step, source, sample, *_ in whole if (source, sample) == (0, DAMAGED)]
@@ -221,7 +221,7 @@ def test_a_list_of_a_folder_with_blanks_in_its_name_is_applied_again(datasets: P
 
 
 @pytest.mark.parametrize("kind", UNREAD)
-def test_what_training_does_not_read_does_not_harm_it_and_is_named_by_verify(
+def test_verify_names_damage_that_does_not_affect_training(
     kind: str, config: Config, dataset: Path, capsys: pytest.CaptureFixture
 ) -> None:
     damage, verified = UNREAD[kind]
@@ -371,7 +371,7 @@ def test_a_lost_dataset_ends_the_run_with_what_was_found(dataset: Path, datasets
     assert json.loads((tmp_path / "runs" / "tiny" / "ended.json").read_text())["exit_code"] == 2
 
 
-def test_what_was_saved_before_an_evaluation_that_fails_counts(
+def test_a_checkpoint_saved_before_a_failing_evaluation_counts(
     dataset: Path, datasets: Path, tmp_path: Path, run_ranks
 ) -> None:
     for tar in dataset.glob("a-val-*.tar"):

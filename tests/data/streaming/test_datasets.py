@@ -54,7 +54,7 @@ def test_a_model_that_has_classes_that_are_alike_can_be_evaluated(tmp_path):
     assert open_evaluation(config_of(path), "val", ("A", "a")).classes == ("A", "a")
 
 
-def test_classes_without_training_files_are_those_that_no_source_has(tmp_path):
+def test_classes_without_training_files_are_missing_in_all_sources(tmp_path):
     one = pack(tmp_path, "one", {"train": [[(0, b"1")]]}, ("cat", "dog", "fox"))
     two = pack(tmp_path, "two", {"train": [[(0, b"1")]]}, ("dog",))
     assert notes_on_data(open_training(config_of(one, two))) == [
@@ -82,7 +82,7 @@ def test_augmented_files_are_looked_into(tmp_path):
     assert notes_on_data(open_training(augmented))[0].startswith(f"{path}: 1 of the first 5 files have")
 
 
-def test_a_dry_run_tells_what_is_odd(tmp_path, capsys):
+def test_a_dry_run_prints_notes(tmp_path, capsys):
     path = pack(tmp_path, "pets", {"train": [[(0, b"0123456789abcdef")]]})
     dry_run(config_of(path), 1, with_data=True)
     assert "note        1 class is without training files and cannot be learned: y\n" in capsys.readouterr().out

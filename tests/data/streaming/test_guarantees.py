@@ -287,7 +287,7 @@ def test_hand_over_a_batch_that_is_kept_is_not_overwritten(case: Case, workers: 
 
 
 @pytest.mark.parametrize("over_mean", [1e-3, 3e-3])
-def test_hand_over_of_what_does_not_fit_a_slot(
+def test_hand_over_of_batches_that_do_not_fit_into_a_slot(
     over_mean: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files have up to 40 KB and slots a few KB, so some files fit and others do not."""

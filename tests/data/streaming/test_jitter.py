@@ -90,7 +90,7 @@ def test_half_of_the_pictures_are_mirrored() -> None:
     assert 70 < np.count_nonzero(middles(only(mirror=True))[:, 1] < 29) < 130
 
 
-def test_what_comes_in_from_outside_has_the_colour_of_the_corner() -> None:
+def test_areas_from_outside_the_picture_have_the_colour_of_its_corner() -> None:
     framed = DOT + np.uint8(30)
     for data in drawn(only(shift=0.3, zoom=0.3), file_of(framed), 30):
         assert set(np.unique(pixels(data))) <= {30, 230}
@@ -126,7 +126,7 @@ def test_damaged_files_go_in(data: bytes, place: int, value: int, length: int) -
 
 
 @pytest.mark.parametrize("data", [b"", b"text", PICTURE[:70], SOUND[:30], b"\xff\xd8\xff" + bytes(100)])
-def test_what_cannot_be_changed_goes_in_as_it_is(data: bytes) -> None:
+def test_files_that_cannot_be_changed_stay_unchanged(data: bytes) -> None:
     assert ALL(data, np.random.default_rng(0)) == data
 
 

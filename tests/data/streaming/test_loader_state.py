@@ -190,7 +190,7 @@ def test_recordings_are_told_by_what_they_are_not_by_where(run: tuple[Config, Pa
     assert "source 0 augment.background" in refusal(hummed("changed"), path)
 
 
-def test_a_key_is_told_by_its_content_and_is_not_stored(run: tuple[Config, Path], tmp_path: Path) -> None:
+def test_a_key_is_identified_by_its_content_and_is_not_stored(run: tuple[Config, Path], tmp_path: Path) -> None:
     key, moved, other = (tmp_path / name for name in ("key", "moved", "another"))
     write_key(key)
     write_key(other)
@@ -208,7 +208,7 @@ def test_a_key_is_told_by_its_content_and_is_not_stored(run: tuple[Config, Path]
     assert bytes(map(int, numbers)).hex()[:16] not in manifest
 
 
-def test_what_does_not_change_the_data_may_change(run: tuple[Config, Path], tmp_path: Path) -> None:
+def test_settings_that_do_not_change_the_data_may_change(run: tuple[Config, Path], tmp_path: Path) -> None:
     config, path = run
     moved = [str(pack(tmp_path / "moved", n, {"train": s})) for n, s in SHARDS.items()]
     elsewhere = tuple(Source(path, eval_path=moved[0]) for path in moved)

@@ -32,6 +32,6 @@ def test_shares_within_a_tenth_of_a_percent_of_any_ten_thousand(weights: list[fl
 
 
 @pytest.mark.parametrize("weights", [[], [0.0], [1.0, -1.0], [float("nan")]])
-def test_senseless_weights_are_refused(weights: list[float]) -> None:
+def test_weights_that_are_not_positive_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="positive"):
         Mixture(weights)

@@ -78,7 +78,7 @@ def test_a_read_is_continued(reader: ShardReader, monkeypatch: pytest.MonkeyPatc
     assert (batch.data.tolist(), batch.bad) == (want, ())
 
 
-def test_too_many_open_files_are_said_and_not_waited_for(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_open_files_are_reported_without_retries(reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_shard(self, number: int) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
@@ -147,7 +147,7 @@ def test_a_shard_is_bad_if_its_dataset_can_be_reached(
     assert error.value.exit_code == 1
 
 
-def test_want_of_memory_makes_no_file_bad(reader: ShardReader) -> None:
+def test_running_out_of_memory_makes_no_file_bad(reader: ShardReader) -> None:
     """Another process may use the memory. The file is intact, on another machine or a minute later."""
 
     class Hungry:

@@ -196,7 +196,7 @@ def test_workers_are_forked_before_the_prefetcher_runs(
     assert not any("prefetch" in names for names in threads)
 
 
-def test_what_lies_in_a_folder_is_not_cached(served: FaultyServer, packed: Path, tmp_path: Path, watched: list) -> None:
+def test_local_datasets_are_not_cached(served: FaultyServer, packed: Path, tmp_path: Path, watched: list) -> None:
     mixed = config_of(tmp_path, packed / "a", f"{served.url}/b")
     assert training(mixed) == training(config_of(tmp_path, packed / "a", packed / "b"))
     cached = {path.name.partition("-")[2] for path in (tmp_path / "cache").iterdir()}
@@ -230,7 +230,7 @@ def test_a_server_that_fails_now_and_then(
     assert sum(served.requests.values()) > len(served.requests) + 20
 
 
-def test_a_server_that_is_not_there(served: FaultyServer, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_reported(served: FaultyServer, tmp_path: Path) -> None:
     remote = config_of(tmp_path, f"{served.url}/a")
     sources = open_training(remote)
     served.stop()

@@ -46,7 +46,7 @@ def comparable(run: Path) -> list[dict]:
     ]
 
 
-def test_a_run_that_loses_its_server_ends_and_goes_on(
+def test_a_run_that_loses_its_server_ends_and_can_be_resumed(
     served: FaultyServer, packed: Path, tmp_path: Path, run_ranks
 ) -> None:
     local = config_of(tmp_path, packed / "a", packed / "b", "data.shuffle_block=4", "data.batch_samples=8")

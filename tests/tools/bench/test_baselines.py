@@ -124,7 +124,7 @@ def test_a_limit_on_training_files_leaves_all_evaluation_files(colours: Path) ->
     assert set(tables[0].labels) == {0, 1}
 
 
-def test_what_cannot_be_decoded_is_said(config_file: Path) -> None:
+def test_files_that_the_decoded_baseline_cannot_read_are_reported(config_file: Path) -> None:
     with pytest.raises(UserError, match="give one source at a time"):
         baselines.main([str(config_file), "--decoded"])
     with pytest.raises(UserError, match="neither pictures nor sounds"):

@@ -77,7 +77,7 @@ def test_manifest_lists_every_file_where_it_is(trees, files):
     assert len(files) == 10 * (10 + 5) + 2 * (2 * 1438 + 359)
 
 
-def test_length_and_header_do_not_tell_the_class(files):
+def test_length_and_header_do_not_reveal_the_class(files):
     for encoding, header_bytes in HEADER_BYTES.items():
         alike = [f["content"] for f in files if f["encoding"] == encoding]
         assert {len(content) for content in alike} == {FILE_BYTES[encoding]}
