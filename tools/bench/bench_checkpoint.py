@@ -47,8 +47,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
     add("--ranks", type=int, nargs="+", default=[8, 128, 1024], metavar="N")
-    add("--size", choices=SIZES, default="tiny", help="of the model (default: %(default)s)")
-    add("--folder", type=Path, metavar="DIR", help="in which the checkpoints are written (default: a temporary one)")
+    add("--size", choices=SIZES, default="tiny", help="size of the model (default: %(default)s)")
+    add("--folder", type=Path, metavar="DIR", help="folder for the checkpoints (default: a temporary one)")
     add("--json", type=Path, metavar="OUT")
     return parser.parse_args(arguments)
 

@@ -88,10 +88,10 @@ EXCHANGES = (
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
-    add("--ranks", type=int, nargs="*", default=[2, 8, 32, 64, 128], metavar="N", help="processes that are started")
-    add("--steps", type=int, default=400, metavar="N", help="of all processes together, in a block")
-    add("--step-ms", type=float, default=50, help="a step, of which the cost is a share")
-    add("--hop-us", type=float, default=10, help="one way through the network between two nodes, which is assumed")
+    add("--ranks", type=int, nargs="*", default=[2, 8, 32, 64, 128], metavar="N", help="numbers of processes to start")
+    add("--steps", type=int, default=400, metavar="N", help="steps of a block, which all processes make together")
+    add("--step-ms", type=float, default=50, help="duration of a step, of which the cost is a share")
+    add("--hop-us", type=float, default=10, help="assumed time of a message between two nodes")
     add("--json", type=Path, metavar="OUT")
     args = parser.parse_args(arguments)
     if args.ranks and min(args.ranks) < 2:

@@ -104,9 +104,9 @@ def _finish(device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add_config(parser)
-    parser.add_argument("--files", type=int, default=16, metavar="N", help="of each rank in a step (default 16)")
-    parser.add_argument("--file-bytes", type=int, default=2000, metavar="B", help="of each of them (default 2000)")
-    parser.add_argument("--stages", type=int, nargs="+", default=[1], choices=range(4), help="of ZeRO (default 1)")
+    parser.add_argument("--files", type=int, default=16, metavar="N", help="files of each rank in a step (default 16)")
+    parser.add_argument("--file-bytes", type=int, default=2000, metavar="B", help="bytes of each file (default 2000)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1], choices=range(4), help="ZeRO stages (default 1)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps of each optimizer (default 5)")
     args = parser.parse_intermixed_args()
     ranks = ranks_from_environment()

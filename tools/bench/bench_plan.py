@@ -47,12 +47,12 @@ AMPLIFICATION_LANES = 64
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
-    add("--samples", type=int, action="append", help="of the index (default: 1.3 million and 1 billion)")
-    add("--ranks", type=int, action="append", help="of the run, for each --samples (default: 8 and 1,024)")
+    add("--samples", type=int, action="append", help="samples of the index (default: 1.3 million and 1 billion)")
+    add("--ranks", type=int, action="append", help="ranks of the run, for each --samples (default: 8 and 1,024)")
     add("--lanes-per-rank", type=int, default=1)
-    add("--batch-samples", type=int, default=12, help="per lane and step")
+    add("--batch-samples", type=int, default=12, help="samples per lane and step")
     add("--steps", type=int, default=2000, help="steps that are planned (default: %(default)s)")
-    add("--nodes", type=int, default=8, help="that share the lanes, to count the shards that each fetches")
+    add("--nodes", type=int, default=8, help="nodes that share the lanes; the shards that each fetches are counted")
     add("--json", type=Path, metavar="OUT")
     args = parser.parse_args(arguments)
     args.samples, args.ranks = args.samples or [1_300_000, 10**9], args.ranks or [8, 1024]

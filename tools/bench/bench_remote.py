@@ -64,13 +64,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--nodes", type=int, default=64)
     add("--ranks-per-node", type=int, default=1)
-    add("--shards", type=int, default=256, help="of 100 kB; a multiple of the ranks")
+    add("--shards", type=int, default=256, help="shards of 100 kB; a multiple of the ranks")
     add("--epochs", type=int, default=3)
-    add("--cache-shards", type=int, default=8, help="size of a node's cache")
-    add("--rate-mb-s", type=float, default=12.0, help="of all answers of the server together")
+    add("--cache-shards", type=int, default=8, help="size of a node's cache, in shards")
+    add("--rate-mb-s", type=float, default=12.0, help="total rate of the server's answers")
     add("--failures", type=float, default=0.01, help="share of answers that fail")
     add("--outage-s", type=float, default=5.0, help="how long the server refuses all requests at the start")
-    add("--step-s", type=float, default=0.15, help="duration of a step beside the wait for data")
+    add("--step-s", type=float, default=0.15, help="duration of a step without the wait for data")
     add("--json", type=Path, metavar="OUT")
     args = parser.parse_args(arguments)
     if args.shards % (args.nodes * args.ranks_per_node):

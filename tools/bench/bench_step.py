@@ -228,7 +228,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compiled", action="store_true", help="measure bfsys with torch.compile, too; on a GPU")
     add("--engine", action="store_true", help="measure bfsys through DeepSpeed's engine, too")
     add("--times", action="store_true", help="measure forward, backward and update each, too")
-    add("--one-process", action="store_true", help="measure all in one process; on the CPU, memory is then a guess")
+    add("--one-process", action="store_true", help="measure all in one process; memory on a CPU is then inexact")
     add("--json", type=Path, metavar="OUT", help="write the rows to this file too")
     add("--trial", action="store_true", help=argparse.SUPPRESS)  # a small model on small files
     args = parser.parse_args(arguments)
