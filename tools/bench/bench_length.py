@@ -101,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--kernel", type=int, default=32)
     parser.add_argument("--lengths", default="64k,256k,1m,4m,16m", metavar="A,B", help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=2, help="measurements, of which the fastest counts (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="measured repetitions; the fastest counts (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

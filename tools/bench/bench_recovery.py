@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     attacks.add_argument("--every-s", type=float, default=120, metavar="S", help="default: %(default)s")
     attacks.add_argument("--seed", type=int, default=0, help="seed of the choice of ranks")
     for command in (saving, attacks):
-        command.add_argument("--folder", type=Path, help="folder on the disk to be measured (default: the temporary folder)")
+        command.add_argument("--folder", type=Path, help="folder on the measured disk (default: the temporary folder)")
         command.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file too")
     args = parser.parse_args(arguments)
     if args.command == "saving" and args.child:
