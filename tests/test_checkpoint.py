@@ -1,4 +1,4 @@
-"""Checkpoints: written beside and proven, or passed over; kept, listed, cleared up."""
+"""Checkpoints: they are written in the background, verified or skipped, kept, listed and removed."""
 
 from __future__ import annotations
 

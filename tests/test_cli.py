@@ -1,4 +1,4 @@
-"""The console command: what all of its commands have in common, whatever they are called by."""
+"""The console command: behaviour that all of its commands share, however they are called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard output and error with real descriptors, and commands with the consoles that people have."""
+"""Standard output and error with real descriptors, and commands with the consoles that users have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine by itself: what it asks of the accelerator."""
+"""The engine by itself: its calls of the accelerator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Files that look like none of a run's: the score, what a checkpoint keeps for it, and who says it."""
+"""The out-of-distribution score: its value, the data that a checkpoint stores for it, and the commands that report
+it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The estimates of what a run needs, compared with what it needs."""
+"""The estimated needs of a run, compared with its real needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel, used in another folder: what it holds, and a run from files to predictions by the command `bfsys`."""
+"""The wheel, used in another folder: its content, and a run from files to predictions by the command `bfsys`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files to pack, packing them, and looking at what came of it."""
+"""Files to pack, packing them, and reading the result."""
 
 import io
 import subprocess

@@ -1,4 +1,4 @@
-"""Files as a model is given them, made outside of it; keys."""
+"""`bfsys encode` writes files in the form that a model reads, and `bfsys make-key` makes keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Getting the published datasets, on small stand-ins: what is made of them, and what is noticed."""
+"""Fetching the published datasets, with small replacements: the files that are made, and the errors that are
+detected."""
 
 from __future__ import annotations
 

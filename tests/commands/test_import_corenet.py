@@ -1,4 +1,4 @@
-"""Published weights become a directory like a run's: the same logits, and a word for every wrong input."""
+"""Published weights become a directory like a run's: the same logits, and an error for every wrong input."""
 
 from __future__ import annotations
 

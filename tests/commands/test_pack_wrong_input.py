@@ -1,4 +1,4 @@
-"""Everything wrong is named at once, before anything is written."""
+"""All problems are reported at once, before anything is written."""
 
 import errno
 import json

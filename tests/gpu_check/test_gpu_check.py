@@ -1,4 +1,4 @@
-"""The checks themselves: that they pass here, and that what is wrong is called wrong. No timing is asserted."""
+"""The checks pass here, and they report what is wrong. No timing is asserted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of the number of nodes or ranks, and when a job grows; SLURM is played by small scripts."""
+"""The choice of the number of nodes or ranks, and when a job grows; small scripts simulate SLURM."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_three_starts_again_without_progress_are_enough(ends, tmp_path: Path) ->
     assert ends(1) == (EXIT_NO_PROGRESS, False)
     assert how_it_ended(tmp_path)["exit_code"] == EXIT_NO_PROGRESS
     assert json.loads((tmp_path / requeue.FILE).read_text()) == {"step": 8, "without_progress": 3}
-    requeue.forget(tmp_path)  # a person submits it again
+    requeue.forget(tmp_path)  # a user submits it again
     assert [ends(1)[1] for _ in range(4)] == [True, True, True, False]
 
 

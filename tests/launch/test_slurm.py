@@ -1,4 +1,4 @@
-"""The SLURM launcher: what it submits and refuses; and, where there is a cluster, that jobs stop and go on.
+"""The SLURM launcher submits and refuses jobs. Tests on a cluster check that jobs stop and continue.
 
 The tests on a cluster (pytest -m slurm) need a folder that its nodes share: --basetemp=FOLDER, unless /tmp is one.
 """

@@ -1,4 +1,4 @@
-"""The runs of a sweep: names, overrides, and what is wrong with its axes."""
+"""The runs of a sweep: names, overrides, and errors in its axes."""
 
 from __future__ import annotations
 

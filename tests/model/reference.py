@@ -1,4 +1,4 @@
-"""ByteFormer once more, padded and plain: what the real model is compared with.
+"""A plain, padded ByteFormer, with which the real model is compared.
 
 Everything that bfsys/model does cleverly (lookup tables, segments, ragged batches) is done here the
 obvious way: one padded [B, L] tensor, an embedding, a convolution, whole score matrices, masks of 0 and

@@ -1,4 +1,4 @@
-"""The content head against one file after the other, and its place in the model."""
+"""The content head compared with one file at a time, and its place in the model."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The reference against the published implementation's numbers: this is what makes it a reference."""
+"""The reference agrees with the published implementation's numbers."""
 
 import pytest
 import torch

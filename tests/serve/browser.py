@@ -105,7 +105,7 @@ class Browser:
             time.sleep(0.02)
 
     def choose(self, selector: str, *paths: Path) -> None:
-        """Choose files in an input of the page, like a person."""
+        """Choose files in an input of the page, like a user."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])

@@ -1,4 +1,4 @@
-"""The worker: what it computes together, what it drops, and whose failure it is."""
+"""The worker computes items together, drops cancelled ones, and assigns errors to items."""
 
 from __future__ import annotations
 

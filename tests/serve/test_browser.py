@@ -1,4 +1,4 @@
-"""The page in a browser: files are chosen and dropped, and the answers are read where a person reads them."""
+"""The page in a browser: files are chosen and dropped, and the answers are read from the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that are too large, too many, too slow, malformed or hostile; the server answers each, and goes on."""
+"""Requests that are too large, too many, too slow, malformed or hostile; the server answers each and continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The life of jobs on a real cluster: whatever happens to them, the run ends as if nothing had.
+"""The life of jobs on a real cluster: after any event, the run ends like an uninterrupted one.
 
     python -m pytest -m slurm tests/slurm --basetemp=FOLDER
 

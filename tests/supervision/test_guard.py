@@ -1,4 +1,4 @@
-"""Steps that are no numbers leave no trace; steps that stay bad are gone around."""
+"""Non-finite steps change nothing, and a run rolls back and skips steps that stay bad."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hangs are found, named and ended; pauses, evaluations and saves are none."""
+"""Hangs are found, named and ended; pauses, evaluations and saves do not count as hangs."""
 
 from __future__ import annotations
 

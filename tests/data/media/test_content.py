@@ -1,4 +1,4 @@
-"""The tables of what files show follow the order of the file, whatever its format."""
+"""Content tables follow the order of the file, in every format."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Files are told to be in a format, or not to be, by what all files of the format have in common."""
+"""A file is recognised as having a format by the bytes that all files of the format share."""
 
 from __future__ import annotations
 

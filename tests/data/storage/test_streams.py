@@ -1,4 +1,4 @@
-"""Every scheme is read through the program that people know; nothing hangs, leaks a secret or leaves a process."""
+"""Every scheme is read through its usual program; nothing hangs, leaks a secret or leaves a process."""
 
 from __future__ import annotations
 

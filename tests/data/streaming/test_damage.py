@@ -1,4 +1,4 @@
-"""Nine kinds of damage: what training makes of each, and where it is named."""
+"""Nine kinds of damage: how training handles each, and where it is reported."""
 
 from __future__ import annotations
 

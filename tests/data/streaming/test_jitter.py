@@ -1,4 +1,4 @@
-"""Jitter changes pictures and sounds a little, and whatever it cannot change goes in as it is."""
+"""Jitter changes pictures and sounds slightly, and leaves all other files unchanged."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""A resume goes on only with the data that the run began with, and says what is another."""
+"""A run resumes only with the data that it began with, and the error names what has changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Training from afar gives the batches of training from a folder, whatever the server, the cache or the disk do."""
+"""Training on remote data gives the batches of training on local data, whatever the server, the cache or the disk
+do."""
 
 from __future__ import annotations
 

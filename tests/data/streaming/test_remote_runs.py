@@ -1,4 +1,4 @@
-"""Whole runs on data from afar: a server that is gone for a while, and S3."""
+"""Whole runs on remote data: a server that is unavailable for a while, and S3."""
 
 from __future__ import annotations
 

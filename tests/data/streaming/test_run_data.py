@@ -1,4 +1,4 @@
-"""The data of a run as a whole: splits that are there, and datasets that are replaced under it."""
+"""The data of a run as a whole: the splits that exist, and datasets that are replaced during the run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_scores_are_of_the_evaluation_files(dataset: Path, config: Config, tmp_p
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> list[str]:
-    """Packed datasets: PNGs with and without a validation split, the PNGs as TIFFs, and files that are no pictures."""
+    """Packed datasets: PNGs with and without a validation split, the PNGs as TIFFs, and files that are not pictures."""
     files = {f"{split}/{name}/{i}": value for split in ("train", "val") for name in "xy" for i in range(4)
              for value in [40 * i + 9 * (name == "x") + (split == "val")]}  # fmt: skip
     pictures = {f"{name}.png": png_bytes(8, 8, value) for name, value in files.items()}

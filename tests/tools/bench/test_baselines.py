@@ -1,4 +1,4 @@
-"""Each baseline sees what it is meant to see, and nothing else."""
+"""Each baseline uses only its own features."""
 
 from __future__ import annotations
 

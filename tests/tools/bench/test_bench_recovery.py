@@ -1,4 +1,4 @@
-"""Both measurements in small: that they measure, and what they print."""
+"""Small runs of both measurements: their figures and their output."""
 
 from __future__ import annotations
 
