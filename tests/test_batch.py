@@ -5,7 +5,7 @@ import numpy as np
 from bfsys.batch import ByteBatch, Sample
 
 
-def test_files_lie_end_to_end() -> None:
+def test_files_are_stored_back_to_back() -> None:
     files = [b"abc", b"", b"xy"]
     batch = ByteBatch.from_samples([Sample(str(i), np.frombuffer(f, np.uint8), label=i) for i, f in enumerate(files)])
     assert len(batch) == 3

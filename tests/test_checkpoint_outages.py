@@ -52,7 +52,7 @@ def test_reads_are_retried_while_a_file_server_is_away(
 
 
 @pytest.mark.parametrize(("error", "code"), [(errno.EACCES, 2), (errno.EMFILE, 2), (errno.ESTALE, 1), (errno.EIO, 1)])
-def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(
+def test_unlistable_checkpoints_do_not_count_as_missing(
     tmp_path: Path, error: int, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise a run would start over, and set its history aside."""

@@ -68,7 +68,7 @@ def test_a_run_keeps_what_it_was_told_to(tmp_path: Path) -> None:
     assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [2, 5, 7]
 
 
-def test_the_command_removes_what_is_not_to_be_kept(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_prune_removes_the_checkpoints_that_are_not_kept(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(FACTS, "config", {"train": {"keep_checkpoints": 2}})
     for step in (1, 2, 3, 4):
         save(tmp_path, step)

@@ -32,7 +32,7 @@ def test_every_problem_is_a_line_and_the_code_is_2(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "error: first\nerror: second\n"
 
 
-def test_control_c_is_no_traceback(capsys: pytest.CaptureFixture) -> None:
+def test_control_c_prints_no_traceback(capsys: pytest.CaptureFixture) -> None:
     def main() -> None:
         raise KeyboardInterrupt
 
@@ -40,7 +40,7 @@ def test_control_c_is_no_traceback(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err == "stopped on request\n"
 
 
-def test_control_c_is_no_traceback_after_a_start_that_let_it_end_the_process(
+def test_control_c_prints_no_traceback_after_a_start_that_let_it_end_the_process(
     capsys: pytest.CaptureFixture,
 ) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -34,7 +34,7 @@ def test_sums_are_those_of_plain_cross_entropy() -> None:
     assert not sums[3].any()
 
 
-def test_of_equal_scores_the_first_class_is_the_answer() -> None:
+def test_the_first_class_with_the_highest_score_is_the_answer() -> None:
     logits = torch.zeros(8, 8, dtype=torch.bfloat16)
     logits[7, 6:] = 1
     _, sums = loss_and_sums(logits, batch_of(list(range(8)), list(range(8))), 8)

@@ -226,7 +226,7 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(stage_runs: tuple[Path,
     assert all(name.endswith("-0-of-1.safetensors") for name in manifest["files"] if name != "metrics.jsonl")
 
 
-def test_the_run_directory_holds_what_readme_says(stage_runs: tuple[Path, Path]) -> None:
+def test_the_run_directory_holds_the_documented_files(stage_runs: tuple[Path, Path]) -> None:
     _, runs = stage_runs
     run = runs / "s1-fp32"
     assert {p.name for p in run.iterdir()} >= {"config.yaml", "checkpoints", "tb", "metrics.jsonl"}

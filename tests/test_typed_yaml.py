@@ -94,7 +94,7 @@ def test_text_is_taken_as_typed(file: Path, text: str) -> None:
         ("[a", "[a"),
     ],
 )
-def test_text_in_one_pair_of_quotes_is_what_lies_between_them(file: Path, typed: str, meant: str) -> None:
+def test_text_in_one_pair_of_quotes_is_the_text_between_them(file: Path, typed: str, meant: str) -> None:
     file.write_text(MINIMAL)
     assert load(Config, file, [f"name={typed}"]).name == meant
 

@@ -117,7 +117,7 @@ def test_bad_input_is_one_line_each(explain: Explain, files: Path, tmp_path: Pat
         call("explain", [str(tmp_path / "missing"), str(files)])
 
 
-def test_a_foreign_file_stays_as_it_is(explain: Explain, files: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_page_is_not_overwritten(explain: Explain, files: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "one.bin.html"
     foreign.write_text("my own page")
     with pytest.raises(UserError, match=r"one\.bin\.html: is not a page of `bfsys explain`"):

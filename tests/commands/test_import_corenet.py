@@ -208,7 +208,7 @@ def test_wrong_options_are_named(arguments: tuple[str, ...], message: str, tmp_p
         (b"\xff\xfe", "not a text file"),
     ],
 )
-def test_wrong_class_names_are_said(names: bytes, message: str, tmp_path: Path, weights) -> None:
+def test_wrong_class_names_are_reported(names: bytes, message: str, tmp_path: Path, weights) -> None:
     (tmp_path / "names").write_bytes(names)
     assert message in problems(tmp_path, weights, "--classes", str(tmp_path / "names"))
 

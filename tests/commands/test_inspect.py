@@ -109,7 +109,7 @@ def test_exit_code_2_without_a_dataset(tmp_path):
 
 
 @pytest.mark.parametrize("url", ["https://example.org/pets", "s3://bucket/pets", "pipe:cat"])
-def test_a_url_is_refused_and_what_to_do_is_said(url):
+def test_a_url_is_refused_with_the_remedy(url):
     with pytest.raises(UserError, match=f"^{url}: inspect takes a folder on this machine; copy the dataset into one"):
         call("inspect", [url])
 

@@ -282,7 +282,7 @@ def test_filelist_with_splits_and_a_split_option(tmp_path):
     assert "line 1: names a split, and so does --split val" in message
 
 
-def test_nothing_made_by_others_is_overwritten(tmp_path):
+def test_files_of_other_origin_are_not_overwritten(tmp_path):
     src = make_tree(tmp_path / "src")
     (tmp_path / "file").write_text("")
     assert "file is not a folder that this user may write to" in problems_of(src, tmp_path / "file")

@@ -151,7 +151,7 @@ def file_of(format: str, pixels: np.ndarray, **options: object) -> bytes:
 
 @pytest.mark.parametrize("pixels", [GREY, COLOUR], ids=["grey", "colour"])
 @pytest.mark.parametrize("format", ["TIFF", "BMP", "PPM"])
-def test_evidence_lies_over_the_pixels_that_bytes_are(format: str, pixels: np.ndarray) -> None:
+def test_evidence_is_shown_over_pixels_if_bytes_are_pixels(format: str, pixels: np.ndarray) -> None:
     """Rows of a BMP are stored from bottom to top and padded, and its colours are blue, green, red."""
     content = np.frombuffer(file_of(format, pixels), np.uint8)
     picture = overlay.picture_of(structure(content).format, content, content.astype(np.float32))
@@ -171,7 +171,7 @@ def test_compressed_pictures_are_shown_without_evidence(format: str, options: di
     assert picture.uri.startswith("data:image/jpeg" if format == "JPEG" else "data:image/png")
 
 
-def test_evidence_lies_over_the_samples_that_bytes_are() -> None:
+def test_evidence_is_shown_over_samples_if_bytes_are_samples() -> None:
     samples = np.arange(0, 250, dtype=np.uint8)
     content = np.frombuffer(wav_file(samples, b"hello"), np.uint8)
     gradients = np.zeros(len(content), np.float32)

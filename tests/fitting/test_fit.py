@@ -153,7 +153,7 @@ def test_the_survey_detects_kinds_sizes_and_rates(tmp_path: Path) -> None:
     assert seen({f"{c}/{i}.jpg": large.getvalue() for c in "ab" for i in range(3)})[2] == 20
 
 
-def test_packed_data_stay_as_they_are(datasets: Path, tmp_path: Path) -> None:
+def test_packed_data_stay_unchanged(datasets: Path, tmp_path: Path) -> None:
     request = Request(datasets / "b", "x", 1.0, False, False, tmp_path / "s", tmp_path / "r")
     found = survey_folder(request)
     assert (found.classes, found.files, found.modality) == (("b0", "b1"), {"train": 80, "val": 14}, None)

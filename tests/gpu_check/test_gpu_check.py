@@ -230,7 +230,7 @@ def test_a_resumed_training_is_the_same_and_a_changed_one_is_not(tmp_path: Path)
     assert (finding.verdict, name in finding.detail) == (Verdict.WRONG, True)
 
 
-def test_a_training_that_fails_is_wrong_and_says_why(tmp_path: Path) -> None:
+def test_a_failing_training_is_reported_as_wrong_with_the_reason(tmp_path: Path) -> None:
     (finding,) = short_training.train_twice(tmp_path, False, lambda arguments: "code 1: no memory")
     assert (finding.verdict, finding.detail) == (Verdict.WRONG, "code 1: no memory")
 

@@ -95,7 +95,7 @@ def alive(folder: Path) -> list[int]:
     return [int(pid) for file in folder.glob("pids-?") for pid in file.read_text().split() if running(pid)]
 
 
-def test_the_first_failing_rank_decides_and_nobody_stays(make_job, tmp_path, monkeypatch, capfd):
+def test_the_first_failing_rank_decides_and_no_rank_remains(make_job, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(local, "GRACE_S", 0.5)
     job = make_job("""
 if rank == "0":
@@ -309,7 +309,7 @@ def starts(run: Path, *ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -
     return code, pauses
 
 
-def test_a_repeated_request_ends_at_once_only_if_a_person_makes_it(make_job, tmp_path, monkeypatch):
+def test_a_repeated_request_ends_at_once_only_if_a_user_makes_it(make_job, tmp_path, monkeypatch):
     """A SLURM job gets a second SIGTERM at the end of its grace time, while it may still write a checkpoint."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     job = make_job("""

@@ -91,7 +91,7 @@ def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, cap
     assert not (tmp_path / "runs").exists()
 
 
-def test_on_cpus_there_is_one_task_per_node_unless_told(config_file, capsys):
+def test_on_cpus_the_default_is_one_task_per_node(config_file, capsys):
     script = script_of(config_file, capsys, "--nodes=4", ON_CPUS)
     assert "#SBATCH --ntasks-per-node=1\n" in script
     assert "--gpus-per-node" not in script
@@ -154,7 +154,9 @@ def test_a_job_that_is_refused_after_all_leaves_nothing_of_it(config_file, tmp_p
     assert (record.name, record.read_text()) == (jobs.JOBS, "")
 
 
-def test_submission_tells_what_to_do_next_and_carries_the_job(config_file, tmp_path, sbatch, capsys, monkeypatch):
+def test_the_submission_prints_the_next_commands_and_contains_the_job(
+    config_file, tmp_path, sbatch, capsys, monkeypatch
+):
     sbatch(ACCEPTING)
     monkeypatch.chdir(tmp_path)
     assert call("slurm", ["--nodes", "2", ON_CPUS, "tiny.yaml", "train.steps=12"]) == 0

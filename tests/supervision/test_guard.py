@@ -163,7 +163,7 @@ def test_launchers_are_told_of_the_checkpoint_that_a_run_rolled_back_to(tmp_path
     assert newest_step(tmp_path) == 2
 
 
-def test_bad_steps_in_a_row_are_gone_around(config_file: Path, tmp_path: Path) -> None:
+def test_bad_steps_in_a_row_are_rolled_back_and_skipped(config_file: Path, tmp_path: Path) -> None:
     poison = [pair for step in (5, 6, 7) for pair in samples_of_step(config_file, step)]
     run, ranks = run_poisoned(config_file, tmp_path / "log", "around", "nan", poison, "train.save_every=2")
     assert ranks.end() == [0, 0], ranks.said()
@@ -181,7 +181,7 @@ def test_bad_steps_in_a_row_are_gone_around(config_file: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.slow) for s in (0, 1, 2)), 3])
-def test_a_spike_of_the_loss_is_gone_around_and_killing_the_run_there_changes_nothing(
+def test_a_spike_of_the_loss_is_rolled_back_and_skipped_and_a_kill_changes_nothing(
     config_file: Path, tmp_path: Path, stage: int
 ) -> None:
     """The losses and updates of three steps are far too large. A second start must skip them like the first."""

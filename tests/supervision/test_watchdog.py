@@ -51,7 +51,7 @@ def test_the_rank_that_is_behind_is_named_and_all_stacks_are_written(tmp_path: P
     assert "rank 1" in ended["reason"]
 
 
-def test_on_gpus_the_flight_record_lies_beside_the_stacks(tmp_path: Path) -> None:
+def test_on_gpus_the_flight_record_is_stored_beside_the_stacks(tmp_path: Path) -> None:
     """All ranks reach the same place in the code, since kernels are queued. The record shows which rank is behind."""
     record = 'Ranks.device = property(lambda ranks: torch.device("cuda", 0))\nimport torch\n'
     process = start(tmp_path, 0, f"{record}time.sleep(60)")

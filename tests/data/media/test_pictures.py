@@ -89,7 +89,7 @@ def test_a_ramp_of_any_depth_stays_one(name):
     assert (np.abs(np.diff(ramp) - 255 / 63) <= 1.1).all()
 
 
-def test_grey_of_16_bits_becomes_what_colour_of_16_bits_does():
+def test_grey_and_colour_of_16_bits_are_converted_alike():
     assert np.array_equal(decode_image(deep_png(1, 0)), decode_image(deep_png(3, 2)))
     assert np.array_equal(decode_image(deep_png(1, 0))[:, :, 0], DEEP >> 8)
 
@@ -106,7 +106,7 @@ def test_colours_whose_upper_bytes_are_empty_are_refused(channels):
     assert not decode_image(saved(black, "PNG")).any()
 
 
-def test_where_white_is_zero_a_ramp_falls():
+def test_values_are_inverted_if_white_is_zero():
     assert decode_image(tiff(DEEP.astype("<u2").tobytes(), 16, white_is_zero=True))[0, [0, -1], 0].tolist() == [255, 0]
 
 

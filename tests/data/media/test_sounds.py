@@ -80,7 +80,7 @@ def test_bytes_behind_the_samples_do_no_harm(kind):
     assert np.array_equal(clip.wave[:20_000], decode_audio(content).wave[:20_000])
 
 
-def test_a_cut_says_what_is_announced_and_what_is_there():
+def test_the_error_on_a_cut_sound_gives_announced_and_existing_bytes():
     with pytest.raises(
         ValueError, match="is cut: its header announces 40,000 bytes from byte 44, but the file has only 956"
     ):

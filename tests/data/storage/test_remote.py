@@ -260,7 +260,7 @@ def test_the_least_recently_used_make_room(tmp_path: Path) -> None:
     opened.close()
 
 
-def test_another_process_reads_on_what_was_evicted(tmp_path: Path) -> None:
+def test_another_process_continues_to_read_an_evicted_file(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, limit_bytes=100_000)
     a = put(tmp_path, "a", 60_000)
     with subprocess.Popen(
@@ -274,7 +274,7 @@ def test_another_process_reads_on_what_was_evicted(tmp_path: Path) -> None:
         assert reader.communicate("\n")[0] == "60000\n"
 
 
-def test_open_fetches_again_what_was_evicted_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_fetches_an_evicted_file_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make_cache(tmp_path)
     a = put(tmp_path, "a", 100)
     fetch, evicted = cache.fetch, []

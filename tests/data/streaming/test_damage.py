@@ -321,7 +321,7 @@ def test_evaluation_leaves_bad_files_out_and_says_so(
     assert (bad.step, bad.split, bad.source, bad.key) == (7, "val", "a", split.key(DAMAGED))
 
 
-def test_a_run_on_damaged_data_goes_on_and_resumes_as_if_it_had_never_stopped(
+def test_a_run_on_damaged_data_continues_and_resumes_like_an_uninterrupted_one(
     dataset: Path, datasets: Path, tmp_path: Path
 ) -> None:
     truncate(dataset)

@@ -130,7 +130,7 @@ def test_files_that_cannot_be_changed_stay_unchanged(data: bytes) -> None:
     assert ALL(data, np.random.default_rng(0)) == data
 
 
-def test_a_file_that_would_become_too_short_goes_in_as_it_is() -> None:
+def test_a_file_that_would_become_too_short_stays_unchanged() -> None:
     shortest = replace(ALL, least_bytes=len(SOUND))
     assert all(len(data) >= len(SOUND) for data in drawn(shortest, SOUND, 50))
 

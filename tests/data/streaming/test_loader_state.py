@@ -177,7 +177,7 @@ def test_a_changed_augmentation_is_named(run: tuple[Config, Path], tmp_path: Pat
     assert said.count("data plan") == 1
 
 
-def test_recordings_are_told_by_what_they_are_not_by_where(run: tuple[Config, Path], tmp_path: Path) -> None:
+def test_recordings_are_identified_by_content_and_not_by_path(run: tuple[Config, Path], tmp_path: Path) -> None:
     for name, size in (("here", 100), ("moved", 100), ("changed", 101)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "hum.wav").write_bytes(bytes(size))
