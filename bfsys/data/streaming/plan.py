@@ -33,6 +33,8 @@ Lanes = TypeVar("Lanes", int, np.ndarray)
 
 # The next block is fetched at the latest after this part of a block. The rest of the block leaves enough time.
 LATEST_NEXT_BLOCK = 0.5
+# Epochs whose order of shards is kept. Near the end of an epoch, every step asks for shards of two epochs on each lane.
+KEPT_ORDERS = 2
 # Multiples of it, modulo 1, are evenly spread between 0 and 1, for any run of successive lanes.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -64,7 +66,7 @@ class _Slices:
         self.shuffle_block, self.seed = shuffle_block, seed
         self.samples = len(split)
         self._shard_sizes = np.diff(split.shard_starts)
-        self._shard_order: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, shards, their ends
+        self._shard_orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by epoch: shards, their ends
 
     def lane_draws(self, draws: int, lane: Lanes) -> Lanes:
         """The number of the lane's draws among the source's first `draws`; for several lanes, an array."""
@@ -98,11 +100,13 @@ class _Slices:
         return place, np.searchsorted(ends, place, side="right"), shards, ends
 
     def _shards_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._shard_order is None or self._shard_order[0] != epoch:
+        if epoch not in self._shard_orders:
             rng = np.random.default_rng([self.seed, 0, self.source, epoch])
             shards = rng.permutation(len(self._shard_sizes))
-            self._shard_order = (epoch, shards, np.cumsum(self._shard_sizes[shards]))
-        return self._shard_order[1:]
+            if len(self._shard_orders) == KEPT_ORDERS:
+                del self._shard_orders[next(iter(self._shard_orders))]
+            self._shard_orders[epoch] = (shards, np.cumsum(self._shard_sizes[shards]))
+        return self._shard_orders[epoch]
 
 
 class Plan:

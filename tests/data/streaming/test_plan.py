@@ -121,6 +121,26 @@ def test_lanes_ask_for_their_next_blocks_at_different_times() -> None:
     assert max(asked.values()) <= 2 * sum(asked.values()) / (block_steps / 2)
 
 
+def test_shards_are_permuted_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near the end of an epoch every lane asks for shards of two epochs in each step. Permuting 100,000 shards takes
+    several milliseconds."""
+    permuted: Counter[int] = Counter()
+    make_rng = np.random.default_rng
+
+    def counting(seed: list[int]) -> np.random.Generator:
+        if seed[1] == 0:  # the stream that permutes shards
+            permuted[seed[3]] += 1
+        return make_rng(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", counting)
+    plan = Plan([split_in_memory([10] * 64)], [1], batch_samples=16, lanes=8, shuffle_block=40, seed=0)
+    for step in range(100):  # 2.5 epochs
+        for lane in range(plan.lanes):
+            plan.shards_ahead(step, lane)
+            plan.micro_batch(step, lane)
+    assert permuted == {0: 1, 1: 1, 2: 1}
+
+
 @given(
     st.lists(st.integers(1, 8), min_size=1, max_size=10),
     st.randoms(use_true_random=False),
