@@ -31,8 +31,8 @@ from bfsys.checkpoint.files import (
 )
 from bfsys.config import Config, load_config
 from bfsys.errors import UserError, collecting, one_line
-from bfsys.files import open_regular, read_regular
-from bfsys.json_lines import NUMBER, parse_json_lines
+from bfsys.files import open_regular
+from bfsys.json_lines import NUMBER, read_json_lines_backwards
 
 CONFIG = "config.yaml"
 WITHOUT_INFLUENCE = frozenset((
@@ -171,8 +171,7 @@ def read_run(run_dir: Path) -> Run:
 
 def last_train_line(path: Path) -> dict | None:
     """The last line about steps in a metrics.jsonl; None if there is none."""
-    lines = read_regular(path).split(b"\n") if path.exists() else []
-    found = parse_json_lines(lines[::-1], {"kind": str, "step": int, "seconds": dict})
+    found = read_json_lines_backwards(path, {"kind": str, "step": int, "seconds": dict})
     of_steps = (line for line in found if line["kind"] == "train")
     return next((line for line in of_steps if all(isinstance(s, NUMBER) for s in line["seconds"].values())), None)
 

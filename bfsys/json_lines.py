@@ -2,16 +2,19 @@
 
 A kill may truncate the last line, and a crash of the machine or an edit may damage any part. Invalid records are
 ignored, because a damaged record must not end a run.
+
+Files of lines are read in parts. Those of a long run have millions of lines, which may not fit into the memory at once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 
-from bfsys.files import read_regular
+from bfsys.files import CHUNK_BYTES, open_regular, read_regular
 
 NUMBER = int | float
 Fields = Mapping[str, type | UnionType]
@@ -19,11 +22,27 @@ Fields = Mapping[str, type | UnionType]
 
 def read_json_lines(path: Path, fields: Fields) -> Iterator[dict]:
     """The objects in a file, one per line, that have these fields of these types; none if the file does not exist."""
-    content = read_regular(path) if path.exists() else b""
-    return parse_json_lines(content.split(b"\n"), fields)
+    if path.exists():
+        with open_regular(path) as file:
+            yield from parse_json_lines(file, fields)
 
 
-def parse_json_lines(lines: list[bytes], fields: Fields) -> Iterator[dict]:
+def read_json_lines_backwards(path: Path, fields: Fields) -> Iterator[dict]:
+    """Like `read_json_lines`, the last object first. Only the part of the file that is asked for is read."""
+    if not path.exists():
+        return
+    with open_regular(path) as file:
+        end, beginning = file.seek(0, os.SEEK_END), b""  # of the first line that was read in part
+        while end:
+            start = max(0, end - CHUNK_BYTES)
+            file.seek(start)
+            beginning, *lines = (file.read(end - start) + beginning).split(b"\n")
+            yield from parse_json_lines(reversed(lines), fields)
+            end = start
+        yield from parse_json_lines([beginning], fields)
+
+
+def parse_json_lines(lines: Iterable[bytes], fields: Fields) -> Iterator[dict]:
     return (line for line in (parse_json_object(text, fields) for text in lines) if line is not None)
 
 

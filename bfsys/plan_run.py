@@ -17,17 +17,19 @@ It does not include the memory of CUDA, NCCL and the allocator.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from bfsys.checkpoint.files import METRICS, evaluations
 from bfsys.checkpoint.loading import newest_readable
 from bfsys.config import Config, load_config
 from bfsys.data.streaming.plan import lane_groups, lanes_of_rank
 from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import UserError
-from bfsys.json_lines import NUMBER, Fields, read_json_lines
+from bfsys.json_lines import NUMBER, Fields, read_json_lines_backwards
 from bfsys.micro_batches import micro_batches_of
 from bfsys.model.byteformer import muon_count, parameter_count
 from bfsys.model.flops import flops_per_step
@@ -35,6 +37,7 @@ from bfsys.model.layout import token_counts
 from bfsys.run_time import RunTime, sent_bytes
 from bfsys.supervision.goodput import count_starts, read_seconds
 
+LAST_LINES = 50  # lines of metrics.jsonl whose median is the rate of a measured run
 KEPT_PER_TOKEN = 16  # saved numbers per token and layer, divided by dim
 KEPT_PER_MERGED = 3  # the same per merged pair: the pair, and the input of the norm
 GB = 1e9
@@ -172,10 +175,10 @@ def measured(run: Path) -> Measured:
     if not (run / "config.yaml").is_file():
         got = "there is no such folder" if not run.exists() else "it has no config.yaml"
         raise UserError(f"--like {run}: {got}; give the folder of a run that was trained, such as runs/NAME")
-    metrics, config = run / "metrics.jsonl", load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml")
     rates: Fields = {"step": int, "model_tflop_per_s": NUMBER, "bytes_per_s": NUMBER}
-    train = list(read_json_lines(metrics, rates))
-    evaluations = list(read_json_lines(metrics, {"kind": str, "top1": NUMBER, "seconds": NUMBER}))
+    train = list(itertools.islice(read_json_lines_backwards(run / METRICS, rates), LAST_LINES))
+    evaluation_s = [one["seconds"] for one in evaluations(run).values() if isinstance(one.get("seconds"), NUMBER)]
     path, _ = newest_readable(run)
     starts = count_starts(run)
     for is_there, what in ((train, "steps in metrics.jsonl"), (starts, "start in goodput.jsonl"), (path, "checkpoint")):
@@ -184,17 +187,17 @@ def measured(run: Path) -> Measured:
     assert path
     files = list(path.glob("*-of-*.safetensors"))
     ranks = max(int(file.stem.rpartition("-of-")[2]) for file in files)
-    flops_per_s = [1e12 * line["model_tflop_per_s"] for line in train[-50:]]
+    flops_per_s = [1e12 * line["model_tflop_per_s"] for line in train]
     seconds = read_seconds(run)
     return Measured(
         config=config,
         ranks=ranks,
         flops_per_s=float(np.median(flops_per_s)) / ranks,
-        flops_per_byte=sum(flops_per_s) / max(1.0, sum(line["bytes_per_s"] for line in train[-50:])),
+        flops_per_byte=sum(flops_per_s) / max(1.0, sum(line["bytes_per_s"] for line in train)),
         checkpoint_bytes=sum(file.stat().st_size for file in files),
-        save_s=seconds["stall"] / max(1.0, train[-1]["step"] / config.train.save_every),
+        save_s=seconds["stall"] / max(1.0, train[0]["step"] / config.train.save_every),
         restart_s=seconds["restart"] / starts,
-        evaluation_s=float(np.median([one["seconds"] for one in evaluations])) if evaluations else 0.0,
+        evaluation_s=float(np.median(evaluation_s)) if evaluation_s else 0.0,
     )
 
 

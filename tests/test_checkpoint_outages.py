@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -127,15 +128,15 @@ def test_the_best_checkpoints_stay_if_the_scores_cannot_be_read(
     keep = RetentionPolicy(last=1, best=1)
     for step in (1, 2):
         save(tmp_path, step, keep=keep)
-    really_read = files.read_regular
+    really_open = files.open_regular
 
-    def read(path: Path) -> bytes:
+    def open_or_fail(path: Path) -> BinaryIO:
         if path == tmp_path / "metrics.jsonl":
             raise OSError(number, os.strerror(number), str(path))
-        return really_read(path)
+        return really_open(path)
 
     monkeypatch.setattr(files, "PAUSES_S", ())
-    monkeypatch.setattr(files, "read_regular", read)
+    monkeypatch.setattr(files, "open_regular", open_or_fail)
     with pytest.raises(AgreedError, match=rf"metrics\.jsonl: cannot be read.*: {os.strerror(number)}"):
         save(tmp_path, 3, keep=keep)
     assert [step_of(path) for path in files.all_checkpoints(tmp_path)] == [1, 2, 3]

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, EXIT_STORAGE, MISSING_ERRNOS, UserError
-from bfsys.files import describe, read_regular, replace_file, sync_folder
+from bfsys.files import describe, open_regular, read_regular, replace_file, sync_folder
 from bfsys.json_lines import NUMBER, Fields, parse_json_lines
 
 T = TypeVar("T")
@@ -245,16 +245,21 @@ def evaluations(run_dir: Path) -> dict[int, dict]:
     Raises Unreachable or OSError if the file cannot be read: without scores, the best checkpoints would be removed.
     """
     try:
-        return evaluations_in(with_retries(read_regular, run_dir / METRICS))
+        return with_retries(_read_evaluations, run_dir / METRICS)
     except FileNotFoundError:
         return {}
 
 
-def evaluations_in(metrics: bytes) -> dict[int, dict]:
-    """The scores of every evaluation, by step, in the content of a metrics.jsonl."""
-    lines = [line for line in metrics.split(b"\n") if b'"kind": "eval"' in line]
+def _read_evaluations(metrics: Path) -> dict[int, dict]:
+    with open_regular(metrics) as lines:
+        return evaluations_in(lines)
+
+
+def evaluations_in(lines: Iterable[bytes]) -> dict[int, dict]:
+    """The scores of every evaluation, by step, in the lines of a metrics.jsonl."""
+    of_evaluations = (line for line in lines if b'"kind": "eval"' in line)
     fields: Fields = {"step": int, "top1": NUMBER, "loss": NUMBER}
-    return {scores["step"]: scores for scores in parse_json_lines(lines, fields)}
+    return {scores["step"]: scores for scores in parse_json_lines(of_evaluations, fields)}
 
 
 def comparable(scores: dict[int, dict]) -> dict[int, dict]:

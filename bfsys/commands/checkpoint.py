@@ -174,7 +174,7 @@ def scores_of(checkpoints: Sequence[OnDisk] | Sequence[InStore], run: Path | str
         return evaluations(run)
     for checkpoint in reversed(checkpoints):
         if isinstance(checkpoint, InStore) and checkpoint.sizes().keys() >= {METRICS, MANIFEST}:
-            return evaluations_in(checkpoint.store.read_file(checkpoint.name, METRICS))
+            return evaluations_in(checkpoint.store.read_file(checkpoint.name, METRICS).split(b"\n"))
     return {}
 
 

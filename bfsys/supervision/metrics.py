@@ -27,8 +27,8 @@ from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
 from bfsys.confusion import Answers
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, one_line, remedy_of
-from bfsys.files import replace_file
-from bfsys.json_lines import read_json_lines
+from bfsys.files import open_regular, replacing
+from bfsys.json_lines import parse_json_object
 from bfsys.loss import COLUMNS, CONTENT, SAMPLES, describe_scores, scores
 from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
@@ -378,13 +378,17 @@ def _open_lines(path: Path, first_step: int, skipped_steps: Collection[int]) -> 
 
     Also returns the line of the latest evaluation in the file; empty if there is none.
     """
-    kept = [
-        line
-        for line in read_json_lines(path, LINE)
-        if line["step"] <= first_step or (line["kind"] == BAD_STEP and line["step"] in skipped_steps)
-    ]
-    latest = max((line for line in kept if line["kind"] == "eval"), key=lambda line: line["step"], default={})
-    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept), durable=False)
+    latest: dict = {}
+    path.touch()
+    with open_regular(path) as lines, replacing(path, durable=False) as kept:
+        for text in lines:  # one at a time, since all lines of a long run may not fit into the memory
+            line = parse_json_object(text, LINE)
+            if line is None:
+                continue
+            if line["step"] <= first_step or (line["kind"] == BAD_STEP and line["step"] in skipped_steps):
+                kept.write(text.removesuffix(b"\n") + b"\n")
+                if line["kind"] == "eval" and line["step"] > latest.get("step", -1):
+                    latest = line
     return open(path, "a"), latest
 
 
