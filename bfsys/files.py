@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -53,6 +54,12 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> N
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def replace_by_copy(path: Path, source: Path) -> None:
+    """Replace `path` atomically with a copy of `source`, of any size."""
+    with open_regular(source) as original, replacing(path) as file:
+        shutil.copyfileobj(original, file, CHUNK_BYTES)
+
+
 def sync_folder(path: Path) -> None:
     """Flush a folder to disk, so that new, renamed and removed names survive a crash."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -77,6 +84,12 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
     """The content of a file that `open_regular` opens."""
     with open_regular(path) as file:
         return file.read()
+
+
+def begins_with(path: Path, other: Path) -> bool:
+    """Whether the content of `path` begins with that of `other`; files of any size."""
+    with open_regular(path) as file, open_regular(other) as beginning:
+        return all(file.read(len(part)) == part for part in iter(lambda: beginning.read(CHUNK_BYTES), b""))
 
 
 def read_up_to(file: BinaryIO, most_bytes: int) -> bytearray:

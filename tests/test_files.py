@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bfsys.files import describe, read_regular, replace_file, replacing
+from bfsys import files
+from bfsys.files import begins_with, describe, read_regular, replace_by_copy, replace_file, replacing
 from tests.conftest import REPOSITORY
 
 DURABLE = pytest.mark.parametrize("durable", [True, False])
@@ -124,3 +125,21 @@ def run(code: str, path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code, path], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
     )
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3, 100])
+def test_a_file_begins_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    monkeypatch.setattr(files, "CHUNK_BYTES", chunk_bytes)
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    whole.write_bytes(b"0123456789")
+    for content, expected in (
+        (b"", True),
+        (b"012", True),
+        (b"0123456789", True),
+        (b"01x", False),
+        (b"0123456789a", False),
+    ):
+        other.write_bytes(content)
+        assert begins_with(whole, other) == expected
+    replace_by_copy(other, whole)
+    assert other.read_bytes() == b"0123456789"

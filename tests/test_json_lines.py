@@ -12,6 +12,7 @@ from bfsys.compare import last_train_line
 from bfsys.json_lines import NUMBER, read_json_lines, read_json_lines_backwards
 from bfsys.supervision.goodput import read_seconds
 from bfsys.supervision.metrics import _open_lines
+from tests.test_checkpoint import resume, save
 
 DAMAGE = [
     b"",
@@ -72,12 +73,24 @@ def _open_and_close(path: Path) -> None:
     _open_lines(path, 1, ())[0].close()
 
 
-@pytest.mark.parametrize("read", [lambda path: evaluations(path.parent), last_train_line, _open_and_close])
+def _resume(path: Path) -> None:
+    resume(path.parent)
+
+
+def _restore(path: Path) -> None:
+    path.unlink()
+    resume(path.parent)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda path: evaluations(path.parent), last_train_line, _open_and_close, _resume, _restore]
+)
 def test_a_long_history_is_not_held_in_memory(read: Callable[[Path], object], tmp_path: Path) -> None:
     """A run of millions of steps has a metrics.jsonl of gigabytes, which every start and `bfsys slurm status` read."""
     path = tmp_path / "metrics.jsonl"
     line = b'{"kind": "train", "step": 1, "seconds": {}, "more": "' + b"x" * 1000 + b'"}\n'
     path.write_bytes(20_000 * line)
+    save(tmp_path, 1)
     tracemalloc.start()
     try:
         read(path)

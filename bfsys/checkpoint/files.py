@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, EXIT_STORAGE, MISSING_ERRNOS, UserError
-from bfsys.files import describe, open_regular, read_regular, replace_file, sync_folder
+from bfsys.files import describe, open_regular, read_regular, replace_by_copy, replace_file, sync_folder
 from bfsys.json_lines import NUMBER, Fields, parse_json_lines
 
 T = TypeVar("T")
@@ -173,7 +173,7 @@ def take_over(work: Path, final: Path) -> None:
         live = final.parent.parent / name
         size_bytes = live.stat().st_size if live.exists() else -1
         if not name.endswith(".safetensors") and size_bytes < (work / name).stat().st_size:
-            replace_file(live, read_regular(work / name))
+            replace_by_copy(live, work / name)
     if final.exists():
         move_aside(final)
     name_checkpoint(work, final)

@@ -38,7 +38,7 @@ from bfsys.checkpoint.files import (
 from bfsys.config import Config, Model, Optim
 from bfsys.engine import WEIGHT, Engine
 from bfsys.errors import UserError
-from bfsys.files import read_regular, replace_file
+from bfsys.files import begins_with, describe, read_regular, replace_by_copy
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import EMA
 
@@ -86,9 +86,9 @@ def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> Non
     """Tidy up after `path` was loaded: restore the run's history if a crash of the machine lost it, and move damaged
     checkpoints aside, so that retention does not count them."""
     if METRICS in manifest["files"]:
-        history, live = read_regular(path / METRICS), run_dir / METRICS
-        if not live.exists() or not read_regular(live).startswith(history):
-            replace_file(live, history)
+        live = run_dir / METRICS
+        if not live.exists() or not begins_with(live, path / METRICS):
+            replace_by_copy(live, path / METRICS)
     for other in damaged:
         move_aside(other)
 
@@ -126,10 +126,14 @@ def _read_share(path: Path, manifest: dict, state: str, ranks: dist.Ranks) -> tu
         names += [n for n in manifest["files"] if not n.endswith(".safetensors")]
     for name in names[ranks.rank :: ranks.world_size]:
         try:
+            if not name.endswith(".safetensors"):
+                if with_retries(describe, path / name) != manifest["files"][name]:
+                    problems.append(checksum_mismatch(path / name))
+                continue
             content = with_retries(read_regular, path / name)
             if {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} != manifest["files"][name]:
                 problems.append(checksum_mismatch(path / name))
-            elif name.endswith(".safetensors"):
+            else:
                 tensors |= parse_safetensors(content)
         except OSError as error:
             problems.append(f"{path / name}: {error.strerror}")
