@@ -380,6 +380,8 @@ def _open_lines(path: Path, first_step: int, skipped_steps: Collection[int]) -> 
     """
     latest: dict = {}
     path.touch()
+    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of starts that were killed here: see files.replacing
+        left_over.unlink(missing_ok=True)
     with open_regular(path) as lines, replacing(path, durable=False) as kept:
         for text in lines:  # one at a time, since all lines of a long run may not fit into the memory
             line = parse_json_object(text, LINE)
