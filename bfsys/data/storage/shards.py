@@ -146,6 +146,7 @@ class Dataset:
     location: str  # folder or URL, as the user gave it
     description: dict
     place: Path | Cache  # its folder, or the cache of a remote one
+    version: tuple[int, ...] = ()  # of the dataset.json of a local one, before it was read: see `version_of`
 
     @property
     def folder(self) -> Path:
@@ -204,7 +205,8 @@ class Dataset:
         if self.cache is not None:
             return False
         with suppress(OSError, UserError):
-            return read_description(self.folder) != self.description
+            if version_of(self.folder) != self.version:  # reading it takes a second if there are 100,000 shards
+                return read_description(self.folder) != self.description
         return False
 
     def _drop_damaged_index(self, split: str, cache: Cache) -> None:
@@ -257,7 +259,8 @@ def open_dataset(location: str | Path, cache: Cache | None = None, description: 
     earlier `fetch_description`, if there is one."""
     location = str(location)
     if not is_remote(location):
-        return Dataset(location, read_description(Path(location)), Path(location))
+        version = version_of(Path(location))
+        return Dataset(location, read_description(Path(location)), Path(location), version)
     if cache is None:
         raise UserError(f"{location}: a folder on this machine is expected here, not a URL")
     return Dataset(location, description or fetch_description(location, cache), cache)
@@ -283,6 +286,14 @@ def open_split(path: str | Path, split: str) -> Split:
 def split_names(path: str | Path) -> list[str]:
     """The splits of the dataset in a folder."""
     return open_dataset(path).splits
+
+
+def version_of(path: Path) -> tuple[int, ...]:
+    """What changes if the dataset.json in the folder at `path` is replaced; nothing if it is not there."""
+    with suppress(OSError):
+        status = os.stat(path / DESCRIPTION)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return ()
 
 
 def read_description(path: Path) -> dict:
