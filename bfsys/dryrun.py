@@ -64,7 +64,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
         if opened:
             _, largest = largest_micro_batch(opened, Ranks(), data.lanes)
             on_gpu, on_cpu = (micro_batches_of(lanes, largest, config, on_gpu=gpu) for gpu in (True, False))
-            counts = f"{on_cpu}" if on_cpu == on_gpu else f"{on_gpu} on GPUs, {on_cpu} on CPUs"
+            counts = f"{on_cpu}" if on_cpu == on_gpu else f"{on_gpu} on large GPUs, {on_cpu} on CPUs"
             print(f"ranks       {world_size}, each {lanes} lanes; micro-batches a step: {counts}")
     if problems:
         raise UserError(*problems)

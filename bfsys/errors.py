@@ -90,6 +90,8 @@ def remedy_of(number: int | None) -> str:
         errno.EDQUOT: "free disk space or inodes of the quota",
         errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
         errno.EMFILE: "raise the limit of open files (ulimit -n 65536)",
+        errno.ENFILE: "raise the limit of open files of the machine (sysctl fs.file-max)",
+        errno.ENOMEM: "free memory",
     }
     return remedies.get(number or 0, "repair that")
 
@@ -131,7 +133,8 @@ def is_out_of_memory(error: Exception) -> bool:
         "CUBLAS_STATUS_ALLOC_FAILED",
         "failed to map segment",  # importing PyTorch
     )
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+    is_by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_by_type or any(sign in str(error) for sign in signs)
 
 
 def summary_of(docstring: str | None) -> str:

@@ -32,14 +32,19 @@ def read_json_lines_backwards(path: Path, fields: Fields) -> Iterator[dict]:
     if not path.exists():
         return
     with open_regular(path) as file:
-        end, beginning = file.seek(0, os.SEEK_END), b""  # of the first line that was read in part
+        end = file.seek(0, os.SEEK_END)
+        later: list[bytes] = []  # parts of a line whose beginning is not read yet, the last part first
         while end:
             start = max(0, end - CHUNK_BYTES)
             file.seek(start)
-            beginning, *lines = (file.read(end - start) + beginning).split(b"\n")
-            yield from parse_json_lines(reversed(lines), fields)
+            beginning, *lines = file.read(end - start).split(b"\n")
+            if lines:
+                lines[-1] += b"".join(reversed(later))
+                yield from parse_json_lines(reversed(lines), fields)
+                later = []
+            later.append(beginning)
             end = start
-        yield from parse_json_lines([beginning], fields)
+        yield from parse_json_lines([b"".join(reversed(later))], fields)
 
 
 def parse_json_lines(lines: Iterable[bytes], fields: Fields) -> Iterator[dict]:

@@ -226,7 +226,9 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
         who = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
         raise UserError(*(who + problem for problem in error.problems), exit_code=error.exit_code) from None
     except RuntimeError as error:
-        if is_out_of_memory(error):  # another process may have filled the GPU, so a restart may help
+        is_of_loader = str(error).startswith("Caught ")  # in a loader process; the text has its traceback
+        if is_out_of_memory(error) and not is_of_loader:
+            # Another process may have filled the GPU, so a restart may help.
             what = str(error).splitlines()[0].rstrip(".")
             problem = f"not enough memory on {ranks.device}: {what}. {TO_NEED_LESS}"
             raise UserError(f"rank {ranks.rank}: {problem}", exit_code=EXIT_CRASHED) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,18 +94,28 @@ def test_the_copies_follow_the_retention_policy(tmp_path: Path) -> None:
 
 def test_a_slow_removal_at_the_end_of_a_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     really_remove = saving._remove_all
-    seconds = iter((0.0, 0.3))
+    may_end = threading.Event()
 
-    def remove_slowly(folders: list[Path]) -> None:
-        time.sleep(next(seconds))
+    def remove_when_told(folders: list[Path]) -> None:
+        may_end.wait(60)
         really_remove(folders)
 
-    monkeypatch.setattr(saving, "_remove_all", remove_slowly)
-    monkeypatch.setattr(saving, "SILENT_S", 0.1)
-    for expected in (0, 1):
-        saver, said = saving.Saver(tmp_path, ALONE, RetentionPolicy(1)), []
-        saver.start(Tensors(0), {**FACTS, "step": expected, "updates": expected})
+    def close(step: int, silent_s: float) -> list[str]:
+        said: list[str] = []
+
+        def say(text: str) -> None:
+            said.append(text)
+            may_end.set()
+
+        monkeypatch.setattr(saving, "SILENT_S", silent_s)
+        saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(1))
+        saver.start(Tensors(0), {**FACTS, "step": step, "updates": step})
         saver.finish()
-        saver.close(said.append)
-        assert len(said) == expected
+        saver.close(say)
+        return said
+
+    assert close(0, 60) == []  # the removal is quick
+    monkeypatch.setattr(saving, "_remove_all", remove_when_told)
+    (said,) = close(1, 0.1)
+    assert said.startswith("waiting until old checkpoints of ")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == ["step_00000001"]

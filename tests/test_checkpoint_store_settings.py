@@ -53,3 +53,13 @@ def test_another_region_or_token_is_no_outage(s3: S3Server, code: str, monkeypat
     with pytest.raises(StoreError, match="as the test wants it") as caught:
         Store("s3://bucket/copies/mine", pauses_s=(0.01,), say=said.append).names()
     assert (said, caught.value.exit_code) == ([], EXIT_USER_ERROR)
+
+
+@pytest.mark.parametrize("code", ["BadDigest", "IncompleteBody", "TemporaryRedirect"])
+def test_an_error_of_the_transport_is_retried(s3: S3Server, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ERRORS, 400, ("400 Bad Request", code))
+    faults = iter((400,))
+    s3.fault = lambda request: next(faults, None)
+    said: list[str] = []
+    assert Store("s3://bucket/copies/mine", pauses_s=(0.01,), say=said.append).names() == []
+    assert len(said) == 1

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bfsys.errors import EXIT_CRASHED, UserError, collecting, run_command, summary_of
 from tests.conftest import REPOSITORY
@@ -52,16 +53,17 @@ def test_control_c_prints_no_traceback_after_a_start_that_let_it_end_the_process
 
 
 @pytest.mark.parametrize(
-    "said",
+    ("kind", "said"),
     [
-        "CUDA out of memory. Tried to allocate 2.00 GiB.",
-        "CUDA error: out of memory",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        (torch.OutOfMemoryError, "Allocation on device 0 would exceed allowed memory. (out of memory)"),
+        (RuntimeError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+        (RuntimeError, "CUDA error: out of memory"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_a_full_gpu_is_no_traceback(said: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_full_gpu_is_no_traceback(kind: type[RuntimeError], said: str, capsys: pytest.CaptureFixture) -> None:
     def main() -> None:
-        raise RuntimeError(f"{said}\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.")
+        raise kind(f"{said}\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.")
 
     assert ends_with(main) == EXIT_CRASHED
     assert capsys.readouterr().err == f"error: there is not enough memory: {said}\n"

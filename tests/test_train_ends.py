@@ -105,6 +105,17 @@ def test_a_gpu_without_enough_memory_is_one_line_and_may_be_restarted(rank_witho
     assert said.startswith("rank 0: not enough memory on cpu: CUDA out of memory. Tried to allocate 2.00 GiB. Set a")
 
 
+def test_a_loader_without_enough_memory_keeps_its_traceback(
+    rank_without_memory: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback\ncan't allocate memory")
+
+    monkeypatch.setattr(train, "train", fail)
+    with pytest.raises(RuntimeError, match="Traceback"):
+        rank_without_memory()
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

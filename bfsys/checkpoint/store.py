@@ -44,13 +44,15 @@ PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before each retry of a request; the lib
 BLOCK_BYTES = 16 << 20
 MOST_BLOCKS = 5000  # of a file; S3 takes 10,000 parts
 FILES_AT_A_TIME = 4
-# Errors that are not retried, by type, by errno (with two that s3fs gives a wrong region, token or bucket name), and by
-# the type's name, since the libraries of the stores are not imported here.
+# Errors that are not retried, by type, by errno, and by the name of the type or S3's code, since the libraries of the
+# stores are not imported here.
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, NotImplementedError)
-PERMANENT_ERRNOS = (
-    errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL, errno.EREMCHG,
-)  # fmt: skip
+PERMANENT_ERRNOS = (errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ERRORS_OF_SETTINGS = (
+    "AuthorizationHeaderMalformed",  # S3's codes: a wrong region, token or name of a bucket
+    "InvalidBucketName",
+    "InvalidToken",
+    "PermanentRedirect",
     "ConfigParseError",
     "DefaultCredentialsError",  # of Google's library; the others are of botocore
     "InvalidRegionError",
@@ -325,6 +327,7 @@ class Store:
                     isinstance(error, PERMANENT_ERRORS)
                     or getattr(error, "errno", None) in PERMANENT_ERRNOS
                     or type(error).__name__ in ERRORS_OF_SETTINGS
+                    or _s3_code(error) in ERRORS_OF_SETTINGS
                 )
                 from bfsys.data.storage.streams import hide  # takes a while to import
 
@@ -340,6 +343,11 @@ class Store:
 def _read(file: BinaryIO) -> bytes:
     with _on_disk():
         return file.read(BLOCK_BYTES)
+
+
+def _s3_code(error: Exception) -> str | None:
+    """The code of S3's answer, which s3fs keeps in the cause of its errors."""
+    return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
 
 
 def _reason(error: Exception) -> str:

@@ -45,7 +45,7 @@ MB = 1e6
 PAUSES_S = (1.0, 4.0)  # before a store is retried; short, because a user waits for the answer
 NOTES = """\
 list    show step, time, size, score, and whether all files are present
-verify  read every byte of every checkpoint; exit code 1 if one is damaged
+verify  read every byte of all; exit code 1: one is damaged, 2: other format
 show    show the content of the newest one (or of RUN/checkpoints/step_…)
 copy    copy the newest intact one of RUN to TO; either RUN or TO is a URL
 prune   remove intact ones that --keep, --keep-every and --keep-best do not keep

@@ -71,7 +71,8 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
             yield f"--env: got {assignment!r}; NAME=VALUE is expected"
     if args.setup:
         commands = os.fsencode("\n".join(args.setup))
-        parsed = subprocess.run(["bash", "-n"], input=commands, capture_output=True, check=False)
+        # With patterns that a command of the setup may enable, since nothing is executed.
+        parsed = subprocess.run(["/bin/bash", "-O", "extglob", "-n"], input=commands, capture_output=True, check=False)
         if parsed.returncode:
             yield f"--setup: bash cannot parse it: {'; '.join(parsed.stderr.decode(errors='replace').splitlines())}"
 

@@ -10,6 +10,7 @@ of browsers and use the service's own name, so they are not affected.
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
 import traceback
@@ -82,11 +83,9 @@ class Guard:
 
 
 def _name_of(host: str) -> str | None:
-    """The name in a Host header, without port and brackets; None if there is none."""
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:  # such as one bracket
-        return None
+    """The name in a Host header, without the port; None if there is none."""
+    match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d*)?", host.lower(), re.ASCII)
+    return match[1] if match else None
 
 
 def _is_of_another_site(headers: Headers) -> bool:

@@ -29,7 +29,8 @@ def serve(service: Service, listener: socket.socket, host: str) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     port = listener.getsockname()[1]
-    hosts = ["localhost", "127.0.0.1", "::1", host.lower()] if is_loopback(listener) else None
+    own = f"[{host}]" if ":" in host else host.lower()
+    hosts = ["localhost", "127.0.0.1", "[::1]", own] if is_loopback(listener) else None
     with closing(listener):
         listen(listener, host)
         # h11: the implementation that every installation of uvicorn has.

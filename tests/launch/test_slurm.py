@@ -125,8 +125,9 @@ def test_all_problems_are_reported_at_once(config_file, tmp_path, monkeypatch):
         assert any("--nodes: got" in problem for problem in problems_of("--nodes", nodes, ON_CPUS, config_file))
     assert any("--env: got" in problem for problem in problems_of("--nodes=1", ON_CPUS, "--env", "Aé=1", config_file))
     setup = ("--setup", "module load cuda", "--setup", "echo 'oops")
-    (tmp_path / "bash").symlink_to("/bin/bash")
     assert any("--setup: bash cannot" in problem for problem in problems_of("--nodes=1", ON_CPUS, *setup, config_file))
+    setup = ("--setup", "shopt -s extglob", "--setup", "cp /data/!(*.tmp) .")
+    assert not [problem for problem in problems_of("--nodes=1", ON_CPUS, *setup, config_file) if "--setup" in problem]
     others = ("--time=1h", "--mem=lots", "--env=X", "data.sources.0.path=/no/where")
     problems = problems_of(*counts, config_file, *others)
     wrong = ["--nodes", "--cpus-per-task", "--tasks-per-node", "--time", "--mem", "--env", "sbatch", "/no/where"]

@@ -104,10 +104,10 @@ def test_other_sites_and_other_names_are_refused(server: Server) -> None:
     assert status("POST", sec_fetch_site="same-site") == 403  # a page on another port of this machine
     assert status("POST", origin="http://elsewhere.example") == 403
     assert status("POST", origin="http://[") == 403
-    for host in ("elsewhere.example", "localhost.elsewhere.example:80", "[", ""):
+    for host in ("elsewhere.example", "localhost.elsewhere.example:80", "a@localhost", "localhost/..", "[", ""):
         assert status("GET", host=host) == 400
         refused = httpx.get(f"{server.url}/health", headers={"host": host})
-        assert refused.json()["detail"].startswith(f"Host: got '{host}'; allowed are localhost, 127.0.0.1, ::1")
+        assert refused.json()["detail"].startswith(f"Host: got '{host}'; allowed are localhost, 127.0.0.1, [::1]")
     for host in (own, "localhost", "LocalHost:80", "[::1]:80"):
         assert httpx.get(f"{server.url}/health", headers={"host": host}).status_code == 200
     assert status("POST", sec_fetch_site="same-origin") == status("POST", origin=f"http://{own}") == 415

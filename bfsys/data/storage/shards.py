@@ -290,8 +290,9 @@ def split_names(path: str | Path) -> list[str]:
 
 def version_of(path: Path) -> tuple[int, ...]:
     """What changes if the dataset.json in the folder at `path` is replaced; nothing if it is not there."""
-    with suppress(OSError):
-        status = os.stat(path / DESCRIPTION)
+    # A network file system checks an opened file with its server, and may answer os.stat from a cache.
+    with suppress(OSError), open_regular(path / DESCRIPTION) as file:
+        status = os.fstat(file.fileno())
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
     return ()
 
