@@ -184,20 +184,22 @@ def test_a_job_that_is_warned_before_its_end_continues(submit, undisturbed):
 
 def test_jobs_that_run_out_of_time_continue_even_if_their_tasks_do_not_exit_in_time(submit):
     """Two jobs run at the same time, since SLURM takes more than a minute to end each."""
-    endless = ["--time 1", "train.steps=1000000", "train.log_every=10"]
-    stuck = submit(*endless, "name=stuck", "train.hang_timeout_s=300")
+    endless = ["train.steps=1000000", "train.log_every=10"]
+    stuck = submit("--time 2", *endless, "name=stuck", "train.hang_timeout_s=300")
     stuck.wait_for_step(30)
     ranks = processes_of(stuck.id, rank=1)
     send(signal.SIGSTOP, ranks)  # simulates a step that takes minutes
-    job = submit(*endless, "name=warned")
-    until = time.monotonic() + 180
-    while "asking SLURM" not in stuck.said():  # SLURM sends SIGCONT with its signals
+    start = len(stuck.said())  # SLURM may warn up to a minute early, so a slow start may have been requeued before
+    job = submit("--time 1", *endless, "name=warned")
+    until = time.monotonic() + 240
+    while "asking SLURM" not in stuck.said()[start:]:  # SLURM sends SIGCONT with its signals
         assert time.monotonic() < until, stuck.said()
         send(signal.SIGSTOP, ranks)
         time.sleep(0.01)
-    stuck.wait_for(lambda: "continuing " in stuck.said())
-    assert "training ended with code 143; restarting in 0 s" in stuck.said()
-    assert "stopped on request" not in stuck.said().partition("continuing ")[0]
+    stuck.wait_for(lambda: "continuing " in stuck.said()[start:])
+    ended, _, _ = stuck.said()[start:].partition("continuing ")
+    assert "training ended with code 143; restarting in 0 s" in ended
+    assert "stopped on request" not in ended
     subprocess.run(["scancel", "--quiet", stuck.id], check=True)
     job.wait_for(lambda: "continuing " in job.said(), 300)
     assert "stopped on request after step " in job.said()
