@@ -63,3 +63,16 @@ def test_an_error_of_the_transport_is_retried(s3: S3Server, code: str, monkeypat
     said: list[str] = []
     assert Store("s3://bucket/copies/mine", pauses_s=(0.01,), say=said.append).names() == []
     assert len(said) == 1
+
+
+def test_an_error_whose_cause_has_another_kind_of_response_is_retried(tmp_path: Path) -> None:
+    class HttpError(Exception):
+        response = 503  # libraries of HTTP keep an object or None here
+
+    def fail() -> None:
+        raise OSError("no answer") from HttpError()
+
+    store, said = Store(f"file://{tmp_path}", pauses_s=(0.01,), say=lambda text: said.append(text)), []
+    with pytest.raises(StoreError, match="no answer"):
+        store._tried("cannot be read", fail)
+    assert len(said) == 1

@@ -346,8 +346,9 @@ def _read(file: BinaryIO) -> bytes:
 
 
 def _s3_code(error: Exception) -> str | None:
-    """The code of S3's answer, which s3fs keeps in the cause of its errors."""
-    return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+    """The code of S3's answer, which s3fs keeps in the cause of its errors; None for other errors."""
+    response = getattr(error.__cause__, "response", None)
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
 
 
 def _reason(error: Exception) -> str:
