@@ -1,4 +1,4 @@
-"""Settings with which a store cannot be used: no credentials, another region. No pause helps."""
+"""Settings with which a store cannot be used: no credentials, another region, no URL. No pause helps."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
         ({"AWS_SECRET_ACCESS_KEY": ""}, "Partial credentials found in env, missing: AWS_SECRET_ACCESS_KEY"),
         ({"AWS_PROFILE": "mine"}, r"The config profile \(mine\) could not be found"),
         ({"AWS_DEFAULT_REGION": "eu west"}, "Provided region_name 'eu west' doesn't match a supported format"),
+        ({"AWS_ENDPOINT_URL": "store.example:9000"}, "Invalid endpoint: store.example:9000"),
     ],
 )
 def test_missing_credentials_are_no_outage(

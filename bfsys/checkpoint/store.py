@@ -63,6 +63,7 @@ ERRORS_OF_SETTINGS = (
     "ProfileNotFound",
     "SSOTokenLoadError",
     "UnauthorizedSSOTokenError",
+    "ValueError",  # of botocore, for an endpoint that is not a URL
 )
 
 
