@@ -284,8 +284,9 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
         use_srun=False,  # the command already contains srun
         setup=[
             *([] if args.gpus_per_node else ["export DS_ACCELERATOR=cpu"]),  # the GPUs of the node may still be visible
+            *exports,  # the commands of the setup see the variables
             *args.setup,
-            *exports,
+            *exports,  # and do not change them for the ranks
             # The job's copy of the code comes first, and no module is imported from the current folder.
             f"export PYTHONPATH={shlex.quote(str(code_dir))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
         ],

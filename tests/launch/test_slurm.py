@@ -80,7 +80,7 @@ def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, cap
     setup = lines_of_script[lines_of_script.index("# setup") + 1 : lines_of_script.index("# command")]
     exports = ["export A='b '\"'\"'c'\"'\"''", "export D=''"]
     path = f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
-    assert setup == ["module load x", *exports, path, ""]
+    assert setup == [*exports, "module load x", *exports, path, ""]
     assert "\nexport DS_ACCELERATOR=cpu\n" in script_of(config_file, capsys, "--nodes=1", "--gpus-per-node=0")
     command = lines_of_script[-2] if not lines_of_script[-1] else lines_of_script[-1]
     assert command.startswith(
