@@ -58,8 +58,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.samples, args.ranks = args.samples or [1_300_000, 10**9], args.ranks or [8, 1024]
     if len(args.samples) != len(args.ranks):
         raise UserError(f"--samples is given {len(args.samples)} times and --ranks {len(args.ranks)} times")
-    if min(args.samples) < SHARD_SAMPLES or min(args.ranks) < 1:
-        raise UserError(f"--samples must be {SHARD_SAMPLES:,} or more and --ranks 1 or more")
+    least = min(*args.ranks, args.lanes_per_rank, args.batch_samples)
+    if min(args.samples) < SHARD_SAMPLES or args.steps < 2 or least < 1:
+        raise UserError(f"--samples must be {SHARD_SAMPLES:,} or more, --steps 2 or more, and other numbers 1 or more")
     lanes_of_rank(AMPLIFICATION_LANES, 0, args.nodes)
     return args
 
@@ -132,12 +133,14 @@ def _describe(folder: Path, samples: int, shards: list[Shard]) -> None:
         "bytes": int(samples * typical.mean()),
         "length_quantiles": length_quantiles(typical),
         "class_counts": {"x": samples},
-        "index": {
-            role: {"name": f"sim-train.{role}.npy", "sha256": "0" * 64} for role in ("samples", "keys")
-        },
+        "index": {role: _index_file(folder / f"sim-train.{role}.npy") for role in ("samples", "keys")},
         "shards": [asdict(shard) for shard in shards],
-    }  # fmt: skip
+    }
     write_description(folder, "sim", ["x"], "as_stored", {"tool": "tools/bench/bench_plan.py"}, {"train": part})
+
+
+def _index_file(path: Path) -> dict:
+    return {"name": path.name, "size_bytes": path.stat().st_size, "sha256": "0" * 64}
 
 
 def _plan(run: dict) -> Plan:
