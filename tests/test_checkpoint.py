@@ -196,8 +196,9 @@ def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, moment: 
 
 def test_a_writer_that_dies_ends_the_run_as_a_crash(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(100))
-    saver.start(Tensors(2, size=3_000_000), {"step": 2, "updates": 2, **FACTS})
+    os.mkfifo(tmp_path / "pipe")  # nobody writes to it, so the writer waits
+    saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(100), history=("pipe",))
+    saver.start(Tensors(2), {"step": 2, "updates": 2, **FACTS})
     saver._process.send_signal(signal.SIGKILL)
     with pytest.raises(AgreedError, match="ended with code -9") as error:
         saver.finish()
@@ -206,12 +207,19 @@ def test_a_writer_that_dies_ends_the_run_as_a_crash(tmp_path: Path) -> None:
     assert same(resume(tmp_path)[0], Tensors(1))
 
 
-def test_a_missing_folder_is_reported_and_the_earlier_checkpoint_stays(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported_and_the_earlier_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 1)
+    start_writer = saving._start_writer
+
+    def start_without_a_folder(work: Path, *task: object) -> subprocess.Popen:
+        work.rmdir()
+        return start_writer(work, *task)
+
+    monkeypatch.setattr(saving, "_start_writer", start_without_a_folder)
     saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(100))
-    saver.start(Tensors(2, size=3_000_000), {"step": 2, "updates": 2, **FACTS})
-    for work in (tmp_path / "checkpoints").glob(".step_00000002.*.part"):
-        shutil.rmtree(work, ignore_errors=True)
+    saver.start(Tensors(2), {"step": 2, "updates": 2, **FACTS})
     with pytest.raises(AgreedError, match="cannot be written") as error:
         saver.finish()
     assert error.value.exit_code == EXIT_STORAGE
