@@ -63,16 +63,17 @@ def make_job(tmp_path) -> Iterator[Callable[[str], TrainJob]]:
 def launch(job: TrainJob, ranks: int) -> Forked:
     """Run the group in a separate process, which gets the test's signals. Returns when all ranks are ready."""
     launcher = Forked(run_group, (job, ranks), {})
-    wait_until(lambda: all((job.work_dir / f"pids-{r}").exists() for r in range(ranks)), 300)
+    wait_until(lambda: all((job.work_dir / f"pids-{r}").exists() for r in range(ranks)), 900)
     return launcher
 
 
 def run_group(job: TrainJob, ranks: int) -> None:
+    local.REPEAT_S = local.GRACE_S = 900.0  # however busy the machine is
     sys.exit(local.run_group(job, ranks, job.work_dir / "log"))
 
 
 def end_of(launcher: Forked) -> int | None:
-    launcher.communicate(300)
+    launcher.communicate(900)
     return launcher.returncode
 
 
@@ -100,8 +101,8 @@ def test_the_first_failing_rank_decides_and_no_rank_remains(make_job, tmp_path, 
     job = make_job("""
 if rank == "0":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as one that hangs in a collective
-ready(); wait_for_all()
 print("rank", rank, "is there", flush=True)
+ready(); wait_for_all()
 if rank == "1":
     sys.exit(7)
 time.sleep(100)
@@ -203,13 +204,19 @@ def test_a_stop_while_a_rank_dies_is_a_stop(make_job, tmp_path):
     """Otherwise the crash would restart the run, and the request would be lost."""
     job = make_job("""
 if rank == "1":
-    ready(); wait_for_all(); time.sleep(0.5); sys.exit(1)
-signal.signal(signal.SIGTERM, lambda *_: time.sleep(1.5) or sys.exit(1))
+    ready(); wait_for_all(); sys.exit(1)
+def stop(*_):
+    open("stopping", "w").close()
+    while not os.path.exists("asked"):
+        time.sleep(0.02)
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
 ready(); time.sleep(100)
 """)
     launcher = launch(job, 2)
-    time.sleep(1.2)  # rank 1 has ended, and rank 0 is being stopped
+    wait_until((tmp_path / "stopping").exists, 900)  # rank 1 has ended, and rank 0 is being stopped
     launcher.send_signal(signal.SIGTERM)
+    (tmp_path / "asked").touch()
     assert end_of(launcher) == 130
 
 
@@ -246,7 +253,7 @@ def test_a_killed_launcher_leaves_no_ranks(make_job, tmp_path):
     launcher = launch(make_job("signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(100)"), 2)
     ranks = {int((tmp_path / f"pids-{rank}").read_text().split()[0]) for rank in range(2)}
     launcher.kill()
-    wait_until(lambda: not ranks & set(alive(tmp_path)), 10)
+    wait_until(lambda: not ranks & set(alive(tmp_path)), 900)
 
 
 def test_choice_of_ranks(monkeypatch):
@@ -316,6 +323,9 @@ def test_a_repeated_request_ends_at_once_only_if_a_user_makes_it(make_job, tmp_p
 received = []
 signal.signal(signal.SIGTERM, lambda *_: received.append("TERM"))
 ready()
+while not received:
+    time.sleep(0.02)
+open("received", "w").close()
 while len(received) < 2:
     time.sleep(0.02)
 time.sleep(1)
@@ -324,9 +334,15 @@ sys.exit(130)
     monkeypatch.setattr(local, "GRACE_S", 0.1)
     monkeypatch.setattr(local, "REPEAT_S", 0.05)
     group = local.Group(job, 1, prepared(tmp_path / "log"))
-    wait_until((tmp_path / "pids-0").exists, 300)
-    for at_s in (0.2, 0.5):
-        threading.Timer(at_s, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    wait_until((tmp_path / "pids-0").exists, 900)
+
+    def ask_twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until((tmp_path / "received").exists, 900)
+        time.sleep(0.1)  # more than REPEAT_S
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask_twice).start()
     try:
         assert group.wait(lambda: None) == 130
     finally:
@@ -358,7 +374,7 @@ def test_three_starts_again_without_progress_are_enough(tmp_path, monkeypatch, c
 def test_training_survives_a_killed_rank_and_its_terminal_and_continues_to_its_end(config_file, tmp_path):
     """First a rank is killed. Then the console is closed and SIGHUP is sent, like at the end of a terminal."""
     run = tmp_path / "runs" / "tiny"
-    command = [sys.executable, LAUNCHER, "--ranks", "2", config_file, "train.steps=150", "train.save_every=5"]
+    command = [sys.executable, LAUNCHER, "--ranks", "2", config_file, "train.steps=100000", "train.save_every=5"]
     command += ["train.micro_batch_tokens=1000"]
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, killed = [], None
@@ -371,19 +387,19 @@ def test_training_survives_a_killed_rank_and_its_terminal_and_continues_to_its_e
         elif line.startswith("step ") and any(earlier.startswith("restarting") for earlier in said):
             launcher.stdout.close()
             break
-    wait_until(lambda: lines(run)[-1]["step"] >= 15, 300)
+    wait_until(lambda: lines(run)[-1]["step"] >= 15, 900)
     launcher.send_signal(signal.SIGHUP)
-    assert launcher.wait(timeout=300) == 130, "".join(said)
+    assert launcher.wait(timeout=900) == 130, "".join(said)
     assert any(line.startswith("restarting in 0 s from step ") for line in said)
     log = (run / "log" / "rank-0.log").read_text()
     stopped = int(log.partition("stopped on request after step ")[2].partition(";")[0])
-    assert 15 <= stopped < 150
+    assert stopped >= 15
     assert (run / "checkpoints" / "latest").read_text() == f"step_{stopped:08}\n"
     assert how_it_ended(run)["exit_code"] == 130
 
-    last = min(stopped + 5, 150)  # the run has only 150 steps
+    last = stopped + 5
     again = Forked(run_python, [*map(str, command[1:]), f"train.steps={last}"], {})
-    out, err = again.communicate(timeout=300)
+    out, err = again.communicate(timeout=900)
     assert again.returncode == 0, out + err
     assert f"continuing {run} after step {stopped}\n" in out
     assert f"finished: {last} steps" in out

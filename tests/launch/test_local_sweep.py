@@ -28,9 +28,9 @@ def start(*arguments: object, act: Callable = run_python) -> Forked:
 
 
 def run_with_slow_steps(*arguments: str) -> None:
-    """Like run_python, with a pause before each training step."""
+    """Like run_python, with a pause before each training step, which is long from step 10 on."""
     train_step = train.train_step
-    train.train_step = lambda *given: time.sleep(0.5) or train_step(*given)
+    train.train_step = lambda *given: time.sleep(0.5 if given[-1] < 10 else 10) or train_step(*given)
     run_python(*arguments)
 
 
@@ -42,7 +42,7 @@ def problems_of(*arguments: object) -> tuple[str, ...]:
 
 def test_runs_train_at_once_and_finished_ones_are_not_trained_again(config_file, tmp_path, capsys):
     sweep = ["--sweep", "train.seed=0,1", "--at-once", "2", "--ranks", "1", config_file]
-    out, err = (process := start(*sweep)).communicate(timeout=600)
+    out, err = (process := start(*sweep)).communicate(timeout=900)
     assert process.returncode == 0, out + err
     runs = [tmp_path / "runs" / f"tiny-seed={seed}" for seed in (0, 1)]
     starts, end = out.index(f"{runs[1]}: starts"), min(out.index(f"{run}: finished") for run in runs)
@@ -65,7 +65,7 @@ def test_runs_train_at_once_and_finished_ones_are_not_trained_again(config_file,
 
 def test_a_run_that_fails_does_not_stop_the_others(config_file, tmp_path):
     sweep = ["--sweep", "optim.lr=1e25,1e-3", "--ranks", "1", config_file, "train.steps=20", "optim.clip_norm=0"]
-    out, err = (process := start(*sweep)).communicate(timeout=600)
+    out, err = (process := start(*sweep)).communicate(timeout=900)
     assert process.returncode == 1, out + err
     failed, finished = (tmp_path / "runs" / f"tiny-lr={rate}" for rate in ("1e25", "1e-3"))
     assert how_it_ended(failed)["exit_code"] == 65
@@ -83,9 +83,9 @@ def test_a_stop_saves_all_runs_and_the_same_command_resumes_them(config_file, tm
     sweep += ["train.steps=20", "train.save_every=2"]
     runs = [tmp_path / "runs" / f"tiny-seed={seed}" for seed in range(3)]
     process = start(*sweep, act=run_with_slow_steps)  # so that no run ends before it is stopped
-    wait_until(lambda: all(newest_step(run) for run in runs[:2]), 300)
+    wait_until(lambda: all(newest_step(run) for run in runs[:2]), 900)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 130, out + err
     assert err.endswith("the sweep was stopped; the same command resumes it\n")
     stopped = [newest_step(run) for run in runs]
@@ -93,7 +93,7 @@ def test_a_stop_saves_all_runs_and_the_same_command_resumes_them(config_file, tm
     assert [how_it_ended(run)["exit_code"] for run in runs[:2]] == [130, 130]
     assert not (runs[2] / "config.yaml").exists()
 
-    out, err = (process := start(*sweep)).communicate(timeout=600)
+    out, err = (process := start(*sweep)).communicate(timeout=900)
     assert process.returncode == 0, out + err
     for run, step in zip(runs, stopped, strict=True):
         assert [line["step"] for line in lines(run)] == list(range(1, 21))
