@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -197,18 +198,23 @@ def test_a_count_above_the_limit_is_the_limit(ends, tmp_path: Path) -> None:
     assert ends(1) == (EXIT_NO_PROGRESS, False)
 
 
-def start(slurm: Path, tasks: str, *runs: str) -> subprocess.Popen:
-    """Start the script with a shell command as its tasks. Returns when the command has written the file `began`."""
+IGNORE_SIGTERM = "trap '' TERM"
+
+
+def start(slurm: Path, tasks: str, *runs: str, first: str = ":") -> subprocess.Popen:
+    """Start the script with a shell command as its tasks. Returns when the command has written the file `began`, after
+    the command `first`."""
     command = [sys.executable, "-m", "bfsys.launch.requeue", *(runs or [str(slurm)]), "--", "sh", "-c",
-               f"touch {slurm}/began; {tasks}"]  # fmt: skip
+               f"{first}; echo > {slurm}/began; {tasks}"]  # fmt: skip
     process = subprocess.Popen(command, cwd=REPOSITORY)
     wait_for(slurm / "began")
     return process
 
 
 def wait_for(file: Path) -> None:
-    until = time.monotonic() + 300
-    while not file.exists():
+    """Wait until a file exists and has content."""
+    until = time.monotonic() + 900
+    while not file.exists() or not file.stat().st_size:
         assert time.monotonic() < until, file
         time.sleep(0.05)
 
@@ -230,7 +236,7 @@ def test_fields_of_a_job_may_contain_spaces() -> None:
 
 
 def test_the_tasks_code_is_the_jobs(slurm: Path) -> None:
-    assert start(slurm, "exit 2").wait(timeout=300) == 2
+    assert start(slurm, "exit 2").wait(timeout=900) == 2
     assert not (slurm / "asked").exists()
     crashed = start(slurm, "kill -9 $$")
     wait_for(slurm / "asked")
@@ -242,7 +248,7 @@ def test_the_tasks_code_is_the_jobs(slurm: Path) -> None:
 def test_the_noted_error_of_one_rank_counts_more_than_the_end_of_the_others(slurm: Path, code: int) -> None:
     """Ranks that wait on their GPUs for one that failed are killed, and srun returns the highest code."""
     note = json.dumps({"exit_code": code, "reason": "rank 3: no such file", "time": ""})
-    assert start(slurm, f"echo '{note}' > {slurm}/ended.json; exit 137").wait(timeout=300) == code
+    assert start(slurm, f"echo '{note}' > {slurm}/ended.json; exit 137").wait(timeout=900) == code
     assert not (slurm / "asked").exists()
 
 
@@ -256,7 +262,7 @@ def test_the_noted_end_of_an_earlier_start_does_not_count(slurm: Path) -> None:
 
 def test_a_finished_run_keeps_its_end_until_training_takes_its_directory(slurm: Path) -> None:
     note_end(slurm, 0, "finished")
-    assert start(slurm, "exit 2").wait(timeout=300) == 2
+    assert start(slurm, "exit 2").wait(timeout=900) == 2
     assert how_it_ended(slurm)["exit_code"] == 0
 
 
@@ -274,38 +280,44 @@ def test_each_of_an_array_has_its_run(slurm: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_cancelled_job_waits_for_its_tasks_and_is_not_requeued(slurm: Path) -> None:
-    process = start(slurm, f"trap '' TERM; while [ ! -e {slurm}/saved ]; do sleep 0.1; done; exit 130")
+    process = start(slurm, f"while [ ! -e {slurm}/saved ]; do sleep 0.1; done; exit 130", first=IGNORE_SIGTERM)
     (slurm / "facts").write_text("JobState=COMPLETING Reason=None PreemptTime=None")
     process.send_signal(signal.SIGTERM)
     time.sleep(1)
     assert process.poll() is None
     (slurm / "saved").touch()
-    assert process.wait(timeout=300) == 130
+    assert process.wait(timeout=900) == 130
     assert not (slurm / "asked").exists()
 
 
 def test_tasks_that_outlast_the_time_limit_do_not_prevent_the_requeue(slurm: Path) -> None:
-    """KillWait is 9 s here, and the script must ask before its end."""
-    process = start(slurm, "trap '' TERM; sleep 30")
+    process = start(slurm, f"while [ -e {slurm}/began ]; do sleep 0.1; done", first=IGNORE_SIGTERM)
     (slurm / "facts").write_text(OUT_OF_TIME)
     process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
     wait_for(slurm / "asked")
-    assert time.monotonic() - began < 8
     process.kill()
     process.wait()
+    (slurm / "began").unlink()  # ends the tasks
 
 
-def test_at_the_time_limit_the_script_asks_until_slurm_says_so(slurm: Path) -> None:
-    process = start(slurm, "trap '' TERM; sleep 30")
+@pytest.mark.parametrize(("away", "asks_after_s"), [(0, 2), (2, 4)])
+def test_the_script_asks_before_the_end_of_killwait(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, away: int, asks_after_s: int
+) -> None:
+    """KillWait is 9 s here. If SLURM does not answer, the script retries every two seconds."""
+    began = now = 100.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(requeue, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     (slurm / "facts").write_text(OUT_OF_TIME)
-    (slurm / "away").write_text("2\n")
-    process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    wait_for(slurm / "asked")
-    assert 3 < time.monotonic() - began < 9  # it retries every two seconds
-    process.kill()
-    process.wait()
+    (slurm / "away").write_text(f"{away}\n")
+    supervisor = requeue.JobSupervisor(slurm)
+    supervisor._end()
+    assert supervisor._wait_for(SimpleNamespace(poll=lambda: None)) == requeue.OUT_OF_TIME
+    assert asks_after_s <= now - began < asks_after_s + 1
 
 
 def test_an_array_that_the_submitting_shell_was_in_is_not_the_jobs(slurm: Path, monkeypatch) -> None:
