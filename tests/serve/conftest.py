@@ -7,21 +7,21 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
 
-LIMIT_S = 120
+LIMIT_S = 900
 
 
 class Server:
     """A process of `bfsys serve` that is ready."""
 
-    def __init__(self, *arguments: str | Path) -> None:
-        command = [sys.executable, "-m", "bfsys", "serve", *map(str, arguments)]
+    def __init__(self, *arguments: str | Path, program: Sequence[str] = ("-m", "bfsys")) -> None:
+        command = [sys.executable, *program, "serve", *map(str, arguments)]
         self.process = subprocess.Popen(
             command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -47,7 +47,7 @@ class Server:
 @pytest.fixture(scope="session")
 def server(finished_run: Path) -> Iterator[Server]:
     """A server with the default limits, except the time of a request."""
-    started = Server(finished_run, "--port", "0", "--timeout", "100")
+    started = Server(finished_run, "--port", "0", "--timeout", str(LIMIT_S))
     yield started
     code, printed = started.stop()
     assert (code, printed) == (0, "")  # no request was logged
@@ -57,8 +57,8 @@ def server(finished_run: Path) -> Iterator[Server]:
 def start() -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
 
-    def begin(*arguments: str | Path) -> Server:
-        started.append(Server(*arguments))
+    def begin(*arguments: str | Path, **options: Sequence[str]) -> Server:
+        started.append(Server(*arguments, **options))
         return started[-1]
 
     yield begin

@@ -21,7 +21,7 @@ class Held:
     def __call__(self, items: list[int]) -> list[int]:
         self.batches.append(items)
         self.started.set()
-        assert self.go.wait(60)
+        assert self.go.wait(900)
         if min(items) < 0:
             raise ValueError("negative")
         return [10 * item for item in items]
@@ -38,12 +38,12 @@ def worker(held: Held) -> Iterator[Worker[int, int]]:
     made: Worker[int, int] = Worker(held, abs, 10)
     yield made
     held.go.set()
-    made.close(60)
+    made.close(900)
     assert not made._thread.is_alive()
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(900):
         while not condition():
             await asyncio.sleep(0.001)
 

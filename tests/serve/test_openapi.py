@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests.serve.conftest import Server
+from tests.serve.conftest import LIMIT_S, Server
 
 schemathesis = pytest.importorskip("schemathesis")
 pytest.importorskip("fastapi")
@@ -24,6 +24,6 @@ def test_answers_are_as_described(server: Server) -> None:
         @given(case=operation.as_strategy())
         def follows_the_description(case) -> None:
             # A file may be empty and a class unknown, which a schema cannot express.
-            case.call_and_validate(timeout=120, excluded_checks=[schemathesis.checks.positive_data_acceptance])
+            case.call_and_validate(timeout=LIMIT_S, excluded_checks=[schemathesis.checks.positive_data_acceptance])
 
         follows_the_description()
