@@ -24,7 +24,10 @@ def execute(text: str) -> nbformat.NotebookNode:
     notebook = nbformat.reads(text, as_version=4)
     # One thread, since several are much slower if other processes use the cores.
     on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    nbclient.NotebookClient(notebook, timeout=CELL_TIMEOUT_S, coalesce_streams=True).execute(env=on_cpu)
+    client = nbclient.NotebookClient(
+        notebook, timeout=CELL_TIMEOUT_S, startup_timeout=CELL_TIMEOUT_S, coalesce_streams=True
+    )
+    client.execute(env=on_cpu)
     return notebook
 
 

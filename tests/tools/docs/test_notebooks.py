@@ -22,6 +22,13 @@ def notebooks() -> list:
     return [pytest.param(path, id=path.stem, marks=SLOW.get(path.stem, [])) for path in paths]
 
 
+@pytest.fixture(autouse=True)
+def _files_of_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels write no history into the home folder, where other kernels may lock it."""
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+
+
 @pytest.mark.parametrize("path", notebooks())
 def test_a_notebook_runs_to_its_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tools.docs.notebooks import execute
