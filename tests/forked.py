@@ -26,6 +26,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 class Forked:
     """A process that calls `act(*arguments)`, with the interface of subprocess.Popen."""
 
+    port: socket.socket | None = None
+    """Holds the port of the ranks."""
+
     def __init__(self, act: Callable, arguments: Sequence, variables: dict[str, str]) -> None:
         self._files = [tempfile.NamedTemporaryFile(prefix="forked-") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self._files]
@@ -65,10 +68,13 @@ def start_ranks(
     world_size: int, act: Callable, arguments: Sequence, variables: Sequence[dict[str, str]] = ()
 ) -> list[Forked]:
     """Call `act(*arguments)` on ranks that use gloo, like those of a launcher."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return [
+    # This socket does not listen. While it is open, rank 0 can listen on its port, and the kernel gives the port to no
+    # other process that asks for any free one.
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("", 0))
+    port = held.getsockname()[1]
+    ranks = [
         Forked(act, arguments, {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -76,12 +82,14 @@ def start_ranks(
         })
         for rank in range(world_size)
     ]  # fmt: skip
+    ranks[0].port = held
+    return ranks
 
 
 def answer_of(act: Callable, *arguments: object) -> object:
     """Return the result of `act(*arguments)` in a forked process. It must be valid as JSON."""
     process = Forked(_print_answer, (act, *arguments), {})
-    said, errors = process.communicate(600)
+    said, errors = process.communicate(900)
     assert process.returncode == 0, said + errors
     return json.loads(said.splitlines()[-1])
 

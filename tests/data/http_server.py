@@ -25,7 +25,10 @@ class FaultyServer:
         self.requests: Counter[str] = Counter()
         self.half_sent, self.dead, self._stopping = threading.Event(), threading.Event(), threading.Event()
         self._lock = threading.Lock()
-        self._port = 0
+        self._held = socket.socket()  # no other process gets the port while the server is stopped
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held.bind(("127.0.0.1", 0))
+        self._port = self._held.getsockname()[1]
         self.start()
 
     @property
@@ -48,13 +51,16 @@ class FaultyServer:
 
         self.dead.clear()
         self._http = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
-        self._port = self._http.server_address[1]
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         self._stopping.set()
         self._die()
+
+    def close(self) -> None:
+        self.stop()
+        self._held.close()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = request.path.partition("?")[0]
