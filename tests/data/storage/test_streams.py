@@ -132,7 +132,7 @@ def test_a_silent_command_is_ended_with_all_it_started(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stalled for 0\.2 s after 0 bytes"):
         cache.read("pipe:(sleep 1000; true) | (sh -c 'sleep 1001; true' | cat)")
     with pytest.raises(UserError, match="the command did not end after 4 bytes"):
-        make_cache(tmp_path, stall_s=1.0, attempts=1).read(
+        make_cache(tmp_path, stall_s=5.0, attempts=1).read(
             "pipe:echo abc; exec >/dev/null; sleep 1000; true"
         )  # the fixture checks for files that are left
 

@@ -218,7 +218,7 @@ def test_names_of_sources_show_no_secret(tmp_path: Path) -> None:
 def test_a_server_that_fails_now_and_then(
     served: FaultyServer, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(Cache.__init__.__kwdefaults__, "stall_s", 1.0)
+    monkeypatch.setitem(Cache.__init__.__kwdefaults__, "stall_s", 4.0)
     faults = [["503"] * 4, ["wrong"], ["reset", "truncate"], ["unsized", "503"], ["wrong", "503", "reset"]]
     for path, script in zip(sorted(served.files), itertools.cycle(faults), strict=False):
         served.fail(path, script if not path.endswith(".json") else ["503", "reset"])  # dataset.json has no checksum
