@@ -70,7 +70,7 @@ class Runs:
         """Train, and return (exit code, output)."""
         (process,) = self.start(*overrides, stop_after=stop_after)
         try:
-            said = "".join(process.communicate(300))
+            said = "".join(process.communicate(900))
         finally:
             process.kill()
         assert "Traceback" not in said, said
@@ -138,7 +138,7 @@ def test_damage_and_a_store_that_does_not_answer(runs: Runs) -> None:
     runs.s3.client.delete_object(Bucket="bucket", Key=f"{ROOT}/step_00000008/manifest.json")
     command = [sys.executable, "-m", "bfsys", "launch", str(runs.config), "--ranks", "2"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "skipped a damaged copy: s3://bucket/copies/tiny/checkpoints/step_00000010/weight-0" in ended.stdout
     assert "fetched step_00000004" in ended.stdout
@@ -183,12 +183,12 @@ def test_a_kill_in_the_middle_of_a_copy_and_a_stop(runs: Runs, tmp_path: Path) -
     def hold(request: str) -> None:
         if request.startswith("PUT") and "step_00000004/exp_avg-" in request:
             reached.set()
-            killed.wait(60)
+            killed.wait(900)
 
     runs.s3.fault = hold
     (process,) = runs.start()
     try:
-        assert reached.wait(200), process.said()
+        assert reached.wait(900), process.said()
     finally:
         process.kill()
         killed.set()
@@ -209,17 +209,17 @@ def test_a_run_that_is_stopped_while_its_last_copy_fails_is_restarted(runs: Runs
         if not re.search("PUT .*/step_00000008/", request):
             return None
         reached.set()
-        asked.wait(60)
+        asked.wait(900)
         return 403
 
     runs.s3.fault = fail
     (process,) = runs.start("train.steps=8")
     try:
-        assert reached.wait(200), process.said()
+        assert reached.wait(900), process.said()
         os.kill(process.pid, signal.SIGUSR2)
         time.sleep(0.5)
         asked.set()
-        said = "".join(process.communicate(200))
+        said = "".join(process.communicate(900))
     finally:
         process.kill()
         asked.set()

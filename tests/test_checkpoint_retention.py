@@ -97,7 +97,7 @@ def test_a_slow_removal_at_the_end_of_a_run_is_said(tmp_path: Path, monkeypatch:
     may_end = threading.Event()
 
     def remove_when_told(folders: list[Path]) -> None:
-        may_end.wait(60)
+        may_end.wait(900)
         really_remove(folders)
 
     def close(step: int, silent_s: float) -> list[str]:

@@ -42,7 +42,7 @@ assert not found, found
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
 
 
 def test_help_and_config_errors_come_without_heavy_imports(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_help_fits_a_screen(arguments: list[str], monkeypatch: pytest.MonkeyPatc
 def test_help_that_cannot_be_written_is_an_error(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "bfsys", *arguments]
-        done = subprocess.run(command, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, timeout=900)
     assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
 
 
@@ -173,6 +173,6 @@ def test_a_shell_completes_commands_options_and_files(tmp_path: Path) -> None:
         complete_words bfsys evaluate --rob
         complete_words bfsys train joi
     """
-    done = subprocess.run(["bash", "-c", complete], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", complete], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.stdout.split("\n") == ["checkpoint", "--robustness", "joint.yaml", ""], done.stderr
     assert "make-key" in cli.completion("zsh")

@@ -153,7 +153,7 @@ def test_a_run_that_was_trained(finished_run: Path) -> None:
     """The command does not import PyTorch, and prints plain text to a pipe."""
     script = f"import sys; from bfsys import cli; cli.dispatch(['compare', {str(finished_run)!r}])"
     script += "; sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     head, row = _narrow(done.stdout).splitlines()
     assert head == "seeds  top-1 %  top-1 % a  top-1 % b  loss  steps  min  parameters  run"

@@ -233,7 +233,7 @@ from bfsys.ranks import ranks_from_environment
 
 def main():
     ranks = ranks_from_environment()
-    dist.start(ranks, timeout_s=60)
+    dist.start(ranks, timeout_s=900)
     asked = []
 
     def act():
@@ -275,7 +275,7 @@ from bfsys.ranks import ranks_from_environment
 
 def main():
     ranks = ranks_from_environment()
-    dist.start(ranks, timeout_s=60)
+    dist.start(ranks, timeout_s=900)
     for step in range(5):
         mine = [1 / (3 + ranks.rank + step), ranks.rank == step, math.nan if ranks.rank == 1 else -0.0]
         rows = torch.empty(ranks.world_size, 3, dtype=torch.float64)

@@ -17,7 +17,7 @@ from bfsys.model.byteformer import ByteFormer
 from bfsys.ranks import ranks_from_environment
 
 ranks = ranks_from_environment()
-dist.start(ranks, timeout_s=60)
+dist.start(ranks, timeout_s=900)
 config = load_config(sys.argv[1], sys.argv[2:])
 engine = Engine(ByteFormer(config.model.architecture(), 5), config, ranks)
 from deepspeed.accelerator import get_accelerator
@@ -53,7 +53,7 @@ from bfsys.model.byteformer import ByteFormer
 from bfsys.ranks import ranks_from_environment
 
 ranks = ranks_from_environment()
-dist.start(ranks, timeout_s=60)
+dist.start(ranks, timeout_s=900)
 config = load_config(sys.argv[1], sys.argv[2:])
 for stage in (0, 1, 2, 3):
     of_stage = replace(config, train=replace(config.train, zero_stage=stage))

@@ -164,5 +164,5 @@ def test_collecting() -> None:
 def test_a_reader_that_closes_the_pipe_is_not_an_error() -> None:
     code = "from bfsys.errors import run_command; run_command(lambda: [print(i) for i in range(100_000)] and 0)"
     shell = f"set -o pipefail; {sys.executable} -c '{code}' | head -n 1"
-    done = subprocess.run(["bash", "-c", shell], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["bash", "-c", shell], cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")

@@ -51,7 +51,7 @@ def expected(exported: Path, files: list[Path]) -> list[tuple[str, float]]:
 def run_example(name: str, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", f"{WITHOUT_BFSYS} runpy.run_path(sys.argv[0], run_name='__main__')"]
     command += [str(EXAMPLES / name), *map(str, arguments)]
-    return subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.filterwarnings("ignore:.*looks like none of")

@@ -123,7 +123,7 @@ def test_a_file_is_described_by_size_and_hash(tmp_path: Path) -> None:
 
 def run(code: str, path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, path], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, path], cwd=REPOSITORY, capture_output=True, text=True, timeout=900, check=False
     )
 
 

@@ -75,7 +75,7 @@ from bfsys.muon import Orthogonaliser, Span, Stack
 from bfsys.ranks import ranks_from_environment
 
 ranks = ranks_from_environment()
-dist.start(ranks, timeout_s=60)
+dist.start(ranks, timeout_s=900)
 stacks = {"a": Stack(3, 8, 8), "b": Stack(1, 8, 20), "c": Stack(1, 20, 8), "d": Stack(1, 6, 5), "e": Stack(2, 1, 1)}
 torch.manual_seed(0)
 whole = {name: torch.randn(stack.elements) for name, stack in stacks.items()}
@@ -220,7 +220,7 @@ def test_a_step_with_gradients_that_are_not_finite_changes_nothing(datasets: Pat
         for stage, precision in kinds
     ]  # fmt: skip
     for process in start_ranks(2, train_several, (str(config_file), runs)):
-        said = process.communicate(600)
+        said = process.communicate(900)
         assert process.returncode == 0, said
     for stage, precision in kinds:
         run = tmp_path / "runs" / f"s{stage}-{precision}"
@@ -243,7 +243,7 @@ from bfsys.model.byteformer import ByteFormer
 from bfsys.ranks import ranks_from_environment
 
 ranks = ranks_from_environment()
-dist.start(ranks, timeout_s=60)
+dist.start(ranks, timeout_s=900)
 config = load_config(sys.argv[1], sys.argv[2:])
 make_json, weights, groups = engine.deepspeed_config, [], []
 for size in (10**9, 1500):

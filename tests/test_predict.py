@@ -72,7 +72,7 @@ def test_a_folder_is_read_as_it_is_packed(finished_run: Path, tmp_path: Path, pr
     os.mkfifo(folder / "pipe")  # no process ever writes to it
     result = subprocess.run(
         [sys.executable, "-m", "bfsys.predict", finished_run, folder],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONUTF8": "1"},
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=900, env={**os.environ, "PYTHONUTF8": "1"},
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-3:] == [
@@ -116,7 +116,7 @@ def test_a_models_answers_need_no_deepspeed(finished_run: Path, datasets: Path) 
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr
 
@@ -193,7 +193,7 @@ try:
 except AttributeError as error:
     assert "laod" in str(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
 
 

@@ -31,7 +31,7 @@ def test_the_end_of_a_child_is_seen_if_the_parent_ignored_such_ends() -> None:
     ignore = (
         "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
     )
-    done = subprocess.run([sys.executable, "-c", ignore, sys.executable, "-c", code], cwd=REPOSITORY, timeout=60)
+    done = subprocess.run([sys.executable, "-c", ignore, sys.executable, "-c", code], cwd=REPOSITORY, timeout=900)
     assert done.returncode == 7
 
 
@@ -41,7 +41,7 @@ def test_signals_arrive_if_the_parent_blocked_them() -> None:
         "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); "
         "os.execv(sys.executable, sys.argv[1:])"
     )
-    done = subprocess.run([sys.executable, "-c", block, sys.executable, "-c", code], cwd=REPOSITORY, timeout=60)
+    done = subprocess.run([sys.executable, "-c", block, sys.executable, "-c", code], cwd=REPOSITORY, timeout=900)
     assert done.returncode == -signal.SIGTERM
 
 
@@ -85,7 +85,7 @@ def run_with(folder: Path, **versions: str) -> subprocess.CompletedProcess:
         (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(content)
     program = "from bfsys.errors import run_command; run_command(lambda: print('ran'))"
     env = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
-    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=900)
 
 
 def test_a_command_does_not_start_with_packages_that_are_too_old(tmp_path: Path) -> None:

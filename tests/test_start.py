@@ -37,7 +37,7 @@ PROGRAMS = [
 
 def interrupted_at(module: str, handler: str, program: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", INTERRUPTED, module, handler, str(program)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: str(path.relative_to(REPOSITORY)))

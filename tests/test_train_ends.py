@@ -65,7 +65,7 @@ dist.hard_exit(exit_code_of(lambda: train.train_rank(load_config(sys.argv[1], sy
 def test_a_rank_that_fails_alone_says_why_and_ends_at_once(config_file: Path, tmp_path: Path) -> None:
     ranks = start_ranks(2, run_python, ["-c", RANK_1_FAILS, str(config_file)])
     try:
-        outputs = [rank.communicate(timeout=120)[1] for rank in ranks]
+        outputs = [rank.communicate(timeout=900)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -48,7 +48,7 @@ def bfsys(site: Path, tmp_path: Path) -> Command:
         variables |= {"PYTHONPATH": str(site), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         environment = os.environ | variables
         command = [sys.executable, site / "bin" / "bfsys", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -57,7 +57,7 @@ def bfsys(site: Path, tmp_path: Path) -> Command:
 
 def pip(*arguments: str | Path) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
 
 
@@ -90,7 +90,7 @@ def test_a_slurm_job_takes_along_the_package_alone(site: Path, config_file: Path
     )
     environment = os.environ | {"PYTHONPATH": str(site)}
     command = [sys.executable, "-c", code, config_file]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     copy = Path(done.stdout.strip()).parent
     assert {path.name for path in copy.iterdir()} == {"bfsys", "tiny.yaml", "git-state.txt"}

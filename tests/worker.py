@@ -33,7 +33,7 @@ if __name__ == "__main__":
         arguments.pop(0)
         train.run_steps = rehearse_first
     ranks = ranks_from_environment()
-    dist.start(ranks, timeout_s=60)
+    dist.start(ranks, timeout_s=900)
     for overrides in arguments[1:]:
         code = train.train(load_config(arguments[0], overrides.split()), ranks)
         assert code == 0, code

@@ -63,7 +63,7 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
 
 def run_pack(src: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "tools" / "pack.py", src, out, "--name", "pets", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out.parent)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=out.parent)
 
 
 def png_bytes(width: int, height: int, value: int) -> bytes:

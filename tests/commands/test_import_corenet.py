@@ -250,7 +250,7 @@ def test_a_folder_in_use_is_left_alone_and_the_command_ends_with_code_2(tmp_path
     torch.save(weights, tmp_path / "weights.pt")
     command = ["tools/import_corenet.py", str(tmp_path / "weights.pt"), str(tmp_path / "out"), *SMALL_WINDOWS]
     process = Forked(run_python, command, {})
-    _, errors = process.communicate(300)
+    _, errors = process.communicate(900)
     assert process.returncode == 2
     assert errors == f"error: {tmp_path / 'out'}: not empty; give a folder that is empty or does not exist\n"
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]

@@ -102,7 +102,7 @@ def test_rebuild_refuses_classes_that_are_alike(tmp_path, names):
 
 def test_exit_code_2_without_a_dataset(tmp_path):
     command = [sys.executable, ROOT / "tools" / "inspect_shards.py", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path}: holds no dataset.json")
     assert "Traceback" not in result.stderr

@@ -57,7 +57,7 @@ def folder_of(folder: Path, files: int, content: dict[str, int] | None = None) -
 def fit_in_few_steps(*arguments: object) -> tuple[int | None, str, str]:
     """Run `bfsys fit` with a tiny model and few steps. Returns (exit code, output, standard error)."""
     process = Forked(_fit_in_few_steps, arguments, {})
-    said = process.communicate(timeout=600)
+    said = process.communicate(timeout=900)
     return process.returncode, *said
 
 

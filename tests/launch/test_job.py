@@ -207,7 +207,7 @@ def test_a_signal_before_training_is_ready_is_kept_for_it(run_task, number):
         os.kill(os.getpid(), number)
         time.sleep(0.2)  # simulates imports and reading of data
         previous = signal.signal(number, lambda *_: received.append(number))
-        until = time.monotonic() + 60
+        until = time.monotonic() + 900
         while not received and time.monotonic() < until:
             time.sleep(0.05)
         signal.signal(number, previous)

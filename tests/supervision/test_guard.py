@@ -85,7 +85,7 @@ def poisoned_runs(
     processes = start_ranks(2, train_several, (str(config_file), runs))
     try:
         for process in processes:
-            said = process.communicate(600)
+            said = process.communicate(900)
             assert process.returncode == 0, said
     finally:
         for process in processes:

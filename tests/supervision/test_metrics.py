@@ -43,7 +43,7 @@ def test_a_start_removes_what_killed_starts_left(tmp_path: Path) -> None:
         "with replacing(pathlib.Path(sys.argv[1])) as file:\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
-    subprocess.run([sys.executable, "-c", program, str(path)], timeout=60, cwd=REPOSITORY)
+    subprocess.run([sys.executable, "-c", program, str(path)], timeout=900, cwd=REPOSITORY)
     assert len(list(tmp_path.iterdir())) == 2
     _open_lines(path, 1, ())[0].close()
     assert [left.name for left in tmp_path.iterdir()] == ["metrics.jsonl"]

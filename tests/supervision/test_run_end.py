@@ -51,7 +51,7 @@ def test_a_full_disk_does_not_hide_the_reason(tmp_path: Path) -> None:
         "    raise\n"
     )
     command = [sys.executable, "-c", code, tmp_path]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900, check=False)
     assert ended.stderr.endswith("OSError: no space\n")
     assert "another exception" not in ended.stderr
     assert list(tmp_path.iterdir()) == []

@@ -51,7 +51,7 @@ def test_a_late_repetition_ends_at_once_and_another_signal_does_not() -> None:
         "os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True); time.sleep(0.2)\n"
         "os.kill(os.getpid(), signal.SIGTERM); print('never', flush=True)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert (result.returncode, result.stdout) == (EXIT_STOPPED, "still here\n")
 
 

@@ -211,7 +211,7 @@ def test_a_key_file_is_written_read_and_not_shown(tmp_path):
 
 def test_an_incomplete_key_file_is_removed(tmp_path):
     shell = f"ulimit -f 0; {sys.executable} -m bfsys make-key {tmp_path / 'key'}"
-    done = subprocess.run(["bash", "-c", shell], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["bash", "-c", shell], cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert "cannot be written: File too large" in done.stderr
     assert not (tmp_path / "key").exists()
 
