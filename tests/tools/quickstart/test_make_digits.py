@@ -41,7 +41,7 @@ def start(*arguments: str | Path, before: str = "") -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=900)
     return process.returncode, output + errors
 
 
@@ -197,6 +197,7 @@ def test_runs_that_are_stopped_leave_no_out_and_the_next_run_removes_what_a_kill
 
 def stop_while_it_speaks(out: Path, how: int) -> tuple[int, str]:
     process = start(out, "--image-versions", "1", "--speech-per-class", "100", "--val-speech-per-class", "10")
+    os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # so that it does not end before this process sees that it speaks
     while not list(out.parent.glob(f".out.making-*-{process.pid}/train/speech")):  # then the speaking processes start
         assert process.poll() is None
         time.sleep(0.02)
