@@ -107,7 +107,9 @@ def _command(url: str, stall_s: float) -> str | None:
         # gopen's own curl command retries 30 times, and a retry after half a file repeats its beginning.
         # curl's limit on stalls is longer than ours. It ends curl if this process no longer exists.
         speed = f"--speed-limit 1 --speed-time {int(stall_s) + 2}"
-        return f"curl -f -sS -L --globoff --connect-timeout {stall_s:g} {speed} -- {shlex.quote(url)}"
+        # Some servers compress every answer; curl then decompresses it. It does not ask for compression.
+        plain = "--compressed -H 'Accept-Encoding: identity'"
+        return f"curl -f -sS -L --globoff {plain} --connect-timeout {stall_s:g} {speed} -- {shlex.quote(url)}"
     if program == "aws":  # gopen does not support s3://
         return f"aws s3 cp --only-show-errors {shlex.quote(url)} -"
     if program == "gsutil":

@@ -186,6 +186,12 @@ def test_an_answer_that_is_not_the_file_is_shown(
         make_cache(tmp_path, attempts=9).read(f"{server.url}/d/dataset.json")
 
 
+def test_a_server_that_compresses_what_it_sends(server: FaultyServer, cache: Cache) -> None:
+    server.with_gzip = True
+    assert cache.read(f"{server.url}/x.tar") == CONTENT
+    assert cache.fetch(RemoteFile(f"{server.url}/x.tar", sha256(CONTENT), len(CONTENT))).read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize("answer", [b'{"error": "rate limited"}', b'{"form', b"\x1f\x8b\x08\0", b"[]"])
 def test_an_answer_that_is_not_a_description_is_fetched_again(
     server: FaultyServer, tmp_path: Path, answer: bytes, packed: Path
