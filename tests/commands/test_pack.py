@@ -312,6 +312,23 @@ def test_a_file_that_changes_during_packing_is_named(tmp_path, monkeypatch):
     assert "cat/001.jpg: changed during packing: 301 to 5 bytes" in problems_of(src, tmp_path)
 
 
+def test_a_pipe_that_takes_the_place_of_a_file_during_packing_is_not_waited_for(tmp_path, monkeypatch):
+    path = make_tree(tmp_path / "src") / "cat" / "001.jpg"
+
+    def replace(_):
+        path.unlink()
+        os.mkfifo(path)
+
+    monkeypatch.setattr(staging, "start", replace)
+    assert "cat/001.jpg: cannot be read (is not a regular file" in problems_of(tmp_path / "src", tmp_path)
+
+
+def test_a_file_that_grows_during_packing_is_read_only_to_its_former_end(tmp_path, monkeypatch):
+    path = make_tree(tmp_path / "src") / "cat" / "001.jpg"
+    monkeypatch.setattr(staging, "start", lambda _: os.truncate(path, 2**40))  # more than any memory
+    assert f"cat/001.jpg: changed during packing: 301 to {2**40:,} bytes" in problems_of(tmp_path / "src", tmp_path)
+
+
 def test_run_as_a_script_from_anywhere(tmp_path):
     result = run_pack(make_tree(tmp_path / "src"), tmp_path / "out")
     assert (result.returncode, result.stderr) == (0, "")

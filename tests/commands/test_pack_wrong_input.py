@@ -48,7 +48,7 @@ def test_skip_bad_leaves_them_out_and_lists_them(tmp_path):
 @pytest.mark.parametrize("place", ["stat", "read"])
 def test_an_outage_leaves_no_file_out(place, tmp_path, monkeypatch):
     """--skip-bad is for bad files."""
-    src, really_stat, really_read = make_tree(tmp_path / "src"), os.stat, Path.read_bytes
+    src, really_stat, really_open = make_tree(tmp_path / "src"), os.stat, shard_jobs.open_regular
 
     def fail(act, wanted, path, *arguments, **options):
         if str(path).endswith("cat/001.jpg") and place == wanted:
@@ -56,23 +56,23 @@ def test_an_outage_leaves_no_file_out(place, tmp_path, monkeypatch):
         return act(path, *arguments, **options)
 
     monkeypatch.setattr(os, "stat", partial(fail, really_stat, "stat"))
-    monkeypatch.setattr(Path, "read_bytes", lambda path: fail(really_read, "read", path))
+    monkeypatch.setattr(shard_jobs, "open_regular", partial(fail, really_open, "read"))
     message = problems_of(src, tmp_path / "out", "--skip-bad", "--workers", "1")
     assert "cat/001.jpg: cannot be read (Stale file handle); fix this and run the same command again" in message
     assert not list((tmp_path / "out").glob("*/dataset.json"))
 
 
 def test_a_file_that_can_be_read_later_is_packed_then(tmp_path, monkeypatch):
-    src, really_read = make_tree(tmp_path / "src"), Path.read_bytes
+    src, really_open = make_tree(tmp_path / "src"), shard_jobs.open_regular
 
-    def read(path):
-        if path.name == "001.jpg" and path.parent.name == "cat":
-            raise OSError(errno.EIO, "Input/output error", str(path))
-        return really_read(path)
+    def open_file(path):
+        if path.endswith("cat/001.jpg"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return really_open(path)
 
     arguments = (src, tmp_path, "--split", "train", "--skip-bad", "--workers", "1")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", read)
+        patch.setattr(shard_jobs, "open_regular", open_file)
         dataset = pack(*arguments)
         assert "cat/001" not in contents(dataset)
     assert f"{src}/cat/001.jpg\tcannot be read (Input/output error)" in (dataset / "skipped.txt").read_text()

@@ -29,7 +29,7 @@ from bfsys.data.packing.listing import UNREADABLE, BadFile, SourceFile, why_unre
 from bfsys.data.storage.shards import DESCRIPTION, PACKED_BY, read_description, write_description, write_split
 from bfsys.data.storage.tars import Member, Shard, TarIndex, size_in_tar_bytes, write_shard
 from bfsys.errors import UserError, one_line
-from bfsys.files import replace_file, replacing
+from bfsys.files import open_regular, replace_file, replacing
 
 VERSION = 2  # increase it if the same input gives other bytes
 MOST_SHARDS = 100_000  # dataset.json has a few hundred bytes for each, and is read if it has at most 64 MiB
@@ -175,11 +175,12 @@ def _packed_bytes(
     if file.path in fatal:
         return fatal[file.path]
     try:
-        data = Path(file.path).read_bytes()
+        with open_regular(file.path) as source:  # a pipe may have taken the place of the file since it was listed
+            data, now_bytes = source.read(file.size_bytes + 1), os.fstat(source.fileno()).st_size
     except OSError as error:
         return why_unreadable(file.path, error)
     if len(data) != file.size_bytes:
-        return f"changed during packing: {file.size_bytes:,} to {len(data):,} bytes"
+        return f"changed during packing: {file.size_bytes:,} to {now_bytes:,} bytes"
     if not encoding.modality:
         return data
     try:
