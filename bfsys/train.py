@@ -33,7 +33,7 @@ from bfsys.checkpoint.loading import resume, set_weights
 from bfsys.config import Config
 from bfsys.confusion import Answers
 from bfsys.data.streaming.datasets import fetch_descriptions
-from bfsys.data.streaming.loader import training_batches
+from bfsys.data.streaming.loader import LoaderCrashed, training_batches
 from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.engine import Engine
 from bfsys.errors import EXIT_CRASHED, UserError, is_out_of_memory
@@ -225,6 +225,8 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
     except UserError as error:  # an error of this rank alone
         who = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
         raise UserError(*(who + problem for problem in error.problems), exit_code=error.exit_code) from None
+    except LoaderCrashed as error:
+        raise UserError(f"rank {ranks.rank}: {error}", exit_code=EXIT_CRASHED) from None
     except RuntimeError as error:
         is_of_loader = str(error).startswith("Caught ")  # in a loader process; the text has its traceback
         if is_out_of_memory(error) and not is_of_loader:

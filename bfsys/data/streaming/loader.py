@@ -16,8 +16,10 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import FrameType
 from typing import TypeVar
 
 import numpy as np
@@ -57,6 +59,10 @@ ANNOUNCED_AFTER_SLOW = 64
 SLOT_OVER_MEAN = 4
 # Reports of worker processes: their process id, and the (source, sample) that they are decoding.
 _POSITION = np.dtype([("process", "<i8"), ("position", "<i8", 2)])
+
+
+class LoaderCrashed(RuntimeError):
+    """A loader process ended although nothing had asked it to."""
 
 
 def training_batches(
@@ -203,7 +209,13 @@ def _read_by_workers(
         collate_fn=_as_it_is,
         worker_init_fn=partial(_begin_worker, os.getpid(), reader, positions),
     )
-    for answer in _naming_files(loader, reader, positions):
+    answers = iter(loader)  # starts the processes
+    with _naming_crashes(reader, positions):
+        yield from _micro_batches_of(answers, ring, pinned)
+
+
+def _micro_batches_of(answers: Iterable, ring: Ring, pinned: bool) -> Iterator[RawBatch]:
+    for answer in answers:
         if isinstance(answer, UserError):
             raise answer
         slot, micro_batches = answer
@@ -263,22 +275,45 @@ class _Reads(Dataset):
         return new_buffer(size_bytes)
 
 
-def _naming_files(answers: Iterable, reader: ShardReader, positions: np.ndarray) -> Iterator:
-    """Yield `answers`. If a worker process crashes, for example because a codec aborts, the error names its current
-    file."""
+@contextmanager
+def _naming_crashes(reader: ShardReader, positions: np.ndarray) -> Iterator[None]:
+    """Raise LoaderCrashed if a worker process crashes. PyTorch has a handler of SIGCHLD, which raises RuntimeError
+    wherever the training process is at that moment, and its iterator raises RuntimeError, too."""
+    by_pytorch = signal.getsignal(signal.SIGCHLD)
+    assert callable(by_pytorch), "PyTorch sets its handler when it starts workers"
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        try:
+            by_pytorch(number, frame)
+        except RuntimeError as error:
+            raise _crash_of(error, reader, positions) from None
+
+    signal.signal(signal.SIGCHLD, handle)
     try:
-        yield from answers
+        yield
     except RuntimeError as error:
-        for worker in positions:
-            if not reader.is_plain and re.search(rf"\b{worker['process']}\b", str(error)):
-                name = reader.name_of(*worker["position"].tolist())
-                raise RuntimeError(
-                    f"{str(error).partition('. ')[0]}; it was reading {name}. If it ends there again, pack the dataset "
-                    "without this file"
-                    + (", or set optim.content_loss=0, which decodes nothing" if reader.with_content else "")
-                    + "; if it was killed by signal 9, memory was short: use fewer data.workers"
-                ) from error
-        raise
+        if (crash := _crash_of(error, reader, positions)) is error:
+            raise
+        raise crash from None
+    finally:
+        signal.signal(signal.SIGCHLD, by_pytorch)
+
+
+def _crash_of(error: RuntimeError, reader: ShardReader, positions: np.ndarray) -> RuntimeError:
+    """The error itself if it is of another kind. If workers decode files, the text names the current file."""
+    if isinstance(error.__cause__, LoaderCrashed):  # raised by the handler while PyTorch's iterator was waiting
+        return error.__cause__
+    text, *_ = str(error).partition(". ")
+    if isinstance(error, LoaderCrashed) or not text.startswith("DataLoader worker (pid"):
+        return error
+    for worker in positions if not reader.is_plain else ():
+        if re.search(rf"\b{worker['process']}\b", text):
+            text += (
+                f"; it was reading {reader.name_of(*worker['position'].tolist())}. If it ends there again, pack the "
+                "dataset without this file"
+                + (", or set optim.content_loss=0, which decodes nothing" if reader.with_content else "")
+            )
+    return LoaderCrashed(f"{text}; if it was killed by signal 9, memory was short: use fewer data.workers")
 
 
 def _begin_worker(parent: int, reader: ShardReader, positions: np.ndarray, worker: int) -> None:

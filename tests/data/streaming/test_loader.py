@@ -16,7 +16,7 @@ import torch
 
 from bfsys.config import load_config
 from bfsys.data.streaming.datasets import long_files, make_plan, open_evaluation, open_training
-from bfsys.data.streaming.loader import evaluation_rounds, training_batches
+from bfsys.data.streaming.loader import LoaderCrashed, evaluation_rounds, training_batches
 from bfsys.data.streaming.plan import evaluation_batches
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import open_run_data
@@ -111,9 +111,27 @@ def test_a_loader_process_that_dies_names_the_file_that_it_was_at(config_file: P
     sources = replace(sources, augmentations=(Aborting(file), None))
     batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
     with pytest.raises(
-        RuntimeError, match=rf"exited unexpectedly.*; it was reading .*/a, a-train-0000.*: sample '{key}'"
+        LoaderCrashed, match=rf"exited unexpectedly.*; it was reading .*/a, a-train-0000.*: sample '{key}'"
     ):
         list(batches)
+
+
+def test_a_killed_loader_process_names_its_file_if_training_does_not_wait_for_it(config_file: Path) -> None:
+    """PyTorch reports the end of a process wherever training is at that moment."""
+    config = load_config(config_file, ["data.workers=1", "train.steps=100", "data.byte_transforms=[reverse]"])
+    sources = open_training(config)
+    others = psutil.Process().children()
+    batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
+    next(batches)
+    (worker,) = (process for process in psutil.Process().children() if process not in others)
+
+    def train() -> None:
+        worker.kill()
+        time.sleep(60)  # until the signal comes
+
+    with pytest.raises(LoaderCrashed, match=r"killed by signal: Killed; it was reading .*: sample '"):
+        train()
+    batches.close()
 
 
 def test_evaluation_gives_each_file_once_in_equal_rounds(config_file: Path) -> None:
