@@ -14,8 +14,8 @@ DO_IT_RIGHT = "serve"
 
 
 class FaultyServer:
-    """Serves `files`; with `with_gzip` it compresses them. `faults[path]` lists a fault for each request; later requests
-    are served.
+    """Serves `files`, compressed if `with_gzip`. `faults[path]` lists a fault for each request; later requests are
+    served.
 
     serve · 503 · stall (half, then nothing) · truncate (half, then the connection is closed) · unsized (half, without a
     Content-Length) · reset (half, then RST) · wrong (other bytes) · die (half, then the server stops until `start`)

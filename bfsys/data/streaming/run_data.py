@@ -152,6 +152,7 @@ class RunData:
             )
         return [
             *notes,
+            *self._notes_on_mixture(),
             *self._notes_on_evaluation(),
             *self._notes_on_jitter(),
             *notes_on_data(self.training),
@@ -159,6 +160,16 @@ class RunData:
             *long_files(self.config, self.training),
             *long_files(self.config, self.validation),
         ]
+
+    def _notes_on_mixture(self) -> Iterator[str]:
+        steps = self.config.train.steps
+        draws = self.plan.mixture.counts(steps * self.plan.batch_samples)
+        for name, count in zip(self.training.names, draws.tolist(), strict=True):
+            if not count:
+                yield (
+                    f"{name}: its share of the mixture is so small that no file is drawn from it in {steps:,} steps; "
+                    "raise its weight, or remove the source"
+                )
 
     def _notes_on_evaluation(self) -> Iterator[str]:
         """Sources that are not evaluated, or in another format than they are trained in."""

@@ -57,6 +57,13 @@ def test_an_unchanged_dataset_is_not_read_at_each_save(config: Config, monkeypat
     assert not read
 
 
+def test_a_source_from_which_no_file_is_drawn_is_noted(config: Config) -> None:
+    first, second = config.data.sources
+    rare = replace(config.data, sources=(first, replace(second, weight=1e-9)))
+    (note,) = set(open_run_data(replace(config, data=rare), Ranks()).notes) - set(open_run_data(config, Ranks()).notes)
+    assert note.startswith("b: its share of the mixture is so small that no file is drawn from it in ")
+
+
 def test_scores_are_of_the_evaluation_files(dataset: Path, config: Config, tmp_path: Path) -> None:
     before = open_run_data(config, Ranks()).evaluated
     moved = shutil.copytree(dataset, tmp_path / "moved")
