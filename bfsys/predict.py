@@ -89,8 +89,9 @@ class Model:
         """Length of the shortest file that the model accepts, after data.byte_transforms."""
         self.max_bytes: int = network.architecture.max_bytes
         """Length of the longest file whose tokens all have different positions. Longer files are accepted too."""
-        self.rounding_bytes: int = network.architecture.rounding_bytes
-        """A shorter file takes as much memory and time as one of this length."""
+        self.rounding_bytes: int = max(network.architecture.rounding_bytes, len(self.classes))
+        """A shorter file takes about as much memory and time as one of this length, since its tokens are rounded up and
+        it has a probability of each class."""
         self.input_formats: tuple[str, ...] = tuple(f.describe() for f in reader.formats)
         """Formats of pictures and sounds in training, such as `wav:uint8 of 1 s at 16,000 Hz`; empty if files were used
         as they were, or if the checkpoint does not contain the formats."""

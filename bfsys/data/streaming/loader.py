@@ -120,7 +120,8 @@ def evaluation_rounds(
     Yields (batch, counts). A rank without a further batch, or with an unreadable one, gets a dummy batch with counts
     False, since the forward passes of ZeRO-3 are collective.
     """
-    least_bytes = config.model.architecture().rounding_bytes
+    # Otherwise thousands of small files would be computed at once, each with a probability of each class.
+    least_bytes = max(config.model.architecture().rounding_bytes, len(sources.classes))
     batches = evaluation_batches(sources.splits, config.data.eval_batch_bytes, least_bytes)
     share = evaluation_share(batches, sources.splits, ranks.rank, ranks.world_size)
     reader = ShardReader(sources, seed=config.train.seed, replace_bad=False)

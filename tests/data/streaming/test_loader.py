@@ -152,6 +152,15 @@ def test_evaluation_gives_each_file_once_in_equal_rounds(config_file: Path) -> N
     assert sorted(seen) == [(s, i) for s, split in enumerate(sources.splits) for i in range(len(split))]
 
 
+def test_evaluation_of_many_classes_takes_fewer_small_files_at_once(config_file: Path) -> None:
+    """Each file has a probability of each class."""
+    config = load_config(config_file)
+    classes = ("a0", "a1", "a2", "b0", "b1", *map(str, range(config.data.eval_batch_bytes // 2 - 5)))
+    sources = open_evaluation(config, "val", classes)
+    rounds = evaluation_rounds(config, sources, rank(0, 1), Quarantine(), 0)
+    assert max(len(batch.labels) for batch, _ in rounds) == 2
+
+
 def test_classes_of_equal_name_are_one(config_file: Path, datasets: Path) -> None:
     config = load_config(config_file)
     assert open_training(config).classes == ("a0", "a1", "a2", "b0", "b1")
