@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import errno
 import importlib
 import multiprocessing
 import os
@@ -57,6 +58,7 @@ T = TypeVar("T")
 
 AGREED_CODES = (*FINAL_CODES, EXIT_REQUEUE)  # all ranks end with such a code, at nearly the same time
 KILLED = 128 + signal.SIGKILL  # exit code of a rank that was killed
+START_ERRNOS = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE}  # a process cannot be started
 POLL_S = 0.05
 TOGETHER_S = 30.0  # after the end of the first rank, until the others are stopped
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
@@ -84,7 +86,7 @@ class Group:
                     rank, world_size, rank, world_size, master_addr="127.0.0.1", master_port=port
                 )
                 with open(log, "ab") as output:
-                    output.write(f"--- {time.strftime('%F %T')} {shlex.join(job.command())}\n".encode())
+                    output.write(os.fsencode(f"--- {time.strftime('%F %T')} {shlex.join(job.command())}\n"))
                 self._running[rank] = start(job, rank, {**os.environ, **variables}, log)
         except OSError:
             self.close()
@@ -217,7 +219,7 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
 
 
 def _log_error(log_dir: Path, error: OSError) -> UserError:
-    if error.filename is None:
+    if error.filename is None and error.errno in START_ERRNOS:  # writing sets no file name either
         problem = f"a process for a rank cannot be started: {error.strerror}; see ulimit -u and the memory that is free"
         return UserError(problem, exit_code=code_of(error))
     return UserError(f"log folder {log_dir}: cannot be written: {error.strerror}", exit_code=code_of(error))

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from bfsys.confusion import Answers
+from bfsys.errors import one_line
 from bfsys.model.sizes import PAD_BYTE
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def open_board(folder: Path, first_step: int, settings: Mapping[str, int | float
     from torch.utils.tensorboard.summary import hparams
 
     board = SummaryWriter(str(folder), purge_step=first_step + 1)
-    for summary in hparams(dict(settings), dict.fromkeys(("accuracy/val", "loss/val"), 0.0)):
+    # Paths that are not UTF-8 contain surrogates, which TensorBoard's records cannot hold.
+    texts = {name: one_line(value) if isinstance(value, str) else value for name, value in settings.items()}
+    for summary in hparams(texts, dict.fromkeys(("accuracy/val", "loss/val"), 0.0)):
         board._get_file_writer().add_summary(summary)
     return board
 

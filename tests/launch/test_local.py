@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import errno
 import os
 import signal
@@ -20,7 +21,7 @@ import torch
 from bfsys import run_dir
 from bfsys.cli import call
 from bfsys.config import load_config
-from bfsys.errors import EXIT_NO_PROGRESS, UserError
+from bfsys.errors import EXIT_NO_PROGRESS, EXIT_STORAGE, UserError
 from bfsys.launch import local, restart_policy
 from bfsys.launch.job import TrainJob
 from bfsys.supervision.goodput import read_seconds
@@ -142,6 +143,21 @@ def test_an_outage_of_the_log_folder_is_a_crash_and_not_the_end(make_job, tmp_pa
     code = local.run_until_done(lambda: local.run_group(job, 2, tmp_path / "log"), tmp_path)
     assert code == 0
     assert capfd.readouterr().err.count("cannot be written: Stale file handle") == 2
+
+
+def test_a_disk_without_space_for_the_log_is_named(make_job, tmp_path):
+    log_dir = tmp_path / "log"
+    log_dir.mkdir()
+    (log_dir / "rank-1.log").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"^log folder .*/log: cannot be written: No space left on device$") as error:
+        local.run_group(make_job(""), 2, log_dir)
+    assert error.value.exit_code == EXIT_STORAGE
+
+
+def test_a_config_whose_name_is_not_utf8_is_named_in_the_log(make_job, tmp_path):
+    job = dataclasses.replace(make_job(""), overrides=(os.fsdecode(b"name=\xff"),))
+    assert local.run_group(job, 1, tmp_path / "log") == 0
+    assert b"name=\xff" in (tmp_path / "log" / "rank-0.log").read_bytes()
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.confusion import Answers
-from bfsys.supervision.cockpit import BLUE, CELL, MARGIN, show_embedding, show_evaluation, show_event, show_lengths
+from bfsys.supervision.cockpit import (
+    BLUE,
+    CELL,
+    MARGIN,
+    open_board,
+    show_embedding,
+    show_evaluation,
+    show_event,
+    show_lengths,
+)
 
 CLASSES = ("cat_1", "dog|x", "emu")
 
@@ -73,3 +83,9 @@ def test_lengths_and_events(tmp_path: Path) -> None:
     events = read_back(tmp_path)
     assert events.Histograms("system_data/log10_file_bytes_a")[0].histogram_value.max == 3
     assert r"a/b\*c\*" in text_of(events, "events/bad_step")
+
+
+def test_a_setting_that_is_a_path_in_another_encoding_than_utf8_is_shown_with_escapes(tmp_path):
+    open_board(tmp_path, 0, {"train.init_from": os.fsdecode(b"runs/\xff")}).close()
+    (events,) = tmp_path.iterdir()
+    assert rb"runs/\udcff" in events.read_bytes()
