@@ -41,7 +41,7 @@ from typing_extensions import TypedDict  # pydantic requires this one before Pyt
 
 from bfsys import files, model_card, typed_yaml
 from bfsys.batch import ByteBatch, Sample
-from bfsys.checkpoint.files import checksum_mismatch
+from bfsys.checkpoint.files import EXPORTED, checksum_mismatch
 from bfsys.config import Config
 from bfsys.data.storage.streams import hide
 from bfsys.data.streaming.datasets import trained_transforms
@@ -52,7 +52,6 @@ from bfsys.model.dense import DenseByteFormer
 SAFETENSORS, TORCH, ONNX = "safetensors", "torch", "onnx"
 FORMATS = {SAFETENSORS: "model.safetensors", TORCH: "model.pt2", ONNX: "model.onnx"}
 FORMAT = 1  # version of model.json
-DESCRIPTION = "model.json"
 MOST_BYTES = 2**31 - 1  # largest file that a program accepts
 MOST_BYTES_CHECKED = 100_000
 TOLERANCE = {TORCH: 1e-5, ONNX: 1e-4}  # largest difference of a probability
@@ -111,7 +110,7 @@ def export(
             write_onnx(program, out / FORMATS[ONNX])
             check(ONNX, onnx_runner(out / FORMATS[ONNX]), model, facts)
     facts["files"] = {p.name: files.describe(p) for p in sorted(out.iterdir())}
-    files.replace_file(out / DESCRIPTION, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    files.replace_file(out / EXPORTED, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     parameters = sum(p.numel() for p in model.parameters())
     files.replace_file(out / model_card.NAME, model_card.model_card(facts, manifest, config, parameters, scores))
     return facts
@@ -151,7 +150,7 @@ def read_exported(folder: Path) -> tuple[ByteFormer, Config, dict]:
     The facts are the content of model.json, with the keys of a checkpoint's manifest that prediction needs. Raises
     UserError for damaged or missing files.
     """
-    path, weights = folder / DESCRIPTION, folder / FORMATS[SAFETENSORS]
+    path, weights = folder / EXPORTED, folder / FORMATS[SAFETENSORS]
     try:
         facts = json.loads(files.read_regular(path))
         if facts["format"] != FORMAT:

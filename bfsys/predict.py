@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bfsys.answers import Prediction, ranked
 from bfsys.batch import ByteBatch, Sample
+from bfsys.checkpoint.files import EXPORTED
 from bfsys.checkpoint.loading import load_model
 from bfsys.config import Config
 from bfsys.data.media.input_formats import input_format
@@ -38,7 +39,7 @@ from bfsys.explain.attribution import Classifier
 from bfsys.explain.explanation import Explanation, explain
 from bfsys.explain.references import LabelledFile, candidates
 from bfsys.explain.shortcuts import Shortcuts, shortcuts
-from bfsys.export import DESCRIPTION, read_exported
+from bfsys.export import read_exported
 from bfsys.inputs import Input, Reader, is_one, named
 from bfsys.model.byteformer import Block, ByteFormer
 from bfsys.model.precision import Precision, set_precision
@@ -366,7 +367,7 @@ def load(
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"the run: got {type(path).__name__}; a path is allowed")
     target, folder = _device(device), Path(path)
-    is_export = (folder / DESCRIPTION).exists()
+    is_export = (folder / EXPORTED).exists()
     with torch.device("cpu"):  # also if torch.set_default_device has set another one
         network, config, facts = read_exported(folder) if is_export else load_model(folder, average=weights == "ema")
     if is_export and weights == "last" and facts.get("weights") == "ema":

@@ -47,7 +47,7 @@ def test_a_split_that_no_source_has_is_reported(finished_run: Path, evaluate_run
 
 def test_an_export_is_refused(evaluate_run, tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text("{}")
-    with pytest.raises(UserError, match="is an export and has no data; evaluate the run from which it was exported"):
+    with pytest.raises(UserError, match="is an export; give the run from which it was exported"):
         evaluate_run(tmp_path)
 
 

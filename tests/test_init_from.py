@@ -150,6 +150,12 @@ def test_missing_runs_are_refused(config: Config, tmp_path: Path) -> None:
         start(replace(config, train=replace(config.train, init_from=str(tmp_path / "none"))))
 
 
+def test_an_export_is_named_as_such(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(UserError, match="is an export; give the run from which it was exported"):
+        start(replace(config, train=replace(config.train, init_from=str(tmp_path))))
+
+
 def test_a_run_without_an_average_gives_its_last_weights(config: Config, finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "run")
     path = newest(tmp_path / "run")

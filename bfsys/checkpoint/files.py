@@ -46,6 +46,7 @@ T = TypeVar("T")
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+EXPORTED = "model.json"  # in what bfsys export writes
 METRICS = "metrics.jsonl"
 # Prefix of the names of parameters that only training uses (model/content_head.py)
 CONTENT_HEAD = "content_head."
@@ -319,6 +320,8 @@ def find_whole(run: Path) -> Path:
         path, problems = find_newest(run)
     for problem in problems if path != run else ():
         print(f"skipped a damaged checkpoint: {problem}", file=sys.stderr)
+    if path is None and (run / EXPORTED).exists():
+        raise UserError(f"{run}: is an export; give the run from which it was exported")
     if path is None or (path == run and problems):
         runs = sorted(folder.parent for folder in run.glob("*/checkpoints"))
         remedy = f"give a run in it, for example {runs[0]}" if runs else "is it a run directory (runs/NAME)?"

@@ -39,13 +39,10 @@ def run(args: argparse.Namespace) -> int:
     from bfsys.data.streaming.quarantine import Quarantine
     from bfsys.data.streaming.run_data import short_files
     from bfsys.evaluate import DAMAGE, evaluate, with_datasets
-    from bfsys.export import DESCRIPTION
     from bfsys.loss import describe_scores
     from bfsys.model.precision import set_precision
     from bfsys.ranks import Ranks
 
-    if (args.run / DESCRIPTION).exists():
-        raise UserError(f"{args.run}: is an export and has no data; evaluate the run from which it was exported")
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
     transforms = with_key(config.data.byte_transforms, args.permute)
     config = replace(config, data=replace(config.data, byte_transforms=transforms))
