@@ -17,6 +17,7 @@ logging.getLogger("torch.export").setLevel(logging.ERROR)  # it warns with a tra
 
 
 def main(export: Path, files: list[Path]) -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     try:
         about = json.loads((export / "model.json").read_text(encoding="utf-8"))
         if about["byte_transforms"]:

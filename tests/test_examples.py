@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -66,6 +67,20 @@ def test_an_example_classifies_as_the_model_does(
     for line, file, (class_name, percent) in zip(lines, some_files, expected(exported, some_files), strict=True):
         assert line.startswith(f"{file}: {class_name} ")
         assert float(re.findall(r"([\d.]+) %", line)[0]) == pytest.approx(percent, abs=0.11)
+
+
+@pytest.mark.filterwarnings("ignore:.*looks like none of")
+@pytest.mark.parametrize(("name", "program"), [("load_pytorch.py", "exported"), ("load_onnx.py", "exported_onnx")])
+def test_an_example_classifies_files_whose_names_are_not_utf8(
+    name: str, program: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as in most locales
+    files = [tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / "other"]
+    for file in files:
+        file.write_bytes(bytes(50))
+    done = run_example(name, request.getfixturevalue(program), *files)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [f"{tmp_path}/caf\\udce9", str(files[1])]
 
 
 @pytest.mark.parametrize("name", ["load_pytorch.py", "load_onnx.py"])
