@@ -16,7 +16,8 @@ import torch
 logging.getLogger("torch.export").setLevel(logging.ERROR)  # it warns with a traceback of what it raises again
 
 
-def main(export: Path, files: list[Path]) -> None:
+def main(export: Path, files: list[Path]) -> int:
+    """Print the class of each file. Returns the exit code: 1 if a file has no answer."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
     try:
         about = json.loads((export / "model.json").read_text(encoding="utf-8"))
@@ -28,22 +29,26 @@ def main(export: Path, files: list[Path]) -> None:
         program = torch.export.load(export / "model.pt2").module()
     except Exception as error:  # PyTorch raises all kinds of them
         sys.exit(f"{export}: cannot be used ({error!r}); write it with: bfsys export RUN EXPORT")
+    exit_code = 0
     for file in files:
         try:
             content = bytearray(file.read_bytes())
+            is_short = len(content) < least_bytes
+            problem = f"has {len(content)} bytes; this model needs at least {least_bytes}" if is_short else ""
         except OSError as error:
-            print(f"{file}: {error.strerror}", file=sys.stderr)
-            continue
-        if len(content) < least_bytes:
-            print(f"{file}: has {len(content)} bytes; this model needs at least {least_bytes}")
+            problem = error.strerror
+        if problem:
+            print(f"{file}: {problem}", file=sys.stderr)
+            exit_code = 1
             continue
         with torch.no_grad():
             probabilities = program(torch.frombuffer(content, dtype=torch.uint8))
         likeliest = int(probabilities.argmax())
         print(f"{file}: {classes[likeliest]} {100 * probabilities[likeliest]:.1f} %")
+    return exit_code
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
+    sys.exit(main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]))

@@ -83,6 +83,20 @@ def test_an_example_classifies_files_whose_names_are_not_utf8(
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [f"{tmp_path}/caf\\udce9", str(files[1])]
 
 
+@pytest.mark.filterwarnings("ignore:.*looks like none of")
+@pytest.mark.parametrize(("name", "program"), [("load_pytorch.py", "exported"), ("load_onnx.py", "exported_onnx")])
+def test_an_example_names_files_without_an_answer_and_goes_on(
+    name: str, program: str, some_files: list[Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    (tmp_path / "empty").touch()
+    done = run_example(name, request.getfixturevalue(program), tmp_path / "none", tmp_path / "empty", some_files[0])
+    assert done.returncode == 1
+    missing, short = done.stderr.splitlines()
+    assert missing == f"{tmp_path}/none: No such file or directory"
+    assert re.fullmatch(r".*/empty: has 0 bytes; this model needs at least \d+", short)
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [str(some_files[0])]
+
+
 @pytest.mark.parametrize("name", ["load_pytorch.py", "load_onnx.py"])
 def test_an_example_refuses_a_model_whose_bytes_are_transformed(name: str, exported: Path, tmp_path: Path) -> None:
     about = json.loads((exported / "model.json").read_text())
