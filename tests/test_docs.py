@@ -1,7 +1,8 @@
-"""The documentation names files that exist, and links that lead somewhere."""
+"""The documentation names files that exist, and links that lead somewhere. Its tables name what there is."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -64,3 +65,38 @@ def test_a_broken_link_and_a_missing_file_are_found(tmp_path: Path) -> None:
     )
     assert broken_links(page) == ["#other", "gone.md"]
     assert missing_files(page) == ["tools/gone.py"]
+
+
+LAYOUT_ROW = re.compile(r"^\| (`[^|]+`) \| (.+) \|$", re.MULTILINE)
+DUNDER = re.compile(r"__\w+__")
+
+
+def modules_without_a_row(design: str) -> list[str]:
+    """The modules of bfsys that the table "Layout" does not name: by their path, or beside the path of their folder."""
+    table = design[design.index("## Layout") :]
+    beside = {place: row for places, row in LAYOUT_ROW.findall(table) for place in re.findall(r"`([^`]+)`", places)}
+    missing = []
+    for path in sorted((REPOSITORY / "bfsys").rglob("*.py")):
+        name = path.relative_to(REPOSITORY)
+        folder = next((f"{parent}/" for parent in name.parents if f"{parent}/" in beside), "")
+        subfolder = f"{path.parent.name}/"  # is named as a whole
+        is_named = f"`{path.stem}`" in beside.get(folder, "") or f"`{subfolder}`" in beside.get(folder, "")
+        if not (str(name) in beside or is_named or folder == "bfsys/commands/" or DUNDER.fullmatch(path.stem)):
+            missing.append(str(name))
+    return missing
+
+
+def test_the_layout_names_every_module() -> None:
+    design = (REPOSITORY / "docs" / "design.md").read_text()
+    assert modules_without_a_row(design) == []
+    assert modules_without_a_row(design.replace("`ring`", "").replace("`bfsys/muon.py`", "")) == [
+        "bfsys/data/streaming/ring.py", "bfsys/muon.py"
+    ]  # fmt: skip
+
+
+def test_the_reference_of_metrics_names_every_field(finished_run: Path) -> None:
+    named = " ".join(re.findall(r"`[^`\n]+`", (REPOSITORY / "docs" / "metrics.md").read_text()))
+    lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in lines} == {"train", "eval"}
+    for line in lines:
+        assert {field for field in line if not re.search(rf"\b{field}\b", named)} == set()

@@ -2,12 +2,14 @@
 
 Every fenced block of bash is taken apart into commands. A command is run in a folder with small data, or NOT_RUN gives
 the reason why it is not. Commands that train are run by the slow test alone; the other test puts a run that was trained
-before in the place of theirs, so that the commands after them can be run.
+before in the place of theirs, so that the commands after them can be run. The commands of other pages, of configs and
+of docstrings are not run, but their files, options and config keys must exist.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import shlex
@@ -31,6 +33,14 @@ PAGES = [
     *sorted((REPOSITORY / "docs" / "tutorials").glob("*.md")),
     REPOSITORY / "docs" / "export.md",
 ]
+OTHER_FILES = sorted(
+    {*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "configs").rglob("*.yaml")}
+    - {*PAGES}
+    | {*(REPOSITORY / "tools").rglob("*.py")}
+)
+FENCED = re.DOTALL | re.MULTILINE
+LINE_OF_COMMAND = re.compile(r"^(?: {4}|#   )(?:\$ )?((?:python|bfsys|deepspeed|torchrun|srun|chrt) .+)$", re.MULTILINE)
+KEY_AND_VALUE = re.compile(r"[a-z_]+(\.\w+)*=")
 EXPLANATIONS = sorted((REPOSITORY / "docs" / "explanation").glob("*.md"))
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -131,6 +141,58 @@ def check_options(command: str) -> None:
 def test_options_and_config_keys_exist(page: Path) -> None:
     for command in commands_of(page):
         check_options(command)
+
+
+def commands_in(file: Path) -> list[str]:
+    """The lines of a page, of a config's comments or of a docstring that are commands."""
+    text = file.read_text()
+    if file.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text), clean=False) or ""
+    if file.suffix == ".md":  # fenced as well as indented
+        text = re.sub(
+            r"^```\w*\n(.*?)^```", lambda block: "    " + block[1].replace("\n", "\n    "), text, flags=FENCED
+        )
+    lines = LINE_OF_COMMAND.findall(re.sub(r"\\\n[ #]*", "", text))
+    return [re.sub(r"\s+#.*", "", line) for line in lines]
+
+
+def check_parts(command: str) -> None:
+    """Check options and config keys like `check_options`, also of benchmarks. CONFIG stands for any config."""
+    words = shlex.split(command)
+    if benchmark := next((word for word in words if word.startswith("tools/bench/")), ""):
+        source, arguments = (REPOSITORY / benchmark).read_text(), words[words.index(benchmark) + 1 :]
+        assert [word for word in arguments if word.startswith("--") and f'"{word}"' not in source] == []
+        for config in [word for word in arguments if word.endswith(".yaml")]:
+            load_config(REPOSITORY / config, [word for word in arguments if KEY_AND_VALUE.match(word)])
+    elif {"CONFIG", "t.yaml"} & set(words):
+        parse(*as_bfsys(words))
+    else:
+        check_options(command)
+
+
+@pytest.mark.parametrize("file", OTHER_FILES, ids=lambda file: str(file.relative_to(REPOSITORY)))
+def test_commands_that_are_not_run_have_options_that_exist(file: Path) -> None:
+    for command in commands_in(file):
+        check_parts(command)
+
+
+def test_commands_in_all_kinds_of_files_are_found(tmp_path: Path) -> None:
+    files = {
+        "page.md": "bfsys is a name\n```bash\nbfsys a \\\n  b   # c\n```\n\n    python d\n",
+        "config.yaml": "#   bfsys a \\\n#       b",
+        "tool.py": '"""Do it.\n\n    python d\n"""\nbfsys = 1\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert [commands_in(tmp_path / name) for name in files] == [["bfsys a b", "python d"], ["bfsys a b"], ["python d"]]
+
+
+def test_a_wrong_option_of_a_benchmark_is_found() -> None:
+    check_parts("python tools/bench/bench_plan.py --samples 1000")
+    with pytest.raises(AssertionError, match="--sample"):
+        check_parts("python tools/bench/bench_plan.py --sample 1000")
+    with pytest.raises(UserError, match=r"train\.stepps"):
+        check_parts("python tools/bench/baselines.py configs/small.yaml train.stepps=3")
 
 
 def test_a_wrong_option_and_a_wrong_key_are_found() -> None:

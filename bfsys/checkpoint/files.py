@@ -6,7 +6,7 @@
       step_00001000/
         manifest.json          step, classes, config, plan, versions, the sha256 of every file and its own; written last
         weight-0-of-2.safetensors, ema-…, exp_avg-…, exp_avg_sq-…
-        metrics.jsonl          the run's history until this step
+        metrics.jsonl, quarantine.tsv, rollbacks.json    the run's history until this step
 
 Each rank writes the part of every tensor that it holds. An entry with a parameter's name holds the whole parameter, and
 NAME[first:end] holds a piece of its elements in order. A save therefore sends nothing between ranks, and any number of

@@ -1,6 +1,6 @@
 """Baselines for a run's figures on the same files: by size, by byte counts, by first bytes, and decoded.
 
-    python tools/bench/baselines.py configs/small.yaml data.sources.0.path=data/shards/digits
+    python tools/bench/baselines.py configs/small.yaml data.sources.0.path=data/shards/digits --decoded
 
 Takes the config of a run, and measures top-1 on its evaluation split:
 
@@ -8,8 +8,8 @@ Takes the config of a run, and measures top-1 on its evaluation split:
     file size       the class whose files' mean log-length is nearest
     byte counts     logistic regression (scikit-learn) on how often each byte value occurs in a file
     first bytes     logistic regression on the values of the first 64 bytes, which hold the header
-    decoded         a plain convolutional network on pixels, or on a log-mel spectrogram, that learns from the run's own
-                    batches (same files, augmentation, order and number of steps), decoded; one source only
+    decoded         with --decoded: a plain convolutional network on pixels, or on a log-mel spectrogram, that learns
+                    from the run's own batches (same files, augmentation, order and number of steps); one source only
 
 The first four learn from one epoch of the run's batches. A model of bytes that does not beat them has not learned the
 content of the files. The last is the accuracy of a network on decoded files.
