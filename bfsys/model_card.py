@@ -81,7 +81,7 @@ def _model(facts: Mapping, manifest: Mapping, parameters: int) -> list[str]:
     rows = [
         ("run", f"{facts['run']}, step {facts['step']:,}, {_weights(facts['weights'])}"),
         ("architecture", f"ByteFormer: dimension {a.dim}, {a.layers} layers, {a.heads} heads; a token covers "
-         f"{a.kernel} bytes, every {a.stride} bytes; windows of {a.window} tokens"),
+         f"{a.kernel} bytes, every {a.stride} bytes; windows of {a.window} tokens; {a.pool} pooling"),
         ("parameters", f"{parameters:,}"),
         ("input", f"the bytes of one file, at least {facts['least_bytes']:,}; tokens beyond {a.max_bytes:,} bytes "
          "share their positions"),
@@ -158,6 +158,7 @@ def _training(manifest: Mapping, config: Config) -> list[str]:
         ("weight decay", f"{optim.weight_decay:g}"),
         ("largest norm of the gradient", f"{optim.clip_norm:g}" if optim.clip_norm else "not limited"),
         ("label smoothing", f"{optim.label_smoothing:g}"),
+        ("weight of the content loss", f"{config.content_weight:g}" if config.content_weight else "no content loss"),
         ("decay of the averaged weights", f"{optim.ema_decay:g}" if optim.ema_decay else "no average"),
         ("precision", train.precision),
         ("seed", f"{train.seed}"),

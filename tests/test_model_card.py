@@ -50,6 +50,8 @@ def test_a_card_describes_data_model_and_training(finished_run: Path, tmp_path: 
     assert float(mean) == round(int(total.replace(",", "")) / 120)
     assert row(card, "steps") == ["steps", "120 of 120, 8 files each"]
     assert row(card, "peak learning rates")[1] == "AdamW 0.01"
+    assert "windows of 8 tokens; mean pooling" in row(card, "architecture")[1]
+    assert row(card, "weight of the content loss")[1] == "no content loss"
     assert "a0, a1, a2, b0, b1" in card
     assert 'bfsys.load(".")' in card
     assert "torch.export.load" not in card  # the format was not requested
@@ -113,6 +115,15 @@ def test_names_of_any_characters_stay_in_their_cell(facts: dict, name: str, show
     assert lines[0] == f"# {shown}"
     assert f"The classes are: {shown}" in lines
     assert f"| {shown} | 2 | 50.0 |" in lines
+
+
+def test_the_recommended_recipe_is_named(facts: dict) -> None:
+    facts["architecture"] = {**ARCHITECTURE, "pool": "attention"}
+    config = Config(Data(()), optim=Optim(name="muon", content_loss=5))
+    card = model_card(facts, {"plan": None, "step": 7}, config, 10, None)
+    assert row(card, "architecture")[1].endswith("attention pooling")
+    assert row(card, "peak learning rates")[1] == "Muon 0.005, AdamW 0.001"
+    assert row(card, "weight of the content loss")[1] == "5"
 
 
 def test_formats_transforms_and_augmentation_are_named(facts: dict) -> None:
