@@ -10,6 +10,7 @@ rank's part is contiguous in the list of all parameters. At stage 3 it is a part
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -142,4 +143,5 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
     run_command(main)

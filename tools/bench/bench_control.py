@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -165,6 +166,7 @@ def run_processes(ranks: int, mesh: str, act: Callable[[int], dict]) -> list[dic
 
 
 def be_rank(rank: int, ranks: int, port: int, mesh: str, act: Callable[[int], dict], answers: SimpleQueue) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an inherited handler would wait for the end of an exchange
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     os.environ[dist.CONNECT_ON_DEMAND] = str(int(mesh == "on demand"))
     began = Clock()
@@ -248,4 +250,5 @@ def fit(exchange: Exchange, figures: dict[int, dict], args: argparse.Namespace) 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
     run_command(main)

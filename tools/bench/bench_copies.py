@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -154,4 +155,5 @@ def measure(folder: Path, port: int, log: Path, copies: int, files: int) -> dict
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
     run_command(main)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import site
 import subprocess
 import sys
@@ -309,4 +310,6 @@ def show_packages(calls: Sequence[Call], most: int) -> None:
 
 
 if __name__ == "__main__":
+    if "--marked" not in sys.argv:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
     run_command(main)

@@ -10,6 +10,7 @@ measured as in bench_step.py.
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -134,4 +135,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
     run_command(main)

@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -251,4 +252,5 @@ def show_fetches(row: dict) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
     run_command(main)

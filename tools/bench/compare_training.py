@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -158,4 +159,5 @@ def relative_differences(losses: Sequence[float], others: Sequence[float]) -> li
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
     run_command(main)
