@@ -38,6 +38,7 @@ from bfsys.config import Model
 from bfsys.errors import run_command, summary_of
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import SIZES
+from tools.bench.limits import at_least
 
 STATES = ("weight", "ema", "exp_avg", "exp_avg_sq")
 CLASSES = 1000
@@ -47,7 +48,7 @@ MB = 1e6
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
-    add("--ranks", type=int, nargs="+", default=[8, 128, 1024], metavar="N")
+    add("--ranks", type=at_least(1), nargs="+", default=[8, 128, 1024], metavar="N")
     add("--size", choices=SIZES, default="tiny", help="size of the model (default: %(default)s)")
     add("--folder", type=Path, metavar="DIR", help="folder for the checkpoints (default: a temporary one)")
     add("--json", type=Path, metavar="OUT")

@@ -36,6 +36,7 @@ import torch.distributed
 
 from bfsys import dist
 from bfsys.errors import UserError, run_command, summary_of
+from tools.bench.limits import at_least
 
 NUMBERS = 5  # numbers in a control message
 BLOCKS = 5  # blocks of steps; the fastest block counts
@@ -90,7 +91,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
     add("--ranks", type=int, nargs="*", default=[2, 8, 32, 64, 128], metavar="N", help="numbers of processes to start")
-    add("--steps", type=int, default=400, metavar="N", help="steps of a block, which all processes make together")
+    add(
+        "--steps",
+        type=at_least(1),
+        default=400,
+        metavar="N",
+        help="steps of a block, which all processes make together",
+    )
     add("--step-ms", type=float, default=50, help="duration of a step, of which the cost is a share")
     add("--hop-us", type=float, default=10, help="assumed time of a message between two nodes")
     add("--json", type=Path, metavar="OUT")

@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 
 from bfsys.errors import run_command, summary_of
+from tools.bench.limits import at_least
 
 if TYPE_CHECKING:
     from bfsys.engine import Engine
@@ -39,9 +40,9 @@ STEPS_BETWEEN = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
-    parser.add_argument("--copies", type=int, default=6, help="default: %(default)s")
+    parser.add_argument("--copies", type=at_least(1), default=6, help="default: %(default)s")
     parser.add_argument(
-        "--files", type=int, default=4, help="files of each step, of 20,000 bytes (default: %(default)s)"
+        "--files", type=at_least(1), default=4, help="files of each step, of 20,000 bytes (default: %(default)s)"
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:

@@ -31,6 +31,7 @@ if __name__ == "__main__":
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.launch.job import rank_variables
 from bfsys.launch.local import free_port
+from tools.bench.limits import at_least
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "/bfsys-phase/"
@@ -56,7 +57,9 @@ class Call(NamedTuple):
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
-    add("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="numbers of ranks (default: 1 2 4)")
+    add(
+        "--ranks", type=at_least(1), nargs="+", default=[1, 2, 4], metavar="N", help="numbers of ranks (default: 1 2 4)"
+    )
     add("--launch", action="store_true", help="start the ranks by bfsys launch instead of as programs")
     add("--list", action="store_true", help="show the names in calls of two ranks, without those of imports")
     add("--packages", type=int, default=0, metavar="N", help="show the N packages with the most calls")

@@ -38,6 +38,7 @@ from bfsys.errors import run_command, summary_of
 from bfsys.loss import loss_and_sums
 from bfsys.model.byteformer import ByteFormer
 from bfsys.ranks import Ranks, ranks_from_environment
+from tools.bench.limits import at_least
 
 NAMES: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
 CLASSES = 20
@@ -104,10 +105,16 @@ def _finish(device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add_config(parser)
-    parser.add_argument("--files", type=int, default=16, metavar="N", help="files of each rank in a step (default 16)")
-    parser.add_argument("--file-bytes", type=int, default=2000, metavar="B", help="bytes of each file (default 2000)")
+    parser.add_argument(
+        "--files", type=at_least(1), default=16, metavar="N", help="files of each rank in a step (default 16)"
+    )
+    parser.add_argument(
+        "--file-bytes", type=at_least(1), default=2000, metavar="B", help="bytes of each file (default 2000)"
+    )
     parser.add_argument("--stages", type=int, nargs="+", default=[1], choices=range(4), help="ZeRO stages (default 1)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="steps of each optimizer (default 5)")
+    parser.add_argument(
+        "--repeats", type=at_least(1), default=5, metavar="N", help="steps of each optimizer (default 5)"
+    )
     args = parser.parse_intermixed_args()
     ranks = ranks_from_environment()
     dist.start(ranks, timeout_s=600)

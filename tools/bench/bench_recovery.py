@@ -40,6 +40,7 @@ from rich.table import Table
 from bfsys.config import Train
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.supervision.goodput import CAUSES, goodput, read_seconds
+from tools.bench.limits import at_least, positive
 
 ROOT = Path(__file__).resolve().parents[2]
 THROTTLE = Path("/sys/fs/cgroup/blkio/bfsys-bench")
@@ -211,6 +212,8 @@ def bench_attacks(args: argparse.Namespace) -> dict:
                         killed += 1
             wall_s = time.monotonic() - began
             seconds = read_seconds(run)
+            if not sum(seconds.values()):
+                raise UserError(f"--minutes: got {args.minutes:g}; the run has not started training in that time")
             os.killpg(launcher.pid, signal.SIGKILL)  # its ranks are killed with it
             restarts = (Path(name) / "launcher.log").read_text().count("restarting in ")
         finally:
@@ -241,14 +244,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     commands = parser.add_subparsers(dest="command", required=True)
     saving = commands.add_parser("saving", help="time that training waits for checkpoints")
-    saving.add_argument("--disk-mb-s", type=float, metavar="MB/S", help="throttle the disk (cgroup v1, root)")
+    saving.add_argument("--disk-mb-s", type=positive, metavar="MB/S", help="throttle the disk (cgroup v1, root)")
     saving.add_argument("--kernel", type=int, default=32, help="kernel of the tiny model (default: %(default)s)")
-    saving.add_argument("--file-bytes", type=int, default=20_000, help="bytes of each file (default: %(default)s)")
-    saving.add_argument("--files", type=int, default=4, help="files of each step (default: %(default)s)")
+    saving.add_argument(
+        "--file-bytes", type=at_least(1), default=20_000, help="bytes of each file (default: %(default)s)"
+    )
+    saving.add_argument("--files", type=at_least(1), default=4, help="files of each step (default: %(default)s)")
     saving.add_argument("--child", choices=("none", "waiting", "beside"), help=argparse.SUPPRESS)
     attacks = commands.add_parser("attacks", help="goodput of a run whose ranks are killed")
-    attacks.add_argument("--minutes", type=float, default=20, help="default: %(default)s")
-    attacks.add_argument("--every-s", type=float, default=120, metavar="S", help="default: %(default)s")
+    attacks.add_argument("--minutes", type=positive, default=20, help="default: %(default)s")
+    attacks.add_argument("--every-s", type=positive, default=120, metavar="S", help="default: %(default)s")
     attacks.add_argument("--seed", type=int, default=0, help="seed of the choice of ranks")
     for command in (saving, attacks):
         command.add_argument("--folder", type=Path, help="folder on the measured disk (default: the temporary folder)")

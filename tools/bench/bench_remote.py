@@ -48,6 +48,7 @@ from bfsys.data.streaming.loader import training_batches
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.ranks import Ranks
+from tools.bench.limits import at_least, positive
 
 SHARD_SAMPLES, MEAN_BYTES = 24, 3_600  # of 100 kB with tar's headers
 LANE_SAMPLES = 2  # samples of a lane in a step
@@ -62,12 +63,12 @@ forked = multiprocessing.get_context("fork")
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary_of(__doc__))
     add = parser.add_argument
-    add("--nodes", type=int, default=64)
-    add("--ranks-per-node", type=int, default=1)
-    add("--shards", type=int, default=256, help="shards of 100 kB; a multiple of the ranks")
-    add("--epochs", type=int, default=3)
-    add("--cache-shards", type=int, default=8, help="size of a node's cache, in shards")
-    add("--rate-mb-s", type=float, default=12.0, help="total rate of the server's answers")
+    add("--nodes", type=at_least(1), default=64)
+    add("--ranks-per-node", type=at_least(1), default=1)
+    add("--shards", type=at_least(1), default=256, help="shards of 100 kB; a multiple of the ranks")
+    add("--epochs", type=at_least(2), default=3)
+    add("--cache-shards", type=at_least(1), default=8, help="size of a node's cache, in shards")
+    add("--rate-mb-s", type=positive, default=12.0, help="total rate of the server's answers")
     add("--failures", type=float, default=0.01, help="share of answers that fail")
     add("--outage-s", type=float, default=5.0, help="how long the server refuses all requests at the start")
     add("--step-s", type=float, default=0.15, help="duration of a step without the wait for data")

@@ -36,6 +36,7 @@ LIMIT_S = 300
 CHILD = """
 import sys
 from pathlib import Path
+from bfsys.errors import run_command
 from bfsys.predict import load
 from bfsys.serve.app import Service
 from bfsys.serve.limits import Limits
@@ -43,7 +44,11 @@ from bfsys.serve.listener import bind
 from bfsys.serve.server import serve
 run, budget = sys.argv[1:]
 limits = Limits(requests=1000, seconds=300)
-serve(Service(load(Path(run)), limits, batch_bytes=int(budget) or None), bind("127.0.0.1", 0), "127.0.0.1")
+
+def main():
+    serve(Service(load(Path(run)), limits, batch_bytes=int(budget) or None), bind("127.0.0.1", 0), "127.0.0.1")
+
+run_command(main)
 """
 
 
@@ -51,7 +56,7 @@ class Server:
     """A server process; a context manager."""
 
     def __init__(self, run: Path, budget: int | None) -> None:
-        command = [sys.executable, "-c", CHILD, str(run), str(budget or 0)]
+        command = [sys.executable, "-c", CHILD, str(run.absolute()), str(budget or 0)]
         root = Path(__file__).resolve().parents[2]
         self._process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout

@@ -145,7 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
     relative = relative_differences(ours, theirs)
     of_control = relative_differences(control, theirs) if control else []
     print(f"{'step':>6}{'bfsys':>14}{'published':>14}{'difference':>14}" + f"{'control':>14}" * bool(control))
-    for step in sorted({0, *range(args.steps // SHOWN - 1, args.steps, max(1, args.steps // SHOWN)), args.steps - 1}):
+    every = max(1, args.steps // SHOWN)
+    for step in sorted({0, *range(every - 1, args.steps, every), args.steps - 1}):
         line = f"{step + 1:>6}{ours[step]:14.8f}{theirs[step]:14.8f}{relative[step]:14.1e}"
         print(line + (f"{of_control[step]:14.1e}" if control else ""))
     print(f"largest relative difference of {args.steps} steps: {max(relative):.1e}; allowed {args.tolerance:.0e}")

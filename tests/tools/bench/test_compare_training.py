@@ -57,6 +57,17 @@ def test_a_loss_that_is_not_finite_or_missing_is_a_difference(
     assert compare_training.losses_in(tmp_path / "metrics.jsonl") == {1: 0.5, 3: 0.25}
 
 
+def test_each_of_a_few_steps_is_shown_once(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for function in ("bfsys_losses", "published_losses"):
+        monkeypatch.setattr(compare_training, function, lambda *arguments: [3.0, 2.0, 1.0])
+    assert compare_training.main([str(config_file), *MODEL, "train.steps=30", "--steps", "3"]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:4]] == [
+        ["1", "3.00000000"], ["2", "2.00000000"], ["3", "1.00000000"],
+    ]  # fmt: skip
+
+
 def test_files_beyond_the_positions_are_refused(config_file: Path) -> None:
     config = load_config(config_file, [*MODEL, "model.max_tokens=4", "train.steps=20"])
     with pytest.raises(UserError, match="positions repeat there"):
