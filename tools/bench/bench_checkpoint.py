@@ -10,7 +10,6 @@ rank's part is contiguous in the list of all parameters. At stage 3 it is a part
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -35,10 +34,10 @@ from bfsys.checkpoint.files import (
     remove,
 )
 from bfsys.config import Model
-from bfsys.errors import run_command, summary_of
+from bfsys.errors import summary_of
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import SIZES
-from tools.bench.limits import at_least
+from tools.bench.command import at_least, run_benchmark
 
 STATES = ("weight", "ema", "exp_avg", "exp_avg_sq")
 CLASSES = 1000
@@ -144,5 +143,4 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    run_benchmark(main)

@@ -35,8 +35,8 @@ import torch
 import torch.distributed
 
 from bfsys import dist
-from bfsys.errors import UserError, run_command, summary_of
-from tools.bench.limits import at_least
+from bfsys.errors import UserError, summary_of
+from tools.bench.command import at_least, run_benchmark
 
 NUMBERS = 5  # numbers in a control message
 BLOCKS = 5  # blocks of steps; the fastest block counts
@@ -257,5 +257,4 @@ def fit(exchange: Exchange, figures: dict[int, dict], args: argparse.Namespace) 
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    run_benchmark(main)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import socket
 import statistics
 import subprocess
@@ -28,8 +27,8 @@ if __name__ == "__main__":
 import numpy as np
 import psutil
 
-from bfsys.errors import run_command, summary_of
-from tools.bench.limits import at_least
+from bfsys.errors import summary_of
+from tools.bench.command import at_least, run_benchmark
 
 if TYPE_CHECKING:
     from bfsys.engine import Engine
@@ -156,5 +155,4 @@ def measure(folder: Path, port: int, log: Path, copies: int, files: int) -> dict
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    run_benchmark(main)

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import site
 import subprocess
 import sys
@@ -31,7 +30,7 @@ if __name__ == "__main__":
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.launch.job import rank_variables
 from bfsys.launch.local import free_port
-from tools.bench.limits import at_least
+from tools.bench.command import at_least, run_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "/bfsys-phase/"
@@ -313,6 +312,4 @@ def show_packages(calls: Sequence[Call], most: int) -> None:
 
 
 if __name__ == "__main__":
-    if "--marked" not in sys.argv:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    (run_command if "--marked" in sys.argv else run_benchmark)(main)

@@ -10,7 +10,6 @@ measured as in bench_step.py.
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -27,12 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.errors import UserError, run_command, summary_of
+from bfsys.errors import UserError, summary_of
 from bfsys.files import replace_file
 from bfsys.gpu_check.training_steps import random_files, synchronize
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import SIZES, Architecture, architecture
 from tools.bench.bench_step import machine
+from tools.bench.command import run_benchmark
 from tools.bench.step_measurement import MIB, peak_memory_bytes, start_of_memory
 
 UNITS = {"k": 1000, "m": 1_000_000}
@@ -135,5 +135,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    run_benchmark(main)

@@ -20,7 +20,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -48,6 +47,7 @@ from bfsys.data.storage.tars import Member, size_in_tar_bytes, write_shard
 from bfsys.errors import run_command, summary_of
 from bfsys.files import replace_file
 from tools.bench.child_process import result_of_child
+from tools.bench.command import run_benchmark
 
 RAW_READ = "raw read"
 BATCH_SAMPLES = 32
@@ -389,6 +389,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if "--child" not in sys.argv:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    (run_command if "--child" in sys.argv else run_benchmark)(main)

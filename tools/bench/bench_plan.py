@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import resource
-import signal
 import sys
 import tempfile
 import time
@@ -34,7 +33,8 @@ from numpy.lib.format import open_memmap
 from bfsys.data.storage.shards import index_digest, length_quantiles, open_split, write_description
 from bfsys.data.storage.tars import SAMPLE, Shard
 from bfsys.data.streaming.plan import Plan, lanes_of_rank
-from bfsys.errors import UserError, run_command, summary_of
+from bfsys.errors import UserError, summary_of
+from tools.bench.command import run_benchmark
 
 SHARD_SAMPLES = 10_000
 MEDIAN_BYTES, SIGMA = 12_000, 0.7
@@ -252,5 +252,4 @@ def show_fetches(row: dict) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    run_benchmark(main)

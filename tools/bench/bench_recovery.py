@@ -38,9 +38,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bfsys.config import Train
-from bfsys.errors import UserError, run_command, summary_of
+from bfsys.errors import UserError, summary_of
 from bfsys.supervision.goodput import CAUSES, goodput, read_seconds
-from tools.bench.limits import at_least, positive
+from tools.bench.command import at_least, positive, run_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 THROTTLE = Path("/sys/fs/cgroup/blkio/bfsys-bench")
@@ -271,5 +271,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    run_benchmark(main)

@@ -17,7 +17,6 @@ import mmap
 import multiprocessing
 import os
 import random
-import signal
 import socket
 import struct
 import sys
@@ -46,9 +45,9 @@ from bfsys.data.storage.tars import Member, write_shard
 from bfsys.data.streaming.datasets import fetch_descriptions
 from bfsys.data.streaming.loader import training_batches
 from bfsys.data.streaming.run_data import open_run_data
-from bfsys.errors import UserError, run_command, summary_of
+from bfsys.errors import UserError, summary_of
 from bfsys.ranks import Ranks
-from tools.bench.limits import at_least, positive
+from tools.bench.command import at_least, positive, run_benchmark
 
 SHARD_SAMPLES, MEAN_BYTES = 24, 3_600  # of 100 kB with tar's headers
 LANE_SAMPLES = 2  # samples of a lane in a step
@@ -354,5 +353,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    run_benchmark(main)

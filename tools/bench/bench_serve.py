@@ -27,8 +27,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bfsys.errors import UserError, run_command, summary_of
+from bfsys.errors import UserError, summary_of
 from bfsys.files import replace_file
+from tools.bench.command import run_benchmark
 
 VARIANTS = {"batches": None, "one by one": 1}  # byte budget; None: the run's budget
 BOUNDARY = "frontier"
@@ -163,5 +164,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    run_benchmark(main)

@@ -29,7 +29,6 @@ import json
 import os
 import platform
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -46,10 +45,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bfsys.errors import run_command, summary_of
+from bfsys.errors import summary_of
 from bfsys.files import replace_file
 from bfsys.model.flops import flops_per_step, published_flops
 from bfsys.model.sizes import SIZES, Architecture
+from tools.bench.command import run_benchmark
 from tools.bench.step_measurement import (
     ON_REQUEST,
     SIDES,
@@ -276,5 +276,4 @@ def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] | N
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    run_benchmark(main)

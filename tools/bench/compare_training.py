@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
 import subprocess
 import sys
 import tempfile
@@ -37,10 +36,11 @@ from bfsys.config import Config, load_config
 from bfsys.data.streaming.datasets import long_files, make_plan, open_training
 from bfsys.data.streaming.loader import training_batches
 from bfsys.dist import Ranks
-from bfsys.errors import UserError, run_command, summary_of
+from bfsys.errors import UserError, summary_of
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.published_form import PublishedForm, load_bfsys_weights, pad
 from bfsys.optim import learning_rate
+from tools.bench.command import run_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = 10  # lines
@@ -160,5 +160,4 @@ def relative_differences(losses: Sequence[float], others: Sequence[float]) -> li
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit cleans up folders and processes
-    run_command(main)
+    run_benchmark(main)

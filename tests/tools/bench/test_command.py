@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from tools.bench import bench_checkpoint, bench_remote
-from tools.bench.limits import at_least, positive
+from tools.bench.command import at_least, positive
 
 
 def test_numbers_at_the_limit_are_taken() -> None:
