@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from tools.bench.command import at_least
 from torch import Tensor
 
 from bfsys import dist
@@ -39,6 +38,7 @@ from bfsys.errors import run_command, summary_of
 from bfsys.loss import loss_and_sums
 from bfsys.model.byteformer import ByteFormer
 from bfsys.ranks import Ranks, ranks_from_environment
+from tools.bench.command import at_least
 
 NAMES: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
 CLASSES = 20
