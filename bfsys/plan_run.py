@@ -5,8 +5,8 @@ training. The time is these operations divided by a rate. The rate is that of a 
 waiting for data and for the slowest rank), or a chosen share of a GPU's peak. bfsys/run_time.py estimates
 communication, saves, starts and failures. The memory is the sum of
 
-    weights, gradients, moments and the average, by ZeRO stage, with the moments in float32; Muon has one moment for its
-    matrices, where AdamW has two
+    weights, gradients, moments and the average (if there is one), by ZeRO stage, with the moments in float32; Muon has
+    one moment for its matrices, where AdamW has two
     activations of the largest micro-batch: 16 dim numbers for each token of each layer (what the norms, qkv, attention,
     and the MLP's two products keep for their backward), or dim of each layer and 16 dim of the widest one with
     activation checkpointing; 1.5 dim for each token that is merged; and half as much again as the widest layer keeps,
@@ -52,6 +52,7 @@ class Estimate:
     micro_batches: int
     """Number of micro-batches per step on each rank."""
     parameters: int
+    """Those of the model that answers, without the content head."""
     state_bytes: int
     """Memory of weights, gradients, moments and average."""
     activation_bytes: int
@@ -91,8 +92,8 @@ def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
     config = data.config
     lanes_of_ranks = [lanes_of_rank(config.data.lanes, rank, ranks) for rank in range(ranks)]
     architecture, classes = config.model.architecture(), len(data.training.classes)
-    parameters = parameter_count(architecture, classes)
-    moments = parameters + (parameters - muon_count(architecture) if config.optim.name == "muon" else parameters)
+    trained = parameter_count(architecture, classes, with_content=config.content_weight > 0)
+    moments = trained + (trained - muon_count(architecture) if config.optim.name == "muon" else trained)
     flops, tokens, read = [], [], []
     for lanes in data.first_steps():
         of_lanes = [flops_per_step(batch.lengths, architecture, classes).total for batch in lanes]
@@ -106,12 +107,12 @@ def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
     return Estimate(
         ranks=ranks,
         micro_batches=micro_batches,
-        parameters=parameters,
-        state_bytes=_state_bytes(config, parameters, moments, ranks),
+        parameters=parameter_count(architecture, classes),
+        state_bytes=_state_bytes(config, trained, moments, ranks),
         activation_bytes=_activation_bytes(config, largest),
         sent_bytes=sent_bytes(
             config.train.zero_stage,
-            parameters,
+            trained,
             ranks,
             micro_batches,
             bf16=config.train.precision == "bf16",
@@ -120,17 +121,22 @@ def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
         step_flops=float(of_ranks.sum(1).mean()),
         busiest=float(np.mean(of_ranks.max(1) / of_ranks.mean(1))),
         step_bytes=float(np.mean(read)),
-        checkpoint_bytes=4 * (2 * parameters + moments),
+        checkpoint_bytes=4 * ((1 + _averages(config)) * trained + moments),
         steps=config.train.steps,
     )
 
 
+def _averages(config: Config) -> int:
+    """The number of averages of the weights that the run keeps."""
+    return int(config.optim.ema_decay > 0)
+
+
 def _state_bytes(config: Config, parameters: int, moments: int, ranks: int) -> int:
     """The bytes of the state on a rank. The optimizer holds float32 weights, moments (`moments` numbers) and the
-    average: see `bfsys.engine.deepspeed_config`."""
+    average, if the run keeps one: see `bfsys.engine.deepspeed_config`."""
     stage, is_small = config.train.zero_stage, config.train.precision == "bf16" and config.train.zero_stage > 0
     weights = 2 if is_small else 4
-    optimizer = 4 * moments + (8 if is_small else 4) * parameters
+    optimizer = 4 * (moments + (is_small + _averages(config)) * parameters)
     share = [1, 1, 1, 1]  # divisors: weights, gradients, gradients that are accumulated in float32, optimizer
     for part in {0: (), 1: (3,), 2: (1, 2, 3), 3: (0, 1, 2, 3)}[stage]:
         share[part] = ranks

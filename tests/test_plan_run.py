@@ -19,6 +19,7 @@ from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
 from bfsys.model.byteformer import ByteFormer, parameter_count
+from bfsys.model.content_head import ContentHead
 
 
 def config_of(checkpointing: bool = False, **train: object) -> Config:
@@ -85,6 +86,20 @@ def test_muon_keeps_one_moment_of_its_matrices(config_file: Path) -> None:
     stacks = ByteFormer(load_config(config_file).model.architecture(), 5).stacks()
     spared = 4 * sum(int(np.prod(stack)) for stack in stacks.values())
     assert adamw.state_bytes - muon.state_bytes == adamw.checkpoint_bytes - muon.checkpoint_bytes == spared
+
+
+def test_the_average_and_the_content_head_count_if_the_run_has_them(config_file: Path) -> None:
+    usual, without_average, with_content = (
+        plan_run.estimate(open_run_data(load_config(config_file, changes), Ranks()), 1, on_gpu=False)
+        for changes in ([], ["optim.ema_decay=0"], ["optim.content_loss=1"])
+    )
+    average = 4 * usual.parameters
+    assert usual.state_bytes - without_average.state_bytes == average
+    assert usual.checkpoint_bytes - without_average.checkpoint_bytes == average
+    head = sum(p.numel() for p in ContentHead(load_config(config_file).model.architecture().dim).parameters())
+    assert with_content.checkpoint_bytes - usual.checkpoint_bytes == (4 + 4 + 8) * head
+    assert with_content.state_bytes - usual.state_bytes == (4 + 4 + 4 + 8) * head
+    assert with_content.parameters == usual.parameters
 
 
 def test_measurements_of_a_run_are_used(config_file: Path, finished_run: Path, capsys: pytest.CaptureFixture) -> None:

@@ -214,10 +214,10 @@ class ByteFormer(nn.Module):
         return self.norm(x)
 
 
-def parameter_count(architecture: Architecture, num_classes: int) -> int:
+def parameter_count(architecture: Architecture, num_classes: int, *, with_content: bool = False) -> int:
     """The number of parameters of such a model. It is not built."""
     with torch.device("meta"):
-        model = ByteFormer(architecture, num_classes)
+        model = ByteFormer(architecture, num_classes, with_content=with_content)
     return sum(p.numel() for p in model.parameters())
 
 
