@@ -10,7 +10,7 @@ import torch
 from bfsys import typed_yaml
 from bfsys.checkpoint.store import Store, StoreError
 from bfsys.config import Config
-from bfsys.data.streaming.datasets import Sources
+from bfsys.data.streaming.datasets import Sources, check_patience
 from bfsys.data.streaming.plan import fitting_world_sizes, lanes_of_rank
 from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.dist import Ranks
@@ -28,6 +28,9 @@ DRY_RUN_TRIES = 2
 def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
     """Print what a run would do. Raises UserError with all problems of config and data."""
     print(typed_yaml.dump(config))
+    problems: list[str] = []
+    with collecting(problems):
+        check_patience(config, [source.path for source in config.data.sources])
     tries = min(DRY_RUN_TRIES, config.data.fetch_tries)
     config = replace(config, data=replace(config.data, fetch_tries=tries))
     data, architecture = config.data, config.model.architecture()
@@ -35,7 +38,6 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
     print(f"batch       {data.batch_samples} samples a step in {data.lanes} lanes; world sizes that fit: {fitting}")
     print(f"model       {config.model.size}: positions for files of up to {architecture.max_bytes:,} bytes; the "
           f"token merges reduce {architecture.alignment} tokens to one")  # fmt: skip
-    problems: list[str] = []
     with collecting(problems):
         for note in check_copies(config):
             print(note)

@@ -111,14 +111,22 @@ def fetch_descriptions(config: Config) -> Descriptions:
     return {dataset.location: dataset.description for dataset in _open_datasets(config, locations, {})}
 
 
-def _open_datasets(config: Config, locations: Sequence[str], descriptions: Descriptions) -> list[Dataset]:
-    cache, datasets, problems = make_cache(config), [], []
+def check_patience(config: Config, locations: Sequence[str]) -> None:
+    """Raise UserError if other ranks would give up waiting while one tries to fetch a file of a remote dataset."""
+    cache = make_cache(config)
     if any(map(is_remote, locations)) and cache.patience_s >= config.train.collective_timeout_s:
-        problems.append(
+        raise UserError(
             f"data.fetch_tries: {cache.attempts} tries of a server that fails may take {cache.patience_s:.0f} s, but "
             f"ranks wait for each other for train.collective_timeout_s {config.train.collective_timeout_s} s; lower "
             "the one or raise the other"
         )
+
+
+def _open_datasets(config: Config, locations: Sequence[str], descriptions: Descriptions) -> list[Dataset]:
+    cache, datasets = make_cache(config), []
+    problems: list[str] = []
+    with collecting(problems):
+        check_patience(config, locations)
     for location in locations:
         with collecting(problems):
             datasets.append(open_dataset(location, cache, descriptions.get(location)))

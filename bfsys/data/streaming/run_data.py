@@ -261,12 +261,16 @@ def short_files(config: Config, sources: Sources) -> list[str]:
     """Problems of files that are shorter than the model accepts. Empty files do not count; reading replaces them."""
     least, problems = config.model.least_bytes, []
     for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
-        if least > 1 and not augmentation:
-            lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
-            short = np.count_nonzero((lengths > 0) & (lengths < least))
-            if short:
-                problems.append(
-                    f"{split.dataset.location}: {short} of {len(split)} files in {split.split} are shorter than the "
-                    f"{least} bytes that a model needs with model.mode {config.model.mode} and model.kernel {least}"
-                )
+        if least == 1:  # the lengths are read only if they matter
+            break
+        stored = [augmentation.least_bytes] if augmentation else split.samples["length"].astype(np.int64)
+        lengths = lengths_after(sources.transforms, np.array(stored))
+        if short := np.count_nonzero((lengths > 0) & (lengths < least)):
+            which = f"{short} of {len(split)} files in {split.split} are"
+            if augmentation:
+                which = f"augmented files of {lengths[0]} bytes in {split.split} are"
+            problems.append(
+                f"{split.dataset.location}: {which} shorter than the {least} bytes that a model needs with model.mode "
+                f"{config.model.mode} and model.kernel {least}"
+            )
     return problems

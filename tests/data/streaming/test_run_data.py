@@ -64,6 +64,18 @@ def test_a_source_from_which_no_file_is_drawn_is_noted(config: Config) -> None:
     assert note.startswith("b: its share of the mixture is so small that no file is drawn from it in ")
 
 
+@pytest.mark.parametrize(("encoding", "made"), [("wav:int16", 44 + 2 * 100), ("flac", None)])
+def test_augmented_files_that_are_too_short_for_the_model_are_refused(
+    encoding: str, made: int | None, config: Config
+) -> None:
+    first, *_ = config.data.sources
+    augmented = replace(first, augment=Augment(encoding, sample_rate_hz=1000, seconds=0.1))
+    model = replace(config.model, mode="as_released", kernel=1 << 16)
+    long = replace(config, data=replace(config.data, sources=(augmented,)), model=model)
+    with pytest.raises(UserError, match=f"augmented files of {made or '[0-9]+'} bytes in train are shorter than the"):
+        open_run_data(long, Ranks())
+
+
 def test_scores_are_of_the_evaluation_files(dataset: Path, config: Config, tmp_path: Path) -> None:
     before = open_run_data(config, Ranks()).evaluated
     moved = shutil.copytree(dataset, tmp_path / "moved")
