@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from unicodedata import category
 
 from bfsys import console, process
@@ -179,9 +180,17 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
     default 2). Ctrl-C gives 130. Other exceptions print a traceback and give 1."""
     console.prepare()
     process.prepare()
+    pressed: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    takes_over = before not in (signal.SIG_IGN, None)  # a command in the background ignores Ctrl-C
     try:
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # of bfsys/start.py
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if takes_over:
+            signal.signal(signal.SIGINT, interrupt)
         _check_current_folder()
         if outdated := process.outdated_packages():
             raise UserError(*outdated)
@@ -207,6 +216,9 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return EXIT_USER_ERROR
     except BaseException as error:
+        if pressed:  # PyTorch drops a KeyboardInterrupt while it imports NumPy, and then fails without NumPy
+            print("stopped on request", file=sys.stderr)
+            return EXIT_STOPPED
         # Gloo raises RuntimeError
         too_many = next((t for t in map(os.strerror, (errno.EMFILE, errno.ENFILE)) if t in str(error)), None)
         if too_many is None or not isinstance(error, OSError | RuntimeError):
@@ -215,3 +227,6 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
         limit = process.open_files_limit()
         print(f"error: {too_many}: this process may have {limit:,}; raise the limit (ulimit -n 65536)", file=sys.stderr)
         return EXIT_USER_ERROR
+    finally:
+        if takes_over:  # with SIG_DFL, which bfsys/start.py sets, another Ctrl-C gives no traceback
+            signal.signal(signal.SIGINT, before)

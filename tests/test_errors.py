@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,26 @@ def test_control_c_prints_no_traceback_after_a_start_that_let_it_end_the_process
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "stopped on request\n"
+
+
+def test_an_error_that_follows_from_a_dropped_control_c_is_a_stop(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        with suppress(KeyboardInterrupt):  # as PyTorch does while it imports NumPy
+            signal.raise_signal(signal.SIGINT)
+        raise AttributeError("module 'numpy' has no attribute 'matrix'")
+
+    assert ends_with(main) == 130
+    assert capsys.readouterr().err == "stopped on request\n"
+
+
+def test_a_second_control_c_ends_the_process_while_it_ends() -> None:
+    program = """import atexit, signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # as bfsys/start.py
+from bfsys.errors import run_command
+atexit.register(signal.raise_signal, signal.SIGINT)
+run_command(lambda: signal.raise_signal(signal.SIGINT))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "stopped on request\n")
 
 
 @pytest.mark.parametrize(
