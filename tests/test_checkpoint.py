@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_of
 from torch import Tensor
 
 from bfsys.checkpoint import files, loading, saving
@@ -28,6 +29,7 @@ from bfsys.checkpoint.files import RetentionPolicy, step_of
 from bfsys.cli import call
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, UserError
+from bfsys.files import describe
 from bfsys.launch.restart_policy import newest_step
 
 ALONE = Ranks()
@@ -307,6 +309,43 @@ def test_a_checkpoint_of_another_format_is_not_damaged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has format 3, and this version of bfsys reads 2") as error:
         files.manifest_or_problems(path)
     assert not isinstance(error.value, files.Damaged)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ({"stem.embedding": [3, 5]}, "its ema files do not hold the whole state"),
+        ({"stem.embedding": "wide"}, "shapes.stem.embedding: Input should be a valid list"),
+        ({"stem.embedding": [-1, 5]}, "shapes.stem.embedding.0: Input should be greater than"),
+    ],
+)
+def test_a_manifest_that_another_program_changed_is_refused(
+    finished_run: Path, tmp_path: Path, shapes: dict, said: str
+) -> None:
+    path, _ = loading.newest_readable(finished_run)
+    assert path is not None
+    manifest = files.read_manifest(path)
+    manifest["shapes"] |= shapes
+    manifest["sha256"] = files.fingerprint(manifest)
+    (tmp_path / files.MANIFEST).write_text(json.dumps(manifest))
+    for name in manifest["files"]:
+        (tmp_path / name).symlink_to(path / name)
+    with pytest.raises(UserError, match=said):
+        loading.load_model(tmp_path)
+
+
+def test_whole_tensors_have_the_shapes_of_the_manifest(finished_run: Path, tmp_path: Path) -> None:
+    path, _ = loading.newest_readable(finished_run)
+    assert path is not None
+    weights, _, manifest = loading.read_weights(path)
+    weights["stem.embedding"] = weights["stem.embedding"][:3]
+    file = tmp_path / "ema-0-of-1.safetensors"
+    file.write_bytes(safetensors_of(weights))
+    manifest["files"] = {file.name: describe(file)}
+    manifest["sha256"] = files.fingerprint(manifest)
+    (tmp_path / files.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="its ema files do not hold the whole state"):
+        loading.load_model(tmp_path)
 
 
 def test_a_dangling_link_does_not_stop_a_save(tmp_path: Path) -> None:
