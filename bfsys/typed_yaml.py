@@ -31,6 +31,7 @@ from bfsys.errors import UserError, code_of, collecting, did_you_mean
 from bfsys.files import open_regular
 
 T = TypeVar("T")
+LISTED = 20  # problems that an error lists
 SHOWN_TEXT = 60  # characters of a value that a message shows
 MOST_BYTES = 16_000_000  # size of a file
 MOST_VALUES = 100_000  # number of values in a file, with aliases expanded
@@ -163,7 +164,10 @@ def from_tree(cls: type[T], tree: dict, where: str, *, is_typed: bool = False) -
         return _with_odd(config) if _MARK in text else config
     except ValidationError as error:
         details = error.errors(include_url=False)
-        raise UserError(*dict.fromkeys(f"{where}: {sentence}" for sentence in _sentences(cls, details))) from None
+        problems = list(dict.fromkeys(f"{where}: {sentence}" for sentence in _sentences(cls, details)))
+        if more := len(problems[LISTED:]):
+            problems[LISTED:] = [f"{where}: {more:,} more values are wrong"]
+        raise UserError(*problems) from None
     except (TypeError, ValueError) as error:  # from json.dumps: a type that JSON lacks, a list that contains itself
         raise UserError(f"{where}: {error}") from None
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bfsys.config import Augment, Config, Data, Model, Optim, Source, Train, load_config
 from bfsys.errors import UserError
-from bfsys.typed_yaml import dump, flatten, from_tree, load, to_tree
+from bfsys.typed_yaml import LISTED, dump, flatten, from_tree, load, to_tree
 
 MINIMAL = "data: {sources: [{path: a}], lanes: 4, batch_samples: 8}\n"
 ODD_TEXTS = [
@@ -337,3 +337,12 @@ def test_a_flat_tree_has_the_keys_of_overrides() -> None:
     assert flatten(tree) == {
         "name": "x", "data.sources.0.path": "a", "data.sources.1.path": "b", "data.speeds": [1, 2], "model.dim": None,
     }  # fmt: skip
+
+
+def test_the_first_of_many_problems_are_listed(file: Path) -> None:
+    file.write_text("data:\n  sources: [" + ", ".join("{way: x}" for _ in range(1000)) + "]")
+    with pytest.raises(UserError) as error:
+        load(Config, file)
+    *listed, more = error.value.problems
+    assert len(listed) == LISTED
+    assert more.endswith(f": {2000 - LISTED:,} more values are wrong")
