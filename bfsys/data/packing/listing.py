@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from bfsys.data.packing.left_out import LeftOut, is_of_system, left_out_note, wh
 from bfsys.data.packing.splits import SPLIT_FOLDERS, files_for_val, split_of_name
 from bfsys.data.storage.classes import Spelling, stored_name, too_alike
 from bfsys.data.storage.tars import NOT_PAYLOAD
-from bfsys.errors import OUTAGE_ERRNOS, SHORTAGE_ERRNOS, UserError, is_printable
+from bfsys.errors import OUTAGE_ERRNOS, SHORTAGE_ERRNOS, UserError, is_printable, one_line
 from bfsys.files import read_up_to
 
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
@@ -287,6 +288,7 @@ def _folders(src: Path, root: Path, beside: str, listing: Listing, known: Sequen
 
 
 DEEPEST = 200  # folders inside each other; the listing is recursive
+NOTE_S = 10.0  # interval between notes of a long listing
 
 
 def visible_files(
@@ -320,10 +322,16 @@ def visible_files(
 def regular_files(folder: str, problems: list[str]) -> list[str]:
     """The visible regular files; pipes, devices and broken links are problems.
 
-    Files that are left out are named on standard error.
+    Files that are left out are named on standard error, and so is the progress of a long listing, such as that of /.
     """
     left_out: list[LeftOut] = []
-    paths = list(visible_files(folder, problems, left_out))
+    paths: list[str] = []
+    noted_s = time.monotonic()
+    for path in visible_files(folder, problems, left_out):
+        paths.append(path)
+        if time.monotonic() - noted_s >= NOTE_S:
+            noted_s = time.monotonic()
+            print(one_line(f"listing {folder}: {len(paths):,} files so far, now at {path}"), file=sys.stderr)
     if left_out:
         print(f"{folder}: {left_out_note(left_out)}", file=sys.stderr)
     if not paths:
