@@ -311,26 +311,16 @@ def test_a_checkpoint_of_another_format_is_not_damaged(tmp_path: Path) -> None:
     assert not isinstance(error.value, files.Damaged)
 
 
-@pytest.mark.parametrize(
-    ("shapes", "said"),
-    [
-        ({"stem.embedding": [3, 5]}, "its ema files do not hold the whole state"),
-        ({"stem.embedding": "wide"}, "shapes.stem.embedding: Input should be a valid list"),
-        ({"stem.embedding": [-1, 5]}, "shapes.stem.embedding.0: Input should be greater than"),
-    ],
-)
-def test_a_manifest_that_another_program_changed_is_refused(
-    finished_run: Path, tmp_path: Path, shapes: dict, said: str
-) -> None:
+def test_a_manifest_with_other_shapes_than_its_files_is_refused(finished_run: Path, tmp_path: Path) -> None:
     path, _ = loading.newest_readable(finished_run)
     assert path is not None
     manifest = files.read_manifest(path)
-    manifest["shapes"] |= shapes
+    manifest["shapes"]["stem.embedding"] = [3, 5]
     manifest["sha256"] = files.fingerprint(manifest)
     (tmp_path / files.MANIFEST).write_text(json.dumps(manifest))
     for name in manifest["files"]:
         (tmp_path / name).symlink_to(path / name)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match="its ema files do not hold the whole state"):
         loading.load_model(tmp_path)
 
 
