@@ -90,6 +90,8 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
     announced = announced_samples(data)
     if data[:4] == b"OggS" and _is_chained(data):
         raise ValueError("is a chain of Ogg streams, of which only the first would be decoded; write it as one stream")
+    if data[:2] == b"\xf0\x7e":  # of a damaged one, libsndfile decodes wrong samples and writes to standard output
+        raise ValueError("is a MIDI sample dump, which is not decoded; write it as WAV")
     if announced and announced.size < UNKNOWN_BYTES and announced.start + announced.size > len(data):
         raise ValueError(
             f"is cut: its header announces {announced.size:,} bytes from byte {announced.start:,}, "

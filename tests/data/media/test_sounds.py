@@ -153,6 +153,13 @@ def test_a_chain_of_ogg_streams_is_refused():
         decode_audio(ogg + ogg)
 
 
+def test_a_midi_sample_dump_is_refused():
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(100, np.float32), 8000, format="SDS", subtype="PCM_16")
+    with pytest.raises(ValueError, match="is a MIDI sample dump, which is not decoded; write it as WAV"):
+        decode_audio(file.getvalue())
+
+
 @pytest.mark.parametrize("kind", [("WAV", "PCM_16"), ("AIFF", "PCM_16"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III")])
 def test_an_id3_tag_before_a_sound_costs_no_sample(kind):
     tag = b"ID3\x03\0\0\0\0\x01\x00" + bytes(128)
