@@ -6,13 +6,16 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -37,7 +40,7 @@ from bfsys.gpu_check.interpreter import interpreted
 from bfsys.launch.job import set_slurm_variables
 from bfsys.model.byteformer import ByteFormer
 from bfsys.ranks import Ranks
-from tests.conftest import _run_ranks
+from tests.conftest import REPOSITORY, _run_ranks
 from tests.forked import start_ranks
 from tests.model.triton_kernels import DEVICE
 
@@ -271,6 +274,27 @@ def _kill_after_its_first_file(child: subprocess.Popen, folder: Path) -> list[Fi
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     return []
+
+
+def test_the_stopped_command_stops_its_check_and_leaves_no_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bfsys", "check-gpu", "--only", "training"]
+    variables = {**os.environ, "DS_ACCELERATOR": "cpu", "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, env=variables, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    children: list[psutil.Process] = []
+    try:
+        while not list(tmp_path.rglob("bfsys-training-*")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(900) == 128 + signal.SIGTERM
+        assert psutil.wait_procs(children, 900)[1] == []
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        for each in (process, *children):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.communicate()
 
 
 def test_each_rank_checks_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
