@@ -15,7 +15,7 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -59,6 +59,8 @@ ANNOUNCED_AFTER_SLOW = 64
 SLOT_OVER_MEAN = 4
 # Reports of worker processes: their process id, and the (source, sample) that they are decoding.
 _POSITION = np.dtype([("process", "<i8"), ("position", "<i8", 2)])
+# Loaders whose workers run: the reader, and the reports of the workers.
+_running: dict[int, tuple[ShardReader, np.ndarray]] = {}
 
 
 class LoaderCrashed(RuntimeError):
@@ -279,41 +281,51 @@ class _Reads(Dataset):
 @contextmanager
 def _naming_crashes(reader: ShardReader, positions: np.ndarray) -> Iterator[None]:
     """Raise LoaderCrashed if a worker process crashes. PyTorch has a handler of SIGCHLD, which raises RuntimeError
-    wherever the training process is at that moment, and its iterator raises RuntimeError, too."""
+    wherever the training process is at that moment, and its iterator raises RuntimeError, too.
+
+    The handler is wrapped once and stays, as PyTorch's does, since a loader may be closed after another one has begun,
+    or in another thread, where no handler can be set.
+    """
     by_pytorch = signal.getsignal(signal.SIGCHLD)
-    assert callable(by_pytorch), "PyTorch sets its handler when it starts workers"
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        try:
-            by_pytorch(number, frame)
-        except RuntimeError as error:
-            raise _crash_of(error, reader, positions) from None
-
-    signal.signal(signal.SIGCHLD, handle)
+    is_wrapped = isinstance(by_pytorch, partial) and by_pytorch.func is _handle_sigchld
+    if threading.current_thread() is threading.main_thread() and callable(by_pytorch) and not is_wrapped:
+        signal.signal(signal.SIGCHLD, partial(_handle_sigchld, by_pytorch))
+    _running[id(positions)] = reader, positions
     try:
         yield
     except RuntimeError as error:
-        if (crash := _crash_of(error, reader, positions)) is error:
+        if (crash := _crash_of(error)) is error:
             raise
         raise crash from None
     finally:
-        signal.signal(signal.SIGCHLD, by_pytorch)
+        del _running[id(positions)]
 
 
-def _crash_of(error: RuntimeError, reader: ShardReader, positions: np.ndarray) -> RuntimeError:
+def _handle_sigchld(
+    by_pytorch: Callable[[int, FrameType | None], object], number: int, frame: FrameType | None
+) -> None:
+    try:
+        by_pytorch(number, frame)
+    except RuntimeError as error:
+        raise _crash_of(error) from None
+
+
+def _crash_of(error: RuntimeError) -> RuntimeError:
     """The error itself if it is of another kind. If workers decode files, the text names the current file."""
     if isinstance(error.__cause__, LoaderCrashed):  # raised by the handler while PyTorch's iterator was waiting
         return error.__cause__
     text, *_ = str(error).partition(". ")
     if isinstance(error, LoaderCrashed) or not text.startswith("DataLoader worker (pid"):
         return error
-    for worker in positions if not reader.is_plain else ():
-        if re.search(rf"\b{worker['process']}\b", text):
-            text += (
-                f"; it was reading {reader.name_of(*worker['position'].tolist())}. If it ends there again, pack the "
-                "dataset without this file"
-                + (", or set optim.content_loss=0, which decodes nothing" if reader.with_content else "")
-            )
+    processes = set(map(int, re.findall(r"\d+", text)))
+    for reader, positions in list(_running.values()):
+        for worker in positions if not reader.is_plain else ():
+            if worker["process"] in processes:
+                text += (
+                    f"; it was reading {reader.name_of(*worker['position'].tolist())}. If it ends there again, pack "
+                    "the dataset without this file"
+                    + (", or set optim.content_loss=0, which decodes nothing" if reader.with_content else "")
+                )
     return LoaderCrashed(f"{text}; if it was killed by signal 9, memory was short: use fewer data.workers")
 
 

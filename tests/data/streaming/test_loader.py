@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +16,10 @@ import psutil
 import pytest
 import torch
 
+from bfsys.batch import ByteBatch
 from bfsys.config import load_config
 from bfsys.data.streaming.datasets import long_files, make_plan, open_evaluation, open_training
-from bfsys.data.streaming.loader import LoaderCrashed, evaluation_rounds, training_batches
+from bfsys.data.streaming.loader import LoaderCrashed, _running, evaluation_rounds, training_batches
 from bfsys.data.streaming.plan import evaluation_batches
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import open_run_data
@@ -116,14 +119,23 @@ def test_a_loader_process_that_dies_names_the_file_that_it_was_at(config_file: P
         list(batches)
 
 
-def test_a_killed_loader_process_names_its_file_if_training_does_not_wait_for_it(config_file: Path) -> None:
-    """PyTorch reports the end of a process wherever training is at that moment."""
+def started(config_file: Path) -> tuple[Generator[ByteBatch, None, None], psutil.Process]:
+    """A loader that has given a batch, and its worker."""
     config = load_config(config_file, ["data.workers=1", "train.steps=100", "data.byte_transforms=[reverse]"])
-    sources = open_training(config)
-    others = psutil.Process().children()
+    sources, others = open_training(config), psutil.Process().children()
     batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
     next(batches)
     (worker,) = (process for process in psutil.Process().children() if process not in others)
+    return batches, worker
+
+
+@pytest.mark.parametrize("when", ["it is the only one", "another one began before", "another one has ended since"])
+def test_a_killed_loader_process_names_its_file_if_training_does_not_wait_for_it(config_file: Path, when: str) -> None:
+    """PyTorch reports the end of a process wherever training is at that moment."""
+    other = started(config_file)[0] if when != "it is the only one" else None
+    batches, worker = started(config_file)
+    if other and when == "another one has ended since":
+        other.close()
 
     def train() -> None:
         worker.kill()
@@ -132,6 +144,26 @@ def test_a_killed_loader_process_names_its_file_if_training_does_not_wait_for_it
     with pytest.raises(LoaderCrashed, match=r"killed by signal: Killed; it was reading .*: sample '"):
         train()
     batches.close()
+    if other:
+        other.close()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_loader_may_begin_and_end_in_another_thread(config_file: Path) -> None:
+    before = {*_running}
+    batches, worker = started(config_file)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(batches.close).result()
+        psutil.wait_procs([worker], timeout=900)
+        other, worker = pool.submit(started, config_file).result()
+
+        def train() -> None:
+            worker.kill()
+            pool.submit(list, other).result()
+
+        with pytest.raises(LoaderCrashed, match=r"it was reading .*: sample '"):  # in one of the threads
+            train()
+    assert {*_running} == before
 
 
 def test_evaluation_gives_each_file_once_in_equal_rounds(config_file: Path) -> None:
