@@ -14,8 +14,8 @@ DO_IT_RIGHT = "serve"
 
 
 class FaultyServer:
-    """Serves `files`, compressed if `with_gzip`. `faults[path]` lists a fault for each request; later requests are
-    served.
+    """Serves `files`, compressed if `encoding` is gzip. `faults[path]` lists a fault for each request; later requests
+    are served.
 
     serve · 503 · stall (half, then nothing) · truncate (half, then the connection is closed) · unsized (half, without a
     Content-Length) · reset (half, then RST) · wrong (other bytes) · die (half, then the server stops until `start`)
@@ -23,7 +23,7 @@ class FaultyServer:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        self.with_gzip = False
+        self.encoding = ""  # the header Content-Encoding
         self.faults: defaultdict[str, Iterator[str]] = defaultdict(lambda: iter(()))
         self.requests: Counter[str] = Counter()
         self.half_sent, self.dead, self._stopping = threading.Event(), threading.Event(), threading.Event()
@@ -75,8 +75,9 @@ class FaultyServer:
             request.send_error(404 if content is None else 503)
             return
         request.send_response(200)
-        if self.with_gzip:
-            request.send_header("Content-Encoding", "gzip")
+        if self.encoding:
+            request.send_header("Content-Encoding", self.encoding)
+        if self.encoding == "gzip":
             content = gzip.compress(content)
         if fault != "unsized":
             request.send_header("Content-Length", str(len(content)))

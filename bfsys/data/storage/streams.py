@@ -107,9 +107,11 @@ def _command(url: str, stall_s: float) -> str | None:
         # gopen's own curl command retries 30 times, and a retry after half a file repeats its beginning.
         # curl's limit on stalls is longer than ours. It ends curl if this process no longer exists.
         speed = f"--speed-limit 1 --speed-time {int(stall_s) + 2}"
-        # Some servers compress every answer; curl then decompresses it. It does not ask for compression.
-        plain = "--compressed -H 'Accept-Encoding: identity'"
-        return f"curl -f -sS -L --globoff {plain} --connect-timeout {stall_s:g} {speed} -- {shlex.quote(url)}"
+        curl = f"curl -f -sS -L --globoff -H 'Accept-Encoding: identity' --connect-timeout {stall_s:g} {speed}"
+        # Some servers compress every answer; curl then decompresses it. It does not ask for compression. Others name an
+        # encoding that curl does not know (status 61), such as aws-chunked or UTF-8, although the bytes are the file's.
+        address = shlex.quote(url)
+        return f"{curl} --compressed -- {address} || {{ s=$?; [ $s = 61 ] && exec {curl} -- {address}; exit $s; }}"
     if program == "aws":  # gopen does not support s3://
         return f"aws s3 cp --only-show-errors {shlex.quote(url)} -"
     if program == "gsutil":

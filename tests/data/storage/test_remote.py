@@ -186,10 +186,12 @@ def test_an_answer_that_is_not_the_file_is_shown(
         make_cache(tmp_path, attempts=9).read(f"{server.url}/d/dataset.json")
 
 
-def test_a_server_that_compresses_what_it_sends(server: FaultyServer, cache: Cache) -> None:
-    server.with_gzip = True
+@pytest.mark.parametrize("encoding", ["gzip", "aws-chunked", "UTF-8"])  # the last two name no compression
+def test_a_server_that_compresses_or_says_so(server: FaultyServer, cache: Cache, encoding: str) -> None:
+    server.encoding = encoding
     assert cache.read(f"{server.url}/x.tar") == CONTENT
     assert cache.fetch(RemoteFile(f"{server.url}/x.tar", sha256(CONTENT), len(CONTENT))).read_bytes() == CONTENT
+    assert cache.retries == 0
 
 
 @pytest.mark.parametrize("answer", [b'{"error": "rate limited"}', b'{"form', b"\x1f\x8b\x08\0", b"[]"])
