@@ -26,11 +26,10 @@ DRY_RUN_TRIES = 2
 
 
 def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
-    """Print what a run would do. Raises UserError with all problems of config and data."""
+    """Print what a run would do. Raises UserError with the problems of config and data."""
     print(typed_yaml.dump(config))
+    check_patience(config)
     problems: list[str] = []
-    with collecting(problems):
-        check_patience(config, [source.path for source in config.data.sources])
     tries = min(DRY_RUN_TRIES, config.data.fetch_tries)
     config = replace(config, data=replace(config.data, fetch_tries=tries))
     data, architecture = config.data, config.model.architecture()

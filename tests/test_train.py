@@ -310,13 +310,15 @@ def test_dry_run_shows_config_arithmetic_and_data(config_file: Path, run_ranks) 
     assert not (config_file.parent / "runs").exists()
 
 
-def test_a_dry_run_checks_the_tries_of_the_run(config_file: Path, datasets: Path) -> None:
+@pytest.mark.parametrize("key", ["path", "eval_path"])
+def test_a_dry_run_checks_the_tries_of_the_run(config_file: Path, datasets: Path, key: str) -> None:
     """It makes fewer tries itself."""
-    remote = f"data.sources.0.path=pipe:cat {datasets}/a/{{file}}"
-    settings = [remote, f"data.cache_dir={config_file.parent / 'cache'}", "train.collective_timeout_s=100"]
-    with pytest.raises(UserError, match=r"data\.fetch_tries: 9 tries of a server that fails may take"):
-        call("train", [str(config_file), *settings, "--dry-run"])
-    call("train", [str(config_file), *settings, "data.fetch_tries=2", "--dry-run"])
+    remote = f"data.sources.0.{key}=pipe:cat {datasets}/a/{{file}}"
+    settings = [str(config_file), remote, f"data.cache_dir={config_file.parent / 'cache'}", "--dry-run"]
+    with pytest.raises(UserError, match=r"data\.fetch_tries: 9 tries of a server that fails may take") as error:
+        call("train", [*settings, "train.collective_timeout_s=60"])
+    assert len(error.value.problems) == 1
+    call("train", [*settings, "train.collective_timeout_s=100", "data.fetch_tries=2"])
 
 
 def test_a_dry_run_looks_at_the_run_directory(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

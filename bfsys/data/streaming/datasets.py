@@ -105,16 +105,15 @@ def _evaluated(config: Config) -> list[str]:
 
 
 def fetch_descriptions(config: Config) -> Descriptions:
-    """The dataset.json of every remote dataset of a config. Raises UserError with all problems."""
-    paths = [path for source in config.data.sources for path in (source.path, source.eval_path) if path]
-    locations = list(dict.fromkeys(filter(is_remote, paths)))
-    return {dataset.location: dataset.description for dataset in _open_datasets(config, locations, {})}
+    """The dataset.json of every remote dataset of a config. Raises UserError with the problems."""
+    check_patience(config)
+    return {dataset.location: dataset.description for dataset in _open_datasets(config, _remote(config), {})}
 
 
-def check_patience(config: Config, locations: Sequence[str]) -> None:
+def check_patience(config: Config) -> None:
     """Raise UserError if other ranks would give up waiting while one tries to fetch a file of a remote dataset."""
     cache = make_cache(config)
-    if any(map(is_remote, locations)) and cache.patience_s >= config.train.collective_timeout_s:
+    if _remote(config) and cache.patience_s >= config.train.collective_timeout_s:
         raise UserError(
             f"data.fetch_tries: {cache.attempts} tries of a server that fails may take {cache.patience_s:.0f} s, but "
             f"ranks wait for each other for train.collective_timeout_s {config.train.collective_timeout_s} s; lower "
@@ -122,11 +121,14 @@ def check_patience(config: Config, locations: Sequence[str]) -> None:
         )
 
 
+def _remote(config: Config) -> list[str]:
+    paths = [path for source in config.data.sources for path in (source.path, source.eval_path) if path]
+    return list(dict.fromkeys(filter(is_remote, paths)))
+
+
 def _open_datasets(config: Config, locations: Sequence[str], descriptions: Descriptions) -> list[Dataset]:
     cache, datasets = make_cache(config), []
     problems: list[str] = []
-    with collecting(problems):
-        check_patience(config, locations)
     for location in locations:
         with collecting(problems):
             datasets.append(open_dataset(location, cache, descriptions.get(location)))
