@@ -21,7 +21,7 @@ sys.exit(bench_control.main(sys.argv[1:]))
 def test_groups_and_pairs_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "control.json"
     command = [sys.executable, "-c", SMALL, "--ranks", "3", "--steps", "3", "--json", str(out)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert [(row["ranks"], row["connections"]) for row in result["rows"]] == [(3, "full"), (3, "on demand")]

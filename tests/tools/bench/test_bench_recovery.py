@@ -17,7 +17,7 @@ from tools.bench import bench_recovery
 def test_saving(tmp_path: Path) -> None:
     command = [sys.executable, "tools/bench/bench_recovery.py", "saving", "--files", "1", "--file-bytes", "2000"]
     command += ["--folder", str(tmp_path), "--json", str(tmp_path / "out.json")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert rows["none"]["stall_s"] < rows["beside"]["stall_s"] < rows["waiting"]["stall_s"]
