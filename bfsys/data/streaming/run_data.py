@@ -268,7 +268,8 @@ def short_files(config: Config, sources: Sources) -> list[str]:
         if short := np.count_nonzero((lengths > 0) & (lengths < least)):
             which = f"{short} of {len(split)} files in {split.split} are"
             if augmentation:
-                which = f"augmented files of {lengths[0]} bytes in {split.split} are"
+                of_what = " (a black picture or silence)" if augmentation.compresses else ""
+                which = f"augmented files of {lengths[0]} bytes{of_what} in {split.split} are"
             problems.append(
                 f"{split.dataset.location}: {which} shorter than the {least} bytes that a model needs with model.mode "
                 f"{config.model.mode} and model.kernel {least}"
