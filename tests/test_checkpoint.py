@@ -21,15 +21,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_of
 from torch import Tensor
 
 from bfsys.checkpoint import files, loading, saving
-from bfsys.checkpoint.files import RetentionPolicy, step_of
+from bfsys.checkpoint.files import RetentionPolicy
 from bfsys.cli import call
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, UserError
-from bfsys.files import describe
 from bfsys.launch.restart_policy import newest_step
 
 ALONE = Ranks()
@@ -311,33 +309,6 @@ def test_a_checkpoint_of_another_format_is_not_damaged(tmp_path: Path) -> None:
     assert not isinstance(error.value, files.Damaged)
 
 
-def test_a_manifest_with_other_shapes_than_its_files_is_refused(finished_run: Path, tmp_path: Path) -> None:
-    path, _ = loading.newest_readable(finished_run)
-    assert path is not None
-    manifest = files.read_manifest(path)
-    manifest["shapes"]["stem.embedding"] = [3, 5]
-    manifest["sha256"] = files.fingerprint(manifest)
-    (tmp_path / files.MANIFEST).write_text(json.dumps(manifest))
-    for name in manifest["files"]:
-        (tmp_path / name).symlink_to(path / name)
-    with pytest.raises(UserError, match="its ema files do not hold the whole state"):
-        loading.load_model(tmp_path)
-
-
-def test_whole_tensors_have_the_shapes_of_the_manifest(finished_run: Path, tmp_path: Path) -> None:
-    path, _ = loading.newest_readable(finished_run)
-    assert path is not None
-    weights, _, manifest = loading.read_weights(path)
-    weights["stem.embedding"] = weights["stem.embedding"][:3]
-    file = tmp_path / "ema-0-of-1.safetensors"
-    file.write_bytes(safetensors_of(weights))
-    manifest["files"] = {file.name: describe(file)}
-    manifest["sha256"] = files.fingerprint(manifest)
-    (tmp_path / files.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="its ema files do not hold the whole state"):
-        loading.load_model(tmp_path)
-
-
 def test_a_dangling_link_does_not_stop_a_save(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step_00000003").symlink_to(tmp_path / "nowhere")
@@ -437,33 +408,6 @@ def test_a_backup_beside_the_checkpoints_is_ignored(finished_run: Path, tmp_path
     shutil.copytree(finished_run, copy)
     shutil.copytree(copy / "checkpoints" / "step_00000060", copy / "checkpoints" / "step_00000060.bak")
     assert files.find_newest(copy)[0].name == "step_00000120"
-
-
-def test_the_averaged_weights_are_the_default(finished_run: Path) -> None:
-    averaged, last = loading.load_model(finished_run)[0], loading.load_model(finished_run, average=False)[0]
-    assert any(not torch.equal(a, b) for a, b in zip(averaged.parameters(), last.parameters(), strict=True))
-
-
-def test_weights_of_another_version_are_named(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
-    """The model of the config has other parameters than the checkpoint."""
-    copy = tmp_path / "copy"
-    shutil.copytree(finished_run, copy)
-    monkeypatch.setattr(loading, "ByteFormer", lambda *arguments: torch.nn.Linear(2, 3))
-    with pytest.raises(UserError, match=r"its weights are not those of the model that its config describes"):
-        loading.load_model(copy)
-
-
-def test_a_model_that_has_not_trained_is_noted(finished_run: Path, tmp_path: Path, capsys) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(finished_run, copy)
-    loading.load_model(copy)
-    assert capsys.readouterr().err == ""
-    paths = files.all_checkpoints(copy)
-    assert step_of(paths[0]) == 0
-    for path in paths[1:]:
-        shutil.rmtree(path)
-    loading.load_model(copy)
-    assert capsys.readouterr().err == f"note: {paths[0]}: the run has saved no step of training yet\n"
 
 
 def test_errors_about_missing_runs_name_the_remedy(tmp_path: Path) -> None:
