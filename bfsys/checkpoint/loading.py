@@ -285,19 +285,18 @@ def read_weights(path: Path, *, average: bool = True) -> tuple[dict[str, Tensor]
     manifest = read_manifest(path)
     config = typed_yaml.from_tree(Config, manifest["config"], f"{path / MANIFEST}: config")
     state = EMA if average and config.optim.ema_decay else WEIGHT
-    found: dict[str, Tensor] = {}
+    weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in manifest["shapes"].items()}
+    pieces: list[str] = []
+    incomplete = UserError(f"{path}: its {state} files do not hold the whole state")
     for file_name in manifest["files"]:
         if file_name.startswith(f"{state}-"):
-            found |= parse_safetensors(read_regular(path / file_name))
-    incomplete = UserError(f"{path}: its {state} files do not hold the whole state")
-    if not cover(found, manifest["shapes"]):
+            for piece, tensor in parse_safetensors(read_regular(path / file_name)).items():
+                pieces.append(piece)
+                name, first, end = parse_piece(piece)
+                part = weights[name].view(-1)[first:end] if name in weights else None
+                if part is None or part.numel() != tensor.numel():
+                    raise incomplete
+                part.copy_(tensor.flatten())
+    if not cover(pieces, manifest["shapes"]):
         raise incomplete
-    weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in manifest["shapes"].items()}
-    while found:
-        piece, tensor = found.popitem()
-        name, first, end = parse_piece(piece)
-        part = weights[name].view(-1)[first:end]
-        if part.numel() != tensor.numel():
-            raise incomplete
-        part.copy_(tensor.flatten())
     return weights, config, manifest
