@@ -33,6 +33,7 @@ from bfsys.config import Config, load_config
 from bfsys.errors import UserError, collecting, one_line
 from bfsys.files import open_regular
 from bfsys.json_lines import NUMBER, read_json_lines_backwards
+from bfsys.locations import without_secrets
 
 CONFIG = "config.yaml"
 WITHOUT_INFLUENCE = frozenset((
@@ -199,7 +200,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
         same = "" if run.is_finished else str(run.path)
         groups.setdefault(json.dumps([same, run.settings], sort_keys=True), []).append(run)
     rows = [
-        Row({key: group[0].settings[key] for key in differing if key in group[0].settings}, group)
+        Row({key: without_secrets(group[0].settings[key]) for key in differing if key in group[0].settings}, group)
         for group in groups.values()
     ]
     return sorted(rows, key=lambda row: (not row.runs[0].is_finished, -statistics.mean(row.values("top1") or [0.0])))

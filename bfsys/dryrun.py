@@ -16,6 +16,7 @@ from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, collecting
 from bfsys.init_from import initial_weights
+from bfsys.locations import without_secrets
 from bfsys.micro_batches import largest_micro_batch, micro_batches_of
 from bfsys.model.byteformer import ByteFormer, parameter_count
 from bfsys.model.layout import token_counts
@@ -27,7 +28,7 @@ DRY_RUN_TRIES = 2
 
 def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
     """Print what a run would do. Raises UserError with the problems of config and data."""
-    print(typed_yaml.dump(config))
+    print(typed_yaml.dump(without_secrets(typed_yaml.to_tree(config))))
     check_patience(config)
     problems: list[str] = []
     tries = min(DRY_RUN_TRIES, config.data.fetch_tries)

@@ -17,6 +17,7 @@ from types import FrameType
 from unicodedata import category
 
 from bfsys import console, process
+from bfsys.locations import hide_in
 
 # Exit codes of training, from sysexits.h if one fits. Any other code means a crash, after which a run may be restarted.
 EXIT_CRASHED = 1  # Python's exit code after an exception; a restart may help
@@ -62,10 +63,10 @@ JOINERS = "\u200c\u200d"  # between letters of Persian and similar scripts, and 
 
 
 class UserError(Exception):
-    """Bad input. Holds one message per problem, so that all are reported at once."""
+    """Bad input. Holds one message per problem, so that all are reported at once. URLs in them show no secrets."""
 
     def __init__(self, *problems: str, exit_code: int = EXIT_USER_ERROR) -> None:
-        super().__init__(*problems)
+        super().__init__(*map(hide_in, problems))
         self.exit_code = exit_code
 
     @property

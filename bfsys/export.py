@@ -43,9 +43,9 @@ from bfsys import files, model_card, typed_yaml
 from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.files import EXPORTED, checksum_mismatch
 from bfsys.config import Config
-from bfsys.data.storage.streams import hide
 from bfsys.data.streaming.datasets import trained_transforms
 from bfsys.errors import UserError
+from bfsys.locations import without_secrets
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.dense import DenseByteFormer
 
@@ -130,18 +130,9 @@ def describe(model: ByteFormer, config: Config, manifest: dict, weights: str) ->
         "run": config.name,
         "step": manifest["step"],
         "weights": weights if config.optim.ema_decay else "last",
-        "config": _without_secrets(typed_yaml.to_tree(config)),
+        "config": without_secrets(typed_yaml.to_tree(config)),
         "versions": {name: version(name) for name in ("bfsys", "torch")},
     }
-
-
-def _without_secrets(config: dict) -> dict:
-    """The tree of a config whose URLs and commands have no user names, queries and arguments: others get the export."""
-    sources = [
-        {key: hide(value) if key in ("path", "eval_path") and value else value for key, value in source.items()}
-        for source in config["data"]["sources"]
-    ]
-    return {**config, "data": {**config["data"], "sources": sources}}
 
 
 def read_exported(folder: Path) -> tuple[ByteFormer, Config, dict]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 if TYPE_CHECKING:
     from pydantic import ValidationInfo
@@ -17,6 +18,40 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 def is_remote(location: str) -> bool:
     """Whether `location` is a URL, or a command that prints a file; otherwise it is a path."""
     return location.startswith(PIPE) or _SCHEME.match(location) is not None
+
+
+def base_name(location: str) -> str:
+    """The name of the file at a location, for messages."""
+    if location.startswith(PIPE):  # the last word of the command that looks like the path of a file
+        names = re.findall(r"[^/\s'\"]/([^/\s'\"?]+\.[^/\s'\"?]+)(?=[\s'\"?]|$)", location)
+        return names[-1] if names else "file"
+    name = location.rstrip("/").rpartition("/")[2]
+    return unquote(name.partition("?")[0]) if location.startswith(("http://", "https://")) else name
+
+
+def hide(location: str) -> str:
+    """The location without possible secrets: user names and queries of URLs, and arguments of commands."""
+    if location.startswith(PIPE):
+        words = [word for word in location[len(PIPE) :].split() if "=" not in word]
+        return f"{PIPE}{words[0] if words else ''} … {base_name(location)}"
+    if not is_remote(location):
+        return location
+    return hide_in(re.sub(r"\?.*", "?***", location, flags=re.DOTALL))
+
+
+def without_secrets(tree: Any) -> Any:
+    """A config's tree of plain values, or a part of it, with `hide` for all locations: others may see it."""
+    if isinstance(tree, dict):
+        return {key: without_secrets(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_secrets(value) for value in tree]
+    return hide(tree) if isinstance(tree, str) else tree
+
+
+def hide_in(text: str) -> str:
+    """A text without the user names and queries of URLs in it."""
+    text = re.sub(r"(\w://)[^\s/'\"]*@", r"\1***@", text)
+    return re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"]*[^\s'\",.:;)]", r"\1?***", text)
 
 
 def expanded(path: str, info: ValidationInfo) -> str:

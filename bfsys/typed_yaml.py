@@ -217,8 +217,9 @@ def flatten(tree: Any, key: str = "") -> dict[str, Any]:
 
 
 def dump(config: Any) -> str:
-    """The resolved config as YAML."""
-    return yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    """The resolved config, or its tree, as YAML."""
+    tree = config if isinstance(config, dict) else to_tree(config)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def _with_odd(value: Any) -> Any:

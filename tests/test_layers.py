@@ -13,8 +13,8 @@ from tests.conftest import REPOSITORY
 # From the bottom up. `a.b` is the module b of the package a; `a` means its other modules. A module may import modules
 # of lower rows, and of its own folder in the same row.
 LAYERS = [
-    ["console", "process", "files", "git_state"],
-    ["errors", "json_lines", "run_time", "locations", "object_stores"],
+    ["console", "process", "files", "git_state", "locations"],
+    ["errors", "json_lines", "run_time", "object_stores"],
     ["typed_yaml", "batch", "ranks", "out_of_distribution"],
     ["model"],
     ["config", "dist"],

@@ -36,6 +36,7 @@ from bfsys.checkpoint.files import (
 )
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
 from bfsys.files import open_regular, read_regular, replace_file
+from bfsys.locations import hide_in
 from bfsys.object_stores import problem_of_url
 
 T = TypeVar("T")
@@ -330,9 +331,7 @@ class Store:
                     or type(error).__name__ in ERRORS_OF_SETTINGS
                     or _s3_code(error) in ERRORS_OF_SETTINGS
                 )
-                from bfsys.data.storage.streams import hide  # takes a while to import
-
-                problem = f"{self.url}: {what_fails}: {hide(_reason(error))}"
+                problem = f"{self.url}: {what_fails}: {hide_in(_reason(error))}"
                 if is_permanent or pause_s is None:
                     raise StoreError(problem, exit_code=EXIT_USER_ERROR if is_permanent else EXIT_CRASHED) from error
                 self._say(f"{problem}; trying again in {pause_s:g} s")

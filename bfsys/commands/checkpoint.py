@@ -39,6 +39,7 @@ from bfsys.checkpoint.files import (
 )
 from bfsys.checkpoint.store import Store
 from bfsys.errors import EXIT_USER_ERROR, UserError, one_line
+from bfsys.locations import without_secrets
 from bfsys.object_stores import URL
 
 MB = 1e6
@@ -255,7 +256,7 @@ def show(args: argparse.Namespace) -> int:
     for state in sorted({name.partition("-")[0] for name in files if name.endswith(".safetensors")}):
         parts = [entry["bytes"] for name, entry in files.items() if name.startswith(f"{state}-")]
         print(f"state     {state}: {sum(parts) / MB:,.1f} MB in {len(parts)} files")
-    print(f"config    {json.dumps(manifest['config'])}")
+    print(f"config    {json.dumps(without_secrets(manifest['config']))}")
     return 0
 
 

@@ -29,6 +29,7 @@ from bfsys.confusion import Answers
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, one_line, remedy_of
 from bfsys.files import open_regular, replacing
 from bfsys.json_lines import parse_json_object
+from bfsys.locations import without_secrets
 from bfsys.loss import COLUMNS, CONTENT, SAMPLES, describe_scores, scores
 from bfsys.model.flops import flops_per_step, matrix_peak
 from bfsys.model.layout import token_counts
@@ -107,7 +108,8 @@ class Metrics:
         lines, latest = _open_lines(self.run_dir / METRICS, first_step, skipped_steps)
         tensorboard = open_board(self.run_dir / "tb", first_step, hyperparameters(config))
         tensorboard.add_custom_scalars(_overview(self.source_names))
-        tensorboard.add_text("run/config", f"```yaml\n{typed_yaml.dump(config)}```", first_step)
+        settings = typed_yaml.dump(without_secrets(typed_yaml.to_tree(config)))
+        tensorboard.add_text("run/config", f"```yaml\n{settings}```", first_step)
         self._outputs = _Outputs(lines, tensorboard)
         return latest.get("step", -1), latest.get("evaluated")
 
@@ -307,7 +309,7 @@ class Metrics:
 
 def hyperparameters(config: Config) -> dict[str, int | float | str]:
     """The settings that TensorBoard's HParams tab shows for a run: the scalars of its config, by their dotted keys."""
-    settings = typed_yaml.flatten(typed_yaml.to_tree(config))
+    settings = typed_yaml.flatten(without_secrets(typed_yaml.to_tree(config)))
     parts = ("data.", "model.", "optim.", "train.")
     return {
         key: str(value) if isinstance(value, bool) else value

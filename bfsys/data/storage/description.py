@@ -7,6 +7,9 @@ from typing import Annotated, NotRequired
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
+from bfsys.data.storage.classes import notes_on_classes, some
+from bfsys.errors import one_line
+
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -92,3 +95,22 @@ def check_description(content: bytes) -> list[str]:
         if name not in part["length_quantiles"]
     ]
     return problems
+
+
+def summarise(description: dict) -> str:
+    """A readable summary of a dataset."""
+    classes = description["classes"]
+    count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
+    lines = [f"{description['name']}: {count} ({some(classes)}), encoding {description['encoding']}"]
+    for split, part in description["splits"].items():
+        counts = [count for count in part["class_counts"].values() if count]
+        each = f" ({min(counts):,} to {max(counts):,} each)" if counts else ""
+        quantiles = ", ".join(f"{name} {value:,}" for name, value in part["length_quantiles"].items())
+        lines += [
+            f"  {split}: {part['samples']:,} samples of {len(counts)} classes{each}, {part['bytes']:,} bytes in "
+            f"{len(part['shards']):,} shards",
+            f"    bytes per sample: {quantiles}",
+        ]
+    training = description["splits"].get("train", {}).get("class_counts")
+    notes = [*notes_on_classes(training, len(classes)), *description.get("notes", [])]
+    return "\n".join(map(one_line, [*lines, *(f"  note: {note}" for note in notes)]))

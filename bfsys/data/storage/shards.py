@@ -30,13 +30,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from bfsys.data.storage.classes import notes_on_classes, some
 from bfsys.data.storage.description import check_description
 from bfsys.data.storage.remote import SMALL_FILE_BYTES, Cache, RemoteFile, is_remote, too_long, url_of
 from bfsys.data.storage.streams import WrongContent
 from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, join_shards
-from bfsys.errors import MISSING_ERRNOS, UserError, code_of, one_line
+from bfsys.errors import MISSING_ERRNOS, UserError, code_of
 from bfsys.files import describe, open_regular, read_up_to, replace_file, replacing
+from bfsys.locations import hide
 
 FORMAT = 2
 DESCRIPTION = "dataset.json"
@@ -124,7 +124,7 @@ class Split:
         if not bad:
             return []
         return [
-            f"{self.dataset.location}: the index of {self.split!r} is damaged or belongs to other shards: its rows do "
+            f"{self.dataset.shown}: the index of {self.split!r} is damaged or belongs to other shards: its rows do "
             f"not match {DESCRIPTION} for {len(bad):,} of {len(self.shards):,} shards, first for {bad[0]}; copy or "
             f"pack the dataset again; {REBUILD}"
         ]
@@ -157,6 +157,11 @@ class Dataset:
     def cache(self) -> Cache | None:
         """The cache of a remote dataset; None if the dataset is on this machine."""
         return self.place if isinstance(self.place, Cache) else None
+
+    @property
+    def shown(self) -> str:
+        """The location for messages, without possible secrets."""
+        return hide(self.location)
 
     @property
     def is_reachable(self) -> bool:
@@ -227,9 +232,9 @@ class Dataset:
             cache.discard(path, status)
 
     def _open(self, split: str) -> Split:
-        described = f"{self.location}: {DESCRIPTION}"
+        described = f"{self.shown}: {DESCRIPTION}"
         if split not in self.description["splits"]:
-            raise UserError(f"{self.location}: there is no split {split!r}; there are: {', '.join(self.splits)}")
+            raise UserError(f"{self.shown}: there is no split {split!r}; there are: {', '.join(self.splits)}")
         part = self.description["splits"][split]
         identity = json.dumps([split, part, self.classes], sort_keys=True)
         try:
@@ -262,7 +267,7 @@ def open_dataset(location: str | Path, cache: Cache | None = None, description: 
         version = version_of(Path(location))
         return Dataset(location, read_description(Path(location)), Path(location), version)
     if cache is None:
-        raise UserError(f"{location}: a folder on this machine is expected here, not a URL")
+        raise UserError(f"{hide(location)}: a folder on this machine is expected here, not a URL")
     return Dataset(location, description or fetch_description(location, cache), cache)
 
 
@@ -275,7 +280,7 @@ def fetch_description(location: str, cache: Cache) -> dict:
         except ValueError as error:
             raise WrongContent(f"the answer is not a {DESCRIPTION}: {error}") from None
 
-    return parse_description(cache.read(url_of(location, DESCRIPTION), check), location)
+    return parse_description(cache.read(url_of(location, DESCRIPTION), check), hide(location))
 
 
 def open_split(path: str | Path, split: str) -> Split:
@@ -426,22 +431,3 @@ def write_description(
     }
     text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
     replace_file(path / DESCRIPTION, text)
-
-
-def summarise(description: dict) -> str:
-    """A readable summary of a dataset."""
-    classes = description["classes"]
-    count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
-    lines = [f"{description['name']}: {count} ({some(classes)}), encoding {description['encoding']}"]
-    for split, part in description["splits"].items():
-        counts = [count for count in part["class_counts"].values() if count]
-        each = f" ({min(counts):,} to {max(counts):,} each)" if counts else ""
-        quantiles = ", ".join(f"{name} {value:,}" for name, value in part["length_quantiles"].items())
-        lines += [
-            f"  {split}: {part['samples']:,} samples of {len(counts)} classes{each}, {part['bytes']:,} bytes in "
-            f"{len(part['shards']):,} shards",
-            f"    bytes per sample: {quantiles}",
-        ]
-    training = description["splits"].get("train", {}).get("class_counts")
-    notes = [*notes_on_classes(training, len(classes)), *description.get("notes", [])]
-    return "\n".join(map(one_line, [*lines, *(f"  note: {note}" for note in notes)]))

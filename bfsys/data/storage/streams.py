@@ -19,12 +19,12 @@ import time
 from collections.abc import Generator
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, BinaryIO
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 import psutil
 
 from bfsys.errors import UserError
-from bfsys.locations import PIPE
+from bfsys.locations import PIPE, hide, hide_in
 
 if TYPE_CHECKING:
     from webdataset.gopen import Pipe
@@ -71,24 +71,6 @@ def url_of(location: str, file: str) -> str:
     return f"{path.rstrip('/')}/{quote(file)}{mark}{query}"
 
 
-def base_name(url: str) -> str:
-    """The name of the remote file, for messages."""
-    if url.startswith(PIPE):  # the last word of the command that looks like the path of a file
-        names = re.findall(r"[^/\s'\"]/([^/\s'\"?]+\.[^/\s'\"?]+)(?=[\s'\"?]|$)", url)
-        return names[-1] if names else "file"
-    name = url.rstrip("/").rpartition("/")[2]
-    return unquote(name.partition("?")[0]) if url.startswith(("http://", "https://")) else name
-
-
-def hide(text: str) -> str:
-    """The location without possible secrets: user names and queries of URLs, and arguments of commands."""
-    if text.startswith(PIPE):
-        words = [word for word in text[len(PIPE) :].split() if "=" not in word]
-        return f"{PIPE}{words[0] if words else ''} … {base_name(text)}"
-    text = re.sub(r"(\w://)[^\s/@]*@", r"\1***@", text)
-    return re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"]*", r"\1?***", text)
-
-
 def _command(url: str, stall_s: float) -> str | None:
     """The shell command that prints the file; None if gopen can read the URL itself."""
     if url.startswith(PIPE):
@@ -131,7 +113,7 @@ def _open(url: str, stall_s: float, errors: str) -> BinaryIO | Pipe:
         return gopen(url, "rb")
     except (ValueError, ImportError) as error:
         known = ", ".join(sorted({*PROGRAMS, *gopen_schemes, "file"} - {"__default__"}))
-        raise UserError(f"{hide(url)}: cannot be opened ({hide(str(error))}); schemes are: {known}") from error
+        raise UserError(f"{hide(url)}: cannot be opened ({hide_in(str(error))}); schemes are: {known}") from error
     except OSError as error:
         raise TryFailed(str(error)) from error
 
@@ -167,7 +149,7 @@ def stream(
         try:
             while data := _next_bytes(file.fileno(), stall_s, stop, received):
                 if received == 0 and ERROR_PAGE.match(data):
-                    page = hide(data[:80].decode("utf-8", "replace"))
+                    page = hide_in(data[:80].decode("utf-8", "replace"))
                     raise WrongContent(f"the answer is a web page, not the file; it begins with {page!r}")
                 received += len(data)
                 yield data
@@ -215,4 +197,4 @@ def _next_bytes(descriptor: int, stall_s: float, stop: threading.Event, received
 def _last_line(file: IO[bytes]) -> str:
     file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
     lines = file.read().decode("utf-8", "replace").split("\n")
-    return hide(next((line.strip() for line in reversed(lines) if line.strip()), ""))[:300]
+    return hide_in(next((line.strip() for line in reversed(lines) if line.strip()), ""))[:300]

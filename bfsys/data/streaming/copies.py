@@ -42,7 +42,7 @@ def notes_on_copies(training: Sources, validation: Sources, evaluated: str) -> l
     is_content_trained = np.bincount(content[is_trained], minlength=len(repeated)) > 0
     seen = np.bincount(part[~is_trained & is_content_trained[content]], minlength=len(parts)).tolist()
     notes = [
-        f"{split.dataset.location}: {count:,} of {size:,} files in {split.split} are byte-identical to training files, "
+        f"{split.dataset.shown}: {count:,} of {size:,} files in {split.split} are byte-identical to training files, "
         "so their score says nothing about new files"
         for (split, _), count, size in zip(parts.values(), seen, sizes, strict=True)
         if count

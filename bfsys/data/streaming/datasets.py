@@ -157,9 +157,9 @@ def _open_sources(
             unknown = [name for name in dataset.classes if name not in number_of]
             if unknown:
                 known = {name: Spelling(["the model"]) for name in classes}
-                alike = too_alike(known | {name: Spelling([dataset.location]) for name in unknown})
+                alike = too_alike(known | {name: Spelling([dataset.shown]) for name in unknown})
                 raise UserError(
-                    f"{dataset.location}: the model does not know the classes {', '.join(unknown[:10])}", *alike
+                    f"{dataset.shown}: the model does not know the classes {', '.join(unknown[:10])}", *alike
                 )
             augmentation = make_augmentation(config, number) if training else None
             part = dataset.open(split)
@@ -188,7 +188,7 @@ def _spellings(datasets: Sequence[Dataset]) -> dict[str, Spelling]:
     spellings: defaultdict[str, Spelling] = defaultdict(Spelling)
     for dataset in datasets:
         for name in dataset.classes:
-            spellings[name].places.append(dataset.location)
+            spellings[name].places.append(dataset.shown)
         for split, part in dataset.description["splits"].items():
             for name, count in part.get("class_counts", {}).items():
                 spellings[name].splits |= {split} if count else set()
@@ -298,7 +298,7 @@ def long_files(config: Config, sources: Sources) -> list[str]:
             continue
         lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
         notes.append(
-            f"{split.dataset.location}: {np.count_nonzero(lengths > architecture.max_bytes)} of {len(split)} files in "
+            f"{split.dataset.shown}: {np.count_nonzero(lengths > architecture.max_bytes)} of {len(split)} files in "
             f"{split.split} are longer than the {architecture.max_bytes:,} bytes that model.max_tokens "
             f"{architecture.max_tokens:,} covers, up to {longest:,}: positions repeat there; "
             f"model.max_tokens={-(-longest // architecture.stride)} would give each token its own"
@@ -314,7 +314,7 @@ def notes_on_data(sources: Sources) -> list[str]:
             counts[name] += count
     notes = notes_on_classes(counts, len(counts))
     for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
-        where = split.dataset.location
+        where = split.dataset.shown
         notes += [f"{where}: {note}" for note in split.dataset.description.get("notes", [])]
         if augmentation and split.dataset.cache is None:  # remote shards are not fetched for notes
             modality = augmentation.encoding.modality

@@ -125,7 +125,7 @@ class Plan:
     ) -> None:
         """`mean_bytes` is the mean size of each source's files as the model reads them, if it differs from the stored
         size."""
-        empty = [f"{s.dataset.location}: split {s.split!r} has no samples" for s in splits if not len(s)]
+        empty = [f"{s.dataset.shown}: split {s.split!r} has no samples" for s in splits if not len(s)]
         if empty:
             raise UserError(*empty)
         self.splits, self.lanes, self.batch_samples = tuple(splits), lanes, batch_samples

@@ -148,7 +148,7 @@ class ShardReader:
         """The name of a sample for messages: dataset, shard and key."""
         split = self.splits[source]
         shard = split.shards[self._rows[source]["shard"][sample]].file
-        return f"{split.dataset.location}, {shard}: sample {split.key(sample)!r}"
+        return f"{split.dataset.shown}, {shard}: sample {split.key(sample)!r}"
 
     def close(self) -> None:
         for descriptor in self._files.values():
@@ -218,7 +218,7 @@ class ShardReader:
                     break
             else:
                 if self.replace_bad:
-                    where = self.splits[source].dataset.location
+                    where = self.splits[source].dataset.shown
                     raise UserError(
                         f"{where}: neither sample {sample} nor any of {STAND_INS} replacement candidates can be read. "
                         "`bfsys inspect --verify` shows all damage of a dataset on this machine. The first are",
@@ -317,7 +317,7 @@ class ShardReader:
                 if partner is None or augmentation.fails_on(content):
                     raise BadFileError(problem) from None
                 self._set_aside(source, partner, step, problem, bad)
-        raise UserError(f"{self.splits[source].dataset.location}: no sample can be read that could be mixed in")
+        raise UserError(f"{self.splits[source].dataset.shown}: no sample can be read that could be mixed in")
 
     def _partners(self, source: int, sample: int, epoch: int) -> Iterator[int]:
         """Candidates for mixup with a sample. They are its neighbours, which packing has shuffled, so that a node need
@@ -376,7 +376,7 @@ class ShardReader:
         """Raise UserError if an error says nothing about the content of a shard, because access is denied or a file
         server is away. Otherwise intact samples would be recorded as bad, and the weights would depend on an outage."""
         dataset, file = self.splits[source].dataset, self.splits[source].shards[shard].file
-        text = f"{dataset.location}: {file} cannot be read: {error.strerror}"
+        text = f"{dataset.shown}: {file} cannot be read: {error.strerror}"
         if error.errno in DENIED_ERRNOS:
             raise UserError(f"{text}; fix this, and start again") from None
         if error.errno in OUTAGE_ERRNOS | SHORTAGE_ERRNOS or not dataset.is_reachable:
@@ -401,7 +401,7 @@ class ShardReader:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
             raise UserError(
-                f"{self.splits[source].dataset.location}: too many open files: this process may have "
+                f"{self.splits[source].dataset.shown}: too many open files: this process may have "
                 f"{open_files_limit():,}, and {len(self._files):,} are shards; raise the limit (ulimit -n 65536)"
             ) from None
         except WrongContentError as error:

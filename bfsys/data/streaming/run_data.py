@@ -123,7 +123,7 @@ class RunData:
         for dataset in {split.dataset.location: split.dataset for split in splits}.values():
             if dataset.was_replaced():
                 raise UserError(
-                    f"{dataset.location}: was packed again while the run trains on it. The checkpoints belong to the "
+                    f"{dataset.shown}: was packed again while the run trains on it. The checkpoints belong to the "
                     "earlier data: restore those and resume, or start a new run (name=…)"
                 )
 
@@ -182,7 +182,7 @@ class RunData:
                 continue
             if _others_among_first(split, format.matches):
                 yield (
-                    f"{split.dataset.location}: the files of {split.split} are not {format.describe()}, as training "
+                    f"{split.dataset.shown}: the files of {split.split} are not {format.describe()}, as training "
                     "makes them, so scores do not show what the model has learned; pack them with --encoding "
                     f"{format.encoding.text}, and give that dataset as eval_path"
                 )
@@ -193,7 +193,7 @@ class RunData:
                 continue
             if others := _others_among_first(split, lambda data: kind_of(data) is not None):
                 yield (
-                    f"{split.dataset.location}: jitter changes pictures and sounds, and the first {others} files are "
+                    f"{split.dataset.shown}: jitter changes pictures and sounds, and the first {others} files are "
                     "neither"
                 )
 
@@ -271,7 +271,7 @@ def short_files(config: Config, sources: Sources) -> list[str]:
                 of_what = " (a black picture or silence)" if augmentation.compresses else ""
                 which = f"augmented files of {lengths[0]} bytes{of_what} in {split.split} are"
             problems.append(
-                f"{split.dataset.location}: {which} shorter than the {least} bytes that a model needs with model.mode "
+                f"{split.dataset.shown}: {which} shorter than the {least} bytes that a model needs with model.mode "
                 f"{config.model.mode} and model.kernel {least}"
             )
     return problems

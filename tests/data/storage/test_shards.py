@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfsys.data.packing.verify import verify_shard, verify_split
+from bfsys.data.storage.description import summarise
 from bfsys.data.storage.shards import (
     DESCRIPTION,
     SAMPLE,
@@ -23,7 +24,6 @@ from bfsys.data.storage.shards import (
     length_quantiles,
     open_split,
     split_names,
-    summarise,
     write_description,
     write_split,
 )

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from bfsys.data.storage.remote import Cache, RemoteFile, is_remote, url_of
-from bfsys.data.storage.streams import base_name, hide
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
+from bfsys.locations import base_name, hide
 from tests.data.conftest import CONTENT, make_cache, names, put, sha256
 
 pytestmark = pytest.mark.usefixtures("no_orphans")
@@ -71,6 +71,7 @@ def test_no_file_name_becomes_a_command(file: str) -> None:
     [
         ("https://me:pw@host/d/x%20y.tar?sig=secret", "https://***@host/d/x%20y.tar?***", "x y.tar"),
         ("s3://bucket/d/x.tar", "s3://bucket/d/x.tar", "x.tar"),
+        ("https://me:p@w@host/d e/x.tar?sig=a secret", "https://***@host/d e/x.tar?***", "x.tar"),
         ("pipe:KEY=secret curl -H 'Auth: secret' https://h/d/x.tar?secret", "pipe:curl … x.tar", "x.tar"),
         ("pipe:aws s3 cp s3://b/d/x.tar - --endpoint-url http://127.0.0.1:80", "pipe:aws … x.tar", "x.tar"),
     ],
@@ -78,6 +79,12 @@ def test_no_file_name_becomes_a_command(file: str) -> None:
 def test_secrets_are_hidden(url: str, shown: str, name: str) -> None:
     assert hide(url) == shown
     assert base_name(url) == name
+
+
+def test_errors_show_no_secrets() -> None:
+    error = UserError("runs_dir: got 'https://me:pw@host/d?sig=secret': is https://host/a@b?c=secret: a folder?", "b?c")
+    assert error.problems == ("runs_dir: got 'https://***@host/d?***': is https://host/a@b?***: a folder?", "b?c")
+    assert UserError(*error.problems).problems == error.problems
 
 
 def test_local_files(tmp_path: Path, cache: Cache) -> None:

@@ -75,6 +75,25 @@ def test_a_run_that_loses_its_server_ends_and_can_be_resumed(
     assert not (remote.run_dir / "quarantine.tsv").exists()
 
 
+def test_a_run_shows_no_secrets_of_its_data(served: FaultyServer, tmp_path: Path, run_ranks, capsys) -> None:
+    """config.yaml and the checkpoints hold the locations, since they are needed again; nothing else does."""
+    location = f"{served.url.replace('//', '//me:hunter2@')}/a?sig=hunter2"
+    change = ["train.steps=2", "model.max_tokens=2"]  # for notes on both datasets
+    config = config_of(tmp_path, location, f"pipe:curl -s -H X:hunter2 {served.url}/b/{{file}}", *change)
+    train = ["bfsys/train.py", str(tmp_path / "tiny.yaml"), *change]
+    ended = run_ranks(1, train)
+    assert_success(ended)
+    dry, wrong = run_ranks(1, [*train, "--dry-run"])[0], run_ranks(1, [*train, "data.train_split=none"])[0]
+    assert "there is no split 'none'" in wrong.stderr
+    call("checkpoint", ["show", str(config.run_dir)])
+    shown = [capsys.readouterr().out, *(text for end in (*ended, dry, wrong) for text in (end.stdout, end.stderr))]
+    shown += [file.read_text(errors="replace") for file in config.run_dir.iterdir() if file.is_file()]
+    shown += [file.read_text(errors="replace") for file in (config.run_dir / "tb").iterdir()]
+    assert "hunter2" in (config.run_dir / "config.yaml").read_text()
+    assert [text for text in shown if "hunter2" in text] == [(config.run_dir / "config.yaml").read_text()]
+    assert "127.0.0.1" in "".join(shown)
+
+
 def tars_of(server: FaultyServer) -> set[str]:
     return {path for path in server.files if path.endswith(".tar") and "-train-" in path}
 
