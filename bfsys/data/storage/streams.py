@@ -33,6 +33,8 @@ PIPE_EXAMPLE = "pipe:aws s3 cp s3://bucket/dir/{file} -"
 PROGRAMS = {"http": "curl", "https": "curl", "ftps": "curl", "sftp": "curl", "scp": "curl", "s3": "aws", "gs": "gsutil"}
 # The file's name comes from a dataset.json of unknown origin, and is inserted into a shell command.
 HARMLESS_IN_SHELL = re.compile(r"[\w.+=@%:,][\w.+=@%:,/-]*")
+# curl accepts no blanks. A # would begin a fragment, which is not sent to the server.
+NOT_IN_URL = re.compile(r"[\0-\x20\x7f#]")
 GONE = ("404", "410")  # HTTP status: the server works and the file does not exist
 CANNOT_RUN = (126, 127)  # exit status of a shell: the command is not executable or not found
 ERROR_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|\?xml)\b", re.IGNORECASE)
@@ -63,12 +65,20 @@ def url_of(location: str, file: str) -> str:
                 f"_.+=@%:,/-. Rename the dataset, or read it by another scheme"
             )
         return location.replace("{file}", file)
-    if "://" in location and not urlsplit(location).netloc and not location.startswith("file:"):
-        raise UserError(f"{location}: is an incomplete address; a host or a bucket follows the ://")
-    if not location.startswith(("http://", "https://")):
+    try:
+        parts = urlsplit(location)
+        is_http = parts.scheme in ("http", "https")
+        if is_http and parts.port == 0:  # reading it raises ValueError if it is no number up to 65535
+            raise ValueError("Port out of range 1-65535")
+    except ValueError as error:
+        raise UserError(f"{hide(location)}: is not an address ({error})") from None
+    if "://" in location and not parts.netloc and not location.startswith("file:"):
+        raise UserError(f"{hide(location)}: is an incomplete address; a host or a bucket follows the ://")
+    if not is_http:
         return f"{location.rstrip('/')}/{file}"
     path, mark, query = location.partition("?")
-    return f"{path.rstrip('/')}/{quote(file)}{mark}{query}"
+    url = f"{path.rstrip('/')}/{quote(file)}{mark}{query}"
+    return NOT_IN_URL.sub(lambda found: quote(found[0]), url)
 
 
 def _command(url: str, stall_s: float) -> str | None:

@@ -40,7 +40,12 @@ def test_local_locations(location: str) -> None:
         ("https://host/dir", "https://host/dir/x%20y.tar"),
         ("https://host/dir/", "https://host/dir/x%20y.tar"),
         ("https://host/dir?key=a/b&c=1", "https://host/dir/x%20y.tar?key=a/b&c=1"),
-        ("s3://bucket/dir/", "s3://bucket/dir/x y.tar"),
+        (
+            "https://me:p%40w@[::1]:80/my dir/é#1/a%20b?k=a b&s=c%2F",
+            "https://me:p%40w@[::1]:80/my%20dir/é%231/a%20b/x%20y.tar?k=a%20b&s=c%2F",
+        ),
+        ("s3://arn:aws:s3:eu-west-1:1:accesspoint/p/d", "s3://arn:aws:s3:eu-west-1:1:accesspoint/p/d/x y.tar"),
+        ("s3://bucket/my dir/", "s3://bucket/my dir/x y.tar"),
         ("/a/b", "/a/b/x y.tar"),
     ],
 )
@@ -58,6 +63,13 @@ def test_url_of_a_command() -> None:
 def test_an_address_without_a_host_is_refused(location: str) -> None:
     with pytest.raises(UserError, match="is an incomplete address"):
         url_of(location, "dataset.json")
+
+
+@pytest.mark.parametrize("location", ["http://[::1/dir", "http://host:99999/dir", "https://me:pw@host:port/dir"])
+def test_a_wrong_address_is_refused(location: str) -> None:
+    with pytest.raises(UserError, match="is not an address") as caught:
+        url_of(location, "dataset.json")
+    assert "pw" not in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["x;reboot", "$(reboot)", "a b", "-x", "a'b", "", "a\nb", "`a`", "a>b"])
