@@ -201,6 +201,11 @@ class Cache:
             if seen is None or os.path.samestat(seen, path.stat()):
                 path.unlink()
 
+    def check_room(self, file: RemoteFile) -> None:
+        """Raise UserError if the file is larger than the cache."""
+        if file.size_bytes is not None and file.size_bytes > self.limit_bytes:
+            raise self._too_large(file.url, f"{file.size_bytes:,}")
+
     @property
     def patience_s(self) -> float:
         """The longest time that a fetch takes if every try fails."""
@@ -217,8 +222,7 @@ class Cache:
         try:
             if self._mark_used(path, file.size_bytes):
                 return path, False
-            if file.size_bytes is not None and file.size_bytes > self.limit_bytes:
-                raise self._too_large(file.url, f"{file.size_bytes:,}")
+            self.check_room(file)
             self._make_folder()  # again, since some systems clean /tmp during a run
             with _locked(path, wait=wait) as mine:
                 if not mine or self._mark_used(path, file.size_bytes):

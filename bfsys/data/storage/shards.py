@@ -240,8 +240,11 @@ class Dataset:
         try:
             shards = tuple(Shard(**shard) for shard in part["shards"])
             entries = part["index"]
-            samples = _map_array(self.file(**entries["samples"]), SAMPLE, part["samples"])
-            keys = _map_array(self.file(**entries["keys"]), np.dtype("u1"), int(samples["key_end"][-1]))
+            if self.cache is not None and shards:
+                largest = max(shards, key=lambda shard: shard.bytes)
+                self.cache.check_room(self.remote_file(largest.file, largest.sha256, largest.bytes))
+            samples = self._map(entries["samples"], SAMPLE, part["samples"])
+            keys = self._map(entries["keys"], np.dtype("u1"), int(samples["key_end"][-1]))
             opened = Split(
                 dataset=self,
                 split=split,
@@ -257,6 +260,16 @@ class Dataset:
         if opened.shard_starts[-1] != len(samples):
             raise UserError(f"{described} is damaged (the shards' samples do not add up to {len(samples)})")
         return opened
+
+    def _map(self, entry: dict, dtype: np.dtype, length: int) -> np.ndarray:
+        """An array of the index. If another process evicts a fetched file before it is opened, it is fetched again."""
+        while True:
+            path = self.file(**entry)
+            try:
+                return _map_array(path, dtype, length)
+            except UserError as error:
+                if self.cache is None or not isinstance(error.__cause__, FileNotFoundError):
+                    raise
 
 
 def open_dataset(location: str | Path, cache: Cache | None = None, description: dict | None = None) -> Dataset:

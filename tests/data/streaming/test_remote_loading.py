@@ -17,7 +17,8 @@ import pytest
 
 from bfsys.config import Config
 from bfsys.data.storage.prefetch import Prefetcher
-from bfsys.data.storage.remote import Cache
+from bfsys.data.storage.remote import Cache, RemoteFile
+from bfsys.data.storage.shards import open_dataset
 from bfsys.data.streaming import loader, reader
 from bfsys.data.streaming.datasets import make_plan, open_evaluation, open_training, source_names
 from bfsys.data.streaming.loader import evaluation_rounds, training_batches
@@ -359,6 +360,29 @@ def test_a_cached_index_that_is_damaged_is_fetched_anew(
     served.stop()
     with pytest.raises(UserError, match="could not be fetched"):
         open_training(remote)
+
+
+def test_an_index_that_is_evicted_before_it_is_opened_is_fetched_again(
+    served: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run in the same cache may evict it."""
+    fetch, evictions = Cache.fetch, iter([True, False, True, True, False])
+
+    def fetch_and_evict(cache: Cache, file: RemoteFile) -> Path:
+        path = fetch(cache, file)
+        if next(evictions):
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(Cache, "fetch", fetch_and_evict)
+    cache = Cache(tmp_path / "cache", 10**6)
+    assert len(open_dataset(f"{served.url}/a", cache).open("train")) == 120
+    assert list(evictions) == []
+
+
+def test_a_cache_that_is_smaller_than_a_shard_is_refused_at_the_start(served: FaultyServer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a-train-\d+\.tar: has 30,720 bytes, and the cache .* may hold 30,000; raise"):
+        open_training(config_of(tmp_path, f"{served.url}/a", None, "data.cache_gb=0.00003"))
 
 
 def test_an_index_that_is_damaged_where_it_comes_from_is_an_error(
