@@ -24,8 +24,10 @@ class FaultyServer:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.encoding = ""  # the header Content-Encoding
+        self.retry_after = ""  # the header Retry-After of 503
         self.faults: defaultdict[str, Iterator[str]] = defaultdict(lambda: iter(()))
         self.requests: Counter[str] = Counter()
+        self.credentials: set[str | None] = set()  # the headers Authorization
         self.half_sent, self.dead, self._stopping = threading.Event(), threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._held = socket.socket()  # no other process gets the port while the server is stopped
@@ -69,10 +71,17 @@ class FaultyServer:
         path = request.path.partition("?")[0]
         with self._lock:
             self.requests[path] += 1
+            self.credentials.add(request.headers.get("Authorization"))
             fault = next(self.faults[path], DO_IT_RIGHT)
         content = self.files.get(path)
-        if content is None or fault == "503":
-            request.send_error(404 if content is None else 503)
+        if content is None:
+            request.send_error(404)
+            return
+        if fault == "503":
+            request.send_response(503)
+            if self.retry_after:
+                request.send_header("Retry-After", self.retry_after)
+            request.end_headers()
             return
         request.send_response(200)
         if self.encoding:

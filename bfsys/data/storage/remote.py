@@ -366,15 +366,19 @@ class Cache:
         reasons: list[str] = []
         wrong, tries = True, self.attempts
         while len(reasons) < tries:
+            began, asked_s = time.monotonic(), 0.0
             try:
                 with _saying_if_slow(hide(url)) if is_awaited else nullcontext():
                     return once()
             except TryFailed as failed:
                 reasons.append(str(failed))
+                asked_s = failed.retry_after_s
                 wrong = wrong and isinstance(failed, WrongContent)
             tries = min(self.attempts, CERTAIN_AFTER) if wrong else self.attempts  # wrong content is not an outage
             if len(reasons) < tries:
-                pause_s = self._pause_s(len(reasons))
+                # What a server asks for (Retry-After) is granted up to the time that a try may take: see `patience_s`.
+                granted_s = min(asked_s, self.stall_s - (time.monotonic() - began))
+                pause_s = self._pause_s(len(reasons)) + max(0.0, granted_s)
                 if is_awaited:
                     next_one = f"the next one comes in {pause_s:.1f} s"
                     line = f"{hide(url)}: try {len(reasons)} of {tries} failed ({reasons[-1]}); {next_one}"

@@ -18,6 +18,8 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import suppress
+from email import message_from_bytes
+from email.utils import parsedate_to_datetime
 from typing import IO, TYPE_CHECKING, BinaryIO
 from urllib.parse import quote, urlsplit
 
@@ -43,7 +45,11 @@ POLL_S = 0.1  # interval at which a download checks whether to stop
 
 
 class TryFailed(Exception):
-    """One try failed; a retry may succeed."""
+    """One try failed; a retry may succeed. The server asked for a pause of `retry_after_s` before it."""
+
+    def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
 
 
 class WrongContent(TryFailed):
@@ -81,8 +87,9 @@ def url_of(location: str, file: str) -> str:
     return NOT_IN_URL.sub(lambda found: quote(found[0]), url)
 
 
-def _command(url: str, stall_s: float) -> str | None:
-    """The shell command that prints the file; None if gopen can read the URL itself."""
+def _command(url: str, stall_s: float, headers: str) -> str | None:
+    """The shell command that prints the file; None if gopen can read the URL itself. The headers of an answer go to the
+    file named `headers`."""
     if url.startswith(PIPE):
         return url[len(PIPE) :]
     from webdataset.gopen import gopen_ais, gopen_schemes
@@ -99,7 +106,10 @@ def _command(url: str, stall_s: float) -> str | None:
         # gopen's own curl command retries 30 times, and a retry after half a file repeats its beginning.
         # curl's limit on stalls is longer than ours. It ends curl if this process no longer exists.
         speed = f"--speed-limit 1 --speed-time {int(stall_s) + 2}"
-        curl = f"curl -f -sS -L --globoff -H 'Accept-Encoding: identity' --connect-timeout {stall_s:g} {speed}"
+        curl = (
+            f"curl -f -sS -L --globoff --netrc-optional -D {shlex.quote(headers)} -H 'Accept-Encoding: identity' "
+            f"--connect-timeout {stall_s:g} {speed}"
+        )
         # Some servers compress every answer; curl then decompresses it. It does not ask for compression. Others name an
         # encoding that curl does not know (status 61), such as aws-chunked or UTF-8, although the bytes are the file's.
         address = shlex.quote(url)
@@ -111,13 +121,13 @@ def _command(url: str, stall_s: float) -> str | None:
     return None
 
 
-def _open(url: str, stall_s: float, errors: str) -> BinaryIO | Pipe:
-    """Open a URL. The error output of a command goes to the file named `errors`."""
+def _open(url: str, stall_s: float, errors: str, headers: str) -> BinaryIO | Pipe:
+    """Open a URL. The error output of a command goes to the file named `errors`, and HTTP headers to `headers`."""
     from webdataset.gopen import gopen, gopen_schemes, rewrite_url  # imports torch, which local folders do not need
 
     try:
         url = rewrite_url(url)
-        command = _command(url, stall_s)
+        command = _command(url, stall_s, headers)
         if command is not None:  # with a line break, since a command may end in a comment
             url = f"{PIPE}{{ {command}\n}} 2>{shlex.quote(errors)} </dev/null"
         return gopen(url, "rb")
@@ -152,8 +162,11 @@ def stream(
     useless.
     """
     received = 0
-    with tempfile.NamedTemporaryFile(prefix="bfsys-") as errors:
-        source = _open(url, stall_s, errors.name)
+    with (
+        tempfile.NamedTemporaryFile(prefix="bfsys-") as errors,
+        tempfile.NamedTemporaryFile(prefix="bfsys-") as headers,
+    ):
+        source = _open(url, stall_s, errors.name, headers.name)
         process: subprocess.Popen | None = getattr(source, "proc", None)  # the process of a Pipe
         file: BinaryIO = source if process is None else getattr(source, "stream", source)
         try:
@@ -173,10 +186,10 @@ def stream(
         complaint = _last_line(errors)
         if status != 0 or (received == 0 and complaint):  # the status is only that of a pipeline's last command
             of = "" if size_bytes is None else f" of {size_bytes:,}"
-            raise _failure(url, status, complaint, f"{received:,}{of}")
+            raise _failure(url, status, complaint, f"{received:,}{of}", _retry_after_s(headers.read()))
 
 
-def _failure(url: str, status: int, complaint: str, received: str) -> Exception:
+def _failure(url: str, status: int, complaint: str, received: str, retry_after_s: float) -> Exception:
     """The error for a command's exit status and error output; `received` is the number of bytes it delivered."""
     why = f"exit status {status}" + (f": {complaint}" if complaint else "")
     if status in CANNOT_RUN:
@@ -184,7 +197,19 @@ def _failure(url: str, status: int, complaint: str, received: str) -> Exception:
     curl = re.search(r"returned error: (\d{3})", complaint)
     code = curl or re.search(r"(?:error occurred \(|NotFoundException: )(\d{3})\b", complaint)  # aws, gsutil
     kind = WrongContent if code is not None and code[1] in GONE else TryFailed
-    return kind(f"HTTP status {curl[1]}" if curl else f"ended at {received} bytes ({why})")
+    return kind(f"HTTP status {curl[1]}" if curl else f"ended at {received} bytes ({why})", retry_after_s)
+
+
+def _retry_after_s(headers: bytes) -> float:
+    """The pause that the last of several answers asks for, in seconds; 0 for none. Given are the headers of all."""
+    last = headers.replace(b"\r", b"").strip().rpartition(b"\n\n")[2]  # the others are of redirects and of a proxy
+    answer = message_from_bytes(last.partition(b"\n")[2])
+    after = answer.get("Retry-After", "").strip()
+    if after.isdecimal():
+        return float(after[:9])
+    with suppress(TypeError, ValueError):  # it is a date; the clock that counts is the server's
+        return (parsedate_to_datetime(after) - parsedate_to_datetime(answer["Date"])).total_seconds()
+    return 0.0
 
 
 def _next_bytes(descriptor: int, stall_s: float, stop: threading.Event, received: int) -> bytes:

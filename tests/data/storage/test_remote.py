@@ -26,6 +26,7 @@ from bfsys.data.storage import remote
 from bfsys.data.storage.prefetch import Prefetcher
 from bfsys.data.storage.remote import Cache, RemoteFile, WrongContentError, url_of
 from bfsys.data.storage.shards import fetch_description
+from bfsys.data.storage.streams import TryFailed
 from bfsys.errors import UserError
 from tests.data.conftest import CONTENT, eventually, make_cache, names, put, sha256
 from tests.data.http_server import FaultyServer
@@ -143,6 +144,26 @@ def test_failed_tries_are_printed_while_a_reader_waits(
     with pytest.raises(UserError, match="could not be fetched in 3 tries"):
         cache.read(f"{server.url}/y.tar")
     assert [line.partition(" failed")[0][-6:] for line in capfd.readouterr().err.splitlines()] == ["1 of 3", "2 of 3"]
+
+
+@pytest.mark.parametrize(("asked_s", "granted_s"), [(0.0, 0.0), (7.0, 7.0), (10**8, 20.0)])
+def test_a_pause_that_a_server_asks_for_is_granted_within_limits(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], asked_s: float, granted_s: float
+) -> None:
+    cache, pauses_s = make_cache(tmp_path, stall_s=20.0), []
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses_s.append(timeout)
+            return False
+
+    def fail() -> None:
+        raise TryFailed("HTTP status 429", asked_s)
+
+    with pytest.raises(UserError, match="could not be fetched in 3 tries"):
+        cache._try_often("http://host/x.tar", fail, Stop())
+    assert pauses_s == [pytest.approx(granted_s, abs=0.5)] * 2
+    assert 3 * cache.stall_s + sum(pauses_s) - 2 * granted_s <= cache.patience_s
 
 
 def test_processes_that_fail_together_do_not_come_back_together(tmp_path: Path) -> None:

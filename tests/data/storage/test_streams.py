@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,11 @@ from pathlib import Path
 import pytest
 
 from bfsys.data.storage.remote import Cache, RemoteFile, is_remote, url_of
+from bfsys.data.storage.streams import TryFailed, stream
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
 from bfsys.locations import base_name, hide
 from tests.data.conftest import CONTENT, make_cache, names, put, sha256
+from tests.data.http_server import FaultyServer
 
 pytestmark = pytest.mark.usefixtures("no_orphans")
 
@@ -132,6 +136,28 @@ def test_a_command_that_cannot_be_run_is_an_error_at_once(tmp_path: Path, cache:
 def test_a_pipeline_that_begins_with_a_missing_command_is_an_error(cache: Cache) -> None:
     with pytest.raises(UserError, match=r"ended at 0 bytes \(exit status 0: .*no_such_command_here.*not found"):
         cache.read("pipe:no_such_command_here | cat")
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "asked_s"), [("", 0), ("7", 7), ("soon", 0), ("-3", 0), ("Thu, 01 Jan 2099 00:00:00 GMT", 10**8)]
+)
+def test_a_server_may_ask_for_a_pause(server: FaultyServer, retry_after: str, asked_s: float) -> None:
+    server.retry_after = retry_after
+    server.fail("/x.tar", ["503"])
+    with pytest.raises(TryFailed, match="HTTP status 503") as caught:
+        list(stream(f"{server.url}/x.tar", 60.0, threading.Event()))
+    assert caught.value.retry_after_s == asked_s or caught.value.retry_after_s > asked_s > 10
+
+
+def test_credentials_may_be_in_netrc(
+    server: FaultyServer, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache.read(f"{server.url}/x.tar")
+    assert server.credentials == {None}
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password pw\n")
+    cache.read(f"{server.url}/x.tar")
+    assert server.credentials == {None, f"Basic {b64encode(b'me:pw').decode()}"}
 
 
 def test_a_refused_connection_is_reported_with_the_message_of_the_program(
