@@ -163,7 +163,6 @@ def test_a_pause_that_a_server_asks_for_is_granted_within_limits(
     with pytest.raises(UserError, match="could not be fetched in 3 tries"):
         cache._try_often("http://host/x.tar", fail, Stop())
     assert pauses_s == [pytest.approx(granted_s, abs=0.5)] * 2
-    assert 3 * cache.stall_s + sum(pauses_s) - 2 * granted_s <= cache.patience_s
 
 
 def test_processes_that_fail_together_do_not_come_back_together(tmp_path: Path) -> None:
