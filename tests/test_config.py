@@ -129,7 +129,7 @@ def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
         ("model.size=custom", "custom needs model.dim and model.layers"),
         ("model.dim=64", "'tiny' fixes dim, layers and heads"),
         ("model.merge_after=[50]", "model.merge_after"),
-        ("data.lanes=9", "data.batch_samples: got 8; with 9 lanes (data.lanes) and 1 sources, at least 9 are needed"),
+        ("data.lanes=9", "data.batch_samples: got 8; with 9 lanes (data.lanes) and 1 source, at least 9 are needed"),
         ("data.sources=[]", "the list is empty"),
         ("optim.warmup_steps=9999999", "the warm-up must not be longer than the run"),
         ("name=a/b", "must be a folder name"),

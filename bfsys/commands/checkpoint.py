@@ -38,7 +38,7 @@ from bfsys.checkpoint.files import (
     to_prune,
 )
 from bfsys.checkpoint.store import Store
-from bfsys.errors import EXIT_USER_ERROR, UserError, one_line
+from bfsys.errors import EXIT_USER_ERROR, UserError, counted, one_line
 from bfsys.object_stores import URL
 
 MB = 1e6
@@ -254,7 +254,7 @@ def show(args: argparse.Namespace) -> int:
           f"{', …' if len(manifest['classes']) > 8 else ''}")  # fmt: skip
     for state in sorted({name.partition("-")[0] for name in files if name.endswith(".safetensors")}):
         parts = [entry["bytes"] for name, entry in files.items() if name.startswith(f"{state}-")]
-        print(f"state     {state}: {sum(parts) / MB:,.1f} MB in {len(parts)} files")
+        print(f"state     {state}: {sum(parts) / MB:,.1f} MB in {counted(len(parts), 'file')}")
     print(f"config    {json.dumps(manifest['config'])}")
     return 0
 

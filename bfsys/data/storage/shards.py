@@ -35,7 +35,7 @@ from bfsys.data.storage.description import check_description
 from bfsys.data.storage.remote import SMALL_FILE_BYTES, Cache, RemoteFile, is_remote, too_long, url_of
 from bfsys.data.storage.streams import WrongContent
 from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, join_shards
-from bfsys.errors import MISSING_ERRNOS, UserError, code_of, one_line
+from bfsys.errors import MISSING_ERRNOS, UserError, code_of, counted, one_line
 from bfsys.files import describe, open_regular, read_up_to, replace_file, replacing
 
 FORMAT = 2
@@ -431,15 +431,16 @@ def write_description(
 def summarise(description: dict) -> str:
     """A readable summary of a dataset."""
     classes = description["classes"]
-    count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
-    lines = [f"{description['name']}: {count} ({some(classes)}), encoding {description['encoding']}"]
+    lines = [
+        f"{description['name']}: {counted(len(classes), 'class')} ({some(classes)}), encoding {description['encoding']}"
+    ]
     for split, part in description["splits"].items():
         counts = [count for count in part["class_counts"].values() if count]
         each = f" ({min(counts):,} to {max(counts):,} each)" if counts else ""
         quantiles = ", ".join(f"{name} {value:,}" for name, value in part["length_quantiles"].items())
         lines += [
-            f"  {split}: {part['samples']:,} samples of {len(counts)} classes{each}, {part['bytes']:,} bytes in "
-            f"{len(part['shards']):,} shards",
+            f"  {split}: {counted(part['samples'], 'sample')} of {counted(len(counts), 'class')}{each}, "
+            f"{part['bytes']:,} bytes in {counted(len(part['shards']), 'shard')}",
             f"    bytes per sample: {quantiles}",
         ]
     training = description["splits"].get("train", {}).get("class_counts")

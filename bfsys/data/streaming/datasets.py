@@ -24,7 +24,7 @@ from bfsys.data.streaming.byte_transforms import ByteTransform, lengths_after, p
 from bfsys.data.streaming.jitter import Jitter
 from bfsys.data.streaming.mix import mixture_weights
 from bfsys.data.streaming.plan import Plan
-from bfsys.errors import UserError, collecting, one_line
+from bfsys.errors import UserError, collecting, counted, one_line
 
 # The content of dataset.json by the location of a remote dataset.
 Descriptions = Mapping[str, dict]
@@ -274,8 +274,9 @@ def make_plan(config: Config, sources: Sources) -> Plan:
     if budget and mean > budget:
         lanes = -(-data.lanes * mean // budget)
         raise UserError(
-            f"data.micro_batch_bytes: {data.batch_samples} samples in {data.lanes} lanes make micro-batches of "
-            f"{mean:,.0f} bytes on average, over the budget of {budget:,}; {lanes:.0f} or more lanes would fit"
+            f"data.micro_batch_bytes: {data.batch_samples} samples in {counted(data.lanes, 'lane')} make "
+            f"micro-batches of {mean:,.0f} bytes on average, over the budget of "
+            f"{budget:,}; {lanes:.0f} or more lanes would fit"
         )
     return plan
 
