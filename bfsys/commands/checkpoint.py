@@ -30,6 +30,7 @@ from bfsys.checkpoint.files import (
     find_whole,
     manifest_or_problems,
     new_work_dir,
+    no_checkpoint,
     problems_of,
     read_manifest,
     remove,
@@ -163,8 +164,7 @@ def paths_of(run: Path) -> list[Path]:
         return [run]
     paths = all_checkpoints(run)
     if not paths:
-        known = "holds no checkpoint" if run.is_dir() else "no such directory"
-        raise UserError(f"{run}: {known}; give a run directory (runs/NAME) or one of its checkpoints")
+        raise UserError(no_checkpoint(run))
     return paths
 
 

@@ -91,7 +91,7 @@ def open_evaluation(
 def no_such_split(config: Config, split: str) -> UserError:
     """The error for a split that no source has. It names the existing splits."""
     there = ", ".join(evaluable_splits(config, {}))
-    return UserError(f"--split: no source of the run has a split {split!r}; there are: {there}")
+    return UserError(f"no source of the run has a split {split!r}; there are: {there}")
 
 
 def evaluable_splits(config: Config, descriptions: Descriptions) -> list[str]:
@@ -294,14 +294,18 @@ def long_files(config: Config, sources: Sources) -> list[str]:
     """A note for each source with files that have more tokens than the model has positions; see model/stem.py."""
     architecture, notes = config.model.architecture(), []
     for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
-        longest = int(lengths_after(sources.transforms, np.array([split.length_quantiles["max"]]))[0])
-        if augmentation or longest <= architecture.max_bytes:
+        most = augmentation.least_bytes if augmentation else split.length_quantiles["max"]
+        longest = int(lengths_after(sources.transforms, np.array([most]))[0])
+        if longest <= architecture.max_bytes:
             continue
-        lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
+        if augmentation:
+            which = f"the augmented files of {split.split}"
+        else:
+            lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
+            which = f"{np.count_nonzero(lengths > architecture.max_bytes)} of {len(split)} files in {split.split}"
         notes.append(
-            f"{split.dataset.location}: {np.count_nonzero(lengths > architecture.max_bytes)} of {len(split)} files in "
-            f"{split.split} are longer than the {architecture.max_bytes:,} bytes that model.max_tokens "
-            f"{architecture.max_tokens:,} covers, up to {longest:,}: positions repeat there; "
+            f"{split.dataset.location}: {which} are longer than the {architecture.max_bytes:,} bytes that "
+            f"model.max_tokens {architecture.max_tokens:,} covers, up to {longest:,}: positions repeat there; "
             f"model.max_tokens={-(-longest // architecture.stride)} would give each token its own"
         )
     return notes

@@ -152,6 +152,7 @@ class RunData:
             )
         return [
             *notes,
+            *self._notes_on_settings(),
             *self._notes_on_mixture(),
             *self._notes_on_evaluation(),
             *self._notes_on_jitter(),
@@ -160,6 +161,17 @@ class RunData:
             *long_files(self.config, self.training),
             *long_files(self.config, self.validation),
         ]
+
+    def _notes_on_settings(self) -> Iterator[str]:
+        """Settings that have no effect with these data."""
+        config, classes = self.config, len(self.training.classes)
+        if config.optim.content_loss and config.data.byte_transforms:
+            yield "optim.content_loss: has no effect, because data.byte_transforms change the files"
+        if config.train.keep_best and config.train.best_metric == "top5" and classes <= 5:
+            yield (
+                f"train.best_metric: top5 is 100 % after every evaluation, because there are {classes} classes; "
+                "set it to top1 or loss"
+            )
 
     def _notes_on_mixture(self) -> Iterator[str]:
         steps = self.config.train.steps
