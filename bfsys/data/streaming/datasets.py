@@ -196,9 +196,11 @@ def _spellings(datasets: Sequence[Dataset]) -> dict[str, Spelling]:
 
 
 def source_names(config: Config) -> list[str]:
-    """A short name for each source: the name of its folder, with the source's number if two are equal."""
+    """A short name for each source: the name of its folder. The source's number is added if two are equal, and if one
+    of several is called "all", as the scores of all of them are."""
     names = [_folder_name(source.path) for source in config.data.sources]
-    unique = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+    taken = [*names, *(["all"] if len(names) > 1 else [])]
+    unique = [name if taken.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
     return unique if len(set(unique)) == len(unique) else [f"{name}_{i}" for i, name in enumerate(names)]
 
 
