@@ -56,6 +56,7 @@ WIDTH = 78  # columns of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
 # Arguments that the shell completes with file names, besides those whose type is a path.
 FILES = ("config", "dataset", "files", "permute", "run", "to")
+SLURM_RUN = ("slurm", "overrides")  # RUN of `bfsys slurm status RUN`
 
 
 def main() -> None:
@@ -75,10 +76,8 @@ def dispatch(arguments: Sequence[str]) -> int | None:
     if arguments and not arguments[0].startswith("-"):
         hint = did_you_mean(arguments[0], COMMANDS)
         raise UserError(f"{arguments[0]!r}: no such command{hint}; `bfsys --help` lists all")
-    parser = _Parser(prog="bfsys", usage="bfsys COMMAND [ARGUMENT …]", add_help=False)
+    parser = _top_level_parser()
     parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--version", action="store_true")
-    parser.add_argument("--print-completion", choices=SHELLS)
     args = parser.parse_args(arguments)
     if args.version:
         from importlib.metadata import version
@@ -89,6 +88,13 @@ def dispatch(arguments: Sequence[str]) -> int | None:
     else:
         print(overview())
     return 0
+
+
+def _top_level_parser(*, add_help: bool = False) -> argparse.ArgumentParser:
+    parser = _Parser(prog="bfsys", usage="bfsys COMMAND [ARGUMENT …]", add_help=add_help)
+    parser.add_argument("--version", action="store_true", help="show the version")
+    parser.add_argument("--print-completion", choices=SHELLS, help="print a script for completion with TAB")
+    return parser
 
 
 def overview() -> str:
@@ -135,13 +141,15 @@ def completion(shell: str) -> str:
 
     from bfsys.commands.arguments import local_path
 
-    root = argparse.ArgumentParser(prog="bfsys")
+    root = _top_level_parser(add_help=True)
     subparsers = root.add_subparsers(metavar="COMMAND")
     for name, summary in COMMANDS.items():
         parser = subparsers.add_parser(name, help=summary)
         module_of(name).add_arguments(parser)
         for action in parser._actions:
-            if action.type in (Path, local_path) or action.dest in FILES:
+            if shell == "bash" and (name, action.dest) == ("slurm", "config"):  # for zsh, shtab has no such choices
+                action.choices = [*OF_SLURM_JOBS, *shtab.Optional.FILE]
+            elif action.type in (Path, local_path) or action.dest in FILES or (name, action.dest) == SLURM_RUN:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     return shtab.complete(root, shell)
 

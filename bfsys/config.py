@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
 
 from bfsys import typed_yaml
-from bfsys.errors import UserError, collecting
+from bfsys.errors import UserError, collecting, counted
 from bfsys.locations import expanded, expanded_folder, is_remote
 from bfsys.model import sizes
 from bfsys.object_stores import problem_of_url
@@ -366,15 +366,16 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         problems.append("data.sources: the list is empty; give at least one `- path: FOLDER`")
     if set("/\0") & set(config.name) or config.name.startswith("."):
         problems.append(
-            f"name: got {config.name!r}; must be a folder name without '/'; set the parent folder with runs_dir"
+            f"name: got {config.name!r}; must be a folder name without '/' that does not begin with a dot; set "
+            "the parent folder with runs_dir"
         )
     for key, text in (("name", config.name), ("runs_dir", config.runs_dir)):
         if any("\ud800" <= character <= "\udfff" for character in text):
             problems.append(f"{key}: got {text!r}, which is not UTF-8, as TensorBoard and safetensors require")
     if data.sources and data.batch_samples < data.lanes * len(data.sources):
         problems.append(  # with fewer, a lane could have no sample in a step
-            f"data.batch_samples: got {data.batch_samples}; with {data.lanes} lanes (data.lanes) and "
-            f"{len(data.sources)} sources, at least {data.lanes * len(data.sources)} are needed"
+            f"data.batch_samples: got {data.batch_samples}; with {counted(data.lanes, 'lane')} (data.lanes) and "
+            f"{counted(len(data.sources), 'source')}, at least {data.lanes * len(data.sources)} are needed"
         )
     if optim.warmup_steps > train.steps:
         problems.append(

@@ -14,7 +14,7 @@ from bfsys.data.streaming.datasets import Sources, check_patience
 from bfsys.data.streaming.plan import fitting_world_sizes, lanes_of_rank
 from bfsys.data.streaming.run_data import RunData, open_run_data
 from bfsys.dist import Ranks
-from bfsys.errors import UserError, collecting
+from bfsys.errors import UserError, collecting, counted
 from bfsys.init_from import initial_weights
 from bfsys.locations import without_secrets
 from bfsys.micro_batches import largest_micro_batch, micro_batches_of
@@ -35,7 +35,8 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
     config = replace(config, data=replace(config.data, fetch_tries=tries))
     data, architecture = config.data, config.model.architecture()
     fitting = fitting_world_sizes(data.lanes)
-    print(f"batch       {data.batch_samples} samples a step in {data.lanes} lanes; world sizes that fit: {fitting}")
+    shared = counted(data.lanes, "lane")
+    print(f"batch       {data.batch_samples} samples a step in {shared}; world sizes that fit: {fitting}")
     print(f"model       {config.model.size}: positions for files of up to {architecture.max_bytes:,} bytes; the "
           f"token merges reduce {architecture.alignment} tokens to one")  # fmt: skip
     with collecting(problems):
@@ -53,7 +54,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
     with collecting(problems):
         opened = open_run_data(config, Ranks())
         classes = len(opened.training.classes)
-        print(f"parameters  {parameter_count(architecture, classes):,} with {classes} classes")
+        print(f"parameters  {parameter_count(architecture, classes):,} with {counted(classes, 'class')}")
         _show_sources(data.train_split, opened.training)
         _show_plan(opened)
         if notes := notes_on_start(opened):
@@ -67,7 +68,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
             _, largest = largest_micro_batch(opened, Ranks(), data.lanes)
             on_gpu, on_cpu = (micro_batches_of(lanes, largest, config, on_gpu=gpu) for gpu in (True, False))
             counts = f"{on_cpu}" if on_cpu == on_gpu else f"{on_gpu} on large GPUs, {on_cpu} on CPUs"
-            print(f"ranks       {world_size}, each {lanes} lanes; micro-batches a step: {counts}")
+            print(f"ranks       {world_size}, each {counted(lanes, 'lane')}; micro-batches a step: {counts}")
     if problems:
         raise UserError(*problems)
 
@@ -98,8 +99,9 @@ def _show_sources(split: str, sources: Sources) -> None:
     if not sources.splits:
         print(f"{split:<11} no source has this split: nothing will be evaluated")
     for name, part in zip(sources.names, sources.splits, strict=True):
+        files, shards = counted(len(part), "file"), counted(len(part.shards), "shard")
         print(
-            f"{split:<11} {name}: {len(part):,} files, {part.bytes / 1e6:,.1f} MB in {len(part.shards)} shards, "
+            f"{split:<11} {name}: {files}, {part.bytes / 1e6:,.1f} MB in {shards}, "
             f"median {part.length_quantiles['50%']:,} bytes, longest {part.length_quantiles['max']:,}"
         )
 

@@ -116,6 +116,15 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """The number and its noun, such as `1 file`, `1,200 classes` or `3 tries`."""
+    if number == 1:
+        return f"1 {noun}"
+    if noun.endswith(("s", "ch")):
+        return f"{number:,} {noun}es"
+    return f"{number:,} {noun[:-1]}ies" if noun.endswith("y") else f"{number:,} {noun}s"
+
+
 def one_line(text: str) -> str:
     """The text with line breaks and other control characters escaped. File names may contain them."""
     return "".join(c if is_printable(c) else ascii(c)[1:-1] for c in text)

@@ -36,8 +36,15 @@ def initial_weights(
     origin = config.train.init_from
     if origin is None:
         return {}, []
-    path = dist.on_rank0(lambda: find_whole(Path(origin)), ranks)
+    path = dist.on_rank0(lambda: _origin(Path(origin)), ranks)
     return dist.same_errors_on_all(lambda: _take_over(model, config, classes, path))
+
+
+def _origin(run: Path) -> Path:
+    try:
+        return find_whole(run)
+    except UserError as error:
+        raise UserError(*(f"train.init_from: {problem}" for problem in error.problems)) from None
 
 
 def _take_over(

@@ -20,6 +20,7 @@ from bfsys import dist
 from bfsys.config import Config
 from bfsys.data.streaming.plan import lane_groups, lanes_of_rank
 from bfsys.data.streaming.run_data import FIRST_STEPS, RunData
+from bfsys.errors import counted
 from bfsys.model.layout import token_counts
 
 # Default of tokens times channels of a micro-batch on a GPU. This is 700,000 tokens for tiny and 175,000 for base. They
@@ -37,7 +38,8 @@ def agree_on_micro_batches(data: RunData, ranks: dist.Ranks) -> tuple[int, str]:
     lane_tokens, least = dist.agree_on_max(largest_micro_batch(data, ranks, lanes)[1], -memory)
     count = micro_batches_of(lanes, lane_tokens, data.config, on_gpu=on_gpu, gpu_bytes=-least)
     (tokens,) = dist.agree_on_max(largest_micro_batch(data, ranks, count)[1])
-    return count, f"each step has {count} micro-batches of up to {tokens:,} tokens on every rank, from {lanes} lanes"
+    parts = f"{counted(count, 'micro-batch')} of up to {tokens:,} tokens"
+    return count, f"each step has {parts} on every rank, from {counted(lanes, 'lane')}"
 
 
 def micro_batches_of(lanes: int, lane_tokens: int, config: Config, *, on_gpu: bool, gpu_bytes: float = math.inf) -> int:

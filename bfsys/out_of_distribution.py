@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bfsys.errors import UserError
+from bfsys.errors import UserError, counted
 
 FILES = 128  # reference files of a run
 FEWEST = 20  # with fewer reference files, no usual distance can be estimated
@@ -44,9 +44,9 @@ class ReferenceFiles:
     def describe(self) -> str:
         """Their number and kind, such as `18 evaluation files and 110 training files`."""
         if self.training_files is None:
-            return f"{len(self.headers)} files"
+            return counted(len(self.headers), "file")
         counts = {"evaluation": len(self.headers) - self.training_files, "training": self.training_files}
-        return " and ".join(f"{count} {kind} file{'s' * (count > 1)}" for kind, count in counts.items() if count)
+        return " and ".join(f"{counted(count, f'{kind} file')}" for kind, count in counts.items() if count)
 
     def score(self, data: np.ndarray) -> float:
         """The score of a file, uint8 [n], as the model reads it. Above 1, the file resembles no reference file."""

@@ -28,7 +28,7 @@ from bfsys.checkpoint.loading import newest_readable
 from bfsys.config import Config, load_config
 from bfsys.data.streaming.plan import lane_groups, lanes_of_rank
 from bfsys.data.streaming.run_data import RunData
-from bfsys.errors import UserError
+from bfsys.errors import UserError, counted
 from bfsys.json_lines import NUMBER, Fields, read_json_lines_backwards
 from bfsys.micro_batches import micro_batches_of
 from bfsys.model.byteformer import muon_count, parameter_count
@@ -81,8 +81,9 @@ class Estimate:
         return (
             f"{self.parameters:,} parameters; {who} needs {self.memory_bytes / GB:.2f} GB "
             f"({self.state_bytes / GB:.2f} state, {self.activation_bytes / GB:.2f} activations at most); "
-            f"a step is {self.micro_batches} micro-batches of each rank, {self.step_flops / 1e12:.2f} TFLOP and "
-            f"{self.step_bytes / 1e6:.1f} MB of files; a rank sends {self.sent_bytes / 1e6:.1f} MB; "
+            f"a step is {counted(self.micro_batches, 'micro-batch')} of each rank, "
+            f"{self.step_flops / 1e12:.2f} TFLOP and {self.step_bytes / 1e6:.1f} MB of files; "
+            f"a rank sends {self.sent_bytes / 1e6:.1f} MB; "
             f"a checkpoint {self.checkpoint_bytes / GB:.2f} GB"
         )
 

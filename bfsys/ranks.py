@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bfsys.errors import UserError
+from bfsys.errors import UserError, counted
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,8 @@ class Ranks:
         index = 0 if gpus == 1 else self.local_rank
         if index >= gpus:
             raise UserError(
-                f"{self.local_world_size} ranks on this machine, but {gpus} GPUs; one rank per GPU is allowed, or "
-                "DS_ACCELERATOR=cpu for CPU ranks"
+                f"{counted(self.local_world_size, 'rank')} on this machine, but {counted(gpus, 'GPU')}; "
+                "one rank per GPU is allowed, or DS_ACCELERATOR=cpu for CPU ranks"
             )
         return torch.device("cuda", index)
 
@@ -92,8 +92,7 @@ def env_number(variable: str, default: int) -> int:
 def _checked(ranks: Ranks) -> Ranks:
     if not 0 <= ranks.rank < ranks.world_size:
         raise UserError(
-            f"RANK is {ranks.rank}, but there are {ranks.world_size} ranks (WORLD_SIZE), numbered from 0; "
-            f"{_BOTH_OR_NEITHER}"
+            f"RANK is {ranks.rank}, but WORLD_SIZE is {ranks.world_size}: ranks are numbered from 0; {_BOTH_OR_NEITHER}"
         )
     if ranks.local_world_size < 1:
         raise UserError(f"LOCAL_WORLD_SIZE is {ranks.local_world_size}; a machine has at least 1 rank")

@@ -24,7 +24,7 @@ from bfsys.checkpoint.rollbacks import FILE as ROLLBACKS
 from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
-from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError, counted
 from bfsys.files import NO_LOCKS, replace_file
 from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
@@ -186,8 +186,8 @@ def _notes_on_finished(config: Config, step: int) -> list[str]:
         if replace(theirs, name=config.name, runs_dir=config.runs_dir) == config:
             return []
     return [
-        f"{config.run_dir} has made {step} steps, and train.steps is {config.train.steps}: nothing is left to train, "
-        f"so the settings of this start that differ from {file} have no effect"
+        f"{config.run_dir} has made {counted(step, 'step')}, and train.steps is {config.train.steps}: nothing is "
+        f"left to train, so the settings of this start that differ from {file} have no effect"
     ]
 
 

@@ -414,11 +414,16 @@ def test_errors_about_missing_runs_name_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
     (tmp_path / "file").touch()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / files.EXPORTED).touch()
     for name, told in (
         ("missing", "no such directory; give a run directory"),
         ("empty", "holds no checkpoint; is it a run directory"),
         ("runs", f"holds no checkpoint; give a run in it, for example {tmp_path}/runs/mine"),
         ("file", "a file; give a run directory"),
+        ("export", "is an export; give the run from which it was exported"),
     ):
         with pytest.raises(UserError, match=told):
             loading.load_model(tmp_path / name)
+        with pytest.raises(UserError, match=told):
+            call("checkpoint", ["show", str(tmp_path / name)])

@@ -172,7 +172,14 @@ def test_a_shell_completes_commands_options_and_files(tmp_path: Path) -> None:
         complete_words bfsys checkp
         complete_words bfsys evaluate --rob
         complete_words bfsys train joi
+        complete_words bfsys slurm sta
+        complete_words bfsys slurm joi
+        complete_words bfsys slurm status joi
+        complete_words bfsys --ver
     """
     done = subprocess.run(["bash", "-c", complete], cwd=tmp_path, capture_output=True, text=True, timeout=900)
-    assert done.stdout.split("\n") == ["checkpoint", "--robustness", "joint.yaml", ""], done.stderr
+    files = ["joint.yaml"] * 2
+    assert done.stdout.split() == ["checkpoint", "--robustness", "joint.yaml", "status", *files, "--version"], (
+        done.stderr
+    )
     assert "make-key" in cli.completion("zsh")

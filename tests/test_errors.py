@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bfsys.errors import EXIT_CRASHED, UserError, collecting, run_command, summary_of
+from bfsys.errors import EXIT_CRASHED, UserError, collecting, counted, run_command, summary_of
 from tests.conftest import REPOSITORY
 
 
@@ -187,3 +187,19 @@ def test_a_reader_that_closes_the_pipe_is_not_an_error() -> None:
     shell = f"set -o pipefail; {sys.executable} -c '{code}' | head -n 1"
     done = subprocess.run(["bash", "-c", shell], cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (0, "file", "0 files"),
+        (1, "file", "1 file"),
+        (1, "class", "1 class"),
+        (2, "class", "2 classes"),
+        (1_200, "micro-batch", "1,200 micro-batches"),
+        (3, "loader process", "3 loader processes"),
+        (3, "try", "3 tries"),
+    ],
+)
+def test_a_noun_is_in_the_plural_unless_its_number_is_one(number: int, noun: str, text: str) -> None:
+    assert counted(number, noun) == text

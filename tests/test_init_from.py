@@ -146,13 +146,13 @@ def test_another_architecture_is_refused(change: dict, message: str, config: Con
 
 
 def test_missing_runs_are_refused(config: Config, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match=r"train\.init_from: .*no such directory"):
         start(replace(config, train=replace(config.train, init_from=str(tmp_path / "none"))))
 
 
 def test_an_export_is_named_as_such(config: Config, tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text("{}")
-    with pytest.raises(UserError, match="is an export; give the run from which it was exported"):
+    with pytest.raises(UserError, match=r"train\.init_from: .*is an export; give the run from which it was exported"):
         start(replace(config, train=replace(config.train, init_from=str(tmp_path))))
 
 

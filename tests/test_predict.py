@@ -78,7 +78,7 @@ def test_a_folder_is_read_as_it_is_packed(finished_run: Path, tmp_path: Path, pr
     assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-3:] == [
         *(f"error: {folder}/{n}: is not a regular file" for n in ("loop", "pipe")),
-        "error: 2 problems; 4 files were classified",
+        "error: 2 problems; 4 files classified",
     ]
     named = [line.partition(": ")[0] for line in result.stdout.splitlines()]
     assert named == [f"{folder}/{n}" for n in ("b", "caf\\udce9", "link/c", "two\\nlines")]

@@ -117,7 +117,7 @@ def test_files_that_cannot_be_encoded_are_named_and_the_others_answered(
         f"{folder / 'notes.txt'}: cannot be decoded as image: is not an image that Pillow can read; "
     )
     assert "; cannot be decoded as audio: is not a sound" in text
-    assert total == "2 problems; 1 files were classified"
+    assert total == "2 problems; 1 file classified"
     assert capsys.readouterr().out.startswith(f"{folder / 'photo.jpg'}: ")
 
 

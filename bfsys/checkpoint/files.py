@@ -309,10 +309,7 @@ def find_whole(run: Path) -> Path:
     Damaged newer checkpoints are reported on standard error. Raises UserError if there is no intact checkpoint.
     """
     if not run.is_dir():
-        if problem := problem_of_place(run):
-            raise UserError(problem)
-        what = "a file" if run.exists() else "no such directory"
-        raise UserError(f"{run}: {what}; give a run directory (runs/NAME) or one of its checkpoints")
+        raise UserError(problem_of_place(run) or no_checkpoint(run))
     path: Path | None
     if (run / MANIFEST).exists():
         path, problems = run, problems_of(run)
@@ -320,13 +317,21 @@ def find_whole(run: Path) -> Path:
         path, problems = find_newest(run)
     for problem in problems if path != run else ():
         print(f"skipped a damaged checkpoint: {problem}", file=sys.stderr)
-    if path is None and (run / EXPORTED).exists():
-        raise UserError(f"{run}: is an export; give the run from which it was exported")
     if path is None or (path == run and problems):
-        runs = sorted(folder.parent for folder in run.glob("*/checkpoints"))
-        remedy = f"give a run in it, for example {runs[0]}" if runs else "is it a run directory (runs/NAME)?"
-        raise UserError(*problems or [f"{run}: holds no checkpoint; {remedy}"])
+        raise UserError(*problems or [no_checkpoint(run)])
     return path
+
+
+def no_checkpoint(run: Path) -> str:
+    """The problem of a path in which there is no checkpoint."""
+    if not run.is_dir():
+        what = "a file" if run.exists() else "no such directory"
+        return f"{run}: {what}; give a run directory (runs/NAME) or one of its checkpoints"
+    if (run / EXPORTED).exists():
+        return f"{run}: is an export; give the run from which it was exported"
+    runs = sorted(folder.parent for folder in run.glob("*/checkpoints"))
+    remedy = f"give a run in it, for example {runs[0]}" if runs else "is it a run directory (runs/NAME)?"
+    return f"{run}: holds no checkpoint; {remedy}"
 
 
 def problems_of(path: Path) -> list[str]:

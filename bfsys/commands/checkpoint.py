@@ -30,6 +30,7 @@ from bfsys.checkpoint.files import (
     find_whole,
     manifest_or_problems,
     new_work_dir,
+    no_checkpoint,
     problems_of,
     read_manifest,
     remove,
@@ -38,7 +39,7 @@ from bfsys.checkpoint.files import (
     to_prune,
 )
 from bfsys.checkpoint.store import Store
-from bfsys.errors import EXIT_USER_ERROR, UserError, one_line
+from bfsys.errors import EXIT_USER_ERROR, UserError, counted, one_line
 from bfsys.locations import without_secrets
 from bfsys.object_stores import URL
 
@@ -164,8 +165,7 @@ def paths_of(run: Path) -> list[Path]:
         return [run]
     paths = all_checkpoints(run)
     if not paths:
-        known = "holds no checkpoint" if run.is_dir() else "no such directory"
-        raise UserError(f"{run}: {known}; give a run directory (runs/NAME) or one of its checkpoints")
+        raise UserError(no_checkpoint(run))
     return paths
 
 
@@ -255,7 +255,7 @@ def show(args: argparse.Namespace) -> int:
           f"{', …' if len(manifest['classes']) > 8 else ''}")  # fmt: skip
     for state in sorted({name.partition("-")[0] for name in files if name.endswith(".safetensors")}):
         parts = [entry["bytes"] for name, entry in files.items() if name.startswith(f"{state}-")]
-        print(f"state     {state}: {sum(parts) / MB:,.1f} MB in {len(parts)} files")
+        print(f"state     {state}: {sum(parts) / MB:,.1f} MB in {counted(len(parts), 'file')}")
     print(f"config    {json.dumps(without_secrets(manifest['config']))}")
     return 0
 

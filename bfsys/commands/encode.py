@@ -6,7 +6,7 @@ import argparse
 
 from bfsys import console
 from bfsys.commands.arguments import add_encoding, local_path, read_encoding
-from bfsys.errors import UserError, collecting
+from bfsys.errors import UserError, collecting, counted
 
 NOTES = """\
 E: see `bfsys pack --help`; T: as in data.byte_transforms. The same command
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
                 problem = make(source, target, encoding, fitting, transforms, notes)
                 failed += [problem] if problem else []
                 written += not problem
-    print(f"{args.out}: {written:,} files" + (f", and {len(kept):,} that were there" if kept else ""))
+    print(f"{args.out}: {counted(written, 'file')}" + (f", and {len(kept):,} that were there" if kept else ""))
     if failed:
         missing = len(targets) - len(kept) - written
         raise UserError(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bfsys.commands.arguments import add_precision, add_weights, local_path
-from bfsys.errors import UserError, one_line
+from bfsys.errors import UserError, counted, one_line
 
 NOTES = """\
 For a run directory, the newest intact checkpoint is evaluated. Imported weights
@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
         more = {"robustness": robustness} if robustness else {}
         print(json.dumps({"run": str(args.run), "step": manifest["step"], **result, **more}, indent=1))
         return 0
-    print(one_line(f"{args.run}, step {manifest['step']}, {result['samples']} files: {describe_scores(result)}"))
+    files = counted(result["samples"], "file")
+    print(one_line(f"{args.run}, step {manifest['step']}, {files}: {describe_scores(result)}"))
     show_scores(result)
     if robustness:
         show_robustness({"as they are": result, **robustness})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bfsys import console
-from bfsys.errors import UserError, one_line
+from bfsys.errors import UserError, counted, one_line
 
 if TYPE_CHECKING:
     from bfsys.data.storage.shards import Split
@@ -79,7 +79,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def list_shards(split: Split) -> None:
     for shard in split.shards:
-        print(f"    {shard.file}: {shard.samples:,} samples, {shard.bytes:,} bytes")
+        print(f"    {shard.file}: {counted(shard.samples, 'sample')}, {shard.bytes:,} bytes")
 
 
 def list_samples(split: Split, count: int) -> None:

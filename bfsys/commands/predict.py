@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bfsys.commands.arguments import add_precision, add_weights
-from bfsys.errors import UserError, one_line
+from bfsys.errors import UserError, counted, one_line
 
 if TYPE_CHECKING:
     from bfsys.inputs import Input
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answers, indent=1))
     if problems:
-        total = f"{len(problems):,} problems; {len(answers):,} files were classified"
+        total = f"{counted(len(problems), 'problem')}; {counted(len(answers), 'file')} classified"
         raise UserError(*problems, *([total] if len(problems) > 1 else []))
     return 0
 

@@ -23,7 +23,7 @@ import numpy as np
 from bfsys.config import Config
 from bfsys.data.streaming.byte_transforms import ByteTransform
 from bfsys.data.streaming.datasets import no_such_split
-from bfsys.errors import UserError
+from bfsys.errors import UserError, counted
 from bfsys.explain.attribution import Classifier
 from bfsys.explain.ranges import KINDS, UNNAMED, Range
 from bfsys.explain.references import LabelledFile, open_split, read_files
@@ -107,7 +107,7 @@ def shortcuts(
     chance = float(np.bincount(labels).max() / len(labels))
     total = measured.row(np.ones(len(files), bool))
     unknown = sum(all(r.kind == "content" for r in one.structure.ranges) for one in files)
-    notes = [f"{bad} files could not be read"] if bad else []
+    notes = [f"{counted(bad, 'file')} could not be read"] if bad else []
     if unknown:
         notes.append(
             f"{unknown} of {len(files)} files have no known headers or metadata: all of their bytes are content"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import yaml
 
+from bfsys.errors import counted
 from bfsys.fitting.survey import Survey
 from bfsys.model.flops import flops_per_step
 from bfsys.model.sizes import Architecture, architecture
@@ -49,7 +50,7 @@ class Machine:
     """Whether it has instructions for bfloat16 products."""
 
     def describe(self) -> str:
-        return f"{self.ranks} {'GPU' if self.device == 'gpu' else 'CPU core'}{'s' * (self.ranks > 1)}"
+        return counted(self.ranks, "GPU" if self.device == "gpu" else "CPU core")
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _of_data(choice: Choice, data: str, eval_data: str, steps: int) -> Iterator[
     if choice.eval_split != "val":
         yield Setting("data", "eval_split", choice.eval_split, "there is no validation split")
     yield Setting(
-        "data", "batch_samples", choice.batch_samples, f"{len(choice.lengths):,} files of {median:,.0f} bytes"
+        "data", "batch_samples", choice.batch_samples, f"{counted(len(choice.lengths), 'file')} of {median:,.0f} bytes"
     )
     yield Setting("data", "lanes", choice.lanes, "the number of ranks must divide this")
     if (form.augmented or form.jittered) and choice.machine.device == "gpu":

@@ -30,7 +30,7 @@ from bfsys.data.packing.pack import Packing, list_source, name_bad_files, pack
 from bfsys.data.packing.staging import note_on_skipped, skipped_files
 from bfsys.data.storage.shards import DESCRIPTION, open_split, read_description
 from bfsys.data.streaming.datasets import evaluable_splits
-from bfsys.errors import UserError, one_line
+from bfsys.errors import UserError, counted, one_line
 from bfsys.files import read_regular, replace_file
 from bfsys.fitting.choice import LEAST_STEPS, Choice, Format, Machine, choice_of, choose, settings_of, to_yaml
 from bfsys.fitting.survey import Survey, survey_of
@@ -132,13 +132,15 @@ def prepare(request: Request, began_s: float) -> Config | int:
         smaller = choice.format.smaller()
         if steps >= LEAST_STEPS or smaller is None:
             break
-        print(f"{choice.format.describe()}: only {steps} steps in the time that is left; trying a smaller size")
+        print(
+            f"{choice.format.describe()}: only {counted(steps, 'step')} in the time that is left; trying a smaller size"
+        )
         choice = choice_of(survey, machine, smaller)
     if steps < LEAST_STEPS:
         minutes = np.ceil((passed_s + trial.seconds_for(LEAST_STEPS, step_bytes)) / 60 + 1)
         raise UserError(
-            f"--minutes: got {request.minutes:g}; this machine trains {steps} steps in that time, and at least "
-            f"{LEAST_STEPS} are needed. Allow about {minutes:.0f} minutes"
+            f"--minutes: got {request.minutes:g}; this machine trains {counted(steps, 'step')} in that time, "
+            f"and at least {LEAST_STEPS} are needed. Allow about {counted(int(minutes), 'minute')}"
         )
     write_config(request, survey, choice, data, eval_data, min(steps, choice.most_steps()))
     return load_config(request.config_file, overrides_of(request))

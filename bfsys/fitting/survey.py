@@ -10,7 +10,6 @@ import json
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -18,6 +17,7 @@ import xxhash
 from bfsys.data.media.input_formats import FileKind, kind_of
 from bfsys.data.media.sounds import UNKNOWN_FRAMES, announced_samples, decode_audio, open_sound
 from bfsys.data.packing.listing import SourceFile
+from bfsys.files import read_regular
 
 LOOKED_AT = 200  # files whose headers are read
 HEADER_BYTES = 1 << 16  # read from a file to determine its kind
@@ -138,13 +138,13 @@ def _size_of(path: str, kind: FileKind) -> tuple[float, int] | None:
         import soundfile
 
         if kind.name == "an MP3":  # libmpg123 prints a warning if it opens a file with tags at its end
-            data = Path(path).read_bytes()
+            data = read_regular(path)
             with open_sound(data, announced_samples(data)) as file:
                 return file.frames / file.samplerate, file.samplerate
         info = soundfile.info(path)
         if 0 < info.frames < UNKNOWN_FRAMES:
             return info.frames / info.samplerate, info.samplerate
-        clip = decode_audio(Path(path).read_bytes(), LONGEST_DECODED_S)  # a program wrote it to a pipe
+        clip = decode_audio(read_regular(path), LONGEST_DECODED_S)  # a program wrote it to a pipe
         return len(clip.wave) / clip.rate_hz, clip.rate_hz
     except Exception:  # decoders raise anything
         return None

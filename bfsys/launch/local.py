@@ -44,7 +44,7 @@ import psutil
 from bfsys.config import Config
 from bfsys.data.streaming.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
-from bfsys.errors import EXIT_CRASHED, EXIT_HUNG, EXIT_REQUEUE, EXIT_STORAGE, UserError, code_of, one_line
+from bfsys.errors import EXIT_CRASHED, EXIT_HUNG, EXIT_REQUEUE, EXIT_STORAGE, UserError, code_of, counted, one_line
 from bfsys.launch.elastic import MOST, describe, fitting, parse_range
 from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
@@ -385,8 +385,9 @@ def choose_ranks(lanes: int, asked: range | None, at_once: int = 1) -> int:
         if fit := fitting(lanes, range(asked.start, min(asked.stop, each + 1))):
             return fit[-1]
         raise UserError(
-            f"--ranks: got {describe(asked)}; {lanes} lanes (data.lanes) and {each} {'GPUs' if gpus else 'cores'} "
-            f"allow {', '.join(map(str, fitting(lanes, range(1, each + 1))))}"
+            f"--ranks: got {describe(asked)}; {counted(lanes, 'lane')} (data.lanes) and "
+            f"{counted(each, 'GPU' if gpus else 'core')} allow "
+            f"{', '.join(map(str, fitting(lanes, range(1, each + 1))))}"
         )
     (number,) = asked
     problems: list[str] = []
@@ -395,7 +396,11 @@ def choose_ranks(lanes: int, asked: range | None, at_once: int = 1) -> int:
     except UserError as error:
         problems.extend(error.problems)
     if gpus and number > each:
-        whose = f"this machine's {gpus} GPUs" if at_once == 1 else f"the {each} GPUs that each of {at_once} runs has"
+        whose = (
+            f"this machine's {counted(gpus, 'GPU')}"
+            if at_once == 1
+            else f"the {counted(each, 'GPU')} of each of {at_once} runs"
+        )
         problems.append(f"--ranks: got {number}, more than {whose}; one rank per GPU is allowed")
     if problems:
         raise UserError(*problems)
@@ -439,7 +444,7 @@ def launch(
         if asked and len(asked) > 1:
             ranks = choose_ranks(config.data.lanes, asked)
         gpus = gpu_count()
-        print(f"ranks: {ranks} on {f'{gpus} GPUs' if gpus else 'the CPU'}; logs in {log_dir}", flush=True)
+        print(f"ranks: {ranks} on {counted(gpus, 'GPU') if gpus else 'the CPU'}; logs in {log_dir}", flush=True)
         code = run_group(job, ranks, log_dir)
         if code == KILLED and asked and (fewer := fitting(config.data.lanes, range(asked.start, ranks))):
             asked = range(asked.start, fewer[-1] + 1)

@@ -21,7 +21,7 @@ from pathlib import Path
 from bfsys import typed_yaml
 from bfsys.compare import CONFIG, influential_settings
 from bfsys.config import Config, load_config
-from bfsys.errors import EXIT_CRASHED, UserError, collecting, run_command
+from bfsys.errors import EXIT_CRASHED, UserError, collecting, counted, run_command
 from bfsys.files import replace_file
 from bfsys.launch.local import POLL_S, Forked, choose_ranks, import_what_ranks_need, launch, share_of
 from bfsys.launch.preflight import check_run
@@ -78,7 +78,8 @@ def state_of(config: Config) -> str:
     step = newest_step(config.run_dir)
     if is_finished(config):
         return "is finished"
-    return f"resumes after step {step} of {config.train.steps}" if step else f"trains {config.train.steps} steps"
+    steps = config.train.steps
+    return f"resumes after step {step} of {steps}" if step else f"trains {counted(steps, 'step')}"
 
 
 def train_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) -> int:
@@ -88,7 +89,7 @@ def train_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) ->
     code of the signal (EXIT_CODES).
     """
     waiting = [config for config in configs if not is_finished(config)]
-    print(f"sweep: {len(configs)} runs, {len(configs) - len(waiting)} of them finished already", flush=True)
+    print(f"sweep: {counted(len(configs), 'run')}, {len(configs) - len(waiting)} of them finished already", flush=True)
     for config in waiting if at_once > 1 else ():
         (config.run_dir / CONSOLE).parent.mkdir(parents=True, exist_ok=True)
     codes, stop_code = _train_all(waiting, ranks, at_once)

@@ -34,7 +34,7 @@ from bfsys import console, typed_yaml
 from bfsys.config import Config, load_config
 from bfsys.data.storage.remote import is_remote
 from bfsys.data.streaming.plan import fitting_world_sizes
-from bfsys.errors import UserError, collecting
+from bfsys.errors import UserError, collecting, counted
 from bfsys.git_state import FILE as GIT_STATE
 from bfsys.git_state import git_state
 from bfsys.launch import jobs, preflight, requeue
@@ -107,8 +107,13 @@ def lanes_problem(lanes: int, nodes: range, per_node: int) -> str | None:
         advice = f"numbers of nodes that fit: {', '.join(map(str, fit))}"
     else:
         advice = f"no number of nodes fits; numbers of ranks per node that fit: {fitting_world_sizes(lanes)}"
-    shown = describe(nodes)
-    return f"data.lanes: {lanes} lanes cannot be shared evenly by {shown} nodes with {per_node} ranks each; {advice}"
+    shared_by = describe_nodes(nodes, per_node)
+    return f"data.lanes: {counted(lanes, 'lane')} cannot be shared evenly by {shared_by}; {advice}"
+
+
+def describe_nodes(nodes: range, per_node: int) -> str:
+    number = counted(nodes.start, "node") if len(nodes) == 1 else f"{describe(nodes)} nodes"
+    return f"{number} with {counted(per_node, 'rank')} each"
 
 
 def job_nodes(args: argparse.Namespace, configs: Sequence[Config]) -> list[int]:
@@ -134,8 +139,8 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
                 f"got {args.cpus_per_task}" if args.cpus_per_task else "not given, and a cluster's default is often 1"
             )
             notes.append(
-                f"--cpus-per-task: {given}; {config.name} has {config.data.workers} loader processes for each rank "
-                f"(data.workers) and needs {config.data.workers + 1} cores"
+                f"--cpus-per-task: {given}; {config.name} has {counted(config.data.workers, 'loader process')} "
+                f"for each rank (data.workers) and needs {config.data.workers + 1} cores"
             )
         if has_sound_nodes:
             problem = lanes_problem(config.data.lanes, nodes_of(args), ranks_per_node(args))
@@ -402,8 +407,8 @@ def tell(args: argparse.Namespace, configs: Sequence[Config], submitted: Sequenc
     for config, job in zip(configs, submitted, strict=True):
         run = shlex.quote(str(config.run_dir))
         print(
-            f"job {job.job}: {describe(nodes_of(args))} nodes with {ranks_per_node(args)} ranks each, {device}, "
-            f"{parse_minutes(args.time)} minutes at a time\n"
+            f"job {job.job}: {describe_nodes(nodes_of(args), ranks_per_node(args))}, "
+            f"{device}, {counted(parse_minutes(args.time) or 0, 'minute')} at a time\n"
             f"log     {job.log}\n"
             f"status  bfsys slurm status {run}\n"
             f"follow  bfsys slurm logs --follow {run}\n"

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterator
 
 from bfsys.config import Config
-from bfsys.errors import UserError, is_printable
+from bfsys.errors import UserError, counted, is_printable
 from bfsys.launch.elastic import MOST, parse_range
 from bfsys.launch.sweep import sweep_configs
 
@@ -50,7 +50,7 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--gpus-per-node: got {args.gpus_per_node}; 0 (CPUs) or more is allowed"
     if args.gpus_per_node > 0 and args.tasks_per_node not in (None, args.gpus_per_node):
         yield (
-            f"--tasks-per-node: got {args.tasks_per_node} with {args.gpus_per_node} GPUs on a node; "
+            f"--tasks-per-node: got {args.tasks_per_node} with {counted(args.gpus_per_node, 'GPU')} on a node; "
             f"each GPU has one task: leave it out"
         )
     if parse_minutes(args.time) is None:

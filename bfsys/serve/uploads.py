@@ -15,6 +15,7 @@ from fastapi import HTTPException, Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from bfsys.errors import counted
 from bfsys.serve.limits import Limits
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ class _Form:
         if name != FIELD:
             raise HTTPException(422, f"got a field named {name[:100]!r}; send files in fields named {FIELD!r}")
         if len(self.uploads) == self._limits.files:
-            raise HTTPException(413, f"the request holds more than {self._limits.files:,} files; send fewer at a time")
+            raise HTTPException(
+                413, f"the request holds more than {counted(self._limits.files, 'file')}; send fewer at a time"
+            )
         file_name = options.get(b"filename", b"").decode(errors="replace")
         if extended := EXTENDED_NAME.search(disposition):
             file_name = unquote(extended[2].decode(errors="replace"), extended[1].decode(), "replace")

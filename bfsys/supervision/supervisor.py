@@ -32,7 +32,7 @@ from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import RunData
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_CRASHED, EXIT_DIVERGED, EXIT_REQUEUE, EXIT_STORAGE, UserError
+from bfsys.errors import EXIT_CRASHED, EXIT_DIVERGED, EXIT_REQUEUE, EXIT_STORAGE, UserError, counted
 from bfsys.supervision.goodput import Ledger
 from bfsys.supervision.guard import Drawn, Guard, ranges_of, return_to_good_checkpoint, samples_of
 from bfsys.supervision.metrics import BAD_STEP, Metrics
@@ -332,7 +332,7 @@ class Supervisor:
             self.metrics.show("stop", step, "stopped on request")
             self.metrics.say(f"stopped on request after step {step}; the same command continues from there")
         else:
-            steps = f"{step} steps" + (f", {step - updates} of which were skipped" if updates < step else "")
+            steps = counted(step, "step") + (f", {step - updates} of which were skipped" if updates < step else "")
             self.metrics.say(f"finished: {steps}; checkpoints, TensorBoard logs and metrics are in {self.run_dir}")
         try:
             (problem_code,) = dist.agree_on_max(self.metrics.problem_code)  # of the last step and its evaluation

@@ -130,5 +130,5 @@ def test_runs_at_once_share_gpus_or_cores(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [local.choose_ranks(64, None, at_once) for at_once in (1, 2, 8)] == [4, 2, 1]
-    with pytest.raises(UserError, match="more than the 2 GPUs that each of 2 runs has"):
+    with pytest.raises(UserError, match="more than the 2 GPUs of each of 2 runs"):
         local.choose_ranks(64, range(4, 5), 2)

@@ -110,10 +110,10 @@ def test_by_default_there_are_eight_gpus_and_tasks_on_a_node(config_file, capsys
 
 def test_node_counts_that_fit_are_named(config_file):
     assert problems_of("--nodes", 3, ON_CPUS, "--dry-run", config_file) == [
-        "data.lanes: 4 lanes cannot be shared evenly by 3 nodes with 1 ranks each; numbers of nodes that fit: 1, 2, 4"
+        "data.lanes: 4 lanes cannot be shared evenly by 3 nodes with 1 rank each; numbers of nodes that fit: 1, 2, 4"
     ]
     assert problems_of("--nodes", 1, "--gpus-per-node", 8, "--dry-run", config_file) == [
-        "data.lanes: 4 lanes cannot be shared evenly by 1 nodes with 8 ranks each; "
+        "data.lanes: 4 lanes cannot be shared evenly by 1 node with 8 ranks each; "
         "no number of nodes fits; numbers of ranks per node that fit: 1, 2, 4"
     ]
 
@@ -416,7 +416,7 @@ def test_an_elastic_job_asks_for_the_numbers_of_nodes_that_fit(config_file, tmp_
 
 def test_invalid_ranges_are_refused(config_file):
     assert problems_of("--nodes=5-7", ON_CPUS, "--dry-run", config_file) == [
-        "data.lanes: 4 lanes cannot be shared evenly by 5 to 7 nodes with 1 ranks each; "
+        "data.lanes: 4 lanes cannot be shared evenly by 5 to 7 nodes with 1 rank each; "
         "numbers of nodes that fit: 1, 2, 4"
     ]
     (problem,) = problems_of("--nodes=2", ON_CPUS, "--grow", "--dry-run", config_file)
@@ -436,4 +436,4 @@ def test_a_site_that_forbids_ranges_or_requeueing_says_so(config_file, sbatch):
 def test_the_submission_of_an_elastic_job_is_described(config_file, sbatch, capsys):
     sbatch(ACCEPTING)
     assert call("slurm", ["--nodes", "1-4", ON_CPUS, str(config_file)]) == 0
-    assert capsys.readouterr().out.startswith("job 42: 1 to 4 nodes with 1 ranks each, on CPUs, ")
+    assert capsys.readouterr().out.startswith("job 42: 1 to 4 nodes with 1 rank each, on CPUs, ")

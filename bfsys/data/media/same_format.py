@@ -1,15 +1,17 @@
 """Decode pictures and sounds, change them, and write them again in the format of the stored file.
 
 A model of bytes sees how a file was written, so as much as possible of the stored file is kept: the mode and palette of
-a picture, the quantisation tables and metadata of a JPEG, all chunks of a PNG besides its pixels, the rate and sample
-type of a sound, all chunks of a WAV besides its samples. Files that cannot be written in this way are refused, and the
-callers leave them unchanged: lossy sounds, animations, interlaced or deep pictures, pictures of a layout that Pillow
-does not write (big-endian or turned TIFF, JPEG 4:4:0, BMP of 4 bits), formats that Pillow and libsndfile do not write.
+a picture, the quantisation tables and metadata of a JPEG and what follows it, all chunks of a PNG besides its pixels,
+the rate and sample type of a sound, everything besides its samples. Files that cannot be written in this way are
+refused, and the callers leave them unchanged: lossy sounds, animations, interlaced or deep pictures, pictures of a
+layout that Pillow does not write (big-endian or turned TIFF, JPEG 4:4:0, BMP of 4 bits), formats that Pillow and
+libsndfile do not write.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,6 +43,11 @@ USUAL_TABLES = bytes.fromhex("01020300041105122131410613516107")
 # Second bytes of markers in a JPEG: frames that Pillow writes (sequential, progressive), restarts, the scan
 FRAMES, RESTARTS, SCAN = {0xC0, 0xC2}, 0xDD, 0xDA
 METADATA = {*range(0xE0, 0xF0), 0xFE}  # segments of programs (JFIF, EXIF, XMP, ICC, …) and comments
+MARKER_IN_SCAN = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)  # of a new segment, or of the end
+END = b"\xd9"
+# FLAC: the types of the blocks with facts about the samples, and with offsets; the flag of the last block; no offset
+STREAMINFO, SEEKTABLE, LAST = 0, 3, 0x80
+EMPTY_OFFSET = b"\xff" * 8 + bytes(10)
 
 
 class NotRewritableError(ValueError):
@@ -174,11 +181,20 @@ def _segments(jpeg: bytes) -> list[tuple[int, slice]]:
 
 
 def _with_metadata_of(stored: bytes, written: bytes) -> bytes:
-    """The written JPEG with the metadata of the stored one."""
+    """The written JPEG with the metadata of the stored one, and with what follows its end."""
     metadata = [stored[place] for marker, place in _segments(stored) if marker in METADATA]
     segments = _segments(written)
     others = [written[place] for marker, place in segments if marker not in METADATA]
-    return b"".join([written[:2], *metadata, *others, written[segments[-1][1].stop :]])
+    scans = slice(segments[-1][1].stop, _end_of(written))
+    return b"".join([written[:2], *metadata, *others, written[scans], stored[_end_of(stored) :]])
+
+
+def _end_of(jpeg: bytes) -> int:
+    """The offset after the picture. Phones store films and more pictures there."""
+    place = _segments(jpeg)[-1][1].stop
+    while (found := MARKER_IN_SCAN.search(jpeg, place)) and found[1] != END:
+        place = found.end() + struct.unpack_from(">H", jpeg, found.end())[0]
+    return found.end() if found else len(jpeg)
 
 
 def _compression_level(data: bytes) -> int:
@@ -236,27 +252,53 @@ def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
     changed = np.stack([change(Clip(wave, rate_hz)).wave for wave in waves.T], axis=1)
     written = io.BytesIO()
     soundfile.write(written, np.clip(changed, -1, 1) if is_bounded else changed, rate_hz, **kind)
-    if data[:4] in (b"RIFF", b"RIFX"):
-        return _with_chunks_of_wav(data, written.getvalue(), len(changed))
-    return written.getvalue()
+    if kind["format"] == "FLAC":
+        return _with_blocks_of_flac(data, written.getvalue())
+    return _with_samples_of(data, written.getvalue(), len(changed))
 
 
-def _with_chunks_of_wav(stored: bytes, written: bytes, samples: int) -> bytes:
-    """The stored WAV with the samples of the written one, and the three sizes that depend on them."""
+def _with_samples_of(stored: bytes, written: bytes, samples: int) -> bytes:
+    """The stored WAV, AIFF or AU with the samples of the written one, and the sizes that depend on them."""
     before, after = announced_samples(stored), announced_samples(written)
     if not before or not 0 < before.size <= len(stored) - before.start:
-        raise NotRewritableError("WAV that does not say how long it is")
+        raise NotRewritableError("sound that does not say how long it is")
     assert after
     content = written[after.start : after.start + after.size]
     end = before.start + before.size
-    file = bytearray(stored[: before.start] + content + bytes(len(content) % 2) + stored[end + end % 2 :])
     size = struct.Struct("<I" if stored[:4] == b"RIFF" else ">I")
+    if stored[:4] == b".snd":
+        return stored[:8] + size.pack(len(content)) + stored[12 : before.start] + content + stored[end:]
+    file = bytearray(stored[: before.start] + content + bytes(len(content) % 2) + stored[end + end % 2 :])
     size.pack_into(file, 4, len(file) - 8)
     size.pack_into(file, before.start - 4, len(content))
     place = 12
-    while place < before.start - 8:  # chunks before that of the samples
-        name, (length,) = stored[place : place + 4], size.unpack_from(stored, place + 4)
+    while place + 8 <= len(file):
+        name, (length,) = bytes(file[place : place + 4]), size.unpack_from(file, place + 4)
         if name == b"fact" and length >= size.size:
             size.pack_into(file, place + 8, samples)
+        if name == b"COMM" and length >= 18:  # in an AIFF, after the number of channels
+            size.pack_into(file, place + 10, samples)
         place += 8 + length + length % 2
     return bytes(file)
+
+
+def _with_blocks_of_flac(stored: bytes, written: bytes) -> bytes:
+    """The stored FLAC with the frames of the written one, and the facts about them. Offsets are left empty."""
+    blocks, new = _blocks_of_flac(stored), _blocks_of_flac(written)
+    file = bytearray(stored[: blocks[-1].stop])
+    for block in blocks:
+        kind, content = file[block.start] & ~LAST, slice(block.start + 4, block.stop)
+        if kind == STREAMINFO:
+            file[content] = written[new[0].start + 4 : new[0].stop]
+        elif kind == SEEKTABLE:
+            file[content] = EMPTY_OFFSET * ((block.stop - block.start - 4) // len(EMPTY_OFFSET))
+    return bytes(file) + written[new[-1].stop :]
+
+
+def _blocks_of_flac(flac: bytes) -> list[slice]:
+    """The places of the blocks before the frames. A block is its type with a flag, its size in three bytes, content."""
+    blocks = [slice(4, 4)]
+    while len(blocks) == 1 or not flac[blocks[-1].start] & LAST:
+        place = blocks[-1].stop
+        blocks.append(slice(place, place + 4 + int.from_bytes(flac[place + 1 : place + 4], "big")))
+    return blocks[1:]

@@ -92,11 +92,6 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
         raise ValueError("is a chain of Ogg streams, of which only the first would be decoded; write it as one stream")
     if data[:2] == b"\xf0\x7e":  # of a damaged one, libsndfile decodes wrong samples and writes to standard output
         raise ValueError("is a MIDI sample dump, which is not decoded; write it as WAV")
-    if announced and announced.size < UNKNOWN_BYTES and announced.start + announced.size > len(data):
-        raise ValueError(
-            f"is cut: its header announces {announced.size:,} bytes from byte {announced.start:,}, "
-            f"but the file has only {max(0, len(data) - announced.start):,}"
-        )
     try:
         file = open_sound(data, announced)
     except soundfile.LibsndfileError as error:
@@ -113,12 +108,18 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
 
 
 def open_sound(data: bytes, announced: Announced | None):
-    """The sound as an open soundfile.SoundFile. Raises soundfile.LibsndfileError.
+    """The sound as an open soundfile.SoundFile. Raises soundfile.LibsndfileError, and ValueError for a truncated file,
+    about which libmpg123 would print a warning that names no file.
 
     `announced` is what announced_samples(data) returns.
     """
     import soundfile
 
+    if announced and announced.size < UNKNOWN_BYTES and announced.start + announced.size > len(data):
+        raise ValueError(
+            f"is cut: its header announces {announced.size:,} bytes from byte {announced.start:,}, "
+            f"but the file has only {max(0, len(data) - announced.start):,}"
+        )
     return soundfile.SoundFile(Content(_with_magic(_readable_to_the_end(data, announced))))
 
 

@@ -24,7 +24,7 @@ from bfsys.data.packing.left_out import LeftOut, is_of_system, left_out_note, wh
 from bfsys.data.packing.splits import SPLIT_FOLDERS, files_for_val, split_of_name
 from bfsys.data.storage.classes import Spelling, stored_name, too_alike
 from bfsys.data.storage.tars import NOT_PAYLOAD
-from bfsys.errors import OUTAGE_ERRNOS, SHORTAGE_ERRNOS, UserError, is_printable, one_line
+from bfsys.errors import OUTAGE_ERRNOS, SHORTAGE_ERRNOS, UserError, counted, is_printable, one_line
 from bfsys.files import read_up_to
 
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
@@ -202,7 +202,7 @@ def _note_spelling(listing: Listing, spelled: str, place: str, split: str) -> No
 
 
 def _wrong_line(parts: list[str], columns: int, split: str | None) -> str:
-    got = f"got {len(parts)} column{'s' * (len(parts) > 1)}"
+    got = f"got {counted(len(parts), 'column')}"
     if len(parts) not in (2, 3):
         return f"{got}, need path<TAB>class or path<TAB>class<TAB>split"
     if columns and len(parts) != columns:

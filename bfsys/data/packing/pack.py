@@ -29,7 +29,7 @@ from bfsys.data.packing.listing import (
 from bfsys.data.packing.splits import split_of_name
 from bfsys.data.packing.workers import write_jobs
 from bfsys.data.storage.shards import seen_from
-from bfsys.errors import UserError, one_line
+from bfsys.errors import UserError, counted, one_line
 
 DEFAULT_VAL_SHARE = 0.1
 SECONDS_BETWEEN_LINES = 15  # between lines of progress if there is no terminal for a progress bar
@@ -163,7 +163,7 @@ def name_bad_files(bad: Sequence[BadFile]) -> list[str]:
         return []
     return [
         *(f"{path}: {reason}" for path, reason in bad),
-        f"{len(bad):,} bad file{'s' * (len(bad) > 1)}: repair or remove them, or leave them out with --skip-bad",
+        f"{counted(len(bad), 'bad file')}: repair or remove them, or leave them out with --skip-bad",
     ]
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bfsys.data.storage.shards import DESCRIPTION, read_description
-from bfsys.errors import UserError
+from bfsys.errors import UserError, counted
 from bfsys.files import NO_LOCKS, sync_folder
 
 INPUTS, LOCK, SKIPPED_LIST = "inputs", "lock", "skipped.txt"
@@ -66,7 +66,7 @@ def note_on_skipped(folder: Path) -> str:
     """A line on the bad files that were left out of the dataset in the folder; empty if there are none."""
     if not (count := len(skipped_files(folder))):
         return ""
-    return f"left out: {count:,} bad file{'s' * (count > 1)}, named in {folder / SKIPPED_LIST}"
+    return f"left out: {counted(count, 'bad file')}, named in {folder / SKIPPED_LIST}"
 
 
 def _lock(descriptor: int, folder: Path) -> None:

@@ -8,7 +8,7 @@ import xxhash
 
 from bfsys.data.storage.shards import DESCRIPTION, PACKED_BY, Split
 from bfsys.data.storage.tars import TarIndex, read_shard
-from bfsys.errors import UserError
+from bfsys.errors import UserError, counted
 from bfsys.files import describe
 
 
@@ -41,7 +41,7 @@ def _wrong_classes(split: Split) -> list[str]:
         where = f"{split.path / DESCRIPTION}: class {name!r}"
         if counts[label] != stated[name]:
             problems.append(
-                f"{where}: dataset.json states {stated[name]:,} samples of {split.split}, and the index holds "
+                f"{where}: dataset.json states {counted(stated[name], 'sample')} of {split.split}, and the index holds "
                 f"{counts[label]:,}"
             )
         if keys_hold_names and counts[label]:
@@ -57,7 +57,7 @@ def verify_shard(split: Split, number: int) -> list[str]:
     path = split.path / shard.file
     first, end = split.shard_starts[number : number + 2].tolist()
     if not path.exists():
-        return [f"{path}: the shard is missing; it holds {shard.samples:,} samples"]
+        return [f"{path}: the shard is missing; it holds {counted(shard.samples, 'sample')}"]
     if not path.is_file():  # opening a pipe would wait for its writer
         return [f"{path}: the shard is not a regular file"]
     size_bytes = path.stat().st_size
@@ -100,7 +100,7 @@ def _differences(split: Split, number: int, found: TarIndex) -> list[str]:
     path = split.path / split.shards[number].file
     first, end = split.shard_starts[number : number + 2].tolist()
     if len(found.samples) != end - first:
-        return [f"{path}: holds {len(found.samples):,} samples, the index says {end - first:,}"]
+        return [f"{path}: holds {counted(len(found.samples), 'sample')}, the index says {end - first:,}"]
     problems = []
     key_start = 0
     for i, row in enumerate(found.samples, start=first):

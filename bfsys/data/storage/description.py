@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 from bfsys.data.storage.classes import notes_on_classes, some
-from bfsys.errors import one_line
+from bfsys.errors import counted, one_line
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -100,15 +100,16 @@ def check_description(content: bytes) -> list[str]:
 def summarise(description: dict) -> str:
     """A readable summary of a dataset."""
     classes = description["classes"]
-    count = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
-    lines = [f"{description['name']}: {count} ({some(classes)}), encoding {description['encoding']}"]
+    lines = [
+        f"{description['name']}: {counted(len(classes), 'class')} ({some(classes)}), encoding {description['encoding']}"
+    ]
     for split, part in description["splits"].items():
         counts = [count for count in part["class_counts"].values() if count]
         each = f" ({min(counts):,} to {max(counts):,} each)" if counts else ""
         quantiles = ", ".join(f"{name} {value:,}" for name, value in part["length_quantiles"].items())
         lines += [
-            f"  {split}: {part['samples']:,} samples of {len(counts)} classes{each}, {part['bytes']:,} bytes in "
-            f"{len(part['shards']):,} shards",
+            f"  {split}: {counted(part['samples'], 'sample')} of {counted(len(counts), 'class')}{each}, "
+            f"{part['bytes']:,} bytes in {counted(len(part['shards']), 'shard')}",
             f"    bytes per sample: {quantiles}",
         ]
     training = description["splits"].get("train", {}).get("class_counts")

@@ -31,7 +31,7 @@ from typing import BinaryIO, TypeVar
 
 from bfsys.data.storage.streams import Stopped, TryFailed, WrongContent, stream
 from bfsys.data.storage.streams import url_of as url_of
-from bfsys.errors import EXIT_CRASHED, UserError, code_of
+from bfsys.errors import EXIT_CRASHED, UserError, code_of, counted
 from bfsys.locations import base_name, hide
 from bfsys.locations import is_remote as is_remote
 
@@ -388,7 +388,7 @@ class Cache:
                     raise Stopped
         numbered = "; ".join(f"{number}: {reason}" for number, reason in enumerate(reasons, start=1))
         problem = (
-            f"{hide(url)}: could not be fetched in {len(reasons)} tries ({numbered}). Check the address, "
+            f"{hide(url)}: could not be fetched in {counted(len(reasons), 'try')} ({numbered}). Check the address, "
             f"the permissions and the network of this machine, then start again: fetched files are kept. If size or "
             f"sha256 differ each time, the file there is not the one that dataset.json names: upload it again"
         )

@@ -22,6 +22,7 @@ from bfsys.config import Augment
 from bfsys.data.media.encodings import ENCODINGS, Encoding, parse_encoding, resample, set_length
 from bfsys.data.media.modalities import MODALITIES, Clip, decode_audio, decode_image
 from bfsys.errors import UserError, code_of
+from bfsys.files import read_regular
 
 # Values of the released code, for pictures and sounds
 CROP_SCALE = (0.08, 1.0)  # range of the share of the picture's area
@@ -254,7 +255,7 @@ class _Recordings:
 
     def _decode(self, path: Path) -> np.ndarray:
         try:
-            data = path.read_bytes()
+            data = read_regular(path)
         except OSError as error:  # not skipped: another process may read it, and the draws would differ
             text = f"augmentation with background {path}: cannot be read: {error.strerror}"
             raise UserError(text, exit_code=code_of(error)) from None

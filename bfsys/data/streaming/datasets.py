@@ -24,7 +24,7 @@ from bfsys.data.streaming.byte_transforms import ByteTransform, lengths_after, p
 from bfsys.data.streaming.jitter import Jitter
 from bfsys.data.streaming.mix import mixture_weights
 from bfsys.data.streaming.plan import Plan
-from bfsys.errors import UserError, collecting, one_line
+from bfsys.errors import UserError, collecting, counted, one_line
 
 # The content of dataset.json by the location of a remote dataset.
 Descriptions = Mapping[str, dict]
@@ -91,7 +91,7 @@ def open_evaluation(
 def no_such_split(config: Config, split: str) -> UserError:
     """The error for a split that no source has. It names the existing splits."""
     there = ", ".join(evaluable_splits(config, {}))
-    return UserError(f"--split: no source of the run has a split {split!r}; there are: {there}")
+    return UserError(f"no source of the run has a split {split!r}; there are: {there}")
 
 
 def evaluable_splits(config: Config, descriptions: Descriptions) -> list[str]:
@@ -196,9 +196,11 @@ def _spellings(datasets: Sequence[Dataset]) -> dict[str, Spelling]:
 
 
 def source_names(config: Config) -> list[str]:
-    """A short name for each source: the name of its folder, with the source's number if two are equal."""
+    """A short name for each source: the name of its folder. The source's number is added if two are equal, and if one
+    of several is called "all", as the scores of all of them are."""
     names = [_folder_name(source.path) for source in config.data.sources]
-    unique = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+    taken = [*names, *(["all"] if len(names) > 1 else [])]
+    unique = [name if taken.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
     return unique if len(set(unique)) == len(unique) else [f"{name}_{i}" for i, name in enumerate(names)]
 
 
@@ -274,8 +276,9 @@ def make_plan(config: Config, sources: Sources) -> Plan:
     if budget and mean > budget:
         lanes = -(-data.lanes * mean // budget)
         raise UserError(
-            f"data.micro_batch_bytes: {data.batch_samples} samples in {data.lanes} lanes make micro-batches of "
-            f"{mean:,.0f} bytes on average, over the budget of {budget:,}; {lanes:.0f} or more lanes would fit"
+            f"data.micro_batch_bytes: {data.batch_samples} samples in {counted(data.lanes, 'lane')} make "
+            f"micro-batches of {mean:,.0f} bytes on average, over the budget of "
+            f"{budget:,}; {lanes:.0f} or more lanes would fit"
         )
     return plan
 
@@ -293,14 +296,18 @@ def long_files(config: Config, sources: Sources) -> list[str]:
     """A note for each source with files that have more tokens than the model has positions; see model/stem.py."""
     architecture, notes = config.model.architecture(), []
     for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
-        longest = int(lengths_after(sources.transforms, np.array([split.length_quantiles["max"]]))[0])
-        if augmentation or longest <= architecture.max_bytes:
+        most = augmentation.least_bytes if augmentation else split.length_quantiles["max"]
+        longest = int(lengths_after(sources.transforms, np.array([most]))[0])
+        if longest <= architecture.max_bytes:
             continue
-        lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
+        if augmentation:
+            which = f"the augmented files of {split.split}"
+        else:
+            lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
+            which = f"{np.count_nonzero(lengths > architecture.max_bytes)} of {len(split)} files in {split.split}"
         notes.append(
-            f"{split.dataset.shown}: {np.count_nonzero(lengths > architecture.max_bytes)} of {len(split)} files in "
-            f"{split.split} are longer than the {architecture.max_bytes:,} bytes that model.max_tokens "
-            f"{architecture.max_tokens:,} covers, up to {longest:,}: positions repeat there; "
+            f"{split.dataset.shown}: {which} are longer than the {architecture.max_bytes:,} bytes that "
+            f"model.max_tokens {architecture.max_tokens:,} covers, up to {longest:,}: positions repeat there; "
             f"model.max_tokens={-(-longest // architecture.stride)} would give each token its own"
         )
     return notes

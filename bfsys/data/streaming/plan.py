@@ -26,7 +26,7 @@ import numpy as np
 
 from bfsys.data.storage.shards import Split
 from bfsys.data.streaming.mix import Mixture
-from bfsys.errors import UserError
+from bfsys.errors import UserError, counted
 
 T = TypeVar("T")
 Lanes = TypeVar("Lanes", int, np.ndarray)
@@ -271,7 +271,7 @@ def lanes_of_rank(lanes: int, rank: int, world_size: int) -> range:
     """The lanes of a rank. If the world size does not divide the lanes, raises UserError with those that do."""
     if lanes % world_size:
         raise UserError(
-            f"data.lanes: {lanes} lanes cannot be shared evenly by {world_size} ranks; "
+            f"data.lanes: {counted(lanes, 'lane')} cannot be shared evenly by {world_size} ranks; "
             f"world sizes that fit: {fitting_world_sizes(lanes)}"
         )
     per_rank = lanes // world_size

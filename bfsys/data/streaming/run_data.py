@@ -36,7 +36,7 @@ from bfsys.data.streaming.datasets import (
 from bfsys.data.streaming.plan import MicroBatch, Plan, lanes_of_rank
 from bfsys.data.streaming.reader import ShardReader
 from bfsys.dist import Ranks
-from bfsys.errors import UserError
+from bfsys.errors import UserError, counted
 from bfsys.out_of_distribution import FEWEST, FILES, ReferenceFiles, reference_files
 
 FIRST_STEPS = 20  # the plan balances lengths, so later steps are similar
@@ -135,8 +135,8 @@ class RunData:
             return self.notes_on_content
         return [
             *self.notes_on_content,
-            f"data.workers: {workers} loader processes for each rank, which has {cores} core{'s' * (cores > 1)}; more "
-            "processes than cores make loading slower",
+            f"data.workers: {counted(workers, 'loader process')} for each rank, which has {counted(cores, 'core')}; "
+            "more processes than cores make loading slower",
         ]
 
     @cached_property
@@ -152,6 +152,7 @@ class RunData:
             )
         return [
             *notes,
+            *self._notes_on_settings(),
             *self._notes_on_mixture(),
             *self._notes_on_evaluation(),
             *self._notes_on_jitter(),
@@ -161,14 +162,25 @@ class RunData:
             *long_files(self.config, self.validation),
         ]
 
+    def _notes_on_settings(self) -> Iterator[str]:
+        """Settings that have no effect with these data."""
+        config, classes = self.config, len(self.training.classes)
+        if config.optim.content_loss and config.data.byte_transforms:
+            yield "optim.content_loss: has no effect, because data.byte_transforms change the files"
+        if config.train.keep_best and config.train.best_metric == "top5" and classes <= 5:
+            yield (
+                f"train.best_metric: top5 is 100 % after every evaluation, because there are {classes} classes; "
+                "set it to top1 or loss"
+            )
+
     def _notes_on_mixture(self) -> Iterator[str]:
         steps = self.config.train.steps
         draws = self.plan.mixture.counts(steps * self.plan.batch_samples)
         for name, count in zip(self.training.names, draws.tolist(), strict=True):
             if not count:
                 yield (
-                    f"{name}: its share of the mixture is so small that no file is drawn from it in {steps:,} steps; "
-                    "raise its weight, or remove the source"
+                    f"{name}: its share of the mixture is so small that no file is drawn from it in "
+                    f"{counted(steps, 'step')}; raise its weight, or remove the source"
                 )
 
     def _notes_on_evaluation(self) -> Iterator[str]:

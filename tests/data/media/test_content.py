@@ -135,6 +135,12 @@ def test_tags_at_the_end_of_an_mp3_change_nothing_and_print_nothing(with_id3: bo
     assert "Xing stream size off" in capfd.readouterr().err  # shows that the check above can fail
 
 
+def test_a_truncated_mp3_has_no_table_and_prints_nothing(capfd) -> None:
+    mp3 = sound(tones(300, 900), "MP3")
+    assert np.isnan(content_of(mp3[: len(mp3) // 2])).all()
+    assert capfd.readouterr().err == ""
+
+
 def test_samples_as_large_as_numbers_go_warn_of_nothing() -> None:
     file = io.BytesIO()
     soundfile.write(file, 1e30 * tones(300), RATE_HZ, format="WAV", subtype="FLOAT")

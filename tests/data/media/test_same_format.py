@@ -128,6 +128,15 @@ def test_a_jpeg_keeps_its_metadata() -> None:
     assert np.abs(difference).mean() < 10
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_follows_a_jpeg_is_kept(progressive: bool) -> None:
+    """Phones store a film or a second picture after the first one."""
+    plain = saved(COLOURS, "JPEG", progressive=progressive)
+    for tail in (plain, b"film\xff\xd9"):
+        changed = change_picture(plain + tail, mirrored)
+        assert changed == change_picture(plain, mirrored) + tail
+
+
 def interlaced() -> bytes:
     header = LOSSLESS["png"][12:28] + b"\1"  # the pixels are not important here
     return LOSSLESS["png"][:12] + header + zlib.crc32(header).to_bytes(4, "big") + LOSSLESS["png"][33:]
@@ -241,6 +250,51 @@ def test_the_text_in_a_wav_is_kept_and_its_number_of_samples_is_changed() -> Non
     changed = change_sound(stored, lambda clip: Clip(clip.wave[:200], clip.rate_hz))
     assert changed[start : start + len(comment)] == comment
     assert struct.unpack_from("<I", changed, changed.index(b"fact\4") + 8) == (200,)
+
+
+def samples_of(data: bytes) -> np.ndarray:
+    return soundfile.read(io.BytesIO(data), dtype="int16")[0]
+
+
+def first_half(clip: Clip) -> Clip:
+    return Clip(clip.wave[:150], clip.rate_hz)
+
+
+def test_the_text_in_an_aiff_is_kept_and_its_number_of_samples_is_changed() -> None:
+    plain = sound("AIFF", "PCM_16")
+    name, author = b"NAME\0\0\0\4song", b"AUTH\0\0\0\3you\0"
+    stored = plain[:12] + name + plain[12:] + author
+    changed = change_sound(stored[:4] + struct.pack(">I", len(stored) - 8) + stored[8:], first_half)
+    assert changed[12 : 12 + len(name)] == name
+    assert changed.endswith(author)
+    assert struct.unpack_from(">I", changed, 4) == (len(changed) - 8,)
+    assert (samples_of(changed) == samples_of(plain)[:150]).all()
+
+
+def test_the_text_in_an_au_is_kept() -> None:
+    plain, text = sound("AU", "PCM_16"), b"by hand\0"
+    stored = plain[:4] + struct.pack(">I", 24 + len(text)) + plain[8:24] + text + plain[24:]
+    changed = change_sound(stored, first_half)
+    assert changed[24 : 24 + len(text)] == text
+    assert struct.unpack_from(">I", changed, 8) == (300,)
+    assert (samples_of(changed) == samples_of(plain)[:150]).all()
+
+
+def test_the_blocks_of_a_flac_are_kept_and_its_offsets_are_left_empty() -> None:
+    plain = sound("FLAC", "PCM_16")
+    table = struct.pack(">QQH", 0, 0, 300) + struct.pack(">QQH", 299, 5, 1)
+    offsets = b"\3\0\0\x24" + table
+    text = b"\4\0\0\x0c" + struct.pack("<I4sI", 4, b"hand", 0)
+    padding = b"\x81\0\1\0" + bytes(256)  # the last block
+    facts, frames = plain[4:42], plain[plain.index(b"\xff\xf8", 42) :]
+    stored = b"fLaC" + facts + offsets + text + padding + frames
+    changed = change_sound(stored, first_half)
+    empty = 2 * (b"\xff" * 8 + bytes(10))
+    assert changed[42 : 42 + 40 + 16 + 260] == offsets[:4] + empty + text + padding
+    assert (samples_of(changed) == samples_of(plain)[:150]).all()
+    decoded = soundfile.SoundFile(io.BytesIO(changed))
+    decoded.seek(149)  # without the offsets
+    assert len(decoded.read()) == 1
 
 
 def test_lossy_and_empty_sounds_are_refused() -> None:

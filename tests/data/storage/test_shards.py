@@ -280,7 +280,7 @@ TAR_DAMAGE = {
     "longer": (lambda p: p.write_bytes(p.read_bytes() + b"x"), "has 20,481 bytes"),
     "other": (
         lambda p: write_shard(p, [Member("cat/z", "jpg", b"z", 0)]),
-        "holds 1 samples, the index says 4",
+        "holds 1 sample, the index says 4",
     ),
     "header in the middle": (lambda p: flip(p, 1536 + 512), "header at byte 2048 is broken"),
     "class number": (lambda p: flip(p, 512 + 512 + 512), "has no class: cat/1-0.cls holds b'e'"),

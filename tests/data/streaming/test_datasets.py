@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from bfsys.config import Augment, Config, Data, Source
-from bfsys.data.streaming.datasets import notes_on_data, open_evaluation, open_training
+from bfsys.data.streaming.datasets import notes_on_data, open_evaluation, open_training, source_names
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dryrun import dry_run
 from bfsys.errors import EXIT_CRASHED, UserError
@@ -38,6 +38,21 @@ def test_two_datasets_whose_classes_are_alike_are_refused(tmp_path):
     )
     assert f"(written 'caf\\xe9') in {one}" in form
     assert f"(written 'cafe\\u0301') in {two}" in form
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (("x/a", "y/b"), ["a", "b"]),
+        (("x/a", "y/a", "y/b"), ["a_0", "a_1", "b"]),
+        (("x/all",), ["all"]),
+        (("x/all", "x/b"), ["all_0", "b"]),
+        (("x/all", "y/all"), ["all_0", "all_1"]),
+        (("x/all", "x/all_0"), ["all_0", "all_0_1"]),
+    ],
+)
+def test_names_of_sources_differ_from_each_other_and_from_that_of_all_scores(folders, names):
+    assert source_names(config_of(*folders)) == names
 
 
 def test_a_class_that_the_model_knows_by_another_spelling_is_named(tmp_path):

@@ -124,6 +124,33 @@ def test_settings_without_effect_and_scores_of_another_format_are_noted(config: 
     assert ineffective not in notes_of(Source(png, jitter=Jitter())) + notes_of(Source(other))
 
 
+def test_a_content_loss_and_a_best_metric_without_effect_are_noted(config: Config) -> None:
+    def notes_of(transforms: tuple[str, ...], metric: str) -> str:
+        changed = replace(
+            config,
+            data=replace(config.data, byte_transforms=transforms),
+            optim=replace(config.optim, content_loss=5.0),
+            train=replace(config.train, keep_best=1, best_metric=metric),
+        )
+        return "\n".join(open_run_data(changed, Ranks()).notes)
+
+    content, best = "optim.content_loss: has no effect", "train.best_metric: top5 is 100 % after every evaluation"
+    assert content in notes_of(("head:64",), "top1")
+    assert best in notes_of((), "top5")
+    neither = notes_of((), "top1")
+    assert content not in neither
+    assert best not in neither
+
+
+def test_augmented_files_with_more_tokens_than_positions_are_noted(config: Config, mixed: list[str]) -> None:
+    source = Source(mixed[0], eval_path=mixed[3], augment=Augment("tiff", image_size=32))
+    few = replace(config, model=replace(config.model, max_tokens=64), data=replace(config.data, sources=(source,)))
+    notes = open_run_data(few, Ranks()).notes
+    (note,) = [note for note in notes if "the augmented files of train are longer than" in note]
+    enough = replace(few, model=replace(few.model, max_tokens=int(note.split("model.max_tokens=")[1].split()[0])))
+    assert not [note for note in open_run_data(enough, Ranks()).notes if "longer than" in note]
+
+
 def test_a_misspelt_evaluation_split_is_refused(config: Config) -> None:
     for name in ("vall", "Validation"):
         wrong = replace(config, data=replace(config.data, eval_split=name))
