@@ -11,7 +11,7 @@ import pytest
 import webdataset
 
 from bfsys.cli import call
-from bfsys.data.packing.verify import verify_split
+from bfsys.commands.inspect import verify
 from bfsys.data.storage.shards import open_split, read_description, split_names
 from bfsys.errors import UserError
 
@@ -135,7 +135,7 @@ def test_rebuild_of_tars_made_elsewhere(tmp_path):
     train = open_split(tmp_path, "train")
     assert train.samples["label"].tolist() == [0, 11, 3]
     assert train.classes == tuple(f"{i:02d}" for i in range(12))
-    assert verify_split(train) == []
+    assert verify(train) == []
     assert read_description(tmp_path)["made_by"] == {"tool": "tools/inspect_shards.py --rebuild"}
 
 
