@@ -28,6 +28,7 @@ from bfsys.batch import ByteBatch
 from bfsys.config import Config
 from bfsys.dist import Ranks
 from bfsys.model.byteformer import Block, ByteFormer, Merge
+from bfsys.model.flops import synchronize
 from bfsys.model.precision import product_dtype
 from bfsys.muon import Span
 from bfsys.optim import EMA, Held, Optimizer
@@ -197,8 +198,7 @@ class Engine:
 
     def _finish_copies(self) -> None:
         """Wait for copies into the model, since the stream on which ZeRO-3 gathers weights does not wait for them."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
     def set_step(self, step: int, updates: int) -> None:
         """Continue after `step` steps. The optimizer's bias correction counts the `updates`, without skipped steps."""

@@ -28,8 +28,9 @@ from rich.table import Table
 from bfsys.batch import ByteBatch, Sample
 from bfsys.errors import UserError, summary_of
 from bfsys.files import replace_file
-from bfsys.gpu_check.training_steps import random_files, synchronize
+from bfsys.gpu_check.training_steps import random_files
 from bfsys.model.byteformer import ByteFormer
+from bfsys.model.flops import synchronize
 from bfsys.model.sizes import SIZES, Architecture, architecture
 from tools.bench.bench_step import machine
 from tools.bench.command import run_benchmark
