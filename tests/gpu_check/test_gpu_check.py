@@ -276,7 +276,8 @@ def _kill_after_its_first_file(child: subprocess.Popen, folder: Path) -> list[Fi
     return []
 
 
-def test_the_stopped_command_stops_its_check_and_leaves_no_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_stopped_command_stops_its_check_and_leaves_no_files(number: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bfsys", "check-gpu", "--only", "training"]
     variables = {**os.environ, "DS_ACCELERATOR": "cpu", "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, env=variables, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -286,8 +287,8 @@ def test_the_stopped_command_stops_its_check_and_leaves_no_files(tmp_path: Path)
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         children = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        assert process.wait(900) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(900) == 128 + number
         assert psutil.wait_procs(children, 900)[1] == []
         assert list(tmp_path.iterdir()) == []
     finally:
