@@ -209,6 +209,7 @@ def show_list(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
+    console.go_on_without()  # after `… | head`, code 0 would mean that all are intact
     damaged = not_read = 0
     for checkpoint in checkpoints_of(args.run):
         try:

@@ -40,7 +40,7 @@ from bfsys.gpu_check.interpreter import interpreted
 from bfsys.launch.job import set_slurm_variables
 from bfsys.model.byteformer import ByteFormer
 from bfsys.ranks import Ranks
-from tests.conftest import REPOSITORY, _run_ranks
+from tests.conftest import REPOSITORY, _run_ranks, closed_output
 from tests.forked import start_ranks
 from tests.model.triton_kernels import DEVICE
 
@@ -274,6 +274,21 @@ def _kill_after_its_first_file(child: subprocess.Popen, folder: Path) -> list[Fi
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     return []
+
+
+def test_the_result_does_not_depend_on_the_reader_of_the_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wrong = {"environment": [Finding("PyTorch", Verdict.WRONG, "too old")]}
+
+    def run_checks(names: object, seconds: float, ranks: Ranks, say) -> dict[str, list[Finding]]:
+        say("environment", wrong["environment"])
+        return wrong
+
+    monkeypatch.setattr(processes, "run_checks", run_checks)
+    with closed_output():
+        assert call("check-gpu", ["--json", str(tmp_path / "findings.json")]) == 1
+    assert (tmp_path / "findings.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
