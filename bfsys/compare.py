@@ -25,7 +25,7 @@ from bfsys.checkpoint.files import (
     METRICS,
     all_checkpoints,
     evaluations,
-    manifest_or_problems,
+    newest_manifest,
     problem_of_place,
     step_of,
 )
@@ -154,15 +154,14 @@ def read_run(run_dir: Path) -> Run:
     scores = evaluations(run_dir)
     newest = {"sources": {}, **scores[max(scores)]} if scores else None
     trained = last_train_line(run_dir / METRICS)
-    manifest = _newest_manifest(run_dir)
+    checkpoints = all_checkpoints(run_dir)
+    manifest = newest_manifest(checkpoints)
     seconds = [float(trained["seconds"].get(cause, 0)) for cause in TRAINING] if trained else []
     return Run(
         path=run_dir,
         settings=settings,
         seed=seed,
-        step=max(
-            [0, *(line["step"] for line in (trained, newest) if line), *map(step_of, all_checkpoints(run_dir)[-1:])]
-        ),
+        step=max([0, *(line["step"] for line in (trained, newest) if line), *map(step_of, checkpoints[-1:])]),
         scores=newest,
         minutes=sum(seconds) / 60 if seconds else None,
         parameters=_parameters(manifest) if manifest else None,
@@ -175,11 +174,6 @@ def last_train_line(path: Path) -> dict | None:
     found = read_json_lines_backwards(path, {"kind": str, "step": int, "seconds": dict})
     of_steps = (line for line in found if line["kind"] == "train")
     return next((line for line in of_steps if all(isinstance(s, NUMBER) for s in line["seconds"].values())), None)
-
-
-def _newest_manifest(run_dir: Path) -> dict | None:
-    manifests = (manifest_or_problems(path)[0] for path in reversed(all_checkpoints(run_dir)))
-    return next(filter(None, manifests), None)
 
 
 def _parameters(manifest: dict) -> int:

@@ -28,6 +28,7 @@ from bfsys.batch import ByteBatch
 from bfsys.config import Config
 from bfsys.dist import Ranks
 from bfsys.model.byteformer import Block, ByteFormer, Merge
+from bfsys.model.flops import synchronize
 from bfsys.model.precision import product_dtype
 from bfsys.muon import Span
 from bfsys.optim import EMA, Held, Optimizer
@@ -160,7 +161,7 @@ class Engine:
                 span = value.flatten()[part.span.first : part.span.end]
                 part.of(self._values(part.tensor, state)).copy_(span)
         if state == WEIGHT and self.stage > 0:
-            self._copy_masters_to_model()
+            self._copy_to_model(WEIGHT)
         self._finish_copies()
 
     def _values(self, tensor: Tensor, state: str) -> Tensor:
@@ -173,37 +174,23 @@ class Engine:
         if EMA not in self.optimizer.state_names:
             yield
             return
-        kept = self._take_average()
+        parameters = list(self._engine.module.parameters())
+        kept = [p.detach().clone() for p in parameters if self.stage == 0]  # of which there is no other copy
+        if self.stage == 0:
+            for p in parameters:
+                p.data.copy_(self.optimizer.state[p][EMA])
+        else:
+            self._copy_to_model(EMA)
+        self._finish_copies()
         try:
             yield
         finally:
             if self.stage == 0:
-                for p, value in zip(self._engine.module.parameters(), kept, strict=True):
+                for p, value in zip(parameters, kept, strict=True):
                     p.data.copy_(value)
             else:
-                self._copy_masters_to_model()
+                self._copy_to_model(WEIGHT)
             self._finish_copies()
-
-    def _take_average(self) -> list[Tensor]:
-        """Copy the average into the model, in the model's precision. At stage 0, returns the weights, of which there is
-        no other copy."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        kept = []
-        zero = self._engine.optimizer
-        if self.stage == 3:
-            self._drop_gathered()
-            for i, group in enumerate(zero.fp32_partitioned_groups_flat):
-                zero.fp16_partitioned_groups_flat[i].data.copy_(self.optimizer.state[group][EMA])
-                zero._unflatten_partitioned_parameters(i)
-        for p in self._engine.module.parameters() if self.stage < 3 else ():
-            if self.stage == 0:
-                kept.append(p.detach().clone())
-                p.data.copy_(self.optimizer.state[p][EMA])
-            else:
-                p.data.copy_(safe_get_full_optimizer_state(p, EMA))
-        self._finish_copies()
-        return kept
 
     def _drop_gathered(self) -> None:
         """Stage 3: drop parameters that were prefetched for the next step, which would keep their old values."""
@@ -211,8 +198,7 @@ class Engine:
 
     def _finish_copies(self) -> None:
         """Wait for copies into the model, since the stream on which ZeRO-3 gathers weights does not wait for them."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
     def set_step(self, step: int, updates: int) -> None:
         """Continue after `step` steps. The optimizer's bias correction counts the `updates`, without skipped steps."""
@@ -255,17 +241,18 @@ class Engine:
                     (flat,) = groups[mapping.param_group_index]["params"]
                     yield Held(Span(name, span.start, span.start + span.numel), flat, place.start)
 
-    def _copy_masters_to_model(self) -> None:
-        """Round the float32 weights to the model's precision, as DeepSpeed does after a step."""
+    def _copy_to_model(self, state: str) -> None:
+        """Round a float32 state to the model's precision, as DeepSpeed does with the weights after a step. Not for
+        stage 0."""
         zero = self._engine.optimizer
         if self.stage == 3:
             self._drop_gathered()
             for i, group in enumerate(zero.fp32_partitioned_groups_flat):
-                zero.fp16_partitioned_groups_flat[i].data.copy_(group.data)
+                zero.fp16_partitioned_groups_flat[i].data.copy_(self._values(group, state).data)
                 zero._unflatten_partitioned_parameters(i)
         else:
             for p in self._engine.module.parameters():
-                p.data.copy_(p.get_full_hp_param())
+                p.data.copy_(p.get_full_hp_param(None if state == WEIGHT else state))
 
 
 def _whole_shape(p: nn.Parameter) -> tuple[int, ...]:

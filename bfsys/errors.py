@@ -10,8 +10,9 @@ import errno
 import os
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from unicodedata import category
@@ -28,6 +29,11 @@ EXIT_STORAGE = 74  # EX_IOERR: no checkpoint can be written
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped on request; requeue the run
 EXIT_NO_PROGRESS = 76  # a launcher stopped because its run crashed repeatedly
 EXIT_STOPPED = 130  # stopped on request
+
+# Each of these ends a command as Ctrl-C does: it ends its processes and removes unfinished files. Ranks react later and
+# otherwise (supervision/signals.py).
+STOPS_COMMANDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TOGETHER_S = 2.0  # a terminal that is closed sends SIGHUP twice, and systemd sends SIGTERM with it
 
 # A file server does not answer, as NFS (ESTALE, EREMOTEIO), Lustre (ESHUTDOWN) and FUSE (ENOTCONN) report it.
 OUTAGE_ERRNOS = {
@@ -155,7 +161,7 @@ def summary_of(docstring: str | None) -> str:
 
 def run_command(main: Callable[[], int | None], *, output_is_optional: bool = False) -> None:
     """Run a command's `main`, and exit with the code of `exit_code_of`. An OSError about a file gives one line and the
-    code of `code_of`.
+    code of `code_of`. SIGTERM and SIGHUP are like Ctrl-C.
 
     `output_is_optional`: the command continues if its output cannot be written.
     """
@@ -175,7 +181,7 @@ def run_command(main: Callable[[], int | None], *, output_is_optional: bool = Fa
             what = f": {str(error).splitlines()[0]}" if str(error) else ""
             raise UserError(f"there is not enough memory{what}", exit_code=EXIT_CRASHED) from None
 
-    sys.exit(exit_code_of(act))
+    sys.exit(exit_code_of(act, STOPS_COMMANDS))
 
 
 def _check_current_folder() -> None:
@@ -185,22 +191,34 @@ def _check_current_folder() -> None:
         raise UserError("the current folder was deleted; run the command in one that exists") from None
 
 
-def exit_code_of(main: Callable[[], int | None]) -> int:
+def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (signal.SIGINT,)) -> int:
     """Run a command's `main`. Returns its exit code. A `UserError` prints one line per problem and has its own code (by
-    default 2). Ctrl-C gives 130. Other exceptions print a traceback and give 1."""
+    default 2). A signal N of `stopped_by` raises KeyboardInterrupt and gives 128 + N, which is 130 for Ctrl-C. Other
+    exceptions print a traceback and give 1."""
     console.prepare()
     process.prepare()
-    pressed: list[int] = []
+    received: list[tuple[int, float]] = []
+    this_process = os.getpid()
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        pressed.append(number)
+    def stop(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGINT:
+            if os.getpid() != this_process:  # a forked process has inherited this
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            if received and time.monotonic() - received[-1][1] < TOGETHER_S:
+                return  # unfinished files are being removed
+        received.append((number, time.monotonic()))
         raise KeyboardInterrupt
 
-    before = signal.getsignal(signal.SIGINT)
-    takes_over = before not in (signal.SIG_IGN, None)  # a command in the background ignores Ctrl-C
+    def stopped() -> int:
+        print("stopped on request", file=sys.stderr)
+        return 128 + received[0][0] if received else EXIT_STOPPED
+
+    # A command in the background ignores Ctrl-C, and one that was started by `nohup` ignores SIGHUP.
+    before = {n: handler for n in stopped_by if (handler := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
     try:
-        if takes_over:
-            signal.signal(signal.SIGINT, interrupt)
+        for number in before:
+            signal.signal(number, stop)
         _check_current_folder()
         if outdated := process.outdated_packages():
             raise UserError(*outdated)
@@ -217,8 +235,7 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
             print(f"error: {one_line(problem)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped on request", file=sys.stderr)
-        return EXIT_STOPPED
+        return stopped()
     except console.OutputClosed:  # the reader ended on purpose, as in `… | head`
         console.discard_output()
         return 0
@@ -226,9 +243,8 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return EXIT_USER_ERROR
     except BaseException as error:
-        if pressed:  # PyTorch drops a KeyboardInterrupt while it imports NumPy, and then fails without NumPy
-            print("stopped on request", file=sys.stderr)
-            return EXIT_STOPPED
+        if received:  # PyTorch drops a KeyboardInterrupt while it imports NumPy, and then fails without NumPy
+            return stopped()
         # Gloo raises RuntimeError
         too_many = next((t for t in map(os.strerror, (errno.EMFILE, errno.ENFILE)) if t in str(error)), None)
         if too_many is None or not isinstance(error, OSError | RuntimeError):
@@ -238,5 +254,5 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
         print(f"error: {too_many}: this process may have {limit:,}; raise the limit (ulimit -n 65536)", file=sys.stderr)
         return EXIT_USER_ERROR
     finally:
-        if takes_over:  # with SIG_DFL, which bfsys/start.py sets, another Ctrl-C gives no traceback
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():  # with SIG_DFL (bfsys/start.py), another Ctrl-C gives no traceback
+            signal.signal(number, handler)

@@ -8,7 +8,7 @@ import signal
 
 def main() -> None:
     """Entry point of the console command; exits."""
-    _let_signals_end_the_process()
+    let_signals_end_the_process()
     from bfsys.cli import main
 
     main()
@@ -16,13 +16,13 @@ def main() -> None:
 
 def run_as(name: str, prog: str) -> None:
     """Run a command for a file that was called as `prog`, with the arguments of this process; exits."""
-    _let_signals_end_the_process()
+    let_signals_end_the_process()
     from bfsys.cli import run_as
 
     run_as(name, prog)
 
 
-def _let_signals_end_the_process() -> None:
+def let_signals_end_the_process() -> None:
     """A shell shows 130 for a process that Ctrl-C ended. A command in the background ignores Ctrl-C, and continues to
     do so."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

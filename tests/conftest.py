@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import yaml
 from hypothesis import HealthCheck, settings
 
 from bfsys.cli import call
+from bfsys.console import Console
 from tests.data.make import write_tree
 from tests.forked import run_python, start_ranks
 
@@ -171,6 +173,16 @@ def predict_files(capsys: pytest.CaptureFixture) -> Callable[..., str]:
 def _command(name: str, arguments: tuple, capsys: pytest.CaptureFixture) -> str:
     call(name, [*map(str, arguments)])
     return capsys.readouterr().out
+
+
+@contextmanager
+def closed_output() -> Iterator[None]:
+    """Standard output is a pipe whose reader has ended, as in `… | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with redirect_stdout(Console(writer, "standard output", "utf-8", fails=True)):
+        yield
+    os.close(writer)
 
 
 @pytest.fixture

@@ -131,12 +131,12 @@ def test_runs_that_were_trained_on_different_files_are_noted(make_run, monkeypat
     for run in runs:
         (run / "checkpoints" / "step_00000010").mkdir(parents=True)
 
-    def manifest(path: Path) -> tuple[dict, list]:
-        seed = int(path.parent.parent.name)
+    def manifest(paths: list[Path]) -> dict:
+        seed = int(paths[-1].parent.parent.name)
         files = 50 if seed else 40
-        return {"shapes": {}, "plan": {"source 0": f"a train: {files} samples", "seed": seed}}, []
+        return {"shapes": {}, "plan": {"source 0": f"a train: {files} samples", "seed": seed}}
 
-    monkeypatch.setattr(compare, "manifest_or_problems", manifest)
+    monkeypatch.setattr(compare, "newest_manifest", manifest)
     (note,) = cells(capsys, *runs)[-1]
     assert note.startswith(f"note: {runs[0]} / {runs[1]} and 1 other: they were trained on different files")
 

@@ -63,6 +63,46 @@ def test_an_error_that_follows_from_a_dropped_control_c_is_a_stop(capsys: pytest
     assert capsys.readouterr().err == "stopped on request\n"
 
 
+# A command that is stopped before its file is complete. The signal arrives twice, and a forked process gets it, too.
+STOPPED = """import os, signal, sys
+from pathlib import Path
+from bfsys.errors import run_command
+from bfsys.files import replacing
+
+number, made = int(sys.argv[1]), Path(sys.argv[2])
+
+def main():
+    child = os.fork()
+    if not child:
+        signal.raise_signal(number)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == number
+    with replacing(made):
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)  # while it removes its files
+    made.touch()
+
+run_command(main)"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_a_command_leaves_no_unfinished_file(number: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STOPPED, str(int(number)), str(tmp_path / "made")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    assert (done.returncode, done.stderr) == (128 + number, "stopped on request\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_that_was_started_by_nohup_ignores_sighup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert ends_with(lambda: signal.raise_signal(signal.SIGHUP)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_control_c_ends_the_process_while_it_ends() -> None:
     program = """import atexit, signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # as bfsys/start.py

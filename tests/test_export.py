@@ -212,6 +212,21 @@ def test_a_folder_in_use_is_left_alone(finished_run: Path, tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), PermissionError(13, "Permission denied", "/cache")])
+def test_an_export_that_is_not_complete_is_removed(
+    error: BaseException, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        assert (tmp_path / "out" / "model.safetensors").exists()
+        raise error
+
+    monkeypatch.setattr(export, "as_program", fail)
+    with pytest.raises((KeyboardInterrupt, UserError)) as raised:
+        run_export(finished_run, tmp_path / "out")
+    assert str(raised.value) in ("", "/cache: cannot be written: Permission denied; nothing was exported")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_missing_packages_for_onnx_are_named(finished_run: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(command, "NEEDED_FOR_ONNX", ("onnx_of_nowhere",))
     with pytest.raises(UserError, match=r"onnx_of_nowhere missing; pip install onnx_of_nowhere"):

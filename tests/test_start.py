@@ -33,6 +33,12 @@ PROGRAMS = [
     for path in sorted((REPOSITORY / folder).glob("*.py"))
     if "bfsys.start import" in path.read_text()
 ]
+BENCHMARKS = [
+    path
+    for folder in ("bench", "quickstart")
+    for path in sorted((REPOSITORY / "tools" / folder).glob("*.py"))
+    if "sys.path[0] =" in path.read_text() and "    run_command(main" in path.read_text()
+]
 
 
 def interrupted_at(module: str, handler: str, program: Path) -> subprocess.CompletedProcess:
@@ -44,6 +50,12 @@ def interrupted_at(module: str, handler: str, program: Path) -> subprocess.Compl
 def test_control_c_before_a_command_is_imported_shows_no_traceback(program: Path) -> None:
     done = interrupted_at("bfsys.cli", "default_int_handler", program)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")  # a shell shows 130
+
+
+@pytest.mark.parametrize("program", BENCHMARKS, ids=lambda path: path.name)
+def test_control_c_before_a_benchmark_is_imported_shows_no_traceback(program: Path) -> None:
+    done = interrupted_at("bfsys.errors", "default_int_handler", program)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_control_c_stops_a_command_while_it_is_imported() -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from bfsys import train
+from bfsys.cli import call
 from bfsys.config import Config, Data, Source
-from bfsys.errors import EXIT_CRASHED, UserError
+from bfsys.errors import EXIT_CRASHED, UserError, run_command
 from bfsys.ranks import Ranks
 from bfsys.supervision.run_end import how_it_ended
 from tests.forked import run_python, start_ranks
@@ -140,6 +141,7 @@ def test_the_allocator_is_set_unless_the_user_has_set_it(
 INDEX_IS_CUT_SHORT = """
 import sys
 from bfsys import train
+from bfsys.cli import call
 from bfsys.config import load_config
 from bfsys.ranks import ranks_from_environment
 
@@ -160,3 +162,22 @@ def test_a_rank_that_sigbus_ends_shows_where(datasets: Path, config_file: Path, 
     assert rank.returncode == -signal.SIGBUS
     assert "Fatal Python error: Bus error" in rank.stderr
     assert "bfsys/data/streaming/reader.py" in rank.stderr.partition("Bus error")[2]
+
+
+def test_a_stop_signal_kills_a_rank_that_has_not_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A rank that waits in C++ for the others would not notice a handler in Python."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    seen: list = []
+
+    def see(*_: object) -> Config:
+        seen.extend(map(signal.getsignal, before))
+        raise UserError("seen")
+
+    monkeypatch.setattr("bfsys.config.load_config", see)
+    try:
+        with pytest.raises(SystemExit):
+            run_command(lambda: call("train", [str(tmp_path / "tiny.yaml")]))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert seen == [signal.SIG_DFL, signal.SIG_DFL]

@@ -398,6 +398,11 @@ def manifest_or_problems(path: Path) -> tuple[dict | None, list[str]]:
         return None, list(error.problems)
 
 
+def newest_manifest(paths: Sequence[Path]) -> dict | None:
+    """The manifest of the last of these checkpoints that has an intact one, whether or not its files are intact."""
+    return next(filter(None, (manifest_or_problems(path)[0] for path in reversed(paths))), None)
+
+
 def read_manifest(path: Path) -> dict:
     """The manifest of a checkpoint. Raises Damaged if it is missing or damaged."""
     try:

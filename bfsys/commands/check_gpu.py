@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
 import socket
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from bfsys import console
 from bfsys.commands.arguments import local_path
 from bfsys.errors import UserError, did_you_mean
 from bfsys.gpu_check.checks import CHECKS
@@ -38,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    console.go_on_without()  # the exit code and --json are the result, too
     names = args.only.split(",") if args.only is not None else list(CHECKS)
     problems = [
         f"--only: got {name!r}{did_you_mean(name, CHECKS)}; the checks are {', '.join(CHECKS)}"
@@ -65,12 +65,7 @@ def run(args: argparse.Namespace) -> int:
             print(line, flush=True)
 
     names = [name for name in CHECKS if name in names]
-    # As `timeout` and SLURM stop it: the check that is running must not go on, and its files must not stay.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        results = run_checks(names, args.seconds, ranks, say)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    results = run_checks(names, args.seconds, ranks, say)
     if args.json:
         path = args.json if ranks.is_rank_zero else args.json.with_name(f"{args.json.name}.{ranks.rank}")
         content = {name: [asdict(finding) for finding in found] for name, found in results.items()}

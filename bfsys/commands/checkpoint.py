@@ -28,8 +28,8 @@ from bfsys.checkpoint.files import (
     evaluations,
     evaluations_in,
     find_whole,
-    manifest_or_problems,
     new_work_dir,
+    newest_manifest,
     no_checkpoint,
     problems_of,
     read_manifest,
@@ -210,6 +210,7 @@ def show_list(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
+    console.go_on_without()  # after `… | head`, code 0 would mean that all are intact
     damaged = not_read = 0
     for checkpoint in checkpoints_of(args.run):
         try:
@@ -318,8 +319,7 @@ def remove_others(args: argparse.Namespace) -> int:
             f"retention settings"
         )
     paths = paths_of(args.run)
-    manifests = (manifest_or_problems(path)[0] for path in reversed(paths))
-    manifest = next(filter(None, manifests), None) or read_manifest(paths[-1])  # raises, since no manifest can be read
+    manifest = newest_manifest(paths) or read_manifest(paths[-1])  # raises, since no manifest can be read
     train = manifest["config"]["train"]
     keep = RetentionPolicy(
         last=train["keep_checkpoints"] if args.keep is None else args.keep,

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bfsys import console
 from bfsys.commands.arguments import add_weights, local_path
 from bfsys.commands.predict import STDIN, named_inputs
 from bfsys.errors import UserError, collecting, one_line
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--limit: is for --split; leave it out")
     if args.seed < 0:
         raise UserError(f"--seed: got {args.seed}; at least 0 is needed")
+    if not args.json and (args.files or args.out):
+        console.go_on_without()  # the pages are the result: after `… | head`, all of them are still written
     from bfsys.predict import load
 
     model = load(args.run, weights=args.weights, permute=args.permute)
@@ -102,13 +105,12 @@ def _split(model: Model, args: argparse.Namespace) -> int:
     report = model.shortcuts(args.split, LIMIT if args.limit is None else args.limit, args.seed)
     facts = {"generator": GENERATOR, "run": str(args.run), "step": model.step, **report.as_dict()}
     text = json.dumps(facts, indent=1)
+    pages = {folder / "shortcuts.html": html(report), folder / "shortcuts.json": text + "\n"} if folder else {}
+    for page, content in pages.items():
+        _write(page, content)
     print(text if args.json else table(report))
-    if folder:
-        pages = {folder / "shortcuts.html": html(report), folder / "shortcuts.json": text + "\n"}
-        for page, content in pages.items():
-            _write(page, content)
-        if not args.json:
-            print("   ".join(map(str, pages)))
+    if pages and not args.json:
+        print("   ".join(map(str, pages)))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from bfsys import console
@@ -57,12 +58,15 @@ def run(args: argparse.Namespace) -> int:
     make_empty_folder(args.out)
     try:
         facts = export(model, config, manifest, args.out, args.format, args.weights, scores)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:  # after Ctrl-C, too, the same command finds an empty folder
+        with suppress(OSError):
+            for path in args.out.iterdir():
+                path.unlink()
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        where = getattr(error, "filename", None) or args.out  # perhaps a cache of PyTorch
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{args.out}: cannot be written: {reason}; the export is incomplete: delete "
-            f"the folder, and run the command again"
-        ) from None
+        raise UserError(f"{where}: cannot be written: {reason}; nothing was exported") from None
     for name, entry in facts["files"].items():
         print(one_line(f"{args.out / name}: {entry['bytes']:,} bytes, sha256 {entry['sha256']}"))
     print(one_line(f"{args.out / NAME}: the model card"))

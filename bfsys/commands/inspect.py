@@ -61,8 +61,11 @@ def inspect(args: argparse.Namespace) -> int:
     names = [args.split] if args.split else split_names(args.dataset)
     splits = [open_split(args.dataset, name) for name in names]
     description = read_description(args.dataset)
-    print(summarise({**description, "splits": {name: description["splits"][name] for name in names}}))
+    # Before anything is printed: after `… | head -n 1`, code 0 would mean that all is intact.
     problems = [problem for split in splits if args.verify for problem in verify(split)]
+    if problems:
+        console.go_on_without()
+    print(summarise({**description, "splits": {name: description["splits"][name] for name in names}}))
     if problems:
         for problem in problems:
             print(f"damage: {one_line(problem)}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 
 from bfsys import console
 from bfsys.commands.arguments import add_config
@@ -34,6 +35,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--no-data needs --dry-run")
     if not args.dry_run:
         console.go_on_without()  # a closed console must not stop training
+        # Until training installs its handlers, these signals kill a rank: it has nothing to save or to remove, and it
+        # may be waiting for other ranks, where Python does not react.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
     ranks = Ranks()
     try:
         set_slurm_variables()

@@ -20,6 +20,7 @@ from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.gpu_check.processes import finish, start
 from bfsys.launch.job import rank_variables
 from bfsys.launch.local import free_port
+from bfsys.model.flops import synchronize
 from bfsys.ranks import Ranks, gpu_count, ranks_from_environment
 
 NUMBERS = {"cuda": 2**26, "cpu": 2**20}  # float32 numbers that are summed: 268 MB and 4 MB
@@ -62,8 +63,7 @@ def measure(ranks: Ranks) -> list[Finding]:
         torch.distributed.barrier()
         began = time.perf_counter()
         torch.distributed.all_reduce(got.copy_(own))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - began)
     (slowest_us,) = dist.agree_on_max(int(1e6 * min(times)))
     dist.stop()

@@ -14,7 +14,8 @@ import torch
 from bfsys import dist
 from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.gpu_check.operations import count_waits
-from bfsys.gpu_check.training_steps import Step, engine_step, random_files, synchronize
+from bfsys.gpu_check.training_steps import Step, engine_step, random_files
+from bfsys.model.flops import synchronize
 from bfsys.model.sizes import architecture
 from bfsys.ranks import Ranks
 

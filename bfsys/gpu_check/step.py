@@ -11,9 +11,9 @@ import torch
 
 from bfsys.batch import ByteBatch, Sample
 from bfsys.gpu_check.findings import Finding, Verdict
-from bfsys.gpu_check.training_steps import Step, bfsys_step, published_step, random_files, synchronize
+from bfsys.gpu_check.training_steps import Step, bfsys_step, published_step, random_files
 from bfsys.model.byteformer import ByteFormer
-from bfsys.model.flops import flops_per_step, matrix_peak
+from bfsys.model.flops import flops_per_step, matrix_peak, synchronize
 from bfsys.model.peaks import data_sheet_peak
 from bfsys.model.published_form import PublishedForm, load_bfsys_weights, pad
 from bfsys.model.sizes import PAD_BYTE, architecture

@@ -39,11 +39,6 @@ def random_files(lengths: Sequence[int]) -> list[np.ndarray]:
     return [rng.integers(0, 256, length, dtype=np.uint8) for length in lengths]
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def published_step(
     files: list[np.ndarray], a: Architecture, classes: int, device: torch.device, bf16: bool, *, fused_attention: bool
 ) -> Step:

@@ -76,7 +76,7 @@ class Group:
         self._last_sent: dict[int, float] = {}
         self._previous = {number: signal.signal(number, self._receive) for number in stop_signals()}
         start: Callable[[TrainJob, int, dict[str, str], Path], subprocess.Popen | Forked] = start_program
-        if sys.platform.startswith("linux") and not gpu_count():
+        if not gpu_count():
             import_what_ranks_need()
             start = fork_rank
         port = free_port()
@@ -296,8 +296,7 @@ class Forked:
     def _begin(act: Callable[[], None], name: bytes, log: Path | None, parent: int) -> None:
         os.setpgid(0, 0)
         die_with(parent)
-        if sys.platform.startswith("linux"):
-            _libc.prctl(PR_SET_NAME, name)
+        _libc.prctl(PR_SET_NAME, name)
         if log:
             with open(log, "ab") as output:
                 os.dup2(output.fileno(), 1)
@@ -351,11 +350,10 @@ _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: not much is safe betwe
 
 
 def die_with(parent: int) -> None:
-    """Have this process killed when its parent ends. This has no effect outside Linux."""
-    if sys.platform.startswith("linux"):
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent ended before this was set
-            os._exit(128 + signal.SIGKILL)
+    """Have this process killed when its parent ends."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent ended before this was set
+        os._exit(KILLED)
 
 
 def free_port() -> int:

@@ -126,8 +126,9 @@ def _train_all(waiting: list[Config], ranks: range | None, at_once: int) -> tupl
                 code = process.poll()
                 if code is not None:
                     del running[slot]
-                    # Before a run installs its handlers, a signal kills it; there is nothing to save.
-                    codes[config.run_dir] = code if code >= 0 else EXIT_CODES.get(-code, 128 - code)
+                    code = 128 - code if code < 0 else code
+                    # Before a run installs its handlers, a signal ends it; there is nothing to save.
+                    codes[config.run_dir] = EXIT_CODES.get(code - 128, code)
                     _report(config, codes[config.run_dir])
     finally:
         for _, process in running.values():

@@ -130,12 +130,12 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     a, b = (torch.randn(n, n, dtype=dtype, device=device, generator=generator) for _ in range(2))
     out, best, until = torch.empty_like(a), float("inf"), time.perf_counter() + seconds
     for done in itertools.count():
-        _wait_for(device)
+        synchronize(device)
         began = time.perf_counter()
         if began > until and done > 3:
             break
         torch.mm(a, b, out=out)
-        _wait_for(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - began)
     if device.type == "cuda":  # the measurement must not appear in a run's memory statistics
         del a, b, out
@@ -144,7 +144,8 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     return 2 * n**3 / best
 
 
-def _wait_for(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for the work of a GPU; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

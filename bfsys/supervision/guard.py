@@ -27,7 +27,7 @@ from bfsys import dist
 from bfsys.checkpoint.files import (
     all_checkpoints,
     checkpoints_dir,
-    manifest_or_problems,
+    newest_manifest,
     point_to_newest,
     remove,
     step_of,
@@ -98,8 +98,7 @@ def return_to_good_checkpoint(run_dir: Path, rollbacks: list[dict], bad: list[di
     Returns what was done. Raises UserError after MAX_ROLLBACKS roll-backs to the same weights."""
     paths = all_checkpoints(run_dir)
     good = [path for path in paths if step_of(path) < bad[0]["step"]]
-    manifests = (manifest_or_problems(path)[0] for path in reversed(good))
-    manifest = next(filter(None, manifests), None)  # a resume skips damaged ones, too
+    manifest = newest_manifest(good)  # a resume skips damaged ones, too
     if manifest is None:
         raise UserError(f"{run_dir}: no checkpoint is from before the bad steps", exit_code=EXIT_DIVERGED)
     to, updates = manifest["step"], manifest["updates"]

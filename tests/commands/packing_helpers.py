@@ -11,7 +11,7 @@ import soundfile
 from PIL import Image
 
 from bfsys.cli import call
-from bfsys.data.packing.verify import verify_split
+from bfsys.commands.inspect import verify
 from bfsys.data.storage.shards import open_split, split_names
 from bfsys.errors import UserError
 
@@ -34,7 +34,7 @@ def make_tree(folder: Path, count: int = 30, size_bytes: int = 300) -> Path:
 def pack(src: Path, out: Path, *options: str, name: str = "pets") -> Path:
     call("pack", [str(src), str(out), "--name", name, "--workers", "1", *options])
     for split in split_names(out / name):
-        assert verify_split(open_split(out / name, split)) == []
+        assert verify(open_split(out / name, split)) == []
     return out / name
 
 

@@ -10,6 +10,7 @@ import pytest
 from bfsys.checkpoint import files
 from bfsys.checkpoint.store import Store
 from bfsys.cli import call
+from tests.conftest import closed_output
 from tests.test_checkpoint import save
 from tests.test_checkpoint_store import put
 
@@ -44,3 +45,10 @@ def test_checkpoints_of_another_format_hide_no_others(
     weights = folder / "checkpoints" / "step_00000003" / "weight-0-of-1.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert call("checkpoint", ["verify", run]) == 1
+
+
+def test_damage_is_found_if_the_reader_of_the_output_has_ended(tmp_path: Path) -> None:
+    _, newest = [save(tmp_path / "run", step) for step in (1, 2)]
+    (newest / "weight-0-of-1.safetensors").write_bytes(b"")
+    with closed_output():
+        assert call("checkpoint", ["verify", str(tmp_path / "run")]) == 1

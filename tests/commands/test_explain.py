@@ -17,6 +17,7 @@ from bfsys.data.streaming.byte_transforms import parse_transforms
 from bfsys.errors import UserError
 from bfsys.explain.page import html
 from tests.commands.packing_helpers import make_files
+from tests.conftest import closed_output
 from tests.explain.tiny import png_file
 
 Explain = Callable[..., str]
@@ -136,6 +137,16 @@ def test_a_split_is_reported_on(explain: Explain, tmp_path: Path) -> None:
     assert set(report["sources"]) == {"a", "b"}
     assert (tmp_path / "report" / "shortcuts.html").read_text().startswith("<!doctype html>")
     assert json.loads(explain("--split", "val", "--limit", 20, "--json"))["all"] == report["all"]
+
+
+def test_all_pages_are_written_if_the_reader_of_the_output_has_ended(
+    finished_run: Path, files: Path, tmp_path: Path
+) -> None:
+    with closed_output():
+        call("explain", [str(finished_run), str(files), "--out", str(tmp_path / "pages")])
+        call("explain", [str(finished_run), "--split", "val", "--limit", "20", "--out", str(tmp_path / "report")])
+    assert len(list((tmp_path / "pages").iterdir())) == 2
+    assert len(list((tmp_path / "report").iterdir())) == 2
 
 
 def test_from_python(finished_run: Path, files: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 import webdataset
 
 from bfsys.cli import call
-from bfsys.data.packing.verify import verify_split
+from bfsys.commands.inspect import verify
 from bfsys.data.storage.shards import open_split, read_description, split_names
 from bfsys.errors import UserError
+from tests.conftest import closed_output
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +72,13 @@ def test_verify_exits_0_if_whole_and_1_if_damaged(dataset, capsys):
     assert all(line.startswith("damage: ") for line in errors)
     assert sum(repr(split.key(0)) in line for line in errors) >= 1
     assert call("inspect", [str(dataset), "--verify", "--split", "val"]) == 0
+
+
+def test_damage_is_found_if_the_reader_of_the_output_has_ended(dataset):
+    (tar, *_) = dataset.glob("*.tar")
+    tar.write_bytes(tar.read_bytes()[:-1])
+    with closed_output():
+        assert call("inspect", [str(dataset), "--verify"]) == 1
 
 
 @pytest.mark.parametrize("classes", [["dog", "cat"], ["cow", "dog"]])
@@ -135,7 +143,7 @@ def test_rebuild_of_tars_made_elsewhere(tmp_path):
     train = open_split(tmp_path, "train")
     assert train.samples["label"].tolist() == [0, 11, 3]
     assert train.classes == tuple(f"{i:02d}" for i in range(12))
-    assert verify_split(train) == []
+    assert verify(train) == []
     assert read_description(tmp_path)["made_by"] == {"tool": "tools/inspect_shards.py --rebuild"}
 
 

@@ -40,7 +40,7 @@ from bfsys.gpu_check.interpreter import interpreted
 from bfsys.launch.job import set_slurm_variables
 from bfsys.model.byteformer import ByteFormer
 from bfsys.ranks import Ranks
-from tests.conftest import REPOSITORY, _run_ranks
+from tests.conftest import REPOSITORY, _run_ranks, closed_output
 from tests.forked import start_ranks
 from tests.model.triton_kernels import DEVICE
 
@@ -276,7 +276,23 @@ def _kill_after_its_first_file(child: subprocess.Popen, folder: Path) -> list[Fi
     return []
 
 
-def test_the_stopped_command_stops_its_check_and_leaves_no_files(tmp_path: Path) -> None:
+def test_the_result_does_not_depend_on_the_reader_of_the_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wrong = {"environment": [Finding("PyTorch", Verdict.WRONG, "too old")]}
+
+    def run_checks(names: object, seconds: float, ranks: Ranks, say) -> dict[str, list[Finding]]:
+        say("environment", wrong["environment"])
+        return wrong
+
+    monkeypatch.setattr(processes, "run_checks", run_checks)
+    with closed_output():
+        assert call("check-gpu", ["--json", str(tmp_path / "findings.json")]) == 1
+    assert (tmp_path / "findings.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_stopped_command_stops_its_check_and_leaves_no_files(number: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bfsys", "check-gpu", "--only", "training"]
     variables = {**os.environ, "DS_ACCELERATOR": "cpu", "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, env=variables, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -286,8 +302,8 @@ def test_the_stopped_command_stops_its_check_and_leaves_no_files(tmp_path: Path)
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         children = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        assert process.wait(900) == 128 + signal.SIGTERM
+        process.send_signal(number)
+        assert process.wait(900) == 128 + number
         assert psutil.wait_procs(children, 900)[1] == []
         assert list(tmp_path.iterdir()) == []
     finally:

@@ -19,6 +19,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import torch
 
 from bfsys.checkpoint import writer
@@ -34,10 +38,10 @@ from bfsys.checkpoint.files import (
     remove,
 )
 from bfsys.config import Model
-from bfsys.errors import summary_of
+from bfsys.errors import run_command, summary_of
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.sizes import SIZES
-from tools.bench.command import at_least, run_benchmark
+from tools.bench.command import at_least
 
 STATES = ("weight", "ema", "exp_avg", "exp_avg_sq")
 CLASSES = 1000
@@ -143,4 +147,4 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_command(main)

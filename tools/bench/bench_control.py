@@ -30,13 +30,17 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import numpy as np
 import torch
 import torch.distributed
 
 from bfsys import dist
-from bfsys.errors import UserError, summary_of
-from tools.bench.command import at_least, run_benchmark
+from bfsys.errors import UserError, run_command, summary_of
+from tools.bench.command import at_least
 
 NUMBERS = 5  # numbers in a control message
 BLOCKS = 5  # blocks of steps; the fastest block counts
@@ -257,4 +261,4 @@ def fit(exchange: Exchange, figures: dict[int, dict], args: argparse.Namespace) 
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_command(main)

@@ -24,11 +24,15 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import numpy as np
 import psutil
 
-from bfsys.errors import summary_of
-from tools.bench.command import at_least, run_benchmark
+from bfsys.errors import run_command, summary_of
+from tools.bench.command import at_least
 
 if TYPE_CHECKING:
     from bfsys.engine import Engine
@@ -155,4 +159,4 @@ def measure(folder: Path, port: int, log: Path, copies: int, files: int) -> dict
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_command(main)

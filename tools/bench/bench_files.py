@@ -27,10 +27,14 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.launch.job import rank_variables
 from bfsys.launch.local import free_port
-from tools.bench.command import at_least, run_benchmark
+from tools.bench.command import at_least
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "/bfsys-phase/"
@@ -312,4 +316,4 @@ def show_packages(calls: Sequence[Call], most: int) -> None:
 
 
 if __name__ == "__main__":
-    (run_command if "--marked" in sys.argv else run_benchmark)(main)
+    run_command(main)

@@ -20,19 +20,23 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from bfsys.batch import ByteBatch, Sample
-from bfsys.errors import UserError, summary_of
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.files import replace_file
-from bfsys.gpu_check.training_steps import random_files, synchronize
+from bfsys.gpu_check.training_steps import random_files
 from bfsys.model.byteformer import ByteFormer
+from bfsys.model.flops import synchronize
 from bfsys.model.sizes import SIZES, Architecture, architecture
 from tools.bench.bench_step import machine
-from tools.bench.command import run_benchmark
 from tools.bench.step_measurement import MIB, peak_memory_bytes, start_of_memory
 
 UNITS = {"k": 1000, "m": 1_000_000}
@@ -135,4 +139,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_command(main)

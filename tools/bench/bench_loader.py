@@ -37,6 +37,10 @@ from unittest import mock
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -47,7 +51,6 @@ from bfsys.data.storage.tars import Member, size_in_tar_bytes, write_shard
 from bfsys.errors import run_command, summary_of
 from bfsys.files import replace_file
 from tools.bench.child_process import result_of_child
-from tools.bench.command import run_benchmark
 
 RAW_READ = "raw read"
 BATCH_SAMPLES = 32
@@ -389,4 +392,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    (run_command if "--child" in sys.argv else run_benchmark)(main)
+    run_command(main)

@@ -23,6 +23,10 @@ from unittest.mock import patch
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import numpy as np
 import torch
 from rich.console import Console
@@ -37,6 +41,7 @@ from bfsys.engine import Engine
 from bfsys.errors import run_command, summary_of
 from bfsys.loss import loss_and_sums
 from bfsys.model.byteformer import ByteFormer
+from bfsys.model.flops import synchronize
 from bfsys.ranks import Ranks, ranks_from_environment
 from tools.bench.command import at_least
 
@@ -86,20 +91,15 @@ def _step(engine: Engine, batch: ByteBatch, config: Config, times: Times) -> Non
     began = time.perf_counter()
     loss, _ = loss_and_sums(engine.forward(batch), batch, 1, config.optim.label_smoothing)
     engine.backward(loss)
-    _finish(engine.device)
+    synchronize(engine.device)
     updating, cpu = time.perf_counter(), time.process_time()
     with patch.object(dist, "all_to_all", counted):
         engine.step(1e-4, 0.9)
-    _finish(engine.device)
+    synchronize(engine.device)
     times.update_cpu_s.append(time.process_time() - cpu)
     times.update_s.append(time.perf_counter() - updating)
     times.step_s.append(time.perf_counter() - began)
     times.sent_bytes = sent
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:

@@ -27,14 +27,17 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import numpy as np
 from numpy.lib.format import open_memmap
 
 from bfsys.data.storage.shards import index_digest, length_quantiles, open_split, write_description
 from bfsys.data.storage.tars import SAMPLE, Shard
 from bfsys.data.streaming.plan import Plan, lanes_of_rank
-from bfsys.errors import UserError, summary_of
-from tools.bench.command import run_benchmark
+from bfsys.errors import UserError, run_command, summary_of
 
 SHARD_SAMPLES = 10_000
 MEDIAN_BYTES, SIGMA = 12_000, 0.7
@@ -252,4 +255,4 @@ def show_fetches(row: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_command(main)

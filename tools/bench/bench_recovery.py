@@ -31,6 +31,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import numpy as np
 import psutil
 import yaml
@@ -38,9 +42,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bfsys.config import Train
-from bfsys.errors import UserError, summary_of
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.supervision.goodput import CAUSES, goodput, read_seconds
-from tools.bench.command import at_least, positive, run_benchmark
+from tools.bench.command import at_least, positive
 
 ROOT = Path(__file__).resolve().parents[2]
 THROTTLE = Path("/sys/fs/cgroup/blkio/bfsys-bench")
@@ -271,4 +275,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_command(main)

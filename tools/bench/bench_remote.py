@@ -34,6 +34,10 @@ from unittest import mock
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import numpy as np
 import webdataset.gopen  # noqa: F401  for all ranks, which are forked
 import xxhash
@@ -45,9 +49,9 @@ from bfsys.data.storage.tars import Member, write_shard
 from bfsys.data.streaming.datasets import fetch_descriptions
 from bfsys.data.streaming.loader import training_batches
 from bfsys.data.streaming.run_data import open_run_data
-from bfsys.errors import UserError, summary_of
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.ranks import Ranks
-from tools.bench.command import at_least, positive, run_benchmark
+from tools.bench.command import at_least, positive
 
 SHARD_SAMPLES, MEAN_BYTES = 24, 3_600  # of 100 kB with tar's headers
 LANE_SAMPLES = 2  # samples of a lane in a step
@@ -353,4 +357,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_command(main)

@@ -22,14 +22,17 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bfsys.errors import UserError, summary_of
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.files import replace_file
-from tools.bench.command import run_benchmark
 
 VARIANTS = {"batches": None, "one by one": 1}  # byte budget; None: the run's budget
 BOUNDARY = "frontier"
@@ -164,4 +167,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_command(main)

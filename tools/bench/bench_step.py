@@ -38,6 +38,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import numpy as np
 import torch
 from rich import box
@@ -45,11 +49,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bfsys.errors import summary_of
+from bfsys.errors import run_command, summary_of
 from bfsys.files import replace_file
 from bfsys.model.flops import flops_per_step, published_flops
 from bfsys.model.sizes import SIZES, Architecture
-from tools.bench.command import run_benchmark
 from tools.bench.step_measurement import (
     ON_REQUEST,
     SIDES,
@@ -276,4 +279,4 @@ def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] | N
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_command(main)

@@ -1,23 +1,10 @@
-"""What the command lines of benchmarks share: how they end, and arguments whose numbers have a lower limit."""
+"""Arguments of benchmarks whose numbers have a lower limit."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import signal
-import sys
 from collections.abc import Callable
-
-from bfsys.errors import run_command
-
-STOPPED = 128 + signal.SIGTERM  # exit code
-
-
-def run_benchmark(main: Callable[[], int | None]) -> None:
-    """Run a benchmark's `main`, and exit. SIGTERM, which `timeout` sends, is an exit too, so that folders are removed
-    and processes are ended."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
-    run_command(main)
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -26,6 +26,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+    from bfsys.start import let_signals_end_the_process
+
+    let_signals_end_the_process()
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,11 +40,10 @@ from bfsys.config import Config, load_config
 from bfsys.data.streaming.datasets import long_files, make_plan, open_training
 from bfsys.data.streaming.loader import training_batches
 from bfsys.dist import Ranks
-from bfsys.errors import UserError, summary_of
+from bfsys.errors import UserError, run_command, summary_of
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.published_form import PublishedForm, load_bfsys_weights, pad
 from bfsys.optim import learning_rate
-from tools.bench.command import run_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = 10  # lines
@@ -160,4 +163,4 @@ def relative_differences(losses: Sequence[float], others: Sequence[float]) -> li
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_command(main)

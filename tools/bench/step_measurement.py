@@ -26,15 +26,8 @@ import torch
 
 from bfsys import dist
 from bfsys.gpu_check.operations import CountedOperations, count_kernels
-from bfsys.gpu_check.training_steps import (
-    Step,
-    bfsys_step,
-    engine_step,
-    published_step,
-    random_files,
-    synchronize,
-)
-from bfsys.model.flops import matrix_peak
+from bfsys.gpu_check.training_steps import Step, bfsys_step, engine_step, published_step, random_files
+from bfsys.model.flops import matrix_peak, synchronize
 from bfsys.model.sizes import Architecture, architecture
 from bfsys.ranks import Ranks
 from tools.bench.child_process import result_of_child

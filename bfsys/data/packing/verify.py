@@ -12,14 +12,6 @@ from bfsys.errors import UserError, counted
 from bfsys.files import describe
 
 
-def verify_split(split: Split) -> list[str]:
-    """Read everything, and report all differences from dataset.json and the index."""
-    problems = verify_index(split)
-    for number in range(len(split.shards)):
-        problems += verify_shard(split, number)
-    return problems
-
-
 def verify_index(split: Split) -> list[str]:
     """Compare the index files with their sha256, and the classes that dataset.json names with those of the samples."""
     files = split.dataset.description["splits"][split.split]["index"].values()

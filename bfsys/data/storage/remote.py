@@ -113,8 +113,8 @@ def too_long(where: str | Path, limit_bytes: int) -> UserError:
 class Cache:
     """Remote files in a local folder of at most `limit_bytes`. The least recently used files are evicted.
 
-    Several processes may use one folder. Each has its own Cache, or a pickled copy, and counters of its own. The limit
-    must cover all files in use and all prefetched files. Otherwise files are fetched repeatedly.
+    Several processes may use one folder. The limit must cover all files in use and all prefetched files. Otherwise
+    files are fetched repeatedly.
     """
 
     def __init__(
@@ -130,14 +130,6 @@ class Cache:
         """`is_private`: the folder must belong to this user, since others may write beside it."""
         self.folder, self.limit_bytes, self.is_private = Path(folder), limit_bytes, is_private
         self.attempts, self.stall_s, self.back_off_s = attempts, stall_s, back_off_s
-        self.bytes_fetched = self.files_fetched = self.hits = self.retries = 0
-        self._counting = threading.Lock()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_counting": None}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _counting=threading.Lock())
 
     def read(
         self, url: str, check: Callable[[bytes], None] = lambda _: None, *, limit_bytes: int = SMALL_FILE_BYTES
@@ -162,10 +154,7 @@ class Cache:
 
     def fetch(self, file: RemoteFile) -> Path:
         """A local file with that content. Another process may evict it at any time: see `open`."""
-        path, fresh = self._fetch(file, threading.Event(), wait=True)
-        if not fresh:
-            self._count(hits=1)
-        return path
+        return self._fetch(file, threading.Event(), wait=True)
 
     def open(self, file: RemoteFile) -> BinaryIO:
         """Fetch and open a file. The open file stays readable if it is evicted. If it is evicted before it is opened,
@@ -216,17 +205,17 @@ class Cache:
         with _locked(self.folder / EVICT):
             return sum(size for _, size, _ in self._files())
 
-    def _fetch(self, file: RemoteFile, stop: threading.Event, wait: bool) -> tuple[Path, bool]:
-        """The local file, and whether this call fetched it."""
+    def _fetch(self, file: RemoteFile, stop: threading.Event, wait: bool) -> Path:
+        """The local file. Without `wait`, it may still be missing, because another process is fetching it."""
         path = self.path_of(file)
         try:
             if self._mark_used(path, file.size_bytes):
-                return path, False
+                return path
             self.check_room(file)
             self._make_folder()  # again, since some systems clean /tmp during a run
             with _locked(path, wait=wait) as mine:
                 if not mine or self._mark_used(path, file.size_bytes):
-                    return path, False
+                    return path
 
                 def once() -> None:
                     self._download(file, path, stop)
@@ -240,7 +229,7 @@ class Cache:
                 f"{path}: the cache cannot be used ({error}); point data.cache_dir at a folder of your own",
                 exit_code=code_of(error),
             ) from error
-        return path, True
+        return path
 
     def _make_folder(self) -> None:
         self.folder.mkdir(mode=0o700 if self.is_private else 0o777, parents=True, exist_ok=True)
@@ -311,7 +300,6 @@ class Cache:
                 os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-        self._count(bytes_fetched=written, files_fetched=1)
 
     def _reserve(self, file: BinaryIO, size_bytes: int) -> bool:
         """Evict files until the .part file can have this length, and extend it. Returns False if the space is taken by
@@ -383,7 +371,6 @@ class Cache:
                     next_one = f"the next one comes in {pause_s:.1f} s"
                     line = f"{hide(url)}: try {len(reasons)} of {tries} failed ({reasons[-1]}); {next_one}"
                     print(line, file=sys.stderr, flush=True)
-                self._count(retries=1)
                 if stop.wait(pause_s):
                     raise Stopped
         numbered = "; ".join(f"{number}: {reason}" for number, reason in enumerate(reasons, start=1))
@@ -405,8 +392,3 @@ class Cache:
             f"{hide(url)}: has {size} bytes, and the cache {self.folder} may hold {self.limit_bytes:,}; "
             f"raise data.cache_gb, best to several times the size of a file"
         )
-
-    def _count(self, **more: int) -> None:
-        with self._counting:
-            for name, number in more.items():
-                setattr(self, name, getattr(self, name) + number)

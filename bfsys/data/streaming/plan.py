@@ -148,9 +148,14 @@ class Plan:
 
     def micro_batch(self, step: int, lane: int) -> MicroBatch:
         """The lane's samples of a step."""
+        return self.micro_batch_of(step, [lane])
+
+    def micro_batch_of(self, step: int, lanes: Sequence[int]) -> MicroBatch:
+        """The samples of several lanes of a step, lane by lane."""
         begin, end = self.mixture.counts(np.array([step, step + 1]) * self.batch_samples)
-        sources, samples, epochs = [], [], []
-        for s, slices in enumerate(self._slices):
+        nothing = np.zeros(0, np.int64)
+        sources, samples, epochs = [nothing], [nothing], [nothing]
+        for lane, (s, slices) in itertools.product(lanes, enumerate(self._slices)):
             first, stop = (int(slices.lane_draws(int(n), lane)) for n in (begin[s], end[s]))
             while first < stop:
                 epoch, piece = self._piece(s, lane, first, stop)
@@ -158,18 +163,7 @@ class Plan:
                 sources.append(np.full(len(piece), s))
                 epochs.append(np.full(len(piece), epoch))
                 first += len(piece)
-        if not samples:
-            nothing = np.zeros(0, np.int64)
-            return MicroBatch(nothing, nothing, nothing, step)
         return MicroBatch(np.concatenate(sources), np.concatenate(samples), np.concatenate(epochs), step)
-
-    def micro_batch_of(self, step: int, lanes: Sequence[int]) -> MicroBatch:
-        """The samples of several lanes of a step, lane by lane."""
-        parts = [self.micro_batch(step, lane) for lane in lanes]
-        source, sample, epoch = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("source", "sample", "epoch")
-        )
-        return MicroBatch(source, sample, epoch, step)
 
     def shards_ahead(self, step: int, lane: int) -> list[tuple[int, int]]:
         """(source, shard) pairs of the lane's current blocks, then of its next blocks once a part of a current block is

@@ -15,7 +15,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfsys.data.packing.verify import verify_shard, verify_split
+from bfsys.commands.inspect import verify
+from bfsys.data.packing.verify import verify_shard
 from bfsys.data.storage.description import summarise
 from bfsys.data.storage.shards import (
     DESCRIPTION,
@@ -105,7 +106,7 @@ def test_open_split(tmp_path):
     assert split.samples["shard"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert isinstance(split.shards[0], Shard)
     assert split_names(tmp_path / "pets") == ["train"]
-    assert verify_split(split) == []
+    assert verify(split) == []
 
 
 def test_the_fingerprint_is_that_of_the_content(tmp_path):
@@ -260,7 +261,7 @@ def test_any_flipped_byte_is_found(tmp_path_factory, data):
     tar = path / split.shards[1].file
     position = data.draw(st.integers(0, tar.stat().st_size - 1))
     flip(tar, position)
-    problems = verify_split(split)
+    problems = verify(split)
     assert f"{tar}: differs from the sha256" in problems[0]
     hit = [
         split.key(i)
@@ -292,7 +293,7 @@ def test_verify_names_the_damage(tmp_path, case):
     damage, message = TAR_DAMAGE[case]
     split = open_split(make_dataset(tmp_path), "train")
     damage(tmp_path / split.shards[1].file)
-    problems = verify_split(split)
+    problems = verify(split)
     assert any(message in problem for problem in problems), problems
     assert all(split.shards[1].file in problem for problem in problems)
 
@@ -325,7 +326,7 @@ def test_verify_compares_every_field_of_the_index(tmp_path, field):
     samples = np.load(tmp_path / "pets-train.samples.npy")
     samples[field][5] += 1
     np.save(tmp_path / "pets-train.samples.npy", samples)
-    problems = verify_split(open_split(tmp_path, "train"))
+    problems = verify(open_split(tmp_path, "train"))
     assert "pets-train.samples.npy: differs from the sha256" in problems[0]
     assert any("pets-train-000001.tar: sample" in problem for problem in problems[1:]), problems
 
@@ -333,7 +334,7 @@ def test_verify_compares_every_field_of_the_index(tmp_path, field):
 def test_verify_checks_the_keys(tmp_path):
     make_dataset(tmp_path)
     flip(tmp_path / "pets-train.keys.npy", 130)
-    assert len(verify_split(open_split(tmp_path, "train"))) == 2
+    assert len(verify(open_split(tmp_path, "train"))) == 2
 
 
 def make_tar(path: Path, entries: dict[str, bytes]) -> Path:

@@ -19,8 +19,8 @@ import yaml
 
 from bfsys.checkpoint.files import read_manifest
 from bfsys.cli import call
+from bfsys.commands.inspect import verify
 from bfsys.config import Config, load_config
-from bfsys.data.packing.verify import verify_split
 from bfsys.data.storage.shards import DESCRIPTION, Split, open_split
 from bfsys.data.streaming import reader as reader_module
 from bfsys.data.streaming.datasets import make_plan, open_evaluation, open_training
@@ -194,7 +194,7 @@ def test_a_bad_sample_is_named_and_replaced_alike_on_every_rank_and_replay(
     known.share(ALONE, {("train", "a"): len(split)}, 1)
     assert drawn(config, known=known)[0] == got
 
-    assert any(verified in problem for problem in verify_split(split))
+    assert any(verified in problem for problem in verify(split))
 
 
 def test_a_sample_is_bad_from_the_step_that_found_it(config: Config, dataset: Path) -> None:
