@@ -65,6 +65,7 @@ DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE}
 MISSING_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENAMETOOLONG, errno.ENXIO}
 
 
+SHOWN_CHARACTERS = 4_000  # of a problem
 JOINERS = "\u200c\u200d"  # between letters of Persian and similar scripts, and between the parts of an emoji
 
 
@@ -134,6 +135,14 @@ def counted(number: int, noun: str) -> str:
 def one_line(text: str) -> str:
     """The text with line breaks and other control characters escaped. File names may contain them."""
     return "".join(c if is_printable(c) else ascii(c)[1:-1] for c in text)
+
+
+def error_line(problem: str) -> str:
+    """The line that shows a problem. Its middle is left out if a value in it, such as a huge key, makes it long."""
+    text = one_line(problem)
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[: SHOWN_CHARACTERS // 2]} … {text[-SHOWN_CHARACTERS // 2 :]}"
+    return f"error: {text}"
 
 
 def is_printable(text: str) -> bool:
@@ -232,7 +241,7 @@ def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (si
         return end.code or 0
     except UserError as error:
         for problem in error.problems:
-            print(f"error: {one_line(problem)}", file=sys.stderr)
+            print(error_line(problem), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return stopped()

@@ -34,6 +34,17 @@ def test_every_problem_is_a_line_and_the_code_is_2(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "error: first\nerror: second\n"
 
 
+def test_a_long_value_does_not_fill_the_terminal(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise UserError(f"optim.{'x' * 100_000}: unknown key; remove it")
+
+    assert ends_with(main) == 2
+    line = capsys.readouterr().err
+    assert len(line) < 5_000
+    assert line.startswith("error: optim.xxx")
+    assert line.endswith("x: unknown key; remove it\n")
+
+
 def test_control_c_prints_no_traceback(capsys: pytest.CaptureFixture) -> None:
     def main() -> None:
         raise KeyboardInterrupt

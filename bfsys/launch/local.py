@@ -44,7 +44,7 @@ import psutil
 from bfsys.config import Config
 from bfsys.data.streaming.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
-from bfsys.errors import EXIT_CRASHED, EXIT_HUNG, EXIT_REQUEUE, EXIT_STORAGE, UserError, code_of, counted, one_line
+from bfsys.errors import EXIT_CRASHED, EXIT_HUNG, EXIT_REQUEUE, EXIT_STORAGE, UserError, code_of, counted, error_line
 from bfsys.launch.elastic import MOST, describe, fitting, parse_range
 from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
@@ -235,7 +235,7 @@ def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
         except UserError as error:
             if error.exit_code in FINAL_CODES:
                 raise
-            print(*(f"error: {one_line(problem)}" for problem in error.problems), sep="\n", file=sys.stderr, flush=True)
+            print(*map(error_line, error.problems), sep="\n", file=sys.stderr, flush=True)
             return error.exit_code
 
     while (code := attempt()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
