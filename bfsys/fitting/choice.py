@@ -33,8 +33,10 @@ LONGEST_WARMUP = 200
 PICTURE_SIDES = (224, 160, 128, 96, 64, 48, 32, 16)
 SAMPLE_RATES_HZ = (16_000, 8_000)
 WAV_HEADER_BYTES = 44
-# (largest median file length in bytes, kernel)
+# (largest median file length in bytes, kernel). Longer tokens of uncompressed sounds cost less and lose no accuracy;
+# where the kind of a file is the class, they lose ten points (docs/experiments.md).
 KERNELS = ((1_000, 4), (12_000, 16))
+KERNELS_OF_SOUNDS = ((1_000, 4), (3_000, 16))
 LARGEST_KERNEL = 32
 MOST_POSITIONS = 35_000
 LONGEST_SOUND_S = 10.0
@@ -176,7 +178,10 @@ def choice_of(survey: Survey, machine: Machine, form: Format, lengths: np.ndarra
     """The choices for a format. `lengths` are those of the packed training files; without them they are estimated."""
     lengths = form.lengths(survey) if lengths is None else lengths
     median = float(np.median(lengths))
-    kernel = next((kernel for limit, kernel in KERNELS if median <= limit), LARGEST_KERNEL)
+    shows_classes = form.encoding != "as_stored" or not survey.kinds_tell_classes
+    is_plain_sound = survey.modality == "audio" and (form.encoding != "as_stored" or not survey.is_compressed)
+    kernels = KERNELS_OF_SOUNDS if is_plain_sound and shows_classes else KERNELS
+    kernel = next((kernel for limit, kernel in kernels if median <= limit), LARGEST_KERNEL)
     longest = max(int(lengths.max()), survey.longest if form.encoding == "as_stored" else 0)
     positions = min(MOST_POSITIONS, -(-2 * longest // kernel))
     lanes = 8 if machine.device == "gpu" else max(n for n in (1, 2, 4, 8) if n <= machine.ranks)
@@ -191,7 +196,7 @@ def choice_of(survey: Survey, machine: Machine, form: Format, lengths: np.ndarra
         batch_samples=max(batch, lanes),
         lanes=lanes,
         eval_split="val" if "val" in survey.files else "test",
-        shows_classes=form.encoding != "as_stored" or not survey.kinds_tell_classes,
+        shows_classes=shows_classes,
         lengths=lengths,
     )
 

@@ -126,3 +126,24 @@ def test_no_content_is_learned_from_files_whose_class_is_their_kind() -> None:
 def test_few_files_are_not_repeated_forever() -> None:
     few: Choice = choose(survey("other", None, 500, files=100), CPU, 36_000, as_stored=False)
     assert few.most_steps() * few.batch_samples <= max(200 * few.batch_samples, 60 * 100)
+
+
+@pytest.mark.parametrize(
+    ("found", "kernel"),
+    [
+        (survey("a WAV", "audio", 900, size=0.1, rate_hz=8_000), 4),
+        (survey("a WAV", "audio", 2_500, size=0.2, rate_hz=8_000), 16),
+        (survey("a WAV", "audio", 6_800, size=0.4, rate_hz=8_000), 32),
+        (survey("an MP3", "audio", 2_500, size=0.7, rate_hz=8_000), 32),  # becomes a WAV of 5,644 bytes
+        (replace(survey("a WAV", "audio", 6_800, size=0.4, rate_hz=8_000), kinds_tell_classes=True), 16),
+        (survey("a TIFF", "image", 6_800, size=48), 16),
+        (survey("other", None, 6_800), 16),
+        (survey("other", None, 30_000), 32),
+    ],
+)
+def test_uncompressed_sounds_have_longer_tokens(found: Survey, kernel: int) -> None:
+    assert choose(found, CPU, 1e9, as_stored=False).kernel == kernel
+
+
+def test_compressed_sounds_that_stay_as_they_are_have_the_tokens_of_other_files() -> None:
+    assert choose(survey("an MP3", "audio", 6_800, size=1.0, rate_hz=8_000), CPU, 1e9, as_stored=True).kernel == 16
