@@ -265,8 +265,8 @@ def _with_samples_of(stored: bytes, written: bytes, samples: int) -> bytes:
     assert after
     content = written[after.start : after.start + after.size]
     end = before.start + before.size
-    size = struct.Struct("<I" if stored[:4] == b"RIFF" else ">I")
-    if stored[:4] == b".snd":
+    size = struct.Struct("<I" if stored[:4] in (b"RIFF", b"dns.") else ">I")
+    if stored[:4] in (b".snd", b"dns."):
         return stored[:8] + size.pack(len(content)) + stored[12 : before.start] + content + stored[end:]
     file = bytearray(stored[: before.start] + content + bytes(len(content) % 2) + stored[end + end % 2 :])
     size.pack_into(file, 4, len(file) - 8)

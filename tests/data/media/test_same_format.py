@@ -207,6 +207,7 @@ SOUNDS = (
     ("FLAC", "PCM_16", 2, "FILE"),
     ("AIFF", "PCM_16", 1, "FILE"),
     ("AU", "PCM_16", 1, "FILE"),
+    ("AU", "PCM_16", 1, "LITTLE"),
 )
 
 
