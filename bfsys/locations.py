@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 PIPE = "pipe:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# What follows a scheme, up to the next one; and a URL with its query, which may contain more URLs. In a text without
+# queries, each part is still matched only once, so that long texts take no longer.
+_ADDRESS = re.compile(r"(?<=\w)://((?:[^\s'\":]+|:(?!//))*)")
+_WITH_QUERY = re.compile(r"(\w://[^\s?'\"]*)(\?[^\s'\"]*[^\s'\",.:;)])?")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 
 
@@ -25,8 +29,9 @@ def base_name(location: str) -> str:
     if location.startswith(PIPE):  # the last word of the command that looks like the path of a file
         names = re.findall(r"[^/\s'\"]/([^/\s'\"?]+\.[^/\s'\"?]+)(?=[\s'\"?]|$)", location)
         return names[-1] if names else "file"
-    name = location.rstrip("/").rpartition("/")[2]
-    return unquote(name.partition("?")[0]) if location.startswith(("http://", "https://")) else name
+    is_http = location.startswith(("http://", "https://"))
+    path = unquote(location.partition("?")[0]) if is_http else location  # a query may hold a /, too
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def hide(location: str) -> str:
@@ -36,7 +41,7 @@ def hide(location: str) -> str:
         return f"{PIPE}{words[0] if words else ''} … {base_name(location)}"
     if not is_remote(location):
         return location
-    return hide_in(re.sub(r"\?.*", "?***", location, flags=re.DOTALL))
+    return re.sub(r"\?.*", "?***", hide_in(location), flags=re.DOTALL)
 
 
 def without_secrets(tree: Any) -> Any:
@@ -50,8 +55,17 @@ def without_secrets(tree: Any) -> Any:
 
 def hide_in(text: str) -> str:
     """A text without the user names and queries of URLs in it."""
-    text = re.sub(r"(\w://)[^\s/'\"]*@", r"\1***@", text)
-    return re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"]*[^\s'\",.:;)]", r"\1?***", text)
+    text = _ADDRESS.sub(_without_user, text)
+    return _WITH_QUERY.sub(lambda found: found[1] + ("?***" if found[2] else ""), text)
+
+
+def _without_user(found: re.Match) -> str:
+    address = found[1]
+    host = address.partition("/")[0]
+    end = host.rfind("@")
+    if end < 0 and ":" in host and not re.search(r":\d*$|\]$", host):  # no port, so a password in which there is a /
+        end = address.rfind("@")
+    return f"://***{address[end:]}" if end >= 0 else found[0]
 
 
 def expanded(path: str, info: ValidationInfo) -> str:

@@ -75,9 +75,12 @@ def url_of(location: str, file: str) -> str:
         parts = urlsplit(location)
         is_http = parts.scheme in ("http", "https")
         if is_http and parts.port == 0:  # reading it raises ValueError if it is no number up to 65535
-            raise ValueError("Port out of range 1-65535")
-    except ValueError as error:
-        raise UserError(f"{hide(location)}: is not an address ({error})") from None
+            raise ValueError
+    except ValueError:  # its text may hold a password
+        raise UserError(
+            f"{hide(location)}: is not an address; a host, and a port from 1 to 65535 if one is needed, follow the "
+            "://. In a user name or password, write %2F for /, %3F for ?, %23 for # and %40 for @"
+        ) from None
     if "://" in location and not parts.netloc and not location.startswith("file:"):
         raise UserError(f"{hide(location)}: is an incomplete address; a host or a bucket follows the ://")
     if not is_http:

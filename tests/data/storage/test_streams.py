@@ -19,7 +19,7 @@ import pytest
 from bfsys.data.storage.remote import Cache, RemoteFile, is_remote, url_of
 from bfsys.data.storage.streams import TryFailed, stream
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
-from bfsys.locations import base_name, hide
+from bfsys.locations import base_name, hide, hide_in
 from tests.data.conftest import CONTENT, make_cache, names, put, sha256
 from tests.data.http_server import FaultyServer
 
@@ -69,7 +69,13 @@ def test_an_address_without_a_host_is_refused(location: str) -> None:
         url_of(location, "dataset.json")
 
 
-@pytest.mark.parametrize("location", ["http://[::1/dir", "http://host:99999/dir", "https://me:pw@host:port/dir"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://[::1/dir", "http://host:99999/dir", "https://me:pw@host:port/dir", "https://me:pw/d@host/dir",
+        "https://me:pw?d@host/dir", "https://me:pw#d@host/dir",
+    ],
+)  # fmt: skip
 def test_a_wrong_address_is_refused(location: str) -> None:
     with pytest.raises(UserError, match="is not an address") as caught:
         url_of(location, "dataset.json")
@@ -88,6 +94,10 @@ def test_no_file_name_becomes_a_command(file: str) -> None:
         ("https://me:pw@host/d/x%20y.tar?sig=secret", "https://***@host/d/x%20y.tar?***", "x y.tar"),
         ("s3://bucket/d/x.tar", "s3://bucket/d/x.tar", "x.tar"),
         ("https://me:p@w@host/d e/x.tar?sig=a secret", "https://***@host/d e/x.tar?***", "x.tar"),
+        ("https://me:p/w@host/x.tar?sig=secret", "https://***@host/x.tar?***", "x.tar"),
+        ("http://host:80/a@b/x.tar", "http://host:80/a@b/x.tar", "x.tar"),
+        ("http://[::1]/a@b/x.tar", "http://[::1]/a@b/x.tar", "x.tar"),
+        ("https://host/x.tar?next=https://other/y&sig=secret", "https://host/x.tar?***", "x.tar"),
         ("pipe:KEY=secret curl -H 'Auth: secret' https://h/d/x.tar?secret", "pipe:curl … x.tar", "x.tar"),
         ("pipe:aws s3 cp s3://b/d/x.tar - --endpoint-url http://127.0.0.1:80", "pipe:aws … x.tar", "x.tar"),
     ],
@@ -101,6 +111,13 @@ def test_errors_show_no_secrets() -> None:
     error = UserError("runs_dir: got 'https://me:pw@host/d?sig=secret': is https://host/a@b?c=secret: a folder?", "b?c")
     assert error.problems == ("runs_dir: got 'https://***@host/d?***': is https://host/a@b?***: a folder?", "b?c")
     assert UserError(*error.problems).problems == error.problems
+
+
+def test_secrets_are_hidden_in_long_texts() -> None:
+    """The time must not grow with the square of the length: this would take an hour."""
+    text = "a://" * 100_000
+    assert hide_in(text) == text
+    assert hide_in(f"{text}me:pw@host") == f"{text}***@host"
 
 
 def test_local_files(tmp_path: Path, cache: Cache) -> None:
