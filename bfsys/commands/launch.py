@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 from bfsys import console
 from bfsys.commands.arguments import add_config, add_sweep
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_STOPPED, UserError
 
 NOTES = """\
 Ctrl-C, SIGTERM and SIGHUP save a checkpoint and stop; the same command resumes.
@@ -30,8 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     console.go_on_without()  # a closed console must not stop training
-    if args.sweep:
-        return run_sweep(args)
+    try:
+        return run_sweep(args) if args.sweep else run_one(args)
+    except KeyboardInterrupt:  # by SIGTERM and SIGHUP, too, while there are no ranks
+        print("stopped on request", file=sys.stderr)
+        return EXIT_STOPPED
+
+
+def run_one(args: argparse.Namespace) -> int:
     if args.at_once is not None:
         raise UserError("--at-once: only a sweep has several runs; give --sweep KEY=A,B, or leave it out")
     from bfsys.config import load_config

@@ -44,7 +44,17 @@ import psutil
 from bfsys.config import Config
 from bfsys.data.streaming.plan import lanes_of_rank
 from bfsys.dryrun import dry_run
-from bfsys.errors import EXIT_CRASHED, EXIT_HUNG, EXIT_REQUEUE, EXIT_STORAGE, UserError, code_of, counted, error_line
+from bfsys.errors import (
+    EXIT_CRASHED,
+    EXIT_HUNG,
+    EXIT_REQUEUE,
+    EXIT_STOPPED,
+    EXIT_STORAGE,
+    UserError,
+    code_of,
+    counted,
+    error_line,
+)
 from bfsys.launch.elastic import MOST, describe, fitting, parse_range
 from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
@@ -167,9 +177,11 @@ class Group:
             process.send_signal(number)  # no effect if it has ended
 
     def _exit_code(self, code: int, *, was_told: bool) -> int:
-        """Return the exit code for a rank. A rank that was killed by a stop signal had nothing to save. It gets the
+        """Return the exit code for a rank. A rank that was ended by a stop signal had nothing to save. It gets the
         code of a stop, and the signal is forwarded. This does not apply if this process sent the signal
         (`was_told`)."""
+        if code != EXIT_STOPPED and code - 128 in EXIT_CODES:  # before it lets signals kill it (commands/train.py)
+            code = 128 - code
         if code >= 0:
             return code
         if -code in self._last_sent:

@@ -21,7 +21,7 @@ import torch
 from bfsys import run_dir
 from bfsys.cli import call
 from bfsys.config import load_config
-from bfsys.errors import EXIT_NO_PROGRESS, EXIT_STORAGE, UserError
+from bfsys.errors import EXIT_NO_PROGRESS, EXIT_STORAGE, UserError, run_command
 from bfsys.launch import local, restart_policy
 from bfsys.launch.job import TrainJob
 from bfsys.supervision.goodput import read_seconds
@@ -243,12 +243,14 @@ def test_a_stop_before_training_has_begun_is_a_stop(make_job):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGHUP, 130), (signal.SIGUSR2, 75)])
-def test_a_stop_signal_to_a_rank_that_does_not_listen_is_a_stop(make_job, tmp_path, number, code):
-    """A rank handles signals from its first step to its last."""
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), {})", "sys.exit(128 + {})"])
+def test_a_stop_signal_to_a_rank_that_does_not_listen_is_a_stop(make_job, tmp_path, number, code, end):
+    """A rank handles signals from its first step to its last. As a command that begins, it ends with the shell's
+    code."""
     job = make_job(f"""
 ready(); wait_for_all()
 if rank == "1":
-    os.kill(os.getpid(), {int(number)})
+    {end.format(int(number))}
 time.sleep(100)
 """)
     assert local.run_group(job, 2, tmp_path / "log") == code
@@ -308,6 +310,15 @@ def test_a_start_after_a_killed_rank_uses_fewer_ranks_of_the_range(config_file, 
         assert local.launch(load_config(config_file), config_file, (), local.parse_ranks(asked), is_dry_run=False) == 0
         assert started == ranks
     assert "ranks: 2 on the CPU" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_before_there_are_ranks_is_a_stop(config_file, monkeypatch, capsys, number):
+    monkeypatch.setattr(local, "choose_ranks", lambda *_: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: call("launch", [str(config_file)]))
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "stopped on request\n"
 
 
 def test_dry_run_starts_nothing(config_file, tmp_path, capsys):
