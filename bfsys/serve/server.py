@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from contextlib import closing, contextmanager
 
 import uvicorn
 
+from bfsys.errors import TOGETHER_S
 from bfsys.serve.app import Service, application
 from bfsys.serve.listener import BACKLOG, is_loopback, listen
 
@@ -56,13 +58,16 @@ class _Server(uvicorn.Server):
 
 
 async def _run(server: uvicorn.Server, listener: socket.socket, url: str) -> None:
-    def stop() -> None:
-        server.force_exit = server.should_exit  # a second signal
-        server.should_exit = True
+    loop, asked_at = asyncio.get_running_loop(), -math.inf
 
-    loop = asyncio.get_running_loop()
+    def stop(number: int) -> None:
+        nonlocal asked_at
+        if number == signal.SIGINT or loop.time() - asked_at >= TOGETHER_S:
+            server.force_exit = server.should_exit  # a second request to stop
+            server.should_exit, asked_at = True, loop.time()
+
     hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup has it ignored
     for number in (signal.SIGINT, signal.SIGTERM, *hangup):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     print(f"{url}  ready; Ctrl-C stops", flush=True)
     await server.serve(sockets=[listener])
