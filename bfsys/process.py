@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import re
@@ -14,7 +15,8 @@ from importlib import metadata
 # versions, and installing another package may replace them.
 OLDEST = {"torch": "2.11", "pydantic": "2.6", "deepspeed": "0.19.8"}
 
-
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
+_libc = ctypes.CDLL(None, use_errno=True)  # loaded here: not much is safe between fork and exec
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD}
 
 
@@ -37,6 +39,18 @@ def prepare() -> None:
             pwd.getpwuid(os.getuid())
         except KeyError:
             os.environ["USER"] = f"uid-{os.getuid()}"
+
+
+def die_with(parent: int) -> None:
+    """Have this process killed when its parent ends."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent ended before this was set
+        os._exit(128 + signal.SIGKILL)
+
+
+def set_name(name: bytes) -> None:
+    """Set the name by which `ps` and `top` show this process, at most 15 bytes."""
+    _libc.prctl(PR_SET_NAME, name)
 
 
 def open_files_limit() -> int:

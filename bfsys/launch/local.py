@@ -21,7 +21,6 @@ work in a process that was forked after CUDA was initialised.
 from __future__ import annotations
 
 import codecs
-import ctypes
 import errno
 import importlib
 import multiprocessing
@@ -58,6 +57,8 @@ from bfsys.errors import (
 from bfsys.launch.elastic import MOST, describe, fitting, parse_range
 from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
+from bfsys.locations import hide_in
+from bfsys.process import die_with, set_name
 from bfsys.ranks import gpu_count
 from bfsys.run_dir import hold_directory
 from bfsys.supervision.goodput import STARTED
@@ -73,7 +74,6 @@ POLL_S = 0.05
 TOGETHER_S = 30.0  # after the end of the first rank, until the others are stopped
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
 SHOWN_LINES = 15  # last lines of a failed rank's log
-PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 
 
 class Group:
@@ -96,7 +96,7 @@ class Group:
                     rank, world_size, rank, world_size, master_addr="127.0.0.1", master_port=port
                 )
                 with open(log, "ab") as output:
-                    output.write(os.fsencode(f"--- {time.strftime('%F %T')} {shlex.join(job.command())}\n"))
+                    output.write(os.fsencode(f"--- {time.strftime('%F %T')} {hide_in(shlex.join(job.command()))}\n"))
                 self._running[rank] = start(job, rank, {**os.environ, **variables}, log)
         except OSError:
             self.close()
@@ -308,7 +308,7 @@ class Forked:
     def _begin(act: Callable[[], None], name: bytes, log: Path | None, parent: int) -> None:
         os.setpgid(0, 0)
         die_with(parent)
-        _libc.prctl(PR_SET_NAME, name)
+        set_name(name)
         if log:
             with open(log, "ab") as output:
                 os.dup2(output.fileno(), 1)
@@ -358,16 +358,6 @@ def start_program(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> s
         )
 
 
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded here: not much is safe between fork and exec
-
-
-def die_with(parent: int) -> None:
-    """Have this process killed when its parent ends."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # the parent ended before this was set
-        os._exit(KILLED)
-
-
 def free_port() -> int:
     """Find a free port for the ranks, outside the ephemeral range. Launchers start the search at different ports."""
     for i in range(len(MASTER_PORTS)):
@@ -389,14 +379,14 @@ def choose_ranks(lanes: int, asked: range | None, at_once: int = 1) -> int:
     cores allow and that divides the lanes. Concurrent runs share the GPUs or cores equally. Raises UserError."""
     gpus = gpu_count()
     each = len(share_of(range(gpus or len(os.sched_getaffinity(0))), 0, at_once))
+    there = counted(each, "GPU" if gpus else "core")
     if asked is None:
         return fitting(lanes, range(1, each + 1))[-1]
     if len(asked) > 1:
         if fit := fitting(lanes, range(asked.start, min(asked.stop, each + 1))):
             return fit[-1]
         raise UserError(
-            f"--ranks: got {describe(asked)}; {counted(lanes, 'lane')} (data.lanes) and "
-            f"{counted(each, 'GPU' if gpus else 'core')} allow "
+            f"--ranks: got {describe(asked)}; {counted(lanes, 'lane')} (data.lanes) and {there} allow "
             f"{', '.join(map(str, fitting(lanes, range(1, each + 1))))}"
         )
     (number,) = asked
@@ -406,11 +396,7 @@ def choose_ranks(lanes: int, asked: range | None, at_once: int = 1) -> int:
     except UserError as error:
         problems.extend(error.problems)
     if gpus and number > each:
-        whose = (
-            f"this machine's {counted(gpus, 'GPU')}"
-            if at_once == 1
-            else f"the {counted(each, 'GPU')} of each of {at_once} runs"
-        )
+        whose = f"this machine's {there}" if at_once == 1 else f"the {there} of each of {at_once} runs"
         problems.append(f"--ranks: got {number}, more than {whose}; one rank per GPU is allowed")
     if problems:
         raise UserError(*problems)
@@ -445,7 +431,7 @@ def launch(
     log_dir = config.run_dir.absolute() / "log"
     if is_dry_run:
         dry_run(config, ranks, with_data=True)
-        print(f"command     {shlex.join(job.command())}, {ranks} times; logs in {log_dir}")
+        print(f"command     {hide_in(shlex.join(job.command()))}, {ranks} times; logs in {log_dir}")
         return 0
     os.environ[STARTED] = str(psutil.Process().create_time())
 
