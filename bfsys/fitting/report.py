@@ -37,13 +37,17 @@ def report(run_dir: Path) -> list[str]:
     train, held_out = tables_of(config, training, sources, BASELINE_FILES)
     files = sum(len(split) for split in training.splits)
     problems: list[str] = []
+    baselines = {
+        "from byte counts": logistic(byte_counts, train, held_out),
+        f"from {FIRST_BYTES} first bytes": logistic(first_bytes, train, held_out),
+        "from file sizes": nearest_size(train, held_out),
+        "of the largest class": largest_class(training, held_out),
+    }
     lines = [
         f"held-out files ({config.data.eval_split})      {result['samples']:>8,}",
         f"top-1 of this model         {100 * result['top1']:8.2f} %",
-        f"top-1 from byte counts      {logistic(byte_counts, train, held_out)}",
-        f"top-1 from {FIRST_BYTES} first bytes   {logistic(first_bytes, train, held_out)}",
-        f"top-1 from file sizes       {100 * nearest_size(train, held_out):8.2f} %",
-        f"top-1 of the largest class  {100 * largest_class(training, held_out):8.2f} %",
+        *(f"top-1 {name:<20}  {shown(accuracy)}" for name, accuracy in baselines.items()),
+        *note_on_baselines(result["top1"], baselines),
     ]
     if len(train.labels) < files:
         lines.append(
@@ -55,11 +59,29 @@ def report(run_dir: Path) -> list[str]:
     return [*lines, f"learning curve: {folder / 'learning_curve.png'}"]
 
 
-def logistic(baseline: Callable[[Table, Table], float], train: Table, held_out: Table) -> str:
+def logistic(baseline: Callable[[Table, Table], float], train: Table, held_out: Table) -> float | str:
     """The accuracy of a baseline that is a logistic regression, or why it is left out."""
     classes = len(np.unique(train.labels))
     if classes > LOGISTIC_CLASSES:
         return f"left out: logistic regression takes long with more than {LOGISTIC_CLASSES} classes"
     if classes == 1:
         return "left out: the training files that it would learn from have one class only"
-    return f"{100 * baseline(train, held_out):8.2f} %   (logistic regression)"
+    return baseline(train, held_out)
+
+
+def shown(accuracy: float | str) -> str:
+    return accuracy if isinstance(accuracy, str) else f"{100 * accuracy:8.2f} %"
+
+
+def note_on_baselines(top1: float, baselines: dict[str, float | str]) -> list[str]:
+    """A line on the baselines whose accuracy the model does not exceed, if there are any."""
+    # Rounded, since the two are computed in different ways
+    reached = [
+        name for name, accuracy in baselines.items() if not isinstance(accuracy, str) and accuracy >= round(top1, 6)
+    ]
+    if not reached:
+        return []
+    return [
+        f"note: top-1 {' and '.join(reached)} is not lower than that of the model, so its score does not show that it "
+        "learned more"
+    ]
