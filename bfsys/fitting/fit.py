@@ -90,6 +90,10 @@ class Trial:
         """Seconds for everything except the steps."""
         return self.start_s + EVALUATIONS * self.evaluation_s + REPORT_S
 
+    def allows_another(self, seconds: float) -> bool:
+        """Whether the start of another trial, that of the training and the report fit into the time."""
+        return 2 * self.start_s + REPORT_S < seconds
+
     def steps_in(self, seconds: float, mean_step_bytes: float) -> int:
         return max(0, int(SHARE_OF_TIME * (seconds - self.other_s) * self.bytes_per_s / mean_step_bytes))
 
@@ -130,7 +134,7 @@ def prepare(request: Request, began_s: float) -> Config | int:
         passed_s, step_bytes = time.monotonic() - began_s, choice.batch_samples * float(choice.lengths.mean())
         steps = trial.steps_in(60 * request.minutes - passed_s, step_bytes)
         smaller = choice.format.smaller()
-        if steps >= LEAST_STEPS or smaller is None:
+        if steps >= LEAST_STEPS or smaller is None or not trial.allows_another(60 * request.minutes - passed_s):
             break
         print(
             f"{choice.format.describe()}: only {counted(steps, 'step')} in the time that is left; trying a smaller size"

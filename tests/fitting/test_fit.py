@@ -211,6 +211,24 @@ def test_training_files_that_cannot_be_augmented_are_left_out(tmp_path: Path, mo
     assert sum(counts[0]) == 90
 
 
+@pytest.mark.parametrize(("start_s", "tried"), [(0.0, ["48", "32", "16"]), (300.0, ["48"])])
+def test_smaller_sizes_are_tried_only_if_time_is_left(
+    start_s: float, tried: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trial takes the start of a training. Without time for it, `fit` would exceed --minutes many times over."""
+    sizes = []
+
+    def try_out(request: Request, choice: rules.Choice, *_: str) -> Trial:
+        sizes.append(str(choice.format.image_size))
+        return Trial(bytes_per_s=1.0, start_s=start_s, evaluation_s=0.0)
+
+    monkeypatch.setattr(fit, "try_out", try_out)
+    folder = make_files(tmp_path / "src", pictures("PNG", 48, 0))
+    with pytest.raises(UserError, match="this machine trains 0 steps in that time"):
+        prepare(Request(folder, "x", 9.0, False, False, tmp_path / "s", tmp_path / "r"), time.monotonic())
+    assert sizes == tried
+
+
 def test_a_class_of_which_all_files_are_bad_cannot_be_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_files(tmp_path / "src", pictures("PNG", 32, 60))
     with pytest.raises(UserError, match="src: only one class has training files, 'a'; a classifier needs at least 2"):
