@@ -303,8 +303,13 @@ class Metrics:
         return (
             f"step {step:>{len(str(total))}}/{total} · {describe_scores(line)} · lr {line['learning_rate']:.1e} · "
             f"grad {grad_norm:.2f} · {line['samples_per_s']:,.0f} samples/s · "
-            f"{line['bytes_per_s'] / 1e6:.2f} MB/s · {_clock(left_s)} left"
+            f"{_rate(line['bytes_per_s'])} · {_clock(left_s)} left"
         )
+
+
+def _rate(bytes_per_s: float) -> str:
+    """0.82 MB/s; small files in kB/s, since they would show 0.00 MB/s"""
+    return f"{bytes_per_s / 1e6:.2f} MB/s" if bytes_per_s >= 1e5 else f"{bytes_per_s / 1e3:.2f} kB/s"
 
 
 def hyperparameters(config: Config) -> dict[str, int | float | str]:

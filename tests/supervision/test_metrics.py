@@ -21,7 +21,7 @@ from bfsys.config import load_config
 from bfsys.errors import EXIT_STORAGE
 from bfsys.ranks import Ranks
 from bfsys.supervision.goodput import Ledger
-from bfsys.supervision.metrics import Metrics, _blocks_of, _open_lines
+from bfsys.supervision.metrics import Metrics, _blocks_of, _open_lines, _rate
 from tests.conftest import REPOSITORY
 
 
@@ -129,3 +129,7 @@ def test_lengths_are_read_in_blocks() -> None:
     assert len(some) == 10_000
     assert (some[0], some[-1]) == (0, 999_999)
     assert np.count_nonzero(np.diff(some) > 1) == 99  # between 100 blocks
+
+
+def test_the_rate_of_small_files_is_not_zero() -> None:
+    assert [_rate(b) for b in (820_000.0, 99_000.0, 3_000.0)] == ["0.82 MB/s", "99.00 kB/s", "3.00 kB/s"]
