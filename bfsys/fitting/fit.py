@@ -392,7 +392,7 @@ def train(request: Request, config: Config) -> int:
     """Train or resume until the last step and its evaluation. Returns the exit code."""
     path, _ = find_newest(request.run_dir)
     if path and step_of(path) >= config.train.steps and is_evaluated(request.run_dir, config):
-        print(f"{request.run_dir}: training has already finished ({config.train.steps} steps)", flush=True)
+        print(f"{request.run_dir}: training has already finished ({step_of(path)} steps)", flush=True)
         return 0
     return launch(config, request.config_file, overrides_of(request), None, is_dry_run=False)
 

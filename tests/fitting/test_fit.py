@@ -278,6 +278,17 @@ def test_a_run_without_its_last_evaluation_is_not_finished(finished_run: Path, t
     assert is_evaluated(run, replace(config, data=replace(config.data, eval_split="none")))
 
 
+def test_a_run_that_was_trained_longer_tells_its_own_steps(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`bfsys launch runs/x.yaml name=x train.steps=…` trains the run of `fit` longer than its config says."""
+    config = load_config(finished_run / "config.yaml")
+    shutil.copytree(finished_run, tmp_path / "x")
+    shorter = replace(config, train=replace(config.train, steps=config.train.steps - 1))
+    assert fit.train(Request(tmp_path, "x", 9.0, False, False, tmp_path, tmp_path), shorter) == 0
+    assert f"training has already finished ({config.train.steps} steps)" in capsys.readouterr().out
+
+
 def test_packed_files_of_another_folder_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {f"{c}/{i}.bin": bytes([i]) * 20 for c in "ab" for i in range(8)}
 
