@@ -44,6 +44,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        _resolve_absolute_form(scope)
         started, status = time.monotonic(), CLIENT_GONE
 
         async def send_on(message: Message) -> None:
@@ -80,6 +81,16 @@ class Guard:
         if method not in ("GET", "HEAD") and _is_of_another_site(headers):
             return JSONResponse({"detail": "requests from pages of other sites are refused"}, 403)
         return None
+
+
+def _resolve_absolute_form(scope: Scope) -> None:
+    """Rewrite `GET http://HOST/PATH`, as clients may write `GET /PATH`. HOST then counts in place of the header Host
+    (RFC 9112, 3.2.2)."""
+    if found := re.fullmatch(r"https?://([^/?#]*)(.*)", scope["path"], re.IGNORECASE | re.DOTALL):
+        scope["path"] = found[2] or "/"
+        scope["raw_path"] = scope["path"].encode()
+        headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+        scope["headers"] = [*headers, (b"host", found[1].encode())]
 
 
 def _name_of(host: str) -> str | None:

@@ -185,3 +185,18 @@ def test_wrong_lengths_and_no_http(url: str) -> None:
             with suppress(ConnectionError):  # it may have answered and closed before everything is sent
                 connection.sendall(sent)
             assert connection.recv(10_000).startswith(expected)
+
+
+def test_a_request_for_a_whole_url(url: str) -> None:
+    """RFC 9112 requires servers to accept it; its host counts, not the one in the header."""
+    own = url.removeprefix("http://")
+    for target, host, expected in (
+        (f"{url}/health", own, b"HTTP/1.1 200 "),
+        (f"HTTP://{own}", own, b"HTTP/1.1 200 "),
+        (f"{url}/health", "elsewhere.example", b"HTTP/1.1 200 "),
+        ("http://elsewhere.example/health", own, b"HTTP/1.1 400 "),
+        (f"{url}/nothing", own, b"HTTP/1.1 404 "),
+    ):
+        with raw(url) as connection:
+            connection.sendall(f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert connection.recv(10_000).startswith(expected), (target, host)
