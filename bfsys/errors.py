@@ -66,6 +66,7 @@ MISSING_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.
 
 
 SHOWN_CHARACTERS = 4_000  # of a problem
+NO_TEMPORARY_FOLDER = "No usable temporary directory"  # from Python's `tempfile`
 JOINERS = "\u200c\u200d"  # between letters of Persian and similar scripts, and between the parts of an emoji
 
 
@@ -181,6 +182,9 @@ def run_command(main: Callable[[], int | None], *, output_is_optional: bool = Fa
         try:
             return main()
         except OSError as error:
+            if error.filename is None and NO_TEMPORARY_FOLDER in str(error):
+                problem = f"{error.strerror}: free space there, or set TMPDIR to a folder that can be written to"
+                raise UserError(problem) from None
             if error.filename is None or isinstance(error, console.OutputError):
                 raise
             raise UserError(f"{error.filename}: {error.strerror}", exit_code=code_of(error)) from None

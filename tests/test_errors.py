@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -158,6 +159,19 @@ def test_a_current_folder_that_was_deleted_is_named(
 def test_a_file_that_cannot_be_read_is_named(capsys: pytest.CaptureFixture) -> None:
     assert ends_with(lambda: os.listdir("/nowhere/folder")) == 2
     assert capsys.readouterr().err == "error: /nowhere/folder: No such file or directory\n"
+
+
+def test_a_machine_without_a_temporary_folder_that_can_be_written_to(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a container whose file system is read-only."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    assert ends_with(lambda: tempfile.gettempdir() and None) == 2
+    error = capsys.readouterr().err
+    assert "No usable temporary directory" in error
+    assert "set TMPDIR" in error
+    assert error.count("\n") == 1
 
 
 def test_an_outage_has_the_code_of_a_crash_so_that_a_launcher_restarts(capsys: pytest.CaptureFixture) -> None:
