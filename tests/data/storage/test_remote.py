@@ -150,9 +150,7 @@ def test_failed_tries_are_printed_while_a_reader_waits(
 
 
 @pytest.mark.parametrize(("asked_s", "granted_s"), [(0.0, 0.0), (7.0, 7.0), (10**8, 20.0)])
-def test_a_pause_that_a_server_asks_for_is_granted_within_limits(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], asked_s: float, granted_s: float
-) -> None:
+def test_a_pause_that_a_server_asks_for_is_limited(tmp_path: Path, asked_s: float, granted_s: float) -> None:
     cache, pauses_s = make_cache(tmp_path, stall_s=20.0), []
 
     class Stop(threading.Event):
@@ -165,7 +163,7 @@ def test_a_pause_that_a_server_asks_for_is_granted_within_limits(
 
     with pytest.raises(UserError, match="could not be fetched in 3 tries"):
         cache._try_often("http://host/x.tar", fail, Stop())
-    assert pauses_s == [pytest.approx(granted_s, abs=0.5)] * 2
+    assert pauses_s == [pytest.approx(granted_s, abs=3)] * 2
 
 
 def test_processes_that_fail_together_do_not_come_back_together(tmp_path: Path) -> None:
