@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from bfsys import dist
 from bfsys.checkpoint import copier
@@ -37,100 +37,121 @@ STOP_WAIT_S = 120.0  # a run that stops on request waits this long for its last 
 
 
 class Copies:
-    """Copies the checkpoints of a run, one at a time; for rank 0."""
+    """Copies the checkpoints of a run, one at a time; for rank 0.
+
+    It is idle, or it makes one copy (`_present`). An idle one starts a copy only if a checkpoint is offered. After a
+    copy the next one starts at once, but after a failed copy only if a checkpoint was offered meanwhile. A process that
+    cannot be started is a failed copy.
+    """
 
     def __init__(self, run_dir: Path, url: str, keep: RetentionPolicy) -> None:
         """`url` is the URL of the run in the store."""
         self.run_dir, self.url, self.keep = run_dir, url, keep
         self.problem = ""
-        """Why copying fails; empty if it works."""
-        self.copying: Path | None = None
-        """The checkpoint that is being copied. It must not be removed."""
-        self.newest_is_left_out = False
-        """Whether the last processed checkpoint was left out on purpose, since it was saved after a bad step."""
-        self._process: subprocess.Popen | None = None
-        self._is_wanted = False
-        self._is_offered = False  # whether `offer` was called since the present copy began
-        self._done: dict[tuple[str, int], str] = {}  # problem ("" if none) of checkpoints that are not tried again
-        self._said = ""
-        self._unsaid = ""
+        """Why the last copy failed; empty if it did not."""
+        self._present: _Copy | None = None
+        self._done: dict[_Key, dict] = {}  # the answers about checkpoints that are not tried again
+        self._said: Literal["", "copied", "note", "failing"] = ""  # what the last message about the store was
+        self._unsaid = ""  # a message for `attend` to return once no copy is made
 
     def offer(self) -> None:
         """Look for checkpoints without a copy, and start to copy them."""
-        self._is_wanted = self._is_offered = True
-        self._start_next()
+        if self._present:
+            self._present.is_offered_next = True
+        else:
+            self._start_next()
 
     def attend(self) -> str:
         """Start the next copy if the present one has ended. Returns a message for the console; empty if nothing has
         changed."""
-        if self._process is None:
+        if self._present is None:
             news, self._unsaid = self._unsaid, ""
             return news
-        if self._process.poll() is None:
+        if self._present.process.poll() is None:
             return ""
-        news = self._take(_answer_of(self._process))
-        self._process = self.copying = None
-        self._start_next()
+        ended, self._present = self._present, None
+        news = self._take(ended.key, _answer_of(ended.process))
+        if not self.problem or ended.is_offered_next:
+            self._start_next()
         return news
 
     @property
     def is_busy(self) -> bool:
-        return self._process is not None
+        return self._present is not None
+
+    @property
+    def copying(self) -> Path | None:
+        """The checkpoint that is being copied. It must not be removed."""
+        return self._present.path if self._present else None
 
     def problem_of_newest(self) -> str:
-        """Why the newest checkpoint has no copy; empty if it has one."""
+        """Why the newest checkpoint has no copy; empty if it has one, or was left out on purpose."""
         newest = all_checkpoints(self.run_dir)[-1]
-        problem = self._done.get(_key(newest), self.problem or "the store was too slow")
+        answer = self._done.get(_key(newest))
+        problem = answer.get("damaged", "") if answer is not None else self.problem or "the store was too slow"
         return problem and f"checkpoint {newest}: is whole, but has no copy in {self.url}: {problem}"
+
+    @property
+    def newest_is_left_out(self) -> bool:
+        """Whether the newest checkpoint is not copied on purpose, since it was saved after a bad step."""
+        return "left_out" in self._done.get(_key(all_checkpoints(self.run_dir)[-1]), {})
 
     def close(self) -> None:
         """Kill the copying process. The incomplete copy has no manifest, so it does not count."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-        self._process = self.copying = None
+        if self._present:
+            self._present.process.kill()
+            self._present.process.communicate()
+        self._present = None
 
     def _start_next(self) -> None:
-        if self._process is not None or not self._is_wanted:
-            return
-        keys: dict[Path, tuple[str, int]] = {}
-        for one in reversed(all_checkpoints(self.run_dir)):
+        """Start to copy the newest checkpoint that is not done, if there is one."""
+        for path in reversed(all_checkpoints(self.run_dir)):
             with suppress(FileNotFoundError):  # it has no manifest, or `bfsys checkpoint prune` has removed it
-                keys[one] = _key(one)
-        path = next((path for path, key in keys.items() if key not in self._done), None)
-        if path is None:
-            self._is_wanted = False
-            return
+                key = _key(path)
+                if key not in self._done:
+                    self._begin(path, key)
+                    return
+
+    def _begin(self, path: Path, key: _Key) -> None:
         task = {"action": "copy", "path": str(path), "keep": asdict(self.keep)}
         try:
-            self._process, self.copying = _start(self.run_dir, self.url, task), path
-            self._is_offered = False
+            self._present = _Copy(_start(self.run_dir, self.url, task), path, key)
         except OSError as error:  # the limit of processes or of memory is reached
-            self.problem, self._is_wanted = f"the copying process cannot be started: {error.strerror}", False
-            if self._said != "failing":
-                self._unsaid = f"{path.name} is not copied: {self.problem}; {TRIES_AGAIN}"
-            self._said = "failing"
-        self._copied_key = keys[path]
+            problem = f"the copying process cannot be started: {error.strerror}"
+            self._unsaid = self._take(key, {"problem": problem}) or self._unsaid
 
-    def _take(self, answer: dict) -> str:
-        """Record the result of the copying process. Returns a message if it differs from the last one."""
-        before, self.problem = self._said, answer.get("problem", "")
-        name = self._copied_key[0]
-        if self.problem:
-            self._is_wanted = self._is_offered  # without an offer in between, retry only after the next save
-            self._said = "failing"
-            news = f"{name} is not copied: {self.problem}; {TRIES_AGAIN}"
-            return news if before != self._said else ""
-        self._done[self._copied_key] = answer.get("damaged", "")
-        self.newest_is_left_out = "left_out" in answer
-        if reason := answer.get("damaged") or answer.get("left_out"):
+    def _take(self, key: _Key, answer: dict) -> str:
+        """Record the result of a copy. Returns a message; empty if the last one said the same about the store."""
+        name, before = key[0], self._said
+        self.problem = answer.get("problem", "")
+        if not self.problem:
+            self._done[key] = answer
+        if reason := answer.get("damaged") or answer.get("left_out"):  # says nothing about the store
             return f"{name} is not copied: {reason}"
-        self._said = "note" if "note" in answer else "copied"
-        if before == self._said:
-            return ""
-        if note := answer.get("note"):
-            return f"{name} is copied, but older copies stay: {note}"
-        return f"checkpoints are copied to {self.url}{' again' if before == 'failing' else ''}"
+        if self.problem:
+            self._said, news = "failing", f"{name} is not copied: {self.problem}; {TRIES_AGAIN}"
+        elif note := answer.get("note"):
+            self._said, news = "note", f"{name} is copied, but older copies stay: {note}"
+        else:
+            again = " again" if before == "failing" else ""
+            self._said, news = "copied", f"checkpoints are copied to {self.url}{again}"
+        return news if self._said != before else ""
+
+
+_Key = tuple[str, int]
+"""The identity of a checkpoint: its name, and when its manifest was written (ns). It differs from that of another
+checkpoint of the same step."""
+
+
+@dataclass
+class _Copy:
+    """A copy that is being made."""
+
+    process: subprocess.Popen
+    path: Path
+    key: _Key
+    is_offered_next: bool = False
+    """Whether a checkpoint was offered since this copy began."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +225,5 @@ def _answer_of(process: subprocess.Popen) -> dict:
         return {"problem": f"the copying process ended with code {process.returncode}", "exit_code": EXIT_CRASHED}
 
 
-def _key(path: Path) -> tuple[str, int]:
-    """The identity of a checkpoint. It differs from that of another checkpoint of the same step."""
+def _key(path: Path) -> _Key:
     return path.name, (path / MANIFEST).stat().st_mtime_ns

@@ -138,7 +138,7 @@ def measure(folder: Path, port: int, log: Path, copies: int, files: int) -> dict
         offers_s.append(time.perf_counter() - began)
         peak = 0.0
         while copier.is_busy:
-            process = psutil.Process(copier._process.pid)  # type: ignore[union-attr]
+            process = psutil.Process(copier._present.process.pid)  # type: ignore[union-attr]
             beside_s.append(step_s())
             peak = max(peak, process.memory_info().rss / MIB) if process.is_running() else peak
             if news := copier.attend():
