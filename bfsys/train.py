@@ -93,7 +93,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             while exit_code == ROLLED_BACK:
                 supervisor.watchdog.be_patient("resuming")
                 manifest = resume(
-                    engine, config.run_dir, ranks, say=supervisor.say, replace_damaged=supervisor.replace_damaged
+                    engine, config.run_dir, ranks, say=supervisor.say, replace_damaged=supervisor.copies.replace_damaged
                 )
                 facts["reference_files"] = manifest.get("reference_files")
                 supervisor.resume(manifest, notes)

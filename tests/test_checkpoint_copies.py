@@ -43,8 +43,8 @@ def train_in_step_with_copies(config: str, overrides: Sequence[str], stop_after:
         end_step(self, step, outcome)
         if self.saver.under_way:
             self.finish_save(step)
-        while self.copies and self.copies.is_busy:
-            self.attend_copies(step)
+        while self.copies.copying:
+            self.copies.attend(step, self.metrics)
             time.sleep(0.01)
         if step == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)

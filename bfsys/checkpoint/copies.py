@@ -33,7 +33,6 @@ from bfsys.errors import EXIT_CRASHED, UserError
 
 POLL_S = 0.05
 TRIES_AGAIN = "training goes on, and the next save tries again"
-STOP_WAIT_S = 120.0  # a run that stops on request waits this long for its last copy
 
 
 class Copies:

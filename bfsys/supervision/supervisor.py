@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import gc
 import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -20,9 +18,7 @@ import torch
 
 from bfsys import dist
 from bfsys.batch import ByteBatch
-from bfsys.checkpoint.copies import POLL_S, STOP_WAIT_S, Copies, Wanted, fetch_newest
-from bfsys.checkpoint.files import METRICS, RetentionPolicy, step_of
-from bfsys.checkpoint.loading import check_same_run
+from bfsys.checkpoint.files import METRICS, RetentionPolicy
 from bfsys.checkpoint.rollbacks import FILE as ROLLBACKS
 from bfsys.checkpoint.rollbacks import read_rollbacks
 from bfsys.checkpoint.saving import Saver
@@ -32,10 +28,11 @@ from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import RunData
 from bfsys.engine import Engine
-from bfsys.errors import EXIT_CRASHED, EXIT_DIVERGED, EXIT_REQUEUE, EXIT_STORAGE, UserError, counted
+from bfsys.errors import EXIT_CRASHED, EXIT_DIVERGED, UserError, counted
 from bfsys.supervision.goodput import Ledger
 from bfsys.supervision.guard import Drawn, Guard, ranges_of, return_to_good_checkpoint, samples_of
 from bfsys.supervision.metrics import BAD_STEP, Metrics
+from bfsys.supervision.run_copies import RunCopies
 from bfsys.supervision.run_end import note_end
 from bfsys.supervision.signals import StopRequests
 from bfsys.supervision.watchdog import Watchdog, least_limit_s
@@ -90,12 +87,11 @@ class Supervisor:
         )
         self.ledger = dist.same_errors_on_all(lambda: Ledger(self.run_dir, ranks.is_rank_zero))
         keep = RetentionPolicy(train.keep_checkpoints, train.keep_every, train.keep_best, train.best_metric)
-        url = self.config.copy_url
-        self.copies = Copies(self.run_dir, url, keep) if url and ranks.is_rank_zero else None
-        """Copies of the checkpoints in an object store; only on rank 0, and if the config has a URL for them."""
-        self.saver = Saver(
-            self.run_dir, ranks, keep, history=HISTORY, in_use=lambda: self.copies.copying if self.copies else None
-        )
+        self.copies = RunCopies(
+            self.config, facts, ranks, keep,
+            watchdog=self.watchdog, ledger=self.ledger, stop=self.stop, say=self.say,
+        )  # fmt: skip
+        self.saver = Saver(self.run_dir, ranks, keep, history=HISTORY, in_use=lambda: self.copies.copying)
         self.save_pending = False
         """Whether a checkpoint is due but delayed."""
         self.rollbacks: list[dict] = []
@@ -117,8 +113,7 @@ class Supervisor:
             note_end(self.run_dir, EXIT_CRASHED, f"rank {self.ranks.rank}: {type(error).__name__}: {error}")
         self.watchdog.close()
         self.saver.close(self.say)
-        if self.copies:
-            self.copies.close()
+        self.copies.close()
         self.ledger.close()
         self.stop.close()
 
@@ -163,8 +158,7 @@ class Supervisor:
         self.metrics.show_lengths(
             {name: split.samples["length"] for name, split in zip(training.names, training.splits, strict=True)}
         )
-        if self.copies:
-            self.copies.offer()  # for checkpoints that an earlier start could not copy
+        self.copies.offer()  # for checkpoints that an earlier start could not copy
 
     def fetch(self, batches: Iterator[ByteBatch], step: int) -> ByteBatch:
         """Return the next micro-batch of step number `step` + 1, and count the wait for it."""
@@ -248,56 +242,7 @@ class Supervisor:
         with self.watchdog.patient(where), self.ledger.stalled():
             path = self.saver.finish(wait=lambda: self.watchdog.beat(where))
         self.metrics.say(f"saved {path}")
-        if self.copies:
-            self.copies.offer()
-
-    def attend_copies(self, step: int, *, is_end: bool = False) -> None:
-        """Let the copies continue, and report changes. At the end of the run, the caller reports failures."""
-        if self.copies and (news := self.copies.attend()) and not (is_end and self.copies.problem):
-            self.metrics.say(news)
-            self.metrics.show("checkpoint_copy", step, news)
-
-    def _waits_for_copy(self, exit_code: int) -> bool:
-        """Whether this rank makes a copy that must be complete before the run ends. A run that was asked to stop waits
-        only for the copy of its newest checkpoint."""
-        if not self.copies or not self.copies.is_busy:
-            return False
-        return not exit_code or bool(self.copies.problem_of_newest())
-
-    def finish_copies(self, step: int, exit_code: int) -> int:
-        """Wait until the last checkpoint is copied, if the config asks for copies; collective. Returns the exit code.
-
-        A stop may be requested meanwhile. A run that will be requeued leaves a missing copy to its next start.
-        Otherwise a missing copy raises AgreedError.
-        """
-        if not self.config.copy_url:
-            return exit_code
-        where, began = f"step {step}: waiting for the copy of the checkpoint", time.monotonic()
-        waits = bool(self.copies and self.copies.is_busy)
-        if waits:
-            self.metrics.say(f"waiting until the last checkpoint is copied to {self.config.copy_url}")
-        stop_code = exit_code
-        with self.watchdog.patient(where), self.ledger.stalled():
-            while True:
-                self.attend_copies(step, is_end=True)
-                is_late = stop_code and time.monotonic() - began > STOP_WAIT_S
-                waits_on = self._waits_for_copy(stop_code) and not is_late
-                are_waiting, asked = dist.agree_on_max(waits_on, self.stop.exit_code)
-                if asked and not stop_code:
-                    stop_code, began = asked, time.monotonic()
-                if not are_waiting:
-                    break
-                self.watchdog.beat(where)
-                time.sleep(POLL_S)
-        problem = dist.broadcast_from_rank0(self.copies.problem_of_newest() if self.copies else "")
-        if problem and stop_code == EXIT_REQUEUE:
-            self.metrics.say(problem)
-            return stop_code
-        if problem:
-            raise dist.AgreedError(f"{problem}; the same command copies it", exit_code=EXIT_STORAGE)
-        if waits and self.copies and not self.copies.newest_is_left_out:
-            self.metrics.say("the last checkpoint is copied")
-        return exit_code
+        self.copies.offer()
 
     def roll_back(self, step: int) -> None:
         """Make the checkpoint before the bad steps the newest; collective. `step` is the last bad step.
@@ -306,8 +251,7 @@ class Supervisor:
         """
         if self.saver.under_way:
             self.finish_save(step)
-        if self.copies:  # the checkpoint that is being copied may be removed
-            self.copies.close()
+        self.copies.close()  # the checkpoint that is being copied may be removed
         bad = self.guard.bad_in_a_row
         self.metrics.show("rollback", step, "; ".join(f"step {one['step']}: {one['problem']}" for one in bad))
         self.metrics.close()
@@ -318,7 +262,7 @@ class Supervisor:
 
     def end_step(self, step: int, outcome: StepOutcome) -> None:
         """Do the periodic work between two steps."""
-        self.attend_copies(step)
+        self.copies.attend(step, self.metrics)
         self.updates += bool(outcome.drawn)
         if self.updates == WARMUP_STEPS:
             self.watchdog.times_are_known()
@@ -344,25 +288,10 @@ class Supervisor:
                     f"{METRICS} has the reasons",
                     exit_code=EXIT_DIVERGED,
                 )
-            return self.finish_copies(step, exit_code)
+            return self.copies.finish(step, exit_code, self.metrics)
         finally:
             self.ledger.record_progress(step)
             self.metrics.close()
-
-    def replace_damaged(self, path: Path, after: int) -> Path | None:
-        """Fetch the newest intact copy of a step after `after`, up to that of a damaged checkpoint, from the object
-        store; collective. Returns its path, if there is one."""
-        if not self.config.copy_url:
-            return None
-        fetched = fetch_newest(
-            Wanted(self.run_dir, self.config.copy_url, after=after, until=step_of(path)),
-            self.ranks,
-            check=lambda work: check_same_run(work, self.facts, origin=self.config.copy_url),
-            wait=lambda: self.watchdog.beat(f"fetching a copy instead of {path.name}"),
-        )
-        for note in (*fetched.notes, *([fetched.problem] if fetched.problem else [])):
-            self.say(note)
-        return path.with_name(fetched.name) if fetched.name else None
 
     def say(self, text: str) -> None:
         """Print a line on standard error, from rank 0."""
