@@ -1,9 +1,13 @@
 """The supervisor of a run: it does everything in training that is not the step itself.
 
-It holds stop requests, watchdog, goodput, quarantine, guard, metrics and checkpoints. The training loop (train.py)
-calls one method for each duty, once per step: `agree` exchanges the only control message of the step, `judge` detects
-bad steps and reports, `save_if_due` writes checkpoints, `roll_back` returns to a checkpoint before bad steps. Rejected
-alternative: callbacks, because the loop would no longer show what happens and in which order.
+The training loop (train.py) calls one method for each duty, and the methods are in the order of these calls.
+
+    start     `load_quarantine`; `save_first` in a new run; `resume`, also after a roll-back
+    step      `fetch` gets data; `agree` exchanges the only control message; `judge` detects bad steps and reports;
+              `save_if_due` writes checkpoints; `end_step`
+    end       `end_steps`; or `roll_back`, which returns to a checkpoint before bad steps
+
+Rejected alternative: callbacks, because the loop would no longer show what happens and in which order.
 """
 
 from __future__ import annotations
@@ -69,8 +73,17 @@ class Agreed(NamedTuple):
 class Supervisor:
     """The supervisor of one run on one rank. All ranks call the same methods in the same order."""
 
-    metrics: Metrics
+    quarantine: Quarantine
+    """Set by `load_quarantine`."""
+
+    # Set by `resume`, at the start and after each roll-back.
+    rollbacks: list[dict]
     guard: Guard
+    metrics: Metrics
+    save_pending: bool
+    """Whether a checkpoint is due but delayed."""
+    updates: int
+    """Steps since the resume that were not skipped."""
 
     def __init__(self, data: RunData, facts: dict, ranks: dist.Ranks, check_directory: Callable[[], None]) -> None:
         """`facts` are stored in every checkpoint. `check_directory` raises UserError if the run directory is another
@@ -92,11 +105,6 @@ class Supervisor:
             watchdog=self.watchdog, ledger=self.ledger, stop=self.stop, say=self.say,
         )  # fmt: skip
         self.saver = Saver(self.run_dir, ranks, keep, history=HISTORY, in_use=lambda: self.copies.copying)
-        self.save_pending = False
-        """Whether a checkpoint is due but delayed."""
-        self.rollbacks: list[dict] = []
-        self.updates = 0
-        """Steps since the resume that were not skipped."""
 
     def __enter__(self) -> Supervisor:
         return self
@@ -122,10 +130,23 @@ class Supervisor:
         self.quarantine = Quarantine.load(self.run_dir, self.ranks, self.data.check_unchanged)
         self.quarantine.check(self.data.training.sizes, self.config.data.max_bad_share)
 
+    def save_first(self, engine: Engine) -> None:
+        """Save step 0, so that the run can always roll back and an unusable disk is found early; collective."""
+        where = "step 0: waiting for the checkpoint's files"
+        self.saver.start(engine, {"step": 0, "updates": 0, "metrics": None, "guard": None, **self.facts})
+        self.saver.finish(wait=lambda: self.watchdog.beat(where))
+
     def resume(self, manifest: dict, notes: list[str]) -> None:
         """Continue from a checkpoint that the engine has loaded, and print `notes`; collective."""
         step = manifest["step"]
         self.ledger.resumed(step)
+        self._restore(manifest)
+        self.save_pending, self.updates = False, 0
+        self._report_start(step, notes)
+        self.copies.offer()  # for checkpoints that an earlier start could not copy
+
+    def _restore(self, manifest: dict) -> None:
+        """Give guard and metrics the state of a checkpoint; collective."""
         training = self.data.training
         self.rollbacks = dist.on_rank0(lambda: read_rollbacks(self.run_dir), self.ranks)
         self.guard = Guard(self.config.train, self.rollbacks)
@@ -135,30 +156,30 @@ class Supervisor:
             self.guard.load_state_dict(manifest["guard"], is_same_loss=is_same_loss)
         self.metrics = Metrics(
             self.config, self.ranks, training.names, len(training.classes),
-            ledger=self.ledger, first_step=step, skipped_steps=self.guard.skipped_steps,
+            ledger=self.ledger, first_step=manifest["step"], skipped_steps=self.guard.skipped_steps,
         )  # fmt: skip
         if manifest["metrics"]:
             self.metrics.load_state_dict(manifest["metrics"])
-        if self.metrics.last_evaluated not in (None, self.data.evaluated):
-            notes = [
-                *notes,
-                f"the evaluation files are not those of step {self.metrics.last_evaluation}: earlier scores are not "
-                "comparable, and do not decide which checkpoints are kept after the next evaluation",
-            ]
-        self.save_pending, self.updates = False, 0
+
+    def _report_start(self, step: int, notes: list[str]) -> None:
+        training, metrics = self.data.training, self.metrics
         skipped = sorted(later for later in self.guard.skipped_steps if later > step)
         said = [
             *([f"continuing {self.run_dir} after step {step}"] if step else []),
             *([f"skipping steps {ranges_of(skipped)} ({ROLLBACKS})"] if skipped else []),
             *notes,
         ]
+        if metrics.last_evaluated not in (None, self.data.evaluated):
+            said.append(
+                f"the evaluation files are not those of step {metrics.last_evaluation}: earlier scores are not "
+                "comparable, and do not decide which checkpoints are kept after the next evaluation"
+            )
         for note in said:
-            self.metrics.say(note)
-        self.metrics.show("start", step, "; ".join(said))
-        self.metrics.show_lengths(
+            metrics.say(note)
+        metrics.show("start", step, "; ".join(said))
+        metrics.show_lengths(
             {name: split.samples["length"] for name, split in zip(training.names, training.splits, strict=True)}
         )
-        self.copies.offer()  # for checkpoints that an earlier start could not copy
 
     def fetch(self, batches: Iterator[ByteBatch], step: int) -> ByteBatch:
         """Return the next micro-batch of step number `step` + 1, and count the wait for it."""
@@ -218,12 +239,6 @@ class Supervisor:
         if is_over:
             self.finish_save(step)
 
-    def save_first(self, engine: Engine) -> None:
-        """Save step 0, so that the run can always roll back and an unusable disk is found early; collective."""
-        where = "step 0: waiting for the checkpoint's files"
-        self.saver.start(engine, {"step": 0, "updates": 0, "metrics": None, "guard": None, **self.facts})
-        self.saver.finish(wait=lambda: self.watchdog.beat(where))
-
     def _start_save(self, engine: Engine, step: int) -> None:
         dist.on_rank0(self._check_places, self.ranks)
         self.ledger.record_progress(step)
@@ -243,22 +258,6 @@ class Supervisor:
             path = self.saver.finish(wait=lambda: self.watchdog.beat(where))
         self.metrics.say(f"saved {path}")
         self.copies.offer()
-
-    def roll_back(self, step: int) -> None:
-        """Make the checkpoint before the bad steps the newest; collective. `step` is the last bad step.
-
-        Raises AgreedError after too many roll-backs.
-        """
-        if self.saver.under_way:
-            self.finish_save(step)
-        self.copies.close()  # the checkpoint that is being copied may be removed
-        bad = self.guard.bad_in_a_row
-        self.metrics.show("rollback", step, "; ".join(f"step {one['step']}: {one['problem']}" for one in bad))
-        self.metrics.close()
-        self.metrics.say(
-            dist.on_rank0(lambda: return_to_good_checkpoint(self.run_dir, self.rollbacks, bad), self.ranks)
-        )
-        self.ledger.record_progress(step)
 
     def end_step(self, step: int, outcome: StepOutcome) -> None:
         """Do the periodic work between two steps."""
@@ -292,6 +291,22 @@ class Supervisor:
         finally:
             self.ledger.record_progress(step)
             self.metrics.close()
+
+    def roll_back(self, step: int) -> None:
+        """Make the checkpoint before the bad steps the newest; collective. `step` is the last bad step.
+
+        Raises AgreedError after too many roll-backs.
+        """
+        if self.saver.under_way:
+            self.finish_save(step)
+        self.copies.close()  # the checkpoint that is being copied may be removed
+        bad = self.guard.bad_in_a_row
+        self.metrics.show("rollback", step, "; ".join(f"step {one['step']}: {one['problem']}" for one in bad))
+        self.metrics.close()
+        self.metrics.say(
+            dist.on_rank0(lambda: return_to_good_checkpoint(self.run_dir, self.rollbacks, bad), self.ranks)
+        )
+        self.ledger.record_progress(step)
 
     def say(self, text: str) -> None:
         """Print a line on standard error, from rank 0."""
