@@ -35,7 +35,7 @@ def test_a_checkpoint_that_is_left_out_is_not_called_copied(tmp_path: Path) -> N
     copies = Copies(tmp_path / "run", f"file://{tmp_path}/copies/mine", RetentionPolicy(2))
     copies.offer()
     said = ""
-    while copies.is_busy:
+    while copies.copying:
         said += copies.attend()
         time.sleep(0.01)
     assert said == (

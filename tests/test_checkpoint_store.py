@@ -200,7 +200,7 @@ def test_the_newest_is_copied_first_and_stays_on_the_disk_until_then(tmp_path: P
     assert [path.name for path in all_checkpoints(run)] == ["step_00000003", "step_00000004"]
     copies.offer()
     news = []
-    while copies.is_busy:
+    while copies.copying:
         news += filter(None, [copies.attend()])
         time.sleep(0.01)
     assert news == [f"checkpoints are copied to file://{tmp_path}/copies/mine"]
@@ -239,7 +239,7 @@ def test_failing_copies_are_reported_once(tmp_path: Path) -> None:
     for step in (1, 2):
         save(run, step)
         copies.offer()
-        while copies.is_busy:
+        while copies.copying:
             monitored += filter(None, [copies.attend()])
             time.sleep(0.01)
     (news,) = monitored
@@ -264,7 +264,7 @@ def test_a_copying_process_that_cannot_start_is_reported(tmp_path: Path, monkeyp
     assert copies.attend() == ""  # it is reported only once
     monkeypatch.undo()
     copies.offer()
-    while copies.is_busy:
+    while copies.copying:
         news = copies.attend()
         time.sleep(0.01)
     assert news.endswith("/mine/checkpoints again") or news.endswith("/mine again")
@@ -309,7 +309,7 @@ def test_a_copy_that_fails_after_a_save_is_followed_by_that_of_the_newest(tmp_pa
     assert copies.copying
     assert copies.copying.name == "step_00000001"
     monkeypatch.setattr("bfsys.checkpoint.copies.start_child", lambda *task: place.unlink() or start_child(*task))
-    while copies.is_busy:
+    while copies.copying:
         copies.attend()
         time.sleep(0.01)
     assert not place.is_file()  # it was there when the first copy was tried

@@ -75,12 +75,8 @@ class Copies:
         return news
 
     @property
-    def is_busy(self) -> bool:
-        return self._present is not None
-
-    @property
     def copying(self) -> Path | None:
-        """The checkpoint that is being copied. It must not be removed."""
+        """The checkpoint that is being copied, which must not be removed; None if no copy is made."""
         return self._present.path if self._present else None
 
     def problem_of_newest(self) -> str:

@@ -38,7 +38,7 @@ class RunCopies:
 
     @property
     def copying(self) -> Path | None:
-        """The checkpoint that this rank is copying. It must not be removed."""
+        """The checkpoint that this rank is copying, which must not be removed; None if it copies none."""
         return self._copier.copying if self._copier else None
 
     def offer(self) -> None:
@@ -60,8 +60,8 @@ class RunCopies:
         """
         if not self.url:
             return exit_code
-        has_waited = self.copying is not None
-        if has_waited:
+        waits = self.copying is not None
+        if waits:
             metrics.say(f"waiting until the last checkpoint is copied to {self.url}")
         stop_code = self._wait(step, exit_code, metrics)
         problem = dist.broadcast_from_rank0(self._copier.problem_of_newest() if self._copier else "")
@@ -70,7 +70,7 @@ class RunCopies:
             return stop_code
         if problem:
             raise dist.AgreedError(f"{problem}; the same command copies it", exit_code=EXIT_STORAGE)
-        if has_waited and self._copier and not self._copier.newest_is_left_out:
+        if waits and self._copier and not self._copier.newest_is_left_out:
             metrics.say("the last checkpoint is copied")
         return exit_code
 
@@ -93,7 +93,7 @@ class RunCopies:
 
     def _makes_needed_copy(self, stop_code: int) -> bool:
         """Whether this rank makes a copy that the run waits for: after a stop, only that of the newest checkpoint."""
-        if not self._copier or not self._copier.is_busy:
+        if not self._copier or not self._copier.copying:
             return False
         return not stop_code or bool(self._copier.problem_of_newest())
 

@@ -137,7 +137,7 @@ def measure(folder: Path, port: int, log: Path, copies: int, files: int) -> dict
         copier.offer()
         offers_s.append(time.perf_counter() - began)
         peak = 0.0
-        while copier.is_busy:
+        while copier.copying:
             process = psutil.Process(copier._present.process.pid)  # type: ignore[union-attr]
             beside_s.append(step_s())
             peak = max(peak, process.memory_info().rss / MIB) if process.is_running() else peak
