@@ -1,4 +1,4 @@
-"""Every setting of a run, as frozen dataclasses; the docstring below a field explains it.
+"""Every setting of a run, as frozen dataclasses. The text below a field explains it.
 
 Defaults are those of the published recipe if it has one (section 3 of the paper's released configurations), and
 conservative choices otherwise. RECIPES has other defaults. A loaded config is complete: nothing is filled in later.
@@ -46,8 +46,8 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class Augment:
-    """Augmentation of a source's training files, as published: see data/streaming/augment.py. Evaluation files are not
-    changed."""
+    """Augmentation of a source's training files, as published (data/streaming/augment.py). The files are decoded,
+    changed at random and encoded again. Evaluation files are not changed."""
 
     __pydantic_config__ = _STRICT
 
@@ -62,14 +62,14 @@ class Augment:
     background: Folder | None = None
     """Folder of recordings; a quiet part of one is added to every sound. Default: no background."""
     mixup: bool = True
-    """Blend every sound with another one, and their classes in the same proportion."""
+    """Mix every sound with another one, and their classes in the same proportion. Pictures are not mixed."""
     speeds: tuple[Positive, ...] = ()
     """Speed factors, one of which is chosen for every sound. Default: the speed stays the same (published)."""
 
 
 @dataclass(frozen=True)
 class Jitter:
-    """Small random changes to a source's training files. Each file keeps its own format: see data/streaming/jitter.py.
+    """Small random changes to a source's training files, each of which keeps its own format (data/streaming/jitter.py).
     Only pictures and lossless sounds are changed. Evaluation files are not changed."""
 
     __pydantic_config__ = _STRICT
@@ -79,14 +79,15 @@ class Jitter:
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0
     """Largest angle by which a picture is rotated, in either direction."""
     zoom: Share = 0.1
-    """Largest share by which a picture's width and height grow or shrink, independently of each other."""
+    """Largest share by which the width and the height of a picture's content grow or shrink, independently of each
+    other. The size in pixels stays the same."""
     shift: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """Largest share of its width and height by which a picture is moved. For a sound: largest share of its length that
-    is cut, or added as silence, at its beginning and at its end."""
+    """For a picture, the largest share of its width and height by which its content is moved. For a sound, the largest
+    share of its length that is cut, or added as silence, at its beginning and at its end."""
     mirror: bool = False
     """Mirror half of the pictures, left to right."""
     speed: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """Largest share by which a sound becomes faster and higher, or slower and lower."""
+    """Largest share by which the speed and the pitch of a sound rise or fall."""
     gain_db: Annotated[float, Field(ge=0, le=60)] = 6.0
     """Largest change of a sound's loudness, in decibels. Peaks above full scale are clipped."""
 
@@ -101,61 +102,66 @@ class Source:
     """Folder that `bfsys pack` made (it contains dataset.json), or its URL: s3://, gs://, http(s)://, or a command
     that prints one of its files, such as `pipe:ssh host cat /data/{file}`."""
     weight: Positive = 1.0
-    """Relative share of the samples of every step; see data.mixture. Shares are rounded to multiples of 1/65,536."""
+    """Relative share of the samples of every step (see data.mixture). Shares are rounded to multiples of 1/65,536."""
     eval_path: Location | None = None
-    """Dataset for evaluation; default: `path`. Augmented sources need it, since their training files are stored
-    unchanged: pack the evaluation files in the encoding that the model reads."""
+    """Dataset for evaluation; default: `path`. With `augment`, give a dataset that was packed in the encoding of
+    `augment`, unless the training files are stored in it already."""
     augment: Augment | None = None
-    """Decode, augment and re-encode files during training."""
+    """Decode, augment and re-encode the files during training. Default: no augmentation."""
     jitter: Jitter | None = None
-    """Change files a little during training and keep their formats; `jitter: {}` uses the defaults."""
+    """Change the files a little during training and keep their formats. `jitter: {}` uses the defaults of its keys."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """The data, and how the global batch of a step is made."""
+    """The data, and the global batch: the samples of one step over all ranks. A rank is one training process, usually
+    one per GPU."""
 
     __pydantic_config__ = _STRICT
 
     sources: tuple[Source, ...]
     """Datasets to mix. Classes of the same name are one class; the head has the union of all classes."""
     mixture: Literal["weights", "proportional", "sqrt"] | Temperature = "weights"
-    """The rule that divides the samples of a step among the sources: by their weights alone; by weight times samples
-    (proportional) or times the square root of samples (sqrt); or by a temperature T: weight times samples^(1/T)."""
+    """Rule that divides the samples of a step among the sources. weights: in proportion to the weight of a source.
+    proportional: to weight times number of samples. sqrt: to weight times the square root of the number of samples. A
+    number T (temperature): to weight times samples^(1/T)."""
     train_split: str = "train"
+    """Split on which the model is trained."""
     eval_split: str = "val"
     """Split that is evaluated during the run, for the sources that have it."""
     batch_samples: Width = 768
     """Samples of one step, over all ranks."""
     lanes: Width = 64
-    """Number of equal parts of the global batch, which is fixed for a run. The world size must divide it; a rank
-    processes lanes / world size of them. train.micro_batch_tokens decides how many are computed together."""
+    """Number of equal parts (lanes) into which the global batch is divided. It is fixed for a run. The number of ranks
+    must divide it, and each rank computes lanes / ranks of the parts. train.micro_batch_tokens decides how many of them
+    a rank computes together."""
     micro_batch_bytes: Count | None = None
-    """Byte budget of the smallest micro-batch, which is a lane's samples of a step. If their mean size exceeds the
-    budget, the run does not start (the plan keeps each micro-batch near the mean)."""
+    """Limit for the mean number of bytes of a lane in a step, which is the smallest micro-batch. If the mean is larger,
+    the run does not start. (All lanes have nearly the same number of bytes.) Default: no limit."""
     shuffle_block: Count = 4096
-    """Size of a block in samples. The samples of a block are shuffled together, and assigned to steps by length."""
+    """Samples in a block. The samples of a block are shuffled together, and divided among its steps by length."""
     eval_batch_bytes: Count = 1_000_000
-    """Byte budget of a micro-batch during evaluation; a single larger file forms its own batch."""
+    """Largest number of bytes that evaluation and prediction compute together. A larger file is computed alone."""
     byte_transforms: tuple[Transform, ...] = ()
     """Transforms of the bytes of every file, in training, evaluation and prediction, applied in the order of the list:
     reverse, random_shuffle, cyclic_half_length, stride:1024, window_shuffle:1024, keep:0.1, noise:-5:5, permute or
     permute:KEYFILE; head:4096 reads the start of each file; and damage: flip:0.01, truncate:0.5, skip:64. See
     data/streaming/byte_transforms.py."""
     max_bad_share: Share = 0.01
-    """Largest share of a source's files that may be unreadable or damaged. Such files are replaced by others and listed
-    in the run's quarantine.tsv; above this share the run stops."""
+    """Largest share of a source's files that may be unreadable or damaged. Such files are replaced by other files of
+    the source and listed in the run's quarantine.tsv. If there are more, the run ends."""
     workers: Whole = 0
-    """Loader processes per rank. 0 reads in the training process, which is fastest when nothing is decoded."""
+    """Loader processes per rank. With 0, the training process reads the files itself, which is fastest if it need not
+    decode them."""
     cache_dir: Folder | None = None
     """Cache for shards of remote sources, on a disk that the ranks of a node share. Default: a folder of the user in
     the system's temporary folder."""
     fetch_tries: Count = 9
-    """Number of tries for a remote file. The pauses between tries are about 1, 2, 4, … s, with a random jitter of up to
-    a quarter; by default they are 4 minutes in all. Each failed try is printed on standard error. After the last one,
-    the run ends with code 1, and launchers restart it."""
+    """Number of tries to fetch a remote file. The pauses between tries double (1, 2, 4, … s, changed at random by up to
+    a quarter); with the default they take 4 minutes in all. Each failed try is printed on standard error. After the
+    last one, the run ends with code 1, and launchers restart it."""
     cache_gb: Positive = 100.0
-    """Size of the cache in 1e9 bytes; the least recently used shard is evicted."""
+    """Largest size of the cache in 1e9 bytes. If it is full, the least recently used shards are removed."""
 
 
 @dataclass(frozen=True)
@@ -165,21 +171,24 @@ class Model:
     __pydantic_config__ = _STRICT
 
     size: Literal["tiny", "small", "base", "huge", "custom"] = "tiny"
+    """A published size, or custom, which needs dim and layers."""
     kernel: Annotated[int, Field(ge=2, le=MOST_WIDE, multiple_of=2)] = 32
-    """Bytes that a token covers. The stride is half of it."""
+    """Number of bytes that become one token. Each token begins kernel / 2 bytes (the stride) after the previous one."""
     window: Count = 128
-    """Length of an attention window in tokens."""
+    """Length of an attention window in tokens. A token attends only to the tokens of its window."""
     shift: Whole = sizes.PUBLISHED_SHIFT
     """Tokens by which the windows of every second layer are shifted."""
     max_tokens: Count = 50_000
-    """Rows of the learned position table. For a file of more than max_tokens * kernel / 2 bytes, the second half of
-    the table is repeated: see model/stem.py."""
+    """Number of positions that are learned, one per token. In a file of more than max_tokens * kernel / 2 bytes, the
+    second half of the positions is repeated (model/stem.py)."""
     dim: Width | None = None
-    """Channels, for `size: custom` only; likewise layers, heads (default: dim / 64) and merge_after."""
+    """Number of channels of a token; for `size: custom` only."""
     layers: Width | None = None
+    """Number of layers; for `size: custom` only."""
     heads: Width | None = None
+    """Number of attention heads; for `size: custom` only. Default: dim / 64."""
     merge_after: tuple[Whole, ...] | None = None
-    """Layers after which pairs of tokens are merged (default: the published 0, 1, 3, 5, 7, 9)."""
+    """Layers, numbered from 0, after which pairs of tokens are merged. Default: the published 0, 1, 3, 5, 7, 9."""
     mode: Literal["masked", "as_released"] = "masked"
     """masked: padding and neighbouring files never change an answer. as_released: the arithmetic of Apple's released
     code, for weights that were trained with it (`bfsys import-corenet`); files then need at least `kernel` bytes."""
@@ -190,7 +199,7 @@ class Model:
     """Initial weights. smooth: similar byte values start with similar embeddings, and positions start as sines. Muon
     learns faster with it, and AdamW more slowly: see model/stem.py."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass, which needs less memory and about a fifth more time."""
+    """Recompute each block in the backward pass. This needs less memory and about a fifth more time."""
     compiled: bool = False
     """Fuse the operations between matrix products with torch.compile. This takes some minutes at each start, and has no
     effect on a CPU."""
@@ -225,11 +234,12 @@ class Optim:
     """muon: Muon updates the matrices of blocks and token merges and the stem's kernel, and AdamW everything else: see
     optim.py."""
     lr: Positive = 1e-3
-    """Peak learning rate of AdamW; with `name: muon`, of embedding, positions, head, norms and biases only."""
+    """Peak learning rate of AdamW. With `name: muon`, AdamW updates only embedding, positions, head, norms and biases.
+    """
     muon_lr: Positive = 5e-3
     """Peak learning rate of Muon; it follows the same schedule as AdamW's."""
     muon_momentum: Share = 0.95
-    """Momentum of the running mean of gradients, which Muon orthogonalises."""
+    """Momentum of Muon, that is, the decay of its running mean of the gradients."""
     final_lr: NotNegative = 2e-5
     """Learning rate at the last step. It is not reached if warmup_steps leaves fewer than two steps."""
     warmup_lr: NotNegative = 1e-6
@@ -237,8 +247,11 @@ class Optim:
     warmup_steps: Whole = 7500
     """Steps of the linear warm-up from warmup_lr to lr."""
     beta1: Share = 0.9
+    """Decay of AdamW's running mean of the gradients."""
     beta2: Share = 0.999
+    """Decay of AdamW's running mean of the squared gradients."""
     eps: Positive = 1e-8
+    """Number that AdamW adds to the divisor of its update."""
     weight_decay: NotNegative = 0.05
     """Weight decay of parameters with two or more dimensions; biases and norms have none."""
     clip_norm: NotNegative = 0.0
@@ -246,13 +259,13 @@ class Optim:
     label_smoothing: Share = 0.1
     """Label smoothing, in training only."""
     content_loss: NotNegative = 0.0
-    """Weight of the content loss: in training, the loader decodes pictures and sounds, and tokens also predict the
-    decoded content at their place (data/media/content.py). 0: no content loss and no decoding (published). It has no
-    effect together with data.byte_transforms, which move or hide content."""
+    """Weight of the content loss: in training, the loader also decodes pictures and sounds, and the tokens predict the
+    decoded content at their places (docs/learning.md). 0: no content loss and no decoding (published). With
+    data.byte_transforms, which move or hide content, there is no content loss."""
     ema_decay: Share = 0.9999
-    """Decay of the average of the weights, which evaluation and prediction use by default; 0: no average. After t steps
-    it is at most (1 + t) / (10 + t), so in shorter runs than 9 / (1 - ema_decay) steps a greater value changes nothing.
-    """
+    """Decay of the average of the weights, which evaluation and prediction use by default; 0: no average. The decay
+    after t steps is at most (1 + t) / (10 + t). In a run of fewer than 9 / (1 - ema_decay) steps, a greater value
+    therefore has no effect."""
 
 
 @dataclass(frozen=True)
@@ -266,17 +279,20 @@ class Train:
     seed: Whole = 0
     """Seed of the initial weights and the data order."""
     init_from: Location | None = None
-    """Run or imported weights from which the initial weights are copied (the averaged ones, if there are any). The
-    architecture must be the same; init_from.py explains which heads and positions may differ. A resumed run ignores
-    this setting."""
+    """Run, or imported weights, from which the initial weights are copied. If there are averaged weights, these are
+    used. The architecture must be the same; init_from.py explains which heads and positions may differ. A resumed run
+    ignores this setting."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the computation. In bf16, the optimizer still keeps float32 weights."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 gradients, 3 parameters divided among the ranks."""
+    """What DeepSpeed ZeRO divides among ranks. 0: nothing; 1: the optimizer's state; 2: also gradients; 3: also
+    weights."""
     micro_batch_tokens: Whole = 0
-    """Lanes of a rank are joined into micro-batches of at most this many tokens; a single lane may have more. 0 means
-    one lane per micro-batch on CPUs and 2^27 / dim tokens on GPUs, which keep a GPU busy and whose activations take
-    about 11 GB in bf16 and twice as much in fp32. If that is more than half of the smallest GPU's memory, 0 means as
-    many tokens as fit into half of it. It may change at a resume: the gradient stays the same up to rounding."""
+    """Largest number of tokens of a micro-batch, which is what a rank computes at once. A rank joins its lanes up to
+    this number; a single lane may have more. On CPUs, 0 means one lane per micro-batch. On GPUs, 0 means 2^27 / dim
+    tokens, which keep a GPU busy, and whose activations take about 11 GB in bf16 and twice as much in fp32. If that is
+    more than half of the smallest GPU's memory, 0 means as many tokens as fit into half of it. The value may change at
+    a resume, because it changes the gradient only by rounding."""
     log_every: Count = 20
     """Steps between lines in metrics.jsonl, TensorBoard and the console."""
     eval_every: Whole = 5000
@@ -285,25 +301,27 @@ class Train:
     """Steps between checkpoints; the last step is always saved."""
     checkpoint_copy: Location | None = None
     """URL of a folder in an object store, such as s3://bucket/folder. Every checkpoint is copied there during training,
-    as URL/NAME/checkpoints/step_…. A start without a checkpoint on its disk resumes from the copy."""
+    as URL/NAME/checkpoints/step_…. If the run's disk is lost, the run resumes from the newest intact copy."""
     keep_checkpoints: Count = 3
-    """Number of newest checkpoints that stay on disk."""
+    """Number of newest checkpoints that are kept on disk."""
     keep_every: Whole = 0
     """Steps between checkpoints that are never deleted; 0: every checkpoint may be deleted."""
     keep_best: Whole = 1
-    """Number of best checkpoints that stay on disk; eval_every should then be a multiple of save_every."""
+    """Number of best checkpoints that are kept on disk. To find them, eval_every should be a multiple of save_every."""
     best_metric: Literal["top1", "top5", "loss"] = "top1"
-    """Metric that decides which checkpoints are best, jointly over all sources."""
+    """Score that decides which checkpoints are best. It is the score over the evaluation files of all sources."""
     max_bad_steps: Count = 3
-    """Number of consecutive bad steps (non-finite, or a spike of the loss) after which the run rolls back to the
-    checkpoint before them and skips them. A single non-finite step is skipped and recorded: see guard.py."""
+    """Number of consecutive bad steps after which the run rolls back to the checkpoint before them and skips them. A
+    step is bad if its loss or gradient is non-finite, or if its loss spikes. The update of a non-finite step is always
+    skipped (supervision/guard.py)."""
     spike_zscore: NotNegative = 10.0
-    """A loss is a spike if the robust z-score of its logarithm is above this; 0 disables the test."""
+    """A loss spikes if the robust z-score of its logarithm, among the last good losses, is above this. 0: no test."""
     hang_timeout_s: NotNegative = 0.0
-    """Seconds without progress after which the watchdog ends the run as hung, and launchers restart it. 0: a minute or
-    ten times the longest interval so far, whichever is longer."""
+    """Seconds without progress after which a run counts as hung. The watchdog then ends it, and launchers restart it.
+    0: a minute, or ten times the longest interval so far if that is longer."""
     collective_timeout_s: Count = 600
-    """Timeout of collectives. It is also the watchdog's limit while a run starts, saves or evaluates."""
+    """Timeout of collectives, which are operations that all ranks make together. It is also the watchdog's limit while
+    a run starts, saves or evaluates."""
 
 
 # Values that a recipe sets if the config does not. The recommended recipe learns faster from few files
