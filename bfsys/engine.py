@@ -102,8 +102,8 @@ class Engine:
     def step(self, learning_rate: float, ema_decay: float) -> float:
         """Update the weights and their average; returns the norm of the global gradient before clipping.
 
-        If the norm is not finite in float32, which all ranks see, then it is infinite or NaN, and weights, moments and
-        average do not change at all.
+        If the norm is NaN or its square overflows in float32, all ranks return a non-finite norm, and weights, moments
+        and average do not change at all.
         """
         norm = None
         if self.stage == 0:  # gradients are whole on every rank, and DeepSpeed reports no norm

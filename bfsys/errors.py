@@ -152,7 +152,7 @@ def is_printable(text: str) -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory did not suffice, which PyTorch says in ways of its own."""
+    """Whether an error means that memory ran out, which PyTorch reports in several ways."""
     signs = (
         "can't allocate memory",
         "CUDA out of memory",  # PyTorch's own allocator

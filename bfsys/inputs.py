@@ -1,7 +1,7 @@
 """The inputs of a model, and how it reads each of them: files by path, bytes, arrays of bytes, open files.
 
-The answer for a file in none of the formats of the training files may mean little. The reader therefore reports such a
-file, or encodes it. If some training files were packed as they were, their formats are not known, and nothing is
+If a file has none of the formats of the training files, its answer may be unreliable. The reader therefore reports such
+a file, or encodes it. If some training files were packed unchanged, their formats are not known, and nothing is
 reported.
 """
 

@@ -1,9 +1,9 @@
 """The division of a rank's lanes into micro-batches.
 
 Ranks divide the lanes among themselves, so the number of lanes is the largest world size of a run. A micro-batch is
-what a device computes at once. A GPU needs hundreds of thousands of tokens to be busy for longer than the host takes to
-launch its kernels, while a CPU gains nothing from more than one lane. Batches are ragged, so lanes are joined without
-padding, and the gradient is the same sum.
+what a device computes at once. A GPU needs hundreds of thousands of tokens: with fewer, it waits for the host to launch
+its kernels. A CPU gains nothing from more than one lane. Batches are ragged, so lanes are joined without padding, and
+the gradient is the same sum.
 
 All ranks make the same number of micro-batches in every step, as gradient accumulation and ZeRO require. Rejected
 alternative: as many lanes as fit in each step, because that number differs between steps and ranks.

@@ -3,7 +3,7 @@
 The distance between two files is the share of their first 16 bytes that differ, plus 1 minus the Bhattacharyya
 coefficient of their byte counts. It is 0 for equal headers and counts, and 2 for files with nothing in common. The
 score of a file is its distance to the nearest reference file of the run, divided by the distance within which 98 % of
-the reference files have another one. A file with a score above 1 is unusual.
+the reference files have another reference file. A file with a score above 1 is unusual.
 
 Rejected alternative: scores from the model (energy of the logits, largest probability, distances between features).
 They missed most of the random bytes, texts and programs that this score finds; docs/explain.md has the figures.

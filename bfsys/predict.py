@@ -129,7 +129,7 @@ class Model:
     def predict(
         self, inputs: Input | Iterable[Input], top: int = 3, *, encode: bool = False
     ) -> list[Prediction] | list[list[Prediction]]:
-        """The `top` likeliest classes of each input (all, if there are fewer), the likeliest first.
+        """The `top` likeliest classes of each input, the likeliest first; all classes if there are fewer.
 
         `encode` converts pictures and sounds that have no format of the training files into one, in memory, as `bfsys
         encode` does. Without it, a warning names the first such input. Raises UserError for inputs that cannot be used.
@@ -146,7 +146,8 @@ class Model:
         return answers[0] if is_one(inputs) else answers
 
     def probabilities(self, inputs: Input | Iterable[Input], *, encode: bool = False) -> np.ndarray:
-        """float32 [classes] of one input, [n, classes] of n; each row sums to 1. `encode` and errors as for `predict`.
+        """The probabilities of the classes: float32 [classes] of one input, [n, classes] of n; each row sums to 1.
+        `encode` has the same effect, and errors are the same, as for `predict`.
 
         >>> load("runs/tiny").probabilities([b"one file", b"another one"]).shape
         (2, 5)
@@ -155,8 +156,9 @@ class Model:
         return values[0] if is_one(inputs) else values
 
     def embed(self, inputs: Input | Iterable[Input], *, encode: bool = False) -> np.ndarray:
-        """float32 [dim] of one input, [n, dim] of n: the mean over a file's tokens after the last norm, weighted as
-        model.pool says, from which the head computes the classes. `encode` and errors as for `predict`.
+        """The vector of each input from which the head computes the classes: float32 [dim] of one input, [n, dim] of n.
+        It is the mean of the tokens after the last norm, weighted as model.pool says. `encode` has the same effect, and
+        errors are the same, as for `predict`.
 
         >>> model = load("runs/tiny")
         >>> model.embed([b"one file", b"another one"]).shape == (2, model.config.model.dim)
@@ -166,12 +168,12 @@ class Model:
         return values[0] if is_one(inputs) else values
 
     def out_of_distribution(self, inputs: Input | Iterable[Input], *, encode: bool = False) -> np.ndarray:
-        """float32 [] of one input, [n] of n: the out-of-distribution score of each input. Above 1, an input resembles
-        none of the run's reference files, and its answer may be unreliable; see `bfsys.out_of_distribution`.
+        """The out-of-distribution score of each input: float32 [] of one input, [n] of n. An input with a score above 1
+        resembles none of the run's reference files, and its answer may be unreliable; see `bfsys.out_of_distribution`.
 
-        `encode` as for `predict`. Raises UserError for inputs that cannot be used, and if the checkpoint has no
-        reference files: imported weights, runs of fewer than 20 readable files, and some checkpoints of earlier
-        versions have none.
+        `encode` has the same effect as for `predict`. Raises UserError for inputs that cannot be used, and if the
+        checkpoint has no reference files: imported weights, runs of fewer than 20 readable files, and some checkpoints
+        of earlier versions have none.
 
         >>> load("runs/tiny").out_of_distribution([b"a text", bytes(1000)]).shape
         (2,)
@@ -194,8 +196,8 @@ class Model:
         """Explain which bytes of one input are evidence for a class: its likeliest one, or `class_name`.
 
         Bytes are replaced by bytes of files of other classes from the run's evaluation split, drawn with the seed. If
-        the split is not on this machine, they are replaced by the input's own bytes in another order. `encode` as for
-        `predict`. Raises UserError for an input that cannot be used and for an unknown class.
+        the split is not on this machine, they are replaced by the input's own bytes in another order. `encode` has the
+        same effect as for `predict`. Raises UserError for an input that cannot be used and for an unknown class.
 
         >>> explanation = load("runs/tiny").explain(bytes([40] * 30))
         >>> explanation.summary()

@@ -21,8 +21,8 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 def prepare() -> None:
-    """Raise the limit of open files as far as allowed, set a name for a user without a passwd entry, and let signals
-    and the ends of child processes be seen.
+    """Raise the limit of open files as far as allowed, set a name for a user without a passwd entry, and receive all
+    signals, also those of ended child processes.
 
     Containers may run under such users (`docker run --user 12345`, OpenShift). PyTorch reads the user's name when it is
     imported, and fails if there is none. A parent that ignores SIGCHLD hands that down, and a child's exit code would

@@ -1,7 +1,7 @@
 """Try the largest micro-batch of a run's first steps before training.
 
-If a run does not fit into GPU memory, it ends at its start with the reason, instead of after hours, and again at the
-same step after each restart.
+If a run does not fit into GPU memory, it thus ends at its start with the reason. Otherwise it would end after hours,
+and again at the same step after each restart.
 
 Loss and gradient are computed and dropped, without the engine: `torch.autograd.grad` adds nothing to the gradients of
 parameters and calls none of their hooks. Stage 3 is left out, because a parameter's shape there is not that of its

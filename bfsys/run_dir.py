@@ -60,7 +60,7 @@ class RunDirectory:
     """Rank 0's lock on the directory."""
 
     def check_same(self) -> None:
-        """Raise UserError if another directory has taken the place of this one, as a backup that is restored does."""
+        """Raise UserError if another directory has taken the place of this one, for example a restored backup."""
         with suppress(FileNotFoundError):
             if self.hold and not os.path.samestat(os.stat(self.hold.name), os.fstat(self.hold.fileno())):
                 raise UserError(

@@ -98,8 +98,8 @@ def copy(store: Store, task: dict) -> dict:
 
 
 def disown_rolled_back(store: Store, run_dir: Path) -> None:
-    """Disown the copies whose updates a roll-back has undone, so that a start without the run's disk does not use
-    them."""
+    """Delete the manifests of copies whose updates a roll-back has undone, so that a start without the run's disk does
+    not use these copies."""
     rollbacks = read_rollbacks(run_dir)
     undone = {step for rollback in rollbacks for step in range(rollback["to"] + 1, max(rollback["steps"]) + 1)}
     for name in store.names() if rollbacks else ():

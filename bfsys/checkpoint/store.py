@@ -217,7 +217,7 @@ class Store:
         return self._tried("cannot be read", lambda: self._fs.modified(self._path(name, MANIFEST))).timestamp()
 
     def disown(self, name: str) -> None:
-        """Remove the manifest of a copy, so that the copy no longer counts."""
+        """Delete the manifest of a copy, so that the copy no longer counts."""
 
         def remove_manifest() -> None:
             with suppress(FileNotFoundError):
@@ -243,8 +243,8 @@ class Store:
                 self.remove(name)
 
     def probe(self) -> None:
-        """Write a small object, read it and remove it. A folder for the copies of runs must exist, since a new one may
-        be on another disk than the one that is to be mounted there."""
+        """Write a small object, read it and remove it. The folder for the copies of runs must exist: if its disk is not
+        mounted, a new folder would be on another disk."""
         folder = Path(self._root).parents[1]
         if self.url.startswith(("file:", "local:")) and not folder.is_dir():
             problem = f"{folder}: there is no such folder; make it, or mount the disk that it is on"

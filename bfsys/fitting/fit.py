@@ -398,7 +398,8 @@ def train(request: Request, config: Config) -> int:
 
 
 def is_evaluated(run_dir: Path, config: Config) -> bool:
-    """Whether the evaluation after the last step is recorded, or there is none. A kill may come before it."""
+    """Whether the evaluation after the last step is recorded, or there is nothing to evaluate. A run that was killed
+    after its last step may lack it."""
     if max(evaluations(run_dir), default=0) >= config.train.steps:
         return True
     return config.data.eval_split not in evaluable_splits(config, {})

@@ -113,8 +113,8 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
 
 
 def _tell_classes(by_kind: list[Counter[str]]) -> bool:
-    """Whether the kind of a file tells its class: guessing the commonest class of its kind makes at most half of the
-    mistakes of guessing the commonest class of all files."""
+    """Whether the kind of a file says much about its class. This is so if a guess of the commonest class of the kind is
+    wrong at most half as often as a guess of the commonest class of all files."""
     in_all: Counter[str] = sum(by_kind, Counter())
     mistakes = sum(of_kind.total() - max(of_kind.values()) for of_kind in by_kind)
     return len(in_all) > 1 and mistakes * 2 <= in_all.total() - max(in_all.values())

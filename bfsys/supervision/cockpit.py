@@ -1,9 +1,9 @@
 """TensorBoard's views of a run: curves, confusion matrix, accuracy by class, the worst files, the embedding, lengths of
 files, and events.
 
-Pictures are drawn with Pillow, because Matplotlib would cost a second at each evaluation, and its import. TensorBoard
-and Pillow are imported on rank 0 only, where they are used: with their dependencies, they are a tenth of the files that
-a rank would open at its start.
+Pictures are drawn with Pillow, because Matplotlib would take a second at each evaluation and more for its import.
+TensorBoard and Pillow are imported only on rank 0, which uses them. With their dependencies, they are a tenth of the
+files that a rank would open at its start.
 """
 
 from __future__ import annotations

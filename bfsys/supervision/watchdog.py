@@ -1,13 +1,13 @@
 """The hang watchdog: it ends a run that makes no progress, and names the rank at fault.
 
-A thread on every rank watches the progress that its training loop reports (`beat`). If no beat comes for a while
-(learned from the intervals so far), it opens an incident, which is a folder in the run directory. The watchdogs of the
-other ranks look for this folder twice a second, once they have waited for half of the shortest limit themselves, so a
-healthy run makes no requests to the file server. Each watchdog writes all its Python stacks and its progress there. A
-rank that writes nothing is stopped or gone, and is named; otherwise the rank with the least progress is named. Then all
-ranks end with EXIT_HUNG, after which launchers restart the run. On GPUs, kernels are queued and all ranks reach the
-same place in the code, so each rank also writes NCCL's flight recorder: the rank whose collectives have the lowest
-numbers is at fault.
+A thread on every rank watches the progress that its training loop reports (`beat`). If no beat comes within the limit,
+which is learned from the intervals so far, the thread makes a folder in the run directory (an incident). The watchdog
+of another rank looks for this folder twice a second, but only when it has itself waited for half of the shortest limit.
+A healthy run therefore makes no requests to the file server. Each watchdog writes all its Python stacks and its
+progress there. A rank that writes nothing is stopped or gone, and is named; otherwise the rank with the least progress
+is named. Then all ranks end with EXIT_HUNG, after which launchers restart the run. On GPUs, kernels are queued and all
+ranks reach the same place in the code, so each rank also writes NCCL's flight recorder: the rank whose collectives have
+the lowest numbers is at fault.
 
 Ranks wait for each other in every step, so if one hangs, all hang within one step. Rejected alternatives: heartbeats
 over the network or through files, which cost something in a healthy run; and the timeout of the collectives alone,

@@ -3,10 +3,10 @@
 A name is recognised in any capitals, by its usual synonyms, and with endings such as "set": Train, TRAINING, test_set.
 
 The files of a class are ranked by a hash of their keys, and those whose hash is below `val_share` of the range go to
-val. If that would leave train or val without a file of the class, the border moves by the one file that is next in
-rank. So each class with two files or more is in train and in val, and a class of one file is in train. Adding a file
-moves no old file to the other split, except in small classes the one that was next in rank. Files of one key (a.jpg and
-a.png) stay together unless the class has no other key.
+val. If that would leave train or val without a file of the class, the file that is next in rank goes there. Each class
+of two or more files is therefore in train and in val, and a class of one file is in train. An added file moves no old
+file to the other split, except in small classes the one that was next in rank. Files of one key (a.jpg and a.png) stay
+together unless the class has no other key.
 
 Rejected alternative: a random draw, which moves old files to the other split as soon as a file is added.
 """

@@ -232,11 +232,11 @@ class Plan:
 def deal_evenly(costs: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
     """Divide items into groups of given sizes so that each group's mean cost is about the common mean.
 
-    costs int64 [n], group_sizes int64 [g] with sum n -> order int64 [n]: the first group_sizes[0] entries are
-    the first group's items, and so on. Items are dealt in rounds, the largest first. In a round, the half of the groups
-    that lack most get one item each. With 4,096 log-normal lengths (sigma 0.7) in groups of 12, the standard deviation
-    of the groups' means is 0.7 %, and 22 % with random groups. Giving each item to the group that lacks most is not
-    better, and takes three times as long.
+    costs int64 [n], group_sizes int64 [g] with sum n -> order int64 [n]: the first group_sizes[0] entries are the first
+    group's items, and so on. Items are dealt in rounds, the largest first. In each round, the half of the groups whose
+    costs are furthest below their target get one item each. With 4,096 log-normal lengths (sigma 0.7) in groups of 12,
+    the standard deviation of the groups' means is 0.7 %. With random groups it is 22 %. A round of one item would give
+    no better groups, and would take three times as long.
     """
     items = np.argsort(-costs, kind="stable")
     lack = group_sizes * (costs.sum() / max(1, len(costs)))

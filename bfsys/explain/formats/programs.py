@@ -105,7 +105,7 @@ def _section(name: bytes) -> tuple[str, Kind]:
 
 
 def pdf(content: bytes) -> Iterator[Found]:
-    """Streams are content, those of XMP metadata; everything between them is the objects that describe them."""
+    """The ranges of a PDF: streams, which are content (XMP streams are metadata), and the objects between them."""
     at = searched = 0
     while found := PDF_STREAM.search(content, searched):
         first = found.end()
