@@ -44,7 +44,7 @@ def dry_run(config: Config, world_size: int, *, with_data: bool) -> None:
             print(note)
     if not with_data:
         print(f"parameters  {parameter_count(architecture, 1) - architecture.dim - 1:,} and {architecture.dim + 1} "
-              "per class (data not looked at)")  # fmt: skip
+              "per class (data not opened)")  # fmt: skip
         with collecting(problems):
             lanes_of_rank(data.lanes, 0, world_size)
         if problems:

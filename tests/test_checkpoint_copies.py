@@ -101,8 +101,8 @@ def test_a_run_that_loses_its_disk_continues_from_its_copies(runs: Runs, tmp_pat
     runs.s3.fault = deny_after(4)
     code, said = runs.train()
     assert code == EXIT_STORAGE
-    assert f"checkpoint {runs.run}/checkpoints/step_00000010: is whole, but has no copy in s3://bucket" in said
-    assert said.count("training goes on, and the next save tries again") == 1
+    assert f"checkpoint {runs.run}/checkpoints/step_00000010: is intact, but has no copy in s3://bucket" in said
+    assert said.count("training continues, and the next save tries again") == 1
     assert steps(runs.s3.whole("copies/tiny")) == [0, 4]
     path, problems = find_newest(runs.run)
     assert path
@@ -224,7 +224,7 @@ def test_a_run_that_is_stopped_while_its_last_copy_fails_is_restarted(runs: Runs
         process.kill()
         asked.set()
     assert process.returncode == EXIT_REQUEUE, said
-    assert "step_00000008: is whole, but has no copy in s3://bucket/copies/tiny" in said
+    assert "step_00000008: is intact, but has no copy in s3://bucket/copies/tiny" in said
     runs.s3.fault = lambda request: None
     code, said = runs.train("train.steps=8")
     assert code == 0, said

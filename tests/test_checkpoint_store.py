@@ -245,7 +245,7 @@ def test_failing_copies_are_reported_once(tmp_path: Path) -> None:
     (news,) = monitored
     assert "step_00000001 is not copied: " in news
     assert "the next save tries again" in news
-    assert "step_00000002: is whole, but has no copy in file://" in copies.problem_of_newest()
+    assert "step_00000002: is intact, but has no copy in file://" in copies.problem_of_newest()
 
 
 def test_a_copying_process_that_cannot_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_a_copying_process_that_cannot_start_is_reported(tmp_path: Path, monkeyp
     copies.offer()
     assert copies.attend() == (
         "step_00000001 is not copied: the copying process cannot be started: Resource temporarily unavailable; "
-        "training goes on, and the next save tries again"
+        "training continues, and the next save tries again"
     )
     copies.offer()
     assert copies.attend() == ""  # it is reported only once

@@ -67,4 +67,5 @@ def test_a_model_that_has_not_trained_is_noted(finished_run: Path, tmp_path: Pat
     for path in paths[1:]:
         shutil.rmtree(path)
     loading.load_model(copy)
-    assert capsys.readouterr().err == f"note: {paths[0]}: the run has saved no step of training yet\n"
+    noted = "no training step is saved yet, so the weights are the initial ones"
+    assert capsys.readouterr().err == f"note: {paths[0]}: {noted}\n"

@@ -315,7 +315,7 @@ def test_a_dry_run_checks_the_tries_of_the_run(config_file: Path, datasets: Path
     """It makes fewer tries itself."""
     remote = f"data.sources.0.{key}=pipe:cat {datasets}/a/{{file}}"
     settings = [str(config_file), remote, f"data.cache_dir={config_file.parent / 'cache'}", "--dry-run"]
-    with pytest.raises(UserError, match=r"data\.fetch_tries: 9 tries of a server that fails may take") as error:
+    with pytest.raises(UserError, match=r"data\.fetch_tries: 9 tries to fetch a file may take") as error:
         call("train", [*settings, "train.collective_timeout_s=60"])
     assert len(error.value.problems) == 1
     call("train", [*settings, "train.collective_timeout_s=100", "data.fetch_tries=2"])

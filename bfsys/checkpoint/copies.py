@@ -32,7 +32,7 @@ from bfsys.checkpoint.files import (
 from bfsys.errors import EXIT_CRASHED, UserError
 
 POLL_S = 0.05
-TRIES_AGAIN = "training goes on, and the next save tries again"
+TRIES_AGAIN = "training continues, and the next save tries again"
 
 
 class Copies:
@@ -84,7 +84,7 @@ class Copies:
         newest = all_checkpoints(self.run_dir)[-1]
         answer = self._done.get(_key(newest))
         problem = answer.get("damaged", "") if answer is not None else self.problem or "the store was too slow"
-        return problem and f"checkpoint {newest}: is whole, but has no copy in {self.url}: {problem}"
+        return problem and f"checkpoint {newest}: is intact, but has no copy in {self.url}: {problem}"
 
     @property
     def newest_is_left_out(self) -> bool:

@@ -379,13 +379,15 @@ def with_retries(read: Callable[[Path], T], path: Path) -> T:
                 raise
             if error.errno in DENIED_ERRNOS:
                 raise Unreachable(
-                    f"{path}: cannot be read: {error.strerror}; nothing is known about its content"
+                    f"{path}: cannot be read: {error.strerror}; it is not known whether it is intact"
                 ) from None
             pause_s = next(pauses_s, None)
             if pause_s is None:
                 text = f"{path}: cannot be read at the moment: {error.strerror}; start again when its server is back"
                 if NAME.fullmatch(path.parent.name):
-                    text += f". If the disk is broken, remove {path.parent}; the run then resumes from the one before"
+                    text += (
+                        f". If the disk is broken, remove {path.parent}; a start then resumes from the one before it"
+                    )
                 raise Unreachable(text, exit_code=EXIT_CRASHED) from None
         time.sleep(pause_s)
 

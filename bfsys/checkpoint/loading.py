@@ -276,7 +276,7 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
             f"version of bfsys ({manifest.get('versions', {}).get('bfsys', 'unknown')}), or changed"
         ) from None
     if not manifest["step"] and "imported" not in manifest:
-        print(f"note: {path}: the run has saved no step of training yet", file=sys.stderr)
+        print(f"note: {path}: no training step is saved yet, so the weights are the initial ones", file=sys.stderr)
     return model.eval(), config, manifest
 
 

@@ -297,7 +297,7 @@ def _errors_of_saving(final: Path) -> Iterator[None]:
 
 def _save_error(final: Path, problem: str, number: int | None) -> UserError:
     """The error for a checkpoint that cannot be written; `number` is the errno."""
-    text = f"checkpoint {final}: cannot be written: {problem}; earlier ones are untouched"
+    text = f"checkpoint {final}: cannot be written: {problem}; earlier checkpoints are unchanged"
     if number in TRANSIENT_ERRNOS:
         return UserError(text, exit_code=EXIT_CRASHED)  # launchers restart the run
     return UserError(f"{text}; {remedy_of(number)}, and run the same command to resume", exit_code=EXIT_STORAGE)

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--only", metavar="NAME,NAME", help="run only these checks")
     add("--seconds", type=float, default=300, metavar="N", help="time for all checks (default: %(default)s)")
-    add("--json", type=local_path, metavar="FILE", help="write all findings to it; rank N: FILE.N")
+    add("--json", type=local_path, metavar="FILE", help="write all findings to FILE; rank N: to FILE.N")
 
 
 def run(args: argparse.Namespace) -> int:

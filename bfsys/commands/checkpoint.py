@@ -47,10 +47,10 @@ MB = 1e6
 PAUSES_S = (1.0, 4.0)  # before a store is retried; short, because a user waits for the answer
 NOTES = """\
 list    show step, time, size, score, and whether all files are present
-verify  read every byte of all; exit code 1: one is damaged, 2: other format
-show    show the content of the newest one (or of RUN/checkpoints/step_…)
-copy    copy the newest intact one of RUN to TO; either RUN or TO is a URL
-prune   remove intact ones that --keep, --keep-every and --keep-best do not keep
+verify  read all checkpoints; exit code 1: one is damaged, 2: other format
+show    show the newest checkpoint (or the one at RUN/checkpoints/step_…)
+copy    copy the newest intact checkpoint to TO; either RUN or TO is a URL
+prune   remove the intact checkpoints that no --keep option keeps
 RUN may be a URL, such as s3://bucket/folder/NAME, except for prune."""
 
 
@@ -61,9 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=_location, metavar="RUN", help="run directory, a checkpoint of it, or a URL")
     parser.add_argument("to", type=_location, nargs="?", metavar="TO", help="target of copy: run directory or URL")
     prune = parser.add_argument_group("options of prune")
-    prune.add_argument("--keep", type=int, metavar="N", help="number of newest to keep (default: the run's)")
-    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="keep one per STEPS steps (default: the run's)")
-    prune.add_argument("--keep-best", type=int, metavar="N", help="number of best to keep (default: the run's)")
+    prune.add_argument("--keep", type=int, metavar="N", help="newest checkpoints to keep (default: the run's)")
+    prune.add_argument(
+        "--keep-every", type=int, metavar="STEPS", help="keep one every STEPS steps (default: the run's)"
+    )
+    prune.add_argument("--keep-best", type=int, metavar="N", help="best checkpoints to keep (default: the run's)")
     prune.add_argument("--dry-run", action="store_true", help="only list what would be removed")
 
 

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
                 problem = make(source, target, encoding, fitting, transforms, notes)
                 failed += [problem] if problem else []
                 written += not problem
-    print(f"{args.out}: {counted(written, 'file')}" + (f", and {len(kept):,} that were there" if kept else ""))
+    print(f"{args.out}: {counted(written, 'file')}" + (f", and {len(kept):,} from an earlier start" if kept else ""))
     if failed:
         missing = len(targets) - len(kept) - written
         raise UserError(

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", type=Path, help="run directory, one of its checkpoints, or an export")
     add("files", nargs="*", default=[], metavar="FILE", help="files, folders, or - for standard input")
-    add("--split", help="report on shortcuts over a split of the run's data")
+    add("--split", help="test for shortcuts on files of this split")
     add("--limit", type=int, metavar="N", help=f"files of the split (default: {LIMIT})")
     add("--out", type=local_path, metavar="FOLDER", help=f"write pages here (default: {FOLDER}; with --split: none)")
     add("--class", dest="class_name", metavar="NAME", help="class to explain (default: the likeliest)")

@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ranks", type=int, default=1, metavar="N", help="GPUs, or CPU processes (default: 1)")
     add("--gpu", choices=PEAKS, metavar="GPU", help="type of GPU whose peak is used, such as h100")
     add("--utilisation", type=float, metavar="SHARE", help="share of that peak (default: as on an H200)")
-    add("--like", type=Path, metavar="RUN", help="take the rate per rank from a finished run")
-    add("--network", type=float, metavar="GB/S", help="bandwidth of a rank, if steps wait for it")
+    add("--like", type=Path, metavar="RUN", help="take the speed of a rank from a trained run")
+    add("--network", type=float, metavar="GB/S", help="bandwidth of a rank; adds the time to send")
     add("--mtbf-days", type=float, metavar="D", help="mean time between failures of a node")
-    add("--ranks-per-node", type=int, metavar="N", default=8, help="default: %(default)s")
+    add("--ranks-per-node", type=int, metavar="N", default=8, help="ranks on a node (default: %(default)s)")
     add("--price", type=float, metavar="P", help="price of a rank for an hour")
     add("--json", action="store_true", help="print the figures as JSON")
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
                 )
     if best:
         print(
-            f"{expected_s / mtbf_s:.2g} failures are expected and {_duration(expected_s)} in all, of which "
+            f"expected: {expected_s / mtbf_s:.2g} failures, and {_duration(expected_s)} in all, of which "
             f"{100 * time.work_s / expected_s:.1f} % are steps and evaluations; best train.save_every: {best:,}"
         )
     if price:

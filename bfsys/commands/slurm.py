@@ -25,18 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = NOTES
     add_config(parser)
     add = parser.add_argument
-    add("--nodes", required=True, metavar="N", help="nodes; MIN-MAX: elastic, as many as SLURM gives and lanes allow")
+    add(
+        "--nodes",
+        required=True,
+        metavar="N",
+        help="nodes; MIN-MAX: as many of them as SLURM gives and data.lanes allows",
+    )
     add(
         "--grow",
         action="store_const",
         const=10.0,
-        help="requeue within MIN-MAX when nodes are free, 10 minutes after a start",
+        help="with MIN-MAX: requeue on more nodes when they are free, 10 minutes after a start",
     )
     add("--grow-every", dest="grow", type=float, metavar="M", help="the same, M minutes after a start")
-    add("--gpus-per-node", type=int, default=8, metavar="G", help="default 8; 0: train on CPUs")
-    add("--tasks-per-node", type=int, metavar="T", help="default: one per GPU, or 1 on CPUs")
-    add("--cpus-per-task", type=int, metavar="C", help="default: the cluster's")
-    add("--mem", metavar="SIZE", help="memory of a node, for example 200G; default: the cluster's")
+    add("--gpus-per-node", type=int, default=8, metavar="G", help="GPUs per node (default: 8; 0: train on CPUs)")
+    add("--tasks-per-node", type=int, metavar="T", help="ranks per node (default: one per GPU; 1 on CPUs)")
+    add("--cpus-per-task", type=int, metavar="C", help="cores per rank (default: the cluster's)")
+    add("--mem", metavar="SIZE", help="memory of a node, for example 200G (default: the cluster's)")
     add("--time", metavar="LIMIT", default="60", help="time limit of one start, [D-]HH:MM:SS or minutes (default: 60)")
     for name in AS_OF_SBATCH:
         add(f"--{name}", help=argparse.SUPPRESS)

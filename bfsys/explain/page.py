@@ -80,7 +80,7 @@ def _picture(e: Explanation, picture: Picture) -> str:
     size = f"{picture.width:,} × {picture.height:,} pixels"
     figures = f'<figure><div class="stack">{plain}</div><figcaption>{size}</figcaption></figure>'
     if picture.evidence is None:
-        figures += '<p class="faint">The picture is compressed: no single byte is a pixel.</p>'
+        figures += '<p class="faint">The picture is compressed, so its bytes are not pixels.</p>'
     else:
         dimmed = f'<img class="dim{small}" src="{picture.uri}" alt="">'
         over = f'<img class="{small}" src="{overlay_uri(_colours(picture.evidence))}" alt="evidence by pixel">'

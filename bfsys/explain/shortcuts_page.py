@@ -19,8 +19,8 @@ def table(report: Shortcuts) -> str:
     rows = list(_rows(report))
     width = max(len(name) for name, _ in rows)
     lines = [
-        f"{report.split}, {report.all.files} files: top-1 in percent, and after headers and metadata, the content, or",
-        "all bytes were replaced by those of files of other classes; then the shares of the evidence in percent",
+        f"{report.split}, {report.all.files} files: top-1 in percent on unchanged files, with headers and metadata,",
+        "with the content, and with all bytes of files of other classes; then the shares of the evidence in percent",
         " " * (width + 2) + "".join(f"{name:>10}" for name in COLUMNS),
         *(
             f"  {name:<{width}}{row.files:>10}" + "".join(f"{100 * v:10.1f}" for v in _values(row))

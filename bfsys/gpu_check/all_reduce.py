@@ -73,7 +73,7 @@ def measure(ranks: Ranks) -> list[Finding]:
         return [Finding(what, Verdict.WRONG, "the sum is not exact", advice)]
     megabytes = 4e-6 * len(own)
     if n == 1:
-        return [Finding(what, Verdict.OK, "it starts; there is no other GPU to send to")]
+        return [Finding(what, Verdict.OK, "starts; there is no other rank to send to")]
     rate = 2 * (n - 1) / n * 4 * len(own) / slowest_us / 1e3  # GB/s that a ring sends through each rank
     detail = f"exact; {megabytes:.0f} MB in {slowest_us / 1e3:.1f} ms, {rate:.1f} GB/s per rank"
     if device.type == "cuda" and rate < LEAST_GB_PER_S:
@@ -89,7 +89,8 @@ def values_of(rank: int, count: int) -> Tensor:
 
 
 def expected_sum(ranks: int, count: int) -> Tensor:
-    """The sum of the ranks' values. Only one period is added up, because all numbers of 64 ranks take minutes."""
+    """The sum of the ranks' values. Only one period is added up, because adding up all numbers of 64 ranks would take
+    minutes."""
     total = torch.zeros(PERIOD)
     for rank in range(ranks):
         total += values_of(rank, PERIOD)

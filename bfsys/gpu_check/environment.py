@@ -62,7 +62,7 @@ def _driver() -> str:
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown (nvidia-smi gives no answer)"
+        return "unknown (nvidia-smi does not answer)"
 
 
 def _memory(device: torch.device) -> Finding:
@@ -79,17 +79,19 @@ def _compiler(device: torch.device) -> Finding:
     # Without our kernels nothing is compiled.
     missing = Verdict.WRONG if device.type == "cuda" else Verdict.SKIPPED
     if not compiler:
-        return Finding("C compiler", missing, "there is none, and Triton needs one", "install gcc, or set CC to one")
+        return Finding("C compiler", missing, "not found; Triton needs one", "install gcc, or set CC to a C compiler")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "try.c").write_text("#include <Python.h>\nint answer(void) { return 0; }\n")
         command = [compiler, "-shared", "-fPIC", f"-I{sysconfig.get_paths()['include']}", "try.c", "-o", "try.so"]
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=COMPILE_S)
         except (OSError, subprocess.TimeoutExpired) as error:
-            return Finding("C compiler", missing, f"{compiler} cannot be run: {error}", "install gcc, or set CC to one")
+            return Finding(
+                "C compiler", missing, f"{compiler} cannot be run: {error}", "install gcc, or set CC to a C compiler"
+            )
     if done.returncode:
         says = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
-        advice = "install Python's headers (python3-dev, python3-devel), or use a Python that brings them"
+        advice = "install Python's headers (python3-dev, python3-devel), or use a Python that includes them"
         return Finding("C compiler", missing, f"{compiler}: {says}", advice)
     return Finding("C compiler", Verdict.OK, f"{compiler}, with Python.h")
 

@@ -32,7 +32,7 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
         with interpreted("kernels", "norm_kernels") as (kernels_here, norms_here):
             return compare_all(kernels_here, norms_here, device, seconds)
     except ImportError:
-        return [Finding("all kernels", Verdict.SKIPPED, "Triton is not installed; CPUs do without")]
+        return [Finding("all kernels", Verdict.SKIPPED, "Triton is not installed; a CPU does not need it")]
 
 
 def compare_all(kernels: ModuleType, norms: ModuleType, device: torch.device, seconds: float) -> list[Finding]:

@@ -68,8 +68,8 @@ def variables_of_one(env: Mapping[str, str], ranks: Ranks) -> dict[str, str]:
 def start(
     name: str, seconds: float, folder: Path, variables: Mapping[str, str], *, is_part: bool = False
 ) -> subprocess.Popen:
-    """Start a check, which writes its findings, its output and its temporary files to `folder`: if it is killed, it
-    cannot remove them. With `is_part`, it stays in the process group of this process and is killed with it."""
+    """Start a check, which writes its findings, its output and its temporary files to `folder`, because a check that is
+    killed cannot remove them. With `is_part`, it stays in the process group of this process and is killed with it."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), variables.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "bfsys.gpu_check.processes", name, str(seconds), str(folder / "findings.json")]
     env = {**variables, "PYTHONPATH": path, "TMPDIR": str(folder)}
@@ -88,7 +88,7 @@ def finish(
         if is_cut_short:
             said = f"stopped after {limit_s:.0f} s, because the time was used up"
             return [Finding("whole check", Verdict.SKIPPED, said, "give more --seconds")]
-        return [Finding("whole check", Verdict.WRONG, f"it hung: no end after {limit_s:.0f} s", _hint(name))]
+        return [Finding("whole check", Verdict.WRONG, f"it hung: it did not end within {limit_s:.0f} s", _hint(name))]
     finally:  # kill the check and the processes that it started
         with suppress(ProcessLookupError):  # a part of a check has no group of its own
             os.killpg(child.pid, signal.SIGKILL)

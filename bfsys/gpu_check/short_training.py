@@ -74,8 +74,10 @@ def compare_runs(whole: Path, again: Path) -> Finding:
     differ = sorted(name for name in x.keys() | y.keys() if x.get(name) != y.get(name))
     losses = [[(line["step"], line["loss"]) for line in _lines(r) if line["kind"] == "train"] for r in (whole, again)]
     if not differ and losses[0] == losses[1]:
-        return Finding("resume", Verdict.OK, f"from step {HALF}: the same bits of {len(x)} files, the same losses")
-    detail = f"from step {HALF}: other bits in {', '.join(differ) or 'the losses'}"
+        return Finding(
+            "resume", Verdict.OK, f"from step {HALF}: {len(x)} files are bit-identical, and the losses are equal"
+        )
+    detail = f"from step {HALF}: differs in {', '.join(differ) or 'the losses'}"
     advice = (
         "a resumed run differs from an uninterrupted one; an operation may be non-deterministic. Run --only kernels"
     )

@@ -82,7 +82,7 @@ def test_files_that_cannot_be_decoded_are_named_and_the_others_made(tmp_path: Pa
         call("encode", [str(src), str(tmp_path / "out"), "--encoding", "wav:uint8", "--seconds", "1"])
     first, second, total = error.value.problems
     assert first.startswith(f"{src}/a.wav: cannot be decoded as audio: is not a sound that libsndfile can read")
-    assert second.startswith(f"{src}/c.wav: cannot be decoded as audio: is cut")
+    assert second.startswith(f"{src}/c.wav: cannot be decoded as audio: is truncated")
     assert total == "2 of 3 files were not written; run the same command again to continue"
     assert (tmp_path / "out" / "b.wav").stat().st_size == 16_044
 
@@ -143,7 +143,7 @@ def test_the_same_command_continues_after_a_stop(
 ) -> None:
     first = (tmp_path / "out" / "a.fhwc").read_bytes()
     call("encode", stopped)
-    assert capsys.readouterr().out == f"{tmp_path}/out: 2 files, and 1 that were there\n"
+    assert capsys.readouterr().out == f"{tmp_path}/out: 2 files, and 1 from an earlier start\n"
     assert made_in(tmp_path / "out") == ["a.fhwc", "b.fhwc", "c.fhwc"]
     assert (tmp_path / "out" / "a.fhwc").read_bytes() == first  # if it were made again, it would have other noise
 

@@ -118,7 +118,7 @@ def test_a_missing_compiler_and_missing_headers_are_named(tmp_path: Path, monkey
     assert "headers" in on_gpu.advice
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "there is none" in environment._compiler(CPU).detail
+    assert "not found" in environment._compiler(CPU).detail
     monkeypatch.setenv("CC", "/no/such/compiler")
     assert "cannot be run" in environment._compiler(CPU).detail
 

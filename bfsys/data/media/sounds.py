@@ -100,7 +100,7 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
         try:
             wave = _read(file, seconds)
         except soundfile.LibsndfileError as error:
-            raise ValueError(f"is cut or damaged ({error.error_string})") from None
+            raise ValueError(f"is truncated or damaged ({error.error_string})") from None
     if not len(wave):
         raise ValueError("holds no samples")
     check_finite(wave)
@@ -117,7 +117,7 @@ def open_sound(data: bytes, announced: Announced | None):
 
     if announced and announced.size < UNKNOWN_BYTES and announced.start + announced.size > len(data):
         raise ValueError(
-            f"is cut: its header announces {announced.size:,} bytes from byte {announced.start:,}, "
+            f"is truncated: its header announces {announced.size:,} bytes from byte {announced.start:,}, "
             f"but the file has only {max(0, len(data) - announced.start):,}"
         )
     return soundfile.SoundFile(Content(_with_magic(_readable_to_the_end(data, announced))))
@@ -170,7 +170,9 @@ def _check_last_sample(file) -> None:
     try:
         file.seek(file.frames - 1)
     except soundfile.LibsndfileError:
-        raise ValueError(f"is cut: its header announces {file.frames:,} samples, but the last one is missing") from None
+        raise ValueError(
+            f"is truncated: its header announces {file.frames:,} samples, but the last one is missing"
+        ) from None
 
 
 def _too_long(samples: str) -> ValueError:

@@ -94,7 +94,7 @@ def plan_jobs(
             path = staging.folder_of(folder) / name
             jobs.append(Job(path, split, group, labels, encoding.text, fitting, fingerprint))
     if len(jobs) > MOST_SHARDS:
-        raise UserError(f"--shard-bytes: gives {len(jobs):,} shards; allowed are {MOST_SHARDS:,}: raise it")
+        raise UserError(f"--shard-bytes: gives {len(jobs):,} shards; allowed are {MOST_SHARDS:,}; raise --shard-bytes")
     return jobs
 
 

@@ -111,13 +111,13 @@ def fetch_descriptions(config: Config) -> Descriptions:
 
 
 def check_patience(config: Config) -> None:
-    """Raise UserError if other ranks would give up waiting while one tries to fetch a file of a remote dataset."""
+    """Raise UserError if the tries to fetch a remote file may take longer than other ranks wait for this rank."""
     cache = make_cache(config)
     if _remote(config) and cache.patience_s >= config.train.collective_timeout_s:
         raise UserError(
-            f"data.fetch_tries: {cache.attempts} tries of a server that fails may take {cache.patience_s:.0f} s, but "
-            f"ranks wait for each other for train.collective_timeout_s {config.train.collective_timeout_s} s; lower "
-            "the one or raise the other"
+            f"data.fetch_tries: {cache.attempts} tries to fetch a file may take {cache.patience_s:.0f} s, but ranks "
+            f"wait for each other for {config.train.collective_timeout_s} s (train.collective_timeout_s); lower the "
+            "number of tries, or raise the timeout"
         )
 
 
@@ -306,9 +306,9 @@ def long_files(config: Config, sources: Sources) -> list[str]:
             lengths = lengths_after(sources.transforms, split.samples["length"].astype(np.int64))
             which = f"{np.count_nonzero(lengths > architecture.max_bytes)} of {len(split)} files in {split.split}"
         notes.append(
-            f"{split.dataset.shown}: {which} are longer than the {architecture.max_bytes:,} bytes that "
-            f"model.max_tokens {architecture.max_tokens:,} covers, up to {longest:,}: positions repeat there; "
-            f"model.max_tokens={-(-longest // architecture.stride)} would give each token its own"
+            f"{split.dataset.shown}: {which} are longer than the {architecture.max_bytes:,} bytes for which "
+            f"model.max_tokens {architecture.max_tokens:,} has positions, up to {longest:,}: positions repeat; "
+            f"model.max_tokens={-(-longest // architecture.stride)} would give each token its own position"
         )
     return notes
 

@@ -144,7 +144,7 @@ def _read(path: Path) -> list[BadSample]:
             unreadable.append(str(number))
     if unreadable:
         where = ", ".join(unreadable[:LISTED]) + (", …" if len(unreadable) > LISTED else "")
-        text = f"{path}: ignored invalid rows (line {where}); its samples are read again"
+        text = f"{path}: ignored invalid rows (line {where}); their samples are read again"
         print(text, file=sys.stderr, flush=True)
     return rows
 

@@ -317,7 +317,7 @@ class ShardReader:
                 if partner is None or augmentation.fails_on(content):
                     raise BadFileError(problem) from None
                 self._set_aside(source, partner, step, problem, bad)
-        raise UserError(f"{self.splits[source].dataset.shown}: no sample can be read that could be mixed in")
+        raise UserError(f"{self.splits[source].dataset.shown}: no sample for mixup can be read")
 
     def _partners(self, source: int, sample: int, epoch: int) -> Iterator[int]:
         """Candidates for mixup with a sample. They are its neighbours, which packing has shuffled, so that a node need

@@ -63,13 +63,13 @@ def test_blocks_give_the_bits_of_the_whole(file_format, subtype, channels, monke
 @given(kind=st.sampled_from(KINDS), share=st.floats(0, 1, exclude_max=True))
 def test_a_sound_that_is_cut_anywhere_is_refused(kind, share):
     content = sound(*kind)
-    with pytest.raises(ValueError, match=r"^(is cut|is not a sound|holds no samples)"):
+    with pytest.raises(ValueError, match=r"^(is truncated|is not a sound|holds no samples)"):
         decode_audio(content[: int(share * len(content))])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_byte_less_is_a_cut(kind):
-    with pytest.raises(ValueError, match=r"^is cut"):
+    with pytest.raises(ValueError, match=r"^is truncated"):
         decode_audio(sound(*kind)[:-1])
 
 
@@ -82,7 +82,7 @@ def test_bytes_behind_the_samples_do_no_harm(kind):
 
 def test_the_error_on_a_cut_sound_gives_announced_and_existing_bytes():
     with pytest.raises(
-        ValueError, match="is cut: its header announces 40,000 bytes from byte 44, but the file has only 956"
+        ValueError, match="is truncated: its header announces 40,000 bytes from byte 44, but the file has only 956"
     ):
         decode_audio(sound()[:1000])
 
@@ -203,7 +203,7 @@ def test_only_the_beginning_of_a_long_sound_and_the_edge_for_resampling_are_deco
 def test_a_cut_is_found_where_only_the_beginning_is_decoded(kind, monkeypatch):
     monkeypatch.setattr(sounds, "EDGE_S", 0.0)
     monkeypatch.setattr(sounds, "WHOLE_SAMPLES", 1000)
-    with pytest.raises(ValueError, match=r"^is cut"):
+    with pytest.raises(ValueError, match=r"^is truncated"):
         decode_audio(sound(*kind)[:-10], 0.1)
 
 
@@ -211,7 +211,7 @@ def test_a_header_that_promises_far_more_than_follows_costs_nothing(monkeypatch)
     flac = patched(sound("FLAC"), 21, bytes([sound("FLAC")[21] | 0x0F]) + b"\xff" * 4)  # 2³⁶ samples
     with pytest.raises(ValueError, match="has 68,719,476,735 samples"):
         decode_audio(flac)
-    with pytest.raises(ValueError, match=r"^is cut"):
+    with pytest.raises(ValueError, match=r"^is truncated"):
         decode_audio(flac, 0.5)
 
 
