@@ -95,9 +95,7 @@ def test_a_file_that_is_longer_than_packed(server: FaultyServer, cache: Cache) -
     assert names(cache) == []
 
 
-def test_a_server_that_dies_and_comes_back(
-    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_comes_back(server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, failed = make_cache(tmp_path, attempts=20), []
     pause_s = cache._pause_s
     monkeypatch.setattr(cache, "_pause_s", lambda number: failed.append(number) or pause_s(number))
