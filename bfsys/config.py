@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
 
 from bfsys import typed_yaml
-from bfsys.errors import UserError, collecting, counted, is_printable
+from bfsys.errors import UserError, collecting, counted
 from bfsys.locations import expanded, expanded_folder, is_remote
 from bfsys.model import sizes
 from bfsys.object_stores import problem_of_url
@@ -382,10 +382,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     data, train, optim = config.data, config.train, config.optim
     if not data.sources:
         problems.append("data.sources: the list is empty; give at least one `- path: FOLDER`")
-    if "/" in config.name or config.name.startswith(".") or not is_printable(config.name):
+    if set("/\0") & set(config.name) or config.name.startswith("."):
         problems.append(
-            f"name: got {config.name!r}; must be a folder name without '/' and control characters that does not begin "
-            "with a dot; set the parent folder with runs_dir"
+            f"name: got {config.name!r}; must be a folder name without '/' that does not begin with a dot; set "
+            "the parent folder with runs_dir"
         )
     for key, text in (("name", config.name), ("runs_dir", config.runs_dir)):
         if any("\ud800" <= character <= "\udfff" for character in text):
