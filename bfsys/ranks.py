@@ -92,7 +92,8 @@ def env_number(variable: str, default: int) -> int:
 def _checked(ranks: Ranks) -> Ranks:
     if not 0 <= ranks.rank < ranks.world_size:
         raise UserError(
-            f"RANK is {ranks.rank}, but WORLD_SIZE is {ranks.world_size}: ranks are numbered from 0; {_BOTH_OR_NEITHER}"
+            f"RANK is {ranks.rank}, but there are {ranks.world_size} ranks (WORLD_SIZE), numbered from 0; "
+            f"{_BOTH_OR_NEITHER}"
         )
     if ranks.local_world_size < 1:
         raise UserError(f"LOCAL_WORLD_SIZE is {ranks.local_world_size}; a machine has at least 1 rank")

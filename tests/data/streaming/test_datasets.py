@@ -120,4 +120,4 @@ def test_odd_settings_of_a_run_are_noted(tmp_path):
     assert (
         open_run_data(config, Ranks()).notes[0].startswith("data.eval_split: 'train' is the split that the run trains")
     )
-    assert workers.startswith("data.workers: 5000 loader processes for each rank, which has ")
+    assert workers.startswith("data.workers: 5,000 loader processes for each rank, which has ")
