@@ -74,7 +74,7 @@ def url_of(location: str, file: str) -> str:
     try:
         parts = urlsplit(location)
         is_http = parts.scheme in ("http", "https")
-        if is_http and parts.port == 0:  # reading it raises ValueError if it is no number up to 65535
+        if is_http and parts.port == 0:  # reading it raises ValueError if it is not a number up to 65535
             raise ValueError
     except ValueError:  # its text may hold a password
         raise UserError(
