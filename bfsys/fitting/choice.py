@@ -33,7 +33,7 @@ LONGEST_WARMUP = 200
 PICTURE_SIDES = (224, 160, 128, 96, 64, 48, 32, 16)
 SAMPLE_RATES_HZ = (16_000, 8_000)
 WAV_HEADER_BYTES = 44
-# (largest median file length in bytes, kernel). Longer tokens of uncompressed sounds cost less and lose no accuracy;
+# (largest median file length in bytes, kernel). Longer tokens of uncompressed sounds cost less and learn as well;
 # where the kind of a file is the class, they lose ten points (docs/experiments.md).
 KERNELS = ((1_000, 4), (12_000, 16))
 KERNELS_OF_SOUNDS = ((1_000, 4), (3_000, 16))
