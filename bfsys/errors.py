@@ -34,6 +34,7 @@ EXIT_STOPPED = 130  # stopped on request
 # otherwise (supervision/signals.py).
 STOPS_COMMANDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TOGETHER_S = 2.0  # a terminal that is closed sends SIGHUP twice, and systemd sends SIGTERM with it
+AGAIN_S = 0.5  # from a KeyboardInterrupt to the next one, if nothing handles it
 
 # A file server does not answer, as NFS (ESTALE, EREMOTEIO), Lustre (ESHUTDOWN) and FUSE (ENOTCONN) report it.
 OUTAGE_ERRNOS = {
@@ -221,14 +222,26 @@ def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (si
             if received and time.monotonic() - received[-1][1] < TOGETHER_S:
                 return  # unfinished files are being removed
         received.append((number, time.monotonic()))
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
         raise KeyboardInterrupt
 
+    def stop_again(number: int, frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt if the last one was dropped, as extension modules do with it while they import
+        others. While `except`, `finally` or `with` handles it, it is the current exception or a context of that."""
+        error = sys.exception()
+        while error is not None and not isinstance(error, KeyboardInterrupt):
+            error = error.__context__
+        if error is None:
+            raise KeyboardInterrupt
+
     def stopped() -> int:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print("stopped on request", file=sys.stderr)
         return 128 + received[0][0] if received else EXIT_STOPPED
 
     # A command in the background ignores Ctrl-C, and one that was started by `nohup` ignores SIGHUP.
     before = {n: handler for n in stopped_by if (handler := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+    alarm = signal.signal(signal.SIGALRM, stop_again)
     try:
         for number in before:
             signal.signal(number, stop)
@@ -267,5 +280,7 @@ def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (si
         print(f"error: {too_many}: this process may have {limit:,}; raise the limit (ulimit -n 65536)", file=sys.stderr)
         return EXIT_USER_ERROR
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
         for number, handler in before.items():  # with SIG_DFL (bfsys/start.py), another Ctrl-C gives no traceback
             signal.signal(number, handler)

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 
-from bfsys.errors import EXIT_CRASHED, UserError, collecting, counted, run_command, summary_of
+from bfsys.errors import AGAIN_S, EXIT_CRASHED, UserError, collecting, counted, run_command, summary_of
 from tests.conftest import REPOSITORY
 
 
@@ -73,6 +75,48 @@ def test_an_error_that_follows_from_a_dropped_control_c_is_a_stop(capsys: pytest
 
     assert ends_with(main) == 130
     assert capsys.readouterr().err == "stopped on request\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_that_is_dropped_comes_again(number: int) -> None:
+    def main() -> None:
+        with suppress(KeyboardInterrupt):  # as extension modules do while they import others
+            signal.raise_signal(number)
+        time.sleep(900)
+
+    assert ends_with(main) == 128 + number
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_stop_comes_only_once_while_a_command_removes_its_files() -> None:
+    removed = []
+
+    @contextmanager
+    def file() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            time.sleep(3 * AGAIN_S)
+            removed.append("generator")
+
+    def main() -> None:
+        with ExitStack() as stack, file():
+            stack.callback(lambda: (time.sleep(3 * AGAIN_S), removed.append("callback")))
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except KeyboardInterrupt:
+                try:
+                    raise OSError("the file is lost") from None
+                except OSError:
+                    time.sleep(3 * AGAIN_S)
+                    removed.append("except")
+                raise
+            finally:
+                time.sleep(3 * AGAIN_S)
+                removed.append("finally")
+
+    assert ends_with(main) == 128 + signal.SIGTERM
+    assert removed == ["except", "finally", "generator", "callback"]
 
 
 # A command that is stopped before its file is complete. The signal arrives twice, and a forked process gets it, too.

@@ -36,5 +36,6 @@ def run(args: argparse.Namespace) -> int:
             return jobs.show_status_of_all(members)
         raise UserError(f"{args.run}: holds the logs of a sweep; give one of its runs: {', '.join(map(str, members))}")
     if args.action == "logs":
-        return jobs.show_log(args.run, args.rank or 0, args.follow)
+        jobs.show_log(args.run, args.rank or 0, args.follow)
+        return 0
     return jobs.show_status(args.run) if args.action == "status" else jobs.stop(args.run)

@@ -253,8 +253,9 @@ def _progress(run_dir: Path) -> str:
     return f"{last['step']:,} of {steps}, {age:,.0f} s ago; {saved}"
 
 
-def show_log(run_dir: Path, rank: int, follow: bool) -> int:
-    """Print the end of a rank's log of the newest job. With `follow`, also print new lines until the job is over."""
+def show_log(run_dir: Path, rank: int, follow: bool) -> bool:
+    """Print the end of a rank's log of the newest job. With `follow`, also print new lines until the job is over.
+    Returns False if Ctrl-C ended this."""
     submitted = submissions(run_dir)
     if not submitted:
         raise UserError(f"{run_dir}: no job was submitted for this run; its logs, if any, are in {run_dir / 'log'}")
@@ -274,13 +275,14 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> int:
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         print(f"\nthe job continues; bfsys slurm stop {shlex.quote(str(run_dir))} ends it", file=sys.stderr)
-    return 0
+        return False
+    return True
 
 
 def follow(run_dir: Path) -> int:
-    """Show rank 0's log until the job is over. Returns training's exit code, or 1 if it recorded none."""
-    show_log(run_dir, 0, follow=True)
-    if active(run_dir):  # Ctrl-C ended the display, and the job continues
+    """Show rank 0's log until the job is over. Returns training's exit code, 1 if it recorded none, or 0 if it
+    continues."""
+    if not show_log(run_dir, 0, follow=True) or active(run_dir):
         return 0
     ended = how_it_ended(run_dir)
     return ended["exit_code"] if ended else 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bfsys.cli import call
-from bfsys.errors import UserError
+from bfsys.errors import AGAIN_S, UserError, exit_code_of
 from bfsys.launch import jobs
 from bfsys.supervision.run_end import note_end
 
@@ -239,6 +241,22 @@ def test_followed_logs_are_complete(run: Path, slurm_says, capsys, monkeypatch: 
     later = [line for line in lines if line.startswith("later")]
     assert later == [f"later {i + 1}" for i in range(len(later))]
     assert len(later) >= 5
+
+
+def test_control_c_ends_the_display_of_a_log_and_no_second_one_comes(run: Path, monkeypatch, capsys) -> None:
+    asked = 0
+
+    def state_of(job: jobs.Submitted, **_: bool) -> jobs.State:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(3 * AGAIN_S)  # SLURM answers slowly
+        return jobs.State("RUNNING")
+
+    monkeypatch.setattr(jobs, "state_of", state_of)
+    assert exit_code_of(lambda: jobs.follow(run)) == 0
+    assert "the job continues" in capsys.readouterr().err
 
 
 def test_logs(run: Path, slurm_says, capsys) -> None:
