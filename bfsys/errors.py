@@ -222,6 +222,7 @@ def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (si
             if received and time.monotonic() - received[-1][1] < TOGETHER_S:
                 return  # unfinished files are being removed
         received.append((number, time.monotonic()))
+        signal.signal(signal.SIGALRM, stop_again)
         signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
         raise KeyboardInterrupt
 
@@ -241,7 +242,6 @@ def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (si
 
     # A command in the background ignores Ctrl-C, and one that was started by `nohup` ignores SIGHUP.
     before = {n: handler for n in stopped_by if (handler := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
-    alarm = signal.signal(signal.SIGALRM, stop_again)
     try:
         for number in before:
             signal.signal(number, stop)
@@ -280,7 +280,7 @@ def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (si
         print(f"error: {too_many}: this process may have {limit:,}; raise the limit (ulimit -n 65536)", file=sys.stderr)
         return EXIT_USER_ERROR
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, alarm)
+        if received:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():  # with SIG_DFL (bfsys/start.py), another Ctrl-C gives no traceback
             signal.signal(number, handler)
