@@ -74,6 +74,20 @@ def new_buffer(size_bytes: int) -> np.ndarray:
     return np.empty(size_bytes, np.uint8)
 
 
+class Draw(NamedTuple):
+    """A sample of a source, as a step draws it."""
+
+    source: int
+    sample: int
+    epoch: int
+    step: int
+
+
+def draws_of(wanted: MicroBatch) -> list[Draw]:
+    drawn = zip(wanted.source.tolist(), wanted.sample.tolist(), wanted.epoch.tolist(), strict=True)
+    return [Draw(source, sample, epoch, wanted.step) for source, sample, epoch in drawn]
+
+
 class Example(NamedTuple):
     """A sample as the model reads it."""
 
@@ -81,7 +95,7 @@ class Example(NamedTuple):
     label: int
     second_label: int
     second_share: float
-    shown: np.ndarray | None = None  # float16 [rows, columns]: the table of its content
+    shown: np.ndarray | None = None  # float16 [rows, columns]: the table of its content; for the content loss only
 
 
 class BadFileError(Exception):
@@ -114,6 +128,7 @@ class ShardReader:
         self.seed, self.transforms, self.replace_bad = seed, sources.transforms, replace_bad
         self.augmentations, self.jitters = sources.augmentations, sources.jitters
         self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in self.splits]
+        self._found: list[BadSample] = []  # by the current `read`
         self._rows = [np.asarray(split.samples) for split in self.splits]
         self._files: dict[tuple[int, int], int] = {}  # the first opened is the first closed
         # Shards that cannot be fetched, with the reason, and shards of which a sample could not be read in any retry.
@@ -167,18 +182,16 @@ class ShardReader:
 
     def _read_plainly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> RawBatch | None:
         """The bytes of a micro-batch as they are stored in the shards; None if anything is damaged."""
-        sources = wanted.source.tolist()
-        if any(self._bad_from):
-            bad = zip(sources, wanted.sample.tolist(), strict=True)
-            if any(self._is_bad(source, sample, wanted.step) for source, sample in bad):
-                return None
+        if any(self._bad_from) and any(map(self._is_bad, draws_of(wanted))):
+            return None
         rows = self._rows_of(wanted)
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(rows["length"], out=offsets[1:], dtype=np.int64)
         data = allocate(int(offsets[-1]))
         buffer, start, files = data.data, 0, self._files
         try:
-            for source, (shard, _, offset, length, checksum, _) in zip(sources, rows.tolist(), strict=True):
+            for source, row in zip(wanted.source.tolist(), rows.tolist(), strict=True):
+                shard, _, offset, length, checksum, _ = row
                 part = buffer[start : start + length]
                 start += length
                 descriptor = files.get((source, shard)) or self._open(source, shard)
@@ -201,112 +214,97 @@ class ShardReader:
 
     def _read_slowly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> RawBatch:
         """Read a micro-batch sample by sample: replace bad samples, augment and transform."""
-        bad: list[BadSample] = []
-        parts, labels, origins, seconds, shares, shown, replaced = [], [], [], [], [], [], 0
-        drawn = zip(wanted.source.tolist(), wanted.sample.tolist(), wanted.epoch.tolist(), strict=True)
-        for source, sample, epoch in drawn:
-            for number in self._candidates(source, sample, epoch):
-                made = self._make(source, number, epoch, wanted.step, bad)
-                if made:
-                    parts.append(made.content)
-                    labels.append(made.label)
-                    origins.append((source, number))
-                    seconds.append(made.second_label)
-                    shares.append(made.second_share)
-                    shown.append(made.shown)
-                    replaced += number != sample
+        self._found = []
+        examples: list[Example] = []
+        origins, replaced = [], 0
+        for drawn in draws_of(wanted):
+            for candidate in self._candidates(drawn):
+                if made := self._make(candidate):
+                    examples.append(made)
+                    origins.append((candidate.source, candidate.sample))
+                    replaced += candidate != drawn
                     break
             else:
                 if self.replace_bad:
-                    where = self.splits[source].dataset.shown
+                    where = self.splits[drawn.source].dataset.shown
                     raise UserError(
-                        f"{where}: neither sample {sample} nor any of {STAND_INS} replacement candidates can be read. "
-                        "`bfsys inspect --verify` shows all damage of a dataset on this machine. The first are",
-                        *(one.describe() for one in bad[:LISTED]),
+                        f"{where}: neither sample {drawn.sample} nor any of {STAND_INS} replacement candidates can be "
+                        "read. `bfsys inspect --verify` shows all damage of a dataset on this machine. The first are",
+                        *(bad.describe() for bad in self._found[:LISTED]),
                     )
-        offsets = np.zeros(len(parts) + 1, np.int64)
-        np.cumsum([len(part) for part in parts], out=offsets[1:])
+        offsets = np.zeros(len(examples) + 1, np.int64)
+        np.cumsum([len(made.content) for made in examples], out=offsets[1:])
         data = allocate(int(offsets[-1]))
-        if parts:
-            np.concatenate(parts, out=data)
+        if examples:
+            np.concatenate([made.content for made in examples], out=data)
         origin = np.array(origins, np.int64).reshape(-1, 2)
-        mixed = any(share > 0 for share in shares)
+        mixed = any(made.second_share > 0 for made in examples)
         return RawBatch(
             data,
             offsets,
-            np.array(labels, np.int64),
+            np.array([made.label for made in examples], np.int64),
             origin[:, 0].copy(),
             origin[:, 1].copy(),
-            np.array(seconds, np.int64) if mixed else None,
-            np.array(shares, np.float32) if mixed else None,
-            np.array(shown) if self.with_content else None,
-            tuple(bad),
+            np.array([made.second_label for made in examples], np.int64) if mixed else None,
+            np.array([made.second_share for made in examples], np.float32) if mixed else None,
+            np.array([made.shown for made in examples]) if self.with_content else None,
+            tuple(self._found),
             replaced,
         )
 
-    def _candidates(self, source: int, sample: int, epoch: int) -> Iterator[int]:
+    def _candidates(self, drawn: Draw) -> Iterator[Draw]:
         """The sample, then its replacement candidates, in the order in which they are tried."""
-        yield sample
+        yield drawn
         if self.replace_bad:
-            rng = self._rng(_STAND_IN, source, epoch, sample)
-            yield from (int(rng.integers(len(self.splits[source]))) for _ in range(STAND_INS))
+            rng, samples = self._rng(_STAND_IN, drawn), len(self.splits[drawn.source])
+            yield from (drawn._replace(sample=int(rng.integers(samples))) for _ in range(STAND_INS))
 
-    def _make(self, source: int, sample: int, epoch: int, step: int, bad: list[BadSample]) -> Example | None:
-        """A sample as the model reads it; None if it is bad. A newly found bad sample is added to `bad`."""
-        if self._is_bad(source, sample, step):
+    def _make(self, drawn: Draw) -> Example | None:
+        """A sample as the model reads it; None if it is bad."""
+        if self._is_bad(drawn):
             return None
-        self.position[:] = source, sample
         try:
-            content, label = self._read_sample(source, sample)
-            made, rng = Example(content, label, label, 0.0), self._rng(_AUGMENTATION, source, epoch, sample)
-            augmentation, jitter = self.augmentations[source], self.jitters[source]
+            content, label = self._read_sample(drawn)
+            made, rng = Example(content, label, label, 0.0), self._rng(_AUGMENTATION, drawn)
+            augmentation, jitter = self.augmentations[drawn.source], self.jitters[drawn.source]
             if jitter:
                 made = made._replace(content=np.frombuffer(jitter(content.tobytes(), rng), np.uint8))
             if augmentation:
-                made, rng = self._augmented(augmentation, made, source, sample, epoch, step, bad)
+                made, rng = self._augmented(augmentation, made, drawn)
             shown = None
             if self.with_content and (jitter or augmentation):
                 shown = content_of(made.content.tobytes())
             elif self.with_content:
-                shown = self._shown_by(source, sample, made.content)
+                shown = self._shown_by(drawn, made.content)
             return made._replace(content=apply(self.transforms, made.content, rng), shown=shown)
         except BadFileError as error:
-            self._set_aside(source, sample, step, str(error), bad)
+            self._set_aside(drawn, str(error))
             return None
 
-    def _shown_by(self, source: int, sample: int, content: np.ndarray) -> np.ndarray:
+    def _shown_by(self, drawn: Draw, content: np.ndarray) -> np.ndarray:
         """The content table of a file that is the same in each epoch. A file without a table is decoded only once, to
         save time and the messages that decoders print on damaged files."""
-        if (source, sample) in self._shows_nothing:
+        file = drawn.source, drawn.sample
+        if file in self._shows_nothing:
             return NONE
         table = content_of(content.tobytes())
         if np.isnan(table).any():
             if kind_of(content):  # other files are not decoded at all
-                self._shows_nothing.add((source, sample))
+                self._shows_nothing.add(file)
             return NONE
         return table
 
-    def _augmented(
-        self,
-        augmentation: Augmentation,
-        made: Example,
-        source: int,
-        sample: int,
-        epoch: int,
-        step: int,
-        bad: list[BadSample],
-    ) -> tuple[Example, np.random.Generator]:
+    def _augmented(self, augmentation: Augmentation, made: Example, drawn: Draw) -> tuple[Example, np.random.Generator]:
         """Augment a file. With mixup, a partner that cannot be decoded is recorded as bad, and the next one is used. A
         replay of the step uses the same one."""
         content = made.content.tobytes()
-        for partner in self._partners(source, sample, epoch) if augmentation.mixes else (None,):
-            second, second_label, rng = None, made.label, self._rng(_AUGMENTATION, source, epoch, sample)
+        for partner in self._partners(drawn) if augmentation.mixes else (None,):
+            second, second_label, rng = None, made.label, self._rng(_AUGMENTATION, drawn)
             try:
-                if partner is not None:
-                    if self._is_bad(source, partner, step):
+                if partner:
+                    if self._is_bad(partner):
                         continue
-                    self.position[:] = source, partner
-                    read, second_label = self._read_sample(source, partner)
+                    read, second_label = self._read_sample(partner)
                     second = read.tobytes()
                 encoded, share = augmentation(content, rng, second)
                 return Example(np.frombuffer(encoded, np.uint8), made.label, second_label, share), rng
@@ -316,30 +314,35 @@ class ShardReader:
                 problem = str(error) if isinstance(error, BadFileError) else f"cannot be decoded ({error})"
                 if partner is None or augmentation.fails_on(content):
                     raise BadFileError(problem) from None
-                self._set_aside(source, partner, step, problem, bad)
-        raise UserError(f"{self.splits[source].dataset.shown}: no sample for mixup can be read")
+                self._set_aside(partner, problem)
+        raise UserError(f"{self.splits[drawn.source].dataset.shown}: no sample for mixup can be read")
 
-    def _partners(self, source: int, sample: int, epoch: int) -> Iterator[int]:
+    def _partners(self, drawn: Draw) -> Iterator[Draw]:
         """Candidates for mixup with a sample. They are its neighbours, which packing has shuffled, so that a node need
         not fetch every shard of a remote source."""
-        rng, samples = self._rng(_PARTNER, source, epoch, sample), len(self.splits[source])
-        first = max(0, min(sample - PARTNERS // 2, samples - PARTNERS))
-        return (int(rng.integers(first, min(first + PARTNERS, samples))) for _ in range(STAND_INS))
+        rng, samples = self._rng(_PARTNER, drawn), len(self.splits[drawn.source])
+        first = max(0, min(drawn.sample - PARTNERS // 2, samples - PARTNERS))
+        end = min(first + PARTNERS, samples)
+        return (drawn._replace(sample=int(rng.integers(first, end))) for _ in range(STAND_INS))
 
-    def _rng(self, stream: int, source: int, epoch: int, sample: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, stream, source, epoch, sample])
+    def _rng(self, stream: int, drawn: Draw) -> np.random.Generator:
+        return np.random.default_rng([self.seed, stream, drawn.source, drawn.epoch, drawn.sample])
 
-    def _is_bad(self, source: int, sample: int, step: int) -> bool:
-        return self._bad_from[source].get(sample, step + 1) <= step
+    def _is_bad(self, drawn: Draw) -> bool:
+        return self._bad_from[drawn.source].get(drawn.sample, drawn.step + 1) <= drawn.step
 
-    def _set_aside(self, source: int, sample: int, step: int, reason: str, bad: list[BadSample]) -> None:
+    def _set_aside(self, drawn: Draw, reason: str) -> None:
+        """Record a sample that was newly found to be bad."""
+        source, sample, _, step = drawn
         split = self.splits[source]
         self._bad_from[source][sample] = step
         shard = split.shards[self._rows[source]["shard"][sample]].file
-        bad.append(BadSample(step, split.split, self.names[source], sample, shard, split.key(sample), reason))
+        self._found.append(BadSample(step, split.split, self.names[source], sample, shard, split.key(sample), reason))
 
-    def _read_sample(self, source: int, sample: int) -> tuple[np.ndarray, int]:
+    def _read_sample(self, drawn: Draw) -> tuple[np.ndarray, int]:
         """A file's bytes and its class; raises BadFileError, and UserError if the reason lies outside the file."""
+        source, sample, *_ = drawn
+        self.position[:] = source, sample
         shard, label, offset, length, checksum, _ = self._rows[source][sample].tolist()
         if label >= len(self.label_maps[source]):
             raise BadFileError(f"has class {label} of {len(self.label_maps[source])} classes")
