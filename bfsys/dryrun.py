@@ -87,7 +87,8 @@ def check_copies(config: Config) -> list[str]:
 def notes_on_start(data: RunData) -> list[str]:
     """Notes on the checkpoint from which a run would resume, or on the weights that train.init_from would copy. Raises
     UserError if the run could not start."""
-    if path := newest_checkpoint(data.config, run_facts(data)):
+    path, _ = newest_checkpoint(data.config, run_facts(data))
+    if path:
         return [f"checkpoint  {path}: a start resumes from it, if it is intact"]
     classes = data.training.classes
     with torch.device("meta"):

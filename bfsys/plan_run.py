@@ -186,7 +186,7 @@ def measured(run: Path) -> Measured:
     rates: Fields = {"step": int, "model_tflop_per_s": NUMBER, "bytes_per_s": NUMBER}
     train = list(itertools.islice(read_json_lines_backwards(run / METRICS, rates), LAST_LINES))
     evaluation_s = [one["seconds"] for one in evaluations(run).values() if isinstance(one.get("seconds"), NUMBER)]
-    path, _ = newest_readable(run)
+    path, *_ = newest_readable(run)
     starts = count_starts(run)
     for is_there, what in ((train, "steps in metrics.jsonl"), (starts, "start in goodput.jsonl"), (path, "checkpoint")):
         if not is_there:

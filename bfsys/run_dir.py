@@ -125,11 +125,11 @@ def _fetch_newer(config: Config, facts: dict, ranks: dist.Ranks) -> list[str]:
     copies.
     """
     run_dir, url = config.run_dir, config.copy_url
-    path, _ = dist.on_rank0(lambda: newest_readable(run_dir), ranks)
+    path = dist.on_rank0(lambda: newest_readable(run_dir)[0], ranks)
     fetched = fetch_newest(
         Wanted(run_dir, url, after=step_of(path) if path else -1),
         ranks,
-        check=lambda work: check_same_run(work, facts, origin=url),
+        check=lambda work: check_same_run(work, read_manifest(work), facts, origin=url),
     )
     if path:
         unanswered = f"{url} did not answer whether it has newer checkpoints: {fetched.problem}"
@@ -142,34 +142,35 @@ def _fetch_newer(config: Config, facts: dict, ranks: dist.Ranks) -> list[str]:
     return fetched.notes
 
 
-def newest_checkpoint(config: Config, facts: dict) -> Path | None:
-    """The newest checkpoint with a manifest in the run directory, whether or not its files are intact.
+def newest_checkpoint(config: Config, facts: dict) -> tuple[Path | None, dict]:
+    """The newest checkpoint with a manifest in the run directory, whether or not its files are intact, and the
+    manifest. (None, {}) if there is no checkpoint.
 
     Raises UserError if it belongs to another run, or if there are only damaged manifests.
     """
     with _errors_of(config.run_dir):
-        path, problems = newest_readable(config.run_dir)
+        path, manifest, problems = newest_readable(config.run_dir)
     if path:
-        check_same_run(path, facts)
+        check_same_run(path, manifest, facts)
     elif problems:
         raise UserError(
             *problems,
             f"{config.run_dir}: no intact checkpoint, see above; to start from scratch, give another name=… or move "
             "the directory away",
         )
-    return path
+    return path, manifest
 
 
 def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
     """Prepare the locked directory. Returns whether it has no checkpoint, and the changes that were made."""
-    run_dir, path = config.run_dir, newest_checkpoint(config, facts)
+    run_dir, (path, manifest) = config.run_dir, newest_checkpoint(config, facts)
     with _errors_of(run_dir):
         notes = [] if path else set_aside_earlier_run(run_dir)
         # If it were made at the first hang, other nodes might not see it, since NFS caches missing names.
         (run_dir / HANGS).mkdir(exist_ok=True)
         if path and step_of(path) >= config.train.steps:
             if not (run_dir / "config.yaml").exists():  # of a checkpoint that was fetched
-                trained = typed_yaml.from_tree(Config, read_manifest(path)["config"], str(path))
+                trained = typed_yaml.from_tree(Config, manifest["config"], str(path))
                 replace_file(run_dir / "config.yaml", typed_yaml.dump(trained))
             notes += _notes_on_finished(config, step_of(path))
         else:

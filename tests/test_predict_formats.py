@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 import bfsys
-from bfsys.checkpoint.files import MANIFEST, fingerprint, read_manifest
+from bfsys.checkpoint.files import MANIFEST, fingerprint
 from bfsys.checkpoint.loading import newest_readable
 from bfsys.cli import call
 from bfsys.errors import UserError
@@ -164,9 +164,8 @@ def test_no_note_is_printed_if_formats_are_not_known(
 ) -> None:
     """The cases are a checkpoint without recorded formats, one with an unknown encoding, and one with training files as
     stored."""
-    path, _ = newest_readable(folder / "runs" / "tiny")
+    path, manifest, _ = newest_readable(folder / "runs" / "tiny")
     assert path is not None
-    manifest = read_manifest(path)
     formats = manifest.pop("input_formats")
     if age != "older":
         formats[1]["encoding"] = "opus:9" if age == "newer" else "as_stored"

@@ -178,24 +178,24 @@ def set_weights(engine: Engine, weights: Mapping[str, Tensor]) -> None:
         engine.write_state(EMA, weights)
 
 
-def newest_readable(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint with a manifest, whether or not its files are intact, and the problems of newer ones."""
+def newest_readable(run_dir: Path) -> tuple[Path | None, dict, list[str]]:
+    """The newest checkpoint with a manifest, whether or not its files are intact, the manifest, and the problems of
+    newer ones."""
     problems = []
     for path in reversed(all_checkpoints(run_dir)):
         manifest, found = manifest_or_problems(path)
         problems += found
         if manifest:
-            return path, problems
-    return None, problems
+            return path, manifest, problems
+    return None, {}, problems
 
 
-def check_same_run(path: Path, facts: dict, origin: str = "") -> None:
+def check_same_run(path: Path, manifest: dict, facts: dict, origin: str = "") -> None:
     """Raise UserError with the differences unless the checkpoint has this model, these classes and this data.
 
     `origin` is the URL that it was fetched from.
     """
-    manifest, problems = read_manifest(path), []
-    where = origin or str(path)
+    problems, where = [], origin or str(path)
     if "imported" in manifest:
         raise UserError(
             f"{where}: imported weights, not a run that can be resumed; give this run a name of its own (name=…) and "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bfsys import dist
 from bfsys.checkpoint.copies import POLL_S, Copies, Wanted, fetch_newest
-from bfsys.checkpoint.files import RetentionPolicy, step_of
+from bfsys.checkpoint.files import RetentionPolicy, read_manifest, step_of
 from bfsys.checkpoint.loading import check_same_run
 from bfsys.config import Config
 from bfsys.errors import EXIT_REQUEUE, EXIT_STORAGE
@@ -105,7 +105,7 @@ class RunCopies:
         fetched = fetch_newest(
             Wanted(self.run_dir, self.url, after=after, until=step_of(path)),
             self.ranks,
-            check=lambda work: check_same_run(work, self.facts, origin=self.url),
+            check=lambda work: check_same_run(work, read_manifest(work), self.facts, origin=self.url),
             wait=lambda: self.watchdog.beat(f"fetching a copy instead of {path.name}"),
         )
         for note in (*fetched.notes, *([fetched.problem] if fetched.problem else [])):

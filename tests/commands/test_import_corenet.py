@@ -149,9 +149,9 @@ def test_an_average_is_taken_before_the_last_weights(tmp_path: Path, weights, ca
 
 
 def test_imported_weights_cannot_be_resumed(tmp_path: Path, weights) -> None:
-    run = imported(tmp_path, weights, *SMALL_WINDOWS)
+    path = imported(tmp_path, weights, *SMALL_WINDOWS) / "checkpoints" / "step_00000000"
     with pytest.raises(UserError, match="imported weights, not a run that can be resumed"):
-        loading.check_same_run(run / "checkpoints" / "step_00000000", {"config": {"model": {}}, "plan": {}})
+        loading.check_same_run(path, files.read_manifest(path), {"config": {"model": {}}, "plan": {}})
 
 
 def without(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def facts_of(config: Config) -> dict:
 def refusal(config: Config, path: Path) -> str:
     """The error of a resume with this config; empty if it resumes."""
     try:
-        loading.check_same_run(path, facts_of(config))
+        loading.check_same_run(path, files.read_manifest(path), facts_of(config))
     except UserError as error:
         return "\n".join(error.problems)
     return ""
