@@ -36,7 +36,7 @@ from bfsys.gpu_check.training_steps import random_files
 from bfsys.model.byteformer import ByteFormer
 from bfsys.model.flops import synchronize
 from bfsys.model.sizes import SIZES, Architecture, architecture
-from tools.bench.bench_step import machine
+from tools.bench.bench_step import machine_with
 from tools.bench.step_measurement import MIB, peak_memory_bytes, start_of_memory
 
 UNITS = {"k": 1000, "m": 1_000_000}
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"measured {length:,} bytes", file=sys.stderr)
     show(rows)
     if args.json:
-        replace_file(args.json, json.dumps({"rows": rows, "machine": machine(args.device)}, indent=1) + "\n")
+        replace_file(args.json, json.dumps({"rows": rows, "machine": machine_with(args.device)}, indent=1) + "\n")
     return 0
 
 

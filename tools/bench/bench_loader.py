@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 import tempfile
@@ -42,15 +41,12 @@ if __name__ == "__main__":
     let_signals_end_the_process()
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from bfsys.data.storage.tars import Member, size_in_tar_bytes, write_shard
 from bfsys.errors import run_command, summary_of
 from bfsys.files import replace_file
 from tools.bench.child_process import result_of_child
+from tools.bench.report import machine, show
 
 RAW_READ = "raw read"
 BATCH_SAMPLES = 32
@@ -324,15 +320,8 @@ COLUMNS = {
 }
 
 
-def show(rows: Sequence[dict]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 240)  # a log file has no width, and rich would use 80
-    table = Table("loader", "workers", box=box.SIMPLE if sys.stdout.isatty() else None)
-    for key, (title, _) in COLUMNS.items():
-        table.add_column(title, justify="left" if key == "problem" else "right", overflow="fold")
-    for row in rows:
-        values = ["" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()]
-        table.add_row(row["loader"] + (" (cold)" if row["cold"] else ""), str(row["workers"]), *map(Text, values))
-    console.print(table)
+def names_of(row: dict) -> tuple[str, str]:
+    return row["loader"] + (" (cold)" if row["cold"] else ""), str(row["workers"])
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -366,13 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Path(args.child["result"]).write_text(json.dumps(run_job(args.child)))
         return 0
     os.makedirs(args.json.parent if args.json else ".", exist_ok=True)
-    cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    machine = {
-        "cpu": cpu[1] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "system": f"{platform.platform()}, load {os.getloadavg()[0]:.1f} before",
-    }
+    before = machine()
     versions = {"python": platform.python_version()}
     for name in ("torch", "numpy", *LOADERS):
         with suppress(PackageNotFoundError):
@@ -383,10 +366,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaders.remove(name)
     with tempfile.TemporaryDirectory(prefix="bench_loader-") as folder:
         rows = measure_all(args, args.data or Path(folder), loaders)
-    show(rows)
+    show(rows, COLUMNS, headings=("loader", "workers"), names_of=names_of)
     if args.json:
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        report = {"rows": rows, "samples": args.samples, "machine": machine, "versions": versions, "date": date}
+        report = {"rows": rows, "samples": args.samples, "machine": before, "versions": versions, "date": date}
         replace_file(args.json, json.dumps(report, indent=1) + "\n")
     return int(any(row["problem"] for row in rows if row["loader"] in (RAW_READ, "bfsys")))
 

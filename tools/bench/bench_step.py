@@ -28,11 +28,11 @@ import argparse
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -44,15 +44,12 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from bfsys.errors import run_command, summary_of
 from bfsys.files import replace_file
 from bfsys.model.flops import flops_per_step, published_flops
 from bfsys.model.sizes import SIZES, Architecture
+from tools.bench.report import machine, show
 from tools.bench.step_measurement import (
     ON_REQUEST,
     SIDES,
@@ -169,17 +166,6 @@ COLUMNS = {
 }
 
 
-def show(rows: Sequence[dict]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 280)  # a log file has no width, and rich would use 80
-    table = Table("workload", box=box.SIMPLE if sys.stdout.isatty() else None)
-    for key, (title, _) in COLUMNS.items():
-        table.add_column(title, justify="left" if key == "problem" else "right", overflow="fold")
-    for row in rows:
-        values = ["" if row[key] is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()]
-        table.add_row(f"{row['workload']}, k {row['kernel']}", *map(Text, values))
-    console.print(table)
-
-
 def describe(done: dict) -> str:
     """Describe a measurement in words."""
     if "problem" in done:
@@ -194,17 +180,9 @@ def describe_part(part: dict) -> str:
     return f"{part['operations']:,} operations ({part['launches']:,} launch{kernels}){ms}"
 
 
-def machine(device: str) -> dict:
-    cpu = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": cpu[1] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "bf16_instructions": bf16_instructions(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "system": f"{platform.platform()}, load {os.getloadavg()[0]:.1f} before",
-    }
+def machine_with(device: str) -> dict:
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return {**machine(), "bf16_instructions": bf16_instructions(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def bf16_instructions() -> str:
@@ -257,24 +235,23 @@ def main(arguments: Sequence[str] | None = None, run: Callable[[dict], dict] | N
     args = parse_arguments(arguments)
     run = run or (in_this_process if args.one_process else in_child)
     os.makedirs(args.json.parent if args.json else ".", exist_ok=True)
-    report: dict = {
-        "device": args.device,
-        "precision": args.precision,
-        "size": args.size,
-        "machine": machine(args.device),
-    }
+    report: dict = {"device": args.device, "precision": args.precision, "size": args.size}
+    report["machine"] = machine_with(args.device)
     print(f"{report['machine']['cpu']}, instructions for bfloat16: {bf16_instructions()}", file=sys.stderr)
     report["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     all_workloads = trial_workloads() if args.trial else workloads()
+    show_rows = partial(
+        show, columns=COLUMNS, headings=["workload"], names_of=lambda row: [f"{row['workload']}, k {row['kernel']}"]
+    )
     rows: list[dict] = []
     for name in args.workloads:
         rows.append(measure_workload(name, all_workloads[name], args, run))
-        show(rows[-1:])  # show each row at once, so that a later failure does not lose it
+        show_rows(rows[-1:])  # show each row at once, so that a later failure does not lose it
         if args.json:
             date = datetime.now(UTC).isoformat(timespec="seconds")
             replace_file(args.json, json.dumps({"rows": rows, **report, "date": date}, indent=1) + "\n")
     if len(rows) > 1:
-        show(rows)
+        show_rows(rows)
     return int(any(row["problem"] for row in rows))
 
 
