@@ -18,8 +18,7 @@ from torch import Tensor
 from bfsys import dist
 from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.gpu_check.processes import finish, start
-from bfsys.launch.job import rank_variables
-from bfsys.launch.local import free_port
+from bfsys.launch.job import free_port, rank_variables
 from bfsys.model.flops import synchronize
 from bfsys.ranks import Ranks, gpu_count, ranks_from_environment
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -101,6 +102,16 @@ def rank_variables(
         "MASTER_ADDR": master_addr,
         "MASTER_PORT": str(master_port),
     }
+
+
+def free_port() -> int:
+    """Find a free port for the ranks, outside the ephemeral range. Launchers start the search at different ports."""
+    for i in range(len(MASTER_PORTS)):
+        port = MASTER_PORTS[(os.getpid() + i) % len(MASTER_PORTS)]
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise UserError(f"no free port from {MASTER_PORTS.start} to {MASTER_PORTS.stop - 1} on this machine")
 
 
 def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, str]:

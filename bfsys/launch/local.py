@@ -9,27 +9,17 @@ checkpoint cannot be written (74), stopped on request (130), asked to requeue (7
 checkpoint (76). The reason is in RUN/ended.json.
 
 Ranks write to files, and this process shows what is added to rank 0's file. So no rank waits for a console or fails
-with it. Linux's parent-death signal kills the ranks when this process ends, even if it is killed. If the launcher is
-killed, only the steps since the last checkpoint are lost. Rejected alternatives: ranks that watch their parent, because
-a rank that is blocked in a collective cannot look; and SIGTERM as the signal, for the same reason.
-
-CPU ranks are forked from this process, which has imported everything, so a restart takes a fraction of the time of the
-first start. `ps -o comm` shows them as "bfsys rank 0" and so on. GPU ranks are separate programs, because CUDA does not
-work in a process that was forked after CUDA was initialised.
+with it. If the launcher is killed, its ranks are killed too (processes.py), and only the steps since the last
+checkpoint are lost.
 """
 
 from __future__ import annotations
 
 import codecs
 import errno
-import importlib
-import multiprocessing
 import os
-import runpy
 import shlex
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -55,10 +45,10 @@ from bfsys.errors import (
     error_line,
 )
 from bfsys.launch.elastic import MOST, describe, fitting, parse_range
-from bfsys.launch.job import MASTER_PORTS, TrainJob, rank_variables
+from bfsys.launch.job import TrainJob, free_port, rank_variables
+from bfsys.launch.processes import Process, fork_rank, import_what_ranks_need, start_program
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 from bfsys.locations import hide_in
-from bfsys.process import die_with, set_name
 from bfsys.ranks import gpu_count
 from bfsys.run_dir import hold_directory
 from bfsys.supervision.goodput import STARTED
@@ -80,12 +70,12 @@ class Group:
     """The running ranks of one job, until all of them have ended."""
 
     def __init__(self, job: TrainJob, world_size: int, log_dir: Path) -> None:
-        self._running: dict[int, subprocess.Popen | Forked] = {}  # processes by rank that have not ended
+        self._running: dict[int, Process] = {}  # processes by rank that have not ended
         self.logs = [log_dir / f"rank-{rank}.log" for rank in range(world_size)]
         self._received: list[int] = []
         self._last_sent: dict[int, float] = {}
         self._previous = {number: signal.signal(number, self._receive) for number in stop_signals()}
-        start: Callable[[TrainJob, int, dict[str, str], Path], subprocess.Popen | Forked] = start_program
+        start: Callable[[TrainJob, int, dict[str, str], Path], Process] = start_program
         if not gpu_count():
             import_what_ranks_need()
             start = fork_rank
@@ -271,101 +261,6 @@ def show_new(log: BinaryIO, decoder: codecs.IncrementalDecoder) -> None:
     if text:
         sys.stdout.write(text)
         sys.stdout.flush()
-
-
-# Every process gets its own process group, so that a terminal's Ctrl-C reaches it only once, through this process. It
-# is killed when this process ends.
-
-
-class Forked:
-    """A forked process that calls `act()`, with the interface of subprocess.Popen."""
-
-    def __init__(self, act: Callable[[], None], name: str, log: Path | None) -> None:
-        """`ps -o comm` shows `name`. The output goes to `log`, or to the console of this process."""
-        self._process = multiprocessing.get_context("fork").Process(
-            target=self._begin, args=(act, name.encode(), log, os.getpid())
-        )
-        # In the child, signals stay blocked until the handlers of this process are removed.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        assert self._process.pid is not None  # it was started
-        self.pid = self._process.pid
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self) -> None:
-        self._process.join()
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    @staticmethod
-    def _begin(act: Callable[[], None], name: bytes, log: Path | None, parent: int) -> None:
-        os.setpgid(0, 0)
-        die_with(parent)
-        set_name(name)
-        if log:
-            with open(log, "ab") as output:
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-        for number in stop_signals():
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
-        act()
-
-
-def fork_rank(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> Forked:
-    def act() -> None:
-        os.environ.update(env)
-        os.chdir(job.work_dir)
-        _, sys.argv[0], *sys.argv[1:] = job.command()
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-    return Forked(act, f"bfsys rank {rank}", log)
-
-
-def import_what_ranks_need() -> None:
-    """Import modules before ranks are forked. This takes 6 of the 11 s of the first start on two cores."""
-    import bfsys.train  # noqa: F401
-    from bfsys.engine import import_deepspeed
-
-    import_deepspeed()
-    # DeepSpeed imports these only when it sets up an optimizer. Other versions may have other names for them.
-    for name in ("torch._dynamo", "deepspeed.runtime.engine"):
-        with suppress(ImportError):
-            importlib.import_module(name)
-
-
-def start_program(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> subprocess.Popen:
-    parent = os.getpid()
-    with open(log, "ab") as output:
-        return subprocess.Popen(
-            job.command(),
-            cwd=job.work_dir,
-            env={**env, "PYTHONUNBUFFERED": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            preexec_fn=lambda: die_with(parent),
-        )
-
-
-def free_port() -> int:
-    """Find a free port for the ranks, outside the ephemeral range. Launchers start the search at different ports."""
-    for i in range(len(MASTER_PORTS)):
-        port = MASTER_PORTS[(os.getpid() + i) % len(MASTER_PORTS)]
-        with socket.socket() as s, suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            return port
-    raise UserError(f"no free port from {MASTER_PORTS.start} to {MASTER_PORTS.stop - 1} on this machine")
 
 
 def share_of(things: Sequence[T], slot: int, at_once: int) -> list[T]:

@@ -23,8 +23,9 @@ from bfsys.compare import CONFIG, influential_settings
 from bfsys.config import Config, load_config
 from bfsys.errors import EXIT_CRASHED, UserError, collecting, counted, run_command
 from bfsys.files import replace_file
-from bfsys.launch.local import POLL_S, Forked, choose_ranks, import_what_ranks_need, launch, share_of
+from bfsys.launch.local import POLL_S, choose_ranks, launch, share_of
 from bfsys.launch.preflight import check_run
+from bfsys.launch.processes import Forked, import_what_ranks_need
 from bfsys.launch.restart_policy import newest_step
 from bfsys.ranks import gpu_count
 from bfsys.supervision.run_end import how_it_ended

@@ -32,8 +32,7 @@ if __name__ == "__main__":
     let_signals_end_the_process()
 
 from bfsys.errors import UserError, run_command, summary_of
-from bfsys.launch.job import rank_variables
-from bfsys.launch.local import free_port
+from bfsys.launch.job import free_port, rank_variables
 from tools.bench.command import at_least
 
 ROOT = Path(__file__).resolve().parents[2]
