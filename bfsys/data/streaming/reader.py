@@ -10,7 +10,6 @@ Rejected alternatives: iterating over tars as streams, which ties the order to t
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,21 +27,15 @@ from bfsys.data.streaming.byte_transforms import apply
 from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.plan import MicroBatch
 from bfsys.data.streaming.quarantine import LISTED, BadSample
-from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, OUTAGE_ERRNOS, SHORTAGE_ERRNOS, UserError
-from bfsys.process import open_files_limit
+from bfsys.data.streaming.shard_files import BadFileError, ShardFiles
+from bfsys.errors import UserError
 
-# Shards that a reader keeps open at a time. The limit is also a third of the files that the process may open, since it
-# may have a reader for evaluation too. Each lane reads from the shards of its block in turn, and opening a shard again
-# is a request to the server of a network file system.
-OPEN_SHARDS = 4096
 # Replacement candidates that are tried for a bad sample.
 STAND_INS = 100
 # If reading takes longer than this, it waits for a disk.
 SLOW_S_PER_SAMPLE, SLOW_S_PER_BYTE = 10e-6, 1e-9
 # Mixup partners come from this many samples around a sample.
 PARTNERS = 4096
-# Seconds before each retry, for transient errors of a network file system.
-RETRY_AFTER_S = (0.1, 0.5, 2.0, 10.0)
 # Streams of random numbers, apart from those of the plan (0, 1).
 _AUGMENTATION, _STAND_IN, _PARTNER = 2, 3, 4
 
@@ -98,18 +91,6 @@ class Example(NamedTuple):
     shown: np.ndarray | None = None  # float16 [rows, columns]: the table of its content; for the content loss only
 
 
-class BadFileError(Exception):
-    """A file that cannot be read intact; the argument is the reason."""
-
-
-def _read_at(descriptor: int, content: memoryview, offset: int) -> int:
-    """Fill `content` from an offset of a file. Returns the number of bytes read. One `preadv` reads at most 2 GiB."""
-    got = 0
-    while got < len(content) and (part := os.preadv(descriptor, [content[got:]], offset + got)):
-        got += part
-    return got
-
-
 class ShardReader:
     """Reads micro-batches of one or more sources."""
 
@@ -130,11 +111,7 @@ class ShardReader:
         self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in self.splits]
         self._found: list[BadSample] = []  # by the current `read`
         self._rows = [np.asarray(split.samples) for split in self.splits]
-        self._files: dict[tuple[int, int], int] = {}  # the first opened is the first closed
-        # Shards that cannot be fetched, with the reason, and shards of which a sample could not be read in any retry.
-        # They are recorded because retries take long, and a shard has thousands of samples.
-        self._lost: dict[tuple[int, int], str] = {}
-        self._failing: set[tuple[int, int]] = set()
+        self._files = ShardFiles(self.splits)
         self.with_content = with_content
         self._shows_nothing: set[tuple[int, int]] = set()
         self.is_plain = not (self.transforms or any(self.augmentations) or any(self.jitters) or with_content)
@@ -155,7 +132,7 @@ class ShardReader:
         for source, row in zip(wanted.source.tolist(), self._rows_of(wanted).tolist(), strict=True):
             shard, _, offset, length, *_ = row
             try:
-                os.posix_fadvise(self._open(source, shard), offset, length, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._files.open(source, shard), offset, length, os.POSIX_FADV_WILLNEED)
             except (OSError, UserError):
                 return  # reading will report the error
 
@@ -166,9 +143,7 @@ class ShardReader:
         return f"{split.dataset.shown}, {shard}: sample {split.key(sample)!r}"
 
     def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        self._files.close()
 
     def _rows_of(self, wanted: MicroBatch) -> np.ndarray:
         """SAMPLE [samples]"""
@@ -188,13 +163,13 @@ class ShardReader:
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(rows["length"], out=offsets[1:], dtype=np.int64)
         data = allocate(int(offsets[-1]))
-        buffer, start, files = data.data, 0, self._files
+        buffer, start, files = data.data, 0, self._files.descriptors
         try:
             for source, row in zip(wanted.source.tolist(), rows.tolist(), strict=True):
                 shard, _, offset, length, checksum, _ = row
                 part = buffer[start : start + length]
                 start += length
-                descriptor = files.get((source, shard)) or self._open(source, shard)
+                descriptor = files.get((source, shard)) or self._files.open(source, shard)
                 if os.preadv(descriptor, (part,), offset) != length or xxhash.xxh3_64_intdigest(part) != checksum:
                     return None
             labels = self._labels_of(wanted.source, rows["label"])
@@ -348,82 +323,4 @@ class ShardReader:
             raise BadFileError(f"has class {label} of {len(self.label_maps[source])} classes")
         if not length:
             raise BadFileError("is empty")
-        content = new_buffer(length)
-        problem, may_refetch = "", True
-        waits_s = (0.0,) if (source, shard) in self._failing else (0.0, *RETRY_AFTER_S)
-        for wait_s in waits_s:
-            time.sleep(wait_s)
-            try:
-                got = _read_at(self._open(source, shard), content.data, offset)
-            except FileNotFoundError as error:
-                self._check_access(source, shard, error)
-                raise BadFileError("its shard is missing") from None
-            except WrongContentError as error:
-                raise BadFileError(f"its shard could not be fetched intact: {error}") from None
-            except OSError as error:
-                problem = f"cannot be read: {error.strerror}"
-                if wait_s == waits_s[-1]:
-                    self._check_access(source, shard, error)
-                    self._failing.add((source, shard))
-                self._refetch(source, shard)
-                continue
-            if got == length and xxhash.xxh3_64_intdigest(content.data) == checksum:
-                return content, int(self.label_maps[source][label])
-            problem = f"ends {length - got:,} bytes early" if got < length else "has a checksum mismatch"
-            if not may_refetch or not self._refetch(source, shard):
-                break
-            may_refetch = False
-        raise BadFileError(problem)
-
-    def _check_access(self, source: int, shard: int, error: OSError) -> None:
-        """Raise UserError if an error says nothing about the content of a shard, because access is denied or a file
-        server is away. Otherwise intact samples would be recorded as bad, and the weights would depend on an outage."""
-        dataset, file = self.splits[source].dataset, self.splits[source].shards[shard].file
-        text = f"{dataset.shown}: {file} cannot be read: {error.strerror}"
-        if error.errno in DENIED_ERRNOS:
-            raise UserError(f"{text}; fix this, and start again") from None
-        if error.errno in OUTAGE_ERRNOS | SHORTAGE_ERRNOS or not dataset.is_reachable:
-            text += "; start again when the server or this machine has recovered"
-            raise UserError(text, exit_code=EXIT_CRASHED) from None
-
-    def _open(self, source: int, shard: int) -> int:
-        """Descriptor of a shard; raises OSError, or UserError if it cannot be fetched."""
-        descriptor = self._files.get((source, shard))
-        if descriptor is not None:
-            return descriptor
-        if (source, shard) in self._lost:
-            raise WrongContentError(self._lost[source, shard])
-        for one in list(self._files) if self.splits[source].dataset.cache else ():
-            if os.fstat(self._files[one]).st_nlink == 0:  # evicted; while it is open, it still uses disk space
-                self._forget(*one)
-        if len(self._files) >= max(1, min(OPEN_SHARDS, open_files_limit() // 3)):
-            os.close(self._files.pop(next(iter(self._files))))
-        try:
-            descriptor = self._files[source, shard] = self.splits[source].open_shard(shard)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            raise UserError(
-                f"{self.splits[source].dataset.shown}: too many open files: this process may have "
-                f"{open_files_limit():,}, and {len(self._files):,} are shards; raise the limit (ulimit -n 65536)"
-            ) from None
-        except WrongContentError as error:
-            if not self.splits[source].dataset.is_reachable:
-                text = f"{error}; its dataset.json cannot be fetched either: start again when its server is back"
-                raise UserError(text, exit_code=EXIT_CRASHED) from None
-            self._lost[source, shard] = str(error)
-            raise
-        return descriptor
-
-    def _forget(self, source: int, shard: int) -> None:
-        descriptor = self._files.pop((source, shard), None)
-        if descriptor is not None:
-            os.close(descriptor)
-
-    def _refetch(self, source: int, shard: int) -> bool:
-        """Remove a damaged copy of a remote shard from the cache, so that the next try fetches it again. Returns False
-        if there is none."""
-        descriptor = self._files.get((source, shard))
-        dropped = descriptor is not None and self.splits[source].drop_shard(shard, descriptor)
-        self._forget(source, shard)
-        return dropped
+        return self._files.read(source, shard, offset, length, checksum), int(self.label_maps[source][label])

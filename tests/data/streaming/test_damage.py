@@ -22,7 +22,7 @@ from bfsys.cli import call
 from bfsys.commands.inspect import verify
 from bfsys.config import Config, load_config
 from bfsys.data.storage.shards import DESCRIPTION, Split, open_split
-from bfsys.data.streaming import reader as reader_module
+from bfsys.data.streaming import shard_files
 from bfsys.data.streaming.datasets import make_plan, open_evaluation, open_training
 from bfsys.data.streaming.loader import evaluation_rounds, training_batches
 from bfsys.data.streaming.quarantine import FILE, BadSample, Quarantine
@@ -288,7 +288,7 @@ def test_a_file_that_vanishes_in_mid_run_is_noticed(
     config: Config, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shard is missing only after its descriptor is closed; until then the system keeps the file."""
-    monkeypatch.setattr(reader_module, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(shard_files, "OPEN_SHARDS", 1)
     sources = open_training(config)
     quarantine = Quarantine()
     batches = training_batches(config, sources, make_plan(config, sources), ALONE, first_step=0, quarantine=quarantine)

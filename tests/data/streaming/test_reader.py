@@ -14,6 +14,7 @@ import pytest
 from bfsys.data.media.content import NONE
 from bfsys.data.storage.shards import Split, open_split
 from bfsys.data.streaming import reader as reader_module
+from bfsys.data.streaming import shard_files
 from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.plan import MicroBatch
 from bfsys.data.streaming.reader import ShardReader
@@ -56,13 +57,13 @@ def test_bytes_are_those_of_the_files(datasets: Path, reader: ShardReader) -> No
 @pytest.mark.parametrize("limit", ["of the reader", "of the process"])
 def test_few_files_stay_open(limit: str, reader: ShardReader, monkeypatch: pytest.MonkeyPatch) -> None:
     if limit == "of the reader":
-        monkeypatch.setattr(reader_module, "OPEN_SHARDS", 2)
+        monkeypatch.setattr(shard_files, "OPEN_SHARDS", 2)
     else:
-        monkeypatch.setattr(reader_module, "open_files_limit", lambda: 8)  # a third of the shards
+        monkeypatch.setattr(shard_files, "open_files_limit", lambda: 8)  # a third of the shards
     split = reader.splits[0]
     assert len(split.shards) > 2
     one_by_one = [reader.read(micro_batch([i])).data.tolist() for i in range(len(split))]
-    assert len(reader._files) == 2
+    assert len(reader._files.descriptors) == 2
     assert one_by_one == [reader.read(micro_batch([i])).data.tolist() for i in range(len(split))]
 
 
@@ -83,7 +84,7 @@ def test_too_many_open_files_are_reported_without_retries(reader: ShardReader, m
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(Split, "open_shard", open_shard)
-    monkeypatch.setattr(reader_module, "RETRY_AFTER_S", (600.0,))
+    monkeypatch.setattr(shard_files, "RETRY_AFTER_S", (600.0,))
     with pytest.raises(UserError, match=r"too many open files: .*raise the limit \(ulimit -n"):
         reader.read(micro_batch([0]))
 
@@ -105,9 +106,11 @@ def test_an_outage_makes_no_sample_bad(
     def fail(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(reader_module, "RETRY_AFTER_S", (0.0, 0.0))
+    monkeypatch.setattr(shard_files, "RETRY_AFTER_S", (0.0, 0.0))
     reader = ShardReader(sources)
-    reader._failing = {(0, shard) for shard in range(len(sources.splits[0].shards))}  # of bad sectors, for example
+    reader._files._failing = {
+        (0, shard) for shard in range(len(sources.splits[0].shards))
+    }  # of bad sectors, for example
     with monkeypatch.context() as patch:
         patch.setattr(Split, "open_shard", fail)
         with pytest.raises(UserError, match=text):
@@ -135,7 +138,7 @@ def test_a_shard_is_bad_if_its_dataset_can_be_reached(
         return really_open(split, shard)
 
     monkeypatch.setattr(Split, "open_shard", open_shard)
-    monkeypatch.setattr(reader_module, "RETRY_AFTER_S", (0.0,))
+    monkeypatch.setattr(shard_files, "RETRY_AFTER_S", (0.0,))
     assert [row.sample for row in reader.read(micro_batch([0])).bad][:1] == [0]
     shutil.rmtree(dataset)
     failing = set(range(len(reader.splits[0].shards)))

@@ -19,7 +19,7 @@ from bfsys.config import Config
 from bfsys.data.storage.prefetch import Prefetcher
 from bfsys.data.storage.remote import Cache, RemoteFile
 from bfsys.data.storage.shards import open_dataset
-from bfsys.data.streaming import loader, reader
+from bfsys.data.streaming import loader, shard_files
 from bfsys.data.streaming.datasets import make_plan, open_evaluation, open_training, source_names
 from bfsys.data.streaming.loader import evaluation_rounds, training_batches
 from bfsys.data.streaming.plan import MicroBatch, lanes_of_rank
@@ -126,7 +126,7 @@ def test_batches_are_those_of_the_folder(
 def test_a_cache_that_is_too_small_costs_time_only(
     served: FaultyServer, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_files, "OPEN_SHARDS", 2)
     change = ["train.steps=3", f"data.cache_gb={90_000 / 1e9}"]  # three or four shards
     expected = training(config_of(tmp_path, packed / "a", packed / "b", *change))
     remote = config_of(tmp_path, f"{served.url}/a", f"{served.url}/b", *change)
