@@ -24,7 +24,7 @@ from bfsys.config import Config, load_config
 from bfsys.errors import EXIT_CRASHED, UserError, collecting, counted, run_command
 from bfsys.files import replace_file
 from bfsys.launch.local import POLL_S, choose_ranks, launch, share_of
-from bfsys.launch.preflight import check_run
+from bfsys.launch.preflight import Checked, check_run
 from bfsys.launch.processes import Forked, import_what_ranks_need
 from bfsys.launch.restart_policy import newest_step
 from bfsys.ranks import gpu_count
@@ -40,19 +40,16 @@ def check_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) ->
 
     Raises UserError with everything that would end a run in its first minute, or resume a run with other settings.
     """
-    problems: list[str] = []
-    notes: list[str] = []
+    found = Checked([], [])
     for config in configs:
-        with collecting(problems):
+        with collecting(found.problems):
             chosen = choose_ranks(config.data.lanes, ranks, at_once)
-            checked = check_run(config, chosen, on_gpu=gpu_count() > 0)
-            problems += checked.problems
-            notes += checked.notes
-        with collecting(problems):
-            problems += _other_settings(config)
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
-    return list(dict.fromkeys(notes))
+            found.add(check_run(config, chosen, on_gpu=gpu_count() > 0))
+        with collecting(found.problems):
+            found.problems.extend(_other_settings(config))
+    if found.problems:
+        raise UserError(*dict.fromkeys(found.problems))
+    return list(dict.fromkeys(found.notes))
 
 
 def _other_settings(config: Config) -> list[str]:

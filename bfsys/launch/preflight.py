@@ -39,6 +39,10 @@ class Checked:
     problems: list[str]
     notes: list[str]
 
+    def add(self, other: Checked) -> None:
+        self.problems.extend(other.problems)
+        self.notes.extend(other.notes)
+
 
 def check_run(config: Config, ranks: int, *, on_gpu: bool) -> Checked:
     """Check data and run directory for everything that would end the job in its first minute. Notes say what a rank

@@ -124,44 +124,40 @@ def job_nodes(args: argparse.Namespace, configs: Sequence[Config]) -> list[int]:
 
 def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[str]) -> list[str]:
     """Check the runs and their job, and return notes. Raises UserError with `problems` and all that are found."""
-    problems = list(problems)
-    is_sound = not any(option_problems(args))
-    notes: list[str] = []
-    with_slurm = bool(shutil.which("sbatch"))
-    has_sound_nodes = parse_range(args.nodes) is not None and ranks_per_node(args) > 0
-    nodes = job_nodes(args, configs) if has_sound_nodes else [1]
+    found = preflight.Checked(list(problems), [])
+    requested = parse_range(args.nodes) if ranks_per_node(args) > 0 else None
+    nodes = job_nodes(args, configs) if requested else [1]
     for config in configs:
         ranks = max(1, nodes[0] * ranks_per_node(args))  # with the fewest ranks, each needs the most memory
-        run = preflight.check_run(config, ranks, on_gpu=bool(args.gpus_per_node))
-        problems, notes = problems + run.problems, notes + run.notes
-        if config.data.workers and (args.cpus_per_task or 0) <= config.data.workers:
-            given = (
-                f"got {args.cpus_per_task}" if args.cpus_per_task else "not given, and a cluster's default is often 1"
-            )
-            notes.append(
-                f"--cpus-per-task: {given}; {config.name} has {counted(config.data.workers, 'loader process')} "
-                f"for each rank (data.workers) and needs {config.data.workers + 1} cores"
-            )
-        if has_sound_nodes:
-            problem = lanes_problem(config.data.lanes, nodes_of(args), ranks_per_node(args))
-            problems += [problem] if problem else []
-    if has_sound_nodes and len(nodes) < len(nodes_of(args)):
-        notes.append(
+        found.add(preflight.check_run(config, ranks, on_gpu=bool(args.gpus_per_node)))
+        found.notes.extend(notes_on_cores(args, config))
+        if requested and (problem := lanes_problem(config.data.lanes, requested, ranks_per_node(args))):
+            found.problems.append(problem)
+    if requested and len(nodes) < len(requested):
+        found.notes.append(
             f"--nodes: got {args.nodes}; the lanes can be shared by {', '.join(map(str, nodes))} nodes, "
             f"and the job releases additional nodes when it starts"
         )
-    problems += container_problems(args, configs)
-    seen = preflight.check_places(seen_by_nodes(configs))
-    problems, notes = problems + seen.problems, notes + seen.notes
-    if with_slurm and is_sound:
+    found.problems.extend(container_problems(args, configs))
+    found.add(preflight.check_places(seen_by_nodes(configs)))
+    if shutil.which("sbatch") and not any(option_problems(args)):
         script = make_executor(args, configs, ROOT).script()
         if ignored := forget_overrides(script):
-            notes.append(f"{', '.join(ignored)}: not used; the options of the launcher decide, see --help")
-        answer = preflight.check_slurm(script, args.partition, nodes[0], minutes_of(args), args.qos)
-        problems, notes = problems + answer.problems, notes + answer.notes
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
-    return notes
+            found.notes.append(f"{', '.join(ignored)}: not used; the options of the launcher decide, see --help")
+        found.add(preflight.check_slurm(script, args.partition, nodes[0], minutes_of(args), args.qos))
+    if found.problems:
+        raise UserError(*dict.fromkeys(found.problems))
+    return found.notes
+
+
+def notes_on_cores(args: argparse.Namespace, config: Config) -> Iterator[str]:
+    """Yield a note if a rank and its loader processes have fewer cores than they need."""
+    if config.data.workers and (args.cpus_per_task or 0) <= config.data.workers:
+        got = f"got {args.cpus_per_task}" if args.cpus_per_task else "not given, and a cluster's default is often 1"
+        yield (
+            f"--cpus-per-task: {got}; {config.name} has {counted(config.data.workers, 'loader process')} "
+            f"for each rank (data.workers) and needs {config.data.workers + 1} cores"
+        )
 
 
 def problem_of_jobs(config: Config) -> str | None:
