@@ -12,12 +12,12 @@ Importing this module is quick.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from bfsys.launch.restart_policy import newest_step
@@ -49,22 +49,15 @@ def fitting(lanes: int, numbers: range, ranks_each: int = 1) -> list[int]:
     ]
 
 
-@dataclass
 class Growth:
     """Decides when a running job is requeued because nodes for the next larger number that fits are free."""
 
-    run_dir: Path
-    missing: int
-    """Nodes that the job lacks for the next larger number."""
-    every_s: float
-    """Shortest time between two starts, in seconds."""
-    began: float = field(default_factory=time.monotonic)
-    asked: float = float("-inf")
-    first_step: int = -1
-    """The step of the newest checkpoint at the start."""
-
-    def __post_init__(self) -> None:
-        self.first_step = newest_step(self.run_dir)
+    def __init__(self, run_dir: Path, missing: int, every_s: float) -> None:
+        """The job lacks `missing` nodes for the next larger number. `every_s` is the shortest time between two starts,
+        in seconds."""
+        self.run_dir, self.missing, self.every_s = run_dir, missing, every_s
+        self.began, self.asked = time.monotonic(), -math.inf
+        self.first_step = newest_step(run_dir)
 
     def is_due(self, facts: Callable[[], dict[str, str]]) -> bool:
         """Ask SLURM at most once a minute whether the nodes are free. `facts()` returns SLURM's fields of the job. A
