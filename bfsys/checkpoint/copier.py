@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-import shutil
-from contextlib import suppress
 
 from bfsys.checkpoint.files import (
     Damaged,

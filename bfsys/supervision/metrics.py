@@ -208,10 +208,11 @@ class Metrics:
 
     def show_lengths(self, lengths: Mapping[str, np.ndarray]) -> None:
         """Show the lengths in bytes of the stored training files of each source, or of MOST_LENGTHS of them."""
-        for source, values in lengths.items() if self._outputs else ():
-            with self._noting_problems():
-                some = _blocks_of(values, MOST_LENGTHS)
-                show_lengths(self._outputs.tensorboard, self.first_step, source, some)  # type: ignore[union-attr]
+        if self._outputs:
+            for source, values in lengths.items():
+                with self._noting_problems():
+                    some = _blocks_of(values, MOST_LENGTHS)
+                    show_lengths(self._outputs.tensorboard, self.first_step, source, some)
 
     def show_answers(
         self, step: int, classes: Sequence[str], answers: Answers, key_of: Callable[[int, int], str], embedding: Tensor
