@@ -20,8 +20,8 @@ such folders. It may also be a list of files (bfsys pack --from filelist) or a
 packed dataset. The command chooses encoding, model and steps for this machine
 and the time, and writes them with reasons to RUNS/NAME.yaml. It packs, trains,
 evaluates on held-out files, and compares with simple baselines. Compressed
-files and long sounds of a folder or list are re-encoded (docs/fit.md). The
-same command resumes after a stop."""
+files, large pictures and long sounds of a folder or list are re-encoded
+(docs/fit.md). The same command resumes after a stop."""
 LONGEST_MINUTES = 60 * 24 * 30
 NEEDED = {"deepspeed": "deepspeed", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}  # packages by module
 

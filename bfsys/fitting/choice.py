@@ -30,6 +30,7 @@ MOST_PASSES = 60  # over the training files
 JITTER_PASSES = 10  # with fewer passes, jitter only slows learning (docs/experiments.md)
 ENOUGH_FOR_FEW_FILES = 200  # steps, even if they are more than MOST_PASSES
 LONGEST_WARMUP = 200
+LARGEST_STORED_SIDE = 128  # pixels; larger pictures that are not compressed have more than 49 kB in colour
 PICTURE_SIDES = (224, 160, 128, 96, 64, 48, 32, 16)
 SAMPLE_RATES_HZ = (16_000, 8_000)
 WAV_HEADER_BYTES = 44
@@ -143,15 +144,17 @@ def first_format(survey: Survey, *, as_stored: bool) -> Format:
     """The largest format that adds information for these files."""
     if as_stored or survey.modality is None:
         return Format(jittered=survey.modality is not None)
-    if survey.modality == "image" and survey.is_compressed:
+    if survey.modality == "image" and (survey.is_compressed or survey.typical_size > LARGEST_STORED_SIDE):
         side = min(PICTURE_SIDES[0], max(PICTURE_SIDES[-1], int(survey.typical_size)))
         augmented = survey.is_photographs and side >= 64
+        slow, large = "models learn slowly from compressed pictures", "large pictures take much time"
+        cause = slow if survey.is_compressed else large
         return Format(
             "tiff",
             image_size=side,
             augmented=augmented,
             jittered=not augmented,
-            reason="models learn slowly from compressed pictures, so all files are re-encoded as",
+            reason=f"{cause}, so all files are re-encoded as",
         )
     if survey.modality == "audio" and (survey.is_compressed or survey.typical_size > 2 or survey.rate_hz > 16_000):
         seconds = round(min(LONGEST_SOUND_S, max(0.25, survey.typical_size)), 2)

@@ -23,7 +23,8 @@ LOOKED_AT = 200  # files whose headers are read
 HEADER_BYTES = 1 << 16  # read from a file to determine its kind
 LONGEST_DECODED_S = 60.0  # of a sound whose header does not state its length
 SHARE_OF_MODALITY = 0.9  # least share of the sampled files; packing reports files that cannot be encoded
-COMPRESSED = ("a JPEG", "a PNG", "a GIF", "a WebP", "a FLAC", "an Ogg", "an MP3")
+COMPRESSED_TIFF = "a compressed TIFF"
+COMPRESSED = ("a JPEG", "a PNG", "a GIF", "a WebP", COMPRESSED_TIFF, "a FLAC", "an Ogg", "an MP3")
 PHOTOGRAPHS = ("a JPEG", "a WebP")
 
 
@@ -89,6 +90,8 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
     for file in chosen:
         head = _beginning(file.path)
         kind = kind_of(np.frombuffer(head, np.uint8))
+        if kind and kind.name == "a TIFF" and _is_compressed_tiff(file.path):
+            kind = kind._replace(name=COMPRESSED_TIFF)
         kinds[kind.name if kind else "other"] += 1
         by_kind[kind.name if kind else file.extension][file.class_name] += 1
         measured = _size_of(file.path, kind) if kind else None
@@ -123,6 +126,17 @@ def _tell_classes(by_kind: list[Counter[str]]) -> bool:
 def _beginning(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read(HEADER_BYTES)
+
+
+def _is_compressed_tiff(path: str) -> bool:
+    """Whether the first page of a TIFF is compressed. A damaged file counts as uncompressed."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            return image.info.get("compression", "raw") != "raw"
+    except Exception:  # Pillow raises any exception on a damaged file
+        return False
 
 
 def _size_of(path: str, kind: FileKind) -> tuple[float, int] | None:

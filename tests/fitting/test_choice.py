@@ -38,6 +38,8 @@ def survey(
     [
         (survey("other", None), Format()),
         (survey("a TIFF", "image", size=64), Format(jittered=True)),
+        (survey("a TIFF", "image", size=2_000), ("tiff", 224, None, None, False)),
+        (survey("a compressed TIFF", "image", size=64), ("tiff", 64, None, None, False)),
         (survey("a WAV", "audio", size=1.0, rate_hz=16_000), Format(jittered=True)),
         (survey("a PNG", "image", size=28), ("tiff", 28, None, None, False)),
         (survey("a PNG", "image", size=5), ("tiff", 16, None, None, False)),
@@ -46,7 +48,7 @@ def survey(
         (survey("a WAV", "audio", size=3600.0, rate_hz=8_000), ("wav:uint8", None, 8_000, 10.0, True)),
     ],
 )
-def test_compressed_and_long_files_are_encoded(found: Survey, expected: Format | tuple) -> None:
+def test_compressed_and_large_files_are_encoded(found: Survey, expected: Format | tuple) -> None:
     got = first_format(found, as_stored=False)
     if isinstance(expected, Format):
         assert got == expected

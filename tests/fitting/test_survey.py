@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from bfsys.data.packing.listing import SourceFile
 from bfsys.fitting.survey import survey_of
@@ -40,3 +41,15 @@ def test_the_length_of_sounds_is_known(tmp_path: Path, kind: str, write) -> None
         files.append(SourceFile(str(path), "ab"[number % 2], split, f"{number}", kind.lower(), len(content)))
     found = survey_of(files, ["a", "b"])
     assert (found.modality, found.typical_size, found.rate_hz) == ("audio", SECONDS, RATE_HZ)
+
+
+@pytest.mark.parametrize(("compression", "compressed"), [("raw", False), ("tiff_lzw", True), ("group4", True)])
+def test_compressed_tiffs_are_recognised(tmp_path: Path, compression: str, compressed: bool) -> None:
+    """Scanners write them. Models learn slowly from them, as from PNG."""
+    files = []
+    for number, split in enumerate(("train", "train", "val")):
+        path = tmp_path / f"{number}.tif"
+        Image.new("1", (30, 20)).save(path, compression=compression)
+        files.append(SourceFile(str(path), "ab"[number % 2], split, f"{number}", "tif", path.stat().st_size))
+    found = survey_of(files, ["a", "b"])
+    assert (found.modality, found.typical_size, found.is_compressed) == ("image", 20.0, compressed)
