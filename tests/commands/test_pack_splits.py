@@ -44,6 +44,14 @@ def test_old_files_keep_their_split_when_files_are_added(tmp_path):
     assert kept["dog/000-png"] == kept["dog/000"]  # files of the same name stay in one split
 
 
+def test_numbered_files_are_divided_by_share(tmp_path):
+    """Their numbers are no extensions, which would make all of them files of one key."""
+    names = [f"{name}{i}" for i in range(30) for name in ("app.log.", "x.2026-11-", "frame.000")]
+    found = contents(pack(make_files(tmp_path / "src", {f"cat/{name}": b"1" for name in names}), tmp_path))
+    assert 2 < sum(split == "val" for split, _, _ in found.values()) < 20
+    assert "cat/app_log_7" in found
+
+
 def test_classes_with_two_files_are_in_train_and_in_val(tmp_path):
     files = {f"{word}/{i}": word.encode() for word in ("bee", "cow", "dog", "elk") for i in range(2)} | {"fox/0": b"1"}
     found = contents(pack(make_files(tmp_path / "src", files), tmp_path))

@@ -67,11 +67,12 @@ class Listing:
 def sample_name(class_name: str, inner_path: str) -> tuple[str, str]:
     """Key and extension of a file of a class; `inner_path` is its path inside the class folder.
 
-    WebDataset ends a key at the first dot and reads no key with a line break in it.
+    WebDataset ends a key at the first dot and reads no key with a line break in it. What follows the last dot is no
+    extension without a letter: app.log.1 and app.log.2 are two samples, and not two formats of one.
     """
     folder, slash, base = inner_path.rpartition("/")
     stem, dot, extension = base.rpartition(".")
-    if not dot or not stem:
+    if not dot or not stem or not any(map(str.isalpha, extension)):
         stem, extension = base, ""
     extension = _printable(extension.lower())
     key = _printable(f"{class_name}/{folder}{slash}{stem}").replace(".", "_")
