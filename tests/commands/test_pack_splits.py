@@ -52,6 +52,20 @@ def test_numbered_files_are_divided_by_share(tmp_path):
     assert "cat/app_log_7" in found
 
 
+def test_names_that_give_equal_keys_are_told_apart(tmp_path):
+    names = [b"a.b.txt", b"a_b.txt", b"b.jpg", b"b.JPG", b"c.gif", b"c.png", b"c-gif.bmp", b"one/\x93.x", b"one/\x94.x"]
+    src = make_files(tmp_path / "src", {f"cat/{os.fsdecode(name)}": name for name in names})
+    keys = contents(pack(src, tmp_path / "one"))
+    assert sorted(data for _, _, data in keys.values()) == sorted(names)
+    assert contents(pack(src.rename(tmp_path / "moved"), tmp_path / "two")) == keys
+
+
+def test_files_of_unprintable_names_are_divided_by_share(tmp_path):
+    src = make_files(tmp_path / "src", {f"cat/{os.fsdecode(bytes([128 + i]))}": b"1" for i in range(100)})
+    found = contents(pack(src, tmp_path))
+    assert 2 < sum(split == "val" for split, _, _ in found.values()) < 25
+
+
 def test_classes_with_two_files_are_in_train_and_in_val(tmp_path):
     files = {f"{word}/{i}": word.encode() for word in ("bee", "cow", "dog", "elk") for i in range(2)} | {"fox/0": b"1"}
     found = contents(pack(make_files(tmp_path / "src", files), tmp_path))

@@ -13,10 +13,12 @@ import stat
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+import xxhash
 
 from bfsys.data.media.encodings import Encoding
 from bfsys.data.media.modalities import MODALITIES
@@ -362,9 +364,10 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
     listing.problems += alike
     if alike:  # their files would have equal keys
         return
+    good = _told_apart(good, lambda file: (file.split, file.key, file.extension))
     if listing.divided:
         good = _divided(good, val_share, listing.problems)
-    listing.files = _with_unique_keys(good, listing.problems)
+    listing.files = _told_apart(_with_extensions(good), lambda file: (file.split, file.key))
 
 
 UNREADABLE = "cannot be read"  # begins the reasons of files that may be readable later
@@ -413,14 +416,29 @@ def _why_bad(file: SourceFile, status: os.stat_result, max_file_bytes: int | Non
     return ""
 
 
-def _with_unique_keys(files: list[SourceFile], problems: list[str]) -> list[SourceFile]:
-    """If files differ only in the extension, it is appended to their keys. Other equal keys are a problem."""
+def _told_apart(files: list[SourceFile], same: Callable[[SourceFile], tuple[str, ...]]) -> list[SourceFile]:
+    """Files for which `same` is equal get hashes of their names in their keys. Examples are a.b.txt and a_b.txt, a.jpg
+    and a.JPG, and names in the characters of another system."""
+    alike = defaultdict(list)
+    for number, file in enumerate(files):
+        alike[same(file)].append(number)
+    told_apart = list(files)
+    for numbers in alike.values():
+        if len(numbers) > 1:
+            folder = os.path.commonpath([files[number].path for number in numbers])
+            for number in numbers:
+                name = os.fsencode(os.path.relpath(files[number].path, folder))
+                key = f"{files[number].key}-{xxhash.xxh3_64_hexdigest(name)}"
+                told_apart[number] = files[number]._replace(key=key)
+    return told_apart
+
+
+def _with_extensions(files: list[SourceFile]) -> list[SourceFile]:
+    """If files differ only in the extension, it is appended to their keys."""
     count = Counter((file.split, file.key) for file in files)
-    unique: dict[tuple[str, str], SourceFile] = {}
-    for file in files:
-        if count[file.split, file.key] > 1:
-            file = file._replace(key=f"{file.key}-{_printable(file.extension).replace('.', '_')}")
-        first = unique.setdefault((file.split, file.key), file)
-        if first is not file:
-            problems.append(f"{file.path}: has the same key {file.key!r} as {first.path}; rename one of them")
-    return list(unique.values())
+    return [
+        file._replace(key=f"{file.key}-{_printable(file.extension).replace('.', '_')}")
+        if count[file.split, file.key] > 1
+        else file
+        for file in files
+    ]

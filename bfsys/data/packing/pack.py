@@ -1,7 +1,7 @@
 """Packing a source into a dataset: everything is listed and checked before anything is written.
 
 Packing is done once and offline, so training runs do not pay for it. The same command continues after a stop or a kill.
-Rejected alternative: guessing where the input is ambiguous (mixed folders, bad files, name clashes). All such problems
+Rejected alternative: guessing where the input is ambiguous (mixed folders, bad files). All such problems
 are reported at once.
 """
 
