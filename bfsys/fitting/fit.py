@@ -226,7 +226,13 @@ def check_classes(folder: Path, trained: list[str]) -> None:
     """Raise UserError unless two classes have training files."""
     if len(trained) < 2:
         names = "".join(map(repr, trained)) or "none"
-        raise UserError(f"{folder}: only one class has training files, {names}; a classifier needs at least 2")
+        inner = next((path for name in trained if has_folders(path := folder / name)), None)
+        remedy = f". If the folders in {inner} are the classes or splits, give {inner} to fit" if inner else ""
+        raise UserError(f"{folder}: only one class has training files, {names}; a classifier needs at least 2{remedy}")
+
+
+def has_folders(folder: Path) -> bool:
+    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
 
 
 def is_packed(folder: Path) -> bool:

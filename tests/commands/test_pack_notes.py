@@ -42,6 +42,14 @@ def test_left_out_files_are_counted_and_named(tmp_path, capsys):
     assert err == f"{src}: {note}"
 
 
+@pytest.mark.parametrize(("splits", "noted"), [(("train", "Test"), True), (("old", "test"), False)])
+def test_split_folders_in_class_folders_are_named(tmp_path, capsys, splits, noted):
+    files = {f"{word}/{split}/{i}": b"1" for word in ("cat", "dog") for split in splits for i in range(3)}
+    pack(make_files(tmp_path / "src", files), tmp_path)
+    note = "src: note: the split folders in class folders (cat/Test, cat/train, dog/Test, …) are not used as splits"
+    assert (note in capsys.readouterr().err) is noted
+
+
 def test_files_beside_split_folders_are_named(tmp_path, capsys):
     src = make_files(tmp_path / "src", {"train/cat/a": b"1", "train/labels.csv": b"x", "extra/a": b"x", "note": b"x"})
     pack(src, tmp_path, "--from", "imagefolder")

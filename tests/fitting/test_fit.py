@@ -357,6 +357,7 @@ def test_names_of_runs() -> None:
             {"one/1.bin": b"a", "one/2.bin": b"b"},
             "only one class has training files, 'one'; a classifier needs at least 2",
         ),
+        ({"pets/a/1.bin": b"a", "pets/b/2.bin": b"b"}, "src/pets are the classes or splits, give {src}/pets to fit"),
         ({"train/a/1.bin": b"a", "train/b/2.bin": b"b"}, "has the split train alone"),
         ({"a/1.bin": b"a", "a/2.bin": b"", "b/1.bin": b"c"}, "2.bin: is empty"),
         ({"a.bin": b"a"}, "has no class folders"),
@@ -366,7 +367,7 @@ def test_unusable_folders_are_refused(names: dict[str, bytes], message: str, tmp
     src = make_files(tmp_path / "src", names)
     with pytest.raises(UserError) as error:
         call("fit", [str(src), "--runs", str(tmp_path / "runs"), "--shards", str(tmp_path / "shards")])
-    assert message in str(error.value)
+    assert message.format(src=src) in str(error.value)
     assert not (tmp_path / "shards").exists()
 
 

@@ -5,6 +5,7 @@ Rejected alternative: guessing where the input is ambiguous (mixed folders, bad 
 are reported at once.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +83,8 @@ def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
     left_out = left_out_note(listing.left_out)
     if left_out:
         print(f"{packing.src}: {left_out}", file=sys.stderr)
+    if note := note_on_splits_in_classes(packing.src, listing):
+        print(f"{packing.src}: note: {note}", file=sys.stderr)
     problems += listing.problems
     if packing.val_share is not None and listing.files and not listing.divided:
         problems.append("--val-share: has no effect here, since --split or the input gives the splits; drop it")
@@ -143,6 +146,21 @@ def list_source(packing: Packing) -> Listing:
     if packing.layout == "speech_commands":
         return list_speech_commands(packing.src)
     return list_tree(packing.src, packing.subdir, packing.split, split_folders=packing.layout == "imagefolder")
+
+
+def note_on_splits_in_classes(src: Path, listing: Listing) -> str:
+    """A note if class folders hold split folders, whose files are then divided anew; empty if there are none."""
+    if not (listing.divided and src.is_dir()):
+        return ""
+    parts = (os.path.relpath(file.path, os.path.abspath(src)).split(os.sep, 2) for file in listing.files)
+    splits = {f"{part[0]}/{part[1]}": split_of_name(part[1]) for part in parts if len(part) == 3}
+    inner = sorted(name for name, split in splits.items() if split)
+    if not {splits[name] for name in inner} > {"train"}:  # a folder `test` alone may hold any files
+        return ""
+    return (
+        f"the split folders in class folders ({', '.join(inner[:3])}{', …' if len(inner) > 3 else ''}) are not used as "
+        "splits, and their files are divided anew. To use them, put the class folders into split folders"
+    )
 
 
 def keep_splits(listing: Listing, wanted: Sequence[str]) -> None:
