@@ -47,6 +47,8 @@ class Survey:
     """Median of the shorter side in pixels, or 95th percentile of the duration in seconds; 0 without a modality."""
     rate_hz: int
     """Median sample rate of sounds; else 0."""
+    partial: str = ""
+    """The share of pictures (or sounds), in words, if most sampled files but not nearly all are such; else empty."""
     kinds_tell_classes: bool = False
     """Whether the kind of a file tells much about its class, for example if the classes are formats."""
     digest: str = ""
@@ -76,6 +78,11 @@ class Survey:
             lines.append(f"pictures    median of the shorter side: {self.typical_size:.0f} pixels")
         elif self.modality == "audio":
             lines.append(f"sounds      95 % are not longer than {self.typical_size:.2f} s; {self.rate_hz:,} Hz")
+        elif self.partial:
+            lines.append(
+                f"note: {self.partial}, and the others are not, so no file is re-encoded; if the others are not "
+                "samples, move them out of the folder"
+            )
         return lines
 
 
@@ -99,7 +106,11 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
         if kind and measured:
             measured_of[kind.modality].append(measured)
     ((modality, share),) = modalities.most_common(1)
-    modality = modality if share >= SHARE_OF_MODALITY * len(chosen) else None
+    partial = ""
+    if modality and share < SHARE_OF_MODALITY * len(chosen):
+        of_modality = "pictures" if modality == "image" else "sounds"
+        partial = f"{100 * share / len(chosen):.0f} % of the files are {of_modality}"
+        modality = None
     sizes, rates = zip(*measured_of[modality], strict=True) if modality else ((), ())
     return Survey(
         classes=tuple(classes),
@@ -110,6 +121,7 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
         modality=modality,
         typical_size=float(np.quantile(sizes, 0.5 if modality == "image" else 0.95)) if modality else 0.0,
         rate_hz=int(np.median(rates)) if modality == "audio" else 0,
+        partial=partial,
         kinds_tell_classes=_tell_classes(list(by_kind.values())),
         digest=xxhash.xxh3_128_hexdigest(json.dumps(sorted(files)).encode()),
     )

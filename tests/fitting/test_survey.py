@@ -53,3 +53,19 @@ def test_compressed_tiffs_are_recognised(tmp_path: Path, compression: str, compr
         files.append(SourceFile(str(path), "ab"[number % 2], split, f"{number}", "tif", path.stat().st_size))
     found = survey_of(files, ["a", "b"])
     assert (found.modality, found.typical_size, found.is_compressed) == ("image", 20.0, compressed)
+
+
+def test_files_beside_most_pictures_are_noted(tmp_path: Path) -> None:
+    """Notes of a camera or a program beside each picture, for example, keep all pictures from being re-encoded."""
+    picture = io.BytesIO()
+    Image.new("L", (30, 20)).save(picture, "PNG")
+    files = []
+    for number in range(10):
+        path = tmp_path / f"{number}.{'json' if number % 3 == 2 else 'png'}"
+        path.write_bytes(b"{}" if number % 3 == 2 else picture.getvalue())
+        files.append(SourceFile(str(path), "ab"[number % 2], "train", f"{number}", path.suffix[1:], 9))
+    found = survey_of(files, ["a", "b"])
+    assert found.modality is None
+    note = "note: 70 % of the files are pictures, and the others are not, so no file is re-encoded"
+    assert any(line.startswith(note) for line in found.describe())
+    assert not any("note" in line for line in survey_of(files[::3], ["a", "b"]).describe())
