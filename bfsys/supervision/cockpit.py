@@ -9,6 +9,7 @@ files that a rank would open at its start.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MOST_CLASSES_DRAWN = 100
 MOST_CLASSES_WITH_CURVES = 50
 CELL, MARGIN, NAME_CHARACTERS = 26, 110, 16  # pixels of a cell and beside the matrix; characters of a class name
+EVENTS = "events.out.tfevents."  # names of TensorBoard's files begin with this and the time at which they were made
 WHITE, BLUE = np.array([255.0, 255, 255]), np.array([8.0, 48, 107])
 
 
@@ -34,12 +36,27 @@ def open_board(folder: Path, first_step: int, settings: Mapping[str, int | float
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
+    _date_back(folder)
     board = SummaryWriter(str(folder), purge_step=first_step + 1)
     # Paths that are not UTF-8 contain surrogates, which TensorBoard's records cannot hold.
     texts = {name: one_line(value) if isinstance(value, str) else value for name, value in settings.items()}
     for summary in hparams(texts, dict.fromkeys(("accuracy/val", "loss/val"), 0.0)):
         board._get_file_writer().add_summary(summary)
     return board
+
+
+def _date_back(folder: Path) -> None:
+    """Rename the files of earlier starts whose time has not come yet, because the clock was set back.
+
+    TensorBoard reads files in the order of their names. It would read the new file first, and drop its points when the
+    older file begins at an earlier step.
+    """
+    now = int(time.time())
+    for path in folder.glob(f"{EVENTS}*"):
+        rest = path.name.removeprefix(EVENTS)
+        made = rest.partition(".")[0]
+        if made.isdecimal() and int(made) > now:
+            path.rename(path.with_name(f"{EVENTS}{now - 1:010}.{rest}"))  # they keep their order
 
 
 def show_scalars(board: SummaryWriter, step: int, scalars: Iterable[tuple[str, float]]) -> None:

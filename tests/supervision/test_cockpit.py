@@ -17,12 +17,14 @@ from bfsys.confusion import Answers
 from bfsys.supervision.cockpit import (
     BLUE,
     CELL,
+    EVENTS,
     MARGIN,
     open_board,
     show_embedding,
     show_evaluation,
     show_event,
     show_lengths,
+    show_scalars,
 )
 
 CLASSES = ("cat_1", "dog|x", "emu")
@@ -89,3 +91,14 @@ def test_a_setting_that_is_a_path_in_another_encoding_than_utf8_is_shown_with_es
     open_board(tmp_path, 0, {"train.init_from": os.fsdecode(b"runs/\xff")}).close()
     (events,) = tmp_path.iterdir()
     assert rb"runs/\udcff" in events.read_bytes()
+
+
+def test_curves_are_complete_after_the_clock_was_set_back(tmp_path: Path) -> None:
+    for first_step in (0, 2, 4):
+        for file in tmp_path.iterdir():  # as if all earlier starts were an hour later than this one
+            made, _, rest = file.name.removeprefix(EVENTS).partition(".")
+            file.rename(file.with_name(f"{EVENTS}{int(made) + 3600:010}.{rest}"))
+        with open_board(tmp_path, first_step, {}) as board:
+            show_scalars(board, first_step + 1, [("loss/train", 1.0)])
+            show_scalars(board, first_step + 2, [("loss/train", 1.0)])
+    assert [point.step for point in read_back(tmp_path).Scalars("loss/train")] == [1, 2, 3, 4, 5, 6]
