@@ -236,10 +236,12 @@ ready(); time.sleep(100)
     assert end_of(launcher) == 130
 
 
-def test_a_stop_before_training_has_begun_is_a_stop(make_job):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_training_has_begun_is_a_stop_without_a_traceback(make_job, tmp_path, number):
     launcher = launch(make_job("ready(); time.sleep(100)"), 2)
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(number)
     assert end_of(launcher) == 130
+    assert len((tmp_path / "log" / "rank-0.log").read_text().splitlines()) == 1  # the command
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGHUP, 130), (signal.SIGUSR2, 75)])
