@@ -122,7 +122,7 @@ class Reader:
         for name, one in inputs:
             sample = None
             with collecting(problems):
-                data = read_input(name, one)
+                data = read_input(name, one, self._first_bytes)
                 if len(data) and not any(f.matches(data) for f in self.formats):
                     if encode:
                         data = self._encoded(name, data)
@@ -139,6 +139,11 @@ class Reader:
                 said = True
             if sample:
                 yield sample
+
+    @property
+    def _first_bytes(self) -> int | None:
+        """Number of bytes at the start of a file that decide its answer; None: all bytes. Formats depend on all."""
+        return self.transforms[0].first_bytes if self.transforms and not self.formats else None
 
     def transformed(self, name: str, data: np.ndarray) -> Sample:
         """A file (uint8 [n]) after the run's transforms. Raises UserError if the result is empty or too short."""
@@ -195,14 +200,15 @@ class Reader:
         return f"is {kind.name}" + (" of another size or make" if kind.name.split()[-1].lower() in names else "")
 
 
-def read_input(name: str, one: Input) -> np.ndarray:
+def read_input(name: str, one: Input, first_bytes: int | None = None) -> np.ndarray:
     """The bytes of an input, uint8 [n]; an open file is read from its current position to its end.
 
-    Raises UserError, with `name`, if the input cannot be read or has another type.
+    With `first_bytes`, a file is read only until there are that many bytes or slightly more. Raises UserError, with
+    `name`, if the input cannot be read or has another type.
     """
     try:
         if isinstance(one, str | os.PathLike):
-            return np.frombuffer(_read_path(name, one), np.uint8)
+            return np.frombuffer(_read_path(name, one, first_bytes), np.uint8)
         if isinstance(one, bytes | bytearray):
             return np.frombuffer(one, np.uint8)
         if isinstance(one, memoryview):
@@ -212,17 +218,17 @@ def read_input(name: str, one: Input) -> np.ndarray:
                 raise UserError(f"{name}: got an array {one.dtype} {list(one.shape)}; allowed is uint8 [n]")
             return one
         if hasattr(one, "read"):
-            return np.frombuffer(_read_open_file(name, one), np.uint8)
+            return np.frombuffer(_read_open_file(name, one, first_bytes), np.uint8)
     except MemoryError:
         raise UserError(f"{name}: not enough memory to read it") from None
     kind = f"{type(one).__module__}.{type(one).__qualname__}".removeprefix("builtins.")
     raise UserError(f"{name}: got {kind}; allowed is {ALLOWED}")
 
 
-def _read_path(name: str, path: str | os.PathLike[str]) -> bytearray:
+def _read_path(name: str, path: str | os.PathLike[str], first_bytes: int | None) -> bytearray:
     try:
         with open(path, "rb") as file:
-            return _read_to_end(name, file, os.fstat(file.fileno()).st_size)
+            return _read_rest(name, file, first_bytes, os.fstat(file.fileno()).st_size)
     except IsADirectoryError:
         raise UserError(f"{name}: is a folder; pass its files: bfsys.files_in({name!r})") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character
@@ -241,7 +247,7 @@ def _bytes_of_view(name: str, view: memoryview) -> np.ndarray:
     return np.asarray(view).view(np.uint8)
 
 
-def _read_open_file(name: str, file: BinaryIO) -> bytearray:
+def _read_open_file(name: str, file: BinaryIO, first_bytes: int | None) -> bytearray:
     if getattr(file, "closed", False):
         raise UserError(f"{name}: is a closed file; pass it while it is open, or pass its path")
     try:
@@ -249,17 +255,20 @@ def _read_open_file(name: str, file: BinaryIO) -> bytearray:
             raise UserError(
                 f"{name}: its read() gives {type(nothing).__name__}; open it in binary mode: open(path, 'rb')"
             )
-        return _read_to_end(name, file)
+        return _read_rest(name, file, first_bytes)
     except io.UnsupportedOperation:
         raise UserError(f"{name}: is open for writing only; open it with open(path, 'rb')") from None
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
-def _read_to_end(name: str, file: BinaryIO, size_bytes: int = 0) -> bytearray:
-    """The rest of a file. Raises UserError if it is too long, as its `size_bytes` may tell before it is read."""
+def _read_rest(name: str, file: BinaryIO, first_bytes: int | None, size_bytes: int = 0) -> bytearray:
+    """The rest of a file, or only its first bytes. Raises UserError if it is too long, as its `size_bytes` may tell
+    before it is read."""
     is_small = 0 < size_bytes < SMALL_BYTES  # to ask for the free memory takes longer than to read a small file
     most = MOST_BYTES if is_small else min(MOST_BYTES, psutil.virtual_memory().available // 2)
+    if first_bytes is not None and first_bytes <= most:
+        return read_up_to(file, first_bytes)
     if size_bytes > most or len(content := read_up_to(file, most)) > most:
         raise UserError(
             f"{name}: has more than {most:,} bytes; allowed are {MOST_BYTES:,}, and no more than half of the memory "

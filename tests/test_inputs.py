@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from bfsys import inputs
 from bfsys.data.media.input_formats import input_format
+from bfsys.data.streaming.byte_transforms import parse_transforms
 from bfsys.errors import UserError
 from bfsys.inputs import Input, Reader, files_in, is_one, named, read_input
 from tests.commands.packing_helpers import wav_bytes
@@ -153,3 +155,20 @@ def test_a_sound_for_a_model_of_pictures() -> None:
     assert (notes, problems) == ([told], [])
     assert list(reader.samples([("a.wav", wav_bytes(0.1, 8_000))], problems, notes.append, encode=True)) == []
     assert problems == ["a.wav: is a WAV, and runs/x was trained on tiff of 8 × 8 pixels and png"]
+
+
+def test_a_model_of_the_first_bytes_reads_no_more_of_a_file(path: Path) -> None:
+    """The file holds more bytes than an input may have, and more than the memory."""
+    reader = Reader("runs/x", (), reads_any_format=True, transforms=parse_transforms(["head:40"]), least_bytes=1)
+    large = sparse_file(path)
+    with open(large, "rb") as file:
+        file.seek(2**42 - 50)
+        inputs = [(str(large), large), ("open", file), ("short", path), ("stream", open("/dev/zero", "rb"))]  # noqa: SIM115
+        problems: list[str] = []
+        samples = list(reader.samples(inputs, problems, lambda _: None, encode=False))
+    assert problems == []
+    assert [sample.data.tobytes() for sample in samples] == [bytes(40), bytes(40), CONTENT[:40], bytes(40)]
+    # The format of a file may depend on all of its bytes.
+    reader = replace(reader, formats=(input_format("tiff", {}),))
+    assert list(reader.samples([("large", large)], problems, lambda _: None, encode=False)) == []
+    assert "large: has more than" in problems[0]

@@ -48,6 +48,8 @@ class ByteTransform:
     """Lengths after the transform, int64 [files] → int64 [files]; None: unchanged."""
     randomised: bool = False
     """Whether it draws from the generator; otherwise equal bytes become equal bytes."""
+    first_bytes: int | None = field(default=None, repr=False, compare=False)
+    """Number of bytes at the start of a file that it reads; None: all bytes."""
     key_sha256: str = field(default="", repr=False, compare=False)
     """A fingerprint of the key, which does not reveal it."""
 
@@ -205,7 +207,9 @@ def _size_option(function: Callable[..., np.ndarray], option: str) -> dict:
 
 
 def _head_option(option: str) -> dict:
-    return _size_option(_head, option) | {"lengths": functools.partial(_lengths_of_heads, _integer(option))}
+    count = _integer(option)
+    lengths = functools.partial(_lengths_of_heads, count)
+    return _size_option(_head, option) | {"lengths": lengths, "first_bytes": count}
 
 
 def _flip_option(option: str) -> dict:
