@@ -70,11 +70,16 @@ def is_one(inputs: Input | Iterable[Input]) -> bool:
 
 
 def named(inputs: Input | Iterable[Input]) -> Iterator[tuple[str, Input]]:
-    """Each input with its name in messages: a path, or its position among the inputs."""
+    """Each input with its name in messages: a path, or its position among the inputs.
+
+    Raises UserError if the first one is a number, since each further byte of a file would then be a problem.
+    """
     if is_one(inputs):
         yield _name_of(inputs, "the input"), inputs  # type: ignore[misc]
         return
     for place, one in enumerate(inputs):  # type: ignore[arg-type]
+        if place == 0 and isinstance(one, int | np.integer):
+            raise UserError("inputs[0]: got a number; if the numbers are the bytes of one file, pass bytes(…)")
         yield _name_of(one, f"inputs[{place}]"), one  # type: ignore[misc]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,12 @@ def test_several_inputs_are_named_by_path_or_place(path: Path) -> None:
         assert [name for name, _ in named(many)] == [str(path), str(path), "inputs[2]", f"inputs[3] ({path})"]
     assert list(named([])) == []
     assert next(named(b"one"))[0] == "the input"
+
+
+@pytest.mark.parametrize("numbers", [list(CONTENT), array("B", CONTENT), list(np.frombuffer(CONTENT, np.uint8))])
+def test_the_numbers_of_one_file_are_one_problem(numbers: list[int]) -> None:
+    with pytest.raises(UserError, match=r"^inputs\[0\]: got a number; .* pass bytes\(…\)$"):
+        list(named(numbers))  # type: ignore[arg-type]
 
 
 def closed_file(path: Path) -> io.BufferedReader:
