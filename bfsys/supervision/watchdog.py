@@ -136,7 +136,7 @@ class Watchdog:
         try:
             # If the file system or the console hangs too, this ends the process.
             threading.Timer(10 * GRACE_S, os._exit, [EXIT_HUNG]).start()
-            what = f"no progress for {waited_s:.0f} s, after {self._where}"
+            what = f"no progress for {waited_s:.0f} s; the last report was {self._where!r}"
             print(f"error: rank {self._ranks.rank}: {what}", file=sys.stderr, flush=True)
             self._incident.mkdir(parents=True, exist_ok=True)
             self._write_stacks(waited_s)

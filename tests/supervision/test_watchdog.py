@@ -57,6 +57,14 @@ def test_the_rank_that_is_behind_is_named_and_all_stacks_are_written(tmp_path: P
     assert "rank 1" in ended["reason"]
 
 
+def test_a_hang_after_an_evaluation_names_it_once(tmp_path: Path) -> None:
+    script = "with dog.patient('step 120: evaluation'): pass\ndog.times_are_known()\ntime.sleep(900)"
+    process = start(tmp_path, 0, script)
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == EXIT_HUNG, errors
+    assert "; the last report was 'after step 120: evaluation'" in errors
+
+
 def test_on_gpus_the_flight_record_is_stored_beside_the_stacks(tmp_path: Path) -> None:
     """All ranks reach the same place in the code, since kernels are queued. The record shows which rank is behind."""
     record = 'Ranks.device = property(lambda ranks: torch.device("cuda", 0))\nimport torch\n'

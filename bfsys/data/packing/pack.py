@@ -149,7 +149,7 @@ def list_source(packing: Packing) -> Listing:
 
 
 def note_on_splits_in_classes(src: Path, listing: Listing) -> str:
-    """A note if class folders hold split folders, whose files are then divided anew; empty if there are none."""
+    """A note if class folders hold split folders, which do not determine the splits; empty if there are none."""
     if not (listing.divided and src.is_dir()):
         return ""
     parts = (os.path.relpath(file.path, os.path.abspath(src)).split(os.sep, 2) for file in listing.files)
@@ -159,7 +159,7 @@ def note_on_splits_in_classes(src: Path, listing: Listing) -> str:
         return ""
     return (
         f"the split folders in class folders ({', '.join(inner[:3])}{', …' if len(inner) > 3 else ''}) are not used as "
-        "splits, and their files are divided anew. To use them, put the class folders into split folders"
+        "splits: packing chooses the validation files itself. To use them, put the class folders into split folders"
     )
 
 

@@ -108,9 +108,8 @@ def test_an_outage_makes_no_sample_bad(
 
     monkeypatch.setattr(shard_files, "RETRY_AFTER_S", (0.0, 0.0))
     reader = ShardReader(sources)
-    reader._files._failing = {
-        (0, shard) for shard in range(len(sources.splits[0].shards))
-    }  # of bad sectors, for example
+    shards = len(sources.splits[0].shards)
+    reader._files._failing = {(0, shard) for shard in range(shards)}  # because of bad sectors, for example
     with monkeypatch.context() as patch:
         patch.setattr(Split, "open_shard", fail)
         with pytest.raises(UserError, match=text):

@@ -312,7 +312,7 @@ def damage_cached(folder: Path, file: str, position: int) -> None:
         cached.write(bytes([byte ^ 0x40]))
 
 
-def test_a_cached_shard_that_is_damaged_is_fetched_anew(
+def test_a_cached_shard_that_is_damaged_is_fetched_again(
     served: FaultyServer, packed: Path, tmp_path: Path, watched: list
 ) -> None:
     remote = config_of(tmp_path, f"{served.url}/a")
@@ -345,7 +345,7 @@ def test_a_cached_shard_that_is_damaged_is_fetched_anew(
 @pytest.mark.parametrize(
     ("file", "position"), [("a-train.samples.npy", 1000), ("a-train.samples.npy", 3), ("a-train.keys.npy", 500)]
 )
-def test_a_cached_index_that_is_damaged_is_fetched_anew(
+def test_a_cached_index_that_is_damaged_is_fetched_again(
     served: FaultyServer, tmp_path: Path, file: str, position: int
 ) -> None:
     remote = config_of(tmp_path, f"{served.url}/a")
