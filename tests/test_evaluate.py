@@ -75,3 +75,12 @@ def test_damage_costs_accuracy(finished_run: Path, evaluate_run) -> None:
         *(f"{100 * s['top1']:.2f}" for s in (result, *result["sources"].values())),
     ]
     assert [line.split()[0] for line in table[-8:]] == list(evaluate.DAMAGE)
+
+
+def test_a_report_that_cannot_be_written_costs_no_scores(
+    finished_run: Path, evaluate_run, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "confusion.tsv").mkdir()
+    with pytest.raises(UserError, match=f"--report {tmp_path}: cannot be written"):
+        evaluate_run(finished_run, "--report", tmp_path)
+    assert "step 120, 35 files: loss" in capsys.readouterr().out

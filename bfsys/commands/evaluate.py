@@ -73,17 +73,19 @@ def run(args: argparse.Namespace) -> int:
         damage: evaluate(model, config, files, ranks, Quarantine(), manifest["step"], _show_progress)
         for damage, files in damaged.items()
     }
-    written = report.write(answers) if report and answers else []
-    if args.json:
-        more = {"robustness": robustness} if robustness else {}
-        print(json.dumps({"run": str(args.run), "step": manifest["step"], **result, **more}, indent=1))
-        return 0
-    files = counted(result["samples"], "file")
-    print(one_line(f"{args.run}, step {manifest['step']}, {files}: {describe_scores(result)}"))
-    show_scores(result)
-    if robustness:
-        show_robustness({"as they are": result, **robustness})
-    for line in written:
+    try:
+        written = report.write(answers) if report and answers else []
+    finally:  # the scores are shown if the report cannot be written, too
+        if args.json:
+            more = {"robustness": robustness} if robustness else {}
+            print(json.dumps({"run": str(args.run), "step": manifest["step"], **result, **more}, indent=1))
+        else:
+            files = counted(result["samples"], "file")
+            print(one_line(f"{args.run}, step {manifest['step']}, {files}: {describe_scores(result)}"))
+            show_scores(result)
+            if robustness:
+                show_robustness({"as they are": result, **robustness})
+    for line in written if not args.json else ():
         print(line)
     return 0
 
