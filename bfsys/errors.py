@@ -71,6 +71,11 @@ NO_TEMPORARY_FOLDER = "No usable temporary directory"  # from Python's `tempfile
 JOINERS = "\u200c\u200d"  # between letters of Persian and similar scripts, and between the parts of an emoji
 
 
+class StopRequest(KeyboardInterrupt):
+    """A signal that ends a command. If KeyboardInterrupt itself passes through code that Python compiled from text, as
+    dataclasses do, Python ends the process by SIGINT, whatever exit code the command has."""
+
+
 class UserError(Exception):
     """Bad input. Holds one message per problem, so that all are reported at once. URLs in them show no secrets."""
 
@@ -224,7 +229,7 @@ def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (si
         received.append((number, time.monotonic()))
         signal.signal(signal.SIGALRM, stop_again)
         signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
-        raise KeyboardInterrupt
+        raise StopRequest
 
     def stop_again(number: int, frame: FrameType | None) -> None:
         """Raise KeyboardInterrupt if the last one was dropped, as extension modules do with it while they import
@@ -233,7 +238,7 @@ def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (si
         while error is not None and not isinstance(error, KeyboardInterrupt):
             error = error.__context__
         if error is None:
-            raise KeyboardInterrupt
+            raise StopRequest
 
     def stopped() -> int:
         signal.setitimer(signal.ITIMER_REAL, 0)

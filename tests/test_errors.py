@@ -88,6 +88,19 @@ def test_a_stop_that_is_dropped_comes_again(number: int) -> None:
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
+def test_a_stop_in_code_that_is_compiled_from_text_does_not_change_the_exit_code(tmp_path: Path) -> None:
+    """dataclasses and namedtuple compile text. `python -m` looks at what has passed through such code."""
+    (tmp_path / "stopped.py").write_text("""
+import signal
+from bfsys.errors import run_command
+run_command(lambda: exec("signal.raise_signal(signal.SIGTERM)"))
+""")
+    command = [sys.executable, "-m", "stopped"]
+    paths = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    end = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True)
+    assert (end.returncode, end.stderr) == (143, "stopped on request\n")
+
+
 def test_a_stop_comes_only_once_while_a_command_removes_its_files() -> None:
     removed = []
 
