@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from bfsys import console
 from bfsys.commands.arguments import add_config, add_sweep
-from bfsys.errors import EXIT_STOPPED, UserError
+from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError
 
 NOTES = """\
 Ctrl-C, SIGTERM and SIGHUP save a checkpoint and stop; the same command resumes.
@@ -31,11 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     console.go_on_without()  # a closed console must not stop training
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, stop_for_a_requeue)
     try:
         return run_sweep(args) if args.sweep else run_one(args)
     except KeyboardInterrupt:  # by SIGTERM and SIGHUP, too, while there are no ranks
         print("stopped on request", file=sys.stderr)
         return EXIT_STOPPED
+
+
+def stop_for_a_requeue(*_: object) -> None:
+    """Handle SIGUSR1 and SIGUSR2 while there are no ranks."""
+    print("stopped on request", file=sys.stderr)
+    sys.exit(EXIT_REQUEUE)
 
 
 def run_one(args: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ from bfsys.locations import hide_in
 from bfsys.ranks import gpu_count
 from bfsys.run_dir import hold_directory
 from bfsys.supervision.goodput import STARTED
-from bfsys.supervision.run_end import how_it_ended
+from bfsys.supervision.run_end import how_it_ended, note_end
 from bfsys.supervision.signals import EXIT_CODES, REPEAT_S, ends_at_once, stop_signals
 
 T = TypeVar("T")
@@ -231,6 +231,11 @@ def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
     """Call `start()`, which returns the run's exit code, and restart as the policy says. Returns the last code."""
     restarts = Restarts(run_dir, newest_step(run_dir))
 
+    def stop(number: int, frame: FrameType | None) -> None:
+        note_end(run_dir, EXIT_CODES[number], "stopped on request between two starts")
+        print("stopped on request", file=sys.stderr)
+        sys.exit(EXIT_CODES[number])
+
     def attempt() -> int:
         try:
             return start()
@@ -242,7 +247,7 @@ def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
 
     while (code := attempt()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
         print(f"restarting in {pause_s:.0f} s from step {restarts.step}", file=sys.stderr, flush=True)
-        previous = {n: signal.signal(n, lambda number, _: sys.exit(EXIT_CODES[number])) for n in stop_signals()}
+        previous = {number: signal.signal(number, stop) for number in stop_signals()}
         time.sleep(pause_s)
         for number, handler in previous.items():
             signal.signal(number, handler)
