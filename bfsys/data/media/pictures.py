@@ -17,8 +17,8 @@ MOST_PIXELS = 89_478_485
 # Values of a deep picture that are converted at a time
 BLOCK_VALUES = 2**20
 # Tags of TIFF and EXIF
-BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339
-WHITE_IS_ZERO, UNSIGNED = 0, 1
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, PLANES, SAMPLE_FORMAT = 258, 262, 274, 284, 339
+WHITE_IS_ZERO, SEPARATE, UNSIGNED, SIGNED, FLOATING_POINT = 0, 2, 1, 2, 3
 # Without a handler, Python would print Pillow's log messages. They do not name the file, and an error reports the same.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -46,6 +46,8 @@ def decode_image(data: bytes) -> np.ndarray:
                        value becomes 0 and its greatest 255
     """
     with opened(data) as image:
+        if image.format == "TIFF" and (layout := _misread_layout(image)):
+            raise ValueError(f"is a TIFF of {layout}, which Pillow misreads; write it in another layout")
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             return _three_channels(_upper_byte(image))
         if image.mode in ("I", "F"):
@@ -56,6 +58,20 @@ def decode_image(data: bytes) -> np.ndarray:
                 "has colours of 16 bits; only the upper 8 bits are read, and they are all black; store it in 8 bits"
             )
         return pixels
+
+
+def _misread_layout(image) -> str:
+    """The layout of a TIFF that Pillow decodes to wrong pixels without an error; empty for all others."""
+    bits, sample_format = (max(image.tag_v2.get(tag, (1,))) for tag in (BITS_PER_SAMPLE, SAMPLE_FORMAT))
+    is_compressed = image.info.get("compression", "raw") != "raw"
+    if bits == 8 and sample_format == SIGNED:
+        return "signed values of 8 bits"
+    if bits == 16 and image.tag_v2.get(PLANES) == SEPARATE and not is_compressed:
+        return "uncompressed planes of 16 bits"
+    if is_compressed and image.tag_v2.prefix == b"MM" and sample_format in (SIGNED, FLOATING_POINT):
+        kind = "numbers with a sign" if sample_format == SIGNED else "floating-point numbers"
+        return f"compressed big-endian {kind}"
+    return ""
 
 
 def _has_deep_colours(image, data: bytes) -> bool:

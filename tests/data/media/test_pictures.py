@@ -43,13 +43,13 @@ def deep_png(channels, colour_type):
     return png(struct.pack(">IIBBBBB", 64, 6, 16, colour_type, 0, 0, 0), rows)
 
 
-def tiff(content, bits, sample_format=1, white_is_zero=False):
-    """Make a grey TIFF of 64 × 6 pixels, of kinds that Pillow can read but not write."""
+def tiff(content, bits, sample_format=1, white_is_zero=False, order="<", **more):
+    """Make a grey TIFF of 64 × 6 pixels, of kinds that Pillow can read but not write; `more` are tags such as t259."""
     tags = {256: 64, 257: 6, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8, 277: 1, 278: 6}
-    tags |= {279: len(content), 339: sample_format}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    head = b"II*\0" + struct.pack("<I", 8 + len(content))
-    return head + content + struct.pack("<H", len(tags)) + entries + bytes(4)
+    tags |= {279: len(content), 339: sample_format} | {int(tag[1:]): value for tag, value in more.items()}
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(content))
+    return head + content + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
 
 
 def twelve_bits(values):
@@ -108,6 +108,24 @@ def test_colours_whose_upper_bytes_are_empty_are_refused(channels):
 
 def test_values_are_inverted_if_white_is_zero():
     assert decode_image(tiff(DEEP.astype("<u2").tobytes(), 16, white_is_zero=True))[0, [0, -1], 0].tolist() == [255, 0]
+
+
+MISREAD = {
+    "signed values of 8 bits": tiff((LEVELS * 4 - 128).astype(np.int8).tobytes(), 8, 2),
+    "uncompressed planes of 16 bits": tiff(DEEP.astype("<u2").tobytes(), 16, t262=2, t277=3, t284=2),
+    "compressed big-endian numbers with a sign": tiff(
+        zlib.compress((DEEP.astype(int) - 32768).astype(">i2").tobytes()), 16, 2, order=">", t259=8
+    ),
+    "compressed big-endian floating-point numbers": tiff(
+        zlib.compress((LEVELS / 63).astype(">f4").tobytes()), 32, 3, order=">", t259=8
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", MISREAD)
+def test_a_tiff_that_pillow_decodes_to_wrong_pixels_is_refused(layout):
+    with pytest.raises(ValueError, match=f"is a TIFF of {layout}, which Pillow misreads; write it in another layout"):
+        decode_image(MISREAD[layout])
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
