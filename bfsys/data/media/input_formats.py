@@ -49,7 +49,7 @@ KINDS = tuple(
         ("a BMP", "image", rb"BM.{4}\0{4}"),
         ("a PNM", "image", rb"P[1-6][\s#]"),
         ("a WebP", "image", rb"RIFF.{4}WEBP"),
-        ("a WAV", "audio", rb"(?:RIFF|RIFX|RF64).{4}WAVE"),
+        ("a WAV", "audio", rb"(?:RIFF|RIFX|RF64|BW64).{4}WAVE"),
         ("an AIFF", "audio", rb"FORM.{4}AIF[FC]"),
         ("a FLAC", "audio", rb"fLaC"),
         ("an Ogg", "audio", rb"OggS"),

@@ -275,11 +275,14 @@ def _announced_by_xing(data: bytes) -> Announced | None:
 
 
 def _with_magic(data: bytes) -> bytes:
-    """The file. An MP3 that begins with its first frame gets an empty ID3 tag, by which libsndfile recognises it.
+    """The file. A BW64 gets the magic of the older RF64, which libsndfile knows, and whose chunks are the same. An MP3
+    that begins with its first frame gets an empty ID3 tag, by which libsndfile recognises it.
 
     Without a tag, libsndfile looks for a Mac resource fork in the current folder (._ or .AppleDouble) before it tries
     MP3, and the result would depend on that fork.
     """
+    if data[:4] == b"BW64":
+        return b"RF64" + data[4:]
     is_mp3_frame = len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0
     return EMPTY_ID3 + data if is_mp3_frame else data
 

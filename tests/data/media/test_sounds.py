@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfsys.data.media import sounds
+from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.modalities import decode_audio
 
 RNG = np.random.default_rng(0)
@@ -107,6 +108,15 @@ def test_other_sounds_from_a_pipe_are_whole(size):
         (of_unknown_length(sound("FLAC")), sound("FLAC")),
     ):
         assert np.array_equal(decode_audio(piped).wave, decode_audio(whole).wave)
+
+
+@pytest.mark.parametrize("size", [None, 0])
+def test_a_bw64_is_a_wav(size):
+    """Broadcast Wave 64 succeeds RF64."""
+    rf64 = sound("RF64")
+    bw64 = patched(rf64, 0, b"BW64") if size is None else patched(patched(rf64, 0, b"BW64"), 28, bytes(8))
+    assert getattr(kind_of(np.frombuffer(bw64, np.uint8)), "name", None) == "a WAV"
+    assert np.array_equal(decode_audio(bw64).wave, decode_audio(rf64).wave)
 
 
 def test_a_missing_padding_byte_does_not_count_as_a_cut():
