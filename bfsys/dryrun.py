@@ -99,10 +99,11 @@ def notes_on_start(data: RunData) -> list[str]:
 def _show_sources(split: str, sources: Sources) -> None:
     if not sources.splits:
         print(f"{split:<11} no source has this split: nothing will be evaluated")
-    for name, part in zip(sources.names, sources.splits, strict=True):
+    for source in sources.opened:
+        part = source.split
         files, shards = counted(len(part), "file"), counted(len(part.shards), "shard")
         print(
-            f"{split:<11} {name}: {files}, {part.bytes / 1e6:,.1f} MB in {shards}, "
+            f"{split:<11} {source.name}: {files}, {part.bytes / 1e6:,.1f} MB in {shards}, "
             f"median {part.length_quantiles['50%']:,} bytes, longest {part.length_quantiles['max']:,}"
         )
 
@@ -110,11 +111,10 @@ def _show_sources(split: str, sources: Sources) -> None:
 def _show_plan(data: RunData) -> None:
     config, plan = data.config, data.plan
     architecture, steps = config.model.architecture(), data.first_steps()
-    for name, share, split in zip(data.training.names, plan.mixture.shares, plan.splits, strict=True):
-        epochs = config.train.steps * plan.batch_samples * share / len(split)
-        print(
-            f"mixture     {name}: {100 * share:.1f} % of each step, {epochs:.1f} epochs in {config.train.steps:,} steps"
-        )
+    for source, share in zip(data.training.opened, plan.mixture.shares, strict=True):
+        epochs = config.train.steps * plan.batch_samples * share / len(source.split)
+        about = f"{100 * share:.1f} % of each step, {epochs:.1f} epochs in {config.train.steps:,} steps"
+        print(f"mixture     {source.name}: {about}")
     sizes = np.array([[batch.stored_bytes for batch in lanes] for lanes in steps], np.float64)
     lengths = np.concatenate([batch.lengths for lanes in steps for batch in lanes])
     tokens = token_counts(lengths, architecture, config.model.mode)

@@ -92,7 +92,7 @@ def test_a_dry_run_accepts_it_on_the_data_of_its_commands(
     assert all(np.all(split.samples["length"] > 0) for split in training.splits)
     for number, source in enumerate(config.data.sources):
         if source.eval_path:  # evaluation files have the same form as training files
-            augmentation = training.augmentations[number]
+            augmentation = training.opened[number].augmentation
             (split,) = open_evaluation(config, "val", training.classes).splits[number : number + 1]
             assert split.dataset.description["encoding"] == augmentation.encoding.text
 
@@ -128,8 +128,8 @@ def test_positions_are_as_many_as_tokens(path: Path, world: Path) -> None:
     if encoding[0] == "jpeg":
         assert config.model.max_tokens == 50_000
         return
-    (augmentation,) = open_training(config).augmentations
-    length = augmentation.least_bytes
+    (source,) = open_training(config).opened
+    length = source.augmentation.least_bytes
     for text in config.data.byte_transforms:
         if text.startswith("keep:"):
             length = int(float(text[5:]) * length)

@@ -144,7 +144,7 @@ def samples_of(drawn: list[Drawn], sources: Sources) -> list[str]:
     mine = []
     for of_source, samples, loss in drawn:
         pairs = zip(of_source.tolist(), samples.tolist(), strict=True)
-        mine.append((bool(loss.isfinite()), [f"{sources.names[s]}/{sources.splits[s].key(i)}" for s, i in pairs]))
+        mine.append((bool(loss.isfinite()), [sources.key_of(*pair) for pair in pairs]))
     micro_batches = [micro_batch for of_rank in dist.gather_to_all(mine) for micro_batch in of_rank]
     suspects = [keys for is_finite, keys in micro_batches if not is_finite] or [keys for _, keys in micro_batches]
     return sorted({key for keys in suspects for key in keys})

@@ -177,9 +177,7 @@ class Supervisor:
         for note in said:
             metrics.say(note)
         metrics.show("start", step, "; ".join(said))
-        metrics.show_lengths(
-            {name: split.samples["length"] for name, split in zip(training.names, training.splits, strict=True)}
-        )
+        metrics.show_lengths({source.name: source.split.samples["length"] for source in training.opened})
 
     def fetch(self, batches: Iterator[ByteBatch], step: int) -> ByteBatch:
         """Return the next micro-batch of step number `step` + 1, and count the wait for it."""

@@ -48,7 +48,7 @@ class Augmentation:
         """Raises UserError for options that are not possible."""
         encoding = parse_encoding(options.encoding)
         _check(encoding, options)
-        self.encoding, self._options = encoding, options
+        self.encoding, self.options = encoding, options
         self.mixes = encoding.modality == "audio" and options.mixup
         """Whether a second file is needed."""
         self._transform_picture = _picture_transforms(options.image_size) if encoding.modality == "image" else None
@@ -77,7 +77,7 @@ class Augmentation:
 
     def _encoded_bytes(self) -> int:
         """The length of an encoded black picture or silence. It also tests the encoder when a run starts."""
-        options = self._options
+        options = self.options
         try:
             if self._transform_picture:
                 return len(self.encoding.file_of(np.zeros((options.image_size, options.image_size, 3), np.uint8)))
@@ -97,7 +97,7 @@ class Augmentation:
         return False
 
     def _clip(self, data: bytes, rng: np.random.Generator) -> Clip:
-        options, speeds = self._options, self._options.speeds
+        options, speeds = self.options, self.options.speeds
         clip = resample(decode_audio(data, options.seconds * max(speeds, default=1.0)), options.sample_rate_hz)
         if speeds:
             clip = change_speed(clip, speeds[rng.integers(len(speeds))])

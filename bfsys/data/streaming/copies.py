@@ -70,7 +70,8 @@ def _local_parts(
     """
     parts = {}
     for sources in (training, validation):
-        for split, labels in zip(sources.splits, sources.label_maps, strict=True):
+        for source in sources.opened:
+            split, labels = source.split, source.label_map
             if split.dataset.cache is None:
                 parts[_key(split, split.split)] = split, labels
                 if evaluated in split.dataset.splits:

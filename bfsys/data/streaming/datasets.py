@@ -32,32 +32,43 @@ Descriptions = Mapping[str, dict]
 LOOKED_INTO = 200
 
 
+@dataclass(frozen=True, eq=False)
+class OpenSource:
+    """One split of a source."""
+
+    number: int  # position of the source in the config
+    name: str  # does not depend on the split
+    origin: str  # name for the quarantine; a separate evaluation dataset has a separate name
+    split: Split
+    label_map: np.ndarray  # the position of each of the dataset's classes in those of the run
+    augmentation: Augmentation | None = None  # of training sources, as is the jitter
+    jitter: Jitter | None = None
+
+
 @dataclass(frozen=True)
 class Sources:
-    """One split of each dataset.
-
-    A source without the split (for example, an evaluation split) is left out. `numbers` are the positions of the
-    sources in the config. `names` do not depend on the split. `label_maps[source][label]` is the position in `classes`.
-    """
+    """One split of each source. A source without the split (for example, an evaluation split) is left out."""
 
     classes: tuple[str, ...]
-    splits: tuple[Split, ...]
-    numbers: tuple[int, ...]
-    names: tuple[str, ...]
-    label_maps: tuple[np.ndarray, ...]
-    origins: tuple[str, ...]  # names for the quarantine; a separate evaluation dataset has a separate name
+    opened: tuple[OpenSource, ...]
     transforms: tuple[ByteTransform, ...] = ()
-    augmentations: tuple[Augmentation | None, ...] = ()
-    jitters: tuple[Jitter | None, ...] = ()
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        return tuple(source.split for source in self.opened)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(source.name for source in self.opened)
 
     @property
     def sizes(self) -> dict[tuple[str, str], int]:
         """Number of samples by (split, source), for `Quarantine.share`."""
-        return {(split.split, origin): len(split) for origin, split in zip(self.origins, self.splits, strict=True)}
+        return {(source.split.split, source.origin): len(source.split) for source in self.opened}
 
     def key_of(self, source: int, sample: int) -> str:
         """A readable name of the sample: its source and its key."""
-        return f"{self.names[source]}/{self.splits[source].key(sample)}"
+        return f"{self.opened[source].name}/{self.opened[source].split.key(sample)}"
 
 
 def make_cache(config: Config) -> Cache:
@@ -141,46 +152,41 @@ def _open_sources(
     config: Config, datasets: Sequence[Dataset], split: str, classes: Sequence[str], *, training: bool
 ) -> Sources:
     number_of = {name: i for i, name in enumerate(classes)}
-    opened: list[tuple[int, Split]] = []
-    augmentations: list[Augmentation | None] = []
-    jitters: list[Jitter | None] = []
+    opened: list[OpenSource] = []
     problems: list[str] = []
     transforms: tuple[ByteTransform, ...] = ()
     with collecting(problems):
         transforms = parse_transforms(config.data.byte_transforms)
     if training:
         problems += [f"data.sources: {problem}" for problem in too_alike(_spellings(datasets))]
-    for number, dataset in enumerate(datasets):
+    for number, (name, dataset) in enumerate(zip(source_names(config), datasets, strict=True)):
         if not training and split not in dataset.splits:
             continue
         with collecting(problems):
-            unknown = [name for name in dataset.classes if name not in number_of]
+            unknown = [one for one in dataset.classes if one not in number_of]
             if unknown:
-                known = {name: Spelling(["the model"]) for name in classes}
-                alike = too_alike(known | {name: Spelling([dataset.shown]) for name in unknown})
+                known = {one: Spelling(["the model"]) for one in classes}
+                alike = too_alike(known | {one: Spelling([dataset.shown]) for one in unknown})
                 raise UserError(
                     f"{dataset.shown}: the model does not know the classes {', '.join(unknown[:10])}", *alike
                 )
-            augmentation = make_augmentation(config, number) if training else None
-            part = dataset.open(split)
-            opened.append((number, part))
-            augmentations.append(augmentation)
-            jitters.append(make_jitter(config, number, transforms) if training else None)
+            settings = config.data.sources[number]
+            augment, jitter = (settings.augment, settings.jitter) if training else (None, None)
+            separate = not training and settings.eval_path is not None
+            opened.append(
+                OpenSource(
+                    number=number,
+                    name=name,
+                    origin=one_line(f"{name} (eval_path)" if separate else name),
+                    split=dataset.open(split),
+                    label_map=np.array([number_of[one] for one in dataset.classes]),
+                    augmentation=Augmentation(augment) if augment else None,
+                    jitter=Jitter(jitter, config.model.least_bytes, transforms) if jitter else None,
+                )
+            )
     if problems:
         raise UserError(*problems)
-    names = source_names(config)
-    separate = [not training and source.eval_path is not None for source in config.data.sources]
-    return Sources(
-        classes=tuple(classes),
-        splits=tuple(part for _, part in opened),
-        numbers=tuple(number for number, _ in opened),
-        names=tuple(names[n] for n, _ in opened),
-        origins=tuple(one_line(f"{names[n]} (eval_path)" if separate[n] else names[n]) for n, _ in opened),
-        label_maps=tuple(np.array([number_of[name] for name in part.classes]) for _, part in opened),
-        transforms=transforms,
-        augmentations=tuple(augmentations),
-        jitters=tuple(jitters),
-    )
+    return Sources(tuple(classes), tuple(opened), transforms)
 
 
 def _spellings(datasets: Sequence[Dataset]) -> dict[str, Spelling]:
@@ -211,16 +217,6 @@ def _folder_name(location: str) -> str:
     return Path(location.partition("?")[0]).name if is_remote(location) else Path(location).resolve().name
 
 
-def make_augmentation(config: Config, source: int) -> Augmentation | None:
-    options = config.data.sources[source].augment
-    return Augmentation(options) if options else None
-
-
-def make_jitter(config: Config, source: int, transforms: tuple[ByteTransform, ...]) -> Jitter | None:
-    options = config.data.sources[source].jitter
-    return Jitter(options, config.model.least_bytes, transforms) if options else None
-
-
 def trained_transforms(manifest: dict) -> list[str]:
     """The identities of the byte transforms that a checkpoint was trained with."""
     return (manifest["plan"] or {}).get("byte_transforms", [])
@@ -236,33 +232,27 @@ def check_transforms(transforms: Sequence[ByteTransform], manifest: dict) -> Non
         )
 
 
-def content_facts(config: Config, sources: Sources) -> dict:
+def content_facts(sources: Sources) -> dict:
     """The settings that change the bytes of files between the dataset and the model. Equal facts mean equal bytes.
     Empty if files are not changed."""
     facts: dict = {}
     if sources.transforms:
         facts["byte_transforms"] = [transform.identity for transform in sources.transforms]
-    for i, (number, augmentation) in enumerate(zip(sources.numbers, sources.augmentations, strict=True)):
-        augment = config.data.sources[number].augment
-        if augment and augmentation:
-            options = asdict(augment)
-            options |= {"speeds": list(options["speeds"]), "background": augmentation.background}
+    for i, source in enumerate(sources.opened):
+        if source.augmentation:
+            options = asdict(source.augmentation.options)
+            options |= {"speeds": list(options["speeds"]), "background": source.augmentation.background}
             facts.update({f"source {i} augment.{name}": value for name, value in options.items()})
-        jitter = config.data.sources[number].jitter
-        if jitter:
-            facts.update({f"source {i} jitter.{name}": value for name, value in asdict(jitter).items()})
+        if source.jitter:
+            facts.update({f"source {i} jitter.{name}": value for name, value in asdict(source.jitter.options).items()})
     return facts
 
 
 def make_plan(config: Config, sources: Sources) -> Plan:
     """The data order; raises UserError if its micro-batches would exceed the byte budget."""
     data = config.data
-    weights = [data.sources[n].weight for n in sources.numbers]
-    # The length of an augmented file is known if the encoding does not compress.
-    means = [
-        augmentation.least_bytes if augmentation and not augmentation.compresses else split.bytes // max(1, len(split))
-        for split, augmentation in zip(sources.splits, sources.augmentations, strict=True)
-    ]
+    weights = [data.sources[source.number].weight for source in sources.opened]
+    means = [_mean_bytes(source) for source in sources.opened]
     plan = Plan(
         sources.splits,
         mixture_weights(data.mixture, weights, [max(1, len(split)) for split in sources.splits]).tolist(),
@@ -283,6 +273,13 @@ def make_plan(config: Config, sources: Sources) -> Plan:
     return plan
 
 
+def _mean_bytes(source: OpenSource) -> int:
+    """The mean length of the files. That of augmented files is known if their encoding does not compress."""
+    if source.augmentation and not source.augmentation.compresses:
+        return source.augmentation.least_bytes
+    return source.split.bytes // max(1, len(source.split))
+
+
 def index_problems(sources: Sources, share: int, of: int) -> list[str]:
     """Problems of the index, for part `share` of `of` parts of each source's shards: see `Split.damaged_index`."""
     return [problem for split in sources.splits for problem in split.damaged_index(range(share, len(split.shards), of))]
@@ -295,7 +292,8 @@ def any_remote(sources: Sources) -> bool:
 def long_files(config: Config, sources: Sources) -> list[str]:
     """A note for each source with files that have more tokens than the model has positions; see model/stem.py."""
     architecture, notes = config.model.architecture(), []
-    for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
+    for source in sources.opened:
+        split, augmentation = source.split, source.augmentation
         most = augmentation.least_bytes if augmentation else split.length_quantiles["max"]
         longest = int(lengths_after(sources.transforms, np.array([most]))[0])
         if longest <= architecture.max_bytes:
@@ -320,7 +318,8 @@ def notes_on_data(sources: Sources) -> list[str]:
         for name, count in split.dataset.description["splits"][split.split]["class_counts"].items():
             counts[name] += count
     notes = notes_on_classes(counts, len(counts))
-    for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
+    for source in sources.opened:
+        split, augmentation = source.split, source.augmentation
         where = split.dataset.shown
         notes += [f"{where}: {note}" for note in split.dataset.description.get("notes", [])]
         if augmentation and split.dataset.cache is None:  # remote shards are not fetched for notes

@@ -85,7 +85,7 @@ def training_batches(
     samples that could not be read.
     """
     quarantine = quarantine if quarantine is not None else Quarantine()
-    bad_from = [quarantine.bad_from(s.split, name) for s, name in zip(sources.splits, sources.origins, strict=True)]
+    bad_from = [quarantine.bad_from(source.split.split, source.origin) for source in sources.opened]
     with_content = config.content_weight > 0
     reader = ShardReader(sources, seed=config.train.seed, bad_from=bad_from, with_content=with_content)
     lanes = lanes_of_rank(plan.lanes, ranks.rank, ranks.world_size)

@@ -105,16 +105,16 @@ class ShardReader:
     ) -> None:
         """`bad_from[s]` holds the bad samples of source s from the quarantine: {sample: first step at which it is bad}.
         Without `replace_bad`, bad samples are left out. `with_content`: files are also decoded for the content loss."""
-        self.splits, self.label_maps, self.names = sources.splits, sources.label_maps, sources.origins
+        self.sources, self.splits = sources.opened, sources.splits
         self.seed, self.transforms, self.replace_bad = seed, sources.transforms, replace_bad
-        self.augmentations, self.jitters = sources.augmentations, sources.jitters
         self._bad_from = [dict(bad) for bad in bad_from] or [{} for _ in self.splits]
         self._found: list[BadSample] = []  # by the current `read`
         self._rows = [np.asarray(split.samples) for split in self.splits]
         self._files = ShardFiles(self.splits)
         self.with_content = with_content
         self._shows_nothing: set[tuple[int, int]] = set()
-        self.is_plain = not (self.transforms or any(self.augmentations) or any(self.jitters) or with_content)
+        is_changed = any(source.augmentation or source.jitter for source in self.sources)
+        self.is_plain = not (is_changed or self.transforms or with_content)
         self.position = np.zeros(2, np.int64)
         """(source, sample) that is being decoded, in memory that another process may share."""
 
@@ -180,11 +180,11 @@ class ShardReader:
 
     def _labels_of(self, source: np.ndarray, label: np.ndarray) -> np.ndarray:
         """int64 [samples], in the run's classes; IndexError for a label that its dataset does not have."""
-        if len(self.label_maps) == 1:
-            return self.label_maps[0][label]
+        if len(self.sources) == 1:
+            return self.sources[0].label_map[label]
         labels = np.empty(len(label), np.int64)
         for s in np.unique(source):
-            labels[source == s] = self.label_maps[s][label[source == s]]
+            labels[source == s] = self.sources[s].label_map[label[source == s]]
         return labels
 
     def _read_slowly(self, wanted: MicroBatch, allocate: Callable[[int], np.ndarray]) -> RawBatch:
@@ -241,7 +241,7 @@ class ShardReader:
         try:
             content, label = self._read_sample(drawn)
             made, rng = Example(content, label, label, 0.0), self._rng(_AUGMENTATION, drawn)
-            augmentation, jitter = self.augmentations[drawn.source], self.jitters[drawn.source]
+            augmentation, jitter = self.sources[drawn.source].augmentation, self.sources[drawn.source].jitter
             if jitter:
                 made = made._replace(content=np.frombuffer(jitter(content.tobytes(), rng), np.uint8))
             if augmentation:
@@ -312,15 +312,18 @@ class ShardReader:
         split = self.splits[source]
         self._bad_from[source][sample] = step
         shard = split.shards[self._rows[source]["shard"][sample]].file
-        self._found.append(BadSample(step, split.split, self.names[source], sample, shard, split.key(sample), reason))
+        self._found.append(
+            BadSample(step, split.split, self.sources[source].origin, sample, shard, split.key(sample), reason)
+        )
 
     def _read_sample(self, drawn: Draw) -> tuple[np.ndarray, int]:
         """A file's bytes and its class; raises BadFileError, and UserError if the reason lies outside the file."""
         source, sample, *_ = drawn
         self.position[:] = source, sample
         shard, label, offset, length, checksum, _ = self._rows[source][sample].tolist()
-        if label >= len(self.label_maps[source]):
-            raise BadFileError(f"has class {label} of {len(self.label_maps[source])} classes")
+        label_map = self.sources[source].label_map
+        if label >= len(label_map):
+            raise BadFileError(f"has class {label} of {len(label_map)} classes")
         if not length:
             raise BadFileError("is empty")
-        return self._files.read(source, shard, offset, length, checksum), int(self.label_maps[source][label])
+        return self._files.read(source, shard, offset, length, checksum), int(label_map[label])

@@ -69,7 +69,7 @@ class RunData:
     @property
     def facts(self) -> dict:
         """Everything that determines the data of every step. Equal facts mean equal bytes in equal order."""
-        return {**self.plan.facts, **content_facts(self.config, self.training)}
+        return {**self.plan.facts, **content_facts(self.training)}
 
     @property
     def evaluated(self) -> str:
@@ -78,16 +78,22 @@ class RunData:
         return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
     @property
+    def _evaluated_splits(self) -> dict[int, Split]:
+        """The evaluation splits, by the position of their sources in the config."""
+        return {source.number: source.split for source in self.validation.opened}
+
+    @property
     def input_formats(self) -> list[InputFormat]:
         """The format in which the model reads the files of each training source: that of the augmentation or, without
         one, that of the packed files, preferably of those for evaluation."""
-        evaluated = dict(zip(self.validation.numbers, self.validation.splits, strict=True))
+        evaluated = self._evaluated_splits
         formats = []
-        for number, split in zip(self.training.numbers, self.training.splits, strict=True):
-            if augment := self.config.data.sources[number].augment:
-                formats.append(input_format(augment.encoding, asdict(augment)))
+        for source in self.training.opened:
+            if source.augmentation:
+                options = source.augmentation.options
+                formats.append(input_format(options.encoding, asdict(options)))
                 continue
-            packed = [_packed_format(s.dataset.description) for s in (evaluated.get(number), split) if s]
+            packed = [_packed_format(s.dataset.description) for s in (evaluated.get(source.number), source.split) if s]
             formats.append(next((f for f in packed if f.is_known), packed[-1]))
         return formats
 
@@ -95,8 +101,8 @@ class RunData:
         """Evaluation files of each source as the model reads them, and training files of the sources with too few of
         those. None if too few files can be read."""
         most, fewest = (-(-count // len(self.training.splits)) for count in (FILES, FEWEST))
-        evaluated = dict(zip(self.validation.numbers, map(len, self.validation.splits), strict=True))
-        there = [evaluated.get(number, 0) for number in self.training.numbers]
+        evaluated = self._evaluated_splits
+        there = [len(evaluated.get(source.number, ())) for source in self.training.opened]
         is_other = self.config.data.eval_split != self.config.data.train_split
         missing = [most - files if files < fewest and is_other else 0 for files in there]
         return reference_files(
@@ -185,12 +191,12 @@ class RunData:
 
     def _notes_on_evaluation(self) -> Iterator[str]:
         """Sources that are not evaluated, or in another format than they are trained in."""
-        evaluated = dict(zip(self.validation.numbers, self.validation.splits, strict=True))
-        for number, name, format in zip(self.training.numbers, self.training.names, self.input_formats, strict=True):
-            split = evaluated.get(number)
+        evaluated = self._evaluated_splits
+        for source, format in zip(self.training.opened, self.input_formats, strict=True):
+            split = evaluated.get(source.number)
             if split is None and evaluated:
-                yield f"{name}: has no split {self.config.data.eval_split!r}, so its files are not evaluated"
-            if split is None or split.dataset.cache is not None or not self.config.data.sources[number].augment:
+                yield f"{source.name}: has no split {self.config.data.eval_split!r}, so its files are not evaluated"
+            if split is None or split.dataset.cache is not None or not source.augmentation:
                 continue
             if _others_among_first(split, format.matches):
                 yield (
@@ -200,8 +206,9 @@ class RunData:
                 )
 
     def _notes_on_jitter(self) -> Iterator[str]:
-        for number, split in zip(self.training.numbers, self.training.splits, strict=True):
-            if not self.config.data.sources[number].jitter or split.dataset.cache is not None:
+        for source in self.training.opened:
+            split = source.split
+            if not source.jitter or split.dataset.cache is not None:
                 continue
             if others := _others_among_first(split, lambda data: kind_of(data) is not None):
                 yield (
@@ -224,8 +231,9 @@ class RunData:
 
     def _lengths(self, batch: MicroBatch) -> np.ndarray:
         lengths = []
-        for number, (split, augmentation) in enumerate(zip(self.plan.splits, self.training.augmentations, strict=True)):
-            stored = split.samples["length"][batch.sample[batch.source == number]].astype(np.int64)
+        for number, source in enumerate(self.training.opened):
+            augmentation = source.augmentation
+            stored = source.split.samples["length"][batch.sample[batch.source == number]].astype(np.int64)
             if augmentation and not augmentation.compresses:
                 stored = np.full_like(stored, augmentation.least_bytes)
             lengths.append(lengths_after(self.training.transforms, stored))
@@ -272,7 +280,8 @@ def open_run_data(config: Config, ranks: Ranks, descriptions: Descriptions | Non
 def short_files(config: Config, sources: Sources) -> list[str]:
     """Problems of files that are shorter than the model accepts. Empty files do not count; reading replaces them."""
     least, problems = config.model.least_bytes, []
-    for split, augmentation in zip(sources.splits, sources.augmentations, strict=True):
+    for source in sources.opened:
+        split, augmentation = source.split, source.augmentation
         if least == 1:  # the lengths are read only if they matter
             break
         stored = [augmentation.least_bytes] if augmentation else split.samples["length"].astype(np.int64)

@@ -213,7 +213,7 @@ def test_a_sample_is_bad_from_the_step_that_found_it(config: Config, dataset: Pa
 def test_a_list_of_a_folder_with_blanks_in_its_name_is_applied_again(datasets: Path, tmp_path: Path) -> None:
     dataset = shutil.copytree(datasets / "a", tmp_path / "my  two\tblanks ")
     sources = open_training(load_config(write_config(tmp_path, datasets, dataset)))
-    origin = sources.origins[0]
+    origin = sources.opened[0].origin
     quarantine = Quarantine(tmp_path)
     quarantine.found([BadSample(3, "train", origin, DAMAGED, "a.tar", "key", "is\tempty")])
     quarantine.share(ALONE, sources.sizes, 1)
@@ -388,7 +388,7 @@ def test_an_evaluation_of_nothing_is_an_error_with_the_list(dataset: Path, confi
     for tar in dataset.glob("a-val-*.tar"):
         tar.unlink()
     sources = open_evaluation(config, "val", ("a0", "a1", "a2", "b0", "b1"))
-    only = replace(sources, splits=sources.splits[:1], origins=("a",), names=("a",), label_maps=sources.label_maps[:1])
+    only = replace(sources, opened=sources.opened[:1])
     model = lambda batch: torch.zeros(len(batch), 5)  # noqa: E731
     with pytest.raises(AgreedError, match=r"21 of 21 samples of val are unreadable(?s:.*)its shard is missing"):
         evaluate(model, config, only, ALONE, Quarantine(), 0)

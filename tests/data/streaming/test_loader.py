@@ -111,7 +111,8 @@ def test_a_loader_process_that_dies_names_the_file_that_it_was_at(config_file: P
     sources = open_training(config)
     key = sources.splits[0].key(5)
     file = (datasets / "trees" / "a" / "train" / f"{key}.bin").read_bytes()
-    sources = replace(sources, augmentations=(Aborting(file), None))
+    first, second = sources.opened
+    sources = replace(sources, opened=(replace(first, augmentation=Aborting(file)), second))
     batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
     with pytest.raises(
         LoaderCrashed, match=rf"exited unexpectedly.*; it was reading .*/a, a-train-0000.*: sample '{key}'"
@@ -197,7 +198,7 @@ def test_classes_of_equal_name_are_one(config_file: Path, datasets: Path) -> Non
     config = load_config(config_file)
     assert open_training(config).classes == ("a0", "a1", "a2", "b0", "b1")
     sources = open_evaluation(config, "train", ("b1", "a2", "a1", "a0", "b0"))
-    assert [m.tolist() for m in sources.label_maps] == [[3, 2, 1], [4, 0]]
+    assert [source.label_map.tolist() for source in sources.opened] == [[3, 2, 1], [4, 0]]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from bfsys.data.media.content import NONE
 from bfsys.data.storage.shards import Split, open_split
 from bfsys.data.streaming import reader as reader_module
 from bfsys.data.streaming import shard_files
-from bfsys.data.streaming.datasets import Sources
+from bfsys.data.streaming.datasets import OpenSource, Sources
 from bfsys.data.streaming.plan import MicroBatch
 from bfsys.data.streaming.reader import ShardReader
 from bfsys.errors import UserError
@@ -27,16 +27,12 @@ def micro_batch(samples: list[int]) -> MicroBatch:
 
 @pytest.fixture
 def sources(datasets: Path) -> Sources:
-    return Sources(
-        classes=tuple("0123456789"),
-        splits=(open_split(datasets / "a", "train"),),
-        numbers=(0,),
-        names=("a",),
-        label_maps=(np.array([7, 8, 9]),),
-        origins=("a",),
-        augmentations=(None,),
-        jitters=(None,),
-    )
+    return sources_in(datasets / "a")
+
+
+def sources_in(dataset: Path) -> Sources:
+    split = open_split(dataset, "train")
+    return Sources(tuple("0123456789"), (OpenSource(0, "a", "a", split, np.array([7, 8, 9])),))
 
 
 @pytest.fixture
@@ -124,11 +120,11 @@ def test_an_outage_makes_no_sample_bad(
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT])
 def test_a_shard_is_bad_if_its_dataset_can_be_reached(
-    number: int, datasets: Path, tmp_path: Path, sources: Sources, monkeypatch: pytest.MonkeyPatch
+    number: int, datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broken sector and a server that times out give the same error; so do a deleted shard and a lost mount."""
     dataset = shutil.copytree(datasets / "a", tmp_path / "a")
-    reader = ShardReader(replace(sources, splits=(open_split(dataset, "train"),)))
+    reader = ShardReader(sources_in(dataset))
     really_open, failing = Split.open_shard, {reader.splits[0].samples["shard"][0]}
 
     def open_shard(split: Split, shard: int) -> int:
@@ -158,7 +154,7 @@ def test_running_out_of_memory_makes_no_file_bad(reader: ShardReader) -> None:
         def __call__(self, *_: object) -> None:
             raise MemoryError
 
-    reader.augmentations, reader.is_plain = (Hungry(),), False
+    reader.sources, reader.is_plain = (replace(reader.sources[0], augmentation=Hungry()),), False  # type: ignore[arg-type]
     with pytest.raises(MemoryError):
         reader.read(micro_batch([0]))
 
@@ -181,7 +177,7 @@ def test_a_file_that_shows_nothing_is_decoded_once(sources: Sources, monkeypatch
     assert len(tried) == 3
     # Jitter may make a sound too long for a table, but not in the next draw. Another process must find the same.
     reader = ShardReader(sources, with_content=True)
-    reader.jitters = (lambda content, rng: content,)
+    reader.sources = (replace(reader.sources[0], jitter=lambda content, rng: content),)  # type: ignore[arg-type]
     for _ in range(2):
         reader.read(micro_batch([0, 1]))
     assert len(tried) == 7
