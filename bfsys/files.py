@@ -6,6 +6,7 @@ A name refers either to the old content or to the new content at every moment, a
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import io
@@ -52,6 +53,12 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> N
     """Replace `path` atomically with a file of this content; text is encoded in UTF-8."""
     with replacing(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def decoded(content: bytes | bytearray) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Raises UnicodeDecodeError."""
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
 
 
 def replace_by_copy(path: Path, source: Path) -> None:

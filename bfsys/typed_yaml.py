@@ -12,7 +12,6 @@ value is one scalar of YAML.
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import functools
 import json
@@ -28,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from bfsys.errors import UserError, code_of, collecting, did_you_mean
-from bfsys.files import open_regular
+from bfsys.files import decoded, open_regular
 
 T = TypeVar("T")
 LISTED = 20  # problems that an error lists
@@ -122,8 +121,7 @@ def load(
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise UserError(f"config {path}: has more than {MOST_BYTES:,} bytes; a config has a few thousand")
-        is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+        text = decoded(content)
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}", exit_code=code_of(error)) from None
     except UnicodeDecodeError as error:

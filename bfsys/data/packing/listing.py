@@ -27,7 +27,7 @@ from bfsys.data.packing.splits import SPLIT_FOLDERS, files_for_val, split_of_nam
 from bfsys.data.storage.classes import Spelling, stored_name, too_alike
 from bfsys.data.storage.tars import NOT_PAYLOAD
 from bfsys.errors import OUTAGE_ERRNOS, SHORTAGE_ERRNOS, UserError, counted, is_printable, one_line
-from bfsys.files import read_up_to
+from bfsys.files import decoded, read_up_to
 
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
 SPEECH_COMMANDS_LISTS = {"validation_list.txt": "val", "testing_list.txt": "test"}
@@ -192,8 +192,7 @@ def _lines_of(path: Path) -> list[str]:
         content = read_up_to(file, MOST_LIST_BYTES)
     if len(content) > MOST_LIST_BYTES:
         raise ValueError(f"holds more than {MOST_LIST_BYTES:,} bytes")
-    is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    lines = content.decode("utf-16" if is_utf_16 else "utf-8").split("\n")
+    lines = decoded(content).split("\n")
     return [line.removeprefix(BYTE_ORDER_MARK).rstrip("\r") for line in lines]
 
 
