@@ -223,13 +223,12 @@ class Model:
             return explain(
                 self._classifier,
                 self.classes,
-                stored.key,
-                stored.data,
+                stored,
                 self._reader.transformed(stored.key, stored.data).data,
-                self._reader.transforms,
-                self._references_of(seed),
-                index,
-                seed,
+                transforms=self._reader.transforms,
+                files=self._references_of(seed),
+                index=index,
+                seed=seed,
             )
 
     def _references_of(self, seed: int) -> list[LabelledFile]:
@@ -423,7 +422,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def batches_of(samples: Iterator[Sample], budget_bytes: int, least_bytes: int = 1) -> Iterator[list[Sample]]:
+def batches_of(samples: Iterator[Sample], budget_bytes: int, least_bytes: int) -> Iterator[list[Sample]]:
     """Group samples in order into lists of at most `budget_bytes`, or of one larger sample. Samples shorter than
     `least_bytes` count as `least_bytes`."""
     return within_budget(((max(len(sample.data), least_bytes), sample) for sample in samples), budget_bytes)

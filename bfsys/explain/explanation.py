@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bfsys.answers import Prediction, ranked
+from bfsys.batch import Sample
 from bfsys.data.streaming.byte_transforms import ByteTransform
 from bfsys.explain.attribution import DRAWS, Classifier, integrated_gradients, occlusion, windows_of
 from bfsys.explain.ranges import Range, Structure
@@ -135,9 +136,9 @@ class Explanation:
 def explain(
     classifier: Classifier,
     classes: Sequence[str],
-    name: str,
-    stored: np.ndarray,
+    stored: Sample,
     data: np.ndarray,
+    *,
     transforms: Sequence[ByteTransform],
     files: Sequence[LabelledFile],
     index: int | None,
@@ -145,12 +146,12 @@ def explain(
 ) -> Explanation:
     """The explanation of class `index` (None: the likeliest) for a file; the references are chosen among `files`.
 
-    stored, data: uint8, before and after the transforms
+    `data` are the bytes of `stored` after the transforms, uint8.
     """
     probabilities = np.exp(classifier.log_probabilities([data])[0])
     predictions = _ranked(probabilities, classes)
     index = predictions[0].index if index is None else index
-    layout = _structure_of(stored, data, transforms)
+    layout = _structure_of(stored.data, data, transforms)
     references, reference = choose(files, data, layout.format, index, DRAWS, seed)
     windows = windows_of(len(data), classifier.network.architecture.stride)
     evidence = occlusion(classifier, data, references, index, windows)
@@ -158,8 +159,8 @@ def explain(
     shares = _shares(evidence, gradients, windows, layout.ranges)
     parts = tuple(Part(one, share) for one, share in zip(layout.ranges, shares, strict=True))
     return Explanation(
-        name=name,
-        stored=stored,
+        name=stored.key,
+        stored=stored.data,
         data=data,
         format=layout.format,
         explained=Prediction(classes[index], index, float(probabilities[index])),
