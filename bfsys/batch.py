@@ -21,12 +21,11 @@ CONTENT_ROWS, CONTENT_COLUMNS = 64, 48
 
 @dataclass(frozen=True)
 class Sample:
-    """One file: its bytes, its class and where it came from."""
+    """One file: its name, its bytes and its class."""
 
     key: str
     data: np.ndarray  # uint8 [bytes]
     label: int = NO_LABEL
-    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class ByteBatch:
             data=torch.from_numpy(data),
             offsets=torch.from_numpy(offsets),
             labels=torch.from_numpy(np.array([s.label for s in samples], np.int64)),
-            sources=torch.from_numpy(np.array([s.source for s in samples], np.int64)),
+            sources=torch.from_numpy(np.zeros(len(samples), np.int64)),
             samples=torch.from_numpy(np.full(len(samples), -1, np.int64)),
         )
 

@@ -29,7 +29,7 @@ from bfsys.dist import Ranks
 from bfsys.engine import WEIGHT
 from bfsys.errors import UserError, collecting
 from bfsys.model.layout import AS_RELEASED
-from bfsys.model.sizes import BYTE_VALUES, HEAD_DIM, PAD_BYTE, PUBLISHED_MERGES, PUBLISHED_SHIFT, SIZES
+from bfsys.model.sizes import BYTE_VALUES, HEAD_DIM, PAD_BYTE, PUBLISHED_MERGES, SIZES
 
 NESTS = ("ema_model_state_dict", "model_state_dict", "state_dict", "model")  # the first existing one is used
 PREFIX = "module."
@@ -72,11 +72,11 @@ def import_weights(
     weights: Path,
     out: Path,
     *,
-    classes_file: Path | None = None,
-    window: int = 128,
-    shift: int = PUBLISHED_SHIFT,
-    heads: int | None = None,
-    byte_transforms: Sequence[str] = (),
+    classes_file: Path | None,
+    window: int,
+    shift: int,
+    heads: int | None,
+    byte_transforms: Sequence[str],
 ) -> None:
     """Make the run directory `out` from the state dict in `weights`. Raises UserError for weights that do not fit."""
     check_windows(window, shift)

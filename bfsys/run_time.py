@@ -65,7 +65,7 @@ class RunTime:
 
 
 def sent_bytes(
-    stage: int, parameters: int, ranks: int, micro_batches: int, *, bf16: bool, muon_parameters: int = 0
+    stage: int, parameters: int, ranks: int, micro_batches: int, *, bf16: bool, muon_parameters: int
 ) -> float:
     """Bytes that one rank sends in a step for gradients, weights and Muon's matrices, if all collectives use rings.
 

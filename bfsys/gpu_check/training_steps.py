@@ -96,7 +96,7 @@ def bfsys_step(
 
 
 def engine_step(
-    files: list[np.ndarray], a: Architecture, classes: int, device: torch.device, bf16: bool, *, micro_batches: int = 1
+    files: list[np.ndarray], a: Architecture, classes: int, device: torch.device, bf16: bool, *, micro_batches: int
 ) -> Step:
     """A step of bfsys through DeepSpeed at ZeRO 1: the same files in each of `micro_batches`, then an update.
 

@@ -106,8 +106,8 @@ def _saying_if_slow(url: str) -> Iterator[None]:
         timer.cancel()
 
 
-def too_long(where: str | Path, limit_bytes: int) -> UserError:
-    return UserError(f"{where}: holds more than {limit_bytes:,} bytes; is it the right file?")
+def too_long(where: str | Path) -> UserError:
+    return UserError(f"{where}: holds more than {SMALL_FILE_BYTES:,} bytes; is it the right file?")
 
 
 class Cache:
@@ -131,9 +131,7 @@ class Cache:
         self.folder, self.limit_bytes, self.is_private = Path(folder), limit_bytes, is_private
         self.attempts, self.stall_s, self.back_off_s = attempts, stall_s, back_off_s
 
-    def read(
-        self, url: str, check: Callable[[bytes], None] = lambda _: None, *, limit_bytes: int = SMALL_FILE_BYTES
-    ) -> bytes:
+    def read(self, url: str, check: Callable[[bytes], None] = lambda _: None) -> bytes:
         """The content of a small file whose hash is not known, such as dataset.json. Not cached. `check` raises
         WrongContent for other content."""
         stop = threading.Event()
@@ -143,8 +141,8 @@ class Cache:
             with closing(stream(url, self.stall_s, stop)) as source:
                 for data in source:
                     content += data
-                    if len(content) > limit_bytes:
-                        raise too_long(hide(url), limit_bytes)
+                    if len(content) > SMALL_FILE_BYTES:
+                        raise too_long(hide(url))
             if not content:
                 raise WrongContent("the answer is empty")
             check(bytes(content))

@@ -332,7 +332,7 @@ def read_description(path: Path) -> dict:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})", exit_code=code_of(error)) from error
     if len(content) > SMALL_FILE_BYTES:
-        raise too_long(file, SMALL_FILE_BYTES)
+        raise too_long(file)
     return parse_description(content, file)
 
 

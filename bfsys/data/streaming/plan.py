@@ -278,7 +278,7 @@ def lane_groups(lanes: range, groups: int) -> list[range]:
     return [lanes[first:end] for first, end in itertools.pairwise(ends)]
 
 
-def evaluation_batches(splits: Sequence[Split], budget_bytes: int, least_bytes: int = 1) -> list[MicroBatch]:
+def evaluation_batches(splits: Sequence[Split], budget_bytes: int, least_bytes: int) -> list[MicroBatch]:
     """Every sample of every split once, shard by shard, in micro-batches of at most `budget_bytes`.
 
     Files shorter than `least_bytes` count as `least_bytes`. A file above the budget forms its own batch.

@@ -113,17 +113,18 @@ def test_a_server_that_comes_back(server: FaultyServer, tmp_path: Path, monkeypa
     assert names(cache) == [result[0].name]
 
 
-def test_small_files(server: FaultyServer, tmp_path: Path) -> None:
+def test_small_files(server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patient = make_cache(tmp_path, stall_s=1.5, attempts=12, back_off_s=0.001)
     server.fail("/x.tar", ["503", "truncate", "reset", "stall"])
     assert patient.read(f"{server.url}/x.tar") == CONTENT
     assert server.requests["/x.tar"] >= 5
     cache = make_cache(tmp_path)
     assert not cache.folder.exists()  # no folder is made for a run with only local data
-    with pytest.raises(UserError, match="holds more than 1,000 bytes"):
-        cache.read(f"{server.url}/x.tar", limit_bytes=1000)
     with pytest.raises(UserError, match="HTTP status 404; 2: "):
         cache.read(f"{server.url}/typo.json")
+    monkeypatch.setattr(remote, "SMALL_FILE_BYTES", 1000)
+    with pytest.raises(UserError, match="holds more than 1,000 bytes"):
+        cache.read(f"{server.url}/x.tar")
 
 
 def test_failed_tries_are_printed_while_a_reader_waits(
