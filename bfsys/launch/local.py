@@ -108,10 +108,7 @@ class Group:
             if ended and kill_at == float("inf"):
                 stop_at = min(stop_at, now + TOGETHER_S)
             if first_code == 0 and any(ended.values()):
-                # If several ranks have failed, the likelier cause is one that was killed by a signal, and then one that
-                # names its reason: the others crash because they lose the connection to it.
-                failed = ((code > 0, code == EXIT_CRASHED, code, rank) for rank, code in ended.items() if code)
-                *_, code, first_rank = min(failed)
+                first_rank, code = likeliest_cause(ended)
                 first_code = self._exit_code(code, was_told=kill_at < float("inf"))
                 if first_code == EXIT_HUNG:  # a hung rank does not react to SIGTERM
                     kill_at = now
@@ -188,6 +185,15 @@ class Group:
             with suppress(OSError):
                 lines = log.read_text(errors="replace").splitlines()
                 print("\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]), file=sys.stderr)
+
+
+def likeliest_cause(ended: dict[int, int]) -> tuple[int, int]:
+    """(rank, code) of the rank that failed first. If several have failed, it is rather one that was killed by a signal,
+    or else one that names its reason: the others crash because they lose the connection to it."""
+    return min(
+        ((rank, code) for rank, code in ended.items() if code),
+        key=lambda failed: (failed[1] > 0, failed[1] == EXIT_CRASHED, failed[1], failed[0]),
+    )
 
 
 def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
