@@ -31,7 +31,7 @@ from bfsys.checkpoint.files import (
     read_manifest,
     step_of_name,
 )
-from bfsys.checkpoint.rollbacks import read_rollbacks, was_rolled_back
+from bfsys.checkpoint.rollbacks import is_after_bad_steps, read_rollbacks, was_rolled_back
 from bfsys.checkpoint.store import Store
 from bfsys.checkpoint.writer import read_task
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError
@@ -107,10 +107,6 @@ def disown_rolled_back(store: Store, run_dir: Path) -> None:
         with suppress(Damaged):
             if (manifest := store.manifest(name)) and was_rolled_back(manifest, rollbacks):
                 store.disown(name)
-
-
-def is_after_bad_steps(manifest: dict) -> bool:
-    return bool((manifest.get("guard") or {}).get("in_a_row"))
 
 
 def fetch(store: Store, task: dict) -> dict:

@@ -43,3 +43,8 @@ def was_rolled_back(manifest: Mapping, rollbacks: Sequence[Mapping]) -> bool:
         for rollback in rollbacks
         if rollback["to"] < step <= max(rollback["steps"])
     )
+
+
+def is_after_bad_steps(manifest: dict) -> bool:
+    """Whether the run may have to roll back further than this checkpoint."""
+    return bool((manifest.get("guard") or {}).get("in_a_row"))

@@ -47,6 +47,7 @@ from bfsys.checkpoint.files import (
     retire,
     to_prune,
 )
+from bfsys.checkpoint.rollbacks import is_after_bad_steps
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError, remedy_of
 
 POLL_S = 0.05
@@ -157,8 +158,7 @@ class Saver:
         def commit_and_prune() -> None:
             self._wait_for_removal()
             commit(self._work, final, facts, files)
-            is_bad = bool((facts.get("guard") or {}).get("in_a_row"))
-            if not is_bad:  # after a bad step, the run may need an older checkpoint to roll back to
+            if not is_after_bad_steps(facts):
                 paths, used = all_checkpoints(self.run_dir), self.in_use()
                 going = [retire(path) for path in to_prune(self.run_dir, paths, self.keep) if path != used]
                 self._removal = threading.Thread(target=_remove_all, args=[going], name="removal of checkpoints")
