@@ -19,6 +19,15 @@ NOT_KEPT = {
 }
 
 
+def as_url(text: str) -> str:
+    """The URL from which a Path was made, with the slashes that Path removed; "" if it was made from a path."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", text)
+    if not match:
+        return ""
+    root = "/" if match[1] in ("file", "local") else ""
+    return f"{match[1]}://{root}{text[match.end() :]}"
+
+
 def problem_of_url(url: str, given: str = "") -> str:
     """The problem of a URL for checkpoints; "" if there is none. The message contains no secrets.
 

@@ -41,6 +41,7 @@ from typing import TypeVar
 from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, EXIT_STORAGE, MISSING_ERRNOS, UserError
 from bfsys.files import describe, open_regular, read_regular, replace_by_copy, replace_file, sync_folder
 from bfsys.json_lines import NUMBER, Fields, parse_json_lines
+from bfsys.object_stores import as_url
 
 T = TypeVar("T")
 
@@ -284,15 +285,6 @@ def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
                 has_vanished = True
         if not has_vanished:
             return None, problems
-
-
-def as_url(text: str) -> str:
-    """The URL from which a Path was made, with the slashes that Path removed; "" if it was made from a path."""
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=.)", text)
-    if not match:
-        return ""
-    root = "/" if match[1] in ("file", "local") else ""
-    return f"{match[1]}://{root}{text[match.end() :]}"
 
 
 def problem_of_place(run: Path) -> str:

@@ -22,7 +22,6 @@ from bfsys.checkpoint.files import (
     OtherFormat,
     RetentionPolicy,
     all_checkpoints,
-    as_url,
     checkpoint_name,
     checkpoints_dir,
     evaluations,
@@ -41,7 +40,7 @@ from bfsys.checkpoint.files import (
 from bfsys.checkpoint.store import Store
 from bfsys.errors import EXIT_USER_ERROR, UserError, counted, one_line
 from bfsys.locations import without_secrets
-from bfsys.object_stores import URL
+from bfsys.object_stores import URL, as_url
 
 MB = 1e6
 PAUSES_S = (1.0, 4.0)  # before a store is retried; short, because a user waits for the answer
@@ -233,7 +232,7 @@ def verify(args: argparse.Namespace) -> int:
     return EXIT_USER_ERROR if not_read else 0
 
 
-def newest_readable(checkpoints: Sequence[OnDisk | InStore]) -> tuple[OnDisk | InStore, dict]:
+def newest_with_manifest(checkpoints: Sequence[OnDisk | InStore]) -> tuple[OnDisk | InStore, dict]:
     """The newest checkpoint whose manifest can be read, and the manifest. Raises UserError if there is none."""
     problems: list[str] = []
     for checkpoint in reversed(checkpoints):
@@ -249,7 +248,7 @@ def newest_readable(checkpoints: Sequence[OnDisk | InStore]) -> tuple[OnDisk | I
 
 
 def show(args: argparse.Namespace) -> int:
-    checkpoint, manifest = newest_readable(checkpoints_of(args.run))
+    checkpoint, manifest = newest_with_manifest(checkpoints_of(args.run))
     files = manifest["files"]
     print(one_line(str(checkpoint)))
     print(f"step      {manifest['step']}, {manifest.get('updates', manifest['step'])} of which changed the weights")
@@ -334,7 +333,7 @@ def remove_others(args: argparse.Namespace) -> int:
     if (args.run / MANIFEST).exists():
         raise UserError(f"{args.run}: a checkpoint; give its run directory (runs/NAME)")
     whole = []
-    for path in paths_of(args.run):
+    for path in paths:
         problems = problems_of(path)
         if not path.exists():  # the run has removed it in the meantime
             continue
