@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    from bfsys.data.storage.description import summarise
-    from bfsys.data.storage.shards import open_split, read_description, split_names
+    from bfsys.data.storage.description import read_description, summarise
+    from bfsys.data.storage.shards import open_split, split_names
     from bfsys.locations import is_remote
 
     if is_remote(args.dataset):

@@ -118,8 +118,7 @@ def option_problems(args: argparse.Namespace, packing: Packing) -> list[str]:
 
 def print_summary(folder: Path, left_out: str) -> None:
     from bfsys.data.packing import staging
-    from bfsys.data.storage.description import summarise
-    from bfsys.data.storage.shards import read_description
+    from bfsys.data.storage.description import read_description, summarise
 
     print(summarise(read_description(folder)))
     for line in filter(None, (left_out, staging.note_on_skipped(folder))):

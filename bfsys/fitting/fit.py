@@ -28,7 +28,8 @@ from bfsys.data.media.encodings import AS_STORED, Fitting, parse_encoding
 from bfsys.data.packing.listing import Listing, check_files
 from bfsys.data.packing.pack import Packing, list_source, name_bad_files, pack
 from bfsys.data.packing.staging import note_on_skipped, skipped_files
-from bfsys.data.storage.shards import DESCRIPTION, open_split, read_description
+from bfsys.data.storage.description import DESCRIPTION, read_description
+from bfsys.data.storage.shards import open_split
 from bfsys.data.streaming.datasets import evaluable_splits
 from bfsys.errors import UserError, counted, one_line
 from bfsys.files import read_regular, replace_file

@@ -12,7 +12,8 @@ import webdataset
 
 from bfsys.cli import call
 from bfsys.commands.inspect import verify
-from bfsys.data.storage.shards import open_split, read_description, split_names
+from bfsys.data.storage.description import read_description
+from bfsys.data.storage.shards import open_split, split_names
 from bfsys.errors import UserError
 from tests.conftest import closed_output
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from bfsys.cli import call
 from bfsys.data.packing import shard_jobs, staging
 from bfsys.data.packing.left_out import why_left_out
-from bfsys.data.storage.shards import open_split, read_description
+from bfsys.data.storage.description import read_description
+from bfsys.data.storage.shards import open_split
 from bfsys.errors import UserError
 from tests.commands.packing_helpers import (
     ROOT,

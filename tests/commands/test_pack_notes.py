@@ -6,7 +6,8 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from bfsys.data.storage.shards import open_split, read_description
+from bfsys.data.storage.description import read_description
+from bfsys.data.storage.shards import open_split
 from tests.commands.packing_helpers import contents, make_files, make_tree, pack, png_bytes, problems_of
 
 OF_SYSTEM = [

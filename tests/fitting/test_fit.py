@@ -20,7 +20,7 @@ import bfsys
 from bfsys.checkpoint.files import METRICS, evaluations
 from bfsys.cli import call
 from bfsys.config import Config, load_config
-from bfsys.data.storage.shards import read_description
+from bfsys.data.storage.description import read_description
 from bfsys.errors import UserError, exit_code_of
 from bfsys.fitting import choice as rules
 from bfsys.fitting import fit

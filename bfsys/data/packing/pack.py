@@ -29,7 +29,7 @@ from bfsys.data.packing.listing import (
 )
 from bfsys.data.packing.splits import split_of_name
 from bfsys.data.packing.workers import write_jobs
-from bfsys.data.storage.shards import seen_from
+from bfsys.data.storage.description import seen_from
 from bfsys.errors import UserError, counted, one_line
 
 DEFAULT_VAL_SHARE = 0.1

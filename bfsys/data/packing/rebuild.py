@@ -9,7 +9,8 @@ import numpy as np
 from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.packing.splits import SPLIT_FOLDERS, split_of_name
 from bfsys.data.storage.classes import Spelling, stored_name, too_alike
-from bfsys.data.storage.shards import DESCRIPTION, write_description, write_split
+from bfsys.data.storage.description import DESCRIPTION
+from bfsys.data.storage.shards import write_description, write_split
 from bfsys.data.storage.tars import TarIndex, how_to_decompress, join_shards, read_shard
 from bfsys.errors import UserError, collecting, is_printable
 

@@ -26,7 +26,8 @@ from bfsys.data.media.encodings import Encoding, Fitting, library_version, parse
 from bfsys.data.media.modalities import PECULIARITIES, peculiarities_of
 from bfsys.data.packing import staging
 from bfsys.data.packing.listing import UNREADABLE, BadFile, SourceFile, why_unreadable
-from bfsys.data.storage.shards import DESCRIPTION, PACKED_BY, read_description, write_description, write_split
+from bfsys.data.storage.description import DESCRIPTION, read_description
+from bfsys.data.storage.shards import PACKED_BY, write_description, write_split
 from bfsys.data.storage.tars import Member, Shard, TarIndex, size_in_tar_bytes, write_shard
 from bfsys.errors import UserError, one_line
 from bfsys.files import open_regular, replace_file, replacing
@@ -118,8 +119,8 @@ def write_job(job: Job, skip_bad: bool, fatal: Mapping[str, str], position: c_lo
     """Write a shard and its sidecar, unless both exist and belong to the same input.
 
     `fatal` holds files that crashed a process that decoded them, with the reason. `position.value` is set to the number
-    of the file that is being packed. Raises UserError if there is not enough memory for a
-    file, or if a file server does not answer.
+    of the file that is being packed. Raises UserError if there is not enough memory for a file, or if a file server
+    does not answer.
     """
     done = _read_sidecar(job)
     if done and (skip_bad or not done.bad) and not any(bad.reason.startswith(UNREADABLE) for bad in done.bad):

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bfsys.data.storage.shards import DESCRIPTION, read_description
+from bfsys.data.storage.description import DESCRIPTION, read_description
 from bfsys.errors import UserError, counted
 from bfsys.files import NO_LOCKS, sync_folder
 

@@ -6,7 +6,8 @@ import mmap
 import numpy as np
 import xxhash
 
-from bfsys.data.storage.shards import DESCRIPTION, PACKED_BY, Split
+from bfsys.data.storage.description import DESCRIPTION
+from bfsys.data.storage.shards import PACKED_BY, Split
 from bfsys.data.storage.tars import TarIndex, read_shard
 from bfsys.errors import UserError, counted
 from bfsys.files import describe

@@ -1,15 +1,28 @@
-"""The content of a dataset.json: its types are checked on reading, since people and other programs write it too."""
+"""The dataset.json of a packed dataset. Reading checks its types, since people and other programs write it too."""
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
 from bfsys.data.storage.classes import notes_on_classes, some
-from bfsys.errors import counted, one_line
+from bfsys.data.storage.remote import SMALL_FILE_BYTES, too_long
+from bfsys.errors import UserError, code_of, counted, one_line
+from bfsys.files import open_regular, read_up_to
 
+FORMAT = 2
+DESCRIPTION = "dataset.json"
+LISTED = 20  # problems of a damaged dataset.json that an error lists
+PACK_AGAIN = (
+    f"a damaged {DESCRIPTION} cannot be trusted; pack the dataset again, or copy it again from an intact source"
+)
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -54,6 +67,67 @@ class Description(TypedDict):
 
 
 _ADAPTER = TypeAdapter(Description)
+
+
+def version_of(path: Path) -> tuple[int, ...]:
+    """What changes if the dataset.json in the folder at `path` is replaced; nothing if it is not there."""
+    # A network file system checks an opened file with its server, and may answer os.stat from a cache.
+    with suppress(OSError), open_regular(path / DESCRIPTION) as file:
+        status = os.fstat(file.fileno())
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return ()
+
+
+def read_description(path: Path) -> dict:
+    """The content of dataset.json in the folder at `path`."""
+    file = path / DESCRIPTION
+    try:
+        with open_regular(file) as opened:
+            content = bytes(read_up_to(opened, SMALL_FILE_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
+        if not os.path.isdir(path):
+            what = f"there is no such folder{seen_from(path)}; run bfsys pack to make a packed dataset"
+            raise UserError(f"{path}: {what}") from None
+        raise UserError(
+            f"{path}: holds no {DESCRIPTION}. If packing was not finished, run the same command "
+            f"again; for tars made elsewhere, run: bfsys inspect {shlex.quote(str(path))} --rebuild"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})", exit_code=code_of(error)) from error
+    if len(content) > SMALL_FILE_BYTES:
+        raise too_long(file)
+    return parse_description(content, file)
+
+
+def seen_from(path: Path) -> str:
+    """For messages about a missing path: a note with the folder to which a relative path refers; empty for an absolute
+    path."""
+    return "" if path.is_absolute() else f" in the current folder, which is {Path.cwd()}"
+
+
+def parse_object(content: bytes) -> dict:
+    """The object in a JSON file with the key `format`. Raises ValueError."""
+    try:
+        description = json.loads(content)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+    if not isinstance(description, dict) or "format" not in description:
+        raise ValueError("it has no 'format'")
+    return description
+
+
+def parse_description(content: bytes, where: str | Path) -> dict:
+    """The content of a dataset.json; `where` is for messages."""
+    try:
+        description = parse_object(content)
+    except ValueError as error:
+        raise UserError(f"{where}: cannot be read as {DESCRIPTION} ({error}); pack the dataset again") from error
+    number = description["format"]
+    if number != FORMAT:
+        raise UserError(f"{where}: has format {number!r}; this version reads format {FORMAT}: pack the dataset again")
+    if problems := check_description(content):
+        raise UserError(*(f"{where}: is damaged: {problem}" for problem in problems[:LISTED]), PACK_AGAIN)
+    return description
 
 
 def check_description(content: bytes) -> list[str]:

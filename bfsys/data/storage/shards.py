@@ -19,7 +19,6 @@ import hashlib
 import itertools
 import json
 import os
-import shlex
 import tokenize
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -30,23 +29,24 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from bfsys.data.storage.description import check_description
-from bfsys.data.storage.remote import SMALL_FILE_BYTES, Cache, RemoteFile, is_remote, too_long, url_of
+from bfsys.data.storage.description import (
+    DESCRIPTION,
+    FORMAT,
+    parse_description,
+    parse_object,
+    read_description,
+    version_of,
+)
+from bfsys.data.storage.remote import Cache, RemoteFile, is_remote, url_of
 from bfsys.data.storage.streams import WrongContent
 from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, join_shards
 from bfsys.errors import MISSING_ERRNOS, UserError, code_of
-from bfsys.files import describe, open_regular, read_up_to, replace_file, replacing
+from bfsys.files import describe, open_regular, replace_file, replacing
 from bfsys.locations import hide
 
-FORMAT = 2
-DESCRIPTION = "dataset.json"
 # Not for datasets of `bfsys pack`: rebuilding takes the names of classes from keys, in which some characters differ.
 REBUILD = f"if its tars were made elsewhere, rename {DESCRIPTION} and run bfsys inspect --rebuild"
 PACKED_BY = "tools/pack.py"
-LISTED = 20  # problems of a damaged dataset.json that an error lists
-PACK_AGAIN = (
-    f"a damaged {DESCRIPTION} cannot be trusted; pack the dataset again, or copy it again from an intact source"
-)
 QUANTILES_PERCENT = (0, 1, 10, 25, 50, 75, 90, 99, 100)
 
 
@@ -289,7 +289,7 @@ def fetch_description(location: str, cache: Cache) -> dict:
 
     def check(content: bytes) -> None:
         try:
-            _parsed(content)
+            parse_object(content)
         except ValueError as error:
             raise WrongContent(f"the answer is not a {DESCRIPTION}: {error}") from None
 
@@ -304,67 +304,6 @@ def open_split(path: str | Path, split: str) -> Split:
 def split_names(path: str | Path) -> list[str]:
     """The splits of the dataset in a folder."""
     return open_dataset(path).splits
-
-
-def version_of(path: Path) -> tuple[int, ...]:
-    """What changes if the dataset.json in the folder at `path` is replaced; nothing if it is not there."""
-    # A network file system checks an opened file with its server, and may answer os.stat from a cache.
-    with suppress(OSError), open_regular(path / DESCRIPTION) as file:
-        status = os.fstat(file.fileno())
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-    return ()
-
-
-def read_description(path: Path) -> dict:
-    """The content of dataset.json in the folder at `path`."""
-    file = path / DESCRIPTION
-    try:
-        with open_regular(file) as opened:
-            content = bytes(read_up_to(opened, SMALL_FILE_BYTES))
-    except (FileNotFoundError, NotADirectoryError):
-        if not os.path.isdir(path):
-            what = f"there is no such folder{seen_from(path)}; run bfsys pack to make a packed dataset"
-            raise UserError(f"{path}: {what}") from None
-        raise UserError(
-            f"{path}: holds no {DESCRIPTION}. If packing was not finished, run the same command "
-            f"again; for tars made elsewhere, run: bfsys inspect {shlex.quote(str(path))} --rebuild"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})", exit_code=code_of(error)) from error
-    if len(content) > SMALL_FILE_BYTES:
-        raise too_long(file)
-    return parse_description(content, file)
-
-
-def seen_from(path: Path) -> str:
-    """For messages about a missing path: a note with the folder to which a relative path refers; empty for an absolute
-    path."""
-    return "" if path.is_absolute() else f" in the current folder, which is {Path.cwd()}"
-
-
-def _parsed(content: bytes) -> dict:
-    """The object in a JSON file with the key `format`. Raises ValueError."""
-    try:
-        description = json.loads(content)
-    except RecursionError:
-        raise ValueError("its values are nested too deeply") from None
-    if not isinstance(description, dict) or "format" not in description:
-        raise ValueError("it has no 'format'")
-    return description
-
-
-def parse_description(content: bytes, where: str | Path) -> dict:
-    """The content of a dataset.json; `where` is for messages."""
-    try:
-        description = _parsed(content)
-    except ValueError as error:
-        raise UserError(f"{where}: cannot be read as {DESCRIPTION} ({error}); pack the dataset again") from error
-    number = description["format"]
-    if number != FORMAT:
-        raise UserError(f"{where}: has format {number!r}; this version reads format {FORMAT}: pack the dataset again")
-    if problems := check_description(content):
-        raise UserError(*(f"{where}: is damaged: {problem}" for problem in problems[:LISTED]), PACK_AGAIN)
-    return description
 
 
 def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:

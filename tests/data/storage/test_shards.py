@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from bfsys.commands.inspect import verify
 from bfsys.data.packing.verify import verify_shard
-from bfsys.data.storage.description import summarise
+from bfsys.data.storage.description import DESCRIPTION, summarise
 from bfsys.data.storage.shards import (
-    DESCRIPTION,
     SAMPLE,
     Shard,
     length_quantiles,

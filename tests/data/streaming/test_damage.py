@@ -21,7 +21,8 @@ from bfsys.checkpoint.files import read_manifest
 from bfsys.cli import call
 from bfsys.commands.inspect import verify
 from bfsys.config import Config, load_config
-from bfsys.data.storage.shards import DESCRIPTION, Split, open_split
+from bfsys.data.storage.description import DESCRIPTION
+from bfsys.data.storage.shards import Split, open_split
 from bfsys.data.streaming import shard_files
 from bfsys.data.streaming.datasets import make_plan, open_evaluation, open_training
 from bfsys.data.streaming.loader import evaluation_rounds, training_batches

@@ -13,7 +13,7 @@ import yaml
 from bfsys.cli import call
 from bfsys.config import Augment, Config, Jitter, Source, load_config
 from bfsys.data.storage import shards
-from bfsys.data.storage.shards import DESCRIPTION
+from bfsys.data.storage.description import DESCRIPTION
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.errors import UserError
