@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,10 +168,11 @@ def _size_of(path: str, kind: FileKind) -> tuple[float, int] | None:
             data = read_regular(path)
             with open_sound(data, announced_samples(data)) as file:
                 return file.frames / file.samplerate, file.samplerate
-        info = soundfile.info(path)
-        if 0 < info.frames < UNKNOWN_FRAMES:
-            return info.frames / info.samplerate, info.samplerate
-        clip = decode_audio(read_regular(path), LONGEST_DECODED_S)  # a program wrote it to a pipe
+        with suppress(soundfile.LibsndfileError):  # libsndfile does not know a BW64 by its header
+            info = soundfile.info(path)
+            if 0 < info.frames < UNKNOWN_FRAMES:
+                return info.frames / info.samplerate, info.samplerate
+        clip = decode_audio(read_regular(path), LONGEST_DECODED_S)  # such as one that a program wrote to a pipe
         return len(clip.wave) / clip.rate_hz, clip.rate_hz
     except Exception:  # decoders raise anything
         return None

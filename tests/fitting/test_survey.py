@@ -30,8 +30,14 @@ def without_length(content: bytes) -> bytes:
     return content[:at] + bytes(4) + content[at + 4 :]
 
 
-@pytest.mark.parametrize("kind", ["WAV", "FLAC"])
-@pytest.mark.parametrize("write", [bytes, without_length])
+def as_bw64(content: bytes) -> bytes:
+    return b"BW64" + content[4:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [("WAV", bytes), ("FLAC", bytes), ("WAV", without_length), ("FLAC", without_length), ("RF64", as_bw64)],
+)
 def test_the_length_of_sounds_is_known(tmp_path: Path, kind: str, write) -> None:
     content = write(stored(kind))
     files = []
