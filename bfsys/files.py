@@ -58,7 +58,11 @@ def replace_file(path: Path, content: str | bytes, *, durable: bool = True) -> N
 def decoded(content: bytes | bytearray) -> str:
     """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Raises UnicodeDecodeError."""
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    if "\0" in text:  # UTF-16 and UTF-32 of ASCII characters are valid UTF-8
+        at = content.index(0)
+        raise UnicodeDecodeError("utf-8", content, at, at + 1, "a NUL, as in UTF-16 without a byte order mark")
+    return text
 
 
 def replace_by_copy(path: Path, source: Path) -> None:

@@ -28,6 +28,7 @@ from bfsys.data.streaming.byte_transforms import parse_transforms
 from bfsys.dist import Ranks
 from bfsys.engine import WEIGHT
 from bfsys.errors import UserError, collecting
+from bfsys.files import decoded
 from bfsys.model.layout import AS_RELEASED
 from bfsys.model.sizes import BYTE_VALUES, HEAD_DIM, PAD_BYTE, PUBLISHED_MERGES, SIZES
 
@@ -276,7 +277,7 @@ def class_names(path: Path | None, count: int) -> list[str]:
     if path is None:
         return [f"{i:0{len(str(count - 1))}}" for i in range(count)]
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+        names = [line.strip() for line in decoded(path.read_bytes()).rstrip().split("\n")]
     except OSError as error:
         raise UserError(f"--classes {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -257,8 +257,6 @@ def _yaml_errors(where: str, remedy: str = "") -> Iterator[None]:
         reason: str | None = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
         if isinstance(error, yaml.reader.ReaderError):
             reason = f"the character {chr(error.character)!r} at position {error.position} is not allowed in YAML"
-            if not error.character:
-                reason = "is not text in UTF-8 (it holds NUL bytes); save it as UTF-8"
         elif isinstance(error, yaml.MarkedYAMLError):
             reason = error.problem or error.context
         raise UserError(f"{where}{line}: {reason}{remedy}") from None

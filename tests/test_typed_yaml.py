@@ -180,7 +180,10 @@ def test_files_of_other_editors_load(file: Path, encode) -> None:
     ("content", "said"),
     [
         ("name: été".encode("latin-1"), "is not text in UTF-8"),
-        ("name: a".encode("utf-16-le"), "is not text in UTF-8 (it holds NUL bytes); save it as UTF-8"),
+        (
+            "name: a".encode("utf-16-le"),
+            "is not text in UTF-8 (a NUL, as in UTF-16 without a byte order mark at byte 1); save",
+        ),
         (b"data:\n\tlanes: 4\n", "line 2, column 1: found character '\\t'"),
         (b"name: " + b"9" * 5000, "cannot be read as int"),
         (b"name: !!binary aGk=", "name: got bytes; text"),

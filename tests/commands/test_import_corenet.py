@@ -96,7 +96,7 @@ def test_whole_sizes_are_recognised_and_equal_the_reference(
 def test_imported_weights_can_be_used_like_a_run(
     tmp_path: Path, weights, predict_files, evaluate_run, datasets: Path, capsys
 ) -> None:
-    (tmp_path / "names").write_text("b0\nb1\nb2\n")
+    (tmp_path / "names").write_text("b0\nb1\nb2\n", "utf-16")  # as Notepad may save it
     run = imported(tmp_path, weights, *SMALL_WINDOWS, "--classes", str(tmp_path / "names"))
     assert files.find_newest(run) == (run / "checkpoints" / "step_00000000", [])
     manifest = files.read_manifest(run / "checkpoints" / "step_00000000")
@@ -205,7 +205,7 @@ def test_wrong_options_are_named(arguments: tuple[str, ...], message: str, tmp_p
         (b"a\nb\n", "2 names, but the weights have 3 classes"),
         (b"a\n\nb\nc\n", "line 2: empty"),
         (b"a\nb\na\n", "given twice: a"),
-        (b"\xff\xfe", "not a text file"),
+        (b"caf\xe9\n", "not a text file"),
     ],
 )
 def test_wrong_class_names_are_reported(names: bytes, message: str, tmp_path: Path, weights) -> None:
