@@ -18,9 +18,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -78,8 +78,33 @@ class Problem(BaseModel):
     detail: str
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "The body is not valid HTTP, or the Host header is of another service"},
+class About(BaseModel):
+    """The model and the limits of the service."""
+
+    classes: list[str]
+    input_formats: list[str] = Field(description="Formats of pictures and sounds that training files were put into")
+    reads_any_format: bool = Field(description="Whether some training files were used as they were")
+    step: int = Field(description="The training step of the weights")
+    least_bytes: int = Field(description="Length of the shortest file that the model accepts")
+    max_bytes: int = Field(description="Length of the longest file in which no position repeats")
+    limits: Limits
+
+
+class Health(BaseModel):
+    status: Literal["ready"] = "ready"
+    step: int
+    device: str
+
+
+TEXT = {"text/plain": {"schema": {"type": "string"}}}
+# uvicorn answers in plain text what is not HTTP.
+WRONG_HOST: dict[int | str, dict[str, Any]] = {
+    400: {
+        "description": "The request is not valid HTTP (plain text), or its Host header is of another service",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}} | TEXT,
+    }
+}
+REFUSALS: dict[int | str, dict[str, Any]] = WRONG_HOST | {
     403: {"model": Problem, "description": "The request comes from a page of another site"},
     408: {"model": Problem, "description": "The body did not arrive in time"},
     413: {"model": Problem, "description": "A file or the request is too large, or holds too many files"},
@@ -300,27 +325,29 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"content-security-policy": policy})
 
-    @app.get("/model", summary="Classes, formats and limits")
-    async def describe() -> JSONResponse:
-        return JSONResponse(
-            {
-                "classes": model.classes,
-                "input_formats": model.input_formats,
-                "step": model.step,
-                "least_bytes": model.least_bytes,
-                "max_bytes": model.max_bytes,
-                "limits": asdict(limits),
-            }
+    @app.get("/model", summary="Classes, formats and limits", responses=WRONG_HOST)
+    async def describe() -> About:
+        return About(
+            classes=list(model.classes),
+            input_formats=list(model.input_formats),
+            reads_any_format=model.reader.reads_any_format,
+            step=model.step,
+            least_bytes=model.least_bytes,
+            max_bytes=model.max_bytes,
+            limits=limits,
         )
 
-    @app.get("/health", summary="Whether the model is loaded")
-    async def health() -> JSONResponse:
-        return JSONResponse({"status": "ready", "step": model.step, "device": str(model.device)})
+    @app.get("/health", summary="Whether the model is loaded", responses=WRONG_HOST)
+    async def health() -> Health:
+        return Health(step=model.step, device=str(model.device))
 
     for path, answer_to_get in (("/", index), ("/health", health)):  # as probes ask
         app.add_api_route(path, answer_to_get, methods=["HEAD"], include_in_schema=False)
 
-    @app.get("/metrics", summary="Counters for Prometheus", response_class=Response)
+    @app.get(
+        "/metrics", summary="Counters for Prometheus", response_class=Response,
+        responses=WRONG_HOST | {200: {"content": TEXT}},
+    )  # fmt: skip
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
