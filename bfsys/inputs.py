@@ -123,15 +123,18 @@ class Reader:
                 "were transformed beforehand, or its checkpoint does not record formats; leave out "
                 f"{self.encode_option}"
             )
+        compares = bool(self.formats) and (encode or not self.reads_any_format)
+        # Whether a file has a format may depend on its length.
+        first_bytes = self.transforms[0].first_bytes if self.transforms and not compares else None
         said = False
         for name, one in inputs:
             sample = None
             with collecting(problems):
-                data = read_input(name, one, self._first_bytes)
-                if len(data) and not any(f.matches(data) for f in self.formats):
+                data = read_input(name, one, first_bytes)
+                if compares and len(data) and not any(f.matches(data) for f in self.formats):
                     if encode:
                         data = self._encoded(name, data)
-                    elif self.formats and not self.reads_any_format and not said:
+                    elif not said:
                         say(self._note(name, data))
                         said = True
                 sample = self.transformed(name, data)
@@ -144,11 +147,6 @@ class Reader:
                 said = True
             if sample:
                 yield sample
-
-    @property
-    def _first_bytes(self) -> int | None:
-        """Number of bytes at the start of a file that decide its answer; None: all bytes. Formats depend on all."""
-        return self.transforms[0].first_bytes if self.transforms and not self.formats else None
 
     def transformed(self, name: str, data: np.ndarray) -> Sample:
         """A file (uint8 [n]) after the run's transforms. Raises UserError if the result is empty or too short."""

@@ -115,8 +115,10 @@ class Model:
         return self._network.head.weight.device
 
     def __repr__(self) -> str:
+        formats = " or ".join(self.input_formats)
+        others = "files" if not formats else " or other files" if self._reader.reads_any_format else ""
         return (
-            f"<bfsys.Model {self._reader.origin}, step {self.step}: reads {' or '.join(self.input_formats) or 'files'} "
+            f"<bfsys.Model {self._reader.origin}, step {self.step}: reads {formats}{others} "
             f"of up to {self.max_bytes:,} bytes; {len(self.classes)} classes; on {self.device}>"
         )
 

@@ -176,6 +176,10 @@ def test_a_model_of_the_first_bytes_reads_no_more_of_a_file(path: Path) -> None:
     assert problems == []
     assert [sample.data.tobytes() for sample in samples] == [bytes(40), bytes(40), CONTENT[:40], bytes(40)]
     # The format of a file may depend on all of its bytes.
-    reader = replace(reader, formats=(input_format("tiff", {}),))
-    assert list(reader.samples([("large", large)], problems, lambda _: None, encode=False)) == []
-    assert "large: has more than" in problems[0]
+    mixed = replace(reader, formats=(input_format("tiff", {}),))
+    for encode, reader in ((True, mixed), (False, replace(mixed, reads_any_format=False))):
+        assert list(reader.samples([("large", large)], problems, lambda _: None, encode=encode)) == []
+        assert "large: has more than" in problems.pop()
+    # If files need none of the formats, they are not compared with them.
+    (sample,) = mixed.samples([("large", large)], problems, lambda _: None, encode=False)
+    assert (sample.data.tobytes(), problems) == (bytes(40), [])
