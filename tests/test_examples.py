@@ -155,3 +155,56 @@ def test_the_page_classifies_in_a_browser(page: str, exported: Path, some_files:
     for answer, file, (class_name, percent) in zip(answers, some_files, expected(exported, some_files), strict=True):
         assert answer.startswith(f"{file.name}: {class_name} ")
         assert float(re.findall(r"([\d.]+) %", answer)[0]) == pytest.approx(percent, abs=0.11)
+
+
+def test_the_page_goes_on_after_a_file_that_it_cannot_read(page: str, some_files: list[Path], tmp_path: Path) -> None:
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page)
+        browser.wait("!document.getElementById('files').disabled")
+        browser.choose("#files", tmp_path, some_files[0])  # a folder
+        browser.wait("document.querySelectorAll('#answers li').length === 2")
+        answers = browser.value("[...document.querySelectorAll('#answers li')].map(item => item.innerText)")
+    assert answers[0].startswith(f"{tmp_path.name}: cannot be classified: ")
+    assert answers[1].startswith(f"{some_files[0].name}: ")
+    assert "%" in answers[1]
+
+
+def test_the_page_answers_only_the_files_chosen_last(page: str, some_files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "chosen").write_bytes(bytes(50))
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page)
+        browser.wait("!document.getElementById('files').disabled")
+        # Reading the first choice ends only after the second one.
+        browser.value(
+            "{ const read = File.prototype.arrayBuffer; const chosen = new Promise((go) => { window.go = go; });"
+            "File.prototype.arrayBuffer = async function () {"
+            "if (this.name !== 'chosen') await chosen; return read.call(this); }; 0 }"
+        )
+        browser.choose("#files", *some_files)
+        browser.choose("#files", tmp_path / "chosen")
+        browser.wait("document.querySelectorAll('#answers li').length === 1")
+        browser.value("new Promise((done) => { window.go(); setTimeout(done, 200); })")
+        answers = browser.value("[...document.querySelectorAll('#answers li')].map(item => item.innerText)")
+    assert [answer.partition(":")[0] for answer in answers] == ["chosen"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("node_modules", "ONNX Runtime cannot be loaded; fetch it with: npm install"),
+        ("model", "there is no model/model.json; write it with: bfsys export RUN"),
+        ("model.onnx", "the export has no model.onnx; write it with: bfsys export RUN"),
+    ],
+)
+def test_the_page_says_what_is_missing(missing: str, told: str, page: str, exported: Path, tmp_path: Path) -> None:
+    site = tmp_path / "browser"
+    if missing == "model.onnx":
+        (site / "model").unlink()
+        (site / "model").symlink_to(exported)
+    else:
+        (site / missing).unlink()
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page)
+        browser.wait("!document.getElementById('model').textContent.includes('being loaded')")
+        shown = browser.value("document.getElementById('model').textContent")
+    assert shown.startswith(f"The model cannot be used: {told}")
