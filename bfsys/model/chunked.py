@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from bfsys.model.layout import Windows
 
-CHUNK_TOKENS = 2048
+CHUNK_TOKENS = 4096
 
 
 class ChunkedNorm(torch.autograd.Function):
@@ -110,12 +110,11 @@ class ChunkedAttention(torch.autograd.Function):
             shares = _shares(q, k, w)
             shares_grad = torch.bmm(answers_grad, v.transpose(1, 2))
             scores_grad = torch._softmax_backward_data(shares_grad, shares, -1, shares.dtype) * q.shape[2] ** -0.5
-            grads = (
-                torch.bmm(scores_grad, k),
-                torch.bmm(scores_grad.transpose(1, 2), q),
-                torch.bmm(shares.transpose(1, 2), answers_grad),
-            )
-            of_heads = torch.stack(grads).unflatten(1, (-1, heads))  # [3, W, H, width, E]
+            grads = q.new_empty(3, *q.shape)
+            torch.bmm(scores_grad, k, out=grads[0])
+            torch.bmm(scores_grad.transpose(1, 2), q, out=grads[1])
+            torch.bmm(shares.transpose(1, 2), answers_grad, out=grads[2])
+            of_heads = grads.unflatten(1, (-1, heads))  # [3, W, H, width, E]
             _from_slots(of_heads.permute(1, 3, 0, 2, 4), w, qkv_grad[rows])
         return qkv_grad, None, None
 
