@@ -13,7 +13,8 @@ import shlex
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from bfsys.data.media.encodings import encode_wav
 from bfsys.data.media.modalities import Clip, decode_audio
 from bfsys.data.packing.listing import BACKGROUND_NOISE, SourceFile, list_speech_commands
 from bfsys.errors import UserError
+from bfsys.files import try_lock
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 UNKNOWN, SILENCE = "_unknown_", "_silence_"
@@ -40,6 +42,26 @@ IMAGENET_FILES = {"train": 1_281_167, "val": 50_000}
 
 
 def speech_commands(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        _speech_commands(out)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Lock the folder against other processes that fetch into it. A folder that is read-only can only be checked."""
+    if not os.access(out, os.W_OK):
+        yield
+        return
+    with open(out / ".lock", "ab") as lock:
+        if not try_lock(lock):
+            raise UserError(f"{out}: another process is fetching into this folder; wait until it has ended")
+        for unfinished in out.glob("*.partial"):  # a download of a process that was killed
+            unfinished.unlink()
+        yield
+
+
+def _speech_commands(out: Path) -> None:
     folder = download_speech_commands(out)
     listing = list_speech_commands(folder)
     sizes = [(file.path, os.path.getsize(file.path)) for file in listing.files]
@@ -58,7 +80,6 @@ def download_speech_commands(out: Path) -> Path:
     """Download and extract the archive, unless it exists already. Returns its folder."""
     from torchaudio.datasets import SPEECHCOMMANDS
 
-    out.mkdir(parents=True, exist_ok=True)
     folder = out / "SpeechCommands" / SPEECH_COMMANDS
     if not folder.is_dir():
         print(f"downloading {SPEECH_COMMANDS_URL}, or unpacking the copy in {out}", flush=True)

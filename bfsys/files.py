@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -22,6 +23,19 @@ CHUNK_BYTES = 1 << 20
 # `flock` fails with one of these on a file system without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 LONGEST_NAME_BYTES = 200  # used in a temporary name, which also has a process number; file systems allow 255
+
+
+def try_lock(file: BinaryIO) -> bool:
+    """Lock an open file against other processes, until it is closed or this process ends. False if another process
+    holds the lock. On a file system without locks, nothing is locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
 
 
 @contextmanager

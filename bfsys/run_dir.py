@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import math
 import os
@@ -25,7 +24,7 @@ from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError, counted
-from bfsys.files import NO_LOCKS, replace_file
+from bfsys.files import replace_file, try_lock
 from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
 from bfsys.supervision.run_end import forget_end, how_it_ended, note_end
@@ -234,27 +233,18 @@ def hold_directory(run_dir: Path, name: str = ".lock", longest_s: float = math.i
     hold = open(run_dir / name, "wb")  # noqa: SIM115 (for the life of the run)
     wait_s = min(longest_s, LOCK_WAIT_IN_JOB_S if os.environ.get("SLURM_JOB_ID") else LOCK_WAIT_S)
     deadline, said = time.monotonic() + wait_s, False
-    while True:
-        try:
-            fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                hold.close()
-                # In a job, the file server may still hold the lock of a lost node, and a later start may help.
-                raise UserError(
-                    f"run directory {run_dir}: another process is training in it; stop that one, or give this run a "
-                    f"name of its own (name=…)",
-                    exit_code=EXIT_CRASHED if os.environ.get("SLURM_JOB_ID") else EXIT_USER_ERROR,
-                ) from None
-            if not said:
-                text = f"run directory {run_dir}: waiting for another process to release it, for up to {wait_s:.0f} s"
-                print(text, file=sys.stderr, flush=True)
-                said = True
-            time.sleep(0.2)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                hold.close()
-                raise
-            return hold
-        else:
-            return hold
+    while not try_lock(hold):
+        if time.monotonic() > deadline:
+            hold.close()
+            # In a job, the file server may still hold the lock of a lost node, and a later start may help.
+            raise UserError(
+                f"run directory {run_dir}: another process is training in it; stop that one, or give this run a "
+                f"name of its own (name=…)",
+                exit_code=EXIT_CRASHED if os.environ.get("SLURM_JOB_ID") else EXIT_USER_ERROR,
+            )
+        if not said:
+            text = f"run directory {run_dir}: waiting for another process to release it, for up to {wait_s:.0f} s"
+            print(text, file=sys.stderr, flush=True)
+            said = True
+        time.sleep(0.2)
+    return hold

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -109,7 +110,7 @@ def test_an_outage_is_not_taken_for_a_file_system_without_locks(
     def flock(file: object, operation: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(run_module.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     config.run_dir.mkdir(parents=True)
     if is_held:
         run_module.hold_directory(config.run_dir).close()

@@ -6,7 +6,6 @@ finished, although SLURM requeues it.
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import os
@@ -25,7 +24,7 @@ from bfsys.checkpoint.files import METRICS
 from bfsys.compare import last_train_line
 from bfsys.config import load_config
 from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError
-from bfsys.files import NO_LOCKS
+from bfsys.files import try_lock
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.restart_policy import newest_step
 from bfsys.launch.slurm_commands import IS_IT_UP, Answer, ask, fields_of
@@ -67,16 +66,11 @@ def submitting(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written, and each job is recorded there: {error.strerror}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             raise UserError(
                 f"run directory {run_dir}: another submission of this run is in progress; see bfsys slurm status "
                 f"{shlex.quote(str(run_dir))} when it is done"
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+            )
         yield
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from bfsys import fetch
 from bfsys.cli import call
 from bfsys.errors import UserError
+from bfsys.files import try_lock
 from tests.commands.packing_helpers import wav_bytes
 
 WORDS = ("yes", "no", "cat", "dog", "bed")  # two of the ten words of the task, and three others
@@ -99,6 +100,18 @@ def test_fetch_is_reproducible_and_does_not_repeat_work(
     (archive / "twelve").rename(tmp_path / "earlier")
     call("fetch", ["speech_commands", str(archive)])
     assert made(archive / "twelve") == first
+
+
+def test_a_folder_is_fetched_into_by_one_process_and_loses_downloads_of_killed_ones(archive: Path) -> None:
+    unfinished = archive / f"{fetch.SPEECH_COMMANDS}.tar.gz.0123.partial"  # as torch.hub names it
+    unfinished.write_bytes(b"some")
+    with open(archive / ".lock", "ab") as lock:
+        assert try_lock(lock)
+        with pytest.raises(UserError, match="another process is fetching into this folder"):
+            fetch.speech_commands(archive)
+        assert unfinished.exists()
+    fetch.speech_commands(archive)
+    assert not unfinished.exists()
 
 
 def test_a_copy_that_lacks_something_is_not_used(archive: Path) -> None:

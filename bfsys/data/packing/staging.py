@@ -10,7 +10,6 @@ process is killed in between, the next command that packs into the folder first 
 Rejected alternative: exchanging whole folders, which would also move files that the user put into them.
 """
 
-import fcntl
 import os
 import re
 import signal
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from bfsys.data.storage.description import DESCRIPTION, read_description
 from bfsys.errors import UserError, counted
-from bfsys.files import NO_LOCKS, sync_folder
+from bfsys.files import sync_folder, try_lock
 
 INPUTS, LOCK, SKIPPED_LIST = "inputs", "lock", "skipped.txt"
 NEW_INPUTS = "inputs.new"  # is renamed to INPUTS when the dataset is moved into place
@@ -38,8 +37,12 @@ def locked(folder: Path) -> Iterator[None]:
     On a file system without locks, nothing is locked.
     """
     folder_of(folder).mkdir(parents=True, exist_ok=True)
-    with open(folder_of(folder) / LOCK, "a") as file:
-        _lock(file.fileno(), folder)
+    with open(folder_of(folder) / LOCK, "ab") as file:
+        if not try_lock(file):
+            raise UserError(
+                f"{folder}: another process is packing into this folder; wait until it has ended, or choose another "
+                "--name"
+            )
         yield
 
 
@@ -67,18 +70,6 @@ def note_on_skipped(folder: Path) -> str:
     if not (count := len(skipped_files(folder))):
         return ""
     return f"left out: {counted(count, 'bad file')}, named in {folder / SKIPPED_LIST}"
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{folder}: another process is packing into this folder; wait until it has ended, or choose another --name"
-        ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
 
 
 def start(folder: Path) -> None:
