@@ -60,7 +60,7 @@ SIDES: dict[str, Callable[..., Step]] = {
     "bfsys": bfsys_step,
     "bfsys_checkpointing": partial(bfsys_step, checkpointing=True),
     "bfsys_compiled": partial(bfsys_step, compiled=True),
-    "bfsys_engine": engine_step,
+    "bfsys_engine": partial(engine_step, micro_batches=1),
 }
 ON_REQUEST = ("checkpointing", "compiled", "engine")  # sides of bfsys that have an option
 
