@@ -21,12 +21,11 @@ import torch
 from bfsys import run_dir
 from bfsys.cli import call
 from bfsys.config import load_config
-from bfsys.errors import EXIT_NO_PROGRESS, EXIT_STORAGE, UserError, run_command
+from bfsys.errors import EXIT_NO_PROGRESS, EXIT_STORAGE, UserError
 from bfsys.launch import local, restart_policy
 from bfsys.launch.job import TrainJob
 from bfsys.supervision.goodput import read_seconds
-from bfsys.supervision.run_end import how_it_ended, note_end
-from bfsys.supervision.signals import EXIT_CODES
+from bfsys.supervision.run_end import how_it_ended
 from tests.forked import Forked, run_python
 from tests.test_train import lines
 
@@ -313,25 +312,6 @@ def test_a_start_after_a_killed_rank_uses_fewer_ranks_of_the_range(config_file, 
         assert local.launch(load_config(config_file), config_file, (), local.parse_ranks(asked), is_dry_run=False) == 0
         assert started == ranks
     assert "ranks: 2 on the CPU" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("number", EXIT_CODES)
-def test_a_stop_before_there_are_ranks_is_a_stop(config_file, monkeypatch, capsys, number):
-    monkeypatch.setattr(local, "choose_ranks", lambda *_: signal.raise_signal(number))
-    with pytest.raises(SystemExit) as end:
-        run_command(lambda: call("launch", [str(config_file)]))
-    assert end.value.code == EXIT_CODES[number]
-    assert capsys.readouterr().err == "stopped on request\n"
-
-
-@pytest.mark.parametrize("number", EXIT_CODES)
-def test_a_stop_between_two_starts_is_recorded(tmp_path, monkeypatch, capsys, number):
-    note_end(tmp_path, 1, "rank 0: RuntimeError")
-    monkeypatch.setattr(local.time, "sleep", lambda _: signal.raise_signal(number))
-    with pytest.raises(SystemExit) as end:
-        run_command(lambda: local.run_until_done(lambda: 1, tmp_path))
-    assert end.value.code == how_it_ended(tmp_path)["exit_code"] == EXIT_CODES[number]
-    assert capsys.readouterr().err.endswith("\nstopped on request\n")
 
 
 def test_dry_run_starts_nothing(config_file, tmp_path, capsys):
