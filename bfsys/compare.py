@@ -20,15 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from bfsys import typed_yaml
-from bfsys.checkpoint.files import (
-    CONTENT_HEAD,
-    METRICS,
-    all_checkpoints,
-    evaluations,
-    newest_manifest,
-    problem_of_place,
-    step_of,
-)
+from bfsys.checkpoint.files import CONTENT_HEAD, METRICS, all_checkpoints, newest_manifest, problem_of_place, step_of
+from bfsys.checkpoint.retention import evaluations
 from bfsys.config import Config, load_config
 from bfsys.errors import UserError, collecting, one_line
 from bfsys.files import open_regular

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bfsys import typed_yaml
-from bfsys.checkpoint.files import RetentionPolicy, make_empty_folder
+from bfsys.checkpoint.files import make_empty_folder
+from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.saving import save
 from bfsys.config import Config, Data, Model, Optim
 from bfsys.data.streaming.byte_transforms import parse_transforms

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bfsys.checkpoint.files import METRICS, evaluations
+from bfsys.checkpoint.files import METRICS
 from bfsys.checkpoint.loading import newest_readable
+from bfsys.checkpoint.retention import evaluations
 from bfsys.config import Config, load_config
 from bfsys.data.streaming.plan import lane_groups, lanes_of_rank
 from bfsys.data.streaming.run_data import RunData

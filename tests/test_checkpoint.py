@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bfsys.checkpoint import files, loading, saving
-from bfsys.checkpoint.files import RetentionPolicy
+from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.cli import call
 from bfsys.dist import AgreedError, Ranks
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, UserError

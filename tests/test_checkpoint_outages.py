@@ -12,8 +12,9 @@ from typing import BinaryIO
 
 import pytest
 
-from bfsys.checkpoint import files, loading
-from bfsys.checkpoint.files import RetentionPolicy, step_of
+from bfsys.checkpoint import files, loading, retention
+from bfsys.checkpoint.files import step_of
+from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.dist import AgreedError
 from bfsys.errors import UserError
 from tests.test_checkpoint import resume, same, save
@@ -128,7 +129,7 @@ def test_the_best_checkpoints_stay_if_the_scores_cannot_be_read(
     keep = RetentionPolicy(last=1, best=1)
     for step in (1, 2):
         save(tmp_path, step, keep=keep)
-    really_open = files.open_regular
+    really_open = retention.open_regular
 
     def open_or_fail(path: Path) -> BinaryIO:
         if path == tmp_path / "metrics.jsonl":
@@ -136,7 +137,7 @@ def test_the_best_checkpoints_stay_if_the_scores_cannot_be_read(
         return really_open(path)
 
     monkeypatch.setattr(files, "PAUSES_S", ())
-    monkeypatch.setattr(files, "open_regular", open_or_fail)
+    monkeypatch.setattr(retention, "open_regular", open_or_fail)
     with pytest.raises(AgreedError, match=rf"metrics\.jsonl: cannot be read.*: {os.strerror(number)}"):
         save(tmp_path, 3, keep=keep)
     assert [step_of(path) for path in files.all_checkpoints(tmp_path)] == [1, 2, 3]

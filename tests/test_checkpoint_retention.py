@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bfsys.checkpoint import files, saving
-from bfsys.checkpoint.files import RetentionPolicy
+from bfsys.checkpoint import files, retention, saving
+from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.store import Store
 from bfsys.cli import call
 from tests.test_checkpoint import ALONE, FACTS, Tensors, save
@@ -29,7 +29,7 @@ def test_retention_keeps_the_last_the_multiples_and_the_best(
     steps: set[int], last: int, every: int, best: int, scores: dict[int, float]
 ) -> None:
     told = {step: {"top1": score, "loss": 1 - score} for step, score in scores.items()}
-    kept = files.steps_to_keep(sorted(steps), RetentionPolicy(last, every, best, "top1"), told)
+    kept = retention.steps_to_keep(sorted(steps), RetentionPolicy(last, every, best, "top1"), told)
     assert kept <= steps
     assert set(sorted(steps)[-last:]) <= kept
     assert not every or {step for step in steps if step and step % every == 0} <= kept
@@ -45,19 +45,19 @@ def test_scores_of_other_evaluation_files_are_not_compared() -> None:
         2: {"top1": 0.5, "evaluated": "b"},
         3: {"top1": 0.4, "evaluated": "b"},
     }
-    assert files.comparable(scores) == {2: scores[2], 3: scores[3]}
-    assert files.comparable({0: {"top1": 0.1}, **scores}).keys() == {0, 2, 3}  # earlier versions recorded no files
-    assert files.comparable({}) == {}
+    assert retention.comparable(scores) == {2: scores[2], 3: scores[3]}
+    assert retention.comparable({0: {"top1": 0.1}, **scores}).keys() == {0, 2, 3}  # earlier versions recorded no files
+    assert retention.comparable({}) == {}
 
 
 def test_the_best_of_losses_is_the_least() -> None:
     told = {step: {"loss": float(abs(step - 5))} for step in range(10)}
-    assert files.steps_to_keep(range(10), RetentionPolicy(1, 0, 2, "loss"), told) == {9, 5, 6}
+    assert retention.steps_to_keep(range(10), RetentionPolicy(1, 0, 2, "loss"), told) == {9, 5, 6}
 
 
 def test_a_loss_that_is_not_a_number_is_the_worst() -> None:
     told = {step: {"loss": float("nan") if step % 2 else float(step)} for step in range(6)}
-    assert files.steps_to_keep(range(6), RetentionPolicy(1, 0, 2, "loss"), told) == {5, 0, 2}
+    assert retention.steps_to_keep(range(6), RetentionPolicy(1, 0, 2, "loss"), told) == {5, 0, 2}
 
 
 def test_a_run_keeps_what_it_was_told_to(tmp_path: Path) -> None:

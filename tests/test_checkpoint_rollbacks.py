@@ -10,7 +10,7 @@ import pytest
 
 from bfsys.checkpoint import copier, saving
 from bfsys.checkpoint.copies import Copies
-from bfsys.checkpoint.files import RetentionPolicy
+from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.rollbacks import was_rolled_back
 from bfsys.checkpoint.store import Store
 from tests.test_checkpoint import ALONE, FACTS, Tensors, save

@@ -16,15 +16,8 @@ import pytest
 from bfsys.checkpoint import copier, saving
 from bfsys.checkpoint.child import start_child
 from bfsys.checkpoint.copies import Copies, Wanted, fetch_newest
-from bfsys.checkpoint.files import (
-    MANIFEST,
-    RetentionPolicy,
-    all_checkpoints,
-    commit,
-    problems_of,
-    read_manifest,
-    take_over,
-)
+from bfsys.checkpoint.files import MANIFEST, all_checkpoints, commit, problems_of, read_manifest, take_over
+from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.store import Store, StoreError
 from bfsys.cli import call
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError

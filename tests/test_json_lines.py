@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bfsys import json_lines
-from bfsys.checkpoint.files import evaluations
+from bfsys.checkpoint.retention import evaluations
 from bfsys.compare import last_train_line
 from bfsys.json_lines import NUMBER, read_json_lines, read_json_lines_backwards
 from bfsys.supervision.goodput import read_seconds

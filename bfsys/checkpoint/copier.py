@@ -20,17 +20,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bfsys.checkpoint.files import (
-    Damaged,
-    RetentionPolicy,
-    checkpoint_name,
-    checkpoints_dir,
-    comparable,
-    evaluations,
-    new_work_dir,
-    read_manifest,
-    step_of_name,
-)
+from bfsys.checkpoint.files import Damaged, checkpoint_name, checkpoints_dir, new_work_dir, read_manifest, step_of_name
+from bfsys.checkpoint.retention import RetentionPolicy, comparable, evaluations
 from bfsys.checkpoint.rollbacks import is_after_bad_steps, read_rollbacks, was_rolled_back
 from bfsys.checkpoint.store import Store
 from bfsys.checkpoint.writer import read_task

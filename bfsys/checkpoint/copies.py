@@ -21,14 +21,8 @@ from typing import Literal, NamedTuple
 from bfsys import dist
 from bfsys.checkpoint import copier
 from bfsys.checkpoint.child import start_child
-from bfsys.checkpoint.files import (
-    MANIFEST,
-    RetentionPolicy,
-    all_checkpoints,
-    checkpoint_name,
-    checkpoints_dir,
-    take_over,
-)
+from bfsys.checkpoint.files import MANIFEST, all_checkpoints, checkpoint_name, checkpoints_dir, take_over
+from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.errors import EXIT_CRASHED, UserError
 
 POLL_S = 0.05

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what counts as a checkpoint, which one is the newest, and which ones are kept.
+"""Checkpoints on disk: what counts as a checkpoint, and which one is the newest. retention.py decides which are kept.
 
     RUN/checkpoints/
       latest                   the name of the newest checkpoint; launchers measure progress by it. A resume takes the
@@ -34,13 +34,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, EXIT_STORAGE, MISSING_ERRNOS, UserError
-from bfsys.files import describe, open_regular, read_regular, replace_by_copy, replace_file, sync_folder
-from bfsys.json_lines import NUMBER, Fields, parse_json_lines
+from bfsys.files import describe, read_regular, replace_by_copy, replace_file, sync_folder
 from bfsys.object_stores import as_url
 
 T = TypeVar("T")
@@ -56,16 +54,6 @@ PAUSES_S = (1.0, 4.0, 10.0)  # before each retry of a read
 READERS = 16  # threads that read a checkpoint; they release the GIL while they hash and while they wait for a server
 NAME = re.compile(r"step_(\d{8,})")
 REMOVED = ".removed"  # suffix of a directory that was a checkpoint and is being deleted
-
-
-@dataclass(frozen=True)
-class RetentionPolicy:
-    """The checkpoints to keep: see `steps_to_keep`."""
-
-    last: int
-    every: int = 0
-    best: int = 0
-    metric: str = "top1"
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -214,60 +202,6 @@ def point_to_newest(root: Path) -> None:
         replace_file(root / LATEST, paths[-1].name + "\n")
     else:
         (root / LATEST).unlink(missing_ok=True)
-
-
-def steps_to_keep(steps: Sequence[int], keep: RetentionPolicy, scores: Mapping[int, Mapping[str, float]]) -> set[int]:
-    """The steps of the intact checkpoints to keep: the `last` newest, the multiples of `every`, and the `best` by the
-    scores of their evaluations. Of equal scores, the newer one is kept."""
-    kept = set(sorted(steps)[-keep.last :])
-    if keep.every:
-        kept |= {step for step in steps if step and step % keep.every == 0}
-    if keep.best:
-        sign = -1 if keep.metric == "loss" else 1
-        scored = [(sign * scores[step][keep.metric], step) for step in steps if step in scores]
-        kept |= {step for _, step in sorted(scored, key=_with_nan_first)[-keep.best :]}
-    return kept
-
-
-def _with_nan_first(scored: tuple[float, int]) -> tuple[bool, float, int]:
-    score, step = scored
-    return (False, 0.0, step) if math.isnan(score) else (True, score, step)
-
-
-def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> list[Path]:
-    """The checkpoints of a run that `keep` does not keep."""
-    scores = comparable(evaluations(run_dir)) if keep.best else {}
-    kept = steps_to_keep([step_of(path) for path in paths], keep, scores)
-    return [path for path in paths if step_of(path) not in kept]
-
-
-def evaluations(run_dir: Path) -> dict[int, dict]:
-    """The scores of every evaluation in metrics.jsonl, by step.
-
-    Raises Unreachable or OSError if the file cannot be read: without scores, the best checkpoints would be removed.
-    """
-    try:
-        return with_retries(_read_evaluations, run_dir / METRICS)
-    except FileNotFoundError:
-        return {}
-
-
-def _read_evaluations(metrics: Path) -> dict[int, dict]:
-    with open_regular(metrics) as lines:
-        return evaluations_in(lines)
-
-
-def evaluations_in(lines: Iterable[bytes]) -> dict[int, dict]:
-    """The scores of every evaluation, by step, in the lines of a metrics.jsonl."""
-    of_evaluations = (line for line in lines if b'"kind": "eval"' in line)
-    fields: Fields = {"step": int, "top1": NUMBER, "loss": NUMBER}
-    return {scores["step"]: scores for scores in parse_json_lines(of_evaluations, fields)}
-
-
-def comparable(scores: dict[int, dict]) -> dict[int, dict]:
-    """The scores, by step, on the files of the latest evaluation. Earlier versions did not record the files."""
-    latest = scores[max(scores)].get("evaluated") if scores else None
-    return {step: each for step, each in scores.items() if each.get("evaluated", latest) == latest}
 
 
 def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:

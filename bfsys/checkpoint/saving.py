@@ -36,7 +36,6 @@ from bfsys.checkpoint import writer
 from bfsys.checkpoint.child import start_child
 from bfsys.checkpoint.files import (
     METRICS,
-    RetentionPolicy,
     all_checkpoints,
     checkpoint_name,
     checkpoints_dir,
@@ -45,8 +44,8 @@ from bfsys.checkpoint.files import (
     new_work_dir,
     piece_name,
     retire,
-    to_prune,
 )
+from bfsys.checkpoint.retention import RetentionPolicy, to_prune
 from bfsys.checkpoint.rollbacks import is_after_bad_steps
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError, remedy_of
 

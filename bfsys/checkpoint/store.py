@@ -27,13 +27,12 @@ from bfsys.checkpoint.files import (
     MANIFEST,
     NAME,
     Damaged,
-    RetentionPolicy,
     checkpoint_name,
     checksum_mismatch,
     parse_manifest,
     step_of_name,
-    steps_to_keep,
 )
+from bfsys.checkpoint.retention import RetentionPolicy, steps_to_keep
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
 from bfsys.files import open_regular, read_regular, replace_file
 from bfsys.locations import hide_in

@@ -20,12 +20,9 @@ from bfsys.checkpoint.files import (
     NAME,
     Damaged,
     OtherFormat,
-    RetentionPolicy,
     all_checkpoints,
     checkpoint_name,
     checkpoints_dir,
-    evaluations,
-    evaluations_in,
     find_whole,
     new_work_dir,
     newest_manifest,
@@ -35,8 +32,8 @@ from bfsys.checkpoint.files import (
     remove,
     step_of_name,
     take_over,
-    to_prune,
 )
+from bfsys.checkpoint.retention import RetentionPolicy, evaluations, evaluations_in, to_prune
 from bfsys.checkpoint.store import Store
 from bfsys.errors import EXIT_USER_ERROR, UserError, counted, one_line
 from bfsys.locations import without_secrets

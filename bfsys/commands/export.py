@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install {' '.join(missing)}")
     from safetensors import SafetensorError
 
-    from bfsys.checkpoint.files import MANIFEST, evaluations, make_empty_folder
+    from bfsys.checkpoint.files import MANIFEST, make_empty_folder
     from bfsys.checkpoint.loading import load_model
+    from bfsys.checkpoint.retention import evaluations
     from bfsys.export import export
     from bfsys.model_card import NAME
 

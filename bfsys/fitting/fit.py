@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from bfsys.checkpoint.files import METRICS, evaluations, find_newest, step_of
+from bfsys.checkpoint.files import METRICS, find_newest, step_of
+from bfsys.checkpoint.retention import evaluations
 from bfsys.config import Config, load_config
 from bfsys.data.media.encodings import AS_STORED, Fitting, parse_encoding
 from bfsys.data.packing.listing import Listing, check_files

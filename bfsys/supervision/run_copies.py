@@ -12,8 +12,9 @@ from pathlib import Path
 
 from bfsys import dist
 from bfsys.checkpoint.copies import POLL_S, Copies, Wanted, fetch_newest
-from bfsys.checkpoint.files import RetentionPolicy, read_manifest, step_of
+from bfsys.checkpoint.files import read_manifest, step_of
 from bfsys.checkpoint.loading import check_same_run
+from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.config import Config
 from bfsys.errors import EXIT_REQUEUE, EXIT_STORAGE
 from bfsys.supervision.goodput import Ledger

@@ -22,7 +22,8 @@ import torch
 
 from bfsys import dist
 from bfsys.batch import ByteBatch
-from bfsys.checkpoint.files import METRICS, RetentionPolicy
+from bfsys.checkpoint.files import METRICS
+from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.rollbacks import FILE as ROLLBACKS
 from bfsys.checkpoint.rollbacks import read_rollbacks
 from bfsys.checkpoint.saving import Saver

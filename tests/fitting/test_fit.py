@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 import bfsys
-from bfsys.checkpoint.files import METRICS, evaluations
+from bfsys.checkpoint.files import METRICS
+from bfsys.checkpoint.retention import evaluations
 from bfsys.cli import call
 from bfsys.config import Config, load_config
 from bfsys.data.storage.description import read_description

@@ -114,7 +114,8 @@ def measure(folder: Path, port: int, log: Path, copies: int, files: int) -> dict
     import boto3  # type: ignore[import-untyped]
 
     from bfsys.checkpoint.copies import Copies
-    from bfsys.checkpoint.files import MANIFEST, RetentionPolicy
+    from bfsys.checkpoint.files import MANIFEST
+    from bfsys.checkpoint.retention import RetentionPolicy
     from bfsys.checkpoint.saving import save
     from bfsys.ranks import Ranks
 

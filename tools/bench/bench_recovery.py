@@ -61,7 +61,7 @@ def train_and_save(how: str, folder: Path, kernel: int, file_bytes: int, files: 
 
     from bfsys import dist
     from bfsys.batch import ByteBatch, Sample
-    from bfsys.checkpoint.files import RetentionPolicy
+    from bfsys.checkpoint.retention import RetentionPolicy
     from bfsys.checkpoint.saving import Saver
     from bfsys.config import Config, Data, Model
     from bfsys.engine import Engine
