@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"warning: {args.host} can be reached from other machines, and there is no authentication",
               file=sys.stderr, flush=True)  # fmt: skip
     from bfsys.predict import load
-    from bfsys.serve.app import Service
     from bfsys.serve.server import serve
+    from bfsys.serve.service import Service
 
     model = load(args.run, weights=args.weights, device=args.device, permute=args.permute)
     serve(Service(model, limits), listener, args.host)

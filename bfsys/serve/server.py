@@ -16,8 +16,9 @@ from contextlib import closing, contextmanager
 import uvicorn
 
 from bfsys.errors import TOGETHER_S
-from bfsys.serve.app import Service, application
+from bfsys.serve.app import application
 from bfsys.serve.listener import BACKLOG, is_loopback, listen
+from bfsys.serve.service import Service
 
 SECONDS_TO_FINISH = 5.0  # for the current batch, after all requests have ended
 

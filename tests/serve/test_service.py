@@ -136,7 +136,7 @@ def test_requests_in_progress_are_answered_before_the_stop(
 NEVER_COMPUTES = """
 import threading
 from bfsys.cli import main
-from bfsys.serve.app import Service
+from bfsys.serve.service import Service
 Service._compute = lambda *_: threading.Event().wait()
 main()
 """
@@ -178,8 +178,8 @@ def test_connections_do_not_wait_to_send() -> None:
 
 
 def test_the_event_loop_reads_no_files(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bfsys.serve.app import Service
     from bfsys.serve.limits import Limits
+    from bfsys.serve.service import Service
     from bfsys.serve.uploads import Upload
 
     service = Service(bfsys.load(finished_run), Limits())

@@ -42,7 +42,7 @@ import sys
 from pathlib import Path
 from bfsys.errors import run_command
 from bfsys.predict import load
-from bfsys.serve.app import Service
+from bfsys.serve.service import Service
 from bfsys.serve.limits import Limits
 from bfsys.serve.listener import bind
 from bfsys.serve.server import serve
