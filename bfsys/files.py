@@ -17,7 +17,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 CHUNK_BYTES = 1 << 20
 # `flock` fails with one of these on a file system without locks.
@@ -109,6 +109,14 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
     """The content of a file that `open_regular` opens."""
     with open_regular(path) as file:
         return file.read()
+
+
+def is_named(file: IO, path: Path) -> bool:
+    """Whether `path` is a name of an open file. It is not if the name was deleted, or belongs to another file now."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def begins_with(path: Path, other: Path) -> bool:

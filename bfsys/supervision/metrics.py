@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
+import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,7 +29,7 @@ from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
 from bfsys.confusion import Answers
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, one_line, remedy_of
-from bfsys.files import open_regular, replacing
+from bfsys.files import CHUNK_BYTES, is_named, open_regular, replacing
 from bfsys.json_lines import parse_json_object
 from bfsys.locations import without_secrets
 from bfsys.loss import COLUMNS, CONTENT, SAMPLES, describe_scores, scores
@@ -265,6 +267,22 @@ class Metrics:
             "counters": dict(zip(COUNTER_NAMES, counters.tolist(), strict=True)),
         }
 
+    def restore_lines(self) -> None:
+        """Write metrics.jsonl again if it was deleted, or replaced by an editor. Otherwise checkpoints would have no
+        later lines, and the scores in them decide which checkpoints are kept."""
+        if self._outputs is None:
+            return
+        path, (lines, tensorboard) = self.run_dir / METRICS, self._outputs
+        with self._noting_problems():
+            if is_named(lines, path):
+                return
+            with open(os.dup(lines.fileno()), "rb") as written, replacing(path) as restored:
+                written.seek(0)
+                shutil.copyfileobj(written, restored, CHUNK_BYTES)
+            lines.close()
+            self._outputs = _Outputs(open(path, "a+"), tensorboard)  # noqa: SIM115 (until `close`)
+            self.say(f"{path} was deleted or replaced while this run trains, so its lines are written again")
+
     def close(self) -> None:
         if self._outputs:
             with suppress(OSError):  # a full disk was reported before
@@ -399,7 +417,7 @@ def _open_lines(path: Path, first_step: int, skipped_steps: Collection[int]) -> 
                 kept.write(text.removesuffix(b"\n") + b"\n")
                 if line["kind"] == "eval" and line["step"] > latest.get("step", -1):
                     latest = line
-    return open(path, "a"), latest
+    return open(path, "a+"), latest  # also for reading, by `restore_lines`
 
 
 def _without_tensorboard(hook: Callable) -> Callable:

@@ -249,6 +249,7 @@ class Supervisor:
     def _check_places(self) -> None:
         self.data.check_unchanged()
         self._check_directory()
+        self.metrics.restore_lines()
 
     def finish_save(self, step: int) -> None:
         """Wait for the save in progress, and commit it; collective."""
@@ -276,6 +277,7 @@ class Supervisor:
         else:
             steps = counted(step, "step") + (f", {step - updates} of which were skipped" if updates < step else "")
             self.metrics.say(f"finished: {steps}; checkpoints, TensorBoard logs and metrics are in {self.run_dir}")
+        self.metrics.restore_lines()
         try:
             (problem_code,) = dist.agree_on_max(self.metrics.problem_code)  # of the last step and its evaluation
             if problem_code:

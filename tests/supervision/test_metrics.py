@@ -17,11 +17,13 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
+from bfsys.checkpoint.files import METRICS
 from bfsys.config import load_config
 from bfsys.errors import EXIT_STORAGE
+from bfsys.json_lines import read_json_lines
 from bfsys.ranks import Ranks
 from bfsys.supervision.goodput import Ledger
-from bfsys.supervision.metrics import Metrics, _blocks_of, _open_lines, _rate
+from bfsys.supervision.metrics import LINE, Metrics, _blocks_of, _open_lines, _rate
 from tests.conftest import REPOSITORY
 
 
@@ -56,6 +58,32 @@ def test_lines_of_bad_steps_that_are_skipped_are_kept(tmp_path: Path) -> None:
     path.write_text("".join(lines))
     _open_lines(path, 1, {3})[0].close()
     assert path.read_text() == "".join([*lines[:4], lines[6]])
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_lines_of_a_deleted_or_replaced_file_are_written_again(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, is_replaced: bool
+) -> None:
+    """An editor replaces a file that it saves. The scores decide which checkpoints are kept."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restore it after Metrics replaces it
+    config = load_config(config_file, [])
+    config.run_dir.mkdir(parents=True)
+    path = config.run_dir / METRICS
+    ledger = Ledger(config.run_dir, is_rank_zero=True)
+    metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=0)
+    metrics.restore_lines()
+    metrics.event("bad_step", 1, {})
+    path.unlink()
+    if is_replaced:
+        path.write_text("other\n")
+    metrics.event("bad_step", 2, {})
+    metrics.restore_lines()
+    metrics.event("bad_step", 3, {})
+    metrics.restore_lines()
+    metrics.close()
+    ledger.close()
+    assert [line["step"] for line in read_json_lines(path, LINE)] == [1, 2, 3]
+    assert capsys.readouterr().out.count("lines are written again") == 1
 
 
 def test_tensorboard_compares_runs_by_hyperparameters_and_scores(
