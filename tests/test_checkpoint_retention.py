@@ -14,6 +14,7 @@ from bfsys.checkpoint import files, retention, saving
 from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.store import Store
 from bfsys.cli import call
+from bfsys.errors import EXIT_CRASHED, UserError
 from tests.test_checkpoint import ALONE, FACTS, Tensors, save
 from tests.test_checkpoint_store import put
 
@@ -66,6 +67,33 @@ def test_a_run_keeps_what_it_was_told_to(tmp_path: Path) -> None:
     for step in range(8):
         save(tmp_path, step, keep=RetentionPolicy(last=1, every=5, best=1))
     assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [2, 5, 7]
+
+
+def test_a_renamed_checkpoint_neither_counts_nor_removes_others(tmp_path: Path, capsys) -> None:
+    renamed = save(tmp_path, 1).rename(tmp_path / "checkpoints" / "step_00000100")
+    with pytest.raises(UserError, match=r"step_00000100: holds the checkpoint of step 1, .* to step_00000001"):
+        files.find_newest(tmp_path)
+    save(tmp_path, 2, keep=RetentionPolicy(1))
+    assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [2, 100]
+    assert call("checkpoint", ["list", str(tmp_path)]) == 0
+    assert call("checkpoint", ["verify", str(tmp_path)]) == 2
+    assert "holds the checkpoint of step 1" in capsys.readouterr().out
+    backup = renamed.rename(tmp_path / "backup")
+    assert (files.problems_of(backup), files.find_newest(tmp_path)[1]) == ([], [])
+
+
+def test_the_newest_checkpoint_may_be_on_a_disk_that_is_not_mounted(tmp_path: Path) -> None:
+    links = [save(tmp_path, step) for step in (1, 2)]
+    for link in links:
+        link.rename(tmp_path / link.name)
+        link.symlink_to(tmp_path / "disk" / link.name)
+    with pytest.raises(
+        UserError, match=r"step_00000002: links to .*/disk/step_00000002, which does not exist"
+    ) as error:
+        files.all_checkpoints(tmp_path)
+    assert error.value.exit_code == EXIT_CRASHED
+    save(tmp_path, 3)  # earlier ones may be in an archive
+    assert [files.step_of(path) for path in files.all_checkpoints(tmp_path)] == [3]
 
 
 def test_prune_removes_the_checkpoints_that_are_not_kept(tmp_path: Path, monkeypatch, capsys) -> None:

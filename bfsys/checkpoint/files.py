@@ -71,12 +71,10 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
     """
     root = checkpoints_dir(run_dir)
     try:
-        return sorted(with_retries(_named_as_checkpoints, root), key=step_of)
+        return with_retries(_named_as_checkpoints, root)
     except (FileNotFoundError, NotADirectoryError):
         if root.is_symlink():  # the disk with the checkpoints may not be mounted
-            raise Unreachable(
-                f"{root}: links to {os.readlink(root)}, which does not exist", exit_code=EXIT_CRASHED
-            ) from None
+            raise _dangling(root) from None
         if os.path.lexists(root):
             raise UserError(f"{root}: is not a folder; move it away", exit_code=EXIT_STORAGE) from None
         return []
@@ -84,7 +82,15 @@ def all_checkpoints(run_dir: Path) -> list[Path]:
 
 def _named_as_checkpoints(root: Path) -> list[Path]:
     with os.scandir(root) as entries:
-        return [root / entry.name for entry in entries if NAME.fullmatch(entry.name) and entry.is_dir()]
+        named = sorted((e for e in entries if NAME.fullmatch(e.name)), key=lambda entry: step_of_name(entry.name))
+    if named and named[-1].is_symlink() and not os.path.exists(named[-1].path):
+        raise _dangling(root / named[-1].name)
+    return [root / entry.name for entry in named if entry.is_dir()]
+
+
+def _dangling(link: Path) -> Unreachable:
+    """The error for a link whose target is missing, perhaps because the disk is not mounted."""
+    return Unreachable(f"{link}: links to {os.readlink(link)}, which does not exist", exit_code=EXIT_CRASHED)
 
 
 def step_of_name(name: str) -> int:
@@ -285,8 +291,8 @@ class Damaged(UserError):
     """A checkpoint or a copy of one is damaged or incomplete."""
 
 
-class OtherFormat(UserError):
-    """A checkpoint or a copy of one was written in a format that this version does not read."""
+class Unusable(UserError):
+    """A checkpoint or a copy of one is written in a format that this version does not read, or was renamed."""
 
 
 class Unreachable(UserError):
@@ -341,7 +347,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def parse_manifest(text: bytes, path: str) -> dict:
-    """Parse the manifest of the checkpoint at `path`. Raises Damaged on a checksum mismatch, and OtherFormat."""
+    """Parse the manifest of the checkpoint at `path`. Raises Damaged on a checksum mismatch, and Unusable."""
     try:
         manifest = json.loads(text)
         intact = manifest.pop("sha256") == fingerprint(manifest)
@@ -351,9 +357,13 @@ def parse_manifest(text: bytes, path: str) -> dict:
     if not intact:
         raise Damaged(f"{path}/{MANIFEST}: checksum mismatch, the file is corrupt")
     if number != FORMAT:
-        raise OtherFormat(
+        raise Unusable(
             f"{path}: has format {number!r}, and this version of bfsys reads {FORMAT}; use the version that saved it"
         )
+    name, saved_as = path.rpartition("/")[2], checkpoint_name(manifest["step"])
+    if NAME.fullmatch(name) and name != saved_as:  # resumes and retention choose checkpoints by their names
+        what = f"holds the checkpoint of step {manifest['step']}, so it was renamed"
+        raise Unusable(f"{path}: {what}; rename it to {saved_as}, or move it to another folder")
     return manifest
 
 

@@ -159,7 +159,7 @@ class Saver:
             commit(self._work, final, facts, files)
             if not is_after_bad_steps(facts):
                 paths, used = all_checkpoints(self.run_dir), self.in_use()
-                going = [retire(path) for path in to_prune(self.run_dir, paths, self.keep) if path != used]
+                going = [retire(p) for p in to_prune(self.run_dir, paths, self.keep) if p not in (used, final)]
                 self._removal = threading.Thread(target=_remove_all, args=[going], name="removal of checkpoints")
                 self._removal.start()
 

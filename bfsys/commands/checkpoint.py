@@ -19,7 +19,7 @@ from bfsys.checkpoint.files import (
     METRICS,
     NAME,
     Damaged,
-    OtherFormat,
+    Unusable,
     all_checkpoints,
     checkpoint_name,
     checkpoints_dir,
@@ -43,7 +43,7 @@ MB = 1e6
 PAUSES_S = (1.0, 4.0)  # before a store is retried; short, because a user waits for the answer
 NOTES = """\
 list    show step, time, size, score, and whether all files are present
-verify  read all checkpoints; exit code 1: one is damaged, 2: other format
+verify  read all; exit code 1: one is damaged, 2: other format, or renamed
 show    show the newest checkpoint (or the one at RUN/checkpoints/step_…)
 copy    copy the newest intact checkpoint to TO; either RUN or TO is a URL
 prune   remove the intact checkpoints that no --keep option keeps
@@ -188,7 +188,7 @@ def show_list(args: argparse.Namespace) -> int:
         except Damaged as error:
             print(one_line(f"{step:>10}  damaged: {'; '.join(error.problems)}"))
             continue
-        except OtherFormat as error:
+        except Unusable as error:
             print(one_line(f"{step:>10}  not read: {error}"))
             continue
         there = checkpoint.sizes()
@@ -213,7 +213,7 @@ def verify(args: argparse.Namespace) -> int:
     for checkpoint in checkpoints_of(args.run):
         try:
             problems = checkpoint.problems()
-        except OtherFormat as error:
+        except Unusable as error:
             not_read += 1
             print(one_line(f"not verified: {error}"))
             continue
