@@ -164,7 +164,7 @@ def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
     """Prepare the locked directory. Returns whether it has no checkpoint, and the changes that were made."""
     run_dir, (path, manifest) = config.run_dir, newest_checkpoint(config, facts)
     with _errors_of(run_dir):
-        notes = [] if path else set_aside_earlier_run(run_dir)
+        notes = _notes_on_resume(config, path, manifest) if path else set_aside_earlier_run(run_dir)
         # If it were made at the first hang, other nodes might not see it, since NFS caches missing names.
         (run_dir / HANGS).mkdir(exist_ok=True)
         if path and step_of(path) >= config.train.steps:
@@ -176,6 +176,17 @@ def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
             replace_file(run_dir / "config.yaml", typed_yaml.dump(config))
         forget_end(run_dir)
         return path is None, notes
+
+
+def _notes_on_resume(config: Config, path: Path, manifest: dict) -> list[str]:
+    """A note if initial weights are given that the checkpoint's start did not have."""
+    theirs, ours = manifest["config"]["train"].get("init_from"), config.train.init_from
+    if ours in (None, theirs):
+        return []
+    return [
+        f"train.init_from: {ours} has no effect, because the run continues from {path}; to start from it, give the run "
+        "another name (name=…)"
+    ]
 
 
 def _notes_on_finished(config: Config, step: int) -> list[str]:

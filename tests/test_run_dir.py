@@ -71,6 +71,15 @@ def test_a_resumed_run_keeps_its_history(finished_run: Path, config: Config) -> 
     assert not list(config.run_dir.glob("earlier-*"))
 
 
+def test_initial_weights_for_a_run_that_has_started_are_noted(finished_run: Path, config: Config) -> None:
+    shutil.copytree(finished_run, config.run_dir)
+    config = replace(config, train=replace(config.train, seed=0, steps=200))
+    facts = facts_of(config)
+    for origin, notes in ((None, 0), ("runs/other", 1)):
+        with prepare_run_dir(replace(config, train=replace(config.train, init_from=origin)), facts, ALONE) as directory:
+            assert sum("train.init_from: runs/other has no effect" in note for note in directory.notes) == notes
+
+
 def test_a_finished_run_keeps_the_config_that_it_was_trained_with(finished_run: Path, config: Config) -> None:
     shutil.copytree(finished_run, config.run_dir)
     file = config.run_dir / "config.yaml"
