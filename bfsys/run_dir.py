@@ -24,7 +24,7 @@ from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError, counted
-from bfsys.files import replace_file, try_lock
+from bfsys.files import is_named, replace_file, try_lock
 from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
 from bfsys.supervision.run_end import forget_end, how_it_ended, note_end
@@ -59,12 +59,28 @@ class RunDirectory:
     """Rank 0's lock on the directory."""
 
     def check_same(self) -> None:
-        """Raise UserError if another directory has taken the place of this one, for example a restored backup."""
-        with suppress(FileNotFoundError):
-            if self.hold and not os.path.samestat(os.stat(self.hold.name), os.fstat(self.hold.fileno())):
+        """Raise UserError if the directory is gone, if another one has taken its place, for example a restored backup,
+        or if a later start trains in it, too."""
+        if not self.hold:
+            return
+        lock = Path(self.hold.name)
+        where = f"run directory {lock.parent}"
+        if not lock.parent.exists():  # a save would make it again
+            raise UserError(
+                f"{where}: was moved or deleted while this run trains; if it was moved, move it back, and run the same "
+                "command to resume",
+                exit_code=EXIT_STORAGE,
+            )
+        with suppress(FileNotFoundError):  # the lock file was deleted
+            if lock.exists() and not is_named(self.hold, lock):
                 raise UserError(
-                    f"run directory {Path(self.hold.name).parent}: was replaced by another one while this run trains, "
-                    "so their checkpoints would be mixed; decide which one to keep, and start the run again"
+                    f"{where}: was replaced by another one while this run trains, so their checkpoints would be mixed; "
+                    "decide which one to keep, and start the run again"
+                )
+            if (holder := lock.read_text(errors="replace")) != _this_process():
+                raise UserError(
+                    f"{where}: {holder or 'another process'} has begun to train in it, too, since its file system "
+                    "does not lock files between machines; that start continues from the last checkpoint"
                 )
 
     def __enter__(self) -> RunDirectory:
@@ -98,7 +114,16 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirect
         if hold:
             hold.close()
         raise
+    if hold:  # a refused start does not get here
+        hold.truncate(0)
+        hold.write(_this_process().encode())
+        hold.flush()
     return RunDirectory(is_new, [*fetched, *notes], hold)
+
+
+def _this_process() -> str:
+    """The content of the lock file, which shows a later start where the file system does not lock."""
+    return f"process {os.getpid()} on {os.uname().nodename}"
 
 
 @contextmanager
@@ -241,7 +266,7 @@ def hold_directory(run_dir: Path, name: str = ".lock", longest_s: float = math.i
     Raises UserError if another process holds the lock, after at most `longest_s`. Without the lock, two starts would
     overwrite each other's checkpoints.
     """
-    hold = open(run_dir / name, "wb")  # noqa: SIM115 (for the life of the run)
+    hold = open(run_dir / name, "ab")  # noqa: SIM115 (for the life of the run)
     wait_s = min(longest_s, LOCK_WAIT_IN_JOB_S if os.environ.get("SLURM_JOB_ID") else LOCK_WAIT_S)
     deadline, said = time.monotonic() + wait_s, False
     while not try_lock(hold):

@@ -19,9 +19,9 @@ from bfsys.config import Config, load_config
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import AgreedError, Ranks
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_STORAGE, UserError
 from bfsys.git_state import git_state
-from bfsys.run_dir import noting_failed_start, prepare_run_dir, run_facts
+from bfsys.run_dir import hold_directory, noting_failed_start, prepare_run_dir, run_facts
 from bfsys.supervision.run_end import how_it_ended
 
 ALONE = Ranks()
@@ -192,10 +192,33 @@ def test_a_replaced_run_directory_is_detected(config: Config) -> None:
         directory.check_same()
         backup = shutil.copytree(config.run_dir, config.run_dir.with_name("backup"))
         config.run_dir.rename(config.run_dir.with_name("away"))
-        directory.check_same()  # a missing directory is noticed when a file is written into it
+        with pytest.raises(UserError, match="again: was moved or deleted while this run trains") as error:
+            directory.check_same()
+        assert error.value.exit_code == EXIT_STORAGE
         backup.rename(config.run_dir)
         with pytest.raises(UserError, match="again: was replaced by another one while this run trains"):
             directory.check_same()
+
+
+def test_a_start_elsewhere_on_a_file_system_without_locks_is_detected(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "try_lock", lambda file: True)
+    facts = facts_of(config)
+    with prepare_run_dir(config, facts, ALONE) as directory:
+        monkeypatch.setattr(run_module, "_this_process", lambda: "process 1 on another")
+        hold_directory(config.run_dir).close()  # by a start that is refused
+        monkeypatch.undo()
+        directory.check_same()
+        monkeypatch.setattr(run_module, "try_lock", lambda file: True)
+        monkeypatch.setattr(run_module, "_this_process", lambda: "process 1 on another")
+        with prepare_run_dir(config, facts, ALONE) as later:
+            later.check_same()
+            monkeypatch.undo()
+            with pytest.raises(UserError, match="again: process 1 on another has begun to train in it, too"):
+                directory.check_same()
+        (config.run_dir / ".lock").unlink()
+        directory.check_same()
 
 
 def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

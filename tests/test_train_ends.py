@@ -15,7 +15,7 @@ import torch
 from bfsys import train
 from bfsys.cli import call
 from bfsys.config import Config, Data, Source
-from bfsys.errors import EXIT_CRASHED, UserError, run_command
+from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError, run_command
 from bfsys.ranks import Ranks
 from bfsys.supervision.run_end import how_it_ended
 from tests.forked import run_python, start_ranks
@@ -96,6 +96,33 @@ def rank_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     config = Config(data=Data(sources=(Source("none"),)), runs_dir=tmp_path)
     return lambda: train.train_rank(config, Ranks())
+
+
+ANOTHER_START_BEGINS = """
+import pathlib, runpy, shutil
+from bfsys.checkpoint.saving import Saver
+
+really_start = Saver.start
+
+def start(self, source, facts):
+    really_start(self, source, facts)
+    if facts["step"] == 4:  # its first save removes unfinished ones, as if they were of a killed start
+        (self.run_dir / ".lock").write_text("process 1 on another")
+        shutil.rmtree(self._work, ignore_errors=True)
+
+Saver.start = start
+runpy.run_path("bfsys/train.py", run_name="__main__")
+"""
+
+
+def test_a_run_that_was_started_elsewhere_without_locks_ends_and_notes_nothing(
+    config_file: Path, tmp_path: Path, run_ranks
+) -> None:
+    """A note of its end would be taken for that of the later start."""
+    for result in run_ranks(2, ["-c", ANOTHER_START_BEGINS, str(config_file)]):
+        assert result.returncode == EXIT_USER_ERROR, result.stderr
+        assert "process 1 on another has begun to train in it, too" in result.stderr or not result.stderr
+    assert how_it_ended(tmp_path / "runs" / "tiny") is None
 
 
 def test_a_gpu_without_enough_memory_is_one_line_and_may_be_restarted(rank_without_memory: Callable[[], int]) -> None:

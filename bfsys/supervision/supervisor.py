@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import NamedTuple
 
@@ -113,8 +114,10 @@ class Supervisor:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Record the error that ended the run, if any, and close everything."""
         if isinstance(error, dist.AgreedError):
-            if self.ranks.is_rank_zero:
-                note_end(self.run_dir, error.exit_code, str(error))
+            with suppress(OSError, UserError):  # if another start trains here, this is not the end of the run
+                self._check_directory()
+                if self.ranks.is_rank_zero:
+                    note_end(self.run_dir, error.exit_code, str(error))
         elif isinstance(error, UserError):
             note_end(self.run_dir, error.exit_code, f"rank {self.ranks.rank}: {error}")
         # The rank whose connection was lost does not know the reason; the rank that failed notes it.
@@ -255,7 +258,11 @@ class Supervisor:
         """Wait for the save in progress, and commit it; collective."""
         where = f"step {step}: waiting for the checkpoint's files"
         with self.watchdog.patient(where), self.ledger.stalled():
-            path = self.saver.finish(wait=lambda: self.watchdog.beat(where))
+            try:
+                path = self.saver.finish(wait=lambda: self.watchdog.beat(where))
+            except dist.AgreedError:
+                dist.on_rank0(self._check_directory, self.ranks)  # its error is the cause, if it has one
+                raise
         self.metrics.say(f"saved {path}")
         self.copies.offer()
 
