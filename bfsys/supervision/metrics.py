@@ -311,9 +311,12 @@ class Metrics:
         try:
             yield
         except OSError as error:
-            remedy = remedy_of(error.errno)
-            self.problem = f"{self.run_dir}: metrics cannot be written: {error.strerror}; {remedy}"
+            what = f"metrics cannot be written: {error.strerror}; {remedy_of(error.errno)}"
             self.problem_code = EXIT_CRASHED if error.errno in TRANSIENT_ERRNOS else EXIT_STORAGE
+            if isinstance(error, FileNotFoundError) and self.run_dir.is_dir():  # TensorBoard opens its file each time
+                what = "tb was deleted while this run trains; the next start makes it again"
+                self.problem_code = EXIT_CRASHED
+            self.problem = f"{self.run_dir}: {what}"
 
     def _console_line(self, line: dict) -> str:
         step, total = line["step"], self.total_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from tensorboard.plugins.hparams.list_session_groups import Handler
 
 from bfsys.checkpoint.files import METRICS
 from bfsys.config import load_config
-from bfsys.errors import EXIT_STORAGE
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE
 from bfsys.json_lines import read_json_lines
 from bfsys.ranks import Ranks
 from bfsys.supervision.goodput import Ledger
@@ -84,6 +85,23 @@ def test_lines_of_a_deleted_or_replaced_file_are_written_again(
     ledger.close()
     assert [line["step"] for line in read_json_lines(path, LINE)] == [1, 2, 3]
     assert capsys.readouterr().out.count("lines are written again") == 1
+
+
+def test_a_deleted_tensorboard_folder_is_named_and_the_run_may_be_restarted(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restore it after Metrics replaces it
+    config = load_config(config_file, [])
+    config.run_dir.mkdir(parents=True)
+    ledger = Ledger(config.run_dir, is_rank_zero=True)
+    metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=0)
+    shutil.rmtree(config.run_dir / "tb")
+    scores = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "samples": 4}
+    metrics.evaluation(1, {**scores, "sources": {"a": scores, "b": scores}}, 1.0, "some files")
+    metrics.close()
+    ledger.close()
+    assert metrics.problem == f"{config.run_dir}: tb was deleted while this run trains; the next start makes it again"
+    assert metrics.problem_code == EXIT_CRASHED
 
 
 def test_tensorboard_compares_runs_by_hyperparameters_and_scores(
