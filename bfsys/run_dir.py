@@ -106,18 +106,22 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirect
             # First, so that files that another process writes during the wait are seen.
             hold = hold_directory(config.run_dir, longest_s=config.train.collective_timeout_s / 2)
 
+    def name_holder() -> None:
+        assert hold
+        with _errors_of(config.run_dir):
+            hold.truncate(0)
+            hold.write(_this_process().encode())
+            hold.flush()
+
     try:
         dist.on_rank0(take_lock, ranks)
         fetched = _fetch_newer(config, facts, ranks) if config.copy_url else []
         is_new, notes = dist.on_rank0(lambda: _take_directory(config, facts), ranks)
+        dist.on_rank0(name_holder, ranks)  # a refused start does not get here
     except UserError:
         if hold:
             hold.close()
         raise
-    if hold:  # a refused start does not get here
-        hold.truncate(0)
-        hold.write(_this_process().encode())
-        hold.flush()
     return RunDirectory(is_new, [*fetched, *notes], hold)
 
 
