@@ -10,6 +10,7 @@ Rejected alternative: a thread that writes, because a forked loader process woul
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -45,6 +46,8 @@ class Console(io.TextIOBase):
         self.log: Path | None = None
         self.fails = fails
         self._descriptor, self._name, self.encoding = descriptor, name, encoding
+        # It writes a byte order mark only at the start.
+        self._encoder = codecs.getincrementalencoder(encoding)("backslashreplace")
         self._pending = ""
         self._is_stopped = False
 
@@ -68,7 +71,7 @@ class Console(io.TextIOBase):
     def flush(self) -> None:
         text, self._pending = self._pending, ""
         if text:
-            self.write_bytes(text.encode(self.encoding, "backslashreplace"))
+            self.write_bytes(self._encoder.encode(text))
 
     def write_bytes(self, content: bytes) -> None:
         """Write encoded text."""

@@ -51,6 +51,13 @@ def test_characters_that_an_encoding_lacks_are_escaped(pipe: tuple[int, int], en
     assert os.read(pipe[0], 100).decode(encoding) == shown + "\n"
 
 
+def test_a_byte_order_mark_is_written_only_at_the_start(pipe: tuple[int, int]) -> None:
+    out = make_console(pipe[1], encoding="utf-16", fails=True)
+    print("one ü", file=out)
+    print("two", os.fsdecode(b"a\xff"), file=out)
+    assert os.read(pipe[0], 100).decode("utf-16") == "one ü\ntwo a\\udcff\n"
+
+
 def test_a_file_name_that_is_not_text_is_escaped(pipe: tuple[int, int]) -> None:
     print(os.fsdecode(b"a\xff"), file=make_console(pipe[1]))
     assert os.read(pipe[0], 100) == b"a\\udcff\n"
