@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Sequence
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from bfsys.data.media.encodings import Encoding, Fitting, WrongRateError, librar
 from bfsys.data.packing.listing import regular_files
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
 from bfsys.errors import UserError
-from bfsys.files import read_regular, replacing
+from bfsys.files import read_regular, remove_unfinished, replacing, try_lock
 
 NOTES = ".encoded.jsonl"
 
@@ -28,10 +30,12 @@ class Notes:
     """Notes on the sources and settings of the files in OUT, a line for each. A later line replaces an earlier one."""
 
     def __init__(self, out: Path, encoding: Encoding, fitting: Fitting, transforms: Sequence[ByteTransform]) -> None:
-        """Read earlier notes. Raises UserError if they cannot be read."""
         self._out, self._path = out, out / NOTES
         self._how = [encoding.text, library_version(encoding), repr(fitting), *(t.identity for t in transforms)]
         self._noted: dict[str, str] = {}
+
+    def read(self) -> None:
+        """Read earlier notes. Raises UserError if they cannot be read."""
         try:
             lines = read_regular(self._path).splitlines()
         except (FileNotFoundError, NotADirectoryError):
@@ -66,6 +70,27 @@ class Notes:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
+@contextmanager
+def locked(out: Path, targets: Iterable[Path]) -> Iterator[None]:
+    """Make OUT, lock it against other processes that encode into it, and remove unfinished files of killed ones."""
+    names = defaultdict(list)
+    for target in targets:
+        names[target.parent].append(target.name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / NOTES, "ab")  # noqa: SIM115 (below)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    with file:
+        if not try_lock(file):
+            raise UserError(
+                f"{out}: another process is encoding into this folder; wait until it has ended, or choose another OUT"
+            )
+        for folder, of_folder in names.items():
+            remove_unfinished(folder, of_folder)
+        yield
+
+
 def targets_of(src: Path, out: Path, encoding: Encoding, problems: list[str]) -> dict[Path, Path]:
     """The target of each file. If files differ only in the extension, it is appended to their names."""
     if not src.exists():
@@ -93,8 +118,10 @@ def targets_of(src: Path, out: Path, encoding: Encoding, problems: list[str]) ->
 
 
 def kept_of(targets: dict[Path, Path], notes: Notes, problems: list[str]) -> set[Path]:
-    """The targets that an earlier start made. Other existing targets are problems."""
-    existing = {source: target for source, target in targets.items() if target.exists()}
+    """The targets that an earlier start made. Other existing targets are problems. Raises UserError if the notes cannot
+    be read."""
+    existing = {source: target for source, target in targets.items() if os.path.exists(target)}
+    notes.read()  # after the files are listed: another process may be adding notes, and then files
     kept = {target for source, target in existing.items() if notes.has(source, target)}
     problems += [
         f"{target}: exists and is not overwritten, since it was not made from the current {source} with these "

@@ -14,7 +14,7 @@ import io
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -38,14 +38,28 @@ def try_lock(file: BinaryIO) -> bool:
     return True
 
 
+def _hidden(name: str) -> str:
+    """How the temporary names of a file begin."""
+    return f".{os.fsdecode(os.fsencode(name)[:LONGEST_NAME_BYTES])}"
+
+
+def remove_unfinished(folder: Path, names: Iterable[str]) -> None:
+    """Remove what killed processes left in a folder while they replaced files of these names. The caller excludes that
+    another process replaces them now."""
+    beginnings = set(map(_hidden, names))
+    for path in folder.glob(".*.tmp"):
+        beginning, _, process = path.name.removesuffix(".tmp").rpartition(".")
+        if process.isdecimal() and beginning in beginnings:
+            path.unlink()
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A new file that atomically replaces `path` when the block ends. After an exception, `path` is unchanged.
 
     Until then its name is `.NAME.PID.tmp`; a long NAME is truncated. A killed process leaves this file behind.
     """
-    name = os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME_BYTES])
-    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{_hidden(path.name)}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

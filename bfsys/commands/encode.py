@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 
 from bfsys import console
 from bfsys.commands.arguments import add_encoding, local_path, read_encoding
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     console.go_on_without()  # a closed console must not stop the work
     from bfsys.data.streaming.byte_transforms import ByteTransform, parse_transforms
-    from bfsys.encode import Notes, kept_of, make, targets_of
+    from bfsys.encode import Notes, kept_of, locked, make, targets_of
 
     problems: list[str] = []
     encoding, fitting = read_encoding(args, problems)
@@ -38,19 +39,23 @@ def run(args: argparse.Namespace) -> None:
     with collecting(problems):
         transforms = parse_transforms(args.transform)
     targets = targets_of(args.src, args.out, encoding, problems)
+    notes = Notes(args.out, encoding, fitting, transforms)
     with collecting(problems):
-        notes = Notes(args.out, encoding, fitting, transforms)
         kept = kept_of(targets, notes, problems)
     if problems:
         raise UserError(*problems)
     written = 0
     failed: list[str] = []
-    with collecting(failed):  # a file that cannot be written ends the loop
-        for source, target in targets.items():
-            if target not in kept:
-                problem = make(source, target, encoding, fitting, transforms, notes)
-                failed += [problem] if problem else []
-                written += not problem
+    with locked(args.out, targets.values()) if len(kept) < len(targets) else nullcontext():
+        kept = kept_of(targets, notes, problems)  # another process may have made some of them meanwhile
+        if problems:
+            raise UserError(*problems)
+        with collecting(failed):  # a file that cannot be written ends the loop
+            for source, target in targets.items():
+                if target not in kept:
+                    problem = make(source, target, encoding, fitting, transforms, notes)
+                    failed += [problem] if problem else []
+                    written += not problem
     print(f"{args.out}: {counted(written, 'file')}" + (f", and {len(kept):,} from an earlier start" if kept else ""))
     if failed:
         missing = len(targets) - len(kept) - written

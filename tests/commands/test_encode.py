@@ -14,6 +14,7 @@ from bfsys.cli import call
 from bfsys.data.media.encodings import Fitting, parse_encoding
 from bfsys.data.streaming.byte_transforms import parse_transforms, read_key
 from bfsys.errors import UserError
+from bfsys.files import try_lock
 from tests.commands.packing_helpers import make_files, png_bytes, wav_bytes
 
 
@@ -101,11 +102,12 @@ def test_a_sound_whose_rate_a_format_lacks_is_named_with_the_remedy(tmp_path: Pa
 def test_a_name_that_is_too_long_for_another_extension_is_named_and_the_others_made(tmp_path: Path) -> None:
     png = png_bytes(9, 9, 1)
     src = make_files(tmp_path / "src", {"a.png": png, f"{'b' * 252}.pn": png, "c.png": png})
-    with pytest.raises(UserError) as error:
-        call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tiff"])
-    long, total = error.value.problems
-    assert long.endswith("b.tiff: cannot be written: File name too long")
-    assert total == "1 of 3 files were not written; run the same command again to continue"
+    for _ in range(2):
+        with pytest.raises(UserError) as error:
+            call("encode", [str(src), str(tmp_path / "out"), "--encoding", "tiff"])
+        long, total = error.value.problems
+        assert long.endswith("b.tiff: cannot be written: File name too long")
+        assert total == "1 of 3 files were not written; run the same command again to continue"
 
 
 def test_running_out_of_memory_is_not_blamed_on_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +177,39 @@ def test_files_made_with_other_settings_are_not_overwritten(stopped: list[str], 
     with pytest.raises(UserError, match="exists and is not overwritten"):
         call("encode", stopped)
     assert made_in(tmp_path / "out") == ["a.fhwc"]
+
+
+def test_unfinished_files_of_a_killed_process_are_removed(stopped: list[str], tmp_path: Path) -> None:
+    make_files(tmp_path / "out", {".b.fhwc.123.tmp": b"part", ".mine.123.tmp": b"of the user", ".b.fhwc.x.tmp": b"too"})
+    call("encode", stopped)
+    hidden = sorted(path.name for path in (tmp_path / "out").glob(".*"))
+    assert hidden == [".b.fhwc.x.tmp", encode.NOTES, ".mine.123.tmp"]
+
+
+def test_two_processes_do_not_encode_into_one_folder(stopped: list[str], tmp_path: Path) -> None:
+    with open(tmp_path / "out" / encode.NOTES, "rb") as other:
+        assert try_lock(other)
+        with pytest.raises(UserError, match="out: another process is encoding into this folder; wait until it has"):
+            call("encode", stopped)
+    call("encode", stopped)
+    with open(tmp_path / "out" / encode.NOTES, "rb") as other:
+        assert try_lock(other)
+        call("encode", stopped)  # nothing remains to be made
+
+
+def test_a_file_that_another_process_makes_at_the_same_time_is_kept(
+    stopped: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    really_read, calls = encode.Notes.read, iter(range(99))
+
+    def read(notes: encode.Notes) -> None:
+        really_read(notes)
+        if next(calls) == 0:  # after this process has read the notes, another one ends
+            call("encode", stopped)
+
+    monkeypatch.setattr(encode.Notes, "read", read)
+    call("encode", stopped)
+    assert capsys.readouterr().out.endswith("out: 0 files, and 3 from an earlier start\n")
 
 
 def test_notes_reveal_neither_paths_nor_keys(tmp_path: Path) -> None:
