@@ -47,7 +47,7 @@ from bfsys.errors import (
 from bfsys.launch.elastic import MOST, describe, fitting, parse_range
 from bfsys.launch.job import TrainJob, free_port, rank_variables
 from bfsys.launch.processes import Process, fork_rank, import_what_ranks_need, start_program
-from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
+from bfsys.launch.restart_policy import FINAL_CODES, Restarts, end_of, newest_step
 from bfsys.locations import hide_in
 from bfsys.ranks import gpu_count
 from bfsys.run_dir import hold_directory
@@ -180,7 +180,7 @@ class Group:
 
     def _describe_failure(self, rank: int, code: int) -> None:
         log = self.logs[rank]
-        print(f"error: rank {rank} ended with code {code}, so the others were stopped; see {log}", file=sys.stderr)
+        print(f"error: rank {rank} {end_of(code)}, so the others were stopped; see {log}", file=sys.stderr)
         if rank:  # rank 0's lines are already shown
             with suppress(OSError):
                 lines = log.read_text(errors="replace").splitlines()

@@ -7,6 +7,7 @@ checkpoint, or it was asked to stop. Nor is it restarted after three starts in a
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ ERROR_CODES = (EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE)
 FINAL_CODES = (0, *ERROR_CODES, EXIT_STOPPED)
 MAX_RESTARTS = 3  # restarts without a new checkpoint
 PAUSES_S = (1.0, 10.0, 60.0)  # before them, for temporary failures such as an unavailable file server
+SENDERS = {
+    signal.SIGKILL: "the kernel sends it if memory runs out, and `dmesg` shows that",
+    signal.SIGXCPU: "the kernel sends it at the limit of CPU time, which `ulimit -t` shows",
+}
 
 
 @dataclass
@@ -52,9 +57,7 @@ class Restarts:
         if self.step != before:  # it is smaller if later checkpoints were damaged
             self.without_progress = 0
         if self.without_progress >= MAX_RESTARTS:
-            reason = (
-                f"gave up after {MAX_RESTARTS} restarts without a new checkpoint; the last start ended with code {code}"
-            )
+            reason = f"gave up after {MAX_RESTARTS} restarts without a new checkpoint; the last start {end_of(code)}"
             note_end(self.run_dir, EXIT_NO_PROGRESS, reason)
             print(f"error: {reason}; logs are in {self.run_dir}", file=sys.stderr)
             self.exit_code = EXIT_NO_PROGRESS
@@ -71,3 +74,13 @@ def newest_step(run_dir: Path, unknown: int = 0) -> int:
         return unknown if error.errno in TRANSIENT_ERRNOS else 0
     except ValueError:
         return 0
+
+
+def end_of(code: int) -> str:
+    """How a process ended, from its exit code; 128 + N means that signal N killed it."""
+    text = f"ended with code {code}"
+    try:
+        number = signal.Signals(code - 128)
+    except ValueError:
+        return text
+    return f"{text}: {number.name} killed it" + (f" ({SENDERS[number]})" if number in SENDERS else "")

@@ -184,6 +184,8 @@ def test_a_killed_rank_gives_the_shells_code_and_logs_are_appended(make_job, tmp
     job = make_job('os.kill(os.getpid(), signal.SIGKILL) if rank == "1" else time.sleep(100)')
     assert local.run_group(job, 2, tmp_path / "log") == 137
     assert local.run_group(job, 2, tmp_path / "log") == 137
+    said = "error: rank 1 ended with code 137: SIGKILL killed it (the kernel sends it if memory runs out, and `dmesg`"
+    assert said in capfd.readouterr().err
     lines = (tmp_path / "log" / "rank-0.log").read_text().splitlines()
     assert [line[:5] for line in lines] == ["--- 2"] * 2
     assert all(line.endswith(f"bfsys/train.py {tmp_path}/c.yaml a=1") for line in lines)
