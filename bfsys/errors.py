@@ -68,6 +68,8 @@ MISSING_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.
 
 SHOWN_CHARACTERS = 4_000  # of a problem
 NO_TEMPORARY_FOLDER = "No usable temporary directory"  # from Python's `tempfile`
+NO_THREAD = "can't start new thread"  # from Python
+TO_START_MORE = "raise the limit of processes and threads (ulimit -u, or pids.max of a container), or end some"
 JOINERS = "\u200c\u200d"  # between letters of Persian and similar scripts, and between the parts of an emoji
 
 
@@ -110,6 +112,19 @@ def remedy_of(number: int | None) -> str:
         errno.ENOMEM: "free memory",
     }
     return remedies.get(number or 0, "repair that")
+
+
+def cannot_start(what: str, error: OSError) -> UserError:
+    """The error for processes, with what they share, that the system does not start. A restart may help if the system
+    lacks something for now."""
+    remedy = remedy_of(error.errno)
+    if error.errno == errno.EAGAIN:
+        remedy = TO_START_MORE
+    elif error.errno in (errno.ENOSPC, errno.EROFS, errno.ENOENT, errno.EACCES):  # semaphores and shared memory
+        remedy = "/dev/shm must exist, be writable and have free space (docker run --shm-size)"
+    is_short = error.errno in TRANSIENT_ERRNOS
+    problem = f"{what} cannot be started: {error.strerror}; {remedy}"
+    return UserError(problem, exit_code=EXIT_CRASHED if is_short else EXIT_USER_ERROR)
 
 
 @contextmanager
@@ -276,6 +291,9 @@ def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (si
     except BaseException as error:
         if received:  # PyTorch drops a KeyboardInterrupt while it imports NumPy, and then fails without NumPy
             return stopped()
+        if isinstance(error, RuntimeError) and str(error) == NO_THREAD:
+            print(f"error: a thread cannot be started; {TO_START_MORE}", file=sys.stderr)
+            return EXIT_CRASHED
         # Gloo raises RuntimeError
         too_many = next((t for t in map(os.strerror, (errno.EMFILE, errno.ENFILE)) if t in str(error)), None)
         if too_many is None or not isinstance(error, OSError | RuntimeError):

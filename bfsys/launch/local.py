@@ -40,6 +40,7 @@ from bfsys.errors import (
     EXIT_STOPPED,
     EXIT_STORAGE,
     UserError,
+    cannot_start,
     code_of,
     counted,
     error_line,
@@ -228,8 +229,7 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
 
 def _log_error(log_dir: Path, error: OSError) -> UserError:
     if error.filename is None and error.errno in START_ERRNOS:  # writing sets no file name either
-        problem = f"a process for a rank cannot be started: {error.strerror}; see ulimit -u and the memory that is free"
-        return UserError(problem, exit_code=code_of(error))
+        return cannot_start("a process for a rank", error)
     return UserError(f"log folder {log_dir}: cannot be written: {error.strerror}", exit_code=code_of(error))
 
 

@@ -176,7 +176,7 @@ def test_a_process_that_cannot_be_started_is_a_crash_and_signals_arrive_afterwar
     job = make_job("")
     assert local.run_until_done(lambda: local.run_group(job, 2, tmp_path / "log"), tmp_path) == 0
     said = capfd.readouterr().err
-    assert said.count("a process for a rank cannot be started: Resource temporarily unavailable; see ulimit -u") == 1
+    assert said.count("a process for a rank cannot be started: Resource temporarily unavailable; raise the limit") == 1
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from bfsys.data.media.encodings import parse_encoding
 from bfsys.data.packing.shard_jobs import Job, Outcome, write_job
 from bfsys.data.packing.staging import remove_temporary
-from bfsys.errors import UserError
+from bfsys.errors import UserError, cannot_start
 
 # Spawned, not forked: a forked process may hang if its parent has threads (here the progress bar's).
 CONTEXT = multiprocessing.get_context("spawn")
@@ -101,7 +101,10 @@ def write_jobs(jobs: Sequence[Job], count: int, skip_bad: bool) -> Iterator[Outc
     try:
         while waiting or workers:
             while waiting and len(workers) < count:
-                worker = Worker(skip_bad, waiting.popleft(), fatal)
+                try:
+                    worker = Worker(skip_bad, waiting.popleft(), fatal)
+                except OSError as error:
+                    raise cannot_start(f"a process that writes shards (--workers {count})", error) from None
                 workers[worker.connection] = worker
             ready = wait(list(workers))
             for connection in [connection for connection in workers if connection in ready]:

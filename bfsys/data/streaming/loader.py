@@ -42,7 +42,7 @@ from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.reader import RawBatch, ShardReader, new_buffer
 from bfsys.data.streaming.ring import Ring
 from bfsys.dist import Ranks
-from bfsys.errors import UserError
+from bfsys.errors import UserError, cannot_start
 
 T = TypeVar("T")
 
@@ -212,7 +212,10 @@ def _read_by_workers(
         collate_fn=_as_it_is,
         worker_init_fn=partial(_begin_worker, os.getpid(), reader, positions),
     )
-    answers = iter(loader)  # starts the processes
+    try:
+        answers = iter(loader)  # starts the processes
+    except OSError as error:
+        raise cannot_start(f"a process that reads data (data.workers={workers})", error) from None
     with _naming_crashes(reader, positions):
         yield from _micro_batches_of(answers, ring, pinned)
 

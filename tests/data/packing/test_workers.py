@@ -1,5 +1,6 @@
 """One bad file never ends packing: the process that dies of it is replaced, and the file is named."""
 
+import errno
 import faulthandler
 import multiprocessing
 import os
@@ -112,3 +113,25 @@ def test_no_process_outlives_packing(src, tmp_path):
         pack(src, tmp_path, *PNG, "--workers", "3")
     assert not multiprocessing.active_children()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "remedy"),
+    [
+        (errno.EAGAIN, 1, "raise the limit of processes and threads (ulimit -u"),
+        (errno.EMFILE, 2, "raise the limit of open files (ulimit -n"),
+        (errno.EROFS, 2, "/dev/shm must exist, be writable"),
+    ],
+)
+def test_processes_that_cannot_be_started_are_not_taken_for_a_disk_that_cannot_be_written(
+    number, code, remedy, src, tmp_path, monkeypatch
+):
+    def fail():
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fork", fail)
+    with pytest.raises(UserError) as error:
+        pack(src, tmp_path, *PNG, "--workers", "3")
+    start = f"a process that writes shards (--workers 3) cannot be started: {os.strerror(number)}; {remedy}"
+    assert str(error.value).startswith(start)
+    assert error.value.exit_code == code

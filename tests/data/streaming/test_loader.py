@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _multiprocessing
+import errno
 import os
 import re
 import subprocess
@@ -165,6 +167,24 @@ def test_a_loader_may_begin_and_end_in_another_thread(config_file: Path) -> None
         with pytest.raises(LoaderCrashed, match=r"it was reading .*: sample '"):  # in one of the threads
             train()
     assert {*_running} == before
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.EAGAIN, "(ulimit -u"), (errno.ENOSPC, "/dev/shm must exist, be writable")]
+)
+def test_processes_that_cannot_be_started_are_an_error_of_one_line(
+    number: int, remedy: str, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    config = load_config(config_file, ["data.workers=1"])
+    sources = open_training(config)
+    batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
+    monkeypatch.setattr(*((os, "fork") if number == errno.EAGAIN else (_multiprocessing, "SemLock")), fail)
+    with pytest.raises(UserError, match=r"that reads data \(data.workers=1\) cannot be started") as error:
+        next(batches)
+    assert remedy in str(error.value)
 
 
 def test_evaluation_gives_each_file_once_in_equal_rounds(config_file: Path) -> None:
