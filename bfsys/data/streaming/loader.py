@@ -212,10 +212,14 @@ def _read_by_workers(
         collate_fn=_as_it_is,
         worker_init_fn=partial(_begin_worker, os.getpid(), reader, positions),
     )
+    # Workers inherit the mask, so a SIGTERM to all processes of a job cannot end one that begins.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         answers = iter(loader)  # starts the processes
     except OSError as error:
         raise cannot_start(f"a process that reads data (data.workers={workers})", error) from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     with _naming_crashes(reader, positions):
         yield from _micro_batches_of(answers, ring, pinned)
 

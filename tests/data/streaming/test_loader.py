@@ -6,12 +6,14 @@ import _multiprocessing
 import errno
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,6 +22,7 @@ import torch
 
 from bfsys.batch import ByteBatch
 from bfsys.config import load_config
+from bfsys.data.streaming import loader
 from bfsys.data.streaming.datasets import long_files, make_plan, open_evaluation, open_training
 from bfsys.data.streaming.loader import LoaderCrashed, _running, evaluation_rounds, training_batches
 from bfsys.data.streaming.plan import evaluation_batches
@@ -92,6 +95,23 @@ def test_a_request_to_stop_the_job_does_not_end_loader_processes(config_file: Pa
     assert len(first.labels) + sum(len(batch.labels) for batch in batches) == config.train.steps * 8
     assert len(workers) == 2
     assert not psutil.wait_procs(workers, timeout=900)[1]
+
+
+def test_a_request_to_stop_the_job_does_not_end_a_loader_process_that_begins(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_begin = loader._begin_worker
+
+    def begin(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        really_begin(*arguments)
+
+    monkeypatch.setattr(loader, "_begin_worker", begin)
+    config = load_config(config_file, ["data.workers=1"])
+    sources = open_training(config)
+    batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
+    assert sum(len(batch.labels) for batch in batches) == config.train.steps * 8
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 class Aborting:
