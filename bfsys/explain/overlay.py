@@ -124,7 +124,7 @@ def _uri(kind: str, content: bytes) -> str:
 
 def waveform_of(format: str, stored: np.ndarray, gradients: np.ndarray, ranges: tuple[Range, ...]) -> Waveform | None:
     """The waveform of a WAV file of PCM samples (uint8 [n], float32 [n]); the mean of its channels."""
-    if format != "WAV" or stored[:4].tobytes() == b"RIFX":
+    if format != "WAV" or any(r.name == "RIFX" for r in ranges):
         return None
     heads = [r for r in ranges if r.name == "fmt" and r.end - r.first >= 24]
     data = [r for r in ranges if r.name == "data" and r.kind == "content"]

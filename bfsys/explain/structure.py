@@ -16,6 +16,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from bfsys.data.media.sounds import without_id3
 from bfsys.explain.formats import chunked, pictures, programs, sounds
 from bfsys.explain.ranges import Found, Parser, Structure, covering
 
@@ -27,24 +28,24 @@ FORMATS: tuple[tuple[str, re.Pattern[bytes], Parser], ...] = tuple(
     (name, re.compile(magic, re.DOTALL), parser)
     for name, magic, parser in (
         ("PNG", rb"\x89PNG\r\n\x1a\n", chunked.png),
-        ("WAV", rb"(?:RIFF|RIFX|RF64).{4}WAVE", chunked.riff),
+        ("WAV", rb"(?:RIFF|RIFX|RF64|BW64).{4}WAVE", chunked.riff),
         ("WebP", rb"RIFF.{4}WEBP", chunked.riff),
         ("AVI", rb"RIFF.{4}AVI ", chunked.riff),
         ("RIFF", rb"RIFF.{8}", chunked.riff),
         ("AIFF", rb"FORM.{4}AIF[FC]", chunked.riff),
-        ("ISO media", rb".{4}(?:ftyp|moov|mdat|free|wide|skip|pnot)", chunked.iso_boxes),
+        ("ISO media", rb"\0.{3}(?:ftyp|moov|free|wide|skip|pnot)|.{4}mdat", chunked.iso_boxes),
         ("TIFF", rb"II\*\0|MM\0\*", pictures.tiff),
         ("JPEG", rb"\xff\xd8\xff", pictures.jpeg),
         ("GIF", rb"GIF8[79]a", pictures.gif),
         ("BMP", rb"BM.{4}\0{4}", pictures.bmp),
-        ("PNM", rb"P[1-6][\s#]", pictures.pnm),
+        ("PNM", rb"P[1-6]\s+[\d#]", pictures.pnm),
         ("FLAC", rb"fLaC", sounds.flac),
         ("Ogg", rb"OggS", sounds.ogg),
-        ("MP3", rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]", sounds.mp3),
+        ("MP3", rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]", sounds.mp3),
         ("ZIP", rb"PK(?:\x03\x04|\x05\x06)", programs.zip_archive),
         ("gzip", rb"\x1f\x8b\x08", programs.gzip),
         ("ELF", rb"\x7fELF", programs.elf),
-        ("PE", rb"MZ", programs.pe),
+        ("PE", rb"MZ.{,62}\0", programs.pe),
         ("PDF", rb"%PDF-", programs.pdf),
     )
 )
@@ -54,8 +55,12 @@ NOT_TEXT = bytes({*range(32), 127} - {7, 8, 9, 10, 11, 12, 13, 27})
 def structure(data: np.ndarray, length: int | None = None) -> Structure:
     """The structure of a file, uint8 [n], or of its first `length` bytes. An unknown file is one range of content."""
     content = data.tobytes()
-    name, parser = _parser_of(content)
-    return Structure(name, tuple(covering(_found(parser, content), len(content) if length is None else length)))
+    sound = without_id3(content)
+    tag = len(content) - len(sound)
+    name, parser = _parser_of(sound)
+    found: list[Found] = [(0, tag, "ID3v2", "metadata")]
+    found += [(tag + first, tag + end, part, kind) for first, end, part, kind in _found(parser, sound)]
+    return Structure(name, tuple(covering(found, len(content) if length is None else length)))
 
 
 def _found(parser: Parser, content: bytes) -> list[Found]:

@@ -15,8 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from bfsys.data.media.input_formats import FileKind, kind_of
-from bfsys.data.media.sounds import UNKNOWN_FRAMES, announced_samples, decode_audio, open_sound
+from bfsys.data.media.input_formats import LONGEST_MAGIC, FileKind, kind_of
+from bfsys.data.media.sounds import (
+    UNKNOWN_FRAMES,
+    announced_samples,
+    decode_audio,
+    open_sound,
+    size_of_id3,
+    without_id3,
+)
 from bfsys.data.packing.listing import SourceFile
 from bfsys.files import read_regular
 
@@ -102,7 +109,7 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
             kind = kind._replace(name=COMPRESSED_TIFF)
         kinds[kind.name if kind else "other"] += 1
         by_kind[kind.name if kind else file.extension][file.class_name] += 1
-        measured = _size_of(file.path, kind) if kind else None
+        measured = _size_of(file.path, kind, is_tagged=bool(size_of_id3(head))) if kind else None
         modalities[kind.modality if kind and measured else None] += 1
         if kind and measured:
             measured_of[kind.modality].append(measured)
@@ -137,8 +144,12 @@ def _tell_classes(by_kind: list[Counter[str]]) -> bool:
 
 
 def _beginning(path: str) -> bytes:
+    """The first bytes of a file, at least those that tell its kind: they follow an ID3 tag, which may hold pictures."""
     with open(path, "rb") as file:
-        return file.read(HEADER_BYTES)
+        head = file.read(HEADER_BYTES)
+        while (missing := size_of_id3(head) + LONGEST_MAGIC - len(head)) > 0 and (more := file.read(missing)):
+            head += more
+    return head
 
 
 def _is_compressed_tiff(path: str) -> bool:
@@ -152,7 +163,7 @@ def _is_compressed_tiff(path: str) -> bool:
         return False
 
 
-def _size_of(path: str, kind: FileKind) -> tuple[float, int] | None:
+def _size_of(path: str, kind: FileKind, *, is_tagged: bool) -> tuple[float, int] | None:
     """(shorter side in pixels, 0) or (seconds, sample rate in Hz); None if the file's header cannot be decoded.
 
     A sound whose header does not state its length is decoded."""
@@ -164,14 +175,16 @@ def _size_of(path: str, kind: FileKind) -> tuple[float, int] | None:
                 return float(min(image.size)), 0
         import soundfile
 
-        if kind.name == "an MP3":  # libmpg123 prints a warning if it opens a file with tags at its end
-            data = read_regular(path)
-            with open_sound(data, announced_samples(data)) as file:
-                return file.frames / file.samplerate, file.samplerate
         with suppress(soundfile.LibsndfileError):  # libsndfile does not know a BW64 by its header
-            info = soundfile.info(path)
-            if 0 < info.frames < UNKNOWN_FRAMES:
-                return info.frames / info.samplerate, info.samplerate
+            # libmpg123 prints a warning if it opens an MP3 with tags at its end, and libsndfile misreads tagged sounds
+            if kind.name == "an MP3" or is_tagged:
+                data = without_id3(read_regular(path))
+                opened = open_sound(data, announced_samples(data))
+            else:
+                opened = soundfile.SoundFile(path)
+            with opened as file:
+                if 0 < file.frames < UNKNOWN_FRAMES:
+                    return file.frames / file.samplerate, file.samplerate
         clip = decode_audio(read_regular(path), LONGEST_DECODED_S)  # such as one that a program wrote to a pipe
         return len(clip.wave) / clip.rate_hz, clip.rate_hz
     except Exception:  # decoders raise anything

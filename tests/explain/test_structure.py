@@ -7,6 +7,7 @@ import io
 import struct
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bfsys.explain.ranges import Structure
+from bfsys.explain.ranges import Range, Structure
 from bfsys.explain.structure import FORMATS, structure
 from tests.explain.tiny import png_file, wav_file
 
@@ -140,6 +141,27 @@ def test_parts_have_the_names_of_the_format(format: str) -> None:
 
 def test_every_format_is_tried() -> None:
     assert {name for name, _, _ in FORMATS} - {"AVI", "RIFF"} <= set(FILES)
+
+
+@pytest.mark.parametrize("format", ["WAV", "AIFF", "FLAC", "Ogg"])
+def test_a_sound_after_an_id3_tag_has_its_own_parts(format: str) -> None:
+    tag = b"ID3\4\0\0\0\0\0\5hello"
+    plain, tagged = ranges_of(FILES[format]), ranges_of(tag + FILES[format])
+    assert tagged.format == format
+    moved = tuple(replace(r, first=r.first + len(tag), end=r.end + len(tag)) for r in plain.ranges)
+    assert tagged.ranges == (Range(0, len(tag), "ID3v2", "metadata"), *moved)
+
+
+@pytest.mark.parametrize("name", [b"RF64", b"BW64"])
+def test_a_long_wav_has_the_parts_of_a_wav(name: bytes) -> None:
+    found = ranges_of(name + FILES["WAV"][4:])
+    assert found.format == "WAV"
+    assert [r.name for r in found.ranges[1:]] == [name for name, _ in NAMES["WAV"][1:]]
+
+
+@pytest.mark.parametrize("start", ["The free ", "How wide ", "MZ ", "P1 P2 ", "ID3 "])
+def test_texts_that_begin_as_other_formats_do_are_text(start: str) -> None:
+    assert ranges_of((start + "and more words. " * 10).encode()).format == "text"
 
 
 def test_content_is_where_it_is() -> None:

@@ -34,9 +34,17 @@ def as_bw64(content: bytes) -> bytes:
     return b"BW64" + content[4:]
 
 
+def tagged(content: bytes) -> bytes:
+    """The sound after an ID3 tag with a picture of 100 kB."""
+    return b"ID3\4\0\0\0\6\x0d\x20" + bytes(100_000) + content
+
+
 @pytest.mark.parametrize(
     ("kind", "write"),
-    [("WAV", bytes), ("FLAC", bytes), ("WAV", without_length), ("FLAC", without_length), ("RF64", as_bw64)],
+    [
+        *(("WAV", bytes), ("FLAC", bytes), ("WAV", without_length), ("FLAC", without_length), ("RF64", as_bw64)),
+        *(("WAV", tagged), ("FLAC", tagged), ("OGG", tagged), ("AIFF", tagged)),
+    ],
 )
 def test_the_length_of_sounds_is_known(tmp_path: Path, kind: str, write) -> None:
     content = write(stored(kind))
@@ -47,6 +55,7 @@ def test_the_length_of_sounds_is_known(tmp_path: Path, kind: str, write) -> None
         files.append(SourceFile(str(path), "ab"[number % 2], split, f"{number}", kind.lower(), len(content)))
     found = survey_of(files, ["a", "b"])
     assert (found.modality, found.typical_size, found.rate_hz) == ("audio", SECONDS, RATE_HZ)
+    assert "an MP3" not in found.kinds
 
 
 @pytest.mark.parametrize(("compression", "compressed"), [("raw", False), ("tiff_lzw", True), ("group4", True)])

@@ -21,7 +21,14 @@ from bfsys.batch import CONTENT_COLUMNS as COLUMNS
 from bfsys.batch import CONTENT_ROWS as ROWS
 from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.pictures import decode_image, opened
-from bfsys.data.media.sounds import UNKNOWN_FRAMES, Clip, announced_samples, decode_audio, open_sound
+from bfsys.data.media.sounds import (
+    UNKNOWN_FRAMES,
+    Clip,
+    announced_samples,
+    decode_audio,
+    open_sound,
+    without_id3,
+)
 
 COLOURS = 3
 WINDOW_S = 0.032
@@ -42,7 +49,7 @@ def content_of(data: bytes) -> np.ndarray:
     try:
         if kind and kind.modality == "image" and not _is_large(data):
             return _normalised(_strips(decode_image(data)), LEAST_PICTURE_DEVIATION)
-        if kind and kind.modality == "audio" and not _is_long(data):
+        if kind and kind.modality == "audio" and not _is_long(without_id3(data)):
             clip = decode_audio(data, LONGEST_S)  # of an unknown length, no more than is needed is decoded
             if len(clip.wave) <= LONGEST_S * clip.rate_hz:
                 with np.errstate(all="ignore"):  # samples of a float file may be huge

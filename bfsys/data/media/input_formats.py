@@ -20,6 +20,7 @@ import numpy as np
 
 from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, parse_encoding
 from bfsys.data.media.modalities import Clip
+from bfsys.data.media.sounds import size_of_id3
 from bfsys.errors import UserError
 
 # Sizes of examples for formats without a fixed size. Together they differ in every header byte that can differ.
@@ -47,14 +48,14 @@ KINDS = tuple(
         ("a TIFF", "image", rb"II\*\0|MM\0\*"),
         ("a GIF", "image", rb"GIF8[79]a"),
         ("a BMP", "image", rb"BM.{4}\0{4}"),
-        ("a PNM", "image", rb"P[1-6][\s#]"),
+        ("a PNM", "image", rb"P[1-6]\s+[\d#]"),
         ("a WebP", "image", rb"RIFF.{4}WEBP"),
         ("a WAV", "audio", rb"(?:RIFF|RIFX|RF64|BW64).{4}WAVE"),
         ("an AIFF", "audio", rb"FORM.{4}AIF[FC]"),
         ("a FLAC", "audio", rb"fLaC"),
         ("an Ogg", "audio", rb"OggS"),
         ("an AU", "audio", rb"\.snd"),
-        ("an MP3", "audio", rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]"),
+        ("an MP3", "audio", rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]"),
     )
 )
 LONGEST_MAGIC = 12
@@ -62,7 +63,14 @@ FLAC_HEADER_BYTES = 26  # up to the checksum of the samples; includes the sizes 
 
 
 def kind_of(data: np.ndarray) -> FileKind | None:
-    """The kind of picture or sound that the first bytes of a file (uint8 [n]) indicate; None for any other file."""
+    """The kind of picture or sound that the first bytes of a file (uint8 [n]) indicate; None for any other file. Of a
+    sound with an ID3 tag before it, the bytes after the tag decide; the other files with a tag count as MP3."""
+    kind, tag = _kind_of_bytes(data), size_of_id3(data)
+    tagged = _kind_of_bytes(data[tag:]) if tag else None
+    return tagged if tagged and tagged.modality == "audio" else kind
+
+
+def _kind_of_bytes(data: np.ndarray) -> FileKind | None:
     start = data[:LONGEST_MAGIC].tobytes()
     return next((kind for kind in KINDS if kind.magic.match(start)), None)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.pictures import ORIENTATION, opened
-from bfsys.data.media.sounds import Clip, Content, announced_samples
+from bfsys.data.media.sounds import Clip, Content, announced_samples, without_id3
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -237,6 +237,7 @@ def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
     sound = kind_of(np.frombuffer(data, np.uint8))
     if sound and sound.name == "an MP3":  # libmpg123 would print warnings about it
         raise NotRewritableError("MP3")
+    tag, data = data[: len(data) - len(without_id3(data))], without_id3(data)
     with soundfile.SoundFile(Content(data)) as file:
         rate_hz, kind = file.samplerate, {"format": file.format, "subtype": file.subtype, "endian": file.endian}
         # libsndfile writes the current time into floating-point AIFF files
@@ -253,8 +254,8 @@ def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
     written = io.BytesIO()
     soundfile.write(written, np.clip(changed, -1, 1) if is_bounded else changed, rate_hz, **kind)
     if kind["format"] == "FLAC":
-        return _with_blocks_of_flac(data, written.getvalue())
-    return _with_samples_of(data, written.getvalue(), len(changed))
+        return tag + _with_blocks_of_flac(data, written.getvalue())
+    return tag + _with_samples_of(data, written.getvalue(), len(changed))
 
 
 def _with_samples_of(stored: bytes, written: bytes, samples: int) -> bytes:

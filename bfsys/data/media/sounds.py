@@ -31,6 +31,9 @@ UNKNOWN_BYTES = 0x7F000000
 UNKNOWN_FRAMES = 2**62
 W64_SAMPLES = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
 CHUNKS_LOOKED_AT = 10_000
+# The header of a tag: the version, flags, and the size without header and footer, 7 bits in each byte
+ID3 = re.compile(rb"ID3[\x02-\x04].{6}", re.DOTALL)
+ID3_HEADER_BYTES, HAS_FOOTER, MOST_ID3_TAGS = 10, 0x10, 8
 EMPTY_ID3 = b"ID3\x04" + bytes(5) + b"\x0a" + bytes(10)  # a header, and 10 bytes of padding
 # The first frame of an MP3, if it holds a Xing or Info tag instead of sound
 XING = re.compile(rb"\xff[\xe0-\xff].{7,36}?(?:Xing|Info)", re.DOTALL)
@@ -249,22 +252,26 @@ def _is_chained(data: bytes) -> bool:
 
 
 def without_id3(data: bytes) -> bytes:
-    """The file. If it is not an MP3, an ID3 tag before it is removed, since libsndfile would misread the lengths."""
-    start = _size_of_id3(data)
+    """The file. If it is not an MP3, ID3 tags before it are removed, since libsndfile would misread the lengths."""
+    start = size_of_id3(data)
     magic = data[start : start + 4]
-    return data[start:] if start and (magic in LAYOUTS or magic in (b"fLaC", b"OggS")) else data
+    return data[start:] if start and (magic in LAYOUTS or magic in (b"fLaC", b"OggS", b".snd")) else data
 
 
-def _size_of_id3(data: bytes) -> int:
-    """Bytes of the ID3 tag at the beginning; 0 if there is none."""
-    if data[:3] != b"ID3" or len(data) < 10:
-        return 0
-    return 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
+def size_of_id3(data: bytes | np.ndarray) -> int:
+    """Bytes of the ID3 tags at the beginning; 0 if there are none. A file that was tagged twice may have two."""
+    size = 0
+    for _ in range(MOST_ID3_TAGS):
+        if not ID3.match(head := bytes(data[size : size + ID3_HEADER_BYTES])):
+            break
+        size += ID3_HEADER_BYTES * (2 if head[5] & HAS_FOOTER else 1)
+        size += sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    return size
 
 
 def _announced_by_xing(data: bytes) -> Announced | None:
     """MP3. Its first frame may hold the number of bytes of the stream instead of sound (Xing, LAME)."""
-    start = _size_of_id3(data)
+    start = size_of_id3(data)
     tag = XING.search(data, start, start + 4096)
     if not tag:
         return None

@@ -37,7 +37,7 @@ def png(content: bytes) -> Iterator[Found]:
 
 def riff(content: bytes) -> Iterator[Found]:
     """WAV, WebP, AVI and AIFF."""
-    order = "<" if (content[:3] == b"RIF" and content[3:4] == b"F") or content[:4] == b"RF64" else ">"
+    order = "<" if (content[:3] == b"RIF" and content[3:4] == b"F") or content[:4] in (b"RF64", b"BW64") else ">"
     yield 0, 12, content[:4].decode("latin-1"), "header"
     at = 12
     while at < len(content):

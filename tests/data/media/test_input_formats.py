@@ -89,6 +89,24 @@ def test_other_files_are_of_no_kind() -> None:
     assert kind_of(as_array(b"RIFF\0\0\0\0WEBPVP8 ")).name == "a WebP"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("text", ["ID3 is a format of tags", "P1 P2 P3\n1 2 3\n", "P6\tname\n"])
+def test_texts_that_begin_as_pictures_or_sounds_do_are_of_no_kind(text: str) -> None:
+    assert kind_of(as_array(text.encode())) is None
+
+
+TAG = b"ID3\4\0\0\0\0\0\5hello"
+
+
+@pytest.mark.parametrize(
+    ("content", "name"), [(b"fLaC", "a FLAC"), (b"RIFF\0\0\0\0WAVE", "a WAV"), (b"OggS", "an Ogg")]
+)
+def test_a_sound_after_tags_is_of_its_own_kind(content: bytes, name: str) -> None:
+    for tags in (TAG, TAG + TAG):
+        assert kind_of(as_array(tags + content)).name == name  # type: ignore[union-attr]
+    for other in (b"", b"\xff\xfb\x90", b"\x89PNG\r\n\x1a\n"):
+        assert kind_of(as_array(TAG + other)).name == "an MP3"  # type: ignore[union-attr]
+
+
 def test_unknown_formats_and_sizes_are_ignored() -> None:
     assert not input_format("jpeg2000:9", {}).is_known
     assert not input_format("as_stored", {"image_size": 8}).is_known

@@ -298,6 +298,13 @@ def test_the_blocks_of_a_flac_are_kept_and_its_offsets_are_left_empty() -> None:
     assert len(decoded.read()) == 1
 
 
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "FLAC"])
+def test_the_id3_tag_before_a_sound_is_kept(kind: str) -> None:
+    tag = b"ID3\3\0\0\0\0\1\0" + bytes(128)
+    plain = sound(kind, "PCM_16")
+    assert change_sound(tag + plain, first_half) == tag + change_sound(plain, first_half)
+
+
 def test_lossy_and_empty_sounds_are_refused() -> None:
     for data in (sound("MP3", "MPEG_LAYER_III"), sound("OGG", "VORBIS")):
         assert kind_of(np.frombuffer(data, np.uint8)) is not None
