@@ -32,8 +32,9 @@ HEADER_BYTES = 1 << 16  # read from a file to determine its kind
 LONGEST_DECODED_S = 60.0  # of a sound whose header does not state its length
 SHARE_OF_MODALITY = 0.9  # least share of the sampled files; packing reports files that cannot be encoded
 COMPRESSED_TIFF = "a compressed TIFF"
-COMPRESSED = ("a JPEG", "a PNG", "a GIF", "a WebP", COMPRESSED_TIFF, "a FLAC", "an Ogg", "an MP3")
-PHOTOGRAPHS = ("a JPEG", "a WebP")
+PICTURES = ("a JPEG", "a PNG", "a GIF", "a WebP", "an AVIF", "a JPEG 2000", COMPRESSED_TIFF)
+COMPRESSED = (*PICTURES, "a FLAC", "an Ogg", "an MP3")
+PHOTOGRAPHS = ("a JPEG", "a WebP", "an AVIF")
 
 
 @dataclass(frozen=True)

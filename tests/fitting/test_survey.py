@@ -43,6 +43,7 @@ def tagged(content: bytes) -> bytes:
     ("kind", "write"),
     [
         *(("WAV", bytes), ("FLAC", bytes), ("WAV", without_length), ("FLAC", without_length), ("RF64", as_bw64)),
+        *(("W64", bytes), ("CAF", bytes), ("NIST", bytes)),
         *(("WAV", tagged), ("FLAC", tagged), ("OGG", tagged), ("AIFF", tagged)),
     ],
 )
@@ -68,6 +69,21 @@ def test_compressed_tiffs_are_recognised(tmp_path: Path, compression: str, compr
         files.append(SourceFile(str(path), "ab"[number % 2], split, f"{number}", "tif", path.stat().st_size))
     found = survey_of(files, ["a", "b"])
     assert (found.modality, found.typical_size, found.is_compressed) == ("image", 20.0, compressed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "compressed"),
+    [("AVIF", {}, True), ("JPEG2000", {}, True), ("TIFF", {"big_tiff": True}, False)],
+)
+def test_less_common_pictures_are_pictures(tmp_path: Path, kind: str, options: dict, compressed: bool) -> None:
+    """`bfsys pack` decodes them, so `bfsys fit` re-encodes them too."""
+    files = []
+    for number, split in enumerate(("train", "train", "val")):
+        path = tmp_path / f"{number}.picture"
+        Image.new("RGB", (30, 20)).save(path, kind, **options)
+        files.append(SourceFile(str(path), "ab"[number % 2], split, f"{number}", "picture", path.stat().st_size))
+    found = survey_of(files, ["a", "b"])
+    assert (found.modality, found.typical_size, found.is_compressed) == ("image", 20, compressed)
 
 
 def test_files_beside_most_pictures_are_noted(tmp_path: Path) -> None:

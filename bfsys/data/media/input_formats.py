@@ -45,16 +45,21 @@ KINDS = tuple(
     for name, modality, magic in (
         ("a JPEG", "image", rb"\xff\xd8\xff"),
         ("a PNG", "image", rb"\x89PNG\r\n\x1a\n"),
-        ("a TIFF", "image", rb"II\*\0|MM\0\*"),
+        ("a TIFF", "image", rb"II[*+]\0|MM\0[*+]"),
         ("a GIF", "image", rb"GIF8[79]a"),
         ("a BMP", "image", rb"BM.{4}\0{4}"),
         ("a PNM", "image", rb"P[1-6]\s+[\d#]"),
         ("a WebP", "image", rb"RIFF.{4}WEBP"),
+        ("an AVIF", "image", rb".{4}ftypavi[fs]"),
+        ("a JPEG 2000", "image", rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"),
         ("a WAV", "audio", rb"(?:RIFF|RIFX|RF64|BW64).{4}WAVE"),
         ("an AIFF", "audio", rb"FORM.{4}AIF[FC]"),
         ("a FLAC", "audio", rb"fLaC"),
         ("an Ogg", "audio", rb"OggS"),
         ("an AU", "audio", rb"\.snd"),
+        ("a W64", "audio", rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb"),
+        ("a CAF", "audio", rb"caff\0\x01"),
+        ("a NIST SPHERE file", "audio", rb"NIST_1A"),
         ("an MP3", "audio", rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]"),
     )
 )

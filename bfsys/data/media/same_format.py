@@ -106,8 +106,8 @@ def _with_pixels_of(kind: str, stored: bytes, before: _Pixels, written: bytes) -
     if before.layout != after.layout:
         raise NotRewritableError(f"{kind} of a layout that Pillow does not write")
     if before.places is None or after.places is None:
-        if stored[:2] != written[:2]:
-            raise NotRewritableError("big-endian TIFF")
+        if stored[:4] != written[:4]:
+            raise NotRewritableError("big-endian TIFF, or BigTIFF")
         return written
     content = b"".join(written[place] for place in after.places)
     if sum(place.stop - place.start for place in before.places) != len(content):

@@ -42,7 +42,7 @@ UPPER_HALF_RED = np.zeros((40, 30, 3), np.uint8)
 UPPER_HALF_RED[:20, :, 0] = 255
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "JPEG", "WEBP", "GIF"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "JPEG", "WEBP", "GIF", "AVIF", "JPEG2000"])
 def test_rows_of_a_picture_are_its_strips_from_top_to_bottom(kind: str) -> None:
     table = content_of(picture(UPPER_HALF_RED, kind)).astype(np.float32)
     assert table.shape == (ROWS, COLUMNS)
@@ -59,7 +59,7 @@ def test_cells_of_a_strip_run_from_left_to_right() -> None:
     assert (np.diff(cells, axis=1) > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3", "AIFF"])
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3", "AIFF", "W64", "CAF", "NIST"])
 def test_rows_of_a_sound_are_its_spectra_from_beginning_to_end(kind: str) -> None:
     table = content_of(sound(tones(300, 2500), kind)).astype(np.float32)
     assert table.shape == (ROWS, COLUMNS)

@@ -150,6 +150,15 @@ def tiff(order: str, photometric: int) -> bytes:
     return head + bytes(range(64)) + struct.pack(f"{order}H", len(fields)) + entries + bytes(4)
 
 
+def big_tiff() -> bytes:
+    """A compressed grey picture of 8 x 8 pixels."""
+    pixels = zlib.compress(bytes(range(64)))
+    fields = ((256, 8), (257, 8), (258, 8), (259, 8), (262, 1), (273, 16), (277, 1), (278, 8), (279, len(pixels)))
+    entries = b"".join(struct.pack("<HHQQ", tag, 3, 1, value) for tag, value in fields)
+    head = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16 + len(pixels))
+    return head + pixels + struct.pack("<Q", len(fields)) + entries + bytes(8)
+
+
 def bmp(bits: int, height: int) -> bytes:
     """A picture with 16 colours that is 8 pixels wide."""
     pixels, start = bytes(range(bits * 8)), 14 + 40 + 64
@@ -168,6 +177,7 @@ REFUSED = {
     "pgm of 15 greys": lambda: b"P5 2 1 15 " + bytes(2),
     "tiff in which white is 0": lambda: tiff("<", 0),
     "tiff with a predictor": lambda: saved(COLOURS, "TIFF", compression="tiff_lzw", tiffinfo={317: 2}),
+    "compressed BigTIFF": big_tiff,
     "bmp of 4 bits": lambda: bmp(4, 8),
     "bmp that begins at the top": lambda: bmp(8, -8),
     "pgm in text": lambda: b"P2 2 1 255 7 9\n",
