@@ -7,6 +7,7 @@ length, which programs write to a pipe, are accepted.
 The cost of a file is limited by the bytes that are read, not by the sizes in its header.
 """
 
+import codecs
 import io
 import math
 import re
@@ -31,6 +32,7 @@ UNKNOWN_BYTES = 0x7F000000
 UNKNOWN_FRAMES = 2**62
 W64_SAMPLES = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
 CHUNKS_LOOKED_AT = 10_000
+UTF16_LOOKED_AT = 65_536  # bytes
 # The header of a tag: the version, flags, and the size without header and footer, 7 bits in each byte
 ID3 = re.compile(rb"ID3[\x02-\x04].{6}", re.DOTALL)
 ID3_HEADER_BYTES, HAS_FOOTER, MOST_ID3_TAGS = 10, 0x10, 8
@@ -95,6 +97,8 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
         raise ValueError("is a chain of Ogg streams, of which only the first would be decoded; write it as one stream")
     if data[:2] == b"\xf0\x7e":  # of a damaged one, libsndfile decodes wrong samples and writes to standard output
         raise ValueError("is a MIDI sample dump, which is not decoded; write it as WAV")
+    if data[:2] == codecs.BOM_UTF16_LE and _is_utf16(data):
+        raise ValueError("is text in UTF-16, and not a sound")
     try:
         file = open_sound(data, announced)
     except soundfile.LibsndfileError as error:
@@ -249,6 +253,15 @@ def _is_chained(data: bytes) -> bool:
         has_begun = not begins
         place += 27 + head[26] + sum(data[place + 27 : place + 27 + head[26]])
     return False
+
+
+def _is_utf16(data: bytes) -> bool:
+    """Whether a file is text in UTF-16. Its byte order mark is also the beginning of a frame of MPEG audio, and
+    libmpg123 would print warnings that name no file."""
+    try:
+        return "\0" not in data[:UTF16_LOOKED_AT].decode("utf-16")
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
 
 
 def without_id3(data: bytes) -> bytes:

@@ -163,6 +163,13 @@ def test_a_chain_of_ogg_streams_is_refused():
         decode_audio(ogg + ogg)
 
 
+@pytest.mark.parametrize("letters", [200, 32_766])  # at 65,536 bytes, the text is cut within a letter
+def test_text_in_utf16_is_refused_without_a_warning_of_libmpg123(letters, capfd):
+    with pytest.raises(ValueError, match="is text in UTF-16"):
+        decode_audio(("h" * letters + "🎵").encode("utf-16"))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_midi_sample_dump_is_refused():
     file = io.BytesIO()
     soundfile.write(file, np.zeros(100, np.float32), 8000, format="SDS", subtype="PCM_16")
