@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,8 @@ from bfsys.model.sizes import PAD_BYTE
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+# TensorBoard sorts by name. These tags come before those of the system.
+SCORE_TAGS = {"loss": "loss", "top1": "accuracy", "top5": "accuracy_top5"}
 MOST_CLASSES_DRAWN = 100
 MOST_CLASSES_WITH_CURVES = 50
 CELL, MARGIN, NAME_CHARACTERS = 26, 110, 16  # pixels of a cell and beside the matrix; characters of a class name
@@ -67,6 +69,57 @@ def show_scalars(board: SummaryWriter, step: int, scalars: Iterable[tuple[str, f
     for tag, value in scalars:
         record.MergeFrom(scalar(tag, value))
     board._get_file_writer().add_summary(record, step)
+
+
+def show_line(board: SummaryWriter, line: Mapping[str, Any]) -> None:
+    """Write the curves' points of a line of metrics.jsonl."""
+    scalars = ((tag, value) for tag, value in _scalars_of(line) if value is not None)
+    show_scalars(board, line["step"], scalars)
+
+
+def _scalars_of(line: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    part = "train" if line["kind"] == "train" else "val"
+    for name, tag in SCORE_TAGS.items():
+        yield f"{tag}/{part}", line[name]
+        for source, values in line["sources"].items() if len(line["sources"]) > 1 else ():
+            yield f"{tag}/{part}_{source}", values[name]
+    if part == "val":
+        yield "system_time/evaluation_s", line["seconds"]
+        return
+    if "content_loss" in line:
+        yield "loss/content", line["content_loss"]
+    yield "optimizer/learning_rate", line["learning_rate"]
+    yield "optimizer/grad_norm", line["grad_norm"]
+    yield "system_speed/samples_per_s", line["samples_per_s"]
+    yield "system_speed/MB_per_s", line["bytes_per_s"] / 1e6
+    yield "system_speed/tokens_per_s", line["tokens_per_s"]
+    yield "system_speed/model_TFLOP_per_s", line["model_tflop_per_s"]
+    yield "system_speed/mfu", line["mfu"]
+    yield "system_speed/matmul_share", line["matmul_share"]
+    yield "system_time/step_s", line["step_s"]
+    yield "system_time/data_wait_share", line["data_wait_share"]
+    yield "system_data/bad_files", line["bad_files"]
+    yield "system_data/replaced_samples", line["replaced_samples"]
+    yield "system_memory/padding_share", line["padding_share"]
+    yield "system_memory/peak_MiB", line["peak_memory_mib"]
+    yield "system_memory/reserved_MiB", line.get("reserved_memory_mib")
+    yield "system_memory/allocation_retries", line.get("allocation_retries")
+    yield "system_goodput/share", line["goodput"]
+    for cause, seconds in line["seconds"].items():
+        yield f"system_goodput/{cause}_s", seconds
+    yield "system_goodput/skipped_steps", line["skipped_steps"]
+
+
+def show_overview(board: SummaryWriter, source_names: Sequence[str]) -> None:
+    """Define custom charts: training beside validation in one chart, jointly and for each source."""
+    parts = {"all": "", **{name: f"_{name}" for name in source_names if len(source_names) > 1}}
+    charts = {
+        tag: {
+            title: ["Multiline", [f"^{tag}/train{suffix}$", f"^{tag}/val{suffix}$"]] for title, suffix in parts.items()
+        }
+        for tag in ("accuracy", "loss")
+    }
+    board.add_custom_scalars(charts)
 
 
 def show_evaluation(

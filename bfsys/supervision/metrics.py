@@ -42,7 +42,8 @@ from bfsys.supervision.cockpit import (
     show_evaluation,
     show_event,
     show_lengths,
-    show_scalars,
+    show_line,
+    show_overview,
 )
 from bfsys.supervision.goodput import Ledger, goodput
 
@@ -56,8 +57,6 @@ COUNTERS = len(COUNTER_NAMES)
 SECONDS = [WAIT_S, BUSY_S]
 MIB = 2**20
 MOST_LENGTHS, BLOCKS = 1_000_000, 100  # the lengths are read from the index at every start
-# TensorBoard sorts by name. These tags come before those of the system.
-SCORE_TAGS = {"loss": "loss", "top1": "accuracy", "top5": "accuracy_top5"}
 LINE = {"kind": str, "step": int}  # fields that every line of metrics.jsonl has
 
 BAD_STEP = "bad_step"  # kind of a line
@@ -109,7 +108,7 @@ class Metrics:
         threading.excepthook = _without_tensorboard(threading.excepthook)
         lines, latest = _open_lines(self.run_dir / METRICS, first_step, skipped_steps)
         tensorboard = open_board(self.run_dir / "tb", first_step, hyperparameters(config))
-        tensorboard.add_custom_scalars(_overview(self.source_names))
+        show_overview(tensorboard, self.source_names)
         settings = typed_yaml.dump(without_secrets(typed_yaml.to_tree(config)))
         tensorboard.add_text("run/config", f"```yaml\n{settings}```", first_step)
         self._outputs = _Outputs(lines, tensorboard)
@@ -301,8 +300,7 @@ class Metrics:
         with self._noting_problems():
             lines.write(json.dumps(line) + "\n")
             lines.flush()
-            scalars = ((tag, value) for tag, value in _tensorboard_scalars(line) if value is not None)
-            show_scalars(tensorboard, line["step"], scalars)
+            show_line(tensorboard, line)
             tensorboard.flush()
 
     @contextmanager
@@ -354,50 +352,6 @@ def memory_figures(device: torch.device) -> dict[str, int]:
         "peak_memory_mib": torch.cuda.max_memory_allocated(device) // MIB,
         "reserved_memory_mib": torch.cuda.max_memory_reserved(device) // MIB,
         "allocation_retries": torch.cuda.memory_stats(device)["num_alloc_retries"],
-    }
-
-
-def _tensorboard_scalars(line: dict) -> Iterator[tuple[str, float | None]]:
-    part = "train" if line["kind"] == "train" else "val"
-    for name, tag in SCORE_TAGS.items():
-        yield f"{tag}/{part}", line[name]
-        for source, values in line["sources"].items() if len(line["sources"]) > 1 else ():
-            yield f"{tag}/{part}_{source}", values[name]
-    if part == "val":
-        yield "system_time/evaluation_s", line["seconds"]
-        return
-    if "content_loss" in line:
-        yield "loss/content", line["content_loss"]
-    yield "optimizer/learning_rate", line["learning_rate"]
-    yield "optimizer/grad_norm", line["grad_norm"]
-    yield "system_speed/samples_per_s", line["samples_per_s"]
-    yield "system_speed/MB_per_s", line["bytes_per_s"] / 1e6
-    yield "system_speed/tokens_per_s", line["tokens_per_s"]
-    yield "system_speed/model_TFLOP_per_s", line["model_tflop_per_s"]
-    yield "system_speed/mfu", line["mfu"]
-    yield "system_speed/matmul_share", line["matmul_share"]
-    yield "system_time/step_s", line["step_s"]
-    yield "system_time/data_wait_share", line["data_wait_share"]
-    yield "system_data/bad_files", line["bad_files"]
-    yield "system_data/replaced_samples", line["replaced_samples"]
-    yield "system_memory/padding_share", line["padding_share"]
-    yield "system_memory/peak_MiB", line["peak_memory_mib"]
-    yield "system_memory/reserved_MiB", line.get("reserved_memory_mib")
-    yield "system_memory/allocation_retries", line.get("allocation_retries")
-    yield "system_goodput/share", line["goodput"]
-    for cause, seconds in line["seconds"].items():
-        yield f"system_goodput/{cause}_s", seconds
-    yield "system_goodput/skipped_steps", line["skipped_steps"]
-
-
-def _overview(source_names: tuple[str, ...]) -> dict:
-    """TensorBoard's custom scalars: training beside validation in one chart, jointly and for each source."""
-    parts = {"all": "", **{name: f"_{name}" for name in source_names if len(source_names) > 1}}
-    return {
-        tag: {
-            title: ["Multiline", [f"^{tag}/train{suffix}$", f"^{tag}/val{suffix}$"]] for title, suffix in parts.items()
-        }
-        for tag in ("accuracy", "loss")
     }
 
 
