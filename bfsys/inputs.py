@@ -20,7 +20,7 @@ import psutil
 
 from bfsys.batch import Sample
 from bfsys.data.media.input_formats import FileKind, InputFormat, kind_of
-from bfsys.data.packing.listing import regular_files
+from bfsys.data.packing.folders import regular_files
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
 from bfsys.encode import CannotDecode, encoded
 from bfsys.errors import UserError, collecting

@@ -22,7 +22,7 @@ from bfsys import inputs, predict
 from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.loading import load_model
 from bfsys.cli import call
-from bfsys.data.packing import listing
+from bfsys.data.packing import folders
 from bfsys.data.streaming.byte_transforms import write_key
 from bfsys.errors import UserError
 from tests.commands.packing_helpers import make_files
@@ -86,7 +86,7 @@ def test_a_folder_is_read_as_it_is_packed(finished_run: Path, tmp_path: Path, pr
 
 def test_a_long_listing_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     make_files(tmp_path, {"a": b"1", "b": b"2"})
-    monkeypatch.setattr(listing, "NOTE_S", 0.0)
+    monkeypatch.setattr(folders, "NOTE_S", 0.0)
     first, second = inputs.files_in(tmp_path)
     assert capsys.readouterr().err.splitlines() == [
         f"listing {tmp_path}: {number} files so far, now at {path}" for number, path in enumerate((first, second), 1)

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def named_inputs(paths: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Input]]:
     """Yield files, the files of folders and standard input, each with its path."""
-    from bfsys.data.packing.listing import regular_files
+    from bfsys.data.packing.folders import regular_files
 
     for path in paths:
         if path == STDIN and sys.stdin is None:

@@ -26,7 +26,8 @@ from bfsys.checkpoint.files import METRICS, find_newest, step_of
 from bfsys.checkpoint.retention import evaluations
 from bfsys.config import Config, load_config
 from bfsys.data.media.encodings import AS_STORED, Fitting, parse_encoding
-from bfsys.data.packing.listing import Listing, check_files
+from bfsys.data.packing.checks import check_files
+from bfsys.data.packing.listing import Listing
 from bfsys.data.packing.pack import Packing, list_source, name_bad_files, pack
 from bfsys.data.packing.staging import note_on_skipped, skipped_files
 from bfsys.data.storage.description import DESCRIPTION, read_description

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bfsys.data.packing import listing, shard_jobs
+from bfsys.data.packing import folders, listing, shard_jobs
 from tests.commands.packing_helpers import contents, make_files, make_tree, pack, problems_of, run_pack
 
 
@@ -217,7 +217,7 @@ def test_links_in_a_circle(tmp_path):
 
 def test_folders_that_are_nested_too_deeply_are_refused(tmp_path, monkeypatch):
     src = make_files(tmp_path / "src", {f"cat/{'d/' * 5}1.jpg": b"x"})
-    monkeypatch.setattr(listing, "DEEPEST", 3)
+    monkeypatch.setattr(folders, "DEEPEST", 3)
     assert "more than 3 folders are nested" in problems_of(src, tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""List the files to be packed, from folder trees or lists; name the samples and divide them into splits.
+"""List the files to be packed, from folder trees or lists, and name the samples. Then checks.py divides the files.
 
 All problems of the input are found here, before anything is written. They are returned and not raised, so that one run
 reports all of them. `problems` concern the input as a whole. Single `bad` files may be left out on request. Files whose
@@ -6,27 +6,21 @@ name or place shows that they are not samples (hidden files, those of the operat
 folders) are `left_out`, and are also named.
 """
 
-import errno
 import os
 import re
-import stat
 import sys
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import xxhash
-
-from bfsys.data.media.encodings import Encoding
-from bfsys.data.media.modalities import MODALITIES
-from bfsys.data.packing.left_out import LeftOut, is_of_system, left_out_note, why_left_out
-from bfsys.data.packing.splits import SPLIT_FOLDERS, files_for_val, split_of_name
-from bfsys.data.storage.classes import Spelling, stored_name, too_alike
+from bfsys.data.packing.folders import visible_files
+from bfsys.data.packing.left_out import LeftOut, is_of_system, why_left_out
+from bfsys.data.packing.splits import SPLIT_FOLDERS, split_of_name
+from bfsys.data.storage.classes import Spelling, stored_name
 from bfsys.data.storage.tars import NOT_PAYLOAD
-from bfsys.errors import OUTAGE_ERRNOS, SHORTAGE_ERRNOS, UserError, counted, is_printable, one_line
+from bfsys.errors import counted, is_printable
 from bfsys.files import decoded, read_up_to
 
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
@@ -76,12 +70,13 @@ def sample_name(class_name: str, inner_path: str) -> tuple[str, str]:
     stem, dot, extension = base.rpartition(".")
     if not dot or not stem or not any(map(str.isalpha, extension)):
         stem, extension = base, ""
-    extension = _printable(extension.lower())
-    key = _printable(f"{class_name}/{folder}{slash}{stem}").replace(".", "_")
+    extension = printable(extension.lower())
+    key = printable(f"{class_name}/{folder}{slash}{stem}").replace(".", "_")
     return key, "bin" if extension in ("", *NOT_PAYLOAD) else extension
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """The text, with characters that cannot be printed replaced by _."""
     return "".join(c if is_printable(c) else "_" for c in text)
 
 
@@ -287,157 +282,3 @@ def _folders(src: Path, root: Path, beside: str, listing: Listing, known: Sequen
         elif name not in known:
             folders.append(name)
     return folders
-
-
-DEEPEST = 200  # folders inside each other; the listing is recursive
-NOTE_S = 10.0  # interval between notes of a long listing
-
-
-def visible_files(
-    folder: str, problems: list[str], left_out: list[LeftOut], ancestors: tuple[tuple[int, int], ...] = ()
-) -> Iterator[str]:
-    """The files below a folder, in order. Hidden files and those of the operating system go to `left_out`. Links are
-    followed; a link to a folder that contains it is a problem."""
-    try:
-        status = os.stat(folder)
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        problems.append(f"{folder}: the folder cannot be listed ({error.strerror})")
-        return
-    here = (status.st_dev, status.st_ino)
-    if len(ancestors) > DEEPEST:
-        problems.append(f"{folder[:200]}…: more than {DEEPEST} folders are nested; reduce the depth")
-        return
-    if here in ancestors:
-        problems.append(f"{folder}: is a link to a folder that contains it; remove the link")
-        return
-    for name in names:
-        path = os.path.join(folder, name)
-        if reason := why_left_out(name):
-            left_out.append(LeftOut(path, reason))
-        elif os.path.isdir(path):
-            yield from visible_files(path, problems, left_out, (*ancestors, here))
-        else:
-            yield path
-
-
-def regular_files(folder: str, problems: list[str]) -> list[str]:
-    """The visible regular files; pipes, devices and broken links are problems.
-
-    Files that are left out are named on standard error, and so is the progress of a long listing, such as that of /.
-    """
-    left_out: list[LeftOut] = []
-    paths: list[str] = []
-    noted_s = time.monotonic()
-    for path in visible_files(folder, problems, left_out):
-        paths.append(path)
-        if time.monotonic() - noted_s >= NOTE_S:
-            noted_s = time.monotonic()
-            print(one_line(f"listing {folder}: {len(paths):,} files so far, now at {path}"), file=sys.stderr)
-    if left_out:
-        print(f"{folder}: {left_out_note(left_out)}", file=sys.stderr)
-    if not paths:
-        problems.append(f"{folder}: a folder without files")
-    problems += [f"{path}: is not a regular file" for path in paths if not os.path.isfile(path)]
-    return [path for path in paths if os.path.isfile(path)]
-
-
-def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding, val_share: float) -> None:
-    """Separate bad files, add size and time to the good ones, divide them into splits, and make the keys unique."""
-    good = []
-    for file in listing.files:
-        try:
-            status = os.stat(file.path)
-        except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
-            listing.bad.append(BadFile(file.path, why_unreadable(file.path, error)))
-            continue
-        reason = _why_bad(file, status, max_file_bytes, encoding)
-        if reason:
-            listing.bad.append(BadFile(file.path, reason))
-        else:
-            file = file._replace(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
-            good.append(file)
-    lost = {file.class_name for file in listing.files} - {file.class_name for file in good}
-    listing.problems += [f"class {name!r}: none of its files can be packed" for name in sorted(lost)]
-    alike = too_alike(listing.spellings)
-    listing.problems += alike
-    if alike:  # their files would have equal keys
-        return
-    good = _told_apart(good, lambda file: (file.split, file.key, file.extension))
-    if listing.divided:
-        good = _divided(good, val_share, listing.problems)
-    listing.files = _told_apart(_with_extensions(good), lambda file: (file.split, file.key))
-
-
-UNREADABLE = "cannot be read"  # begins the reasons of files that may be readable later
-
-
-def why_unreadable(path: str, error: OSError | ValueError) -> str:
-    """The reason why a file is bad. Raises UserError if the error says nothing about the file, or if its folder cannot
-    be reached: --skip-bad would leave out intact files."""
-    reason = f"{UNREADABLE} ({getattr(error, 'strerror', error)})"
-    is_outage = isinstance(error, OSError) and error.errno in {*OUTAGE_ERRNOS, *SHORTAGE_ERRNOS, errno.EMFILE}
-    if is_outage or not os.path.isdir(os.path.dirname(path).partition("\0")[0]):
-        raise UserError(f"{path}: {reason}; fix this and run the same command again; finished shards are kept")
-    return reason
-
-
-def _divided(files: list[SourceFile], val_share: float, problems: list[str]) -> list[SourceFile]:
-    """The files, each assigned to train or val: see splits.py."""
-    by_class = defaultdict(list)
-    for number, file in enumerate(files):
-        by_class[file.class_name].append(number)
-    for_val = {
-        numbers[i]
-        for numbers in by_class.values()
-        for i in files_for_val([files[number].key for number in numbers], val_share)
-    }
-    if files and val_share and not for_val:
-        problems.append(
-            f"none of the {len(files):,} files went to val, because no class has two files; add files. (`bfsys pack "
-            "--split train` packs them without a validation split.)"
-        )
-    return [file._replace(split="val" if i in for_val else "train") for i, file in enumerate(files)]
-
-
-def _why_bad(file: SourceFile, status: os.stat_result, max_file_bytes: int | None, encoding: Encoding) -> str:
-    if not stat.S_ISREG(status.st_mode):
-        return "is not a regular file"
-    if not os.access(file.path, os.R_OK):
-        return "cannot be read (no permission)"
-    if status.st_size == 0:
-        return "is empty"
-    if max_file_bytes and status.st_size > max_file_bytes:
-        return f"has {status.st_size:,} bytes, allowed are {max_file_bytes:,} (--max-file-bytes)"
-    for name, modality in MODALITIES.items():
-        if encoding.modality not in (None, name) and file.extension in modality.extensions:
-            return f"is {name} by its extension, and encoding {encoding.text} takes {encoding.modality}"
-    return ""
-
-
-def _told_apart(files: list[SourceFile], same: Callable[[SourceFile], tuple[str, ...]]) -> list[SourceFile]:
-    """Files for which `same` is equal get hashes of their names in their keys. Examples are a.b.txt and a_b.txt, a.jpg
-    and a.JPG, and names in the characters of another system."""
-    alike = defaultdict(list)
-    for number, file in enumerate(files):
-        alike[same(file)].append(number)
-    told_apart = list(files)
-    for numbers in alike.values():
-        if len(numbers) > 1:
-            folder = os.path.commonpath([files[number].path for number in numbers])
-            for number in numbers:
-                name = os.fsencode(os.path.relpath(files[number].path, folder))
-                key = f"{files[number].key}-{xxhash.xxh3_64_hexdigest(name)}"
-                told_apart[number] = files[number]._replace(key=key)
-    return told_apart
-
-
-def _with_extensions(files: list[SourceFile]) -> list[SourceFile]:
-    """If files differ only in the extension, it is appended to their keys."""
-    count = Counter((file.split, file.key) for file in files)
-    return [
-        file._replace(key=f"{file.key}-{_printable(file.extension).replace('.', '_')}")
-        if count[file.split, file.key] > 1
-        else file
-        for file in files
-    ]

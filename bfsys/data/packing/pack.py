@@ -18,15 +18,9 @@ from rich.progress import Progress
 
 from bfsys.data.media.encodings import Encoding, Fitting
 from bfsys.data.packing import shard_jobs, staging
+from bfsys.data.packing.checks import check_files
 from bfsys.data.packing.left_out import left_out_note
-from bfsys.data.packing.listing import (
-    BadFile,
-    Listing,
-    check_files,
-    list_filelist,
-    list_speech_commands,
-    list_tree,
-)
+from bfsys.data.packing.listing import BadFile, Listing, list_filelist, list_speech_commands, list_tree
 from bfsys.data.packing.splits import split_of_name
 from bfsys.data.packing.workers import write_jobs
 from bfsys.data.storage.description import seen_from

@@ -25,7 +25,8 @@ import xxhash
 from bfsys.data.media.encodings import Encoding, Fitting, library_version, parse_encoding, reencode
 from bfsys.data.media.modalities import PECULIARITIES, peculiarities_of
 from bfsys.data.packing import staging
-from bfsys.data.packing.listing import UNREADABLE, BadFile, SourceFile, why_unreadable
+from bfsys.data.packing.checks import UNREADABLE, why_unreadable
+from bfsys.data.packing.listing import BadFile, SourceFile
 from bfsys.data.storage.description import DESCRIPTION, read_description
 from bfsys.data.storage.shards import PACKED_BY, write_description, write_split
 from bfsys.data.storage.tars import Member, Shard, TarIndex, size_in_tar_bytes, write_shard
