@@ -81,8 +81,9 @@ class Executor(submitit.SlurmExecutor):
         if len(self.run_dirs) > 1:
             log = log.replace("%j", "%A_%a")
         supervise = [sys.executable, "-m", "bfsys.launch.requeue", *self.elastic, *map(str, self.run_dirs), "--"]
-        srun = ["srun", "--unbuffered", "--output", log, "--kill-on-bad-exit=1", "--open-mode=append", *self.srun]
-        return f"exec {shlex.join([*supervise, *srun])} {super()._submitit_command_str}"
+        # With SBATCH_EXPORT=NONE or SLURM_EXPORT_ENV=NONE, srun by default passes no variables on, not even PATH.
+        srun = ["srun", "--export=ALL", "--unbuffered", "--output", log, "--kill-on-bad-exit=1", "--open-mode=append"]
+        return f"exec {shlex.join([*supervise, *srun, *self.srun])} {super()._submitit_command_str}"
 
     @staticmethod
     def _get_job_id_from_submission_command(string: bytes | str) -> str:

@@ -84,7 +84,7 @@ def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, cap
     assert "\nexport DS_ACCELERATOR=cpu\n" in script_of(config_file, capsys, "--nodes=1", "--gpus-per-node=0")
     command = lines_of_script[-2] if not lines_of_script[-1] else lines_of_script[-1]
     assert command.startswith(
-        f"exec {sys.executable} -m bfsys.launch.requeue {tmp_path}/runs/tiny -- srun --unbuffered --output "
+        f"exec {sys.executable} -m bfsys.launch.requeue {tmp_path}/runs/tiny -- srun --export=ALL --unbuffered "
     )
     assert ' --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=6 bash -c \'trap "" USR1 USR2; exec ' in command
     assert "--error" not in command
