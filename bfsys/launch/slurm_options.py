@@ -27,6 +27,8 @@ VARIABLES_OF = {
     "wckey": [],  # empty in the script, so a user's own key may stay
 }
 NEVER = ["ARRAY_INX", "WAIT"]  # they make an array in one run directory, and make sbatch wait for the job
+# The job would inherit it, and srun would end the tasks after this time, in every start.
+LIMIT_OF_STEPS = "SLURM_TIMELIMIT"
 
 
 def ranks_per_node(args: argparse.Namespace) -> int:
@@ -128,14 +130,14 @@ def name_problem(config: Config) -> str | None:
 
 
 def forget_overrides(script: str) -> list[str]:
-    """Remove environment variables that would override options of the script, and return their names.
+    """Remove environment variables that would override options of the script or of srun in it, and return their names.
 
     For sbatch, variables take precedence over the script. Variables of options that the launcher was not given, such as
     SBATCH_ACCOUNT, are set by the site or the user, and stay.
     """
     options = re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)
     ends = [*NEVER, *(end for o in options for end in VARIABLES_OF.get(o, [o.upper().replace("-", "_")]))]
-    names = sorted({f"SBATCH_{end}" for end in ends} & set(os.environ))
+    names = sorted({LIMIT_OF_STEPS, *(f"SBATCH_{end}" for end in ends)} & set(os.environ))
     for name in names:
         del os.environ[name]
     return names

@@ -243,12 +243,13 @@ def test_sbatch_gets_no_variables_that_override_the_launchers_options(
     sbatch(f"#!/bin/sh\nenv >> {tmp_path}/environment\n" + ACCEPTING)
     own = ("SBATCH_TIMELIMIT", "SBATCH_NO_REQUEUE", "SBATCH_REQUEUE", "SBATCH_JOB_NAME", "SBATCH_SIGNAL",
            "SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_QOS", "SBATCH_OUTPUT", "SBATCH_OPEN_MODE",
-           "SBATCH_MEM_PER_CPU")  # fmt: skip
+           "SBATCH_MEM_PER_CPU", "SLURM_TIMELIMIT")  # fmt: skip
     others = ("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_WCKEY", "SBATCH_RESERVATION")
     for name in own + others:
         monkeypatch.setenv(name, "1")
     assert call("slurm", ["--nodes", "2", ON_CPUS, "--qos=q", "--mem=2G", str(config_file)]) == 0
-    seen = [line for line in (tmp_path / "environment").read_text().splitlines() if line.startswith("SBATCH_")]
+    environment = (tmp_path / "environment").read_text().splitlines()
+    seen = [line for line in environment if line.startswith(("SBATCH_", "SLURM_TIMELIMIT="))]
     assert sorted(seen) == sorted(2 * [f"{name}=1" for name in others])
     assert f"note: {', '.join(sorted(own))}: not used; the options of the launcher decide" in capsys.readouterr().err
 
