@@ -32,7 +32,7 @@ from bfsys.ranks import env_number, ranks_from_environment
 
 # Outside Linux's range of ephemeral ports (32768-60999), which outgoing connections may occupy.
 MASTER_PORTS = range(10_000, 30_000)
-PORTS_BETWEEN_STEPS = 1009  # between the steps of one job; consecutive jobs have consecutive ports
+PORTS_BETWEEN_STARTS = 1009  # between the steps and the starts of one job; consecutive jobs have consecutive ports
 
 # Step numbers from here on are special: the batch script, the shell of salloc, the external step.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
@@ -120,15 +120,15 @@ def slurm_variables(env: Mapping[str, str], hosts: Sequence[str]) -> dict[str, s
     They replace existing variables, because SLURM passes the variables of the submitting shell to the job.
     """
     world_size = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
-    step = PORTS_BETWEEN_STEPS * int(env.get("SLURM_STEP_ID") or 0)
+    start = int(env.get("SLURM_STEP_ID") or 0) + int(env.get("SLURM_RESTART_COUNT") or 0)
     variables = rank_variables(
         int(env["SLURM_PROCID"]),
         world_size,
         int(env["SLURM_LOCALID"]),
         world_size // len(hosts),  # each node has the same number of tasks
         master_addr=hosts[0],
-        # Jobs that share a node and steps of a job get different ports.
-        master_port=MASTER_PORTS[(int(env["SLURM_JOB_ID"]) + step) % len(MASTER_PORTS)],
+        # Jobs that share a node, steps of a job, and its starts get different ports. The port of a start may be in use.
+        master_port=MASTER_PORTS[(int(env["SLURM_JOB_ID"]) + PORTS_BETWEEN_STARTS * start) % len(MASTER_PORTS)],
     )
     if "OMP_NUM_THREADS" not in env and "SLURM_CPUS_PER_TASK" in env:
         variables["OMP_NUM_THREADS"] = env["SLURM_CPUS_PER_TASK"]

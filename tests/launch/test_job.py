@@ -132,6 +132,8 @@ def test_ports_differ_between_neighbouring_jobs_and_are_not_ephemeral():
     steps = ({**TASK, "SLURM_NODEID": "0", "SLURM_JOB_ID": "5000", "SLURM_STEP_ID": str(n)} for n in range(1, 20))
     ports |= {slurm_variables(task, ["n1"])["MASTER_PORT"] for task in steps}
     assert len(ports) == 119  # several runs in one allocation
+    again = {**TASK, "SLURM_NODEID": "0", "SLURM_JOB_ID": "5000", "SLURM_RESTART_COUNT": "1"}
+    assert slurm_variables(again, ["n1"]) != slurm_variables({**again, "SLURM_RESTART_COUNT": "0"}, ["n1"])
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     if first_ephemeral == 32_768:  # Linux's default, which an administrator may change
         assert MASTER_PORTS.stop <= first_ephemeral
