@@ -7,11 +7,12 @@ With `--grow-every-s S` the job requeues itself when a larger one is free (elast
 
 SLURM itself requeues a job whose node failed, or that it pre-empted. It does not requeue a job whose time is up, whose
 rank crashed (srun then ends the other ranks), or that saved and exited during its grace time. In these cases this
-process, the only one left, asks SLURM to requeue the job (restart_policy.py says when). It does not do so for a job
-that SLURM ends for a reason other than its time limit, because such a job was cancelled.
+process, the only one left, asks SLURM to requeue the job (restart_policy.py says when). It does the same if SLURM
+cancels the job to pre-empt it (PreemptMode=CANCEL). It does not do so for a job that SLURM ends for another reason than
+these and the time limit, because such a job was cancelled by a user.
 
 The script survives the SIGTERM that precedes its end by KillWait. If the tasks have not exited shortly before that end,
-the job has run out of time during a long step or a start, and is requeued as well.
+the job ends during a long step or a start, and is requeued as well.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class JobSupervisor:
             if self.ending_since is not None and ask_at is None and time.monotonic() > next_try:
                 next_try = time.monotonic() + ENDING_PAUSE_S
                 if job := job_facts(ENDING_LIMIT_S):
-                    seconds = max(2.0, kill_wait_s() - ASK_BEFORE_END_S) if is_out_of_time(job) else float("inf")
+                    seconds = max(2.0, kill_wait_s() - ASK_BEFORE_END_S) if is_ended_by_slurm(job) else float("inf")
                     ask_at = self.ending_since + seconds
             if ask_at is not None and time.monotonic() > ask_at:
                 return OUT_OF_TIME
@@ -127,7 +128,7 @@ class JobSupervisor:
         until = time.monotonic() + pause_s
         while time.monotonic() < until:
             if self.is_being_ended:
-                if not is_out_of_time(self._facts()):
+                if not is_ended_by_slurm(self._facts()):
                     return code
                 break
             time.sleep(POLL_S)
@@ -201,9 +202,16 @@ def is_out_of_time(job: dict[str, str]) -> bool:
     return job.get("Reason") == "TimeLimit"
 
 
+def is_ended_by_slurm(job: dict[str, str]) -> bool:
+    """Whether SLURM itself ends the job without a requeue: its time is up, or it is pre-empted by PreemptMode=CANCEL
+    without a grace time. It then ends at the time of the pre-emption. A user may cancel it later, in its grace time.
+    """
+    return is_out_of_time(job) or job.get("PreemptTime", "None") == job.get("EndTime")
+
+
 def may_come_back(job: dict[str, str]) -> bool:
-    """Whether SLURM leaves the requeue to this process: the job runs, or has run out of time."""
-    return job.get("JobState", "RUNNING") == "RUNNING" or is_out_of_time(job)
+    """Whether SLURM leaves the requeue to this process: the job runs, or SLURM itself has ended it."""
+    return job.get("JobState", "RUNNING") == "RUNNING" or is_ended_by_slurm(job)
 
 
 def job_id() -> str:

@@ -24,6 +24,7 @@ from tests.conftest import REPOSITORY
 
 RUNNING = "JobId=42 JobState=RUNNING Reason=None PreemptTime=None"
 OUT_OF_TIME = "JobState=COMPLETING Reason=TimeLimit PreemptTime=None"
+PREEMPTED = "JobState=COMPLETING Reason=None EndTime=2026-11-21T18:04:09 PreemptTime=2026-11-21T18:04:09"
 
 
 @pytest.fixture
@@ -87,6 +88,14 @@ def test_a_job_that_slurm_is_ending_is_left_to_it(ends, state: str, code: int) -
 def test_a_job_that_is_out_of_time_continues(ends, code: int) -> None:
     assert ends(code, OUT_OF_TIME)[1]
     assert not ends(0, OUT_OF_TIME)[1]
+
+
+@pytest.mark.parametrize("code", [1, 75, 130, 137, 143])
+def test_a_job_that_slurm_cancels_to_preempt_it_continues(ends, code: int) -> None:
+    """As with PreemptMode=CANCEL and no grace time. A user may also cancel a job in its grace time."""
+    assert all(ends(code, PREEMPTED)[1] for _ in range(5))
+    assert not ends(0, PREEMPTED)[1]
+    assert not ends(code, PREEMPTED.replace("EndTime=2026-11-21T18:04:09", "EndTime=2026-11-21T18:04:12"))[1]
 
 
 def test_a_job_that_never_gets_to_training_in_its_time_is_given_up(ends, tmp_path: Path) -> None:
@@ -290,9 +299,10 @@ def test_a_cancelled_job_waits_for_its_tasks_and_is_not_requeued(slurm: Path) ->
     assert not (slurm / "asked").exists()
 
 
-def test_tasks_that_outlast_the_time_limit_do_not_prevent_the_requeue(slurm: Path) -> None:
+@pytest.mark.parametrize("facts", [OUT_OF_TIME, PREEMPTED])
+def test_tasks_that_outlast_the_end_of_the_job_do_not_prevent_the_requeue(slurm: Path, facts: str) -> None:
     process = start(slurm, f"while [ -e {slurm}/began ]; do sleep 0.1; done", first=IGNORE_SIGTERM)
-    (slurm / "facts").write_text(OUT_OF_TIME)
+    (slurm / "facts").write_text(facts)
     process.send_signal(signal.SIGTERM)
     wait_for(slurm / "asked")
     process.kill()
