@@ -204,10 +204,13 @@ def show_status(run_dir: Path) -> int:
         failed = ended["exit_code"] != 0 and not is_stopped
     elif is_known and submitted:
         has_log = Path(submitted[-1].log).exists()
-        is_stopped = shown[-1][1].name == "CANCELLED" and not has_log
+        is_stopped = shown[-1][1].name == "CANCELLED"
         failed = not is_stopped
-        why = "its log says why" if has_log else "it wrote no log: check that the nodes can see its folder"
-        text = f"training ended without a recorded reason; {why}" if failed else "the job was cancelled before it began"
+        if is_stopped:
+            text = f"the job was cancelled {'before the run could save' if has_log else 'before it began'}"
+        else:
+            why = "its log says why" if has_log else "it wrote no log: check that the nodes can see its folder"
+            text = f"training ended without a recorded reason; {why}"
         print(f"ended    {text}")
     if is_known and submitted and (failed or is_stopped):
         what = "fix the cause, then run" if failed else "to continue, run"
@@ -331,8 +334,8 @@ def stop(run_dir: Path) -> int:
         if not answer.is_good:
             raise UserError(f"scancel {submitted.job}: {answer.errors.strip()}")
         done = "asked to save and to end"
-        if state.name == "PENDING":
-            done = "cancelled while it waited"
+        if state.name in ("PENDING", "SUSPENDED"):  # SLURM does not continue a suspended job to end it
+            done = "cancelled while it " + ("waited" if state.name == "PENDING" else "was suspended, so it cannot save")
             note_end(run_dir, EXIT_STOPPED, f"job {submitted.job} was {done}")
         print(f"job {submitted.job}: {done}; see bfsys slurm status {shlex.quote(str(run_dir))}")
     return 0

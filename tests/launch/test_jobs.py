@@ -79,7 +79,7 @@ def test_a_waiting_job(run: Path, slurm_says, capsys) -> None:
     ("scontrol", "sacct", "shown"),
     [
         ("JobState=TIMEOUT EndTime=2026-11-21T18:30:00 Restarts=0", "", "TIMEOUT ended 2026-11-21 18:30:00"),
-        ("", "CANCELLED by 0|2026-11-21T18:30:00", "CANCELLED ended 2026-11-21 18:30:00"),
+        ("", "FAILED|2026-11-21T18:30:00", "FAILED ended 2026-11-21 18:30:00"),
         ("", "RUNNING|Unknown", "unknown to SLURM, "),  # its end was not recorded, and it is in no queue
         ("", "", "unknown to SLURM, "),
     ],
@@ -190,6 +190,21 @@ def test_a_job_that_was_cancelled_while_it_waited(run: Path, slurm_says, capsys)
     slurm_says("JobState=CANCELLED Restarts=0")  # by scancel
     assert call("slurm", ["status", str(run)]) == 0
     assert "ended    the job was cancelled before it began\nnext     to continue, run" in capsys.readouterr().out
+
+
+def test_a_job_that_was_cancelled_and_could_not_save_has_not_failed(run: Path, slurm_says, capsys) -> None:
+    """KillWait was too short, or the job was requeued and waited."""
+    slurm_says("", "CANCELLED by 0|2026-11-21T18:30:00")
+    assert call("slurm", ["status", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "42: CANCELLED ended 2026-11-21 18:30:00" in out
+    assert "ended    the job was cancelled before the run could save\nnext     to continue, run" in out
+    slurm_says("JobState=SUSPENDED Restarts=0")
+    assert call("slurm", ["stop", str(run)]) == 0
+    assert "job 42: cancelled while it was suspended, so it cannot save; see" in capsys.readouterr().out
+    slurm_says("", complaint="Invalid job id specified")
+    assert call("slurm", ["status", str(run)]) == 0
+    assert "job 42 was cancelled while it was suspended, so it cannot save (code 130)" in capsys.readouterr().out
 
 
 def test_a_job_that_cannot_start_by_itself(run: Path, slurm_says, capsys) -> None:
