@@ -6,6 +6,7 @@ not an exception.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ _UNREACHED = re.compile(
     r"timed out|unable to contact|connect failure|unexpected message|zero bytes|connection refused|communication",
     re.IGNORECASE,
 )
+# A user's variables that leave out jobs or partitions, or change the form of times.
+_OF_USERS = re.compile(r"SQUEUE_|SINFO_|SACCT_|SLURM_TIME_FORMAT$")
 
 
 class Answer(NamedTuple):
@@ -43,6 +46,7 @@ def is_unreached(errors: str) -> bool:
 def ask(*command: str, env: Mapping[str, str] | None = None, limit_s: float | None = None) -> Answer:
     """Run a SLURM command, by default in the environment of this process and for at most LIMIT_S."""
     limit_s = LIMIT_S if limit_s is None else limit_s
+    variables = os.environ if env is None else env
     try:
         ended = subprocess.run(
             command,
@@ -50,7 +54,7 @@ def ask(*command: str, env: Mapping[str, str] | None = None, limit_s: float | No
             encoding="utf-8",
             errors="backslashreplace",
             timeout=limit_s,
-            env=env,
+            env={name: value for name, value in variables.items() if not _OF_USERS.match(name)},
             check=False,
         )
     except subprocess.TimeoutExpired:

@@ -98,6 +98,12 @@ def test_nodes_are_free_if_slurm_would_start_a_job_on_them_and_no_job_waits(slur
     assert not elastic.can_start(3, JOB)
 
 
+def test_a_users_choice_of_shown_jobs_hides_none_that_waits(slurm_says, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SQUEUE_USERS", "me")
+    slurm_says(squeue='[ -n "$SQUEUE_USERS" ] || echo Resources', sbatch=starts_in(0))
+    assert not elastic.can_start(3, JOB)
+
+
 def test_sbatch_is_not_told_of_the_job_that_asks(slurm_says, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "9")
     slurm_says(sbatch=f'[ -z "$SLURM_NTASKS" ] && {starts_in(0)}', squeue="")

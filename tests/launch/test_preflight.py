@@ -148,6 +148,14 @@ def test_a_time_limit_beyond_the_partitions_is_found(slurm_says, partition, minu
     )
 
 
+def test_a_users_choice_of_shown_partitions_and_times_does_not_count(slurm_says, monkeypatch) -> None:
+    monkeypatch.setenv("SINFO_PARTITION", "short")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    slurm_says("exit 0", f'[ -z "$SINFO_PARTITION$SLURM_TIME_FORMAT" ] && {PARTITIONS}')
+    (problem,) = preflight.check_slurm("", None, 2, 1441).problems
+    assert "partition batch allows 1440" in problem
+
+
 def test_the_name_of_a_cluster_is_not_a_partition(slurm_says) -> None:
     """With SLURM_CLUSTERS, sinfo prints it in spite of --noheader."""
     slurm_says("exit 0", PARTITIONS.replace("<<END", "<<END\nCLUSTER: alpha"))
