@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from bfsys.errors import UserError, exit_code_of
+from bfsys.errors import EXIT_CRASHED, UserError, exit_code_of
 from bfsys.ranks import env_number, ranks_from_environment
 
 # Outside Linux's range of ephemeral ports (32768-60999), which outgoing connections may occupy.
@@ -79,7 +79,7 @@ class TrainJob:
             )
             if not is_seen
         ]:
-            raise UserError(*problems)
+            raise UserError(*problems, exit_code=EXIT_CRASHED)  # the file system may come back, or another node be used
         os.chdir(self.work_dir)
         os.environ.update(slurm_variables(os.environ, _hosts()))
         from bfsys.config import load_config
