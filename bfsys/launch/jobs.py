@@ -23,7 +23,7 @@ from bfsys import console
 from bfsys.checkpoint.files import METRICS
 from bfsys.compare import last_train_line
 from bfsys.config import load_config
-from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError
+from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError, counted
 from bfsys.files import try_lock
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.restart_policy import newest_step
@@ -160,8 +160,9 @@ def _state_in_queue(name: str, facts: dict[str, str]) -> State:
         "PENDING": f"waits ({facts.get('Reason')}), expected to start {start}",
         "RUNNING": f"for {facts.get('RunTime')} of {facts.get('TimeLimit')} on {facts.get('NodeList')}",
     }.get(name, f"ended {end}" if name in OVER else "")
-    restarts = int(facts.get("Restarts", 0))
-    shown += f", started again {restarts} times" if restarts else ""
+    restarts = facts.get("Restarts", "")
+    if restarts.isdecimal() and int(restarts):  # other versions may write another text
+        shown += f", started again {counted(int(restarts), 'time')}"
     return State(name, shown, facts.get("Reason", ""))
 
 

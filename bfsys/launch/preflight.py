@@ -173,8 +173,8 @@ def _partitions() -> dict[str, Partition]:
     answer = ask("sinfo", "--noheader", "--format=%P %l %D %t")
     partitions: dict[str, Partition] = {}
     for line in answer.output.splitlines() if answer.is_good else ():  # one line for each node state
-        if len(fields := line.split()) != 4:  # with SLURM_CLUSTERS, a line names the cluster
-            continue
+        if len(fields := line.split()) != 4 or not fields[2].isdecimal():
+            continue  # the name of a cluster, with SLURM_CLUSTERS, or a line of the site
         name, limit, number, state = fields
         before = partitions.get(name.rstrip("*"), Partition())
         is_away = state.rstrip("*~#!%$@^-").startswith(("down", "drain", "drng", "fail", "maint", "boot", "resv"))

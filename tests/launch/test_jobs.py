@@ -65,6 +65,9 @@ def test_a_running_job(run: Path, slurm_says, capsys) -> None:
     out = capsys.readouterr().out
     assert "job      42: RUNNING for 00:12:00 of 01:00:00 on n[1-2], started again 2 times, submitted 2026" in out
     assert "step     1,200 of ?, 0 s ago; newest checkpoint 0" in out
+    slurm_says(RUNNING.replace("Restarts=2", "Restarts=(null)"))  # as an unusual version might write
+    assert call("slurm", ["status", str(run)]) == 0
+    assert "on n[1-2], submitted 2026" in capsys.readouterr().out
 
 
 def test_a_waiting_job(run: Path, slurm_says, capsys) -> None:

@@ -157,8 +157,8 @@ def test_a_users_choice_of_shown_partitions_and_times_does_not_count(slurm_says,
 
 
 def test_the_name_of_a_cluster_is_not_a_partition(slurm_says) -> None:
-    """With SLURM_CLUSTERS, sinfo prints it in spite of --noheader."""
-    slurm_says("exit 0", PARTITIONS.replace("<<END", "<<END\nCLUSTER: alpha"))
+    """With SLURM_CLUSTERS, sinfo prints it in spite of --noheader. A site's wrapper may print a line of its own."""
+    slurm_says("exit 0", PARTITIONS.replace("<<END", "<<END\nCLUSTER: alpha\nWelcome to cluster alpha"))
     (problem,) = preflight.check_slurm("", None, 2, 1441).problems
     assert "partition batch allows 1440" in problem
 
