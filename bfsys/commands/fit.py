@@ -69,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
     if problems:
         raise UserError(*problems)
     console.go_on_without()  # a closed console must not stop training
-    from bfsys.fitting.fit import Request, name_for, next_commands, prepare, train
+    from bfsys.fitting.fit import next_commands, prepare, train
     from bfsys.fitting.report import report
+    from bfsys.fitting.request import Request, name_for
     from bfsys.supervision.signals import EXIT_CODES
 
     request = Request(

@@ -60,6 +60,6 @@ def fit(
     print("\n".join(said), end="\n" if said else "", file=sys.stderr)
     if code:
         raise UserError(f"training ended with code {code}, see above; the same call resumes from its last checkpoint")
-    from bfsys.fitting.fit import name_for
+    from bfsys.fitting.request import name_for
 
     return Path(runs) / (name or name_for(Path(folder)))

@@ -26,18 +26,11 @@ from bfsys.errors import UserError, exit_code_of
 from bfsys.fitting import choice as rules
 from bfsys.fitting import fit
 from bfsys.fitting.choice import Machine, choose
-from bfsys.fitting.fit import (
-    RECORD,
-    Request,
-    Trial,
-    is_evaluated,
-    listed,
-    name_for,
-    pack_all,
-    prepare,
-    survey_folder,
-)
+from bfsys.fitting.fit import RECORD, is_evaluated, prepare
+from bfsys.fitting.folder import check_classes, listed, pack_all, survey_folder
+from bfsys.fitting.request import Request, name_for
 from bfsys.fitting.survey import Survey, survey_of
+from bfsys.fitting.trial import Trial
 from tests.commands.packing_helpers import make_files, png_bytes, wav_bytes
 from tests.forked import Forked
 
@@ -232,8 +225,10 @@ def test_smaller_sizes_are_tried_only_if_time_is_left(
 
 def test_a_class_of_which_all_files_are_bad_cannot_be_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_files(tmp_path / "src", pictures("PNG", 32, 60))
-    with pytest.raises(UserError, match="src: only one class has training files, 'a'; a classifier needs at least 2"):
+    with pytest.raises(UserError, match="src: only the class 'a' has training files; a classifier needs at least 2"):
         prepared(folder, monkeypatch, skip_bad=True)
+    with pytest.raises(UserError, match="src: no class has training files; a classifier needs at least 2 classes"):
+        check_classes(folder, [])
 
 
 def test_changes_of_the_folder_are_noted(
@@ -356,7 +351,7 @@ def test_names_of_runs() -> None:
     [
         (
             {"one/1.bin": b"a", "one/2.bin": b"b"},
-            "only one class has training files, 'one'; a classifier needs at least 2",
+            "only the class 'one' has training files; a classifier needs at least 2",
         ),
         ({"pets/a/1.bin": b"a", "pets/b/2.bin": b"b"}, "src/pets are the classes or splits, give {src}/pets to fit"),
         ({"train/a/1.bin": b"a", "train/b/2.bin": b"b"}, "has the split train alone"),

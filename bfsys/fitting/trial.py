@@ -1,0 +1,82 @@
+"""A short training that measures the speed of this machine. It includes optimizer, loader and decoding."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from bfsys.checkpoint.files import METRICS
+from bfsys.config import load_config
+from bfsys.errors import UserError
+from bfsys.fitting.choice import Choice, settings_of, to_yaml
+from bfsys.fitting.request import Request
+from bfsys.json_lines import read_json_lines
+from bfsys.launch.job import TrainJob
+from bfsys.launch.local import choose_ranks, run_group
+from bfsys.supervision.signals import EXIT_CODES
+
+TRIAL_STEPS = 6
+PASSED_OVER_STEPS = 2  # the first steps, which allocate memory, are not measured
+EVALUATIONS = 5  # four during the run, one for the report
+SHARE_OF_TIME = 0.9  # share of the remaining time for training; machines are not always as fast as in the trial
+REPORT_S = 15.0  # loads the model, computes the baselines and draws the plots
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The speed of a short trial training on this machine, with the times of its start and evaluation."""
+
+    bytes_per_s: float
+    start_s: float
+    evaluation_s: float
+
+    @property
+    def other_s(self) -> float:
+        """Seconds for everything except the steps."""
+        return self.start_s + EVALUATIONS * self.evaluation_s + REPORT_S
+
+    def allows_another(self, seconds: float) -> bool:
+        """Whether the start of another trial, that of the training and the report fit into the time."""
+        return 2 * self.start_s + REPORT_S < seconds
+
+    def steps_in(self, seconds: float, mean_step_bytes: float) -> int:
+        return max(0, int(SHARE_OF_TIME * (seconds - self.other_s) * self.bytes_per_s / mean_step_bytes))
+
+    def seconds_for(self, steps: int, mean_step_bytes: float) -> float:
+        return self.other_s + steps * mean_step_bytes / self.bytes_per_s / SHARE_OF_TIME
+
+
+def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Trial | int:
+    """Train TRIAL_STEPS in a temporary run. Returns an exit code if a signal ended it."""
+    began_s = time.monotonic()
+    print(f"measuring   {TRIAL_STEPS} steps on {choice.machine.describe()}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="bfsys-fit-") as folder:
+        file = Path(folder) / "trial.yaml"
+        settings = settings_of(choice, str(Path(data).absolute()), str(Path(eval_data).absolute()), TRIAL_STEPS, 0)
+        file.write_text(to_yaml(settings, []), encoding="utf-8")
+        overrides = (f"runs_dir={folder}", "train.log_every=1", "train.eval_every=0", f"train.save_every={TRIAL_STEPS}")
+        config = load_config(file, overrides)
+        job = TrainJob(file, overrides, Path(__file__).resolve().parents[2], Path.cwd())
+        said = io.StringIO()
+        with redirect_stdout(said):
+            code = run_group(job, choose_ranks(config.data.lanes, None), config.run_dir / "log")
+        if code in EXIT_CODES.values():
+            return code
+        lines = list(read_json_lines(config.run_dir / METRICS, {"kind": str, "step": int}))
+        steps = [line for line in lines if line["kind"] == "train"][PASSED_OVER_STEPS:]
+        evaluated = [line for line in lines if line["kind"] == "eval"]
+        if code or not steps or not evaluated:
+            output = said.getvalue().splitlines()
+            reasons = [line.partition("error: ")[2] for line in output if "error: " in line] or output[-1:]
+            raise UserError(*(f"{request.folder}: the trial training ended with code {code}: {r}" for r in reasons))
+        seconds = sum(line["step_s"] for line in steps)
+        evaluation_s = evaluated[-1]["seconds"]
+        return Trial(
+            bytes_per_s=sum(line["bytes_per_s"] * line["step_s"] for line in steps) / seconds,
+            start_s=max(0.0, time.monotonic() - began_s - evaluation_s - seconds * TRIAL_STEPS / len(steps)),
+            evaluation_s=evaluation_s,
+        )
