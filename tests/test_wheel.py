@@ -85,7 +85,7 @@ def test_a_slurm_job_takes_along_the_package_alone(site: Path, config_file: Path
     (site / "other").mkdir()
     (site / "other" / "__init__.py").touch()
     code = (
-        "import sys; from bfsys.config import load_config; from bfsys.launch.slurm import snapshot; "
+        "import sys; from bfsys.config import load_config; from bfsys.launch.slurm_job import snapshot; "
         "print(snapshot(load_config(sys.argv[1])))"
     )
     environment = os.environ | {"PYTHONPATH": str(site)}

@@ -20,7 +20,7 @@ import pytest
 from bfsys.cli import call
 from bfsys.config import load_config
 from bfsys.errors import UserError
-from bfsys.launch import jobs, slurm
+from bfsys.launch import jobs, slurm, slurm_job
 
 ON_CPUS = "--gpus-per-node=0"
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,7 +168,7 @@ def test_the_submission_prints_the_next_commands_and_contains_the_job(
         assert lines[name] == f"bfsys slurm {command} {tmp_path}/runs/tiny"
     (code,) = folder.glob("code-*")
     job = pickle.loads((folder / "42_submitted.pkl").read_bytes()).function
-    assert job == slurm.TrainJob(code / "tiny.yaml", (), code, tmp_path)
+    assert job == slurm_job.TrainJob(code / "tiny.yaml", (), code, tmp_path)
     assert load_config(job.config, ()) == load_config(config_file, ["train.steps=12"])
     assert (code / "bfsys" / "train.py").read_bytes() == (ROOT / "bfsys" / "train.py").read_bytes()
     (submitted,) = jobs.submissions(tmp_path / "runs" / "tiny")
@@ -295,9 +295,9 @@ def test_a_repeated_sweep_submits_the_runs_without_a_job(config_file, tmp_path, 
 
 def test_equal_code_is_copied_once(config_file, tmp_path):
     config = load_config(config_file)
-    before = slurm.snapshot(config)
-    assert slurm.snapshot(config) == before
-    other = slurm.snapshot(load_config(config_file, ["train.steps=12"]))
+    before = slurm_job.snapshot(config)
+    assert slurm_job.snapshot(config) == before
+    other = slurm_job.snapshot(load_config(config_file, ["train.steps=12"]))
     assert other.parent != before.parent
     assert len(list((tmp_path / "runs" / "tiny" / "slurm").iterdir())) == 2
 
@@ -350,7 +350,7 @@ def test_a_container_sees_all_folders_of_a_run(config_file, tmp_path, capsys):
         [f"data.sources=[{{path: {tmp_path}/a/shards, eval_path: {tmp_path}/b/shards}}]",
          f"train.init_from={tmp_path}/old", f"train.checkpoint_copy=file://{tmp_path}/copies"],
     )  # fmt: skip
-    places = [str(path) for _, path in slurm.seen_by_nodes([config])]
+    places = [str(path) for _, path in slurm_job.seen_by_nodes([config])]
     assert {f"{tmp_path}/{path}" for path in ("a/shards", "b/shards", "old", "copies")} < set(places)
     problems = problems_of("--nodes=2", ON_CPUS, "--container=pytorch", config_file, f"runs_dir={tmp_path}/a:b")
     assert any(f"run directory tiny {tmp_path}/a:b/tiny cannot be mounted" in problem for problem in problems)
