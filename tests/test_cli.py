@@ -69,6 +69,11 @@ def test_help_fits_a_screen(arguments: list[str], monkeypatch: pytest.MonkeyPatc
     assert lines[0].startswith(f"usage: {' '.join(['bfsys', *arguments[:1]])} ")
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 24 or arguments[0] in LONGER_THAN_A_SCREEN
+    if "positional arguments:" in lines:  # their names are those of the usage line
+        usage = " ".join(lines[: lines.index("")])
+        first = lines.index("positional arguments:") + 1
+        names = [line.split()[0] for line in lines[first : lines.index("", first)] if line[2:3].strip()]
+        assert [name for name in names if name not in usage and name != "ACTION"] == []
 
 
 @pytest.mark.parametrize(

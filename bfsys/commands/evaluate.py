@@ -19,7 +19,7 @@ have no data of their own, so they need --data."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s RUN [OPTION …]", NOTES
     add = parser.add_argument
-    add("run", type=Path, help="run directory (runs/NAME) or one of its checkpoints")
+    add("run", type=Path, metavar="RUN", help="run directory (runs/NAME) or one of its checkpoints")
     add("--split", help="split to evaluate (default: the config's data.eval_split)")
     datasets = "packed dataset, instead of the run's; repeatable"
     add("--data", action="append", default=[], metavar="DATASET", help=datasets)

@@ -32,7 +32,7 @@ measured against files of the run's validation split (docs/explain.md)."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s RUN FILE… | RUN --split SPLIT [OPTION …]", NOTES
     add = parser.add_argument
-    add("run", type=Path, help="run directory, one of its checkpoints, or an export")
+    add("run", type=Path, metavar="RUN", help="run directory, one of its checkpoints, or an export")
     add("files", nargs="*", default=[], metavar="FILE", help="files, folders, or - for standard input")
     add("--split", help="test for shortcuts on files of this split")
     add("--limit", type=int, metavar="N", help=f"files of the split (default: {LIMIT})")

@@ -27,7 +27,7 @@ The run's data.byte_transforms are applied, with the key of --permute."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s RUN FILE… [OPTION …]", NOTES
     add = parser.add_argument
-    add("run", type=Path, help="run directory (runs/NAME), one of its checkpoints, or an export")
+    add("run", type=Path, metavar="RUN", help="run directory (runs/NAME), one of its checkpoints, or an export")
     add("files", nargs="+", metavar="FILE", help="files, folders, or - for standard input")
     add("--top", type=int, default=3, metavar="K", help="classes to show for each file (default: 3)")
     add_weights(parser)

@@ -32,7 +32,7 @@ HIGHEST_PORT = 65_535
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s RUN [OPTION …]", "docs/serve.md explains the service."
     add = parser.add_argument
-    add("run", type=Path, help="run directory, one of its checkpoints, or an export")
+    add("run", type=Path, metavar="RUN", help="run directory, one of its checkpoints, or an export")
     add("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     add("--port", type=int, default=8000, help="port (default: 8000; 0: any free one)")
     add_weights(parser)
