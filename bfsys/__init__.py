@@ -13,7 +13,7 @@ The docstrings of `fit`, `load` and `Model` have the rest. Bad input raises `Use
 and may change.
 """
 
-TYPE_CHECKING = False  # as type checkers know it; importing `typing` takes time in which Ctrl-C shows a traceback
+TYPE_CHECKING = False  # type checkers assume True; while `typing` is imported, Ctrl-C would show a traceback
 if TYPE_CHECKING:
     from bfsys.answers import Prediction
     from bfsys.errors import UserError

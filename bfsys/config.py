@@ -1,6 +1,6 @@
 """Every setting of a run, as frozen dataclasses. The text below a field explains it.
 
-Defaults are those of the published recipe if it has one (section 3 of the paper's released configurations), and
+Defaults are those of the published recipe (the configurations that were released with the paper) if it has one, and
 conservative choices otherwise. RECIPES has other defaults. A loaded config is complete: nothing is filled in later.
 In a path, ~ and $VARIABLE are expanded as in a shell, unless a file of exactly that name exists; a loaded config holds
 the expanded path. typed_yaml.py explains how overrides on the command line are read.

@@ -74,8 +74,8 @@ JOINERS = "\u200c\u200d"  # between letters of Persian and similar scripts, and 
 
 
 class StopRequest(KeyboardInterrupt):
-    """A signal that ends a command. If KeyboardInterrupt itself passes through code that Python compiled from text, as
-    dataclasses do, Python ends the process by SIGINT, whatever exit code the command has."""
+    """A signal that ends a command. It is a subclass, because Python ignores the exit code and ends the process by
+    SIGINT if KeyboardInterrupt itself passes through code that was compiled from text, as dataclasses do."""
 
 
 class UserError(Exception):
@@ -115,8 +115,8 @@ def remedy_of(number: int | None) -> str:
 
 
 def cannot_start(what: str, error: OSError) -> UserError:
-    """The error for processes, with what they share, that the system does not start. A restart may help if the system
-    lacks something for now."""
+    """The error if the system refuses to start processes, or refuses the semaphores and memory that they share. If it
+    lacks resources for a while, a restart may help."""
     remedy = remedy_of(error.errno)
     if error.errno == errno.EAGAIN:
         remedy = TO_START_MORE
@@ -247,8 +247,8 @@ def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (si
         raise StopRequest
 
     def stop_again(number: int, frame: FrameType | None) -> None:
-        """Raise KeyboardInterrupt if the last one was dropped, as extension modules do with it while they import
-        others. While `except`, `finally` or `with` handles it, it is the current exception or a context of that."""
+        """Raise KeyboardInterrupt again if the last one was dropped. Extension modules drop it if it arrives while they
+        import other modules. If it is still being handled, it is the current exception or one of its contexts."""
         error = sys.exception()
         while error is not None and not isinstance(error, KeyboardInterrupt):
             error = error.__context__

@@ -44,8 +44,8 @@ def _hidden(name: str) -> str:
 
 
 def remove_unfinished(folder: Path, names: Iterable[str]) -> None:
-    """Remove what killed processes left in a folder while they replaced files of these names. The caller excludes that
-    another process replaces them now."""
+    """Remove the temporary files of processes that were killed while they replaced files of these names in a folder.
+    The caller must ensure that no other process is replacing them."""
     beginnings = set(map(_hidden, names))
     for path in folder.glob(".*.tmp"):
         beginning, _, process = path.name.removesuffix(".tmp").rpartition(".")

@@ -204,7 +204,7 @@ def train_rank(config: Config, ranks: dist.Ranks) -> int:
     Raises AgreedError only on the first rank of each node, so that the error is printed once per node.
     """
     console.go_on_without(config.run_dir / "log" / f"rank-{ranks.rank}.log")
-    # Otherwise a rank says nothing if SIGBUS ends it, as after a dataset's index, which is mapped, was cut short.
+    # Without this, a rank that SIGBUS ends prints nothing. An index that is truncated while it is mapped causes SIGBUS.
     faulthandler.enable(2, all_threads=False)
     try:
         # Every ragged batch needs blocks of other sizes, and blocks of fixed size would fragment the memory. PyTorch

@@ -50,7 +50,7 @@ from bfsys.checkpoint.rollbacks import is_after_bad_steps
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError, remedy_of
 
 POLL_S = 0.05
-SILENT_S = 2.0  # the end of a run waits this long without a word for the removal of old checkpoints
+SILENT_S = 2.0  # at the end of a run, a longer wait for the removal of old checkpoints is reported
 
 
 class StateSource(Protocol):

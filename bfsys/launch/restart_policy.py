@@ -2,7 +2,7 @@
 
 After a crash, a hang or a lost node, a run is restarted from the newest intact checkpoint. It is not restarted if
 another start would end in the same way: the run is finished, its input is bad, it has diverged, it cannot write a
-checkpoint, or it was asked to stop. Nor is it restarted after three starts in a row that made no new checkpoint.
+checkpoint, or it was asked to stop. After three restarts in a row without a new checkpoint, it is not restarted again.
 """
 
 from __future__ import annotations

@@ -145,8 +145,8 @@ def _stem_backward(
     j = 2 * tl.program_id(0)
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     split = tl.program_id(2).to(tl.int64)
-    # Loaded, not computed: only if both operands are loaded does Triton compare them in the register layout that the
-    # matrix units read. Otherwise every one-hot matrix passes through shared memory.
+    # The numbers are loaded, not computed. If both operands are loaded, Triton compares them in the register layout of
+    # the matrix units. Otherwise every one-hot matrix passes through shared memory.
     byte = tl.load(numbers + tl.arange(0, BYTES))
     even = tl.zeros([BYTES, BLOCK_D], tl.float32)
     odd = tl.zeros([BYTES, BLOCK_D], tl.float32)

@@ -44,8 +44,8 @@ class AddNorm(torch.autograd.Function):
 def add_norm(norm: LayerNorm, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(x + added, norm(x + added)), both [N, D] in the dtype of `x`; (x, norm(x)) if `added` is None.
 
-    The norm's own forward is not called. So at ZeRO-3 a leaf module must call this and contain the norm. Autocast on
-    GPUs would return the norm in float32, and the next product would round it anyway.
+    The norm's own forward is not called. At ZeRO-3, a leaf module that contains the norm must therefore call this
+    function. Autocast on GPUs would return the norm in float32, and the next product would round it anyway.
     """
     kernels = norm_kernels_for(x, added)
     if kernels:

@@ -17,7 +17,7 @@ MLP_RATIO = 4  # width of a block's MLP over dim
 PUBLISHED_MERGES = (0, 1, 3, 5, 7, 9)
 PUBLISHED_SHIFT = 64  # the released configurations also use it with window 32, where it has no effect
 
-# name: (dim, layers, heads). Section "Sizes" of the published configuration.
+# name: (dim, layers, heads). The values are those of the released configurations.
 SIZES = {
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),

@@ -1,15 +1,14 @@
 """How the wall time of a run was spent, over all of its starts: productive, or lost to one of several causes.
 
     goodput.jsonl in the run directory has a line per event: a start (with the step that it resumes from), the start of
-    the first step, and notes of how many steps are done and how long they waited for data and for saving
+    the first step, and records of how many steps are done and how long they waited for data and for saving
 
 Events are only appended. Every second between the first start and now belongs to one cause, so the causes always add up
 to the wall time. A process reads the wall clock once and measures from there, so setting the clock makes no duration
 wrong. If the clock was set back between two starts, no time is counted between them.
 
-    restart     from the last note of a process to the first step of the next one, also before the very first step
-    lost        steps that were repeated, because the checkpoint of a later start did not contain them (and that were
-                noted)
+    restart     from the last record of a process to the first step of the next one, also before the very first step
+    lost        recorded steps that were repeated, because the checkpoint of a later start did not contain them
     stall       waiting for a checkpoint: the copy to host memory, a slow writer, the commit
     data_wait   waiting for data
     productive  the rest: steps that count, and evaluations

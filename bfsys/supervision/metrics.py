@@ -125,7 +125,7 @@ class Metrics:
         self._counters[WAIT_S] += self.ledger.wait_s - before
 
     def count(self, batch: ByteBatch, sums: Tensor) -> None:
-        """Add a micro-batch with its `sums` from `loss_and_sums`."""
+        """Add a micro-batch with its `sums` from `training_loss`."""
         lengths = batch.lengths.numpy()
         tokens = token_counts(lengths, self.architecture, self.mode)
         alignment = self.architecture.alignment

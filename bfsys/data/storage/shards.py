@@ -5,7 +5,7 @@
     NAME-SPLIT.keys.npy          all keys as UTF-8, one after the other
     dataset.json                 classes, counts, sizes and hashes; written last, so a folder with it is complete, and a
                                  folder without it is not a dataset
-    .pack                        what packing needs when it is run again (see packing/staging.py)
+    .pack                        what packing needs when it is run again (see data/packing/staging.py)
 
 The folder may be at a URL (see remote.py). The index is then fetched at the start, and a shard when it is needed. The
 cost of opening a split does not depend on its number of samples; `damaged_index` documents what is verified, and by

@@ -28,7 +28,7 @@ from bfsys.errors import UserError, collecting, counted, one_line
 
 # The content of dataset.json by the location of a remote dataset.
 Descriptions = Mapping[str, dict]
-# Files of an augmented source whose peculiarities are noted.
+# Number of files of an augmented source that are examined for content that decoding drops.
 LOOKED_INTO = 200
 
 
