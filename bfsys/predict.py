@@ -118,8 +118,8 @@ class Model:
         formats = " or ".join(self.input_formats)
         others = "files" if not formats else " or other files" if self._reader.reads_any_format else ""
         return (
-            f"<bfsys.Model {self._reader.origin}, step {self.step}: reads {formats}{others} "
-            f"of up to {self.max_bytes:,} bytes; {len(self.classes)} classes; on {self.device}>"
+            f"<bfsys.Model {self._reader.origin}, step {self.step}: reads {formats}{others}, "
+            f"with positions for {self.max_bytes:,} bytes; {len(self.classes)} classes; on {self.device}>"
         )
 
     @overload
@@ -361,7 +361,7 @@ def load(
     Raises UserError for a path without an intact model, a wrong key, and invalid arguments.
 
     >>> load("runs/tiny", device="cpu")
-    <bfsys.Model runs/tiny, step 120: reads files of up to 256 bytes; 5 classes; on cpu>
+    <bfsys.Model runs/tiny, step 120: reads files, with positions for 256 bytes; 5 classes; on cpu>
     """
     if weights not in get_args(Weights):
         raise UserError(f"weights: got {weights!r}; allowed: {', '.join(get_args(Weights))}")

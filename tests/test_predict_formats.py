@@ -183,7 +183,7 @@ def test_no_note_is_printed_if_formats_are_not_known(
             call("predict", [str(copy), str(folder / "photo.jpg"), "--encode"])
         return
     model = bfsys.load(copy)
-    assert f"reads {model.input_formats[0]} or other files of up to" in repr(model)
+    assert f"reads {model.input_formats[0]} or other files, with positions for" in repr(model)
     inputs = [folder / "photo.jpg", folder / "clip.wav", folder / "notes.txt"]
     encoded, as_they_are = model.probabilities(inputs, encode=True), model.probabilities(inputs)
     assert [np.array_equal(e, a) for e, a in zip(encoded, as_they_are, strict=True)] == [False, True, True]

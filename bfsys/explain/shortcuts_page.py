@@ -19,8 +19,9 @@ def table(report: Shortcuts) -> str:
     rows = list(_rows(report))
     width = max(len(name) for name, _ in rows)
     lines = [
-        f"{report.split}, {report.all.files} files: top-1 in percent on unchanged files, with headers and metadata,",
-        "with the content, and with all bytes of files of other classes; then the shares of the evidence in percent",
+        f"{report.split}, {report.all.files} files, in percent. top-1: accuracy on unchanged files;",
+        "−headers, −content, length: with the headers and metadata, the content, or all bytes of other classes;",
+        "header, metadata, content: shares of the evidence",
         " " * (width + 2) + "".join(f"{name:>10}" for name in COLUMNS),
         *(
             f"  {name:<{width}}{row.files:>10}" + "".join(f"{100 * v:10.1f}" for v in _values(row))

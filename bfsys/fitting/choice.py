@@ -261,11 +261,12 @@ def _of_model(choice: Choice) -> Iterator[Setting]:
 
 def _of_training(choice: Choice, steps: int, minutes: float) -> Iterator[Setting]:
     every = max(1, -(-steps // 4))
-    yield Setting("optim", "warmup_steps", min(LONGEST_WARMUP, steps // 8), "an eighth of the steps")
+    warmup_steps = min(LONGEST_WARMUP, steps // 8)
+    yield Setting("optim", "warmup_steps", warmup_steps, f"an eighth of the steps, at most {LONGEST_WARMUP}")
     if not choice.shows_classes:
         yield Setting("optim", "content_loss", 0, "off, since the format of a file says much about its class")
     yield Setting(
-        "optim", "ema_decay", 0.999 if steps >= 3000 else 0.99 if steps >= 300 else 0.95, "for this many steps"
+        "optim", "ema_decay", 0.999 if steps >= 3000 else 0.99 if steps >= 300 else 0.95, "suits this number of steps"
     )
     limited = (
         "the maximum for this number of files"
@@ -274,7 +275,8 @@ def _of_training(choice: Choice, steps: int, minutes: float) -> Iterator[Setting
     )
     yield Setting("train", "steps", steps, f"{limited}; {choice.passes(steps):.1f} passes over the training files")
     bf16 = choice.machine.multiplies_bf16
-    why = f"trained on {choice.machine.describe()}, {'faster' if bf16 else 'without instructions for bfloat16'}"
+    why = "bfloat16 is faster" if bf16 else "there are no instructions for bfloat16"
+    why = f"{why} on {choice.machine.describe()}"
     yield Setting("train", "precision", "bf16" if bf16 else "fp32", why)
     yield Setting("train", "log_every", max(1, steps // 40))
     yield Setting("train", "eval_every", every, "a quarter of the steps")

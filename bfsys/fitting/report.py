@@ -39,7 +39,7 @@ def report(run_dir: Path) -> list[str]:
     problems: list[str] = []
     baselines = {
         "from byte counts": logistic(byte_counts, train, held_out),
-        f"from {FIRST_BYTES} first bytes": logistic(first_bytes, train, held_out),
+        f"from first {FIRST_BYTES} bytes": logistic(first_bytes, train, held_out),
         "from file sizes": nearest_size(train, held_out),
         "of the largest class": largest_class(training, held_out),
     }

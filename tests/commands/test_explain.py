@@ -131,7 +131,7 @@ def test_a_file_that_is_not_a_page_is_not_overwritten(explain: Explain, files: P
 
 def test_a_split_is_reported_on(explain: Explain, tmp_path: Path) -> None:
     out = explain("--split", "val", "--limit", 20, "--out", tmp_path / "report")
-    assert out.startswith("val, 20 files: top-1")
+    assert out.startswith("val, 20 files, in percent. top-1: accuracy")
     report = json.loads((tmp_path / "report" / "shortcuts.json").read_text())
     assert report["all"]["files"] == 20
     assert set(report["sources"]) == {"a", "b"}
