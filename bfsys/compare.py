@@ -231,8 +231,8 @@ def table(rows: Sequence[Row]) -> str:
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
     runs = [run for row in rows for run in row.runs]
     if unfinished := sum(not run.is_finished for run in runs):
-        known = "have no evaluation after their last step: each has its own row, with its latest one"
-        yield f"{unfinished} of {len(runs)} runs {known}"
+        which = f"{unfinished} of {len(runs)} runs were not evaluated after their last step"
+        yield f"{which}. Each has its own row with its latest evaluation"
     for row in rows:
         seeds: dict[int, list[str]] = {}
         for run in row.runs:
