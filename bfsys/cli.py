@@ -105,7 +105,7 @@ def overview() -> str:
             "usage: bfsys COMMAND [ARGUMENT …]",
             "Train classifiers on raw file bytes, from a laptop to a SLURM cluster.\n",
             *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
-            "\n`bfsys COMMAND --help` explains a command; --print-completion SHELL: for TAB.",
+            "\nHelp: `bfsys COMMAND --help`. Completion: `bfsys --print-completion SHELL`.",
         )
     )
 

@@ -23,9 +23,9 @@ from bfsys.locations import hide_in
 # Exit codes of training, from sysexits.h if one fits. Any other code means a crash, after which a run may be restarted.
 EXIT_CRASHED = 1  # Python's exit code after an exception; a restart may help
 EXIT_USER_ERROR = 2  # bad input; a restart cannot help
-EXIT_DIVERGED = 65  # EX_DATAERR: bad steps recurred after every roll-back
+EXIT_DIVERGED = 65  # EX_DATAERR: bad steps recurred after every roll-back, or all steps were skipped
 EXIT_HUNG = 70  # EX_SOFTWARE: the watchdog ended a run without progress; restart it
-EXIT_STORAGE = 74  # EX_IOERR: no checkpoint can be written
+EXIT_STORAGE = 74  # EX_IOERR: checkpoints or metrics cannot be written
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped on request; requeue the run
 EXIT_NO_PROGRESS = 76  # a launcher stopped because its run crashed repeatedly
 EXIT_STOPPED = 130  # stopped on request

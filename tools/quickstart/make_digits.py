@@ -4,7 +4,7 @@
 
 writes OUT/{train,val}/{image,speech}/CLASS/NUMBER.{tif,png,wav}: `seen_0` to `seen_9` are the 1,797
 handwritten digits that come with scikit-learn, as uncompressed TIFF and as stored PNG; `heard_0` to
-`heard_9` are the words "zero" to "nine" spoken by espeak-ng in some hundred voices, as 8 kHz, 8-bit WAV.
+`heard_9` are the words "zero" to "nine" spoken by espeak-ng in some hundred voices, as 5 kHz, 8-bit WAV.
 `manifest.csv` gives the source of each file, and `complete.json` the settings with which the tree was made.
 
 Decisions:
