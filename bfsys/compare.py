@@ -231,7 +231,7 @@ def table(rows: Sequence[Row]) -> str:
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
     runs = [run for row in rows for run in row.runs]
     if unfinished := sum(not run.is_finished for run in runs):
-        which = f"{unfinished} of {len(runs)} runs were not evaluated after their last step"
+        which = f"not evaluated after the last step: {unfinished} of {len(runs)} runs"
         yield f"{which}. Each has its own row with its latest evaluation"
     for row in rows:
         seeds: dict[int, list[str]] = {}

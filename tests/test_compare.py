@@ -68,7 +68,7 @@ def test_seeds_form_a_row_and_unfinished_runs_stay_apart(make_run, tmp_path, cap
         ["0.003", "1", "65.00", "1.350", "10", "1.0", "-", f"{runs}/y"],
         ["0.0003", "3", "60.00 ± 10.00", "1.400 ± 0.100", "10", "1.0", "-", f"{runs}/x-lr=3e-4-seed=*"],
         ["0.0003", "1", "90.00", "1.100", "5 of 10", "1.0", "-", f"{runs}/x-lr=3e-4-seed=3"],
-        ["1 of 5 runs were not evaluated after their last step. Each has its own row with its latest evaluation"],
+        ["not evaluated after the last step: 1 of 5 runs. Each has its own row with its latest evaluation"],
     ]
 
 

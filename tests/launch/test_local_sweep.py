@@ -74,7 +74,7 @@ def test_a_run_that_fails_does_not_stop_the_others(config_file, tmp_path):
     assert f"error: 1 of 2 runs failed: {failed}\n" in err
     assert "step 20/20" in out  # runs that train one at a time print to the console
     assert out.splitlines()[-1] == (
-        "1 of 2 runs were not evaluated after their last step. Each has its own row with its latest evaluation"
+        "not evaluated after the last step: 1 of 2 runs. Each has its own row with its latest evaluation"
     )
 
 
