@@ -416,7 +416,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if source.augment and source.jitter
     ]
     names = [
-        f"{key}: got {value!r}, which no file can be called"
+        f"{key}: got {value!r}, which cannot be the name of a file"
         for key, value in typed_yaml.flatten(typed_yaml.to_tree(config)).items()
         if isinstance(value, str) and not _can_be_a_name(value)
     ]

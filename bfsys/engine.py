@@ -94,7 +94,7 @@ class Engine:
         return self._engine(batch)
 
     def backward(self, loss_sum: Tensor) -> None:
-        """Add the gradient of a micro-batch's summed loss; NaN if the loss is not finite."""
+        """Add the gradient of a micro-batch's summed loss; NaN if the loss is non-finite."""
         self._engine.backward(loss_sum * (self._loss_scale + 0 * loss_sum.detach()))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch; `step` makes the update

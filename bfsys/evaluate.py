@@ -60,7 +60,7 @@ def evaluate(
     dist.sum_over_ranks(sums)
     if not sums[:, SAMPLES].any():
         quarantine.share(ranks, sources.sizes, config.data.max_bad_share)  # raises if too many are bad
-        raise dist.AgreedError(f"not one file of {', '.join(s.dataset.shown for s in sources.splits)} can be read")
+        raise dist.AgreedError(f"no file of {', '.join(s.dataset.shown for s in sources.splits)} can be read")
     result = scores(sums, sources.names)
     if answers and answers.num_classes <= MOST_CLASSES_SCORED:
         totals = torch.from_numpy(answers.totals())

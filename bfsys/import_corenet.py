@@ -206,7 +206,7 @@ def check_tensors(named: Mapping[str, Tensor], model: Model) -> None:
         if tuple(named[name].shape) != expected[name]
     ][:NAMES_SHOWN]
     problems += [
-        f"tensor {name}: holds values that are not finite"
+        f"tensor {name}: is not floating-point, or holds non-finite values"
         for name in common
         if not named[name].is_floating_point() or not named[name].isfinite().all()
     ][:NAMES_SHOWN]

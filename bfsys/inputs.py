@@ -140,9 +140,9 @@ class Reader:
                 sample = self.transformed(name, data)
             if sample and self.references and not said and (score := self.references.score(sample.data)) > 1:
                 say(
-                    f"{name} looks like none of {self.references.describe()} of {self.origin} with which it was "
-                    f"compared (out-of-distribution score {text_of(score)}; above 1 is unusual), so the prediction may "
-                    "be unreliable"
+                    f"{name} was compared with {self.references.describe()} of {self.origin} and resembles none of "
+                    f"them (out-of-distribution score {text_of(score)}; above 1 is unusual), so the prediction may be "
+                    "unreliable"
                 )
                 said = True
             if sample:

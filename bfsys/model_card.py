@@ -172,7 +172,7 @@ def _unusual_input(facts: Mapping) -> list[str]:
         return ["The run recorded no reference files, so there is no out-of-distribution score."]
     return [
         f"`model.json` describes {references.describe()} of the run: their first 16 bytes and their byte counts. The "
-        "out-of-distribution score of a file compares it with them. Above 1, the file looks like none of them, and its "
+        "out-of-distribution score of a file compares it with them. Above 1, the file resembles none of them, and its "
         "answer should not be trusted. `bfsys predict` prints a note, and `bfsys.load(…).predict` warns. The score "
         "depends on formats and the statistics of bytes, not on meaning. The programs without bfsys give no score."
     ]

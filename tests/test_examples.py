@@ -55,7 +55,7 @@ def run_example(name: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.filterwarnings("ignore:.*looks like none of")
+@pytest.mark.filterwarnings("ignore:.*resembles none of them")
 @pytest.mark.parametrize(("name", "program"), [("load_pytorch.py", "exported"), ("load_onnx.py", "exported_onnx")])
 def test_an_example_classifies_as_the_model_does(
     name: str, program: str, exported: Path, some_files: list[Path], request: pytest.FixtureRequest
@@ -69,7 +69,7 @@ def test_an_example_classifies_as_the_model_does(
         assert float(re.findall(r"([\d.]+) %", line)[0]) == pytest.approx(percent, abs=0.11)
 
 
-@pytest.mark.filterwarnings("ignore:.*looks like none of")
+@pytest.mark.filterwarnings("ignore:.*resembles none of them")
 @pytest.mark.parametrize(("name", "program"), [("load_pytorch.py", "exported"), ("load_onnx.py", "exported_onnx")])
 def test_an_example_classifies_files_whose_names_are_not_utf8(
     name: str, program: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -83,7 +83,7 @@ def test_an_example_classifies_files_whose_names_are_not_utf8(
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [f"{tmp_path}/caf\\udce9", str(files[1])]
 
 
-@pytest.mark.filterwarnings("ignore:.*looks like none of")
+@pytest.mark.filterwarnings("ignore:.*resembles none of them")
 @pytest.mark.parametrize(("name", "program"), [("load_pytorch.py", "exported"), ("load_onnx.py", "exported_onnx")])
 def test_an_example_names_files_without_an_answer_and_goes_on(
     name: str, program: str, some_files: list[Path], tmp_path: Path, request: pytest.FixtureRequest

@@ -168,7 +168,10 @@ def test_a_run_and_its_export_report_the_same_score(
     scores = []
     for path in (finished_run, tmp_path / "out"):
         model = bfsys.load(path, device="cpu")
-        with pytest.warns(UserWarning, match=r"foreign looks like none of 35 evaluation files of .* \(out-of-dist"):
+        with pytest.warns(
+            UserWarning,
+            match=r"foreign was compared with 35 evaluation files of .* and resembles none of them \(out-of-dist",
+        ):
             model.predict(foreign)
         scores.append(model.out_of_distribution(foreign))
         assert model.out_of_distribution([foreign, foreign]).tolist() == [scores[-1]] * 2

@@ -331,7 +331,7 @@ def test_an_override_changes_one_of_two_places_with_the_same_alias(home: Path) -
 def test_a_path_that_no_file_can_have_is_refused(home: Path) -> None:
     config_file = home / "some.yaml"
     config_file.write_text('data: {sources: [{path: "a\\ud800"}], lanes: 1}\n')
-    with pytest.raises(UserError, match=r"data\.sources\.0\.path: got 'a\\ud800', which no file can be called"):
+    with pytest.raises(UserError, match=r"data\.sources\.0\.path: got 'a\\ud800', which cannot be the name of a file"):
         load_config(config_file)
 
 

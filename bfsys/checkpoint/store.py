@@ -310,7 +310,9 @@ class Store:
     def _strange_names(self, name: str, manifest: Mapping) -> list[str]:
         """Problems of file names in a manifest. A foreign manifest must not name files outside its folder."""
         strange = [file for file in manifest["files"] if "/" in file or "\0" in file or file.startswith(".")]
-        return [f"{self.url}/{name}/{MANIFEST}: names {file!r}, which is no file of a checkpoint" for file in strange]
+        return [
+            f"{self.url}/{name}/{MANIFEST}: names {file!r}, which is not a file of a checkpoint" for file in strange
+        ]
 
     def _tried(self, what_fails: str, act: Callable[[], T]) -> T:
         """The result of `act`, with retries on errors that may be transient."""

@@ -82,6 +82,6 @@ def note_on_baselines(top1: float, baselines: dict[str, float | str]) -> list[st
     if not reached:
         return []
     return [
-        f"note: top-1 {' and '.join(reached)} is not lower than that of the model, so its score does not show that it "
-        "learned more"
+        f"note: top-1 {' and '.join(reached)} is not lower than that of the model, so the score does not show that the "
+        "model learned more"
     ]

@@ -167,7 +167,9 @@ def test_wrong_tensors_are_named(tmp_path: Path, weights) -> None:
     assert f"tensor {bias}: shape [63]; the other tensors require [64]" in problems(
         tmp_path, weights | {bias: torch.zeros(63)}
     )
-    assert f"{bias}: holds values that are not" in problems(tmp_path, weights | {bias: torch.full((64,), torch.nan)})
+    assert f"{bias}: is not floating-point, or holds non-finite" in problems(
+        tmp_path, weights | {bias: torch.full((64,), torch.nan)}
+    )
     flat = weights | {"token_reduction_net.weight": torch.zeros(64, 64)}
     assert "token_reduction_net.weight: has 2 dimensions, not 3" in problems(tmp_path, flat)
     assert "these are not weights of CoreNet's ByteFormer" in problems(tmp_path, {"fc.weight": torch.zeros(2, 2)})

@@ -150,7 +150,7 @@ def _by_range(values: np.ndarray) -> np.ndarray:
     """uint8 [H, W], by the rules of `decode_image`."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
-        raise ValueError("holds pixels that are not finite (NaN or infinite)")
+        raise ValueError("holds non-finite pixels (NaN or infinite)")
     if values.dtype.kind == "f" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     elif low >= 0 and high <= 255 and (values.dtype.kind != "f" or np.array_equal(values, np.trunc(values))):

@@ -133,7 +133,7 @@ def open_sound(data: bytes, announced: Announced | None):
 def check_finite(wave: np.ndarray) -> None:
     """Raise ValueError for non-finite values in float32 [samples]; LAME aborts the process on them."""
     if not np.isfinite(wave).all():
-        raise ValueError("holds samples that are not finite (NaN or infinite)")
+        raise ValueError("holds non-finite samples (NaN or infinite)")
 
 
 def _read(file, seconds: float | None) -> np.ndarray:

@@ -149,7 +149,7 @@ def test_a_deep_picture_of_one_value_has_one_colour(value):
 def test_pixels_that_are_not_finite_are_refused(value):
     values = LEVELS.astype(np.float32)
     values[2, 3] = value
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="non-finite"):
         decode_image(saved_array(values))
 
 

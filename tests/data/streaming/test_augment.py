@@ -360,7 +360,7 @@ def test_damaged_files_raise_what_the_decoder_raises():
         with pytest.raises(ValueError, match="is not a sound that libsndfile can read"):
             augmentation("wav:int16")(first, np.random.default_rng(0), second)
     not_finite = WAV[:-4] + np.float32(np.nan).tobytes()
-    for damaged, reason in ((WAV[:-100], "is truncated"), (not_finite, "not finite")):
+    for damaged, reason in ((WAV[:-100], "is truncated"), (not_finite, "non-finite")):
         for first, second in ((damaged, None), (WAV, damaged)):
             with pytest.raises(ValueError, match=reason):
                 augmentation("mp3")(first, np.random.default_rng(0), second)
