@@ -120,6 +120,17 @@ def test_the_copies_follow_the_retention_policy(tmp_path: Path) -> None:
     assert store.names() == [f"step_{step:08d}" for step in (3, 4, 5)]
 
 
+def test_a_renamed_copy_neither_counts_nor_removes_others(tmp_path: Path) -> None:
+    store, root = Store(f"file://{tmp_path}/copies/mine"), tmp_path / "copies" / "mine" / "checkpoints"
+    for step in (2, 3):
+        put(store, save(tmp_path / "run", step))
+    (root / "step_00000002").rename(root / "step_00000100")
+    (root / "step_00000003" / "manifest.json").rename(root / "step_00000003" / "no manifest")
+    put(store, save(tmp_path / "run", 4))
+    store.prune(RetentionPolicy(last=1), {})
+    assert store.names() == ["step_00000004", "step_00000100"]
+
+
 def test_a_slow_removal_at_the_end_of_a_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     really_remove = saving._remove_all
     may_end = threading.Event()

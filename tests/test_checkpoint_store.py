@@ -324,6 +324,21 @@ def test_a_run_does_not_start_over_if_all_copies_are_damaged(tmp_path: Path) -> 
     assert [store.has_manifest(name) for name in store.names()] == [True, False]
 
 
+def test_a_renamed_copy_does_not_hide_older_ones(tmp_path: Path) -> None:
+    store, run = Store(f"file://{tmp_path}/copies/mine"), tmp_path / "other"
+    for step in (1, 2):
+        put(store, save(tmp_path / "run", step))
+    root = tmp_path / "copies" / "mine" / "checkpoints"
+    shutil.copytree(root / "step_00000001", root / "step_00000100")
+    save(run, 1)
+    fetched = fetch_newest(Wanted(run, f"file://{tmp_path}/copies/mine", after=1), ALONE, check=lambda work: None)
+    assert (fetched.name, fetched.problem) == ("step_00000002", "")
+    assert fetched.notes[0].startswith("skipped a copy: ")
+    assert "step_00000100: holds the checkpoint of step 1, so it was renamed" in fetched.notes[0]
+    with pytest.raises(UserError, match="so it was renamed"):  # a run without any checkpoint
+        copier.fetch(store, {"run_dir": str(tmp_path / "new"), "after": -1, "until": None})
+
+
 def test_a_copy_that_has_lost_a_file_is_repaired(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     url, run = f"file://{tmp_path}/copies/mine", tmp_path / "run"
     store = Store(url)

@@ -20,7 +20,15 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from bfsys.checkpoint.files import Damaged, checkpoint_name, checkpoints_dir, new_work_dir, read_manifest, step_of_name
+from bfsys.checkpoint.files import (
+    Damaged,
+    Unusable,
+    checkpoint_name,
+    checkpoints_dir,
+    new_work_dir,
+    read_manifest,
+    step_of_name,
+)
 from bfsys.checkpoint.retention import RetentionPolicy, comparable, evaluations
 from bfsys.checkpoint.rollbacks import is_after_bad_steps, read_rollbacks, was_rolled_back
 from bfsys.checkpoint.store import Store
@@ -95,7 +103,7 @@ def disown_rolled_back(store: Store, run_dir: Path) -> None:
     for name in store.names() if rollbacks else ():
         if step_of_name(name) not in undone:
             continue
-        with suppress(Damaged):
+        with suppress(Damaged, Unusable):
             if (manifest := store.manifest(name)) and was_rolled_back(manifest, rollbacks):
                 store.disown(name)
 
@@ -104,6 +112,7 @@ def fetch(store: Store, task: dict) -> dict:
     """Fetch the newest intact copy of a step after `task["after"]` into a folder beside the run's checkpoints. If there
     is none, a new run checks that it can write to the store."""
     skipped: list[str] = []
+    unusable: list[str] = []
     damaged: list[str] = []
     is_alone = task["after"] < 0  # the disk holds no intact checkpoint
     root, rollbacks = checkpoints_dir(Path(task["run_dir"])), read_rollbacks(Path(task["run_dir"]))
@@ -117,6 +126,11 @@ def fetch(store: Store, task: dict) -> dict:
         except Damaged as error:
             skipped += error.problems
             continue
+        except Unusable as error:  # it may be the newest copy, so a run without a checkpoint must not start over
+            if is_alone:
+                raise
+            unusable += error.problems
+            continue
         if manifest is None or was_rolled_back(manifest, rollbacks):  # the first are incomplete
             continue
         work = root / f".{checkpoint_name(manifest['step'])}.{os.getpid()}.part"
@@ -128,7 +142,8 @@ def fetch(store: Store, task: dict) -> dict:
             raise
         if not problems:
             disown_all(store, damaged)
-            return {"work": str(work), "step": manifest["step"], "skipped": first_of(skipped)}
+            notes = {"skipped": first_of(skipped), "unusable": first_of(unusable)}
+            return {"work": str(work), "step": manifest["step"], **notes}
         shutil.rmtree(work, ignore_errors=True)
         skipped += problems
         damaged.append(name)
@@ -136,7 +151,7 @@ def fetch(store: Store, task: dict) -> dict:
         disown_all(store, damaged)
     elif not skipped and task["until"] is None:
         store.probe()
-    return {"skipped": first_of(skipped)}
+    return {"skipped": first_of(skipped), "unusable": first_of(unusable)}
 
 
 def first_of(problems: list[str]) -> list[str]:

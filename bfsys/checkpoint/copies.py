@@ -176,6 +176,7 @@ def fetch_newest(
         assert process is not None
         answer = _answer_of(process)
         notes = [f"skipped a damaged copy: {problem}" for problem in answer.get("skipped", ())]
+        notes += [f"skipped a copy: {problem}" for problem in answer.get("unusable", ())]
         if "work" not in answer:
             return Fetched(None, answer.get("problem", ""), answer.get("exit_code", 0), notes)
         work, name = Path(answer["work"]), checkpoint_name(answer["step"])

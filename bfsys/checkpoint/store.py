@@ -27,6 +27,7 @@ from bfsys.checkpoint.files import (
     MANIFEST,
     NAME,
     Damaged,
+    Unusable,
     checkpoint_name,
     checksum_mismatch,
     parse_manifest,
@@ -234,12 +235,19 @@ class Store:
         self._tried("cannot be changed", remove_files)
 
     def prune(self, keep: RetentionPolicy, scores: Mapping[int, Mapping[str, float]]) -> None:
-        """Remove the copies that `keep` does not keep, and the files of incomplete copies."""
-        names = self.names()
-        kept = steps_to_keep([step_of_name(name) for name in names if self.has_manifest(name)], keep, scores)
-        for name in names:
-            if step_of_name(name) not in kept:
-                self.remove(name)
+        """Remove the copies that `keep` does not keep, and the files of incomplete copies.
+
+        Copies that a start would not use, such as renamed ones, stay and do not count: if a copy of step 10 had the
+        name of step 99, it would take the place of all real ones.
+        """
+        whole: list[str] = []
+        incomplete: list[str] = []
+        for name in self.names():
+            with suppress(Damaged, Unusable):
+                (whole if self.manifest(name) else incomplete).append(name)
+        kept = steps_to_keep([step_of_name(name) for name in whole], keep, scores)
+        for name in (*incomplete, *(name for name in whole if step_of_name(name) not in kept)):
+            self.remove(name)
 
     def probe(self) -> None:
         """Write a small object, read it and remove it. The folder for the copies of runs must exist: if its disk is not
