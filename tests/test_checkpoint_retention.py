@@ -131,6 +131,19 @@ def test_a_renamed_copy_neither_counts_nor_removes_others(tmp_path: Path) -> Non
     assert store.names() == ["step_00000004", "step_00000100"]
 
 
+def test_a_link_to_a_checkpoint_is_removed_and_its_target_stays(tmp_path: Path) -> None:
+    link = save(tmp_path, 1)
+    target = link.rename(tmp_path / "elsewhere")
+    link.symlink_to(target)
+    files.remove(link)
+    link.symlink_to(target)
+    saving._remove_all([files.retire(link)])
+    (link.parent / ".step_00000001.1-1.removed").symlink_to(target)  # of a process that was killed
+    save(tmp_path, 2)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000002", "latest"}
+    assert files.problems_of(target) == []
+
+
 def test_a_slow_removal_at_the_end_of_a_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     really_remove = saving._remove_all
     may_end = threading.Event()

@@ -135,7 +135,7 @@ def new_work_dir(work: Path) -> None:
     """Make an empty `work` directory, and remove those that killed saves left behind."""
     root = work.parent
     for left_over in (*root.glob(".step_*.part"), *root.glob(f".step_*{REMOVED}")):
-        shutil.rmtree(left_over, ignore_errors=True)
+        remove_folder(left_over)
     work.mkdir(parents=True)
 
 
@@ -177,7 +177,17 @@ def take_over(work: Path, final: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a checkpoint. If the process is killed meanwhile, the rest does not count as a checkpoint."""
-    shutil.rmtree(retire(path), ignore_errors=True)  # a network file system may refuse to delete an open file
+    remove_folder(retire(path))
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder as far as possible: a network file system may refuse to delete an open file. Of a link to a
+    folder, only the link is removed, because the target belongs to the user."""
+    if path.is_symlink():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def retire(path: Path) -> Path:
@@ -193,8 +203,8 @@ def retire(path: Path) -> Path:
 def move_aside(path: Path) -> Path:
     """Rename a damaged checkpoint, so that it is no longer used but can still be inspected."""
     aside = path.with_name(f"damaged_{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    if aside.exists():  # a network file system may refuse to delete an open file
+    remove_folder(aside)
+    if os.path.lexists(aside):
         aside = aside.with_name(f"{aside.name}-{time.time_ns()}")
     os.rename(path, aside)
     point_to_newest(path.parent)

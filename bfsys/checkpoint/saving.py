@@ -43,6 +43,7 @@ from bfsys.checkpoint.files import (
     cover,
     new_work_dir,
     piece_name,
+    remove_folder,
     retire,
 )
 from bfsys.checkpoint.retention import RetentionPolicy, to_prune
@@ -263,7 +264,7 @@ class HostMemory:
 
 def _remove_all(folders: Sequence[Path]) -> None:
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)  # a network file system may refuse to delete an open file
+        remove_folder(folder)
 
 
 def save(source: StateSource, run_dir: Path, facts: dict, *, ranks: dist.Ranks, keep: RetentionPolicy) -> Path:
