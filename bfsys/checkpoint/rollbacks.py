@@ -26,7 +26,8 @@ def read_rollbacks(run_dir: Path) -> list[dict]:
         raise UserError(f"{path}: cannot be read ({error.strerror})", exit_code=code_of(error)) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); restore it, or delete it to train on its steps again"
+            f"{path}: cannot be read ({error}); restore it from a copy ({run_dir}/checkpoints/step_…/{FILE}, in "
+            "checkpoints saved since its last roll-back), or delete it to train on its steps again"
         ) from None
 
 
