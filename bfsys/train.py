@@ -96,6 +96,8 @@ def train(config: Config, ranks: dist.Ranks) -> int:
                     engine, config.run_dir, ranks, say=supervisor.say, replace_damaged=supervisor.copies.replace_damaged
                 )
                 facts["reference_files"] = manifest.get("reference_files")
+                # The origin of the weights, for model cards: after the first start, train.init_from has no effect.
+                facts["config"]["train"]["init_from"] = manifest["config"]["train"].get("init_from")
                 supervisor.resume(manifest, notes)
                 exit_code = run_steps(data, engine, supervisor, manifest["step"])
                 notes = []

@@ -62,7 +62,7 @@ def started(
         f"name=s{stage} train.zero_stage={stage} train.precision={precision} train.init_from={finished_run} {still}"
         for stage, precision in STAGES
     ]
-    again = f"name=s1 train.zero_stage=1 train.init_from=/nowhere {still}"
+    again = f"name=s1 train.zero_stage=1 train.init_from=/nowhere {still} train.steps=2"
     ranks = _run_ranks(2, ["tests/worker.py", str(config), *runs, again])
     for rank in ranks:
         assert rank.returncode == 0, rank.stdout + rank.stderr
@@ -89,6 +89,13 @@ def test_copied_weights_are_reported_once_and_a_resumed_run_ignores_the_setting(
     assert "the head is copied: the 5 classes are the same" in first
     assert "continuing" in first.split("s3")[-1]
     assert "starting from" not in second
+
+
+def test_a_resumed_run_keeps_the_origin_of_its_weights(
+    started: tuple[Path, list[subprocess.CompletedProcess]], finished_run: Path
+) -> None:
+    manifest = files.read_manifest(newest(started[0] / "s1"))
+    assert (manifest["step"], manifest["config"]["train"]["init_from"]) == (2, str(finished_run))
 
 
 def test_other_classes_have_a_new_head(config: Config, finished_run: Path) -> None:
