@@ -165,13 +165,23 @@ class Dataset:
 
     @property
     def is_reachable(self) -> bool:
-        """Whether the dataset.json can be read now; that of a remote dataset must also have the same content."""
+        """Whether the dataset.json can be read now. Raises UserError if that of a remote dataset has other content."""
         if isinstance(self.place, Path):
             return os.path.exists(self.place / DESCRIPTION)
         try:
-            return fetch_description(self.location, self.place) == self.description
+            description = fetch_description(self.location, self.place)
         except UserError:
             return False
+        if description != self.description:
+            raise self.packed_again()
+        return True
+
+    def packed_again(self) -> UserError:
+        """The error for a dataset that was replaced by another one since it was opened."""
+        return UserError(
+            f"{self.shown}: was packed again while the run trains on it. The checkpoints belong to the earlier data: "
+            "restore those and resume, or start a new run (name=…)"
+        )
 
     @property
     def name(self) -> str:

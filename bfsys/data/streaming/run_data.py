@@ -128,10 +128,7 @@ class RunData:
         splits = (*self.training.splits, *self.validation.splits)
         for dataset in {split.dataset.location: split.dataset for split in splits}.values():
             if dataset.was_replaced():
-                raise UserError(
-                    f"{dataset.shown}: was packed again while the run trains on it. The checkpoints belong to the "
-                    "earlier data: restore those and resume, or start a new run (name=…)"
-                )
+                raise dataset.packed_again()
 
     @cached_property
     def notes(self) -> list[str]:

@@ -261,6 +261,21 @@ def test_a_server_that_has_lost_its_files_makes_no_sample_bad(served: FaultyServ
     assert not quarantine.news
 
 
+def test_a_dataset_that_was_packed_again_on_its_server_makes_no_sample_bad(
+    served: FaultyServer, tmp_path: Path
+) -> None:
+    remote = config_of(tmp_path, f"{served.url}/a")
+    sources, quarantine = open_training(remote), Quarantine()
+    plan = make_plan(remote, sources)
+    served.files |= {path: content[::-1] for path, content in served.files.items() if path.endswith(".tar")}
+    description = json.loads(served.files["/a/dataset.json"])
+    served.files["/a/dataset.json"] = json.dumps(description | {"notes": ["of the new files"]}).encode()
+    with pytest.raises(UserError, match=r"/a: was packed again while the run trains on it") as error:
+        list(training_batches(remote, sources, plan, ALONE, first_step=0, quarantine=quarantine))
+    assert error.value.exit_code == 2
+    assert not quarantine.news
+
+
 def found(quarantine: Quarantine) -> set[BadSample]:
     return {row._replace(reason="") for row in quarantine._found}
 
