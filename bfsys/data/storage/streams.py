@@ -37,6 +37,7 @@ PROGRAMS = {"http": "curl", "https": "curl", "ftps": "curl", "sftp": "curl", "sc
 HARMLESS_IN_SHELL = re.compile(r"[\w.+=@%:,][\w.+=@%:,/-]*")
 # curl accepts no blanks. A # would begin a fragment, which is not sent to the server.
 NOT_IN_URL = re.compile(r"[\0-\x20\x7f#]")
+NOT_ASCII = re.compile(r"[^\0-\x7f]+")  # some servers do not decode it, and curl sends it as it is
 GONE = ("404", "410")  # HTTP status: the server works and the file does not exist
 CANNOT_RUN = (126, 127)  # exit status of a shell: the command is not executable or not found
 ERROR_PAGE = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|\?xml)\b", re.IGNORECASE)
@@ -87,7 +88,9 @@ def url_of(location: str, file: str) -> str:
         return f"{location.rstrip('/')}/{file}"
     path, mark, query = location.partition("?")
     url = f"{path.rstrip('/')}/{quote(file)}{mark}{query}"
-    return NOT_IN_URL.sub(lambda found: quote(found[0]), url)
+    url = NOT_IN_URL.sub(lambda found: quote(found[0]), url)
+    begin, host, rest = url.partition(parts.netloc)  # curl converts the name of a host itself
+    return begin + host + NOT_ASCII.sub(lambda found: quote(found[0]), rest)
 
 
 def _command(url: str, stall_s: float, headers: str) -> str | None:

@@ -46,8 +46,9 @@ def test_local_locations(location: str) -> None:
         ("https://host/dir?key=a/b&c=1", "https://host/dir/x%20y.tar?key=a/b&c=1"),
         (
             "https://me:p%40w@[::1]:80/my dir/é#1/a%20b?k=a b&s=c%2F",
-            "https://me:p%40w@[::1]:80/my%20dir/é%231/a%20b/x%20y.tar?k=a%20b&s=c%2F",
+            "https://me:p%40w@[::1]:80/my%20dir/%C3%A9%231/a%20b/x%20y.tar?k=a%20b&s=c%2F",
         ),
+        ("https://bücher.de/dir", "https://bücher.de/dir/x%20y.tar"),
         ("s3://arn:aws:s3:eu-west-1:1:accesspoint/p/d", "s3://arn:aws:s3:eu-west-1:1:accesspoint/p/d/x y.tar"),
         ("s3://bucket/my dir/", "s3://bucket/my dir/x y.tar"),
         ("/a/b", "/a/b/x y.tar"),
