@@ -19,6 +19,8 @@ from bfsys import dist
 from bfsys.checkpoint.files import CONTENT_HEAD, find_whole
 from bfsys.checkpoint.loading import read_weights
 from bfsys.config import Config
+from bfsys.data.streaming.byte_transforms import parse_transforms
+from bfsys.data.streaming.datasets import trained_transforms
 from bfsys.errors import UserError
 
 HEAD = ("head.weight", "head.bias")
@@ -80,6 +82,11 @@ def _take_over(
         notes.append("  the query of model.pool starts at zero, so tokens are first averaged: the other run has none")
     if their_config.model.mode != config.model.mode:
         notes.append(f"  model.mode was {their_config.model.mode} there and is {config.model.mode} here")
+    read_there = trained_transforms(manifest)
+    read_here = [transform.identity for transform in parse_transforms(config.data.byte_transforms)]
+    if read_there != read_here:
+        there, here = (", ".join(transforms) or "none" for transforms in (read_there, read_here))
+        notes.append(f"  data.byte_transforms were {there} there and are {here} here, so the model reads other bytes")
     weights.update(theirs)
     return weights, notes
 

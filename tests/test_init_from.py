@@ -138,6 +138,11 @@ def test_another_mode_is_noted(config: Config) -> None:
     assert "model.mode was masked there and is as_released here" in start(with_model(config, mode="as_released"))[1]
 
 
+def test_other_byte_transforms_are_noted(config: Config) -> None:
+    config = replace(config, data=replace(config.data, byte_transforms=("head:20",)))
+    assert "data.byte_transforms were none there and are head:20 here" in start(config)[1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
