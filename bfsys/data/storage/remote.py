@@ -216,7 +216,11 @@ class Cache:
                     return path
 
                 def once() -> None:
-                    self._download(file, path, stop)
+                    self._make_folder()
+                    try:
+                        self._download(file, path, stop)
+                    except FileNotFoundError:
+                        raise TryFailed(f"the cache {self.folder} was removed meanwhile") from None
 
                 if wait:
                     self._try_often(file.url, once, stop)
