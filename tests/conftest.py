@@ -53,7 +53,7 @@ for name in ("no_proxy", "NO_PROXY"):
 # The slowest files. With --no-loadscope-reorder they start first, so that no worker is left with one at the end.
 HEAVIEST = (
     "test_muon.py", "test_train.py", "test_guard.py", "test_make_digits.py", "test_export.py", "test_guarantees.py",
-    "test_watchdog.py", "test_checkpoint_copies.py", "test_fit.py", "test_local.py", "test_service.py",
+    "test_watchdog.py", "test_copies.py", "test_fit.py", "test_local.py", "test_service.py",
     "test_examples.py", "test_bench_step.py", "test_local_sweep.py", "test_kills.py", "test_remote_runs.py",
     "test_pack.py", "test_predict.py", "test_shortcuts.py", "test_gpu_check.py", "test_remote_loading.py",
 )  # fmt: skip

@@ -12,7 +12,7 @@ from bfsys.compare import last_train_line
 from bfsys.json_lines import NUMBER, read_json_lines, read_json_lines_backwards
 from bfsys.supervision.goodput import read_seconds
 from bfsys.supervision.metrics import _open_lines
-from tests.test_checkpoint import resume, save
+from tests.checkpoint.test_checkpoint import resume, save
 
 DAMAGE = [
     b"",

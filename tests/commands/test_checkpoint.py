@@ -10,9 +10,9 @@ import pytest
 from bfsys.checkpoint import files
 from bfsys.checkpoint.store import Store
 from bfsys.cli import call
+from tests.checkpoint.test_checkpoint import save
+from tests.checkpoint.test_store import put
 from tests.conftest import closed_output
-from tests.test_checkpoint import save
-from tests.test_checkpoint_store import put
 
 
 def write_in_other_format(path: Path) -> None:

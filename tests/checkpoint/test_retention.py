@@ -15,8 +15,8 @@ from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.store import Store
 from bfsys.cli import call
 from bfsys.errors import EXIT_CRASHED, UserError
-from tests.test_checkpoint import ALONE, FACTS, Tensors, save
-from tests.test_checkpoint_store import put
+from tests.checkpoint.test_checkpoint import ALONE, FACTS, Tensors, save
+from tests.checkpoint.test_store import put
 
 
 @given(

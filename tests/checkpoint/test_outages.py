@@ -17,7 +17,7 @@ from bfsys.checkpoint.files import step_of
 from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.dist import AgreedError
 from bfsys.errors import UserError
-from tests.test_checkpoint import resume, same, save
+from tests.checkpoint.test_checkpoint import resume, same, save
 
 
 @pytest.mark.parametrize("what", [files.MANIFEST, "weight-0-of-1.safetensors"])

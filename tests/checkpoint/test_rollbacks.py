@@ -13,8 +13,8 @@ from bfsys.checkpoint.copies import Copies
 from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.rollbacks import was_rolled_back
 from bfsys.checkpoint.store import Store
-from tests.test_checkpoint import ALONE, FACTS, Tensors, save
-from tests.test_checkpoint_store import KEEP, put
+from tests.checkpoint.test_checkpoint import ALONE, FACTS, Tensors, save
+from tests.checkpoint.test_store import KEEP, put
 
 
 @pytest.mark.parametrize(("steps", "is_copied"), [(9, False), (3, True)], ids=["midway", "at the end"])

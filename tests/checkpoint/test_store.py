@@ -22,8 +22,8 @@ from bfsys.checkpoint.store import Store, StoreError
 from bfsys.cli import call
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
 from bfsys.supervision.supervisor import HISTORY
+from tests.checkpoint.test_checkpoint import ALONE, FACTS, Tensors, save
 from tests.s3_server import RESET, S3Server
-from tests.test_checkpoint import ALONE, FACTS, Tensors, save
 
 KEEP = {"last": 2, "every": 0, "best": 0, "metric": "top1"}
 
