@@ -27,14 +27,14 @@ LONGEST_NAME_BYTES = 200  # used in a temporary name, which also has a process n
 
 def try_lock(file: BinaryIO) -> bool:
     """Lock an open file against other processes, until it is closed or this process ends. False if another process
-    holds the lock. On a file system without locks, nothing is locked."""
+    holds the lock. On a file system without locks, nothing is locked. Raises OSError with the name of the file."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise
+            raise OSError(error.errno, f"cannot be locked: {error.strerror}", file.name) from None
     return True
 
 

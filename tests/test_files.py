@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import signal
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bfsys import files
-from bfsys.files import begins_with, describe, read_regular, replace_by_copy, replace_file, replacing
+from bfsys.files import begins_with, describe, read_regular, replace_by_copy, replace_file, replacing, try_lock
 from tests.conftest import REPOSITORY
 
 DURABLE = pytest.mark.parametrize("durable", [True, False])
@@ -92,6 +94,16 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         replace_file(path, "new")
     assert error.value.filename == str(path)
+
+
+def test_an_error_of_a_lock_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with open(tmp_path / ".lock", "ab") as file, pytest.raises(OSError, match="cannot be locked: Input") as error:
+        try_lock(file)
+    assert (error.value.errno, error.value.filename) == (errno.EIO, file.name)
 
 
 @DURABLE

@@ -230,7 +230,7 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
 def _log_error(log_dir: Path, error: OSError) -> UserError:
     if error.filename is None and error.errno in START_ERRNOS:  # writing sets no file name either
         return cannot_start("a process for a rank", error)
-    return UserError(f"log folder {log_dir}: cannot be written: {error.strerror}", exit_code=code_of(error))
+    return UserError(f"log folder {log_dir}: cannot be used: {error.strerror}", exit_code=code_of(error))
 
 
 def run_until_done(start: Callable[[], int], run_dir: Path) -> int:

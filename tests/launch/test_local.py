@@ -142,14 +142,14 @@ def test_an_outage_of_the_log_folder_is_a_crash_and_not_the_end(make_job, tmp_pa
     job = make_job("")
     code = local.run_until_done(lambda: local.run_group(job, 2, tmp_path / "log"), tmp_path)
     assert code == 0
-    assert capfd.readouterr().err.count("cannot be written: Stale file handle") == 2
+    assert capfd.readouterr().err.count("cannot be used: Stale file handle") == 2
 
 
 def test_a_disk_without_space_for_the_log_is_named(make_job, tmp_path):
     log_dir = tmp_path / "log"
     log_dir.mkdir()
     (log_dir / "rank-1.log").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"^log folder .*/log: cannot be written: No space left on device$") as error:
+    with pytest.raises(UserError, match=r"^log folder .*/log: cannot be used: No space left on device$") as error:
         local.run_group(make_job(""), 2, log_dir)
     assert error.value.exit_code == EXIT_STORAGE
 
