@@ -73,6 +73,8 @@ def start(ranks: Ranks, timeout_s: int) -> None:
     local = ranks.local_rank if device.index is None else device.index
     for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world_size), ("LOCAL_RANK", local)):
         os.environ[name] = str(value)
+    # DeepSpeed refuses a LOCAL_RANK that differs. It does if mpirun has started a launcher, which starts several ranks.
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
     if ranks.world_size == 1:  # a single process needs no port, which might be in use
         store: dist.Store = dist.HashStore()
     else:

@@ -18,6 +18,8 @@ _BOTH_OR_NEITHER = (
     "launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT together; to train without a launcher, "
     "unset them"
 )
+# The number of ranks that Open MPI, and MPICH and its relatives, have started.
+_SIZES_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,13 @@ def ranks_from_environment() -> Ranks:
     env = os.environ
     if "RANK" not in env and env_number("WORLD_SIZE", 1) > 1:
         raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']}, but RANK is not set; {_BOTH_OR_NEITHER}")
+    for name in _SIZES_OF_MPI if "RANK" not in env else ():
+        if env.get(name, "").isdecimal() and int(env[name]) > 1:  # otherwise all of them would train the same run
+            raise UserError(
+                f"{name} is {env[name]}, so mpirun has started this process as one of several, but RANK is not set; "
+                "start bfsys launch on one machine, torchrun or deepspeed --no_ssh on several (docs/multinode.md), or "
+                f"unset {name} to train as a single process"
+            )
     if "RANK" in env and "WORLD_SIZE" not in env:
         raise UserError(f"RANK is {env['RANK']!r}, but WORLD_SIZE is not set; {_BOTH_OR_NEITHER}")
     rank, world_size = env_number("RANK", 0), env_number("WORLD_SIZE", 1)

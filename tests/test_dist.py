@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from bfsys.ranks import ranks_from_environment
 
 LAUNCHER_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS",
-    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE",
+    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+    "PMI_SIZE",
 )  # fmt: skip
 
 
@@ -44,6 +46,11 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ),  # torchrun
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}, dist.Ranks(5, 8, 1, 4)),  # deepspeed
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, dist.Ranks()),  # a batch script
+        ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "x"}, dist.Ranks()),
+        (
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "2"},
+            dist.Ranks(5, 8, 1, 4),
+        ),  # torchrun, which mpirun has started on each machine
     ],
 )
 def test_ranks_come_from_the_launcher(variables: dict[str, str], ranks: dist.Ranks, launcher) -> None:
@@ -60,6 +67,8 @@ def test_ranks_come_from_the_launcher(variables: dict[str, str], ranks: dist.Ran
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1', which is not a whole number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK is 2, but there are 2 ranks \(WORLD_SIZE\), numbered from 0"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK is 0, but there are 0 ranks"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, so mpirun has started .*, but RANK is not set"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE is 2, so mpirun has started this process as one of several"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', which is not a whole number"),
     ],
 )
@@ -105,6 +114,14 @@ def test_a_rank_that_is_late_is_named(launcher, monkeypatch: pytest.MonkeyPatch,
         dist._meet(store, dist.Ranks(0, 4, 0, 4), "", timeout_s=0.3)
     assert error.value.exit_code == 1
     assert capsys.readouterr().err == "waiting for up to 0 s for rank 1, rank 3 (2 of 4 ranks)\n"
+
+
+def test_a_local_rank_of_mpirun_does_not_contradict_that_of_a_launcher(launcher) -> None:
+    """DeepSpeed refuses to start if they differ, as they do if mpirun has started the launcher."""
+    launcher(OMPI_COMM_WORLD_LOCAL_RANK="1")
+    dist.start(dist.Ranks(), timeout_s=5)
+    dist.stop()
+    assert "OMPI_COMM_WORLD_LOCAL_RANK" not in os.environ
 
 
 def test_ranks_that_would_share_a_gpu_are_refused() -> None:
