@@ -5,6 +5,7 @@ The launchers set the environment variables of the rendezvous; ranks.py reads th
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -21,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bfsys.errors import EXIT_CRASHED, UserError, code_of
+from bfsys.errors import EXIT_CRASHED, UserError, code_of, remedy_of
+from bfsys.process import open_files_limit
 from bfsys.ranks import Ranks, env_number
 
 T = TypeVar("T")
@@ -39,6 +41,9 @@ CONNECT_ON_DEMAND = "TORCH_GLOO_LAZY_INIT"
 # would grow with the square of the ranks. Fewer ranks are all connected at the start, because with connections on
 # demand, a rank that is lost before it connects leaves others waiting until the watchdog ends them.
 MOST_RANKS_ALL_CONNECTED = 64
+# Open files of a rank, without its connections to others. With fewer, libraries fail with messages of their own, which
+# often do not name the cause.
+LEAST_OPEN_FILES = 64
 # Messages of gloo and NCCL when a peer has ended. Their other errors are network errors or timeouts.
 LOST_CONNECTION = (
     "Connection closed by peer",
@@ -61,6 +66,7 @@ def start(ranks: Ranks, timeout_s: int) -> None:
     Raises UserError if the ranks cannot connect, with the exit code of a crash if a restart may help.
     """
     device = ranks.device
+    _check_open_files(ranks.world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # A weight's gradient is a sum over a million tokens. By default, cuBLAS may add its parts in bfloat16.
@@ -91,11 +97,36 @@ def start(ranks: Ranks, timeout_s: int) -> None:
             device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:
+        if device.type == "cpu" and "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo has tried the loopback interface
+            _check_loopback("127.0.0.1")
         raise UserError(
             f"communication among the ranks cannot be set up: {_first_line(error)}. Set GLOO_SOCKET_IFNAME or "
             "NCCL_SOCKET_IFNAME to choose the network interface; NCCL_DEBUG=INFO shows NCCL's choice",
             exit_code=EXIT_CRASHED,
         ) from error
+
+
+def _check_open_files(world_size: int) -> None:
+    limit, needed = open_files_limit(), LEAST_OPEN_FILES + min(world_size, MOST_RANKS_ALL_CONNECTED)
+    if limit < needed:
+        raise UserError(
+            f"a rank may have {limit:,} open files, and needs {needed:,} at least; {remedy_of(errno.EMFILE)}"
+        )
+
+
+def _check_loopback(address: str) -> None:
+    """Raise UserError if this is an address of this machine alone, and its interface is down, as in a new network
+    namespace. PyTorch would try to connect until its timeout."""
+    if not address.startswith("127."):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect((address, 9))  # sends nothing; the kernel only chooses the route
+        except OSError as error:
+            raise UserError(
+                f"the loopback interface of this machine is down, so its processes cannot connect to {address} "
+                f"({error.strerror}); bring it up (ip link set lo up)"
+            ) from None
 
 
 def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
@@ -117,7 +148,8 @@ def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
     waiting.daemon = True
     waiting.start()
     try:
-        socket.getaddrinfo(host, None)
+        found = socket.getaddrinfo(host, None)
+        _check_loopback(str(found[0][4][0]))
         patience = timedelta(seconds=timeout_s)
         store = dist.TCPStore(
             host, port, ranks.world_size, ranks.is_rank_zero and not is_given, patience, wait_for_workers=False

@@ -216,6 +216,33 @@ def test_the_reason_of_a_failed_set_up_is_reported(run_ranks) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_machine_without_a_loopback_interface_is_named(ranks: int, launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    def fail(**_: object) -> None:
+        raise RuntimeError("[enforce fail] ifa != nullptr. Unable to find interface for: [127.0.0.1]")
+
+    launcher(MASTER_ADDR="localhost", MASTER_PORT="12345")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    with pytest.raises(UserError, match=r"the loopback interface of this machine is down.*ip link set lo up") as error:
+        dist.start(dist.Ranks(0, ranks, 0, ranks), timeout_s=1)
+    assert error.value.exit_code == 2  # a restart does not help
+
+
+@pytest.mark.parametrize(("limit", "ranks", "needed"), [(64, 1, 65), (100, 1000, 128)])
+def test_too_few_open_files_are_named_with_the_remedy(
+    limit: int, ranks: int, needed: int, launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher()
+    monkeypatch.setattr(dist, "open_files_limit", lambda: limit)
+    with pytest.raises(UserError, match=rf"{limit} open files, and needs {needed} at least; raise .*ulimit -n"):
+        dist.start(dist.Ranks(0, ranks, 0, ranks), timeout_s=1)
+
+
 def test_a_process_on_its_own_agrees_with_itself() -> None:
     assert dist.agree_on_max(3, 1) == (3, 1)
     assert dist.broadcast_from_rank0("x") == "x"
