@@ -120,10 +120,12 @@ def cannot_start(what: str, error: OSError) -> UserError:
     remedy = remedy_of(error.errno)
     if error.errno == errno.EAGAIN:
         remedy = TO_START_MORE
-    elif error.errno in (errno.ENOSPC, errno.EROFS, errno.ENOENT, errno.EACCES):  # semaphores and shared memory
+    elif error.filename is None and error.errno in (errno.ENOSPC, errno.EROFS, errno.ENOENT, errno.EACCES):
+        # of semaphores and shared memory; if Python itself is missing, the error names its file
         remedy = "/dev/shm must exist, be writable and have free space (docker run --shm-size)"
     is_short = error.errno in TRANSIENT_ERRNOS
-    problem = f"{what} cannot be started: {error.strerror}; {remedy}"
+    reason = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    problem = f"{what} cannot be started: {reason}; {remedy}"
     return UserError(problem, exit_code=EXIT_CRASHED if is_short else EXIT_USER_ERROR)
 
 

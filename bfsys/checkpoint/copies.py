@@ -23,7 +23,7 @@ from bfsys.checkpoint import copier
 from bfsys.checkpoint.child import start_child
 from bfsys.checkpoint.files import MANIFEST, all_checkpoints, checkpoint_name, checkpoints_dir, take_over
 from bfsys.checkpoint.retention import RetentionPolicy
-from bfsys.errors import EXIT_CRASHED, UserError
+from bfsys.errors import EXIT_CRASHED, UserError, cannot_start
 
 POLL_S = 0.05
 TRIES_AGAIN = "training continues, and the next save tries again"
@@ -165,7 +165,11 @@ def fetch_newest(
 
     def begin() -> None:
         nonlocal process
-        process = _start(wanted.run_dir, wanted.url, {"action": "fetch", "after": wanted.after, "until": wanted.until})
+        task = {"action": "fetch", "after": wanted.after, "until": wanted.until}
+        try:
+            process = _start(wanted.run_dir, wanted.url, task)
+        except OSError as error:
+            raise cannot_start("the process that fetches checkpoints", error) from None
 
     dist.on_rank0(begin, ranks)
     while dist.agree_on_max(process is not None and process.poll() is None)[0]:

@@ -48,7 +48,7 @@ from bfsys.checkpoint.files import (
 )
 from bfsys.checkpoint.retention import RetentionPolicy, to_prune
 from bfsys.checkpoint.rollbacks import is_after_bad_steps
-from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError, remedy_of
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError, cannot_start, remedy_of
 
 POLL_S = 0.05
 SILENT_S = 2.0  # at the end of a run, a longer wait for the removal of old checkpoints is reported
@@ -283,7 +283,10 @@ def _start_writer(work: Path, memory: HostMemory | None, files: dict, copies: di
         "copies": copies,
     }
     # Isolated from the current folder and the environment; without site-packages it starts in two thirds of the time.
-    return start_child(["-I", "-S", writer.__file__], task, [memory.descriptor] if memory else [])
+    try:
+        return start_child(["-I", "-S", writer.__file__], task, [memory.descriptor] if memory else [])
+    except OSError as error:
+        raise cannot_start("the process that writes checkpoints", error) from None
 
 
 @contextmanager

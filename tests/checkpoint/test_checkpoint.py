@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +205,22 @@ def test_a_writer_that_dies_ends_the_run_as_a_crash(tmp_path: Path) -> None:
         saver.finish()
     assert not list((tmp_path / "checkpoints").glob(".*"))  # a full disk needs the space
     assert error.value.exit_code == EXIT_CRASHED  # a launcher restarts the run
+    assert same(resume(tmp_path)[0], Tensors(1))
+
+
+def test_a_writer_that_cannot_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as limited:
+        limited.setattr(saving, "start_child", fail)
+        with pytest.raises(UserError, match=r"writes checkpoints cannot be started: Resource temp.*ulimit -u") as error:
+            save(tmp_path, 2)
+        assert error.value.exit_code == EXIT_CRASHED  # a launcher restarts the run
+    monkeypatch.setattr(sys, "executable", "/missing/python")
+    with pytest.raises(UserError, match="cannot be started: /missing/python: No such file or directory; repair that"):
+        save(tmp_path, 2)
     assert same(resume(tmp_path)[0], Tensors(1))
 
 
