@@ -21,6 +21,7 @@ from bfsys.cli import call
 from bfsys.console import Console
 from tests.data.make import write_tree
 from tests.forked import run_python, start_ranks
+from tests.s3_server import S3Server
 
 # No deadline and no check of the time that inputs take, since other processes may use the cores. Runs of the fast tests
 # have the same inputs, so that one does not fail by luck; `make test-slow` tries others.
@@ -201,3 +202,10 @@ def _run_ranks(world_size: int, arguments: list[str], timeout_s: float = 900) ->
     return [
         subprocess.CompletedProcess(p.args, p.returncode, *output) for p, output in zip(processes, outputs, strict=True)
     ]
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    server = S3Server(monkeypatch)
+    yield server
+    server.close()

@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 from bfsys.checkpoint import copier, saving
 from bfsys.checkpoint.child import start_child
 from bfsys.checkpoint.copies import Copies, Wanted, fetch_newest
-from bfsys.checkpoint.files import MANIFEST, all_checkpoints, commit, problems_of, read_manifest, take_over
+from bfsys.checkpoint.files import MANIFEST, all_checkpoints, commit, read_manifest, take_over
 from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.store import Store, StoreError
 from bfsys.cli import call
@@ -26,13 +25,6 @@ from tests.checkpoint.test_checkpoint import ALONE, FACTS, Tensors, save
 from tests.s3_server import RESET, S3Server
 
 KEEP = {"last": 2, "every": 0, "best": 0, "metric": "top1"}
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    server = S3Server(monkeypatch)
-    yield server
-    server.close()
 
 
 @pytest.fixture
@@ -393,66 +385,3 @@ def test_an_answer_with_many_problems_fits_into_the_pipe(tmp_path: Path) -> None
     assert fetched.name is None
     assert len(fetched.notes) == copier.MOST_PROBLEMS + 1
     assert fetched.notes[-1] == "skipped a damaged copy: and 1,980 more damaged files"
-
-
-def test_the_command_reads_copies_and_moves_them(
-    on_s3: Store, s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "eval", "step": 3, "top1": 0.5, "loss": 1.0}\n')
-    for step in (3, 4):
-        save(tmp_path / "run", step)
-    url = "s3://bucket/elsewhere/mine"
-    for name in ("step_00000003", "step_00000004"):
-        assert call("checkpoint", ["copy", str(tmp_path / "run" / "checkpoints" / name), url]) == 0
-    capsys.readouterr()
-    assert call("checkpoint", ["list", url]) == 0
-    _, third, fourth = capsys.readouterr().out.splitlines()
-    assert third.split()[0] == "3"
-    assert "top-1 50.00 %" in third
-    assert fourth.split()[0] == "4"
-    assert call("checkpoint", ["verify", url]) == 0
-    assert call("checkpoint", ["show", f"{url}/checkpoints/step_00000003"]) == 0
-    assert "step      3" in capsys.readouterr().out
-    s3.write("elsewhere/mine/checkpoints/step_00000004/weight-0-of-1.safetensors", b"")
-    assert call("checkpoint", ["verify", url]) == 1
-    assert call("checkpoint", ["copy", url, str(tmp_path / "other")]) == 0
-    assert "skipped a damaged copy: s3://bucket/elsewhere/mine/" in capsys.readouterr().err
-    assert problems_of(tmp_path / "other" / "checkpoints" / "step_00000003") == []
-    assert not list((tmp_path / "other" / "checkpoints").glob(".*"))
-    assert "top1" in (tmp_path / "other" / "metrics.jsonl").read_text()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (
-            ["list", "s3://bucket/none"],
-            "s3://bucket/none: holds no checkpoint, or its bucket does not",
-        ),
-        (["prune", "s3://bucket/none"], "prune takes a run directory"),
-        (["copy", "s3://bucket/none"], "copy: needs RUN and TO"),
-        (["list", "s3://bucket/none", "x"], "list: takes no TO, got x"),
-        (["copy", "s3://bucket/none", "s3:/bucket/x"], "two slashes follow the colon in a URL: s3://bucket/x"),
-        (["copy", "a", "b"], "one of RUN and TO must be a URL"),
-        (["copy", "s3://a/b", "s3://c/d"], "first copy to a folder"),
-        (["verify", "s3://key:secret@bucket/x"], "holds a password"),
-    ],
-)
-def test_the_command_rejects_wrong_locations(s3: S3Server, arguments: list[str], says: str) -> None:
-    with pytest.raises(UserError, match=says) as caught:
-        call("checkpoint", arguments)
-    assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize("command", ["evaluate", "compare"])
-@pytest.mark.parametrize(
-    ("url", "remedy"),
-    [
-        ("s3://bucket/copies/mine", "bfsys checkpoint copy s3://bucket/copies/mine mine"),
-        ("file:///no/my run", "bfsys checkpoint copy 'file:///no/my run' 'my run'"),
-    ],
-)
-def test_commands_that_read_a_run_name_the_command_that_fetches_it(command: str, url: str, remedy: str) -> None:
-    with pytest.raises(UserError, match=remedy):
-        call(command, [url])

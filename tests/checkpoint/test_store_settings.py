@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,6 @@ import pytest
 from bfsys.checkpoint.store import Store, StoreError
 from bfsys.errors import EXIT_USER_ERROR
 from tests.s3_server import ERRORS, S3Server
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    server = S3Server(monkeypatch)
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize(
