@@ -1,19 +1,15 @@
-"""Rendezvous, collectives and agreement of ranks, by torch.distributed. All of it also works for a single process.
+"""Process group, collectives and agreement of ranks, by torch.distributed. All of it also works for a single process.
 
-The launchers set the environment variables of the rendezvous; ranks.py reads the rank of this process.
+Before ranks form a process group, they meet at an address (rendezvous.py).
 """
 
 from __future__ import annotations
 
-import errno
 import functools
-import json
 import os
 import pickle
 import socket
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import NamedTuple, NoReturn, TypeVar
@@ -22,28 +18,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bfsys.errors import EXIT_CRASHED, UserError, code_of, remedy_of
-from bfsys.process import open_files_limit
-from bfsys.ranks import Ranks, env_number
+from bfsys.errors import EXIT_CRASHED, UserError, code_of
+from bfsys.ranks import Ranks
+from bfsys.rendezvous import (
+    MOST_RANKS_ALL_CONNECTED,
+    check_loopback,
+    check_open_files,
+    first_line,
+    meet,
+    store_of_all,
+)
 
 T = TypeVar("T")
 
-# Ranks that do not join within this time are reported, while the others keep waiting.
-SAY_AFTER_S = 15.0
-MEET_POLL_S = 0.05
 # Collectives that NCCL records for the watchdog: the last calls of each rank, and their progress.
 FLIGHT_RECORDER_EVENTS = "2000"
 # With a GPU, a rank computes only indices on the CPU, and shares the cores with other ranks and loader processes.
 THREADS_BESIDE_A_GPU = 4
 # With 1, gloo connects two ranks at their first exchange; otherwise it connects all ranks at the start.
 CONNECT_ON_DEMAND = "TORCH_GLOO_LAZY_INIT"
-# With more ranks, connecting all pairs would need more open files than many machines allow, and the time of a start
-# would grow with the square of the ranks. Fewer ranks are all connected at the start, because with connections on
-# demand, a rank that is lost before it connects leaves others waiting until the watchdog ends them.
-MOST_RANKS_ALL_CONNECTED = 64
-# Open files of a rank, without its connections to others. With fewer, libraries fail with messages of their own, which
-# often do not name the cause.
-LEAST_OPEN_FILES = 64
 # Messages of gloo and NCCL when a peer has ended. Their other errors are network errors or timeouts.
 LOST_CONNECTION = (
     "Connection closed by peer",
@@ -66,7 +59,7 @@ def start(ranks: Ranks, timeout_s: int) -> None:
     Raises UserError if the ranks cannot connect, with the exit code of a crash if a restart may help.
     """
     device = ranks.device
-    _check_open_files(ranks.world_size)
+    check_open_files(ranks.world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # A weight's gradient is a sum over a million tokens. By default, cuBLAS may add its parts in bfloat16.
@@ -84,8 +77,8 @@ def start(ranks: Ranks, timeout_s: int) -> None:
     if ranks.world_size == 1:  # a single process needs no port, which might be in use
         store: dist.Store = dist.HashStore()
     else:
-        store = _store_of_all(ranks, timeout_s)
-        _check_gpus(_meet(store, ranks, _device_identity(device), timeout_s))
+        store = store_of_all(ranks, timeout_s)
+        _check_gpus(meet(store, ranks, _device_identity(device), timeout_s))
     os.environ.setdefault(CONNECT_ON_DEMAND, str(int(ranks.world_size > MOST_RANKS_ALL_CONNECTED)))
     try:
         dist.init_process_group(
@@ -98,109 +91,12 @@ def start(ranks: Ranks, timeout_s: int) -> None:
         )
     except RuntimeError as error:
         if device.type == "cpu" and "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo has tried the loopback interface
-            _check_loopback("127.0.0.1")
+            check_loopback("127.0.0.1")
         raise UserError(
-            f"communication among the ranks cannot be set up: {_first_line(error)}. Set GLOO_SOCKET_IFNAME or "
+            f"communication among the ranks cannot be set up: {first_line(error)}. Set GLOO_SOCKET_IFNAME or "
             "NCCL_SOCKET_IFNAME to choose the network interface; NCCL_DEBUG=INFO shows NCCL's choice",
             exit_code=EXIT_CRASHED,
         ) from error
-
-
-def _check_open_files(world_size: int) -> None:
-    limit, needed = open_files_limit(), LEAST_OPEN_FILES + min(world_size, MOST_RANKS_ALL_CONNECTED)
-    if limit < needed:
-        raise UserError(
-            f"a rank may have {limit:,} open files, and needs {needed:,} at least; {remedy_of(errno.EMFILE)}"
-        )
-
-
-def _check_loopback(address: str) -> None:
-    """Raise UserError if this is an address of this machine alone, and its interface is down, as in a new network
-    namespace. PyTorch would try to connect until its timeout."""
-    if not address.startswith("127."):
-        return
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        try:
-            s.connect((address, 9))  # sends nothing; the kernel only chooses the route
-        except OSError as error:
-            raise UserError(
-                f"the loopback interface of this machine is down, so its processes cannot connect to {address} "
-                f"({error.strerror}); bring it up (ip link set lo up)"
-            ) from None
-
-
-def _store_of_all(ranks: Ranks, timeout_s: int) -> dist.Store:
-    """The key-value store at MASTER_ADDR:MASTER_PORT. Rank 0 serves it, unless the launcher does."""
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise UserError(
-            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set, so {ranks.world_size} ranks "
-            "cannot connect; launchers set them, or export the first host's name and a free port"
-        )
-    if not 0 < env_number("MASTER_PORT", 0) < 2**16:
-        raise UserError(f"MASTER_PORT is {os.environ['MASTER_PORT']}; a port is a number from 1 to 65535")
-    host, port = os.environ["MASTER_ADDR"], env_number("MASTER_PORT", 0)
-    # torchrun may serve a store already, which survives restarts of its ranks. The prefix separates the starts.
-    is_given = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    start = f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}" if is_given else "start"
-    said = f"rank {ranks.rank} has waited {SAY_AFTER_S:.0f} s for rank 0 to answer at {host}:{port}"
-    waiting = threading.Timer(SAY_AFTER_S, _say, [said])
-    waiting.daemon = True
-    waiting.start()
-    try:
-        found = socket.getaddrinfo(host, None)
-        _check_loopback(str(found[0][4][0]))
-        patience = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(
-            host, port, ranks.world_size, ranks.is_rank_zero and not is_given, patience, wait_for_workers=False
-        )
-        return dist.PrefixStore(start, store)
-    except OSError as error:
-        problem = f"MASTER_ADDR {host!r} cannot be resolved on this machine ({error.strerror})"
-        raise UserError(problem, exit_code=EXIT_CRASHED) from None
-    except RuntimeError as error:
-        if "EADDRINUSE" in str(error):
-            problem = (
-                f"MASTER_PORT: port {port} of this machine is in use, perhaps by another run; "
-                "give another one (deepspeed --master_port N, torchrun --master-port N), or use bfsys launch; "
-                "under srun, start it again: each step has a port of its own"
-            )
-        else:
-            problem = f"rank {ranks.rank}: the rendezvous of the ranks at {host}:{port} failed: {_first_line(error)}"
-        raise UserError(problem, exit_code=EXIT_CRASHED) from error
-    finally:
-        waiting.cancel()
-
-
-def _meet(store: dist.Store, ranks: Ranks, identity: str, timeout_s: float) -> list[str]:
-    """Wait until all ranks have joined. Returns every rank's `identity`, by rank. Rank 0 reports late ranks."""
-    names = [f"rank {rank}" for rank in range(ranks.world_size)]
-    store.set(names[ranks.rank], identity)
-    if not ranks.is_rank_zero:
-        try:
-            return json.loads(store.get("all ranks"))
-        except RuntimeError as error:
-            raise UserError(
-                f"rank 0 did not confirm that all ranks have joined: {_first_line(error)}", exit_code=EXIT_CRASHED
-            ) from None
-    began, said = time.monotonic(), False
-    while not store.check(names):
-        time.sleep(MEET_POLL_S)
-        waited_s = time.monotonic() - began
-        if waited_s > SAY_AFTER_S and not said:
-            _say(f"waiting for up to {timeout_s:.0f} s for {_missing(store, names)}")
-            said = True
-        if waited_s > timeout_s:
-            problem = f"no connection within {timeout_s:.0f} s from {_missing(store, names)}"
-            raise UserError(problem, exit_code=EXIT_CRASHED)
-    identities = [store.get(name).decode() for name in names]
-    store.set("all ranks", json.dumps(identities))
-    return identities
-
-
-def _missing(store: dist.Store, names: list[str]) -> str:
-    missing = [name for name in names if not store.check([name])]
-    return f"{', '.join(missing[:10])}{', …' if len(missing) > 10 else ''} ({len(missing)} of {len(names)} ranks)"
 
 
 def _device_identity(device: torch.device) -> str:
@@ -251,15 +147,7 @@ def hard_exit(exit_code: int) -> NoReturn:
 def lost_connection(error: RuntimeError) -> str:
     """The message of a collective that failed because another rank was lost; "" if it failed for another reason."""
     text = str(error)
-    return _first_line(error) if any(sign in text for sign in LOST_CONNECTION) else ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    return first_line(error) if any(sign in text for sign in LOST_CONNECTION) else ""
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bfsys import dist
+from bfsys import dist, rendezvous
 from bfsys.errors import UserError
 from bfsys.ranks import ranks_from_environment
 
@@ -107,11 +107,11 @@ def test_a_port_that_is_in_use_is_named(launcher) -> None:
 
 
 def test_a_rank_that_is_late_is_named(launcher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(dist, "SAY_AFTER_S", 0.1)
+    monkeypatch.setattr(rendezvous, "SAY_AFTER_S", 0.1)
     store = torch.distributed.HashStore()
     store.set("rank 2", "")
     with pytest.raises(UserError, match=r"no connection within 0 s from rank 1, rank 3 \(2 of 4 ranks\)") as error:
-        dist._meet(store, dist.Ranks(0, 4, 0, 4), "", timeout_s=0.3)
+        rendezvous.meet(store, dist.Ranks(0, 4, 0, 4), "", timeout_s=0.3)
     assert error.value.exit_code == 1
     assert capsys.readouterr().err == "waiting for up to 0 s for rank 1, rank 3 (2 of 4 ranks)\n"
 
@@ -161,7 +161,7 @@ def test_one_visible_gpu_and_two_ranks_are_refused_before_nccl_starts(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="7"))
     store = torch.distributed.HashStore()
     store.set("rank 1", dist._device_identity(torch.device("cuda", 0)))
-    monkeypatch.setattr(dist, "_store_of_all", lambda ranks, timeout_s: store)
+    monkeypatch.setattr(dist, "store_of_all", lambda ranks, timeout_s: store)
     with pytest.raises(dist.AgreedError, match="ranks 0, 1 would share GPU 7 of "):
         dist.start(dist.Ranks(0, 2, 0, 2), timeout_s=5)
 
@@ -238,7 +238,7 @@ def test_too_few_open_files_are_named_with_the_remedy(
     limit: int, ranks: int, needed: int, launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher()
-    monkeypatch.setattr(dist, "open_files_limit", lambda: limit)
+    monkeypatch.setattr(rendezvous, "open_files_limit", lambda: limit)
     with pytest.raises(UserError, match=rf"{limit} open files, and needs {needed} at least; raise .*ulimit -n"):
         dist.start(dist.Ranks(0, ranks, 0, ranks), timeout_s=1)
 

@@ -16,7 +16,7 @@ LAYERS = [
     ["console", "process", "files", "git_state", "locations"],
     ["errors", "json_lines", "run_time", "object_stores"],
     ["typed_yaml", "batch", "ranks", "out_of_distribution"],
-    ["model"],
+    ["model", "rendezvous"],
     ["config", "dist"],
     ["data.storage", "data.media", "muon"],
     ["data.packing", "data.streaming"],
