@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _multiprocessing
 import errno
+import gc
 import os
 import re
 import signal
@@ -189,6 +190,7 @@ def test_a_loader_may_begin_and_end_in_another_thread(config_file: Path) -> None
     assert {*_running} == before
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's iterator is incomplete
 @pytest.mark.parametrize(
     ("number", "remedy"), [(errno.EAGAIN, "(ulimit -u"), (errno.ENOSPC, "/dev/shm must exist, be writable")]
 )
@@ -205,6 +207,8 @@ def test_processes_that_cannot_be_started_are_an_error_of_one_line(
     with pytest.raises(UserError, match=r"that reads data \(data.workers=1\) cannot be started") as error:
         next(batches)
     assert remedy in str(error.value)
+    del error
+    gc.collect()  # deletes the iterator
 
 
 def test_evaluation_gives_each_file_once_in_equal_rounds(config_file: Path) -> None:
