@@ -192,3 +192,14 @@ def test_no_note_is_printed_if_formats_are_not_known(
 def test_options_that_exclude_each_other(folder: Path) -> None:
     with pytest.raises(UserError, match="--encode: files that were transformed before cannot be decoded"):
         call("predict", [str(folder / "runs" / "tiny"), str(folder / "photo.jpg"), "--encode", "--transformed"])
+
+
+def test_explain_names_the_format_of_the_first_such_file_only(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    photos = [folder / "photos" / f"{name}.jpg" for name in "ab"]
+    photos[0].parent.mkdir()
+    for photo in photos:
+        photo.write_bytes((folder / "photo.jpg").read_bytes())
+    call("explain", [str(folder / "runs" / "tiny"), *map(str, photos), "--out", str(folder / "pages")])
+    notes = [line for line in capsys.readouterr().err.splitlines() if "was trained on" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{photos[0]} is a JPEG, but ")

@@ -71,13 +71,17 @@ def _files(model: Model, args: argparse.Namespace) -> int:
     problems: list[str] = []
     results: list[dict] = []
     used: set[Path] = set()
+    said: set[str] = set()
     for name, source in named_inputs(args.files, problems):
         explanation = None
         with collecting(problems), warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             explanation = model.explain(source, args.class_name, args.seed, encode=args.encode)
         for note in notes:
-            print(one_line(str(note.message)), file=sys.stderr, flush=True)
+            text = str(note.message)
+            if (what := text.removeprefix(name)) not in said:  # such as the format of all files
+                said.add(what)
+                print(one_line(text), file=sys.stderr, flush=True)
         if explanation is None:
             continue
         # A hash, since a page that is published should not show more of the path than the user gave.

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from bfsys.data.media.sounds import without_id3
+from bfsys.data.media.sounds import without_tags
 from bfsys.explain.formats import chunked, pictures, programs, sounds
 from bfsys.explain.ranges import Found, Parser, Structure, covering
 
@@ -39,7 +39,12 @@ FORMATS: tuple[tuple[str, re.Pattern[bytes], Parser], ...] = tuple(
         ("GIF", rb"GIF8[79]a", pictures.gif),
         ("BMP", rb"BM.{4}\0{4}", pictures.bmp),
         ("PNM", rb"P[1-6]\s+[\d#]", pictures.pnm),
+        ("JPEG 2000", rb"\0\0\0\x0cjP  \r\n", chunked.iso_boxes),
         ("FLAC", rb"fLaC", sounds.flac),
+        ("AU", rb"\.snd|dns\.", sounds.announced),
+        ("W64", rb"riff\x2e\x91\xcf\x11", sounds.announced),
+        ("CAF", rb"caff\0\x01", sounds.announced),
+        ("NIST SPHERE", rb"NIST_1A\s", sounds.announced),
         ("Ogg", rb"OggS", sounds.ogg),
         ("MP3", rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]", sounds.mp3),
         ("ZIP", rb"PK(?:\x03\x04|\x05\x06)", programs.zip_archive),
@@ -55,10 +60,10 @@ NOT_TEXT = bytes({*range(32), 127} - {7, 8, 9, 10, 11, 12, 13, 27})
 def structure(data: np.ndarray, length: int | None = None) -> Structure:
     """The structure of a file, uint8 [n], or of its first `length` bytes. An unknown file is one range of content."""
     content = data.tobytes()
-    sound = without_id3(content)
+    sound = without_tags(content)
     tag = len(content) - len(sound)
     name, parser = _parser_of(sound)
-    found: list[Found] = [(0, tag, "ID3v2", "metadata")]
+    found: list[Found] = [(0, tag, "APE tag" if content.startswith(b"APETAGEX") else "ID3v2", "metadata")]
     found += [(tag + first, tag + end, part, kind) for first, end, part, kind in _found(parser, sound)]
     return Structure(name, tuple(covering(found, len(content) if length is None else length)))
 

@@ -21,8 +21,8 @@ from bfsys.data.media.sounds import (
     announced_samples,
     decode_audio,
     open_sound,
-    size_of_id3,
-    without_id3,
+    size_of_tags,
+    without_tags,
 )
 from bfsys.data.packing.listing import SourceFile
 from bfsys.files import read_regular
@@ -110,7 +110,7 @@ def survey_of(files: list[SourceFile], classes: list[str]) -> Survey:
             kind = kind._replace(name=COMPRESSED_TIFF)
         kinds[kind.name if kind else "other"] += 1
         by_kind[kind.name if kind else file.extension][file.class_name] += 1
-        measured = _size_of(file.path, kind, is_tagged=bool(size_of_id3(head))) if kind else None
+        measured = _size_of(file.path, kind, is_tagged=bool(size_of_tags(head))) if kind else None
         modalities[kind.modality if kind and measured else None] += 1
         if kind and measured:
             measured_of[kind.modality].append(measured)
@@ -148,7 +148,7 @@ def _beginning(path: str) -> bytes:
     """The first bytes of a file, at least those that tell its kind: they follow an ID3 tag, which may hold pictures."""
     with open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
-        while (missing := size_of_id3(head) + LONGEST_MAGIC - len(head)) > 0 and (more := file.read(missing)):
+        while (missing := size_of_tags(head) + LONGEST_MAGIC - len(head)) > 0 and (more := file.read(missing)):
             head += more
     return head
 
@@ -179,7 +179,7 @@ def _size_of(path: str, kind: FileKind, *, is_tagged: bool) -> tuple[float, int]
         with suppress(soundfile.LibsndfileError):  # libsndfile does not know a BW64 by its header
             # libmpg123 prints a warning if it opens an MP3 with tags at its end, and libsndfile misreads tagged sounds
             if kind.name == "an MP3" or is_tagged:
-                data = without_id3(read_regular(path))
+                data = without_tags(read_regular(path))
                 opened = open_sound(data, announced_samples(data))
             else:
                 opened = soundfile.SoundFile(path)

@@ -33,7 +33,8 @@ def sound(format: str, subtype: str | None = None) -> bytes:
     file = io.BytesIO()
     wave = 0.3 * np.random.default_rng(0).standard_normal(16_000)
     with soundfile.SoundFile(file, "w", 16_000, 1, subtype, format=format) as out:
-        out.title = "a title"
+        if format not in ("AU", "W64", "NIST"):  # which hold no texts
+            out.title = "a title"
         out.write(wave.clip(-1, 1))
     return file.getvalue()
 
@@ -64,6 +65,7 @@ def portable_executable() -> bytes:
     return head + coff + section + bytes(range(32))
 
 
+APE = b"".join((b"hello", b"APETAGEX", struct.pack("<4I", 1000, 5 + 32, 1, 0), bytes(8)))
 FILES = {
     "PNG": png_file(np.zeros((4, 4), np.uint8), "who"),
     "WAV": wav_file(np.arange(200, dtype=np.uint8), b"who"),
@@ -78,7 +80,12 @@ FILES = {
     "PNM": b"P5 # a comment\n4 4\n255\n" + bytes(16),
     "FLAC": sound("FLAC"),
     "Ogg": sound("OGG", "VORBIS"),
-    "MP3": b"ID3\4\0\0\0\0\0\5hello" + sound("MP3") + b"TAG" + bytes(125),
+    "JPEG 2000": picture("JPEG2000"),
+    "AU": sound("AU"),
+    "W64": sound("W64"),
+    "CAF": sound("CAF"),
+    "NIST SPHERE": sound("NIST"),
+    "MP3": b"ID3\4\0\0\0\0\0\5hello" + sound("MP3") + APE + b"TAG" + bytes(125),
     "ZIP": zipped(),
     "gzip": gzip.compress(bytes(1000)),
     "ELF": Path(sys.executable).resolve().read_bytes()[:3000],
@@ -98,6 +105,7 @@ NAMES = {
     "BMP": [("file header", "header"), ("picture header", "header"), ("pixels", "content")],
     "PE": [("DOS header", "header"), ("PE header", "header"), ("section table", "header"), (".text", "content")],
     "PDF": [("objects", "header"), ("stream", "content"), ("objects", "header")],
+    **{name: [("header", "header"), ("samples", "content")] for name in ("AU", "W64", "CAF", "NIST SPHERE")},
     "text": [("text", "content")],
     "unknown": [("bytes", "content")],
 }  # fmt: skip
@@ -109,7 +117,8 @@ AMONG = {
     "GIF": {("screen", "header"), ("comment", "metadata"), ("image", "content"), ("trailer", "header")},
     "FLAC": {("STREAMINFO", "header"), ("VORBIS_COMMENT", "metadata"), ("frames", "content")},
     "Ogg": {("codec header", "header"), ("comments", "metadata"), ("page header", "header"), ("audio", "content")},
-    "MP3": {("ID3v2", "metadata"), ("frames", "content"), ("ID3v1", "metadata")},
+    "JPEG 2000": {("jp2h", "header"), ("jp2c length", "header"), ("jp2c", "content")},
+    "MP3": {("ID3v2", "metadata"), ("frames", "content"), ("APE tag", "metadata"), ("ID3v1", "metadata")},
     "ZIP": {("local header", "header"), ("entry", "content"), ("central directory", "header"),
             ("end record", "header")},
     "gzip": {("header", "header"), ("compressed data", "content"), ("checksum and length", "header")},

@@ -27,7 +27,7 @@ from bfsys.data.media.sounds import (
     announced_samples,
     decode_audio,
     open_sound,
-    without_id3,
+    without_tags,
 )
 
 COLOURS = 3
@@ -49,7 +49,7 @@ def content_of(data: bytes) -> np.ndarray:
     try:
         if kind and kind.modality == "image" and not _is_large(data):
             return _normalised(_strips(decode_image(data)), LEAST_PICTURE_DEVIATION)
-        if kind and kind.modality == "audio" and not _is_long(without_id3(data)):
+        if kind and kind.modality == "audio" and not _is_long(without_tags(data)):
             clip = decode_audio(data, LONGEST_S)  # of an unknown length, no more than is needed is decoded
             if len(clip.wave) <= LONGEST_S * clip.rate_hz:
                 with np.errstate(all="ignore"):  # samples of a float file may be huge

@@ -20,7 +20,7 @@ import numpy as np
 
 from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, parse_encoding
 from bfsys.data.media.modalities import Clip
-from bfsys.data.media.sounds import size_of_id3
+from bfsys.data.media.sounds import size_of_tags
 from bfsys.errors import UserError
 
 # Sizes of examples for formats without a fixed size. Together they differ in every header byte that can differ.
@@ -69,8 +69,8 @@ FLAC_HEADER_BYTES = 26  # up to the checksum of the samples; includes the sizes 
 
 def kind_of(data: np.ndarray) -> FileKind | None:
     """The kind of picture or sound that the first bytes of a file (uint8 [n]) indicate; None for any other file. Of a
-    sound with an ID3 tag before it, the bytes after the tag decide; the other files with a tag count as MP3."""
-    kind, tag = _kind_of_bytes(data), size_of_id3(data)
+    sound with a tag before it, the bytes after the tag decide; the other files with an ID3 tag count as MP3."""
+    kind, tag = _kind_of_bytes(data), size_of_tags(data)
     tagged = _kind_of_bytes(data[tag:]) if tag else None
     return tagged if tagged and tagged.modality == "audio" else kind
 

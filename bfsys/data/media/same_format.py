@@ -20,7 +20,7 @@ import numpy as np
 
 from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.pictures import ORIENTATION, opened
-from bfsys.data.media.sounds import Clip, Content, announced_samples, without_id3
+from bfsys.data.media.sounds import Clip, Content, announced_samples, without_tags
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -237,7 +237,7 @@ def change_sound(data: bytes, change: Callable[[Clip], Clip]) -> bytes:
     sound = kind_of(np.frombuffer(data, np.uint8))
     if sound and sound.name == "an MP3":  # libmpg123 would print warnings about it
         raise NotRewritableError("MP3")
-    tag, data = data[: len(data) - len(without_id3(data))], without_id3(data)
+    tag, data = data[: len(data) - len(without_tags(data))], without_tags(data)
     with soundfile.SoundFile(Content(data)) as file:
         rate_hz, kind = file.samplerate, {"format": file.format, "subtype": file.subtype, "endian": file.endian}
         # libsndfile writes the current time into floating-point AIFF files

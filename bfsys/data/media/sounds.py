@@ -35,8 +35,13 @@ CHUNKS_LOOKED_AT = 10_000
 UTF16_LOOKED_AT = 65_536  # bytes
 # The header of a tag: the version, flags, and the size without header and footer, 7 bits in each byte
 ID3 = re.compile(rb"ID3[\x02-\x04].{6}", re.DOTALL)
-ID3_HEADER_BYTES, HAS_FOOTER, MOST_ID3_TAGS = 10, 0x10, 8
+ID3_HEADER_BYTES, HAS_FOOTER, MOST_TAGS = 10, 0x10, 8
 EMPTY_ID3 = b"ID3\x04" + bytes(5) + b"\x0a" + bytes(10)  # a header, and 10 bytes of padding
+# The header of an APE tag: the version, the size without this header, the number of items, flags
+APE = re.compile(rb"APETAGEX.{24}", re.DOTALL)
+APE_HEADER_BYTES = 32
+# A frame of MPEG audio; the versions, layers and bit rates that are left out are not defined
+MPEG_FRAME = re.compile(rb"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff][\x00-\xef]")
 # The first frame of an MP3, if it holds a Xing or Info tag instead of sound
 XING = re.compile(rb"\xff[\xe0-\xff].{7,36}?(?:Xing|Info)", re.DOTALL)
 
@@ -91,7 +96,7 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
     """
     import soundfile  # slow to import, and unused by runs on files as stored
 
-    data = without_id3(data)
+    data = without_tags(data)
     announced = announced_samples(data)
     if data[:4] == b"OggS" and _is_chained(data):
         raise ValueError("is a chain of Ogg streams, of which only the first would be decoded; write it as one stream")
@@ -99,6 +104,8 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
         raise ValueError("is a MIDI sample dump, which is not decoded; write it as WAV")
     if data[:2] == codecs.BOM_UTF16_LE and _is_utf16(data):
         raise ValueError("is text in UTF-16, and not a sound")
+    if data[:1] == b"\xff" and not MPEG_FRAME.match(data):  # such as AAC; libmpg123 would print notes
+        raise ValueError("is not a sound that libsndfile can read (Format not recognised.)")
     try:
         file = open_sound(data, announced)
     except soundfile.LibsndfileError as error:
@@ -264,27 +271,33 @@ def _is_utf16(data: bytes) -> bool:
         return error.reason == "unexpected end of data"
 
 
-def without_id3(data: bytes) -> bytes:
-    """The file. If it is not an MP3, ID3 tags before it are removed, since libsndfile would misread the lengths."""
-    start = size_of_id3(data)
+def without_tags(data: bytes) -> bytes:
+    """The sound, without the ID3 and APE tags before it. Because of them, libsndfile would misread the lengths, or find
+    no MP3."""
+    start = size_of_tags(data)
     magic = data[start : start + 4]
-    return data[start:] if start and (magic in LAYOUTS or magic in (b"fLaC", b"OggS", b".snd")) else data
+    is_sound = magic in LAYOUTS or magic in (b"fLaC", b"OggS", b".snd") or MPEG_FRAME.match(magic)
+    return data[start:] if start and is_sound else data
 
 
-def size_of_id3(data: bytes | np.ndarray) -> int:
-    """Bytes of the ID3 tags at the beginning; 0 if there are none. A file that was tagged twice may have two."""
+def size_of_tags(data: bytes | np.ndarray) -> int:
+    """Bytes of the ID3 and APE tags at the beginning; 0 if there are none. A file may have been tagged twice."""
     size = 0
-    for _ in range(MOST_ID3_TAGS):
-        if not ID3.match(head := bytes(data[size : size + ID3_HEADER_BYTES])):
+    for _ in range(MOST_TAGS):
+        head = bytes(data[size : size + APE_HEADER_BYTES])
+        if ID3.match(head):
+            size += ID3_HEADER_BYTES * (2 if head[5] & HAS_FOOTER else 1)
+            size += sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+        elif APE.match(head):
+            size += APE_HEADER_BYTES + int.from_bytes(head[12:16], "little")
+        else:
             break
-        size += ID3_HEADER_BYTES * (2 if head[5] & HAS_FOOTER else 1)
-        size += sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
     return size
 
 
 def _announced_by_xing(data: bytes) -> Announced | None:
     """MP3. Its first frame may hold the number of bytes of the stream instead of sound (Xing, LAME)."""
-    start = size_of_id3(data)
+    start = size_of_tags(data)
     tag = XING.search(data, start, start + 4096)
     if not tag:
         return None

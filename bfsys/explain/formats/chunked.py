@@ -1,4 +1,4 @@
-"""Formats that are a sequence of chunks with length and type: PNG, RIFF and AIFF, ISO media (MP4, M4A, HEIC).
+"""Formats that are a sequence of chunks with length and type: PNG, RIFF, AIFF, ISO media (MP4, M4A, HEIC), JPEG 2000.
 
 The length and type before a chunk of content are a separate header, because a length may reveal a class.
 """
@@ -16,6 +16,7 @@ RIFF_HEADERS = {b"fmt ", b"fact", b"ds64", b"VP8X", b"ANIM", b"hdrl", b"idx1", b
 RIFF_CONTENT = {b"data", b"VP8 ", b"VP8L", b"ALPH", b"ANMF", b"movi", b"SSND"}
 ISO_CONTAINERS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"dinf", b"edts", b"moof", b"traf", b"mvex"}
 ISO_METADATA = {b"udta", b"uuid", b"free", b"skip", b"XMP_", b"ilst"}
+ISO_CONTENT = {b"mdat", b"jp2c"}
 UNKNOWN_LENGTH = 0xFFFFFFFF  # written by RF64 and by recorders that were cut off
 
 
@@ -79,9 +80,9 @@ def iso_boxes(content: bytes) -> Iterator[Found]:
             yield at, at + head, name, "header"
             at += head
             continue
-        if box == b"mdat":
-            yield at, at + head, "mdat length", "header"
-            yield at + head, at + length, "mdat", "content"
+        if box in ISO_CONTENT:
+            yield at, at + head, f"{name} length", "header"
+            yield at + head, at + length, name, "content"
         else:
             yield at, at + length, name, "metadata" if box in ISO_METADATA else "header"
         at += length

@@ -1,9 +1,10 @@
-"""MP3, FLAC and Ogg."""
+"""MP3, FLAC, Ogg, and sounds whose header announces where the samples are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bfsys.data.media.sounds import UNKNOWN_BYTES, announced_samples
 from bfsys.explain.ranges import Found, Kind
 
 # kbit/s by (MPEG 1?, layer 1 … 3)
@@ -16,7 +17,7 @@ BIT_RATES = {
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 SAMPLE_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
-ID3V1_BYTES = 128
+ID3V1_BYTES, APE_FOOTER_BYTES = 128, 32
 
 
 def mp3(content: bytes) -> Iterator[Found]:
@@ -29,6 +30,11 @@ def mp3(content: bytes) -> Iterator[Found]:
     if content[-ID3V1_BYTES:][:3] == b"TAG" and end - ID3V1_BYTES >= at:
         end -= ID3V1_BYTES
         yield end, len(content), "ID3v1", "metadata"
+    foot = content[end - APE_FOOTER_BYTES : end]
+    size = int.from_bytes(foot[12:16], "little") + (APE_FOOTER_BYTES if foot[23:24] >= b"\x80" else 0)  # with a header
+    if foot[:8] == b"APETAGEX" and at <= end - size < end:
+        yield end - size, end, "APE tag", "metadata"
+        end -= size
     run, is_first = None, True
     while at < end:
         length = _frame_bytes(content[at : at + 4])
@@ -62,6 +68,16 @@ def _frame_bytes(head: bytes) -> int:
     if layer == 1:
         return (12 * bits // hz + padding) * 4
     return (72 if layer == 3 and version != 3 else 144) * bits // hz + padding
+
+
+def announced(content: bytes) -> Iterator[Found]:
+    """AU, W64, CAF and NIST SPHERE."""
+    place = announced_samples(content)
+    if not place:
+        return
+    has_length = 0 < place.size < UNKNOWN_BYTES
+    yield 0, place.start, "header", "header"
+    yield place.start, place.start + place.size if has_length else len(content), "samples", "content"
 
 
 def flac(content: bytes) -> Iterator[Found]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -97,11 +98,15 @@ def test_texts_that_begin_as_pictures_or_sounds_do_are_of_no_kind(text: str) -> 
 TAG = b"ID3\4\0\0\0\0\0\5hello"
 
 
+APE = b"APETAGEX" + struct.pack("<4I", 2000, 5, 0, 0xA0000000) + bytes(8) + b"hello"
+
+
 @pytest.mark.parametrize(
-    ("content", "name"), [(b"fLaC", "a FLAC"), (b"RIFF\0\0\0\0WAVE", "a WAV"), (b"OggS", "an Ogg")]
+    ("content", "name"),
+    [(b"fLaC", "a FLAC"), (b"RIFF\0\0\0\0WAVE", "a WAV"), (b"OggS", "an Ogg"), (b"\xff\xfb\x90", "an MP3")],
 )
 def test_a_sound_after_tags_is_of_its_own_kind(content: bytes, name: str) -> None:
-    for tags in (TAG, TAG + TAG):
+    for tags in (TAG, TAG + TAG, APE, TAG + APE):
         assert kind_of(as_array(tags + content)).name == name  # type: ignore[union-attr]
     for other in (b"", b"\xff\xfb\x90", b"\x89PNG\r\n\x1a\n"):
         assert kind_of(as_array(TAG + other)).name == "an MP3"  # type: ignore[union-attr]

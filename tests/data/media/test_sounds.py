@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bfsys.data.media import sounds
 from bfsys.data.media.input_formats import kind_of
 from bfsys.data.media.modalities import decode_audio
+from bfsys.data.media.sounds import size_of_tags
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.uniform(-0.4, 0.4, (20_000, 8)).astype(np.float32)
@@ -177,13 +178,21 @@ def test_a_midi_sample_dump_is_refused():
         decode_audio(file.getvalue())
 
 
+@pytest.mark.parametrize("start", [b"\xff\xe0", b"\xff\xf1", b"\xff\xff"])  # the second is that of AAC
+def test_a_file_that_is_not_mpeg_audio_is_refused_without_a_note_of_libmpg123(start, capfd):
+    with pytest.raises(ValueError, match="is not a sound that libsndfile can read"):
+        decode_audio(start + np.random.default_rng(0).bytes(5000))
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("kind", [("WAV", "PCM_16"), ("AIFF", "PCM_16"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III")])
-def test_an_id3_tag_before_a_sound_costs_no_sample(kind):
+def test_tags_before_a_sound_cost_no_sample(kind):
     tag = b"ID3\x03\0\0\0\0\x01\x00" + bytes(128)
     with_footer = b"ID3\x04\0\x10\0\0\x01\x00" + bytes(128) + b"3DI\x04\0\x10\0\0\x01\x00"
-    ended = [] if kind[0] == "MP3" else [with_footer]  # after which libsndfile finds no MP3
-    for tags in (tag, tag + tag, *ended):
+    ape = b"APETAGEX" + struct.pack("<4I", 2000, 40, 0, 0xA0000000) + bytes(8 + 40)
+    for tags in (tag, tag + tag, with_footer, ape, tag + ape):
         assert np.array_equal(decode_audio(tags + sound(*kind)).wave, decode_audio(sound(*kind)).wave)
+        assert size_of_tags(tags + sound(*kind)) == len(tags)
 
 
 def test_errors_on_files_that_are_not_sounds_contain_no_object_address():
