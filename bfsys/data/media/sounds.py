@@ -40,8 +40,8 @@ EMPTY_ID3 = b"ID3\x04" + bytes(5) + b"\x0a" + bytes(10)  # a header, and 10 byte
 # The header of an APE tag: the version, the size without this header, the number of items, flags
 APE = re.compile(rb"APETAGEX.{24}", re.DOTALL)
 APE_HEADER_BYTES = 32
-# A frame of MPEG audio; the versions, layers and bit rates that are left out are not defined
-MPEG_FRAME = re.compile(rb"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff][\x00-\xef]")
+# A frame of MPEG audio of layers 2 and 3, of a defined version and bit rate
+MPEG_FRAME = re.compile(rb"\xff[\xe2-\xe5\xf2-\xf5\xfa-\xfd][\x10-\xef]")
 # The first frame of an MP3, if it holds a Xing or Info tag instead of sound
 XING = re.compile(rb"\xff[\xe0-\xff].{7,36}?(?:Xing|Info)", re.DOTALL)
 
@@ -104,7 +104,7 @@ def decode_audio(data: bytes, seconds: float | None = None) -> Clip:
         raise ValueError("is a MIDI sample dump, which is not decoded; write it as WAV")
     if data[:2] == codecs.BOM_UTF16_LE and _is_utf16(data):
         raise ValueError("is text in UTF-16, and not a sound")
-    if data[:1] == b"\xff" and not MPEG_FRAME.match(data):  # such as AAC; libmpg123 would print notes
+    if data[:1] == b"\xff" and not MPEG_FRAME.match(data):  # libmpg123 would print notes
         raise ValueError("is not a sound that libsndfile can read (Format not recognised.)")
     try:
         file = open_sound(data, announced)

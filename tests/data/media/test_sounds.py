@@ -178,10 +178,10 @@ def test_a_midi_sample_dump_is_refused():
         decode_audio(file.getvalue())
 
 
-@pytest.mark.parametrize("start", [b"\xff\xe0", b"\xff\xf1", b"\xff\xff"])  # the second is that of AAC
+@pytest.mark.parametrize("start", [b"\xff\xe0\0", b"\xff\xff\0", b"\xff\xff\x90"])
 def test_a_file_that_is_not_mpeg_audio_is_refused_without_a_note_of_libmpg123(start, capfd):
     with pytest.raises(ValueError, match="is not a sound that libsndfile can read"):
-        decode_audio(start + np.random.default_rng(0).bytes(5000))
+        decode_audio(start + bytes(3000))
     assert capfd.readouterr().err == ""
 
 
