@@ -108,11 +108,18 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_input(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a file that the user named for reading, which may also be a pipe. A pipe to which no process writes is
+    empty; it would wait for a writer without end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    os.set_blocking(file.fileno(), True)
+    return file
+
+
 def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a file of a dataset or a run for reading. Raises OSError if it is not a regular file: a pipe would wait for
     its writer, and a device may have no end."""
-    # With O_NONBLOCK, opening a pipe does not wait; it changes nothing for regular files.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    file = open_input(path)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "is not a regular file, but a pipe or a device", os.fspath(path))

@@ -29,7 +29,7 @@ from bfsys.data.streaming.byte_transforms import parse_transforms
 from bfsys.dist import Ranks
 from bfsys.engine import WEIGHT
 from bfsys.errors import UserError, collecting
-from bfsys.files import decoded
+from bfsys.files import decoded, open_regular, read_regular
 from bfsys.model.layout import AS_RELEASED
 from bfsys.model.sizes import BYTE_VALUES, HEAD_DIM, PAD_BYTE, PUBLISHED_MERGES, SIZES
 
@@ -132,7 +132,8 @@ def check_windows(window: int, shift: int) -> None:
 def read_state_dict(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """(tensors by CoreNet's names, the key that held them or None). No code in the file is executed."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
@@ -278,7 +279,7 @@ def class_names(path: Path | None, count: int) -> list[str]:
     if path is None:
         return [f"{i:0{len(str(count - 1))}}" for i in range(count)]
     try:
-        names = [line.strip() for line in decoded(path.read_bytes()).rstrip().split("\n")]
+        names = [line.strip() for line in decoded(read_regular(path)).rstrip().split("\n")]
     except OSError as error:
         raise UserError(f"--classes {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:

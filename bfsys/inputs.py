@@ -24,7 +24,7 @@ from bfsys.data.packing.folders import regular_files
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
 from bfsys.encode import CannotDecode, encoded
 from bfsys.errors import UserError, collecting
-from bfsys.files import read_up_to
+from bfsys.files import open_input, read_up_to
 from bfsys.out_of_distribution import ReferenceFiles, text_of
 
 Input: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | BinaryIO
@@ -230,7 +230,7 @@ def read_input(name: str, one: Input, first_bytes: int | None = None) -> np.ndar
 
 def _read_path(name: str, path: str | os.PathLike[str], first_bytes: int | None) -> bytearray:
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return _read_rest(name, file, first_bytes, os.fstat(file.fileno()).st_size)
     except IsADirectoryError:
         raise UserError(f"{name}: is a folder; pass its files: bfsys.files_in({name!r})") from None

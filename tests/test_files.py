@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from bfsys import files
-from bfsys.files import begins_with, describe, read_regular, replace_by_copy, replace_file, replacing, try_lock
+from bfsys.files import (
+    begins_with,
+    describe,
+    open_input,
+    read_regular,
+    replace_by_copy,
+    replace_file,
+    replacing,
+    try_lock,
+)
 from tests.conftest import REPOSITORY
 
 DURABLE = pytest.mark.parametrize("durable", [True, False])
@@ -26,6 +35,20 @@ def test_files_that_are_not_regular_are_named_and_not_waited_for(tmp_path: Path,
     with pytest.raises(OSError, match="is not a regular file, but a pipe or a device") as caught:
         read_regular(path)
     assert caught.value.filename == str(path)
+
+
+def test_a_pipe_is_read_to_its_end_and_is_empty_without_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with open_input(tmp_path / "pipe") as file:
+        assert file.read() == b""
+    (ours, theirs) = os.pipe()
+    with open_input(f"/dev/fd/{ours}") as file:
+        os.write(theirs, b"in two ")
+        assert file.read(7) == b"in two "
+        os.write(theirs, b"parts")
+        os.close(theirs)
+        assert file.read() == b"parts"
+    os.close(ours)
 
 
 def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:

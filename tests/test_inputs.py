@@ -23,6 +23,11 @@ from tests.commands.packing_helpers import wav_bytes
 CONTENT = bytes(range(50))
 
 
+def test_a_pipe_without_a_writer_is_empty(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert not len(read_input("pipe", tmp_path / "pipe"))
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     (tmp_path / "file.bin").write_bytes(CONTENT)

@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         problems.append(f"--name: got {args.name!r}; letters, digits, _ - . are allowed")
     if not args.folder.exists():
         problems.append(f"{args.folder}: there is no such file or folder")
+    elif not (args.folder.is_dir() or args.folder.is_file()):
+        problems.append(f"{args.folder}: is a pipe or a device, and fit reads a list repeatedly; write it to a file")
     is_packed = (args.folder / "dataset.json").exists()
     for option, folder in [("--runs", args.runs)] + ([] if is_packed else [("--shards", args.shards)]):
         if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(args.folder)):

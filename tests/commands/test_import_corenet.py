@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -215,15 +216,17 @@ def test_wrong_class_names_are_reported(names: bytes, message: str, tmp_path: Pa
     assert message in problems(tmp_path, weights, "--classes", str(tmp_path / "names"))
 
 
-@pytest.mark.parametrize("damage", ["text", "empty", "cut", "zip", "folder", "missing"])
+@pytest.mark.parametrize("damage", ["text", "empty", "cut", "zip", "folder", "missing", "pipe"])
 def test_files_that_torch_did_not_write_are_reported(damage: str, tmp_path: Path, weights) -> None:
     path = tmp_path / "weights.pt"
     torch.save(weights, path)
     if damage == "folder":
         path.unlink()
         path.mkdir()
-    elif damage == "missing":
+    elif damage in ("missing", "pipe"):
         path.unlink()
+        if damage == "pipe":
+            os.mkfifo(path)
     else:
         whole = path.read_bytes()
         path.write_bytes(

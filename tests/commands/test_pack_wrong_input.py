@@ -270,6 +270,11 @@ def test_wrong_lists(tmp_path, text, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pipe_without_a_writer_is_an_empty_list(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe: the list is empty" in problems_of(tmp_path / "pipe", tmp_path / "out", "--from", "filelist")
+
+
 def test_a_list_without_an_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "MOST_LIST_BYTES", 3_000_000)
     message = problems_of(Path("/dev/zero"), tmp_path, "--from", "filelist")

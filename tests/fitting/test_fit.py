@@ -383,6 +383,12 @@ def test_wrong_options(arguments: list[str], message: str, tmp_path: Path) -> No
     assert message in str(error.value)
 
 
+def test_a_list_in_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: is a pipe or a device, and fit reads a list repeatedly"):
+        call("fit", [str(tmp_path / "pipe"), "--runs", str(tmp_path / "r"), "--shards", str(tmp_path / "s")])
+
+
 def test_too_little_time(tmp_path: Path) -> None:
     src, options = folder_of(tmp_path / "src", 4), ["--runs", tmp_path, "--shards", tmp_path]
     code, _, errors = fit_in_few_steps(src, *options, "--minutes", "0.01")

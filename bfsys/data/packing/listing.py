@@ -21,7 +21,7 @@ from bfsys.data.packing.splits import SPLIT_FOLDERS, split_of_name
 from bfsys.data.storage.classes import Spelling, stored_name
 from bfsys.data.storage.tars import NOT_PAYLOAD
 from bfsys.errors import counted, is_printable
-from bfsys.files import decoded, read_up_to
+from bfsys.files import decoded, open_input, read_up_to
 
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
 SPEECH_COMMANDS_LISTS = {"validation_list.txt": "val", "testing_list.txt": "test"}
@@ -183,7 +183,7 @@ def _listed_file(src: Path, path: str, spelled: str, split: str) -> SourceFile:
 def _lines_of(path: Path) -> list[str]:
     """The lines, without line ends and byte order marks. Raises OSError, and ValueError for text that is not UTF-8 or
     UTF-16."""
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         content = read_up_to(file, MOST_LIST_BYTES)
     if len(content) > MOST_LIST_BYTES:
         raise ValueError(f"holds more than {MOST_LIST_BYTES:,} bytes")

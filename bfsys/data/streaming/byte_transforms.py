@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from bfsys.errors import UserError, code_of, collecting, did_you_mean
+from bfsys.files import open_input
 
 RELEASED_SEED = 2147483647  # seed of every fixed permutation in the released code
 
@@ -338,7 +339,7 @@ def read_key(path: Path) -> np.ndarray:
     """uint8 [256]: byte value → its replacement. Raises UserError for a wrong file; the message does not contain the
     key."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             words = file.read(LONGEST_KEY_BYTES).decode("ascii").split()
     except OSError as error:
         raise UserError(f"key file {path} cannot be read: {error.strerror}", exit_code=code_of(error)) from None
