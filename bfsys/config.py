@@ -382,10 +382,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     data, train, optim = config.data, config.train, config.optim
     if not data.sources:
         problems.append("data.sources: the list is empty; give at least one `- path: FOLDER`")
-    if set("/\0") & set(config.name) or config.name.startswith("."):
+    if "/" in config.name or config.name.startswith(".") or any(character < " " for character in config.name):
         problems.append(
-            f"name: got {config.name!r}; must be a folder name without '/' that does not begin with a dot; set "
-            "the parent folder with runs_dir"
+            f"name: got {config.name!r}; must be a folder name in one line without '/' that does not begin with a dot; "
+            "set the parent folder with runs_dir"
         )
     for key, text in (("name", config.name), ("runs_dir", config.runs_dir)):
         if any("\ud800" <= character <= "\udfff" for character in text):

@@ -133,6 +133,7 @@ def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
         ("data.sources=[]", "the list is empty"),
         ("optim.warmup_steps=9999999", "the warm-up must not be longer than the run"),
         ("name=a/b", "must be a folder name"),
+        ("name=a\nb", "must be a folder name in one line"),
         ("name=.hidden", "without '/' that does not begin with a dot"),
         ("optim", "expected section.key=value"),
         ("data.sources.3.path=x", "the list has entries 0 to 0"),

@@ -80,10 +80,10 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     problems += option_problems(args, packing)
-    is_new, left_out = pack(packing, problems)
+    is_new = pack(packing, problems)
     took = f"packed in {time.monotonic() - started_s:.1f} s" if is_new else "already packed"
     print(one_line(f"{packing.folder}: {took}"))
-    print_summary(packing.folder, left_out)
+    print_summary(packing.folder)
 
 
 def read_size(option: str, text: str, problems: list[str]) -> int:
@@ -116,11 +116,11 @@ def option_problems(args: argparse.Namespace, packing: Packing) -> list[str]:
     return problems
 
 
-def print_summary(folder: Path, left_out: str) -> None:
+def print_summary(folder: Path) -> None:
     from bfsys.data.packing import staging
     from bfsys.data.storage.description import read_description, summarise
 
     print(summarise(read_description(folder)))
-    for line in filter(None, (left_out, staging.note_on_skipped(folder))):
-        print(f"  {line}")
+    if note := staging.note_on_skipped(folder):
+        print(f"  {note}")
     print(f"to train on it, put these lines into a config:\ndata:\n  sources:\n    - path: {one_line(str(folder))}")

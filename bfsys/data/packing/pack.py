@@ -60,8 +60,9 @@ class Packing:
         return DEFAULT_VAL_SHARE if self.val_share is None else self.val_share
 
 
-def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
-    """Write the dataset, unless it exists already. Returns whether it was written, and a note on files left out.
+def pack(packing: Packing, problems: Sequence[str] = ()) -> bool:
+    """Write the dataset, unless it exists already. Returns whether it was written. Files left out are named on standard
+    error.
 
     Raises UserError with the caller's `problems` and all others.
     """
@@ -74,8 +75,7 @@ def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
     reasons = [packing.known_bad.get(one_line(file.path)) for file in listing.files]
     listing.bad += [BadFile(file.path, why) for file, why in zip(listing.files, reasons, strict=True) if why]
     listing.files = [file for file, why in zip(listing.files, reasons, strict=True) if not why]
-    left_out = left_out_note(listing.left_out)
-    if left_out:
+    if left_out := left_out_note(listing.left_out):
         print(f"{packing.src}: {left_out}", file=sys.stderr)
     if note := note_on_splits_in_classes(packing.src, listing):
         print(f"{packing.src}: note: {note}", file=sys.stderr)
@@ -93,13 +93,12 @@ def pack(packing: Packing, problems: Sequence[str] = ()) -> tuple[bool, str]:
     )
     try:
         with staging.locked(folder):
-            is_new = write(packing, jobs, listing)
+            return write(packing, jobs, listing)
     except OSError as error:  # only from writing: unreadable files are handled before
         raise UserError(
             f"{error.filename or folder}: cannot be written ({error.strerror or error}); fix this and run "
             f"the same command again; finished shards are kept"
         ) from error
-    return is_new, left_out
 
 
 def write(packing: Packing, jobs: Sequence[shard_jobs.Job], listing: Listing) -> bool:
