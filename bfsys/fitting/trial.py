@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tempfile
 import time
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from bfsys.checkpoint.files import METRICS
 from bfsys.config import load_config
 from bfsys.errors import UserError
+from bfsys.files import try_lock
 from bfsys.fitting.choice import Choice, settings_of, to_yaml
 from bfsys.fitting.request import Request
 from bfsys.json_lines import read_json_lines
@@ -19,6 +22,7 @@ from bfsys.launch.job import TrainJob
 from bfsys.launch.local import choose_ranks, run_group
 from bfsys.supervision.signals import EXIT_CODES
 
+PREFIX, LOCK = "bfsys-fit-", "lock"  # of temporary folders; a file in them
 TRIAL_STEPS = 6
 PASSED_OVER_STEPS = 2  # the first steps, which allocate memory, are not measured
 EVALUATIONS = 5  # four during the run, one for the report
@@ -50,11 +54,24 @@ class Trial:
         return self.other_s + steps * mean_step_bytes / self.bytes_per_s / SHARE_OF_TIME
 
 
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A folder that is removed at the end. Those of killed processes are removed first; a lock tells that a process
+    still runs."""
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError), open(left / LOCK, "rb") as file:  # another user's, or just being made
+            if try_lock(file):
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder, open(Path(folder) / LOCK, "wb") as file:
+        try_lock(file)
+        yield folder
+
+
 def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Trial | int:
     """Train TRIAL_STEPS in a temporary run. Returns an exit code if a signal ended it."""
     began_s = time.monotonic()
     print(f"measuring   {TRIAL_STEPS} steps on {choice.machine.describe()}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="bfsys-fit-") as folder:
+    with temporary_folder() as folder:
         file = Path(folder) / "trial.yaml"
         settings = settings_of(choice, str(Path(data).absolute()), str(Path(eval_data).absolute()), TRIAL_STEPS, 0)
         file.write_text(to_yaml(settings, []), encoding="utf-8")

@@ -81,6 +81,18 @@ def test_class_names_are_stored_in_normal_form(tmp_path):
     assert read_description(listed)["classes"] == ["Müller"]
 
 
+def test_blanks_around_class_names_are_not_stored(tmp_path):
+    src = make_files(tmp_path / "src", {"cat /a": b"1", " dog/a": b"2"})
+    assert contents(pack(src, tmp_path, "--split", "train")) == {
+        "cat/a": ("train", "cat", b"1"),
+        "dog/a": ("train", "dog", b"2"),
+    }
+    (tmp_path / "list.tsv").write_text("src/cat /a\tcat \n")
+    listed = pack(tmp_path / "list.tsv", tmp_path, "--from", "filelist", "--split", "train", name="listed")
+    assert read_description(listed)["classes"] == ["cat"]
+    assert "class ' ' has no visible characters" in problems_of(make_files(tmp_path / "in", {" /a": b"1"}), tmp_path)
+
+
 def test_classes_without_training_files_are_named(tmp_path, capsys):
     files = {"train/cat/a": b"1", "val/cat/a": b"2", "val/dog/a": b"3", "val/fox/a": b"4"}
     pack(make_files(tmp_path / "src", files), tmp_path)

@@ -231,6 +231,8 @@ def _wrong_class(name: str) -> str:
         if sys.getfilesystemencoding() != "utf-8" and any("\ud800" <= c <= "\udfff" for c in name):
             return f"class {name!r}: the locale of this shell is not UTF-8; run the command with PYTHONUTF8=1"
         return f"class {name!r} has characters that cannot be printed; rename it"
+    if not name.strip():
+        return f"class {name!r} has no visible characters; rename it"
     if "/" in name or SKIPPED_BY_WEBDATASET.fullmatch(name.replace(".", "_")):
         rule = "a class must not contain a /, or begin and end with __ (a dot counts as _), which WebDataset skips"
         return f"class {name!r}: {rule}"

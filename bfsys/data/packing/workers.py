@@ -9,6 +9,7 @@ as a whole and does not say which of its processes died first.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,7 @@ def write_jobs(jobs: Sequence[Job], count: int, skip_bad: bool) -> Iterator[Outc
 
 def _work(connection: Connection, position: c_long, skip_bad: bool) -> None:
     _exit_with_parent()
+    _silence_codecs()
     while True:
         try:
             job, fatal = connection.recv()
@@ -141,6 +143,14 @@ def _work(connection: Connection, position: c_long, skip_bad: bool) -> None:
         except (OSError, UserError) as error:
             result = error
         connection.send(result)
+
+
+def _silence_codecs() -> None:
+    """Discard what libraries print on standard error: lines of libtiff and libmpg123 name no file, and there may be one
+    per row of a picture. Python's own output stays."""
+    sys.stderr = os.fdopen(os.dup(2), "w", errors="backslashreplace", buffering=1)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 2)
 
 
 def _exit_with_parent() -> None:

@@ -1,6 +1,7 @@
 """Names of classes: their stored form, names that are too similar, and notes about classes without files.
 
 Names are stored in Unicode normal form C, because a Mac and Linux may store one name in two forms that look the same.
+Blanks around them, which nobody sees, are not stored.
 """
 
 import unicodedata
@@ -20,7 +21,7 @@ class Spelling:
 
 
 def stored_name(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
+    return unicodedata.normalize("NFC", name).strip()
 
 
 def too_alike(spellings: Mapping[str, Spelling]) -> list[str]:

@@ -2,13 +2,16 @@
 
 import errno
 import faulthandler
+import io
 import multiprocessing
 import os
 import signal
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from bfsys.data.media.encodings import reencode
+from bfsys.data.media.encodings import Fitting, parse_encoding, reencode
 from bfsys.data.packing import shard_jobs, workers
 from bfsys.errors import UserError
 from tests.commands.packing_helpers import contents, make_files, pack, png_bytes, problems_of
@@ -135,3 +138,14 @@ def test_processes_that_cannot_be_started_are_not_taken_for_a_disk_that_cannot_b
     start = f"a process that writes shards (--workers 3) cannot be started: {os.strerror(number)}; {remedy}"
     assert str(error.value).startswith(start)
     assert error.value.exit_code == code
+
+
+def test_lines_of_libraries_that_name_no_file_are_not_printed(tmp_path, capfd):
+    """libtiff prints a line for each row of a damaged fax."""
+    pixels = np.random.default_rng(0).integers(0, 2, (64, 64), dtype=np.uint8)
+    Image.fromarray(255 * pixels).convert("1").save(file := io.BytesIO(), "TIFF", compression="group4")
+    damaged = file.getvalue()[:200] + b"\xff" * 60 + file.getvalue()[260:]
+    pack(make_files(tmp_path / "src", {"a/x.tif": damaged, "b/y.tif": damaged}), tmp_path, *PNG)
+    assert capfd.readouterr().err == ""
+    reencode(damaged, parse_encoding("png"), Fitting())
+    assert "Bad code word" in capfd.readouterr().err  # shows that the check above can fail
