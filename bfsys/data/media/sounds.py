@@ -323,13 +323,16 @@ def _with_magic(data: bytes) -> bytes:
 def _readable_to_the_end(data: bytes, announced: Announced | None) -> bytes:
     """The file. A length of 0, which means unknown, is replaced so that libsndfile reads to the end.
 
-    An MP3 with tags after the announced bytes gets a length that includes them. Otherwise libmpg123 prints a warning
-    that names no file.
+    What follows the samples of a W64 or NIST SPHERE file is removed, since libsndfile would decode it as samples. An
+    MP3 with tags after the announced bytes gets a length that includes them. Otherwise libmpg123 prints a warning that
+    names no file.
     """
     if announced and announced.at and announced.start + announced.size < len(data):
         is_tagged = data[-128:-125] == b"TAG"  # libmpg123 recognises this tag of 128 bytes
         size = len(data) - announced.start - 128 * is_tagged
         return data[: announced.at] + struct.pack(">I", size) + data[announced.at + 4 :]
+    if announced and 0 < announced.size < UNKNOWN_BYTES and data[:4] in (b"riff", b"NIST"):
+        return data[: announced.start + announced.size]
     if not announced or announced.size or len(data) - announced.start < 8:
         return data
     if data[:4] in (b".snd", b"dns."):

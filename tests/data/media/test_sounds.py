@@ -195,6 +195,11 @@ def test_tags_before_a_sound_cost_no_sample(kind):
         assert size_of_tags(tags + sound(*kind)) == len(tags)
 
 
+@pytest.mark.parametrize("format", ["W64", "NIST", "WAV", "AIFF", "AU", "CAF"])
+def test_what_follows_the_samples_is_not_decoded(format):
+    assert np.array_equal(decode_audio(sound(format) + b"more" * 99).wave, decode_audio(sound(format)).wave)
+
+
 def test_errors_on_files_that_are_not_sounds_contain_no_object_address():
     without_channels, of_too_many = (patched(sound(), 22, channels) for channels in (b"\0\0", b"\xff\xff"))
     for content in (b"", b"no sound", b"RIFF\0\0\0\0WAVE", without_channels, of_too_many):
