@@ -230,7 +230,7 @@ def test_a_relative_source_that_is_missing_says_where_it_was_looked_for(tmp_path
 def test_source_is_missing_or_a_file(tmp_path):
     assert "none: there is no such file or folder" in problems_of(tmp_path / "none", tmp_path)
     (tmp_path / "file").write_text("")
-    assert "file: is not a folder; for a list of files, give --from filelist" in problems_of(
+    assert "file: is not a folder; unpack it if it is an archive; for a list of files, give" in problems_of(
         tmp_path / "file", tmp_path
     )
 
@@ -247,6 +247,7 @@ def test_speech_commands_with_a_list_that_does_not_fit(tmp_path):
         (b"", "list.tsv: the list is empty"),
         (b"\xff\xfe", "list.tsv: the list is empty"),
         (b"\xff\xfea", "list.tsv: the list cannot be read ('utf-16-le' codec can't decode byte 0x61"),
+        (b"PK\3\4\xe9", "an archive must be unpacked into a folder"),
         (b"caf\xe9\tcat", "list.tsv: the list cannot be read ('utf-8' codec can't decode byte 0xe9"),
         ("a\tcat".encode("utf-16-le"), "position 1: a NUL, as in UTF-16 without a byte order mark"),
         (b"a.jpg cat", "list.tsv, line 1: got 1 column, need path<TAB>class"),

@@ -138,7 +138,8 @@ def list_filelist(src: Path, split: str | None) -> Listing:
         lines = _lines_of(src)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        listing.problems.append(f"{src}: the list cannot be read ({reason}); it must be a text file in UTF-8")
+        remedy = "a list is a text file in UTF-8, and an archive must be unpacked into a folder"
+        listing.problems.append(f"{src}: the list cannot be read ({reason}); {remedy}")
         return listing
     columns, wrong_lines = 0, []
     lines_of: dict[str, dict[str, int]] = defaultdict(dict)  # the first line of a path in each split

@@ -135,7 +135,8 @@ def list_source(packing: Packing) -> Listing:
     if packing.layout == "filelist":
         return list_filelist(packing.src, packing.split)
     if not packing.src.is_dir():
-        return Listing(problems=[f"{packing.src}: is not a folder; for a list of files, give --from filelist"])
+        remedy = "unpack it if it is an archive; for a list of files, give --from filelist"
+        return Listing(problems=[f"{packing.src}: is not a folder; {remedy}"])
     if packing.layout == "speech_commands":
         return list_speech_commands(packing.src)
     return list_tree(packing.src, packing.subdir, packing.split, split_folders=packing.layout == "imagefolder")
