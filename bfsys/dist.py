@@ -5,6 +5,7 @@ Before ranks form a process group, they meet at an address (rendezvous.py).
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import pickle
@@ -24,6 +25,7 @@ from bfsys.rendezvous import (
     MOST_RANKS_ALL_CONNECTED,
     check_loopback,
     check_open_files,
+    check_threads,
     first_line,
     meet,
     store_of_all,
@@ -68,6 +70,7 @@ def start(ranks: Ranks, timeout_s: int) -> None:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)  # read when NCCL starts
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+    check_threads(1, torch.get_num_threads())
     # DeepSpeed uses LOCAL_RANK as the number of the GPU.
     local = ranks.local_rank if device.index is None else device.index
     for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world_size), ("LOCAL_RANK", local)):
@@ -90,6 +93,8 @@ def start(ranks: Ranks, timeout_s: int) -> None:
             device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:
+        if str(error) == os.strerror(errno.EAGAIN):  # a thread cannot be started
+            raise
         if device.type == "cpu" and "GLOO_SOCKET_IFNAME" not in os.environ:  # gloo has tried the loopback interface
             check_loopback("127.0.0.1")
         raise UserError(

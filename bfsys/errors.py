@@ -293,10 +293,10 @@ def exit_code_of(main: Callable[[], int | None], stopped_by: Sequence[int] = (si
     except BaseException as error:
         if received:  # PyTorch drops a KeyboardInterrupt while it imports NumPy, and then fails without NumPy
             return stopped()
-        if isinstance(error, RuntimeError) and str(error) == NO_THREAD:
+        # Gloo raises RuntimeError with the system's text.
+        if isinstance(error, RuntimeError) and str(error) in (NO_THREAD, os.strerror(errno.EAGAIN)):
             print(f"error: a thread cannot be started; {TO_START_MORE}", file=sys.stderr)
             return EXIT_CRASHED
-        # Gloo raises RuntimeError
         too_many = next((t for t in map(os.strerror, (errno.EMFILE, errno.ENFILE)) if t in str(error)), None)
         if too_many is None or not isinstance(error, OSError | RuntimeError):
             traceback.print_exc()

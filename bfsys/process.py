@@ -8,6 +8,7 @@ import pwd
 import re
 import resource
 import signal
+import threading
 from contextlib import suppress
 from importlib import metadata
 
@@ -56,6 +57,22 @@ def set_name(name: bytes) -> None:
 def open_files_limit() -> int:
     """The number of files that this process may have open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def threads_that_start(wanted: int) -> int:
+    """The number of further threads that can be started, at most `wanted`. They are started and ended, because the
+    limit may be that of a user, of a container, or of a group of processes that contains it."""
+    may_end = threading.Event()
+    started: list[threading.Thread] = []
+    with suppress(RuntimeError):  # from Python, if a thread cannot be started
+        while len(started) < wanted:
+            thread = threading.Thread(target=may_end.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    may_end.set()
+    for thread in started:
+        thread.join()
+    return len(started)
 
 
 def outdated_packages() -> list[str]:

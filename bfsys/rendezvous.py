@@ -16,8 +16,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from bfsys.errors import EXIT_CRASHED, UserError, remedy_of
-from bfsys.process import open_files_limit
+from bfsys.errors import EXIT_CRASHED, TO_START_MORE, UserError, remedy_of
+from bfsys.process import open_files_limit, threads_that_start
 from bfsys.ranks import Ranks, env_number
 
 # Ranks that do not join within this time are reported, while the others keep waiting.
@@ -30,6 +30,10 @@ MOST_RANKS_ALL_CONNECTED = 64
 # Open files of a rank, without its connections to others. With fewer, libraries fail with messages of their own, which
 # often do not name the cause.
 LEAST_OPEN_FILES = 64
+# Threads and processes that a rank on a CPU starts: those of PyTorch, DeepSpeed and the checkpoint writer, and for each
+# thread that computes, one of the forward and one of the backward pass. With fewer, libraries hang, or fail with
+# messages of their own.
+LEAST_THREADS = 6
 
 
 def check_open_files(world_size: int) -> None:
@@ -37,6 +41,18 @@ def check_open_files(world_size: int) -> None:
     if limit < needed:
         raise UserError(
             f"a rank may have {limit:,} open files, and needs {needed:,} at least; {remedy_of(errno.EMFILE)}"
+        )
+
+
+def check_threads(ranks: int, computing: int) -> None:
+    """Raise UserError if the system does not allow the threads that ranks of this process need at least, each with
+    `computing` threads that compute."""
+    needed = ranks * (LEAST_THREADS + 2 * computing)
+    if (possible := threads_that_start(needed)) < needed:
+        raise UserError(
+            f"training needs at least {needed:,} more processes and threads, and the system allows {possible:,} more; "
+            f"{TO_START_MORE}",
+            exit_code=EXIT_CRASHED,
         )
 
 

@@ -243,6 +243,17 @@ def test_too_few_open_files_are_named_with_the_remedy(
         dist.start(dist.Ranks(0, ranks, 0, ranks), timeout_s=1)
 
 
+@pytest.mark.parametrize(("threads", "needed"), [("1", 8), ("4", 14)])
+def test_too_few_threads_are_named_with_the_remedy(
+    threads: str, needed: int, launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: int(threads))
+    monkeypatch.setattr(rendezvous, "threads_that_start", lambda wanted: 5)
+    with pytest.raises(UserError, match=rf"{needed} more processes and threads.* allows 5 more; raise .*pids.max"):
+        dist.start(dist.Ranks(), timeout_s=1)
+
+
 def test_a_process_on_its_own_agrees_with_itself() -> None:
     assert dist.agree_on_max(3, 1) == (3, 1)
     assert dist.broadcast_from_rank0("x") == "x"

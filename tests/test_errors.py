@@ -263,6 +263,7 @@ def test_a_problem_is_one_line_whatever_a_file_is_called(capsys: pytest.CaptureF
             "enough memory: DefaultCPUAllocator: can't",
         ),
         (RuntimeError("can't start new thread"), 1, "error: a thread cannot be started; raise the limit of processes"),
+        (RuntimeError(os.strerror(errno.EAGAIN)), 1, "error: a thread cannot be started; raise the limit of processes"),
         (MemoryError("Unable to allocate 3 GiB"), 1, "error: there is not enough memory: Unable to allocate 3 GiB\n"),
     ],
 )

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(limits: tuple[int
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
     process.prepare()
     assert process.open_files_limit() == limits[1] > 64
+
+
+def test_threads_are_counted_up_to_the_limit_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    really_start, possible = threading._start_new_thread, iter(range(3))  # type: ignore[attr-defined]
+
+    def start(*arguments: object) -> int:
+        if next(possible, None) is None:
+            raise RuntimeError("can't start new thread")
+        return really_start(*arguments)
+
+    before = threading.active_count()
+    assert process.threads_that_start(2) == 2
+    monkeypatch.setattr(threading, "_start_new_thread", start)
+    assert process.threads_that_start(5) == 3
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(("has_entry", "name"), [(False, "uid-12345"), (True, None)])

@@ -51,6 +51,7 @@ from bfsys.launch.processes import Process, fork_rank, import_what_ranks_need, s
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, end_of, newest_step
 from bfsys.locations import hide_in
 from bfsys.ranks import gpu_count
+from bfsys.rendezvous import check_threads
 from bfsys.run_dir import hold_directory
 from bfsys.supervision.goodput import STARTED
 from bfsys.supervision.run_end import how_it_ended, note_end
@@ -339,6 +340,7 @@ def launch(
         dry_run(config, ranks, with_data=True)
         print(f"command     {hide_in(shlex.join(job.command()))}, {ranks} times; logs in {log_dir}")
         return 0
+    check_threads(ranks, computing=1)
     os.environ[STARTED] = str(psutil.Process().create_time())
 
     def start() -> int:

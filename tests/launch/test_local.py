@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from bfsys import run_dir
+from bfsys import rendezvous, run_dir
 from bfsys.cli import call
 from bfsys.config import load_config
 from bfsys.errors import EXIT_NO_PROGRESS, EXIT_STORAGE, UserError
@@ -314,6 +314,15 @@ def test_a_start_after_a_killed_rank_uses_fewer_ranks_of_the_range(config_file, 
         assert local.launch(load_config(config_file), config_file, (), local.parse_ranks(asked), is_dry_run=False) == 0
         assert started == ranks
     assert "ranks: 2 on the CPU" in capfd.readouterr().out
+
+
+def test_too_few_threads_for_all_ranks_are_an_error_before_the_first_start(config_file, monkeypatch):
+    monkeypatch.setattr(rendezvous, "threads_that_start", lambda wanted: min(wanted, 12))
+    monkeypatch.setattr(local, "run_group", lambda job, ranks, log_dir: 0)
+    config = load_config(config_file)
+    assert local.launch(config, config_file, (), range(1, 2), is_dry_run=False) == 0
+    with pytest.raises(UserError, match=r"at least 16 more processes and threads.* allows 12 more; raise .*pids.max"):
+        local.launch(config, config_file, (), range(2, 3), is_dry_run=False)
 
 
 def test_dry_run_starts_nothing(config_file, tmp_path, capsys):

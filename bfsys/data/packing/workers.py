@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from bfsys.data.media.encodings import parse_encoding
 from bfsys.data.packing.shard_jobs import Job, Outcome, write_job
 from bfsys.data.packing.staging import remove_temporary
-from bfsys.errors import UserError, cannot_start
+from bfsys.errors import TO_START_MORE, UserError, cannot_start
 
 # Spawned, not forked: a forked process may hang if its parent has threads (here the progress bar's).
 CONTEXT = multiprocessing.get_context("spawn")
@@ -130,7 +130,11 @@ def write_jobs(jobs: Sequence[Job], count: int, skip_bad: bool) -> Iterator[Outc
 
 
 def _work(connection: Connection, position: c_long, skip_bad: bool) -> None:
-    _exit_with_parent()
+    try:
+        _exit_with_parent()
+    except RuntimeError:  # from Python, if a thread cannot be started
+        connection.send(UserError(f"a thread of a process that writes shards cannot be started; {TO_START_MORE}"))
+        return
     _silence_codecs()
     while True:
         try:

@@ -55,6 +55,15 @@ def test_files_that_abort_the_codec_are_bad_files(src, tmp_path, count):
     assert len((dataset / "skipped.txt").read_text().splitlines()) == 3
 
 
+def test_a_process_that_cannot_start_its_thread_says_so(src, tmp_path, monkeypatch):
+    def refuse():
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(workers, "_exit_with_parent", refuse)
+    message = problems_of(src, tmp_path, *PNG, "--workers", "2")
+    assert "a thread of a process that writes shards cannot be started; raise the limit of processes" in message
+
+
 def test_a_single_shard_is_decoded_in_a_process_of_its_own(src, tmp_path):
     make_files(src, {"a/x.png": b"abort"})
     dataset = pack(src, tmp_path, "--split", "train", "--encoding", "png", "--skip-bad")
