@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 
 from bfsys import console
@@ -36,9 +37,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.dry_run:
         console.go_on_without()  # a closed console must not stop training
         # Until training installs its handlers, these signals kill a rank: it has nothing to save or to remove, and it
-        # may be waiting for other ranks, where Python does not react.
+        # may be waiting for other ranks, where Python does not react. The kernel kills no process 1, such as that of a
+        # container, by a signal that has no handler.
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if signal.getsignal(number) != signal.SIG_IGN and os.getpid() != 1:
                 signal.signal(number, signal.SIG_DFL)
     ranks = Ranks()
     try:
