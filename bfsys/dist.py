@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bfsys.errors import EXIT_CRASHED, UserError, code_of
+from bfsys.process import usable_cores
 from bfsys.ranks import Ranks
 from bfsys.rendezvous import (
     MOST_RANKS_ALL_CONNECTED,
@@ -69,7 +70,7 @@ def start(ranks: Ranks, timeout_s: int) -> None:
         torch.set_num_threads(min(torch.get_num_threads(), THREADS_BESIDE_A_GPU))
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)  # read when NCCL starts
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+        torch.set_num_threads(max(1, usable_cores() // ranks.local_world_size))
     check_threads(1, torch.get_num_threads())
     # DeepSpeed uses LOCAL_RANK as the number of the GPU.
     local = ranks.local_rank if device.index is None else device.index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import pwd
 import re
@@ -11,11 +12,13 @@ import signal
 import threading
 from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 
 # The oldest releases that work, as in setup.cfg. pip checks them when it installs bfsys, but a container may have other
 # versions, and installing another package may replace them.
 OLDEST = {"torch": "2.11", "pydantic": "2.6", "deepspeed": "0.19.8"}
 
+CGROUP = Path("/sys/fs/cgroup")  # of the container; outside containers, quotas are rare
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: not much is safe between fork and exec
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD}
@@ -57,6 +60,23 @@ def set_name(name: bytes) -> None:
 def open_files_limit() -> int:
     """The number of files that this process may have open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: those of its affinity, or fewer if it is in a container with a quota of CPU
+    time (docker run --cpus, resources.limits of Kubernetes). With more threads than that, all of them wait for most of
+    each period."""
+    return math.ceil(min(len(os.sched_getaffinity(0)), _quota_of_cores()))
+
+
+def _quota_of_cores() -> float:
+    with suppress(OSError, ValueError):
+        limit, period = (CGROUP / "cpu.max").read_text().split()
+        return float(limit) / float(period) if limit != "max" else math.inf
+    with suppress(OSError, ValueError):  # version 1 of cgroups: -1 if there is no quota
+        limit, period = ((CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return float(limit) / float(period) if float(limit) > 0 else math.inf
+    return math.inf
 
 
 def threads_that_start(wanted: int) -> int:

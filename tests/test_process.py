@@ -52,6 +52,30 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(limits: tuple[int
     assert process.open_files_limit() == limits[1] > 64
 
 
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "1000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, 6),
+        ({"cpu.max": "900000 100000\n"}, 6),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 6),
+        ({"cpu.max": "?"}, 6),
+        ({}, 6),
+    ],
+)
+def test_a_quota_of_cpu_time_limits_the_cores(
+    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(process, "CGROUP", tmp_path)
+    assert process.usable_cores() == cores
+
+
 def test_threads_are_counted_up_to_the_limit_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     really_start, possible = threading._start_new_thread, iter(range(3))  # type: ignore[attr-defined]
 

@@ -41,6 +41,7 @@ from bfsys.errors import UserError
 from bfsys.files import begins_with, describe, read_regular, replace_by_copy
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import EMA
+from bfsys.process import usable_cores
 
 
 def resume(
@@ -267,6 +268,8 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
         except (OSError, UserError):
             if path.exists() or path == run:
                 raise  # otherwise training has pruned it meanwhile, and there is a newer one
+    if torch.get_num_threads() > usable_cores():  # PyTorch does not know the quota of a container
+        torch.set_num_threads(usable_cores())
     model = ByteFormer(config.model.architecture(), len(manifest["classes"]), config.model.mode).float()
     try:
         model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(CONTENT_HEAD)})

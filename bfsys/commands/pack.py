@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from bfsys import console
 from bfsys.commands.arguments import add_encoding, local_path, read_encoding
 from bfsys.errors import one_line
+from bfsys.process import usable_cores
 
 if TYPE_CHECKING:
     from bfsys.data.packing.pack import Packing
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         if args.max_file_bytes is None
         else read_size("--max-file-bytes", args.max_file_bytes, problems),
         skip_bad=args.skip_bad,
-        workers=args.workers or len(os.sched_getaffinity(0)),
+        workers=args.workers or usable_cores(),
         seed=args.seed,
     )
     problems += option_problems(args, packing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -23,6 +22,7 @@ from bfsys.files import read_regular, replace_file
 from bfsys.fitting.choice import Choice, Format
 from bfsys.fitting.request import Request
 from bfsys.fitting.survey import Survey, survey_of
+from bfsys.process import usable_cores
 
 SHARD_BYTES = 100_000_000
 FITTED = "fitted"  # extension of the file beside a dataset that names its source folder
@@ -167,6 +167,6 @@ def packing_of(request: Request, form: Format) -> Packing:
         shard_bytes=SHARD_BYTES,
         max_file_bytes=None,
         skip_bad=request.skip_bad,
-        workers=len(os.sched_getaffinity(0)),
+        workers=usable_cores(),
         seed=0,
     )

@@ -50,6 +50,7 @@ from bfsys.launch.job import TrainJob, free_port, rank_variables
 from bfsys.launch.processes import Process, fork_rank, import_what_ranks_need, start_program
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, end_of, newest_step
 from bfsys.locations import hide_in
+from bfsys.process import usable_cores
 from bfsys.ranks import gpu_count
 from bfsys.rendezvous import check_threads
 from bfsys.run_dir import hold_directory
@@ -285,7 +286,7 @@ def choose_ranks(lanes: int, asked: range | None, at_once: int = 1) -> int:
     """Return the requested number of ranks. From a range, and by default, choose the largest number that the GPUs or
     cores allow and that divides the lanes. Concurrent runs share the GPUs or cores equally. Raises UserError."""
     gpus = gpu_count()
-    each = len(share_of(range(gpus or len(os.sched_getaffinity(0))), 0, at_once))
+    each = len(share_of(range(gpus or usable_cores()), 0, at_once))
     there = counted(each, "GPU" if gpus else "core")
     if asked is None:
         return fitting(lanes, range(1, each + 1))[-1]

@@ -68,3 +68,16 @@ def test_a_model_that_has_not_trained_is_noted(finished_run: Path, tmp_path: Pat
     loading.load_model(copy)
     noted = "no training step is saved yet, so the weights are the initial ones"
     assert capsys.readouterr().err == f"note: {paths[0]}: {noted}\n"
+
+
+def test_a_loaded_model_uses_no_more_threads_than_the_quota(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        monkeypatch.setattr(loading, "usable_cores", lambda: 2)
+        loading.load_model(finished_run)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -279,7 +279,7 @@ def test_a_killed_launcher_leaves_no_ranks(make_job, tmp_path):
 
 
 def test_choice_of_ranks(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(local, "usable_cores", lambda: 6)
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert [local.choose_ranks(lanes, None) for lanes in (1, 4, 9, 12, 64)] == [1, 4, 3, 6, 4]
@@ -294,7 +294,7 @@ def test_choice_of_ranks(monkeypatch):
 
 
 def test_a_start_after_a_killed_rank_uses_fewer_ranks_of_the_range(config_file, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(local, "usable_cores", lambda: 6)
     monkeypatch.setattr(local.time, "sleep", lambda s: None)
     codes, started = [], []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -125,7 +124,7 @@ def test_runs_at_once_share_gpus_or_cores(monkeypatch):
     shares = [[local.share_of(range(8), slot, at_once) for slot in range(at_once)] for at_once in (1, 2, 3)]
     assert shares == [[[*range(8)]], [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1], [2, 3], [4, 5]]]
     assert [local.share_of("ab", slot, 3) for slot in range(3)] == [["a"], ["b"], ["a"]]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(local, "usable_cores", lambda: 6)
     assert [local.choose_ranks(64, None, at_once) for at_once in (1, 2, 3, 12)] == [4, 2, 2, 1]
     monkeypatch.delenv("DS_ACCELERATOR")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

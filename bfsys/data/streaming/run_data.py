@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -38,6 +37,7 @@ from bfsys.data.streaming.reader import ShardReader
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, counted
 from bfsys.out_of_distribution import FEWEST, FILES, ReferenceFiles, reference_files
+from bfsys.process import usable_cores
 
 FIRST_STEPS = 20  # the plan balances lengths, so later steps are similar
 
@@ -133,7 +133,7 @@ class RunData:
     @cached_property
     def notes(self) -> list[str]:
         """Warnings about the data and about loading them on this machine, one line each."""
-        workers, cores = self.config.data.workers, len(os.sched_getaffinity(0))
+        workers, cores = self.config.data.workers, usable_cores()
         if workers <= cores:
             return self.notes_on_content
         return [
