@@ -72,8 +72,8 @@ class Growth:
 
 
 def can_start(nodes: int, job: dict[str, str]) -> bool:
-    """Whether SLURM would start a job like this one on `nodes` nodes at once, while no other job of its partition waits
-    for nodes. SLURM checks constraints, GPUs, reservations and exclusions."""
+    """Whether SLURM would start a job like this one on `nodes` other nodes at once, while no other job of its partition
+    waits for nodes. SLURM checks constraints, GPUs, reservations and exclusions."""
     if not (job.get("Command") and job.get("Partition")):
         return False
     waiting = ask("squeue", "--noheader", "--states=PENDING", f"--partition={job['Partition']}", "--format=%r")
@@ -81,7 +81,12 @@ def can_start(nodes: int, job: dict[str, str]) -> bool:
         return False
     # With the other variables, sbatch would use the number of tasks of this job for the tested job.
     env = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith("SLURM_")}
-    answer = ask("sbatch", "--test-only", "--dependency=", f"--nodes={nodes}", job["Command"], env=env)
+    # Jobs may share nodes, so SLURM could start the tested job on the nodes that this job has. The requeued job would
+    # come back on the same number of nodes, again and again.
+    exclude = ",".join(job[key] for key in ("NodeList", "ExcNodeList") if job.get(key, "(null)") != "(null)")
+    answer = ask(
+        "sbatch", "--test-only", "--dependency=", f"--nodes={nodes}", f"--exclude={exclude}", job["Command"], env=env
+    )
     starts = re.search(r"to start at (\S+)", answer.output + answer.errors)
     if not answer.is_good or not starts:
         return False

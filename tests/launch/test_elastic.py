@@ -17,7 +17,7 @@ from bfsys.launch import elastic, local
 from tests.launch.test_requeue import save
 
 LANES = st.integers(1, 256)
-JOB = {"Command": "/job.sh", "Partition": "batch"}
+JOB = {"Command": "/job.sh", "Partition": "batch", "NodeList": "n[1-2]", "ExcNodeList": "(null)"}
 
 
 @given(LANES, st.integers(1, 40), st.integers(0, 40), st.integers(1, 8))
@@ -82,7 +82,8 @@ def starts_in(seconds: float) -> str:
 
 
 def test_nodes_are_free_if_slurm_would_start_a_job_on_them_and_no_job_waits(slurm_says) -> None:
-    slurm_says(sbatch=f'[ "$*" = "--test-only --dependency= --nodes=3 /job.sh" ] && {starts_in(0)}', squeue="")
+    asked = "--test-only --dependency= --nodes=3 --exclude=n[1-2] /job.sh"
+    slurm_says(sbatch=f'[ "$*" = "{asked}" ] && {starts_in(0)}', squeue="")
     assert elastic.can_start(3, JOB)
     assert not elastic.can_start(2, JOB)  # sbatch above refuses it
     assert not elastic.can_start(3, {})  # SLURM does not answer
@@ -95,6 +96,11 @@ def test_nodes_are_free_if_slurm_would_start_a_job_on_them_and_no_job_waits(slur
     assert not elastic.can_start(3, JOB)
     slurm_says(squeue="exit 1", sbatch=starts_in(0))
     assert not elastic.can_start(3, JOB)
+
+
+def test_nodes_of_the_job_itself_and_nodes_that_the_user_excludes_are_not_free(slurm_says) -> None:
+    slurm_says(sbatch=f"""[ "$4" = "--exclude=n[1-2],n7" ] && {starts_in(0)}""", squeue="")
+    assert elastic.can_start(1, {**JOB, "ExcNodeList": "n7"})
 
 
 def test_a_users_choice_of_shown_jobs_hides_none_that_waits(slurm_says, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,6 +284,15 @@ def test_an_elastic_job_continues_with_fewer_nodes_and_grows_when_they_are_back(
     assert read_seconds(job.run)["restart"] > 0
 
 
+def test_an_elastic_job_does_not_grow_while_too_few_other_nodes_are_free(submit, undisturbed):
+    nodes = subprocess.check_output(["sinfo", "--noheader", "--Node", "--format=%N"], text=True).split()
+    others = sorted(set(nodes))[3:]  # with three nodes, the job trains on two, and only one other node is free
+    job = submit(f"--nodes 2-4 --grow-every 0.05 --exclude '{','.join(others)}'")
+    assert_finished(job, undisturbed)
+    assert "training takes 2 " in job.said()
+    assert job.starts == 1
+
+
 def test_a_stopped_job_saves_and_stays_away_until_it_is_submitted_again_on_other_nodes(submit, undisturbed):
     job = submit("")
     job.wait_for_step(30)
