@@ -320,8 +320,8 @@ class Train:
     """Seconds without progress after which a run counts as hung. The watchdog then ends it, and launchers restart it.
     0: a minute, or ten times the longest interval so far if that is longer."""
     collective_timeout_s: Count = 600
-    """Timeout of collectives, which are operations that all ranks make together. It is also the watchdog's limit while
-    a run starts, saves or evaluates."""
+    """Timeout of collectives, which are operations that all ranks make together, until the watchdog watches them. It
+    is also the watchdog's limit while a run starts, saves or evaluates."""
 
 
 # Values that a recipe sets if the config does not. The recommended recipe learns faster from few files

@@ -40,6 +40,7 @@ FLIGHT_RECORDER_EVENTS = "2000"
 THREADS_BESIDE_A_GPU = 4
 # With 1, gloo connects two ranks at their first exchange; otherwise it connects all ranks at the start.
 CONNECT_ON_DEMAND = "TORCH_GLOO_LAZY_INIT"
+STOP_LIMIT = timedelta(minutes=1)
 # Messages of gloo and NCCL when a peer has ended. Their other errors are network errors or timeouts.
 LOST_CONNECTION = (
     "Connection closed by peer",
@@ -56,8 +57,8 @@ class AgreedError(UserError):
 
 
 def start(ranks: Ranks, timeout_s: int) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. `timeout_s` is the timeout of every collective, and of the
-    wait for the other ranks.
+    """Join the process group: NCCL on GPUs, gloo on CPUs. `timeout_s` is the timeout of every collective until the
+    watchdog watches them, and of the wait for the other ranks.
 
     Raises UserError if the ranks cannot connect, with the exit code of a crash if a restart may help.
     """
@@ -127,14 +128,24 @@ def _check_gpus(identities: list[str]) -> None:
         raise AgreedError(*problems)
 
 
-def bound_all_groups(timeout_s: int) -> None:
-    """Set the timeout of every process group. Groups that libraries made have PyTorch's default of 30 minutes."""
+def leave_hangs_to_the_watchdog() -> None:
+    """Let collectives of every process group wait for a week, also of groups that libraries made.
+
+    The watchdog ends a hang earlier. Unlike the timeouts of PyTorch, it does not count the time during which the
+    processes were suspended (`scontrol suspend`, pre-emption with PreemptMode=SUSPEND, Ctrl-Z).
+    """
+    _set_timeout_of_groups(timedelta(days=7))
+
+
+def _set_timeout_of_groups(timeout: timedelta) -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
-        group.set_timeout(timedelta(seconds=timeout_s))
+        group.set_timeout(timeout)
 
 
 def stop() -> None:
+    """Leave the process group. The watchdog no longer watches, so this has a time limit."""
     if dist.is_initialized():
+        _set_timeout_of_groups(STOP_LIMIT)
         dist.destroy_process_group()
 
 

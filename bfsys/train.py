@@ -79,7 +79,7 @@ def train(config: Config, ranks: dist.Ranks) -> int:
             weights, taken_over = initial_weights(model, config, data.training.classes, ranks)
             notes += taken_over
         engine = Engine(model, config, ranks, micro_batches)
-        dist.bound_all_groups(config.train.collective_timeout_s)
+        dist.leave_hangs_to_the_watchdog()
         if ranks.device.type == "cuda":
             dist.same_errors_on_all(lambda: rehearse(engine, data, ranks))
         if weights:  # set in float32, since the engine has rounded the model to its precision

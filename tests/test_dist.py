@@ -191,7 +191,7 @@ from bfsys.errors import exit_code_of
 def main():
     dist.start(dist.Ranks(), timeout_s=77)
     torch.distributed.new_group()
-    dist.bound_all_groups(77)
+    dist.leave_hangs_to_the_watchdog()
     for group in torch.distributed.distributed_c10d._world.pg_map:
         print(group._get_backend(torch.device("cpu")).options._timeout)
 
@@ -199,13 +199,41 @@ dist.hard_exit(exit_code_of(main))
 """
 
 
-def test_every_group_has_the_runs_timeout_and_a_process_alone_needs_no_port(run_ranks) -> None:
+def test_every_group_leaves_hangs_to_the_watchdog_and_a_process_alone_needs_no_port(run_ranks) -> None:
     with socket.socket() as s:
         s.bind(("", 0))
         s.listen()
         port = f"import os; os.environ['MASTER_PORT'] = '{s.getsockname()[1]}'"
         (result,) = run_ranks(1, ["-c", port + ALONE])
-    assert (result.returncode, result.stdout) == (0, "0:01:17\n0:01:17\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "7 days, 0:00:00\n" * 2), result.stderr
+
+
+LATE = """
+import datetime, time, torch
+from bfsys import dist
+from bfsys.errors import exit_code_of
+from bfsys.ranks import ranks_from_environment
+
+def main():
+    ranks = ranks_from_environment()
+    dist.start(ranks, timeout_s=600)
+    dist.agree_on_max(ranks.rank)  # connects the ranks
+    for group in torch.distributed.distributed_c10d._world.pg_map:
+        group.set_timeout(datetime.timedelta(milliseconds=10))
+    dist.leave_hangs_to_the_watchdog()
+    for exchange in (dist.agree_on_max, dist.broadcast_from_rank0, lambda n: dist.all_reduce(torch.ones(n))):
+        if ranks.rank == 0:
+            time.sleep(0.1)  # as when SLURM continues the suspended nodes one after another
+        exchange(1)
+    dist.stop()
+
+dist.hard_exit(exit_code_of(main))
+"""
+
+
+def test_a_rank_that_was_suspended_for_longer_than_the_timeout_is_awaited(run_ranks) -> None:
+    for result in run_ranks(2, ["-c", LATE]):
+        assert result.returncode == 0, result.stderr
 
 
 def test_the_reason_of_a_failed_set_up_is_reported(run_ranks) -> None:
