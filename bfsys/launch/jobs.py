@@ -334,9 +334,11 @@ def stop(run_dir: Path) -> int:
         answer = ask("scancel", submitted.job)
         if not answer.is_good:
             raise UserError(f"scancel {submitted.job}: {answer.errors.strip()}")
-        done = "asked to save and to end"
+        done, end = "asked to save and to end", "cancelled before the run could save"
         if state.name in ("PENDING", "SUSPENDED"):  # SLURM does not continue a suspended job to end it
             done = "cancelled while it " + ("waited" if state.name == "PENDING" else "was suspended, so it cannot save")
-            note_end(run_dir, EXIT_STOPPED, f"job {submitted.job} was {done}")
+            end = done
+        if end == done or not how_it_ended(run_dir):  # training replaces this when it has saved
+            note_end(run_dir, EXIT_STOPPED, f"job {submitted.job} was {end}")
         print(f"job {submitted.job}: {done}; see bfsys slurm status {shlex.quote(str(run_dir))}")
     return 0

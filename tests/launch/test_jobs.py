@@ -210,6 +210,20 @@ def test_a_job_that_was_cancelled_and_could_not_save_has_not_failed(run: Path, s
     assert "job 42 was cancelled while it was suspended, so it cannot save (code 130)" in capsys.readouterr().out
 
 
+def test_a_job_that_was_stopped_during_its_start_has_not_failed(run: Path, slurm_says, capsys) -> None:
+    slurm_says(RUNNING)
+    assert call("slurm", ["stop", str(run)]) == 0
+    slurm_says("", complaint="Invalid job id specified")  # not all sites have accounting
+    assert call("slurm", ["status", str(run)]) == 0
+    assert "ended    job 42 was cancelled before the run could save (code 130)" in capsys.readouterr().out
+    slurm_says(RUNNING)
+    note_end(run, 0, "finished")  # in the meantime
+    assert call("slurm", ["stop", str(run)]) == 0
+    slurm_says("", complaint="Invalid job id specified")
+    assert call("slurm", ["status", str(run)]) == 0
+    assert "ended    finished (code 0)" in capsys.readouterr().out
+
+
 def test_a_job_that_cannot_start_by_itself(run: Path, slurm_says, capsys) -> None:
     for reason in ("JobHeldUser", "JobHeldAdmin", "launch_failed_requeued_held"):
         slurm_says(f"JobState=PENDING Reason={reason} Restarts=0")
