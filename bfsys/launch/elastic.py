@@ -20,9 +20,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from bfsys.files import read_regular, replace_file
 from bfsys.launch.restart_policy import newest_step
 from bfsys.launch.slurm_commands import ask
 
+FILE = "growth.json"  # the number of nodes from which a start was ended to grow
 ASK_EVERY_S = 60.0  # many users share the controller
 MOST = 100_000  # nodes or ranks
 SOON_S = 30.0  # a start that SLURM expects within this time does not wait for another job to end
@@ -52,10 +54,10 @@ def fitting(lanes: int, numbers: range, ranks_each: int = 1) -> list[int]:
 class Growth:
     """Decides when a running job is requeued because nodes for the next larger number that fits are free."""
 
-    def __init__(self, run_dir: Path, missing: int, every_s: float) -> None:
-        """The job lacks `missing` nodes for the next larger number. `every_s` is the shortest time between two starts,
-        in seconds."""
-        self.run_dir, self.missing, self.every_s = run_dir, missing, every_s
+    def __init__(self, run_dir: Path, used: int, larger: int, every_s: float) -> None:
+        """The job uses `used` nodes; `larger` is the next number that fits. `every_s` is the shortest time between two
+        starts, in seconds."""
+        self.run_dir, self.used, self.missing, self.every_s = run_dir, used, larger - used, every_s
         self.began, self.asked = time.monotonic(), -math.inf
         self.first_step = newest_step(run_dir)
 
@@ -68,7 +70,22 @@ class Growth:
         if newest_step(self.run_dir) == self.first_step:
             return False
         self.asked = now
-        return can_start(self.missing, facts())
+        if not can_start(self.missing, facts()):
+            return False
+        with suppress(OSError):
+            replace_file(self.run_dir / FILE, f"{self.used}\n", durable=False)
+        return True
+
+
+def has_grown_in_vain(run_dir: Path, used: int) -> bool:
+    """Whether the last start was ended to grow and this one uses no more nodes. `sbatch --test-only` does not see all
+    limits of an account or QOS, so this could happen again and again."""
+    try:
+        before = int(read_regular(run_dir / FILE))
+        (run_dir / FILE).unlink()
+    except (OSError, ValueError):
+        return False
+    return used <= before
 
 
 def can_start(nodes: int, job: dict[str, str]) -> bool:

@@ -176,6 +176,7 @@ class JobSupervisor:
 
 def forget(run_dir: Path) -> None:
     """Reset the count of restarts without progress, because a user submits the run."""
+    (run_dir / elastic.FILE).unlink(missing_ok=True)
     if step := newest_step(run_dir):
         _write_count(run_dir / FILE, step, 0)
     else:
@@ -260,8 +261,13 @@ def main(arguments: list[str]) -> int:
     if args.fit:
         used = elastic.use_nodes(args.fit)
         command.insert(1, f"--nodes={used}")
-        if args.grow_every_s and used < max(args.fit):
-            growth = elastic.Growth(run_dir, min(n for n in args.fit if n > used) - used, args.grow_every_s)
+        if elastic.has_grown_in_vain(run_dir, used):
+            print(
+                "nodes: the job came back on no more nodes, so it does not try to grow before its next start",
+                flush=True,
+            )
+        elif args.grow_every_s and used < max(args.fit):
+            growth = elastic.Growth(run_dir, used, min(n for n in args.fit if n > used), args.grow_every_s)
     return JobSupervisor(run_dir, growth).run(command)
 
 

@@ -118,7 +118,7 @@ def test_sbatch_is_not_told_of_the_job_that_asks(slurm_says, monkeypatch: pytest
 def test_a_job_grows_after_its_interval_once_it_has_saved(slurm_says, tmp_path: Path, monkeypatch) -> None:
     slurm_says(sbatch=starts_in(0), squeue="")
     save(tmp_path, 4)
-    growth = elastic.Growth(tmp_path, missing=2, every_s=100)
+    growth = elastic.Growth(tmp_path, used=2, larger=4, every_s=100)
     now = growth.began
     monkeypatch.setattr(elastic.time, "monotonic", lambda: now)
 
@@ -134,7 +134,12 @@ def test_a_job_grows_after_its_interval_once_it_has_saved(slurm_says, tmp_path: 
     assert not is_due(102)
     slurm_says(squeue="")
     assert not is_due(150)  # the last request was too recent
+    assert not elastic.has_grown_in_vain(tmp_path, used=2)
     assert is_due(170)
+    assert elastic.has_grown_in_vain(tmp_path, used=2)
+    assert not elastic.has_grown_in_vain(tmp_path, used=2)  # the start after that may try again
+    assert is_due(300)
+    assert not elastic.has_grown_in_vain(tmp_path, used=4)
 
 
 def test_a_job_takes_the_largest_number_that_it_has_and_gives_back_the_rest(

@@ -379,6 +379,11 @@ def test_an_elastic_job_has_its_tasks_stopped_when_it_can_grow(slurm: Path, monk
         wait_for(slurm / "asked")
         assert (slurm / "cancelled").read_text() == "--signal=USR2 42\n"
         assert (slurm / "asked").read_text() == "requeue 42\n"
-    finally:
         process.kill()
         process.wait()
+        process = subprocess.Popen(process.args, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        lines = [process.stdout.readline() for _ in range(2)]
+        assert "does not try to grow before its next start" in lines[1]  # it has 3 nodes again
+    finally:
+        process.kill()
+        process.communicate()
