@@ -158,9 +158,9 @@ def check_description(content: bytes) -> list[str]:
             if name in ("", ".", "..") or {"/", "\0"} & set(name)
         ]
     problems += [
-        f"splits.{split}.class_counts: its classes are not those of the dataset"
+        f"splits.{split}.class_counts: its classes are not those of the dataset, in the same order"
         for split, part in splits.items()
-        if part["class_counts"].keys() != set(classes)
+        if list(part["class_counts"]) != classes  # the index holds positions in `classes`, so their order matters
     ]
     problems += [
         f"splits.{split}.length_quantiles: has no {name!r}"

@@ -154,6 +154,10 @@ OPENING = {
         lambda p: change_description(p, classes=["cow", "pig", "hen"]),
         "splits.train.class_counts: its classes are not those of the dataset",
     ),
+    "classes in another order": (
+        lambda p: change_description(p, classes=described(p)["classes"][::-1]),
+        "splits.train.class_counts: its classes are not those of the dataset, in the same order",
+    ),
     "shard elsewhere": (
         lambda p: (p / DESCRIPTION).write_text(
             (p / DESCRIPTION).read_text().replace('"pets-train-', '"../pets-train-')
