@@ -20,7 +20,7 @@ from bfsys.locations import without_secrets
 from bfsys.micro_batches import largest_micro_batch, micro_batches_of
 from bfsys.model.byteformer import ByteFormer, parameter_count
 from bfsys.model.layout import token_counts
-from bfsys.run_dir import newest_checkpoint, run_facts
+from bfsys.run_dir import newest_checkpoint, notes_on_resume, run_facts
 
 # Tries for a remote file. There are few, since a user waits for the result and can run the command again.
 DRY_RUN_TRIES = 2
@@ -87,9 +87,10 @@ def check_copies(config: Config) -> list[str]:
 def notes_on_start(data: RunData) -> list[str]:
     """Notes on the checkpoint from which a run would resume, or on the weights that train.init_from would copy. Raises
     UserError if the run could not start."""
-    path, _ = newest_checkpoint(data.config, run_facts(data))
+    path, manifest = newest_checkpoint(data.config, run_facts(data))
     if path:
-        return [f"checkpoint  {path}: a start resumes from it, if it is intact"]
+        notes = notes_on_resume(data.config, path, manifest)
+        return [f"checkpoint  {path}: a start resumes from it, if it is intact", *notes]
     classes = data.training.classes
     with torch.device("meta"):
         model = ByteFormer(data.config.model.architecture(), len(classes), with_content=data.config.content_weight > 0)

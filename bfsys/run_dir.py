@@ -193,28 +193,31 @@ def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
     """Prepare the locked directory. Returns whether it has no checkpoint, and the changes that were made."""
     run_dir, (path, manifest) = config.run_dir, newest_checkpoint(config, facts)
     with _errors_of(run_dir):
-        notes = _notes_on_resume(config, path, manifest) if path else set_aside_earlier_run(run_dir)
+        notes = [] if path else set_aside_earlier_run(run_dir)
         # If it were made at the first hang, other nodes might not see it, since NFS caches missing names.
         (run_dir / HANGS).mkdir(exist_ok=True)
         if path and step_of(path) >= config.train.steps:
             if not (run_dir / "config.yaml").exists():  # of a checkpoint that was fetched
                 trained = typed_yaml.from_tree(Config, manifest["config"], str(path))
                 replace_file(run_dir / "config.yaml", typed_yaml.dump(trained))
-            notes += _notes_on_finished(config, step_of(path))
         else:
             replace_file(run_dir / "config.yaml", typed_yaml.dump(config))
+        if path:
+            notes = notes_on_resume(config, path, manifest)
         forget_end(run_dir)
         return path is None, notes
 
 
-def _notes_on_resume(config: Config, path: Path, manifest: dict) -> list[str]:
-    """A note if initial weights are given that the checkpoint's start did not have."""
+def notes_on_resume(config: Config, path: Path, manifest: dict) -> list[str]:
+    """Notes on settings of a start that have no effect, because the run continues from the checkpoint at `path`."""
     theirs, ours = manifest["config"]["train"].get("init_from"), config.train.init_from
-    if ours in (None, theirs):
-        return []
-    return [
+    notes = [
         f"train.init_from: {ours} has no effect, because the run continues from {path}; to start from it, give the run "
         "another name (name=…)"
+    ]
+    return [
+        *(notes if ours not in (None, theirs) else []),
+        *(_notes_on_finished(config, step_of(path)) if step_of(path) >= config.train.steps else []),
     ]
 
 

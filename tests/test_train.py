@@ -325,6 +325,10 @@ def test_a_dry_run_looks_at_the_run_directory(finished_run: Path, capsys: pytest
     config = str(finished_run / "config.yaml")
     assert call("train", [config, "--dry-run"]) == 0
     assert f"checkpoint  {newest(finished_run)}: a start resumes from it" in capsys.readouterr().out
+    assert call("train", [config, "--dry-run", "train.init_from=runs/other", "train.steps=2"]) == 0
+    said = capsys.readouterr().out
+    assert "train.init_from: runs/other has no effect" in said
+    assert "has made 120 steps, and train.steps is 2: nothing is left to train" in said
     with pytest.raises(UserError, match="model: dim was 16, is now 32"):
         call("train", [config, "--dry-run", "model.dim=32"])
     with pytest.raises(UserError, match="name too long"):
