@@ -85,6 +85,7 @@ class Saver:
         self._work, self._written_bytes = run_dir, 0
         self._pieces_checked: dict[str, list[str]] | None = None
         self._removal: threading.Thread | None = None
+        self._newest: Path | None = None  # the last checkpoint of this process; None after bad steps
         self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # shapes of the whole tensors, by state
         self._pieces: dict[str, list[str]] = {}  # names of this rank's tensors, by state
         self._process: subprocess.Popen | None = None
@@ -158,14 +159,27 @@ class Saver:
         def commit_and_prune() -> None:
             self._wait_for_removal()
             commit(self._work, final, facts, files)
-            if not is_after_bad_steps(facts):
-                paths, used = all_checkpoints(self.run_dir), self.in_use()
-                going = [retire(p) for p in to_prune(self.run_dir, paths, self.keep) if p not in (used, final)]
-                self._removal = threading.Thread(target=_remove_all, args=[going], name="removal of checkpoints")
-                self._removal.start()
+            self._newest = None if is_after_bad_steps(facts) else final
+            self._prune()
 
         dist.on_rank0(commit_and_prune, self.ranks)  # all ranks wait until the checkpoint is committed
         return final
+
+    def prune(self) -> None:
+        """Remove checkpoints that the last save had to keep, because one was in use, or the last one had no score yet;
+        collective."""
+        dist.on_rank0(self._prune, self.ranks)
+
+    def _prune(self) -> None:
+        """Remove the checkpoints that are not kept, in the background. After bad steps, none is removed."""
+        if self._newest is None:
+            return
+        with _errors_of_saving(self._newest):
+            self._wait_for_removal()
+            paths, stay = all_checkpoints(self.run_dir), (self.in_use(), self._newest)
+            going = [retire(path) for path in to_prune(self.run_dir, paths, self.keep) if path not in stay]
+            self._removal = threading.Thread(target=_remove_all, args=[going], name="removal of checkpoints")
+            self._removal.start()
 
     def _check_pieces(self) -> None:
         """Assert that the pieces of all ranks are the whole state; collective. Rank 0 does it, and only if the division

@@ -295,7 +295,9 @@ class Supervisor:
                     f"{METRICS} has the reasons",
                     exit_code=EXIT_DIVERGED,
                 )
-            return self.copies.finish(step, exit_code, self.metrics)
+            exit_code = self.copies.finish(step, exit_code, self.metrics)
+            self.saver.prune()
+            return exit_code
         finally:
             self.ledger.record_progress(step)
             self.metrics.close()
