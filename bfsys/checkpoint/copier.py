@@ -75,8 +75,11 @@ def outcome(task: dict, watch: Callable[[Store], None] = lambda store: None) -> 
 
 
 def _watch(store: Store, answer) -> None:
-    while (silent_s := time.monotonic() - store.moved) < STALL_S:
+    """Abandon the copy after STALL_S without progress. Time for which this process was stopped does not count."""
+    silent_s, moved = 0.0, store.moved
+    while silent_s < STALL_S:
         time.sleep(WATCH_S)
+        silent_s, moved = silent_s + WATCH_S if store.moved == moved else 0.0, store.moved
     answer({"problem": f"{store.url}: has not answered for {silent_s:.0f} s", "exit_code": EXIT_CRASHED})
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class Copies:
         if self._present is None:
             news, self._unsaid = self._unsaid, ""
             return news
-        if self._present.process.poll() is None:
+        if is_running(self._present.process):
             return ""
         ended, self._present = self._present, None
         news = self._take(ended.key, _answer_of(ended.process))
@@ -172,7 +173,7 @@ def fetch_newest(
             raise cannot_start("the process that fetches checkpoints", error) from None
 
     dist.on_rank0(begin, ranks)
-    while dist.agree_on_max(process is not None and process.poll() is None)[0]:
+    while dist.agree_on_max(process is not None and is_running(process))[0]:
         wait()
         time.sleep(POLL_S)
 
@@ -205,6 +206,13 @@ class Fetched(NamedTuple):
     exit_code: int
     """The exit code for the problem."""
     notes: list[str]
+
+
+def is_running(process: subprocess.Popen) -> bool:
+    """Whether a copying process has not ended. If it was stopped (SIGSTOP), it is continued, because a stopped process
+    does not notice that it makes no progress, and would be waited for without limit."""
+    process.send_signal(signal.SIGCONT)
+    return process.poll() is None
 
 
 def _start(run_dir: Path, url: str, task: dict) -> subprocess.Popen:

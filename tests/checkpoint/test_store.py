@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -181,7 +183,6 @@ def test_the_newest_is_copied_first_and_stays_on_the_disk_until_then(tmp_path: P
     saver = saving.Saver(run, ALONE, RetentionPolicy(1), in_use=lambda: copies.copying)
     saver.start(Tensors(4), {"step": 4, "updates": 4, **FACTS})
     saver.finish()
-    saver.close()
     assert [path.name for path in all_checkpoints(run)] == ["step_00000003", "step_00000004"]
     copies.offer()
     news = []
@@ -191,6 +192,9 @@ def test_the_newest_is_copied_first_and_stays_on_the_disk_until_then(tmp_path: P
     assert news == [f"checkpoints are copied to file://{tmp_path}/copies/mine"]
     assert copies.problem_of_newest() == ""
     assert Store(f"file://{tmp_path}/copies/mine").names() == ["step_00000003", "step_00000004"]
+    saver.prune()  # as at the end of the run
+    saver.close()
+    assert [path.name for path in all_checkpoints(run)] == ["step_00000004"]
 
 
 def test_a_checkpoint_holds_the_files_that_later_steps_depend_on(tmp_path: Path) -> None:
@@ -298,6 +302,24 @@ def test_a_copy_that_fails_after_a_save_is_followed_by_that_of_the_newest(tmp_pa
         copies.attend()
         time.sleep(0.01)
     assert not place.is_file()  # it was there when the first copy was tried
+    assert copies.problem_of_newest() == ""
+
+
+def test_a_copying_process_that_somebody_has_stopped_continues(tmp_path: Path, monkeypatch) -> None:
+    def start_stopped(*task) -> subprocess.Popen:
+        process = start_child(*task)
+        process.send_signal(signal.SIGSTOP)
+        return process
+
+    monkeypatch.setattr("bfsys.checkpoint.copies.start_child", start_stopped)
+    copies = Copies(tmp_path / "run", f"file://{tmp_path}/copies/mine", RetentionPolicy(2))
+    save(tmp_path / "run", 1)
+    copies.offer()
+    last = time.monotonic() + 60
+    while copies.copying and time.monotonic() < last:
+        copies.attend()
+        time.sleep(0.01)
+    copies.close()
     assert copies.problem_of_newest() == ""
 
 
