@@ -17,23 +17,27 @@ from typing import BinaryIO
 
 from bfsys import dist, typed_yaml
 from bfsys.checkpoint.copies import Wanted, fetch_newest
-from bfsys.checkpoint.files import METRICS, read_manifest, step_of
+from bfsys.checkpoint.files import LATEST, METRICS, checkpoints_dir, read_manifest, step_of
 from bfsys.checkpoint.loading import check_same_run, newest_readable
 from bfsys.checkpoint.rollbacks import FILE as ROLLBACKS
 from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError, counted
-from bfsys.files import is_named, replace_file, try_lock
+from bfsys.files import is_named, remove_unfinished, replace_file, try_lock
 from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
+from bfsys.supervision.run_end import FILE as ENDED
 from bfsys.supervision.run_end import forget_end, how_it_ended, note_end
 from bfsys.supervision.watchdog import HANGS
 
+SILENT_S = 2.0  # a longer wait for the object store is reported
 LOCK_WAIT_S = 20.0  # loader processes of a killed start hold the lock until they end
 # A file server keeps the lock of a lost node for a while (NFSv4: 90 s). In a job, a longer wait costs little, and a run
 # that ends here is not requeued. Other ranks wait for train.collective_timeout_s; rank 0 waits at most half of it.
 LOCK_WAIT_IN_JOB_S = 300.0
+CONFIG = "config.yaml"
+REPLACED = (CONFIG, METRICS, ENDED, ROLLBACKS, QUARANTINE)  # files of a run that are replaced as a whole
 
 
 def run_facts(data: RunData) -> dict:
@@ -154,10 +158,19 @@ def _fetch_newer(config: Config, facts: dict, ranks: dist.Ranks) -> list[str]:
     """
     run_dir, url = config.run_dir, config.copy_url
     path = dist.on_rank0(lambda: newest_readable(run_dir)[0], ranks)
+    began, said = time.monotonic(), not ranks.is_rank_zero
+
+    def say_once() -> None:
+        nonlocal said
+        if not said and time.monotonic() - began > SILENT_S:
+            print(f"waiting for {url}, which may hold a newer checkpoint", file=sys.stderr, flush=True)
+            said = True
+
     fetched = fetch_newest(
         Wanted(run_dir, url, after=step_of(path) if path else -1),
         ranks,
         check=lambda work: check_same_run(work, read_manifest(work), facts, origin=url),
+        wait=say_once,
     )
     if path:
         unanswered = f"{url} did not answer whether it has newer checkpoints: {fetched.problem}"
@@ -193,15 +206,17 @@ def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
     """Prepare the locked directory. Returns whether it has no checkpoint, and the changes that were made."""
     run_dir, (path, manifest) = config.run_dir, newest_checkpoint(config, facts)
     with _errors_of(run_dir):
+        remove_unfinished(run_dir, REPLACED)
+        remove_unfinished(checkpoints_dir(run_dir), [LATEST])
         notes = [] if path else set_aside_earlier_run(run_dir)
         # If it were made at the first hang, other nodes might not see it, since NFS caches missing names.
         (run_dir / HANGS).mkdir(exist_ok=True)
         if path and step_of(path) >= config.train.steps:
-            if not (run_dir / "config.yaml").exists():  # of a checkpoint that was fetched
+            if not (run_dir / CONFIG).exists():  # of a checkpoint that was fetched
                 trained = typed_yaml.from_tree(Config, manifest["config"], str(path))
-                replace_file(run_dir / "config.yaml", typed_yaml.dump(trained))
+                replace_file(run_dir / CONFIG, typed_yaml.dump(trained))
         else:
-            replace_file(run_dir / "config.yaml", typed_yaml.dump(config))
+            replace_file(run_dir / CONFIG, typed_yaml.dump(config))
         if path:
             notes = notes_on_resume(config, path, manifest)
         forget_end(run_dir)
@@ -223,7 +238,7 @@ def notes_on_resume(config: Config, path: Path, manifest: dict) -> list[str]:
 
 def _notes_on_finished(config: Config, step: int) -> list[str]:
     """A note for a start of a run that has made all of its steps: its config.yaml is not replaced."""
-    file = config.run_dir / "config.yaml"
+    file = config.run_dir / CONFIG
     with suppress(UserError):
         theirs = typed_yaml.load(Config, file)
         if replace(theirs, name=config.name, runs_dir=config.runs_dir) == config:

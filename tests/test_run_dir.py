@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from bfsys.errors import EXIT_STORAGE, UserError
 from bfsys.git_state import git_state
 from bfsys.run_dir import hold_directory, noting_failed_start, prepare_run_dir, run_facts
 from bfsys.supervision.run_end import how_it_ended
+from tests.conftest import REPOSITORY
 
 ALONE = Ranks()
 ROLLBACK = {"from": 7, "to": 4, "updates": 4, "steps": [5, 6, 7], "bad": []}
@@ -69,6 +71,24 @@ def test_a_resumed_run_keeps_its_history(finished_run: Path, config: Config) -> 
     assert (directory.is_new, directory.notes) == (False, [])
     assert (config.run_dir / "metrics.jsonl").exists()
     assert not list(config.run_dir.glob("earlier-*"))
+
+
+def test_a_start_removes_what_killed_starts_left(finished_run: Path, config: Config) -> None:
+    shutil.copytree(finished_run, config.run_dir)
+    before = sorted(path.name for path in config.run_dir.rglob("*"))
+    program = (
+        "import contextlib, os, pathlib, signal, sys\nfrom bfsys.files import replacing\n"
+        "with contextlib.ExitStack() as stack:\n"
+        "    for path in sys.argv[1:]: stack.enter_context(replacing(pathlib.Path(path)))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    names = ("config.yaml", "metrics.jsonl", "ended.json", "rollbacks.json", "checkpoints/latest")
+    paths = [str(config.run_dir / name) for name in names]
+    subprocess.run([sys.executable, "-c", program, *paths], timeout=900, cwd=REPOSITORY)
+    assert len([*config.run_dir.rglob("*")]) == len(before) + len(names)
+    same = replace(config, train=replace(config.train, seed=0))
+    with prepare_run_dir(same, facts_of(same), ALONE):
+        assert {path.name for path in config.run_dir.rglob("*")} - set(before) <= {".lock", "hangs"}
 
 
 def test_initial_weights_for_a_run_that_has_started_are_noted(finished_run: Path, config: Config) -> None:

@@ -29,7 +29,7 @@ from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
 from bfsys.confusion import Answers
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, one_line, remedy_of
-from bfsys.files import CHUNK_BYTES, is_named, open_regular, remove_unfinished, replacing
+from bfsys.files import CHUNK_BYTES, is_named, open_regular, replacing
 from bfsys.json_lines import parse_json_object
 from bfsys.locations import without_secrets
 from bfsys.loss import COLUMNS, CONTENT, SAMPLES, describe_scores, scores
@@ -363,7 +363,6 @@ def _open_lines(path: Path, first_step: int, skipped_steps: Collection[int]) -> 
     """
     latest: dict = {}
     path.touch()
-    remove_unfinished(path.parent, [path.name])
     with open_regular(path) as lines, replacing(path, durable=False) as kept:
         for text in lines:  # one at a time, since all lines of a long run may not fit into the memory
             line = parse_json_object(text, LINE)

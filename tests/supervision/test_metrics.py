@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from bfsys.json_lines import read_json_lines
 from bfsys.ranks import Ranks
 from bfsys.supervision.goodput import Ledger
 from bfsys.supervision.metrics import LINE, Metrics, _blocks_of, _open_lines, _rate
-from tests.conftest import REPOSITORY
 
 
 def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
@@ -36,21 +33,6 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     file.close()
     assert path.read_text() == kept
     assert latest["step"] == 1
-
-
-def test_a_start_removes_what_killed_starts_left(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train", "step": 1}\n')
-    program = (
-        "import os, pathlib, signal, sys\nfrom bfsys.files import replacing\n"
-        "with replacing(pathlib.Path(sys.argv[1])) as file:\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    subprocess.run([sys.executable, "-c", program, str(path)], timeout=900, cwd=REPOSITORY)
-    assert len(list(tmp_path.iterdir())) == 2
-    _open_lines(path, 1, ())[0].close()
-    assert [left.name for left in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert path.read_text() == '{"kind": "train", "step": 1}\n'
 
 
 def test_lines_of_bad_steps_that_are_skipped_are_kept(tmp_path: Path) -> None:
