@@ -12,12 +12,13 @@ import math
 import os
 import resource
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import IO, TYPE_CHECKING, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -66,7 +67,16 @@ class _Outputs(NamedTuple):
     """The outputs that rank 0 writes."""
 
     lines: TextIO
+    same_lines: IO[bytes]
+    """A file without a name that holds the lines of metrics.jsonl, too, and that nobody else can change."""
     tensorboard: SummaryWriter
+
+    def write(self, line: dict) -> None:
+        text = json.dumps(line) + "\n"
+        self.same_lines.write(text.encode())
+        self.same_lines.flush()
+        self.lines.write(text)
+        self.lines.flush()
 
 
 class Metrics:
@@ -111,7 +121,10 @@ class Metrics:
         show_overview(tensorboard, self.source_names)
         settings = typed_yaml.dump(without_secrets(typed_yaml.to_tree(config)))
         tensorboard.add_text("run/config", f"```yaml\n{settings}```", first_step)
-        self._outputs = _Outputs(lines, tensorboard)
+        same_lines = tempfile.TemporaryFile(dir=self.run_dir)  # noqa: SIM115 (until `close`)
+        with open(self.run_dir / METRICS, "rb") as file:
+            shutil.copyfileobj(file, same_lines, CHUNK_BYTES)
+        self._outputs = _Outputs(lines, same_lines, tensorboard)
         return latest.get("step", -1), latest.get("evaluated")
 
     def begin_step(self) -> None:
@@ -197,8 +210,7 @@ class Metrics:
         """Write a line to metrics.jsonl that is not a measurement, such as a bad step."""
         if self._outputs:
             with self._noting_problems():
-                self._outputs.lines.write(json.dumps({"kind": kind, "step": step, **facts}) + "\n")
-                self._outputs.lines.flush()
+                self._outputs.write({"kind": kind, "step": step, **facts})
                 show_event(self._outputs.tensorboard, step, kind, facts)
 
     def show(self, kind: str, step: int, text: str) -> None:
@@ -267,26 +279,27 @@ class Metrics:
         }
 
     def restore_lines(self) -> None:
-        """Write metrics.jsonl again if it was deleted, or replaced by an editor. Otherwise checkpoints would have no
-        later lines, and the scores in them decide which checkpoints are kept."""
+        """Write metrics.jsonl again if it was deleted, or changed or replaced by an editor. Otherwise checkpoints would
+        lack lines, and the scores in them decide which checkpoints are kept."""
         if self._outputs is None:
             return
-        path, (lines, tensorboard) = self.run_dir / METRICS, self._outputs
+        path, (lines, same_lines, tensorboard) = self.run_dir / METRICS, self._outputs
         with self._noting_problems():
-            if is_named(lines, path):
+            if is_named(lines, path) and os.fstat(lines.fileno()).st_size == same_lines.tell():
                 return
-            with open(os.dup(lines.fileno()), "rb") as written, replacing(path) as restored:
-                written.seek(0)
-                shutil.copyfileobj(written, restored, CHUNK_BYTES)
+            with replacing(path) as restored:
+                same_lines.seek(0)
+                shutil.copyfileobj(same_lines, restored, CHUNK_BYTES)
             lines.close()
-            self._outputs = _Outputs(open(path, "a+"), tensorboard)  # noqa: SIM115 (until `close`)
-            self.say(f"{path} was deleted or replaced while this run trains, so its lines are written again")
+            self._outputs = _Outputs(open(path, "a"), same_lines, tensorboard)  # noqa: SIM115 (until `close`)
+            self.say(f"{path} was deleted or changed while this run trains, so its lines are written again")
 
     def close(self) -> None:
         if self._outputs:
             with suppress(OSError):  # a full disk was reported before
                 self._outputs.tensorboard.close()
                 self._outputs.lines.close()
+                self._outputs.same_lines.close()
 
     def _over_ranks(self) -> tuple[Tensor, Tensor]:
         flat = torch.cat([self._sums.cpu().flatten(), self._counters])
@@ -296,12 +309,10 @@ class Metrics:
     def _write(self, line: dict) -> None:
         if self._outputs is None:
             return
-        lines, tensorboard = self._outputs
         with self._noting_problems():
-            lines.write(json.dumps(line) + "\n")
-            lines.flush()
-            show_line(tensorboard, line)
-            tensorboard.flush()
+            self._outputs.write(line)
+            show_line(self._outputs.tensorboard, line)
+            self._outputs.tensorboard.flush()
 
     @contextmanager
     def _noting_problems(self) -> Iterator[None]:
@@ -372,7 +383,7 @@ def _open_lines(path: Path, first_step: int, skipped_steps: Collection[int]) -> 
                 kept.write(text.removesuffix(b"\n") + b"\n")
                 if line["kind"] == "eval" and line["step"] > latest.get("step", -1):
                     latest = line
-    return open(path, "a+"), latest  # also for reading, by `restore_lines`
+    return open(path, "a"), latest
 
 
 def _without_tensorboard(hook: Callable) -> Callable:

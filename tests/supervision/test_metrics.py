@@ -43,11 +43,11 @@ def test_lines_of_bad_steps_that_are_skipped_are_kept(tmp_path: Path) -> None:
     assert path.read_text() == "".join([*lines[:4], lines[6]])
 
 
-@pytest.mark.parametrize("is_replaced", [True, False])
-def test_lines_of_a_deleted_or_replaced_file_are_written_again(
-    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, is_replaced: bool
+@pytest.mark.parametrize("change", ["deleted", "replaced", "overwritten"])
+def test_lines_of_a_deleted_or_changed_file_are_written_again(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, change: str
 ) -> None:
-    """An editor replaces a file that it saves. The scores decide which checkpoints are kept."""
+    """An editor replaces or overwrites a file that it saves. The scores decide which checkpoints are kept."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restore it after Metrics replaces it
     config = load_config(config_file, [])
     config.run_dir.mkdir(parents=True)
@@ -56,8 +56,9 @@ def test_lines_of_a_deleted_or_replaced_file_are_written_again(
     metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=0)
     metrics.restore_lines()
     metrics.event("bad_step", 1, {})
-    path.unlink()
-    if is_replaced:
+    if change != "overwritten":
+        path.unlink()
+    if change != "deleted":
         path.write_text("other\n")
     metrics.event("bad_step", 2, {})
     metrics.restore_lines()
