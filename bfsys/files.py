@@ -54,6 +54,18 @@ def remove_unfinished(folder: Path, names: Iterable[str]) -> None:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, open for writing. An OSError in the block names it: errors of an open file, such as that the disk is
+    full, have no name."""
+    try:
+        with open(path, "wb") as file:
+            yield file
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A new file that atomically replaces `path` when the block ends. After an exception, `path` is unchanged.
 
@@ -70,7 +82,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(temporary):
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename = str(path)  # users know this name
         raise
     if durable:

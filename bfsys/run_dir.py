@@ -31,7 +31,7 @@ from bfsys.supervision.run_end import FILE as ENDED
 from bfsys.supervision.run_end import forget_end, how_it_ended, note_end
 from bfsys.supervision.watchdog import HANGS
 
-SILENT_S = 2.0  # a longer wait for the object store is reported
+SILENT_S = 5.0  # a longer wait for the object store is reported
 LOCK_WAIT_S = 20.0  # loader processes of a killed start hold the lock until they end
 # A file server keeps the lock of a lost node for a while (NFSv4: 90 s). In a job, a longer wait costs little, and a run
 # that ends here is not requeued. Other ranks wait for train.collective_timeout_s; rank 0 waits at most half of it.

@@ -178,3 +178,12 @@ def test_a_file_begins_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert begins_with(whole, other) == expected
     replace_by_copy(other, whole)
     assert other.read_bytes() == b"0123456789"
+
+
+def test_an_error_without_a_name_gets_that_of_the_file(tmp_path: Path) -> None:
+    """Errors of writing to an open file, such as that the disk is full, have no name."""
+    path = tmp_path / "some file"
+    for opened in (files.writing, files.replacing):
+        with pytest.raises(OSError, match="No space") as error, opened(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        assert error.value.filename == str(path)

@@ -35,7 +35,7 @@ from bfsys.checkpoint.files import (
 )
 from bfsys.checkpoint.retention import RetentionPolicy, steps_to_keep
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
-from bfsys.files import open_regular, read_regular, replace_file
+from bfsys.files import open_regular, read_regular, replace_file, writing
 from bfsys.locations import hide_in
 from bfsys.object_stores import problem_of_url
 
@@ -182,7 +182,7 @@ class Store:
             return found
 
         def fetch_file(file_name: str) -> str:
-            with open(folder / file_name, "wb") as target:
+            with writing(folder / file_name) as target:
                 problem = self._problem_of_file(name, file_name, manifest["files"][file_name], target)
                 target.flush()
                 os.fsync(target.fileno())

@@ -269,6 +269,17 @@ def test_errors_of_the_disk_are_not_errors_of_the_store(tmp_path: Path) -> None:
         store.put(tmp_path / "nowhere", {})
 
 
+def test_a_full_disk_is_named_when_a_copy_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # errors of an open file have no name
+
+    put(Store(f"file://{tmp_path}/mine"), save(tmp_path / "run", 1))
+    monkeypatch.setattr(os, "fsync", is_full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        call("checkpoint", ["copy", f"file://{tmp_path}/mine", str(tmp_path / "other")])
+    assert str(error.value.filename).startswith(f"{tmp_path}/other/checkpoints/")
+
+
 def test_an_unreachable_file_server_does_not_count_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "run", 1)
     task = {"action": "copy", "url": f"file://{tmp_path}/mine", "path": str(path), "run_dir": str(tmp_path / "run"),
