@@ -102,7 +102,7 @@ class Store:
 
         self.url, self._pauses_s, self._say = f"{url.rstrip('/')}/checkpoints", pauses_s, say
         self.moved = time.monotonic()
-        """The time of the last progress or retry."""
+        """The time of the last progress. A retry is none: a server that never answers would be waited for too long."""
         # A cached listing would not show changes by other processes.
         options: dict = {"skip_instance_cache": True, "use_listings_cache": False}
         if url.startswith(("file:", "local:")):  # these need folders; object stores have none
@@ -344,7 +344,6 @@ class Store:
                 if is_permanent or pause_s is None:
                     raise StoreError(problem, exit_code=EXIT_USER_ERROR if is_permanent else EXIT_CRASHED) from error
                 self._say(f"{problem}; trying again in {pause_s:g} s")
-                self.moved = time.monotonic()
                 time.sleep(pause_s)
         raise AssertionError("the last try raises")
 

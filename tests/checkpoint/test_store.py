@@ -76,6 +76,18 @@ def test_a_server_that_fails_for_a_while_is_asked_again(s3: S3Server, tmp_path: 
     assert all(next(left, None) is None for left in faults.values())
 
 
+def test_a_retry_does_not_count_as_progress(tmp_path: Path) -> None:
+    """The copying process gives up after some time without progress, also if each request times out before that."""
+    store = Store(f"file://{tmp_path}/mine", pauses_s=(0.01,))
+    put(store, save(tmp_path / "run", 1))
+    before = store.moved
+    (tmp_path / "mine" / "checkpoints" / "step_00000001" / MANIFEST).unlink()
+    (tmp_path / "mine" / "checkpoints" / "step_00000001" / MANIFEST).mkdir()  # cannot be read
+    with pytest.raises(StoreError):
+        store.manifest("step_00000001")
+    assert store.moved == before
+
+
 def test_retried_errors_of_a_store_are_printed(tmp_path: Path) -> None:
     said: list[str] = []
     answers = iter((TimeoutError("too slow"), 7))
