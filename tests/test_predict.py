@@ -134,8 +134,8 @@ def test_a_models_answers_need_no_deepspeed(finished_run: Path, datasets: Path) 
 def test_prediction_applies_the_runs_byte_transforms(
     config_file: Path, datasets: Path, tmp_path: Path, run_ranks, evaluate_run, predict_files
 ) -> None:
-    change = ["data.byte_transforms=[reverse, noise:-3:3, permute]", "train.steps=100", "optim.lr=1e-2",
-              "train.micro_batch_tokens=1000"]  # fmt: skip
+    change = ["data.byte_transforms=[reverse, noise:-3:3, permute]", "recipe=recommended", "train.steps=300",
+              "optim.lr=1e-2", "train.micro_batch_tokens=1000"]  # fmt: skip
     (result,) = run_ranks(1, ["bfsys/train.py", str(config_file), *change])
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "tiny"
