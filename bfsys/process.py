@@ -16,7 +16,7 @@ from pathlib import Path
 
 # The oldest releases that work, as in setup.cfg. pip checks them when it installs bfsys, but a container may have other
 # versions, and installing another package may replace them.
-OLDEST = {"torch": "2.11", "pydantic": "2.6", "deepspeed": "0.19.8"}
+OLDEST = {"torch": "2.11", "pydantic": "2.6", "pillow": "11.3", "deepspeed": "0.19.8"}
 
 CGROUP = Path("/sys/fs/cgroup")  # of the container; outside containers, quotas are rare
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from bfsys.data.streaming.datasets import make_plan, open_training
 from tests.data.conftest import config_of, files_of, read_by
 from tests.data.http_server import FaultyServer
 from tests.plain_training import train_plainly
+from tests.s3_server import S3Server
 from tests.test_train import assert_success, lines, losses
 
 IMPATIENT_RUN = """
@@ -108,24 +108,13 @@ def few_shards(datasets: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bucket(few_shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 server with a dataset, and the environment with which programs find it."""
-    moto = pytest.importorskip("moto.server", reason="needs moto[server]")
-    boto3 = pytest.importorskip("boto3")
+def bucket(few_shards: Path, s3: S3Server) -> str:
+    """A dataset in a bucket. Programs find the server through the environment."""
     if shutil.which("aws") is None or subprocess.run(["aws", "--version"], capture_output=True).returncode != 0:
         pytest.skip("the AWS command line (aws) does not work here")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    s3 = boto3.client("s3")
-    s3.create_bucket(Bucket="bucket")
     for file in files_of(few_shards):
-        s3.put_object(Bucket="bucket", Key=f"dir/a/{file}", Body=(few_shards / file).read_bytes())
-    yield "s3://bucket/dir/a"
-    server.stop()
+        s3.write(f"dir/a/{file}", (few_shards / file).read_bytes())
+    return "s3://bucket/dir/a"
 
 
 def test_a_run_on_s3(bucket: str, few_shards: Path, tmp_path: Path, run_ranks) -> None:
