@@ -10,7 +10,8 @@ import re
 import resource
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -43,6 +44,27 @@ def prepare() -> None:
             pwd.getpwuid(os.getuid())
         except KeyError:
             os.environ["USER"] = f"uid-{os.getuid()}"
+
+
+@contextmanager
+def blocking(signals: Iterable[int]) -> Iterator[None]:
+    """Block signals within this context. Processes that are started in it begin with these signals blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def handling(signals: Iterable[int], handler: Callable[..., object] | signal.Handlers) -> Iterator[None]:
+    """Handle signals by `handler` within this context."""
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def die_with(parent: int) -> None:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+from bfsys.process import blocking
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -17,13 +19,10 @@ def start_child(arguments: Sequence[str], task: dict, descriptors: Sequence[int]
     """Start Python with these arguments, a task as JSON on its standard input and these open files. Its standard output
     is a pipe."""
     # A run that stops finishes its save first, so the child starts with these signals blocked.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
+    with blocking(STOP_SIGNALS):
         process = subprocess.Popen(
             [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=descriptors
         )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert process.stdin is not None  # it is a PIPE
     with suppress(BrokenPipeError):  # it has already ended; the code that waits for it reports this
         process.stdin.write(json.dumps({"parent": os.getpid(), **task}).encode())

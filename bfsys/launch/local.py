@@ -50,7 +50,7 @@ from bfsys.launch.job import TrainJob, free_port, rank_variables
 from bfsys.launch.processes import Process, fork_rank, import_what_ranks_need, start_program
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, end_of, newest_step
 from bfsys.locations import hide_in
-from bfsys.process import usable_cores
+from bfsys.process import handling, usable_cores
 from bfsys.ranks import gpu_count
 from bfsys.rendezvous import check_threads
 from bfsys.run_dir import hold_directory
@@ -255,10 +255,8 @@ def run_until_done(start: Callable[[], int], run_dir: Path) -> int:
 
     while (code := attempt()) != EXIT_REQUEUE and (pause_s := restarts.pause_s(code)) is not None:
         print(f"restarting in {pause_s:.0f} s from step {restarts.step}", file=sys.stderr, flush=True)
-        previous = {number: signal.signal(number, stop) for number in stop_signals()}
-        time.sleep(pause_s)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        with handling(stop_signals(), stop):
+            time.sleep(pause_s)
     if code == EXIT_STORAGE and not how_it_ended(run_dir):  # the logs of the ranks cannot be written either
         problem = f"training ended with code {code}: {run_dir} cannot be written, and the reason could not be recorded"
         print(f"error: {problem} there; is its disk full or read-only?", file=sys.stderr)

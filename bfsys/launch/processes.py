@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bfsys.launch.job import TrainJob
-from bfsys.process import die_with, set_name
+from bfsys.process import blocking, die_with, set_name
 from bfsys.supervision.signals import EXIT_CODES, stop_signals
 
 
@@ -37,11 +37,8 @@ class Forked:
             target=self._begin, args=(act, name.encode(), log, os.getpid())
         )
         # In the child, signals stay blocked until the handlers of this process are removed.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
-        try:
+        with blocking(EXIT_CODES):
             self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert self._process.pid is not None  # it was started
         self.pid = self._process.pid
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from bfsys import console
 from bfsys.config import Config
 from bfsys.data.streaming.plan import fitting_world_sizes
-from bfsys.errors import UserError, collecting, counted
+from bfsys.errors import STOPS_COMMANDS, UserError, collecting, counted
 from bfsys.launch import jobs, preflight, requeue
 from bfsys.launch.elastic import describe, fitting, parse_range
 from bfsys.launch.job import TrainJob
@@ -37,6 +37,7 @@ from bfsys.launch.slurm_options import (
     parse_minutes,
     ranks_per_node,
 )
+from bfsys.process import blocking, handling
 from bfsys.supervision.run_end import forget_end
 
 
@@ -160,16 +161,13 @@ def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: l
 @contextlib.contextmanager
 def holding_stop_signals() -> Iterator[None]:
     """Deliver stop signals after the block, so that each submitted job is recorded."""
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    numbers = [n for n in STOPS_COMMANDS if signal.getsignal(n) != signal.SIG_IGN]
     received: list[int] = []
-    previous = {n: signal.signal(n, lambda number, _: received.append(number)) for n in numbers}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # for sbatch, which inherits it
     try:
-        yield
+        # They are blocked for sbatch, which inherits the mask.
+        with handling(numbers, lambda number, _: received.append(number)), blocking(numbers):
+            yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         if received:
             os.kill(os.getpid(), received[0])
 

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bfsys.data.storage.description import DESCRIPTION, read_description
-from bfsys.errors import UserError, counted
+from bfsys.errors import STOPS_COMMANDS, UserError, counted
 from bfsys.files import sync_folder, try_lock
+from bfsys.process import handling
 
 INPUTS, LOCK, SKIPPED_LIST = "inputs", "lock", "skipped.txt"
 NEW_INPUTS = "inputs.new"  # is renamed to INPUTS when the dataset is moved into place
@@ -81,7 +82,7 @@ def put_into_place(folder: Path) -> None:
     """Move the remaining staged files, dataset.json last. Until then, the folder is not a dataset."""
     staged = folder_of(folder)
     names = [name for name in (*_files_of(staged), SKIPPED_LIST) if (staged / name).exists()]
-    with _undisturbed():
+    with handling(STOPS_COMMANDS, signal.SIG_IGN):  # it takes milliseconds
         (folder / DESCRIPTION).unlink(missing_ok=True)
         for name in names:
             os.replace(staged / name, folder / name)
@@ -90,19 +91,6 @@ def put_into_place(folder: Path) -> None:
         sync_folder(folder)
         os.replace(staged / DESCRIPTION, folder / DESCRIPTION)
         sync_folder(folder)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore stop signals in this block, which takes milliseconds."""
-    former = {
-        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def tidy(folder: Path) -> None:

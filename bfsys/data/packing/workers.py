@@ -22,6 +22,7 @@ from bfsys.data.media.encodings import parse_encoding
 from bfsys.data.packing.shard_jobs import Job, Outcome, write_job
 from bfsys.data.packing.staging import remove_temporary
 from bfsys.errors import TO_START_MORE, UserError, cannot_start
+from bfsys.process import blocking
 
 # Spawned, not forked: a forked process may hang if its parent has threads (here the progress bar's).
 CONTEXT = multiprocessing.get_context("spawn")
@@ -38,11 +39,8 @@ class Worker:
         self.connection, theirs = CONTEXT.Pipe()
         self._process = CONTEXT.Process(target=_work, args=(theirs, self.position, skip_bad), daemon=True)
         # The process inherits the mask: Ctrl-C goes to all processes of a terminal, and this one ends its workers.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with blocking({signal.SIGINT}):
             self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
         self.give(job, fatal)
 

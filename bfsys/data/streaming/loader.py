@@ -43,6 +43,7 @@ from bfsys.data.streaming.reader import RawBatch, ShardReader, new_buffer
 from bfsys.data.streaming.ring import Ring
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, cannot_start
+from bfsys.process import blocking
 
 T = TypeVar("T")
 
@@ -213,13 +214,11 @@ def _read_by_workers(
         worker_init_fn=partial(_begin_worker, os.getpid(), reader, positions),
     )
     # Workers inherit the mask, so a SIGTERM to all processes of a job cannot end one that begins.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        answers = iter(loader)  # starts the processes
+        with blocking({signal.SIGTERM}):
+            answers = iter(loader)  # starts the processes
     except OSError as error:
         raise cannot_start(f"a process that reads data (data.workers={workers})", error) from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     with _naming_crashes(reader, positions):
         yield from _micro_batches_of(answers, ring, pinned)
 
