@@ -6,12 +6,16 @@ import base64
 import io
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bfsys.data.media.pictures import opened
 from bfsys.explain.ranges import Range
 from bfsys.explain.structure import structure
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MOST_BYTES = 4_000_000  # largest file that is shown as a picture
 SIDE = 512  # pixels of a shown picture's longer side
@@ -56,7 +60,8 @@ def picture_of(format: str, stored: np.ndarray, gradients: np.ndarray | None) ->
     height, width = pixels.shape[:2]
     if evidence is None and format in PICTURES:
         return Picture(_uri(PICTURES[format], stored.tobytes()), width, height, None)
-    return Picture(_uri("png", _as_png(stored)), width, height, evidence)
+    with opened(stored.tobytes()) as image:
+        return Picture(_png_uri(image.convert("RGB")), width, height, evidence)
 
 
 def _decoded(stored: np.ndarray) -> np.ndarray | None:
@@ -98,20 +103,14 @@ def _contents(stored: np.ndarray, size: int) -> list[slice]:
     return [slice(r.first, r.end) for r in structure(stored).ranges if r.kind == "content" and r.end - r.first >= size]
 
 
-def _as_png(stored: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    with opened(stored.tobytes()) as image:
-        shown = image.convert("RGB")
-        shown.thumbnail((SIDE, SIDE))
-        shown.save(file, "PNG")
-    return file.getvalue()
-
-
 def overlay_uri(colours: np.ndarray) -> str:
     """uint8 [height, width, 4] as a PNG."""
     from PIL import Image
 
-    image = Image.fromarray(colours)
+    return _png_uri(Image.fromarray(colours))
+
+
+def _png_uri(image: Image.Image) -> str:
     image.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
     image.save(file, "PNG")

@@ -95,28 +95,24 @@ def encode_fchw(pixels: np.ndarray) -> bytes:
 
 
 def encode_tiff(pixels: np.ndarray) -> bytes:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "TIFF")
-    return file.getvalue()
+    return _written_by_pillow(pixels, "TIFF")
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
     """Encode without compression, as published."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=0)
-    return file.getvalue()
+    return _written_by_pillow(pixels, "PNG", compress_level=0)
 
 
 def encode_jpeg(quality: str, pixels: np.ndarray) -> bytes:
     """Encode with Pillow's defaults (colour at half resolution, standard Huffman tables), as published."""
+    return _written_by_pillow(pixels, "JPEG", quality=int(quality))
+
+
+def _written_by_pillow(pixels: np.ndarray, kind: str, **options: int) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=int(quality))
+    Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()
 
 
