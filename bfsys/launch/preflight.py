@@ -16,7 +16,6 @@ from pathlib import Path
 from bfsys import plan_run
 from bfsys.checkpoint.files import all_checkpoints
 from bfsys.config import Config
-from bfsys.data.storage.remote import is_remote
 from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
@@ -24,6 +23,7 @@ from bfsys.dryrun import check_copies, notes_on_start
 from bfsys.errors import collecting
 from bfsys.launch.slurm_commands import IS_IT_UP, ask
 from bfsys.launch.slurm_options import parse_minutes
+from bfsys.locations import is_remote
 
 # Kinds of file systems, as the kernel names them. Others, such as ext4, may be exported to the nodes.
 OF_THIS_MACHINE = {"tmpfs", "ramfs", "devtmpfs"}

@@ -24,7 +24,6 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from bfsys import typed_yaml
 from bfsys.config import Config, load_config
-from bfsys.data.storage.remote import is_remote
 from bfsys.errors import UserError
 from bfsys.git_state import FILE as GIT_STATE
 from bfsys.git_state import git_state
@@ -33,6 +32,7 @@ from bfsys.launch.elastic import fitting
 from bfsys.launch.job import TrainJob
 from bfsys.launch.slurm_commands import IS_IT_UP, is_unreached
 from bfsys.launch.slurm_options import minutes_of, nodes_of, ranks_per_node
+from bfsys.locations import is_remote
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -30,10 +30,8 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from bfsys.data.storage.streams import Stopped, TryFailed, WrongContent, stream
-from bfsys.data.storage.streams import url_of as url_of
 from bfsys.errors import EXIT_CRASHED, UserError, code_of, counted
 from bfsys.locations import base_name, hide
-from bfsys.locations import is_remote as is_remote
 
 T = TypeVar("T")
 

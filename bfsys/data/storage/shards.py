@@ -37,12 +37,12 @@ from bfsys.data.storage.description import (
     read_description,
     version_of,
 )
-from bfsys.data.storage.remote import Cache, RemoteFile, is_remote, url_of
-from bfsys.data.storage.streams import WrongContent
+from bfsys.data.storage.remote import Cache, RemoteFile
+from bfsys.data.storage.streams import WrongContent, url_of
 from bfsys.data.storage.tars import SAMPLE, Shard, TarIndex, join_shards
 from bfsys.errors import MISSING_ERRNOS, UserError, code_of
 from bfsys.files import describe, open_regular, replace_file, replacing
-from bfsys.locations import hide
+from bfsys.locations import hide, is_remote
 
 # Not for datasets of `bfsys pack`: rebuilding takes the names of classes from keys, in which some characters differ.
 REBUILD = f"if its tars were made elsewhere, rename {DESCRIPTION} and run bfsys inspect --rebuild"

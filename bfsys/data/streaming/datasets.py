@@ -16,7 +16,7 @@ import numpy as np
 from bfsys.config import Config
 from bfsys.data.media.modalities import PECULIARITIES, peculiarities_of
 from bfsys.data.storage.classes import Spelling, notes_on_classes, too_alike
-from bfsys.data.storage.remote import Cache, is_remote
+from bfsys.data.storage.remote import Cache
 from bfsys.data.storage.shards import Dataset, Split, open_dataset
 from bfsys.data.storage.streams import PIPE
 from bfsys.data.streaming.augment import Augmentation
@@ -25,6 +25,7 @@ from bfsys.data.streaming.jitter import Jitter
 from bfsys.data.streaming.mix import mixture_weights
 from bfsys.data.streaming.plan import Plan
 from bfsys.errors import UserError, collecting, counted, one_line
+from bfsys.locations import is_remote
 
 # The content of dataset.json by the location of a remote dataset.
 Descriptions = Mapping[str, dict]

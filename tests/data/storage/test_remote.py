@@ -25,9 +25,9 @@ import pytest
 
 from bfsys.data.storage import remote
 from bfsys.data.storage.prefetch import Prefetcher
-from bfsys.data.storage.remote import Cache, RemoteFile, WrongContentError, url_of
+from bfsys.data.storage.remote import Cache, RemoteFile, WrongContentError
 from bfsys.data.storage.shards import fetch_description
-from bfsys.data.storage.streams import TryFailed
+from bfsys.data.storage.streams import TryFailed, url_of
 from bfsys.errors import UserError
 from tests.data.conftest import CONTENT, eventually, make_cache, names, put, sha256
 from tests.data.http_server import FaultyServer

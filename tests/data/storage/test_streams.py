@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from bfsys.data.storage.remote import Cache, RemoteFile, is_remote, url_of
-from bfsys.data.storage.streams import TryFailed, stream
+from bfsys.data.storage.remote import Cache, RemoteFile
+from bfsys.data.storage.streams import TryFailed, stream, url_of
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
-from bfsys.locations import base_name, hide, hide_in
+from bfsys.locations import base_name, hide, hide_in, is_remote
 from tests.data.conftest import CONTENT, make_cache, names, put, sha256
 from tests.data.http_server import FaultyServer
 
