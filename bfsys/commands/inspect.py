@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    from bfsys.data.storage.description import read_description, summarise
-    from bfsys.data.storage.shards import open_split, split_names
+    from bfsys.data.storage.description import summarise
+    from bfsys.data.storage.shards import open_dataset
     from bfsys.locations import is_remote
 
     if is_remote(args.dataset):
@@ -58,14 +58,15 @@ def inspect(args: argparse.Namespace) -> int:
         from bfsys.data.packing.rebuild import rebuild
 
         rebuild(args.dataset, args.split)
-    names = [args.split] if args.split else split_names(args.dataset)
-    splits = [open_split(args.dataset, name) for name in names]
-    description = read_description(args.dataset)
+    dataset = open_dataset(args.dataset)
+    names = [args.split] if args.split else dataset.splits
+    splits = [dataset.open(name) for name in names]
     # Before anything is printed: after `… | head -n 1`, code 0 would mean that all is intact.
     problems = [problem for split in splits if args.verify for problem in verify(split)]
     if problems:
         console.go_on_without()
-    print(summarise({**description, "splits": {name: description["splits"][name] for name in names}}))
+    described = dataset.description["splits"]
+    print(summarise({**dataset.description, "splits": {name: described[name] for name in names}}))
     if problems:
         for problem in problems:
             print(f"damage: {one_line(problem)}", file=sys.stderr)

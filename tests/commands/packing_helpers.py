@@ -12,7 +12,7 @@ from PIL import Image
 
 from bfsys.cli import call
 from bfsys.commands.inspect import verify
-from bfsys.data.storage.shards import open_split, split_names
+from bfsys.data.storage.shards import open_dataset, open_split
 from bfsys.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def make_tree(folder: Path, count: int = 30, size_bytes: int = 300) -> Path:
 
 def pack(src: Path, out: Path, *options: str, name: str = "pets") -> Path:
     call("pack", [str(src), str(out), "--name", name, "--workers", "1", *options])
-    for split in split_names(out / name):
+    for split in open_dataset(out / name).splits:
         assert verify(open_split(out / name, split)) == []
     return out / name
 
@@ -48,7 +48,7 @@ def problems_of(src: Path, out: Path, *options: str, name: str = "pets") -> str:
 def contents(dataset: Path) -> dict[str, tuple[str, str, bytes]]:
     """Split, class and bytes by key."""
     found = {}
-    for name in split_names(dataset):
+    for name in open_dataset(dataset).splits:
         split = open_split(dataset, name)
         tars = [(dataset / shard.file).read_bytes() for shard in split.shards]
         for i, row in enumerate(split.samples):

@@ -13,7 +13,7 @@ import webdataset
 from bfsys.cli import call
 from bfsys.commands.inspect import verify
 from bfsys.data.storage.description import read_description
-from bfsys.data.storage.shards import open_split, split_names
+from bfsys.data.storage.shards import open_dataset, open_split
 from bfsys.errors import UserError
 from tests.conftest import closed_output
 
@@ -124,7 +124,7 @@ def test_a_url_is_refused_with_the_remedy(url):
 
 
 def test_rebuild_makes_the_same_index(dataset):
-    before = {split: open_split(dataset, split) for split in split_names(dataset)}
+    before = {split: open_split(dataset, split) for split in open_dataset(dataset).splits}
     for path in [*dataset.glob("*.npy"), dataset / "dataset.json"]:
         path.unlink()
     assert call("inspect", [str(dataset), "--rebuild", "--verify"]) == 0
@@ -140,7 +140,7 @@ def test_rebuild_of_tars_made_elsewhere(tmp_path):
     make_tar(tmp_path / "imagenet-train-000001.tar", {"02": 3})
     make_tar(tmp_path / "validation-0.tar", {"00": 2})
     assert call("inspect", [str(tmp_path), "--rebuild"]) == 0
-    assert split_names(tmp_path) == ["train", "val"]
+    assert open_dataset(tmp_path).splits == ["train", "val"]
     train = open_split(tmp_path, "train")
     assert train.samples["label"].tolist() == [0, 11, 3]
     assert train.classes == tuple(f"{i:02d}" for i in range(12))
@@ -168,7 +168,9 @@ def test_rebuild_finds_splits_in_any_capitals_and_by_synonyms(tmp_path):
         make_tar(tmp_path / name, {f"{number}": 0})
     make_tar(tmp_path / "._x-train-0.tar", {"left by an operating system": 0})
     assert call("inspect", [str(tmp_path), "--rebuild"]) == 0
-    shards = {split: [shard.file for shard in open_split(tmp_path, split).shards] for split in split_names(tmp_path)}
+    shards = {
+        split: [shard.file for shard in open_split(tmp_path, split).shards] for split in open_dataset(tmp_path).splits
+    }
     assert shards == {"train": sorted(names[:2]), "val": [names[2]], "test": [names[3]]}
 
 

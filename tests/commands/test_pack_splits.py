@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bfsys.data.storage.shards import open_split, split_names
+from bfsys.data.storage.shards import open_dataset, open_split
 from tests.commands.packing_helpers import contents, make_files, make_tree, pack
 
 
@@ -17,7 +17,7 @@ def test_split_folders_share_one_class_list(tmp_path):
     files = {"train/cat/a": b"1", "validation/dog/a": b"2", "test/cat/b": b"3"}
     for layout in ("tree", "imagefolder"):
         dataset = pack(make_files(tmp_path / "src", files), tmp_path, "--from", layout, name=layout)
-        assert split_names(dataset) == ["test", "train", "val"]
+        assert open_dataset(dataset).splits == ["test", "train", "val"]
         assert contents(dataset)["dog/a"] == ("val", "dog", b"2")
         assert open_split(dataset, "test").classes == ("cat", "dog")
 
@@ -80,14 +80,14 @@ def test_split_folders_in_any_capitals_and_by_their_synonyms(tmp_path, names):
     names = names.split()
     src = make_files(tmp_path / "src", {f"{name}/{word}/a": word.encode() for name in names for word in ("cat", "dog")})
     dataset = pack(src, tmp_path)
-    assert split_names(dataset) == ["test", "train", "val"]
+    assert open_dataset(dataset).splits == ["test", "train", "val"]
     assert open_split(dataset, "train").classes == ("cat", "dog")
-    assert split_names(pack(src, tmp_path, "--splits", names[2], name="val")) == ["val"]
+    assert open_dataset(pack(src, tmp_path, "--splits", names[2], name="val")).splits == ["val"]
 
 
 def test_the_split_column_in_any_capitals_and_by_its_synonyms(tmp_path):
     make_files(tmp_path, {"a": b"1", "b": b"2", "list.tsv": b"a\tcat\tTraining\nb\tcat\tDev"})
-    assert split_names(pack(tmp_path / "list.tsv", tmp_path / "out", "--from", "filelist")) == ["train", "val"]
+    assert open_dataset(pack(tmp_path / "list.tsv", tmp_path / "out", "--from", "filelist")).splits == ["train", "val"]
 
 
 MARKED = {
@@ -136,7 +136,7 @@ def test_filelist_without_splits_is_divided(tmp_path):
     lines = [f"src/{'cat' if i % 2 else 'dog'}/{i:03d}.jpg\tc{i % 3}" for i in range(40)]
     (tmp_path / "list.tsv").write_text("\n".join(lines))
     dataset = pack(tmp_path / "list.tsv", tmp_path / "out", "--from", "filelist", "--val-share", "0.25")
-    assert split_names(dataset) == ["train", "val"]
+    assert open_dataset(dataset).splits == ["train", "val"]
     assert open_split(dataset, "val").classes == ("c0", "c1", "c2")
 
 

@@ -311,11 +311,6 @@ def open_split(path: str | Path, split: str) -> Split:
     return open_dataset(path).open(split)
 
 
-def split_names(path: str | Path) -> list[str]:
-    """The splits of the dataset in a folder."""
-    return open_dataset(path).splits
-
-
 def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
     try:
         open_regular(file).close()

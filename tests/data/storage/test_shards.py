@@ -22,8 +22,8 @@ from bfsys.data.storage.shards import (
     SAMPLE,
     Shard,
     length_quantiles,
+    open_dataset,
     open_split,
-    split_names,
     write_description,
     write_split,
 )
@@ -104,7 +104,7 @@ def test_open_split(tmp_path):
     assert split.shard_starts.dtype == np.int64
     assert split.samples["shard"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert isinstance(split.shards[0], Shard)
-    assert split_names(tmp_path / "pets") == ["train"]
+    assert open_dataset(tmp_path / "pets").splits == ["train"]
     assert verify(split) == []
 
 
