@@ -9,7 +9,6 @@ own for two numbers.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 import shlex
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bfsys import typed_yaml
+from bfsys import files, typed_yaml
 from bfsys.checkpoint.files import make_empty_folder
 from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.saving import save
@@ -109,7 +108,7 @@ def import_weights(
         "plan": {"byte_transforms": [t.identity for t in transforms]} if transforms else None,
         "config": typed_yaml.to_tree(config),
         "versions": {name: version(name) for name in ("bfsys", "torch")},
-        "imported": {"file": weights.name, "part": nest, "sha256": sha256(weights)},
+        "imported": {"file": weights.name, "part": nest, "sha256": files.describe(weights)["sha256"]},
     }
     path = save(Weights(to_bfsys(named)), out, facts, ranks=Ranks(), keep=RetentionPolicy(1))
     (out / "config.yaml").write_text(typed_yaml.dump(config), encoding="utf-8")
@@ -303,11 +302,6 @@ def describe(config: Config, classes: int, nest: str | None, path: Path) -> None
         f"{a.max_tokens:,} positions, {classes} classes" + (f", from {nest}" if nest else "")
     )
     print(f"wrote {path}; use it by\n  bfsys predict {shlex.quote(str(path.parent.parent))} FILE…")
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _numbers(named: Mapping[str, Tensor], pattern: str) -> set[int]:

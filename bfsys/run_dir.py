@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
 import os
@@ -23,7 +22,7 @@ from bfsys.checkpoint.rollbacks import FILE as ROLLBACKS
 from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
-from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError, counted
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError, code_of, counted
 from bfsys.files import is_named, remove_unfinished, replace_file, try_lock
 from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
@@ -257,9 +256,9 @@ def _errors_of(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in TRANSIENT_ERRNOS:
             raise
-        code = EXIT_STORAGE if error.errno in (errno.ENOSPC, errno.EDQUOT) else EXIT_USER_ERROR
         where = f"{error.filename}: " if error.filename and error.filename != str(run_dir) else ""
-        raise UserError(f"run directory {run_dir}: cannot be used: {where}{error.strerror}", exit_code=code) from None
+        problem = f"run directory {run_dir}: cannot be used: {where}{error.strerror}"
+        raise UserError(problem, exit_code=code_of(error)) from None
 
 
 def set_aside_earlier_run(run_dir: Path) -> list[str]:
