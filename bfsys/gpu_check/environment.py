@@ -25,7 +25,7 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
     findings = [_versions(), _gpu(device)]
     if device.type == "cuda":
         findings.append(_memory(device))
-    return [*findings, _compiler(device), *_caches(), _deepspeed()]
+    return [*findings, _compiler(device), _kernel_cache(), _deepspeed()]
 
 
 def _versions() -> Finding:
@@ -96,23 +96,18 @@ def _compiler(device: torch.device) -> Finding:
     return Finding("C compiler", Verdict.OK, f"{compiler}, with Python.h")
 
 
-def _caches() -> list[Finding]:
-    """Check the folders for compiled kernels."""
+def _kernel_cache() -> Finding:
+    """Check the folder for compiled kernels."""
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
-    return [_writable("TRITON_CACHE_DIR", home / ".triton" / "cache")]
-
-
-def _writable(variable: str, default: Path) -> Finding:
-    folder = Path(os.environ.get(variable) or default)
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
             file.flush()
     except OSError as error:
-        return Finding(
-            "kernel cache", Verdict.WRONG, f"{folder}: {error.strerror}", f"set {variable}, best to a local disk"
-        )
+        advice = "set TRITON_CACHE_DIR, best to a local disk"
+        return Finding("kernel cache", Verdict.WRONG, f"{folder}: {error.strerror}", advice)
     return Finding("kernel cache", Verdict.OK, f"{folder} can be written")
 
 

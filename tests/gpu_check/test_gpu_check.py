@@ -126,12 +126,12 @@ def test_a_missing_compiler_and_missing_headers_are_named(tmp_path: Path, monkey
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    (finding,) = environment._caches()
+    finding = environment._kernel_cache()
     assert finding.verdict == Verdict.WRONG
     assert "TRITON_CACHE_DIR" in finding.advice
     monkeypatch.delenv("TRITON_CACHE_DIR")
     monkeypatch.setenv("TRITON_HOME", str(tmp_path / "file"))
-    (finding,) = environment._caches()
+    finding = environment._kernel_cache()
     assert finding.verdict == Verdict.WRONG
 
 
