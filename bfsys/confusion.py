@@ -22,9 +22,8 @@ import numpy as np
 from torch import Tensor
 
 from bfsys.batch import ByteBatch
-from bfsys.data.storage.classes import some
 from bfsys.dist import gather_to_rank0
-from bfsys.errors import UserError
+from bfsys.errors import UserError, some
 from bfsys.files import replace_file, replacing
 
 MOST_CLASSES_DRAWN = 2000

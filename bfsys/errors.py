@@ -156,6 +156,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun[:-1]}ies" if noun.endswith("y") else f"{number:,} {noun}s"
 
 
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """The first names, as text."""
+    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
+
+
 def one_line(text: str) -> str:
     """The text with line breaks and other control characters escaped. File names may contain them."""
     return "".join(c if is_printable(c) else ascii(c)[1:-1] for c in text)

@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from bfsys.errors import EXIT_CRASHED, TO_START_MORE, UserError, remedy_of
+from bfsys.errors import EXIT_CRASHED, TO_START_MORE, UserError, remedy_of, some
 from bfsys.process import open_files_limit, threads_that_start
 from bfsys.ranks import Ranks, env_number
 
@@ -142,7 +142,7 @@ def meet(store: dist.Store, ranks: Ranks, identity: str, timeout_s: float) -> li
 
 def _missing(store: dist.Store, names: list[str]) -> str:
     missing = [name for name in names if not store.check([name])]
-    return f"{', '.join(missing[:10])}{', …' if len(missing) > 10 else ''} ({len(missing)} of {len(names)} ranks)"
+    return f"{some(missing, 10)} ({len(missing)} of {len(names)} ranks)"
 
 
 def first_line(error: Exception) -> str:

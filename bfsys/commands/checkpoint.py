@@ -35,7 +35,7 @@ from bfsys.checkpoint.files import (
 )
 from bfsys.checkpoint.retention import RetentionPolicy, evaluations, evaluations_in, to_prune
 from bfsys.checkpoint.store import Store
-from bfsys.errors import EXIT_USER_ERROR, UserError, counted, one_line
+from bfsys.errors import EXIT_USER_ERROR, UserError, counted, one_line, some
 from bfsys.locations import without_secrets
 from bfsys.object_stores import URL, as_url
 
@@ -250,8 +250,7 @@ def show(args: argparse.Namespace) -> int:
     print(one_line(str(checkpoint)))
     print(f"step      {manifest['step']}, {manifest.get('updates', manifest['step'])} of which changed the weights")
     print(f"versions  {', '.join(f'{name} {value}' for name, value in manifest['versions'].items() if value)}")
-    print(f"classes   {len(manifest['classes'])}: {', '.join(manifest['classes'][:8])}"
-          f"{', …' if len(manifest['classes']) > 8 else ''}")  # fmt: skip
+    print(f"classes   {len(manifest['classes'])}: {some(manifest['classes'], 8)}")
     for state in sorted({name.partition("-")[0] for name in files if name.endswith(".safetensors")}):
         parts = [entry["bytes"] for name, entry in files.items() if name.startswith(f"{state}-")]
         print(f"state     {state}: {sum(parts) / MB:,.1f} MB in {counted(len(parts), 'file')}")

@@ -25,6 +25,7 @@ from bfsys.data.media.sounds import (
     without_tags,
 )
 from bfsys.data.packing.listing import SourceFile
+from bfsys.errors import some
 from bfsys.files import read_regular
 
 LOOKED_AT = 200  # files whose headers are read
@@ -75,10 +76,9 @@ class Survey:
     def describe(self) -> list[str]:
         """Return lines to print."""
         low, middle, high = np.quantile(self.train_bytes, (0.05, 0.5, 0.95))
-        names = ", ".join(self.classes[:8]) + (", …" if len(self.classes) > 8 else "")
         kinds = ", ".join(f"{100 * n / sum(self.kinds.values()):.0f} % {kind}" for kind, n in self.kinds.items())
         lines = [
-            f"classes     {len(self.classes):,}: {names}",
+            f"classes     {len(self.classes):,}: {some(self.classes, 8)}",
             "files       " + ", ".join(f"{n:,} {split}" for split, n in self.files.items()),
             f"lengths     median {middle:,.0f} bytes, 90 % of them {low:,.0f} to {high:,.0f}, longest {self.longest:,}",
             f"kinds       {kinds}",

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bfsys.errors import is_printable
+from bfsys.errors import is_printable, some
 
 # Files that Windows, macOS, Linux and network storage add to the user's files, in lower case
 SYSTEM_NAMES = {
@@ -47,8 +47,5 @@ def left_out_note(left_out: Sequence[LeftOut]) -> str:
     by_reason = defaultdict(list)
     for path, reason in left_out:
         by_reason[reason].append("".join(c if is_printable(c) else "_" for c in path))
-    kinds = [
-        f"{len(paths):,} {reason} ({', '.join(paths[:SHOWN])}{', …' if len(paths) > SHOWN else ''})"
-        for reason, paths in by_reason.items()
-    ]
+    kinds = [f"{len(paths):,} {reason} ({some(paths, SHOWN)})" for reason, paths in by_reason.items()]
     return f"files and folders left out: {', '.join(kinds)}" if kinds else ""

@@ -20,7 +20,7 @@ from bfsys.data.packing.left_out import LeftOut, is_of_system, why_left_out
 from bfsys.data.packing.splits import SPLIT_FOLDERS, split_of_name
 from bfsys.data.storage.classes import Spelling, stored_name
 from bfsys.data.storage.tars import NOT_PAYLOAD
-from bfsys.errors import counted, is_printable
+from bfsys.errors import counted, is_printable, some
 from bfsys.files import decoded, open_input, read_up_to
 
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
@@ -95,9 +95,8 @@ def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool)
         listing.problems.append(f"{src}: has split folders ({', '.join(splits)}); drop --split {split}")
     elif others and not split_folders:
         listing.problems.append(
-            f"{src}: holds split folders ({', '.join(splits)}) and others ({', '.join(others[:5])}"
-            f"{', …' if len(others) > 5 else ''}). To leave the others out, use --from imagefolder; "
-            f"if {next(iter(splits))} is a class, use --from filelist"
+            f"{src}: holds split folders ({', '.join(splits)}) and others ({some(others)}). To leave the others out, "
+            f"use --from imagefolder; if {next(iter(splits))} is a class, use --from filelist"
         )
     elif len(set(splits.values())) < len(splits):
         listing.problems.append(

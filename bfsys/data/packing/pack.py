@@ -24,7 +24,7 @@ from bfsys.data.packing.listing import BadFile, Listing, list_filelist, list_spe
 from bfsys.data.packing.splits import split_of_name
 from bfsys.data.packing.workers import write_jobs
 from bfsys.data.storage.description import seen_from
-from bfsys.errors import UserError, counted, one_line
+from bfsys.errors import UserError, counted, one_line, some
 
 DEFAULT_VAL_SHARE = 0.1
 SECONDS_BETWEEN_LINES = 15  # between lines of progress if there is no terminal for a progress bar
@@ -152,8 +152,8 @@ def note_on_splits_in_classes(src: Path, listing: Listing) -> str:
     if not {splits[name] for name in inner} > {"train"}:  # a folder `test` alone may hold any files
         return ""
     return (
-        f"the split folders in class folders ({', '.join(inner[:3])}{', …' if len(inner) > 3 else ''}) are not used as "
-        "splits: packing chooses the validation files itself. To use them, put the class folders into split folders"
+        f"the split folders in class folders ({some(inner, 3)}) are not used as splits: packing chooses the validation "
+        "files itself. To use them, put the class folders into split folders"
     )
 
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SHOWN = 5  # names in a message, before "…"
+from bfsys.errors import some
 
 
 @dataclass
@@ -57,8 +57,3 @@ def notes_on_classes(training_files: Mapping[str, int] | None, classes: int) -> 
         subject = "1 class is" if len(lost) == 1 else f"{len(lost):,} classes are"
         notes.append(f"{subject} without training files and cannot be learned: {some(lost)}")
     return notes
-
-
-def some(names: list[str]) -> str:
-    """The first SHOWN names, as text."""
-    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

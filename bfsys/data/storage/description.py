@@ -12,9 +12,9 @@ from typing import Annotated, NotRequired
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
-from bfsys.data.storage.classes import notes_on_classes, some
+from bfsys.data.storage.classes import notes_on_classes
 from bfsys.data.storage.remote import SMALL_FILE_BYTES, too_long
-from bfsys.errors import UserError, code_of, counted, one_line
+from bfsys.errors import UserError, code_of, counted, one_line, some
 from bfsys.files import open_regular, read_up_to
 
 FORMAT = 2

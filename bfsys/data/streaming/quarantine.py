@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bfsys import dist
-from bfsys.errors import UserError, code_of, one_line
+from bfsys.errors import UserError, code_of, one_line, some
 from bfsys.files import read_regular
 
 FILE = "quarantine.tsv"
@@ -143,8 +143,7 @@ def _read(path: Path) -> list[BadSample]:
         elif line and not HEADING.startswith(line):
             unreadable.append(str(number))
     if unreadable:
-        where = ", ".join(unreadable[:LISTED]) + (", …" if len(unreadable) > LISTED else "")
-        text = f"{path}: ignored invalid rows (line {where}); their samples are read again"
+        text = f"{path}: ignored invalid rows (line {some(unreadable, LISTED)}); their samples are read again"
         print(text, file=sys.stderr, flush=True)
     return rows
 
