@@ -25,7 +25,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from bfsys import console, process
@@ -86,7 +88,7 @@ class JobSupervisor:
         while (code := tasks.poll()) is None:
             if self.ending_since is not None and ask_at is None and time.monotonic() > next_try:
                 next_try = time.monotonic() + ENDING_PAUSE_S
-                if job := job_facts(ENDING_LIMIT_S):
+                if job := job_facts(partial(ask, limit_s=ENDING_LIMIT_S)):
                     seconds = max(2.0, kill_wait_s() - ASK_BEFORE_END_S) if is_ended_by_slurm(job) else float("inf")
                     ask_at = self.ending_since + seconds
             if ask_at is not None and time.monotonic() > ask_at:
@@ -108,7 +110,7 @@ class JobSupervisor:
         """Requeue the job if necessary, after the tasks have ended with `code`. Returns the exit code of the job."""
         if code in FINAL_CODES and code != EXIT_STOPPED:
             return code
-        job = self._facts()
+        job = job_facts(self._insist)
         if not may_come_back(job):
             return code  # the job was cancelled, or SLURM itself requeues it
         is_preempted = job.get("PreemptTime", "None") != "None"
@@ -128,7 +130,7 @@ class JobSupervisor:
         until = time.monotonic() + pause_s
         while time.monotonic() < until:
             if self.is_being_ended:
-                if not is_ended_by_slurm(self._facts()):
+                if not is_ended_by_slurm(job_facts(self._insist)):
                     return code
                 break
             time.sleep(POLL_S)
@@ -150,10 +152,6 @@ class JobSupervisor:
                 pause_s = min(1, number / 10) * TRY_PAUSE_S
                 time.sleep(min(pause_s, ENDING_PAUSE_S) if self.is_being_ended else pause_s)
         return answer
-
-    def _facts(self) -> dict[str, str]:
-        answer = self._insist("scontrol", "--oneliner", "show", "job", job_id())
-        return fields_of(answer.output) if answer.is_good else {}
 
     def _requeue(self) -> str | None:
         """Ask SLURM to requeue this job, which ends all of its processes. Returns the problem if SLURM does not."""
@@ -223,9 +221,9 @@ def job_id() -> str:
     return env["SLURM_JOB_ID"]
 
 
-def job_facts(limit_s: float | None = None) -> dict[str, str]:
+def job_facts(ask: Callable[..., Answer] = ask) -> dict[str, str]:
     """SLURM's fields of this job: JobState, Reason, PreemptTime, …; empty if SLURM does not answer."""
-    answer = ask("scontrol", "--oneliner", "show", "job", job_id(), limit_s=limit_s)
+    answer = ask("scontrol", "--oneliner", "show", "job", job_id())
     return fields_of(answer.output) if answer.is_good else {}
 
 
