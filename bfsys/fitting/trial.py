@@ -18,7 +18,7 @@ from bfsys.files import try_lock
 from bfsys.fitting.choice import Choice, settings_of, to_yaml
 from bfsys.fitting.request import Request
 from bfsys.json_lines import read_json_lines
-from bfsys.launch.job import TrainJob
+from bfsys.launch.job import CODE_DIR, TrainJob
 from bfsys.launch.local import choose_ranks, run_group
 from bfsys.supervision.signals import EXIT_CODES
 
@@ -77,7 +77,7 @@ def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Tria
         file.write_text(to_yaml(settings, []), encoding="utf-8")
         overrides = (f"runs_dir={folder}", "train.log_every=1", "train.eval_every=0", f"train.save_every={TRIAL_STEPS}")
         config = load_config(file, overrides)
-        job = TrainJob(file, overrides, Path(__file__).resolve().parents[2], Path.cwd())
+        job = TrainJob(file, overrides, CODE_DIR, Path.cwd())
         said = io.StringIO()
         with redirect_stdout(said):
             code = run_group(job, choose_ranks(config.data.lanes, None), config.run_dir / "log")

@@ -37,6 +37,8 @@ PORTS_BETWEEN_STARTS = 1009  # between the steps and the starts of one job; cons
 # Step numbers from here on are special: the batch script, the shell of salloc, the external step.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
+CODE_DIR = Path(__file__).resolve().parents[2]  # the folder that holds this bfsys/
+
 _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
 
@@ -75,7 +77,7 @@ class TrainJob:
             for path, is_seen in (
                 (self.work_dir, self.work_dir.is_dir()),
                 (self.config, self.config.is_file()),
-                (self.code_dir, Path(__file__).resolve().parents[2] == self.code_dir.resolve()),
+                (self.code_dir, self.code_dir.resolve() == CODE_DIR),
             )
             if not is_seen
         ]:

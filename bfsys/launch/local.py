@@ -46,7 +46,7 @@ from bfsys.errors import (
     error_line,
 )
 from bfsys.launch.elastic import MOST, describe, fitting, parse_range
-from bfsys.launch.job import TrainJob, free_port, rank_variables
+from bfsys.launch.job import CODE_DIR, TrainJob, free_port, rank_variables
 from bfsys.launch.processes import Process, fork_rank, import_what_ranks_need, start_program
 from bfsys.launch.restart_policy import FINAL_CODES, Restarts, end_of, newest_step
 from bfsys.locations import hide_in
@@ -331,7 +331,7 @@ def launch(
     job = TrainJob(
         config=config_file.absolute(),
         overrides=tuple(overrides),
-        code_dir=Path(__file__).resolve().parents[2],
+        code_dir=CODE_DIR,
         work_dir=Path.cwd(),
     )
     log_dir = config.run_dir.absolute() / "log"

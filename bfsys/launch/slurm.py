@@ -26,9 +26,9 @@ from bfsys.data.streaming.plan import fitting_world_sizes
 from bfsys.errors import STOPS_COMMANDS, UserError, collecting, counted
 from bfsys.launch import jobs, preflight, requeue
 from bfsys.launch.elastic import describe, fitting, parse_range
-from bfsys.launch.job import TrainJob
+from bfsys.launch.job import CODE_DIR, TrainJob
 from bfsys.launch.slurm_commands import IS_IT_UP
-from bfsys.launch.slurm_job import ROOT, job_nodes, make_executor, seen_by_nodes, snapshot, submit
+from bfsys.launch.slurm_job import job_nodes, make_executor, seen_by_nodes, snapshot, submit
 from bfsys.launch.slurm_options import (
     forget_overrides,
     minutes_of,
@@ -77,7 +77,7 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
     found.problems.extend(container_problems(args, configs))
     found.add(preflight.check_places(seen_by_nodes(configs)))
     if shutil.which("sbatch") and not any(option_problems(args)):
-        script = make_executor(args, configs, ROOT).script()
+        script = make_executor(args, configs, CODE_DIR).script()
         if ignored := forget_overrides(script):
             found.notes.append(f"{', '.join(ignored)}: not used; the options of the launcher decide, see --help")
         found.add(preflight.check_slurm(script, args.partition, nodes[0], minutes_of(args), args.qos))
@@ -144,7 +144,7 @@ def submit_runs(args: argparse.Namespace, configs: Sequence[Config], problems: l
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if args.dry_run:
-        print(make_executor(args, configs, ROOT).script())
+        print(make_executor(args, configs, CODE_DIR).script())
         return 0
     console.go_on_without()  # a closed console must not stop this: each submitted job must be recorded
     with contextlib.ExitStack() as locks:

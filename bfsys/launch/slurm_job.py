@@ -29,12 +29,10 @@ from bfsys.git_state import FILE as GIT_STATE
 from bfsys.git_state import git_state
 from bfsys.launch import jobs
 from bfsys.launch.elastic import fitting
-from bfsys.launch.job import TrainJob
+from bfsys.launch.job import CODE_DIR, TrainJob
 from bfsys.launch.slurm_commands import IS_IT_UP, is_unreached
 from bfsys.launch.slurm_options import minutes_of, nodes_of, ranks_per_node
 from bfsys.locations import is_remote
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # From the stop signal to the time limit: enough for a step and a checkpoint, and for the start-up if it is not over.
 # SLURM may send the signal up to 60 s early, never late. A short job has a shorter notice, to have time for steps.
@@ -107,8 +105,8 @@ def seen_by_nodes(configs: Sequence[Config]) -> list[tuple[str, Path]]:
 def snapshot(config: Config) -> Path:
     """Copy bfsys/ and the resolved config into the run directory, unless it has an equal copy. Returns the path of the
     config."""
-    sources = sorted(path for path in (ROOT / "bfsys").rglob("*") if path.suffix == ".py")
-    texts = {path.relative_to(ROOT): path.read_bytes() for path in sources}
+    sources = sorted(path for path in (CODE_DIR / "bfsys").rglob("*") if path.suffix == ".py")
+    texts = {path.relative_to(CODE_DIR): path.read_bytes() for path in sources}
     texts[Path(f"{config.name}.yaml")] = typed_yaml.dump(config).encode()
     texts[Path(GIT_STATE)] = (git_state() or "").encode()
     digest = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:12]
