@@ -25,27 +25,25 @@ from bfsys.data.media.encodings import (
 from bfsys.data.media.modalities import MODALITIES, Clip, decode_audio, decode_image
 from bfsys.errors import UserError
 
+# The published sizes: of 224 × 224 pixels, and of a second at 16 kHz
+PICTURE_BYTES = [("tiff", 150_668), ("png", 150_864), ("fhwc", 150_528), ("fchw", 150_528)]
+SOUND_BYTES = [
+    ("wav:float32", 64_058),
+    ("wav:int32", 64_080),
+    ("wav:int16", 32_044),
+    ("wav:uint8", 16_044),
+    ("mp3", 3_240),
+]
 PIXELS = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
 TONE = Clip((0.4 * np.sin(np.arange(16000) * 0.1)).astype(np.float32), 16000)
 
 
-@pytest.mark.parametrize(
-    ("encoding", "size_bytes"), [("tiff", 150_668), ("png", 150_864), ("fhwc", 150_528), ("fchw", 150_528)]
-)
+@pytest.mark.parametrize(("encoding", "size_bytes"), PICTURE_BYTES)
 def test_image_sizes_are_the_published_ones(encoding, size_bytes):
     assert len(parse_encoding(encoding).encode(PIXELS)) == size_bytes
 
 
-@pytest.mark.parametrize(
-    ("encoding", "size_bytes"),
-    [
-        ("wav:float32", 64_058),
-        ("wav:int32", 64_080),
-        ("wav:int16", 32_044),
-        ("wav:uint8", 16_044),
-        ("mp3", 3_240),
-    ],
-)
+@pytest.mark.parametrize(("encoding", "size_bytes"), SOUND_BYTES)
 def test_audio_sizes_are_the_published_ones(encoding, size_bytes):
     assert len(parse_encoding(encoding).encode(TONE)) == size_bytes
 

@@ -20,6 +20,7 @@ from bfsys.data.media.modalities import Clip, decode_audio, decode_image
 from bfsys.data.streaming import augment
 from bfsys.data.streaming.augment import BACKGROUND_GAIN, Augmentation, change_speed
 from bfsys.errors import UserError
+from tests.data.media.test_encodings import PICTURE_BYTES, SOUND_BYTES
 from tests.forked import server_context
 
 # A picture with a different value in every pixel, so that the result shows crops, flips and erasing
@@ -58,24 +59,13 @@ def background(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("encoding", "size_bytes"), [("tiff", 150_668), ("png", 150_864), ("fhwc", 150_528), ("fchw", 150_528)]
-)
+@pytest.mark.parametrize(("encoding", "size_bytes"), PICTURE_BYTES)
 def test_image_sizes_are_the_published_ones(encoding, size_bytes):
     data, share = augmentation(encoding)(PICTURE, np.random.default_rng(0))
     assert (len(data), share) == (size_bytes, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("encoding", "size_bytes"),
-    [
-        ("wav:float32", 64_058),
-        ("wav:int32", 64_080),
-        ("wav:int16", 32_044),
-        ("wav:uint8", 16_044),
-        ("mp3", 3_240),
-    ],
-)
+@pytest.mark.parametrize(("encoding", "size_bytes"), SOUND_BYTES)
 @pytest.mark.parametrize("rate_hz", [16_000, 11_025])
 def test_audio_sizes_are_the_published_ones(encoding, size_bytes, rate_hz, background):
     first = parse_encoding("wav:int16").encode(Clip(TONE.wave, rate_hz))
