@@ -32,8 +32,8 @@ def serve(service: Service, listener: socket.socket, host: str) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     port = listener.getsockname()[1]
-    own = f"[{host}]" if ":" in host else host.lower()
-    hosts = ["localhost", "127.0.0.1", "[::1]", own] if is_loopback(listener) else None
+    shown = f"[{host}]" if ":" in host else host
+    hosts = ["localhost", "127.0.0.1", "[::1]", shown.lower()] if is_loopback(listener) else None
     with closing(listener):
         listen(listener, host)
         # h11: the implementation that every installation of uvicorn has.
@@ -43,7 +43,6 @@ def serve(service: Service, listener: socket.socket, host: str) -> None:
             server_header=False, proxy_headers=False, backlog=BACKLOG,
             timeout_graceful_shutdown=int(service.limits.seconds) + 1,
         )  # fmt: skip
-        shown = f"[{host}]" if ":" in host else host
         asyncio.run(_run(_Server(config), listener, f"http://{shown}:{port}"))
     if not service.close(SECONDS_TO_FINISH):
         # A computation cannot be interrupted, and Python aborts a process that ends with a thread inside PyTorch.
