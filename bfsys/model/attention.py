@@ -61,6 +61,11 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     return _kernels(device) if device.type == "cuda" and dtype != torch.float64 else None
 
 
+def processors(device: torch.device) -> int:
+    """The number of multiprocessors of a GPU, among which kernels divide their work; for interpreted kernels, a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def _kernels_of(qkv: Tensor) -> ModuleType:
     kernels = kernels_for(qkv.device, qkv.dtype)
     assert kernels is not None, "SegmentAttention is for what has a kernel"

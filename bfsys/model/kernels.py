@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bfsys.model.attention import processors
+
 VALUES = tl.constexpr(257)
 BYTES = tl.constexpr(256)  # number of byte values; value 256 is the padding
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -30,10 +32,6 @@ WIDEST_HEAD = 64  # channels, likewise
 # Memory for the partial sums of the table's gradient; one part may take more. At K = 32 on an H200, these are 11 parts
 # of 6 MB for tiny and 2 of 25 MB for base.
 PARTIAL_BYTES = 256 * 2**20
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _generation(device: torch.device) -> int:
@@ -198,7 +196,7 @@ def stem_backward(
     if grad.dtype == torch.float32:
         block = 32 if _generation(grad.device) in (9, 10) else 16
     tiles, blocks = kernel // 2 * triton.cdiv(dim, BLOCK_D), max(1, triton.cdiv(rows, block))
-    splits = _split_count(tiles, blocks, 4 * kernel * BYTES.value * dim, _processors(grad.device))
+    splits = _split_count(tiles, blocks, 4 * kernel * BYTES.value * dim, processors(grad.device))
     split_rows = triton.cdiv(blocks, splits) * block
     pitch = splits * split_rows  # whole blocks, so that the loop below needs no mask for bytes
     values = grad.new_empty(kernel, pitch, dtype=torch.bfloat16)  # exact for bytes; two are compared at once

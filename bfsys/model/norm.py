@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bfsys.model.attention import kernels_for
+from bfsys.model.attention import kernels_for, processors
 from bfsys.model.precision import LayerNorm
 
 # Rows times channels from which the kernels of bfsys are faster. Below, PyTorch's operations take less time on an H200,
@@ -35,8 +35,9 @@ class AddNorm(torch.autograd.Function):
         total, weight = ctx.saved_tensors
         if grad is None:
             return None, total_grad, total_grad if ctx.adds else None, None, None, None
-        processors = _processors(total.device)
-        x_grad, weight_grad, bias_grad = ctx.kernels.norm_backward(total, grad, total_grad, weight, ctx.eps, processors)
+        x_grad, weight_grad, bias_grad = ctx.kernels.norm_backward(
+            total, grad, total_grad, weight, ctx.eps, processors(total.device)
+        )
         weight_grad, bias_grad = weight_grad.to(ctx.dtypes[0]), bias_grad.to(ctx.dtypes[1])
         return None, x_grad, x_grad if ctx.adds else None, weight_grad, bias_grad, None
 
@@ -62,7 +63,3 @@ def norm_kernels_for(x: Tensor, added: Tensor | None) -> ModuleType | None:
 
     is_alike = added is None or (added.dtype == x.dtype and added.shape == x.shape)
     return norm_kernels if is_alike and norm_kernels.supports_norm(x.shape[1]) else None
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -45,7 +45,7 @@ STEMS = [  # kernel, dim, alignment, whole windows only
 def test_stem_sums_table_rows_and_its_gradient_is_the_transpose(
     kernels, kernel, dim, alignment, whole, dtype, monkeypatch
 ):
-    monkeypatch.setattr(kernels, "_processors", lambda device: 3 * kernel)  # gives two to six splits
+    monkeypatch.setattr(kernels, "processors", lambda device: 3 * kernel)  # gives two to six splits
     sizes = {"kernel": kernel, "dim": dim, "alignment": alignment, "longest": LONGEST}
     all_right(stem_case(kernels, DEVICE, dtype=dtype, tail=not whole, **sizes))
 
