@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 
-from bfsys.files import CHUNK_BYTES, open_regular, read_regular
+from bfsys.files import CHUNK_BYTES, open_regular
 
 NUMBER = int | float
 Fields = Mapping[str, type | UnionType]
@@ -49,14 +49,6 @@ def read_json_lines_backwards(path: Path, fields: Fields) -> Iterator[dict]:
 
 def parse_json_lines(lines: Iterable[bytes], fields: Fields) -> Iterator[dict]:
     return (line for line in (parse_json_object(text, fields) for text in lines) if line is not None)
-
-
-def read_json_object(path: Path, fields: Fields) -> dict | None:
-    """The object in a file, if the file can be read and the object has these fields of these types."""
-    try:
-        return parse_json_object(read_regular(path), fields)
-    except OSError:
-        return None
 
 
 def parse_json_object(text: bytes, fields: Fields) -> dict | None:

@@ -43,8 +43,8 @@ def compare(what: str, actual: Tensor, expected: Tensor, allowed: float) -> Comp
     """Compare with `expected`, which is float64 on the CPU."""
     if actual.shape != expected.shape:
         return Compared(f"{what}: shape", math.inf, 0)
-    error = (actual.double().cpu() - expected).abs().max().item()
-    return Compared(what, _finite(error / max(expected.abs().max().item(), 1e-3)), allowed)
+    error = (actual.double().cpu() - expected).abs().max().item() / max(expected.abs().max().item(), 1e-3)
+    return Compared(what, error if math.isfinite(error) else math.inf, allowed)
 
 
 def is_true(what: str, fact: bool) -> Compared:
@@ -62,10 +62,6 @@ def sum_tolerance(device: torch.device) -> float:
     """The relative error allowed for gradients in any precision. Products with ones are exact, and their sums are
     float32. Matrix units truncate sums instead of rounding them, which costs float32 gradients a digit."""
     return 1e-5 if device.type == "cuda" else 1e-6
-
-
-def _finite(error: float) -> float:
-    return error if math.isfinite(error) else math.inf
 
 
 # --- Stem --------------------------------------------------------------------------------------------------------

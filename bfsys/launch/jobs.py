@@ -269,7 +269,7 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> bool:
     if ranks and rank not in ranks:
         print(f"waiting for {log}; job {job.job} has logs of ranks 0 to {max(ranks)}", file=sys.stderr)
     try:
-        for text in _added_to(log, job) if follow else (_shown(_last_lines(log, SHOWN_LINES)),):
+        for text in _added_to(log, job) if follow else (_last_lines(log, SHOWN_LINES),):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         print(f"\nthe job continues; bfsys slurm stop {shlex.quote(str(run_dir))} ends it", file=sys.stderr)
@@ -312,14 +312,10 @@ def _ranks_with_logs(job: Submitted) -> list[int]:
     return [int(match[1]) for name in names if (match := form.fullmatch(name))]
 
 
-def _shown(lines: list[bytes]) -> str:
-    return b"\n".join(lines).decode(errors="replace")
-
-
-def _last_lines(path: Path, number: int) -> list[bytes]:
+def _last_lines(path: Path, number: int) -> str:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 1000 * number))
-        return file.read().splitlines()[-number:]
+        return b"\n".join(file.read().splitlines()[-number:]).decode(errors="replace")
 
 
 def stop(run_dir: Path) -> int:

@@ -7,8 +7,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from bfsys.files import replace_file
-from bfsys.json_lines import read_json_object
+from bfsys.files import read_regular, replace_file
+from bfsys.json_lines import parse_json_object
 
 FILE = "ended.json"
 
@@ -28,4 +28,6 @@ def forget_end(run_dir: Path) -> None:
 
 def how_it_ended(run_dir: Path) -> dict | None:
     """Return {"exit_code", "reason", "time"} of a run that has ended, else None; also None for a damaged record."""
-    return read_json_object(run_dir / FILE, {"exit_code": int, "reason": str, "time": str})
+    with suppress(OSError):
+        return parse_json_object(read_regular(run_dir / FILE), {"exit_code": int, "reason": str, "time": str})
+    return None

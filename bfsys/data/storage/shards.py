@@ -330,16 +330,13 @@ def _map_array(file: Path, dtype: np.dtype, length: int) -> np.ndarray:
     return array
 
 
-def index_files(name: str, split: str) -> tuple[str, str]:
-    return f"{name}-{split}.samples.npy", f"{name}-{split}.keys.npy"
-
-
 def write_split(path: Path, name: str, split: str, classes: Sequence[str], shards: Sequence[TarIndex]) -> dict:
     """Write a split's index from that of its shards, and return its part of dataset.json."""
     samples, keys = join_shards(shards)
     files = {}
     arrays = (samples, np.frombuffer(keys, np.uint8))
-    for role, file_name, array in zip(("samples", "keys"), index_files(name, split), arrays, strict=True):
+    for role, array in zip(("samples", "keys"), arrays, strict=True):
+        file_name = f"{name}-{split}.{role}.npy"
         with replacing(path / file_name) as file:
             np.save(file, array)
         about = describe(path / file_name)
