@@ -14,8 +14,7 @@ from bfsys.cli import call
 from bfsys.commands.inspect import verify
 from bfsys.data.storage.shards import open_dataset, open_split
 from bfsys.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import REPOSITORY
 
 
 def make_files(folder: Path, files: dict[str, bytes]) -> Path:
@@ -62,7 +61,7 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def run_pack(src: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools" / "pack.py", src, out, "--name", "pets", *options]
+    command = [sys.executable, REPOSITORY / "tools" / "pack.py", src, out, "--name", "pets", *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=out.parent)
 
 

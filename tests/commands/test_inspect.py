@@ -15,9 +15,7 @@ from bfsys.commands.inspect import verify
 from bfsys.data.storage.description import read_description
 from bfsys.data.storage.shards import open_dataset, open_split
 from bfsys.errors import UserError
-from tests.conftest import closed_output
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import REPOSITORY, closed_output
 
 
 @pytest.fixture(name="dataset")
@@ -110,7 +108,7 @@ def test_rebuild_refuses_classes_that_are_alike(tmp_path, names):
 
 
 def test_exit_code_2_without_a_dataset(tmp_path):
-    command = [sys.executable, ROOT / "tools" / "inspect_shards.py", tmp_path]
+    command = [sys.executable, REPOSITORY / "tools" / "inspect_shards.py", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path}: holds no dataset.json")

@@ -20,7 +20,6 @@ from bfsys.data.storage.description import read_description
 from bfsys.data.storage.shards import open_split
 from bfsys.errors import UserError
 from tests.commands.packing_helpers import (
-    ROOT,
     all_bytes,
     contents,
     make_files,
@@ -31,6 +30,7 @@ from tests.commands.packing_helpers import (
     run_pack,
     wav_bytes,
 )
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -253,7 +253,7 @@ SLOW = ("--shard-bytes", "6K", "--workers", "2", "--encoding", "png", "--image-s
 
 def start_slow_pack(src: Path, out: Path) -> subprocess.Popen:
     """Start packing many shards, and return when the first one exists."""
-    command = [sys.executable, ROOT / "tools" / "pack.py", src, out, "--name", "pets", *SLOW]
+    command = [sys.executable, REPOSITORY / "tools" / "pack.py", src, out, "--name", "pets", *SLOW]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # so that this process sees the first shard before the last
     while not list(out.glob("pets/.pack/*.npz")):
@@ -335,15 +335,16 @@ def test_run_as_a_script_from_anywhere(tmp_path):
 
 
 def test_a_blocked_console_does_not_stop_the_work(tmp_path):
+    src = make_tree(tmp_path / "src")
     with open("/dev/full", "w") as full:
-        command = [sys.executable, ROOT / "tools" / "pack.py", make_tree(tmp_path / "src"), tmp_path, "--name", "pets"]
+        command = [sys.executable, REPOSITORY / "tools" / "pack.py", src, tmp_path, "--name", "pets"]
         assert subprocess.run(command, stdout=full, stderr=full, timeout=900).returncode == 0
     assert len(contents(tmp_path / "pets")) == 30
 
 
 def test_packing_does_not_wait_for_torch():
     code = "import sys, bfsys.data.packing.pack, bfsys.data.packing.rebuild; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=900).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=900).returncode == 0
 
 
 def test_class_names_of_every_script(tmp_path):

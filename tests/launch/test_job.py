@@ -23,19 +23,19 @@ from bfsys.errors import UserError
 from bfsys.launch import job as job_module
 from bfsys.launch.job import MASTER_PORTS, TrainJob, gloo_interface, slurm_variables
 from bfsys.ranks import Ranks
+from tests.conftest import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
 TASK = {  # rank 3 of 4, on the second of two nodes
     "SLURM_JOB_ID": "70123", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
 }  # fmt: skip
 
 
 def make_job(folder: Path) -> TrainJob:
-    return TrainJob(Path("/runs/a config.yaml"), ("train.steps=3", "name=x"), ROOT, folder)
+    return TrainJob(Path("/runs/a config.yaml"), ("train.steps=3", "name=x"), REPOSITORY, folder)
 
 
 def test_command_is_that_of_one_rank(tmp_path):
-    command = [sys.executable, str(ROOT / "bfsys/train.py"), "/runs/a config.yaml", "train.steps=3", "name=x"]
+    command = [sys.executable, str(REPOSITORY / "bfsys/train.py"), "/runs/a config.yaml", "train.steps=3", "name=x"]
     assert make_job(tmp_path).command() == command
 
 
@@ -43,7 +43,8 @@ def test_a_pickle_is_opened_without_heavy_imports(tmp_path):
     pickled = tmp_path / "job.pkl"
     pickled.write_bytes(pickle.dumps(make_job(tmp_path)))
     look = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).overrides, 'torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", look, pickled], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", look, pickled]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "('train.steps=3', 'name=x') False"
 
 

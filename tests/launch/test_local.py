@@ -26,11 +26,11 @@ from bfsys.launch import local, restart_policy
 from bfsys.launch.job import TrainJob
 from bfsys.supervision.goodput import read_seconds
 from bfsys.supervision.run_end import how_it_ended
+from tests.conftest import REPOSITORY
 from tests.forked import Forked, run_python
 from tests.test_train import lines
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCHER = ROOT / "launchers" / "local.py"
+LAUNCHER = REPOSITORY / "launchers" / "local.py"
 
 # A rank that writes its process id and that of a child to a file when it is ready.
 BEGIN = """

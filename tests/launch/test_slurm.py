@@ -21,9 +21,9 @@ from bfsys.cli import call
 from bfsys.config import load_config
 from bfsys.errors import UserError
 from bfsys.launch import jobs, slurm, slurm_job
+from tests.conftest import REPOSITORY
 
 ON_CPUS = "--gpus-per-node=0"
-ROOT = Path(__file__).resolve().parents[2]
 REFUSING = "#!/bin/sh\necho 'sbatch: error: invalid partition specified: nope' >&2\nexit 1\n"
 ACCEPTING = "#!/bin/sh\necho Submitted batch job 42\n"
 
@@ -79,7 +79,7 @@ def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, cap
         assert f"#SBATCH {line}" in lines_of_script
     setup = lines_of_script[lines_of_script.index("# setup") + 1 : lines_of_script.index("# command")]
     exports = ["export A='b '\"'\"'c'\"'\"''", "export D=''"]
-    path = f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
+    path = f"export PYTHONPATH={REPOSITORY}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
     assert setup == [*exports, "module load x", *exports, path, ""]
     assert "\nexport DS_ACCELERATOR=cpu\n" in script_of(config_file, capsys, "--nodes=1", "--gpus-per-node=0")
     command = lines_of_script[-2] if not lines_of_script[-1] else lines_of_script[-1]
@@ -170,7 +170,7 @@ def test_the_submission_prints_the_next_commands_and_contains_the_job(
     job = pickle.loads((folder / "42_submitted.pkl").read_bytes()).function
     assert job == slurm_job.TrainJob(code / "tiny.yaml", (), code, tmp_path)
     assert load_config(job.config, ()) == load_config(config_file, ["train.steps=12"])
-    assert (code / "bfsys" / "train.py").read_bytes() == (ROOT / "bfsys" / "train.py").read_bytes()
+    assert (code / "bfsys" / "train.py").read_bytes() == (REPOSITORY / "bfsys" / "train.py").read_bytes()
     (submitted,) = jobs.submissions(tmp_path / "runs" / "tiny")
     assert (submitted.job, submitted.log) == ("42", lines["log"])
     assert submitted.command == f"bfsys slurm --nodes 2 {ON_CPUS} tiny.yaml train.steps=12"

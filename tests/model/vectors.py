@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from bfsys.import_corenet import to_bfsys
+from tests.conftest import REPOSITORY
 from tests.model.reference import PAD, ReferenceConfig
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = Path(os.environ.get("BFSYS_CORENET_VECTORS") or REPOSITORY.parent / "shared" / "corenet_vectors")
 FILES = ("s_k8_w16", "s_k32_w128", "s_k4_w32_shift64", "s_k6_nods")
 CASES = (

@@ -29,12 +29,8 @@ from bfsys.data.streaming.loader import LoaderCrashed, _running, evaluation_roun
 from bfsys.data.streaming.plan import evaluation_batches
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.data.streaming.run_data import open_run_data
-from bfsys.dist import Ranks
 from bfsys.errors import UserError
-
-
-def rank(number: int, of: int) -> Ranks:
-    return Ranks(number, of, number, of)
+from tests.data.packed import rank
 
 
 def test_global_batches_do_not_depend_on_ranks_or_workers(config_file: Path) -> None:

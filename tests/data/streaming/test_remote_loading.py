@@ -30,6 +30,7 @@ from bfsys.dist import Ranks
 from bfsys.errors import UserError
 from tests.data.conftest import config_of, eventually, path_of, read_by
 from tests.data.http_server import FaultyServer
+from tests.data.packed import rank
 
 ALONE = Ranks()
 STEPS = 8
@@ -63,10 +64,6 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
     monkeypatch.setattr(Watched, "made", [], raising=False)
     monkeypatch.setattr(loader, "Prefetcher", Watched)
     return Watched.made
-
-
-def rank(number: int, of: int) -> Ranks:
-    return Ranks(number, of, number, of)
 
 
 def content(batch) -> tuple:
