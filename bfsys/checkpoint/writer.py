@@ -38,8 +38,7 @@ def main() -> None:
 
 def read_task() -> dict:
     """Read the task from standard input. Also make this process end with its parent, and lower its priority."""
-    if sys.platform.startswith("linux"):  # otherwise a writer would survive its killed rank
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # otherwise a writer would survive its killed rank
     os.nice(NICE)
     task = json.load(sys.stdin)
     if os.getppid() != task["parent"]:

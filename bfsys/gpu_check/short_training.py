@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -31,9 +30,7 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
 
 
 def start_program(arguments: Sequence[str]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "bfsys", *arguments], capture_output=True, text=True, timeout=LIMIT_S, env=os.environ
-    )
+    done = subprocess.run([sys.executable, "-m", "bfsys", *arguments], capture_output=True, text=True, timeout=LIMIT_S)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     return "" if done.returncode == 0 else f"code {done.returncode}: {lines[-1] if lines else 'no output'}"
 
