@@ -34,7 +34,6 @@ from bfsys.launch.slurm_options import (
     minutes_of,
     nodes_of,
     option_problems,
-    parse_minutes,
     ranks_per_node,
 )
 from bfsys.process import blocking, handling
@@ -210,7 +209,7 @@ def tell(args: argparse.Namespace, configs: Sequence[Config], submitted: Sequenc
         run = shlex.quote(str(config.run_dir))
         print(
             f"job {job.job}: {describe_nodes(nodes_of(args), ranks_per_node(args))}, "
-            f"{device}, {counted(parse_minutes(args.time) or 0, 'minute')} at a time\n"
+            f"{device}, {counted(minutes_of(args), 'minute')} at a time\n"
             f"log     {job.log}\n"
             f"status  bfsys slurm status {run}\n"
             f"follow  bfsys slurm logs --follow {run}\n"
