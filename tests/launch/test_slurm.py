@@ -255,13 +255,13 @@ def test_sbatch_gets_no_variables_that_override_the_launchers_options(
 
 
 def test_invalid_names_are_rejected(config_file):
-    for name, said in (
-        ("50%", "run directory .*/runs/50%: has a % in its path, which SLURM replaces"),
-        ("a\\b", r"run directory .*: has a \\ in its path"),
-        ("x" * 260, "^name: x{40}… has 260 bytes; at most 250 are allowed"),
-        ("a\nb", r"run directory '.*a\\nb': one line of printable characters"),
+    for override, said in (
+        ("name=50%", "run directory .*/runs/50%: has a % in its path, which SLURM replaces"),
+        ("name=a\\b", r"run directory .*: has a \\ in its path"),
+        (f"name={'x' * 260}", "^name: x{40}… has 260 bytes; at most 250 are allowed"),
+        ("runs_dir=a\nb", r"run directory '.*/a\\nb/tiny': one line of printable characters"),
     ):
-        (problem,) = problems_of("--nodes", 1, ON_CPUS, "--dry-run", config_file, f"name={name}")
+        (problem,) = problems_of("--nodes", 1, ON_CPUS, "--dry-run", config_file, override)
         assert re.search(said, problem), problem
     (problem,) = problems_of("--nodes", 1, ON_CPUS, "--dry-run", "--name", "a\nb", config_file)
     assert problem == "--name: got 'a\\nb'; one line of printable characters is allowed"
