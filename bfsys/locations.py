@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationInfo
 
 PIPE = "pipe:"
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # What follows a scheme, up to the next one; and a URL with its query, which may contain more URLs. In a text without
 # queries, each part is still matched only once, so that long texts take no longer.
 _ADDRESS = re.compile(r"(?<=\w)://((?:[^\s'\":]+|:(?!//))*)")
@@ -21,7 +21,7 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 
 def is_remote(location: str) -> bool:
     """Whether `location` is a URL, or a command that prints a file; otherwise it is a path."""
-    return location.startswith(PIPE) or _SCHEME.match(location) is not None
+    return location.startswith(PIPE) or URL.match(location) is not None
 
 
 def base_name(location: str) -> str:

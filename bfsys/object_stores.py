@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
+from bfsys.locations import URL
+
 EXAMPLE = "s3://bucket/folder"
 MAGIC = re.compile(r"[*\[\]{}?#]")
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 EXTRAS = {"s3": "s3", "s3a": "s3"}  # extras of bfsys, by scheme; for other schemes, fsspec names the package
 NOT_KEPT = {
     "http": "a web server, to which bfsys cannot write",

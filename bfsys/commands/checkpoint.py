@@ -36,8 +36,8 @@ from bfsys.checkpoint.files import (
 from bfsys.checkpoint.retention import RetentionPolicy, evaluations, evaluations_in, to_prune
 from bfsys.checkpoint.store import Store
 from bfsys.errors import EXIT_USER_ERROR, UserError, counted, one_line, some
-from bfsys.locations import without_secrets
-from bfsys.object_stores import URL, as_url
+from bfsys.locations import URL, without_secrets
+from bfsys.object_stores import as_url
 
 MB = 1e6
 PAUSES_S = (1.0, 4.0)  # before a store is retried; short, because a user waits for the answer
