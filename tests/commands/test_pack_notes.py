@@ -51,6 +51,15 @@ def test_split_folders_in_class_folders_are_named(tmp_path, capsys, splits, note
     assert (note in capsys.readouterr().err) is noted
 
 
+def test_files_that_describe_others_are_named(tmp_path, capsys):
+    files = {f"{word}/{i}.{end}": b"1" for word in ("cat", "dog") for i in range(2) for end in ("jpg", "JPG.json")}
+    files |= {"cat/0.json": b"1", "cat/alone.json": b"1", "dog/1.png": b"1", "dog/notes.txt": b"1"}
+    pack(make_files(tmp_path / "src", files), tmp_path)
+    assert "1 file may only describe others of the same name (cat/0.json). Each" in capsys.readouterr().err
+    pack(make_files(tmp_path / "other", {"cat/0.jpg": b"1", "cat/0.jpg.XMP": b"1", "dog/0.bin": b"1"}), tmp_path)
+    assert "(cat/0.jpg.XMP)" in capsys.readouterr().err
+
+
 def test_files_beside_split_folders_are_named(tmp_path, capsys):
     src = make_files(tmp_path / "src", {"train/cat/a": b"1", "train/labels.csv": b"x", "extra/a": b"x", "note": b"x"})
     pack(src, tmp_path, "--from", "imagefolder")

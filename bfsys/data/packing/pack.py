@@ -27,6 +27,8 @@ from bfsys.data.storage.description import seen_from
 from bfsys.errors import UserError, counted, one_line, some
 
 DEFAULT_VAL_SHARE = 0.1
+# Extensions of files that cameras, phones and tools for labelling write beside each picture or sound
+SIDECARS = {".aae", ".csv", ".json", ".thm", ".txt", ".xml", ".xmp", ".yaml", ".yml"}
 SECONDS_BETWEEN_LINES = 15  # between lines of progress if there is no terminal for a progress bar
 
 
@@ -77,7 +79,7 @@ def pack(packing: Packing, problems: Sequence[str] = ()) -> bool:
     listing.files = [file for file, why in zip(listing.files, reasons, strict=True) if not why]
     if left_out := left_out_note(listing.left_out):
         print(f"{packing.src}: {left_out}", file=sys.stderr)
-    if note := note_on_splits_in_classes(packing.src, listing):
+    for note in filter(None, (note_on_splits_in_classes(packing.src, listing), note_on_sidecars(listing))):
         print(f"{packing.src}: note: {note}", file=sys.stderr)
     problems += listing.problems
     if packing.val_share is not None and listing.files and not listing.divided:
@@ -154,6 +156,22 @@ def note_on_splits_in_classes(src: Path, listing: Listing) -> str:
     return (
         f"the split folders in class folders ({some(inner, 3)}) are not used as splits: packing chooses the validation "
         "files itself. To use them, put the class folders into split folders"
+    )
+
+
+def note_on_sidecars(listing: Listing) -> str:
+    """A note if files seem to describe others, as a.json or a.jpg.json does beside a.jpg; empty if there are none."""
+    parts = [os.path.splitext(file.path) for file in listing.files]
+    may_describe = [(stem, extension) for stem, extension in parts if extension.lower() in SIDECARS]
+    if not may_describe:
+        return ""
+    others = {name for stem, extension in set(parts).difference(may_describe) for name in (stem, stem + extension)}
+    sidecars = sorted("/".join(stem.split(os.sep)[-2:]) + end for stem, end in may_describe if stem in others)
+    if not sidecars:
+        return ""
+    return (
+        f"{counted(len(sidecars), 'file')} may only describe others of the same name ({one_line(some(sidecars, 3))}). "
+        "Each of them becomes a sample; if they are not samples, move them out"
     )
 
 
