@@ -28,7 +28,7 @@ from bfsys.fitting.choice import LEAST_STEPS, Choice, Machine, choice_of, choose
 from bfsys.fitting.folder import check_classes, pack_all, survey_folder, trained_classes
 from bfsys.fitting.request import Request
 from bfsys.fitting.survey import Survey
-from bfsys.fitting.trial import SHARE_OF_TIME, try_out
+from bfsys.fitting.trial import SHARE_OF_TIME, Trial, try_out
 from bfsys.launch.local import choose_ranks, launch
 from bfsys.model.precision import cpu_multiplies_bf16
 from bfsys.ranks import gpu_count
@@ -63,22 +63,36 @@ def prepare(request: Request, began_s: float) -> Config | int:
         if isinstance(trial, int):
             return trial
         passed_s, step_bytes = time.monotonic() - began_s, choice.batch_samples * float(choice.lengths.mean())
-        steps = trial.steps_in(60 * request.minutes - passed_s, step_bytes)
-        smaller = choice.format.smaller()
-        if steps >= LEAST_STEPS or smaller is None or not trial.allows_another(60 * request.minutes - passed_s):
+        left_s = 60 * request.minutes - passed_s
+        steps = trial.steps_in(left_s, step_bytes)
+        if steps >= LEAST_STEPS or not choice.format.smaller() or not trial.allows_another(left_s):
             break
         print(
             f"{choice.format.describe()}: only {counted(steps, 'step')} in the time that is left; trying a smaller size"
         )
-        choice = choice_of(survey, machine, smaller)
+        choice = choose_smaller(survey, choice, trial, left_s)
     if steps < LEAST_STEPS:
-        minutes = np.ceil((passed_s + trial.seconds_for(LEAST_STEPS, step_bytes)) / 60 + 1)
+        # With more time, the command may try a larger size first.
+        needed_s = passed_s + trial.start_s + trial.seconds_for(LEAST_STEPS, step_bytes)
+        minutes = np.ceil(needed_s / 60 + 1)
         raise UserError(
             f"--minutes: got {request.minutes:g}; this machine trains {counted(steps, 'step')} in that time, "
             f"and at least {LEAST_STEPS} are needed. Allow about {counted(int(minutes), 'minute')}"
         )
     write_config(request, survey, choice, data, eval_data, min(steps, choice.most_steps()))
     return load_config(request.config_file, overrides_of(request))
+
+
+def choose_smaller(survey: Survey, choice: Choice, trial: Trial, left_s: float) -> Choice:
+    """The largest smaller format that allows LEAST_STEPS in the time that another trial leaves, at the speed of this
+    one; else the smallest. Each trial takes time, so formats that cannot fit are not tried."""
+    form = choice.format
+    while smaller := form.smaller():
+        form, choice = smaller, choice_of(survey, choice.machine, smaller)
+        step_bytes = choice.batch_samples * float(choice.lengths.mean())
+        if trial.steps_in(left_s - trial.start_s, step_bytes) >= LEAST_STEPS:
+            break
+    return choice
 
 
 def overrides_of(request: Request) -> tuple[str, ...]:

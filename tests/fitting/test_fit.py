@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from bfsys.data.storage.description import read_description
 from bfsys.errors import UserError, exit_code_of
 from bfsys.fitting import choice as rules
 from bfsys.fitting import fit
-from bfsys.fitting.choice import Machine, choose
+from bfsys.fitting.choice import Choice, Machine, choose
 from bfsys.fitting.fit import RECORD, is_evaluated, prepare
 from bfsys.fitting.folder import check_classes, listed, pack_all, survey_folder
 from bfsys.fitting.request import Request, name_for
@@ -205,7 +206,7 @@ def test_training_files_that_cannot_be_augmented_are_left_out(tmp_path: Path, mo
     assert sum(counts[0]) == 90
 
 
-@pytest.mark.parametrize(("start_s", "tried"), [(0.0, ["48", "32", "16"]), (300.0, ["48"])])
+@pytest.mark.parametrize(("start_s", "tried"), [(0.0, ["48", "16"]), (300.0, ["48"])])
 def test_smaller_sizes_are_tried_only_if_time_is_left(
     start_s: float, tried: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +339,35 @@ def test_the_time_that_is_suggested_suffices() -> None:
     trial = Trial(bytes_per_s=1000.0, start_s=10.0, evaluation_s=60.0)
     assert trial.steps_in(60, 500.0) == 0
     assert trial.steps_in(trial.seconds_for(60, 500.0) + 0.1, 500.0) == 60
+
+
+def test_the_suggested_minutes_suffice_with_the_trials_of_larger_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Survey(("a", "b"), {"train": 900, "val": 9}, np.full(900, 9), 9, {"a JPEG": 909}, "image", 240, 0)
+    tried: list[int | None] = []
+
+    def try_out(request: Request, choice: Choice, *_: str) -> Trial:
+        tried.append(choice.format.image_size)
+        return Trial(bytes_per_s=20_000.0, start_s=40.0, evaluation_s=1.0)
+
+    monkeypatch.setattr(fit.time, "monotonic", lambda: 40.0 * len(tried))
+    fakes = {
+        **{"survey_folder": lambda _: found, "gpu_count": lambda: 0, "try_out": try_out},
+        **dict.fromkeys(("trained_classes", "check_classes", "write_config"), lambda *_: None),
+        **{"pack_all": lambda *_: ("", ""), "load_config": lambda *_: "config"},
+        "open_split": lambda *_: SimpleNamespace(samples={"length": np.zeros(900)}),
+        "choice_of": lambda survey, machine, form, lengths=None: rules.choice_of(survey, machine, form),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(fit, name, fake)
+    request = Request(tmp_path, "x", 0.1, False, False, tmp_path / "s", tmp_path / "r")
+    with pytest.raises(UserError, match="Allow about") as error:
+        prepare(request, 0.0)
+    minutes = float(re.findall(r"about (\d+) minute", str(error.value))[0])
+    tried.clear()
+    assert prepare(replace(request, minutes=minutes), 0.0) == "config"
+    assert tried == [64, 16]  # no time was spent on 48 and 32, which do not fit at the speed of the first trial
 
 
 def test_names_of_runs() -> None:
