@@ -7,6 +7,7 @@ if __name__ == "__main__":  # `python -m bfsys.evaluate`
 
     run_as("evaluate", "python -m bfsys.evaluate")
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,12 @@ from bfsys import dist
 from bfsys.batch import ByteBatch
 from bfsys.config import Config, Source
 from bfsys.confusion import Answers
+from bfsys.data.storage.description import seen_from
 from bfsys.data.streaming.datasets import Sources
 from bfsys.data.streaming.loader import evaluation_rounds
 from bfsys.data.streaming.quarantine import Quarantine
 from bfsys.errors import UserError
+from bfsys.locations import is_remote
 from bfsys.loss import COLUMNS, SAMPLES, loss_and_sums, scores
 
 MOST_CLASSES_SCORED = 1000  # with more, there are no scores per class, which are in one line of metrics.jsonl
@@ -75,6 +78,12 @@ def with_datasets(config: Config, datasets: Sequence[str], run: Path) -> Config:
     if not datasets and not config.data.sources:
         raise UserError(f"{run}: imported weights, which come without data; give a packed dataset with --data DATASET")
     if not datasets:
+        paths = [source.eval_path or source.path for source in config.data.sources]
+        if missing := [path for path in paths if not is_remote(path) and not os.path.isdir(path)]:
+            raise UserError(
+                *(f"{path}: there is no such folder{seen_from(Path(path))}" for path in missing),
+                "if the run or its datasets were moved, give the folder of each of its datasets with --data DATASET",
+            )
         return config
     if twice := [path for number, path in enumerate(datasets) if path in datasets[:number]]:
         raise UserError(f"--data {twice[0]}: given twice; its files would count twice")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bfsys import evaluate
+from bfsys.config import load_config
 from bfsys.errors import UserError
 
 
@@ -43,6 +44,19 @@ def test_precisions_agree_about_the_scores(finished_run: Path, evaluate_run) -> 
 def test_a_split_that_no_source_has_is_reported(finished_run: Path, evaluate_run) -> None:
     with pytest.raises(UserError, match="has a split 'test'; there are: train, val"):
         evaluate_run(finished_run, "--split", "test")
+
+
+def test_datasets_that_were_moved_are_named_with_the_option_for_their_new_folders(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(config_file, ["data.sources.1.path=shards/moved"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        evaluate.with_datasets(config, [], Path("run"))
+    assert error.value.problems == (
+        f"shards/moved: there is no such folder in the current folder, which is {tmp_path}",
+        "if the run or its datasets were moved, give the folder of each of its datasets with --data DATASET",
+    )
 
 
 def test_an_export_is_refused(evaluate_run, tmp_path: Path) -> None:

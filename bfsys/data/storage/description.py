@@ -86,11 +86,15 @@ def read_description(path: Path) -> dict:
             content = bytes(read_up_to(opened, SMALL_FILE_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         if not os.path.isdir(path):
-            what = f"there is no such folder{seen_from(path)}; run bfsys pack to make a packed dataset"
-            raise UserError(f"{path}: {what}") from None
+            raise UserError(
+                f"{path}: there is no such folder{seen_from(path)}; give the folder of a packed dataset, or run bfsys "
+                "pack to make one"
+            ) from None
+        quoted = shlex.quote(str(path))
         raise UserError(
-            f"{path}: holds no {DESCRIPTION}. If packing was not finished, run the same command "
-            f"again; for tars made elsewhere, run: bfsys inspect {shlex.quote(str(path))} --rebuild"
+            f"{path}: holds no {DESCRIPTION}, so it is not a packed dataset. If packing was not finished, run the same "
+            f"command again; for files in class folders, run: bfsys pack {quoted} OUT --name NAME; "
+            f"for tars made elsewhere, run: bfsys inspect {quoted} --rebuild"
         ) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})", exit_code=code_of(error)) from error

@@ -246,7 +246,7 @@ def test_opening_a_missing_folder_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"^none: .* in the current folder, which is {tmp_path}; "):
         open_split("none", "train")
-    with pytest.raises(UserError, match=r"bfsys inspect .* --rebuild"):
+    with pytest.raises(UserError, match=rf"not a packed .* bfsys pack {tmp_path} OUT .* bfsys inspect .* --rebuild"):
         open_split(tmp_path, "train")
 
 
