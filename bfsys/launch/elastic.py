@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bfsys.files import read_regular, replace_file
 from bfsys.launch.restart_policy import newest_step
-from bfsys.launch.slurm_commands import ask
+from bfsys.launch.slurm_commands import ask, outside_a_job
 
 FILE = "growth.json"  # the number of nodes from which a start was ended to grow
 ASK_EVERY_S = 60.0  # many users share the controller
@@ -96,14 +96,11 @@ def can_start(nodes: int, job: dict[str, str]) -> bool:
     waiting = ask("squeue", "--noheader", "--states=PENDING", f"--partition={job['Partition']}", "--format=%r")
     if not waiting.is_good or {"Resources", "Priority"} & set(waiting.output.split()):
         return False
-    # With the other variables, sbatch would use the number of tasks of this job for the tested job.
-    env = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith("SLURM_")}
     # Jobs may share nodes, so SLURM could start the tested job on the nodes that this job has. The requeued job would
     # come back on the same number of nodes, again and again.
     exclude = ",".join(job[key] for key in ("NodeList", "ExcNodeList") if job.get(key, "(null)") != "(null)")
-    answer = ask(
-        "sbatch", "--test-only", "--dependency=", f"--nodes={nodes}", f"--exclude={exclude}", job["Command"], env=env
-    )
+    command = ("sbatch", "--test-only", "--dependency=", f"--nodes={nodes}", f"--exclude={exclude}", job["Command"])
+    answer = ask(*command, env=outside_a_job(os.environ))
     starts = re.search(r"to start at (\S+)", answer.output + answer.errors)
     if not answer.is_good or not starts:
         return False

@@ -209,9 +209,12 @@ def show_status(run_dir: Path) -> int:
         failed = not is_stopped
         if is_stopped:
             text = f"the job was cancelled {'before the run could save' if has_log else 'before it began'}"
+        elif has_log:
+            text = "training ended without a recorded reason; its log says why"
+        elif shown[-1][1].name == UNKNOWN.name:  # also a member that a user cancelled in a waiting array
+            text = "the job wrote no log: it was cancelled before it began, or the nodes cannot see the log's folder"
         else:
-            why = "its log says why" if has_log else "it wrote no log: check that the nodes can see its folder"
-            text = f"training ended without a recorded reason; {why}"
+            text = "the job wrote no log: check that the nodes can see the log's folder"
         print(f"ended    {text}")
     if is_known and submitted and (failed or is_stopped):
         what = "fix the cause, then run" if failed else "to continue, run"
@@ -221,12 +224,14 @@ def show_status(run_dir: Path) -> int:
 
 
 def _tell_what_holds(run_dir: Path, job: Submitted, state: State) -> None:
-    """Print what to do about a job that SLURM will not start."""
+    """Print what to do about a job that SLURM will not start or continue."""
     if state.reason == "DependencyNeverSatisfied":
         print(f"next     the job can never start: bfsys slurm stop {shlex.quote(str(run_dir))}, then submit it again:")
         print(f"         {job.command}")
     elif "held" in state.reason.lower():  # JobHeldUser, JobHeldAdmin, launch failed requeued held
         print(f"next     the job is held: scontrol release {job.job}")
+    elif state.name == "SUSPENDED":
+        print(f"next     if no other job has suspended it: scontrol resume {job.job}")
 
 
 def show_status_of_all(runs: list[Path]) -> int:

@@ -132,6 +132,8 @@ def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qo
         file.write(script)
         file.flush()
         answer = ask("sbatch", "--test-only", file.name)
+        # A job of one minute ends before a reservation of its nodes begins, such as one for maintenance.
+        is_reserved = NOT_NOW in answer.errors and ask("sbatch", "--test-only", "--time=1", file.name).is_good
     said = [re.sub(r"^sbatch: (error: )?", "", line) for line in answer.errors.splitlines() if line.strip()]
     if answer.is_none:
         return Checked([f"sbatch --test-only: SLURM does not answer: {'; '.join(said)}; {IS_IT_UP}"], [])
@@ -144,10 +146,14 @@ def check_slurm(script: str, partition: str | None, nodes: int, minutes: int, qo
     if answer.code:
         # --test-only does not count nodes that are down or drained, but a real job would wait for them.
         is_passing = NOT_NOW in answer.errors and limit is not None and nodes <= limit.nodes and limit.away
-        found = notes if is_passing else problems
-        what = (
-            "SLURM could not start the job with the nodes that are up" if is_passing else "SLURM would refuse the job"
-        )
+        found = notes if is_passing or is_reserved else problems
+        what = "SLURM would refuse the job"
+        if is_reserved:
+            what = (
+                "SLURM cannot end the job before nodes are reserved, so it may wait; a shorter --time may start earlier"
+            )
+        elif is_passing:
+            what = "SLURM could not start the job with the nodes that are up"
         found.append(f"sbatch --test-only: {what}: {'; '.join(said)}")
     # Without EnforcePartLimits, SLURM accepts a job above the limit, and it waits forever.
     if limit and limit.minutes and minutes > limit.minutes:

@@ -2,6 +2,7 @@
 
     python -m bfsys.launch.requeue RUN [RUN …] -- srun …     a run directory for each member of an array
 
+`--folder FOLDER` before these is the folder of the job's pickle, without which the job ends with code 2.
 `--fit 2,4` before these makes the job elastic. The tasks run on the largest of these numbers of nodes that the job has.
 With `--grow-every-s S` the job requeues itself when a larger one is free (elastic.py).
 
@@ -31,7 +32,7 @@ from functools import partial
 from pathlib import Path
 
 from bfsys import console, process
-from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STOPPED
+from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STOPPED, EXIT_USER_ERROR
 from bfsys.files import read_regular, replace_file
 from bfsys.json_lines import parse_json_object
 from bfsys.launch import elastic
@@ -45,6 +46,7 @@ PAUSES_S = (1.0, 60.0, 300.0)
 POLL_S = 0.2
 ASK_BEFORE_END_S = 8.0
 KILL_WAIT_S = 30.0  # SLURM's default
+PICKLE_WAIT_S = 60.0
 END_WAIT_S = 600.0  # for SLURM to end this process after a requeue
 # Tries of scontrol while the controller is unavailable: about an hour, or until SLURM ends this process.
 TRIES, TRY_PAUSE_S = 180, 20.0
@@ -89,8 +91,7 @@ class JobSupervisor:
             if self.ending_since is not None and ask_at is None and time.monotonic() > next_try:
                 next_try = time.monotonic() + ENDING_PAUSE_S
                 if job := job_facts(partial(ask, limit_s=ENDING_LIMIT_S)):
-                    seconds = max(2.0, kill_wait_s() - ASK_BEFORE_END_S) if is_ended_by_slurm(job) else float("inf")
-                    ask_at = self.ending_since + seconds
+                    ask_at = self.ending_since + (asks_after_s() if is_ended_by_slurm(job) else float("inf"))
             if ask_at is not None and time.monotonic() > ask_at:
                 return OUT_OF_TIME
             if self.growth and not self.is_being_ended and self.growth.is_due(job_facts):
@@ -119,7 +120,8 @@ class JobSupervisor:
         path = self.run_dir / FILE
         restarts = Restarts(self.run_dir, *_read_count(path, self.run_dir), PAUSES_S)
         # A pre-emption does not count as a restart without progress.
-        pause_s = 0.0 if is_preempted and code not in FINAL_CODES else restarts.pause_s(code)
+        remedy = "; it ran out of time before it could save: give a longer --time" if is_out_of_time(job) else ""
+        pause_s = 0.0 if is_preempted and code not in FINAL_CODES else restarts.pause_s(code, remedy)
         if pause_s is None:
             return restarts.exit_code
         with suppress(OSError):  # a restart matters more than the right count
@@ -227,12 +229,14 @@ def job_facts(ask: Callable[..., Answer] = ask) -> dict[str, str]:
     return fields_of(answer.output) if answer.is_good else {}
 
 
-def kill_wait_s() -> float:
-    """Seconds between SIGTERM and SIGKILL."""
+def asks_after_s() -> float:
+    """Seconds from SIGTERM to the request for a requeue, in which the tasks can save. SIGKILL follows after KillWait,
+    which sites set to one second or to minutes."""
     found = re.search(
         r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config", limit_s=ENDING_LIMIT_S).output, re.MULTILINE
     )
-    return float(found[1]) if found else KILL_WAIT_S
+    kill_wait_s = float(found[1]) if found else KILL_WAIT_S
+    return max(kill_wait_s - ASK_BEFORE_END_S, min(2.0, kill_wait_s / 3))
 
 
 def is_final(answer: Answer) -> bool:
@@ -245,9 +249,19 @@ def stop_tasks() -> None:
     ask("scancel", "--signal=USR2", job_id())
 
 
+def has_pickle(folder: Path) -> bool:
+    """Whether the launcher has stored this job, waiting for it as submitit does. It removes its files if SLURM does not
+    answer sbatch in time. SLURM may start the job nevertheless, which would hold its nodes for all restarts."""
+    pickle, until = folder / f"{job_id()}_submitted.pkl", time.monotonic() + PICKLE_WAIT_S
+    while not (is_there := pickle.exists()) and time.monotonic() < until:
+        time.sleep(POLL_S)
+    return is_there
+
+
 def main(arguments: list[str]) -> int:
     divide = arguments.index("--")
     parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--fit", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--grow-every-s", type=float)
     parser.add_argument("runs", nargs="+", type=Path)
@@ -255,6 +269,9 @@ def main(arguments: list[str]) -> int:
     if len(args.runs) == 1:  # not an array: these variables come from the submitting shell
         os.environ.pop("SLURM_ARRAY_JOB_ID", None)
         os.environ.pop("SLURM_ARRAY_TASK_ID", None)
+    if args.folder and not has_pickle(args.folder):
+        print(f"error: job {job_id()}: its submission was not completed; submit the run again", file=sys.stderr)
+        return EXIT_USER_ERROR
     run_dir, growth = args.runs[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))], None
     if args.fit:
         used = elastic.use_nodes(args.fit)

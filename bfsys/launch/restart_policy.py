@@ -48,8 +48,9 @@ class Restarts:
     exit_code: int = 0
     """Exit code of the run after its last start."""
 
-    def pause_s(self, code: int) -> float | None:
-        """Return the seconds to wait before the next start, after one that ended with `code`; None for no restart."""
+    def pause_s(self, code: int, remedy: str = "") -> float | None:
+        """Return the seconds to wait before the next start, after one that ended with `code`; None for no restart. If
+        this was one restart too many, the recorded reason ends with `remedy`."""
         self.exit_code = code
         if code in FINAL_CODES:
             return None
@@ -57,7 +58,9 @@ class Restarts:
         if self.step != before:  # it is smaller if later checkpoints were damaged
             self.without_progress = 0
         if self.without_progress >= MAX_RESTARTS:
-            reason = f"gave up after {MAX_RESTARTS} restarts without a new checkpoint; the last start {end_of(code)}"
+            reason = (
+                f"gave up after {MAX_RESTARTS} restarts without a new checkpoint; the last start {end_of(code)}{remedy}"
+            )
             note_end(self.run_dir, EXIT_NO_PROGRESS, reason)
             print(f"error: {reason}; logs are in {self.run_dir}", file=sys.stderr)
             self.exit_code = EXIT_NO_PROGRESS

@@ -28,12 +28,22 @@ from bfsys.launch import jobs, preflight, requeue
 from bfsys.launch.elastic import describe, fitting, parse_range
 from bfsys.launch.job import CODE_DIR, TrainJob
 from bfsys.launch.slurm_commands import IS_IT_UP
-from bfsys.launch.slurm_job import job_nodes, make_executor, seen_by_nodes, snapshot, submit
+from bfsys.launch.slurm_job import (
+    EARLY_S,
+    STOP_NOTICE_S,
+    job_nodes,
+    make_executor,
+    seen_by_nodes,
+    snapshot,
+    stop_notice_s,
+    submit,
+)
 from bfsys.launch.slurm_options import (
     forget_overrides,
     minutes_of,
     nodes_of,
     option_problems,
+    parse_minutes,
     ranks_per_node,
 )
 from bfsys.process import blocking, handling
@@ -73,6 +83,8 @@ def check(args: argparse.Namespace, configs: Sequence[Config], problems: list[st
             f"--nodes: got {args.nodes}; the lanes can be shared by {', '.join(map(str, nodes))} nodes, "
             f"and the job releases additional nodes when it starts"
         )
+    if minutes := parse_minutes(args.time):
+        found.notes.extend(notes_on_time(minutes))
     found.problems.extend(container_problems(args, configs))
     found.add(preflight.check_places(seen_by_nodes(configs)))
     if shutil.which("sbatch") and not any(option_problems(args)):
@@ -92,6 +104,16 @@ def notes_on_cores(args: argparse.Namespace, config: Config) -> Iterator[str]:
         yield (
             f"--cpus-per-task: {got}; {config.name} has {counted(config.data.workers, 'loader process')} "
             f"for each rank (data.workers) and needs {config.data.workers + 1} cores"
+        )
+
+
+def notes_on_time(minutes: int) -> Iterator[str]:
+    """Yield a note if a start may have little time for more than one step, so that the job is requeued endlessly."""
+    trains_s = max(0, 60 * minutes - stop_notice_s(minutes) - EARLY_S)
+    if trains_s < STOP_NOTICE_S:
+        yield (
+            f"--time: got {counted(minutes, 'minute')}; SLURM may ask the run after {trains_s} s to save and exit, and "
+            "the job is then requeued, perhaps after a single step; give 5 minutes or more"
         )
 
 

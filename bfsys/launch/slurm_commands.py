@@ -21,6 +21,8 @@ _UNREACHED = re.compile(
 )
 # A user's variables that leave out jobs or partitions, or change the form of times.
 _OF_USERS = re.compile(r"SQUEUE_|SINFO_|SACCT_|SLURM_TIME_FORMAT$")
+# The variables that lead SLURM's commands to a cluster. The other variables SLURM_… in a job are those of that job.
+_OF_THE_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}
 
 
 class Answer(NamedTuple):
@@ -41,6 +43,11 @@ class Answer(NamedTuple):
 
 def is_unreached(errors: str) -> bool:
     return _UNREACHED.search(errors) is not None
+
+
+def outside_a_job(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a new job, which would take the number of tasks of the job in which this process runs."""
+    return {name: value for name, value in env.items() if name in _OF_THE_CLUSTER or not name.startswith("SLURM_")}
 
 
 def ask(*command: str, env: Mapping[str, str] | None = None, limit_s: float | None = None) -> Answer:

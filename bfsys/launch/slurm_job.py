@@ -30,13 +30,14 @@ from bfsys.git_state import git_state
 from bfsys.launch import jobs
 from bfsys.launch.elastic import fitting
 from bfsys.launch.job import CODE_DIR, TrainJob
-from bfsys.launch.slurm_commands import IS_IT_UP, is_unreached
+from bfsys.launch.slurm_commands import IS_IT_UP, is_unreached, outside_a_job
 from bfsys.launch.slurm_options import minutes_of, nodes_of, ranks_per_node
 from bfsys.locations import is_remote
 
 # From the stop signal to the time limit: enough for a step and a checkpoint, and for the start-up if it is not over.
-# SLURM may send the signal up to 60 s early, never late. A short job has a shorter notice, to have time for steps.
+# SLURM may send the signal up to EARLY_S early, never late. A short job has a shorter notice, to have time for steps.
 STOP_NOTICE_S = 120
+EARLY_S = 60
 
 # Python ignores USR1 and USR2 until the task has installed its handlers. By default they would kill it. (The coreutils
 # of RHEL 8 lack `env --ignore-signal`, which would be simpler.)
@@ -61,7 +62,8 @@ class Executor(submitit.SlurmExecutor):
         log = str(JobPaths(folder=self.folder).stdout)
         if len(self.run_dirs) > 1:
             log = log.replace("%j", "%A_%a")
-        supervise = [sys.executable, "-m", "bfsys.launch.requeue", *self.elastic, *map(str, self.run_dirs), "--"]
+        supervise = [sys.executable, "-m", "bfsys.launch.requeue", "--folder", str(self.folder), *self.elastic]
+        supervise += [*map(str, self.run_dirs), "--"]
         # With SBATCH_EXPORT=NONE or SLURM_EXPORT_ENV=NONE, srun by default passes no variables on, not even PATH.
         srun = ["srun", "--export=ALL", "--unbuffered", "--output", log, "--kill-on-bad-exit=1", "--open-mode=append"]
         return f"exec {shlex.join([*supervise, *srun, *self.srun])} {super()._submitit_command_str}"
@@ -85,6 +87,10 @@ def job_nodes(args: argparse.Namespace, configs: Sequence[Config]) -> list[int]:
     """The requested numbers of nodes that share the lanes of every run evenly. If none does, all requested ones."""
     lanes = math.gcd(*(config.data.lanes for config in configs))
     return fitting(lanes, nodes_of(args), ranks_per_node(args)) or list(nodes_of(args))
+
+
+def stop_notice_s(minutes: int) -> int:
+    return min(STOP_NOTICE_S, 20 * minutes)
 
 
 def seen_by_nodes(configs: Sequence[Config]) -> list[tuple[str, Path]]:
@@ -179,7 +185,7 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
         ],
         additional_parameters={
             "chdir": str(Path.cwd()),
-            "signal": f"USR2@{min(STOP_NOTICE_S, 20 * minutes)}",
+            "signal": f"USR2@{stop_notice_s(minutes)}",
             "requeue": True,  # some sites have another default
             **others,
         },
@@ -190,8 +196,8 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
 def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
     """Submit the job, as an array if there are several tasks. If SLURM refuses it, remove submitit's files and raise
     UserError."""
-    if "SLURM_JOB_ID" in os.environ:  # within another job: do not inherit its number of tasks
-        for name in [n for n in os.environ if n.startswith("SLURM_") and n != "SLURM_CONF"]:
+    if "SLURM_JOB_ID" in os.environ:
+        for name in os.environ.keys() - outside_a_job(os.environ):
             del os.environ[name]
     folder = Path(executor.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +213,7 @@ def submit(executor: Executor, tasks: Sequence[TrainJob]) -> list[submitit.Job]:
         if is_unreached(reason):
             raise UserError(
                 f"sbatch: SLURM does not answer: {reason}; {IS_IT_UP}. Before you submit again, run `squeue --me`. If "
-                "the job is there, cancel it with scancel, because its files were removed"
+                "the job is there, cancel it with scancel: its files were removed, so it would end with code 2"
             ) from None
         raise UserError(f"sbatch refused the job: {reason}") from None
     except FailedSubmissionError as error:

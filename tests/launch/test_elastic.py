@@ -111,7 +111,8 @@ def test_a_users_choice_of_shown_jobs_hides_none_that_waits(slurm_says, monkeypa
 
 def test_sbatch_is_not_told_of_the_job_that_asks(slurm_says, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "9")
-    slurm_says(sbatch=f'[ -z "$SLURM_NTASKS" ] && {starts_in(0)}', squeue="")
+    monkeypatch.setenv("SLURM_CLUSTERS", "beta")
+    slurm_says(sbatch=f'[ "$SLURM_NTASKS $SLURM_CLUSTERS" = " beta" ] && {starts_in(0)}', squeue="")
     assert elastic.can_start(1, JOB)
 
 

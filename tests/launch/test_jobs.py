@@ -224,11 +224,29 @@ def test_a_job_that_was_stopped_during_its_start_has_not_failed(run: Path, slurm
     assert "ended    finished (code 0)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("facts", "complaint", "said"),
+    [
+        ("Job 42 not found", "", "it was cancelled before it began, or the nodes cannot see"),  # a member of an array
+        ("", "Invalid job id specified", "it was cancelled before it began, or the nodes cannot see"),
+        ("JobState=FAILED Restarts=0", "", "check that the nodes can see"),
+    ],
+)
+def test_a_job_without_a_log_was_perhaps_cancelled(run: Path, slurm_says, capsys, facts, complaint, said) -> None:
+    slurm_says(facts, complaint=complaint)
+    (run / "slurm" / "42_0_log.out").unlink()
+    assert call("slurm", ["status", str(run)]) == 1
+    assert f"ended    the job wrote no log: {said} the log's folder\n" in capsys.readouterr().out
+
+
 def test_a_job_that_cannot_start_by_itself(run: Path, slurm_says, capsys) -> None:
     for reason in ("JobHeldUser", "JobHeldAdmin", "launch_failed_requeued_held"):
         slurm_says(f"JobState=PENDING Reason={reason} Restarts=0")
         assert call("slurm", ["status", str(run)]) == 0
         assert capsys.readouterr().out.endswith("next     the job is held: scontrol release 42\n")
+    slurm_says("JobState=SUSPENDED Reason=None Restarts=0")
+    assert call("slurm", ["status", str(run)]) == 0
+    assert capsys.readouterr().out.endswith("next     if no other job has suspended it: scontrol resume 42\n")
     slurm_says("JobState=PENDING Reason=DependencyNeverSatisfied Restarts=0")
     assert call("slurm", ["status", str(run)]) == 0
     out = capsys.readouterr().out

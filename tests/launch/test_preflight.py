@@ -178,6 +178,14 @@ def test_nodes_that_are_away_for_now_are_waited_for(slurm_says) -> None:
     assert preflight.check_slurm("", "long", 3, 60).problems  # all nodes are up, so the error has another reason
 
 
+def test_a_reservation_that_begins_within_the_time_limit_is_waited_for(slurm_says) -> None:
+    refusal = f"echo 'allocation failure: {preflight.NOT_NOW}' >&2; exit 1"
+    slurm_says(f'[ "$2" = --time=1 ] && exit; {refusal}', PARTITIONS)
+    checked = preflight.check_slurm("", "long", 3, 60)
+    assert not checked.problems
+    assert "cannot end the job before nodes are reserved" in checked.notes[0]
+
+
 def test_a_qos_may_allow_more_time(slurm_says) -> None:
     slurm_says("exit 0", PARTITIONS)
     checked = preflight.check_slurm("", None, 2, 1441, qos="long")

@@ -84,7 +84,8 @@ def test_dry_run_prints_the_script_and_leaves_nothing(config_file, tmp_path, cap
     assert "\nexport DS_ACCELERATOR=cpu\n" in script_of(config_file, capsys, "--nodes=1", "--gpus-per-node=0")
     command = lines_of_script[-2] if not lines_of_script[-1] else lines_of_script[-1]
     assert command.startswith(
-        f"exec {sys.executable} -m bfsys.launch.requeue {tmp_path}/runs/tiny -- srun --export=ALL --unbuffered "
+        f"exec {sys.executable} -m bfsys.launch.requeue --folder {tmp_path}/runs/tiny/slurm {tmp_path}/runs/tiny "
+        "-- srun --export=ALL --unbuffered "
     )
     assert ' --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=6 bash -c \'trap "" USR1 USR2; exec ' in command
     assert "--error" not in command
@@ -317,7 +318,9 @@ def test_a_sweep_has_a_run_for_each_combination(config_file, tmp_path, sbatch, c
         assert (config.name, str(config.train.seed)) == (name, name[-1])
         assert run in job.config.parents
     script = script_of(config_file, capsys, "--nodes=2", ON_CPUS, *sweep)
-    assert f"-m bfsys.launch.requeue {' '.join(f'{tmp_path}/runs/{name}' for name in names)} -- srun" in script
+    assert (
+        f"--folder {tmp_path}/runs/tiny/slurm {' '.join(f'{tmp_path}/runs/{name}' for name in names)} -- srun" in script
+    )
     assert "#SBATCH --array=0-3%4\n" in script
     problems = problems_of("--nodes", 2, ON_CPUS, "--sweep", "optim.lr=1,x", "--sweep", "train.seedz=1", config_file)
     assert any("optim.lr" in problem for problem in problems)
@@ -382,11 +385,11 @@ def test_sbatch_clusters_is_refused(config_file, sbatch, monkeypatch):
 
 def test_a_submission_from_within_a_job_is_not_bound_by_it(config_file, tmp_path, sbatch, monkeypatch):
     sbatch(f"#!/bin/sh\nenv > {tmp_path}/environment\n" + ACCEPTING)
-    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "1"), ("SLURM_CONF", "/etc/slurm.conf")):
-        monkeypatch.setenv(name, value)
+    for name in ("JOB_ID", "NTASKS", "CONF", "CLUSTERS"):  # status and stop use the last two as well
+        monkeypatch.setenv(f"SLURM_{name}", "7")
     call("slurm", ["--nodes", "2", ON_CPUS, str(config_file)])
     seen = (tmp_path / "environment").read_text().splitlines()
-    assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
+    assert {line for line in seen if line.startswith("SLURM_")} == {"SLURM_CONF=7", "SLURM_CLUSTERS=7"}
 
 
 def test_too_few_cores_for_loader_processes_are_a_note(config_file, capsys):
@@ -400,6 +403,12 @@ def test_too_few_cores_for_loader_processes_are_a_note(config_file, capsys):
         assert all(said in note and note.endswith("needs 3 cores") for note in notes)
 
 
+def test_a_time_limit_that_leaves_little_time_for_steps_is_a_note(config_file, capsys):
+    for time, is_short in (("4", True), ("5", False)):
+        assert call("slurm", ["--nodes=1", ON_CPUS, f"--time={time}", "--dry-run", str(config_file)]) == 0
+        assert ("SLURM may ask the run after 100 s to save and exit" in capsys.readouterr().err) == is_short
+
+
 def test_an_elastic_job_asks_for_the_numbers_of_nodes_that_fit(config_file, tmp_path, capsys):
     options = ["--nodes=1-7", "--tasks-per-node=2", "--cpus-per-task=3", ON_CPUS, "--grow"]
     assert call("slurm", [*options, "--dry-run", str(config_file)]) == 0
@@ -407,7 +416,7 @@ def test_an_elastic_job_asks_for_the_numbers_of_nodes_that_fit(config_file, tmp_
     assert "#SBATCH --nodes=1-2\n" in script
     assert "#SBATCH --mincpus=6\n" in script
     assert "#SBATCH --ntasks-per-node" not in script
-    assert f"bfsys.launch.requeue --fit=1,2 --grow-every-s=600 {tmp_path}/runs/tiny -- srun " in script
+    assert f"slurm --fit=1,2 --grow-every-s=600 {tmp_path}/runs/tiny -- srun " in script
     assert " --cpus-per-task=3 --ntasks-per-node=2 " in script
     assert "note: --nodes: got 1-7; the lanes can be shared by 1, 2 nodes" in notes
     fixed = script_of(config_file, capsys, "--nodes=3-5", ON_CPUS)  # four lanes allow only one number
