@@ -19,8 +19,14 @@ from pathlib import Path
 # versions, and installing another package may replace them.
 OLDEST = {"torch": "2.11", "pydantic": "2.6", "pillow": "11.3", "deepspeed": "0.19.8"}
 
+OOM_SCORE = Path("/proc/self/oom_score_adj")
 CGROUP = Path("/sys/fs/cgroup")  # of the container; outside containers, quotas are rare
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
+KILLED_RATHER = 100  # thousandths of the memory, by which a process counts as larger if memory runs out
+SENDERS = {
+    signal.SIGKILL: "the kernel sends it if memory runs out, and `dmesg` shows that",
+    signal.SIGXCPU: "the kernel sends it at the limit of CPU time, which `ulimit -t` shows",
+}
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: not much is safe between fork and exec
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD}
 
@@ -68,10 +74,25 @@ def handling(signals: Iterable[int], handler: Callable[..., object] | signal.Han
 
 
 def die_with(parent: int) -> None:
-    """Have this process killed when its parent ends."""
+    """Have this process killed when its parent ends. If memory runs out, the kernel kills this process rather than its
+    parent, which then says why, and starts it again."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent ended before this was set
         os._exit(128 + signal.SIGKILL)
+    with suppress(OSError, ValueError):  # some containers have no such file
+        of_parent = int(OOM_SCORE.read_text())
+        OOM_SCORE.write_text(str(min(1000, of_parent + KILLED_RATHER)))
+
+
+def end_of(code: int) -> str:
+    """How a process ended, from its exit code; -N and 128 + N mean that signal N killed it."""
+    code = 128 - code if code < 0 else code
+    text = f"ended with code {code}"
+    try:
+        number = signal.Signals(code - 128)
+    except ValueError:
+        return text
+    return f"{text}: {number.name} killed it" + (f" ({SENDERS[number]})" if number in SENDERS else "")
 
 
 def set_name(name: bytes) -> None:

@@ -36,6 +36,12 @@ def test_the_end_of_a_child_is_seen_if_the_parent_ignored_such_ends() -> None:
     assert done.returncode == 7
 
 
+def test_a_process_that_dies_with_its_parent_is_killed_rather_than_it_if_memory_runs_out() -> None:
+    code = "import os; from bfsys import process; process.die_with(os.getppid()); print(process.OOM_SCORE.read_text())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=900, capture_output=True, text=True)
+    assert int(done.stdout) == min(1000, int(process.OOM_SCORE.read_text()) + process.KILLED_RATHER)
+
+
 def test_signals_arrive_if_the_parent_blocked_them() -> None:
     code = "import os, signal; from bfsys import process; process.prepare(); os.kill(os.getpid(), signal.SIGTERM)"
     block = (

@@ -25,6 +25,7 @@ from bfsys.checkpoint.child import start_child
 from bfsys.checkpoint.files import MANIFEST, all_checkpoints, checkpoint_name, checkpoints_dir, take_over
 from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.errors import EXIT_CRASHED, UserError, cannot_start
+from bfsys.process import end_of
 
 POLL_S = 0.05
 TRIES_AGAIN = "training continues, and the next save tries again"
@@ -224,7 +225,7 @@ def _answer_of(process: subprocess.Popen) -> dict:
     try:
         return json.loads(output)
     except ValueError:
-        return {"problem": f"the copying process ended with code {process.returncode}", "exit_code": EXIT_CRASHED}
+        return {"problem": f"the copying process {end_of(process.returncode)}", "exit_code": EXIT_CRASHED}
 
 
 def _key(path: Path) -> _Key:

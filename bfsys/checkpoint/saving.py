@@ -49,6 +49,7 @@ from bfsys.checkpoint.files import (
 from bfsys.checkpoint.retention import RetentionPolicy, to_prune
 from bfsys.checkpoint.rollbacks import is_after_bad_steps
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError, cannot_start, remedy_of
+from bfsys.process import end_of
 
 POLL_S = 0.05
 SILENT_S = 2.0  # at the end of a run, a longer wait for the removal of old checkpoints is reported
@@ -241,7 +242,7 @@ class Saver:
             return {}
         output, _ = process.communicate()
         if process.returncode:
-            problem = f"rank {self.ranks.rank}: the writing process ended with code {process.returncode}"
+            problem = f"rank {self.ranks.rank}: the writing process {end_of(process.returncode)}"
             raise _save_error(final, problem, errno.EINTR)
         answer = json.loads(output)
         if "problem" in answer:

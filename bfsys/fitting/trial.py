@@ -20,6 +20,7 @@ from bfsys.fitting.request import Request
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.job import CODE_DIR, TrainJob
 from bfsys.launch.local import choose_ranks, run_group
+from bfsys.process import end_of
 from bfsys.supervision.signals import EXIT_CODES
 
 PREFIX, LOCK = "bfsys-fit-", "lock"  # of temporary folders; a file in them
@@ -89,7 +90,7 @@ def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Tria
         if code or not steps or not evaluated:
             output = said.getvalue().splitlines()
             reasons = [line.partition("error: ")[2] for line in output if "error: " in line] or output[-1:]
-            raise UserError(*(f"{request.folder}: the trial training ended with code {code}: {r}" for r in reasons))
+            raise UserError(*(f"{request.folder}: the trial training {end_of(code)}: {r}" for r in reasons))
         seconds = sum(line["step_s"] for line in steps)
         evaluation_s = evaluated[-1]["seconds"]
         return Trial(

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 from bfsys.gpu_check.checks import CHECKS
 from bfsys.gpu_check.findings import Finding, Verdict
+from bfsys.process import end_of
 from bfsys.ranks import Ranks, ranks_from_environment
 
 LEAST_S = 10  # with less time left, a check is skipped: Python, PyTorch and CUDA take as long to start
@@ -99,8 +100,7 @@ def finish(
         return [Finding(**{**finding, "verdict": Verdict(finding["verdict"])}) for finding in findings]
     lines = (folder / "output").read_text(errors="replace").splitlines()
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-    how = f"code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-    return [Finding("whole check", Verdict.WRONG, f"it ended with {how}: {last}", _hint(name))]
+    return [Finding("whole check", Verdict.WRONG, f"it {end_of(code)}: {last}", _hint(name))]
 
 
 def _hint(name: str) -> str:

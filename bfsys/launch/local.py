@@ -48,9 +48,9 @@ from bfsys.errors import (
 from bfsys.launch.elastic import MOST, describe, fitting, parse_range
 from bfsys.launch.job import CODE_DIR, TrainJob, free_port, rank_variables
 from bfsys.launch.processes import Process, fork_rank, import_what_ranks_need, start_program
-from bfsys.launch.restart_policy import FINAL_CODES, Restarts, end_of, newest_step
+from bfsys.launch.restart_policy import FINAL_CODES, Restarts, newest_step
 from bfsys.locations import hide_in
-from bfsys.process import handling, usable_cores
+from bfsys.process import end_of, handling, usable_cores
 from bfsys.ranks import gpu_count
 from bfsys.rendezvous import check_threads
 from bfsys.run_dir import hold_directory

@@ -27,6 +27,7 @@ from bfsys.launch.local import POLL_S, choose_ranks, launch, share_of
 from bfsys.launch.preflight import Checked, check_run
 from bfsys.launch.processes import Forked, import_what_ranks_need
 from bfsys.launch.restart_policy import newest_step
+from bfsys.process import end_of
 from bfsys.ranks import gpu_count
 from bfsys.supervision.run_end import how_it_ended
 from bfsys.supervision.signals import EXIT_CODES, stop_signals
@@ -167,4 +168,4 @@ def _report(config: Config, code: int) -> None:
         return
     ended = how_it_ended(config.run_dir)
     reason = f": {ended['reason'].partition(chr(10))[0]}" if ended and ended["exit_code"] == code else ""
-    print(f"{config.run_dir}: ended with code {code}{reason}", file=sys.stderr, flush=True)
+    print(f"{config.run_dir}: {end_of(code)}{reason}", file=sys.stderr, flush=True)

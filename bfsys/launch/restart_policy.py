@@ -7,7 +7,6 @@ checkpoint, or it was asked to stop. After three restarts in a row without a new
 
 from __future__ import annotations
 
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from bfsys.errors import (
     TRANSIENT_ERRNOS,
 )
 from bfsys.files import read_regular
+from bfsys.process import end_of
 from bfsys.supervision.run_end import note_end
 
 # After these, another start would end in the same way.
@@ -29,10 +29,6 @@ ERROR_CODES = (EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE)
 FINAL_CODES = (0, *ERROR_CODES, EXIT_STOPPED)
 MAX_RESTARTS = 3  # restarts without a new checkpoint
 PAUSES_S = (1.0, 10.0, 60.0)  # before them, for temporary failures such as an unavailable file server
-SENDERS = {
-    signal.SIGKILL: "the kernel sends it if memory runs out, and `dmesg` shows that",
-    signal.SIGXCPU: "the kernel sends it at the limit of CPU time, which `ulimit -t` shows",
-}
 
 
 @dataclass
@@ -77,13 +73,3 @@ def newest_step(run_dir: Path, unknown: int = 0) -> int:
         return unknown if error.errno in TRANSIENT_ERRNOS else 0
     except ValueError:
         return 0
-
-
-def end_of(code: int) -> str:
-    """How a process ended, from its exit code; 128 + N means that signal N killed it."""
-    text = f"ended with code {code}"
-    try:
-        number = signal.Signals(code - 128)
-    except ValueError:
-        return text
-    return f"{text}: {number.name} killed it" + (f" ({SENDERS[number]})" if number in SENDERS else "")

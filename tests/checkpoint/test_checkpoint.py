@@ -201,7 +201,7 @@ def test_a_writer_that_dies_ends_the_run_as_a_crash(tmp_path: Path) -> None:
     saver = saving.Saver(tmp_path, ALONE, RetentionPolicy(100), history=("pipe",))
     saver.start(Tensors(2), {"step": 2, "updates": 2, **FACTS})
     saver._process.send_signal(signal.SIGKILL)
-    with pytest.raises(AgreedError, match="ended with code -9") as error:
+    with pytest.raises(AgreedError, match="the writing process ended with code 137: SIGKILL killed it") as error:
         saver.finish()
     assert not list((tmp_path / "checkpoints").glob(".*"))  # a full disk needs the space
     assert error.value.exit_code == EXIT_CRASHED  # a launcher restarts the run

@@ -22,7 +22,7 @@ from bfsys.data.media.encodings import parse_encoding
 from bfsys.data.packing.shard_jobs import Job, Outcome, write_job
 from bfsys.data.packing.staging import remove_temporary
 from bfsys.errors import TO_START_MORE, UserError, cannot_start
-from bfsys.process import blocking
+from bfsys.process import blocking, end_of
 
 # Spawned, not forked: a forked process may hang if its parent has threads (here the progress bar's).
 CONTEXT = multiprocessing.get_context("spawn")
@@ -61,16 +61,15 @@ class Worker:
         """Add the file that the crashed process was packing. Raises UserError if the file is not the cause."""
         code, number = self._process.exitcode, self.position.value
         assert code is not None, "`outcome` has waited for its end"
-        end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if number < 0:
-            raise UserError(f"{self.job.path}: the process that was to write it ended with {end} before its first file")
+            raise UserError(f"{self.job.path}: the process that was to write it {end_of(code)}, before its first file")
         path = self.job.files[number].path
         if -code not in CODEC_FAULTS:
-            perhaps = ", perhaps for lack of memory" if -code == signal.SIGKILL else ""
             raise UserError(
-                f"{path}: the process that packed this file ended with {end}{perhaps}; run the same command again with "
+                f"{path}: the process that packed this file {end_of(code)}; run the same command again with "
                 "fewer --workers, or leave large files out by --max-file-bytes: finished shards are kept"
             )
+        end = f"signal {signal.Signals(-code).name}"
         if len(fatal) == MOST_CODEC_FAULTS:
             raise UserError(
                 f"{path}: {len(fatal) + 1} files ended the processes that decoded them, this one with {end}; decode it "

@@ -74,8 +74,11 @@ def test_a_single_shard_is_decoded_in_a_process_of_its_own(src, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"kill", "the process that packed this file ended with signal SIGKILL, perhaps for lack of memory; run the"),
-        (b"exit", "the process that packed this file ended with exit code 3; run the same command again with fewer"),
+        (
+            b"kill",
+            "the process that packed this file ended with code 137: SIGKILL killed it (the kernel",
+        ),
+        (b"exit", "the process that packed this file ended with code 3; run the same command again with fewer"),
         (b"memory", "not enough memory to pack this file; run the same command again with fewer --workers"),
     ],
 )
@@ -95,7 +98,7 @@ def test_packing_ends_if_every_file_crashes_the_codec(src, tmp_path, monkeypatch
 
 def test_a_process_that_does_not_start_is_an_error(src, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_exit_with_parent", lambda: os._exit(7))
-    assert "ended with exit code 7 before its first file" in problems_of(src, tmp_path, *PNG)
+    assert "ended with code 7, before its first file" in problems_of(src, tmp_path, *PNG)
 
 
 def test_files_as_stored_that_do_not_fit_into_memory_are_named(tmp_path, monkeypatch):
