@@ -25,6 +25,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from bfsys.batch import ByteBatch
 from bfsys.config import Config
@@ -216,7 +217,7 @@ def _read_by_workers(
     # Workers inherit the mask, so a SIGTERM to all processes of a job cannot end one that begins.
     try:
         with blocking({signal.SIGTERM}):
-            answers = iter(loader)  # starts the processes
+            answers = _Answers(loader)  # starts the processes
     except OSError as error:
         raise cannot_start(f"a process that reads data (data.workers={workers})", error) from None
     with _naming_crashes(reader, positions):
@@ -239,6 +240,21 @@ def _micro_batches_of(answers: Iterable, ring: Ring, pinned: bool) -> Iterator[R
                 fetched = replace(fetched, data=data)
             yield fetched
             del fetched
+
+
+class _Answers(_MultiProcessingDataLoaderIter):
+    """PyTorch's iterator over a DataLoader with worker processes. If they cannot be started, it prints no error when it
+    is deleted."""
+
+    _are_started = False
+
+    def __init__(self, loader: DataLoader) -> None:
+        super().__init__(loader)
+        self._are_started = True
+
+    def __del__(self) -> None:
+        if self._are_started:
+            super().__del__()
 
 
 class _WithSlots(Sampler[tuple[int | None, list[MicroBatch]]]):

@@ -186,7 +186,7 @@ def test_a_loader_may_begin_and_end_in_another_thread(config_file: Path) -> None
     assert {*_running} == before
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's iterator is incomplete
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # of an incomplete iterator
 @pytest.mark.parametrize(
     ("number", "remedy"), [(errno.EAGAIN, "(ulimit -u"), (errno.ENOSPC, "/dev/shm must exist, be writable")]
 )
