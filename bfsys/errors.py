@@ -69,6 +69,7 @@ MISSING_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.
 SHOWN_CHARACTERS = 4_000  # of a problem
 NO_TEMPORARY_FOLDER = "No usable temporary directory"  # from Python's `tempfile`
 NO_THREAD = "can't start new thread"  # from Python
+READ_BY_PYTORCH = ("TORCH_LOGS", "TORCH_DISTRIBUTED_DEBUG")  # variables that it checks when it is imported
 TO_START_MORE = "raise the limit of processes and threads (ulimit -u, or pids.max of a container), or end some"
 JOINERS = "\u200c\u200d"  # between letters of Persian and similar scripts, and between the parts of an emoji
 
@@ -221,6 +222,14 @@ def run_command(main: Callable[[], int | None], *, output_is_optional: bool = Fa
                 raise
             what = f": {str(error).splitlines()[0]}" if str(error) else ""
             raise UserError(f"there is not enough memory{what}", exit_code=EXIT_CRASHED) from None
+        except ValueError as error:
+            refused = next((name for name in READ_BY_PYTORCH if name in os.environ and name in str(error)), None)
+            if refused is None:
+                raise
+            raise UserError(
+                f"environment variable {refused}: PyTorch refuses {os.environ[refused]!r}; correct or unset it "
+                "(python -c 'import torch' shows what is allowed)"
+            ) from None
 
     sys.exit(exit_code_of(act, STOPS_COMMANDS))
 

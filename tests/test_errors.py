@@ -279,6 +279,23 @@ def test_errors_of_the_machine_are_one_line(
     assert shown.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["TORCH_LOGS", "TORCH_DISTRIBUTED_DEBUG"])
+def test_variables_that_pytorch_refuses_are_named(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def main() -> None:
+        raise ValueError(f"\nThe value of {name} must be another one.\n")
+
+    monkeypatch.setenv(name, "x")
+    assert ends_with(main) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: environment variable {name}: PyTorch refuses 'x'; correct or unset it (")
+    assert said.count("\n") == 1
+    monkeypatch.delenv(name)
+    assert ends_with(main) == 1
+    assert "Traceback" in capsys.readouterr().err  # another error
+
+
 def test_an_exit_code_that_is_text_is_printed(capsys: pytest.CaptureFixture) -> None:
     assert ends_with(lambda: sys.exit("a library gives up")) == 1
     assert capsys.readouterr().err == "a library gives up\n"
