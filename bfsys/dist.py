@@ -70,8 +70,8 @@ def start(ranks: Ranks, timeout_s: int) -> None:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.set_num_threads(min(torch.get_num_threads(), THREADS_BESIDE_A_GPU))
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)  # read when NCCL starts
-    elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one machine share its cores
-        torch.set_num_threads(max(1, usable_cores() // ranks.local_world_size))
+    else:
+        _share_cores(ranks.local_world_size)
     check_threads(1, torch.get_num_threads())
     # DeepSpeed uses LOCAL_RANK as the number of the GPU.
     local = ranks.local_rank if device.index is None else device.index
@@ -83,7 +83,12 @@ def start(ranks: Ranks, timeout_s: int) -> None:
         store: dist.Store = dist.HashStore()
     else:
         store = store_of_all(ranks, timeout_s)
-        _check_gpus(meet(store, ranks, _device_identity(device), timeout_s))
+        identity = _device_identity(device)
+        identities = meet(store, ranks, identity, timeout_s)
+        if device.type == "cuda":
+            _check_gpus(identities)
+        else:  # launchers of Kubernetes set no LOCAL_WORLD_SIZE, and start one rank per container
+            _share_cores(min(ranks.local_world_size, identities.count(identity)))
     os.environ.setdefault(CONNECT_ON_DEMAND, str(int(ranks.world_size > MOST_RANKS_ALL_CONNECTED)))
     try:
         dist.init_process_group(
@@ -106,11 +111,16 @@ def start(ranks: Ranks, timeout_s: int) -> None:
         ) from error
 
 
+def _share_cores(ranks_here: int) -> None:
+    """Let a CPU rank compute with its share of the cores of this machine."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, usable_cores() // ranks_here))
+
+
 def _device_identity(device: torch.device) -> str:
-    """An identifier of the rank's GPU; empty on a CPU, which ranks may share."""
-    if device.type != "cuda":
-        return ""
-    return f"{torch.cuda.get_device_properties(device).uuid} of {socket.gethostname()}"
+    """An identifier of the rank's GPU, or of its machine if it computes on the CPU."""
+    host = socket.gethostname()
+    return f"{torch.cuda.get_device_properties(device).uuid} of {host}" if device.type == "cuda" else host
 
 
 def _check_gpus(identities: list[str]) -> None:
@@ -122,7 +132,7 @@ def _check_gpus(identities: list[str]) -> None:
         f"ranks {', '.join(map(str, shared))} would share GPU {identity}; one rank per GPU is allowed: start fewer "
         f"ranks, or let each see its own GPU (srun --gpus-per-task=1)"
         for identity, shared in ranks_on.items()
-        if identity and len(shared) > 1
+        if len(shared) > 1
     ]
     if problems:
         raise AgreedError(*problems)

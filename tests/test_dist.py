@@ -125,7 +125,6 @@ def test_a_local_rank_of_mpirun_does_not_contradict_that_of_a_launcher(launcher)
 
 
 def test_ranks_that_would_share_a_gpu_are_refused() -> None:
-    dist._check_gpus(["", "", ""])  # CPUs may be shared
     dist._check_gpus(["GPU-1 of n1", "GPU-2 of n1", "GPU-1 of n2"])
     with pytest.raises(dist.AgreedError, match="ranks 0, 2 would share GPU GPU-1 of n1; one rank per GPU"):
         dist._check_gpus(["GPU-1 of n1", "GPU-2 of n1", "GPU-1 of n1"])
@@ -234,6 +233,27 @@ dist.hard_exit(exit_code_of(main))
 def test_a_rank_that_was_suspended_for_longer_than_the_timeout_is_awaited(run_ranks) -> None:
     for result in run_ranks(2, ["-c", LATE]):
         assert result.returncode == 0, result.stderr
+
+
+THREADS = """
+import os, socket, torch
+from bfsys import dist
+from bfsys.ranks import ranks_from_environment
+del os.environ["OMP_NUM_THREADS"]
+if {pods}:  # as PyTorchJob of Kubeflow starts ranks, each in a container
+    del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
+    socket.gethostname = lambda: "pod-" + os.environ["RANK"]
+dist.usable_cores = lambda: 6
+dist.start(ranks_from_environment(), timeout_s=100)
+print(torch.get_num_threads())
+dist.stop()
+"""
+
+
+@pytest.mark.parametrize(("pods", "threads"), [(False, 3), (True, 6)])
+def test_ranks_share_the_cores_of_their_own_machine(pods: bool, threads: int, run_ranks) -> None:
+    for result in run_ranks(2, ["-c", THREADS.format(pods=pods)]):
+        assert result.stdout == f"{threads}\n", result.stderr
 
 
 def test_the_reason_of_a_failed_set_up_is_reported(run_ranks) -> None:
