@@ -42,6 +42,13 @@ def test_a_process_that_dies_with_its_parent_is_killed_rather_than_it_if_memory_
     assert int(done.stdout) == min(1000, int(process.OOM_SCORE.read_text()) + process.KILLED_RATHER)
 
 
+def test_numpy_starts_no_threads_which_a_limit_could_refuse() -> None:
+    code = "from bfsys import process; process.prepare(); import numpy, os; print(len(os.listdir('/proc/self/task')))"
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=900, capture_output=True, env=env)
+    assert done.stdout == b"1\n"
+
+
 def test_signals_arrive_if_the_parent_blocked_them() -> None:
     code = "import os, signal; from bfsys import process; process.prepare(); os.kill(os.getpid(), signal.SIGTERM)"
     block = (
