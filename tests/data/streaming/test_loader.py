@@ -5,6 +5,7 @@ from __future__ import annotations
 import _multiprocessing
 import errno
 import gc
+import importlib
 import os
 import re
 import signal
@@ -199,6 +200,7 @@ def test_processes_that_cannot_be_started_are_an_error_of_one_line(
     config = load_config(config_file, ["data.workers=1"])
     sources = open_training(config)
     batches = training_batches(config, sources, make_plan(config, sources), rank(0, 1), first_step=0)
+    importlib.import_module("multiprocessing.synchronize")  # it reads a constant of SemLock
     monkeypatch.setattr(*((os, "fork") if number == errno.EAGAIN else (_multiprocessing, "SemLock")), fail)
     with pytest.raises(UserError, match=r"that reads data \(data.workers=1\) cannot be started") as error:
         next(batches)
