@@ -209,7 +209,7 @@ def test_a_run_of_a_folder_that_cannot_be_read_is_named_and_the_others_are_shown
     assert "from_another_version: no such key" in out
     with pytest.raises(UserError, match="from_another_version: no such key"):
         call("compare", [str(good), str(bad)])
-    odd = make_run("odd\x1b[31m", {10: 0.7})
+    odd = make_run("odd", {10: 0.7}).rename(good.parent / "odd\x1b[31m")  # a config allows no such name
     (odd / "metrics.jsonl").unlink()
     (odd / "metrics.jsonl").mkdir()
     assert call("compare", [str(good.parent)]) == 0
