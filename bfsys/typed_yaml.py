@@ -358,7 +358,7 @@ def _rule(detail: ErrorDetails) -> str:
 def _field_of(cls: type, detail: ErrorDetails) -> tuple[int | str, ...]:
     """The location of an error, without pydantic's names of validators and of members of a union."""
     location = tuple(part for part in detail["loc"] if not str(part).startswith("function-"))
-    if detail["type"] != "unexpected_keyword_argument" and _type_at(cls, location) is _type_at(cls, location[:-1]):
+    if detail["type"] != "unexpected_keyword_argument" and _type_at(cls, location) == _type_at(cls, location[:-1]):
         return location[:-1]
     return location
 

@@ -90,16 +90,16 @@ def test_a_quota_of_cpu_time_limits_the_cores(
 
 
 def test_threads_are_counted_up_to_the_limit_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    really_start, possible = threading._start_new_thread, iter(range(3))  # type: ignore[attr-defined]
+    really_start, possible = threading.Thread.start, iter(range(3))
 
-    def start(*arguments: object) -> int:
+    def start(thread: threading.Thread) -> None:
         if next(possible, None) is None:
             raise RuntimeError("can't start new thread")
-        return really_start(*arguments)
+        really_start(thread)
 
     before = threading.active_count()
     assert process.threads_that_start(2) == 2
-    monkeypatch.setattr(threading, "_start_new_thread", start)
+    monkeypatch.setattr(threading.Thread, "start", start)
     assert process.threads_that_start(5) == 3
     assert threading.active_count() == before
 

@@ -11,7 +11,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import uvicorn
 
@@ -59,15 +59,18 @@ class _Server(uvicorn.Server):
 
 async def _run(server: uvicorn.Server, listener: socket.socket, url: str) -> None:
     loop, asked_at = asyncio.get_running_loop(), -math.inf
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
 
     def stop(number: int) -> None:
         nonlocal asked_at
         if number == signal.SIGINT or loop.time() - asked_at >= TOGETHER_S:
-            server.force_exit = server.should_exit  # a second request to stop
+            if server.should_exit:  # a second request to stop
+                serving.cancel()  # since Python 3.12, uvicorn's `force_exit` still waits until clients disconnect
             server.should_exit, asked_at = True, loop.time()
 
     hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup has it ignored
     for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         loop.add_signal_handler(number, stop, number)
     print(f"{url}  ready; Ctrl-C stops", flush=True)
-    await server.serve(sockets=[listener])
+    with suppress(asyncio.CancelledError):
+        await serving
