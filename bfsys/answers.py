@@ -23,9 +23,12 @@ class Prediction:
 
 
 def ranked(probabilities: Tensor, classes: Sequence[str], top: int) -> list[list[Prediction]]:
-    """The `top` likeliest classes (all, if there are fewer) of each row of [n, classes], the likeliest first."""
-    found = probabilities.topk(min(top, len(classes)))
+    """The `top` likeliest classes (all, if there are fewer) of each row of [n, classes], the likeliest first.
+
+    Of equally likely classes, the first one comes first, as in evaluations. Ties are frequent in bfloat16, and `topk`
+    orders them arbitrarily.
+    """
+    values, indices = (found[:, :top].tolist() for found in probabilities.sort(dim=1, descending=True, stable=True))
     return [
-        [Prediction(classes[i], i, p) for p, i in zip(values, indices, strict=True)]
-        for values, indices in zip(found.values.tolist(), found.indices.tolist(), strict=True)
+        [Prediction(classes[i], i, p) for p, i in zip(*row, strict=True)] for row in zip(values, indices, strict=True)
     ]
