@@ -96,16 +96,18 @@ def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
     architecture, classes = config.model.architecture(), len(data.training.classes)
     trained = parameter_count(architecture, classes, with_content=config.content_weight > 0)
     moments = trained + (trained - muon_count(architecture) if config.optim.name == "muon" else trained)
-    flops, tokens, read = [], [], []
-    for lanes in data.first_steps():
-        of_lanes = [flops_per_step(batch.lengths, architecture, classes).total for batch in lanes]
-        tokens.append([int(token_counts(batch.lengths, architecture, config.model.mode).sum()) for batch in lanes])
-        read.append(sum(batch.stored_bytes for batch in lanes))
-        flops.append([sum(of_lanes[lane] for lane in mine) for mine in lanes_of_ranks])
+    steps = data.first_steps()
+    tokens = [[int(token_counts(of.lengths, architecture, config.model.mode).sum()) for of in lanes] for lanes in steps]
     micro_batches = micro_batches_of(len(lanes_of_ranks[0]), max(map(max, tokens)), config, on_gpu=on_gpu)
     groups = [group for mine in lanes_of_ranks for group in lane_groups(mine, micro_batches)]
     largest = max(sum(of_step[lane] for lane in group) for of_step in tokens for group in groups)
-    of_ranks = np.array(flops, np.float64)  # [steps, ranks]
+    # By micro-batch and not by lane, since each computes the stem's table once
+    flops = [
+        flops_per_step(np.concatenate([lanes[lane].lengths for lane in group]), architecture, classes).total
+        for lanes in steps
+        for group in groups
+    ]
+    of_ranks = np.array(flops, np.float64).reshape(len(steps), ranks, -1).sum(2)  # [steps, ranks]
     return Estimate(
         ranks=ranks,
         micro_batches=micro_batches,
@@ -122,7 +124,7 @@ def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
         ),
         step_flops=float(of_ranks.sum(1).mean()),
         busiest=float(np.mean(of_ranks.max(1) / of_ranks.mean(1))),
-        step_bytes=float(np.mean(read)),
+        step_bytes=float(np.mean([sum(of.stored_bytes for of in lanes) for lanes in steps])),
         checkpoint_bytes=4 * ((1 + _averages(config)) * trained + moments),
         steps=config.train.steps,
     )

@@ -20,6 +20,7 @@ from bfsys.dist import Ranks
 from bfsys.errors import UserError
 from bfsys.model.byteformer import ByteFormer, parameter_count
 from bfsys.model.content_head import ContentHead
+from bfsys.model.flops import flops_per_step
 
 
 def config_of(checkpointing: bool = False, **train: object) -> Config:
@@ -76,6 +77,17 @@ def test_an_estimate_counts_what_training_plans(config_file: Path) -> None:
     assert four.step_s(1e9) == pytest.approx(one.step_s(1e9) / 4)
     with pytest.raises(UserError, match="world sizes that fit"):
         plan_run.estimate(data, 3, on_gpu=False)
+
+
+def test_operations_are_those_of_the_micro_batches_that_training_makes(config_file: Path) -> None:
+    """A micro-batch computes the stem's table once, however many lanes it joins."""
+    config = load_config(config_file)
+    data, architecture = open_run_data(config, Ranks()), config.model.architecture()
+    apart, joined = (plan_run.estimate(data, 1, on_gpu=on_gpu) for on_gpu in (False, True))
+    assert (apart.micro_batches, joined.micro_batches) == (config.data.lanes, 1)
+    table = flops_per_step(np.zeros(0, np.int64), architecture, 5).stem
+    assert apart.step_flops - joined.step_flops == pytest.approx((config.data.lanes - 1) * table)
+    assert joined.busiest == 1
 
 
 def test_muon_keeps_one_moment_of_its_matrices(config_file: Path) -> None:

@@ -37,7 +37,7 @@ BACKWARD = 2  # matrix products of the backward pass for each one of the forward
 class Flops:
     """Operations by part, of all layers.
 
-    stem      bfsys: the table, embedding times kernel, once per step; published: the convolution
+    stem      bfsys: the table, embedding times kernel, once per micro-batch; published: the convolution
     lookups   additions of table rows; none in the published form
     scores    queries times keys
     values    attention times values

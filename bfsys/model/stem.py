@@ -2,9 +2,9 @@
 
 The published stem embeds every byte (257 x D) and runs a convolution of kernel K and stride K/2. Both are linear in
 one-hot bytes, so  token[t] = sum_j table[j, byte[t * stride + j]]  with table[j, v] = embedding[v] @ kernel[:, :, j].T,
-computed once per step. The largest tensor of the published form, [bytes, D], is never created, and the convolution
-(half of the published FLOPs at K = 32) becomes K row additions per token. The parameters are still the embedding and
-the kernel, so published weights fit.
+computed once per micro-batch. The largest tensor of the published form, [bytes, D], is never created, and the
+convolution (half of the published FLOPs at K = 32) becomes K row additions per token. The parameters are still the
+embedding and the kernel, so published weights fit.
 
 A learned position is added to each token. If a file has more tokens than there are positions, the second half of the
 table is repeated. Tokens early in a file, above all its headers, therefore keep their positions for every length,
