@@ -5,7 +5,7 @@ import os
 import pytest
 
 from bfsys.data.storage.shards import open_dataset, open_split
-from tests.commands.packing_helpers import contents, make_files, make_tree, pack
+from tests.commands.packing_helpers import contents, make_files, make_tree, pack, png_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +129,19 @@ def test_filelist(tmp_path):
         "dog/s2/x": ("val", "dog", b"3"),
         "dog/lists/_odd": ("test", "dog", b"4"),
     }
+
+
+def test_the_division_does_not_depend_on_the_encoding(tmp_path):
+    """Runs with augmentation train on stored files, and are evaluated on an encoded dataset of the same folder."""
+    classes = [f"c{i}" for i in range(20)]
+    files = {f"{name}/{i}{name}.png": png_bytes(2, 2, 7) for name in classes for i in range(3)}
+    src = make_files(tmp_path / "src", files | {f"{name}/memo-{name}.wav": b"sound" for name in classes})
+    stored = contents(pack(src, tmp_path))
+    encoded = contents(pack(src, tmp_path, "--encoding", "tiff", "--skip-bad", name="encoded"))
+    assert len(encoded) == len(files)
+    assert {key: split for key, (split, _, _) in encoded.items()}.items() <= {
+        key: split for key, (split, _, _) in stored.items()
+    }.items()
 
 
 def test_filelist_without_splits_is_divided(tmp_path):

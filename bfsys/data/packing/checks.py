@@ -27,13 +27,16 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
         except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
             listing.bad.append(BadFile(file.path, why_unreadable(file.path, error)))
             continue
-        reason = _why_bad(file, status, max_file_bytes, encoding)
+        reason = _why_bad(file, status, max_file_bytes)
         if reason:
             listing.bad.append(BadFile(file.path, reason))
         else:
             file = file._replace(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns)
             good.append(file)
-    lost = {file.class_name for file in listing.files} - {file.class_name for file in good}
+    unfit = {file.path: reason for file in good if (reason := _why_unfit(file, encoding))}
+    listing.bad += [BadFile(path, reason) for path, reason in unfit.items()]
+    fit_classes = {file.class_name for file in good if file.path not in unfit}
+    lost = {file.class_name for file in listing.files} - fit_classes
     listing.problems += [f"class {name!r}: none of its files can be packed" for name in sorted(lost)]
     alike = too_alike(listing.spellings)
     listing.problems += alike
@@ -42,6 +45,9 @@ def check_files(listing: Listing, max_file_bytes: int | None, encoding: Encoding
     good = _told_apart(good, lambda file: (file.split, file.key, file.extension))
     if listing.divided:
         good = _divided(good, val_share, listing.problems)
+    # After the division, which must not depend on the encoding: otherwise a run could train on a file in one encoding
+    # and be evaluated on the same file in another
+    good = [file for file in good if file.path not in unfit]
     listing.files = _told_apart(_with_extensions(good), lambda file: (file.split, file.key))
 
 
@@ -73,7 +79,7 @@ def _divided(files: list[SourceFile], val_share: float, problems: list[str]) -> 
     return [file._replace(split="val" if i in for_val else "train") for i, file in enumerate(files)]
 
 
-def _why_bad(file: SourceFile, status: os.stat_result, max_file_bytes: int | None, encoding: Encoding) -> str:
+def _why_bad(file: SourceFile, status: os.stat_result, max_file_bytes: int | None) -> str:
     if not stat.S_ISREG(status.st_mode):
         return "is not a regular file"
     if not os.access(file.path, os.R_OK):
@@ -82,6 +88,11 @@ def _why_bad(file: SourceFile, status: os.stat_result, max_file_bytes: int | Non
         return "is empty"
     if max_file_bytes and status.st_size > max_file_bytes:
         return f"has {status.st_size:,} bytes, allowed are {max_file_bytes:,} (--max-file-bytes)"
+    return ""
+
+
+def _why_unfit(file: SourceFile, encoding: Encoding) -> str:
+    """The reason why a file cannot be written in the encoding, if its extension tells."""
     for name, modality in MODALITIES.items():
         if encoding.modality not in (None, name) and file.extension in modality.extensions:
             return f"is {name} by its extension, and encoding {encoding.text} takes {encoding.modality}"

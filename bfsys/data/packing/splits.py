@@ -6,7 +6,8 @@ The files of a class are ranked by a hash of their keys, and those whose hash is
 val. If that would leave train or val without a file of the class, the file that is next in rank goes there. Each class
 of two or more files is therefore in train and in val, and a class of one file is in train. An added file moves no old
 file to the other split, except in small classes the one that was next in rank. Files of one key (a.jpg and a.png) stay
-together unless the class has no other key.
+together unless the class has no other key. The division does not depend on the encoding: files that an encoding does
+not take are left out afterwards.
 
 Rejected alternative: a random draw, which moves old files to the other split as soon as a file is added.
 """
