@@ -21,6 +21,7 @@ from bfsys.errors import UserError
 from bfsys.model.byteformer import ByteFormer, parameter_count
 from bfsys.model.content_head import ContentHead
 from bfsys.model.flops import flops_per_step
+from bfsys.model.peaks import PEAKS
 
 
 def config_of(checkpointing: bool = False, **train: object) -> Config:
@@ -131,6 +132,14 @@ def test_measurements_of_a_run_are_used(config_file: Path, finished_run: Path, c
         plan_run.measured(config_file.parent)
     with pytest.raises(UserError, match="there is no such folder"):
         plan_run.measured(config_file.parent / "nothing")
+
+
+def test_the_peak_of_a_gpu_is_that_of_the_precision(config_file: Path, capsys: pytest.CaptureFixture) -> None:
+    def step_s(precision: str) -> float:
+        assert call("plan", [str(config_file), f"train.precision={precision}", "--gpu", "h200", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["step_s"]
+
+    assert step_s("fp32") / step_s("bf16") == pytest.approx(PEAKS["H200"].bf16 / PEAKS["H200"].fp32)
 
 
 def test_a_larger_model_saves_and_evaluates_for_longer(config_file: Path, finished_run: Path) -> None:

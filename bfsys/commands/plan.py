@@ -17,8 +17,8 @@ from bfsys.run_time import DAY, HOUR
 if TYPE_CHECKING:
     from bfsys.plan_run import Estimate
 
-# FLOP/s in bfloat16, by the names that --gpu takes.
-PEAKS = {name.lower().replace(" ", "-"): 1e12 * peak.bf16 for name, peak in peaks.PEAKS.items() if peak.bf16}
+# By the names that --gpu takes.
+PEAKS = {name.lower().replace(" ", "-"): peak for name, peak in peaks.PEAKS.items() if peak.bf16}
 LIMITS = (("utilisation", 0.001, 1), ("network", 0.001, 1e6), ("mtbf_days", 0.001, 1e6), ("price", 0, 1e6))
 NOTES = """\
 The time is estimated with --like or --gpu. The cost of failures needs --like,
@@ -55,9 +55,11 @@ def run(args: argparse.Namespace) -> int:
         step_s, meant = plan.step_s(like.flops_per_s), f"as in {args.like}"
     elif args.gpu:
         share = args.utilisation or usual_utilisation(config.model.architecture().dim)
-        step_s = plan.step_s(PEAKS[args.gpu] * share / plan.busiest)
+        precision = config.train.precision
+        step_s = plan.step_s(1e12 * getattr(PEAKS[args.gpu], precision) * share / plan.busiest)
         meant = (
-            f"if {100 * share:.0f} % of the peak of an {args.gpu} is reached and kernel launches are not the bottleneck"
+            f"if {100 * share:.0f} % of the peak of an {args.gpu} in {precision} is reached and kernel launches are "
+            "not the bottleneck"
         )
     else:
         print(
