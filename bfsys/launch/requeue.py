@@ -10,7 +10,8 @@ SLURM itself requeues a job whose node failed, or that it pre-empted. It does no
 rank crashed (srun then ends the other ranks), or that saved and exited during its grace time. In these cases this
 process, the only one left, asks SLURM to requeue the job (restart_policy.py says when). It does the same if SLURM
 cancels the job to pre-empt it (PreemptMode=CANCEL). It does not do so for a job that SLURM ends for another reason than
-these and the time limit, because such a job was cancelled by a user.
+these and the time limit, because such a job was cancelled by a user. Ranks that SIGTERM stops while SLURM does not end
+the job were stopped by their node, which sends it to all processes when it shuts down.
 
 The script survives the SIGTERM that precedes its end by KillWait. If the tasks have not exited shortly before that end,
 the job ends during a long step or a start, and is requeued as well.
@@ -115,8 +116,8 @@ class JobSupervisor:
         if not may_come_back(job):
             return code  # the job was cancelled, or SLURM itself requeues it
         is_preempted = job.get("PreemptTime", "None") != "None"
-        if code == EXIT_STOPPED and (is_out_of_time(job) or is_preempted):
-            code = EXIT_REQUEUE  # SLURM requested the stop, not a user
+        if code == EXIT_STOPPED and job:  # SLURM or a node that shuts down requested the stop, not scancel
+            code = EXIT_REQUEUE
         path = self.run_dir / FILE
         restarts = Restarts(self.run_dir, *_read_count(path, self.run_dir), PAUSES_S)
         # A pre-emption does not count as a restart without progress.

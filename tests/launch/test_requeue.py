@@ -18,7 +18,7 @@ import pytest
 
 from bfsys.errors import EXIT_NO_PROGRESS
 from bfsys.launch import requeue, restart_policy, slurm_commands
-from bfsys.launch.restart_policy import ERROR_CODES, FINAL_CODES
+from bfsys.launch.restart_policy import ERROR_CODES
 from bfsys.supervision.run_end import how_it_ended, note_end
 from tests.conftest import REPOSITORY
 
@@ -73,9 +73,17 @@ def save(run: Path, step: int) -> None:
     (run / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
 
 
-@pytest.mark.parametrize("code", FINAL_CODES)
+@pytest.mark.parametrize("code", [0, *ERROR_CODES])
 def test_an_end_that_another_start_would_not_change(ends, code: int) -> None:
     assert ends(code) == (code, False)
+
+
+def test_a_job_whose_ranks_are_stopped_by_a_node_that_shuts_down_continues(ends, tmp_path: Path) -> None:
+    """The node sends SIGTERM to all processes. For SLURM, the job still runs."""
+    save(tmp_path, 4)
+    assert ends(130)[1]
+    (tmp_path / "away").write_text("1000\n")
+    assert ends(130) == (130, False)  # scancel may have ended it
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "NODE_FAIL"])
