@@ -159,7 +159,7 @@ def _state_in_queue(name: str, facts: dict[str, str]) -> State:
     shown = {
         "PENDING": f"waits ({facts.get('Reason')}), expected to start {start}",
         "RUNNING": f"for {facts.get('RunTime')} of {facts.get('TimeLimit')} on {facts.get('NodeList')}",
-    }.get(name, f"ended {end}" if name in OVER else "")
+    }.get(name, f"ended {end}" if name in OVER else f"on {facts.get('NodeList')}")
     restarts = facts.get("Restarts", "")
     if restarts.isdecimal() and int(restarts):  # other versions may write another text
         shown += f", started again {counted(int(restarts), 'time')}"
@@ -249,9 +249,10 @@ def _progress(run_dir: Path) -> str:
     with suppress(UserError):
         steps = f"{load_config(run_dir / 'config.yaml').train.steps:,}"
     last = last_train_line(run_dir / METRICS)
-    saved = f"newest checkpoint {newest_step(run_dir):,}"
+    newest = newest_step(run_dir)
+    saved = f"newest checkpoint {newest:,}"
     if not last:
-        return f"training has not begun; {saved}"
+        return f"{'no step is logged yet' if newest else 'training has not begun'}; {saved}"
     age = max(0.0, time.time() - (run_dir / METRICS).stat().st_mtime)
     return f"{last['step']:,} of {steps}, {age:,.0f} s ago; {saved}"
 

@@ -65,6 +65,9 @@ def test_a_running_job(run: Path, slurm_says, capsys) -> None:
     out = capsys.readouterr().out
     assert "job      42: RUNNING for 00:12:00 of 01:00:00 on n[1-2], started again 2 times, submitted 2026" in out
     assert "step     1,200 of ?, 0 s ago; newest checkpoint 0" in out
+    slurm_says(RUNNING.replace("RUNNING", "SUSPENDED"))
+    assert call("slurm", ["status", str(run)]) == 0
+    assert "job      42: SUSPENDED on n[1-2], started again 2 times, submitted 2026" in capsys.readouterr().out
     slurm_says(RUNNING.replace("Restarts=2", "Restarts=(null)"))  # as an unusual version might write
     assert call("slurm", ["status", str(run)]) == 0
     assert "on n[1-2], submitted 2026" in capsys.readouterr().out
@@ -75,7 +78,11 @@ def test_a_waiting_job(run: Path, slurm_says, capsys) -> None:
     assert call("slurm", ["status", str(run)]) == 0
     out = capsys.readouterr().out
     assert "42: PENDING waits (Resources), expected to start 2026-11-21 19:00:00" in out
-    assert "training has not begun" in out
+    assert "training has not begun; newest checkpoint 0" in out
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "latest").write_text("step_00000003\n")
+    assert call("slurm", ["status", str(run)]) == 0
+    assert "step     no step is logged yet; newest checkpoint 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
