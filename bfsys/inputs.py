@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
-import psutil
 
 from bfsys.batch import Sample
 from bfsys.data.media.input_formats import FileKind, InputFormat, kind_of
@@ -26,6 +25,7 @@ from bfsys.encode import CannotDecode, encoded
 from bfsys.errors import UserError, collecting
 from bfsys.files import open_input, read_up_to
 from bfsys.out_of_distribution import ReferenceFiles, text_of
+from bfsys.process import free_memory_bytes
 
 Input: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | BinaryIO
 """A path, the content of a file, a uint8 array [n], or a file that is open for reading in binary mode."""
@@ -269,7 +269,7 @@ def _read_rest(name: str, file: BinaryIO, first_bytes: int | None, size_bytes: i
     """The rest of a file, or only its first bytes. Raises UserError if it is too long, as its `size_bytes` may tell
     before it is read."""
     is_small = 0 < size_bytes < SMALL_BYTES  # to ask for the free memory takes longer than to read a small file
-    most = MOST_BYTES if is_small else min(MOST_BYTES, psutil.virtual_memory().available // 2)
+    most = MOST_BYTES if is_small else min(MOST_BYTES, free_memory_bytes() // 2)
     if first_bytes is not None and first_bytes <= most:
         return read_up_to(file, first_bytes)
     if size_bytes > most or len(content := read_up_to(file, most)) > most:

@@ -44,8 +44,10 @@ from bfsys.inputs import Input, Reader, is_one, named
 from bfsys.model.byteformer import Block, ByteFormer
 from bfsys.model.precision import Precision, set_precision
 from bfsys.out_of_distribution import from_tree
+from bfsys.process import free_memory_bytes
 
 Weights = Literal["ema", "last"]
+CHECKED_BYTES = 64 << 20  # for fewer bytes of tokens, it would take longer to ask for the free memory
 
 
 class Model:
@@ -221,6 +223,7 @@ class Model:
             raise UserError(*problems)
         for note in notes:
             warnings.warn(note, stacklevel=2)
+        self._check_memory([stored])
         with _plain_pytorch():
             return explain(
                 self._classifier,
@@ -315,15 +318,28 @@ class Model:
         return batches_of(samples, self.config.data.eval_batch_bytes, self.rounding_bytes)
 
     def _forward(self, function: Callable[[ByteBatch], Tensor], samples: list[Sample]) -> Tensor:
+        self._check_memory(samples)
         try:
             with _plain_pytorch(), torch.no_grad():
                 return function(ByteBatch.from_samples(samples).to(self.device)).float().cpu()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+        raise self._too_large(samples)
+
+    def _check_memory(self, samples: list[Sample]) -> None:
+        """Raise UserError if the tokens before and after the first block do not fit into main memory. PyTorch often
+        gets more memory than there is, and the system then kills the process."""
+        of_tokens, weight = self._network.architecture, self._network.head.weight
+        tokens = sum(len(sample.data) for sample in samples) // of_tokens.stride
+        needed_bytes = 2 * tokens * of_tokens.dim * weight.itemsize
+        if self.device.type == "cpu" and needed_bytes > CHECKED_BYTES and needed_bytes > free_memory_bytes():
+            raise self._too_large(samples)
+
+    def _too_large(self, samples: list[Sample]) -> UserError:
         longest = max(samples, key=lambda sample: len(sample.data))
         beside = f", and for {len(samples) - 1:,} files beside it" if len(samples) > 1 else ""
-        raise UserError(
+        return UserError(
             f"{longest.key}: not enough memory on {self.device} for its {len(longest.data):,} bytes{beside}"
         )
 

@@ -20,7 +20,8 @@ from pathlib import Path
 OLDEST = {"torch": "2.11", "pydantic": "2.6", "pillow": "11.3", "deepspeed": "0.19.8"}
 
 OOM_SCORE = Path("/proc/self/oom_score_adj")
-CGROUP = Path("/sys/fs/cgroup")  # of the container; outside containers, quotas are rare
+CGROUP = Path("/sys/fs/cgroup")  # in a container, the root is often its own group
+OWN_GROUPS = Path("/proc/self/cgroup")
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 KILLED_RATHER = 100  # thousandths of the memory, by which a process counts as larger if memory runs out
 SENDERS = {
@@ -122,6 +123,35 @@ def _quota_of_cores() -> float:
         limit, period = ((CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return float(limit) / float(period) if float(limit) > 0 else math.inf
     return math.inf
+
+
+def free_memory_bytes() -> int:
+    """The memory that this process may still take: what the machine has, or less if it is in a group with a limit
+    (docker run --memory, SLURM, limits of Kubernetes). Memory in which the system keeps files counts as free."""
+    import psutil  # not at the start of every command, since it takes long
+
+    return int(min([psutil.virtual_memory().available, *_free_in_groups()]))
+
+
+def _free_in_groups() -> Iterator[int]:
+    groups: list[str] = []
+    with suppress(OSError):
+        groups = OWN_GROUPS.read_text().splitlines()
+    for _, controllers, name in (line.split(":", 2) for line in groups):
+        if controllers not in ("", "memory"):
+            continue
+        is_v1 = controllers == "memory"
+        limit, usage, kept = ("limit_in_bytes", "usage_in_bytes", "total_") if is_v1 else ("max", "current", "")
+        mount = CGROUP / controllers
+        group = mount / name.strip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # `max` means that there is no limit
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                files = int(stat[f"{kept}active_file"]) + int(stat[f"{kept}inactive_file"])
+                free = int((folder / f"memory.{limit}").read_text()) - int((folder / f"memory.{usage}").read_text())
+                yield max(0, free + files)
+            if folder == mount:
+                break
 
 
 def threads_that_start(wanted: int) -> int:

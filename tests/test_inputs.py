@@ -134,6 +134,16 @@ def test_inputs_that_cannot_be_read_are_named(
     assert len(str(error.value)) < 400
 
 
+def test_a_file_may_take_half_of_the_free_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "SMALL_BYTES", 0)
+    monkeypatch.setattr(inputs, "free_memory_bytes", lambda: 2000)
+    path.write_bytes(bytes(1000))
+    assert len(read_input("x", path)) == 1000
+    path.write_bytes(bytes(1001))
+    with pytest.raises(UserError, match=r"x: has more than 1,000 bytes; allowed are .* half of the memory that is"):
+        read_input("x", path)
+
+
 def test_a_file_opened_as_text_is_refused(path: Path) -> None:
     path.write_bytes(b"\xff\xfe\xff")
     with open(path, encoding="utf-8") as file, pytest.raises(UserError, match="open it in binary mode"):

@@ -112,6 +112,19 @@ def test_a_file_that_is_too_large_for_memory_does_not_affect_other_answers(finis
         model.predict([bytes(30), bytes(9000)])
 
 
+def test_a_file_whose_tokens_do_not_fit_into_memory_is_not_computed(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container with little memory, the system would kill the process."""
+    model = predict.load(finished_run, device="cpu")
+    monkeypatch.setattr(predict, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(predict, "free_memory_bytes", lambda: 100_000)
+    assert model.predict(bytes(30))
+    for compute in (model.predict, model.explain):
+        with pytest.raises(UserError, match="the input: not enough memory on cpu for its 50,000 bytes"):
+            compute(bytes(50_000))
+
+
 def test_small_files_are_not_too_many_at_once() -> None:
     samples = [Sample(str(n), np.zeros(n, np.uint8)) for n in (1, 2, 30, 1, 200, 1)]
     lengths = [[len(s.data) for s in batch] for batch in predict.batches_of(iter(samples), 40, least_bytes=10)]

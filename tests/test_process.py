@@ -10,7 +10,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from bfsys import process
@@ -87,6 +89,55 @@ def test_a_quota_of_cpu_time_limits_the_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
     monkeypatch.setattr(process, "CGROUP", tmp_path)
     assert process.usable_cores() == cores
+
+
+STAT = "inactive_file 20\nactive_file 10\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "free"),
+    [
+        ("0::/\n", {"memory.max": "400\n", "memory.current": "130\n", "memory.stat": STAT}, 300),
+        ("0::/\n", {"memory.max": "100\n", "memory.current": "190\n", "memory.stat": STAT}, 0),
+        ("0::/\n", {"memory.max": "max\n", "memory.current": "190\n", "memory.stat": STAT}, 5000),
+        # A limit of the job in SLURM, and none of its step.
+        (
+            "0::/job/step\n",
+            {
+                "job/step/memory.max": "max\n",
+                "job/step/memory.current": "40\n",
+                "job/step/memory.stat": STAT,
+                "job/memory.max": "700\n",
+                "job/memory.current": "130\n",
+                "job/memory.stat": STAT,
+            },
+            600,
+        ),
+        # In a container, the name may be that outside it. Version 1 of cgroups has a limit above all memory by default.
+        (
+            "9:cpu:/docker/1\n4:memory:/docker/1\n0::/\n",
+            {
+                "memory/memory.limit_in_bytes": "700\n",
+                "memory/memory.usage_in_bytes": "200\n",
+                "memory/memory.stat": "active_file 1\ninactive_file 1\ntotal_active_file 60\ntotal_inactive_file 40\n",
+            },
+            600,
+        ),
+        (None, {}, 5000),
+    ],
+)
+def test_a_limit_of_memory_counts(
+    own: str | None, files: dict[str, str], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
+    monkeypatch.setattr(process, "CGROUP", tmp_path)
+    monkeypatch.setattr(process, "OWN_GROUPS", tmp_path / "own")
+    assert process.free_memory_bytes() == free
 
 
 def test_threads_are_counted_up_to_the_limit_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
