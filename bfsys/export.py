@@ -87,7 +87,7 @@ def export(
     weights: str,
     scores: dict | None = None,
 ) -> dict:
-    """Write the files of `formats`, model.json and the model card into the empty folder `out`. Returns the content of
+    """Write the files of `formats`, model.json and the model card into the folder `out`. Returns the content of
     model.json.
 
     `model` is in eval mode on the CPU. `scores` are those of the run's evaluation after the manifest's step, if there
@@ -109,7 +109,7 @@ def export(
         if ONNX in formats:
             write_onnx(program, out / FORMATS[ONNX])
             check(ONNX, onnx_runner(out / FORMATS[ONNX]), model, facts)
-    facts["files"] = {p.name: files.describe(p) for p in sorted(out.iterdir())}
+    facts["files"] = {p.name: files.describe(p) for p in sorted(out.iterdir()) if not p.name.startswith(".")}
     files.replace_file(out / EXPORTED, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     parameters = sum(p.numel() for p in model.parameters())
     files.replace_file(out / model_card.NAME, model_card.model_card(facts, manifest, config, parameters, scores))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bfsys import files, typed_yaml
-from bfsys.checkpoint.files import make_empty_folder
+from bfsys.checkpoint.files import filling
 from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.saving import save
 from bfsys.config import Config, Data, Model, Optim
@@ -93,7 +93,6 @@ def import_weights(
     if problems:
         raise UserError(*problems)
 
-    make_empty_folder(out)
     config = Config(
         data=Data(sources=(), byte_transforms=tuple(byte_transforms)),
         model=model,
@@ -110,8 +109,9 @@ def import_weights(
         "versions": {name: version(name) for name in ("bfsys", "torch")},
         "imported": {"file": weights.name, "part": nest, "sha256": files.describe(weights)["sha256"]},
     }
-    path = save(Weights(to_bfsys(named)), out, facts, ranks=Ranks(), keep=RetentionPolicy(1))
-    (out / "config.yaml").write_text(typed_yaml.dump(config), encoding="utf-8")
+    with filling(out):
+        path = save(Weights(to_bfsys(named)), out, facts, ranks=Ranks(), keep=RetentionPolicy(1))
+        (out / "config.yaml").write_text(typed_yaml.dump(config), encoding="utf-8")
     describe(config, len(classes), nest, path)
 
 

@@ -218,6 +218,9 @@ def test_an_export_that_is_not_complete_is_removed(
 ) -> None:
     def fail(*_: object) -> None:
         assert (tmp_path / "out" / "model.safetensors").exists()
+        shutil.copytree(tmp_path / "out", tmp_path / "killed")  # what a SIGKILL would leave
+        with pytest.raises(UserError, match="not empty"):  # while another export writes there
+            run_export(finished_run, tmp_path / "out", "--format", "safetensors")
         raise error
 
     monkeypatch.setattr(export, "as_program", fail)
@@ -225,6 +228,11 @@ def test_an_export_that_is_not_complete_is_removed(
         run_export(finished_run, tmp_path / "out")
     assert str(raised.value) in ("", "/cache: cannot be written: Permission denied; nothing was exported")
     assert list((tmp_path / "out").iterdir()) == []
+    run_export(finished_run, tmp_path / "killed", "--format", "safetensors")
+    written = {path.name for path in (tmp_path / "killed").iterdir()}
+    assert written == {"README.md", "model.json", "model.safetensors"}
+    with pytest.raises(UserError, match="not empty"):
+        run_export(finished_run, tmp_path / "killed", "--format", "safetensors")
 
 
 def test_missing_packages_for_onnx_are_named(finished_run: Path, tmp_path: Path, monkeypatch) -> None:

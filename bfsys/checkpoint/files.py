@@ -31,14 +31,14 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, EXIT_STORAGE, MISSING_ERRNOS, UserError
-from bfsys.files import describe, read_regular, replace_by_copy, replace_file, sync_folder
+from bfsys.files import describe, is_named, read_regular, replace_by_copy, replace_file, sync_folder, try_lock
 from bfsys.object_stores import as_url
 
 T = TypeVar("T")
@@ -47,6 +47,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 EXPORTED = "model.json"  # in what bfsys export writes
 METRICS = "metrics.jsonl"
+UNFINISHED = ".unfinished"  # in a folder that a command is filling
 # Prefix of the names of parameters that only training uses (model/content_head.py)
 CONTENT_HEAD = "content_head."
 LATEST = "latest"
@@ -381,13 +382,38 @@ def fingerprint(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def make_empty_folder(path: Path) -> None:
-    """Make `path`, unless it is an empty folder already. Raises UserError if it is not empty or cannot be written."""
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Make a folder, unless it is empty, to be filled in this context. After an exception it is empty again; if the
+    process is killed, the next call empties it. Raises UserError if it holds anything else or cannot be written."""
+    marker, in_use = folder / UNFINISHED, f"{folder}: not empty; give a folder that is empty or does not exist"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise UserError(f"{path}: not empty; give a folder that is empty or does not exist")
-        if not os.access(path, os.W_OK):
-            raise UserError(f"{path}: cannot be written: no permission")
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be made: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+    try:
+        file = open(marker, "r+b" if any(folder.iterdir()) else "xb")  # noqa: SIM115 (below)
+    except (FileNotFoundError, FileExistsError):
+        raise UserError(in_use) from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    with file:
+        if not try_lock(file) or not is_named(file, marker):
+            raise UserError(in_use)
+        _empty(folder)
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                _empty(folder)
+                marker.unlink()
+            raise
+        marker.unlink()
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != UNFINISHED:
+            path.unlink()

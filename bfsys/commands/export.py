@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from bfsys import console
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--format onnx: {', '.join(missing)} missing; pip install {' '.join(missing)}")
     from safetensors import SafetensorError
 
-    from bfsys.checkpoint.files import MANIFEST, make_empty_folder
+    from bfsys.checkpoint.files import MANIFEST, filling
     from bfsys.checkpoint.loading import load_model
     from bfsys.checkpoint.retention import evaluations
     from bfsys.export import export
@@ -56,15 +55,10 @@ def run(args: argparse.Namespace) -> int:
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
     run_dir = args.run.resolve().parent.parent if (args.run / MANIFEST).exists() else args.run
     scores = evaluations(run_dir).get(manifest["step"])  # a checkpoint is saved before its step is evaluated
-    make_empty_folder(args.out)
     try:
-        facts = export(model, config, manifest, args.out, args.format, args.weights, scores)
-    except BaseException as error:  # after Ctrl-C, too, the same command finds an empty folder
-        with suppress(OSError):
-            for path in args.out.iterdir():
-                path.unlink()
-        if not isinstance(error, OSError | SafetensorError):
-            raise
+        with filling(args.out):
+            facts = export(model, config, manifest, args.out, args.format, args.weights, scores)
+    except (OSError, SafetensorError) as error:
         where = getattr(error, "filename", None) or args.out  # perhaps a cache of PyTorch
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{where}: cannot be written: {reason}; nothing was exported") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -239,6 +240,23 @@ def test_files_that_torch_did_not_write_are_reported(damage: str, tmp_path: Path
 def test_other_objects_are_refused_and_nothing_is_run(tmp_path: Path) -> None:
     assert "holds more than tensors" in problems(tmp_path, {"model": Trap(tmp_path / "sprung")})
     assert not (tmp_path / "sprung").exists()
+
+
+def test_the_same_command_works_after_a_full_disk(
+    tmp_path: Path, weights, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "config.yaml")
+
+    torch.save(weights, tmp_path / "weights.pt")
+    arguments = [str(tmp_path / "weights.pt"), str(tmp_path / "out"), *SMALL_WINDOWS]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            call("import-corenet", arguments)
+    assert list((tmp_path / "out").iterdir()) == []
+    call("import-corenet", arguments)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoints", "config.yaml"]
 
 
 class Trap:
