@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from bfsys.data.storage.streams import Stopped, TryFailed, WrongContent, stream
-from bfsys.errors import EXIT_CRASHED, UserError, code_of, counted
+from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, UserError, code_of, counted
 from bfsys.locations import base_name, hide
 
 T = TypeVar("T")
@@ -268,7 +268,8 @@ class Cache:
                 raise UserError(
                     f"{self.folder}: the disk is full: {needed} of {hide(file.url)} cannot be stored, {free:,} bytes "
                     f"are free, the cache holds {held:,}. Free space or inodes (df -i), or set data.cache_dir to "
-                    "another disk"
+                    "another disk",
+                    exit_code=EXIT_STORAGE,
                 ) from error
 
     def _write(self, wanted: RemoteFile, path: Path, stop: threading.Event) -> None:

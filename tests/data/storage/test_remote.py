@@ -28,7 +28,7 @@ from bfsys.data.storage.prefetch import Prefetcher
 from bfsys.data.storage.remote import Cache, RemoteFile, WrongContentError
 from bfsys.data.storage.shards import fetch_description
 from bfsys.data.storage.streams import TryFailed, url_of
-from bfsys.errors import UserError
+from bfsys.errors import EXIT_STORAGE, UserError
 from tests.data.conftest import CONTENT, eventually, make_cache, names, put, sha256
 from tests.data.http_server import FaultyServer
 
@@ -391,8 +391,9 @@ def test_a_full_disk(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPat
         with pytest.raises(
             UserError,
             match=r"the disk is full: 200 bytes of \S+new cannot be stored, [\d,]+ bytes are.* Free space or inodes",
-        ):
+        ) as error:
             cache.fetch(new)
+        assert error.value.exit_code == EXIT_STORAGE
     assert (older.exists(), old.exists()) == (False, True)
 
 
