@@ -107,8 +107,8 @@ def return_to_good_checkpoint(run_dir: Path, rollbacks: list[dict], bad: list[di
         raise UserError(
             f"bad steps again after {MAX_ROLLBACKS} roll-backs to step {to}: {steps}: {bad[-1]['problem']}. Try a "
             f"lower optim.lr, or optim.clip_norm=1; or, if these losses are expected, a larger "
-            f"train.spike_zscore or train.max_bad_steps. Their samples are in {run_dir / FILE}, those of the last:",
-            *bad[-1]["samples"],
+            f"train.spike_zscore or train.max_bad_steps. Their samples are in {run_dir / FILE}",
+            *(f"sample of step {steps[-1]}: {name}" for name in bad[-1]["samples"]),
             exit_code=EXIT_DIVERGED,
         )
     for path in reversed(paths[len(good) :]):

@@ -223,7 +223,8 @@ def test_a_run_that_stays_bad_ends_with_its_samples(config_file: Path, tmp_path:
     assert "Traceback" not in ranks.said()
     reason = how_it_ended(run)["reason"]
     assert "bad steps again after 3 roll-backs" in reason
-    assert lines(run, "bad_step")[-1]["samples"][0] in reason
+    last = lines(run, "bad_step")[-1]
+    assert f"\nsample of step {last['step']}: {last['samples'][0]}\n" in reason
 
 
 def test_a_run_that_skips_all_steps_has_failed(config_file: Path, tmp_path: Path) -> None:
