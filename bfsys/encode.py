@@ -19,11 +19,10 @@ import numpy as np
 
 from bfsys.data.media.encodings import Encoding, Fitting, WrongRateError, library_version, reencode
 from bfsys.data.packing.folders import regular_files
+from bfsys.data.packing.left_out import ENCODE_NOTES as NOTES
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
 from bfsys.errors import UserError
 from bfsys.files import read_regular, remove_unfinished, replacing, try_lock
-
-NOTES = ".encoded.jsonl"
 
 
 class Notes:

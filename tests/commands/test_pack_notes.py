@@ -8,6 +8,7 @@ from PIL import Image
 
 from bfsys.data.storage.description import read_description
 from bfsys.data.storage.shards import open_split
+from bfsys.inputs import files_in
 from tests.commands.packing_helpers import contents, make_files, make_tree, pack, png_bytes, problems_of
 
 OF_SYSTEM = [
@@ -28,6 +29,14 @@ def test_folders_of_the_operating_system_are_not_classes(tmp_path, capsys):
     src = make_files(tmp_path / "src", {"cat/a": b"1", "__MACOSX/a": b"x", "@eaDir/a": b"x", "lost+found/a": b"x"})
     assert open_split(pack(src, tmp_path, "--split", "train"), "train").classes == ("cat",)
     assert "3 of the operating system (@eaDir, __MACOSX, lost+found)" in capsys.readouterr().err
+
+
+def test_the_notes_of_encode_are_not_named(tmp_path, capsys):
+    """Its output may be packed and predicted."""
+    src = make_files(tmp_path / "src", {"cat/a": b"1", ".encoded.jsonl": b"x", "cat/.encoded.jsonl": b"x"})
+    assert set(contents(pack(src, tmp_path, "--split", "train"))) == {"cat/a"}
+    assert files_in(src) == [str(src / "cat" / "a")]
+    assert capsys.readouterr().err == ""
 
 
 def test_left_out_files_are_counted_and_named(tmp_path, capsys):

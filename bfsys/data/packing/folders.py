@@ -53,8 +53,8 @@ def regular_files(folder: str, problems: list[str]) -> list[str]:
         if time.monotonic() - noted_s >= NOTE_S:
             noted_s = time.monotonic()
             print(one_line(f"listing {folder}: {len(paths):,} files so far, now at {path}"), file=sys.stderr)
-    if left_out:
-        print(f"{folder}: {left_out_note(left_out)}", file=sys.stderr)
+    if note := left_out_note(left_out):
+        print(f"{folder}: {note}", file=sys.stderr)
     if not paths:
         problems.append(f"{folder}: a folder without files")
     problems += [f"{path}: is not a regular file" for path in paths if not os.path.isfile(path)]

@@ -4,6 +4,7 @@ system.
 All of them are reported: `left_out_note` names them.
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ SYSTEM_PATTERN = re.compile(
     r"\._.*|~\$.*|found\.[0-9]{3}|.*:zone\.identifier|.*@syno(eastream|resource)", re.DOTALL | re.IGNORECASE
 )
 SHOWN = 3  # names of each kind
+ENCODE_NOTES = ".encoded.jsonl"  # of bfsys encode, in the folder of its output
 
 
 class LeftOut(NamedTuple):
@@ -43,9 +45,10 @@ def is_of_system(name: str) -> bool:
 
 
 def left_out_note(left_out: Sequence[LeftOut]) -> str:
-    """One line that counts and names the files; empty if there are none."""
+    """One line that counts and names the files, without those of bfsys itself; empty if there are none."""
     by_reason = defaultdict(list)
     for path, reason in left_out:
-        by_reason[reason].append("".join(c if is_printable(c) else "_" for c in path))
+        if os.path.basename(path) != ENCODE_NOTES:
+            by_reason[reason].append("".join(c if is_printable(c) else "_" for c in path))
     kinds = [f"{len(paths):,} {reason} ({some(paths, SHOWN)})" for reason, paths in by_reason.items()]
     return f"files and folders left out: {', '.join(kinds)}" if kinds else ""
