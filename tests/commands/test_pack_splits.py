@@ -1,6 +1,7 @@
 """Splits come from folders, lists and archives, or from the division of each class."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +143,22 @@ def test_the_division_does_not_depend_on_the_encoding(tmp_path):
     assert {key: split for key, (split, _, _) in encoded.items()}.items() <= {
         key: split for key, (split, _, _) in stored.items()
     }.items()
+
+
+def test_a_list_from_a_pipe_counts_from_the_current_folder(tmp_path, monkeypatch):
+    make_files(tmp_path, {"cat/a.jpg": b"1"})
+    monkeypatch.chdir(tmp_path)
+    for is_pipe in (True, False):  # as of <(…), and of < FILE
+        if is_pipe:
+            reader, writer = os.pipe()
+            os.write(writer, b"cat/a.jpg\tcat\ttrain\n")
+            os.close(writer)
+        else:
+            (tmp_path / "list.tsv").write_text("cat/a.jpg\tcat\ttrain\n")
+            reader = os.open(tmp_path / "list.tsv", os.O_RDONLY)
+        found = contents(pack(Path(f"/dev/fd/{reader}"), tmp_path, "--from", "filelist", name=f"pipe-{is_pipe}"))
+        os.close(reader)
+        assert found == {"cat/a": ("train", "cat", b"1")}
 
 
 def test_filelist_without_splits_is_divided(tmp_path):

@@ -131,8 +131,10 @@ def list_speech_commands(src: Path) -> Listing:
 
 
 def list_filelist(src: Path, split: str | None) -> Listing:
-    """Read lines of `path<TAB>class` or `path<TAB>class<TAB>split`; paths are relative to the list's folder."""
+    """Read lines of `path<TAB>class` or `path<TAB>class<TAB>split`; paths are relative to the list's folder, or to the
+    current one if the list comes from a pipe."""
     listing = Listing()
+    folder = src.parent if src.is_file() and not src.is_relative_to("/dev") else Path()
     try:
         lines = _lines_of(src)
     except (OSError, ValueError) as error:
@@ -155,7 +157,7 @@ def list_filelist(src: Path, split: str | None) -> Listing:
             continue
         to_split = split_of_name(parts[2]) if len(parts) == 3 else split or UNDIVIDED
         assert to_split is not None, "_wrong_line has checked it"
-        file = _listed_file(src, parts[0], parts[1], to_split)
+        file = _listed_file(folder, parts[0], parts[1], to_split)
         _note_spelling(listing, parts[1], f"line {number}", to_split)
         splits = lines_of[file.path]
         if wrong := _wrong_again(parts[0], to_split, splits):
@@ -173,11 +175,11 @@ def list_filelist(src: Path, split: str | None) -> Listing:
     return listing
 
 
-def _listed_file(src: Path, path: str, spelled: str, split: str) -> SourceFile:
+def _listed_file(folder: Path, path: str, spelled: str, split: str) -> SourceFile:
     class_name = stored_name(spelled)
     inner_path = OUTSIDE.sub("", os.path.normpath(path)).removeprefix(f"{spelled}/")
     key, extension = sample_name(class_name, inner_path)
-    return SourceFile(os.path.abspath(src.parent / path), class_name, split, key, extension)
+    return SourceFile(os.path.abspath(folder / path), class_name, split, key, extension)
 
 
 def _lines_of(path: Path) -> list[str]:
