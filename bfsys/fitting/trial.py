@@ -19,7 +19,7 @@ from bfsys.fitting.choice import Choice, settings_of, to_yaml
 from bfsys.fitting.request import Request
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.job import CODE_DIR, TrainJob
-from bfsys.launch.local import choose_ranks, run_group
+from bfsys.launch.local import KILLED, choose_ranks, run_group
 from bfsys.process import end_of
 from bfsys.supervision.signals import EXIT_CODES
 
@@ -68,6 +68,18 @@ def temporary_folder() -> Iterator[str]:
         yield folder
 
 
+def reasons_of(code: int, said: list[str], longest: int) -> list[str]:
+    """Why a trial ended with this code, from the lines that it printed. A killed rank has printed no reason."""
+    if reasons := [line.partition("error: ")[2] for line in said if "error: " in line]:
+        return reasons
+    if code != KILLED:
+        return said[-1:]
+    return [
+        f"its longest file has {longest:,} bytes; if memory ran out, leave out long files (bfsys pack "
+        "--max-file-bytes SIZE --skip-bad), and give the packed folder to fit"
+    ]
+
+
 def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Trial | int:
     """Train TRIAL_STEPS in a temporary run. Returns an exit code if a signal ended it."""
     began_s = time.monotonic()
@@ -88,8 +100,7 @@ def try_out(request: Request, choice: Choice, data: str, eval_data: str) -> Tria
         steps = [line for line in lines if line["kind"] == "train"][PASSED_OVER_STEPS:]
         evaluated = [line for line in lines if line["kind"] == "eval"]
         if code or not steps or not evaluated:
-            output = said.getvalue().splitlines()
-            reasons = [line.partition("error: ")[2] for line in output if "error: " in line] or output[-1:]
+            reasons = reasons_of(code, said.getvalue().splitlines(), longest=int(choice.lengths.max()))
             raise UserError(*(f"{request.folder}: the trial training {end_of(code)}: {r}" for r in reasons))
         seconds = sum(line["step_s"] for line in steps)
         evaluation_s = evaluated[-1]["seconds"]

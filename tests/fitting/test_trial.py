@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from bfsys.fitting.trial import temporary_folder
+from bfsys.fitting.trial import reasons_of, temporary_folder
+
+
+def test_the_reason_of_a_killed_rank_is_not_its_last_line() -> None:
+    said = ["ranks: 2 on the CPU", "each step has 2 micro-batches"]
+    (reason,) = reasons_of(137, said, longest=2_000_000_000)
+    assert reason.startswith("its longest file has 2,000,000,000 bytes; if memory ran out, leave out long files (bfsys")
+    assert reasons_of(1, said, longest=10) == said[-1:]
+    assert reasons_of(137, [*said, "error: rank 0: a reason"], longest=10) == ["rank 0: a reason"]
 
 
 def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

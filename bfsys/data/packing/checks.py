@@ -74,7 +74,7 @@ def _divided(files: list[SourceFile], val_share: float, problems: list[str]) -> 
     if files and val_share and not for_val:
         problems.append(
             f"none of the {len(files):,} files went to val, because no class has two files; add files. (`bfsys pack "
-            "--split train` packs them without a validation split.)"
+            "--split train` packs them without a validation split, which `bfsys fit` needs.)"
         )
     return [file._replace(split="val" if i in for_val else "train") for i, file in enumerate(files)]
 
