@@ -112,6 +112,8 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
             problems.append(problem)
         elif not found:
             known = "not a run, and no folder of runs" if path.exists() else "no such directory"
+            if (path / METRICS).exists():
+                known = f"a run without its {CONFIG}, which its next start writes"
             problems.append(f"{path}: {known}; give run directories (runs/NAME) or a folder of them (runs)")
         for run_dir in found:
             with collecting(problems if is_run else unreadable):
