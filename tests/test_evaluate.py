@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bfsys import evaluate
+from bfsys.commands.evaluate import show_scores
 from bfsys.config import load_config
 from bfsys.errors import UserError
 
@@ -21,6 +22,13 @@ def test_evaluation_counts_each_file_once_per_source(finished_run: Path, evaluat
     assert result["top1"] == pytest.approx(weighted)
     assert result["top1"] > 0.5, "the model learned nothing: the other assertions say little"
     assert "top-1" in evaluate_run(finished_run)
+
+
+def test_top_5_is_shown_only_if_it_says_something(capsys: pytest.CaptureFixture) -> None:
+    result = {"samples": 7, "loss": 0.5, "top1": 0.4, "top5": 1.0, "sources": {}}
+    for classes in (5, 6):
+        show_scores(result, classes)
+    assert ["top-5" in line for line in capsys.readouterr().out.splitlines()] == [False, True]
 
 
 def test_evaluation_agrees_with_the_training_runs_own(finished_run: Path, evaluate_run) -> None:

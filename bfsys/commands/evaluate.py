@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             files = counted(result["samples"], "file")
             print(one_line(f"{args.run}, step {manifest['step']}, {files}: {describe_scores(result)}"))
-            show_scores(result)
+            show_scores(result, len(sources.classes))
             if robustness:
                 show_robustness({"as they are": result, **robustness})
     for line in written if not args.json else ():
@@ -90,12 +90,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def show_scores(result: dict) -> None:
+def show_scores(result: dict, classes: int) -> None:
     width = max(len(name) for name in ("all", *result["sources"]))
     for name, s in (("all", result), *result["sources"].items()):
+        top5 = f"   top-5 {100 * s['top5']:6.2f} %" if classes > 5 else ""  # otherwise it is always 100 %
         print(
-            f"  {name:<{width}}  {s['samples']:>8} files   loss {s['loss']:.4f}   "
-            f"top-1 {100 * s['top1']:6.2f} %   top-5 {100 * s['top5']:6.2f} %"
+            f"  {name:<{width}}  {s['samples']:>8} files   loss {s['loss']:.4f}   top-1 {100 * s['top1']:6.2f} %{top5}"
         )
 
 
