@@ -183,8 +183,9 @@ def evaluate_if_due(data: RunData, engine: Engine, supervisor: Supervisor, step:
             )  # fmt: skip
             embedding = engine.module.get_parameter("stem.embedding").detach().clone()
         engine.module.train()
-    metrics.evaluation(step, result, time.perf_counter() - began, data.evaluated)
+    seconds = time.perf_counter() - began
     metrics.show_answers(step, data.training.classes, answers, data.validation.key_of, embedding)
+    metrics.evaluation(step, result, seconds, data.evaluated)
     supervisor.report_bad_files(data.validation)
 
 

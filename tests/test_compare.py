@@ -173,9 +173,7 @@ def test_all_problems_are_named_at_once(make_run, tmp_path):
         f"{run}: no evaluation yet, after 0 of 10 steps",
     )
     (run / "config.yaml").unlink()
-    with pytest.raises(
-        UserError, match=r"young: a run without its config\.yaml, which its next start writes"
-    ):
+    with pytest.raises(UserError, match=r"young: a run without its config\.yaml, which its next start writes"):
         call("compare", [str(run)])
     (run / "config.yaml").write_text("data: {sources: []}\nmodle: {}\n")
     with pytest.raises(UserError, match="modle: no such key"):

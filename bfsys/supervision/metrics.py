@@ -310,9 +310,13 @@ class Metrics:
         if self._outputs is None:
             return
         with self._noting_problems():
-            self._outputs.write(line)
+            is_last = line["kind"] == "eval"  # a resume evaluates again if the line is missing in metrics.jsonl
+            if not is_last:
+                self._outputs.write(line)
             show_line(self._outputs.tensorboard, line)
             self._outputs.tensorboard.flush()
+            if is_last:
+                self._outputs.write(line)
 
     @contextmanager
     def _noting_problems(self) -> Iterator[None]:

@@ -70,6 +70,32 @@ def test_lines_of_a_deleted_or_changed_file_are_written_again(
     assert capsys.readouterr().out.count("lines are written again") == 1
 
 
+def test_a_kill_before_tensorboard_shows_an_evaluation_leaves_no_line_of_it(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume then evaluates again, so the evaluation is not missing in TensorBoard."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restore it after Metrics replaces it
+    config = load_config(config_file, [])
+    config.run_dir.mkdir(parents=True)
+    ledger = Ledger(config.run_dir, is_rank_zero=True)
+    metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=0)
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    scores = {"loss": 1.0, "top1": 0.5, "top5": 1.0}
+    result = {**scores, "sources": {"a": scores, "b": scores}}
+    with monkeypatch.context() as patch:
+        patch.setattr("bfsys.supervision.metrics.show_line", kill)
+        with pytest.raises(KeyboardInterrupt):
+            metrics.evaluation(1, result, 1.0, "some files")
+    assert list(read_json_lines(config.run_dir / METRICS, LINE)) == []
+    metrics.evaluation(1, result, 1.0, "some files")
+    assert [line["step"] for line in read_json_lines(config.run_dir / METRICS, LINE)] == [1]
+    metrics.close()
+    ledger.close()
+
+
 def test_a_deleted_tensorboard_folder_is_named_and_the_run_may_be_restarted(
     config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
