@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("run", type=Path, metavar="RUN", help="run directory, one of its checkpoints, or an export")
     add("files", nargs="*", default=[], metavar="FILE", help="files, folders, or - for standard input")
     add("--split", help="test for shortcuts on files of this split")
+    add("--data", action="append", default=[], metavar="DATASET", help="use its files instead of the run's; repeatable")
     add("--limit", type=int, metavar="N", help=f"files of the split (default: {LIMIT})")
-    add("--out", type=local_path, metavar="FOLDER", help=f"write pages here (default: {FOLDER}; with --split: none)")
+    add("--out", type=local_path, metavar="FOLDER", help=f"folder of pages (default: {FOLDER}; with --split: none)")
     add("--class", dest="class_name", metavar="NAME", help="class to explain (default: the likeliest)")
     add_weights(parser)
     add("--encode", action="store_true", help="convert pictures and sounds to the model's format")
@@ -59,6 +60,16 @@ def run(args: argparse.Namespace) -> int:
     from bfsys.predict import load
 
     model = load(args.run, weights=args.weights, permute=args.permute)
+    if args.data:
+        from bfsys.data.streaming.datasets import no_such_split
+        from bfsys.evaluate import with_datasets
+        from bfsys.explain.references import open_split
+
+        model.config = with_datasets(model.config, args.data, args.run)
+        # Files are explained without references if there are none, but not if those that were asked for are missing.
+        split = args.split or model.config.data.eval_split
+        if not open_split(model.config, split, model.classes).splits:
+            raise no_such_split(model.config, split)
     return _split(model, args) if args.split else _files(model, args)
 
 

@@ -49,6 +49,22 @@ def test_each_file_gets_a_page_of_its_own(explain: Explain, files: Path, tmp_pat
     assert (tmp_path / "pages" / "one.bin.html").read_text() == first
 
 
+def test_files_of_another_dataset_are_the_references(
+    explain: Explain, files: Path, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The datasets of the run may be on another machine."""
+    (dataset, _) = (source.path for source in bfsys.load(finished_run).config.data.sources)
+    monkeypatch.setattr("bfsys.explain.references.READ", 5)
+    arguments = (files / "one.bin", "--json", "--out", tmp_path / "pages")
+    (found,) = json.loads(explain(*arguments, "--data", dataset))
+    (otherwise,) = json.loads(explain(*arguments))
+    assert found["windows"] != otherwise["windows"]
+    with pytest.raises(UserError, match="nowhere: "):
+        explain(*arguments, "--data", tmp_path / "nowhere")
+    report = json.loads(explain("--split", "val", "--data", dataset, "--json"))
+    assert report["all"]["files"] == 21
+
+
 def test_a_page_is_overwritten_only_by_that_of_the_same_file(
     explain: Explain, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
