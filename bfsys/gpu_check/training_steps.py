@@ -1,4 +1,4 @@
-"""A training step of bfsys and of the published form on the same files, which check-gpu and bench_step.py measure."""
+"""A training step of bfsys, and of the published implementation, on the same files: for check-gpu and bench_step.py."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def random_files(lengths: Sequence[int]) -> list[np.ndarray]:
 def published_step(
     files: list[np.ndarray], a: Architecture, classes: int, device: torch.device, bf16: bool, *, fused_attention: bool
 ) -> Step:
-    """A step of the published form, padded. In bfloat16 it uses autocast, like the released code."""
+    """A step of the published implementation, padded. In bfloat16 it uses autocast, like the released code."""
     model = PublishedForm(a, classes, fused_attention).to(device)
     x, labels = pad(files, a).to(device), _labels_of(files, classes, device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=True)

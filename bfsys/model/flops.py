@@ -1,8 +1,8 @@
-"""Exact counts of the floating-point operations of a step, in bfsys and in the published form.
+"""Exact counts of the floating-point operations of a step, in bfsys and in the published implementation.
 
-A multiply-add counts as two. Matrix products and the stem's additions count. Norms (0.2 % of the published form's),
+A multiply-add counts as two. Matrix products and the stem's additions count. Norms (0.2 % of the published count),
 activations, softmax and the optimizer do not. A backward pass takes two products for each product of the forward pass,
-one per operand. Operations that activation checkpointing or fused attention repeat do not count, because the answer
+one per operand. Operations that activation checkpointing or fused attention repeat do not count, because the prediction
 does not need them.
 
 `flops_per_step` counts real tokens only: ceil(length / stride) per file, halved and rounded up by each merging, and in
@@ -11,9 +11,9 @@ attention only pairs of tokens in the same window. The model itself computes a l
 needs. Divided by time and by the machine's peak, it is a utilisation that padding cannot inflate. It equals what is
 computed if every file has a multiple of 2^merges tokens and fills whole windows at each level.
 
-`published_flops` counts everything that the published form computes: every file padded to the longest of the batch,
-sequences padded to whole windows at each layer, and the convolution, which bfsys does not have. It is not used for the
-utilisation of bfsys, because that would credit operations that bfsys saves.
+`published_flops` counts everything that the published implementation computes: every file padded to the longest of the
+batch, sequences padded to whole windows at each layer, and the convolution, which bfsys does not have. It is not used
+for the utilisation of bfsys, because that would credit operations that bfsys saves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Flops:
     """Operations by part, of all layers.
 
     stem      bfsys: the table, embedding times kernel, once per micro-batch; published: the convolution
-    lookups   additions of table rows; none in the published form
+    lookups   additions of table rows; none in the published implementation
     scores    queries times keys
     values    attention times values
     """
@@ -101,7 +101,7 @@ def flops_per_step(lengths: np.ndarray, architecture: Architecture, num_classes:
 
 
 def published_flops(lengths: np.ndarray, architecture: Architecture, num_classes: int, backward: bool = True) -> Flops:
-    """Operations of the same micro-batch in the published form, including those on padding."""
+    """Operations of the same micro-batch in the published implementation, including those on padding."""
     a = architecture
     files, longest = len(lengths), int(np.max(lengths))
     levels, _, merge_levels = _layers(a)

@@ -1,4 +1,4 @@
-"""ByteFormer in its published form, with which bench_step.py and check-gpu compare bfsys.
+"""ByteFormer in its published implementation, with which bench_step.py and check-gpu compare bfsys.
 
 This is the computation of the released code in plain form: a batch padded to its longest file, an embedding, a strided
 convolution, whole sequences rolled and cut into windows, score matrices with a float32 softmax, masks added to them,
@@ -146,6 +146,6 @@ def load_bfsys_weights(model: PublishedForm, weights: dict[str, Tensor]) -> None
     renamed = {"stem.embedding": "embedding.weight", "stem.kernel": "conv.weight", "stem.positions": "positions"}
     state = {renamed.get(name, name): weight for name, weight in weights.items()}
     for name in [name for name in state if name.endswith("reduction.weight")]:
-        first, second = state[name].chunk(2, dim=1)  # the two tokens of each pair; the published form interleaves them
+        first, second = state[name].chunk(2, dim=1)  # the two tokens of each pair, interleaved as published
         state[name] = torch.stack([first, second], dim=2).flatten(1)
     model.load_state_dict(state)

@@ -2,8 +2,8 @@
 
 The published stem embeds every byte (257 x D) and runs a convolution of kernel K and stride K/2. Both are linear in
 one-hot bytes, so  token[t] = sum_j table[j, byte[t * stride + j]]  with table[j, v] = embedding[v] @ kernel[:, :, j].T,
-computed once per micro-batch. The largest tensor of the published form, [bytes, D], is never created, and the
-convolution (half of the published FLOPs at K = 32) becomes K row additions per token. The parameters are still the
+computed once per micro-batch. The largest tensor of the published implementation, [bytes, D], is never created, and
+the convolution (half of the published FLOPs at K = 32) becomes K row additions per token. The parameters are still the
 embedding and the kernel, so published weights fit.
 
 A learned position is added to each token. If a file has more tokens than there are positions, the second half of the

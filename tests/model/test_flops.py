@@ -1,4 +1,4 @@
-"""The formulas count what PyTorch counts, and what is known of the published form."""
+"""The formulas count what PyTorch counts, and what is known of the published implementation."""
 
 import timeit
 
@@ -90,7 +90,7 @@ def test_files_add_up_but_for_the_table() -> None:
     assert together.stem == apart[0].stem == 3 * 2 * 256 * 8 * 192**2
 
 
-# ------------------------------------------------------------------------------------------------ the published form
+# -------------------------------------------------------------------------------------- the published implementation
 
 
 @pytest.mark.parametrize(

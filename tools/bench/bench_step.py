@@ -1,19 +1,19 @@
-"""Training steps of bfsys and of the published form side by side: the same files, precision and machine, in one run.
+"""Training steps of bfsys and of the published implementation: the same files, precision and machine, in one run.
 
     python tools/bench/bench_step.py --precision bf16 --json step.json --checkpointing
 
 A step is forward, backward and AdamW on float32 weights. `published` is published_form.py on a padded batch in random
-order. `+ sdpa` is the same with PyTorch's fused attention. In bf16, the published form runs under autocast, like the
-released code. bfsys runs as in training, with bfloat16 weights in the model and float32 weights in the optimizer. Files
-are copied to the device before the measurement. The indices that bfsys computes on the CPU are part of its step.
-Time is that of the fastest step after a warm-up, because other work on the machine can only add to it. The JSON also
-has the processor time. Memory is the peak of these steps above the memory before the model was made. It includes
-weights, gradients and optimizer. A small step loads PyTorch's libraries first. `of peak` is the rate of the operations
-that real tokens need (bfsys/model/flops.py), relative to that of a large matrix product in the same precision and
-process. On a CPU each measurement runs in a separate process, and memory is resident memory. It includes freed blocks
-that the C library keeps. With MALLOC_MMAP_THRESHOLD_=262144 in the environment it does not, which shows how much
-checkpointing saves. On a GPU a step takes less time than the start of a process. All measurements are therefore made in
-one process, and memory is the memory that PyTorch has allocated.
+order. `+ sdpa` is the same with PyTorch's fused attention. In bf16, the published implementation runs under autocast,
+like the released code. bfsys runs as in training, with bfloat16 weights in the model and float32 weights in the
+optimizer. Files are copied to the device before the measurement. The indices that bfsys computes on the CPU are part of
+its step. Time is that of the fastest step after a warm-up, because other work on the machine can only add to it. The
+JSON also has the processor time. Memory is the peak of these steps above the memory before the model was made. It
+includes weights, gradients and optimizer. A small step loads PyTorch's libraries first. `of peak` is the rate of the
+operations that real tokens need (bfsys/model/flops.py), relative to that of a large matrix product in the same
+precision and process. On a CPU each measurement runs in a separate process, and memory is resident memory. It includes
+freed blocks that the C library keeps. With MALLOC_MMAP_THRESHOLD_=262144 in the environment it does not, which shows
+how much checkpointing saves. On a GPU a step takes less time than the start of a process. All measurements are
+therefore made in one process, and memory is the memory that PyTorch has allocated.
 
 Each measurement is printed when it is made. Besides time and memory, it gives the number of PyTorch's operations in a
 micro-batch's forward and backward pass and in an update. It also gives the number of those that launch a kernel on a
@@ -60,7 +60,7 @@ from tools.bench.step_measurement import (
     make_architecture,
 )
 
-# Main memory of the published form for each token and each byte of a padded batch, by dim (tiny, float32).
+# Main memory of the published implementation for each token and each byte of a padded batch, by dim (tiny, float32).
 PADDED_TOKEN_BYTES_PER_DIM, PADDED_BYTE_BYTES_PER_DIM = 240, 16
 SHARE_OF_MEMORY = 0.7  # share of free memory that a measurement on the CPU may use
 

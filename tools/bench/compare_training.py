@@ -1,13 +1,13 @@
-"""Compare the losses of bfsys and of the published form, trained from the same weights on the same batches.
+"""Compare the losses of bfsys and of the published implementation, trained from the same weights on the same batches.
 
     python tools/bench/compare_training.py configs/small.yaml recipe=published data.sources.0.path=data/shards/digits
 
-bfsys trains in a separate process, in float32, and is stopped after the given number of steps. The published form
-(published_form.py: padded batches, masks, embedding and convolution, whole score matrices) is trained by a minimal loop
-with torch.optim.AdamW. The exit code is 1 if a loss differs by more than --tolerance.
+bfsys trains in a separate process, in float32, and is stopped after the given number of steps. The published
+implementation (published_form.py: padded batches, masks, embedding and convolution, whole score matrices) is trained by
+a minimal loop with torch.optim.AdamW. The exit code is 1 if a loss differs by more than --tolerance.
 
-With --control, the published form is also compared with itself, from weights that differ in their last bit. Training
-amplifies rounding errors, so this difference is the smallest that can be expected of bfsys.
+With --control, the published implementation is also compared with itself, from weights that differ in their last bit.
+Training amplifies rounding errors, so this difference is the smallest that can be expected of bfsys.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def published_losses(config: Config, *, nudged: bool = False) -> Iterator[float]
     """Yield the loss of every step, from the initial weights of this config. `nudged` changes their last bit."""
     sources, optim = open_training(config), config.optim
     plan = make_plan(config, sources)
-    if notes := long_files(config, sources):  # the published form cannot compute files with more tokens than positions
+    if notes := long_files(config, sources):  # the published model has no position for more tokens
         raise UserError(*notes)
     torch.manual_seed(config.train.seed)
     architecture, num_classes = config.model.architecture(), len(sources.classes)
@@ -124,20 +124,21 @@ def main(arguments: list[str] | None = None) -> int:
     add_config(parser)
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="steps to compare (default 200)")
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="relative (default 1e-4)")
-    parser.add_argument("--control", action="store_true", help="compare the published form with itself, too")
+    parser.add_argument("--control", action="store_true", help="compare the published implementation with itself, too")
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
     if config.train.init_from:
         raise UserError("train.init_from: both forms start from fresh weights here; leave it out")
     if config.optim.name != "adamw":
-        raise UserError("optim.name: got muon; the published form is trained by AdamW: add recipe=published")
+        raise UserError("optim.name: got muon; the published implementation is trained by AdamW: add recipe=published")
     if config.model.pool != "mean":
         raise UserError(
-            "model.pool: got attention; the published form takes the mean of the tokens: add model.pool=mean"
+            "model.pool: got attention; the published implementation takes the mean of the tokens: add model.pool=mean"
         )
     if config.content_weight:
         raise UserError(
-            f"optim.content_loss: got {config.content_weight:g}; the published form has none: add optim.content_loss=0"
+            f"optim.content_loss: got {config.content_weight:g}; the published implementation has none: "
+            "add optim.content_loss=0"
         )
     if not 1 <= args.steps <= config.train.steps:
         raise UserError(f"--steps: got {args.steps}, the run has train.steps {config.train.steps}")

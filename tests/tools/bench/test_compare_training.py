@@ -1,4 +1,4 @@
-"""bfsys against the published form: 200 steps of training, loss by loss."""
+"""bfsys against the published implementation: 200 steps of training, loss by loss."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_different_optimizer_is_detected(
     other = list(compare_training.published_losses(load_config(config_file, [*few, "optim.beta2=0.99"])))
     monkeypatch.setattr(compare_training, "bfsys_losses", lambda *arguments: other)
     assert compare_training.main([str(config_file), *few, "--steps", "30", "--control"]) == 1
-    assert 0 < float(capsys.readouterr().out.split()[-1]) < 1e-4  # the published form with nudged weights
+    assert 0 < float(capsys.readouterr().out.split()[-1]) < 1e-4  # the published implementation with nudged weights
 
 
 def test_a_loss_that_is_not_finite_or_missing_is_a_difference(
