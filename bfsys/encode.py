@@ -144,7 +144,7 @@ def encoded(name: str, content: bytes, encoding: Encoding, fitting: Fitting) -> 
     except MemoryError:
         raise UserError(f"{name}: not enough memory for this file") from None
     except WrongRateError as error:
-        raise CannotDecode(f"{name}: cannot be made {encoding.text}: {error}") from None
+        raise CannotDecode(f"{name}: cannot be converted to {encoding.text}: {error}") from None
     except Exception as error:  # decoders raise any exception
         raise CannotDecode(f"{name}: cannot be decoded as {encoding.modality}: {error}") from None
 

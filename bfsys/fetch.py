@@ -3,7 +3,7 @@
 All files are counted, and their sizes are checked. Hashes of names decide which files the twelve classes hold, so the
 result is the same on every machine. In each split, _unknown_ has a tenth as many files from the other 25 words as the
 ten words have together, and _silence_ has the same number of one-second cuts from the noise recordings. The lists that
-the publication used are not available, so its _unknown_ and _silence_ hold other files.
+the paper used are not available, so its _unknown_ and _silence_ hold other files.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Pydantic checks the values. This module reads and writes the scalars of YAML 1.2
 `on` as true), applies `a.b=c` overrides, and turns the problems into sentences with the nearest allowed name. Rejected
 alternatives: OmegaConf and Hydra, which check types late, one at a time, and add a language of their own.
 
-The value of an override is taken as typed, because a shell has its own quotes: `#`, `: ` and blanks are part of it.
+The value of an override is taken as typed, because a shell has its own quotes: `#`, `: ` and spaces are part of it.
 Text in one pair of quotes is the text between them. For a field that holds text, everything else is the text too,
 except `null` where the field may be empty. For other fields, a value that begins with [ or { is YAML, and every other
 value is one scalar of YAML.

@@ -102,7 +102,7 @@ class Store:
 
         self.url, self._pauses_s, self._say = f"{url.rstrip('/')}/checkpoints", pauses_s, say
         self.moved = time.monotonic()
-        """The time of the last progress. A retry is none: a server that never answers would be waited for too long."""
+        """The time of the last progress. A retry does not count, or a silent server would delay a run too long."""
         # A cached listing would not show changes by other processes.
         options: dict = {"skip_instance_cache": True, "use_listings_cache": False}
         if url.startswith(("file:", "local:")):  # these need folders; object stores have none

@@ -93,7 +93,7 @@ def test_a_sound_whose_rate_a_format_lacks_is_named_with_the_remedy(tmp_path: Pa
     with pytest.raises(UserError) as error:
         call("encode", [str(src), str(tmp_path / "out"), "--encoding", "mp3"])
     first, total = error.value.problems
-    assert first.startswith(f"{src}/a.wav: cannot be made mp3: MP3 of 96,000 Hz cannot be written (")
+    assert first.startswith(f"{src}/a.wav: cannot be converted to mp3: MP3 of 96,000 Hz cannot be written (")
     assert first.endswith("48000); resample it first (--sample-rate of bfsys pack and encode)")
     assert total == "1 of 2 files were not written; run the same command again to continue"
     call("encode", [str(src), str(tmp_path / "resampled"), "--encoding", "mp3", "--sample-rate", "16000"])

@@ -155,8 +155,8 @@ def test_files_that_cannot_be_decoded(tmp_path):
     src = make_files(tmp_path / "src", good | bad)
     options = ("--split", "train", "--encoding", "jpeg:60", "--shard-bytes", "10K")
     message = problems_of(src, tmp_path, *options)
-    assert f"{src}/red/broken.png: cannot be made jpeg:60 (" in message
-    assert f"{src}/blue/cut.png: cannot be made jpeg:60" in message
+    assert f"{src}/red/broken.png: cannot be converted to jpeg:60 (" in message
+    assert f"{src}/blue/cut.png: cannot be converted to jpeg:60" in message
     assert "2 bad files: repair or remove them, or leave them out with --skip-bad" in message
     assert "0x" not in message  # the address of a Python object
     with pytest.raises(UserError, match="If packing was not finished, run the same command again"):

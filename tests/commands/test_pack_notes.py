@@ -45,7 +45,7 @@ def test_left_out_files_are_counted_and_named(tmp_path, capsys):
     pack(src, tmp_path, "--split", "train")
     note = (
         "files and folders left out: 5 hidden (.net, java/.hidden0, java/.hidden1, …), "
-        "1 beside the class folders (loose.bin), 1 of the operating system (java/Thumbs.db)\n"
+        "1 next to the class folders (loose.bin), 1 of the operating system (java/Thumbs.db)\n"
     )
     out, err = capsys.readouterr()
     assert err == f"{src}: {note}"
@@ -73,7 +73,7 @@ def test_files_beside_split_folders_are_named(tmp_path, capsys):
     src = make_files(tmp_path / "src", {"train/cat/a": b"1", "train/labels.csv": b"x", "extra/a": b"x", "note": b"x"})
     pack(src, tmp_path, "--from", "imagefolder")
     err = capsys.readouterr().err
-    assert "2 beside the split folders (note, extra), 1 beside the class folders (train/labels.csv)" in err
+    assert "2 next to the split folders (note, extra), 1 next to the class folders (train/labels.csv)" in err
 
 
 def test_a_refused_command_says_what_it_left_out(tmp_path, capsys):

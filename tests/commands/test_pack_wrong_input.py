@@ -125,7 +125,7 @@ WRONG_INPUT = {
     "mixed in capitals": ({"Training/cat/a": b"1", "extra/b": b"1"}, "holds split folders (Training) and others"),
     "capitals": (
         {"train/dog/a": b"1", "val/Dog/a": b"1"},
-        "differ only in capitals or blanks: 'Dog' in {src}/val/Dog and 'dog' in {src}/train/dog; "
+        "differ only in case or spaces: 'Dog' in {src}/val/Dog and 'dog' in {src}/train/dog; "
         "'Dog' has no files in train, 'dog' has no files in val; spell the name in one way",
     ),
     "Unicode": (
@@ -262,7 +262,7 @@ def test_speech_commands_with_a_list_that_does_not_fit(tmp_path):
         (b"a\tcat\ttrain\na\tcat\tval", "list.tsv, line 2: a is listed for val, and in line 1 for train"),
         (b"a\tcat\tval\na\tcat\ttrain", "list.tsv, line 2: a is listed for train, and in line 1 for val"),
         (b"a\tcat\ntrain/../a\tdog", "line 2: train/../a is listed twice, first in line 1"),
-        (b"a\tcat\ttrain\na\tCat\tval", "differ only in capitals or blanks: 'Cat' in line 2 and 'cat' in line 1"),
+        (b"a\tcat\ttrain\na\tCat\tval", "differ only in case or spaces: 'Cat' in line 2 and 'cat' in line 1"),
     ],
 )
 def test_wrong_lists(tmp_path, text, message):

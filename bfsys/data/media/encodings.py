@@ -5,7 +5,7 @@ determine the number of tokens. A picture of 224 × 224 has 150,668 bytes as TIF
 as fhwc or fchw. One second at 16 kHz has 64,058 bytes as float32, 64,080 as int32, 32,044 as int16, 16,044 as uint8 and
 3,240 as mp3. WAV headers are written here, because libsndfile's differ in length.
 
-Integer samples are truncated towards zero as in the publication, but values beyond ±1 are clipped, where the published
+Integer samples are truncated towards zero as in the paper, but values beyond ±1 are clipped, where the published
 code wraps around. MP3 has 24 kbit/s at 16 kHz, as sox writes it. Both use LAME, so lengths are equal, but the bytes may
 differ with LAME's version. At 32 kHz and above, libsndfile adds an information frame that sox does not write.
 """

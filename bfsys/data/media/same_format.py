@@ -4,7 +4,7 @@ A model of bytes sees how a file was written, so as much as possible of the stor
 a picture, the quantisation tables and metadata of a JPEG and what follows it, all chunks of a PNG besides its pixels,
 the rate and sample type of a sound, everything besides its samples. Files that cannot be written in this way are
 refused, and the callers leave them unchanged: lossy sounds, animations, interlaced or deep pictures, pictures of a
-layout that Pillow does not write (big-endian or turned TIFF, JPEG 4:4:0, BMP of 4 bits), formats that Pillow and
+layout that Pillow does not write (big-endian or rotated TIFF, JPEG 4:4:0, BMP of 4 bits), formats that Pillow and
 libsndfile do not write.
 """
 
@@ -66,7 +66,7 @@ def change_picture(data: bytes, change: Callable[[Image.Image], Image.Image]) ->
         if kind == "PNG" and data[INTERLACED]:
             raise NotRewritableError("interlaced PNG")
         if kind == "TIFF" and image.tag_v2.get(ORIENTATION, 1) != 1:  # Pillow would turn the pixels
-            raise NotRewritableError("turned TIFF")
+            raise NotRewritableError("TIFF with an orientation")
         if kind == "JPEG":
             _check_jpeg(image, data)
         options = _options(image, data)
@@ -190,7 +190,7 @@ def _with_metadata_of(stored: bytes, written: bytes) -> bytes:
 
 
 def _end_of(jpeg: bytes) -> int:
-    """The offset after the picture. Phones store films and more pictures there."""
+    """The offset after the picture. Phones store videos and more pictures there."""
     place = _segments(jpeg)[-1][1].stop
     while (found := MARKER_IN_SCAN.search(jpeg, place)) and found[1] != END:
         place = found.end() + struct.unpack_from(">H", jpeg, found.end())[0]

@@ -2,7 +2,7 @@
 
 All problems of the input are found here, before anything is written. They are returned and not raised, so that one run
 reports all of them. `problems` concern the input as a whole. Single `bad` files may be left out on request. Files whose
-name or place shows that they are not samples (hidden files, those of the operating system, files beside the class
+name or place shows that they are not samples (hidden files, those of the operating system, files next to the class
 folders) are `left_out`, and are also named.
 """
 
@@ -83,7 +83,7 @@ def printable(text: str) -> str:
 def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool) -> Listing:
     """List SRC/<split>/[subdir/]<class>/… or SRC/[subdir/]<class>/…; with `split_folders` only the former."""
     listing, top = Listing(), Listing()
-    visible = _folders(src, src, "beside the split folders", top)
+    visible = _folders(src, src, "next to the split folders", top)
     splits = {name: of_folder for name in visible if (of_folder := split_of_name(name))}
     others = [name for name in visible if name not in splits]
     if not splits and split_folders:
@@ -105,7 +105,7 @@ def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool)
         )
     else:
         listing.problems += top.problems
-        listing.left_out += [*top.left_out, *(LeftOut(name, "beside the split folders") for name in others)]
+        listing.left_out += [*top.left_out, *(LeftOut(name, "next to the split folders") for name in others)]
         for name, of_folder in splits.items():
             _list_classes(listing, src, src / name / subdir, of_folder)
     listing.classes = sorted(set(listing.classes))
@@ -243,7 +243,7 @@ def _wrong_class(name: str) -> str:
 
 def _list_classes(listing: Listing, src: Path, root: Path, split: str, known: Sequence[str] = ()) -> None:
     """Add the class folders in `root` and their files, at any depth. Names in `known` are skipped silently."""
-    classes = _folders(src, root, "beside the class folders", listing, known)
+    classes = _folders(src, root, "next to the class folders", listing, known)
     if not classes and root.is_dir():
         listing.problems.append(f"{root}: has no class folders; files must lie in a folder named after their class")
     for spelled in classes:

@@ -192,7 +192,7 @@ def _packed_bytes(
     except MemoryError:
         raise
     except Exception as error:  # decoders raise any exception on a damaged file
-        return f"cannot be made {encoding.text} ({ADDRESS.sub('', str(error))})"
+        return f"cannot be converted to {encoding.text} ({ADDRESS.sub('', str(error))})"
     return encoded
 
 

@@ -1,6 +1,6 @@
 """Names of splits, and the division of a class's files into train and val.
 
-A name is recognised in any capitals, by its usual synonyms, and with endings such as "set": Train, TRAINING, test_set.
+Case is ignored in a name, and its usual synonyms and endings such as "set" are recognised: Train, TRAINING, test_set.
 
 The files of a class are ranked by a hash of their keys, and those whose hash is below `val_share` of the range go to
 val. If that would leave train or val without a file of the class, the file that is next in rank goes there. Each class

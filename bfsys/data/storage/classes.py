@@ -42,7 +42,7 @@ def _describe(group: Mapping[str, Spelling]) -> str:
         for name, spelling in group.items()
         if every - spelling.splits
     ]
-    difference = "capitals or blanks" if len(forms) == len(group) else "their Unicode form"
+    difference = "case or spaces" if len(forms) == len(group) else "their Unicode form"
     return (
         f"two classes differ only in {difference}: {found}{'; ' if lacks else ''}{', '.join(lacks)}; "
         "spell the name in one way if it is one class, and rename one of them otherwise"

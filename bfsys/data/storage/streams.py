@@ -35,7 +35,7 @@ PIPE_EXAMPLE = "pipe:aws s3 cp s3://bucket/dir/{file} -"
 PROGRAMS = {"http": "curl", "https": "curl", "ftps": "curl", "sftp": "curl", "scp": "curl", "s3": "aws", "gs": "gsutil"}
 # The file's name comes from a dataset.json of unknown origin, and is inserted into a shell command.
 HARMLESS_IN_SHELL = re.compile(r"[\w.+=@%:,][\w.+=@%:,/-]*")
-# curl accepts no blanks. A # would begin a fragment, which is not sent to the server.
+# curl accepts no spaces. A # would begin a fragment, which is not sent to the server.
 NOT_IN_URL = re.compile(r"[\0-\x20\x7f#]")
 NOT_ASCII = re.compile(r"[^\0-\x7f]+")  # some servers do not decode it, and curl sends it as it is
 GONE = ("404", "410")  # HTTP status: the server works and the file does not exist

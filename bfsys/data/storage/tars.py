@@ -168,7 +168,7 @@ def how_to_decompress(path: Path) -> str:
 
 def _index_samples(path: Path, content: mmap.mmap, sha256: str) -> TarIndex:
     payloads, labels = _members(path, content)
-    problems = [f"{path}: sample {key!r} has no payload beside its .cls" for key in labels if key not in payloads]
+    problems = [f"{path}: sample {key!r} has no payload besides its .cls" for key in labels if key not in payloads]
     rows: list[tuple] = []
     keys = bytearray()
     for key, infos in payloads.items():

@@ -1,7 +1,7 @@
-"""Transforms of a file's bytes: orders, privacy masks, noise and keys of the publication (arXiv 2306.00238); damage.
+"""Transforms of a file's bytes: orders, privacy masks, noise and keys of the paper (arXiv 2306.00238); damage.
 
 The published order is shuffle → keep → noise → permute (each of reverse … window_shuffle is a shuffle). A list in
-another order is applied as written. As in the publication, transforms are applied in training and in evaluation. An
+another order is applied as written. As in the paper, transforms are applied in training and in evaluation. An
 evaluation repeats exactly if the caller's generator does.
 
 Fixed choices are the published ones: `torch.randperm` with the seed of the released code gives the key of `permute` and
@@ -345,7 +345,7 @@ def read_key(path: Path) -> np.ndarray:
         raise UserError(f"key file {path} cannot be read: {error.strerror}", exit_code=code_of(error)) from None
     except UnicodeDecodeError:
         words = ["not text"]
-    wanted = f"a key is the numbers 0 … {BYTE_VALUES - 1}, each once, in any order, separated by blanks or line breaks"
+    wanted = f"a key is the numbers 0 … {BYTE_VALUES - 1}, each once, in any order, separated by spaces or line breaks"
     if not all(word.isdecimal() for word in words):
         raise UserError(f"key file {path} holds something other than numbers; {wanted}")
     if len(words) != BYTE_VALUES:

@@ -1,9 +1,9 @@
 """Small random changes to training files, each written again in its own format.
 
-A model that sees the same few files again and again memorises them. A picture is turned, stretched and moved a little.
-A sound becomes a little faster or slower, louder or quieter, and begins earlier or later. The file keeps its format
-(data/media/same_format.py), so evaluation files stay as stored and need no separate dataset. Files that cannot be
-written again in their own format stay unchanged.
+A model that sees the same few files again and again memorises them. A picture is rotated, stretched and shifted a
+little. A sound becomes a little faster or slower, louder or quieter, and begins earlier or later. The file keeps its
+format (data/media/same_format.py), so evaluation files stay as stored and need no separate dataset. Files that cannot
+be written again in their own format stay unchanged.
 
 Pixels are taken from their nearest neighbours. Interpolation makes values and edges that no stored file has, and a
 model of compressed bytes mistakes them for a property of the training files (docs/experiments.md). JPEG is the

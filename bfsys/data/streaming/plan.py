@@ -4,7 +4,7 @@ A step draws `batch_samples` samples; `Mixture` says how many of each source. Th
 r = 0, 1, 2, …: draw r belongs to epoch r // N of its N samples and to lane r % lanes. In each epoch the shards are
 permuted, and the sequence is cut into one contiguous slice per lane, exactly as long as the lane's draws of that epoch.
 N successive draws therefore hold every sample once, and a lane reads few shards. A slice is divided into blocks of
-`shuffle_block` samples. Within a block, samples are shuffled and dealt to the block's steps so that each step gets
+`shuffle_block` samples. Within a block, samples are shuffled and assigned to the block's steps so that each step gets
 about the same number of bytes.
 
 The whole state of the data order is thus the step number, any step can be computed at once, and nothing depends on the
@@ -233,7 +233,7 @@ def deal_evenly(costs: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
     """Divide items into groups of given sizes so that each group's mean cost is about the common mean.
 
     costs int64 [n], group_sizes int64 [g] with sum n -> order int64 [n]: the first group_sizes[0] entries are the first
-    group's items, and so on. Items are dealt in rounds, the largest first. In each round, the half of the groups whose
+    group's items, and so on. Rounds assign items, the largest first. In each round, the half of the groups whose
     costs are furthest below their target get one item each. With 4,096 log-normal lengths (sigma 0.7) in groups of 12,
     the standard deviation of the groups' means is 0.7 %. With random groups it is 22 %. A round of one item would give
     no better groups, and would take three times as long.

@@ -56,7 +56,7 @@ def test_a_bad_file_leaves_the_old_dataset(packed):
     src, folder = packed
     before = without_progress(folder)
     (src / "dog" / "note.txt").write_bytes(b"no picture")
-    assert "note.txt: cannot be made png" in problems_of(src, folder.parent, "--encoding", "png")
+    assert "note.txt: cannot be converted to png" in problems_of(src, folder.parent, "--encoding", "png")
     assert without_progress(folder) == before
 
 

@@ -48,7 +48,7 @@ def test_files_that_abort_the_codec_are_bad_files(src, tmp_path, count):
     message = problems_of(src, tmp_path, *PNG, "--workers", count)
     for name in ("a/x.png", "b/y.png"):
         assert f"{src}/{name}: ends the process that decodes it (signal SIGABRT)" in message
-    assert "z.png: cannot be made png" in message
+    assert "z.png: cannot be converted to png" in message
     assert "3 bad files" in message
     dataset = pack(src, tmp_path, *PNG, "--workers", count, "--skip-bad")
     assert len(contents(dataset)) == 10

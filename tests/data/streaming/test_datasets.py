@@ -33,7 +33,7 @@ def test_two_datasets_whose_classes_are_alike_are_refused(tmp_path):
     two = pack(tmp_path, "two", {"train": [[(1, b"1")]], "val": LABELS}, ("Dog", "cafe\u0301"))
     capitals, form = problems_of(one, two)
     assert capitals.startswith(
-        f"data.sources: two classes differ only in capitals or blanks: 'Dog' in {two} and 'dog' in {one}; "
+        f"data.sources: two classes differ only in case or spaces: 'Dog' in {two} and 'dog' in {one}; "
         "'Dog' has no files in train; spell the name in one way"
     )
     assert f"(written 'caf\\xe9') in {one}" in form
