@@ -1,4 +1,4 @@
-"""Check a new machine or cluster: environment, NCCL, kernels, engine, a step, a training."""
+"""Check a new machine or cluster: environment, NCCL, kernels, engine, one step, and a short training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NOTES = f"""\
 Checks: {", ".join(CHECKS)}.
-Without a GPU, only the checks that a CPU allows run. To check all GPUs of a
+Without a GPU, only the checks run that need none. To check all GPUs of a
 cluster, and NCCL among its nodes, start a process for each GPU:
 
   srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 bfsys check-gpu

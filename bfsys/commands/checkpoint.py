@@ -40,10 +40,10 @@ from bfsys.locations import URL, without_secrets
 from bfsys.object_stores import as_url
 
 MB = 1e6
-PAUSES_S = (1.0, 4.0)  # before a store is retried; short, because a user waits for the answer
+PAUSES_S = (1.0, 4.0)  # before a store is retried; short, because a user waits for the result
 NOTES = """\
 list    show step, time, size, score, and whether all files are present
-verify  read all; exit code 1: one is damaged, 2: other format, or renamed
+verify  read every byte; exit code 1: damaged, 2: another format, or renamed
 show    show the newest checkpoint (or the one at RUN/checkpoints/step_…)
 copy    copy the newest intact checkpoint to TO; either RUN or TO is a URL
 prune   remove the intact checkpoints that no --keep option keeps

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "as possible, fewer after one was killed")  # fmt: skip
     add_sweep(parser)
     add("--at-once", type=int, metavar="N", help="runs of a sweep that train at once (default: 1)")
-    add("--dry-run", action="store_true", help="check config and data, show the command, stop")
+    add("--dry-run", action="store_true", help="check config and data, print the command, and stop")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpu", choices=PEAKS, metavar="GPU", help="type of GPU whose peak is used, such as h100")
     add("--utilisation", type=float, metavar="SHARE", help="share of that peak (default: as on an H200)")
     add("--like", type=Path, metavar="RUN", help="take the speed of a rank from a trained run")
-    add("--network", type=float, metavar="GB/S", help="bandwidth of a rank; adds the time to send")
+    add("--network", type=float, metavar="GB/S", help="bandwidth of a rank; adds the time of communication")
     add("--mtbf-days", type=float, metavar="D", help="mean time between failures of a node")
     add("--ranks-per-node", type=int, metavar="N", default=8, help="ranks on a node (default: %(default)s)")
     add("--price", type=float, metavar="P", help="price of a rank for an hour")

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 NOTES = """\
-Files that cannot be classified are named at the end, with exit code 2. Notes
-name a file in none of the formats of the training files (--encode converts it)
-and a file that is unlike the run's files (out-of-distribution score above 1).
-The run's data.byte_transforms are applied, with the key of --permute."""
+Files that cannot be classified are named at the end, with exit code 2. A note
+names the first file that has none of the formats of the training files
+(--encode converts it). Another note names the first file that is unlike the
+run's files (out-of-distribution score above 1)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

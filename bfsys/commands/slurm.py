@@ -11,7 +11,7 @@ NOTES = f"""\
 Passed to sbatch: {", ".join(f"--{name}" for name in AS_OF_SBATCH[:4])},
   {", ".join(f"--{name}" for name in AS_OF_SBATCH[4:])}.
 The job runs a copy of bfsys and of the resolved config, made now in RUN/slurm.
-Data, runs_dir, the current folder and Python must be where the nodes see them.
+All nodes must see the data, runs_dir, the current folder and Python.
 
   %(prog)s --nodes 2 --gpus-per-node 4 --time 24:00:00 CONFIG
   %(prog)s --nodes 2-4 --grow CONFIG
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--setup", action="append", default=[], metavar="CMD", help="shell command before training; repeatable")
     add("--container", metavar="IMAGE", help=".sif file for apptainer, or other for pyxis")
     add("--follow", action="store_true", help="show rank 0's log; Ctrl-C does not stop the job")
-    add("--dry-run", action="store_true", help="check all, print the sbatch script, submit nothing")
+    add("--dry-run", action="store_true", help="make all checks, print the job script, submit nothing")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Train as one rank: the process that the deepspeed launcher, torchrun and srun start."""
+"""Train as one rank: deepspeed, torchrun and srun start one process for each rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage, parser.epilog = "%(prog)s CONFIG [section.key=value …] [OPTION …]", NOTES
     add_config(parser)
     add = parser.add_argument
-    add("--dry-run", action="store_true", help="check config and data, show the sizes, stop")
+    add("--dry-run", action="store_true", help="check config and data, print the sizes, and stop")
     add("--no-data", action="store_true", help="with --dry-run: do not open the data")
     add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
