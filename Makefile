@@ -18,7 +18,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	@touch $@
 
 quickstart: install
-	@echo "== 1/5 Making the data: digits seen and heard"
+	@echo "== 1/5 Making the data: handwritten and spoken digits"
 	@$(BIN)/python tools/quickstart/make_digits.py data/digits
 	@echo "== 2/5 Packing it into shards"
 	@$(BIN)/python tools/pack.py data/digits data/shards --name image --subdir image

@@ -1,4 +1,4 @@
-"""Make the quickstart's data, "digits seen and heard": 20 classes of small files, images and speech.
+"""Make the quickstart's data: 20 classes of small files, pictures of digits and spoken digits.
 
     python tools/quickstart/make_digits.py OUT
 
