@@ -122,9 +122,9 @@ class Data:
     sources: tuple[Source, ...]
     """Datasets to mix. Classes of the same name are one class; the head has the union of all classes."""
     mixture: Literal["weights", "proportional", "sqrt"] | Temperature = "weights"
-    """Rule that divides the samples of a step among the sources. weights: in proportion to the weight of a source.
-    proportional: to weight times number of samples. sqrt: to weight times the square root of the number of samples. A
-    number T (temperature): to weight times samples^(1/T)."""
+    """Rule that divides the samples of a step among the sources. The share of a source is proportional to its weight
+    (weights), to weight times number of samples (proportional), to weight times the square root of the number of
+    samples (sqrt), or to weight times samples^(1/T) (a number T)."""
     train_split: str = "train"
     """Split on which the model is trained."""
     eval_split: str = "val"
@@ -143,7 +143,7 @@ class Data:
     eval_batch_bytes: Count = 1_000_000
     """Largest number of bytes that evaluation and prediction compute together. A larger file is computed alone."""
     byte_transforms: tuple[Transform, ...] = ()
-    """Transforms of the bytes of every file, in training, evaluation and prediction, applied in the order of the list:
+    """Transforms that change the bytes of every file, in training, evaluation and prediction, in the order of the list:
     reverse, random_shuffle, cyclic_half_length, stride:1024, window_shuffle:1024, keep:0.1, noise:-5:5, permute or
     permute:KEYFILE; head:4096 reads the start of each file; and damage: flip:0.01, truncate:0.5, skip:64. See
     data/streaming/byte_transforms.py."""
@@ -190,7 +190,7 @@ class Model:
     merge_after: tuple[Whole, ...] | None = None
     """Layers, numbered from 0, after which pairs of tokens are merged. Default: the published 0, 1, 3, 5, 7, 9."""
     mode: Literal["masked", "as_released"] = "masked"
-    """masked: padding and neighbouring files never change an answer. as_released: the arithmetic of Apple's released
+    """masked: padding and neighbouring files never change a prediction. as_released: the arithmetic of Apple's released
     code, for weights that were trained with it (`bfsys import-corenet`); files then need at least `kernel` bytes."""
     pool: Literal["mean", "attention"] = "mean"
     """How the tokens of a file become one vector. mean: as published. attention: a weighted mean with learned weights,
@@ -315,7 +315,8 @@ class Train:
     step is bad if its loss or gradient is non-finite, or if its loss spikes. The update of a non-finite step is always
     skipped (supervision/guard.py)."""
     spike_zscore: NotNegative = 10.0
-    """A loss spikes if the robust z-score of its logarithm, among the last good losses, is above this. 0: no test."""
+    """A loss spikes if the robust z-score of its logarithm, relative to the last good losses, is above this number. 0:
+    no test."""
     hang_timeout_s: NotNegative = 0.0
     """Seconds without progress after which a run counts as hung. The watchdog then ends it, and launchers restart it.
     0: a minute, or ten times the longest interval so far if that is longer."""

@@ -91,9 +91,7 @@ def test_damage_costs_accuracy(finished_run: Path, evaluate_run) -> None:
     assert json.loads(evaluate_run(finished_run, "--json", "--robustness"))["robustness"] == damaged  # deterministic
     table = evaluate_run(finished_run, "--robustness").splitlines()
     assert table[-9].split() == [
-        "as",
-        "they",
-        "are",
+        "undamaged",
         *(f"{100 * s['top1']:.2f}" for s in (result, *result["sources"].values())),
     ]
     assert [line.split()[0] for line in table[-8:]] == list(evaluate.DAMAGE)

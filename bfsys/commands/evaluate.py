@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             print(one_line(f"{args.run}, step {manifest['step']}, {files}: {describe_scores(result)}"))
             show_scores(result, len(sources.classes))
             if robustness:
-                show_robustness({"as they are": result, **robustness})
+                show_robustness({"undamaged": result, **robustness})
     for line in written if not args.json else ():
         print(line)
     return 0
