@@ -179,7 +179,7 @@ def _what_if(e: Explanation) -> str:
     now = w.predictions[0]
     change = "stays" if now.index == e.predictions[0].index else "becomes"
     return (
-        f"<h2>What if</h2><p>Without <b>{escape(w.name)}</b>, the answer {change} <b>{escape(now.class_name)}</b> "
+        f"<h2>What if</h2><p>Without <b>{escape(w.name)}</b>, the prediction {change} <b>{escape(now.class_name)}</b> "
         f"({_percent(now.probability)}); {name} has {_percent(w.probability)}, and "
         f"{_percent(e.explained.probability)} with it.</p>"
     )

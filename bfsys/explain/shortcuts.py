@@ -216,18 +216,18 @@ def _warnings(row: Row, chance: float) -> list[str]:
     lost = row.accuracy - row.without_header_and_metadata
     if lost >= max(LOST_WITHOUT_HEADERS * gain, error):
         found.append(
-            f"the model reads headers or metadata: with those of other classes, "
-            f"{_percent(row.without_header_and_metadata)} of its answers are right, of {_percent(row.accuracy)} before"
+            f"the model reads headers or metadata: with those of other classes, its accuracy falls from "
+            f"{_percent(row.accuracy)} to {_percent(row.without_header_and_metadata)}"
         )
     if row.without_content - chance >= max(LEFT_WITHOUT_CONTENT * gain, error):
         found.append(
-            f"the model does not need the content: with that of other classes, {_percent(row.without_content)} of its "
-            f"answers are right (chance: {_percent(chance)})"
+            f"the model does not need the content: with that of other classes, its accuracy is still "
+            f"{_percent(row.without_content)} (chance: {_percent(chance)})"
         )
     if row.from_length - chance >= max(LEFT_FROM_LENGTH * gain, error):
         found.append(
-            f"the model reads the length of files: with all bytes from other classes, {_percent(row.from_length)} "
-            f"of its answers are right (chance: {_percent(chance)})"
+            f"the model reads the length of files: with all bytes from other classes, its accuracy is still "
+            f"{_percent(row.from_length)} (chance: {_percent(chance)})"
         )
     return found
 

@@ -59,10 +59,11 @@ def html(report: Shortcuts) -> str:
         f'<p class="faint">{report.all.files:,} files of {escape(report.split)}; '
         f"chance is {100 * report.chance:.1f} %</p>"
         f'{verdict}{notes}<h2>Where the evidence is</h2><div class="bars">{bars}</div>'
-        f'<h2>Answers that stay right</h2><div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
-        '<p class="faint">In percent. top-1: files as they are. −headers: headers and metadata come from files of '
+        "<h2>Accuracy with parts of other files</h2>"
+        f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
+        '<p class="faint">In percent. top-1: unchanged files. −headers: headers and metadata come from files of '
         "other classes; a model that reads content loses nothing. −content: the content comes from them; a model that "
-        "reads content loses everything. length: all bytes come from them, and only the length of the file stays. The "
+        "reads content loses everything. length: all bytes come from them, and only the length stays. The "
         "last columns are the shares of the evidence by kind of range.</p>",
     )
 

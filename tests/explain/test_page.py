@@ -112,10 +112,10 @@ def test_many_small_parts_are_evidence_for_a_class_together() -> None:
 @pytest.mark.parametrize(
     ("explained_class", "answer_without", "told"),
     [
-        ("bold", "bold", "the answer stays <b>bold</b> (50.0 %); bold has 40.0 %, and 46.0 % with it"),
-        ("bold", "light", "the answer becomes <b>light</b> (50.0 %); bold has 40.0 %, and 46.0 % with it"),
-        ("light", "bold", "the answer stays <b>bold</b> (50.0 %); light has 40.0 %, and 30.0 % with it"),
-        ("light", "light", "the answer becomes <b>light</b> (50.0 %); light has 40.0 %, and 30.0 % with it"),
+        ("bold", "bold", "the prediction stays <b>bold</b> (50.0 %); bold has 40.0 %, and 46.0 % with it"),
+        ("bold", "light", "the prediction becomes <b>light</b> (50.0 %); bold has 40.0 %, and 46.0 % with it"),
+        ("light", "bold", "the prediction stays <b>bold</b> (50.0 %); light has 40.0 %, and 30.0 % with it"),
+        ("light", "light", "the prediction becomes <b>light</b> (50.0 %); light has 40.0 %, and 30.0 % with it"),
     ],
 )
 def test_what_if_compares_with_the_answer_and_not_with_the_explained_class(
