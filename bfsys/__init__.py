@@ -13,6 +13,8 @@ The docstrings of `fit`, `load` and `Model` have the rest. Bad input raises `Use
 and may change.
 """
 
+__version__ = "0.1.0"  # setup.cfg reads it; a copy of the code, as jobs use, has no metadata of an installation
+
 TYPE_CHECKING = False  # type checkers assume True; while `typing` is imported, Ctrl-C would show a traceback
 if TYPE_CHECKING:
     from bfsys.answers import Prediction

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from bfsys import __version__
 from bfsys.errors import UserError, did_you_mean, run_command, summary_of
 
 if TYPE_CHECKING:
@@ -80,9 +81,7 @@ def dispatch(arguments: Sequence[str]) -> int | None:
     parser.add_argument("-h", "--help", action="store_true")
     args = parser.parse_args(arguments)
     if args.version:
-        from importlib.metadata import version
-
-        print(f"bfsys {version('bfsys')}")
+        print("bfsys", __version__)
     elif args.print_completion:
         print(completion(args.print_completion))
     else:

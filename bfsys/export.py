@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic requires this one before Python 3.12
 
-from bfsys import files, model_card, typed_yaml
+from bfsys import __version__, files, model_card, typed_yaml
 from bfsys.batch import ByteBatch, Sample
 from bfsys.checkpoint.files import EXPORTED, checksum_mismatch
 from bfsys.config import Config
@@ -131,7 +131,7 @@ def describe(model: ByteFormer, config: Config, manifest: dict, weights: str) ->
         "step": manifest["step"],
         "weights": weights if config.optim.ema_decay else "last",
         "config": without_secrets(typed_yaml.to_tree(config)),
-        "versions": {name: version(name) for name in ("bfsys", "torch")},
+        "versions": {"bfsys": __version__, "torch": version("torch")},
     }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bfsys import files, typed_yaml
+from bfsys import __version__, files, typed_yaml
 from bfsys.checkpoint.files import filling
 from bfsys.checkpoint.retention import RetentionPolicy
 from bfsys.checkpoint.saving import save
@@ -106,7 +106,7 @@ def import_weights(
         "classes": classes,
         "plan": {"byte_transforms": [t.identity for t in transforms]} if transforms else None,
         "config": typed_yaml.to_tree(config),
-        "versions": {name: version(name) for name in ("bfsys", "torch")},
+        "versions": {"bfsys": __version__, "torch": version("torch")},
         "imported": {"file": weights.name, "part": nest, "sha256": files.describe(weights)["sha256"]},
     }
     with filling(out):

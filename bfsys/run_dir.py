@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
-from bfsys import dist, typed_yaml
+from bfsys import __version__, dist, typed_yaml
 from bfsys.checkpoint.copies import Wanted, fetch_newest
 from bfsys.checkpoint.files import LATEST, METRICS, checkpoints_dir, read_manifest, step_of
 from bfsys.checkpoint.loading import check_same_run, newest_readable
@@ -46,7 +46,9 @@ def run_facts(data: RunData) -> dict:
         "plan": data.facts,
         "input_formats": [format.to_tree() for format in data.input_formats],
         "config": typed_yaml.to_tree(data.config),
-        "versions": {name: version(name) for name in ("bfsys", "torch", "deepspeed")} | {"git": git_state()},
+        "versions": {"bfsys": __version__}
+        | {name: version(name) for name in ("torch", "deepspeed")}
+        | {"git": git_state()},
     }
 
 

@@ -62,7 +62,8 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             is_package = (REPOSITORY / node.module.replace(".", "/")).is_dir()  # its names are modules
-            found |= {f"{node.module}.{a.name}" for a in node.names} if is_package else {node.module}
+            names = {a.name for a in node.names} - {"__version__"}
+            found |= {f"{node.module}.{name}" for name in names} if is_package else {node.module}
     return found
 
 

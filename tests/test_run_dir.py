@@ -9,11 +9,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
+import bfsys
+from bfsys import cli
 from bfsys import run_dir as run_module
 from bfsys.checkpoint.rollbacks import read_rollbacks
 from bfsys.config import Config, load_config
@@ -239,6 +243,19 @@ def test_a_start_elsewhere_on_a_file_system_without_locks_is_detected(
                 directory.check_same()
         (config.run_dir / ".lock").unlink()
         directory.check_same()
+
+
+def test_code_that_is_not_installed_knows_its_version(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container, a job runs a copy of the code beside packages without bfsys."""
+
+    def find(name: str, of: Callable[[str], Distribution] = Distribution.from_name) -> Distribution:
+        if name == "bfsys":
+            raise PackageNotFoundError(name)
+        return of(name)
+
+    monkeypatch.setattr(Distribution, "from_name", find)
+    assert facts_of(config)["versions"]["bfsys"] == bfsys.__version__
+    assert cli.dispatch(["--version"]) == 0
 
 
 def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
