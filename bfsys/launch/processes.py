@@ -74,7 +74,6 @@ Process = subprocess.Popen | Forked
 def fork_rank(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> Forked:
     def act() -> None:
         os.environ.update(env)
-        os.chdir(job.work_dir)
         _, sys.argv[0], *sys.argv[1:] = job.command()
         runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -98,7 +97,6 @@ def start_program(job: TrainJob, rank: int, env: dict[str, str], log: Path) -> s
     with open(log, "ab") as output:
         return subprocess.Popen(
             job.command(),
-            cwd=job.work_dir,
             env={**env, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,

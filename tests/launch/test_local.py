@@ -36,6 +36,7 @@ LAUNCHER = REPOSITORY / "launchers" / "local.py"
 BEGIN = """
 import os, signal, subprocess, sys, time
 rank = os.environ["RANK"]
+os.chdir(os.path.dirname(os.path.dirname(__file__)))
 def ready():
     child = subprocess.Popen(["sleep", "100"])
     with open(f"pids-{rank}.part", "w") as file:
@@ -95,6 +96,11 @@ def alive(folder: Path) -> list[int]:
             return False
 
     return [int(pid) for file in folder.glob("pids-?") for pid in file.read_text().split() if running(pid)]
+
+
+def test_ranks_start_in_a_current_folder_that_cannot_be_entered(make_job, tmp_path):
+    job = dataclasses.replace(make_job("sys.exit(3)"), work_dir=tmp_path / "none")
+    assert local.run_group(job, 1, tmp_path / "log") == 3
 
 
 def test_the_first_failing_rank_decides_and_no_rank_remains(make_job, tmp_path, monkeypatch, capfd):
