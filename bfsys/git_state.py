@@ -24,8 +24,9 @@ def git_state() -> str | None:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
+            # Another user may own the repository, whose code is running already.
             # Without the lock that `git status` takes to refresh its index: a killed process would leave it behind.
-            ["git", "--no-optional-locks", "-C", str(here), *arguments],
+            ["git", "--no-optional-locks", "-c", f"safe.directory={here}", "-C", str(here), *arguments],
             capture_output=True,
             text=True,
             timeout=10,
