@@ -102,9 +102,8 @@ def verify(split: Split) -> list[str]:
 
     problems = verify_index(split)
     numbers: Iterable[int] = range(len(split.shards))
-    console = Console(stderr=True)
-    if console.is_terminal:
-        numbers = track(numbers, f"verifying {split.split}", console=console, transient=True)
+    if sys.stderr.isatty():
+        numbers = track(numbers, f"verifying {split.split}", console=Console(stderr=True), transient=True)
     for number in numbers:
         problems += verify_shard(split, number)
     return problems

@@ -56,6 +56,14 @@ def test_it_lists_samples_of_one_split(dataset, capsys):
     call("inspect", [str(dataset), "--list", "999"])
 
 
+def test_progress_is_shown_on_a_terminal_alone(dataset, capsys, monkeypatch):
+    """FORCE_COLOR, which many CI systems set, makes no terminal of a log."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    capsys.readouterr()
+    assert call("inspect", [str(dataset), "--verify"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_verify_exits_0_if_whole_and_1_if_damaged(dataset, capsys):
     assert call("inspect", [str(dataset), "--verify"]) == 0
     assert "intact: all 40 samples match their checksums" in capsys.readouterr().out
