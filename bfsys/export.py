@@ -193,8 +193,8 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 def torch_runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     """A function uint8 [n] -> probabilities that runs an exported program."""
-    with _quiet():
-        module = torch.export.load(path).module()
+    with _quiet(), open(path, "rb") as file:  # PyTorch opens no path that is not UTF-8
+        module = torch.export.load(file).module()
 
     def answer(data: np.ndarray) -> np.ndarray:
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,12 @@ def test_a_program_moves_to_a_device(device: str, exported: Path) -> None:
         assert (got.device.type, got.shape) == (device, (5,))
         if device != "meta":
             assert np.abs(got.cpu().numpy() - export.torch_runner(exported / "model.pt2")(data.numpy())).max() < 1e-5
+
+
+def test_a_program_is_read_from_a_folder_whose_name_is_not_utf8(exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    shutil.copytree(exported, folder)
+    assert export.torch_runner(folder / "model.pt2")(file_of(9)).shape == (5,)
 
 
 def test_a_program_as_released_is_the_model(tmp_path: Path) -> None:
