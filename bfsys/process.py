@@ -34,7 +34,7 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 
 def prepare() -> None:
     """Raise the limit of open files as far as allowed, set a name for a user without a passwd entry, keep NumPy to
-    one thread, and receive all signals, also those of ended child processes.
+    one thread and Triton to one rounding, and receive all signals, also those of ended child processes.
 
     Containers may run under such users (`docker run --user 12345`, OpenShift). PyTorch reads the user's name when it is
     imported, and fails if there is none. A parent that ignores SIGCHLD hands that down, and a child's exit code would
@@ -48,6 +48,8 @@ def prepare() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # OpenBLAS starts threads when NumPy is imported. If it cannot, it sends SIGINT, and a command seems to be stopped.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Triton 3.9 warns that another release will round differently by default. A run must keep its rounding.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
         try:
             pwd.getpwuid(os.getuid())

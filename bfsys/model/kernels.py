@@ -232,7 +232,7 @@ def _positions_backward(
     for i in tl.range(0, tl.where(used, files, 0), loop_unroll_factor=4):  # loads for four files in flight
         count = tl.load(tokens + i)
         n = tl.load(first_token + i).to(tl.int64) + p
-        mask = ((p < count) & (count <= rows))[:, None] & (d < D)
+        mask = (p < tl.where(count <= rows, count, 0))[:, None] & (d < D)
         acc += tl.load(grad + n[:, None] * D + d, mask=mask, other=0).to(tl.float32)
     tl.store(out + p.to(tl.int64)[:, None] * D + d, acc, mask=(p < rows)[:, None] & (d < D))
 
@@ -348,8 +348,9 @@ def attention_forward(
     tiles, wide = _tiles(width, dim, heads), qkv.dtype == torch.float32
     out = qkv.new_empty(rows, dim)
     # Four warps multiply 64 queries at a time, and the scores against 128 keys take half of the registers. Three
-    # programs fit on a multiprocessor, which hides waits for memory. float32 does not use the matrix units.
-    block = min(tiles["TILE"], 32 if wide else 64)
+    # programs fit on a multiprocessor, which hides waits for memory. float32 does not use the matrix units; with 32
+    # queries at a time, Triton 3.9 spills 1,100 bytes per thread.
+    block = min(tiles["TILE"], 16 if wide else 64)
     warps = tiles["TILE"] // 8 if wide else block // 16
     with torch.cuda.device_of(qkv):
         _attention_forward[(len(start) * heads,)](

@@ -31,6 +31,7 @@ from multiprocessing.shared_memory import SharedMemory
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
+from typing import Any
 from unittest import mock
 
 if __name__ == "__main__":
@@ -120,7 +121,7 @@ def webdataset_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple
     dataset = WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000)  # as documented
     dataset = dataset.map(lambda fields: (fields.get("jpg") or fields["wav"], int(fields["cls"])))
     dataset = dataset.batched(BATCH_SAMPLES, collation_fn=flat_batch)
-    yield from WebLoader(dataset, batch_size=None, num_workers=workers, collate_fn=lambda batch: batch)
+    yield from WebLoader(dataset, batch_size=None, collate_fn=lambda batch: batch, **processes(workers))
 
 
 def mosaicml_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
@@ -129,14 +130,20 @@ def mosaicml_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
 
     dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH_SAMPLES)
     pairs = partial(map, itemgetter("data", "label"))
-    yield from DataLoader(dataset, BATCH_SAMPLES, num_workers=workers, collate_fn=lambda s: flat_batch([*pairs(s)]))
+    yield from DataLoader(dataset, BATCH_SAMPLES, collate_fn=lambda s: flat_batch([*pairs(s)]), **processes(workers))
 
 
 def litdata_batches(folder: Path, workers: int, steps: int) -> Iterator[tuple]:
     from litdata import StreamingDataLoader, StreamingDataset
 
     dataset = StreamingDataset(str(folder), shuffle=True)
-    yield from StreamingDataLoader(dataset, batch_size=BATCH_SAMPLES, num_workers=workers, collate_fn=flat_batch)
+    yield from StreamingDataLoader(dataset, batch_size=BATCH_SAMPLES, collate_fn=flat_batch, **processes(workers))
+
+
+def processes(workers: int) -> dict[str, Any]:
+    """Options of a DataLoader. Forked, because the functions that these loaders use cannot be pickled; since Python
+    3.14, fork is not the default."""
+    return {"num_workers": workers} | ({"multiprocessing_context": "fork"} if workers else {})
 
 
 def flat_batch(samples: Sequence[tuple[bytes, int]]) -> tuple:

@@ -169,7 +169,8 @@ def test_an_invalid_size_is_refused_by_name(tmp_path: Path, size: bytes, said: s
     path = tar_of(tmp_path / "x.tar", regular("a.bin"), regular("a.cls", b"0"), regular("b.bin"))
     set_fields(path, "b.bin", {124: size})
     (problem,) = problems_of(path)
-    assert f"member 'b.bin' has {said} bytes by its header" in problem
+    # Recent releases of Python read no header with a negative size.
+    assert f"member 'b.bin' has {said} bytes by its header" in problem or (said == "-1" and "header at byte" in problem)
 
 
 @pytest.mark.parametrize("names", [("./a.bin", "a.bin"), ("a.bin", "a.BIN"), ("a.json", "a.json")])
