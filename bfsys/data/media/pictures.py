@@ -17,7 +17,7 @@ MOST_PIXELS = 89_478_485
 # Values of a deep picture that are converted at a time
 BLOCK_VALUES = 2**20
 # Tags of TIFF and EXIF
-BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, PLANES, SAMPLE_FORMAT = 258, 262, 274, 284, 339
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, PLANES, PALETTE, SAMPLE_FORMAT = 258, 262, 274, 284, 320, 339
 WHITE_IS_ZERO, SEPARATE, UNSIGNED, SIGNED, FLOATING_POINT = 0, 2, 1, 2, 3
 # Without a handler, Python would print Pillow's log messages. They do not name the file, and an error reports the same.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -25,9 +25,12 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 # Pillow would run Ghostscript, which executes an EPS file. An IPTC file contains another picture, which may be one.
 MAY_HOLD_PROGRAMS = ("EPS", "IPTC")
 
+# The greatest upper byte of a picture whose values use 12 of 16 bits
+NEARLY_BLACK = 15
 PECULIARITIES = {
     "frames": "more frames than the first, which is the only one that is used",
     "orientation": "an EXIF orientation, which is not applied",
+    "dark": "values that use at most 12 of 16 bits and become nearly black, since only the upper 8 bits are read",
 }
 
 
@@ -40,7 +43,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
     unsigned 16 bits   0 … 65,535 becomes 0 … 255, by the upper byte; so does 0 … 4,095 in a TIFF of 12 bits. Grey
                        values that all lie in 0 … 255 stay, since their upper bytes would be black. Such colours are
-                       refused, since Pillow reads only their upper bytes.
+                       refused, since Pillow reads only their upper bytes; so are all values in 0 … 511 otherwise.
     float              0 … 1 becomes 0 … 255, if all values are in this range
     other              (32 bits, signed, float): integers that all lie in 0 … 255 stay; otherwise the picture's least
                        value becomes 0 and its greatest 255
@@ -53,10 +56,8 @@ def decode_image(data: bytes) -> np.ndarray:
         if image.mode in ("I", "F"):
             return _three_channels(_white_is_high(image, _by_range(_values(image))))
         pixels = np.asarray(image.convert("RGB"))
-        if pixels.max() <= 1 and _has_deep_colours(image, data):
-            raise ValueError(
-                "has colours of 16 bits; only the upper 8 bits are read, and they are all black; store it in 8 bits"
-            )
+        if _has_16_bits(image, data):
+            _check_upper_byte(pixels, "colours")
         return pixels
 
 
@@ -71,30 +72,41 @@ def _misread_layout(image) -> str:
     if is_compressed and image.tag_v2.prefix == b"MM" and sample_format in (SIGNED, FLOATING_POINT):
         kind = "numbers with a sign" if sample_format == SIGNED else "floating-point numbers"
         return f"compressed big-endian {kind}"
+    if 0 < max(image.tag_v2.get(PALETTE, (0,))) <= 255:  # Pillow takes the upper bytes, which are black
+        return "a palette of 8 bits"
     return ""
 
 
-def _has_deep_colours(image, data: bytes) -> bool:
-    """Whether colours have 16 bits, of which Pillow reads the upper bytes."""
+def _has_16_bits(image, data: bytes) -> bool:
+    """Whether a PNG, TIFF or PPM has 16 bits per channel."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) == 16
     return data[24] == 16 if image.format == "PNG" else image.format == "PPM" and b"65535" in data[:100]
 
 
+def _check_upper_byte(pixels: np.ndarray, kind: str) -> None:
+    if pixels.max() <= 1:
+        raise ValueError(
+            f"has {kind} of 16 bits; only the upper 8 bits are read, and they are all black; store it in 8 bits"
+        )
+
+
 def peculiarities_of_image(data: bytes) -> tuple[str, ...]:
-    """The keys of PECULIARITIES that apply to a picture; none if it cannot be read. Pixels are not decoded."""
+    """The keys of PECULIARITIES that apply to a picture; none if it cannot be read. Pixels are decoded only if they may
+    have 16 bits."""
     from PIL import Image
 
     try:
         with opened(data) as image:
             has_frames = getattr(image, "is_animated", False)
             # Not image.getexif, which decodes a whole PNG to read the chunks after the pixels
+            is_dark = _has_16_bits(image, data) and decode_image(data).max() <= NEARLY_BLACK
             turned = image.format != "TIFF" and Image.Image.getexif(image).get(ORIENTATION, 1) in range(2, 9)
     except MemoryError:
         raise
     except Exception:  # Pillow raises any exception on a damaged file; such files are reported elsewhere
         return ()
-    found = {"frames": has_frames, "orientation": turned}
+    found = {"frames": has_frames, "orientation": turned, "dark": is_dark}
     return tuple(key for key in PECULIARITIES if found[key])
 
 
@@ -129,7 +141,10 @@ def _upper_byte(image) -> np.ndarray:
     """uint8 [H, W], from unsigned values of 16 bits (12 in TIFF), by the rules of `decode_image`."""
     values = np.asarray(image)
     bits = image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16
-    return _white_is_high(image, (values if values.max() <= 255 else values >> (bits - 8)).astype(np.uint8))
+    if values.max() > 255:
+        values = values >> (bits - 8)
+        _check_upper_byte(values, "grey values")
+    return _white_is_high(image, values.astype(np.uint8))
 
 
 def _white_is_high(image, grey: np.ndarray) -> np.ndarray:

@@ -94,6 +94,26 @@ def test_grey_and_colour_of_16_bits_are_converted_alike():
     assert np.array_equal(decode_image(deep_png(1, 0))[:, :, 0], DEEP >> 8)
 
 
+def test_grey_values_whose_upper_bytes_are_empty_are_refused():
+    """Values up to 255 stay as they are. Of those up to 511, the upper byte is 0 or 1."""
+    assert decode_image(saved_array((LEVELS * 4).astype(np.uint16), "PNG"))[0, -1, 0] == 252
+    for file_format in ("PNG", "TIFF"):
+        with pytest.raises(ValueError, match="has grey values of 16 bits; only the upper 8 bits are read, and they"):
+            decode_image(saved_array((LEVELS * 8).astype(np.uint16), file_format))
+
+
+def test_a_palette_of_8_bits_is_refused():
+    """Old programs write palettes of TIFFs so, and Pillow takes their upper bytes."""
+    picture = Image.fromarray(LEVELS.astype(np.uint8))
+    picture.putpalette([value for level in range(256) for value in (level, level, level)])
+    content = saved(picture, "TIFF")
+    palette = np.arange(256, dtype="<u2") * 256
+    assert content.count(palette.tobytes()) == 3
+    assert decode_image(content)[0, -1, 0] == 63
+    with pytest.raises(ValueError, match="is a TIFF of a palette of 8 bits, which Pillow misreads"):
+        decode_image(content.replace(palette.tobytes(), (palette >> 8).tobytes()))
+
+
 @pytest.mark.parametrize("channels", [2, 3])
 def test_colours_whose_upper_bytes_are_empty_are_refused(channels):
     """Pillow reads only the upper bytes of 16-bit colours, so such a picture would be black."""
@@ -258,6 +278,17 @@ def test_pixels_are_not_decoded_to_find_peculiarities(monkeypatch):
     content = saved(RED, "PNG")
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("the pixels were decoded"))
     assert peculiarities_of(content, "image") == ()
+
+
+@pytest.mark.parametrize("colour_type", [0, 2])
+def test_values_that_use_few_of_16_bits_are_noted(colour_type):
+    """Scanners and microscopes store 12 bits in 16."""
+    for greatest, expected in ((1_023, ("dark",)), (4_095, ("dark",)), (65_535, ())):
+        values = np.repeat((LEVELS * greatest // 63)[:, :, None], 1 + colour_type, axis=2).astype(">u2")
+        rows = b"".join(b"\0" + row.tobytes() for row in values)
+        picture = png(struct.pack(">IIBBBBB", 64, 6, 16, colour_type, 0, 0, 0), rows)
+        assert peculiarities_of(picture, "image") == expected
+    assert peculiarities_of(saved_array((LEVELS * 4).astype(np.uint16), "PNG"), "image") == ()
 
 
 def test_sounds_and_unreadable_files_have_no_peculiarities():
