@@ -42,6 +42,9 @@ PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
 PCM_GUID = struct.pack("<H", PCM) + bytes.fromhex("000000001000800000aa00389b71")
 FRONT_CENTRE = 4
 
+# Float files may exceed full scale, which is 1. Samples beyond this are numbers of another scale, such as ±32,767.
+MOST_FULL_SCALE = 100
+
 # A sample in -1 … 1 becomes a number of each type by (x + shift) · scale
 WAV_TYPES = {
     "uint8": ("u1", 1.0, 127.5),
@@ -117,12 +120,12 @@ def _written_by_pillow(pixels: np.ndarray, kind: str, **options: int) -> bytes:
 
 
 def encode_wav(sample_type: str, clip: Clip) -> bytes:
-    check_finite(clip.wave)
     dtype, shift, scale = WAV_TYPES[sample_type]
     if sample_type == "float32":
+        check_finite(clip.wave)
         samples = clip.wave.astype(dtype)
     else:
-        samples = ((np.clip(clip.wave.astype(np.float64), -1, 1) + shift) * scale).astype(dtype)
+        samples = ((_clipped(clip.wave.astype(np.float64)) + shift) * scale).astype(dtype)
     width = samples.itemsize
     rates = struct.pack("<IIHH", clip.rate_hz, clip.rate_hz * width, width, 8 * width)
     fact = _chunk(b"fact", struct.pack("<I", len(samples)))
@@ -134,6 +137,17 @@ def encode_wav(sample_type: str, clip: Clip) -> bytes:
     else:
         head = _chunk(b"fmt ", struct.pack("<HH", PCM, 1) + rates)
     return _chunk(b"RIFF", b"WAVE" + head + _chunk(b"data", samples.tobytes()))
+
+
+def _clipped(wave: np.ndarray) -> np.ndarray:
+    """Samples in -1 … 1. Raises ValueError for non-finite ones, on which LAME aborts the process, and for those of
+    another scale, which would become a square wave."""
+    check_finite(wave)
+    if len(wave) and (greatest := np.abs(wave).max()) > MOST_FULL_SCALE:
+        raise ValueError(
+            f"holds samples of up to {greatest:,.0f}, and full scale is 1; divide them by their scale, such as 32,768"
+        )
+    return np.clip(wave, -1, 1)
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:
@@ -158,14 +172,12 @@ def encode_flac(clip: Clip) -> bytes:
 
 
 def _written_by_libsndfile(clip: Clip, **kind) -> bytes:
-    """The clip as a file. Values beyond ±1 are clipped. Raises WrongRateError, and ValueError for non-finite
-    samples."""
+    """The clip as a file. Values beyond ±1 are clipped. Raises WrongRateError, and ValueError as `_clipped` does."""
     import soundfile
 
-    check_finite(clip.wave)  # LAME aborts the process on NaN
     file = io.BytesIO()
     try:
-        soundfile.write(file, np.clip(clip.wave, -1, 1), clip.rate_hz, **kind)
+        soundfile.write(file, _clipped(clip.wave), clip.rate_hz, **kind)
     except soundfile.LibsndfileError as error:
         reason = error.error_string.removeprefix("Error : ").rstrip(".")
         raise WrongRateError(f"{kind['format']} of {clip.rate_hz:,} Hz cannot be written ({reason})") from None

@@ -224,10 +224,17 @@ def test_encoders_refuse_samples_that_are_not_finite(encoding):
             parse_encoding(encoding).encode(Clip(np.array([0, value] * 800, np.float32), 16_000))
 
 
+@pytest.mark.parametrize("encoding", ["wav:uint8", "wav:int16", "mp3", "flac"])
+def test_encoders_refuse_samples_of_another_scale(encoding):
+    """A program may write the integers of a 16-bit sound as floats. If they were clipped, each would become ±1."""
+    with pytest.raises(ValueError, match="holds samples of up to 29,490, and full scale is 1; divide them"):
+        parse_encoding(encoding).encode(Clip(np.array([0.9, -0.9] * 800, np.float32) * 32_767, 16_000))
+
+
 @pytest.mark.parametrize("encoding", ["mp3", "flac"])
 def test_samples_beyond_one_are_clipped_before_they_are_compressed(encoding):
     encode = parse_encoding(encoding).encode
-    loud = np.where(TONE.wave > 0.3, 1e30, TONE.wave)
+    loud = np.where(TONE.wave > 0.3, 10, TONE.wave)
     assert encode(Clip(loud, 16_000)) == encode(Clip(np.clip(loud, -1, 1), 16_000))
 
 
