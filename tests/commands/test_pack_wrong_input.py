@@ -123,6 +123,9 @@ WRONG_INPUT = {
     "too few to divide": ({"cat/a": b"1", "dog/b": b"1"}, "none of the 2 files went to val, because no class has two"),
     "two for one in capitals": ({"Val/cat/a": b"1", "dev/cat/a": b"1"}, "Val and dev: two folders for one split"),
     "mixed in capitals": ({"Training/cat/a": b"1", "extra/b": b"1"}, "holds split folders (Training) and others"),
+    "numbered splits": ({"train2017/cat/a": b"1", "val2017/cat/a": b"1", "x/a": b"1"}, "folders train2017, val2017 seem"),
+    "splits after numbers": ({"01_train/a": b"1", "02-Test/a": b"1"}, "class folders 01_train, 02-Test seem to be"),
+    "splits in splits": ({"Train/Train/cat/a": b"1", "test/test_set/cat/a": b"1"}, "Train, test_set seem to be splits"),
     "capitals": (
         {"train/dog/a": b"1", "val/Dog/a": b"1"},
         "differ only in case or spaces: 'Dog' in {src}/val/Dog and 'dog' in {src}/train/dog; "

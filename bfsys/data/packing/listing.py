@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from bfsys.data.packing.folders import visible_files
 from bfsys.data.packing.left_out import LeftOut, is_of_system, why_left_out
-from bfsys.data.packing.splits import SPLIT_FOLDERS, split_of_name
+from bfsys.data.packing.splits import SPLIT_FOLDERS, seem_to_be_splits, split_of_name
 from bfsys.data.storage.classes import Spelling, stored_name
 from bfsys.data.storage.tars import NOT_PAYLOAD
 from bfsys.errors import counted, is_printable, some
@@ -109,6 +109,11 @@ def list_tree(src: Path, subdir: str, split: str | None, *, split_folders: bool)
         for name, of_folder in splits.items():
             _list_classes(listing, src, src / name / subdir, of_folder)
     listing.classes = sorted(set(listing.classes))
+    if named := seem_to_be_splits(listing.classes):
+        listing.problems.append(
+            f"{src}: the class folders {some(named)} seem to be splits; name the folders of splits train, val or test, "
+            "and put the class folders directly into them. If they are classes, use --from filelist"
+        )
     return listing
 
 

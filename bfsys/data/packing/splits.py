@@ -13,7 +13,7 @@ Rejected alternative: a random draw, which moves old files to the other split as
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import xxhash
 
@@ -29,6 +29,12 @@ def split_of_name(name: str) -> str | None:
     """The split (train, val or test) that a name means, if any. The name is a folder, a column of a list or a part of a
     tar's name."""
     return SPLIT_FOLDERS.get(re.sub(r"[\s_-]*(set|data|images|split)?$", "", name.strip().casefold()))
+
+
+def seem_to_be_splits(names: Iterable[str]) -> list[str]:
+    """The names of splits with numbers, such as train2017 and val2017; none unless train and another split are there."""
+    splits = {name: split for name in names if (split := split_of_name(re.sub(r"[\W\d_]+", "", name)))}
+    return list(splits) if {"train"} < set(splits.values()) else []
 
 
 def files_for_val(keys: Sequence[str], val_share: float) -> list[int]:
