@@ -168,6 +168,14 @@ def test_class_names_that_do_not_match_the_numbers_are_not_used(tmp_path):
     assert open_split(tmp_path, "train").classes == ("0", "1")
 
 
+def test_splits_that_number_the_classes_differently_are_noted(tmp_path, capsys):
+    make_tar(tmp_path / "x-train-0.tar", {"cat/1": 0, "dog/1": 1})
+    make_tar(tmp_path / "x-val-0.tar", {"cat/2": 1, "dog/2": 0})
+    assert call("inspect", [str(tmp_path), "--rebuild"]) == 0
+    assert open_split(tmp_path, "train").classes == ("0", "1")
+    assert "note: the samples in folder cat have the class numbers 0, 1: the folders do not" in capsys.readouterr().out
+
+
 def test_rebuild_finds_splits_in_any_capitals_and_by_synonyms(tmp_path):
     names = ("x-Train-0.tar", "x-TRAINING-1.TAR", "Dev-0.tar", "x-y-test-000007.tar")
     for number, name in enumerate(names):

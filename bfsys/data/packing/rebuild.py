@@ -1,6 +1,7 @@
 """Indexing WebDataset tars that were made elsewhere."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from bfsys.data.storage.classes import Spelling, stored_name, too_alike
 from bfsys.data.storage.description import DESCRIPTION
 from bfsys.data.storage.shards import write_description, write_split
 from bfsys.data.storage.tars import TarIndex, how_to_decompress, join_shards, read_shard
-from bfsys.errors import UserError, collecting, is_printable
+from bfsys.errors import UserError, collecting, is_printable, some
 
 REBUILT = "tools/inspect_shards.py --rebuild"  # in dataset.json
 # Foreign tars may have LEAST_CLASS_LIMIT classes, or CLASSES_PER_SAMPLE per sample, whichever is more.
@@ -38,14 +39,14 @@ def rebuild(folder: Path, split: str | None) -> None:
     problems = problems or absurd_class_numbers(folder, all_shards)
     if problems:
         raise UserError(*problems)
-    classes = class_names(all_shards)
+    classes, notes = class_names(all_shards)
     name = folder.resolve().name
     parts = {
         split_name: write_split(folder, name, split_name, classes, shards)
         for split_name, shards in sorted(shards_of.items())
     }
     made_by = {"tool": REBUILT}
-    write_description(folder, name, classes, AS_STORED, made_by, parts)
+    write_description(folder, name, classes, AS_STORED, made_by, parts, notes)
 
 
 def keys_in_two_shards(shards: Sequence[TarIndex]) -> list[str]:
@@ -111,8 +112,9 @@ def tars_by_split(folder: Path, split: str | None) -> dict[str, list[Path]]:
     return by_split
 
 
-def class_names(shards: Sequence[TarIndex]) -> list[str]:
-    """The first folders in the keys, if they match the class numbers one to one; otherwise the numbers."""
+def class_names(shards: Sequence[TarIndex]) -> tuple[list[str], list[str]]:
+    """The first folders in the keys, if they match the class numbers one to one; otherwise the numbers. The second list
+    holds a note if there are as many folders as numbers, so that the tars may number the classes differently."""
     samples, keys = join_shards(shards)
     labels = samples["label"].tolist()
     ends = samples["key_end"].tolist()
@@ -131,5 +133,13 @@ def class_names(shards: Sequence[TarIndex]) -> list[str]:
         problems += too_alike({name: Spelling([f"class number {label}"]) for label, name in enumerate(names)})
         if problems:
             raise UserError(*problems)
-        return [stored_name(name) for name in names]
-    return [f"{label:0{len(str(count - 1))}}" for label in range(count)]
+        return [stored_name(name) for name in names], []
+    notes = []
+    if all(rest for _, rest in folders) and len({folder for _, folder in pairs}) == len(set(labels)) < len(pairs):
+        twice = next(folder for folder, times in Counter(folder for _, folder in sorted(pairs)).items() if times > 1)
+        numbers = [str(label) for label, folder in sorted(pairs) if folder == twice]
+        notes = [
+            f"the samples in folder {twice} have the class numbers {some(numbers)}: the folders do not match the class "
+            "numbers. If the folders are the classes, the tars number them differently, and must be made again"
+        ]
+    return [f"{label:0{len(str(count - 1))}}" for label in range(count)], notes

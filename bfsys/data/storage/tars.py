@@ -229,8 +229,8 @@ def _members(path: Path, content: mmap.mmap) -> tuple[dict[str, dict[str, tarfil
                 payloads.setdefault(key, {})[extension] = info
     if not problems and (not content[end : end + BLOCK_BYTES] or content[end:].strip(b"\0")):
         problems = [
-            f"{path}: the tar is cut off or its header at byte {end} is broken; "
-            f"what follows cannot be read. Fetch or pack this shard again"
+            f"{path}: what follows byte {end} cannot be read: the tar is cut off, its header at byte {end} is broken, "
+            f"or it is several tars joined by cat (tar -A joins them). Fetch or pack this shard again"
         ]
     if problems:
         raise UserError(*problems)

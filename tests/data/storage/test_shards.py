@@ -287,6 +287,7 @@ TAR_DAMAGE = {
         "holds 1 sample, the index says 4",
     ),
     "header in the middle": (lambda p: flip(p, 1536 + 512), "header at byte 2048 is broken"),
+    "joined by cat": (lambda p: p.write_bytes(p.read_bytes() * 2), "or it is several tars joined by cat (tar -A"),
     "class number": (lambda p: flip(p, 512 + 512 + 512), "has no class: cat/1-0.cls holds b'e'"),
 }
 
