@@ -94,6 +94,7 @@ def test_the_split_column_in_any_capitals_and_by_its_synonyms(tmp_path):
 MARKED = {
     "UTF-8": "\ufeffa\tcat\r\nb\tcat\r\n".encode(),
     "UTF-8, two lists joined": "\ufeffa\tcat\n\ufeffb\tcat\n".encode(),
+    "ends of lines of Excel on a Mac": b"a\tcat\rb\tcat\r",
     "UTF-16": "a\tcat\r\nb\tcat\r\n".encode("utf-16"),
     "UTF-16, big endian": "\ufeffa\tcat\nb\tcat".encode("utf-16-be"),
 }

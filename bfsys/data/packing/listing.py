@@ -194,7 +194,8 @@ def _lines_of(path: Path) -> list[str]:
         content = read_up_to(file, MOST_LIST_BYTES)
     if len(content) > MOST_LIST_BYTES:
         raise ValueError(f"holds more than {MOST_LIST_BYTES:,} bytes")
-    lines = decoded(content).split("\n")
+    text = decoded(content)
+    lines = text.split("\n" if "\n" in text else "\r")  # Excel on a Mac ends lines with \r alone
     return [line.removeprefix(BYTE_ORDER_MARK).rstrip("\r") for line in lines]
 
 

@@ -32,7 +32,7 @@ def split_of_name(name: str) -> str | None:
 
 
 def seem_to_be_splits(names: Iterable[str]) -> list[str]:
-    """The names of splits with numbers, such as train2017 and val2017; none unless train and another split are there."""
+    """The names of splits with numbers, such as train2017 and val2017; none unless train and another are there."""
     splits = {name: split for name in names if (split := split_of_name(re.sub(r"[\W\d_]+", "", name)))}
     return list(splits) if {"train"} < set(splits.values()) else []
 
