@@ -123,7 +123,10 @@ WRONG_INPUT = {
     "too few to divide": ({"cat/a": b"1", "dog/b": b"1"}, "none of the 2 files went to val, because no class has two"),
     "two for one in capitals": ({"Val/cat/a": b"1", "dev/cat/a": b"1"}, "Val and dev: two folders for one split"),
     "mixed in capitals": ({"Training/cat/a": b"1", "extra/b": b"1"}, "holds split folders (Training) and others"),
-    "numbered splits": ({"train2017/cat/a": b"1", "val2017/cat/a": b"1", "x/a": b"1"}, "folders train2017, val2017 seem"),
+    "numbered splits": (
+        {"train2017/cat/a": b"1", "val2017/cat/a": b"1", "x/a": b"1"},
+        "folders train2017, val2017 seem",
+    ),
     "splits after numbers": ({"01_train/a": b"1", "02-Test/a": b"1"}, "class folders 01_train, 02-Test seem to be"),
     "splits in splits": ({"Train/Train/cat/a": b"1", "test/test_set/cat/a": b"1"}, "Train, test_set seem to be splits"),
     "capitals": (
@@ -131,6 +134,11 @@ WRONG_INPUT = {
         "differ only in case or spaces: 'Dog' in {src}/val/Dog and 'dog' in {src}/train/dog; "
         "'Dog' has no files in train, 'dog' has no files in val; spell the name in one way",
     ),
+    "style of an emoji": (
+        {"train/\u2764/a": b"1", "val/\u2764\ufe0f/a": b"1"},
+        "differ only in their Unicode form: '\u2764' (written '\\u2764') in {src}/train/\u2764 and '\u2764\ufe0f' (",
+    ),
+    "joiner": ({"cat/a": b"1", "ca\u200dt/a": b"1"}, "differ only in their Unicode form: 'cat' (written 'cat') in"),
     "Unicode": (
         {"train/\u00e9/a": b"1", "val/\u00e9/a": b"1", "train/e\u0301/a": b"1"},
         "differ only in their Unicode form: 'e\u0301' (written 'e\\u0301') in {src}/train/e\u0301 and '\u00e9' "

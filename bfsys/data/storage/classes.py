@@ -4,12 +4,16 @@ Names are stored in Unicode normal form C, because a Mac and Linux may store one
 Blanks around them, which nobody sees, are not stored.
 """
 
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bfsys.errors import some
+
+# Joiners of letters, and signs that a symbol is shown as an emoji or as text. Some keyboards add them, others do not.
+INVISIBLE = re.compile("[\u200c\u200d\ufe0e\ufe0f]")
 
 
 @dataclass
@@ -24,16 +28,21 @@ def stored_name(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
+def _shown(name: str) -> str:
+    return INVISIBLE.sub("", stored_name(name))
+
+
 def too_alike(spellings: Mapping[str, Spelling]) -> list[str]:
-    """A problem for each set of names that differ only in case, in whitespace or in their Unicode form."""
+    """A problem for each set of names that differ only in case, in whitespace or in their Unicode form, with joiners
+    and styles of emoji."""
     groups = defaultdict(list)
     for name in spellings:
-        groups[stored_name(" ".join(stored_name(name).lower().split()))].append(name)
+        groups[stored_name(" ".join(_shown(name).lower().split()))].append(name)
     return [_describe({name: spellings[name] for name in sorted(group)}) for group in groups.values() if len(group) > 1]
 
 
 def _describe(group: Mapping[str, Spelling]) -> str:
-    forms = {stored_name(name) for name in group}
+    forms = {_shown(name) for name in group}
     names = {name: f"{name!r}" if len(forms) == len(group) else f"{name!r} (written {name!a})" for name in group}
     found = " and ".join(f"{names[name]} in {some(spelling.places)}" for name, spelling in group.items())
     every = set().union(*(spelling.splits for spelling in group.values()))
