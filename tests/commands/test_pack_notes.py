@@ -15,6 +15,7 @@ OF_SYSTEM = [
     *("Thumbs.db", "THUMBS.DB", "ehthumbs.db", "Desktop.ini", "Icon\r", ".DS_Store", "._a", "~$a.docx"),
     *("@eaDir/a/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/a", "$RECYCLE.BIN/a", "System Volume Information/a"),
     *("#recycle/a", "lost+found/a", "a.jpg:Zone.Identifier", "a.jpg@SynoEAStream", "FOUND.000/a"),
+    *("a.jpg\uf03aZone.Identifier", "Thumbs.db:encryptable"),
 ]
 
 

@@ -20,7 +20,9 @@ SYSTEM_NAMES = {
     *("@eadir", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
 }
 SYSTEM_PATTERN = re.compile(
-    r"\._.*|~\$.*|found\.[0-9]{3}|.*:zone\.identifier|.*@syno(eastream|resource)", re.DOTALL | re.IGNORECASE
+    # Where a colon is not allowed in names, \uf03a stands for it
+    r"\._.*|~\$.*|found\.[0-9]{3}|.*[:\uf03a](zone\.identifier|encryptable)|.*@syno(eastream|resource)",
+    re.DOTALL | re.IGNORECASE,
 )
 SHOWN = 3  # names of each kind
 ENCODE_NOTES = ".encoded.jsonl"  # of bfsys encode, in the folder of its output
