@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bfsys.data.media.encodings import Encoding, Fitting, WrongRateError, library_version, reencode
+from bfsys.data.media.modalities import peculiarities_of
 from bfsys.data.packing.folders import regular_files
 from bfsys.data.packing.left_out import ENCODE_NOTES as NOTES
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
@@ -156,8 +157,10 @@ def make(
     fitting: Fitting,
     transforms: Sequence[ByteTransform],
     notes: Notes,
+    peculiar: Counter[str],
 ) -> str | None:
-    """Make one file. Returns None, or the problem of this file. Raises UserError if no file can be written."""
+    """Make one file, and count its peculiarities. Returns None, or the problem of this file. Raises UserError if no
+    file can be written."""
     try:
         made_from, content = notes.hash_of(source), read_regular(source)
     except MemoryError:
@@ -165,15 +168,17 @@ def make(
     except OSError as error:
         return f"{source}: cannot be read: {error.strerror}"
     try:
-        content = encoded(str(source), content, encoding, fitting)
+        form = encoded(str(source), content, encoding, fitting)
     except CannotDecode as error:
         return str(error)
-    made = apply(transforms, np.frombuffer(content, np.uint8), np.random.default_rng())
+    found = peculiarities_of(content, encoding.modality)
+    made = apply(transforms, np.frombuffer(form, np.uint8), np.random.default_rng())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as file:
             file.write(made.tobytes())
             notes.add(target, made_from)
+        peculiar.update(found)
     except OSError as error:
         problem = f"{target}: cannot be written: {error.strerror}"
         if error.errno == errno.ENAMETOOLONG:  # other files may have shorter names

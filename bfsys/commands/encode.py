@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections import Counter
 from contextlib import nullcontext
 
 from bfsys import console
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     console.go_on_without()  # a closed console must not stop the work
+    from bfsys.data.media.modalities import PECULIARITIES
     from bfsys.data.streaming.byte_transforms import ByteTransform, parse_transforms
     from bfsys.encode import Notes, kept_of, locked, make, targets_of
 
@@ -46,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(*problems)
     written = 0
     failed: list[str] = []
+    peculiar: Counter[str] = Counter()
     with locked(args.out, targets.values()) if len(kept) < len(targets) else nullcontext():
         kept = kept_of(targets, notes, problems)  # another process may have made some of them meanwhile
         if problems:
@@ -53,10 +57,12 @@ def run(args: argparse.Namespace) -> None:
         with collecting(failed):  # a file that cannot be written ends the loop
             for source, target in targets.items():
                 if target not in kept:
-                    problem = make(source, target, encoding, fitting, transforms, notes)
+                    problem = make(source, target, encoding, fitting, transforms, notes, peculiar)
                     failed += [problem] if problem else []
                     written += not problem
     print(f"{args.out}: {counted(written, 'file')}" + (f", and {len(kept):,} from an earlier start" if kept else ""))
+    for name, count in peculiar.items():
+        print(f"note: {count:,} of {counted(written, 'file')} have {PECULIARITIES[name]}", file=sys.stderr)
     if failed:
         missing = len(targets) - len(kept) - written
         raise UserError(

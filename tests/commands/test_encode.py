@@ -34,6 +34,18 @@ def test_a_folder_keeps_its_tree(tmp_path: Path) -> None:
         assert image.getpixel((5, 5)) == (250, 0, 0)
 
 
+def test_what_decoding_drops_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(frames, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4))])
+    src = make_files(
+        tmp_path / "src", {"a.gif": frames.getvalue(), "b.gif": frames.getvalue(), "c.png": png_bytes(4, 4, 1)}
+    )
+    call("encode", [str(src), str(tmp_path / "out"), "--encoding", "png"])
+    assert capsys.readouterr().err == (
+        "note: 2 of 3 files have more frames than the first, which is the only one that is used\n"
+    )
+
+
 def test_transforms_of_files_as_they_are_and_encoded(tmp_path: Path) -> None:
     key = tmp_path / "my.key"
     call("make-key", [str(key)])
