@@ -41,7 +41,6 @@ CERTAIN_AFTER = 3  # complete but wrong answers before giving up; an outage is r
 SAY_AFTER_S = 10.0  # a slower fetch is reported on standard error
 SMALL_FILE_BYTES = 64 << 20
 ROOM_POLL_S = 0.1  # interval of checks for free space in the cache
-GROWTH_PARTS = 64  # a file of unknown size reserves space in steps of 1 / GROWTH_PARTS of the cache
 JITTER = (0.75, 1.25)  # range of the factor between a pause and its mean
 # Jitter is drawn from the kernel's generator. Nodes that failed together then retry at different times, and the random
 # states of training do not change.
@@ -54,7 +53,7 @@ class RemoteFile:
 
     url: str
     sha256: str
-    size_bytes: int | None = None
+    size_bytes: int
 
 
 class WrongContentError(UserError):
@@ -188,8 +187,11 @@ class Cache:
 
     def check_room(self, file: RemoteFile) -> None:
         """Raise UserError if the file is larger than the cache."""
-        if file.size_bytes is not None and file.size_bytes > self.limit_bytes:
-            raise self._too_large(file.url, f"{file.size_bytes:,}")
+        if file.size_bytes > self.limit_bytes:
+            raise UserError(
+                f"{hide(file.url)}: has {file.size_bytes:,} bytes, and the cache {self.folder} may hold "
+                f"{self.limit_bytes:,}; raise data.cache_gb, best to several times the size of a file"
+            )
 
     @property
     def patience_s(self) -> float:
@@ -238,10 +240,10 @@ class Cache:
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
                 raise UserError(f"{self.folder}: is not a folder of this user; point data.cache_dir at one")
 
-    def _mark_used(self, path: Path, size_bytes: int | None) -> bool:
+    def _mark_used(self, path: Path, size_bytes: int) -> bool:
         """Mark a file as the most recently used one; returns whether it is there."""
         try:
-            if size_bytes is not None and path.stat().st_size != size_bytes:
+            if path.stat().st_size != size_bytes:
                 self.discard(path)
                 return False
             now_ns = time.time_ns()  # finer than the kernel's time stamps, and comparable between processes
@@ -261,43 +263,40 @@ class Cache:
                 with _locked(self.folder / EVICT):
                     held = sum(size for _, size, _ in self._files())
                     if again:
-                        self._evict(held - (held if file.size_bytes is None else file.size_bytes))
+                        self._evict(held - file.size_bytes)
                         continue
                 free = shutil.disk_usage(self.folder).free
-                needed = "a file" if file.size_bytes is None else f"{file.size_bytes:,} bytes"
                 raise UserError(
-                    f"{self.folder}: the disk is full: {needed} of {hide(file.url)} cannot be stored, {free:,} bytes "
-                    f"are free, the cache holds {held:,}. Free space or inodes (df -i), or set data.cache_dir to "
-                    "another disk",
+                    f"{self.folder}: the disk is full: {file.size_bytes:,} bytes of {hide(file.url)} cannot be stored, "
+                    f"{free:,} bytes are free, the cache holds {held:,}. Free space or inodes (df -i), or set "
+                    "data.cache_dir to another disk",
                     exit_code=EXIT_STORAGE,
                 ) from error
 
     def _write(self, wanted: RemoteFile, path: Path, stop: threading.Event) -> None:
         """Write the file. The .part file gets its final length at once, so that its space counts as used."""
-        part, url, size_bytes = path.with_name(path.name + PART), wanted.url, wanted.size_bytes
-        digest, written, reserved = hashlib.sha256(), 0, 0
+        part, size_bytes = path.with_name(path.name + PART), wanted.size_bytes
+        digest, written = hashlib.sha256(), 0
         try:
-            with open(part, "wb") as file, closing(stream(url, self.stall_s, stop, size_bytes)) as source:
-                while size_bytes is not None and not self._reserve(file, size_bytes):
+            with open(part, "wb") as file, closing(stream(wanted.url, self.stall_s, stop, size_bytes)) as source:
+                while not self._reserve(file, size_bytes):
                     if stop.wait(ROOM_POLL_S):  # running downloads hold the space; they end in any case
                         raise Stopped
                 for data in source:
                     written += len(data)
-                    if size_bytes is None and written > reserved:
-                        reserved = self._reserve_more(url, file, written)
-                    elif size_bytes is not None and written > size_bytes:
+                    if written > size_bytes:
                         raise WrongContent(f"sends more than the {size_bytes:,} bytes expected")
                     file.write(data)
                     digest.update(data)
-                if size_bytes is not None and written != size_bytes:
+                if written != size_bytes:
                     raise WrongContent(f"ended at {written:,} of {size_bytes:,} bytes")
                 got, expected = digest.hexdigest(), wanted.sha256.lower()
                 if got != expected:
                     raise WrongContent(f"sha256 of the {written:,} bytes differs: {got}, not {expected}")
-                file.truncate(written)
+                file.flush()
                 os.fsync(file.fileno())  # if the name survives a power failure, so must the content
             with _locked(self.folder / EVICT):  # so that sums of sizes count the file once
-                self._mark_used(part, None)
+                self._mark_used(part, size_bytes)
                 os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -306,19 +305,10 @@ class Cache:
         """Evict files until the .part file can have this length, and extend it. Returns False if the space is taken by
         other downloads."""
         with _locked(self.folder / EVICT):
-            grow_bytes = size_bytes - os.fstat(file.fileno()).st_size
-            if not self._evict(self.limit_bytes - grow_bytes):
+            if not self._evict(self.limit_bytes - size_bytes):
                 return False
             os.ftruncate(file.fileno(), size_bytes)
             return True
-
-    def _reserve_more(self, url: str, file: BinaryIO, written: int) -> int:
-        if written > self.limit_bytes:
-            raise self._too_large(url, f"more than {self.limit_bytes:,}")
-        size_bytes = min(self.limit_bytes, written + self.limit_bytes // GROWTH_PARTS)
-        if not self._reserve(file, size_bytes):  # no wait, since the other download may wait for this one
-            raise TryFailed(f"no room in the cache after {written:,} bytes: other downloads take it")
-        return size_bytes
 
     def _files(self) -> list[tuple[int, int, Path]]:
         """Time of last use, size and path of all files in the cache, including .part files."""
@@ -387,9 +377,3 @@ class Cache:
     def _pause_s(self, failed: int) -> float:
         """Seconds to wait after this number of failed tries. The mean doubles each time."""
         return self.back_off_s * 2 ** (failed - 1) * _kernel_random.uniform(*JITTER)
-
-    def _too_large(self, url: str, size: str) -> UserError:
-        return UserError(
-            f"{hide(url)}: has {size} bytes, and the cache {self.folder} may hold {self.limit_bytes:,}; "
-            f"raise data.cache_gb, best to several times the size of a file"
-        )

@@ -195,13 +195,13 @@ class Dataset:
     def splits(self) -> list[str]:
         return sorted(self.description["splits"])
 
-    def file(self, name: str, sha256: str, size_bytes: int | None = None) -> Path:
+    def file(self, name: str, sha256: str, size_bytes: int) -> Path:
         """The local path of a file of the dataset; a remote file is fetched."""
         if isinstance(self.place, Path):
             return self.place / name
         return self.place.fetch(self.remote_file(name, sha256, size_bytes))
 
-    def remote_file(self, name: str, sha256: str, size_bytes: int | None = None) -> RemoteFile:
+    def remote_file(self, name: str, sha256: str, size_bytes: int) -> RemoteFile:
         """A file of a remote dataset; the arguments are those of an `index` entry in dataset.json."""
         return RemoteFile(url_of(self.location, name), sha256, size_bytes)
 

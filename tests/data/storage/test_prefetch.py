@@ -49,9 +49,9 @@ def test_closing_a_prefetcher_ends_its_downloads(server: FaultyServer, tmp_path:
     server.fail("/x.tar", ["stall"])
     prefetcher = Prefetcher(cache)
     url = f"{server.url}/x.tar"
-    prefetcher.want([RemoteFile(url, sha256(CONTENT), len(CONTENT)), RemoteFile("pipe:sleep 1000; true", "0" * 64)])
+    prefetcher.want([RemoteFile(url, sha256(CONTENT), len(CONTENT)), RemoteFile("pipe:sleep 1000; true", "0" * 64, 1)])
     assert server.half_sent.wait(900)
     prefetcher.close()
     assert not any(thread.is_alive() for thread in prefetcher._threads)
     assert names(cache) == []
-    assert cache.fetch(RemoteFile(url, sha256(CONTENT))).read_bytes() == CONTENT
+    assert cache.fetch(RemoteFile(url, sha256(CONTENT), len(CONTENT))).read_bytes() == CONTENT

@@ -130,4 +130,4 @@ def test_a_shard_that_s3_does_not_have_is_damage(bucket: str, tmp_path: Path) ->
     """A missing shard is not an outage; the answer means the same as HTTP 404."""
     cache = Cache(tmp_path / "cache", 10**6, attempts=1)
     with pytest.raises(WrongContentError, match="404"):
-        cache.fetch(RemoteFile(f"{bucket}/none.tar", "0" * 64))
+        cache.fetch(RemoteFile(f"{bucket}/none.tar", "0" * 64, 1))
