@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from html import escape
 
 from bfsys.explain.ranges import KINDS
@@ -24,7 +25,7 @@ def table(report: Shortcuts) -> str:
         "header, metadata, content: shares of the evidence",
         " " * (width + 2) + "".join(f"{name:>10}" for name in COLUMNS),
         *(
-            f"  {name:<{width}}{row.files:>10}" + "".join(f"{100 * v:10.1f}" for v in _values(row))
+            f"  {name:<{width}}{row.files:>10}" + "".join(f"{100 * v:10.1f}" for v in astuple(row)[1:])
             for name, row in rows
         ),
     ]
@@ -42,11 +43,11 @@ def html(report: Shortcuts) -> str:
     head = "".join(f'<th class="n">{name}</th>' for name in COLUMNS)
     body = "".join(
         f'<tr><td>{escape(name)}</td><td class="n">{row.files:,}</td>'
-        + "".join(f'<td class="n">{100 * v:.1f}</td>' for v in _values(row))
+        + "".join(f'<td class="n">{100 * v:.1f}</td>' for v in astuple(row)[1:])
         + "</tr>"
         for name, row in _rows(report)
     )
-    shares = zip(KINDS, _values(report.all)[4:], strict=True)
+    shares = zip(KINDS, astuple(report.all)[5:], strict=True)
     bars = "".join(
         f'<span>{kind}</span><span class="track"><b class="{kind}" style="width:{100 * share:.1f}%"></b></span>'
         f"<span>{100 * share:.1f} %</span>"
@@ -74,15 +75,3 @@ def _rows(report: Shortcuts) -> Iterator[tuple[str, Row]]:
         yield from report.sources.items()
     worst = sorted(report.classes.items(), key=lambda item: item[1].content_share)
     yield from worst[:MOST_CLASSES]
-
-
-def _values(row: Row) -> tuple[float, ...]:
-    return (
-        row.accuracy,
-        row.without_header_and_metadata,
-        row.without_content,
-        row.from_length,
-        row.header_share,
-        row.metadata_share,
-        row.content_share,
-    )
