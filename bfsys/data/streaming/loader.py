@@ -20,11 +20,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import FrameType
-from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from bfsys.batch import ByteBatch
@@ -45,8 +44,6 @@ from bfsys.data.streaming.ring import Ring
 from bfsys.dist import Ranks
 from bfsys.errors import UserError, cannot_start
 from bfsys.process import blocking
-
-T = TypeVar("T")
 
 # Requests that each worker reads in advance.
 PREFETCH = 3
@@ -207,11 +204,11 @@ def _read_by_workers(
     loader = DataLoader(
         _Reads(reader, ring),
         batch_size=None,  # a request is a list of whole micro-batches
-        sampler=_WithSlots(requests, per_request, ring),
+        sampler=_with_slots(requests, per_request, ring),
         num_workers=workers,
         prefetch_factor=PREFETCH,
         multiprocessing_context="fork",  # workers must inherit the ring
-        collate_fn=_as_it_is,
+        collate_fn=lambda answer: answer,
         worker_init_fn=partial(_begin_worker, os.getpid(), reader, positions),
     )
     # Workers inherit the mask, so a SIGTERM to all processes of a job cannot end one that begins.
@@ -257,16 +254,11 @@ class _Answers(_MultiProcessingDataLoaderIter):
             super().__del__()
 
 
-class _WithSlots(Sampler[tuple[int | None, list[MicroBatch]]]):
+def _with_slots(requests: _Requests, per_request: int, ring: Ring) -> Iterator[tuple[int | None, list[MicroBatch]]]:
     """Requests to the workers: the slot, or None if all are in use, and the micro-batches."""
-
-    def __init__(self, requests: _Requests, per_request: int, ring: Ring) -> None:
-        self.requests, self.per_request, self.ring = requests, per_request, ring
-
-    def __iter__(self) -> Iterator[tuple[int | None, list[MicroBatch]]]:
-        batches = self.requests.announced()
-        while request := list(itertools.islice(batches, self.per_request)):
-            yield self.ring.reserve(), request
+    batches = requests.announced()
+    while request := list(itertools.islice(batches, per_request)):
+        yield ring.reserve(), request
 
 
 class _Reads(Dataset):
@@ -374,10 +366,6 @@ def _end_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _as_it_is(answer: T) -> T:
-    return answer
 
 
 def _pinned_buffer(size_bytes: int) -> np.ndarray:
