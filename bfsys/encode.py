@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bfsys.data.media.encodings import Encoding, Fitting, WrongRateError, library_version, reencode
-from bfsys.data.media.modalities import peculiarities_of
+from bfsys.data.media.pictures import peculiarities_of
 from bfsys.data.packing.folders import regular_files
 from bfsys.data.packing.left_out import ENCODE_NOTES as NOTES
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply

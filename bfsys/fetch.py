@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from bfsys.data.media.encodings import encode_wav
-from bfsys.data.media.modalities import Clip, decode_audio
+from bfsys.data.media.sounds import Clip, decode_audio
 from bfsys.data.packing.listing import BACKGROUND_NOISE, SourceFile, list_speech_commands
 from bfsys.errors import UserError
 from bfsys.files import try_lock

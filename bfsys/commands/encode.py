@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     console.go_on_without()  # a closed console must not stop the work
-    from bfsys.data.media.modalities import PECULIARITIES
+    from bfsys.data.media.pictures import PECULIARITIES
     from bfsys.data.streaming.byte_transforms import ByteTransform, parse_transforms
     from bfsys.encode import Notes, kept_of, locked, make, targets_of
 

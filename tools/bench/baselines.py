@@ -48,7 +48,8 @@ from bfsys.batch import ByteBatch
 from bfsys.commands.arguments import add_config
 from bfsys.config import Config, load_config
 from bfsys.data.media.encodings import resample, set_length
-from bfsys.data.media.modalities import decode_audio, decode_image
+from bfsys.data.media.pictures import decode_image
+from bfsys.data.media.sounds import decode_audio
 from bfsys.data.streaming.datasets import Sources, open_evaluation, open_training
 from bfsys.errors import UserError, run_command, summary_of
 from bfsys.loss import TOP1, loss_and_sums

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bfsys.data.media.modalities import Clip, decode_audio, decode_image
-from bfsys.data.media.pictures import MOST_PIXELS
-from bfsys.data.media.sounds import MOST_SAMPLES, check_finite
+from bfsys.data.media.pictures import MOST_PIXELS, decode_image
+from bfsys.data.media.sounds import MOST_SAMPLES, Clip, check_finite, decode_audio
 from bfsys.errors import UserError, did_you_mean, is_out_of_memory
 
 AS_STORED = "as_stored"

@@ -19,8 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bfsys.data.media.encodings import AS_STORED, Encoding, Fitting, parse_encoding
-from bfsys.data.media.modalities import Clip
-from bfsys.data.media.sounds import size_of_tags
+from bfsys.data.media.sounds import Clip, size_of_tags
 from bfsys.errors import UserError
 
 # Sizes of examples for formats without a fixed size. Together they differ in every header byte that can differ.

@@ -5,25 +5,8 @@ to augment or jitter them, and for the content loss. Rejected alternative: decod
 whose results and back ends change between releases.
 """
 
-from dataclasses import dataclass
-
-from bfsys.data.media.pictures import PECULIARITIES, decode_image, peculiarities_of_image
-from bfsys.data.media.sounds import Clip, decode_audio
-
-__all__ = ["MODALITIES", "PECULIARITIES", "Clip", "Modality", "decode_audio", "decode_image", "peculiarities_of"]
-
-
-@dataclass(frozen=True)
-class Modality:
-    extensions: tuple[str, ...]  # lower case; a file with another extension is rejected without decoding
-
-
-MODALITIES = {
-    "image": Modality(("jpg", "jpeg", "png", "tif", "tiff", "bmp", "gif", "webp", "ppm", "pgm")),
-    "audio": Modality(("wav", "flac", "mp3", "ogg", "opus", "aif", "aiff", "au")),
+# The extensions of each modality, in lower case. A file with an extension of another one is rejected without decoding.
+EXTENSIONS = {
+    "image": ("jpg", "jpeg", "png", "tif", "tiff", "bmp", "gif", "webp", "ppm", "pgm"),
+    "audio": ("wav", "flac", "mp3", "ogg", "opus", "aif", "aiff", "au"),
 }
-
-
-def peculiarities_of(data: bytes, modality: str | None) -> tuple[str, ...]:
-    """The keys of PECULIARITIES that apply to a file of this modality: content that decoding drops."""
-    return peculiarities_of_image(data) if modality == "image" else ()

@@ -91,11 +91,13 @@ def _check_upper_byte(pixels: np.ndarray, kind: str) -> None:
         )
 
 
-def peculiarities_of_image(data: bytes) -> tuple[str, ...]:
-    """The keys of PECULIARITIES that apply to a picture; none if it cannot be read. Pixels are decoded only if they may
-    have 16 bits."""
+def peculiarities_of(data: bytes, modality: str | None) -> tuple[str, ...]:
+    """The keys of PECULIARITIES that apply to a file of this modality: content that decoding drops. None apply to a
+    sound, or to a picture that cannot be read. Pixels are decoded only if they may have 16 bits."""
     from PIL import Image
 
+    if modality != "image":
+        return ()
     try:
         with opened(data) as image:
             has_frames = getattr(image, "is_animated", False)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import xxhash
 
 from bfsys.data.media.encodings import Encoding
-from bfsys.data.media.modalities import MODALITIES
+from bfsys.data.media.modalities import EXTENSIONS
 from bfsys.data.packing.listing import BadFile, Listing, SourceFile, printable
 from bfsys.data.packing.splits import files_for_val
 from bfsys.data.storage.classes import too_alike
@@ -93,8 +93,8 @@ def _why_bad(file: SourceFile, status: os.stat_result, max_file_bytes: int | Non
 
 def _why_unfit(file: SourceFile, encoding: Encoding) -> str:
     """The reason why a file cannot be written in the encoding, if its extension tells."""
-    for name, modality in MODALITIES.items():
-        if encoding.modality not in (None, name) and file.extension in modality.extensions:
+    for name, extensions in EXTENSIONS.items():
+        if encoding.modality not in (None, name) and file.extension in extensions:
             return f"is {name} by its extension, and encoding {encoding.text} takes {encoding.modality}"
     return ""
 

@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from bfsys.data.media.encodings import Encoding, Fitting, library_version, parse_encoding, reencode
-from bfsys.data.media.modalities import PECULIARITIES, peculiarities_of
+from bfsys.data.media.pictures import PECULIARITIES, peculiarities_of
 from bfsys.data.packing import staging
 from bfsys.data.packing.checks import UNREADABLE, why_unreadable
 from bfsys.data.packing.listing import BadFile, SourceFile

@@ -20,7 +20,9 @@ import numpy as np
 
 from bfsys.config import Augment
 from bfsys.data.media.encodings import ENCODINGS, Encoding, parse_encoding, resample, set_length
-from bfsys.data.media.modalities import MODALITIES, Clip, decode_audio, decode_image
+from bfsys.data.media.modalities import EXTENSIONS
+from bfsys.data.media.pictures import decode_image
+from bfsys.data.media.sounds import Clip, decode_audio
 from bfsys.errors import UserError, code_of
 from bfsys.files import read_regular
 
@@ -209,7 +211,7 @@ class _Recordings:
     """
 
     def __init__(self, folder: Path, rate_hz: int) -> None:
-        extensions = {f".{extension}" for extension in MODALITIES["audio"].extensions}
+        extensions = {f".{extension}" for extension in EXTENSIONS["audio"]}
         self._folder, self._rate_hz = folder, rate_hz
         self._files = sorted(path for path in _files_below(folder) if path.suffix.lower() in extensions)
         self._waves: OrderedDict[int, np.ndarray] = OrderedDict()  # the most recently used is last

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bfsys.config import Config
-from bfsys.data.media.modalities import PECULIARITIES, peculiarities_of
+from bfsys.data.media.pictures import PECULIARITIES, peculiarities_of
 from bfsys.data.storage.classes import Spelling, notes_on_classes, too_alike
 from bfsys.data.storage.remote import Cache
 from bfsys.data.storage.shards import Dataset, Split, open_dataset

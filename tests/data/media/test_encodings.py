@@ -22,7 +22,9 @@ from bfsys.data.media.encodings import (
     resize_and_crop,
     set_length,
 )
-from bfsys.data.media.modalities import MODALITIES, Clip, decode_audio, decode_image
+from bfsys.data.media.modalities import EXTENSIONS
+from bfsys.data.media.pictures import decode_image
+from bfsys.data.media.sounds import Clip, decode_audio
 from bfsys.errors import UserError
 
 # The published sizes: of 224 × 224 pixels, and of a second at 16 kHz
@@ -282,7 +284,7 @@ def test_the_full_spelling_and_the_extension():
 
 
 def test_every_row_has_a_modality():
-    assert {row.modality for row in ENCODINGS.values()} <= MODALITIES.keys()
+    assert {row.modality for row in ENCODINGS.values()} <= EXTENSIONS.keys()
 
 
 @pytest.mark.parametrize(

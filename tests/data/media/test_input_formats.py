@@ -10,7 +10,7 @@ import pytest
 
 from bfsys.data.media.encodings import ENCODINGS, parse_encoding
 from bfsys.data.media.input_formats import input_format, kind_of
-from bfsys.data.media.modalities import Clip
+from bfsys.data.media.sounds import Clip
 
 PICTURES = ["tiff", "png", "jpeg:60", "jpeg:100", "fhwc"]
 SOUNDS = ["wav:uint8", "wav:int16", "wav:int32", "wav:float32", "mp3", "flac"]

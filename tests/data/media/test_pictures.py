@@ -10,7 +10,7 @@ import pytest
 from PIL import EpsImagePlugin, GifImagePlugin, Image
 
 from bfsys.data.media import pictures
-from bfsys.data.media.modalities import PECULIARITIES, decode_image, peculiarities_of
+from bfsys.data.media.pictures import PECULIARITIES, decode_image, peculiarities_of
 from bfsys.explain.overlay import _decoded
 
 LEVELS = np.tile(np.arange(64), (6, 1))

@@ -11,8 +11,8 @@ from PIL import Image, JpegImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from bfsys.data.media.input_formats import kind_of
-from bfsys.data.media.modalities import Clip
 from bfsys.data.media.same_format import USUAL_TABLES, NotRewritableError, change_picture, change_sound
+from bfsys.data.media.sounds import Clip
 
 RNG = np.random.default_rng(0)
 COLOURS = Image.fromarray(np.kron(RNG.integers(0, 256, (6, 8, 3)), np.ones((4, 4, 1))).astype(np.uint8))

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from bfsys.data.media import sounds
 from bfsys.data.media.input_formats import kind_of
-from bfsys.data.media.modalities import decode_audio
-from bfsys.data.media.sounds import size_of_tags
+from bfsys.data.media.sounds import decode_audio, size_of_tags
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.uniform(-0.4, 0.4, (20_000, 8)).astype(np.float32)

@@ -16,7 +16,8 @@ from PIL import Image
 
 from bfsys.config import Augment
 from bfsys.data.media.encodings import parse_encoding, set_length
-from bfsys.data.media.modalities import Clip, decode_audio, decode_image
+from bfsys.data.media.pictures import decode_image
+from bfsys.data.media.sounds import Clip, decode_audio
 from bfsys.data.streaming import augment
 from bfsys.data.streaming.augment import BACKGROUND_GAIN, Augmentation, change_speed
 from bfsys.errors import UserError
