@@ -12,7 +12,7 @@ from bfsys.data.packing.splits import SPLIT_FOLDERS, split_of_name
 from bfsys.data.storage.classes import Spelling, stored_name, too_alike
 from bfsys.data.storage.description import DESCRIPTION
 from bfsys.data.storage.shards import write_description, write_split
-from bfsys.data.storage.tars import TarIndex, how_to_decompress, join_shards, read_shard
+from bfsys.data.storage.tars import TarIndex, how_to_decompress, read_shard
 from bfsys.errors import UserError, collecting, is_printable, some
 
 REBUILT = "tools/inspect_shards.py --rebuild"  # in dataset.json
@@ -115,14 +115,8 @@ def tars_by_split(folder: Path, split: str | None) -> dict[str, list[Path]]:
 def class_names(shards: Sequence[TarIndex]) -> tuple[list[str], list[str]]:
     """The first folders in the keys, if they match the class numbers one to one; otherwise the numbers. The second list
     holds a note if there are as many folders as numbers, so that the tars may number the classes differently."""
-    samples, keys = join_shards(shards)
-    labels = samples["label"].tolist()
-    ends = samples["key_end"].tolist()
-    starts = [0, *ends[:-1]]
-    folders = [
-        keys[start:end].decode("utf-8", "backslashreplace").partition("/")[::2]
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    labels = [label for index in shards for label in index.samples["label"].tolist()]
+    folders = [key.partition("/")[::2] for index in shards for key in index.key_list()]
     pairs = {(label, folder) for label, (folder, rest) in zip(labels, folders, strict=True) if rest}
     count = max(labels) + 1
     if all(rest for _, rest in folders) and len({folder for _, folder in pairs}) == len(pairs) == count:

@@ -95,10 +95,7 @@ def _differences(split: Split, number: int, found: TarIndex) -> list[str]:
     if len(found.samples) != end - first:
         return [f"{path}: holds {counted(len(found.samples), 'sample')}, the index says {end - first:,}"]
     problems = []
-    key_start = 0
-    for i, row in enumerate(found.samples, start=first):
-        key = found.keys[key_start : row["key_end"]].decode("utf-8", "backslashreplace")
-        key_start = row["key_end"]
+    for i, (key, row) in enumerate(zip(found.key_list(), found.samples, strict=True), start=first):
         indexed = split.samples[i]
         in_tar = (key, number, *(int(row[field]) for field in ("label", "offset", "length")))
         in_index = (split.key(i), *(int(indexed[field]) for field in ("shard", "label", "offset", "length")))
