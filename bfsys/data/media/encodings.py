@@ -10,12 +10,12 @@ code wraps around. MP3 has 24 kbit/s at 16 kHz, as sox writes it. Both use LAME,
 differ with LAME's version. At 32 kHz and above, libsndfile adds an information frame that sox does not write.
 """
 
-import functools
 import io
 import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -86,35 +86,21 @@ class Row:
     default: str | None = None
 
 
-def encode_fhwc(pixels: np.ndarray) -> bytes:
-    """The pixels row by row, channels innermost."""
-    return pixels.tobytes()
-
-
 def encode_fchw(pixels: np.ndarray) -> bytes:
     """The pixels as one plane per channel."""
     return pixels.transpose(2, 0, 1).tobytes()
 
 
-def encode_tiff(pixels: np.ndarray) -> bytes:
-    return _written_by_pillow(pixels, "TIFF")
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Encode without compression, as published."""
-    return _written_by_pillow(pixels, "PNG", compress_level=0)
-
-
 def encode_jpeg(quality: str, pixels: np.ndarray) -> bytes:
     """Encode with Pillow's defaults (colour at half resolution, standard Huffman tables), as published."""
-    return _written_by_pillow(pixels, "JPEG", quality=int(quality))
+    return _written_by_pillow(pixels, format="JPEG", quality=int(quality))
 
 
-def _written_by_pillow(pixels: np.ndarray, kind: str, **options: int) -> bytes:
+def _written_by_pillow(pixels: np.ndarray, **kind) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **options)
+    Image.fromarray(pixels).save(file, **kind)
     return file.getvalue()
 
 
@@ -165,11 +151,6 @@ def encode_mp3(clip: Clip) -> bytes:
     )
 
 
-def encode_flac(clip: Clip) -> bytes:
-    """Encode with 16 bits per sample."""
-    return _written_by_libsndfile(clip, format="FLAC", subtype="PCM_16")
-
-
 def _written_by_libsndfile(clip: Clip, **kind) -> bytes:
     """The clip as a file. Values beyond ±1 are clipped. Raises WrongRateError, and ValueError as `_clipped` does."""
     import soundfile
@@ -184,14 +165,14 @@ def _written_by_libsndfile(clip: Clip, **kind) -> bytes:
 
 
 ENCODINGS = {
-    "tiff": Row("image", "tiff", encode_tiff),
-    "png": Row("image", "png", encode_png),
+    "tiff": Row("image", "tiff", partial(_written_by_pillow, format="TIFF")),
+    "png": Row("image", "png", partial(_written_by_pillow, format="PNG", compress_level=0)),  # stored, as published
     "jpeg": Row("image", "jpg", encode_jpeg, tuple(str(quality) for quality in range(1, 101)), "100"),
-    "fhwc": Row("image", "fhwc", encode_fhwc),
+    "fhwc": Row("image", "fhwc", np.ndarray.tobytes),
     "fchw": Row("image", "fchw", encode_fchw),
     "wav": Row("audio", "wav", encode_wav, tuple(WAV_TYPES)),
     "mp3": Row("audio", "mp3", encode_mp3),
-    "flac": Row("audio", "flac", encode_flac),
+    "flac": Row("audio", "flac", partial(_written_by_libsndfile, format="FLAC", subtype="PCM_16")),
 }
 
 
@@ -211,7 +192,7 @@ def parse_encoding(text: str) -> Encoding:
         raise UserError(f"encoding {text!r}: {name} must be written as {_spelling(name)}")
     if not row.options:
         return Encoding(name, row.modality, row.extension, row.encode)
-    encode = functools.partial(row.encode, option)
+    encode = partial(row.encode, option)
     return Encoding(f"{name}:{option}", row.modality, row.extension, encode)
 
 
