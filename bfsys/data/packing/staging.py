@@ -112,9 +112,3 @@ def _files_of(folder: Path) -> list[str]:
     parts = read_description(folder)["splits"].values()
     shards = [shard["file"] for part in parts for shard in part["shards"]]
     return shards + [entry["name"] for part in parts for entry in part["index"].values()]
-
-
-def remove_temporary(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote into the staging folder `folder`."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink()

@@ -20,7 +20,6 @@ from multiprocessing.connection import Connection, wait
 
 from bfsys.data.media.encodings import parse_encoding
 from bfsys.data.packing.shard_jobs import Job, Outcome, write_job
-from bfsys.data.packing.staging import remove_temporary
 from bfsys.errors import TO_START_MORE, UserError, cannot_start
 from bfsys.process import blocking, end_of
 
@@ -123,7 +122,8 @@ def write_jobs(jobs: Sequence[Job], count: int, skip_bad: bool) -> Iterator[Outc
     finally:
         for worker in workers.values():
             worker.end()
-        remove_temporary(jobs[0].path.parent)
+        for unfinished in jobs[0].path.parent.glob(".*.tmp"):  # of processes that were killed while they wrote
+            unfinished.unlink()
 
 
 def _work(connection: Connection, position: c_long, skip_bad: bool) -> None:
