@@ -239,7 +239,7 @@ def _notes(
     error: float,
 ) -> list[str]:
     notes = []
-    if moving := [one.text.partition(":")[0] for one in transforms if not one.keeps_places]:
+    if moving := [one.name for one in transforms if not one.keeps_places]:
         notes.append(
             f"The run's byte transform {' and '.join(moving)} moves bytes: evidence is shown over the bytes that the "
             "model reads, and the structure of the file cannot be shown."

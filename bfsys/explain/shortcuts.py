@@ -93,7 +93,7 @@ def shortcuts(
     sources = open_split(config, split, classes)
     if not sources.splits:
         raise no_such_split(config, split)
-    if moving := [one.text.partition(":")[0] for one in transforms if not one.keeps_places]:
+    if moving := [one.name for one in transforms if not one.keeps_places]:
         raise UserError(
             f"the run's byte transform {' and '.join(moving)} moves bytes: headers cannot be distinguished from content"
         )

@@ -20,6 +20,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,40 +37,51 @@ LONGEST_KEY_BYTES = 1 << 16  # a key has about 1 kB; the limit is for files such
 # Number of file lengths whose kept positions stay in memory: about a megabyte each at 224 × 224 pixels
 MASKS_KEPT = 32
 
-Apply = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-
 
 @dataclass(frozen=True)
 class ByteTransform:
     """A byte transform. Two transforms of the same text are equal. Its `repr` does not contain the key."""
 
     text: str
-    apply: Apply = field(repr=False, compare=False)  # uint8 [n] → a new uint8 [m]
-    lengths: Callable[[np.ndarray], np.ndarray] | None = field(default=None, repr=False, compare=False)
-    """Lengths after the transform, int64 [files] → int64 [files]; None: unchanged."""
-    randomised: bool = False
-    """Whether it draws from the generator; otherwise equal bytes become equal bytes."""
-    first_bytes: int | None = field(default=None, repr=False, compare=False)
-    """Number of bytes at the start of a file that it reads; None: all bytes."""
-    key_sha256: str = field(default="", repr=False, compare=False)
-    """A fingerprint of the key, which does not reveal it."""
+    option: Any = field(default=None, repr=False, compare=False)
+    """What follows the name in the text, parsed; of `permute`, the key."""
+
+    @property
+    def name(self) -> str:
+        return _name(self.text)
+
+    @property
+    def first_bytes(self) -> int | None:
+        """Number of bytes at the start of a file that it reads; None: all bytes."""
+        return self.option if self.name == "head" else None
 
     @property
     def keeps_places(self) -> bool:
         """Whether each output byte depends only on the input byte at the same position."""
-        return self.text.partition(":")[0] in ("head", "truncate", "noise", "permute", "flip")
+        return self.name in ("head", "truncate", "noise", "permute", "flip")
 
     @property
     def identity(self) -> str:
-        """A description of the transform, independent of the path of its key file."""
-        return f"permute by the key of sha256 {self.key_sha256[:16]}" if self.key_sha256 else self.text
+        """A description of the transform, independent of the path of its key file. It does not reveal the key."""
+        if self.name != "permute":
+            return self.text
+        return f"permute by the key of sha256 {hashlib.sha256(self.option.data).hexdigest()[:16]}"
+
+    def apply(self, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """uint8 [n] → a new uint8 [m]"""
+        return TRANSFORMS[self.name].apply(self.option, data, rng)
+
+    def lengths(self, lengths: np.ndarray) -> np.ndarray:
+        """Lengths after the transform: int64 [files] → int64 [files]."""
+        after = TRANSFORMS[self.name].lengths
+        return after(self.option, lengths) if after else lengths
 
 
 def apply(transforms: Sequence[ByteTransform], data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Apply the transforms in the order of the list.
 
     data   uint8 [n], which is not changed
-    rng    generator for the `randomised` transforms; the others do not use it
+    rng    generator for the transforms that draw from it
 
     Returns a new, contiguous uint8 [m]; `lengths_after` gives m.
     """
@@ -84,23 +96,22 @@ def lengths_after(transforms: Sequence[ByteTransform], lengths: np.ndarray) -> n
     """int64 [files]: the lengths in bytes after the transforms, of files of these lengths (int64 [files])."""
     lengths = lengths.astype(np.int64)
     for transform in transforms:
-        if transform.lengths:
-            lengths = transform.lengths(lengths)
+        lengths = transform.lengths(lengths)
     return lengths
 
 
-def _reverse(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _reverse(_: None, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return data[::-1].copy()
 
 
-def _random_shuffle(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _random_shuffle(_: None, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw another order for every file and epoch, so that only the byte counts are left."""
     result = data.copy()
     rng.shuffle(result)  # rng.permutation raises on an empty read-only array
     return result
 
 
-def _cyclic_half_length(data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _cyclic_half_length(_: None, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.roll(data, len(data) // 2)
 
 
@@ -136,8 +147,8 @@ def _kept_lengths(fraction: float, lengths: np.ndarray) -> np.ndarray:
     return np.minimum(lengths, np.maximum(1, (fraction * lengths).astype(np.int64)))
 
 
-def _noise(lowest: int, highest: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    noise = rng.integers(lowest, highest, len(data), dtype=np.int16, endpoint=True)
+def _noise(bounds: tuple[int, int], data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    noise = rng.integers(*bounds, len(data), dtype=np.int16, endpoint=True)
     return ((data + noise) % BYTE_VALUES).astype(np.uint8)
 
 
@@ -159,10 +170,6 @@ def _truncate(fraction: float, data: np.ndarray, rng: np.random.Generator) -> np
 
 def _head(count: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return data[:count].copy()
-
-
-def _lengths_of_heads(count: int, lengths: np.ndarray) -> np.ndarray:
-    return np.minimum(lengths, count)
 
 
 def _skip(count: int, data: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -194,54 +201,33 @@ def _kept_positions(fraction: float, length: int) -> np.ndarray:
     return np.sort(_fixed_permutation(length)[:kept])
 
 
-def _no_option(function: Apply, randomised: bool, option: str) -> dict:
+def _nothing(option: str) -> None:
     if option:
         raise ValueError
-    return {"apply": function, "randomised": randomised}
 
 
-def _size_option(function: Callable[..., np.ndarray], option: str) -> dict:
-    size = _integer(option)
-    if size < 1:
+def _size(option: str) -> int:
+    if (size := _integer(option)) < 1:
         raise ValueError
-    return {"apply": functools.partial(function, size)}
+    return size
 
 
-def _head_option(option: str) -> dict:
-    count = _integer(option)
-    lengths = functools.partial(_lengths_of_heads, count)
-    return _size_option(_head, option) | {"lengths": lengths, "first_bytes": count}
-
-
-def _flip_option(option: str) -> dict:
-    share = float(option)
-    if not 0 < share <= 1:
+def _share(option: str) -> float:
+    if not 0 < (share := float(option)) <= 1:
         raise ValueError
-    return {"apply": functools.partial(_flip, share), "randomised": True}
+    return share
 
 
-def _skip_option(option: str) -> dict:
-    return _size_option(_skip, option) | {"lengths": functools.partial(_lengths_after_skip, _integer(option))}
-
-
-def _share_option(function: Callable[..., np.ndarray], option: str) -> dict:
-    fraction = float(option)
-    if not 0 < fraction <= 1:
-        raise ValueError
-    return {"apply": functools.partial(function, fraction), "lengths": functools.partial(_kept_lengths, fraction)}
-
-
-def _noise_option(option: str) -> dict:
+def _bounds(option: str) -> tuple[int, int]:
     lowest, _, highest = option.partition(":")
     bounds = _integer(lowest), _integer(highest)
     if not -LARGEST_NOISE <= bounds[0] <= bounds[1] <= LARGEST_NOISE:
         raise ValueError
-    return {"apply": functools.partial(_noise, *bounds), "randomised": bounds[0] < bounds[1]}
+    return bounds
 
 
-def _permute_option(option: str) -> dict:
-    key = read_key(Path(option)) if option else _fixed_permutation(BYTE_VALUES).astype(np.uint8)
-    return {"apply": functools.partial(_permute, key), "key_sha256": hashlib.sha256(key.data).hexdigest()}
+def _key(option: str) -> np.ndarray:
+    return read_key(Path(option)) if option else _fixed_permutation(BYTE_VALUES).astype(np.uint8)
 
 
 def _integer(text: str) -> int:
@@ -250,34 +236,33 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     spelling: str
-    parse: Callable[[str], dict]  # of the text after the colon; ValueError: wrong syntax
+    parse: Callable[[str], Any]  # the text after the colon → the option; ValueError: wrong syntax
+    apply: Callable[..., np.ndarray]  # of (option, uint8 [n], generator) → a new uint8 [m]
+    lengths: Callable[..., np.ndarray] | None = None  # of (option, int64 [files]) → int64 [files]; None: unchanged
 
 
 TRANSFORMS = {
-    "reverse": Row("reverse", functools.partial(_no_option, _reverse, False)),
-    "random_shuffle": Row("random_shuffle", functools.partial(_no_option, _random_shuffle, True)),
-    "cyclic_half_length": Row("cyclic_half_length", functools.partial(_no_option, _cyclic_half_length, False)),
-    "stride": Row("stride:STEP, with a whole STEP ≥ 1 (published: 1024)", functools.partial(_size_option, _stride)),
-    "window_shuffle": Row(
-        "window_shuffle:BYTES, with whole BYTES ≥ 1 (published: 1024)", functools.partial(_size_option, _window_shuffle)
-    ),
-    "keep": Row("keep:FRACTION, with 0 < FRACTION ≤ 1, like keep:0.1", functools.partial(_share_option, _keep)),
-    "head": Row("head:BYTES read from the start, with whole BYTES ≥ 1, like head:4096", _head_option),
+    "reverse": Row("reverse", _nothing, _reverse),
+    "random_shuffle": Row("random_shuffle", _nothing, _random_shuffle),
+    "cyclic_half_length": Row("cyclic_half_length", _nothing, _cyclic_half_length),
+    "stride": Row("stride:STEP, with a whole STEP ≥ 1 (published: 1024)", _size, _stride),
+    "window_shuffle": Row("window_shuffle:BYTES, with whole BYTES ≥ 1 (published: 1024)", _size, _window_shuffle),
+    "keep": Row("keep:FRACTION, with 0 < FRACTION ≤ 1, like keep:0.1", _share, _keep, _kept_lengths),
+    "head": Row("head:BYTES read from the start, with whole BYTES ≥ 1, like head:4096", _size, _head, np.minimum),
     "noise": Row(
         f"noise:LOWEST:HIGHEST, whole numbers with -{LARGEST_NOISE} ≤ LOWEST ≤ HIGHEST ≤ {LARGEST_NOISE}, "
         "like noise:-5:5",
-        _noise_option,
+        _bounds,
+        _noise,
     ),
-    "flip": Row("flip:SHARE of the bytes, with 0 < SHARE ≤ 1, like flip:0.01", _flip_option),
+    "flip": Row("flip:SHARE of the bytes, with 0 < SHARE ≤ 1, like flip:0.01", _share, _flip),
     "truncate": Row(
-        "truncate:FRACTION that is left, with 0 < FRACTION ≤ 1, like truncate:0.5",
-        functools.partial(_share_option, _truncate),
+        "truncate:FRACTION that is left, with 0 < FRACTION ≤ 1, like truncate:0.5", _share, _truncate, _kept_lengths
     ),
-    "skip": Row("skip:BYTES at the start, with whole BYTES ≥ 1, like skip:64", _skip_option),
-    "permute": Row("permute (the published key) or permute:FILE (a key file)", _permute_option),
+    "skip": Row("skip:BYTES at the start, with whole BYTES ≥ 1, like skip:64", _size, _skip, _lengths_after_skip),
+    "permute": Row("permute (the published key) or permute:FILE (a key file)", _key, _permute),
 }
 
 
@@ -295,7 +280,7 @@ def parse_transform(text: str) -> ByteTransform:
     try:
         if colon and not option:
             raise ValueError
-        return ByteTransform(text, **row.parse(option))
+        return ByteTransform(text, row.parse(option))
     except ValueError:
         raise UserError(f"byte transform {text!r}: {name} must be written as {row.spelling}") from None
     except UserError as error:
