@@ -43,7 +43,7 @@ class ByteTransform:
     """A byte transform. Two transforms of the same text are equal. Its `repr` does not contain the key."""
 
     text: str
-    option: Any = field(default=None, repr=False, compare=False)
+    option: Any = field(repr=False, compare=False)
     """What follows the name in the text, parsed; of `permute`, the key."""
 
     @property

@@ -374,15 +374,7 @@ def _pinned_buffer(size_bytes: int) -> np.ndarray:
 
 
 def _byte_batch(fetched: RawBatch, pinned: bool = False) -> ByteBatch:
-    content = None if fetched.content is None else torch.from_numpy(fetched.content)
-    return ByteBatch(
-        data=torch.from_numpy(fetched.data),
-        offsets=torch.from_numpy(fetched.offsets),
-        labels=torch.from_numpy(fetched.labels),
-        sources=torch.from_numpy(fetched.sources),
-        samples=torch.from_numpy(fetched.samples),
-        second_labels=None if fetched.second_labels is None else torch.from_numpy(fetched.second_labels),
-        second_share=None if fetched.second_share is None else torch.from_numpy(fetched.second_share),
-        content=content.pin_memory() if pinned and content is not None else content,
-        replaced=fetched.replaced,
-    )
+    arrays = {name: torch.from_numpy(value) for name, value in vars(fetched).items() if isinstance(value, np.ndarray)}
+    if pinned and "content" in arrays:
+        arrays["content"] = arrays["content"].pin_memory()
+    return ByteBatch(**arrays, replaced=fetched.replaced)
