@@ -44,7 +44,17 @@ IMAGENET_FILES = {"train": 1_281_167, "val": 50_000}
 def speech_commands(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
-        _speech_commands(out)
+        folder = download_speech_commands(out)
+        listing = list_speech_commands(folder)
+        problems = listing.problems + wrong_counts(
+            Counter(file.split for file in listing.files), SPEECH_COMMANDS_FILES,
+            len({file.class_name for file in listing.files}), SPEECH_COMMANDS_CLASSES,
+            [file.path for file in listing.files if not os.path.getsize(file.path)],
+        )  # fmt: skip
+        if problems:
+            raise UserError(*(f"{folder}: {problem}" for problem in problems), f"remove {folder} and run this again")
+        divide(listing.files, folder / BACKGROUND_NOISE, out)
+        print(f"next: bfsys pack {out / 'twelve'} data/shards --name speech_commands")
 
 
 @contextmanager
@@ -59,21 +69,6 @@ def _locked(out: Path) -> Iterator[None]:
         for unfinished in out.glob("*.partial"):  # a download of a process that was killed
             unfinished.unlink()
         yield
-
-
-def _speech_commands(out: Path) -> None:
-    folder = download_speech_commands(out)
-    listing = list_speech_commands(folder)
-    sizes = [(file.path, os.path.getsize(file.path)) for file in listing.files]
-    problems = listing.problems + wrong_counts(
-        Counter(file.split for file in listing.files), SPEECH_COMMANDS_FILES,
-        len({file.class_name for file in listing.files}), SPEECH_COMMANDS_CLASSES,
-        [path for path, size_bytes in sizes if not size_bytes],
-    )  # fmt: skip
-    if problems:
-        raise UserError(*(f"{folder}: {problem}" for problem in problems), f"remove {folder} and run this again")
-    divide(listing.files, folder / BACKGROUND_NOISE, out)
-    print(f"next: bfsys pack {out / 'twelve'} data/shards --name speech_commands")
 
 
 def download_speech_commands(out: Path) -> Path:
