@@ -25,12 +25,6 @@ def test_each_draw_is_one_sample_of_one_source(weights: list[float], draws: int)
     assert sorted((after - before).tolist()) == [0] * (len(weights) - 1) + [1]
 
 
-@given(st.lists(st.floats(0.05, 1), min_size=2, max_size=6), st.integers(0, 2 * PERIOD))
-def test_shares_within_a_tenth_of_a_percent_of_any_ten_thousand(weights: list[float], first: int) -> None:
-    begin, end = Mixture(weights).counts(np.array([first, first + 10_000]))
-    assert np.all(np.abs((end - begin) / 10_000 - np.array(weights) / sum(weights)) <= 1e-3)
-
-
 @pytest.mark.parametrize("weights", [[], [0.0], [1.0, -1.0], [float("nan")]])
 def test_weights_that_are_not_positive_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="positive"):

@@ -164,11 +164,6 @@ def test_ranks_divide_the_lanes(world_size: int) -> None:
     assert lanes == list(range(8))
 
 
-def test_a_world_size_that_does_not_fit_names_those_that_do() -> None:
-    with pytest.raises(UserError, match=r"12 lanes.*5 ranks.*1, 2, 3, 4, 6, 12"):
-        lanes_of_rank(12, 0, 5)
-
-
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(UserError, match="no samples"):
         Plan([split_in_memory([0])], [1], batch_samples=1, lanes=1, shuffle_block=1, seed=0)
