@@ -26,7 +26,7 @@ def split_in_memory(shard_sizes: Sequence[int], lengths: np.ndarray | None = Non
     samples["shard"] = np.repeat(np.arange(len(shard_sizes)), shard_sizes)
     samples["length"] = 100 if lengths is None else lengths
     return Split(
-        dataset=Dataset("nowhere", {"name": name, "classes": ["x"], "splits": {}}, Path("nowhere")),
+        dataset=Dataset("nowhere", {"name": name, "classes": ["x"], "splits": {}}),
         split="train",
         shards=tuple(Shard(f"{i}.tar", n, 0, "") for i, n in enumerate(shard_sizes)),
         samples=samples,

@@ -145,18 +145,13 @@ class Dataset:
 
     location: str  # folder or URL, as the user gave it
     description: dict
-    place: Path | Cache  # its folder, or the cache of a remote one
+    cache: Cache | None = None  # of a remote dataset
     version: tuple[int, ...] = ()  # of the dataset.json of a local one, before it was read: see `version_of`
 
     @property
     def folder(self) -> Path:
-        assert isinstance(self.place, Path), "a remote dataset has no folder of its own"
-        return self.place
-
-    @property
-    def cache(self) -> Cache | None:
-        """The cache of a remote dataset; None if the dataset is on this machine."""
-        return self.place if isinstance(self.place, Cache) else None
+        assert self.cache is None, "a remote dataset has no folder of its own"
+        return Path(self.location)
 
     @property
     def shown(self) -> str:
@@ -166,10 +161,10 @@ class Dataset:
     @property
     def is_reachable(self) -> bool:
         """Whether the dataset.json can be read now. Raises UserError if that of a remote dataset has other content."""
-        if isinstance(self.place, Path):
-            return os.path.exists(self.place / DESCRIPTION)
+        if self.cache is None:
+            return os.path.exists(self.folder / DESCRIPTION)
         try:
-            description = fetch_description(self.location, self.place)
+            description = fetch_description(self.location, self.cache)
         except UserError:
             return False
         if description != self.description:
@@ -197,9 +192,9 @@ class Dataset:
 
     def file(self, name: str, sha256: str, size_bytes: int) -> Path:
         """The local path of a file of the dataset; a remote file is fetched."""
-        if isinstance(self.place, Path):
-            return self.place / name
-        return self.place.fetch(self.remote_file(name, sha256, size_bytes))
+        if self.cache is None:
+            return self.folder / name
+        return self.cache.fetch(self.remote_file(name, sha256, size_bytes))
 
     def remote_file(self, name: str, sha256: str, size_bytes: int) -> RemoteFile:
         """A file of a remote dataset; the arguments are those of an `index` entry in dataset.json."""
@@ -288,7 +283,7 @@ def open_dataset(location: str | Path, cache: Cache | None = None, description: 
     location = str(location)
     if not is_remote(location):
         version = version_of(Path(location))
-        return Dataset(location, read_description(Path(location)), Path(location), version)
+        return Dataset(location, read_description(Path(location)), version=version)
     if cache is None:
         raise UserError(f"{hide(location)}: a folder on this machine is expected here, not a URL")
     return Dataset(location, description or fetch_description(location, cache), cache)
