@@ -8,7 +8,6 @@ the file.
 
 from __future__ import annotations
 
-import itertools
 import re
 import struct
 from collections.abc import Iterator
@@ -72,8 +71,13 @@ def _found(parser: Parser, content: bytes) -> list[Found]:
     """The ranges that the parser finds before the first one that it cannot read."""
     found: list[Found] = []
     with suppress(struct.error, IndexError, OverflowError):  # the file is truncated or has wrong lengths
-        for one in itertools.islice(parser(content), MOST_FOUND):
-            found.append(one)  # keeps the ranges before an error
+        for first, end, name, kind in parser(content):
+            if found and found[-1][1:] == (first, name, kind):  # such as the frames of a sound
+                found[-1] = found[-1][0], end, name, kind
+            elif len(found) < MOST_FOUND:
+                found.append((first, end, name, kind))  # keeps the ranges before an error
+            else:
+                break
     return found
 
 

@@ -35,25 +35,18 @@ def mp3(content: bytes) -> Iterator[Found]:
     if foot[:8] == b"APETAGEX" and at <= end - size < end:
         yield end - size, end, "APE tag", "metadata"
         end -= size
-    run, is_first = None, True
-    while at < end:
+    is_first = True
+    while 0 <= at < end:
         length = _frame_bytes(content[at : at + 4])
-        if not length:  # the next byte that may begin a frame
-            if run is not None:
-                yield run, at, "frames", "content"
-                run = None
-            at = content.find(b"\xff", at + 1, end)
-            if at < 0:
-                return
+        if not length:
+            at = content.find(b"\xff", at + 1, end)  # the next byte that may begin a frame
             continue
         if is_first and any(tag in content[at : at + min(length, 64)] for tag in (b"Xing", b"Info", b"VBRI")):
             yield at, at + length, "Xing frame", "header"
-        elif run is None:
-            run = at
+        else:
+            yield at, min(at + length, end), "frames", "content"
         is_first = False
         at += length
-    if run is not None:
-        yield run, end, "frames", "content"
 
 
 def _frame_bytes(head: bytes) -> int:
