@@ -13,7 +13,6 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -112,11 +111,15 @@ class Augmentation:
 
 
 def _picture(data: bytes, transform: Callable, rng: np.random.Generator) -> np.ndarray:
-    """The transformed picture: uint8 [image_size, image_size, 3]."""
+    """The transformed picture: uint8 [image_size, image_size, 3]. The state of PyTorch's global generator, from which
+    the transform draws, is restored."""
+    import torch
     from PIL import Image
 
-    pixels = decode_image(data)
-    with _seeded_torch(rng):
+    pixels, seed = decode_image(data), int(rng.integers(2**63))
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which also seeds the GPUs' generators; these are not restored
+        torch.default_generator.manual_seed(seed)
         return np.asarray(transform(Image.fromarray(pixels)))
 
 
@@ -178,18 +181,6 @@ def _picture_transforms(size: int) -> Callable:
             v2.RandomErasing(ERASED_SHARE, value=0),
         ]
     )
-
-
-@contextmanager
-def _seeded_torch(rng: np.random.Generator) -> Iterator[None]:
-    """Seed PyTorch's global generator from `rng`, and restore its state at the end."""
-    import torch
-
-    seed = int(rng.integers(2**63))
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which also seeds the GPUs' generators; these are not restored
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
