@@ -12,12 +12,10 @@ handlers: a signal may arrive during these imports.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
 import stat
-import struct
 import sys
 import tempfile
 import threading
@@ -26,6 +24,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from bfsys.errors import EXIT_CRASHED, UserError, exit_code_of
 from bfsys.ranks import env_number, ranks_from_environment
@@ -38,8 +38,6 @@ PORTS_BETWEEN_STARTS = 1009  # between the steps and the starts of one job; cons
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 CODE_DIR = Path(__file__).resolve().parents[2]  # the folder that holds this bfsys/
-
-_SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,8 @@ def gloo_interface(other_hosts: Sequence[str]) -> str | None:
             address = s.getsockname()[0]
     except OSError:
         return None
-    return next((name for _, name in socket.if_nameindex() if _address_of(name) == address), None)
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if any(each.address == address for each in found)), None)
 
 
 def _own_name_is_reachable() -> bool:
@@ -207,15 +206,6 @@ def _own_name_is_reachable() -> bool:
     except OSError:
         return False
     return not address.startswith("127.")
-
-
-def _address_of(interface: str) -> str | None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        try:
-            answer = fcntl.ioctl(s.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        except OSError:  # the interface has no address
-            return None
-    return socket.inet_ntoa(answer[20:24])
 
 
 def _hosts() -> Sequence[str]:
