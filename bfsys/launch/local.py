@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import math
 import os
 import shlex
 import signal
@@ -101,27 +102,25 @@ class Group:
         `show` is called repeatedly.
         """
         first_rank = first_code = 0
-        stop_at = kill_at = float("inf")
+        end_at, end_by = math.inf, signal.SIGTERM  # when and how the other ranks are ended
         while self._running:
             time.sleep(POLL_S)
             gave_up = self._forward()
             ended = self._newly_ended()
             show()
             now = time.monotonic()
-            if ended and kill_at == float("inf"):
-                stop_at = min(stop_at, now + TOGETHER_S)
             if first_code == 0 and any(ended.values()):
                 first_rank, code = likeliest_cause(ended)
-                first_code = self._exit_code(code, was_told=kill_at < float("inf"))
-                if first_code == EXIT_HUNG:  # a hung rank does not react to SIGTERM
-                    kill_at = now
-                elif first_code not in AGREED_CODES:
-                    stop_at = now
-            if gave_up or now >= stop_at:
-                self._send(signal.SIGTERM)
-                stop_at, kill_at = float("inf"), min(kill_at, now + GRACE_S)
-            if now >= kill_at:
-                self._send(signal.SIGKILL)
+                first_code = self._exit_code(code, was_told=end_by == signal.SIGKILL)
+            if first_code == EXIT_HUNG:  # a hung rank does not react to SIGTERM
+                end_at, end_by = now, signal.SIGKILL
+            elif end_by == signal.SIGTERM and (gave_up or first_code not in AGREED_CODES):
+                end_at = now
+            elif end_by == signal.SIGTERM and ended:
+                end_at = min(end_at, now + TOGETHER_S)
+            if now >= end_at:
+                self._send(end_by)
+                end_at, end_by = now + GRACE_S, signal.SIGKILL
         if first_code not in AGREED_CODES:
             self._describe_failure(first_rank, first_code)
             for number in (*self._last_sent, *self._received):  # a stop was requested: no restart
