@@ -27,7 +27,7 @@ from bfsys.launch.local import POLL_S, choose_ranks, launch, share_of
 from bfsys.launch.preflight import Checked, check_run
 from bfsys.launch.processes import Forked, import_what_ranks_need
 from bfsys.launch.restart_policy import newest_step
-from bfsys.process import end_of
+from bfsys.process import end_of, handling
 from bfsys.ranks import gpu_count
 from bfsys.supervision.run_end import how_it_ended
 from bfsys.supervision.signals import EXIT_CODES, stop_signals
@@ -91,7 +91,9 @@ def train_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) ->
     print(f"sweep: {counted(len(configs), 'run')}, {len(configs) - len(waiting)} of them finished already", flush=True)
     for config in waiting if at_once > 1 else ():
         (config.run_dir / CONSOLE).parent.mkdir(parents=True, exist_ok=True)
-    codes, stop_code = _train_all(waiting, ranks, at_once)
+    received: list[int] = []
+    with handling(stop_signals(), lambda number, _: received.append(number)):
+        codes, stop_code = _train_all(waiting, ranks, at_once, received)
     failed = [str(run_dir) for run_dir, code in codes.items() if code not in (0, stop_code)]
     if failed:
         print(f"error: {len(failed)} of {len(configs)} runs failed: {', '.join(failed)}", file=sys.stderr)
@@ -100,10 +102,10 @@ def train_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) ->
     return stop_code or (EXIT_CRASHED if failed else 0)
 
 
-def _train_all(waiting: list[Config], ranks: range | None, at_once: int) -> tuple[dict[Path, int], int]:
-    """Exit codes by run directory, and the code of the signal that stopped the sweep, or 0."""
-    received: list[int] = []
-    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in stop_signals()}
+def _train_all(
+    waiting: list[Config], ranks: range | None, at_once: int, received: list[int]
+) -> tuple[dict[Path, int], int]:
+    """Exit codes by run directory, and the code of the signal that stopped the sweep, or 0. `received` gets signals."""
     running: dict[int, tuple[Config, Forked]] = {}  # runs by slot; the slot determines the GPUs or cores
     codes: dict[Path, int] = {}
     stop_code = 0
@@ -133,8 +135,6 @@ def _train_all(waiting: list[Config], ranks: range | None, at_once: int) -> tupl
         for _, process in running.values():
             process.send_signal(signal.SIGKILL)
             process.wait()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return codes, stop_code
 
 
