@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple, TextIO
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
 from bfsys.confusion import Answers
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, one_line, remedy_of
-from bfsys.files import CHUNK_BYTES, is_named, open_regular, replacing
+from bfsys.files import CHUNK_BYTES, open_regular, replacing
 from bfsys.json_lines import parse_json_object
 from bfsys.locations import without_secrets
 from bfsys.loss import COLUMNS, CONTENT, SAMPLES, describe_scores, scores
@@ -66,17 +65,18 @@ BAD_STEP = "bad_step"  # kind of a line
 class _Outputs(NamedTuple):
     """The outputs that rank 0 writes."""
 
-    lines: TextIO
-    same_lines: IO[bytes]
-    """A file without a name that holds the lines of metrics.jsonl, too, and that nobody else can change."""
+    path: Path
+    """metrics.jsonl, which users may delete, replace or edit while the run trains."""
+    lines: IO[bytes]
+    """A file without a name that holds the same lines, and that nobody else can change."""
     tensorboard: SummaryWriter
 
     def write(self, line: dict) -> None:
-        text = json.dumps(line) + "\n"
-        self.same_lines.write(text.encode())
-        self.same_lines.flush()
+        text = json.dumps(line).encode() + b"\n"
         self.lines.write(text)
         self.lines.flush()
+        with open(self.path, "ab") as file:
+            file.write(text)
 
 
 class Metrics:
@@ -121,10 +121,7 @@ class Metrics:
         show_overview(tensorboard, self.source_names)
         settings = typed_yaml.dump(without_secrets(typed_yaml.to_tree(config)))
         tensorboard.add_text("run/config", f"```yaml\n{settings}```", first_step)
-        same_lines = tempfile.TemporaryFile(dir=self.run_dir)  # noqa: SIM115 (until `close`)
-        with open(self.run_dir / METRICS, "rb") as file:
-            shutil.copyfileobj(file, same_lines, CHUNK_BYTES)
-        self._outputs = _Outputs(lines, same_lines, tensorboard)
+        self._outputs = _Outputs(self.run_dir / METRICS, lines, tensorboard)
         return latest.get("step", -1), latest.get("evaluated")
 
     def begin_step(self) -> None:
@@ -283,15 +280,13 @@ class Metrics:
         lack lines, and the scores in them decide which checkpoints are kept."""
         if self._outputs is None:
             return
-        path, (lines, same_lines, tensorboard) = self.run_dir / METRICS, self._outputs
+        path, lines, _ = self._outputs
         with self._noting_problems():
-            if is_named(lines, path) and os.fstat(lines.fileno()).st_size == same_lines.tell():
+            if path.exists() and path.stat().st_size == lines.tell():
                 return
             with replacing(path) as restored:
-                same_lines.seek(0)
-                shutil.copyfileobj(same_lines, restored, CHUNK_BYTES)
-            lines.close()
-            self._outputs = _Outputs(open(path, "a"), same_lines, tensorboard)  # noqa: SIM115 (until `close`)
+                lines.seek(0)
+                shutil.copyfileobj(lines, restored, CHUNK_BYTES)
             self.say(f"{path} was deleted or changed while this run trains, so its lines are written again")
 
     def close(self) -> None:
@@ -299,7 +294,6 @@ class Metrics:
             with suppress(OSError):  # a full disk was reported before
                 self._outputs.tensorboard.close()
                 self._outputs.lines.close()
-                self._outputs.same_lines.close()
 
     def _over_ranks(self) -> tuple[Tensor, Tensor]:
         flat = torch.cat([self._sums.cpu().flatten(), self._counters])
@@ -370,24 +364,26 @@ def memory_figures(device: torch.device) -> dict[str, int]:
     }
 
 
-def _open_lines(path: Path, first_step: int, skipped_steps: Collection[int]) -> tuple[TextIO, dict]:
-    """Open metrics.jsonl for appending, without lines after the checkpoint that the run resumes from, except those of
-    bad steps that are skipped.
+def _open_lines(path: Path, first_step: int, skipped_steps: Collection[int]) -> tuple[IO[bytes], dict]:
+    """Remove lines after the checkpoint that the run resumes from, except those of bad steps that are skipped.
 
-    Also returns the line of the latest evaluation in the file; empty if there is none.
+    Returns a file without a name that holds the other lines, and the line of the latest evaluation; empty if there is
+    none.
     """
     latest: dict = {}
     path.touch()
+    copy = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 (until `Metrics.close`)
     with open_regular(path) as lines, replacing(path, durable=False) as kept:
         for text in lines:  # one at a time, since all lines of a long run may not fit into the memory
             line = parse_json_object(text, LINE)
             if line is None:
                 continue
             if line["step"] <= first_step or (line["kind"] == BAD_STEP and line["step"] in skipped_steps):
-                kept.write(text.removesuffix(b"\n") + b"\n")
+                for file in (kept, copy):
+                    file.write(text.removesuffix(b"\n") + b"\n")
                 if line["kind"] == "eval" and line["step"] > latest.get("step", -1):
                     latest = line
-    return open(path, "a"), latest
+    return copy, latest
 
 
 def _without_tensorboard(hook: Callable) -> Callable:
