@@ -41,15 +41,17 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0.1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
-_STRICT = ConfigDict(extra="forbid")
+
+class _Strict:
+    """A base of dataclasses whose unknown keys are errors."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
-class Augment:
+class Augment(_Strict):
     """Augmentation of a source's training files, as published (data/streaming/augment.py). The files are decoded,
     changed at random and encoded again. Evaluation files are not changed."""
-
-    __pydantic_config__ = _STRICT
 
     encoding: str
     """Format that the model reads: tiff, png, jpeg:60, fhwc, fchw for pictures; wav:int16, mp3, flac, … for sounds."""
@@ -68,11 +70,9 @@ class Augment:
 
 
 @dataclass(frozen=True)
-class Jitter:
+class Jitter(_Strict):
     """Small random changes to a source's training files, each of which keeps its own format (data/streaming/jitter.py).
     Only pictures and lossless sounds are changed. Evaluation files are not changed."""
-
-    __pydantic_config__ = _STRICT
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Probability that a file is changed when it is read."""
@@ -93,10 +93,8 @@ class Jitter:
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(_Strict):
     """One packed dataset."""
-
-    __pydantic_config__ = _STRICT
 
     path: Location
     """Folder that `bfsys pack` made (it contains dataset.json), or its URL: s3://, gs://, http(s)://, or a command
@@ -113,11 +111,9 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(_Strict):
     """The data, and the global batch: the samples of one step over all ranks. A rank is one training process, usually
     one per GPU."""
-
-    __pydantic_config__ = _STRICT
 
     sources: tuple[Source, ...]
     """Datasets to mix. Classes of the same name are one class; the head has the union of all classes."""
@@ -165,10 +161,8 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(_Strict):
     """Shape of the model: see model/sizes.py."""
-
-    __pydantic_config__ = _STRICT
 
     size: Literal["tiny", "small", "base", "huge", "custom"] = "tiny"
     """A published size, or custom, which needs dim and layers."""
@@ -225,10 +219,8 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Optim:
+class Optim(_Strict):
     """AdamW with a cosine schedule, as published, or Muon together with AdamW."""
-
-    __pydantic_config__ = _STRICT
 
     name: Literal["adamw", "muon"] = "adamw"
     """muon: Muon updates the matrices of blocks and token merges and the stem's kernel, and AdamW everything else: see
@@ -269,10 +261,8 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(_Strict):
     """The training loop."""
-
-    __pydantic_config__ = _STRICT
 
     steps: Count = 500_456
     """Optimizer steps of the whole run; default: 300 epochs of ImageNet in batches of 768 (published)."""
@@ -336,10 +326,8 @@ RECIPES: dict[str, dict] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(_Strict):
     """A whole run."""
-
-    __pydantic_config__ = _STRICT
 
     data: Data
     model: Model = field(default_factory=Model)
