@@ -60,14 +60,10 @@ FILES = ("config", "dataset", "files", "permute", "run", "to")
 SLURM_RUN = ("slurm", "overrides")  # RUN of `bfsys slurm status RUN`
 
 
-def main() -> None:
-    """Entry point of the console command; exits."""
-    run_command(lambda: dispatch(sys.argv[1:]))
-
-
-def run_as(name: str, prog: str) -> None:
-    """Run a command for a file that was called as `prog`, with the arguments of this process; exits."""
-    run_command(lambda: call(name, sys.argv[1:], prog))
+def main(name: str | None = None, prog: str | None = None) -> None:
+    """Run the command `name`, which was called as `prog`, or else the one that the first argument names; exits."""
+    arguments = sys.argv[1:]
+    run_command(lambda: call(name, arguments, prog) if name else dispatch(arguments))
 
 
 def dispatch(arguments: Sequence[str]) -> int | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # `python -m bfsys.evaluate`
-    from bfsys.start import run_as
+    from bfsys.start import main
 
-    run_as("evaluate", "python -m bfsys.evaluate")
+    main("evaluate", "python -m bfsys.evaluate")
 
 import os
 from collections.abc import Callable, Sequence

@@ -16,9 +16,9 @@ and padded batches would waste memory and time. A server can run several files a
 from __future__ import annotations
 
 if __name__ == "__main__":  # `python -m bfsys.export`
-    from bfsys.start import run_as
+    from bfsys.start import main
 
-    run_as("export", "python -m bfsys.export")
+    main("export", "python -m bfsys.export")
 
 import io
 import json

@@ -8,9 +8,9 @@ the memory of a file depends on its length.
 from __future__ import annotations
 
 if __name__ == "__main__":  # `python -m bfsys.predict`
-    from bfsys.start import run_as
+    from bfsys.start import main
 
-    run_as("predict", "python -m bfsys.predict")
+    main("predict", "python -m bfsys.predict")
 
 import copy
 import os

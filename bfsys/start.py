@@ -6,20 +6,12 @@ This module imports almost nothing, so that Ctrl-C can interrupt little before t
 import signal
 
 
-def main() -> None:
-    """Entry point of the console command; exits."""
+def main(name: str | None = None, prog: str | None = None) -> None:
+    """Entry point of the console command, and of files that are the command `name` and were called as `prog`; exits."""
     let_signals_end_the_process()
     from bfsys.cli import main
 
-    main()
-
-
-def run_as(name: str, prog: str) -> None:
-    """Run a command for a file that was called as `prog`, with the arguments of this process; exits."""
-    let_signals_end_the_process()
-    from bfsys.cli import run_as
-
-    run_as(name, prog)
+    main(name, prog)
 
 
 def let_signals_end_the_process() -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 if __name__ == "__main__":  # launchers put this file's folder first in sys.path; its modules would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from bfsys.start import run_as
+    from bfsys.start import main
 
-    run_as("train", "bfsys/train.py")
+    main("train", "bfsys/train.py")
 
 import faulthandler
 import gc

@@ -6,6 +6,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from bfsys.start import run_as
+    from bfsys.start import main
 
-    run_as("fetch", "tools/fetch.py")
+    main("fetch", "tools/fetch.py")

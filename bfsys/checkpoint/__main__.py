@@ -1,6 +1,6 @@
 """`python -m bfsys.checkpoint`, as `bfsys checkpoint`."""
 
 if __name__ == "__main__":
-    from bfsys.start import run_as
+    from bfsys.start import main
 
-    run_as("checkpoint", "python -m bfsys.checkpoint")
+    main("checkpoint", "python -m bfsys.checkpoint")
