@@ -117,6 +117,7 @@ def fetch(store: Store, task: dict) -> dict:
     skipped: list[str] = []
     unusable: list[str] = []
     damaged: list[str] = []
+    found: dict[str, str | int] = {}
     is_alone = task["after"] < 0  # the disk holds no intact checkpoint
     root, rollbacks = checkpoints_dir(Path(task["run_dir"])), read_rollbacks(Path(task["run_dir"]))
     for name in reversed(store.names()):
@@ -144,32 +145,23 @@ def fetch(store: Store, task: dict) -> dict:
             shutil.rmtree(work, ignore_errors=True)
             raise
         if not problems:
-            disown_all(store, damaged)
-            notes = {"skipped": first_of(skipped), "unusable": first_of(unusable)}
-            return {"work": str(work), "step": manifest["step"], **notes}
+            found = {"work": str(work), "step": manifest["step"]}
+            break
         shutil.rmtree(work, ignore_errors=True)
         skipped += problems
         damaged.append(name)
-    if not is_alone:
-        disown_all(store, damaged)
+    if found or not is_alone:  # without any manifest, the next start of a run without checkpoints would begin a new run
+        for name in damaged:  # so that retention ignores them and no start fetches them again
+            store.disown(name)
     elif not skipped and task["until"] is None:
         store.probe()
-    return {"skipped": first_of(skipped), "unusable": first_of(unusable)}
+    return {**found, "skipped": first_of(skipped), "unusable": first_of(unusable)}
 
 
 def first_of(problems: list[str]) -> list[str]:
     """The first MOST_PROBLEMS problems, and the number of the others."""
     rest = len(problems) - MOST_PROBLEMS
     return problems[:MOST_PROBLEMS] + ([f"and {rest:,} more damaged files"] if rest > 0 else [])
-
-
-def disown_all(store: Store, damaged: list[str]) -> None:
-    """Delete the manifests of damaged copies, so that retention ignores them and no start fetches them again.
-
-    Do not call it for a run that has no other checkpoint: without any manifest, its next start would begin a new run.
-    """
-    for name in damaged:
-        store.disown(name)
 
 
 if __name__ == "__main__":
