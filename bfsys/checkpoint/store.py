@@ -122,18 +122,11 @@ class Store:
         return sorted(filter(NAME.fullmatch, names), key=step_of_name)
 
     def has_manifest(self, name: str) -> bool:
-        def found() -> bool:  # fsspec's `exists` returns False on any error
-            try:
-                self._fs.info(self._path(name, MANIFEST))
-            except FileNotFoundError:
-                return False
-            return True
-
-        return self._tried("cannot be read", found)
+        return self.read_file(name, MANIFEST) is not None
 
     def manifest(self, name: str) -> dict | None:
         """The manifest of a copy; None if it has none. Raises Damaged if the manifest is damaged."""
-        text = self._manifest_text(name)
+        text = self.read_file(name, MANIFEST)
         return None if text is None else parse_manifest(text, f"{self.url}/{name}")
 
     def manifest_or_error(self, name: str) -> dict:
@@ -143,10 +136,12 @@ class Store:
             raise Damaged(f"{self.url}/{name}: has no {MANIFEST}: it is being copied, was cut short, or never existed")
         return manifest
 
-    def _manifest_text(self, name: str) -> bytes | None:
+    def read_file(self, name: str, file_name: str) -> bytes | None:
+        """The content of a file of a copy; None if it is missing."""
+
         def read() -> bytes | None:
             try:
-                return self._fs.cat_file(self._path(name, MANIFEST))
+                return self._fs.cat_file(self._path(name, file_name))
             except FileNotFoundError:
                 return None
 
@@ -158,7 +153,7 @@ class Store:
         Raises Damaged on a checksum mismatch, and OSError if a file cannot be read.
         """
         text, name, files = read_regular(path / MANIFEST), checkpoint_name(manifest["step"]), manifest["files"]
-        old = self._manifest_text(name)
+        old = self.read_file(name, MANIFEST)
         if old == text:
             sizes = self.sizes(name)
             files = {file: entry for file, entry in files.items() if sizes.get(file) != entry["bytes"]}
@@ -190,7 +185,7 @@ class Store:
 
         problems = _of_all(fetch_file, manifest["files"])
         if not problems:
-            replace_file(folder / MANIFEST, self._manifest_text(name) or b"")
+            replace_file(folder / MANIFEST, self.read_file(name, MANIFEST) or b"")
         return problems
 
     def problems_of(self, name: str) -> list[str]:
@@ -203,9 +198,6 @@ class Store:
         return self._strange_names(name, manifest) or _of_all(
             lambda file_name: self._problem_of_file(name, file_name, files[file_name], None), files
         )
-
-    def read_file(self, name: str, file_name: str) -> bytes:
-        return self._tried("cannot be read", lambda: self._fs.cat_file(self._path(name, file_name)))
 
     def sizes(self, name: str) -> dict[str, int]:
         """Bytes of each file of a copy, by name."""

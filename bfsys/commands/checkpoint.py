@@ -173,7 +173,8 @@ def scores_of(checkpoints: Sequence[OnDisk] | Sequence[InStore], run: Path | str
         return evaluations(run)
     for checkpoint in reversed(checkpoints):
         if isinstance(checkpoint, InStore) and checkpoint.sizes().keys() >= {METRICS, MANIFEST}:
-            return evaluations_in(checkpoint.store.read_file(checkpoint.name, METRICS).split(b"\n"))
+            metrics = checkpoint.store.read_file(checkpoint.name, METRICS) or b""
+            return evaluations_in(metrics.split(b"\n"))
     return {}
 
 
