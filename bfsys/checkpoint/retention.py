@@ -31,13 +31,9 @@ def steps_to_keep(steps: Sequence[int], keep: RetentionPolicy, scores: Mapping[i
     if keep.best:
         sign = -1 if keep.metric == "loss" else 1
         scored = [(sign * scores[step][keep.metric], step) for step in steps if step in scores]
-        kept |= {step for _, step in sorted(scored, key=_with_nan_first)[-keep.best :]}
+        scored.sort(key=lambda each: (True, *each) if not math.isnan(each[0]) else (False, 0.0, each[1]))  # NaN first
+        kept |= {step for _, step in scored[-keep.best :]}
     return kept
-
-
-def _with_nan_first(scored: tuple[float, int]) -> tuple[bool, float, int]:
-    score, step = scored
-    return (False, 0.0, step) if math.isnan(score) else (True, score, step)
 
 
 def to_prune(run_dir: Path, paths: Sequence[Path], keep: RetentionPolicy) -> list[Path]:
