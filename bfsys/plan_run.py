@@ -125,14 +125,9 @@ def estimate(data: RunData, ranks: int, *, on_gpu: bool) -> Estimate:
         step_flops=float(of_ranks.sum(1).mean()),
         busiest=float(np.mean(of_ranks.max(1) / of_ranks.mean(1))),
         step_bytes=float(np.mean([sum(of.stored_bytes for of in lanes) for lanes in steps])),
-        checkpoint_bytes=4 * ((1 + _averages(config)) * trained + moments),
+        checkpoint_bytes=4 * ((1 + (config.optim.ema_decay > 0)) * trained + moments),
         steps=config.train.steps,
     )
-
-
-def _averages(config: Config) -> int:
-    """The number of averages of the weights that the run keeps."""
-    return int(config.optim.ema_decay > 0)
 
 
 def _state_bytes(config: Config, parameters: int, moments: int, ranks: int) -> int:
@@ -140,7 +135,7 @@ def _state_bytes(config: Config, parameters: int, moments: int, ranks: int) -> i
     average, if the run keeps one: see `bfsys.engine.deepspeed_config`."""
     stage, is_small = config.train.zero_stage, config.train.precision == "bf16" and config.train.zero_stage > 0
     weights = 2 if is_small else 4
-    optimizer = 4 * (moments + (is_small + _averages(config)) * parameters)
+    optimizer = 4 * (moments + (is_small + (config.optim.ema_decay > 0)) * parameters)
     share = [1, 1, 1, 1]  # divisors: weights, gradients, gradients that are accumulated in float32, optimizer
     for part in {0: (), 1: (3,), 2: (1, 2, 3), 3: (0, 1, 2, 3)}[stage]:
         share[part] = ranks
