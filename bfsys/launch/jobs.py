@@ -7,6 +7,7 @@ finished, although SLURM requeues it.
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
 import re
@@ -275,7 +276,7 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> bool:
     if ranks and rank not in ranks:
         print(f"waiting for {log}; job {job.job} has logs of ranks 0 to {max(ranks)}", file=sys.stderr)
     try:
-        for text in _added_to(log, job) if follow else (_last_lines(log, SHOWN_LINES),):
+        for text in itertools.islice(_added_to(log, job), None if follow else 1):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         print(f"\nthe job continues; bfsys slurm stop {shlex.quote(str(run_dir))} ends it", file=sys.stderr)
@@ -316,12 +317,6 @@ def _ranks_with_logs(job: Submitted) -> list[int]:
     form = re.compile(re.escape(first.name).replace("_0_log", r"_(\d+)_log"))
     names = [path.name for path in first.parent.iterdir()] if first.parent.is_dir() else []
     return [int(match[1]) for name in names if (match := form.fullmatch(name))]
-
-
-def _last_lines(path: Path, number: int) -> str:
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 1000 * number))
-        return b"\n".join(file.read().splitlines()[-number:]).decode(errors="replace")
 
 
 def stop(run_dir: Path) -> int:
