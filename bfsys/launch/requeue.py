@@ -98,7 +98,8 @@ class JobSupervisor:
             if self.growth and not self.is_being_ended and self.growth.is_due(job_facts):
                 more, self.growth = self.growth.missing, None
                 print(f"nodes: {more} more are free; the run saves and starts again with them", flush=True)
-                stop_tasks()
+                # All ranks finish the step, save and exit with EXIT_REQUEUE.
+                ask("scancel", "--signal=USR2", job_id())
             time.sleep(POLL_S)
         return code if code >= 0 else 128 - code
 
@@ -113,20 +114,19 @@ class JobSupervisor:
         if code in FINAL_CODES and code != EXIT_STOPPED:
             return code
         job = job_facts(self._insist)
-        if not may_come_back(job):
+        if job.get("JobState", "RUNNING") != "RUNNING" and not is_ended_by_slurm(job):
             return code  # the job was cancelled, or SLURM itself requeues it
         is_preempted = job.get("PreemptTime", "None") != "None"
         if code == EXIT_STOPPED and job:  # SLURM or a node that shuts down requested the stop, not scancel
             code = EXIT_REQUEUE
-        path = self.run_dir / FILE
-        restarts = Restarts(self.run_dir, *_read_count(path, self.run_dir), PAUSES_S)
+        restarts = Restarts(self.run_dir, *_read_count(self.run_dir), PAUSES_S)
         # A pre-emption does not count as a restart without progress.
         remedy = "; it ran out of time before it could save: give a longer --time" if is_out_of_time(job) else ""
         pause_s = 0.0 if is_preempted and code not in FINAL_CODES else restarts.pause_s(code, remedy)
         if pause_s is None:
             return restarts.exit_code
         with suppress(OSError):  # a restart matters more than the right count
-            _write_count(path, restarts.step, restarts.without_progress)
+            _write_count(self.run_dir, restarts.step, restarts.without_progress)
         pause_s = 0.0 if code == EXIT_REQUEUE or self.is_being_ended else pause_s  # no time for a pause
         step = newest_step(self.run_dir)
         print(f"training ended with code {code}; restarting in {pause_s:.0f} s from step {step}", flush=True)
@@ -179,16 +179,16 @@ def forget(run_dir: Path) -> None:
     """Reset the count of restarts without progress, because a user submits the run."""
     (run_dir / elastic.FILE).unlink(missing_ok=True)
     if step := newest_step(run_dir):
-        _write_count(run_dir / FILE, step, 0)
+        _write_count(run_dir, step, 0)
     else:
         (run_dir / FILE).unlink(missing_ok=True)
 
 
-def _read_count(path: Path, run_dir: Path) -> tuple[int, int]:
+def _read_count(run_dir: Path) -> tuple[int, int]:
     """(step of the newest checkpoint before this start, restarts without progress). If a file server does not answer,
     there is no progress, so that there is a pause before the next start."""
     try:
-        counted = parse_json_object(read_regular(path), {"step": int, "without_progress": int})
+        counted = parse_json_object(read_regular(run_dir / FILE), {"step": int, "without_progress": int})
     except FileNotFoundError:
         counted = None
     except OSError:
@@ -196,8 +196,9 @@ def _read_count(path: Path, run_dir: Path) -> tuple[int, int]:
     return (counted["step"], counted["without_progress"]) if counted else (0, 0)
 
 
-def _write_count(path: Path, step: int, without_progress: int) -> None:
-    replace_file(path, json.dumps({"step": step, "without_progress": without_progress}) + "\n", durable=False)
+def _write_count(run_dir: Path, step: int, without_progress: int) -> None:
+    content = json.dumps({"step": step, "without_progress": without_progress})
+    replace_file(run_dir / FILE, content + "\n", durable=False)
 
 
 def is_out_of_time(job: dict[str, str]) -> bool:
@@ -209,11 +210,6 @@ def is_ended_by_slurm(job: dict[str, str]) -> bool:
     without a grace time. It then ends at the time of the pre-emption. A user may cancel it later, in its grace time.
     """
     return is_out_of_time(job) or job.get("PreemptTime", "None") == job.get("EndTime")
-
-
-def may_come_back(job: dict[str, str]) -> bool:
-    """Whether SLURM leaves the requeue to this process: the job runs, or SLURM itself has ended it."""
-    return job.get("JobState", "RUNNING") == "RUNNING" or is_ended_by_slurm(job)
 
 
 def job_id() -> str:
@@ -243,11 +239,6 @@ def asks_after_s() -> float:
 def is_final(answer: Answer) -> bool:
     """Whether the error is permanent, or an earlier try has succeeded."""
     return any(text in answer.errors for text in (*REFUSALS, IS_REQUEUED))
-
-
-def stop_tasks() -> None:
-    """Ask all ranks to finish the step, save and exit with EXIT_REQUEUE."""
-    ask("scancel", "--signal=USR2", job_id())
 
 
 def has_pickle(folder: Path) -> bool:
