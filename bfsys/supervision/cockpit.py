@@ -126,11 +126,10 @@ def show_evaluation(
     board: SummaryWriter, step: int, classes: Sequence[str], answers: Answers, key_of: Callable[[int, int], str]
 ) -> None:
     """Show the confusion matrix, accuracy by class and the worst files. `key_of` maps (source, sample) to a key."""
-    labels, given, counts = answers.counts()
-    files = np.bincount(labels, counts, minlength=len(classes))
-    right = np.bincount(labels[labels == given], counts[labels == given], minlength=len(classes))
+    files, right = answers.totals()
     seen = np.flatnonzero(files)
     if len(classes) <= MOST_CLASSES_DRAWN:
+        labels, given, counts = answers.counts()
         matrix = np.zeros((len(classes), len(classes)))
         matrix[labels, given] = counts
         board.add_image("evaluation/confusion", confusion_picture(classes, matrix), step, dataformats="HWC")
