@@ -163,7 +163,8 @@ class Metrics:
         if step % self.log_every and step != self.total_steps:
             return
         sums, counters = self._over_ranks()
-        if not sums[:, SAMPLES].any():  # all were skipped
+        files = sums[:, SAMPLES].sum()
+        if not files:  # all were skipped
             return
         self.ledger.record_progress(step)
         seconds_by_cause = self.ledger.seconds()
@@ -174,7 +175,7 @@ class Metrics:
             "kind": "train",
             "step": step,
             **scores(sums, self.source_names),
-            **self._content_loss(sums),
+            **({"content_loss": float(sums[:, CONTENT].sum() / files)} if self.shows_content_loss else {}),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "step_s": seconds / self._steps_in_line,
@@ -193,15 +194,11 @@ class Metrics:
             "goodput": goodput(seconds_by_cause),
             "seconds": seconds_by_cause,
         }
-        self._begin_line()
+        self._sums.zero_()
+        self._counters.zero_()
+        self._steps_in_line = self._skipped = 0
         self._write(line)
         self.say(self._console_line(line))
-
-    def _content_loss(self, sums: Tensor) -> dict[str, float]:
-        """The mean loss of the content head, which is not part of `loss`; empty without a content head."""
-        if not self.shows_content_loss:
-            return {}
-        return {"content_loss": float(sums[:, CONTENT].sum() / sums[:, SAMPLES].sum())}
 
     def event(self, kind: str, step: int, facts: dict) -> None:
         """Write a line to metrics.jsonl that is not a measurement, such as a bad step."""
@@ -235,11 +232,6 @@ class Metrics:
                 if len(embedding):
                     show_embedding(self._outputs.tensorboard, step, embedding)
                 self._outputs.tensorboard.flush()
-
-    def _begin_line(self) -> None:
-        self._sums.zero_()
-        self._counters.zero_()
-        self._steps_in_line = self._skipped = 0
 
     def evaluation(self, step: int, result: dict, seconds: float, evaluated: str) -> None:
         """Write the scores that `evaluate` returned for the files `evaluated` (see `RunData`), and remember the step in
