@@ -83,7 +83,9 @@ class RunCopies:
             while True:
                 self.attend(step, metrics, is_end=True)
                 is_late = stop_code and time.monotonic() - began > STOP_WAIT_S
-                is_waiting = not is_late and self._makes_needed_copy(stop_code)
+                copier = self._copier if self.copying and not is_late else None
+                # After a stop, the run waits only for the copy of the newest checkpoint.
+                is_waiting = copier is not None and (not stop_code or bool(copier.problem_of_newest()))
                 are_waiting, asked = dist.agree_on_max(is_waiting, self.stop.exit_code)
                 if asked and not stop_code:
                     stop_code, began = asked, time.monotonic()
@@ -91,12 +93,6 @@ class RunCopies:
                     return stop_code
                 self.watchdog.beat(where)
                 time.sleep(POLL_S)
-
-    def _makes_needed_copy(self, stop_code: int) -> bool:
-        """Whether this rank makes a copy that the run waits for: after a stop, only that of the newest checkpoint."""
-        if not self._copier or not self._copier.copying:
-            return False
-        return not stop_code or bool(self._copier.problem_of_newest())
 
     def replace_damaged(self, path: Path, after: int) -> Path | None:
         """Fetch the newest intact copy of a step after `after`, up to that of a damaged checkpoint; collective. Returns
