@@ -103,11 +103,6 @@ class Watchdog:
             return max(self._patience_s, self._limit_s)
         return self._limit_s or max(self._least_s, FACTOR * self._longest_s)
 
-    @property
-    def _shortest_limit_s(self) -> float:
-        """The shortest limit that another rank may have now."""
-        return min(self.limit_s, self._limit_s or self._least_s)
-
     def close(self) -> None:
         """Stop watching. Does not return after a hang was found, because the process is about to end."""
         self._closing.set()
@@ -120,8 +115,9 @@ class Watchdog:
             if now - looked > 10 * TICK_S:  # this process was suspended: that time does not count
                 self._last += now - looked
             looked = now
-            waited_s = now - self._last
-            if waited_s > self.limit_s or (waited_s > self._shortest_limit_s / 2 and self._others_found_a_hang()):
+            waited_s, limit_s = now - self._last, self.limit_s
+            of_others_s = min(limit_s, self._limit_s or self._least_s)  # the shortest limit that another rank may have
+            if waited_s > limit_s or (waited_s > of_others_s / 2 and self._others_found_a_hang()):
                 self._end(waited_s)
             looked = max(looked, time.monotonic() - TICK_S)  # a slow file system does not count as a suspension
 
