@@ -128,7 +128,8 @@ def load(
         raise UserError(
             f"config {path}: is not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from None
-    tree = _parse(text, f"config {path}")
+    with _yaml_errors(f"config {path}"):
+        tree = yaml.load(text, Loader=_Loader)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -161,8 +162,10 @@ def from_tree(cls: type[T], tree: dict, where: str, *, is_typed: bool = False) -
         config = _adapter(cls).validate_json(text, strict=True, context=is_typed)
         return _with_odd(config) if _MARK in text else config
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        problems = list(dict.fromkeys(f"{where}: {sentence}" for sentence in _sentences(cls, details)))
+        of_fields: dict[tuple[int | str, ...], list[ErrorDetails]] = {}  # for a union, one of each member
+        for detail in error.errors(include_url=False):
+            of_fields.setdefault(_field_of(cls, detail), []).append(detail)
+        problems = list(dict.fromkeys(f"{where}: {_sentence(cls, *found)}" for found in of_fields.items()))
         if more := len(problems[LISTED:]):
             problems[LISTED:] = [f"{where}: {more:,} more values are wrong"]
         raise UserError(*problems) from None
@@ -242,11 +245,6 @@ def _fill_up(tree: dict, preset: Mapping) -> None:
             _fill_up(under, value)
 
 
-def _parse(text: str, where: str) -> Any:
-    with _yaml_errors(where):
-        return yaml.load(text, Loader=_Loader)
-
-
 @contextmanager
 def _yaml_errors(where: str, remedy: str = "") -> Iterator[None]:
     try:
@@ -321,14 +319,6 @@ def _position(node: list, part: str, name: str, override: str) -> int:
     if not part.isdecimal() or int(part) >= len(node):
         raise UserError(f"override {override!r}: {name}: the list has entries 0 to {len(node) - 1}")
     return int(part)
-
-
-def _sentences(cls: type, details: Sequence[ErrorDetails]) -> list[str]:
-    """One sentence per field. For a union, pydantic reports an error for each member."""
-    of_fields: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
-    for detail in details:
-        of_fields.setdefault(_field_of(cls, detail), []).append(detail)
-    return [_sentence(cls, field, found) for field, found in of_fields.items()]
 
 
 def _sentence(cls: type, field: tuple[int | str, ...], details: Sequence[ErrorDetails]) -> str:
