@@ -19,7 +19,7 @@ from bfsys import dist
 from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.gpu_check.processes import finish, start
 from bfsys.launch.job import free_port, rank_variables
-from bfsys.model.flops import synchronize
+from bfsys.model.flops import seconds_of
 from bfsys.ranks import Ranks, gpu_count, ranks_from_environment
 
 NUMBERS = {"cuda": 2**26, "cpu": 2**20}  # float32 numbers that are summed: 268 MB and 4 MB
@@ -60,10 +60,7 @@ def measure(ranks: Ranks) -> list[Finding]:
     times = []
     for _ in range(REPEATS):
         torch.distributed.barrier()
-        began = time.perf_counter()
-        torch.distributed.all_reduce(got.copy_(own))
-        synchronize(device)
-        times.append(time.perf_counter() - began)
+        times.append(seconds_of(lambda: torch.distributed.all_reduce(got.copy_(own)), device))
     (slowest_us,) = dist.agree_on_max(int(1e6 * min(times)))
     dist.stop()
     what = f"{backend} among {n} ranks" if n > 1 else f"{backend} with one rank"

@@ -6,7 +6,6 @@ micro-batch must not add a wait.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import torch
@@ -14,8 +13,8 @@ import torch
 from bfsys import dist
 from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.gpu_check.operations import count_waits
-from bfsys.gpu_check.training_steps import Step, engine_step, random_files
-from bfsys.model.flops import synchronize
+from bfsys.gpu_check.training_steps import engine_step, random_files
+from bfsys.model.flops import seconds_of
 from bfsys.model.sizes import architecture
 from bfsys.ranks import Ranks
 
@@ -40,7 +39,7 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
             step()
         waits[micro_batches] = count_waits(step, device)
     assert step is not None
-    ms = _milliseconds(step, device)
+    ms = 1e3 * min(seconds_of(step, device) for _ in range(3))
     dist.stop()
     return judge(waits[FEW], waits[MANY], device, f"{ms:.0f} ms for a step of {MANY} micro-batches")
 
@@ -58,14 +57,3 @@ def judge(few: Counter[str], many: Counter[str], device: torch.device, detail: s
         where = ", ".join(f"{place} {n} x" for place, n in few.most_common(3))
         return [Finding(what, Verdict.SLOW, said, f"at most {MOST_OF_AN_UPDATE} are expected: {where}; report it")]
     return [Finding(what, Verdict.OK, said)]
-
-
-def _milliseconds(step: Step, device: torch.device) -> float:
-    times = []
-    for _ in range(3):
-        synchronize(device)
-        began = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append(1e3 * (time.perf_counter() - began))
-    return min(times)

@@ -13,7 +13,7 @@ from bfsys.batch import ByteBatch, Sample
 from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.gpu_check.training_steps import Step, bfsys_step, published_step, random_files
 from bfsys.model.byteformer import ByteFormer
-from bfsys.model.flops import flops_per_step, matrix_peak, synchronize
+from bfsys.model.flops import flops_per_step, matrix_peak, seconds_of
 from bfsys.model.peaks import data_sheet_peak
 from bfsys.model.published_form import PublishedForm, load_bfsys_weights, pad
 from bfsys.model.sizes import PAD_BYTE, architecture
@@ -88,12 +88,9 @@ def speed(device: torch.device, seconds: float) -> Finding:
         if i >= 3 and time.monotonic() > until:
             break
         for name, step in steps.items():
-            synchronize(device)
-            began = time.perf_counter()
-            step()
-            synchronize(device)
+            took_s = seconds_of(step, device)
             if i:  # the first step compiles
-                best[name] = min(best[name], time.perf_counter() - began)
+                best[name] = min(best[name], took_s)
     del steps
     gc.collect()
     ratio = best["published"] / best["bfsys"]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -130,13 +131,9 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     a, b = (torch.randn(n, n, dtype=dtype, device=device, generator=generator) for _ in range(2))
     out, best, until = torch.empty_like(a), float("inf"), time.perf_counter() + seconds
     for done in itertools.count():
-        synchronize(device)
-        began = time.perf_counter()
-        if began > until and done > 3:
+        if time.perf_counter() > until and done > 3:
             break
-        torch.mm(a, b, out=out)
-        synchronize(device)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, seconds_of(lambda: torch.mm(a, b, out=out), device))
     if device.type == "cuda":  # the measurement must not appear in a run's memory statistics
         del a, b, out
         torch.cuda.empty_cache()
@@ -148,6 +145,15 @@ def synchronize(device: torch.device) -> None:
     """Wait for the work of a GPU; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def seconds_of(act: Callable[[], object], device: torch.device) -> float:
+    """The time of `act()`, including its work on a GPU."""
+    synchronize(device)
+    began = time.perf_counter()
+    act()
+    synchronize(device)
+    return time.perf_counter() - began
 
 
 @lru_cache

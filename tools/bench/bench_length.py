@@ -12,7 +12,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +33,7 @@ from bfsys.errors import UserError, run_command, summary_of
 from bfsys.files import replace_file
 from bfsys.gpu_check.training_steps import random_files
 from bfsys.model.byteformer import ByteFormer
-from bfsys.model.flops import synchronize
+from bfsys.model.flops import seconds_of, synchronize
 from bfsys.model.sizes import SIZES, Architecture, architecture
 from tools.bench.bench_step import machine_with
 from tools.bench.step_measurement import MIB, peak_memory_bytes, start_of_memory
@@ -54,11 +53,7 @@ def measure(job: dict) -> dict:
     before, times = start_of_memory(device), []
     model = ByteFormer(Architecture(**shape), 10, activation_checkpointing=True).to(device, dtype).train(job["step"])
     for _ in range(job["repeats"]):
-        synchronize(device)
-        begin = time.perf_counter()
-        run(model, batches[1], job["step"])
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
+        times.append(seconds_of(lambda: run(model, batches[1], job["step"]), device))
     return {"ms": 1000 * min(times), "mib": (peak_memory_bytes(device) - before) / MIB}
 
 
