@@ -19,6 +19,7 @@ import importlib
 import sys
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -123,9 +124,9 @@ def module_of(name: str) -> ModuleType:
 
 
 def parser_of(module: ModuleType, prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=prog, description=textwrap.fill(summary_of(module.__doc__), WIDTH), formatter_class=_Formatter
-    )
+    # The first column is as wide as most options need.
+    form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=26)
+    parser = _Parser(prog=prog, description=textwrap.fill(summary_of(module.__doc__), WIDTH), formatter_class=form)
     module.add_arguments(parser)
     return parser
 
@@ -154,10 +155,3 @@ class _Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         (file or sys.stderr).write(message)
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help in two columns. The first is as wide as most options need."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26)
