@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from bfsys import __version__
+from bfsys import __version__, console
 from bfsys.errors import UserError, did_you_mean, run_command, summary_of
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ COMMANDS = {
 }
 TAKE_OVERRIDES = ("plan", "train", "launch", "slurm")
 INTERMIXED = (*TAKE_OVERRIDES, "explain")  # positional arguments may be among options, and may be absent
+# Their result is not their output, so they continue if the console is closed or full.
+WORK = ("fit", "pack", "launch", "check-gpu", "export", "encode", "fetch", "make-key", "import-corenet")
 OF_SLURM_JOBS = ("status", "logs", "stop")  # `bfsys slurm status RUN`; other arguments of `slurm` submit a job
 WIDTH = 78  # columns of text that argparse does not wrap
 SHELLS = ("bash", "zsh", "tcsh")
@@ -116,6 +118,8 @@ def call(name: str, arguments: Sequence[str], prog: str | None = None) -> int | 
     parse = parser.parse_intermixed_args if name in INTERMIXED else parser.parse_args
     args = parse(arguments)
     args.arguments = list(arguments)
+    if name in WORK:
+        console.go_on_without()
     return module.run(args)
 
 

@@ -9,7 +9,6 @@ import socket
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from bfsys import console
 from bfsys.commands.arguments import local_path
 from bfsys.errors import UserError, did_you_mean
 from bfsys.gpu_check.checks import CHECKS
@@ -37,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    console.go_on_without()  # the exit code and --json are the result, too
     names = args.only.split(",") if args.only is not None else list(CHECKS)
     problems = [
         f"--only: got {name!r}{did_you_mean(name, CHECKS)}; the checks are {', '.join(CHECKS)}"

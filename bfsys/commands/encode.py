@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 
-from bfsys import console
 from bfsys.commands.arguments import add_encoding, local_path, read_encoding
 from bfsys.errors import UserError, collecting, counted
 
@@ -31,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console.go_on_without()  # a closed console must not stop the work
     from bfsys.data.media.pictures import PECULIARITIES
     from bfsys.data.streaming.byte_transforms import ByteTransform, parse_transforms
     from bfsys.encode import Notes, kept_of, locked, make, targets_of

@@ -7,7 +7,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from bfsys import console
 from bfsys.commands.arguments import add_weights, local_path
 from bfsys.errors import UserError, one_line
 
@@ -39,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    console.go_on_without()  # a closed console must not stop the work
     if "onnx" in args.format:
         missing = [name for name in NEEDED_FOR_ONNX if importlib.util.find_spec(name) is None]
         if missing:

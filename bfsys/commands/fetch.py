@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from bfsys import console
 from bfsys.commands.arguments import local_path
 from bfsys.errors import UserError
 
@@ -26,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console.go_on_without()  # a closed console must not stop the work
     from bfsys.fetch import imagenet, speech_commands
 
     out = args.out.expanduser()

@@ -10,7 +10,6 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from bfsys import console
 from bfsys.commands.arguments import local_path
 from bfsys.errors import UserError
 
@@ -70,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
         problems.append(f"bfsys fit needs {', '.join(missing)}: pip install 'bfsys[train,fit]', or '.[train,fit]'")
     if problems:
         raise UserError(*problems)
-    console.go_on_without()  # a closed console must not stop training
     from bfsys.fitting.fit import next_commands, prepare, train
     from bfsys.fitting.report import report
     from bfsys.fitting.request import Request, name_for

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from bfsys import console
 from bfsys.commands.arguments import local_path
 from bfsys.model.sizes import HEAD_DIM, PUBLISHED_SHIFT
 
@@ -37,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console.go_on_without()  # a closed console must not stop the work
     from bfsys.import_corenet import import_weights
 
     import_weights(

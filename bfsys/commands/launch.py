@@ -8,7 +8,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from bfsys import console
 from bfsys.commands.arguments import add_config, add_sweep
 from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError
 
@@ -31,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    console.go_on_without()  # a closed console must not stop training
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, stop_for_a_requeue)
     try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 
-from bfsys import console
 from bfsys.commands.arguments import local_path
 
 
@@ -17,7 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console.go_on_without()  # a closed console must not stop the work
     from bfsys.data.streaming.byte_transforms import write_key
 
     write_key(args.file)

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bfsys import console
 from bfsys.commands.arguments import add_encoding, local_path, read_encoding
 from bfsys.errors import one_line
 from bfsys.process import usable_cores
@@ -55,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console.go_on_without()  # a closed console must not stop the work
     started_s = time.monotonic()
     from bfsys.data.packing.pack import Packing, pack
     from bfsys.data.packing.splits import split_of_name
