@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bfsys.batch import ByteBatch
 from bfsys.dist import gather_to_rank0
-from bfsys.errors import UserError, some
+from bfsys.errors import os_errors_as, some
 from bfsys.files import replace_file, replacing
 
 MOST_CLASSES_DRAWN = 2000
@@ -92,10 +92,8 @@ class Report:
 
     def __init__(self, classes: Sequence[str], folder: Path) -> None:
         self.classes, self.folder = tuple(classes), folder
-        try:
+        with os_errors_as(f"--report {folder}: cannot be made"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--report {folder}: cannot be made: {error.strerror}") from None
 
     def write(self, all_answers: Answers) -> list[str]:
         """Write the files. Returns lines that summarise them."""
@@ -109,14 +107,12 @@ class Report:
         worst: dict[int, tuple[int, int]] = {}  # class → most frequent wrong answer, its count
         for minus_count, label, answer in mistakes:
             worst.setdefault(label, (answer, -minus_count))
-        try:
+        with os_errors_as(f"--report {self.folder}: cannot be written"):
             self._write_classes(files, right, worst)
             pairs = zip(labels, answers, counts, strict=True)
             rows = ((self.classes[label], self.classes[answer], count) for label, answer, count in pairs)
             _write_table(self.folder / "confusion.tsv", ("class", "answer", "files"), rows)
             note = self._draw(labels, answers, counts, files)
-        except OSError as error:
-            raise UserError(f"--report {self.folder}: cannot be written: {error.strerror}") from None
         seen, unseen = np.flatnonzero(files), np.flatnonzero(files == 0)
         lowest = min(seen, key=lambda c: right[c] / files[c])
         return [

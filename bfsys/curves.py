@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bfsys.checkpoint.files import METRICS
-from bfsys.errors import UserError
+from bfsys.errors import UserError, os_errors_as
 from bfsys.json_lines import NUMBER, read_json_lines
 
 PANELS_PER_ROW = 4
@@ -68,8 +68,6 @@ def draw(curves: dict[Path, dict], score: str, out: Path) -> None:
             panel.set_ylim(0, 1)
     for panel in panels[len(curves) :]:
         panel.remove()
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that the font lacks letters of a name
-            figure.savefig(out, dpi=110)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    # The warnings say that the font lacks letters of a name.
+    with os_errors_as(f"{out}: cannot be written"), warnings.catch_warnings(action="ignore"):
+        figure.savefig(out, dpi=110)

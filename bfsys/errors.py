@@ -142,6 +142,15 @@ def collecting(problems: list[str]) -> Iterator[None]:
         problems.extend(error.problems)
 
 
+@contextmanager
+def os_errors_as(what: str) -> Iterator[None]:
+    """Turn an OSError into a `UserError`: what failed, and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror}") from None
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """A hint to append to a message: " (did you mean 'x'?)" with the nearest allowed name; empty if none is near."""
     near = difflib.get_close_matches(name, list(allowed), 1, 0.5)

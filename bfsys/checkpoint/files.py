@@ -37,7 +37,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, EXIT_STORAGE, MISSING_ERRNOS, UserError
+from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, EXIT_STORAGE, MISSING_ERRNOS, UserError, os_errors_as
 from bfsys.files import describe, is_named, read_regular, replace_by_copy, replace_file, sync_folder, try_lock
 from bfsys.object_stores import as_url
 
@@ -387,10 +387,8 @@ def filling(folder: Path) -> Iterator[None]:
     """Make a folder, unless it is empty, to be filled in this context. After an exception it is empty again; if the
     process is killed, the next call empties it. Raises UserError if it holds anything else or cannot be written."""
     marker, in_use = folder / UNFINISHED, f"{folder}: not empty; give a folder that is empty or does not exist"
-    try:
+    with os_errors_as(f"{folder}: cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
     try:
         file = open(marker, "r+b" if any(folder.iterdir()) else "xb")  # noqa: SIM115 (below)
     except (FileNotFoundError, FileExistsError):

@@ -35,7 +35,7 @@ from bfsys.checkpoint.files import (
 )
 from bfsys.checkpoint.retention import RetentionPolicy, evaluations, evaluations_in, to_prune
 from bfsys.checkpoint.store import Store
-from bfsys.errors import EXIT_USER_ERROR, UserError, counted, one_line, some
+from bfsys.errors import EXIT_USER_ERROR, UserError, counted, one_line, os_errors_as, some
 from bfsys.locations import URL, without_secrets
 from bfsys.object_stores import as_url
 
@@ -341,9 +341,7 @@ def remove_others(args: argparse.Namespace) -> int:
     console.go_on_without()  # a reader that ends, as in `… | head`, must not stop the removal
     for path in to_prune(args.run, whole, keep):
         if not args.dry_run:
-            try:
+            with os_errors_as(f"{path}: cannot be removed"):
                 remove(path)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be removed: {error.strerror}") from None
         print(one_line(f"{'would be removed' if args.dry_run else 'removed'}: {path}"))
     return 0

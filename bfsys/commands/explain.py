@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from bfsys import console
 from bfsys.commands.arguments import add_weights, local_path
 from bfsys.commands.predict import STDIN, named_inputs
-from bfsys.errors import UserError, collecting, one_line
+from bfsys.errors import UserError, collecting, one_line, os_errors_as
 from bfsys.explain.style import GENERATOR
 from bfsys.files import LONGEST_NAME_BYTES, open_regular, replace_file
 
@@ -130,10 +130,8 @@ def _split(model: Model, args: argparse.Namespace) -> int:
 
 
 def _folder(path: Path) -> Path:
-    try:
+    with os_errors_as(f"--out {path}: cannot be made"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be made: {error.strerror}") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"--out {path}: cannot be written; choose another folder")
     return path
@@ -167,7 +165,5 @@ def _write(path: Path, text: str) -> None:
     """Write or overwrite a page. Raises UserError if the file exists and is not a page of this command."""
     if GENERATOR.encode() not in _head(path) and path.exists():
         raise UserError(f"{path}: is not a page of `{GENERATOR}` and was not overwritten; choose another --out")
-    try:
+    with os_errors_as(f"{path}: cannot be written"):
         replace_file(path, text.encode(errors="backslashreplace"), durable=False)  # names may not be UTF-8
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

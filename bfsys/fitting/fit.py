@@ -22,7 +22,7 @@ from bfsys.data.media.encodings import AS_STORED
 from bfsys.data.storage.description import read_description
 from bfsys.data.storage.shards import open_split
 from bfsys.data.streaming.datasets import evaluable_splits
-from bfsys.errors import UserError, counted, one_line
+from bfsys.errors import UserError, counted, one_line, os_errors_as
 from bfsys.files import read_regular, replace_file
 from bfsys.fitting.choice import LEAST_STEPS, Choice, Machine, choice_of, choose, settings_of, to_yaml
 from bfsys.fitting.folder import check_classes, pack_all, survey_folder, trained_classes
@@ -155,11 +155,9 @@ def write_config(request: Request, survey: Survey, choice: Choice, data: str, ev
         record.removeprefix("# "),
     ]
     text = to_yaml(settings_of(choice, data, eval_data, steps, request.minutes), header)
-    try:
+    with os_errors_as(f"{request.config_file}: cannot be written"):
         request.runs.mkdir(parents=True, exist_ok=True)
         replace_file(request.config_file, text)
-    except OSError as error:
-        raise UserError(f"{request.config_file}: cannot be written: {error.strerror}") from None
     print(f"config      {request.config_file}:\n\n{text}", flush=True)
 
 

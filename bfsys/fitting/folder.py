@@ -17,7 +17,7 @@ from bfsys.data.packing.pack import Packing, list_source, name_bad_files, pack
 from bfsys.data.packing.staging import note_on_skipped, skipped_files
 from bfsys.data.storage.description import DESCRIPTION, read_description
 from bfsys.data.storage.shards import open_split
-from bfsys.errors import UserError, one_line
+from bfsys.errors import UserError, one_line, os_errors_as
 from bfsys.files import read_regular, replace_file
 from bfsys.fitting.choice import Choice, Format
 from bfsys.fitting.request import Request
@@ -145,11 +145,9 @@ def claim(folder: Path, source: Path) -> None:
             raise UserError(f"{folder}: holds the packed files of {theirs}; give another --name or --shards")
     if is_packed(folder):
         raise UserError(f"{folder}: holds a dataset that `bfsys fit` did not pack; give another --name or --shards")
-    try:
+    with os_errors_as(f"{folder}: cannot be written"):
         note.parent.mkdir(parents=True, exist_ok=True)
         replace_file(note, ours.encode(errors="surrogateescape"))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
 
 
 def packing_of(request: Request, form: Format) -> Packing:

@@ -24,7 +24,7 @@ from bfsys import console
 from bfsys.checkpoint.files import METRICS
 from bfsys.compare import last_train_line
 from bfsys.config import load_config
-from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError, counted
+from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError, counted, os_errors_as
 from bfsys.files import try_lock
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.restart_policy import newest_step
@@ -61,11 +61,9 @@ def submitting(run_dir: Path) -> Iterator[None]:
     """Lock the run against other submissions. Raises UserError if another one is in progress, or if jobs cannot be
     recorded."""
     path = slurm_folder(run_dir) / JOBS
-    try:
+    with os_errors_as(f"{path}: cannot be written, and each job is recorded there"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written, and each job is recorded there: {error.strerror}") from None
     with file:
         if not try_lock(file):
             raise UserError(

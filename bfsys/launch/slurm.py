@@ -23,7 +23,7 @@ from pathlib import Path
 from bfsys import console
 from bfsys.config import Config
 from bfsys.data.streaming.plan import fitting_world_sizes
-from bfsys.errors import STOPS_COMMANDS, UserError, collecting, counted
+from bfsys.errors import STOPS_COMMANDS, UserError, collecting, counted, os_errors_as
 from bfsys.launch import jobs, preflight, requeue
 from bfsys.launch.elastic import describe, fitting, parse_range
 from bfsys.launch.job import CODE_DIR, TrainJob
@@ -195,10 +195,8 @@ def holding_stop_signals() -> Iterator[None]:
 
 def submit_and_note(args: argparse.Namespace, configs: Sequence[Config]) -> list[jobs.Submitted]:
     """Submit the runs, and record their jobs in their directories."""
-    try:
+    with os_errors_as(f"run directory {configs[0].run_dir}: cannot be written"):
         paths = [snapshot(config) for config in configs]
-    except OSError as error:
-        raise UserError(f"run directory {configs[0].run_dir}: cannot be written: {error.strerror}") from None
     # An array has one script and therefore one PYTHONPATH. The copies differ only in their configs.
     code_dir = paths[0].parent
     tasks = [TrainJob(config=path, overrides=(), code_dir=code_dir, work_dir=Path.cwd()) for path in paths]
