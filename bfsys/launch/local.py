@@ -211,15 +211,12 @@ def run_group(job: TrainJob, world_size: int, log_dir: Path) -> int:
         raise _log_error(log_dir, error) from None
     with hold:
         try:
-            with open(log_dir / "rank-0.log", "ab") as log:
-                shown_from = log.tell()
-            shown = open(log_dir / "rank-0.log", "rb")  # noqa: SIM115 (below)
+            shown = open(log_dir / "rank-0.log", "ab+")  # noqa: SIM115 (below); it is read from its present end
             group = Group(job, world_size, log_dir)
         except OSError as error:
             raise _log_error(log_dir, error) from None
         try:
             with shown:
-                shown.seek(shown_from)
                 decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
                 code = group.wait(lambda: show_new(shown, decoder))
                 show_new(shown, decoder)
