@@ -162,7 +162,7 @@ class Engine:
                 part.of(self._values(part.tensor, state)).copy_(span)
         if state == WEIGHT and self.stage > 0:
             self._copy_to_model(WEIGHT)
-        self._finish_copies()
+        synchronize(self.device)  # the stream on which ZeRO-3 gathers weights does not wait for copies into them
 
     def _values(self, tensor: Tensor, state: str) -> Tensor:
         return tensor if state == WEIGHT else self.optimizer.state[tensor][state]
@@ -181,7 +181,7 @@ class Engine:
                 p.data.copy_(self.optimizer.state[p][EMA])
         else:
             self._copy_to_model(EMA)
-        self._finish_copies()
+        synchronize(self.device)
         try:
             yield
         finally:
@@ -190,15 +190,11 @@ class Engine:
                     p.data.copy_(value)
             else:
                 self._copy_to_model(WEIGHT)
-            self._finish_copies()
+            synchronize(self.device)
 
     def _drop_gathered(self) -> None:
         """Stage 3: drop parameters that were prefetched for the next step, which would keep their old values."""
         self._engine.optimizer.checkpoint_event_prologue()
-
-    def _finish_copies(self) -> None:
-        """Wait for copies into the model, since the stream on which ZeRO-3 gathers weights does not wait for them."""
-        synchronize(self.device)
 
     def set_step(self, step: int, updates: int) -> None:
         """Continue after `step` steps. The optimizer's bias correction counts the `updates`, without skipped steps."""
