@@ -86,7 +86,13 @@ def ranks_from_environment() -> Ranks:
         raise UserError(f"RANK is {env['RANK']!r}, but WORLD_SIZE is not set; {_BOTH_OR_NEITHER}")
     rank, world_size = env_number("RANK", 0), env_number("WORLD_SIZE", 1)
     local_world_size = env_number("LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE", world_size)
-    return _checked(Ranks(rank, world_size, env_number("LOCAL_RANK", rank), local_world_size))
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"RANK is {rank}, but there are {world_size} ranks (WORLD_SIZE), numbered from 0; {_BOTH_OR_NEITHER}"
+        )
+    if local_world_size < 1:
+        raise UserError(f"LOCAL_WORLD_SIZE is {local_world_size}; a machine has at least 1 rank")
+    return Ranks(rank, world_size, env_number("LOCAL_RANK", rank), local_world_size)
 
 
 def env_number(variable: str, default: int) -> int:
@@ -96,14 +102,3 @@ def env_number(variable: str, default: int) -> int:
     if not text.strip().isdecimal():
         raise UserError(f"{variable} is {text!r}, which is not a whole number of 0 or more; {_BOTH_OR_NEITHER}")
     return int(text)
-
-
-def _checked(ranks: Ranks) -> Ranks:
-    if not 0 <= ranks.rank < ranks.world_size:
-        raise UserError(
-            f"RANK is {ranks.rank}, but there are {ranks.world_size} ranks (WORLD_SIZE), numbered from 0; "
-            f"{_BOTH_OR_NEITHER}"
-        )
-    if ranks.local_world_size < 1:
-        raise UserError(f"LOCAL_WORLD_SIZE is {ranks.local_world_size}; a machine has at least 1 rank")
-    return ranks
