@@ -36,10 +36,6 @@ class RunTime:
         return self.steps * self.step_s + self.evaluations_s
 
     @property
-    def saves_s(self) -> float:
-        return self.steps / self.save_every * self.save_s
-
-    @property
     def interval_s(self) -> float:
         """The time of steps and evaluations between two checkpoints."""
         return self.work_s * min(1.0, self.save_every / self.steps)
@@ -47,7 +43,7 @@ class RunTime:
     def expected_s(self, mtbf_s: float = math.inf) -> float:
         """The expected time of the whole run, if one of its nodes fails every `mtbf_s` seconds on average."""
         if math.isinf(mtbf_s):
-            return self.restart_s + self.work_s + self.saves_s
+            return self.restart_s + self.work_s + self.steps / self.save_every * self.save_s
         try:
             of_interval_s = mtbf_s * math.exp(self.restart_s / mtbf_s)
             of_interval_s *= math.expm1((self.interval_s + self.save_s) / mtbf_s)
