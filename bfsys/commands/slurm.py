@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from bfsys.commands.arguments import add_config, add_sweep
+from bfsys.launch.slurm_commands import AS_OF_SBATCH
 
-AS_OF_SBATCH = ("partition", "account", "qos", "constraint", "reservation", "exclude", "dependency", "comment")
 NOTES = f"""\
 Passed to sbatch: {", ".join(f"--{name}" for name in AS_OF_SBATCH[:4])},
   {", ".join(f"--{name}" for name in AS_OF_SBATCH[4:])}.

@@ -12,6 +12,8 @@ import subprocess
 from collections.abc import Mapping
 from typing import NamedTuple
 
+# Options of sbatch, which `bfsys slurm` passes on.
+AS_OF_SBATCH = ("partition", "account", "qos", "constraint", "reservation", "exclude", "dependency", "comment")
 LIMIT_S = 60.0
 IS_IT_UP = "is the controller up? See sinfo"
 # Errors of SLURM's commands if the controller is unavailable. It may still have executed the request.

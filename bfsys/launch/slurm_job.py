@@ -30,7 +30,7 @@ from bfsys.git_state import git_state
 from bfsys.launch import jobs
 from bfsys.launch.elastic import fitting
 from bfsys.launch.job import CODE_DIR, TrainJob
-from bfsys.launch.slurm_commands import IS_IT_UP, is_unreached, outside_a_job
+from bfsys.launch.slurm_commands import AS_OF_SBATCH, IS_IT_UP, is_unreached, outside_a_job
 from bfsys.launch.slurm_options import minutes_of, nodes_of, ranks_per_node
 from bfsys.locations import is_remote
 
@@ -165,13 +165,7 @@ def make_executor(args: argparse.Namespace, configs: Sequence[Config], code_dir:
         gpus_per_node=args.gpus_per_node or None,
         mem=args.mem,
         time=minutes,
-        partition=args.partition,
-        account=args.account,
-        qos=args.qos,
-        constraint=args.constraint,
-        exclude=args.exclude,
-        dependency=args.dependency,
-        comment=args.comment,
+        **{name: getattr(args, name) for name in AS_OF_SBATCH if name != "reservation"},
         wckey="",  # sites that check keys refuse submitit's default
         stderr_to_stdout=True,  # one log per rank, in the order of events
         use_srun=False,  # the command already contains srun

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from bfsys.config import Config
 from bfsys.errors import UserError, counted, is_printable
 from bfsys.launch.elastic import MOST, parse_range
+from bfsys.launch.slurm_commands import AS_OF_SBATCH
 from bfsys.launch.sweep import sweep_configs
 
 LONGEST_NAME = 250  # bytes; a file system has 255 for NAME.yaml
-ONE_LINE = ("name", "partition", "account", "qos", "constraint", "reservation", "exclude", "dependency", "comment")
 # The variables of sbatch that override an option of the script, if they have other names than the option.
 VARIABLES_OF = {
     "time": ["TIMELIMIT"],
@@ -59,7 +59,7 @@ def option_problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--time: got {args.time!r}; minutes, HH:MM:SS or D-HH:MM:SS are allowed, more than zero"
     if args.mem and not re.fullmatch(r"\d+[KMGT]?", args.mem):
         yield f"--mem: got {args.mem!r}; a number with K, M, G or T is allowed, for example 200G; 0: all of a node's"
-    for name in ONE_LINE:
+    for name in ("name", *AS_OF_SBATCH):
         value = getattr(args, name)
         if value is not None and not is_printable(value):
             yield f"--{name}: got {value!r}; one line of printable characters is allowed"
