@@ -106,7 +106,6 @@ def set_name(name: bytes) -> None:
 
 
 def open_files_limit() -> int:
-    """The number of files that this process may have open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 

@@ -92,7 +92,6 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the lock."""
         if self.hold:
             self.hold.close()
 

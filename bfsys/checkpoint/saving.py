@@ -1,9 +1,6 @@
 """Saves in three phases. Training waits for a copy in host memory. A child process writes the files while training
 continues. Rank 0 commits the checkpoint when all ranks have written their files.
 
-An interrupted save leaves the earlier checkpoints unchanged. New files are written to another directory. They count
-only when the manifest, which is written last, holds their hashes and the directory has its final name (files.py).
-
 Training waits for the copy only. Its memory is allocated once per rank and reused, so memory is bounded by this rank's
 share of weights, moments and average in float32. If a save is due while the previous one is still being written, it
 waits. Each rank's loop calls `is_writing` after every step, so a failed writer is noticed in the same step.

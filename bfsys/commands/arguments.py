@@ -25,7 +25,6 @@ def local_path(text: str) -> Path:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add CONFIG and its overrides."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file; bfsys/config.py explains every key")
     # Without a default, argparse lists it as a required argument in its errors.
     parser.add_argument(

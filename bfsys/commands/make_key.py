@@ -1,7 +1,4 @@
-"""Make a key file for the byte transform permute:KEYFILE: a random order of the 256 byte values.
-
-Only its owner can read it, and an existing file is never overwritten. docs/privacy.md says what a key protects.
-"""
+"""Make a key file for the byte transform permute:KEYFILE: a random order of the 256 byte values."""
 
 from __future__ import annotations
 

@@ -45,7 +45,6 @@ def check(device: torch.device, seconds: float) -> list[Finding]:
 
 
 def judge(few: Counter[str], many: Counter[str], device: torch.device, detail: str) -> list[Finding]:
-    """Judge the waits of steps with FEW and with MANY micro-batches."""
     more = many - few
     in_update, each = few.total(), more.total() / (MANY - FEW)
     what = "waits" if device.type == "cuda" else "waits (counted as on a GPU)"

@@ -97,7 +97,6 @@ def _compiler(device: torch.device) -> Finding:
 
 
 def _kernel_cache() -> Finding:
-    """Check the folder for compiled kernels."""
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
     try:

@@ -1,12 +1,4 @@
-"""Train on this machine: one process per GPU, or several on the CPU.
-
-Ctrl-C, SIGTERM, or SIGHUP from a closed terminal, saves a checkpoint and stops; the same command resumes from there. A
-second Ctrl-C, a few seconds later, ends the run at once.
-
-A run that crashes or hangs is restarted from its newest intact checkpoint: at once if it had made progress, otherwise
-after a pause (restart_policy.py). It is not restarted if only the user can help: bad input (2), diverged (65), a
-checkpoint cannot be written (74), stopped on request (130), asked to requeue (75), or three restarts without a new
-checkpoint (76). The reason is in RUN/ended.json.
+"""Train on this machine: one process per GPU, or several on the CPU. restart_policy.py says when a run is restarted.
 
 Ranks write to files, and this process shows what is added to rank 0's file. So no rank waits for a console or fails
 with it. If the launcher is killed, its ranks are killed too (processes.py), and only the steps since the last

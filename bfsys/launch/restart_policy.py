@@ -24,7 +24,6 @@ from bfsys.files import read_regular
 from bfsys.process import end_of
 from bfsys.supervision.run_end import note_end
 
-# After these, another start would end in the same way.
 ERROR_CODES = (EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STORAGE)
 FINAL_CODES = (0, *ERROR_CODES, EXIT_STOPPED)
 MAX_RESTARTS = 3  # restarts without a new checkpoint

@@ -1,10 +1,7 @@
 """Train on a SLURM cluster: check the run, then submit it as one job with one task per GPU, or CPU tasks.
 
-A job that runs out of time, loses a node, is pre-empted, or has a crashed rank resumes by itself in the same run
-directory until its steps are done, unless another start would change nothing (requeue.py). `scancel` saves a checkpoint
-and ends the job without a requeue. The same command resumes a run that has ended, also with other --nodes.
-
-Problems are reported before the job is queued (preflight.py). slurm_job.py makes the job and submits it.
+Problems are reported before the job is queued (preflight.py). slurm_job.py makes the job and submits it. requeue.py
+resumes it after a time limit, a lost node, a pre-emption or a crash.
 """
 
 from __future__ import annotations

@@ -38,7 +38,6 @@ class Worker(Generic[Item, Answer]):
 
     @property
     def waiting(self) -> int:
-        """The number of items in the queue."""
         return len(self._queue)
 
     async def answers(self, items: Sequence[Item]) -> list[Answer | BaseException]:

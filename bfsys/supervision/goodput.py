@@ -81,7 +81,6 @@ class Ledger:
         self._start = self._now()  # the start of the next attempt, if this process rolls back
 
     def first_step_begins(self) -> None:
-        """The first step begins."""
         self.stall_s = self.wait_s = 0.0
         self._add({"event": "begin", "time": self._now()})
 
@@ -155,7 +154,6 @@ def count_starts(run_dir: Path) -> int:
 
 
 def goodput(seconds: dict[str, float]) -> float:
-    """The productive share."""
     return seconds["productive"] / max(1e-9, sum(seconds.values()))
 
 

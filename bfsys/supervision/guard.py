@@ -55,7 +55,6 @@ class Guard:
         self._losses: deque[float] = deque(maxlen=WINDOW_STEPS)
 
     def state_dict(self) -> dict:
-        """The state for a checkpoint."""
         return {"losses": list(self._losses), "in_a_row": list(self.bad_in_a_row)}
 
     def load_state_dict(self, state: dict, *, is_same_loss: bool = True) -> None:
