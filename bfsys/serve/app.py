@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from bfsys.errors import did_you_mean
 from bfsys.serve.guard import CLIENT_GONE, Guard
 from bfsys.serve.schemas import BODY, REFUSALS, TEXT, WRONG_HOST, About, Answers, Health
-from bfsys.serve.service import Question, Service
+from bfsys.serve.service import Service
 from bfsys.serve.uploads import Upload
 
 PATHS = ("/", "/predict", "/explain", "/model", "/health", "/metrics", "/openapi.json")
@@ -104,7 +104,7 @@ def application(service: Service, hosts: list[str] | None) -> Guard:
             if len(uploads) > 1:
                 raise HTTPException(422, f"got {len(uploads):,} files; one at a time can be explained")
             service.check_encode(encode)
-            return await service.explanation(Question(uploads[0], class_name, seed, encode, as_html))
+            return await service.explanation(uploads[0], class_name, seed, encode=encode, as_html=as_html)
 
         answer = await service.handle(request, work)
         if isinstance(answer, str):

@@ -48,17 +48,6 @@ class Prepared:
     note: str | None = None
 
 
-@dataclass(frozen=True)
-class Question:
-    """A request to explain which bytes of a file are evidence for a class."""
-
-    upload: Upload
-    class_name: str | None
-    seed: int
-    encode: bool
-    as_html: bool
-
-
 class Service:
     """A model, its worker threads and its counters."""
 
@@ -77,8 +66,8 @@ class Service:
             lambda uploads: [self._prepared(upload, encode=True) for upload in uploads], lambda _: 1, 1
         )
         # An explanation takes hundreds of predictions, so it has a separate thread too.
-        self._explaining: Worker[Question, dict | str] = Worker(
-            lambda questions: [self._explained(question) for question in questions], lambda _: 1, 1
+        self._explaining: Worker[Callable[[], dict | str], dict | str] = Worker(
+            lambda explain: [one() for one in explain], lambda _: 1, 1
         )
         self._workers = (self._computing, self._decoding, self._explaining)
         self.metrics.queue.set_function(lambda: sum(worker.waiting for worker in self._workers))
@@ -128,9 +117,18 @@ class Service:
         self.metrics.bytes.inc(sum(len(upload.content) for upload in uploads))
         return uploads
 
-    async def explanation(self, question: Question) -> dict | str:
+    async def explanation(
+        self, upload: Upload, class_name: str | None, seed: int, *, encode: bool, as_html: bool
+    ) -> dict | str:
         """Return Explanation.as_dict, or a page. Raises HTTPException for a file or class that cannot be used."""
-        (answer,) = await self._explaining.answers([question])
+
+        def explain() -> dict | str:
+            if error := self._prepared(upload, encode=encode).error:
+                raise UserError(error)
+            found = replace(self.model.explain(upload.content, class_name, seed, encode=encode), name=upload.name)
+            return html(found) if as_html else found.as_dict()
+
+        (answer,) = await self._explaining.answers([explain])
         if isinstance(answer, UserError):
             raise HTTPException(422, str(answer))
         if isinstance(answer, BaseException):
@@ -174,14 +172,6 @@ class Service:
             error = f"the model would read {len(sample.data):,} bytes of it; {self._most_bytes:,} are allowed"
             return Prepared(upload.name, error=error)
         return Prepared(upload.name, sample, error or None, notes[0] if notes else None)
-
-    def _explained(self, question: Question) -> dict | str:
-        upload = question.upload
-        if error := self._prepared(upload, encode=question.encode).error:
-            raise UserError(error)
-        found = self.model.explain(upload.content, question.class_name, question.seed, encode=question.encode)
-        found = replace(found, name=upload.name)
-        return html(found) if question.as_html else found.as_dict()
 
     def _compute(self, samples: list[Sample]) -> list[Tensor]:
         self.metrics.batch_files.observe(len(samples))
