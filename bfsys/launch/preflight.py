@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from bfsys import plan_run
 from bfsys.checkpoint.files import all_checkpoints
 from bfsys.config import Config
@@ -29,7 +31,6 @@ from bfsys.locations import is_remote
 OF_THIS_MACHINE = {"tmpfs", "ramfs", "devtmpfs"}
 SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "wekafs", "panfs", "pvfs2", "orangefs", "afs", "cifs",
           "smb3", "9p", "virtiofs"}  # fmt: skip
-MOUNTS = Path("/proc/self/mounts")
 NOT_NOW = "Requested node configuration is not available"
 CHECK_FIRST = "on a cluster that is new to you, check GPUs and network with `bfsys check-gpu` first (docs/slurm.md)"
 
@@ -110,13 +111,7 @@ def check_places(places: Sequence[tuple[str, Path]]) -> Checked:
 
 def _mounts() -> dict[Path, str]:
     """File system kinds by mount point. Later mounts hide earlier ones."""
-    kinds = {}
-    with MOUNTS.open("rb") as mounts:
-        for line in mounts:
-            _, place, kind, *_ = line.split(b" ")
-            place = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), place)  # "\040" is a space
-            kinds[Path(os.fsdecode(place))] = kind.decode()
-    return kinds
+    return {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
 
 
 def _file_system(path: Path, mounts: dict[Path, str]) -> str:

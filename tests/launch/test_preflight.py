@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bfsys.config import load_config
@@ -100,9 +101,10 @@ def test_mounts_of_this_machine_are_read() -> None:
 
 
 def test_mounts_of_any_name_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mounts = tmp_path / "mounts"
+    mounts = tmp_path / "self" / "mounts"
+    mounts.parent.mkdir()
     mounts.write_bytes("nas:/a /données\\040brutes nfs4 rw 0 0\n".encode() + b"nas:/b /\xe9t\\134 lustre rw 0 0\n")
-    monkeypatch.setattr(preflight, "MOUNTS", mounts)
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
     assert preflight._mounts() == {Path("/données brutes"): "nfs4", Path("/\udce9t\\"): "lustre"}
 
 
