@@ -22,9 +22,7 @@ from bfsys.files import read_regular, replace_file
 from bfsys.fitting.choice import Choice, Format
 from bfsys.fitting.request import Request
 from bfsys.fitting.survey import Survey, survey_of
-from bfsys.process import usable_cores
 
-SHARD_BYTES = 100_000_000
 FITTED = "fitted"  # extension of the file beside a dataset that names its source folder
 
 
@@ -156,15 +154,7 @@ def packing_of(request: Request, form: Format) -> Packing:
         src=request.folder,
         folder=request.shards / (f"{request.name}-{size}" if size else request.name),
         layout="tree" if request.folder.is_dir() else "filelist",
-        subdir="",
-        split=None,
-        splits=None,
-        val_share=None,
         encoding=parse_encoding(form.encoding),
         fitting=Fitting(form.image_size, form.sample_rate_hz, form.seconds),
-        shard_bytes=SHARD_BYTES,
-        max_file_bytes=None,
         skip_bad=request.skip_bad,
-        workers=usable_cores(),
-        seed=0,
     )

@@ -25,6 +25,7 @@ from bfsys.data.packing.splits import split_of_name
 from bfsys.data.packing.workers import write_jobs
 from bfsys.data.storage.description import seen_from
 from bfsys.errors import UserError, counted, one_line, some
+from bfsys.process import usable_cores
 
 DEFAULT_VAL_SHARE = 0.1
 # Extensions of files that cameras, phones and tools for labelling write beside each picture or sound
@@ -32,7 +33,7 @@ SIDECARS = {".aae", ".csv", ".json", ".thm", ".txt", ".xml", ".xmp", ".yaml", ".
 SECONDS_BETWEEN_LINES = 15  # between lines of progress if there is no terminal for a progress bar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Packing:
     """The files to pack, and how to pack them."""
 
@@ -41,19 +42,19 @@ class Packing:
     """Folder of the dataset; its name is the name of the dataset."""
     layout: str
     """tree, imagefolder, filelist or speech_commands: how SRC gives classes and splits."""
-    subdir: str
-    split: str | None
+    subdir: str = ""
+    split: str | None = None
     """The split of all files."""
-    splits: str | None
+    splits: str | None = None
     """The splits to pack, separated by commas."""
-    val_share: float | None
+    val_share: float | None = None
     encoding: Encoding
     fitting: Fitting
-    shard_bytes: int
-    max_file_bytes: int | None
+    shard_bytes: int = 100_000_000
+    max_file_bytes: int | None = None
     skip_bad: bool
-    workers: int
-    seed: int
+    workers: int = field(default_factory=usable_cores)
+    seed: int = 0
     known_bad: Mapping[str, str] = field(default_factory=dict)
     """Files to leave out, with the reasons, as `staging.skipped_files` of another encoding of them returns them."""
 
