@@ -35,6 +35,7 @@ from bfsys.errors import (
     UserError,
     cannot_start,
     code_of,
+    collecting,
     counted,
     error_line,
 )
@@ -285,10 +286,8 @@ def choose_ranks(lanes: int, asked: range | None, at_once: int = 1) -> int:
         )
     (number,) = asked
     problems: list[str] = []
-    try:
+    with collecting(problems):
         lanes_of_rank(lanes, 0, number)
-    except UserError as error:
-        problems.extend(error.problems)
     if gpus and number > each:
         whose = f"this machine's {there}" if at_once == 1 else f"the {there} of each of {at_once} runs"
         problems.append(f"--ranks: got {number}, more than {whose}; one rank per GPU is allowed")
