@@ -1,4 +1,4 @@
-"""Counts for a part of a step: PyTorch's operations, kernel launches, and waits of the host."""
+"""Counts for a part of a step: PyTorch's operations, and waits of the host."""
 
 from __future__ import annotations
 
@@ -34,16 +34,6 @@ class CountedOperations(TorchDispatchMode):
         if not func.is_view and name not in ALLOCATING and name != "detach":
             self.launching[name] += 1
         return func(*args, **(kwargs or {}))
-
-
-def count_kernels(run: Callable[[], object]) -> int:
-    """Count the kernels and copies that `run` launches on a GPU."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        run()
-        torch.cuda.synchronize()
-    return sum("cuda" in str(event.device_type).lower() for event in profiled.events())
 
 
 def count_waits(run: Callable[[], object], device: torch.device) -> Counter[str]:

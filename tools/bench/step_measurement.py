@@ -25,9 +25,9 @@ if __name__ == "__main__":
 import torch
 
 from bfsys import dist
-from bfsys.gpu_check.operations import CountedOperations, count_kernels
+from bfsys.gpu_check.operations import CountedOperations
 from bfsys.gpu_check.training_steps import Step, bfsys_step, engine_step, published_step, random_files
-from bfsys.model.flops import matrix_peak, synchronize
+from bfsys.model.flops import matrix_peak, seconds_of, synchronize
 from bfsys.model.sizes import Architecture, architecture
 from bfsys.ranks import Ranks
 from tools.bench.child_process import result_of_child
@@ -52,6 +52,16 @@ def make_architecture(size: str, workload: Workload) -> Architecture:
             size, kernel=workload.kernel, max_tokens=tokens, dim=32, layers=4, heads=2, window=16, shift=8
         )
     return architecture(size, kernel=workload.kernel, max_tokens=tokens)
+
+
+def count_kernels(run: Callable[[], object]) -> int:
+    """Count the kernels and copies that `run` launches on a GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    return sum("cuda" in str(event.device_type).lower() for event in profiled.events())
 
 
 SIDES: dict[str, Callable[..., Step]] = {
@@ -115,11 +125,7 @@ def measure_parts(step: Step, device: torch.device, repeats: int) -> dict[str, d
             found[name]["kernels"] = count_kernels(run)
     for _ in range(repeats):
         for name, run in parts.items():
-            synchronize(device)
-            began = time.perf_counter()
-            run()
-            synchronize(device)
-            found[name]["ms"] = min(found[name].get("ms", float("inf")), 1000 * (time.perf_counter() - began))
+            found[name]["ms"] = min(found[name].get("ms", float("inf")), 1000 * seconds_of(run, device))
     return found
 
 
