@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,19 @@ from bfsys.json_lines import read_json_lines
 from bfsys.ranks import Ranks
 from bfsys.supervision.goodput import Ledger
 from bfsys.supervision.metrics import LINE, Metrics, _blocks_of, _open_lines, _rate
+
+
+@pytest.fixture
+def metrics(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Metrics]:
+    """The metrics of a new run."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restore it after Metrics replaces it
+    config = load_config(config_file, [])
+    config.run_dir.mkdir(parents=True)
+    ledger = Ledger(config.run_dir, is_rank_zero=True)
+    metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=0)
+    yield metrics
+    metrics.close()
+    ledger.close()
 
 
 def test_metrics_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
@@ -45,15 +59,10 @@ def test_lines_of_bad_steps_that_are_skipped_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["deleted", "replaced", "overwritten"])
 def test_lines_of_a_deleted_or_changed_file_are_written_again(
-    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, change: str
+    metrics: Metrics, capsys: pytest.CaptureFixture, change: str
 ) -> None:
     """An editor replaces or overwrites a file that it saves. The scores decide which checkpoints are kept."""
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restore it after Metrics replaces it
-    config = load_config(config_file, [])
-    config.run_dir.mkdir(parents=True)
-    path = config.run_dir / METRICS
-    ledger = Ledger(config.run_dir, is_rank_zero=True)
-    metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=0)
+    path = metrics.run_dir / METRICS
     metrics.restore_lines()
     metrics.event("bad_step", 1, {})
     if change != "overwritten":
@@ -64,21 +73,14 @@ def test_lines_of_a_deleted_or_changed_file_are_written_again(
     metrics.restore_lines()
     metrics.event("bad_step", 3, {})
     metrics.restore_lines()
-    metrics.close()
-    ledger.close()
     assert [line["step"] for line in read_json_lines(path, LINE)] == [1, 2, 3]
     assert capsys.readouterr().out.count("lines are written again") == 1
 
 
 def test_a_kill_before_tensorboard_shows_an_evaluation_leaves_no_line_of_it(
-    config_file: Path, monkeypatch: pytest.MonkeyPatch
+    metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resume then evaluates again, so the evaluation is not missing in TensorBoard."""
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restore it after Metrics replaces it
-    config = load_config(config_file, [])
-    config.run_dir.mkdir(parents=True)
-    ledger = Ledger(config.run_dir, is_rank_zero=True)
-    metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=0)
 
     def kill(*_: object) -> None:
         raise KeyboardInterrupt
@@ -89,27 +91,16 @@ def test_a_kill_before_tensorboard_shows_an_evaluation_leaves_no_line_of_it(
         patch.setattr("bfsys.supervision.metrics.show_line", kill)
         with pytest.raises(KeyboardInterrupt):
             metrics.evaluation(1, result, 1.0, "some files")
-    assert list(read_json_lines(config.run_dir / METRICS, LINE)) == []
+    assert list(read_json_lines(metrics.run_dir / METRICS, LINE)) == []
     metrics.evaluation(1, result, 1.0, "some files")
-    assert [line["step"] for line in read_json_lines(config.run_dir / METRICS, LINE)] == [1]
-    metrics.close()
-    ledger.close()
+    assert [line["step"] for line in read_json_lines(metrics.run_dir / METRICS, LINE)] == [1]
 
 
-def test_a_deleted_tensorboard_folder_is_named_and_the_run_may_be_restarted(
-    config_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restore it after Metrics replaces it
-    config = load_config(config_file, [])
-    config.run_dir.mkdir(parents=True)
-    ledger = Ledger(config.run_dir, is_rank_zero=True)
-    metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=0)
-    shutil.rmtree(config.run_dir / "tb")
+def test_a_deleted_tensorboard_folder_is_named_and_the_run_may_be_restarted(metrics: Metrics) -> None:
+    shutil.rmtree(metrics.run_dir / "tb")
     scores = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "samples": 4}
     metrics.evaluation(1, {**scores, "sources": {"a": scores, "b": scores}}, 1.0, "some files")
-    metrics.close()
-    ledger.close()
-    assert metrics.problem == f"{config.run_dir}: tb was deleted while this run trains; the next start makes it again"
+    assert metrics.problem == f"{metrics.run_dir}: tb was deleted while this run trains; the next start makes it again"
     assert metrics.problem_code == EXIT_CRASHED
 
 
@@ -163,18 +154,10 @@ def sessions(folder: Path) -> dict[str, tuple[float, dict[str, float]]]:
     ("number", "remedy"),
     [(errno.EMFILE, "raise the limit of open files"), (errno.ENOSPC, "free disk space"), (errno.EROFS, "repair that")],
 )
-def test_metrics_that_cannot_be_written_are_reported_with_a_remedy(
-    number: int, remedy: str, config_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    config = load_config(config_file)
-    config.run_dir.mkdir(parents=True)
-    ledger = Ledger(config.run_dir, is_rank_zero=False)
-    metrics = Metrics(config, Ranks(), ("a", "b"), 5, ledger=ledger, first_step=0)
+def test_metrics_that_cannot_be_written_are_reported_with_a_remedy(number: int, remedy: str, metrics: Metrics) -> None:
     with metrics._noting_problems():
         raise OSError(number, os.strerror(number))
-    metrics.close()
-    assert metrics.problem.startswith(f"{config.run_dir}: metrics cannot be written: {os.strerror(number)}; {remedy}")
+    assert metrics.problem.startswith(f"{metrics.run_dir}: metrics cannot be written: {os.strerror(number)}; {remedy}")
     assert metrics.problem_code == EXIT_STORAGE
 
 
