@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import itertools
 import json
-import os
 import re
 import shlex
 import sys
@@ -25,7 +24,7 @@ from bfsys.checkpoint.files import METRICS
 from bfsys.compare import last_train_line
 from bfsys.config import load_config
 from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError, counted, os_errors_as
-from bfsys.files import try_lock
+from bfsys.files import read_regular, try_lock
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.restart_policy import newest_step
 from bfsys.launch.slurm_commands import IS_IT_UP, Answer, ask, fields_of
@@ -74,13 +73,10 @@ def submitting(run_dir: Path) -> Iterator[None]:
 
 
 def note_submission(run_dir: Path, submitted: Submitted) -> None:
-    folder = slurm_folder(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / JOBS, "ab+") as file:
-        is_torn = False  # after a kill, the last line may be incomplete
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            is_torn = file.read(1) != b"\n"
+    path = slurm_folder(run_dir) / JOBS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_torn = path.exists() and read_regular(path)[-1:] not in (b"", b"\n")  # by a kill
+    with open(path, "ab") as file:
         file.write(b"\n" * is_torn + json.dumps(asdict(submitted)).encode() + b"\n")
 
 
