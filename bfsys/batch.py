@@ -69,15 +69,9 @@ class ByteBatch:
 
     def to(self, device: torch.device | str) -> ByteBatch:
         """The batch with the inputs of model and loss on `device`. Offsets and sample numbers stay on the CPU."""
-        return replace(
-            self,
-            data=self.data.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            sources=self.sources.to(device, non_blocking=True),
-            second_labels=None if self.second_labels is None else self.second_labels.to(device, non_blocking=True),
-            second_share=None if self.second_share is None else self.second_share.to(device, non_blocking=True),
-            content=None if self.content is None else self.content.to(device, non_blocking=True),
-        )
+        inputs = ("data", "labels", "sources", "second_labels", "second_share", "content")
+        there = {name: value for name in inputs if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in there.items()})
 
     @staticmethod
     def from_samples(samples: Sequence[Sample]) -> ByteBatch:
