@@ -137,8 +137,7 @@ def fetch(store: Store, task: dict) -> dict:
             continue
         if manifest is None or was_rolled_back(manifest, rollbacks):  # the first are incomplete
             continue
-        work = root / f".{checkpoint_name(manifest['step'])}.{os.getpid()}.part"
-        new_work_dir(work)
+        work = new_work_dir(root / checkpoint_name(manifest["step"]))
         try:
             problems = store.fetch(name, manifest, work)
         except BaseException:

@@ -132,12 +132,14 @@ def cover(pieces: Iterable[str], shapes: Mapping[str, Sequence[int]]) -> bool:
     return True
 
 
-def new_work_dir(work: Path) -> None:
-    """Make an empty `work` directory, and remove those that killed saves left behind."""
-    root = work.parent
-    for left_over in (*root.glob(".step_*.part"), *root.glob(f".step_*{REMOVED}")):
+def new_work_dir(final: Path) -> Path:
+    """Make an empty directory for the files of the checkpoint `final`, and remove those that killed saves left behind.
+    Its name is unique, so a writer that survives from an earlier start cannot write there."""
+    for left_over in (*final.parent.glob(".step_*.part"), *final.parent.glob(f".step_*{REMOVED}")):
         remove_folder(left_over)
+    work = final.with_name(f".{final.name}.{os.getpid()}-{time.time_ns()}.part")
     work.mkdir(parents=True)
+    return work
 
 
 def commit(work: Path, final: Path, facts: dict, files: Mapping[str, dict]) -> None:

@@ -106,14 +106,7 @@ class Saver:
         assert not self.under_way
         final = checkpoints_dir(self.run_dir) / checkpoint_name(facts["step"])
 
-        @_errors_of_saving(final)
-        def make_work_dir() -> Path:
-            # The name is unique, so a writer that survives from an earlier start cannot write here.
-            work = final.with_name(f".{final.name}.{os.getpid()}-{time.time_ns()}.part")
-            new_work_dir(work)
-            return work
-
-        work = dist.on_rank0(make_work_dir, self.ranks)
+        work = dist.on_rank0(_errors_of_saving(final)(partial(new_work_dir, final)), self.ranks)
         self._shapes = {state: source.parameter_shapes(state) for state in source.state_names()}
         files = self._copy(source)
         shapes = {name: list(shape) for of_state in self._shapes.values() for name, shape in of_state.items()}

@@ -299,8 +299,7 @@ def fetch(checkpoint: InStore, run_dir: Path) -> list[str]:
         manifest = checkpoint.manifest()
     except Damaged as error:
         return list(error.problems)
-    work = final.with_name(f".{final.name}.{os.getpid()}.part")
-    new_work_dir(work)
+    work = new_work_dir(final)
     try:
         problems = checkpoint.store.fetch(checkpoint.name, manifest, work)
         if not problems:

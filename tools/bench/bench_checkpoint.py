@@ -107,8 +107,7 @@ def of_each(shapes: dict[str, tuple[int, ...]], ranks: int, rank: int) -> Parts:
 
 def measure(run: Path, shapes: dict[str, tuple[int, ...]], ranks: int, parts: Callable[..., Parts]) -> dict:
     final = checkpoints_dir(run) / checkpoint_name(1)
-    work = final.with_name(f".{final.name}.part")
-    new_work_dir(work)
+    work = new_work_dir(final)
     files: dict[str, dict] = {}
     pieces: list[str] = []
     for rank in range(ranks):
