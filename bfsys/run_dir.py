@@ -110,18 +110,10 @@ def prepare_run_dir(config: Config, facts: dict, ranks: dist.Ranks) -> RunDirect
             # First, so that files that another process writes during the wait are seen.
             hold = hold_directory(config.run_dir, longest_s=config.train.collective_timeout_s / 2)
 
-    def name_holder() -> None:
-        assert hold
-        with _errors_of(config.run_dir):
-            hold.truncate(0)
-            hold.write(_this_process().encode())
-            hold.flush()
-
     try:
         dist.on_rank0(take_lock, ranks)
         fetched = _fetch_newer(config, facts, ranks) if config.copy_url else []
-        is_new, notes = dist.on_rank0(lambda: _take_directory(config, facts), ranks)
-        dist.on_rank0(name_holder, ranks)  # a refused start does not get here
+        is_new, notes = dist.on_rank0(lambda: _take_directory(config, facts, hold), ranks)
     except UserError:
         if hold:
             hold.close()
@@ -202,8 +194,9 @@ def newest_checkpoint(config: Config, facts: dict) -> tuple[Path | None, dict]:
     return path, manifest
 
 
-def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
-    """Prepare the locked directory. Returns whether it has no checkpoint, and the changes that were made."""
+def _take_directory(config: Config, facts: dict, hold: BinaryIO | None) -> tuple[bool, list[str]]:
+    """Prepare the directory, which `hold` locks. Returns whether it has no checkpoint, and the changes to it."""
+    assert hold
     run_dir, (path, manifest) = config.run_dir, newest_checkpoint(config, facts)
     with _errors_of(run_dir):
         remove_unfinished(run_dir, REPLACED)
@@ -220,6 +213,9 @@ def _take_directory(config: Config, facts: dict) -> tuple[bool, list[str]]:
         if path:
             notes = notes_on_resume(config, path, manifest)
         forget_end(run_dir)
+        hold.truncate(0)  # a refused start does not get here
+        hold.write(_this_process().encode())
+        hold.flush()
         return path is None, notes
 
 
