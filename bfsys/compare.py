@@ -24,7 +24,7 @@ from bfsys.checkpoint.files import CONTENT_HEAD, METRICS, all_checkpoints, newes
 from bfsys.checkpoint.retention import evaluations
 from bfsys.config import Config, load_config
 from bfsys.errors import UserError, collecting, one_line
-from bfsys.files import open_regular
+from bfsys.files import exists, is_dir, is_file, open_regular
 from bfsys.json_lines import NUMBER, read_json_lines_backwards
 from bfsys.locations import without_secrets
 
@@ -106,13 +106,13 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     unreadable: list[str] = []
     runs: dict[Path, Run] = {}
     for path in paths:
-        is_run = (path / CONFIG).is_file()
+        is_run = is_file(path / CONFIG)
         found = [path] if is_run else _runs_in(path)
         if not found and (problem := problem_of_place(path)):
             problems.append(problem)
         elif not found:
-            known = "not a run, and no folder of runs" if path.exists() else "no such directory"
-            if (path / METRICS).exists():
+            known = "not a run, and no folder of runs" if exists(path) else "no such directory"
+            if exists(path / METRICS):
                 known = f"a run without its {CONFIG}, which its next start writes"
             problems.append(f"{path}: {known}; give run directories (runs/NAME) or a folder of them (runs)")
         for run_dir in found:
@@ -134,11 +134,11 @@ def _runs_in(folder: Path) -> list[Path]:
 
     def may_be_run(path: Path) -> bool:
         try:
-            return (path / CONFIG).exists()
+            return exists(path / CONFIG)
         except OSError:
             return True
 
-    return sorted(path for path in folder.iterdir() if may_be_run(path)) if folder.is_dir() else []
+    return sorted(path for path in folder.iterdir() if may_be_run(path)) if is_dir(folder) else []
 
 
 def read_run(run_dir: Path) -> Run:

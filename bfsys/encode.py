@@ -23,7 +23,7 @@ from bfsys.data.packing.folders import regular_files
 from bfsys.data.packing.left_out import ENCODE_NOTES as NOTES
 from bfsys.data.streaming.byte_transforms import ByteTransform, apply
 from bfsys.errors import UserError
-from bfsys.files import read_regular, remove_unfinished, replacing, try_lock
+from bfsys.files import exists, is_dir, read_regular, remove_unfinished, replacing, try_lock
 
 
 class Notes:
@@ -93,11 +93,11 @@ def locked(out: Path, targets: Iterable[Path]) -> Iterator[None]:
 
 def targets_of(src: Path, out: Path, encoding: Encoding, problems: list[str]) -> dict[Path, Path]:
     """The target of each file. If files differ only in the extension, it is appended to their names."""
-    if not src.exists():
+    if not exists(src):
         problems.append(f"{src}: there is no such file or folder")
         return {}
     root, sources = src.parent, [src]
-    if src.is_dir():
+    if is_dir(src):
         if out.resolve().is_relative_to(src.resolve()):
             problems.append(f"{out}: is inside {src}, so its files would become input; choose an OUT outside")
             return {}

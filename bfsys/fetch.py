@@ -24,7 +24,7 @@ from bfsys.data.media.encodings import encode_wav
 from bfsys.data.media.sounds import Clip, decode_audio
 from bfsys.data.packing.listing import BACKGROUND_NOISE, SourceFile, list_speech_commands
 from bfsys.errors import UserError
-from bfsys.files import try_lock
+from bfsys.files import is_dir, try_lock
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 UNKNOWN, SILENCE = "_unknown_", "_silence_"
@@ -76,7 +76,7 @@ def download_speech_commands(out: Path) -> Path:
     from torchaudio.datasets import SPEECHCOMMANDS
 
     folder = out / "SpeechCommands" / SPEECH_COMMANDS
-    if not folder.is_dir():
+    if not is_dir(folder):
         print(f"downloading {SPEECH_COMMANDS_URL}, or unpacking the copy in {out}", flush=True)
     try:
         SPEECHCOMMANDS(out, url=SPEECH_COMMANDS, download=True)
@@ -104,7 +104,7 @@ def wrong_counts(
 def divide(files: Sequence[SourceFile], noise: Path, out: Path) -> None:
     """Make out/twelve and out/background, each under a temporary name until it is complete."""
     twelve, background = out / "twelve", out / "background"
-    if twelve.is_dir() and background.is_dir():
+    if is_dir(twelve) and is_dir(background):
         print(f"{twelve}, {background}: exist already")
         return
     clips = {path.stem: decode_audio(path.read_bytes()) for path in sorted(noise.glob("*.wav"))}
@@ -166,7 +166,7 @@ def hash_of(text: str) -> int:
 
 
 def imagenet(folder: Path) -> None:
-    if not all((folder / split).is_dir() for split in IMAGENET_FILES):
+    if not all(is_dir(folder / split) for split in IMAGENET_FILES):
         unpack_imagenet(folder)
     files: Counter = Counter()
     classes, empty = set(), []
@@ -189,7 +189,7 @@ def imagenet(folder: Path) -> None:
 def unpack_imagenet(folder: Path) -> None:
     from torchvision.datasets import ImageNet
 
-    if not folder.is_dir():
+    if not is_dir(folder):
         raise UserError(f"{folder}: there is no such folder; make it, and put the archives of ILSVRC2012 into it")
     print(f"verifying and unpacking the archives in {folder}; 150 GB, some hours", flush=True)
     for split in IMAGENET_FILES:

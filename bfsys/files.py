@@ -25,6 +25,32 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 LONGEST_NAME_BYTES = 200  # used in a temporary name, which also has a process number; file systems allow 255
 
 
+def exists(path: Path) -> bool:
+    """Whether there is something at a path. Raises OSError if that cannot be known, for example because a file server
+    does not answer: a run must not begin anew then. `Path.exists` returns False since Python 3.14."""
+    return _mode(path) is not None
+
+
+def is_file(path: Path) -> bool:
+    return stat.S_ISREG(_mode(path) or 0)
+
+
+def is_dir(path: Path) -> bool:
+    return stat.S_ISDIR(_mode(path) or 0)
+
+
+def _mode(path: Path) -> int | None:
+    """The kind and permissions of the file at a path; None if there is none."""
+    try:
+        return os.stat(path).st_mode
+    except ValueError:  # the path holds a NUL
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP):
+            return None
+        raise
+
+
 def try_lock(file: BinaryIO) -> bool:
     """Lock an open file against other processes, until it is closed or this process ends. False if another process
     holds the lock. On a file system without locks, nothing is locked. Raises OSError with the name of the file."""

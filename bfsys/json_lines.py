@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 
-from bfsys.files import CHUNK_BYTES, open_regular
+from bfsys.files import CHUNK_BYTES, exists, open_regular
 
 NUMBER = int | float
 Fields = Mapping[str, type | UnionType]
@@ -22,14 +22,14 @@ Fields = Mapping[str, type | UnionType]
 
 def read_json_lines(path: Path, fields: Fields) -> Iterator[dict]:
     """The objects in a file, one per line, that have these fields of these types; none if the file does not exist."""
-    if path.exists():
+    if exists(path):
         with open_regular(path) as file:
             yield from parse_json_lines(file, fields)
 
 
 def read_json_lines_backwards(path: Path, fields: Fields) -> Iterator[dict]:
     """Like `read_json_lines`, the last object first. Only the part of the file that is asked for is read."""
-    if not path.exists():
+    if not exists(path):
         return
     with open_regular(path) as file:
         end = file.seek(0, os.SEEK_END)

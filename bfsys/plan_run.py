@@ -30,6 +30,7 @@ from bfsys.config import Config, load_config
 from bfsys.data.streaming.plan import lane_groups, lanes_of_rank
 from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import UserError, counted
+from bfsys.files import exists, is_file
 from bfsys.json_lines import NUMBER, Fields, read_json_lines_backwards
 from bfsys.micro_batches import micro_batches_of
 from bfsys.model.byteformer import muon_count, parameter_count
@@ -177,8 +178,8 @@ class Measured:
 def measured(run: Path) -> Measured:
     """Measurements of a run. Raises UserError if there is no run, or if it has no checkpoint, metrics or record of its
     time."""
-    if not (run / "config.yaml").is_file():
-        got = "there is no such folder" if not run.exists() else "it has no config.yaml"
+    if not is_file(run / "config.yaml"):
+        got = "there is no such folder" if not exists(run) else "it has no config.yaml"
         raise UserError(f"--like {run}: {got}; give the folder of a run that was trained, such as runs/NAME")
     config = load_config(run / "config.yaml")
     rates: Fields = {"step": int, "model_tflop_per_s": NUMBER, "bytes_per_s": NUMBER}

@@ -40,6 +40,7 @@ from bfsys.explain.explanation import Explanation, explain
 from bfsys.explain.references import LabelledFile, candidates
 from bfsys.explain.shortcuts import Shortcuts, shortcuts
 from bfsys.export import read_exported
+from bfsys.files import exists
 from bfsys.inputs import Input, Reader, is_one, named
 from bfsys.model.byteformer import Block, ByteFormer
 from bfsys.model.precision import Precision, set_precision
@@ -386,7 +387,7 @@ def load(
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"the run: got {type(path).__name__}; a path is allowed")
     target, folder = _device(device), Path(path)
-    is_export = (folder / EXPORTED).exists()
+    is_export = exists(folder / EXPORTED)
     with torch.device("cpu"):  # also if torch.set_default_device has set another one
         network, config, facts = read_exported(folder) if is_export else load_model(folder, average=weights == "ema")
     if is_export and weights == "last" and facts.get("weights") == "ema":

@@ -23,7 +23,7 @@ from bfsys.config import Config
 from bfsys.data.streaming.quarantine import FILE as QUARANTINE
 from bfsys.data.streaming.run_data import RunData
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, EXIT_USER_ERROR, TRANSIENT_ERRNOS, UserError, code_of, counted
-from bfsys.files import is_named, remove_unfinished, replace_file, try_lock
+from bfsys.files import exists, is_dir, is_named, remove_unfinished, replace_file, try_lock
 from bfsys.git_state import git_state
 from bfsys.supervision.goodput import FILE as GOODPUT
 from bfsys.supervision.run_end import FILE as ENDED
@@ -70,14 +70,14 @@ class RunDirectory:
             return
         lock = Path(self.hold.name)
         where = f"run directory {lock.parent}"
-        if not lock.parent.exists():  # a save would make it again
+        if not exists(lock.parent):  # a save would make it again
             raise UserError(
                 f"{where}: was moved or deleted while this run trains; if it was moved, move it back, and run the same "
                 "command to resume",
                 exit_code=EXIT_STORAGE,
             )
         with suppress(FileNotFoundError):  # the lock file was deleted
-            if lock.exists() and not is_named(self.hold, lock):
+            if exists(lock) and not is_named(self.hold, lock):
                 raise UserError(
                     f"{where}: was replaced by another one while this run trains, so their checkpoints would be mixed; "
                     "decide which one to keep, and start the run again"
@@ -205,7 +205,7 @@ def _take_directory(config: Config, facts: dict, hold: BinaryIO | None) -> tuple
         # If it were made at the first hang, other nodes might not see it, since NFS caches missing names.
         (run_dir / HANGS).mkdir(exist_ok=True)
         if path and step_of(path) >= config.train.steps:
-            if not (run_dir / CONFIG).exists():  # of a checkpoint that was fetched
+            if not exists(run_dir / CONFIG):  # of a checkpoint that was fetched
                 trained = typed_yaml.from_tree(Config, manifest["config"], str(path))
                 replace_file(run_dir / CONFIG, typed_yaml.dump(trained))
         else:
@@ -264,7 +264,7 @@ def set_aside_earlier_run(run_dir: Path) -> list[str]:
     left = [run_dir / name for name in (ROLLBACKS, QUARANTINE, METRICS, GOODPUT, "tb") if _has_content(run_dir / name)]
     if not left:
         return []
-    number = next(n for n in itertools.count(1) if not (run_dir / f"earlier-{n}").exists())
+    number = next(n for n in itertools.count(1) if not exists(run_dir / f"earlier-{n}"))
     aside = run_dir / f"earlier-{number}"
     aside.mkdir()
     for path in left:
@@ -274,7 +274,7 @@ def set_aside_earlier_run(run_dir: Path) -> list[str]:
 
 
 def _has_content(path: Path) -> bool:
-    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
+    return any(path.iterdir()) if is_dir(path) else exists(path) and path.stat().st_size > 0
 
 
 def hold_directory(run_dir: Path, name: str = ".lock", longest_s: float = math.inf) -> BinaryIO:

@@ -15,6 +15,9 @@ from bfsys import files
 from bfsys.files import (
     begins_with,
     describe,
+    exists,
+    is_dir,
+    is_file,
     open_input,
     read_regular,
     replace_by_copy,
@@ -25,6 +28,24 @@ from bfsys.files import (
 from tests.conftest import REPOSITORY
 
 DURABLE = pytest.mark.parametrize("durable", [True, False])
+
+
+def test_what_cannot_be_known_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    found = {name: (exists(path), is_file(path), is_dir(path)) for name in (".", "file", "file/x", "none", "a\0b")
+             if (path := tmp_path / name)}  # fmt: skip
+    missing = (False, False, False)
+    assert found == {
+        ".": (True, False, True), "file": (True, True, False), "file/x": missing, "none": missing, "a\0b": missing,
+    }  # fmt: skip
+
+    def unreachable(path: object, **_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(os, "stat", unreachable)
+    for asked in (exists, is_file, is_dir):
+        with pytest.raises(OSError, match="Input/output error"):
+            asked(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device"])

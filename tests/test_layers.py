@@ -93,3 +93,11 @@ def test_imports_go_downwards(path: Path) -> None:
 def test_no_module_bears_a_standard_name(path: Path) -> None:
     """`deepspeed bfsys/train.py` puts bfsys/ first on sys.path, where it would hide standard modules."""
     assert path.stem in ("__init__", "__pycache__") or path.stem not in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(REPOSITORY)))
+def test_an_outage_is_not_a_missing_file(path: Path) -> None:
+    """These methods of `Path` return False on any error since Python 3.14. bfsys/files.py has functions that do not."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in ("exists", "is_file", "is_dir"):
+            assert ast.unparse(node.value) in ("os.path", "entry"), f"{path}:{node.lineno}: {ast.unparse(node)}"

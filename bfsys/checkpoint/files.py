@@ -38,7 +38,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from bfsys.errors import DENIED_ERRNOS, EXIT_CRASHED, EXIT_STORAGE, MISSING_ERRNOS, UserError, os_errors_as
-from bfsys.files import describe, is_named, read_regular, replace_by_copy, replace_file, sync_folder, try_lock
+from bfsys.files import (
+    describe,
+    exists,
+    is_dir,
+    is_named,
+    read_regular,
+    replace_by_copy,
+    replace_file,
+    sync_folder,
+    try_lock,
+)
 from bfsys.object_stores import as_url
 
 T = TypeVar("T")
@@ -170,10 +180,10 @@ def take_over(work: Path, final: Path) -> None:
     """
     for name in read_manifest(work)["files"]:
         live = final.parent.parent / name
-        size_bytes = live.stat().st_size if live.exists() else -1
+        size_bytes = live.stat().st_size if exists(live) else -1
         if not name.endswith(".safetensors") and size_bytes < (work / name).stat().st_size:
             replace_by_copy(live, work / name)
-    if final.exists():
+    if exists(final):
         move_aside(final)
     name_checkpoint(work, final)
 
@@ -232,7 +242,7 @@ def find_newest(run_dir: Path) -> tuple[Path | None, list[str]]:
             found = problems_of(path)
             if not found:
                 return path, problems
-            if path.exists():
+            if exists(path):
                 problems.extend(found)
             else:  # training has pruned it meanwhile, after a newer one was saved
                 has_vanished = True
@@ -253,10 +263,10 @@ def find_whole(run: Path) -> Path:
 
     Damaged newer checkpoints are reported on standard error. Raises UserError if there is no intact checkpoint.
     """
-    if not run.is_dir():
+    if not is_dir(run):
         raise UserError(problem_of_place(run) or no_checkpoint(run))
     path: Path | None
-    if (run / MANIFEST).exists():
+    if exists(run / MANIFEST):
         path, problems = run, problems_of(run)
     else:
         path, problems = find_newest(run)
@@ -269,10 +279,10 @@ def find_whole(run: Path) -> Path:
 
 def no_checkpoint(run: Path) -> str:
     """The problem of a path in which there is no checkpoint."""
-    if not run.is_dir():
-        what = "a file" if run.exists() else "no such directory"
+    if not is_dir(run):
+        what = "a file" if exists(run) else "no such directory"
         return f"{run}: {what}; give a run directory (runs/NAME) or one of its checkpoints"
-    if (run / EXPORTED).exists():
+    if exists(run / EXPORTED):
         return f"{run}: is an export; give the run from which it was exported"
     runs = sorted(folder.parent for folder in run.glob("*/checkpoints"))
     remedy = f"give a run in it, for example {runs[0]}" if runs else "is it a run directory (runs/NAME)?"
@@ -413,7 +423,7 @@ def filling(folder: Path) -> Iterator[None]:
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
+        if is_dir(path) and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != UNFINISHED:
             path.unlink()

@@ -38,7 +38,7 @@ from bfsys.checkpoint.files import (
 from bfsys.config import Config, Model, Optim
 from bfsys.engine import WEIGHT, Engine
 from bfsys.errors import UserError
-from bfsys.files import begins_with, describe, read_regular, replace_by_copy
+from bfsys.files import begins_with, describe, exists, read_regular, replace_by_copy
 from bfsys.model.byteformer import ByteFormer
 from bfsys.optim import EMA
 from bfsys.process import usable_cores
@@ -88,7 +88,7 @@ def _tidy(run_dir: Path, path: Path, manifest: dict, damaged: list[Path]) -> Non
     checkpoints aside, so that retention does not count them."""
     if METRICS in manifest["files"]:
         live = run_dir / METRICS
-        if not live.exists() or not begins_with(live, path / METRICS):
+        if not exists(live) or not begins_with(live, path / METRICS):
             replace_by_copy(live, path / METRICS)
     for other in damaged:
         move_aside(other)
@@ -266,7 +266,7 @@ def load_model(run: Path, *, average: bool = True) -> tuple[ByteFormer, Config, 
             weights, config, manifest = read_weights(path, average=average)
             break
         except (OSError, UserError):
-            if path.exists() or path == run:
+            if exists(path) or path == run:
                 raise  # otherwise training has pruned it meanwhile, and there is a newer one
     if torch.get_num_threads() > usable_cores():  # PyTorch does not know the quota of a container
         torch.set_num_threads(usable_cores())

@@ -46,6 +46,7 @@ from bfsys.checkpoint.files import (
 from bfsys.checkpoint.retention import RetentionPolicy, to_prune
 from bfsys.checkpoint.rollbacks import is_after_bad_steps
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, UserError, cannot_start, remedy_of
+from bfsys.files import exists
 from bfsys.process import end_of
 
 POLL_S = 0.05
@@ -111,7 +112,7 @@ class Saver:
         files = self._copy(source)
         shapes = {name: list(shape) for of_state in self._shapes.values() for name, shape in of_state.items()}
         history = [self.run_dir / name for name in self.history] if self.ranks.is_rank_zero else []
-        copies = {path.name: (str(path), path.stat().st_size) for path in history if path.exists()}
+        copies = {path.name: (str(path), path.stat().st_size) for path in history if exists(path)}
         self._facts = {**facts, "shapes": shapes}
         self._work, self._written_bytes = work, 0
         if self._memory:

@@ -35,7 +35,7 @@ from bfsys.checkpoint.files import (
 )
 from bfsys.checkpoint.retention import RetentionPolicy, steps_to_keep
 from bfsys.errors import EXIT_CRASHED, EXIT_USER_ERROR, UserError
-from bfsys.files import open_regular, read_regular, replace_file, writing
+from bfsys.files import is_dir, open_regular, read_regular, replace_file, writing
 from bfsys.locations import hide_in
 from bfsys.object_stores import problem_of_url
 
@@ -245,7 +245,7 @@ class Store:
         """Write a small object, read it and remove it. The folder for the copies of runs must exist: if its disk is not
         mounted, a new folder would be on another disk."""
         folder = Path(self._root).parents[1]
-        if self.url.startswith(("file:", "local:")) and not folder.is_dir():
+        if self.url.startswith(("file:", "local:")) and not is_dir(folder):
             problem = f"{folder}: there is no such folder; make it, or mount the disk that it is on"
             raise StoreError(problem, exit_code=EXIT_USER_ERROR)
         path, content = self._path(f".probe-{uuid.uuid4().hex}"), b"bfsys may write here"

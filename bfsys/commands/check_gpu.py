@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from bfsys.commands.arguments import local_path
 from bfsys.errors import UserError, did_you_mean
+from bfsys.files import is_dir
 from bfsys.gpu_check.checks import CHECKS
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     if not (args.seconds > 0 and math.isfinite(args.seconds)):
         problems.append(f"--seconds: got {args.seconds:g}; more than 0 is needed, such as 300")
-    if args.json and not args.json.absolute().parent.is_dir():
+    if args.json and not is_dir(args.json.absolute().parent):
         problems.append(f"--json: the folder {args.json.absolute().parent} does not exist")
     if problems:
         raise UserError(*problems)

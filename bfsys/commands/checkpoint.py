@@ -36,6 +36,7 @@ from bfsys.checkpoint.files import (
 from bfsys.checkpoint.retention import RetentionPolicy, evaluations, evaluations_in, to_prune
 from bfsys.checkpoint.store import Store
 from bfsys.errors import EXIT_USER_ERROR, UserError, counted, one_line, os_errors_as, some
+from bfsys.files import exists, is_dir
 from bfsys.locations import URL, without_secrets
 from bfsys.object_stores import as_url
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.action == "copy") != (args.to is not None):
         raise UserError(f"{args.action}: {'needs RUN and TO' if args.to is None else f'takes no TO, got {args.to}'}")
     for given in (args.run, args.to):
-        if isinstance(given, Path) and not given.exists() and (url := as_url(str(given))):
+        if isinstance(given, Path) and not exists(given) and (url := as_url(str(given))):
             raise UserError(f"{given}: two slashes follow the colon in a URL: {url}")
     actions = {"list": show_list, "verify": verify, "show": show, "copy": copy, "prune": remove_others}
     return actions[args.action](args)
@@ -159,7 +160,7 @@ def checkpoints_of(run: Path | str) -> Sequence[OnDisk] | Sequence[InStore]:
 
 def paths_of(run: Path) -> list[Path]:
     """Return the checkpoints of a run directory, or the given checkpoint. Raises UserError if there is none."""
-    if (run / MANIFEST).exists() or (run.name.startswith("step_") and run.is_dir()):
+    if exists(run / MANIFEST) or (run.name.startswith("step_") and is_dir(run)):
         return [run]
     paths = all_checkpoints(run)
     if not paths:
@@ -218,7 +219,7 @@ def verify(args: argparse.Namespace) -> int:
             not_read += 1
             print(one_line(f"not verified: {error}"))
             continue
-        if problems and isinstance(checkpoint, OnDisk) and not checkpoint.path.exists():
+        if problems and isinstance(checkpoint, OnDisk) and not exists(checkpoint.path):
             print(one_line(f"{checkpoint}: removed by the run in the meantime"))
             continue
         damaged += bool(problems)
@@ -293,7 +294,7 @@ def copy(args: argparse.Namespace) -> int:
 def fetch(checkpoint: InStore, run_dir: Path) -> list[str]:
     """Fetch a checkpoint into a run directory. Returns its damage. Raises UserError if the directory has it intact."""
     final = checkpoints_dir(run_dir) / checkpoint.name
-    if final.exists() and not problems_of(final):
+    if exists(final) and not problems_of(final):
         raise UserError(f"{final}: this checkpoint exists and is intact; give another folder")
     try:
         manifest = checkpoint.manifest()
@@ -326,12 +327,12 @@ def remove_others(args: argparse.Namespace) -> int:
     )
     if keep.last < 1 or keep.every < 0 or keep.best < 0:
         raise UserError("--keep must be at least 1, --keep-every and --keep-best at least 0")
-    if (args.run / MANIFEST).exists():
+    if exists(args.run / MANIFEST):
         raise UserError(f"{args.run}: a checkpoint; give its run directory (runs/NAME)")
     whole = []
     for path in paths:
         problems = problems_of(path)
-        if not path.exists():  # the run has removed it in the meantime
+        if not exists(path):  # the run has removed it in the meantime
             continue
         if problems:
             print(one_line(f"damaged, not removed: {path}"))

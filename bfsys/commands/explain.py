@@ -16,7 +16,7 @@ from bfsys.commands.arguments import add_weights, local_path
 from bfsys.commands.predict import STDIN, named_inputs
 from bfsys.errors import UserError, collecting, one_line, os_errors_as
 from bfsys.explain.style import GENERATOR
-from bfsys.files import LONGEST_NAME_BYTES, open_regular, replace_file
+from bfsys.files import LONGEST_NAME_BYTES, exists, open_regular, replace_file
 
 if TYPE_CHECKING:
     from bfsys.predict import Model
@@ -163,7 +163,7 @@ def _head(path: Path) -> bytes:
 
 def _write(path: Path, text: str) -> None:
     """Write or overwrite a page. Raises UserError if the file exists and is not a page of this command."""
-    if GENERATOR.encode() not in _head(path) and path.exists():
+    if GENERATOR.encode() not in _head(path) and exists(path):
         raise UserError(f"{path}: is not a page of `{GENERATOR}` and was not overwritten; choose another --out")
     with os_errors_as(f"{path}: cannot be written"):
         replace_file(path, text.encode(errors="backslashreplace"), durable=False)  # names may not be UTF-8

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bfsys.commands.arguments import add_weights, local_path
 from bfsys.errors import UserError, one_line
+from bfsys.files import exists
 
 FORMATS = ("safetensors", "torch", "onnx")
 NEEDED_FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from bfsys.model_card import NAME
 
     model, config, manifest = load_model(args.run, average=args.weights == "ema")
-    run_dir = args.run.resolve().parent.parent if (args.run / MANIFEST).exists() else args.run
+    run_dir = args.run.resolve().parent.parent if exists(args.run / MANIFEST) else args.run
     scores = evaluations(run_dir).get(manifest["step"])  # a checkpoint is saved before its step is evaluated
     try:
         with filling(args.out):

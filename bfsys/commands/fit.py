@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bfsys.commands.arguments import local_path
 from bfsys.errors import UserError
+from bfsys.files import exists, is_dir, is_file
 
 NOTES = """\
 FOLDER holds a folder of files per class, or split folders (train, val) with
@@ -40,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def is_writable(folder: Path) -> bool:
     """Whether files can be written to a folder, which may not exist yet."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    there = next(path for path in (folder, *folder.absolute().parents) if exists(path))
+    return is_dir(there) and os.access(there, os.W_OK | os.X_OK)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
         problems.append(f"--minutes: got {args.minutes:g}; more than 0 and at most {LONGEST_MINUTES:,} are allowed")
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", args.name):
         problems.append(f"--name: got {args.name!r}; letters, digits, _ - . are allowed")
-    if not args.folder.exists():
+    if not exists(args.folder):
         problems.append(f"{args.folder}: there is no such file or folder")
-    elif not (args.folder.is_dir() or args.folder.is_file()):
+    elif not (is_dir(args.folder) or is_file(args.folder)):
         problems.append(f"{args.folder}: is a pipe or a device, and fit reads a list repeatedly; write it to a file")
-    is_packed = (args.folder / "dataset.json").exists()
+    is_packed = exists(args.folder / "dataset.json")
     for option, folder in [("--runs", args.runs)] + ([] if is_packed else [("--shards", args.shards)]):
         if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(args.folder)):
             problems.append(

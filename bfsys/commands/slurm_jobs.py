@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from bfsys.errors import UserError
+from bfsys.files import exists, is_dir
 
 NOTES = """\
 status  state of the run and its jobs, and what to do next
@@ -27,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.action != "logs" and (args.follow or args.rank is not None):
         raise UserError(f"--rank, --follow: only logs takes these, got {args.action}")
-    if not args.run.is_dir():
+    if not is_dir(args.run):
         raise UserError(f"{args.run}: no such directory; give a run directory (runs/NAME)")
-    if not jobs.slurm_folder(args.run).exists() and not (args.run / "config.yaml").exists():
+    if not exists(jobs.slurm_folder(args.run)) and not exists(args.run / "config.yaml"):
         raise UserError(f"{args.run}: holds no run; give a run directory (runs/NAME)")
     if members := jobs.members(args.run):
         if args.action == "status":

@@ -23,7 +23,7 @@ from bfsys.data.storage.description import read_description
 from bfsys.data.storage.shards import open_split
 from bfsys.data.streaming.datasets import evaluable_splits
 from bfsys.errors import UserError, counted, one_line, os_errors_as
-from bfsys.files import read_regular, replace_file
+from bfsys.files import exists, read_regular, replace_file
 from bfsys.fitting.choice import LEAST_STEPS, Choice, Machine, choice_of, choose, settings_of, to_yaml
 from bfsys.fitting.folder import check_classes, pack_all, survey_folder, trained_classes
 from bfsys.fitting.request import Request
@@ -39,7 +39,7 @@ CONTENT = "content"  # key of the record: what the folder contained
 
 def prepare(request: Request, began_s: float) -> Config | int:
     """Return the config of an earlier start, or a new one. Returns an exit code if a signal ended the trial."""
-    if request.config_file.exists():
+    if exists(request.config_file):
         record = check_record(request)
         print(f"{request.config_file}: reusing the config that an earlier start wrote", flush=True)
         note_changes(request, record)

@@ -18,7 +18,7 @@ from bfsys.data.packing.staging import note_on_skipped, skipped_files
 from bfsys.data.storage.description import DESCRIPTION, read_description
 from bfsys.data.storage.shards import open_split
 from bfsys.errors import UserError, one_line, os_errors_as
-from bfsys.files import read_regular, replace_file
+from bfsys.files import exists, is_dir, read_regular, replace_file
 from bfsys.fitting.choice import Choice, Format
 from bfsys.fitting.request import Request
 from bfsys.fitting.survey import Survey, survey_of
@@ -56,11 +56,11 @@ def check_classes(folder: Path, trained: list[str]) -> None:
 
 
 def has_folders(folder: Path) -> bool:
-    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+    return is_dir(folder) and any(is_dir(path) for path in folder.iterdir())
 
 
 def is_packed(folder: Path) -> bool:
-    return (folder / DESCRIPTION).exists()
+    return exists(folder / DESCRIPTION)
 
 
 def survey_of_packed(folder: Path) -> Survey:
@@ -153,7 +153,7 @@ def packing_of(request: Request, form: Format) -> Packing:
     return Packing(
         src=request.folder,
         folder=request.shards / (f"{request.name}-{size}" if size else request.name),
-        layout="tree" if request.folder.is_dir() else "filelist",
+        layout="tree" if is_dir(request.folder) else "filelist",
         encoding=parse_encoding(form.encoding),
         fitting=Fitting(form.image_size, form.sample_rate_hz, form.seconds),
         skip_bad=request.skip_bad,

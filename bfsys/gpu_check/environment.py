@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from bfsys.files import exists
 from bfsys.gpu_check.findings import Finding, Verdict
 from bfsys.model.peaks import data_sheet_peak
 
@@ -42,7 +43,7 @@ def _gpu(device: torch.device) -> Finding:
     if device.type != "cuda":
         if os.environ.get("DS_ACCELERATOR") == "cpu":
             return Finding("GPU", Verdict.SKIPPED, "DS_ACCELERATOR=cpu selects the CPU", "unset it")
-        if not (Path("/dev/nvidia0").exists() or Path("/dev/nvidiactl").exists()):
+        if not (exists(Path("/dev/nvidia0")) or exists(Path("/dev/nvidiactl"))):
             return Finding("GPU", Verdict.SKIPPED, "this machine has none (no /dev/nvidia*)")
         advice = "nvidia-smi shows the driver; install the PyTorch that is built for it (pytorch.org)"
         return Finding("GPU", Verdict.WRONG, "the machine has an NVIDIA GPU, but PyTorch finds none", advice)

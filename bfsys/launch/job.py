@@ -28,6 +28,7 @@ from types import FrameType
 import psutil
 
 from bfsys.errors import EXIT_CRASHED, UserError, exit_code_of
+from bfsys.files import is_dir, is_file
 from bfsys.ranks import env_number, ranks_from_environment
 
 # Outside Linux's range of ephemeral ports (32768-60999), which outgoing connections may occupy.
@@ -73,8 +74,8 @@ class TrainJob:
             f"node {socket.gethostname()}: does not see {path}, or sees a different one; it must be on a file "
             f"system that the nodes share with the machine that submits"
             for path, is_seen in (
-                (self.work_dir, self.work_dir.is_dir()),
-                (self.config, self.config.is_file()),
+                (self.work_dir, is_dir(self.work_dir)),
+                (self.config, is_file(self.config)),
                 (self.code_dir, self.code_dir.resolve() == CODE_DIR),
             )
             if not is_seen

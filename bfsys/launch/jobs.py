@@ -24,7 +24,7 @@ from bfsys.checkpoint.files import METRICS
 from bfsys.compare import last_train_line
 from bfsys.config import load_config
 from bfsys.errors import EXIT_REQUEUE, EXIT_STOPPED, UserError, counted, os_errors_as
-from bfsys.files import read_regular, try_lock
+from bfsys.files import exists, is_dir, read_regular, try_lock
 from bfsys.json_lines import read_json_lines
 from bfsys.launch.restart_policy import newest_step
 from bfsys.launch.slurm_commands import IS_IT_UP, Answer, ask, fields_of
@@ -75,7 +75,7 @@ def submitting(run_dir: Path) -> Iterator[None]:
 def note_submission(run_dir: Path, submitted: Submitted) -> None:
     path = slurm_folder(run_dir) / JOBS
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_torn = path.exists() and read_regular(path)[-1:] not in (b"", b"\n")  # by a kill
+    is_torn = exists(path) and read_regular(path)[-1:] not in (b"", b"\n")  # by a kill
     with open(path, "ab") as file:
         file.write(b"\n" * is_torn + json.dumps(asdict(submitted)).encode() + b"\n")
 
@@ -199,7 +199,7 @@ def show_status(run_dir: Path) -> int:
         is_stopped = ended["exit_code"] in (EXIT_STOPPED, EXIT_REQUEUE)
         failed = ended["exit_code"] != 0 and not is_stopped
     elif is_known and submitted:
-        has_log = Path(submitted[-1].log).exists()
+        has_log = exists(Path(submitted[-1].log))
         is_stopped = shown[-1][1].name == "CANCELLED"
         failed = not is_stopped
         if is_stopped:
@@ -265,7 +265,7 @@ def show_log(run_dir: Path, rank: int, follow: bool) -> bool:
     if rank < 0 or (ranks and rank not in ranks and not follow):
         has = f"has logs of ranks 0 to {max(ranks)}" if ranks else "has no log yet; ranks are numbered from 0"
         raise UserError(f"--rank: got {rank}; job {job.job} {has}")
-    if not log.exists() and not follow:
+    if not exists(log) and not follow:
         raise UserError(f"{log}: does not exist yet; state of the job: {state_of(job).name}")
     if ranks and rank not in ranks:
         print(f"waiting for {log}; job {job.job} has logs of ranks 0 to {max(ranks)}", file=sys.stderr)
@@ -289,7 +289,7 @@ def follow(run_dir: Path) -> int:
 
 def _added_to(log: Path, job: Submitted) -> Iterator[str]:
     """Yield the log's last lines, and new text until the job is over."""
-    while not log.exists():
+    while not exists(log):
         if state_of(job).is_over:
             raise UserError(f"job {job.job}: {state_of(job).name}, and it wrote no {log}")
         time.sleep(STATE_POLL_S)
@@ -309,7 +309,7 @@ def _added_to(log: Path, job: Submitted) -> Iterator[str]:
 def _ranks_with_logs(job: Submitted) -> list[int]:
     first = Path(job.log)
     form = re.compile(re.escape(first.name).replace("_0_log", r"_(\d+)_log"))
-    names = [path.name for path in first.parent.iterdir()] if first.parent.is_dir() else []
+    names = [path.name for path in first.parent.iterdir()] if is_dir(first.parent) else []
     return [int(match[1]) for name in names if (match := form.fullmatch(name))]
 
 

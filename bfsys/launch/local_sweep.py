@@ -22,7 +22,7 @@ from bfsys import typed_yaml
 from bfsys.compare import CONFIG, influential_settings
 from bfsys.config import Config, load_config
 from bfsys.errors import EXIT_CRASHED, UserError, collecting, counted, run_command
-from bfsys.files import replace_file
+from bfsys.files import exists, replace_file
 from bfsys.launch.local import POLL_S, choose_ranks, launch, share_of
 from bfsys.launch.preflight import Checked, check_run
 from bfsys.launch.processes import Forked, import_what_ranks_need
@@ -56,7 +56,7 @@ def check_sweep(configs: Sequence[Config], ranks: range | None, at_once: int) ->
 def _other_settings(config: Config) -> list[str]:
     """Return the settings that differ from an existing run of the same name, as a problem."""
     path = config.run_dir / CONFIG
-    if not newest_step(config.run_dir) or not path.exists():
+    if not newest_step(config.run_dir) or not exists(path):
         return []
     old, new = influential_settings(load_config(path)), influential_settings(config)
     changes = [f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"

@@ -23,6 +23,7 @@ from bfsys.data.streaming.run_data import open_run_data
 from bfsys.dist import Ranks
 from bfsys.dryrun import check_copies, notes_on_start
 from bfsys.errors import collecting
+from bfsys.files import exists, is_dir
 from bfsys.launch.slurm_commands import IS_IT_UP, ask
 from bfsys.launch.slurm_options import parse_minutes
 from bfsys.locations import is_remote
@@ -80,9 +81,9 @@ def missing_shards(sources: Sources) -> list[str]:
 
 def _writable(run_dir: Path) -> Iterator[str]:
     place = run_dir.absolute()
-    while not place.exists():
+    while not exists(place):
         place = place.parent
-    if not place.is_dir():
+    if not is_dir(place):
         yield f"run directory {run_dir}: {place} is not a directory"
     elif not os.access(place, os.W_OK | os.X_OK):
         yield f"run directory {run_dir}: you have no permission to write to {place}; choose another with runs_dir=…"

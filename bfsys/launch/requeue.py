@@ -34,7 +34,7 @@ from pathlib import Path
 
 from bfsys import console, process
 from bfsys.errors import EXIT_CRASHED, EXIT_REQUEUE, EXIT_STOPPED, EXIT_USER_ERROR
-from bfsys.files import read_regular, replace_file
+from bfsys.files import exists, read_regular, replace_file
 from bfsys.json_lines import parse_json_object
 from bfsys.launch import elastic
 from bfsys.launch.restart_policy import ERROR_CODES, FINAL_CODES, Restarts, newest_step
@@ -245,7 +245,7 @@ def has_pickle(folder: Path) -> bool:
     """Whether the launcher has stored this job, waiting for it as submitit does. It removes its files if SLURM does not
     answer sbatch in time. SLURM may start the job nevertheless, which would hold its nodes for all restarts."""
     pickle, until = folder / f"{job_id()}_submitted.pkl", time.monotonic() + PICKLE_WAIT_S
-    while not (is_there := pickle.exists()) and time.monotonic() < until:
+    while not (is_there := exists(pickle)) and time.monotonic() < until:
         time.sleep(POLL_S)
     return is_there
 

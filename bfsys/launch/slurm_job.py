@@ -25,6 +25,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 from bfsys import typed_yaml
 from bfsys.config import Config, load_config
 from bfsys.errors import UserError
+from bfsys.files import exists
 from bfsys.git_state import FILE as GIT_STATE
 from bfsys.git_state import git_state
 from bfsys.launch import jobs
@@ -118,7 +119,7 @@ def snapshot(config: Config) -> Path:
     digest = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()[:12]
     folder = jobs.slurm_folder(config.run_dir.absolute()) / f"code-{digest}"
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    if not folder.exists():
+    if not exists(folder):
         for path, text in texts.items():
             (part / path).parent.mkdir(parents=True, exist_ok=True)
             (part / path).write_bytes(text)

@@ -30,7 +30,7 @@ from typing import TextIO
 
 import psutil
 
-from bfsys.files import read_regular
+from bfsys.files import exists, read_regular
 from bfsys.json_lines import NUMBER, read_json_lines
 
 FILE = "goodput.jsonl"
@@ -67,7 +67,7 @@ class Ledger:
         self._start = float(os.environ.get(STARTED) or psutil.Process().create_time())
         if is_rank_zero:
             path = run_dir / FILE
-            torn = path.exists() and not read_regular(path).endswith(b"\n")
+            torn = exists(path) and not read_regular(path).endswith(b"\n")
             for event in _events(path):
                 self._take(event)
             self._clock_offset_s += max(0.0, self._latest - self._now())

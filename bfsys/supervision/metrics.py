@@ -29,7 +29,7 @@ from bfsys.checkpoint.files import METRICS
 from bfsys.config import Config
 from bfsys.confusion import Answers
 from bfsys.errors import EXIT_CRASHED, EXIT_STORAGE, TRANSIENT_ERRNOS, one_line, remedy_of
-from bfsys.files import CHUNK_BYTES, open_regular, replacing
+from bfsys.files import CHUNK_BYTES, exists, is_dir, open_regular, replacing
 from bfsys.json_lines import parse_json_object
 from bfsys.locations import without_secrets
 from bfsys.loss import COLUMNS, CONTENT, SAMPLES, describe_scores, scores
@@ -274,7 +274,7 @@ class Metrics:
             return
         path, lines, _ = self._outputs
         with self._noting_problems():
-            if path.exists() and path.stat().st_size == lines.tell():
+            if exists(path) and path.stat().st_size == lines.tell():
                 return
             with replacing(path) as restored:
                 lines.seek(0)
@@ -312,7 +312,7 @@ class Metrics:
         except OSError as error:
             what = f"metrics cannot be written: {error.strerror}; {remedy_of(error.errno)}"
             self.problem_code = EXIT_CRASHED if error.errno in TRANSIENT_ERRNOS else EXIT_STORAGE
-            if isinstance(error, FileNotFoundError) and self.run_dir.is_dir():  # TensorBoard opens its file each time
+            if isinstance(error, FileNotFoundError) and is_dir(self.run_dir):  # TensorBoard opens its file each time
                 what = "tb was deleted while this run trains; the next start makes it again"
                 self.problem_code = EXIT_CRASHED
             self.problem = f"{self.run_dir}: {what}"

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from bfsys.files import read_regular, replace_file
+from bfsys.files import is_dir, read_regular, replace_file
 from bfsys.json_lines import parse_json_object
 
 FILE = "ended.json"
@@ -17,7 +17,7 @@ def note_end(run_dir: Path, exit_code: int, reason: str) -> None:
     """Record how a run ended. Errors are ignored: if the disk is full, the caller's error says so."""
     note = {"exit_code": exit_code, "reason": reason, "time": time.strftime("%F %T %z")}
     with suppress(OSError):
-        if run_dir.is_dir():
+        if is_dir(run_dir):
             replace_file(run_dir / FILE, json.dumps(note, indent=1) + "\n", durable=False)
 
 

@@ -21,7 +21,7 @@ from bfsys.data.packing.splits import SPLIT_FOLDERS, seem_to_be_splits, split_of
 from bfsys.data.storage.classes import Spelling, stored_name
 from bfsys.data.storage.tars import NOT_PAYLOAD
 from bfsys.errors import counted, is_printable, some
-from bfsys.files import decoded, open_input, read_up_to
+from bfsys.files import decoded, is_dir, is_file, open_input, read_up_to
 
 UNDIVIDED = ""  # the split of a file until `check_files` divides them into train and val
 SPEECH_COMMANDS_LISTS = {"validation_list.txt": "val", "testing_list.txt": "test"}
@@ -139,7 +139,7 @@ def list_filelist(src: Path, split: str | None) -> Listing:
     """Read lines of `path<TAB>class` or `path<TAB>class<TAB>split`; paths are relative to the list's folder, or to the
     current one if the list comes from a pipe."""
     listing = Listing()
-    folder = src.parent if src.is_file() and not src.is_relative_to("/dev") else Path()
+    folder = src.parent if is_file(src) and not src.is_relative_to("/dev") else Path()
     try:
         lines = _lines_of(src)
     except (OSError, ValueError) as error:
@@ -250,7 +250,7 @@ def _wrong_class(name: str) -> str:
 def _list_classes(listing: Listing, src: Path, root: Path, split: str, known: Sequence[str] = ()) -> None:
     """Add the class folders in `root` and their files, at any depth. Names in `known` are skipped silently."""
     classes = _folders(src, root, "next to the class folders", listing, known)
-    if not classes and root.is_dir():
+    if not classes and is_dir(root):
         listing.problems.append(f"{root}: has no class folders; files must lie in a folder named after their class")
     for spelled in classes:
         wrong = _wrong_class(spelled)

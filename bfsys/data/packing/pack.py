@@ -25,6 +25,7 @@ from bfsys.data.packing.splits import split_of_name
 from bfsys.data.packing.workers import write_jobs
 from bfsys.data.storage.description import seen_from
 from bfsys.errors import UserError, counted, one_line, some
+from bfsys.files import exists, is_dir
 from bfsys.process import usable_cores
 
 DEFAULT_VAL_SHARE = 0.1
@@ -133,11 +134,11 @@ def write(packing: Packing, jobs: Sequence[shard_jobs.Job], listing: Listing) ->
 
 
 def list_source(packing: Packing) -> Listing:
-    if not packing.src.exists():
+    if not exists(packing.src):
         return Listing(problems=[f"{packing.src}: there is no such file or folder{seen_from(packing.src)}"])
     if packing.layout == "filelist":
         return list_filelist(packing.src, packing.split)
-    if not packing.src.is_dir():
+    if not is_dir(packing.src):
         remedy = "unpack it if it is an archive; for a list of files, give --from filelist"
         return Listing(problems=[f"{packing.src}: is not a folder; {remedy}"])
     if packing.layout == "speech_commands":
@@ -147,7 +148,7 @@ def list_source(packing: Packing) -> Listing:
 
 def note_on_splits_in_classes(src: Path, listing: Listing) -> str:
     """A note if class folders hold split folders, which do not determine the splits; empty if there are none."""
-    if not (listing.divided and src.is_dir()):
+    if not (listing.divided and is_dir(src)):
         return ""
     parts = (os.path.relpath(file.path, os.path.abspath(src)).split(os.sep, 2) for file in listing.files)
     splits = {f"{part[0]}/{part[1]}": split_of_name(part[1]) for part in parts if len(part) == 3}

@@ -14,6 +14,7 @@ from bfsys.data.storage.description import DESCRIPTION
 from bfsys.data.storage.shards import write_description, write_split
 from bfsys.data.storage.tars import TarIndex, how_to_decompress, read_shard
 from bfsys.errors import UserError, collecting, is_printable, some
+from bfsys.files import exists, is_dir
 
 REBUILT = "tools/inspect_shards.py --rebuild"  # in dataset.json
 # Foreign tars may have LEAST_CLASS_LIMIT classes, or CLASSES_PER_SAMPLE per sample, whichever is more.
@@ -23,9 +24,9 @@ COMPRESSED_TAR = re.compile(r"(.+)\.(?:tar\.\w+|t[gx]z|tbz2?|tzst)", re.IGNORECA
 
 def rebuild(folder: Path, split: str | None) -> None:
     """Index the tars in a folder. Encoding and class names are derived from the tars as far as possible."""
-    if not folder.is_dir():
+    if not is_dir(folder):
         raise UserError(f"{folder}: there is no such folder")
-    if (folder / DESCRIPTION).exists():
+    if exists(folder / DESCRIPTION):
         raise UserError(f"{folder}: has a {DESCRIPTION} already; to make a new index, delete that file first")
     shards_of: dict[str, list[TarIndex]] = {}
     problems: list[str] = []

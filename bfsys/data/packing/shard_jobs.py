@@ -31,7 +31,7 @@ from bfsys.data.storage.description import DESCRIPTION, read_description
 from bfsys.data.storage.shards import PACKED_BY, write_description, write_split
 from bfsys.data.storage.tars import Member, Shard, TarIndex, size_in_tar_bytes, write_shard
 from bfsys.errors import UserError, one_line
-from bfsys.files import open_regular, replace_file, replacing
+from bfsys.files import exists, is_dir, open_regular, replace_file, replacing
 
 VERSION = 2  # increase it if the same input gives other bytes
 MOST_SHARDS = 100_000  # dataset.json has a few hundred bytes for each, and is read if it has at most 64 MiB
@@ -199,9 +199,9 @@ def _packed_bytes(
 def target_problems(folder: Path, splits: set[str]) -> list[str]:
     """The reasons why `folder` cannot be packed into. Files of other commands are never overwritten."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not is_dir(existing) or not os.access(existing, os.W_OK | os.X_OK):
         return [f"{folder}: cannot be written: {existing} is not a folder that this user may write to"]
-    if (folder / DESCRIPTION).exists():
+    if exists(folder / DESCRIPTION):
         try:
             description = read_description(folder)
         except UserError as error:
@@ -214,7 +214,7 @@ def target_problems(folder: Path, splits: set[str]) -> list[str]:
                 f"{folder}: holds a dataset with split {', '.join(lost)}, which this command would remove; "
                 f"pack all splits by one command (split folders or --from filelist), or choose another --name"
             ]
-    elif folder.is_dir() and not staging.folder_of(folder).exists() and any(folder.glob("*.tar")):
+    elif is_dir(folder) and not exists(staging.folder_of(folder)) and any(folder.glob("*.tar")):
         return [f"{folder}: holds tars that {PACKED_BY} did not make; choose another --name"]
     return []
 
@@ -234,7 +234,7 @@ def is_packed(folder: Path, fingerprint: str) -> bool:
         sizes = {shard["file"]: shard["bytes"] for part in parts for shard in part["shards"]}
         index = [entry["name"] for part in parts for entry in part["index"].values()]
         return all((folder / file).stat().st_size == size for file, size in sizes.items()) and all(
-            (folder / file).exists() for file in index
+            exists(folder / file) for file in index
         )
     except (FileNotFoundError, UserError):
         return False

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bfsys.data.storage.description import DESCRIPTION, read_description
 from bfsys.errors import STOPS_COMMANDS, UserError, counted
-from bfsys.files import sync_folder, try_lock
+from bfsys.files import exists, is_dir, sync_folder, try_lock
 from bfsys.process import handling
 
 INPUTS, LOCK, SKIPPED_LIST = "inputs", "lock", "skipped.txt"
@@ -53,16 +53,16 @@ def recover(folder: Path) -> None:
     Raises UserError if another process is packing into the folder.
     """
     lock = folder_of(folder) / LOCK
-    if lock.exists() and os.access(lock, os.W_OK):
+    if exists(lock) and os.access(lock, os.W_OK):
         with locked(folder):
-            if (folder_of(folder) / DESCRIPTION).exists() and not (folder / DESCRIPTION).exists():
+            if exists(folder_of(folder) / DESCRIPTION) and not exists(folder / DESCRIPTION):
                 put_into_place(folder)
 
 
 def skipped_files(folder: Path) -> dict[str, str]:
     """The bad files that were left out of the dataset in the folder, with the reasons; see `one_line` for the paths."""
     path = folder / SKIPPED_LIST
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if exists(path) else []
     return {path: reason for path, _, reason in (line.partition("\t") for line in lines)}
 
 
@@ -81,12 +81,12 @@ def start(folder: Path) -> None:
 def put_into_place(folder: Path) -> None:
     """Move the remaining staged files, dataset.json last. Until then, the folder is not a dataset."""
     staged = folder_of(folder)
-    names = [name for name in (*_files_of(staged), SKIPPED_LIST) if (staged / name).exists()]
+    names = [name for name in (*_files_of(staged), SKIPPED_LIST) if exists(staged / name)]
     with handling(STOPS_COMMANDS, signal.SIG_IGN):  # it takes milliseconds
         (folder / DESCRIPTION).unlink(missing_ok=True)
         for name in names:
             os.replace(staged / name, folder / name)
-        if (staged / NEW_INPUTS).exists():
+        if exists(staged / NEW_INPUTS):
             os.replace(staged / NEW_INPUTS, staged / INPUTS)
         sync_folder(folder)
         os.replace(staged / DESCRIPTION, folder / DESCRIPTION)
@@ -100,10 +100,10 @@ def tidy(folder: Path) -> None:
     ours = re.compile(rf"{re.escape(folder.name)}-\w+(-\d{{6}}\.tar|\.(samples|keys)\.npy)|\..*\.tmp")
     for path in sorted(folder.iterdir()):
         is_empty_list = path.name == SKIPPED_LIST and not path.stat().st_size
-        if (is_empty_list or (ours.fullmatch(path.name) and path.name not in wanted)) and not path.is_dir():
+        if (is_empty_list or (ours.fullmatch(path.name) and path.name not in wanted)) and not is_dir(path):
             path.unlink()
     for path in sorted(folder_of(folder).iterdir()):
-        if path.name not in (INPUTS, LOCK) and not path.is_dir():  # some storage devices add folders everywhere
+        if path.name not in (INPUTS, LOCK) and not is_dir(path):  # some storage devices add folders everywhere
             path.unlink()
 
 

@@ -10,7 +10,7 @@ from bfsys.data.storage.description import DESCRIPTION
 from bfsys.data.storage.shards import PACKED_BY, Split
 from bfsys.data.storage.tars import TarIndex, read_shard
 from bfsys.errors import UserError, counted
-from bfsys.files import describe
+from bfsys.files import describe, exists, is_file
 
 
 def verify_index(split: Split) -> list[str]:
@@ -49,9 +49,9 @@ def verify_shard(split: Split, number: int) -> list[str]:
     shard = split.shards[number]
     path = split.path / shard.file
     first, end = split.shard_starts[number : number + 2].tolist()
-    if not path.exists():
+    if not exists(path):
         return [f"{path}: the shard is missing; it holds {counted(shard.samples, 'sample')}"]
-    if not path.is_file():  # opening a pipe would wait for its writer
+    if not is_file(path):  # opening a pipe would wait for its writer
         return [f"{path}: the shard is not a regular file"]
     size_bytes = path.stat().st_size
     if size_bytes == 0:

@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from bfsys.errors import DENIED_ERRNOS, UserError
-from bfsys.files import open_regular, replacing
+from bfsys.files import is_file, open_regular, replacing
 
 SAMPLE = np.dtype(
     [
@@ -151,7 +151,7 @@ def how_to_decompress(path: Path) -> str:
 
     Raises OSError if the file cannot be read.
     """
-    if not path.is_file():  # opening a pipe would wait for its writer
+    if not is_file(path):  # opening a pipe would wait for its writer
         return ""
     with open(path, "rb") as file:
         head = file.read(max(map(len, COMPRESSED)))

@@ -23,7 +23,7 @@ from bfsys.data.media.modalities import EXTENSIONS
 from bfsys.data.media.pictures import decode_image
 from bfsys.data.media.sounds import Clip, decode_audio
 from bfsys.errors import UserError, code_of
-from bfsys.files import read_regular
+from bfsys.files import is_file, read_regular
 
 # Values of the released code, for pictures and sounds
 CROP_SCALE = (0.08, 1.0)  # range of the share of the picture's area
@@ -191,7 +191,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
         raise UserError(text, exit_code=code_of(error))
 
     for root, _, names in os.walk(folder, onerror=fail):
-        yield from (path for path in (Path(root, name) for name in names) if path.is_file())
+        yield from (path for path in (Path(root, name) for name in names) if is_file(path))
 
 
 class _Recordings:

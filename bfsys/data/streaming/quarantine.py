@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from bfsys import dist
 from bfsys.errors import UserError, code_of, one_line, some
-from bfsys.files import read_regular
+from bfsys.files import exists, read_regular
 
 FILE = "quarantine.tsv"
 # Problems that an error lists; the file lists all of them.
@@ -133,7 +133,7 @@ class Quarantine:
 
 def _read(path: Path) -> list[BadSample]:
     """The rows of the file. Invalid rows are reported on standard error and ignored."""
-    *lines, torn = read_regular(path).split(b"\n") if path.exists() else [b""]
+    *lines, torn = read_regular(path).split(b"\n") if exists(path) else [b""]
     rows, unreadable = [], []
     for number, line in enumerate([*lines, torn] if torn and not lines else lines, start=1):
         fields = line.decode(errors="backslashreplace").split("\t")
