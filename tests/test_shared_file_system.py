@@ -57,7 +57,8 @@ LAST_STEP, LOG_EVERY, FIRST_STEADY = 40, 5, 20  # the last step saves and evalua
 
 
 def test_steps_do_without_the_file_system(config_file: Path, run_ranks, monkeypatch) -> None:
-    """A shard is opened once. Later steps access no file. A log line opens TensorBoard's file once, on rank 0."""
+    """A shard is opened once. Later steps access no file. A log line opens metrics.jsonl and
+    TensorBoard's file once, on rank 0."""
     monkeypatch.setenv("LAST_STEP", str(LAST_STEP))
     options = [f"train.steps={LAST_STEP}", f"train.log_every={LOG_EVERY}", "train.save_every=1000"]
     assert_success(run_ranks(2, ["-c", WATCHED_RANK, str(config_file), *options]))
@@ -67,9 +68,9 @@ def test_steps_do_without_the_file_system(config_file: Path, run_ranks, monkeypa
         assert len(shards) > 5
         assert set(shards.values()) == {1}
         others = ((step, name, Path(path)) for step, name, path in calls if path not in shards)
-        steady = [(step, name, path.parent.name) for step, name, path in others if step >= FIRST_STEADY]
+        steady = [(step, name, path.name.split(".")[0]) for step, name, path in others if step >= FIRST_STEADY]
         lines = range(FIRST_STEADY, LAST_STEP, LOG_EVERY) if rank == 0 else ()
-        assert steady == [(step, "open", "tb") for step in lines]
+        assert steady == [(step, "open", name) for step in lines for name in ("metrics", "events")]
 
 
 def test_a_rank_does_not_import_what_it_does_not_need() -> None:
