@@ -257,9 +257,9 @@ def occasions(calls: Sequence[Call], folder: Path) -> Iterator[tuple[str, Call]]
             phase = mark if mark in PHASES else phase
         elif phase in ("start", "resume", "end"):
             yield phase, call
-        elif call.process in programs or call.path.startswith((f"{run}/checkpoints", f"{run}/metrics.jsonl")):
+        elif call.process in programs or call.path.startswith(f"{run}/checkpoints"):
             yield "save", call
-        elif call.path.startswith(f"{run}/tb/") and phase != "evaluation":
+        elif call.path.startswith((f"{run}/tb/", f"{run}/metrics.jsonl")) and phase not in ("evaluation", "save"):
             yield "log line", call
         else:
             yield phase, call
