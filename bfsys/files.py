@@ -27,7 +27,7 @@ LONGEST_NAME_BYTES = 200  # used in a temporary name, which also has a process n
 
 def exists(path: Path) -> bool:
     """Whether there is something at a path. Raises OSError if that cannot be known, for example because a file server
-    does not answer: a run must not begin anew then. `Path.exists` returns False since Python 3.14."""
+    does not answer: a run must not start from step 0 then. Since Python 3.14, `Path.exists` returns False."""
     return _mode(path) is not None
 
 
