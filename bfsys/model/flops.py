@@ -2,8 +2,8 @@
 
 A multiply-add counts as two. Matrix products and the stem's additions count. Norms (0.2 % of the published count),
 activations, softmax and the optimizer do not. A backward pass takes two products for each product of the forward pass,
-one per operand. Operations that activation checkpointing or fused attention repeat do not count, because the result does
-not need them.
+one per operand. Operations that activation checkpointing or fused attention repeat do not count, because the result
+does not need them.
 
 `flops_per_step` counts real tokens only: ceil(length / stride) per file, halved and rounded up by each merging, and in
 attention only pairs of tokens in the same window. The model itself computes a little more: it rounds each file up to
